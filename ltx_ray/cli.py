@@ -1,0 +1,415 @@
+"""The `ltx-ray` command: render, plan, status, report, retry, inspect."""
+
+from __future__ import annotations
+
+import inspect as pyinspect
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import typer
+import yaml
+
+from ltx_ray.columns import COLUMNS
+from ltx_ray.config import ModelFiles, RunLimits, Selection
+from ltx_ray.pools.pool import Wanted
+from ltx_ray.run import EXIT_FAILED_ROWS, EXIT_OK, EXIT_USAGE, Options, lora_files, prepare, render
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+#: Models that `--model` knows: functions that make the files on any node.
+_PROVIDERS = {"toy": "ltx_ray.toymodel:ensure_toy_model"}
+#: Joins a LoRA's path and strength on their way through the option parser.
+_JOINT = "\x1f"
+_PLAN_ROWS = 40
+
+
+def _option(kind: Any, help_: str, *flags: str, default: Any = None, panel: str) -> tuple[Any, Any]:
+    return kind, typer.Option(default, *flags, help=help_, rich_help_panel=panel, show_default=default is not None)
+
+
+def _model_options() -> dict[str, tuple[Any, Any]]:
+    p = "Model"
+    return {
+        "model": _option(str | None, "toy: a tiny model with random weights, made on the spot", panel=p),
+        "checkpoint_path": _option(str | None, "LTX-2.3 single file", panel=p),
+        "distilled_checkpoint_path": _option(str | None, "LTX-2.3 distilled single file", panel=p),
+        "gemma_root": _option(str | None, "Gemma 3 model directory", panel=p),
+        "spatial_upsampler_path": _option(str | None, "latent upsampler x2", panel=p),
+        "distilled_lora": _option(str | None, "distilled LoRA", panel=p),
+        "lora": _option(
+            list[str] | None, "a user LoRA and its default strength (repeatable): --lora PATH [STRENGTH]", panel=p
+        ),
+        "dtype": _option(str, "bfloat16 or float32", default="bfloat16", panel=p),
+        "precision": _option(str, "precision of the linear layers: bf16", default="bf16", panel=p),
+        "noise_device": _option(str, "where noise is drawn: model or cpu", default="model", panel=p),
+    }
+
+
+def _row_options() -> dict[str, tuple[Any, Any]]:
+    options = {}
+    for column in COLUMNS.values():
+        if column.flag is None:
+            continue
+        kind: Any = str
+        if column.type == COLUMNS["frame_rate"].type:
+            kind = float
+        elif column.type in (COLUMNS["seed"].type, COLUMNS["height"].type):
+            kind = int
+        help_ = f"default of the column {column.name}: {column.legal}"
+        options[column.name] = _option(kind | None, help_, f"--{column.flag}", panel="Defaults of rows")
+    return options
+
+
+def _selection_options() -> dict[str, tuple[Any, Any]]:
+    p = "Rows"
+    return {
+        "limit": _option(int | None, "take the first N rows", panel=p),
+        "ids": _option(str | None, "take the rows whose ids stand in this file, one a line", panel=p),
+        "shard": _option(str | None, "take every N-th row from the I-th: I/N, I from 0", panel=p),
+        "image_root": _option(
+            list[str] | None, "folder images may come from (repeatable; default: the manifest's)", panel=p
+        ),
+    }
+
+
+def _run_options() -> dict[str, tuple[Any, Any]]:
+    p = "Run"
+    return {
+        "tp": _option(int, "ranks of a replica (tensor parallelism)", default=1, panel=p),
+        "stage1_replicas": _option(str, "auto or a number", default="auto", panel=p),
+        "stage2_replicas": _option(
+            str, "auto or a number; 0: the stage-1 replicas serve both stages in turns", default="auto", panel=p
+        ),
+        "ray_address": _option(
+            str | None, "cluster to run on (default $RAY_ADDRESS, else a private local one)", panel=p
+        ),
+        "save_latents": _option(bool, "keep the latents of both stages", "--save-latents", default=False, panel=p),
+        "stop_after": _option(str | None, "stage1: make stage-1 latents only", panel=p),
+        "max_attempts": _option(int, "tries of a row", default=3, panel=p),
+        "queue_depth": _option(int, "clips waiting before a stage, for each of its replicas", default=4, panel=p),
+        "start_timeout": _option(float, "seconds a replica may take to start", default=1800.0, panel=p),
+        "call_timeout": _option(float, "seconds one stage of a clip may take", default=7200.0, panel=p),
+        "max_failed_fraction": _option(float | None, "stop when more than this part of the rows fails", panel=p),
+        "max_gpu_hours": _option(float | None, "drain when so many GPU hours are used", panel=p),
+    }
+
+
+def _takes(*groups: dict[str, tuple[Any, Any]]) -> Callable[[Callable[..., int]], Callable[..., None]]:
+    """Give a command the options of `groups`; it receives them by name and returns its exit code."""
+
+    def decorate(command: Callable[..., int]) -> Callable[..., None]:
+        own = [p for p in pyinspect.signature(command, eval_str=True).parameters.values() if p.kind != p.VAR_KEYWORD]
+        options = [
+            pyinspect.Parameter(name, pyinspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+            for group in groups
+            for name, (kind, default) in group.items()
+        ]
+
+        def run(**values: Any) -> None:
+            try:
+                code = command(**values)
+            except ValueError as error:
+                typer.echo(f"error: {error}", err=True)
+                code = EXIT_USAGE
+            except (ConnectionError, OSError) as error:
+                typer.echo(f"error: {error}", err=True)
+                code = 1
+            raise typer.Exit(code)
+
+        named = [p.replace(kind=pyinspect.Parameter.KEYWORD_ONLY) for p in own]
+        run.__signature__ = pyinspect.Signature(named + options)
+        run.__annotations__ = {p.name: p.annotation for p in named + options}
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        return run
+
+    return decorate
+
+
+_PLANNING = (_model_options(), _row_options(), _selection_options())
+_CONFIG = {
+    "config": _option(str | None, "YAML file with any of these options by name", panel="Run"),
+}
+
+
+@app.command(name="render")
+@_takes(*_PLANNING, _run_options(), _CONFIG)
+def render_command(
+    manifest: str = typer.Argument(help="Parquet or JSONL manifest, or a folder of them; local, s3:// or gs://"),
+    output: str = typer.Option(..., help="where the dataset goes: a folder, s3:// or gs://"),
+    **values: Any,
+) -> int:
+    """Render every row of MANIFEST into a dataset of clips with sound.
+
+    Exit codes: 0 all rows are in the index, 3 some failed (listed), 2 wrong usage or manifest, 4 drained
+    on request (run the same command to go on), 1 anything else.
+    """
+    return render(_options(manifest, output, values))
+
+
+@app.command(name="retry")
+@_takes(_model_options(), _row_options(), _run_options(), _CONFIG)
+def retry_command(output: str = typer.Argument(help="a dataset; its failed rows are rendered again"), **values: Any):
+    """Render the rows that failed in OUTPUT again, also those that were themselves at fault."""
+    manifest = os.path.join(output, "failed") if "://" not in output else f"{output.rstrip('/')}/failed"
+    return render(_options(manifest, output, values, retry_failed=True))
+
+
+@app.command(name="plan")
+@_takes(*_PLANNING, _CONFIG)
+def plan_command(
+    manifest: str = typer.Argument(help="Parquet or JSONL manifest, or a folder of them"),
+    output: str | None = typer.Option(None, help="the dataset to compare with"),
+    every: bool = typer.Option(False, "--all", help=f"list every row, not only the first {_PLAN_ROWS}"),
+    **values: Any,
+) -> int:
+    """Say what would be rendered, what is done, what is illegal and why, and what it costs.
+
+    Exit code 3 when rows are illegal.
+    """
+    from ltx_ray.plan import ILLEGAL, cost_line
+
+    plan = prepare(_options(manifest, output, values)).plan
+    listed = 0
+    for planned in plan.open():
+        if planned.status == ILLEGAL:
+            for message in planned.messages:
+                typer.echo(f"illegal  {message}")
+        elif every or listed < _PLAN_ROWS:
+            listed += 1
+            typer.echo(_plan_line(planned))
+        elif listed == _PLAN_ROWS:
+            listed += 1
+            typer.echo("... (more rows with --all)")
+    counts: Counter[str] = plan.counts
+    names = {
+        "todo": "to render", "done": "done", "copy": "done under another id", "repeated": "repeated",
+        "failed": "failed before by their own fault (ltx-ray retry)", "illegal": "illegal",
+    }  # fmt: skip
+    shown = ", ".join(f"{counts[key]} {text}" for key, text in names.items() if counts[key])
+    typer.echo(f"{counts['rows']} rows: {shown or 'none'}")
+    typer.echo(cost_line(counts, plan.tflop))
+    return EXIT_FAILED_ROWS if counts[ILLEGAL] else EXIT_OK
+
+
+@app.command(name="status")
+@_takes()
+def status_command(output: str = typer.Argument(help="a dataset")) -> int:
+    """Say how far the newest run into OUTPUT is."""
+    from ltx_ray.status import status_lines
+
+    for line in status_lines(output):
+        typer.echo(line)
+    return EXIT_OK
+
+
+@app.command(name="report")
+@_takes()
+def report_command(output: str = typer.Argument(help="a dataset on a local disk")) -> int:
+    """Write OUTPUT/report.html, one page with every clip, its pictures and its timings."""
+    from ltx_ray.dataset.report import write_report
+
+    if not os.path.isdir(output):
+        raise ValueError(f"{output}: no such folder; legal: the --output of a run, on a local disk")
+    typer.echo(write_report(output))
+    return EXIT_OK
+
+
+@app.command(name="inspect")
+@_takes()
+def inspect_command(file: str = typer.Argument(help="a safetensors file")) -> int:
+    """Say what a weight file holds."""
+    from ltx_ray.status import inspect_lines
+
+    for line in inspect_lines(file):
+        typer.echo(line)
+    return EXIT_OK
+
+
+def _plan_line(planned: Any) -> str:
+    r = planned.request
+    prompt = " ".join(r.prompt.split())
+    size = f"{r.width}x{r.height}x{r.num_frames}@{r.frame_rate:g}"
+    return (
+        f"{planned.status:<8} {planned.row.raw.source} ({r.id}) {r.pipeline} {size} steps {r.num_inference_steps} "
+        f"seed {r.seed}: {prompt if len(prompt) <= 60 else prompt[:57] + '...'}"
+    )
+
+
+def _options(manifest: str, output: str | None, values: dict[str, Any], retry_failed: bool = False) -> Options:
+    for name, legal in {"dtype": ("bfloat16", "float32"), "precision": ("bf16",), "noise_device": ("model", "cpu")}.items():
+        if values[name] not in legal:
+            raise ValueError(f"--{name.replace('_', '-')}: {values[name]!r}, legal: {' or '.join(legal)}")
+    if values.get("stop_after") not in (None, "stage1"):
+        raise ValueError(f"--stop-after: {values['stop_after']!r}, legal: stage1")
+    defaults = {}
+    for name in _row_options():
+        if (value := values.get(name)) is not None:
+            defaults[name] = _numbers(name, value) if name.endswith("_blocks") else value
+    return Options(
+        manifest=manifest,
+        output=output,
+        model=_model_files(values),
+        dtype=values["dtype"],
+        precision=values["precision"],
+        noise_device=values["noise_device"],
+        row_defaults=defaults,
+        wanted=Wanted(
+            tp=values.get("tp", 1),
+            stage1=_replicas("stage1_replicas", values, least=1),
+            stage2=_replicas("stage2_replicas", values, least=0),
+        ),
+        ray_address=values.get("ray_address"),
+        selection=_selection(values),
+        save_latents=bool(values.get("save_latents")),
+        stop_after=values.get("stop_after"),
+        image_roots=tuple(values.get("image_root") or ()),
+        limits=RunLimits(
+            max_attempts=_at_least("max_attempts", values.get("max_attempts", 3), 1),
+            queue_depth=_at_least("queue_depth", values.get("queue_depth", 4), 1),
+            start_timeout=values.get("start_timeout", 1800.0),
+            call_timeout=values.get("call_timeout", 7200.0),
+            max_failed_fraction=values.get("max_failed_fraction"),
+            max_gpu_hours=values.get("max_gpu_hours"),
+        ),
+        retry_failed=retry_failed,
+        command=tuple(arg.replace(_JOINT, " ") for arg in sys.argv),
+    )
+
+
+def _model_files(values: dict[str, Any]) -> ModelFiles:
+    loras = []
+    for entry in values.get("lora") or ():
+        path, _, strength = entry.partition(_JOINT)
+        loras.append((path, float(strength or 1.0)))
+    if (model := values["model"]) is not None:
+        if model not in _PROVIDERS:
+            raise ValueError(f"--model: {model!r}, legal: {', '.join(_PROVIDERS)}, or the paths of a model's files")
+        given = [n for n in ("checkpoint_path", "gemma_root", "spatial_upsampler_path") if values[n]]
+        if given:
+            raise ValueError(f"--model and --{given[0].replace('_', '-')} exclude each other")
+        files = ModelFiles("", "", "", provider=_PROVIDERS[model], loras=lora_files(loras))
+        return files if not values["distilled_lora"] else _with_lora(files, values["distilled_lora"])
+    needed = ("checkpoint_path", "gemma_root", "spatial_upsampler_path", "distilled_lora")
+    missing = [f"--{name.replace('_', '-')}" for name in needed if not values[name]]
+    if missing:
+        raise ValueError(f"no model: give {', '.join(missing)}, or --model toy")
+    return ModelFiles(
+        checkpoint_path=values["checkpoint_path"],
+        gemma_root=values["gemma_root"],
+        spatial_upsampler_path=values["spatial_upsampler_path"],
+        distilled_lora=values["distilled_lora"],
+        loras=lora_files(loras),
+    )
+
+
+def _selection(values: dict[str, Any]) -> Selection:
+    ids = shard = None
+    if values.get("ids"):
+        try:
+            ids = frozenset(line.strip() for line in Path(values["ids"]).read_text().splitlines() if line.strip())
+        except OSError as error:
+            raise ValueError(f"--ids: {values['ids']}, cannot be read ({error.strerror})") from None
+    if values.get("shard"):
+        index, _, count = values["shard"].partition("/")
+        if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+            raise ValueError(f"--shard: {values['shard']!r}, legal: I/N with I from 0 to N-1")
+        shard = int(index), int(count)
+    if values.get("limit") is not None:
+        _at_least("limit", values["limit"], 1)
+    return Selection(values.get("limit"), ids, shard)
+
+
+def _replicas(name: str, values: dict[str, Any], least: int) -> int | None:
+    text = str(values.get(name, "auto"))
+    if text == "auto":
+        return None
+    if not text.isdigit() or int(text) < least:
+        raise ValueError(f"--{name.replace('_', '-')}: {text!r}, legal: auto or a number from {least}")
+    return int(text)
+
+
+def _at_least(name: str, value: int, least: int) -> int:
+    if value < least:
+        raise ValueError(f"--{name.replace('_', '-')}: {value}, legal: a number from {least}")
+    return value
+
+
+def _numbers(name: str, text: str) -> list[int]:
+    parts = [part for part in text.replace(",", " ").split()]
+    if not all(part.isdigit() for part in parts):
+        raise ValueError(f"--{COLUMNS[name].flag}: {text!r}, legal: block numbers, such as 28,29")
+    return [int(part) for part in parts]
+
+
+def _with_lora(files: ModelFiles, path: str) -> ModelFiles:
+    from dataclasses import replace
+
+    return replace(files, distilled_lora=path)
+
+
+def _join_loras(argv: list[str]) -> list[str]:
+    """`--lora PATH 0.8` as one value, since option parsers want a fixed number."""
+    joined: list[str] = []
+    for arg in argv:
+        if len(joined) >= 2 and joined[-2] == "--lora" and _JOINT not in joined[-1] and _is_number(arg):
+            joined[-1] += _JOINT + arg
+        else:
+            joined.append(arg)
+    return joined
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _config_defaults(argv: list[str]) -> dict[str, Any]:
+    """Options from the file behind --config, by parameter name."""
+    path = next((b for a, b in zip(argv, argv[1:], strict=False) if a == "--config"), None)
+    path = path or next((a.partition("=")[2] for a in argv if a.startswith("--config=")), None)
+    if path is None:
+        return {}
+    try:
+        content = yaml.safe_load(Path(path).read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"--config: {path}, cannot be read ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"--config: {path}, holds no mapping; legal: option names and their values")
+    groups = (*_PLANNING, _run_options())
+    by_flag = {(option.param_decls or (f"--{name}",))[0].lstrip("-").replace("_", "-"): name
+               for group in groups for name, (_, option) in group.items()}  # fmt: skip
+    by_flag["output"] = "output"
+    defaults = {}
+    for key, value in content.items():
+        name = by_flag.get(str(key).replace("_", "-"))
+        if name is None:
+            raise ValueError(f"--config: {path}: unknown option {key!r}; legal: {', '.join(sorted(by_flag))}")
+        if name == "lora":
+            entries = value if isinstance(value, list) else [value]
+            value = [_JOINT.join(map(str, (e["path"], e.get("strength", 1.0)))) if isinstance(e, dict) else e for e in entries]
+        elif isinstance(value, list) and name != "image_root":
+            value = ",".join(map(str, value))
+        defaults[name] = value
+    return defaults
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of the console script and of `jobs/render.py`."""
+    argv = _join_loras(sys.argv[1:] if argv is None else argv)
+    try:
+        defaults = _config_defaults(argv)
+    except ValueError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(EXIT_USAGE)
+    command = typer.main.get_command(app)
+    command.main(args=argv, prog_name="ltx-ray", default_map={name: defaults for name in command.commands})
+
+
+__all__ = ["app", "main"]

@@ -1,0 +1,104 @@
+"""Everything about a run that does not change pixels, and the spec that engines are built from."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+ROLES = ("text", "stage1", "stage2", "decode")
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A user LoRA declared with --lora: `name` is the file's stem, `strength` the default of rows."""
+
+    name: str
+    path: str
+    strength: float = 1.0
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Where the model's files are. `provider` names a function (`module:function`) that makes them
+    available on a node and returns the paths there; it is called wherever the files are needed."""
+
+    checkpoint_path: str
+    gemma_root: str
+    spatial_upsampler_path: str
+    distilled_lora: str | None = None
+    loras: tuple[LoraFile, ...] = ()
+    provider: str | None = None
+
+    def local(self) -> ModelFiles:
+        """The same files as paths on this node."""
+        if self.provider is None:
+            return self
+        module, _, function = self.provider.partition(":")
+        paths = getattr(importlib.import_module(module), function)()
+        return replace(self, **paths)
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """How the arithmetic is done, resolved once a run by the driver and recorded with every clip."""
+
+    dtype: str = "bfloat16"
+    precision: str = "bf16"
+    noise_device: str = "model"
+    device: str = "cpu"
+    attention: str = "sdpa"
+    guidance_batching: int = 1
+    text_tokens: int = 1024
+    text_batch: int = 1
+    compile: str = "off"
+    layout: str = "tp"
+    tp: int = 1
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What a pool's engine is made of; travels to the rank actors."""
+
+    engine: str
+    model: ModelFiles
+    numerics: Numerics
+    output: str
+    save_latents: bool = False
+    stop_after: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PoolSpec:
+    """One pool: `roles` lists the stages its replicas serve (two when stages share replicas)."""
+
+    name: str
+    roles: tuple[str, ...]
+    replicas: int
+    ranks: int
+    engine: EngineSpec
+    cpus_per_rank: float = 1.0
+    gpus_per_rank: float = 0.0
+
+
+@dataclass(frozen=True)
+class RunLimits:
+    """Bounds the driver keeps. Times in seconds."""
+
+    max_attempts: int = 3
+    queue_depth: int = 4
+    start_timeout: float = 1800.0
+    call_timeout: float = 7200.0
+    max_failed_fraction: float | None = None
+    max_gpu_hours: float | None = None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which rows of the manifest this run takes."""
+
+    limit: int | None = None
+    ids: frozenset[str] | None = None
+    shard: tuple[int, int] | None = None

@@ -1,0 +1,47 @@
+"""What a clip costs, from its size and the model's widths: an estimate, in TFLOP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ltx_ray.recipe import STAGE_2_SIGMAS
+from ltx_ray.records import RenderRequest
+from ltx_ray.sampling.passes import passes_for
+from ltx_ray.shapes import ClipShape
+
+TEXT_TOKENS = 1024
+#: Sustained by the compiled reference on an H100 80GB in bf16 (ltx-facts.md: 275 TFLOP in 0.524 s).
+H100_TFLOPS = 525.0
+
+
+def pass_tflop(config: Mapping[str, Any], shape: ClipShape, isolated: bool = False) -> float:
+    """Multiply-adds (two operations each) of one model pass over a clip of `shape`, in TFLOP.
+
+    `config` is the `transformer` object of the checkpoint's metadata.
+    """
+    layers = config.get("num_layers", 48)
+    d_v = config.get("num_attention_heads", 32) * config.get("attention_head_dim", 128)
+    d_a = config.get("audio_num_attention_heads", 32) * config.get("audio_attention_head_dim", 64)
+    t_v, t_a = shape.video_tokens, shape.audio_latents
+
+    def attention(queries: int, keys: int, inner: int, query_dim: int, key_dim: int) -> float:
+        projections = 2 * queries * query_dim * inner + 2 * keys * key_dim * inner
+        return 2 * projections + 4 * queries * keys * inner
+
+    def stream(tokens: int, dim: int) -> float:
+        feed_forward = 2 * tokens * 8 * dim * dim
+        return attention(tokens, tokens, dim, dim, dim) + attention(tokens, TEXT_TOKENS, dim, dim, dim) + feed_forward
+
+    total = stream(t_v, d_v) + stream(t_a, d_a)
+    if not isolated:
+        total += attention(t_v, t_a, d_a, d_v, d_a) + attention(t_a, t_v, d_a, d_a, d_v)
+    return layers * total / 1e12
+
+
+def clip_tflop(config: Mapping[str, Any], request: RenderRequest) -> float:
+    """Both stages of a clip under a two-call sampler (2n + 1 calls for n steps)."""
+    half = request.shape.half()
+    stage_1 = sum(pass_tflop(config, half, name == "isolated") for name in passes_for(request.guidance))
+    stage_2 = pass_tflop(config, request.shape)
+    return (2 * request.num_inference_steps + 1) * stage_1 + (2 * (len(STAGE_2_SIGMAS) - 1) + 1) * stage_2

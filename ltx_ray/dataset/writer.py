@@ -1,0 +1,234 @@
+"""The dataset's tables: `index/` with one row a finished manifest row, `failed/` with one a failed row.
+
+A part holds one row and is named after its item and its row id, so that writing it twice changes
+nothing and a listing of names says what is done. No torch here.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ltx_ray.columns import COLUMNS
+from ltx_ray.manifest import FAILED_ROW_COLUMN, UNREADABLE, RawRow
+from ltx_ray.records import Clip, RenderRequest, plain
+from ltx_ray.storage import Store
+
+_SECONDS = ("text_seconds", "stage1_seconds", "stage2_seconds", "decode_seconds", "gpu_seconds")
+
+INDEX_SCHEMA = pa.schema(
+    [(column.name, column.type) for column in COLUMNS.values()]
+    + [
+        ("extra", pa.string()),
+        ("item_id", pa.string()),
+        ("clip", pa.string()),
+        ("clip_sha256", pa.string()),
+        ("latents_sha256", pa.string()),
+        ("audio_stage", pa.string()),
+        ("flags", pa.list_(pa.string())),
+        ("attempts", pa.int32()),
+        ("stage1_replica", pa.string()),
+        ("stage2_replica", pa.string()),
+        ("switches", pa.int32()),
+        *((name, pa.float64()) for name in _SECONDS),
+        ("device", pa.string()),
+        ("numerics", pa.string()),
+        ("recipe", pa.string()),
+        ("recipe_digest", pa.string()),
+        ("noise_ledger", pa.string()),
+        ("versions", pa.string()),
+        ("finished_at", pa.timestamp("us", tz="UTC")),
+    ]
+)
+
+FAILED_SCHEMA = pa.schema(
+    [(column.name, column.type) for column in COLUMNS.values()]
+    + [
+        ("extra", pa.string()),
+        ("item_id", pa.string()),
+        ("source", pa.string()),
+        ("stage", pa.string()),
+        ("attempts", pa.int32()),
+        ("error_class", pa.string()),
+        ("message", pa.string()),
+        ("traceback", pa.string()),
+        ("failed_at", pa.timestamp("us", tz="UTC")),
+        (FAILED_ROW_COLUMN, pa.string()),
+    ]
+)
+
+
+@dataclass
+class Rendered:
+    """What is known of an item when it is finished; the rest of an index row."""
+
+    clip: Clip
+    attempts: int
+    recipe: str
+    recipe_digest: str
+    numerics: str
+    noise_ledger: str
+    versions: str
+    device: str
+    seconds: Mapping[str, float]
+    stage1_replica: str | None = None
+    stage2_replica: str | None = None
+    switches: int = 0
+    extra_flags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a row has no clip. `error_class` is "row" (its own fault) or "infrastructure"."""
+
+    stage: str
+    attempts: int
+    error_class: str
+    message: str
+    traceback: str = ""
+
+
+@dataclass
+class Done:
+    """What a listing of the dataset says.
+
+    rows: (item_id, row key) of finished rows; items: a row key of each finished item; failed: "row",
+    "infra" or "illegal" by (item_id, row key); latents: items whose latents are stored.
+    """
+
+    rows: set[tuple[str, str]] = field(default_factory=set)
+    items: dict[str, str] = field(default_factory=dict)
+    failed: dict[tuple[str, str], str] = field(default_factory=dict)
+    latents: set[str] = field(default_factory=set)
+
+
+class DatasetWriter:
+    """Writes parts under the root of `store` and lists what is there."""
+
+    def __init__(self, store: Store):
+        self.store = store
+
+    def listing(self) -> Done:
+        """What is done and what has failed, from the names of the parts alone."""
+        done = Done()
+        for name in self.store.list("index"):
+            parts = name.removesuffix(".parquet").split("-")
+            if len(parts) == 3 and parts[0] == "part":
+                done.rows.add((parts[1], parts[2]))
+                done.items.setdefault(parts[1], parts[2])
+        for name in self.store.list("failed"):
+            parts = name.removesuffix(".parquet").split("-")
+            if len(parts) == 4 and parts[0] == "part":
+                done.failed[parts[2], parts[3]] = parts[1]
+        done.latents = {name.removesuffix(".safetensors") for name in self.store.list("latents", recursive=True)}
+        return done
+
+    def write_index(self, item_id: str, request: RenderRequest, rendered: Rendered) -> None:
+        """Publish the index row of a manifest row whose clip is complete; a failure of it is forgotten."""
+        row = {
+            **request.row(),
+            "item_id": item_id,
+            "clip": rendered.clip.path,
+            "clip_sha256": rendered.clip.sha256,
+            "latents_sha256": rendered.clip.latents_sha256,
+            "audio_stage": rendered.clip.audio_stage,
+            "flags": [*rendered.clip.flags, *rendered.extra_flags],
+            "attempts": rendered.attempts,
+            "stage1_replica": rendered.stage1_replica,
+            "stage2_replica": rendered.stage2_replica,
+            "switches": rendered.switches,
+            **{name: float(rendered.seconds.get(name, 0.0)) for name in _SECONDS},
+            "device": rendered.device,
+            "numerics": rendered.numerics,
+            "recipe": rendered.recipe,
+            "recipe_digest": rendered.recipe_digest,
+            "noise_ledger": rendered.noise_ledger,
+            "versions": rendered.versions,
+            "finished_at": datetime.datetime.now(datetime.UTC),
+        }
+        key = row_key(request.id)
+        self.store.write_bytes(f"index/part-{item_id}-{key}.parquet", _one_row(row, INDEX_SCHEMA))
+        self.forget_failure(item_id, key)
+
+    def copy_index_row(self, item_id: str, from_key: str, request: RenderRequest) -> None:
+        """Give another manifest row the clip of an item that is done already."""
+        table = pq.read_table(io.BytesIO(self.store.read_bytes(f"index/part-{item_id}-{from_key}.parquet")))
+        row = {**table.to_pylist()[0], "id": request.id, "extra": request.extra}
+        key = row_key(request.id)
+        self.store.write_bytes(f"index/part-{item_id}-{key}.parquet", _one_row(row, INDEX_SCHEMA))
+        self.forget_failure(item_id, key)
+
+    def write_failed(self, item_id: str, request: RenderRequest, raw: RawRow, failure: Failure) -> None:
+        """Publish the failure of a legal row."""
+        key = row_key(request.id)
+        self.forget_failure(item_id, key)
+        row = {**request.row(), "item_id": item_id, **_failure_columns(raw, failure)}
+        kind = "row" if failure.error_class == "row" else "infra"
+        self.store.write_bytes(f"failed/part-{kind}-{item_id}-{key}.parquet", _one_row(row, FAILED_SCHEMA))
+
+    def write_illegal(self, raw: RawRow, messages: list[str]) -> str:
+        """Publish the failure of an illegal row; what cannot stand in its column is left out there.
+
+        Returns the part's name.
+        """
+        row: dict[str, Any] = {}
+        for name, column in COLUMNS.items():
+            try:
+                value = raw.values.get(name)
+                row[name] = None if value is None else plain(column.parse(value))
+                pa.array([row[name]], type=column.type)
+            except Exception:
+                row[name] = None
+        failure = Failure("plan", 0, "row", "\n".join(messages))
+        row.update(_failure_columns(raw, failure))
+        content = hashlib.sha256(row[FAILED_ROW_COLUMN].encode("utf-8", "surrogatepass")).hexdigest()
+        name = f"part-illegal-{content[:32]}-{row_key(raw.source)}.parquet"
+        self.store.write_bytes(f"failed/{name}", _one_row(row, FAILED_SCHEMA))
+        return name
+
+    def forget_illegal(self, manifest: str, keep: set[str]) -> None:
+        """Remove the illegal rows of `manifest` that are no longer among its illegal rows (`keep`)."""
+        for name in self.store.list("failed"):
+            if name.startswith("part-illegal-") and name not in keep:
+                table = pq.read_table(io.BytesIO(self.store.read_bytes(f"failed/{name}")), columns=["source"])
+                source = table.column(0)[0].as_py() or ""
+                if source.rpartition(":")[0].startswith(manifest.rstrip("/")):
+                    self.store.delete(f"failed/{name}")
+
+    def forget_failure(self, item_id: str, key: str) -> None:
+        for kind in ("row", "infra"):
+            self.store.delete(f"failed/part-{kind}-{item_id}-{key}.parquet")
+
+
+def row_key(row_id: str | None) -> str:
+    """8 hex digits that tell apart the manifest rows of one item."""
+    return hashlib.sha256((row_id or "").encode()).hexdigest()[:8]
+
+
+def _failure_columns(raw: RawRow, failure: Failure) -> dict[str, Any]:
+    values = {**raw.values} if raw.unreadable is None else {UNREADABLE: raw.unreadable}
+    return {
+        "source": raw.source,
+        "stage": failure.stage,
+        "attempts": failure.attempts,
+        "error_class": failure.error_class,
+        "message": failure.message,
+        "traceback": failure.traceback,
+        "failed_at": datetime.datetime.now(datetime.UTC),
+        FAILED_ROW_COLUMN: json.dumps(values, ensure_ascii=True, default=str, sort_keys=True),
+    }
+
+
+def _one_row(row: Mapping[str, Any], schema: pa.Schema) -> bytes:
+    complete = {name: row.get(name) for name in schema.names}
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist([complete], schema=schema), buffer, compression="zstd")
+    return buffer.getvalue()

@@ -1,0 +1,203 @@
+"""What to do next, as a pure state machine: no Ray, no clock, no randomness.
+
+It holds every admitted item's state and every replica's, and decides what runs where. The loop only
+carries its decisions out and tells it what happened.
+
+Order: downstream first, so that nothing piles up; within a stage, the item admitted first. A queue
+before a stage never holds more than `queue_depth` items for each replica of the stage, counting those
+that are being made for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+STAGES = ("text", "stage1", "stage2", "decode")
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """Run `stage` of `item` on `replica`. `switched`: a shared replica turns from another stage."""
+
+    item: str
+    stage: str
+    replica: str
+    switched: bool = False
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of an item after a failure: tried again, or given up after `attempts`."""
+
+    item: str
+    retry: bool
+    attempts: int
+
+
+@dataclass
+class _Item:
+    order: int
+    stage: str
+    attempts: int = 1
+    replica: str | None = None
+
+
+@dataclass
+class _Replica:
+    roles: tuple[str, ...]
+    phase: str | None = None
+    item: str | None = None
+
+
+@dataclass
+class Policy:
+    """`queue_depth`: items waiting before a stage, for each of its replicas; `max_attempts` a row;
+    `stages`: what every item passes through, in order."""
+
+    queue_depth: int = 4
+    max_attempts: int = 3
+    stages: tuple[str, ...] = STAGES
+    draining: bool = False
+    _items: dict[str, _Item] = field(default_factory=dict)
+    _replicas: dict[str, _Replica] = field(default_factory=dict)
+    _admitted: int = 0
+
+    # --- what happened ---------------------------------------------------------------------------
+
+    def join(self, replica: str, roles: Iterable[str]) -> None:
+        """A replica that serves `roles` is ready."""
+        assert replica not in self._replicas
+        self._replicas[replica] = _Replica(tuple(roles))
+
+    def leave(self, replica: str, charged: bool = True) -> Verdict | None:
+        """A replica is gone, and with it the call it was in. The item it held is charged an attempt."""
+        gone = self._replicas.pop(replica, None)
+        if gone is None or gone.item is None:
+            return None
+        self._items[gone.item].replica = None
+        return self._failed(gone.item, charged)
+
+    def admit(self, item: str) -> None:
+        """Take an item in, at the end of the line."""
+        assert item not in self._items
+        self._items[item] = _Item(self._admitted, self.stages[0])
+        self._admitted += 1
+
+    def finished(self, item: str) -> bool:
+        """The item's call came back well. True when that was its last stage."""
+        state = self._release(item)
+        if state.stage == self.stages[-1]:
+            del self._items[item]
+            return True
+        state.stage = self._after(state.stage)
+        return False
+
+    def row_failed(self, item: str) -> Verdict:
+        """The row itself is at fault: it is given up at once."""
+        state = self._release(item)
+        del self._items[item]
+        return Verdict(item, retry=False, attempts=state.attempts)
+
+    def call_failed(self, item: str) -> Verdict:
+        """The call failed and the replica lives: an attempt is charged."""
+        self._release(item)
+        return self._failed(item, charged=True)
+
+    def inputs_lost(self, item: str) -> Verdict:
+        """Results of earlier stages are gone: the item starts over, charged to nobody."""
+        self._release(item).stage = self.stages[0]
+        return self._failed(item, charged=False)
+
+    # --- what to do ------------------------------------------------------------------------------
+
+    def room(self) -> int:
+        """How many more items may be admitted now."""
+        if self.draining:
+            return 0
+        servers = sum(1 for r in self._replicas.values() if self.stages[0] in r.roles)
+        return max(0, self.queue_depth * max(1, servers) - self.waiting(self.stages[0]))
+
+    def next_dispatch(self) -> Dispatch | None:
+        """The next call to make, or None when nothing can or may run now."""
+        for stage in reversed(self.stages):
+            for name, replica in self._replicas.items():
+                if replica.item is None and stage == self._stage_for(replica):
+                    return self._assign(name, replica, stage)
+        return None
+
+    @property
+    def busy(self) -> int:
+        """Items in the pools, waiting or running."""
+        return len(self._items)
+
+    @property
+    def running(self) -> dict[str, str]:
+        """Items under way, by replica."""
+        return {name: r.item for name, r in self._replicas.items() if r.item is not None}
+
+    def idle_when_drained(self) -> bool:
+        """While draining: nothing runs, and nothing more will."""
+        return self.draining and not self.running and self.waiting(self.stages[-1]) == 0
+
+    def waiting(self, stage: str) -> int:
+        """Items that wait for `stage`."""
+        return sum(1 for i in self._items.values() if i.stage == stage and i.replica is None)
+
+    # --- inside ----------------------------------------------------------------------------------
+
+    def _stage_for(self, replica: _Replica) -> str | None:
+        """Which of its stages an idle replica should run now.
+
+        A shared replica stays in its phase while that has work, so that it switches seldom: it fills
+        the queue after stage 1, then empties it.
+        """
+        able = [stage for stage in self.stages if stage in replica.roles and self._may_run(stage)]
+        if not able:
+            return None
+        return replica.phase if replica.phase in able else able[0]
+
+    def _may_run(self, stage: str) -> bool:
+        if self.draining and stage != self.stages[-1]:
+            return False
+        return self.waiting(stage) > 0 and self._has_room_after(stage)
+
+    def _after(self, stage: str) -> str:
+        return self.stages[self.stages.index(stage) + 1]
+
+    def _has_room_after(self, stage: str) -> bool:
+        if stage == self.stages[-1]:
+            return True
+        following = self._after(stage)
+        servers = sum(1 for r in self._replicas.values() if following in r.roles)
+        queued = sum(
+            1
+            for i in self._items.values()
+            if (i.replica is None and i.stage == following) or (i.replica is not None and i.stage == stage)
+        )
+        return queued < self.queue_depth * max(1, servers)
+
+    def _assign(self, name: str, replica: _Replica, stage: str) -> Dispatch:
+        waiting = (i for i, s in self._items.items() if s.stage == stage and s.replica is None)
+        item = min(waiting, key=lambda i: self._items[i].order)
+        self._items[item].replica = name
+        replica.item = item
+        switched = replica.phase is not None and replica.phase != stage
+        replica.phase = stage
+        return Dispatch(item, stage, name, switched)
+
+    def _release(self, item: str) -> _Item:
+        state = self._items[item]
+        assert state.replica is not None, f"{item} is not running"
+        self._replicas[state.replica].item = None
+        state.replica = None
+        return state
+
+    def _failed(self, item: str, charged: bool) -> Verdict:
+        state = self._items[item]
+        if charged and state.attempts >= self.max_attempts:
+            del self._items[item]
+            return Verdict(item, retry=False, attempts=state.attempts)
+        if charged:
+            state.attempts += 1
+        return Verdict(item, retry=True, attempts=state.attempts)

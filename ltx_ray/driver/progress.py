@@ -1,0 +1,72 @@
+"""What a person sees of a run: one line that is rewritten on a terminal, plain lines in a job's log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TextIO
+
+_TERMINAL_PERIOD = 0.5
+_LOG_PERIOD = 30.0
+
+
+class Progress:
+    """`total` may grow while the manifest is still being read. Times from `time.monotonic`."""
+
+    def __init__(self, stream: TextIO | None = None):
+        self._stream = stream or sys.stderr
+        self._terminal = self._stream.isatty()
+        self._began = time.monotonic()
+        self._first_done: float | None = None
+        self._shown = 0.0
+        self._width = 0
+
+    def say(self, message: str) -> None:
+        """A line that stays."""
+        if self._width:
+            self._stream.write("\r" + " " * self._width + "\r")
+            self._width = 0
+        self._stream.write(message + "\n")
+        self._stream.flush()
+
+    def update(self, done: int, failed: int, total: int | None, doing: str, force: bool = False) -> None:
+        """Show the state, at most twice a second on a terminal and every 30 s in a log."""
+        now = time.monotonic()
+        if done + failed and self._first_done is None:
+            self._first_done = now
+        if not force and now - self._shown < (_TERMINAL_PERIOD if self._terminal else _LOG_PERIOD):
+            return
+        self._shown = now
+        line = self._line(now, done, failed, total, doing)
+        if self._terminal:
+            self._stream.write("\r" + line.ljust(self._width))
+            self._width = len(line)
+            self._stream.flush()
+        else:
+            self.say(line)
+
+    def _line(self, now: float, done: int, failed: int, total: int | None, doing: str) -> str:
+        finished = done + failed
+        parts = [f"{finished}/{'?' if total is None else total} clips"]
+        if failed:
+            parts.append(f"{failed} failed")
+        # the pipeline fills before the first clip, so the rate counts from there
+        if self._first_done is not None and finished > 1 and now > self._first_done:
+            rate = (finished - 1) / (now - self._first_done)
+            parts.append(f"{rate * 3600:,.0f} clips/h" if rate < 1 else f"{rate:.1f} clips/s")
+            if total is not None and total > finished:
+                parts.append(f"{duration((total - finished) / rate)} left")
+        parts.append(f"{duration(now - self._began)} elapsed")
+        return " | ".join(parts) + (f" | {doing}" if doing else "")
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `3 min 05 s`, `2 h 14 min`, `3 d 4 h`."""
+    whole = int(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    if whole < 86400:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600} h"

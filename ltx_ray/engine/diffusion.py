@@ -1,0 +1,208 @@
+"""The diffusion engine: one rank of a replica that renders stage 1 and stage 2.
+
+Every rank of a gang runs the same call on the same inputs; rank 0's result counts. Source of the
+order of things: `ti2vid_two_stages_hq.py` and `blocks.py` of the reference v1.2.0.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ltx_ray.config import EngineSpec
+from ltx_ray.engine import components
+from ltx_ray.engine.base import Rank, resolve_dtype
+from ltx_ray.model.config import TransformerConfig
+from ltx_ray.model.rope import audio_positions, video_positions
+from ltx_ray.model.transformer import NO_PERTURBATION, Modality, Perturbation, Transformer
+from ltx_ray.modelfiles import CONNECTOR_PREFIXES, TRANSFORMER_PREFIX, open_checkpoint
+from ltx_ray.parallel.layers import TPGroup
+from ltx_ray.parallel.loading import ShardReader, load_shard
+from ltx_ray.parallel.lora import LoraMerger, LoraSetting
+from ltx_ray.recipe import PIPELINES, STAGE_2_SIGMAS
+from ltx_ray.records import AV, NoiseLedger, PromptContext, RowError, StageLatents, WorkItem, plain
+from ltx_ray.sampling.guidance import GuidedDenoiser
+from ltx_ray.sampling.noise import ClipNoise, SamplerNoise, noised
+from ltx_ray.sampling.res2s import sample_res2s
+from ltx_ray.sampling.sigmas import shifted_sigmas
+from ltx_ray.shapes import AUDIO_BINS, AUDIO_CHANNELS, ClipShape
+
+SAMPLERS: dict[str, Callable[..., AV[torch.Tensor]]] = {"res_2s": sample_res2s}
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Where a stage begins: packed latents, and the position tables of their tokens."""
+
+    latents: AV[torch.Tensor]
+    ropes: AV[Any]
+
+
+class DiffusionEngine:
+    """Holds this rank's shard of the DiT, with LoRAs merged at the stage's strengths."""
+
+    def __init__(self, spec: EngineSpec, rank: Rank):
+        self.spec, self.rank = spec, rank
+        self.device = torch.device(rank.device)
+        self.dtype = resolve_dtype(spec.numerics.dtype)
+        self.switches, self.switch_seconds = 0, 0.0
+        self.info: dict[str, Any] = {}
+
+    def load(self) -> None:
+        """Read this rank's slices; the LoRA is merged when the first call says at which strength."""
+        model = self.spec.model.local()
+        checkpoint = open_checkpoint(model.checkpoint_path)
+        config = TransformerConfig.from_metadata(checkpoint.transformer, checkpoint.path)
+        tp = TPGroup(self.rank.rank, self.rank.world)
+        with torch.device("meta"):
+            self.transformer = Transformer(config, tp)
+        reader = ShardReader(model.checkpoint_path, TRANSFORMER_PREFIX, tp)
+        connectors = tuple(prefix.removeprefix(TRANSFORMER_PREFIX) for prefix in CONNECTOR_PREFIXES)
+        load_shard(self.transformer, reader, dtype=self.dtype, device=self.device, ignore=connectors)
+        self._lora_names = [lora.name for lora in model.loras]
+        paths = [lora.path for lora in model.loras] + ([model.distilled_lora] if model.distilled_lora else [])
+        self._has_distilled = model.distilled_lora is not None
+        self.merger = LoraMerger(self.transformer, reader, paths, tp)
+        if "stage2" in self.spec.options["roles"]:
+            self.upsampler = components.load_upsampler(model.spatial_upsampler_path, self.dtype, self.device)
+            mean, std = components.latent_stats(model.checkpoint_path, "video")
+            self.latent_stats = mean.to(self.device, self.dtype), std.to(self.device, self.dtype)
+
+    @torch.inference_mode()
+    def run(
+        self,
+        stage: str,
+        item: WorkItem,
+        contexts: tuple[PromptContext, PromptContext | None],
+        *latents: StageLatents,
+    ) -> StageLatents | None:
+        """Render `stage` of `item`. `contexts` are the positive and, if a pass needs it, the negative prompt's.
+
+        Returns the stage's latents on rank 0, None elsewhere. Raises RowError when they are not finite.
+        """
+        positive, negative = contexts
+        result = self._stage1(item, positive, negative) if stage == "stage1" else self._stage2(item, positive, *latents)
+        for name, tensor in zip(("video", "audio"), result.latents, strict=True):
+            bad = int((~torch.isfinite(tensor)).sum())
+            if bad:
+                raise RowError(f"{stage}: {bad} of {tensor.numel()} {name} latents are not finite")
+        self.info = {"noise_ledger": plain(result.ledger)}
+        if self.rank.rank != 0:
+            return None
+        return StageLatents(result.latents.map(lambda t: t.cpu()), result.ledger)
+
+    def _stage1(self, item: WorkItem, positive: PromptContext, negative: PromptContext | None) -> StageLatents:
+        request, pipeline = item.request, PIPELINES[item.request.pipeline]
+        self._merge(item, request.distilled_lora_strength_stage_1)
+        shape = request.shape.half()
+        noise = ClipNoise(self._new_ledger(request.seed), self.device)
+        zeros = _packed_sizes(self.transformer.config, shape).map(
+            lambda size: torch.zeros(size, dtype=self.dtype, device=self.device)
+        )
+        start = self._start(shape, "stage_1", noise, zeros, scale=1.0)
+        denoise = GuidedDenoiser(
+            self._passes(item, start, positive, negative), request.guidance
+        )
+        sigmas = shifted_sigmas(request.num_inference_steps, pipeline.schedule_tokens or shape.video_tokens)
+        latents = self._sample(pipeline.sampler, denoise, start, sigmas)
+        return StageLatents(_unpack(latents, shape), noise.ledger)
+
+    def _stage2(self, item: WorkItem, positive: PromptContext, before: StageLatents) -> StageLatents:
+        request, pipeline = item.request, PIPELINES[item.request.pipeline]
+        self._merge(item, request.distilled_lora_strength_stage_2)
+        shape = request.shape
+        noise = ClipNoise(before.ledger, self.device)
+        video, audio = before.latents.map(lambda t: t.to(self.device, self.dtype))
+        upscaled = components.upsample_latents(self.upsampler, *self.latent_stats, video)
+        packed = _pack(AV(upscaled, audio))
+        start = self._start(shape, "stage_2", noise, packed, scale=STAGE_2_SIGMAS[0])
+        run_pass = self._passes(item, start, positive, None)
+
+        def denoise(latents: AV[torch.Tensor], sigma: torch.Tensor, step_index: int) -> AV[torch.Tensor]:
+            return run_pass("cond", latents, sigma, AV(True, True))
+
+        latents = self._sample(pipeline.sampler, denoise, start, torch.tensor(STAGE_2_SIGMAS))
+        return StageLatents(_unpack(latents, shape), noise.ledger)
+
+    def _start(self, shape: ClipShape, stage: str, noise: ClipNoise, clean: AV[torch.Tensor], scale: float) -> _Start:
+        """Noise the packed `clean` latents and lay out their positions."""
+        drawn = AV("video", "audio").map(
+            lambda name, latent: noise.draw(f"{stage}.{name}", tuple(latent.shape), latent.dtype), clean
+        )
+        latents = drawn.map(lambda n, latent: noised(n, latent, latent, None, scale), clean)
+        positions = AV(video_positions(shape, self.device), audio_positions(shape.audio_latents, self.device))
+        return _Start(latents, self.transformer.ropes(positions, self.dtype))
+
+    def _sample(self, sampler: str, denoise: Callable, start: _Start, sigmas: torch.Tensor) -> AV[torch.Tensor]:
+        noise = SamplerNoise(self._noise_device())
+        # every token is free in text-to-video, so there is no clean latent to put back
+        return SAMPLERS[sampler](denoise, start.latents, sigmas, noise, blend=lambda latents: latents)
+
+    def _passes(
+        self, item: WorkItem, start: _Start, positive: PromptContext, negative: PromptContext | None
+    ) -> Callable[[str, AV, torch.Tensor, AV[bool]], AV[torch.Tensor]]:
+        """The model as (pass name, latents, sigma, enabled) -> x0."""
+
+        def on_device(prompt: PromptContext) -> AV[torch.Tensor]:
+            return prompt.context.map(lambda t: t.to(self.device, self.dtype))
+
+        contexts = {"cond": on_device(positive)}
+        contexts["uncond"] = contexts["cond"] if negative is None else on_device(negative)
+        guidance = item.request.guidance
+        blocks = guidance.map(lambda g: frozenset(g.stg_blocks) if g.stg_scale else frozenset())
+        perturbations = {"perturbed": Perturbation(values_only=blocks), "isolated": Perturbation(isolated=True)}
+
+        def run_pass(name: str, latents: AV, sigma: torch.Tensor, enabled: AV[bool]) -> AV[torch.Tensor]:
+            level = sigma.to(self.device).reshape(1)
+            inputs = AV(
+                *(
+                    Modality(latent, level, level.reshape(1, 1), context, *ropes, enabled=on)
+                    for latent, context, ropes, on in zip(
+                        latents, contexts.get(name, contexts["cond"]), start.ropes, enabled, strict=True
+                    )
+                )
+            )
+            velocities = self.transformer(inputs, perturbations.get(name, NO_PERTURBATION))
+            return latents.map(lambda x, v: (x.float() - v.float() * level.float()).to(x.dtype), velocities)
+
+        return run_pass
+
+    def _merge(self, item: WorkItem, distilled_strength: float) -> None:
+        by_name = {use.name: use.strength for use in item.request.loras}
+        strengths = [by_name.get(name, 0.0) for name in self._lora_names]
+        if self._has_distilled:
+            strengths.append(distilled_strength)
+        began = time.perf_counter()
+        if self.merger.switch(LoraSetting(tuple(strengths))):
+            self.switches += 1
+            self.switch_seconds += time.perf_counter() - began
+
+    def _noise_device(self) -> str:
+        return "cpu" if self.spec.numerics.noise_device == "cpu" else self.device.type
+
+    def _new_ledger(self, seed: int) -> NoiseLedger:
+        device = self._noise_device()
+        return NoiseLedger(seed, device, "cpu" if device == "cpu" else torch.cuda.get_device_name(self.device))
+
+
+def _packed_sizes(config: TransformerConfig, shape: ClipShape) -> AV[tuple[int, int, int]]:
+    return AV(
+        (1, shape.video_tokens, config.video.in_channels),
+        (1, shape.audio_latents, config.audio.in_channels),
+    )
+
+
+def _pack(latents: AV[torch.Tensor]) -> AV[torch.Tensor]:
+    """(1, C, F, H, W) and (1, C, T, F) -> token-major (1, F*H*W, C) and (1, T, C*F)."""
+    return AV(latents.video.flatten(2).transpose(1, 2).contiguous(), latents.audio.transpose(1, 2).flatten(2))
+
+
+def _unpack(packed: AV[torch.Tensor], shape: ClipShape) -> AV[torch.Tensor]:
+    grid = (shape.latent_frames, shape.latent_height, shape.latent_width)
+    video = packed.video.transpose(1, 2).unflatten(2, grid).contiguous()
+    audio = packed.audio.unflatten(2, (AUDIO_CHANNELS, AUDIO_BINS)).transpose(1, 2).contiguous()
+    return AV(video, audio)

@@ -1,0 +1,74 @@
+"""A lease on an output, so that two runs into it do not work at once. Best effort: names of parts and
+clips are deterministic, so even two that do can harm nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Callable
+
+from ltx_ray.storage import Store
+
+_NAME = "_lease.json"
+_TTL_SECONDS = 60.0
+_RENEW_SECONDS = 15.0
+_POLL_SECONDS = 2.0
+
+
+class Lease:
+    """Held by one run at a time; `renew` must be called more often than once a minute."""
+
+    def __init__(self, store: Store, run_id: str):
+        self._store, self._run_id = store, run_id
+        self._renewed = 0.0
+
+    def acquire(self, say: Callable[[str], None]) -> None:
+        """Wait until no other run holds the lease, then take it."""
+        told = False
+        while (holder := self._holder()) is not None:
+            if not told:
+                say(f"{self._store.uri} is in use by run {holder['run_id']} on {holder['host']}; waiting for it")
+                told = True
+            time.sleep(_POLL_SECONDS)
+        self._write()
+
+    def renew(self) -> None:
+        if time.monotonic() - self._renewed > _RENEW_SECONDS:
+            self._write()
+
+    def release(self) -> None:
+        self._store.delete(_NAME)
+
+    def _write(self) -> None:
+        entry = {
+            "run_id": self._run_id,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "expires": time.time() + _TTL_SECONDS,
+        }
+        self._store.write_bytes(_NAME, json.dumps(entry).encode())
+        self._renewed = time.monotonic()
+
+    def _holder(self) -> dict | None:
+        try:
+            entry = json.loads(self._store.read_bytes(_NAME))
+            if entry["expires"] < time.time() or entry["run_id"] == self._run_id:
+                return None
+            # a run that was killed on this machine need not be waited for
+            if entry["host"] == socket.gethostname() and not _alive(entry["pid"]):
+                return None
+        except (OSError, ValueError, KeyError):
+            return None
+        return entry
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,322 @@
+"""Parquet and JSONL manifests as a stream of rows, each a RenderRequest or the reasons why not.
+
+What is wrong with a file is a ValueError before the first row; what is wrong with a row stays with it.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from ltx_ray.columns import COLUMNS, Mistyped, arrow_type_fits
+from ltx_ray.records import LoraUse, RenderRequest
+from ltx_ray.recipe import DEFAULT_PIPELINE, KNOWN_PIPELINES, PIPELINES
+from ltx_ray.shapes import ClipShape, size_problems
+from ltx_ray.storage import Store
+
+#: Rows of a JSONL file that decide whether a column as a whole has the wrong type.
+_PEEK_ROWS = 1000
+#: A table written to OUT/failed carries its rows as they were in this column, so that it can be rendered again.
+FAILED_ROW_COLUMN = "manifest_row"
+#: Its only key when the row could not be read at all.
+UNREADABLE = "_unreadable"
+#: Width of the longest value an error message repeats.
+_SHOWN = 120
+
+
+@dataclass(frozen=True)
+class RawRow:
+    """A row as read: where it stands (`file`, `number` from 1) and its values, or why it has none."""
+
+    file: str
+    number: int
+    values: Mapping[str, Any]
+    unreadable: str | None = None
+
+    @property
+    def source(self) -> str:
+        return f"{self.file}:{self.number}"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One reason why a row is illegal."""
+
+    column: str
+    value: Any
+    legal: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row read and judged: `request` is None exactly when there are `problems`."""
+
+    raw: RawRow
+    request: RenderRequest | None
+    problems: tuple[Problem, ...] = ()
+
+    @property
+    def id(self) -> str | None:
+        value = self.raw.values.get("id")
+        return value if isinstance(value, str) else None
+
+    def messages(self) -> list[str]:
+        """`file:row:column (id): value, what is legal`, one for each problem."""
+        named = f" ({self.id})" if self.id else ""
+        return [
+            f"{self.raw.source}:{p.column}{named}: {_shown(p.value)}, legal: {p.legal}" for p in self.problems
+        ]
+
+
+@dataclass(frozen=True)
+class RowRules:
+    """What is legal in rows beyond their types: the model's limits and the operator's choices."""
+
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    num_layers: int | None = None
+    loras: tuple[LoraUse, ...] = ()
+    image_roots: tuple[str, ...] = ()
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def read_manifest(uri: str) -> Iterator[RawRow]:
+    """Stream the rows of a manifest: a .jsonl/.ndjson/.json file, a .parquet file, or a folder of either.
+
+    Raises ValueError at once (not at the first `next`) for a manifest that is missing or cannot be
+    read, that has no `prompt` column, or that has a column of the wrong type.
+    """
+    store = Store(uri)
+    kind = store.fs.get_file_info(store.root).type
+    if kind == pafs.FileType.NotFound:
+        raise ValueError(f"{uri}: no such manifest; legal: a .jsonl or .parquet file, or a folder of them")
+    if kind == pafs.FileType.Directory:
+        selector = pafs.FileSelector(store.root, recursive=True)
+        files = sorted(
+            info.path
+            for info in store.fs.get_file_info(selector)
+            if info.type == pafs.FileType.File
+            and info.path.endswith((".parquet", ".jsonl", ".ndjson"))
+            and not any(part.startswith((".", "_")) for part in info.path[len(store.root) :].split("/"))
+        )
+        if not files:
+            raise ValueError(f"{uri}: holds no .parquet or .jsonl file")
+        names = [uri.rstrip("/") + path[len(store.root) :] for path in files]
+    else:
+        files, names = [store.root], [uri]
+    readers = []
+    for path, name in zip(files, names, strict=True):
+        if path.endswith((".jsonl", ".ndjson", ".json")):
+            readers.append(_jsonl_rows(store.fs, path, name))
+        elif path.endswith((".parquet", ".pq")):
+            readers.append(_parquet_rows(store.fs, path, name))
+        else:
+            raise ValueError(f"{name}: not a manifest; legal: a name that ends in .jsonl, .ndjson, .json or .parquet")
+    return itertools.chain.from_iterable(readers)
+
+
+def manifest_folder(uri: str) -> str:
+    """The folder against which a manifest's relative image paths are resolved."""
+    store = Store(uri)
+    if store.fs.get_file_info(store.root).type == pafs.FileType.Directory:
+        return store.root
+    return os.path.dirname(store.root)
+
+
+def _parquet_rows(fs: pafs.FileSystem, path: str, name: str) -> Iterator[RawRow]:
+    try:
+        file = pq.ParquetFile(fs.open_input_file(path))
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{name}: cannot be read as Parquet ({error})") from None
+    schema = file.schema_arrow
+    if FAILED_ROW_COLUMN in schema.names:
+        return _failed_rows(file, name)
+    if "prompt" not in schema.names:
+        raise ValueError(f"{name}: has no column 'prompt' (it has {', '.join(schema.names) or 'none'})")
+    for column_name in schema.names:
+        column = COLUMNS.get(column_name)
+        if column is not None and not arrow_type_fits(column, schema.field(column_name).type):
+            found = schema.field(column_name).type
+            raise ValueError(f"{name}: column '{column_name}' has type {found}; legal: {column.type} ({column.legal})")
+
+    def rows() -> Iterator[RawRow]:
+        number = 0
+        for batch in file.iter_batches(batch_size=1024):
+            for values in batch.to_pylist():
+                number += 1
+                # pandas writes gaps in a column of numbers as NaN
+                yield RawRow(name, number, {k: None if _is_nan(v) else v for k, v in values.items()})
+
+    return rows()
+
+
+def _failed_rows(file: pq.ParquetFile, name: str) -> Iterator[RawRow]:
+    for batch in file.iter_batches(columns=[FAILED_ROW_COLUMN, "source"]):
+        for row in batch.to_pylist():
+            # the row keeps its first place, so that it is known again
+            origin, _, number = (row["source"] or f"{name}:0").rpartition(":")
+            yield _parse_line(origin, int(number), row[FAILED_ROW_COLUMN])
+
+
+def _jsonl_rows(fs: pafs.FileSystem, path: str, name: str) -> Iterator[RawRow]:
+    try:
+        stream = io.TextIOWrapper(fs.open_input_stream(path), encoding="utf-8-sig", errors="surrogateescape")
+        lines = ((n, line) for n, line in enumerate(stream, start=1) if line.strip())
+        peeked = [_parse_line(name, n, line) for n, line in itertools.islice(lines, _PEEK_ROWS)]
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{name}: cannot be read ({error})") from None
+    readable = [row for row in peeked if row.unreadable is None]
+    if peeked and not readable:
+        raise ValueError(f"{name}: cannot be read as JSON lines ({peeked[0].source}: {peeked[0].unreadable})")
+    if readable and not any("prompt" in row.values for row in readable):
+        raise ValueError(f"{name}: has no column 'prompt' (it has {', '.join(sorted(readable[0].values)) or 'none'})")
+    given: Counter[str] = Counter()
+    wrong: dict[str, list[Any]] = {}
+    for row in readable:
+        for key, value in row.values.items():
+            if key in COLUMNS and value is not None:
+                given[key] += 1
+                try:
+                    COLUMNS[key].parse(value)
+                except Mistyped:
+                    wrong.setdefault(key, []).append(value)
+    for key, values in wrong.items():
+        if len(values) == given[key]:
+            raise ValueError(
+                f"{name}: column '{key}' has type {_json_type(values[0])} (such as {_shown(values[0])}); "
+                f"legal: {COLUMNS[key].type} ({COLUMNS[key].legal})"
+            )
+    return itertools.chain(peeked, (_parse_line(name, n, line) for n, line in lines))
+
+
+def _parse_line(name: str, number: int, line: str) -> RawRow:
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return RawRow(name, number, {}, unreadable=f"not JSON ({error})")
+    if not isinstance(values, dict):
+        return RawRow(name, number, {}, unreadable=f"a JSON {_json_type(values)}, not an object")
+    if set(values) == {UNREADABLE}:
+        return RawRow(name, number, {}, unreadable=values[UNREADABLE])
+    return RawRow(name, number, values)
+
+
+# --- judging -------------------------------------------------------------------------------------
+
+
+def judge(raw: RawRow, rules: RowRules) -> Row:
+    """Resolve the defaults of `raw` and find everything that is illegal in it."""
+    if raw.unreadable is not None:
+        return Row(raw, None, (Problem("row", raw.unreadable, "one JSON object a line"),))
+    problems: list[Problem] = []
+    given: dict[str, Any] = {}
+    for name, column in COLUMNS.items():
+        value = raw.values.get(name)
+        if value is None:
+            continue
+        try:
+            parsed = column.parse(value)
+        except Mistyped:
+            problems.append(Problem(name, value, column.legal))
+            continue
+        if column.check(parsed):
+            given[name] = parsed
+        else:
+            problems.append(Problem(name, value, column.legal))
+    if raw.values.get("prompt") is None:
+        problems.append(Problem("prompt", None, COLUMNS["prompt"].legal))
+
+    pipeline_name = given.get("pipeline", DEFAULT_PIPELINE)
+    pipeline = PIPELINES.get(pipeline_name)
+    if pipeline is None and not any(p.column == "pipeline" for p in problems):
+        served = ", ".join(PIPELINES)
+        why = "which this version does not render yet" if pipeline_name in KNOWN_PIPELINES else "which is unknown"
+        problems.append(Problem("pipeline", pipeline_name, f"{served} (not {pipeline_name!r}, {why})"))
+    defaults = dict((pipeline or PIPELINES[DEFAULT_PIPELINE]).defaults)
+    defaults["loras"] = rules.loras
+    values = {**defaults, **rules.defaults, "id": None, **given, "pipeline": pipeline_name}
+
+    problems += _cross_checks(values, rules, {p.column for p in problems})
+    if problems:
+        return Row(raw, None, tuple(problems))
+    values["loras"] = _in_declared_order(values["loras"], rules.loras)
+    extra = {k: v for k, v in raw.values.items() if k not in COLUMNS}
+    values["extra"] = json.dumps(extra, sort_keys=True, ensure_ascii=False, default=str) if extra else None
+    return Row(raw, RenderRequest(**values))
+
+
+def check_defaults(defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Row defaults from the command line, parsed and checked as a row's values would be."""
+    parsed = {}
+    for name, value in defaults.items():
+        column = COLUMNS[name]
+        try:
+            parsed[name] = column.parse(value)
+        except Mistyped:
+            raise ValueError(f"--{column.flag}: {_shown(value)}, legal: {column.legal}") from None
+        if not column.check(parsed[name]):
+            raise ValueError(f"--{column.flag}: {_shown(value)}, legal: {column.legal}")
+    return parsed
+
+
+def _cross_checks(values: Mapping[str, Any], rules: RowRules, bad: set[str]) -> list[Problem]:
+    problems = []
+    if not bad & {"height", "width", "num_frames", "frame_rate"}:
+        shape = ClipShape(values["num_frames"], values["height"], values["width"], values["frame_rate"])
+        problems += [Problem(*problem) for problem in size_problems(shape)]
+    if rules.num_layers is not None:
+        for name in ("video_stg_blocks", "audio_stg_blocks"):
+            if any(block >= rules.num_layers for block in values[name]):
+                problems.append(Problem(name, list(values[name]), f"block numbers from 0 to {rules.num_layers - 1}"))
+    declared = {use.name for use in rules.loras}
+    for use in values["loras"]:
+        if use.name not in declared:
+            known = ", ".join(sorted(declared)) or "none declared; give --lora PATH"
+            problems.append(Problem("loras", use.name, f"a name declared with --lora ({known})"))
+    for image in values["images"]:
+        inside = any(_is_inside(image.path, root) for root in rules.image_roots)
+        if not inside:
+            roots = ", ".join(rules.image_roots) or "none"
+            problems.append(Problem("images", image.path, f"a path inside an --image-root ({roots})"))
+    if values["images"] and not problems:
+        problems.append(Problem("images", values["images"][0].path, "none: this version renders from text only"))
+    return problems
+
+
+def _is_inside(path: str, root: str) -> bool:
+    """Whether `path` (relative ones count from the first root) stays under `root`, links resolved."""
+    if "://" in path or "://" in root:
+        return path.startswith(root.rstrip("/") + "/") and ".." not in path.split("/")
+    full = os.path.realpath(path if os.path.isabs(path) else os.path.join(root, path))
+    return os.path.commonpath([full, os.path.realpath(root)]) == os.path.realpath(root)
+
+
+def _in_declared_order(uses: tuple[LoraUse, ...], declared: tuple[LoraUse, ...]) -> tuple[LoraUse, ...]:
+    order = {use.name: position for position, use in enumerate(declared)}
+    return tuple(sorted(uses, key=lambda use: order[use.name]))
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
+def _json_type(value: Any) -> str:
+    names = {str: "string", bool: "boolean", int: "number", float: "number", list: "array", dict: "object"}
+    return names.get(type(value), "null")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."

@@ -1,0 +1,262 @@
+"""Weight files seen from outside: headers, metadata, digests and what fits what. No torch.
+
+A user's mistake with a file (wrong generation, a LoRA for another model, a truncated download) is
+found here, before any actor starts. Format: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+TRANSFORMER_PREFIX = "model.diffusion_model."
+CONNECTOR_PREFIXES = (
+    "model.diffusion_model.video_embeddings_connector.",
+    "model.diffusion_model.audio_embeddings_connector.",
+)
+LORA_PREFIX = "diffusion_model."
+SUPPORTED_GENERATION = (2, 3)
+
+_SAMPLES = 64
+_SAMPLE_BYTES = 64 * 1024
+_MAX_HEADER_BYTES = 100 * 2**20
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a safetensors file: dtype as the file spells it, shape, byte range in the data part."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class SafetensorsHeader:
+    """The table of contents of a safetensors file."""
+
+    path: str
+    metadata: Mapping[str, str]
+    tensors: Mapping[str, TensorInfo]
+    data_offset: int
+    size: int
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The JSON under the metadata key `config` (empty when there is none)."""
+        try:
+            return json.loads(self.metadata.get("config", "{}"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{self.path}: metadata field 'config' is not JSON ({error})") from None
+
+
+def read_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
+    """Read and check the header of the safetensors file at `path`.
+
+    Raises ValueError naming the file when it is missing, is no safetensors file, or is shorter than
+    its own header says (a truncated download).
+    """
+    path = os.fspath(path)
+    try:
+        size = os.path.getsize(path)
+        with open(path, "rb") as file:
+            prefix = file.read(8)
+            if len(prefix) < 8:
+                raise ValueError(f"{path}: not a safetensors file ({size} bytes)")
+            (length,) = struct.unpack("<Q", prefix)
+            if length > min(size - 8, _MAX_HEADER_BYTES):
+                raise ValueError(f"{path}: not a safetensors file, or cut off inside its header")
+            table = json.loads(file.read(length))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        raise ValueError(f"{path}: not a safetensors file (its header is not JSON)") from None
+    metadata = table.pop("__metadata__", None) or {}
+    tensors = {}
+    for name, entry in table.items():
+        start, end = entry["data_offsets"]
+        tensors[name] = TensorInfo(entry["dtype"], tuple(entry["shape"]), start, end)
+    data_end = max((t.end for t in tensors.values()), default=0)
+    if 8 + length + data_end > size:
+        raise ValueError(
+            f"{path}: truncated, {size} bytes where its header promises {8 + length + data_end}; fetch it again"
+        )
+    return SafetensorsHeader(path, metadata, tensors, 8 + length, size)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What the driver needs to know of an LTX single file."""
+
+    header: SafetensorsHeader
+    model_version: str
+
+    @property
+    def path(self) -> str:
+        return self.header.path
+
+    @cached_property
+    def transformer(self) -> dict[str, Any]:
+        return self.header.config.get("transformer", {})
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.transformer.get("num_layers", 48))
+
+    @property
+    def num_heads(self) -> int:
+        return int(self.transformer.get("num_attention_heads", 32))
+
+    @cached_property
+    def linear_layers(self) -> dict[str, tuple[int, int]]:
+        """Transformer linears by module name, as (out features, in features)."""
+        return {
+            name[len(TRANSFORMER_PREFIX) : -len(".weight")]: (info.shape[0], info.shape[1])
+            for name, info in self.header.tensors.items()
+            if name.startswith(TRANSFORMER_PREFIX)
+            and not name.startswith(CONNECTOR_PREFIXES)
+            and name.endswith(".weight")
+            and len(info.shape) == 2
+        }
+
+
+def parse_generation(model_version: str) -> tuple[int, ...]:
+    """Leading numbers of a `model_version` such as "2.3.1" or "2.3-rc1" (empty when there are none)."""
+    match = re.match(r"\d+(?:\.\d+)*", model_version.strip())
+    return tuple(int(part) for part in match.group().split(".")) if match else ()
+
+
+def open_checkpoint(path: str) -> Checkpoint:
+    """Open an LTX single file, or raise ValueError when it is not of the supported generation."""
+    header = read_header(path)
+    version = header.metadata.get("model_version", "")
+    generation = parse_generation(version)
+    if not version and "transformer" not in header.config:
+        raise ValueError(
+            f"{path}: not an LTX checkpoint (its metadata has neither model_version nor config.transformer); "
+            f"legal: an official LTX-2.3 single file such as ltx-2.3-22b-dev.safetensors"
+        )
+    if generation[:2] != SUPPORTED_GENERATION:
+        raise ValueError(
+            f"{path}: model_version is {version or 'not given'!r}; legal: 2.3.x "
+            f"(LTX-2.0 and LTX-2.5 are other architectures)"
+        )
+    if not any(name.startswith(TRANSFORMER_PREFIX + "transformer_blocks.") for name in header.tensors):
+        raise ValueError(f"{path}: has no transformer (no keys under {TRANSFORMER_PREFIX}transformer_blocks.)")
+    return Checkpoint(header, version)
+
+
+def check_tensor_parallel(checkpoint: Checkpoint, tp: int) -> None:
+    """Raise ValueError unless the attention heads can be divided over `tp` ranks."""
+    heads = checkpoint.num_heads
+    if tp < 1 or heads % tp:
+        legal = [n for n in range(1, heads + 1) if heads % n == 0]
+        raise ValueError(
+            f"--tp: {tp}, legal: a divisor of the {heads} attention heads of {checkpoint.path}: {legal}"
+        )
+
+
+def lora_modules(header: SafetensorsHeader) -> dict[str, tuple[TensorInfo, TensorInfo]]:
+    """Factor pairs (A, B) of a LoRA file by transformer module name."""
+    pairs = {}
+    for name, info in header.tensors.items():
+        if name.endswith(".lora_A.weight"):
+            stem = name[: -len(".lora_A.weight")]
+            other = header.tensors.get(stem + ".lora_B.weight")
+            if other is not None:
+                pairs[stem.removeprefix(LORA_PREFIX)] = (info, other)
+    return pairs
+
+
+def check_lora(checkpoint: Checkpoint, path: str) -> int:
+    """How many of the checkpoint's layers the LoRA at `path` changes; ValueError when it fits none."""
+    pairs = lora_modules(read_header(path))
+    if not pairs:
+        raise ValueError(f"{path}: no LoRA in it; legal: keys <module>.lora_A.weight and <module>.lora_B.weight")
+    linears = checkpoint.linear_layers
+    fitting = 0
+    for module, (a, b) in pairs.items():
+        if module not in linears:
+            continue
+        out_features, in_features = linears[module]
+        if a.shape[1:] != (in_features,) or b.shape[:1] != (out_features,) or a.shape[0] != b.shape[1]:
+            raise ValueError(
+                f"{path}: {module} has factors A {a.shape} and B {b.shape}, but that layer of {checkpoint.path} is "
+                f"{out_features} x {in_features}; legal: A (rank, {in_features}) and B ({out_features}, rank)"
+            )
+        fitting += 1
+    if not fitting:
+        raise ValueError(
+            f"{path}: fits no layer of {checkpoint.path}; it has {len(pairs)} modules such as {next(iter(pairs))!r}"
+        )
+    return fitting
+
+
+def file_digest(path: str) -> str:
+    """32 hex digits for a file: its size, its head and fixed samples of the rest.
+
+    A 46 GB file takes some 4 MB of reading. Files up to that size are hashed whole.
+    """
+    size = os.path.getsize(path)
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        if size <= _SAMPLES * _SAMPLE_BYTES:
+            digest.update(file.read())
+        else:
+            head = file.read(8)
+            length = struct.unpack("<Q", head)[0] if path.endswith(".safetensors") else 0
+            digest.update(head + file.read(min(length, _MAX_HEADER_BYTES)))
+            for i in range(_SAMPLES):
+                file.seek((size - _SAMPLE_BYTES) * i // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:32]
+
+
+def cached_digest(path: str, cache_dir: Path | None = None) -> str:
+    """`file_digest`, or for a directory the digest over its config, tokenizer and weight files.
+
+    Cached by path, size and mtime under `cache_dir` (default: the ltx-ray cache).
+    """
+    if os.path.isdir(path):
+        files = sorted(
+            p for p in Path(path).rglob("*") if p.suffix in (".safetensors", ".json", ".model") and p.is_file()
+        )
+        digest = hashlib.sha256()
+        for file in files:
+            digest.update(f"{file.relative_to(path)}:{cached_digest(str(file), cache_dir)}\n".encode())
+        return digest.hexdigest()[:32]
+    stat = os.stat(path)
+    key = [os.path.realpath(path), stat.st_size, stat.st_mtime_ns]
+    folder = (cache_dir or cache_root()) / "digests"
+    entry = folder / (hashlib.sha256(key[0].encode()).hexdigest()[:32] + ".json")
+    try:
+        stored = json.loads(entry.read_text())
+        if stored["key"] == key:
+            return stored["digest"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    digest = file_digest(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = entry.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps({"key": key, "digest": digest}))
+        temporary.replace(entry)
+    except OSError:
+        pass  # a read-only home only costs the reading again
+    return digest
+
+
+def cache_root() -> Path:
+    """$LTX_RAY_CACHE, or `ltx-ray` in the user's cache directory."""
+    if explicit := os.environ.get("LTX_RAY_CACHE"):
+        return Path(explicit)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ltx-ray"

@@ -1,0 +1,176 @@
+"""A gang: the rank actors of one replica in one placement group, started and killed as one.
+
+Nothing here waits. `advance` takes the gang from one step of its start to the next whenever the
+references it waits for are ready, so that the driver's single loop can start many at once.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from ltx_ray.config import PoolSpec
+from ltx_ray.pools.actors import RankActor
+from ltx_ray.records import CallReport
+
+_RENDEZVOUS_TIMEOUT = 300.0
+
+
+class GangLost(Exception):
+    """The gang is of no more use: a rank died, failed to start, or disagreed with the others."""
+
+
+@dataclass
+class Call:
+    """A call under way on all ranks: `reports` by rank, `payload` of rank 0."""
+
+    stage: str
+    item_id: str
+    reports: list[ray.ObjectRef]
+    payload: ray.ObjectRef
+    started: float = field(default_factory=time.time)
+    done: dict[int, CallReport] = field(default_factory=dict)
+
+
+class Gang:
+    """One replica of `pool`. `state` is "placing", "meeting", "loading", "ready" or "dead"."""
+
+    def __init__(self, name: str, pool: PoolSpec):
+        self.name, self.pool = name, pool
+        self.state = "placing"
+        self.created = time.time()
+        self.ranks: list[dict[str, Any]] = []
+        self.device = ""
+        self.call: Call | None = None
+        bundle = {"CPU": pool.cpus_per_rank}
+        if pool.gpus_per_rank:
+            bundle["GPU"] = pool.gpus_per_rank
+        # tensor parallelism talks after every layer, so a gang never spans nodes
+        self._group: PlacementGroup = placement_group([bundle] * pool.ranks, strategy="STRICT_PACK")
+        self._actors: list[Any] = []
+        self._pending: list[ray.ObjectRef] = [self._group.ready()]
+
+    def waits_for(self) -> list[ray.ObjectRef]:
+        """References whose readiness moves this gang on."""
+        if self.call is not None:
+            return [ref for rank, ref in enumerate(self.call.reports) if rank not in self.call.done]
+        return self._pending
+
+    def advance(self, ready: set[ray.ObjectRef]) -> bool:
+        """Take the next step of the start if all it waits for is in `ready`; True when that makes it ready.
+
+        Raises GangLost when a step failed.
+        """
+        self._pending = [ref for ref in self._pending if ref not in ready]
+        if self._pending:
+            return False
+        try:
+            if self.state == "placing":
+                self._spawn()
+            elif self.state == "meeting":
+                self._load()
+            elif self.state == "loading":
+                self._finish_loading()
+                return True
+        except ray.exceptions.RayError as error:
+            raise GangLost(f"{self.state}: {_first_line(error)}") from error
+        return False
+
+    def _spawn(self) -> None:
+        pool = self.pool
+        environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        if not pool.gpus_per_rank:
+            environment["CUDA_VISIBLE_DEVICES"] = ""
+        actor = ray.remote(RankActor)
+        self._actors = [
+            actor.options(
+                num_cpus=pool.cpus_per_rank,
+                num_gpus=pool.gpus_per_rank,
+                max_restarts=0,
+                runtime_env={"env_vars": environment},
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank),
+            ).remote()
+            for rank in range(pool.ranks)
+        ]
+        self._described = [a.describe.remote() for a in self._actors]
+        self._port = self._actors[0].free_port.remote()
+        self._pending = [*self._described, self._port]
+        self.state = "meeting"
+
+    def _load(self) -> None:
+        self.ranks = [{"rank": rank, **ray.get(ref)} for rank, ref in enumerate(self._described)]
+        world = len(self._actors)
+        rendezvous = (self.ranks[0]["address"], ray.get(self._port)) if world > 1 else None
+        self._started = [
+            a.start.remote(self.pool.engine, rank, world, rendezvous, _RENDEZVOUS_TIMEOUT)
+            for rank, a in enumerate(self._actors)
+        ]
+        self._pending = list(self._started)
+        self.state = "loading"
+
+    def _finish_loading(self) -> None:
+        reports: list[CallReport] = ray.get(self._started)
+        for rank, report in enumerate(reports):
+            self.ranks[rank]["device"] = report.device
+            if not report.ok:
+                where = f"rank {rank} on node {self.ranks[rank]['address']} ({report.device})"
+                raise GangLost(f"{where}: {report.error_type}: {report.message}\n{report.traceback}")
+        self.device = reports[0].device
+        self.state = "ready"
+
+    def submit(self, stage: str, item: Any, inputs: list[Any]) -> Call:
+        """Start `stage` of `item` on all ranks. `inputs` are references to earlier payloads."""
+        assert self.state == "ready" and self.call is None
+        pairs = [a.run.options(num_returns=2).remote(stage, item, *inputs) for a in self._actors]
+        self.call = Call(stage, item.item_id, [report for report, _ in pairs], pairs[0][1])
+        return self.call
+
+    def collect(self, ready: set[ray.ObjectRef]) -> list[CallReport] | None:
+        """The reports of the call under way once every rank has answered, else None.
+
+        Raises GangLost when a rank died, or when some ranks failed and others did not.
+        """
+        call = self.call
+        assert call is not None
+        for rank, ref in enumerate(call.reports):
+            if rank not in call.done and ref in ready:
+                try:
+                    call.done[rank] = ray.get(ref)
+                except ray.exceptions.RayActorError as error:
+                    raise GangLost(f"rank {rank} died during {call.stage}: {_first_line(error)}") from error
+                except ray.exceptions.RayError as error:
+                    raise InputsLost(_first_line(error)) from error
+        if any(not r.ok for r in call.done.values()) and len(call.done) < len(call.reports):
+            # a rank that failed alone leaves the others waiting in a collective; give them no time
+            if self.pool.ranks > 1 and not all(r.row_error for r in call.done.values()):
+                report = next(r for r in call.done.values() if not r.ok)
+                raise GangLost(f"a rank failed alone during {call.stage}: {report.error_type}: {report.message}")
+        if len(call.done) < len(call.reports):
+            return None
+        reports = [call.done[rank] for rank in range(len(call.reports))]
+        if len({(r.ok, r.error_type) for r in reports}) > 1:
+            report = next(r for r in reports if not r.ok)
+            raise GangLost(f"the ranks disagreed during {call.stage}: {report.error_type}: {report.message}")
+        self.call = None
+        return reports
+
+    def kill(self) -> None:
+        """End all ranks and give the placement group back."""
+        self.state = "dead"
+        self._pending = []
+        for actor in self._actors:
+            ray.kill(actor, no_restart=True)
+        remove_placement_group(self._group)
+
+
+class InputsLost(Exception):
+    """The inputs of a call are gone from the object store (their node died)."""
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,111 @@
+"""Everything that changes pixels, and the identity that follows from it.
+
+Defaults of the pipelines: `ltx-facts.md` (v1.2.0, `constants.py`). `item_id` hashes the resolved
+request and the recipe, so it never depends on paths, pool sizes, `tp` or versions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from ltx_ray.records import Recipe, RenderRequest, canonical_json, plain
+
+DEFAULT_NEGATIVE_PROMPT = (
+    "has_subtitles, has_blurbox, transition from black, transition to black, speech_ending_short, "
+    "blurry, out of focus, overexposed, underexposed, low contrast, washed out colors, excessive noise, "
+    "grainy texture, poor lighting, flickering, motion blur, distorted proportions, unnatural skin tones, "
+    "deformed facial features, asymmetrical face, missing facial features, extra limbs, disfigured hands, "
+    "wrong hand count, artifacts around text, inconsistent perspective, camera shake, incorrect depth of "
+    "field, background too sharp, background clutter, distracting reflections, harsh shadows, inconsistent "
+    "lighting direction, color banding, cartoonish rendering, 3D CGI look, unrealistic materials, uncanny "
+    "valley effect, incorrect ethnicity, wrong gender, exaggerated expressions, wrong gaze direction, "
+    "mismatched lip sync, silent or muted audio, distorted voice, robotic voice, echo, background noise, "
+    "off-sync audio, incorrect dialogue, added dialogue, repetitive speech, jittery movement, awkward "
+    "pauses, incorrect timing, unnatural transitions, inconsistent framing, tilted camera, flat lighting, "
+    "inconsistent tone, cinematic oversaturation, stylized filters, or AI artifacts."
+)
+
+#: Stage 2 of every pipeline refines along this schedule.
+STAGE_2_SIGMAS = (0.909375, 0.725, 0.421875, 0.0)
+
+_COMMON: dict[str, Any] = {
+    "negative_prompt": DEFAULT_NEGATIVE_PROMPT,
+    "seed": 10,
+    "num_frames": 121,
+    "frame_rate": 24.0,
+    "loras": (),
+    "images": (),
+    "video_skip_step": 0,
+    "audio_skip_step": 0,
+    "video_modality_scale": 3.0,
+    "audio_modality_scale": 3.0,
+    "video_cfg_scale": 3.0,
+    "audio_cfg_scale": 7.0,
+}
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A named way to render: its row defaults, its sampler, its stage-1 schedule, the audio it keeps."""
+
+    name: str
+    sampler: str
+    #: Tokens that shift the stage-1 schedule; None takes the clip's own stage-1 video tokens.
+    schedule_tokens: int | None
+    audio_stage: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+PIPELINES: Mapping[str, Pipeline] = MappingProxyType(
+    {
+        "hq": Pipeline(
+            name="hq",
+            sampler="res_2s",
+            schedule_tokens=None,
+            audio_stage="stage_1",
+            defaults=MappingProxyType(
+                {
+                    **_COMMON,
+                    "height": 1088,
+                    "width": 1920,
+                    "num_inference_steps": 15,
+                    "video_stg_scale": 0.0,
+                    "audio_stg_scale": 0.0,
+                    "video_rescale_scale": 0.45,
+                    "audio_rescale_scale": 1.0,
+                    "video_stg_blocks": (),
+                    "audio_stg_blocks": (),
+                    "distilled_lora_strength_stage_1": 0.25,
+                    "distilled_lora_strength_stage_2": 0.5,
+                }
+            ),
+        ),
+    }
+)
+
+#: Names that the manifest contract knows, whether or not this version serves them.
+KNOWN_PIPELINES = ("hq", "base", "distilled")
+DEFAULT_PIPELINE = "hq"
+
+
+def recipe_digest(recipe: Recipe) -> str:
+    """First 16 hex of sha256 over the recipe."""
+    return hashlib.sha256(canonical_json(recipe).encode()).hexdigest()[:16]
+
+
+def item_id(request: RenderRequest, recipe: Recipe, image_digests: tuple[str, ...] = ()) -> str:
+    """The 32 hex digits that name a clip.
+
+    Images count by the digest of their bytes (`image_digests`, in row order), never by path.
+    """
+    assert len(image_digests) == len(request.images)
+    row = plain(request)
+    row.pop("id")
+    row.pop("extra")
+    row["images"] = [{**image, "path": digest} for image, digest in zip(row["images"], image_digests, strict=True)]
+    text = canonical_json({"request": row, "recipe": recipe})
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -1,0 +1,218 @@
+"""The frozen dataclasses that flow between stages. No torch here: tensors are typed as `Any`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from ltx_ray.shapes import ClipShape
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+class RowError(Exception):
+    """A row cannot be rendered, whoever tries: it fails without another attempt, and nothing else does."""
+
+
+@dataclass(frozen=True)
+class AV(Generic[T]):
+    """A video thing and its audio twin, so that code handles both in one line."""
+
+    video: T
+    audio: T
+
+    def map(self, fn: Callable[..., U], *others: AV[Any]) -> AV[U]:
+        """`fn(self.video, *others.video)` and the same for audio, video first."""
+        return AV(fn(self.video, *(o.video for o in others)), fn(self.audio, *(o.audio for o in others)))
+
+    def __iter__(self):
+        return iter((self.video, self.audio))
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Guidance of one modality; the names are the manifest's without their `video_`/`audio_` prefix."""
+
+    cfg_scale: float
+    stg_scale: float
+    rescale_scale: float
+    modality_scale: float
+    stg_blocks: tuple[int, ...]
+    skip_step: int
+
+
+@dataclass(frozen=True)
+class ImageCondition:
+    """One conditioning image of a row: where it is, the frame it sits at, how strongly it binds."""
+
+    path: str
+    frame_idx: int
+    strength: float
+    crf: int | None
+
+
+@dataclass(frozen=True)
+class LoraUse:
+    """A user LoRA (declared with --lora under its file's stem) and its strength in this row."""
+
+    name: str
+    strength: float
+
+
+@dataclass(frozen=True)
+class RenderRequest:
+    """One manifest row with every default resolved. Field names are the manifest's columns."""
+
+    prompt: str
+    negative_prompt: str
+    seed: int
+    height: int
+    width: int
+    num_frames: int
+    frame_rate: float
+    num_inference_steps: int
+    video_cfg_scale: float
+    video_stg_scale: float
+    video_rescale_scale: float
+    video_modality_scale: float
+    video_stg_blocks: tuple[int, ...]
+    video_skip_step: int
+    audio_cfg_scale: float
+    audio_stg_scale: float
+    audio_rescale_scale: float
+    audio_modality_scale: float
+    audio_stg_blocks: tuple[int, ...]
+    audio_skip_step: int
+    distilled_lora_strength_stage_1: float
+    distilled_lora_strength_stage_2: float
+    loras: tuple[LoraUse, ...]
+    images: tuple[ImageCondition, ...]
+    pipeline: str
+    id: str | None = None
+    extra: str | None = None
+
+    @property
+    def shape(self) -> ClipShape:
+        return ClipShape(self.num_frames, self.height, self.width, self.frame_rate)
+
+    @property
+    def guidance(self) -> AV[Guidance]:
+        def one(prefix: str) -> Guidance:
+            names = (f.name for f in dataclasses.fields(Guidance))
+            return Guidance(**{name: getattr(self, f"{prefix}_{name}") for name in names})
+
+        return AV(one("video"), one("audio"))
+
+    def row(self) -> dict[str, Any]:
+        """The request as plain lists and dicts, keyed by manifest column."""
+        return plain(self)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What besides the request decides the pixels. Weight files are named by digest, never by path."""
+
+    pipeline: str
+    dtype: str
+    precision: str
+    noise_device: str
+    checkpoint: str
+    gemma: str
+    upsampler: str
+    distilled_lora: str | None
+    distilled_lora_strengths: tuple[float, float]
+    loras: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class WorkItem:
+    """One clip to render: what flows through the pools. Several manifest rows may share it."""
+
+    item_id: str
+    request: RenderRequest
+    recipe: Recipe
+    recipe_digest: str
+    attempt: int = 1
+
+
+@dataclass(frozen=True)
+class PromptContext:
+    """Text contexts of one prompt: tensors (1, S, D_video) and (1, S, D_audio) on the host."""
+
+    context: AV[Any]
+    tokens: int
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class NoiseLedger:
+    """Every draw a clip's generator has made so far, so that any stage can put it back there.
+
+    `draws` holds (name, packed shape, dtype name). Numbers of a CUDA generator depend on the GPU
+    model, hence `device_model`.
+    """
+
+    seed: int
+    device: str
+    device_model: str
+    draws: tuple[tuple[str, tuple[int, ...], str], ...] = ()
+
+    def extended(self, name: str, shape: tuple[int, ...], dtype: str) -> NoiseLedger:
+        return dataclasses.replace(self, draws=(*self.draws, (name, tuple(shape), dtype)))
+
+
+@dataclass(frozen=True)
+class StageLatents:
+    """What a stage hands on: unpacked latents (1, C, F, H, W) and (1, 8, T, 16) on the host."""
+
+    latents: AV[Any]
+    ledger: NoiseLedger
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What the decode pool made of an item. `path` is relative to the output root (None: latents only)."""
+
+    path: str | None
+    sha256: str | None
+    latents_sha256: str
+    flags: tuple[str, ...]
+    audio_stage: str
+
+
+@dataclass(frozen=True)
+class CallReport:
+    """Small result of one engine call on one rank; big results travel beside it."""
+
+    ok: bool
+    seconds: float
+    started: float
+    switch_seconds: float = 0.0
+    switches: int = 0
+    device: str = ""
+    error_type: str | None = None
+    message: str | None = None
+    traceback: str | None = None
+    #: True when the row itself is to blame, so that every rank is expected to say the same.
+    row_error: bool = False
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, tuples and the like as dicts, lists and scalars (for JSON and Parquet)."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return value
+
+
+def canonical_json(value: Any) -> str:
+    """One spelling for equal values: sorted keys, no blanks, shortest floats, UTF-8 text."""
+    return json.dumps(plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)

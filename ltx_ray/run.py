@@ -1,0 +1,337 @@
+"""One run from end to end: model and plan checked, cluster joined, driver run, records written."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import secrets
+import signal
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import ltx_ray
+from ltx_ray.config import EngineSpec, LoraFile, ModelFiles, Numerics, PoolSpec, RunLimits, Selection
+from ltx_ray.dataset.writer import DatasetWriter, Done
+from ltx_ray.driver.progress import Progress
+from ltx_ray.lease import Lease
+from ltx_ray.manifest import RowRules, check_defaults, manifest_folder
+from ltx_ray.metrics import EventLog
+from ltx_ray.modelfiles import Checkpoint, check_lora, check_tensor_parallel, open_checkpoint, read_header
+from ltx_ray.plan import Plan, RecipeBook
+from ltx_ray.pools.pool import Resources, StartFailed, Wanted, check_schedulable, lay_out, slots_needed
+from ltx_ray.records import LoraUse, canonical_json
+from ltx_ray.storage import Store
+
+EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_FAILED_ROWS, EXIT_DRAINED = 0, 1, 2, 3, 4
+
+_ENGINES = {
+    "text": "ltx_ray.engine.text:TextEngine",
+    "diffusion": "ltx_ray.engine.diffusion:DiffusionEngine",
+    "decode": "ltx_ray.engine.decode:DecodeEngine",
+}
+_PACKAGES = ("torch", "ray", "diffusers", "transformers", "safetensors", "av", "pyarrow")
+#: Object store of a private cluster without GPUs: contexts and latents of a few small clips.
+_LOCAL_STORE_BYTES = 512 * 2**20
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user asked for, as given."""
+
+    manifest: str
+    output: str | None
+    model: ModelFiles
+    dtype: str = "bfloat16"
+    precision: str = "bf16"
+    noise_device: str = "model"
+    row_defaults: Mapping[str, Any] = field(default_factory=dict)
+    wanted: Wanted = Wanted()  # noqa: RUF009 (frozen)
+    ray_address: str | None = None
+    selection: Selection = Selection()  # noqa: RUF009 (frozen)
+    save_latents: bool = False
+    stop_after: str | None = None
+    image_roots: tuple[str, ...] = ()
+    limits: RunLimits = RunLimits()  # noqa: RUF009 (frozen)
+    retry_failed: bool = False
+    command: tuple[str, ...] = ()
+    engines: Mapping[str, str] = field(default_factory=lambda: dict(_ENGINES))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Options found to be legal, with what was learnt on the way."""
+
+    options: Options
+    checkpoint: Checkpoint
+    plan: Plan
+    numerics: Numerics
+
+
+def prepare(options: Options) -> Prepared:
+    """Check everything that needs no GPU and no Ray. Raises ValueError for a user's mistake."""
+    model = options.model.local()
+    checkpoint = open_checkpoint(model.checkpoint_path)
+    check_tensor_parallel(checkpoint, options.wanted.tp)
+    read_header(model.spatial_upsampler_path)
+    if not os.path.isfile(os.path.join(model.gemma_root, "config.json")):
+        raise ValueError(f"--gemma-root: {model.gemma_root}, has no config.json; legal: a Gemma 3 model directory")
+    if model.distilled_lora is not None:
+        check_lora(checkpoint, model.distilled_lora)
+    for lora in model.loras:
+        check_lora(checkpoint, lora.path)
+    defaults = check_defaults(options.row_defaults)
+    numerics = Numerics(
+        dtype=options.dtype, precision=options.precision, noise_device=options.noise_device, tp=options.wanted.tp
+    )
+    writer = DatasetWriter(Store(options.output)) if options.output else None
+    rules = RowRules(
+        defaults=defaults,
+        num_layers=checkpoint.num_layers,
+        loras=tuple(LoraUse(lora.name, lora.strength) for lora in model.loras),
+        image_roots=options.image_roots or (manifest_folder(options.manifest),),
+    )
+    plan = Plan(
+        manifest=options.manifest,
+        rules=rules,
+        book=RecipeBook(model, numerics),
+        done=writer.listing() if writer else Done(),
+        selection=options.selection,
+        retry_failed=options.retry_failed,
+        latents_only=options.stop_after is not None,
+    )
+    return Prepared(options, checkpoint, plan, numerics)
+
+
+def render(options: Options) -> int:
+    """Render the manifest; returns the exit code. Raises ValueError for a user's mistake."""
+    prepared = prepare(options)
+    rows = prepared.plan.open()
+    assert options.output is not None
+    store = Store(options.output)
+    store.check_writable()
+    progress = Progress()
+    run_id = f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
+    cluster = _Cluster(options)
+    try:
+        pools, numerics = cluster.pools(prepared)
+        lease = Lease(store, run_id)
+        lease.acquire(progress.say)
+        try:
+            # what another run finished while this one waited is done
+            prepared.plan.done = DatasetWriter(store).listing()
+            return _run(prepared, rows, store, run_id, pools, numerics, lease, progress)
+        finally:
+            lease.release()
+    finally:
+        cluster.leave()
+
+
+def _run(prepared, rows, store, run_id, pools, numerics, lease, progress) -> int:
+    from ltx_ray.driver.loop import Driver
+
+    options = prepared.options
+    _keep_older_run(store)
+    events = EventLog(store)
+    record = _RunRecord(store, run_id, prepared, pools, numerics)
+    record.write("running", Counter())
+    events.emit("run_started", run_id=run_id, pools={p.name: p.replicas for p in pools}, tp=options.wanted.tp)
+    stages = ("text", "stage1", "decode") if options.stop_after else ("text", "stage1", "stage2", "decode")
+    driver = Driver(
+        plan=prepared.plan,
+        pools=pools,
+        stages=stages,
+        writer=DatasetWriter(store),
+        events=events,
+        progress=progress,
+        limits=options.limits,
+        numerics=canonical_json(numerics),
+        versions=canonical_json(record.versions),
+        on_tick=lease.renew,
+    )
+    state, code = "failed", EXIT_ERROR
+    handlers = _drain_on_signals(driver)
+    try:
+        outcome = driver.run(rows)
+        state = "drained" if outcome.drained else "finished"
+        code = EXIT_DRAINED if outcome.drained else EXIT_FAILED_ROWS if driver.counts["failed"] else EXIT_OK
+    except StartFailed as error:
+        progress.say(str(error))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        record.write(state, driver.counts)
+        events.emit("run_finished", state=state, counts=record.counts(driver.counts))
+        events.flush()
+        _write_report(store, progress)
+    progress.say(_summary(state, record.counts(driver.counts), options.output))
+    return code
+
+
+def _drain_on_signals(driver) -> dict[int, Any]:
+    """First SIGTERM or SIGINT drains, a second one ends the process at once."""
+
+    def handle(number: int, frame: Any) -> None:
+        if driver.policy.draining:
+            os._exit(128 + number)
+        driver.drain(signal.Signals(number).name)
+
+    try:
+        return {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not in the main thread, where signals do not arrive anyway
+        return {}
+
+
+def _write_report(store: Store, progress: Progress) -> None:
+    from ltx_ray.dataset.report import write_report
+
+    if not store.is_local:
+        return
+    try:
+        write_report(store.root)
+    except Exception as error:  # a page of pictures must never cost a run its exit code
+        progress.say(f"report.html was not written: {error}")
+
+
+class _Cluster:
+    """The Ray cluster of a run: the one asked for, or a private local one."""
+
+    def __init__(self, options: Options):
+        self._options = options
+        self._address = options.ray_address or os.environ.get("RAY_ADDRESS")
+
+    def pools(self, prepared: Prepared) -> tuple[list[PoolSpec], Numerics]:
+        """Join or start the cluster and lay the pools out on it."""
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        import ray
+
+        common = {"logging_level": "warning", "log_to_driver": False, "configure_logging": True}
+        if self._address:
+            if not ray.is_initialized():
+                ray.init(address=self._address, **common)
+            free = Resources.of(ray.available_resources())
+            pools, numerics = self._lay_out(prepared, Resources.of(ray.cluster_resources()).gpus)
+        else:
+            gpus = float(_local_gpus())
+            pools, numerics = self._lay_out(prepared, gpus)
+            free = Resources(slots_needed(pools).cpus, gpus)
+            check_schedulable(pools, free)
+            ray.init(
+                address="local",
+                num_cpus=int(free.cpus) + 1,
+                include_dashboard=False,
+                object_store_memory=None if gpus else _LOCAL_STORE_BYTES,
+                **common,
+            )
+        check_schedulable(pools, free)
+        return pools, numerics
+
+    def _lay_out(self, prepared: Prepared, gpus: float) -> tuple[list[PoolSpec], Numerics]:
+        options = self._options
+        numerics = replace(prepared.numerics, device="cuda" if gpus else "cpu")
+        engines = {
+            name: EngineSpec(
+                engine=path,
+                model=options.model,
+                numerics=numerics,
+                output=Store(options.output).uri if "://" in options.output else os.path.abspath(options.output),
+                save_latents=options.save_latents,
+                stop_after=options.stop_after,
+            )
+            for name, path in options.engines.items()
+        }
+        wanted = replace(options.wanted, with_stage2=options.stop_after is None)
+        return lay_out(wanted, gpus, engines), numerics
+
+    def leave(self) -> None:
+        import ray
+
+        ray.shutdown()
+
+
+def _local_gpus() -> int:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([v for v in visible.split(",") if v.strip() and v.strip() != "-1"])
+    from ray._private.accelerators import NvidiaGPUAcceleratorManager
+
+    return NvidiaGPUAcceleratorManager.get_current_node_num_accelerators()
+
+
+class _RunRecord:
+    """`run.json`."""
+
+    def __init__(self, store: Store, run_id: str, prepared: Prepared, pools: list[PoolSpec], numerics: Numerics):
+        self._store, self._prepared, self._pools, self._numerics = store, prepared, pools, numerics
+        self._run_id = run_id
+        self._started = _now()
+        self.versions = {"ltx_ray": ltx_ray.__version__, **{name: _version(name) for name in _PACKAGES}}
+
+    @staticmethod
+    def counts(counts: Counter) -> dict[str, int]:
+        return {name: counts[name] for name in ("rows", "rendered", "already_done", "failed", "illegal")}
+
+    def write(self, state: str, counts: Counter) -> None:
+        options = self._prepared.options
+        record = {
+            "run_id": self._run_id,
+            "state": state,
+            "started_at": self._started,
+            "finished_at": None if state == "running" else _now(),
+            "command": list(options.command),
+            "manifest": options.manifest,
+            "output": options.output,
+            "checkpoint": self._prepared.checkpoint.path,
+            "model_version": self._prepared.checkpoint.model_version,
+            "pools": {p.name: p.replicas for p in self._pools},
+            "tp": options.wanted.tp,
+            "numerics": json.loads(canonical_json(self._numerics)),
+            "device": self._numerics.device,
+            "counts": self.counts(counts),
+            "versions": self.versions,
+        }
+        self._store.write_bytes("run.json", json.dumps(record, indent=2, ensure_ascii=False).encode())
+
+
+def _keep_older_run(store: Store) -> None:
+    """Move the records of the run before this one under `runs/<its id>/`."""
+    try:
+        older = json.loads(store.read_bytes("run.json"))["run_id"]
+    except (OSError, ValueError, KeyError):
+        return
+    for name in ("run.json", "events.jsonl", "report.html"):
+        if store.exists(name):
+            store.write_bytes(f"runs/{older}/{name}", store.read_bytes(name))
+
+
+def _summary(state: str, counts: Mapping[str, int], output: str | None) -> str:
+    parts = [f"{counts['rendered']} rendered"]
+    if counts["already_done"]:
+        parts.append(f"{counts['already_done']} done before")
+    if counts["failed"]:
+        parts.append(f"{counts['failed']} failed ({counts['illegal']} illegal), listed in {output}/failed")
+    return f"{state}: {counts['rows']} rows, {', '.join(parts)}"
+
+
+def lora_files(pairs: list[tuple[str, float]]) -> tuple[LoraFile, ...]:
+    """Declared LoRAs from (path, strength); ValueError when two have one name."""
+    files = tuple(LoraFile(os.path.splitext(os.path.basename(path))[0], path, strength) for path, strength in pairs)
+    names = [file.name for file in files]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"--lora: two files are named {name!r}; legal: file names that differ")
+    return files
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -1,0 +1,104 @@
+"""Pixel -> latent -> packed arithmetic of LTX-2.3, in plain ints, and which sizes are legal.
+
+Source of the numbers: `ltx-facts.md` (the video VAE compresses 8 x 32 x 32, stage 1 runs at half
+resolution, audio has 25 latents a second of 8 channels x 16 bins).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+TIME_FACTOR = 8
+SPACE_FACTOR = 32
+#: Stage 1 works at half of the requested size, so both sides must survive a further halving.
+SIZE_MULTIPLE = 2 * SPACE_FACTOR
+AUDIO_LATENTS_PER_SECOND = 16000 / 160 / 4
+AUDIO_CHANNELS = 8
+AUDIO_BINS = 16
+AUDIO_SAMPLE_RATE = 48000
+
+
+@dataclass(frozen=True)
+class ClipShape:
+    """Size of a clip in pixels: (num_frames, height, width) at `frame_rate` frames a second."""
+
+    num_frames: int
+    height: int
+    width: int
+    frame_rate: float
+
+    def half(self) -> ClipShape:
+        """The stage-1 size of this clip."""
+        return ClipShape(self.num_frames, self.height // 2, self.width // 2, self.frame_rate)
+
+    @property
+    def latent_frames(self) -> int:
+        return (self.num_frames - 1) // TIME_FACTOR + 1
+
+    @property
+    def latent_height(self) -> int:
+        return self.height // SPACE_FACTOR
+
+    @property
+    def latent_width(self) -> int:
+        return self.width // SPACE_FACTOR
+
+    @property
+    def video_tokens(self) -> int:
+        """Packed length of the video latent (without conditioning tokens)."""
+        return self.latent_frames * self.latent_height * self.latent_width
+
+    @property
+    def audio_latents(self) -> int:
+        """Packed length of the audio latent; Python's round, half to even, as the reference has it."""
+        return round(float(self.num_frames) / float(self.frame_rate) * AUDIO_LATENTS_PER_SECOND)
+
+    @property
+    def audio_samples(self) -> int:
+        """Samples at 48 kHz that last exactly as long as the picture does."""
+        return round(Fraction(self.num_frames) / frame_rate_fraction(self.frame_rate) * AUDIO_SAMPLE_RATE)
+
+    @property
+    def seconds(self) -> float:
+        return float(self.num_frames / frame_rate_fraction(self.frame_rate))
+
+
+def frame_rate_fraction(frame_rate: float) -> Fraction:
+    """`frame_rate` as the fraction that goes into the file.
+
+    Decimal spellings of the NTSC rates (23.976, 29.97, 59.94 ...) mean n*1000/1001; everything else
+    is taken as the decimal number it was written as.
+    """
+    nearest = round(frame_rate)
+    if nearest > 0 and frame_rate != nearest:
+        ntsc = Fraction(nearest * 1000, 1001)
+        if abs(float(ntsc) - frame_rate) < 5e-3:
+            return ntsc
+    return Fraction(repr(float(frame_rate))).limit_denominator(100_000)
+
+
+def size_problems(shape: ClipShape) -> list[tuple[str, object, str]]:
+    """Why `shape` cannot be rendered, as (column, value, what is legal); empty when it can."""
+    problems: list[tuple[str, object, str]] = []
+    for column in ("height", "width"):
+        value = getattr(shape, column)
+        if value < SIZE_MULTIPLE or value % SIZE_MULTIPLE:
+            lower = max(SIZE_MULTIPLE, value // SIZE_MULTIPLE * SIZE_MULTIPLE)
+            problems.append(
+                (column, value, f"a positive multiple of {SIZE_MULTIPLE} (next: {lower} or {lower + SIZE_MULTIPLE})")
+            )
+    if shape.num_frames < 1 or (shape.num_frames - 1) % TIME_FACTOR:
+        lower = max(1, (shape.num_frames - 1) // TIME_FACTOR * TIME_FACTOR + 1)
+        problems.append(
+            ("num_frames", shape.num_frames, f"8*k + 1 with k >= 0 (next: {lower} or {lower + TIME_FACTOR})")
+        )
+    if not (math.isfinite(shape.frame_rate) and 0 < shape.frame_rate <= 1000):
+        problems.append(("frame_rate", shape.frame_rate, "frames a second, above 0 and at most 1000"))
+    elif not problems and shape.audio_latents < 1:
+        problems.append(
+            ("num_frames", shape.num_frames, f"long enough for one audio latent (1/{AUDIO_LATENTS_PER_SECOND:g} s)"
+             f" at frame_rate {shape.frame_rate:g}")
+        )
+    return problems

@@ -1,0 +1,116 @@
+"""What people ask about a dataset or a weight file, as lines of text."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+
+from ltx_ray.dataset.writer import DatasetWriter
+from ltx_ray.driver.progress import duration
+from ltx_ray.modelfiles import lora_modules, read_header
+from ltx_ray.storage import Store
+
+_PARTS = {
+    "model.diffusion_model.video_embeddings_connector.": "video connector",
+    "model.diffusion_model.audio_embeddings_connector.": "audio connector",
+    "model.diffusion_model.": "transformer",
+    "text_embedding_projection.": "text projections",
+    "vae.": "video VAE",
+    "audio_vae.": "audio VAE",
+    "vocoder.": "vocoder",
+}
+
+
+def status_lines(output: str) -> list[str]:
+    """State of the newest run into `output`, counts, and what its replicas do. ValueError for no dataset."""
+    store = Store(output)
+    try:
+        run = json.loads(store.read_bytes("run.json"))
+    except OSError:
+        raise ValueError(f"{output}: no run.json; legal: the --output of a run") from None
+    except ValueError:
+        run = {}
+    done = DatasetWriter(store).listing()
+    kinds = Counter(done.failed.values())
+    lines = [
+        f"run {run.get('run_id', '?')}: {_state(run, store)}",
+        f"manifest {run.get('manifest', '?')}, started {run.get('started_at', '?')}",
+        f"{len(done.rows)} rows in the index, {len(done.failed)} in failed/"
+        + (f" ({kinds['illegal']} illegal, {kinds['row']} of their own fault, {kinds['infra']} of infrastructure's)"
+           if done.failed else ""),
+    ]  # fmt: skip
+    events = _events(store)
+    if events:
+        calls: dict[str, tuple[float, str]] = {}
+        for event in events:
+            if event.get("event") == "call":
+                calls[event["replica"]] = (event["t"], f"{event['stage']} of {event['id']}, {event['seconds']:.1f} s")
+            elif event.get("event") == "gang_lost":
+                calls.pop(event["replica"], None)
+        now = time.time()
+        for replica, (when, what) in sorted(calls.items()):
+            lines.append(f"{replica}: last finished {what}, {duration(now - when)} ago")
+        finished = [e["t"] for e in events if e.get("event") == "item_finished"]
+        if len(finished) > 1 and finished[-1] > finished[0]:
+            lines.append(f"{(len(finished) - 1) / (finished[-1] - finished[0]) * 3600:,.0f} clips an hour")
+    return lines
+
+
+def _state(run: dict, store: Store) -> str:
+    state = run.get("state", "unknown")
+    if state == "running" and not store.exists("_lease.json"):
+        return "interrupted (run the same command to go on)"
+    return state
+
+
+def _events(store: Store) -> list[dict]:
+    try:
+        text = store.read_bytes("events.jsonl").decode(errors="replace")
+    except OSError:
+        return []
+    events = []
+    for line in text.splitlines():
+        try:
+            events.append(json.loads(line))
+        except ValueError:
+            continue  # the last line of a running log may be half-written
+    return [e for e in events if isinstance(e, dict) and "t" in e]
+
+
+def inspect_lines(path: str) -> list[str]:
+    """Parts, sizes and metadata of the safetensors file at `path`. ValueError when it is none."""
+    header = read_header(path)
+    dtypes = Counter(t.dtype for t in header.tensors.values())
+    lines = [
+        f"{path}: {header.size / 2**20:,.1f} MiB, {len(header.tensors)} tensors "
+        f"({', '.join(f'{n} {dtype}' for dtype, n in dtypes.most_common())})"
+    ]
+    if version := header.metadata.get("model_version"):
+        lines.append(f"model_version {version}")
+    claimed: set[str] = set()
+    for prefix, what in _PARTS.items():
+        names = {n for n in header.tensors if n.startswith(prefix)} - claimed
+        claimed |= names
+        if names:
+            size = sum(header.tensors[n].end - header.tensors[n].start for n in names)
+            lines.append(f"{what}: {len(names)} tensors, {size / 2**20:,.1f} MiB under {prefix}")
+    if pairs := lora_modules(header):
+        ranks = Counter(a.shape[0] for a, _ in pairs.values())
+        shown = ", ".join(f"{n} of rank {rank}" for rank, n in ranks.most_common(4))
+        lines.append(f"LoRA: {len(pairs)} modules ({shown})")
+        claimed = set(header.tensors)
+    rest = set(header.tensors) - claimed
+    if rest:
+        lines.append(f"other: {len(rest)} tensors, such as {', '.join(sorted(rest)[:5])}")
+    transformer = header.config.get("transformer")
+    if transformer:
+        lines.append(
+            f"transformer: {transformer.get('num_layers')} layers, {transformer.get('num_attention_heads')} heads of "
+            f"{transformer.get('attention_head_dim')} (video) and {transformer.get('audio_attention_head_dim')} (audio)"
+        )
+    elif header.config:
+        lines.append(f"config: {json.dumps(header.config)[:200]}")
+    return lines
+
+

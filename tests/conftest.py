@@ -1,0 +1,54 @@
+"""What holds for every test: one thread a process, no network, GPU tests skipped without a GPU."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Before torch or Ray are imported. Processes that tests start, Ray's workers included, inherit all of it, and
+# so import this clone even when the environment is shared with another.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(ROOT), *(p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and p != str(ROOT))]
+)
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# A test never joins a cluster that happens to be there.
+os.environ.pop("RAY_ADDRESS", None)
+os.environ.pop("RAY_API_SERVER_ADDRESS", None)
+
+try:
+    from hypothesis import settings
+except ImportError:
+    pass
+else:
+    settings.register_profile("ltx-ray", deadline=None, derandomize="CI" in os.environ)
+    settings.load_profile("ltx-ray")
+
+FOLDER_MARKS = ("gpu", "parity")
+
+
+@cache
+def cuda_available() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        top = item.path.relative_to(ROOT / "tests").parts[0]
+        if top in FOLDER_MARKS:
+            item.add_marker(top)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not cuda_available():
+        pytest.skip("no CUDA device")

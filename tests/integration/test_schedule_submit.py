@@ -1,0 +1,209 @@
+"""jobs/schedule.py and cluster/local together, on a real Ray head: a schedule that fires twice runs once.
+
+One head for all tests; the jobs are shell one-liners in place of the render.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LOCAL = str(ROOT / "cluster/local")
+ENV = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"LTX_RAY_PYTHON": sys.executable}
+# A command that says where it is and then waits for its stdin to end.
+REPORT = (
+    "import os, sys, json; print(json.dumps({k: os.environ[k] for k in "
+    "('RAY_ADDRESS', 'RAY_API_SERVER_ADDRESS')}), flush=True); sys.stdin.read(); sys.exit(7)"
+)
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks for leftovers in /proc"),
+]
+
+
+def start(command, *options):
+    return subprocess.Popen(
+        [LOCAL, "--num-cpus", "2", *options, "--", *command],
+        env=ENV,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def temp_dir(gcs_address):
+    """The --temp-dir of the head at this address, from the head's own command line."""
+    port = gcs_address.rpartition(":")[2]
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue
+        if f"--port={port}" in words and "--block" in words:
+            return next(w.partition("=")[2] for w in words if w.startswith("--temp-dir="))
+    raise AssertionError(f"no head at {gcs_address}")
+
+
+def processes_of(folder):
+    """Command lines that name the folder. Every Ray process but a worker names its session's folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (path / "cmdline").read_bytes() + (path / "environ").read_bytes()
+        except OSError:
+            continue
+        if folder.encode() in words and int(path.name) != os.getpid():
+            found.append((path / "cmdline").read_text().replace("\0", " "))
+    return found
+
+
+@pytest.fixture(scope="module")
+def head():
+    """A head for the module; its end is checked here too: exit code, processes and files."""
+    process = start([sys.executable, "-c", REPORT])
+    try:
+        line = process.stdout.readline()
+        assert line, "cluster/local did not run its command"
+        address = json.loads(line)
+        folder = temp_dir(address["RAY_ADDRESS"])
+        assert processes_of(folder)
+        yield address["RAY_API_SERVER_ADDRESS"]
+    finally:
+        process.stdin.close()
+        try:
+            code = process.wait(40)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            process.wait(40)
+            raise
+    assert code == 7, "the command's exit code was not passed on"
+    assert processes_of(folder) == []
+    assert not Path(folder).exists()
+
+
+def jobs(address):
+    with urllib.request.urlopen(f"{address}/api/jobs/") as answer:
+        return [job["submission_id"] for job in json.load(answer) if job["submission_id"]]
+
+
+class Schedule:
+    """One recipe in a folder, and calls of schedule.py for it."""
+
+    def __init__(self, folder, address, name, script):
+        self.folder, self.address, self.name = folder, address, name
+        self.runs = folder / "runs"
+        (folder / "recipe.yaml").write_text(f"name: {name}\noutput: {folder}/out\nprompts: [a fox]\n")
+        wrapper = folder / "wrapper.sh"
+        wrapper.write_text(f'echo "$@" >> {self.runs}\n{script}\n')
+        self.entrypoint = f"bash {wrapper}"
+
+    def start(self, *options):
+        return subprocess.Popen(
+            [
+                *(sys.executable, str(ROOT / "jobs/schedule.py"), str(self.folder / "recipe.yaml")),
+                *("--date", "2026-11-23", "--out-dir", str(self.folder), "--address", self.address),
+                *("--entrypoint", self.entrypoint, *options),
+            ],
+            env=ENV,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def call(self, *options):
+        process = self.start(*options)
+        out, _ = process.communicate(timeout=50)
+        return process.returncode, out
+
+    def count(self):
+        """How often the job's command ran; it ends with the last one's arguments checked."""
+        lines = self.runs.read_text().splitlines()
+        assert lines[-1] == f"{self.folder}/{self.name}-2026-11-23.jsonl --output {self.folder}/out"
+        return len(lines)
+
+
+def test_twice_in_a_row_is_one_job(head, tmp_path):
+    job = Schedule(
+        tmp_path, head, "twice", f"sleep 1; python -c 'import sys; print(sys.prefix)' > {tmp_path}/prefix"
+    )
+    code, out = job.call()
+    assert code == 0 and ": submitted\n" in out, out
+    code, out = job.call("--wait")
+    assert code == 0 and ": already there (" in out, out
+    code, out = job.call("--wait")
+    assert code == 0 and ": already there (succeeded)" in out, out
+    assert job.count() == 1
+    assert len([name for name in jobs(head) if name.startswith("twice-2026-11-23-")]) == 1
+    # An entrypoint's `python` is the one beside LTX_RAY_PYTHON, activated or not.
+    assert (tmp_path / "prefix").read_text().strip() == sys.prefix
+
+
+def test_at_once_is_one_job(head, tmp_path):
+    job = Schedule(tmp_path, head, "once", "sleep 1")
+    callers = [job.start("--wait") for _ in range(3)]
+    outs = [caller.communicate(timeout=50)[0] for caller in callers]
+    assert [caller.returncode for caller in callers] == [0, 0, 0], outs
+    assert sum(": submitted\n" in out for out in outs) == 1, outs
+    assert job.count() == 1
+    assert len([name for name in jobs(head) if name.startswith("once-")]) == 1
+
+
+def test_a_failed_job_is_submitted_again(head, tmp_path):
+    # Some rows failed (3), then all is well. The file is what a render would find already done.
+    job = Schedule(
+        tmp_path, head, "failed", f"[ -e {tmp_path}/done ] || {{ touch {tmp_path}/done; exit 3; }}"
+    )
+    code, out = job.call("--wait")
+    assert code == 3, out
+    code, out = job.call("--wait")
+    assert code == 0 and "submitted again (it had failed)" in out, out
+    assert job.count() == 2
+    assert len([name for name in jobs(head) if name.startswith("failed-")]) == 1
+
+
+def test_no_cluster_is_exit_1_with_its_address(tmp_path):
+    code, out = Schedule(tmp_path, "http://127.0.0.1:1", "none", "true").call()
+    assert code == 1 and "http://127.0.0.1:1" in out and "Traceback" not in out
+
+
+def test_a_second_head_comes_and_goes_on_sigterm(head):
+    """It runs beside the first, hands the signal to its command, and leaves the first alone."""
+    code = (
+        "import os, signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(4)); "
+        "print(os.environ['RAY_ADDRESS'], flush=True); time.sleep(60)"
+    )
+    process = start([sys.executable, "-c", code])
+    folder = temp_dir(process.stdout.readline().strip())
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 4
+    assert processes_of(folder) == [] and not Path(folder).exists()
+    jobs(head)
+
+
+def test_sigint_while_the_head_starts():
+    process = start(["touch", "/nonexistent"])
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 130
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--num-cpus", "0", "--", "true"], "--num-cpus: '0'"),
+        (["--num-cpus"], "--num-cpus: ''"),
+        (["true"], "unknown argument 'true'"),
+        (["--"], "no COMMAND"),
+    ],
+)
+def test_wrong_usage_is_exit_2(argv, message):
+    done = subprocess.run([LOCAL, *argv], env=ENV, capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stderr

@@ -14,6 +14,7 @@ TIME_FACTOR = 8
 SPACE_FACTOR = 32
 #: Stage 1 works at half of the requested size, so both sides must survive a further halving.
 SIZE_MULTIPLE = 2 * SPACE_FACTOR
+VIDEO_CHANNELS = 128
 AUDIO_LATENTS_PER_SECOND = 16000 / 160 / 4
 AUDIO_CHANNELS = 8
 AUDIO_BINS = 16

@@ -29,7 +29,7 @@ from ltx_ray.sampling.guidance import GuidedDenoiser
 from ltx_ray.sampling.noise import ClipNoise, SamplerNoise, noised
 from ltx_ray.sampling.res2s import sample_res2s
 from ltx_ray.sampling.sigmas import shifted_sigmas
-from ltx_ray.shapes import AUDIO_BINS, AUDIO_CHANNELS, ClipShape
+from ltx_ray.shapes import AUDIO_BINS, AUDIO_CHANNELS, VIDEO_CHANNELS, ClipShape
 
 SAMPLERS: dict[str, Callable[..., AV[torch.Tensor]]] = {"res_2s": sample_res2s}
 
@@ -100,13 +100,15 @@ class DiffusionEngine:
         self._merge(item, request.distilled_lora_strength_stage_1)
         shape = request.shape.half()
         noise = ClipNoise(self._new_ledger(request.seed), self.device)
-        zeros = _packed_sizes(self.transformer.config, shape).map(
-            lambda size: torch.zeros(size, dtype=self.dtype, device=self.device)
-        )
-        start = self._start(shape, "stage_1", noise, zeros, scale=1.0)
-        denoise = GuidedDenoiser(
-            self._passes(item, start, positive, negative), request.guidance
-        )
+        zeros = latent_sizes(shape).map(lambda size: torch.zeros(size, dtype=self.dtype, device=self.device))
+        start = self._start(shape, "stage_1", noise, _pack(zeros), scale=1.0)
+        run_pass = self._passes(item, start, positive, negative)
+
+        def run_guided(name: str, latents: AV, sigma: torch.Tensor, enabled: AV[bool]) -> AV[torch.Tensor]:
+            # the reference copies the latents for its passes, and the copy is contiguous
+            return run_pass(name, latents.map(lambda t: t.contiguous()), sigma, enabled)
+
+        denoise = GuidedDenoiser(run_guided, request.guidance)
         sigmas = shifted_sigmas(request.num_inference_steps, pipeline.schedule_tokens or shape.video_tokens)
         latents = self._sample(pipeline.sampler, denoise, start, sigmas)
         return StageLatents(_unpack(latents, shape), noise.ledger)
@@ -189,16 +191,21 @@ class DiffusionEngine:
         return NoiseLedger(seed, device, "cpu" if device == "cpu" else torch.cuda.get_device_name(self.device))
 
 
-def _packed_sizes(config: TransformerConfig, shape: ClipShape) -> AV[tuple[int, int, int]]:
+def latent_sizes(shape: ClipShape) -> AV[tuple[int, ...]]:
+    """Unpacked sizes of a clip's latents, (1, C, F, H, W) and (1, 8, T, 16)."""
     return AV(
-        (1, shape.video_tokens, config.video.in_channels),
-        (1, shape.audio_latents, config.audio.in_channels),
+        (1, VIDEO_CHANNELS, shape.latent_frames, shape.latent_height, shape.latent_width),
+        (1, AUDIO_CHANNELS, shape.audio_latents, AUDIO_BINS),
     )
 
 
 def _pack(latents: AV[torch.Tensor]) -> AV[torch.Tensor]:
-    """(1, C, F, H, W) and (1, C, T, F) -> token-major (1, F*H*W, C) and (1, T, C*F)."""
-    return AV(latents.video.flatten(2).transpose(1, 2).contiguous(), latents.audio.transpose(1, 2).flatten(2))
+    """(1, C, F, H, W) and (1, C, T, F) -> (1, F*H*W, C) and (1, T, C*F), the order in which noise is drawn.
+
+    The video stays a transposed view, as in the reference: on a CPU, bf16 products of another memory
+    layout round otherwise.
+    """
+    return AV(latents.video.flatten(2).transpose(1, 2), latents.audio.transpose(1, 2).flatten(2))
 
 
 def _unpack(packed: AV[torch.Tensor], shape: ClipShape) -> AV[torch.Tensor]:

@@ -21,7 +21,10 @@ class ShardReader:
         self.names = {name[len(prefix) :] for name in self._file.keys() if name.startswith(prefix)}  # noqa: SIM118
 
     def read(self, name: str, shard_dim: int | None) -> torch.Tensor:
-        """This rank's slice of tensor `name` along `shard_dim` (None: all of it), on the host."""
+        """This rank's slice of tensor `name` along `shard_dim` (None: all of it), on the host.
+
+        It may share memory with the mapped file: never write to it.
+        """
         entry = self._file.get_slice(self.prefix + name)
         if shard_dim is None or self.tp.size == 1:
             return entry[:]
@@ -58,7 +61,8 @@ def load_shard(
                 f"{reader.path}: {reader.prefix}{name} has shape {reader.full_shape(name)}, of which rank "
                 f"{reader.tp.rank} of {reader.tp.size} takes {tuple(tensor.shape)}; legal: {tuple(parameter.shape)}"
             )
-        loaded = nn.Parameter(tensor.to(device=device, dtype=dtype), requires_grad=False)
+        # `tensor` may be the mapped file itself, which stays the clean copy that LoRAs are merged from
+        loaded = nn.Parameter(tensor.to(device=device, dtype=dtype, copy=True), requires_grad=False)
         loaded.shard_dim = parameter.shard_dim
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, loaded)

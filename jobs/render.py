@@ -9,7 +9,7 @@ from pathlib import Path
 # a clone need not be installed on the cluster: its root is enough
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ltx_ray.cli import main  # noqa: E402
+from ltx_ray.cli import main
 
 if __name__ == "__main__":
     main(["render", *sys.argv[1:]])

@@ -21,7 +21,7 @@ from ltx_ray.run import EXIT_FAILED_ROWS, EXIT_OK, EXIT_USAGE, Options, lora_fil
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 #: Models that `--model` knows: functions that make the files on any node.
-_PROVIDERS = {"toy": "ltx_ray.toymodel:ensure_toy_model"}
+_PROVIDERS = {"toy": "ltx_ray.toy:ensure_toy_model"}
 #: Joins a LoRA's path and strength on their way through the option parser.
 _JOINT = "\x1f"
 _PLAN_ROWS = 40

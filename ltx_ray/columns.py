@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from ltx_ray.records import ImageCondition, LoraUse
+from ltx_ray.shapes import FRAME_RATES, legal_frame_rate
 
 ID_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,128}")
 MAX_SEED = 2**63 - 1
@@ -60,7 +61,10 @@ def _integer(value: Any) -> int:
 def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise Mistyped
-    return float(value)
+    try:
+        return float(value) + 0.0  # no -0.0, which would be another identity
+    except OverflowError:
+        return math.inf
 
 
 def _integers(value: Any) -> tuple[int, ...]:
@@ -108,6 +112,16 @@ def _finite(value: float) -> bool:
     return math.isfinite(value)
 
 
+def _legal_image(image: ImageCondition) -> bool:
+    return (
+        bool(image.path)
+        and _encodable(image.path)
+        and 0 <= image.frame_idx < 2**31
+        and 0 <= image.strength <= 1
+        and (image.crf is None or 0 <= image.crf <= 51)
+    )
+
+
 LORA_TYPE = pa.list_(pa.struct([("name", pa.string()), ("strength", pa.float64())]))
 IMAGE_TYPE = pa.list_(
     pa.struct([("path", pa.string()), ("frame_idx", pa.int32()), ("strength", pa.float64()), ("crf", pa.int32())])
@@ -126,7 +140,7 @@ def _guidance(prefix: str, modality_flag: str) -> list[Column]:
         scale("modality_scale", modality_flag),
         Column(
             f"{prefix}_stg_blocks", _BLOCKS, _integers, "a list of transformer block numbers, from 0",
-            lambda v: all(b >= 0 for b in v), f"{prefix}-stg-blocks",
+            lambda v: all(0 <= b < 2**31 for b in v), f"{prefix}-stg-blocks",
         ),
         Column(
             f"{prefix}_skip_step", pa.int32(), _integer, "a whole number from 0 to 1000",
@@ -149,8 +163,8 @@ _COLUMNS = [
     Column("height", pa.int32(), _integer, "a positive multiple of 64", lambda v: 0 < v < 2**31, "height"),
     Column("width", pa.int32(), _integer, "a positive multiple of 64", lambda v: 0 < v < 2**31, "width"),
     Column("num_frames", pa.int32(), _integer, "8*k + 1", lambda v: 0 < v < 2**31, "num-frames"),
-    Column("frame_rate", pa.float64(), _number, "frames a second, above 0 and at most 1000",
-           lambda v: math.isfinite(v) and 0 < v <= 1000, "frame-rate"),
+    Column("frame_rate", pa.float64(), _number, f"frames a second, from {FRAME_RATES[0]:g} to {FRAME_RATES[1]:g}",
+           legal_frame_rate, "frame-rate"),
     Column("num_inference_steps", pa.int32(), _integer, "a whole number from 2 to 1000 (one step makes 0/0)",
            lambda v: 2 <= v <= 1000, "num-inference-steps"),
     *_guidance("video", "a2v-guidance-scale"),
@@ -158,9 +172,10 @@ _COLUMNS = [
     _strength(1),
     _strength(2),
     Column("loras", LORA_TYPE, _loras, "a list of {name, strength}, names declared with --lora",
-           lambda v: all(_finite(use.strength) for use in v) and len({use.name for use in v}) == len(v)),
+           lambda v: all(_encodable(use.name) and _finite(use.strength) for use in v)
+           and len({use.name for use in v}) == len(v)),
     Column("images", IMAGE_TYPE, _images, "a list of {path, frame_idx, strength, crf}; strength 0 to 1, crf 0 to 51",
-           lambda v: all(0 <= i.strength <= 1 and i.frame_idx >= 0 and (i.crf is None or 0 <= i.crf <= 51) for i in v)),
+           lambda v: all(map(_legal_image, v))),
     Column("pipeline", pa.string(), _text, "hq, base or distilled", _encodable),
 ]  # fmt: skip
 
@@ -181,6 +196,17 @@ def arrow_type_fits(column: Column, type_: pa.DataType) -> bool:
     if not (pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_fixed_size_list(type_)):
         return False
     inner = type_.value_type
+    if pa.types.is_null(inner):
+        return True
     if column.parse is _integers:
-        return pa.types.is_null(inner) or pa.types.is_integer(inner)
-    return pa.types.is_null(inner) or pa.types.is_struct(inner)
+        return pa.types.is_integer(inner) or pa.types.is_floating(inner)
+    if not pa.types.is_struct(inner):
+        return False
+    fields = {field.name: field.type for field in column.type.value_type}
+    return all(f.name in fields and _field_fits(fields[f.name], f.type) for f in inner)
+
+
+def _field_fits(wanted: pa.DataType, type_: pa.DataType) -> bool:
+    if pa.types.is_string(wanted):
+        return pa.types.is_null(type_) or pa.types.is_string(type_) or pa.types.is_large_string(type_)
+    return pa.types.is_null(type_) or pa.types.is_integer(type_) or pa.types.is_floating(type_)

@@ -20,8 +20,8 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from ltx_ray.columns import COLUMNS, Mistyped, arrow_type_fits
-from ltx_ray.records import LoraUse, RenderRequest
 from ltx_ray.recipe import DEFAULT_PIPELINE, KNOWN_PIPELINES, PIPELINES
+from ltx_ray.records import LoraUse, RenderRequest
 from ltx_ray.shapes import ClipShape, size_problems
 from ltx_ray.storage import Store
 

@@ -202,15 +202,17 @@ class _Cluster:
     def __init__(self, options: Options):
         self._options = options
         self._address = options.ray_address or os.environ.get("RAY_ADDRESS")
+        self._joined = False
 
     def pools(self, prepared: Prepared) -> tuple[list[PoolSpec], Numerics]:
         """Join or start the cluster and lay the pools out on it."""
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         import ray
 
-        common = {"logging_level": "warning", "log_to_driver": False, "configure_logging": True}
+        common = {"logging_level": "error", "log_to_driver": False}
+        self._joined = not ray.is_initialized()
         if self._address:
-            if not ray.is_initialized():
+            if self._joined:
                 ray.init(address=self._address, **common)
             free = Resources.of(ray.available_resources())
             pools, numerics = self._lay_out(prepared, Resources.of(ray.cluster_resources()).gpus)
@@ -249,7 +251,8 @@ class _Cluster:
     def leave(self) -> None:
         import ray
 
-        ray.shutdown()
+        if self._joined:
+            ray.shutdown()
 
 
 def _local_gpus() -> int:

@@ -6,7 +6,6 @@ resolution, audio has 25 latents a second of 8 channels x 16 bins).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -19,6 +18,8 @@ AUDIO_LATENTS_PER_SECOND = 16000 / 160 / 4
 AUDIO_CHANNELS = 8
 AUDIO_BINS = 16
 AUDIO_SAMPLE_RATE = 48000
+#: Frames a second; below the lower bound a rate has no fraction that a file can hold.
+FRAME_RATES = (0.01, 1000.0)
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,10 @@ def frame_rate_fraction(frame_rate: float) -> Fraction:
     return Fraction(repr(float(frame_rate))).limit_denominator(100_000)
 
 
+def legal_frame_rate(frame_rate: float) -> bool:
+    return FRAME_RATES[0] <= frame_rate <= FRAME_RATES[1]
+
+
 def size_problems(shape: ClipShape) -> list[tuple[str, object, str]]:
     """Why `shape` cannot be rendered, as (column, value, what is legal); empty when it can."""
     problems: list[tuple[str, object, str]] = []
@@ -95,8 +100,8 @@ def size_problems(shape: ClipShape) -> list[tuple[str, object, str]]:
         problems.append(
             ("num_frames", shape.num_frames, f"8*k + 1 with k >= 0 (next: {lower} or {lower + TIME_FACTOR})")
         )
-    if not (math.isfinite(shape.frame_rate) and 0 < shape.frame_rate <= 1000):
-        problems.append(("frame_rate", shape.frame_rate, "frames a second, above 0 and at most 1000"))
+    if not legal_frame_rate(shape.frame_rate):
+        problems.append(("frame_rate", shape.frame_rate, f"frames a second, from {FRAME_RATES[0]:g} to {FRAME_RATES[1]:g}"))
     elif not problems and shape.audio_latents < 1:
         problems.append(
             ("num_frames", shape.num_frames, f"long enough for one audio latent (1/{AUDIO_LATENTS_PER_SECOND:g} s)"

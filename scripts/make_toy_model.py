@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ltx_ray.toymodel import make_toy_model  # noqa: E402
+from ltx_ray.toy import make_toy_model
 
 
 def main() -> int:

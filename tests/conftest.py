@@ -52,3 +52,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not cuda_available():
         pytest.skip("no CUDA device")
+
+
+@pytest.fixture(scope="session")
+def toy() -> dict[str, str]:
+    """Paths of the toy model's files, by the names of the command line's options."""
+    from ltx_ray.toy import ensure_toy_model
+
+    return ensure_toy_model()

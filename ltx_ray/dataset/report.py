@@ -26,7 +26,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ltx_ray.dataset.thumbnails import STAGES, Strip, esc, human, make_strip, make_timeline
+from ltx_ray.dataset.thumbnails import Strip, make_strip
+from ltx_ray.dataset.timeline import STAGES, esc, human, make_timeline
 from ltx_ray.storage import Store
 
 MAX_FAILURES = 300

@@ -2,16 +2,17 @@
 
 An engine is a class `(spec: EngineSpec, rank: Rank)` with `load()` and `run(stage, item, *inputs)`. What
 the driver should know of the last run beside its result stands in `info`; `switches` and
-`switch_seconds` count LoRA merges, where there are any.
+`switch_seconds` count LoRA merges, where there are any. A class may bring its own `join`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Rank:
 
 def resolve_dtype(name: str) -> torch.dtype:
     """`bfloat16` or `float32` as torch has it."""
+    import torch
+
     assert name in ("bfloat16", "float32"), name
     return getattr(torch, name)
 
@@ -35,6 +38,9 @@ def join(device: str, rank: int, world: int, rendezvous: tuple[str, int] | None,
     `device` is "cpu" or "cuda"; `rendezvous` is (host, port) on rank 0's node, None for a gang of one;
     `timeout` in seconds. Raises RuntimeError when the GPU that was asked for is not there.
     """
+    import torch
+    import torch.distributed as dist
+
     if device == "cuda":
         if not torch.cuda.is_available():
             raise RuntimeError("a GPU was promised to this rank, but torch sees none")

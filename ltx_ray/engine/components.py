@@ -2,9 +2,7 @@
 
 Every loader reads the sizes from the file's own metadata, builds the module on the meta device, renames the file's
 keys by the maps below, and takes exactly those tensors, cast to the run's dtype. A file that does not fit is a
-ValueError that names it. Key names: shared/ltx-facts.md, "Checkpoint key prefixes".
-
-The helpers at the end run the parts as v1.2.0 of the reference does, down to the order in which it rounds.
+ValueError that names it. Key names: shared/ltx-facts.md, "Checkpoint key prefixes". apply.py runs what is loaded here.
 """
 
 from __future__ import annotations
@@ -17,6 +15,8 @@ from os import PathLike
 from typing import Any
 
 import torch
+
+from ltx_ray.engine.apply import ConnectorAttention, RoundedRope
 
 Path = str | PathLike[str]
 Device = str | torch.device
@@ -68,7 +68,7 @@ def _read(
     """The tensors that `rename` gives a name, under that name, cast and moved. No other tensor is read."""
     state = {}
     with _open(path) as file:
-        for key in file.keys():
+        for key in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
             name = rename(key)
             if name is not None:
                 state[name] = file.get_tensor(key).to(device=device, dtype=dtype)
@@ -117,40 +117,6 @@ def _connector_key(key: str) -> str | None:
         rest = match[2].replace("transformer_1d_blocks.", "transformer_blocks.")
         return f"{match[1]}_connector." + rest.replace("q_norm", "norm_q").replace("k_norm", "norm_k")
     return None
-
-
-class _RoundedRope(torch.nn.Module):
-    """The connector's RoPE tables, rounded to the run's dtype as in the reference; diffusers leaves them float32."""
-
-    def __init__(self, rope: torch.nn.Module, dtype: torch.dtype):
-        super().__init__()
-        self.rope = rope
-        self.dtype = dtype
-
-    def forward(self, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
-        cos, sin = self.rope(*args, **kwargs)
-        return cos.to(self.dtype), sin.to(self.dtype)
-
-
-class _ConnectorAttention:
-    """Gated self-attention with split RoPE that rotates in the run's dtype, as the reference; diffusers' own
-    processor rotates in float32, which in a bfloat16 run puts the contexts about 1 % off."""
-
-    def __call__(self, attn, x, context=None, attention_mask=None, query_rotary_emb=None, key_rotary_emb=None):
-        assert context is None and key_rotary_emb is None  # self-attention; x is (B, S, D)
-        heads = lambda t: t.unflatten(2, (attn.heads, -1)).transpose(1, 2)  # noqa: E731  (B, H, S, d)
-        q = self._rotate(heads(attn.norm_q(attn.to_q(x))), *query_rotary_emb)
-        k = self._rotate(heads(attn.norm_k(attn.to_k(x))), *query_rotary_emb)
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, heads(attn.to_v(x)), attn_mask=attention_mask)
-        out = out.transpose(1, 2)
-        if attn.to_gate_logits is not None:
-            out = out * (2.0 * torch.sigmoid(attn.to_gate_logits(x))).unsqueeze(-1)
-        return attn.to_out[0](out.flatten(2))
-
-    @staticmethod
-    def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        first, second = x.chunk(2, dim=-1)
-        return torch.cat([(first * cos).addcmul_(-sin, second), (second * cos).addcmul_(sin, first)], dim=-1)
 
 
 def load_connectors(path: Path, dtype: torch.dtype, device: Device) -> torch.nn.Module:
@@ -212,9 +178,9 @@ def load_connectors(path: Path, dtype: torch.dtype, device: Device) -> torch.nn.
         )
     module = _fill(module, state, path, "text connectors")
     for connector in (module.video_connector, module.audio_connector):
-        connector.rope = _RoundedRope(connector.rope, dtype)
+        connector.rope = RoundedRope(connector.rope, dtype)
         for block in connector.transformer_blocks:
-            block.attn1.set_processor(_ConnectorAttention())
+            block.attn1.set_processor(ConnectorAttention())
     _assert_real(module)
     return module
 
@@ -511,84 +477,3 @@ def load_upsampler(path: Path, dtype: torch.dtype, device: Device) -> torch.nn.M
     module = _fill(module, _read(path, lambda key: key, dtype, device), path, "latent upsampler")
     _assert_real(module)
     return module
-
-
-# --- use ---------------------------------------------------------------------------------------------------------
-
-
-def _per_channel(vector: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return vector.to(like).view(1, -1, 1, 1, 1)
-
-
-@torch.inference_mode()
-def encode_connectors(
-    connectors: torch.nn.Module, hidden_states: tuple[torch.Tensor, ...], attention_mask: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(video context, audio context) of Gemma's hidden states.
-
-    hidden_states: layers + 1 of (B, S, D); attention_mask: (B, S) of 0 and 1, padding on either side; S a multiple
-    of the registers. Returns (B, S, video dim) and (B, S, audio dim): valid tokens first, then registers; no mask is
-    needed with them.
-    """
-    dtype = connectors.video_text_proj_in.weight.dtype
-    stacked = torch.stack([h.to(dtype) for h in hidden_states], dim=-1)
-    video, audio, _ = connectors(stacked, attention_mask)
-    return video, audio
-
-
-@torch.inference_mode()
-def encode_video(vae: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    """Normalised latents (B, 128, F', H/32, W/32) of pixels (B, 3, F, H, W) in [-1, 1], F = 8 (F' - 1) + 1.
-
-    The means of the posterior; nothing is sampled.
-    """
-    moments = vae.encoder(pixels.to(vae.latents_mean.dtype))
-    means = moments[:, : moments.shape[1] // 2]
-    return (means - _per_channel(vae.latents_mean, means)) / _per_channel(vae.latents_std, means)
-
-
-@torch.inference_mode()
-def decode_video_tile(vae: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
-    """Pixels (B, 3, 8 (F' - 1) + 1, 32 H', 32 W') of normalised latents (B, 128, F', H', W').
-
-    Nominally in [-1, 1] but not clamped, in the latents' dtype; un-normalised and decoded in the VAE's dtype.
-    """
-    x = latents.to(vae.latents_mean.dtype)
-    x = x * _per_channel(vae.latents_std, x) + _per_channel(vae.latents_mean, x)
-    return vae.decoder(x).to(latents.dtype)
-
-
-@torch.inference_mode()
-def upsample_latents(
-    upsampler: torch.nn.Module, mean: torch.Tensor, std: torch.Tensor, latent: torch.Tensor
-) -> torch.Tensor:
-    """Normalised latents (B, 128, F', H', W') at twice the height and width; mean and std as of latent_stats."""
-    x = latent * _per_channel(std, latent) + _per_channel(mean, latent)
-    x = upsampler(x)
-    return (x - _per_channel(mean, x)) / _per_channel(std, x)
-
-
-@torch.inference_mode()
-def decode_mel(audio_vae: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
-    """Log-mel spectrogram (B, 2, 4 T - 3, 64), in the VAE's dtype, of normalised latents (B, 8, T, 16)."""
-    batch, channels, frames, bins = latents.shape
-    x = latents.to(audio_vae.latents_mean.dtype)
-    packed = x.permute(0, 2, 1, 3).reshape(batch, frames, channels * bins)
-    packed = packed * audio_vae.latents_std + audio_vae.latents_mean
-    return audio_vae.decoder(packed.reshape(batch, frames, channels, bins).permute(0, 2, 1, 3))
-
-
-@torch.inference_mode()
-def decode_audio(
-    audio_vae: torch.nn.Module, vocoder: torch.nn.Module, latents: torch.Tensor
-) -> tuple[torch.Tensor, int]:
-    """(waveform float32 (2, N) in [-1, 1], samples a second) of the normalised latents (1, 8, T, 16) of one clip.
-
-    The vocoder computes in float32. Like v1.2.0, the waveform then passes through the spectrogram's dtype: in a
-    bfloat16 run its values are bfloat16 numbers.
-    """
-    assert latents.shape[0] == 1, latents.shape
-    mel = decode_mel(audio_vae, latents)
-    with torch.autocast(device_type=mel.device.type, enabled=False):
-        waveform = vocoder(mel.float())
-    return waveform.to(mel.dtype).squeeze(0).float(), vocoder.config.output_sampling_rate

@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 
 from ltx_ray.config import EngineSpec
 from ltx_ray.dataset.mux import write_mp4
-from ltx_ray.engine import components
+from ltx_ray.engine import apply, components
 from ltx_ray.engine.base import Rank, resolve_dtype
 from ltx_ray.engine.frames import PictureCheck, decode_tiled, to_yuv420
-from ltx_ray.records import Clip, StageLatents, WorkItem
 from ltx_ray.recipe import PIPELINES
+from ltx_ray.records import Clip, StageLatents, WorkItem
 from ltx_ray.shapes import AUDIO_SAMPLE_RATE, frame_rate_fraction
 from ltx_ray.storage import Store
 
@@ -80,7 +80,7 @@ class DecodeEngine:
 
     def _frames(self, latent: torch.Tensor, check: PictureCheck) -> Iterator[np.ndarray]:
         def decode(tile: torch.Tensor) -> torch.Tensor:
-            return components.decode_video_tile(self.video_vae, tile)
+            return apply.decode_video_tile(self.video_vae, tile)
 
         for chunk in decode_tiled(decode, latent.to(self.device, self.dtype)):
             frames = to_yuv420(chunk)
@@ -90,7 +90,7 @@ class DecodeEngine:
     def _sound(self, latent: torch.Tensor, samples: int) -> np.ndarray:
         """Stereo float32 (2, samples): the decoded sound, cut or padded to the length of the picture."""
         latent = latent.to(self.device, self.dtype)
-        waveform, rate = components.decode_audio(self.audio_vae, self.vocoder, latent)
+        waveform, rate = apply.decode_audio(self.audio_vae, self.vocoder, latent)
         assert rate == AUDIO_SAMPLE_RATE, rate
         sound = waveform.float().cpu().numpy()[:, :samples]
         return np.pad(sound, ((0, 0), (0, samples - sound.shape[1])))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ltx_ray.config import EngineSpec
-from ltx_ray.engine import components
+from ltx_ray.engine import apply, components
 from ltx_ray.engine.base import Rank, resolve_dtype
 from ltx_ray.model.config import TransformerConfig
 from ltx_ray.model.rope import audio_positions, video_positions
@@ -119,7 +119,7 @@ class DiffusionEngine:
         shape = request.shape
         noise = ClipNoise(before.ledger, self.device)
         video, audio = before.latents.map(lambda t: t.to(self.device, self.dtype))
-        upscaled = components.upsample_latents(self.upsampler, *self.latent_stats, video)
+        upscaled = apply.upsample_latents(self.upsampler, *self.latent_stats, video)
         packed = _pack(AV(upscaled, audio))
         start = self._start(shape, "stage_2", noise, packed, scale=STAGE_2_SIGMAS[0])
         run_pass = self._passes(item, start, positive, None)

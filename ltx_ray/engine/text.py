@@ -11,7 +11,7 @@ from collections import OrderedDict
 import torch
 
 from ltx_ray.config import EngineSpec
-from ltx_ray.engine import components
+from ltx_ray.engine import apply, components
 from ltx_ray.engine.base import Rank, resolve_dtype
 from ltx_ray.records import AV, PromptContext, WorkItem
 from ltx_ray.sampling.passes import passes_for
@@ -63,7 +63,7 @@ class TextEngine:
         hidden = self.gemma(
             input_ids=ids.to(self.device), attention_mask=mask.to(self.device), output_hidden_states=True
         ).hidden_states
-        video, audio = components.encode_connectors(self.connectors, hidden, mask.to(self.device))
+        video, audio = apply.encode_connectors(self.connectors, hidden, mask.to(self.device))
         context = PromptContext(AV(video.cpu(), audio.cpu()), tokens=int(mask.sum()), truncated=truncated)
         self._contexts[text] = context
         if len(self._contexts) > _KEPT:

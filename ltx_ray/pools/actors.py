@@ -51,9 +51,11 @@ class RankActor:
         self, spec: EngineSpec, rank: int, world: int, rendezvous: tuple[str, int] | None, timeout: float
     ) -> None:
         base = importlib.import_module("ltx_ray.engine.base")
-        self.device = base.join(spec.numerics.device, rank, world, rendezvous, timeout)
         module, _, name = spec.engine.partition(":")
-        self.engine = getattr(importlib.import_module(module), name)(spec, base.Rank(rank, world, self.device))
+        engine = getattr(importlib.import_module(module), name)
+        join = getattr(engine, "join", base.join)
+        self.device = join(spec.numerics.device, rank, world, rendezvous, timeout)
+        self.engine = engine(spec, base.Rank(rank, world, self.device))
         self.engine.load()
 
     def run(self, stage: str, item: Any, *inputs: Any) -> tuple[CallReport, Any]:

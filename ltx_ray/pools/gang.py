@@ -144,6 +144,7 @@ class Gang:
                 except ray.exceptions.RayActorError as error:
                     raise GangLost(f"rank {rank} died during {call.stage}: {_first_line(error)}") from error
                 except ray.exceptions.RayError as error:
+                    # the call never began: its inputs could not be had on this rank
                     raise InputsLost(_first_line(error)) from error
         if any(not r.ok for r in call.done.values()) and len(call.done) < len(call.reports):
             # a rank that failed alone leaves the others waiting in a collective; give them no time

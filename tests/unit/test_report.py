@@ -13,7 +13,8 @@ import pytest
 
 from ltx_ray.dataset import report
 from ltx_ray.dataset.report import write_report
-from ltx_ray.dataset.thumbnails import esc, human, make_strip, make_timeline
+from ltx_ray.dataset.thumbnails import make_strip
+from ltx_ray.dataset.timeline import esc, human, make_timeline
 from tests.unit import report_data as data
 
 

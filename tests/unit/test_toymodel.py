@@ -4,14 +4,15 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from ltx_ray import toymodel
-from ltx_ray.toymodel import FILES, ToyShape, ensure_toy_model, make_toy_model
+from ltx_ray import toy as package
+from ltx_ray.toy import FILES, ToyShape, ensure_toy_model, make_toy_model
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,7 +29,7 @@ def header(path):
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
-        return {k: file.get_slice(k) for k in file.keys()}, file.metadata()
+        return {k: file.get_slice(k) for k in file.keys()}, file.metadata()  # noqa: SIM118
 
 
 @pytest.fixture(scope="module")
@@ -180,27 +181,45 @@ def test_ensure_makes_once(tmp_path, monkeypatch):
     first = ensure_toy_model()
     assert first.keys() == FILES.keys() and all(os.path.exists(p) for p in first.values())
     assert Path(first["gemma_root"]).is_relative_to(tmp_path / "cache")
-    monkeypatch.setattr(toymodel, "make_toy_model", lambda *a, **k: pytest.fail("made a second time"))
+    monkeypatch.setattr(package, "make_toy_model", lambda *a, **k: pytest.fail("made a second time"))
     assert ensure_toy_model() == first
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
+def test_another_generator_has_another_folder(tmp_path):
+    source = Path(package.__file__).parent
+    copy = tmp_path / "toy"
+    shutil.copytree(source, copy)
+    assert package._digest(copy) == package._digest()
+    (copy / "__pycache__").mkdir(exist_ok=True)
+    (copy / "__pycache__" / "config.cpython-311.pyc").write_bytes(b"x")
+    assert package._digest(copy) == package._digest()
+    files = sorted(source.glob("*.py"))
+    assert [f.stem for f in files] == ["__init__", "config", "gemma", "weights"]
+    for file in files:
+        (copy / file.name).write_bytes(file.read_bytes() + b"\n")
+        assert package._digest(copy) != package._digest()
+        shutil.copy(file, copy / file.name)
+    (copy / "one_more.py").write_bytes(b"")
+    assert package._digest(copy) != package._digest()
+
+
 def test_ensure_survives_another_process_winning(tmp_path, monkeypatch):
-    real = toymodel.make_toy_model
+    real = package.make_toy_model
 
     def slow(out_dir, **kwargs):
         made = real(out_dir, **kwargs)
-        monkeypatch.setattr(toymodel, "make_toy_model", real)
+        monkeypatch.setattr(package, "make_toy_model", real)
         ensure_toy_model(tmp_path)  # the other process, which publishes first
         return made
 
-    monkeypatch.setattr(toymodel, "make_toy_model", slow)
+    monkeypatch.setattr(package, "make_toy_model", slow)
     paths = ensure_toy_model(tmp_path)
     assert all(os.path.exists(p) for p in paths.values())
     assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_import_is_cheap():
-    code = "import sys, ltx_ray.toymodel; print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
+    code = "import sys, ltx_ray.toy; print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT).stdout
     assert out.strip() == "[]"

@@ -1,0 +1,132 @@
+"""The toy model: the five pieces of LTX-2.3 that a user downloads, at tiny widths and with random weights.
+
+File formats, key names, metadata and features are those of the release (see shared/ltx-facts.md, "Checkpoint
+key prefixes" and "Metadata of the single file"), so whatever loads the release loads the toy. The weights are
+random, so its pictures mean nothing.
+
+Importing this is cheap; torch is imported when a model is made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from ltx_ray.toy.config import MODEL_VERSION, ToyShape, checkpoint_config, upsampler_config
+
+__all__ = ["FILES", "ToyShape", "make_toy_model", "ensure_toy_model"]
+
+FILES = {
+    "checkpoint_path": "ltx-2.3-toy-dev.safetensors",
+    "distilled_lora": "ltx-2.3-toy-distilled-lora-1.1.safetensors",
+    "spatial_upsampler_path": "ltx-2.3-toy-spatial-upscaler-x2-1.1.safetensors",
+    "gemma_root": "gemma-toy",
+}
+
+_DEFAULT = ToyShape()
+
+
+def _save(path: Path, tensors: dict, metadata: dict[str, str]):
+    """Write a safetensors file whose bytes depend on its contents alone.
+
+    save_file writes the metadata in the order of a hash map, another one in each process; here the header is put
+    back with its metadata sorted, which does not change its length.
+    """
+    from safetensors.torch import save_file
+
+    save_file(tensors, str(path), metadata=metadata)
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        entry = dict(sorted(header.pop("__metadata__").items()))
+        text = json.dumps({"__metadata__": entry, **header}, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= length, (len(text), length)
+        file.seek(8)
+        file.write(text.ljust(length))
+
+
+def make_toy_model(out_dir: str | os.PathLike, *, seed: int = 0, shape: ToyShape = _DEFAULT) -> dict[str, str]:
+    """Write the five pieces into `out_dir` (made if need be) and return where they are.
+
+    The result has the keys `checkpoint_path`, `distilled_lora`, `spatial_upsampler_path` and `gemma_root`, the
+    names under which the command line takes them. The bytes depend on `seed` and `shape` alone.
+    """
+    import torch
+
+    from ltx_ray.toy import gemma, weights
+
+    out = Path(out_dir)
+    paths = {name: out / file for name, file in FILES.items()}
+    paths["gemma_root"].mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+
+    config = checkpoint_config(shape)
+    draw = weights.Draw(generator)
+    weights.draw_transformer(draw, shape)
+    weights.draw_text(draw, shape)
+    weights.draw_video_vae(draw, config["vae"])
+    weights.draw_audio_vae(draw, config["audio_vae"])
+    weights.draw_vocoder(draw, config["vocoder"])
+    checkpoint = draw.tensors
+    _save(paths["checkpoint_path"], checkpoint, {"config": json.dumps(config), "model_version": MODEL_VERSION})
+
+    draw = weights.Draw(generator)
+    weights.draw_lora(draw, checkpoint, shape)
+    _save(paths["distilled_lora"], draw.tensors, {"format": "pt"})
+
+    draw = weights.Draw(generator)
+    weights.draw_upsampler(draw, shape)
+    upsampler = {"config": json.dumps(upsampler_config(shape)), "model_version": MODEL_VERSION}
+    _save(paths["spatial_upsampler_path"], draw.tensors, upsampler)
+
+    draw = weights.Draw(generator)
+    gemma.draw_weights(draw, shape)
+    _save(paths["gemma_root"] / "model.safetensors", draw.tensors, {"format": "pt"})
+    for name, content in gemma.files(shape).items():
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        (paths["gemma_root"] / name).write_text(text, encoding="utf-8")
+    return {name: str(path) for name, path in paths.items()}
+
+
+def _digest(package: Path = Path(__file__).parent) -> str:
+    """Twelve hex digits that tell this generator from another: over the names and bytes of all its files, no others,
+    and the default shape."""
+    digest = hashlib.sha256(json.dumps(dataclasses.asdict(_DEFAULT)).encode())
+    for file in sorted(package.glob("[!.]*.py")):
+        source = file.read_bytes()
+        digest.update(f"{file.name} {len(source)}\n".encode() + source)
+    return digest.hexdigest()[:12]
+
+
+def ensure_toy_model(cache_dir: str | os.PathLike | None = None) -> dict[str, str]:
+    """The default toy model, made on first use; the same paths as make_toy_model returns.
+
+    `cache_dir` defaults to $LTX_RAY_CACHE, otherwise `ltx-ray` in the user's cache directory. The folder's name
+    holds a digest of this generator, so another version of it makes its own. It appears by rename when complete:
+    any number of processes may call this at once.
+    """
+    if cache_dir is None:
+        cache_dir = os.environ.get("LTX_RAY_CACHE") or (
+            Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ltx-ray"
+        )
+    cache = Path(cache_dir)
+    folder = cache / f"toy-{MODEL_VERSION}-{_digest()}"
+    if not folder.is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        making = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=cache))
+        try:
+            make_toy_model(making)
+            making.chmod(0o755)  # mkdtemp's own mode would keep a shared cache to one user
+            try:
+                os.rename(making, folder)
+            except OSError:
+                if not folder.is_dir():  # otherwise another process was first, with the same bytes
+                    raise
+        finally:
+            shutil.rmtree(making, ignore_errors=True)
+    return {name: str(folder / file) for name, file in FILES.items()}

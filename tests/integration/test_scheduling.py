@@ -1,0 +1,133 @@
+"""The driver on real Ray with an engine that is told how to fail: nothing lost, nothing twice."""
+
+from __future__ import annotations
+
+import pytest
+
+from ltx_ray.config import RunLimits
+
+SIZE = {"height": 64, "width": 64, "num_frames": 9}
+
+
+def rows(*prompts: str) -> list[dict]:
+    return [{"id": f"r{n}", "prompt": prompt, "seed": n, **SIZE} for n, prompt in enumerate(prompts)]
+
+
+def test_every_row_is_in_the_index_and_a_second_run_finds_nothing_to_do(runner):
+    manifest = rows("one", "two", "three", "four")
+    assert runner.render(manifest) == 0
+    first = runner.index()
+    assert set(first) == {"r0", "r1", "r2", "r3"}
+    for row in first.values():
+        assert (runner.output / row["clip"]).is_file()
+        assert row["attempts"] == 1
+    assert runner.render(manifest) == 0
+    assert [e["event"] for e in runner.events()].count("gang_starting") == 0
+    assert runner.index() == first
+
+
+def test_results_do_not_depend_on_pools_or_order(runner, tmp_path):
+    manifest = rows("one", "two", "three", "four", "five")
+    layouts = [
+        {"stage1": 1, "stage2": 1},
+        {"stage1": 2, "stage2": 2},
+        {"stage1": 1, "stage2": 0},
+        {"stage1": 2, "stage2": 1, "tp": 2},
+    ]
+    found = []
+    for number, layout in enumerate(layouts):
+        output = tmp_path / f"out{number}"
+        order = manifest if number % 2 == 0 else manifest[::-1]
+        assert runner.render(order, output, **layout) == 0
+        found.append({name: row["latents_sha256"] for name, row in runner.index(output).items()})
+    assert all(f == found[0] for f in found)
+
+
+def test_a_shared_replica_switches_seldom(runner):
+    assert runner.render(rows(*"abcdefgh"), stage1=1, stage2=0) == 0
+    switches = sum(row["switches"] for row in runner.index().values())
+    # eight clips in turns of up to four: stage 1, stage 2, stage 1, stage 2
+    assert 2 <= switches <= 8
+    assert {row["stage1_replica"] for row in runner.index().values()} == {"diffusion-0"}
+
+
+def test_a_dead_rank_costs_an_attempt_and_the_row_is_rendered(runner):
+    assert runner.render(rows("fine", "[[stage1:crash:1]]", "[[decode:crash:2]]", "fine too"), tp=2) == 0
+    index = runner.index()
+    assert {name: row["attempts"] for name, row in index.items()} == {"r0": 1, "r1": 2, "r2": 3, "r3": 1}
+    lost = [e for e in runner.events() if e["event"] == "gang_lost"]
+    assert [e["role"] for e in lost].count("stage1") == 1
+    assert [e["role"] for e in lost].count("decode") == 2
+    assert not runner.failed()
+
+
+def test_a_poison_row_is_given_up_and_the_others_go_on(runner):
+    assert runner.render(rows("fine", "[[stage2:crash]]", "fine too")) == 3
+    assert set(runner.index()) == {"r0", "r2"}
+    failed = runner.failed()["r1"]
+    assert (failed["stage"], failed["attempts"], failed["error_class"]) == ("stage2", 3, "infrastructure")
+
+
+def test_a_row_at_fault_fails_at_once_and_only_retry_tries_it_again(runner):
+    manifest = rows("fine", "[[stage1:row]]")
+    assert runner.render(manifest, tp=2) == 3
+    failed = runner.failed()["r1"]
+    assert (failed["stage"], failed["attempts"], failed["error_class"]) == ("stage1", 1, "row")
+    assert "told to fail" in failed["message"] and "RowError" in failed["traceback"]
+    assert not [e for e in runner.events() if e["event"] == "gang_lost"]
+    assert runner.render(manifest) == 3
+    assert not [e for e in runner.events() if e["event"] == "call"]
+    assert runner.render(str(runner.output / "failed"), retry_failed=True) == 3
+    assert [e["stage"] for e in runner.events() if e["event"] == "call"] == ["text", "stage1"]
+
+
+def test_infrastructure_failures_are_retried_by_the_same_command(runner):
+    manifest = rows("[[stage1:error:3]]")
+    assert runner.render(manifest) == 3
+    assert runner.failed()["r0"]["error_class"] == "infrastructure"
+    assert runner.render(manifest) == 0
+    assert set(runner.index()) == {"r0"} and not runner.failed()
+
+
+def test_a_rank_that_fails_alone_takes_its_gang_with_it(runner):
+    assert runner.render(rows("[[stage1:lone:1]]"), tp=2) == 0
+    assert [e["role"] for e in runner.events() if e["event"] == "gang_lost"] == ["stage1"]
+
+
+def test_a_hanging_call_is_ended_at_its_deadline(runner):
+    assert runner.render(rows("[[stage2:hang:1]]", "fine"), limits=RunLimits(call_timeout=4)) == 0
+    lost = [e for e in runner.events() if e["event"] == "gang_lost"]
+    assert len(lost) == 1 and "longer than 4 s" in lost[0]["reason"]
+
+
+def test_an_illegal_row_is_listed_and_the_others_render(runner):
+    manifest = [*rows("one", "two"), {"id": "bad", "prompt": "x", "height": 100}]
+    assert runner.render(manifest) == 3
+    assert set(runner.index()) == {"r0", "r1"}
+    failed = runner.failed()["bad"]
+    assert failed["stage"] == "plan" and "rows.jsonl:3:height (bad): 100" in failed["message"]
+    # mending the manifest takes the row off the list
+    assert runner.render([*rows("one", "two"), {"id": "bad", "prompt": "x", **SIZE}]) == 0
+    assert not runner.failed() and set(runner.index()) == {"r0", "r1", "bad"}
+
+
+def test_rows_with_one_content_are_rendered_once(runner):
+    twins = [{"id": name, "prompt": "same", "seed": 1, "note": name, **SIZE} for name in ("x", "y", "z")]
+    assert runner.render(twins) == 0
+    index = runner.index()
+    assert set(index) == {"x", "y", "z"} and len({row["item_id"] for row in index.values()}) == 1
+    assert index["y"]["extra"] == '{"note": "y"}'
+    assert [e["stage"] for e in runner.events() if e["event"] == "call"] == ["text", "stage1", "stage2", "decode"]
+    assert runner.render([{**twins[0], "id": "later"}]) == 0
+    assert runner.index()["later"]["clip"] == index["x"]["clip"]
+
+
+def test_pools_that_do_not_fit_are_refused_before_anything_starts(runner):
+    with pytest.raises(ValueError, match=r"CPU slots: 66 needed, \d+ free"):
+        runner.render(rows("one"), stage1=32, stage2=32)
+
+
+def test_an_engine_that_never_loads_ends_the_run(runner, capsys):
+    broken = dict.fromkeys(("text", "diffusion", "decode"), "ltx_ray.engine.fake:NoSuchEngine")
+    assert runner.render(rows("one"), fake=False, engines=broken) == 1
+    assert "gangs failed to start" in capsys.readouterr().err

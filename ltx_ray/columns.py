@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from ltx_ray.records import ImageCondition, LoraUse
-from ltx_ray.shapes import FRAME_RATES, legal_frame_rate
+from ltx_ray.shapes import FRAME_RATES_LEGAL, legal_frame_rate
 
 ID_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,128}")
 MAX_SEED = 2**63 - 1
@@ -163,7 +163,7 @@ _COLUMNS = [
     Column("height", pa.int32(), _integer, "a positive multiple of 64", lambda v: 0 < v < 2**31, "height"),
     Column("width", pa.int32(), _integer, "a positive multiple of 64", lambda v: 0 < v < 2**31, "width"),
     Column("num_frames", pa.int32(), _integer, "8*k + 1", lambda v: 0 < v < 2**31, "num-frames"),
-    Column("frame_rate", pa.float64(), _number, f"frames a second, from {FRAME_RATES[0]:g} to {FRAME_RATES[1]:g}",
+    Column("frame_rate", pa.float64(), _number, FRAME_RATES_LEGAL,
            legal_frame_rate, "frame-rate"),
     Column("num_inference_steps", pa.int32(), _integer, "a whole number from 2 to 1000 (one step makes 0/0)",
            lambda v: 2 <= v <= 1000, "num-inference-steps"),

@@ -39,7 +39,10 @@ class Lease:
             self._write()
 
     def release(self) -> None:
-        self._store.delete(_NAME)
+        """Give it back; another run's lease stays."""
+        entry = _read(self._store)
+        if entry is not None and entry["run_id"] == self._run_id:
+            self._store.delete(_NAME)
 
     def _write(self) -> None:
         entry = {
@@ -52,16 +55,27 @@ class Lease:
         self._renewed = time.monotonic()
 
     def _holder(self) -> dict | None:
-        try:
-            entry = json.loads(self._store.read_bytes(_NAME))
-            if entry["expires"] < time.time() or entry["run_id"] == self._run_id:
-                return None
-            # a run that was killed on this machine need not be waited for
-            if entry["host"] == socket.gethostname() and not _alive(entry["pid"]):
-                return None
-        except (OSError, ValueError, KeyError):
-            return None
-        return entry
+        entry = holder(self._store)
+        return None if entry is None or entry["run_id"] == self._run_id else entry
+
+
+def holder(store: Store) -> dict | None:
+    """The lease (`run_id`, `host`, `pid`, `expires`) of the run at work in `store`, or None."""
+    entry = _read(store)
+    if entry is None or entry["expires"] < time.time():
+        return None
+    # a run that was killed on this machine need not be waited for
+    if entry["host"] == socket.gethostname() and not _alive(entry["pid"]):
+        return None
+    return entry
+
+
+def _read(store: Store) -> dict | None:
+    try:
+        entry = json.loads(store.read_bytes(_NAME))
+        return {"run_id": entry["run_id"], "host": entry["host"], "pid": int(entry["pid"]), "expires": float(entry["expires"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _alive(pid: int) -> bool:

@@ -71,9 +71,15 @@ class Row:
         value = self.raw.values.get("id")
         return value if isinstance(value, str) else None
 
+    @property
+    def _shown_id(self) -> str:
+        """The id when it is one, otherwise a spelling of it that fits any log line."""
+        legal = COLUMNS["id"].check(self.id or "")
+        return self.id or "" if legal else _shown(self.id)
+
     def messages(self) -> list[str]:
         """`file:row:column (id): value, what is legal`, one for each problem."""
-        named = f" ({self.id})" if self.id else ""
+        named = f" ({self._shown_id})" if self.id else ""
         return [
             f"{self.raw.source}:{p.column}{named}: {_shown(p.value)}, legal: {p.legal}" for p in self.problems
         ]
@@ -81,7 +87,10 @@ class Row:
 
 @dataclass(frozen=True)
 class RowRules:
-    """What is legal in rows beyond their types: the model's limits and the operator's choices."""
+    """What is legal in rows beyond their types: the model's limits and the operator's choices.
+
+    Relative image paths count from the folder of the row's file; `image_roots` are where images may be.
+    """
 
     defaults: Mapping[str, Any] = field(default_factory=dict)
     num_layers: int | None = None
@@ -130,19 +139,21 @@ def read_manifest(uri: str) -> Iterator[RawRow]:
 def manifest_folder(uri: str) -> str:
     """The folder against which a manifest's relative image paths are resolved."""
     store = Store(uri)
+    place = store.root if store.is_local else store.uri
     if store.fs.get_file_info(store.root).type == pafs.FileType.Directory:
-        return store.root
-    return os.path.dirname(store.root)
+        return place
+    return os.path.dirname(place)
 
 
 def _parquet_rows(fs: pafs.FileSystem, path: str, name: str) -> Iterator[RawRow]:
     try:
-        file = pq.ParquetFile(fs.open_input_file(path))
+        # closed again: a folder may have more files than a process may open
+        with fs.open_input_file(path) as file:
+            schema = pq.ParquetFile(file).schema_arrow
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{name}: cannot be read as Parquet ({error})") from None
-    schema = file.schema_arrow
-    if FAILED_ROW_COLUMN in schema.names:
-        return _failed_rows(file, name)
+    if {FAILED_ROW_COLUMN, "source"} <= set(schema.names):
+        return _failed_rows(fs, path, name)
     if "prompt" not in schema.names:
         raise ValueError(f"{name}: has no column 'prompt' (it has {', '.join(schema.names) or 'none'})")
     for column_name in schema.names:
@@ -151,30 +162,34 @@ def _parquet_rows(fs: pafs.FileSystem, path: str, name: str) -> Iterator[RawRow]
             found = schema.field(column_name).type
             raise ValueError(f"{name}: column '{column_name}' has type {found}; legal: {column.type} ({column.legal})")
 
-    def rows() -> Iterator[RawRow]:
-        number = 0
-        for batch in file.iter_batches(batch_size=1024):
-            for values in batch.to_pylist():
-                number += 1
-                # pandas writes gaps in a column of numbers as NaN
-                yield RawRow(name, number, {k: None if _is_nan(v) else v for k, v in values.items()})
-
-    return rows()
+    # pandas writes gaps in a column of numbers as NaN
+    return (
+        RawRow(name, number, {k: None if _is_nan(v) else v for k, v in values.items()})
+        for number, values in enumerate(_parquet_values(fs, path, name), start=1)
+    )
 
 
-def _failed_rows(file: pq.ParquetFile, name: str) -> Iterator[RawRow]:
-    for batch in file.iter_batches(columns=[FAILED_ROW_COLUMN, "source"]):
-        for row in batch.to_pylist():
-            # the row keeps its first place, so that it is known again
-            origin, _, number = (row["source"] or f"{name}:0").rpartition(":")
-            yield _parse_line(origin, int(number), row[FAILED_ROW_COLUMN])
+def _parquet_values(
+    fs: pafs.FileSystem, path: str, name: str, columns: list[str] | None = None
+) -> Iterator[dict[str, Any]]:
+    try:
+        with fs.open_input_file(path) as file:
+            for batch in pq.ParquetFile(file).iter_batches(batch_size=1024, columns=columns):
+                yield from batch.to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{name}: cannot be read as Parquet ({error})") from None
+
+
+def _failed_rows(fs: pafs.FileSystem, path: str, name: str) -> Iterator[RawRow]:
+    for row in _parquet_values(fs, path, name, [FAILED_ROW_COLUMN, "source"]):
+        # the row keeps its first place, so that it is known again
+        origin, _, number = (row["source"] or f"{name}:0").rpartition(":")
+        yield _parse_line(origin, int(number), row[FAILED_ROW_COLUMN])
 
 
 def _jsonl_rows(fs: pafs.FileSystem, path: str, name: str) -> Iterator[RawRow]:
     try:
-        stream = io.TextIOWrapper(fs.open_input_stream(path), encoding="utf-8-sig", errors="surrogateescape")
-        lines = ((n, line) for n, line in enumerate(stream, start=1) if line.strip())
-        peeked = [_parse_line(name, n, line) for n, line in itertools.islice(lines, _PEEK_ROWS)]
+        peeked = list(itertools.islice(_parsed_lines(fs, path, name), _PEEK_ROWS))
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{name}: cannot be read ({error})") from None
     readable = [row for row in peeked if row.unreadable is None]
@@ -198,7 +213,14 @@ def _jsonl_rows(fs: pafs.FileSystem, path: str, name: str) -> Iterator[RawRow]:
                 f"{name}: column '{key}' has type {_json_type(values[0])} (such as {_shown(values[0])}); "
                 f"legal: {COLUMNS[key].type} ({COLUMNS[key].legal})"
             )
-    return itertools.chain(peeked, (_parse_line(name, n, line) for n, line in lines))
+    return _parsed_lines(fs, path, name)
+
+
+def _parsed_lines(fs: pafs.FileSystem, path: str, name: str) -> Iterator[RawRow]:
+    with io.TextIOWrapper(fs.open_input_stream(path), encoding="utf-8-sig", errors="surrogateescape") as stream:
+        for number, line in enumerate(stream, start=1):
+            if line.strip():
+                yield _parse_line(name, number, line)
 
 
 def _parse_line(name: str, number: int, line: str) -> RawRow:
@@ -209,7 +231,7 @@ def _parse_line(name: str, number: int, line: str) -> RawRow:
     if not isinstance(values, dict):
         return RawRow(name, number, {}, unreadable=f"a JSON {_json_type(values)}, not an object")
     if set(values) == {UNREADABLE}:
-        return RawRow(name, number, {}, unreadable=values[UNREADABLE])
+        return RawRow(name, number, {}, unreadable=str(values[UNREADABLE]))
     return RawRow(name, number, values)
 
 
@@ -248,12 +270,12 @@ def judge(raw: RawRow, rules: RowRules) -> Row:
     defaults["loras"] = rules.loras
     values = {**defaults, **rules.defaults, "id": None, **given, "pipeline": pipeline_name}
 
-    problems += _cross_checks(values, rules, {p.column for p in problems})
+    problems += _cross_checks(values, rules, {p.column for p in problems}, os.path.dirname(raw.file))
     if problems:
         return Row(raw, None, tuple(problems))
     values["loras"] = _in_declared_order(values["loras"], rules.loras)
     extra = {k: v for k, v in raw.values.items() if k not in COLUMNS}
-    values["extra"] = json.dumps(extra, sort_keys=True, ensure_ascii=False, default=str) if extra else None
+    values["extra"] = _extra_json(extra) if extra else None
     return Row(raw, RenderRequest(**values))
 
 
@@ -271,7 +293,7 @@ def check_defaults(defaults: Mapping[str, Any]) -> dict[str, Any]:
     return parsed
 
 
-def _cross_checks(values: Mapping[str, Any], rules: RowRules, bad: set[str]) -> list[Problem]:
+def _cross_checks(values: Mapping[str, Any], rules: RowRules, bad: set[str], folder: str) -> list[Problem]:
     problems = []
     if not bad & {"height", "width", "num_frames", "frame_rate"}:
         shape = ClipShape(values["num_frames"], values["height"], values["width"], values["frame_rate"])
@@ -286,7 +308,7 @@ def _cross_checks(values: Mapping[str, Any], rules: RowRules, bad: set[str]) -> 
             known = ", ".join(sorted(declared)) or "none declared; give --lora PATH"
             problems.append(Problem("loras", use.name, f"a name declared with --lora ({known})"))
     for image in values["images"]:
-        inside = any(_is_inside(image.path, root) for root in rules.image_roots)
+        inside = any(_is_inside(image.path, folder, root) for root in rules.image_roots)
         if not inside:
             roots = ", ".join(rules.image_roots) or "none"
             problems.append(Problem("images", image.path, f"a path inside an --image-root ({roots})"))
@@ -295,12 +317,35 @@ def _cross_checks(values: Mapping[str, Any], rules: RowRules, bad: set[str]) -> 
     return problems
 
 
-def _is_inside(path: str, root: str) -> bool:
-    """Whether `path` (relative ones count from the first root) stays under `root`, links resolved."""
+def _is_inside(path: str, folder: str, root: str) -> bool:
+    """Whether `path` (relative ones count from `folder`) stays under `root`, links resolved."""
+    if "://" not in path:
+        path = os.path.join(folder, path)
     if "://" in path or "://" in root:
         return path.startswith(root.rstrip("/") + "/") and ".." not in path.split("/")
-    full = os.path.realpath(path if os.path.isabs(path) else os.path.join(root, path))
-    return os.path.commonpath([full, os.path.realpath(root)]) == os.path.realpath(root)
+    full, top = os.path.realpath(path), os.path.realpath(root)
+    return os.path.commonpath([full, top]) == top
+
+
+def _extra_json(extra: Mapping[str, Any]) -> str:
+    """Unknown columns as JSON that any reader takes: no NaN, no half characters."""
+    try:
+        text = json.dumps(extra, sort_keys=True, ensure_ascii=False, default=str, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_without_nan(extra), sort_keys=True, ensure_ascii=False, default=str)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(json.loads(text), sort_keys=True)
+    return text
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _without_nan(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _in_declared_order(uses: tuple[LoraUse, ...], declared: tuple[LoraUse, ...]) -> tuple[LoraUse, ...]:

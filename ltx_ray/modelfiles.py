@@ -54,9 +54,12 @@ class SafetensorsHeader:
     def config(self) -> dict[str, Any]:
         """The JSON under the metadata key `config` (empty when there is none)."""
         try:
-            return json.loads(self.metadata.get("config", "{}"))
-        except json.JSONDecodeError as error:
+            config = json.loads(self.metadata.get("config", "{}"))
+        except (TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{self.path}: metadata field 'config' is not JSON ({error})") from None
+        if not isinstance(config, dict):
+            raise ValueError(f"{self.path}: metadata field 'config' is no JSON object")
+        return config
 
 
 def read_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
@@ -80,11 +83,14 @@ def read_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (UnicodeDecodeError, json.JSONDecodeError):
         raise ValueError(f"{path}: not a safetensors file (its header is not JSON)") from None
-    metadata = table.pop("__metadata__", None) or {}
     tensors = {}
-    for name, entry in table.items():
-        start, end = entry["data_offsets"]
-        tensors[name] = TensorInfo(entry["dtype"], tuple(entry["shape"]), start, end)
+    try:
+        metadata = dict(table.pop("__metadata__", None) or {})
+        for name, entry in table.items():
+            start, end = map(int, entry["data_offsets"])
+            tensors[name] = TensorInfo(entry["dtype"], tuple(map(int, entry["shape"])), start, end)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ValueError(f"{path}: not a safetensors file (its header is not a table of tensors)") from None
     data_end = max((t.end for t in tensors.values()), default=0)
     if 8 + length + data_end > size:
         raise ValueError(
@@ -188,7 +194,7 @@ def check_lora(checkpoint: Checkpoint, path: str) -> int:
         if module not in linears:
             continue
         out_features, in_features = linears[module]
-        if a.shape[1:] != (in_features,) or b.shape[:1] != (out_features,) or a.shape[0] != b.shape[1]:
+        if len(a.shape) != 2 or a.shape[1] != in_features or b.shape != (out_features, a.shape[0]):
             raise ValueError(
                 f"{path}: {module} has factors A {a.shape} and B {b.shape}, but that layer of {checkpoint.path} is "
                 f"{out_features} x {in_features}; legal: A (rank, {in_features}) and B ({out_features}, rank)"

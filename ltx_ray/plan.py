@@ -82,7 +82,11 @@ class RecipeBook:
 
 @dataclass
 class Plan:
-    """A manifest held against the dataset, row by row. `counts` fills as `rows` is consumed."""
+    """A manifest held against the dataset, row by row.
+
+    As the rows are consumed, `counts` fills with "rows", one entry a status and "clips" (what is to be
+    rendered, once for all rows that share it), and `tflop` with the clips' cost.
+    """
 
     manifest: str
     rules: RowRules
@@ -113,7 +117,9 @@ class Plan:
                 continue
             self.counts["rows"] += 1
             self.counts[planned.status] += 1
-            if planned.status == TODO:
+            if planned.status == TODO and planned.item.item_id not in self._to_render:
+                self._to_render.add(planned.item.item_id)
+                self.counts["clips"] += 1
                 self.tflop += clip_tflop(self.book.checkpoint.transformer, planned.request)
             yield planned
             taken += 1
@@ -154,6 +160,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         self._handed_out: set[tuple[str, str]] = set()
+        self._to_render: set[str] = set()
 
     def _shard(self) -> tuple[int, None, int]:
         index, count = self.selection.shard or (0, 1)
@@ -162,7 +169,7 @@ class Plan:
 
 def cost_line(counts: Mapping[str, int], tflop: float) -> str:
     """An estimate in words: the arithmetic of what is to be rendered, and what that takes on an H100."""
-    clips = counts.get(TODO, 0)
+    clips = counts.get("clips", 0)
     if not clips:
         return "nothing to render"
     hours = tflop / H100_TFLOPS / 3600

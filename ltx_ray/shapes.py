@@ -20,6 +20,7 @@ AUDIO_BINS = 16
 AUDIO_SAMPLE_RATE = 48000
 #: Frames a second; below the lower bound a rate has no fraction that a file can hold.
 FRAME_RATES = (0.01, 1000.0)
+FRAME_RATES_LEGAL = "frames a second, from 0.01 to 1000"
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def size_problems(shape: ClipShape) -> list[tuple[str, object, str]]:
             ("num_frames", shape.num_frames, f"8*k + 1 with k >= 0 (next: {lower} or {lower + TIME_FACTOR})")
         )
     if not legal_frame_rate(shape.frame_rate):
-        problems.append(("frame_rate", shape.frame_rate, f"frames a second, from {FRAME_RATES[0]:g} to {FRAME_RATES[1]:g}"))
+        problems.append(("frame_rate", shape.frame_rate, FRAME_RATES_LEGAL))
     elif not problems and shape.audio_latents < 1:
         problems.append(
             ("num_frames", shape.num_frames, f"long enough for one audio latent (1/{AUDIO_LATENTS_PER_SECOND:g} s)"

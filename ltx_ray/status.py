@@ -8,6 +8,7 @@ from collections import Counter
 
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.driver.progress import duration
+from ltx_ray.lease import holder
 from ltx_ray.modelfiles import lora_modules, read_header
 from ltx_ray.storage import Store
 
@@ -59,7 +60,7 @@ def status_lines(output: str) -> list[str]:
 
 def _state(run: dict, store: Store) -> str:
     state = run.get("state", "unknown")
-    if state == "running" and not store.exists("_lease.json"):
+    if state == "running" and holder(store) is None:
         return "interrupted (run the same command to go on)"
     return state
 

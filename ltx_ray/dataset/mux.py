@@ -40,7 +40,8 @@ def write_mp4(
     if audio is not None and (audio.ndim != 2 or audio.shape[0] != 2):
         raise ValueError(f"audio has shape {audio.shape}; legal: (2, samples)")
     count = 0
-    options = {"movflags": "use_metadata_tags+faststart"}
+    # lengths are kept in this unit; the default of milliseconds would cut the sound between samples
+    options = {"movflags": "use_metadata_tags+faststart", "movie_timescale": str(sample_rate)}
     with av.open(path, mode="w", format="mp4", options=options) as container:
         for key, value in metadata.items():
             container.metadata[key] = value

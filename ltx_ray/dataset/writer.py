@@ -195,12 +195,17 @@ class DatasetWriter:
         return name
 
     def forget_illegal(self, manifest: str, keep: set[str]) -> None:
-        """Remove the illegal rows of `manifest` that are no longer among its illegal rows (`keep`)."""
+        """Remove the illegal rows of `manifest` that are no longer among its illegal rows (`keep`).
+
+        When the manifest is this dataset's own failed/, its rows are those of every manifest.
+        """
+        files = manifest.rstrip("/")
+        every = Store(manifest).root == self.store.path("failed")
         for name in self.store.list("failed"):
             if name.startswith("part-illegal-") and name not in keep:
                 table = pq.read_table(io.BytesIO(self.store.read_bytes(f"failed/{name}")), columns=["source"])
-                source = table.column(0)[0].as_py() or ""
-                if source.rpartition(":")[0].startswith(manifest.rstrip("/")):
+                file = (table.column(0)[0].as_py() or "").rpartition(":")[0]
+                if every or file == files or file.startswith(files + "/"):
                     self.store.delete(f"failed/{name}")
 
     def forget_failure(self, item_id: str, key: str) -> None:

@@ -17,7 +17,7 @@ class Progress:
         self._stream = stream or sys.stderr
         self._terminal = self._stream.isatty()
         self._began = time.monotonic()
-        self._first_done: float | None = None
+        self._first_done: tuple[float, int] | None = None
         self._shown = 0.0
         self._width = 0
 
@@ -33,7 +33,7 @@ class Progress:
         """Show the state, at most twice a second on a terminal and every 30 s in a log."""
         now = time.monotonic()
         if done + failed and self._first_done is None:
-            self._first_done = now
+            self._first_done = now, done + failed
         if not force and now - self._shown < (_TERMINAL_PERIOD if self._terminal else _LOG_PERIOD):
             return
         self._shown = now
@@ -50,12 +50,14 @@ class Progress:
         parts = [f"{finished}/{'?' if total is None else total} clips"]
         if failed:
             parts.append(f"{failed} failed")
-        # the pipeline fills before the first clip, so the rate counts from there
-        if self._first_done is not None and finished > 1 and now > self._first_done:
-            rate = (finished - 1) / (now - self._first_done)
-            parts.append(f"{rate * 3600:,.0f} clips/h" if rate < 1 else f"{rate:.1f} clips/s")
-            if total is not None and total > finished:
-                parts.append(f"{duration((total - finished) / rate)} left")
+        # the pipeline fills before the first clips, and an earlier run may have made them: the rate counts from there
+        if self._first_done is not None:
+            began, before = self._first_done
+            if finished > before and now > began:
+                rate = (finished - before) / (now - began)
+                parts.append(f"{rate * 3600:,.0f} clips/h" if rate < 1 else f"{rate:.1f} clips/s")
+                if total is not None and total > finished:
+                    parts.append(f"{duration((total - finished) / rate)} left")
         parts.append(f"{duration(now - self._began)} elapsed")
         return " | ".join(parts) + (f" | {doing}" if doing else "")
 

@@ -81,9 +81,9 @@ def test_a_legal_size_has_no_problems():
         (ClipShape(121, 64, -64, 24.0), "width", -64, "positive multiple of 64"),
         (ClipShape(120, 64, 64, 24.0), "num_frames", 120, "113 or 121"),
         (ClipShape(0, 64, 64, 24.0), "num_frames", 0, "1 or 9"),
-        (ClipShape(121, 64, 64, 0.0), "frame_rate", 0.0, "at most 1000"),
-        (ClipShape(121, 64, 64, 1001.0), "frame_rate", 1001.0, "at most 1000"),
-        (ClipShape(121, 64, 64, float("inf")), "frame_rate", float("inf"), "at most 1000"),
+        (ClipShape(121, 64, 64, 0.0), "frame_rate", 0.0, "from 0.01 to 1000"),
+        (ClipShape(121, 64, 64, 1001.0), "frame_rate", 1001.0, "from 0.01 to 1000"),
+        (ClipShape(121, 64, 64, float("inf")), "frame_rate", float("inf"), "from 0.01 to 1000"),
         (ClipShape(1, 64, 64, 60.0), "num_frames", 1, "audio latent"),
     ],
 )

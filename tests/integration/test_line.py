@@ -1,0 +1,141 @@
+"""The whole line on real Ray with the toy model: pixels do not depend on how they were made."""
+
+from __future__ import annotations
+
+import av
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ltx_ray.config import EngineSpec, ModelFiles, Numerics
+from ltx_ray.engine.base import Rank
+from ltx_ray.engine.decode import latents_sha256, named_latents
+from ltx_ray.engine.diffusion import DiffusionEngine
+from ltx_ray.engine.text import TextEngine
+from ltx_ray.manifest import RawRow, RowRules, judge
+from ltx_ray.plan import RecipeBook
+from ltx_ray.records import AV, NoiseLedger, StageLatents
+
+ROWS = [
+    {"id": "wide", "prompt": "a red boat", "height": 64, "width": 128, "num_frames": 9, "seed": 1},
+    {"id": "tall", "prompt": "a blue bird", "height": 128, "width": 64, "num_frames": 17, "frame_rate": 29.97, "seed": 2},
+    {"id": "plain", "prompt": "雪", "negative_prompt": "", "height": 64, "width": 64, "num_frames": 9, "seed": 3},
+]
+ROWS = [{**row, "num_inference_steps": 3} for row in ROWS]
+
+
+@pytest.fixture(scope="module")
+def split(cluster, tmp_path_factory):
+    """The three rows in float32 through split pools of one rank, with latents kept."""
+    from tests.integration.conftest import Runner
+
+    runner = Runner(cluster, tmp_path_factory.mktemp("split"))
+    assert runner.render(ROWS, fake=False, dtype="float32", save_latents=True, stage1=1, stage2=1) == 0
+    return runner
+
+
+def hashes(index: dict[str, dict]) -> dict[str, str]:
+    return {name: row["latents_sha256"] for name, row in index.items()}
+
+
+def latents(runner, row: dict, output=None) -> dict[str, torch.Tensor]:
+    return load_file((output or runner.output) / "latents" / row["item_id"][:2] / f"{row['item_id']}.safetensors")
+
+
+def test_clips_have_picture_and_sound_of_the_right_length(split):
+    index = split.index()
+    assert set(index) == {"wide", "tall", "plain"}
+    for row, source in ((index[r["id"]], r) for r in ROWS):
+        with av.open(str(split.output / row["clip"])) as clip:
+            video, audio = clip.streams.video[0], clip.streams.audio[0]
+            frames = [f.to_ndarray(format="gray") for f in clip.decode(video)]
+            assert len(frames) == source["num_frames"]
+            assert frames[0].shape == (source["height"], source["width"])
+            assert clip.metadata["item_id"] == row["item_id"]
+            expected = source["num_frames"] / (30000 / 1001 if row["frame_rate"] == 29.97 else 24)
+            assert abs(float(video.duration * video.time_base) - expected) < 1e-3
+            assert abs(float(audio.duration * audio.time_base) - expected) < 1.5 / 48000
+            assert np.std(np.stack(frames)) > 2
+        with av.open(str(split.output / row["clip"])) as clip:
+            sound = np.concatenate([f.to_ndarray() for f in clip.decode(audio=0)], axis=1)
+            assert 0.01 < np.abs(sound).max() <= 1.0
+        assert row["flags"] == []
+        assert row["audio_stage"] == "stage_1"
+
+
+def test_latents_hash_is_of_the_stored_latents(split):
+    for row in split.index().values():
+        stored = latents(split, row)
+        named = {n: stored[n] for n in ("stage_1.video", "stage_1.audio", "stage_2.video", "stage_2.audio")}
+        assert latents_sha256(named) == row["latents_sha256"]
+        assert stored["stage_1.video"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "layout", [{"stage1": 1, "stage2": 0}, {"stage1": 2, "stage2": 2}], ids=["shared", "two replicas"]
+)
+def test_same_latents_in_other_pools_and_another_order(split, tmp_path, layout):
+    output = tmp_path / "out"
+    manifest = split.manifest(ROWS[::-1], name="reversed.jsonl")
+    assert split.render(manifest, output, fake=False, dtype="float32", **layout) == 0
+    assert hashes(split.index(output)) == hashes(split.index())
+
+
+def test_same_latents_after_a_resume(split, tmp_path):
+    output = tmp_path / "out"
+    from ltx_ray.config import Selection
+
+    manifest = split.manifest(ROWS, name="again.jsonl")
+    assert split.render(manifest, output, fake=False, dtype="float32", selection=Selection(limit=1)) == 0
+    assert set(split.index(output)) == {"wide"}
+    assert split.render(manifest, output, fake=False, dtype="float32") == 0
+    calls = [e["id"] for e in split.events(output) if e["event"] == "call" and e["stage"] == "stage1"]
+    assert "wide" not in calls
+    assert hashes(split.index(output)) == hashes(split.index())
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_tensor_parallel_latents_agree(split, tmp_path, tp):
+    output = tmp_path / "out"
+    row = split.manifest(ROWS[:1], name="one.jsonl")
+    assert split.render(row, output, fake=False, dtype="float32", save_latents=True, tp=tp, stage1=1, stage2=1) == 0
+    ours, whole = (latents(split, split.index(o)["wide"], o) for o in (output, split.output))
+    for name in whole:
+        error = (ours[name] - whole[name]).norm() / whole[name].norm()
+        assert error <= 1e-5, f"{name}: {error:.1e}"
+    started = [e for e in split.events(output) if e["event"] == "gang_started" and e["role"] == "stage1"]
+    assert [r["rank"] for r in started[0]["ranks"]] == list(range(tp))
+    assert len({r["pid"] for r in started[0]["ranks"]}) == tp
+
+
+def test_stage_2_alone_gives_the_same_bits(split, toy):
+    """From the stored stage-1 latents and the ledger, in another process than the one that made them."""
+    row = split.index()["tall"]
+    model = ModelFiles(**toy)
+    numerics = Numerics(dtype="float32")
+    request = judge(RawRow("test", 1, ROWS[1]), RowRules()).request
+    item = RecipeBook(model, numerics).item(request)
+    assert item.item_id == row["item_id"]
+    spec = EngineSpec("", model, numerics, str(split.output), options={"roles": ("stage2",)})
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        text, diffusion = TextEngine(spec, Rank()), DiffusionEngine(spec, Rank())
+        text.load()
+        diffusion.load()
+        stored = latents(split, row)
+        ledger = NoiseLedger(
+            seed=2,
+            device="cpu",
+            device_model="cpu",
+            draws=(
+                ("stage_1.video", (1, stored["stage_1.video"][0, 0].numel(), 128), "float32"),
+                ("stage_1.audio", (1, stored["stage_1.audio"].shape[2], 128), "float32"),
+            ),
+        )
+        first = StageLatents(AV(stored["stage_1.video"], stored["stage_1.audio"]), ledger)
+        second = diffusion.run("stage2", item, text.run("text", item), first)
+    finally:
+        torch.set_num_threads(threads)
+    assert latents_sha256(named_latents(first, second)) == row["latents_sha256"]

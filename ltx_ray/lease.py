@@ -73,8 +73,9 @@ def holder(store: Store) -> dict | None:
 def _read(store: Store) -> dict | None:
     try:
         entry = json.loads(store.read_bytes(_NAME))
-        return {"run_id": entry["run_id"], "host": entry["host"], "pid": int(entry["pid"]), "expires": float(entry["expires"])}
-    except (OSError, ValueError, KeyError, TypeError):
+        entry.update(pid=int(entry["pid"]), expires=float(entry["expires"]))
+        return entry if {"run_id", "host"} <= set(entry) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

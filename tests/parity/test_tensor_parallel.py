@@ -1,0 +1,93 @@
+"""Shards against the whole model: the forward pass, and LoRA merged before or after slicing."""
+
+from __future__ import annotations
+
+import socket
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from ltx_ray.model.transformer import NO_PERTURBATION, Perturbation
+from ltx_ray.modelfiles import TRANSFORMER_PREFIX
+from ltx_ray.parallel.layers import TPGroup
+from ltx_ray.parallel.loading import ShardReader
+from ltx_ray.parallel.lora import LoraMerger, LoraSetting
+from ltx_ray.records import AV
+from tests.parity.dit import Inputs, load_ours, relative
+
+PASSES = (NO_PERTURBATION, Perturbation(isolated=True), Perturbation(values_only=AV(frozenset({0}), frozenset({1}))))
+
+
+def _rank(rank: int, world: int, port: int, path: str, queue) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world, timeout=timedelta(seconds=120)
+    )
+    model = load_ours(path, tp=TPGroup(rank, world))
+    inputs = Inputs.random(model, seed=1)
+    results = [inputs.ours(model, p) for p in (*PASSES, NO_PERTURBATION)]
+    queue.put((rank, [(r.video.clone().numpy(), r.audio.clone().numpy()) for r in results]))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_forward_agrees_with_one_rank(toy, world):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = mp.get_context("spawn")
+    queue = context.Queue()
+    ranks = [context.Process(target=_rank, args=(r, world, port, toy["checkpoint_path"], queue)) for r in range(world)]
+    for process in ranks:
+        process.start()
+    found = dict(queue.get(timeout=180) for _ in ranks)
+    for process in ranks:
+        process.join()
+    model = load_ours(toy["checkpoint_path"])
+    inputs = Inputs.random(model, seed=1)
+    for number, perturbation in enumerate(PASSES):
+        whole = inputs.ours(model, perturbation)
+        for rank in range(world):
+            for ours, expected in zip(found[rank][number], whole, strict=True):
+                assert relative(torch.from_numpy(ours), expected) <= 1e-5
+    for rank in range(world):
+        for first, again, other in zip(found[rank][0], found[rank][-1], found[0][0], strict=True):
+            assert (first == again).all(), "two equal calls differ"
+            assert (first == other).all(), "the ranks differ"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_merging_a_shard_is_sharding_the_merged(toy, world, dtype):
+    """Bit for bit, and at any strength after any other."""
+    whole = load_ours(toy["checkpoint_path"], dtype)
+    reader = ShardReader(toy["checkpoint_path"], TRANSFORMER_PREFIX, TPGroup())
+    clean = {name: p.detach().clone() for name, p in whole.named_parameters()}
+    LoraMerger(whole, reader, [toy["distilled_lora"]], TPGroup()).switch(LoraSetting((0.5,)))
+    merged = dict(whole.named_parameters())
+    changed = [name for name in merged if not torch.equal(merged[name], clean[name])]
+    assert len(changed) > 100
+    for rank in range(world):
+        tp = TPGroup(rank, world)
+        shard = load_ours(toy["checkpoint_path"], dtype, tp)
+        merger = LoraMerger(shard, ShardReader(toy["checkpoint_path"], TRANSFORMER_PREFIX, tp), [toy["distilled_lora"]], tp)
+        for strength in (0.25, 0.5, 0.0, 0.3, 0.5):
+            assert merger.switch(LoraSetting((strength,)))
+        assert not merger.switch(LoraSetting((0.5,)))
+        for name, parameter in shard.named_parameters():
+            expected = merged[name]
+            if parameter.shard_dim is not None and world > 1:
+                expected = expected.narrow(
+                    parameter.shard_dim,
+                    rank * parameter.shape[parameter.shard_dim],
+                    parameter.shape[parameter.shard_dim],
+                )
+            assert torch.equal(parameter, expected), name
+        merger.switch(LoraSetting((0.0,)))
+        if world == 1:
+            for name, parameter in shard.named_parameters():
+                assert torch.equal(parameter, clean[name]), name

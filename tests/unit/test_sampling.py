@@ -1,0 +1,215 @@
+"""Schedules, noise, guidance and the sampler's arithmetic. Numbers marked v1.2.0 were printed by the reference."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from ltx_ray.records import AV, Guidance, NoiseLedger
+from ltx_ray.sampling.guidance import GuidedDenoiser, combine, skips
+from ltx_ray.sampling.noise import ClipNoise, SamplerNoise, noised
+from ltx_ray.sampling.passes import passes_for
+from ltx_ray.sampling.res2s import _inject, coefficients, sample_res2s
+from ltx_ray.sampling.sigmas import shifted_sigmas
+
+PLAIN = Guidance(cfg_scale=1.0, stg_scale=0.0, rescale_scale=0.0, modality_scale=1.0, stg_blocks=(), skip_step=0)
+
+
+def guidance(**changes) -> Guidance:
+    return Guidance(**{**PLAIN.__dict__, **changes})
+
+
+def pair(seed: int, dtype: torch.dtype = torch.float32) -> AV[torch.Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    return AV(torch.randn(1, 12, 8, generator=rng).to(dtype), torch.randn(1, 5, 6, generator=rng).to(dtype))
+
+
+def test_schedule_ends_at_a_tenth_then_zero():
+    for steps in (2, 3, 15, 40):
+        for tokens in (2, 1024, 8160, 40000):
+            sigmas = shifted_sigmas(steps, tokens)
+            assert sigmas.dtype == torch.float32 and len(sigmas) == steps + 1
+            assert sigmas[0].item() == pytest.approx(1.0, abs=1e-6) and sigmas[-1] == 0.0
+            assert sigmas[-2].item() == pytest.approx(0.1, abs=1e-6)
+            assert (sigmas[:-1] > sigmas[1:]).all()
+
+
+def test_more_tokens_keep_the_noise_longer():
+    assert shifted_sigmas(15, 8160)[7] > shifted_sigmas(15, 1000)[7]
+
+
+@pytest.mark.parametrize(
+    "steps, tokens, expected",
+    [  # v1.2.0
+        (15, 8160, [1.0, 0.9934907, 0.9860149, 0.9773396, 0.9671507, 0.9550146]),
+        (3, 18, [1.0, 0.6284894, 0.1, 0.0]),
+        (2, 2, [1.0, 0.1, 0.0]),
+        (30, 4096, [0.9999999, 0.994957, 0.989603, 0.9839084, 0.9778396, 0.9713582]),
+    ],
+)
+def test_schedule_is_the_references(steps, tokens, expected):
+    assert shifted_sigmas(steps, tokens)[: len(expected)].tolist() == pytest.approx(expected, abs=2e-7)
+
+
+@pytest.mark.parametrize(
+    "h, expected",
+    [  # v1.2.0
+        (0.05, (0.4938017594333477, -0.008128090585528325, 0.983539600571248)),
+        (0.3, (0.4643067452498073, -0.04313230631056886, 0.9070715707048427)),
+        (4.5, (0.1988001723195857, -0.12702264086412712, 0.3467761971889622)),
+    ],
+)
+def test_coefficients_are_the_references(h, expected):
+    assert coefficients(h) == pytest.approx(expected, rel=1e-14)
+
+
+def test_noise_injection_is_the_references():
+    x = torch.linspace(-1, 1, 6, dtype=torch.float64).view(1, 2, 3)
+    noise = torch.linspace(1, -2, 6, dtype=torch.float64).view(1, 2, 3)
+    sigmas = torch.tensor([0.9, 0.6])
+    found = _inject(AV(x, x), AV(x * 0.3 + 0.1, x * 0.3 + 0.1), AV(noise, noise), sigmas[0], sigmas[1]).video
+    expected = [  # v1.2.0
+        0.20182068422790866, 0.10216420222303983, 0.0025077202181712083,
+        -0.09714876178669757, -0.1968052437915662, -0.2964617257964349,
+    ]  # fmt: skip
+    assert found.flatten().tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_ledger_puts_the_generator_where_it_was():
+    first = ClipNoise(NoiseLedger(7, "cpu", "cpu"), torch.device("cpu"))
+    shapes = [(1, 12, 8), (1, 5, 6), (1, 48, 8), (1, 5, 6)]
+    drawn = [first.draw(str(n), shape, torch.bfloat16) for n, shape in enumerate(shapes)]
+    halfway = NoiseLedger(7, "cpu", "cpu", first.ledger.draws[:2])
+    again = ClipNoise(halfway, torch.device("cpu"))
+    for n in (2, 3):
+        assert torch.equal(again.draw(str(n), shapes[n], torch.bfloat16), drawn[n])
+    assert again.ledger == first.ledger
+    # numbers depend on dtype and on the layout drawn, which is why the ledger keeps both
+    other = ClipNoise(NoiseLedger(7, "cpu", "cpu"), torch.device("cpu"))
+    assert not torch.equal(other.draw("0", shapes[0], torch.float32).bfloat16(), drawn[0])
+
+
+def test_first_draw_is_the_seeds():
+    noise = ClipNoise(NoiseLedger(3, "cpu", "cpu"), torch.device("cpu")).draw("v", (1, 4, 2), torch.float32)
+    expected = torch.randn((1, 4, 2), generator=torch.Generator().manual_seed(3))
+    assert torch.equal(noise, expected)
+
+
+def test_sampler_noise_is_standard_and_the_same_for_every_clip():
+    like = pair(0)
+    one, two = SamplerNoise("cpu"), SamplerNoise("cpu")
+    for noise in (one.substep(like), one.step(like)):
+        for tensor in noise:
+            assert tensor.dtype == torch.float64
+            assert tensor.mean().item() == pytest.approx(0, abs=1e-12)
+            assert tensor.std().item() == pytest.approx(1, rel=1e-12)
+    assert torch.equal(two.substep(like).video, SamplerNoise("cpu").substep(like).video)
+    assert not torch.equal(two.step(like).video, SamplerNoise("cpu").substep(like).video)
+    raw = torch.randn((1, 12, 8), generator=torch.Generator().manual_seed(9999), dtype=torch.float64)
+    correlation = torch.corrcoef(torch.stack((raw.flatten(), SamplerNoise("cpu").substep(like).video.flatten())))
+    assert correlation[0, 1] == pytest.approx(1)
+
+
+def test_noised_mixes_by_scale_and_keeps_what_is_masked():
+    noise, latent, clean = (torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(n)) for n in range(3))
+    assert torch.equal(noised(noise, latent, clean, None, 1.0), noise)
+    mixed = noised(noise, latent, clean, None, 0.25)
+    assert torch.allclose(mixed, 0.75 * latent + 0.25 * noise)
+    mask = torch.tensor([0.0, 1.0, 0.5, 1.0, 1.0, 1.0]).view(1, 6, 1)
+    masked = noised(noise, latent, clean, mask, 0.25)
+    assert torch.equal(masked[:, 0], clean[:, 0]) and torch.allclose(masked[:, 1], mixed[:, 1])
+    assert torch.allclose(masked[:, 2], (clean[:, 2] + mixed[:, 2]) / 2)
+
+
+def test_only_passes_that_change_something_are_made():
+    assert passes_for(AV(PLAIN, PLAIN)) == ("cond",)
+    assert passes_for(AV(guidance(cfg_scale=3.0), PLAIN)) == ("cond", "uncond")
+    assert passes_for(AV(PLAIN, guidance(modality_scale=3.0))) == ("cond", "isolated")
+    everything = guidance(cfg_scale=2.0, stg_scale=1.0, modality_scale=2.0, stg_blocks=(1,))
+    assert passes_for(AV(everything, everything)) == ("cond", "uncond", "perturbed", "isolated")
+
+
+def test_combine():
+    c, u, p, m = (torch.randn(1, 9, 4, generator=torch.Generator().manual_seed(n)) for n in range(4))
+    results = {"cond": c, "uncond": u, "perturbed": p, "isolated": m}
+    g = guidance(cfg_scale=3.0, stg_scale=0.5, modality_scale=2.0)
+    expected = c + 2 * (c - u) + 0.5 * (c - p) + (c - m)
+    assert torch.allclose(combine(g, results), expected, atol=1e-6)
+    rescaled = combine(guidance(**{**g.__dict__, "rescale_scale": 0.4}), results)
+    assert torch.allclose(rescaled, expected * (0.4 * c.std() / expected.std() + 0.6), atol=1e-6)
+    assert torch.equal(combine(PLAIN, {"cond": c}), c)
+    assert combine(g, {k: v.bfloat16() for k, v in results.items()}).dtype == torch.bfloat16
+
+
+def test_skip_step():
+    g = guidance(skip_step=2)
+    assert [skips(g, n) for n in range(6)] == [False, True, True, False, True, True]
+    assert not any(skips(PLAIN, n) for n in range(6))
+
+
+def test_a_stream_that_skips_uses_its_last_result():
+    calls: list[tuple[str, AV[bool]]] = []
+
+    def run_pass(name, latents, sigma, enabled):
+        calls.append((name, enabled))
+        return latents.map(lambda t: t + len(calls))
+
+    denoise = GuidedDenoiser(run_pass, AV(guidance(skip_step=1), PLAIN))
+    latents = pair(0)
+    first = denoise(latents, torch.tensor(1.0), 0)
+    second = denoise(latents, torch.tensor(0.9), 1)
+    assert calls == [("cond", AV(True, True)), ("cond", AV(False, True))]
+    assert second.video is first.video and torch.equal(second.audio, latents.audio + 2)
+    both = GuidedDenoiser(run_pass, AV(guidance(skip_step=1), guidance(skip_step=1)))
+    kept = both(latents, torch.tensor(1.0), 0)
+    calls.clear()
+    assert both(latents, torch.tensor(0.9), 1) is kept and not calls
+
+
+class _Silent:
+    """A noise source of zeros."""
+
+    def substep(self, like):
+        return like.map(lambda t: torch.zeros_like(t, dtype=torch.float64))
+
+    step = substep
+
+
+def test_res2s_call_order_and_result():
+    seen: list[tuple[float, int, torch.dtype, torch.dtype]] = []
+    target = pair(1)
+
+    def denoise(latents, sigma, step):
+        seen.append((sigma.item(), step, sigma.dtype, latents.video.dtype))
+        return target
+
+    sigmas = shifted_sigmas(3, 18)
+    result = sample_res2s(denoise, pair(2), sigmas, SamplerNoise("cpu"), lambda x: x)
+    assert torch.equal(result.video, target.video) and torch.equal(result.audio, target.audio)
+    assert len(seen) == 7
+    assert [step for _, step, _, _ in seen] == [0, 0, 1, 0, 2, 0, 3]
+    assert [d for _, _, d, _ in seen] == [torch.float32, torch.float64] * 3 + [torch.float32]
+    levels = [level for level, *_ in seen]
+    assert levels[1] == pytest.approx(math.sqrt(levels[0] * levels[2]))
+    assert levels[-1] == pytest.approx(0.0011)
+
+
+def test_res2s_blends_after_every_call_and_injection():
+    blended = 0
+
+    def blend(x):
+        nonlocal blended
+        blended += 1
+        return x
+
+    sample_res2s(lambda x, s, n: x, pair(2), shifted_sigmas(3, 18), _Silent(), blend)
+    assert blended == 3 * 4 + 1
+
+
+def test_res2s_keeps_the_latents_dtype():
+    result = sample_res2s(
+        lambda x, s, n: x, pair(2, torch.bfloat16), torch.tensor([0.909375, 0.725, 0.0]), SamplerNoise("cpu"), lambda x: x
+    )
+    assert result.video.dtype == torch.bfloat16

@@ -157,7 +157,8 @@ def _run(prepared, rows, store, run_id, pools, numerics, lease, progress) -> int
     try:
         outcome = driver.run(rows)
         state = "drained" if outcome.drained else "finished"
-        code = EXIT_DRAINED if outcome.drained else EXIT_FAILED_ROWS if driver.counts["failed"] else EXIT_OK
+        bad = driver.counts["failed"] + driver.counts["illegal"]
+        code = EXIT_DRAINED if outcome.drained else EXIT_FAILED_ROWS if bad else EXIT_OK
     except StartFailed as error:
         progress.say(str(error))
     finally:
@@ -314,8 +315,11 @@ def _summary(state: str, counts: Mapping[str, int], output: str | None) -> str:
     parts = [f"{counts['rendered']} rendered"]
     if counts["already_done"]:
         parts.append(f"{counts['already_done']} done before")
-    if counts["failed"]:
-        parts.append(f"{counts['failed']} failed ({counts['illegal']} illegal), listed in {output}/failed")
+    for what in ("failed", "illegal"):
+        if counts[what]:
+            parts.append(f"{counts[what]} {what}")
+    if counts["failed"] + counts["illegal"]:
+        parts.append(f"listed in {output}/failed")
     return f"{state}: {counts['rows']} rows, {', '.join(parts)}"
 
 

@@ -146,7 +146,6 @@ class Driver:
 
     def _illegal_row(self, planned: PlannedRow) -> None:
         self.counts["illegal"] += 1
-        self.counts["failed"] += 1
         for message in planned.messages:
             self.progress.say(message)
         raw = planned.row.raw
@@ -330,9 +329,10 @@ class Driver:
 
     def _check_limits(self) -> None:
         limits = self.limits
-        finished = self.counts["rendered"] + self.counts["failed"]
+        failed = self.counts["failed"] + self.counts["illegal"]
+        finished = self.counts["rendered"] + failed
         if limits.max_failed_fraction is not None and finished >= 10:
-            fraction = self.counts["failed"] / finished
+            fraction = failed / finished
             if fraction > limits.max_failed_fraction:
                 self.drain(f"{fraction:.0%} of {finished} rows failed (--max-failed-fraction)")
         if limits.max_gpu_hours is not None and self._gpu_seconds > limits.max_gpu_hours * 3600:
@@ -346,7 +346,7 @@ class Driver:
         if starting:
             doing = f"{doing}, " * bool(doing) + f"{starting} gangs starting"
         done = self.counts["rendered"] + self.counts["already_done"]
-        self.progress.update(done, self.counts["failed"], total, doing, force)
+        self.progress.update(done, self.counts["failed"] + self.counts["illegal"], total, doing, force)
 
 
 def _first_line(text: str) -> str:

@@ -86,9 +86,10 @@ def test_ledger_puts_the_generator_where_it_was():
     for n in (2, 3):
         assert torch.equal(again.draw(str(n), shapes[n], torch.bfloat16), drawn[n])
     assert again.ledger == first.ledger
-    # numbers depend on dtype and on the layout drawn, which is why the ledger keeps both
-    other = ClipNoise(NoiseLedger(7, "cpu", "cpu"), torch.device("cpu"))
-    assert not torch.equal(other.draw("0", shapes[0], torch.float32).bfloat16(), drawn[0])
+    # a draw more, or one of another size, and the numbers after it are others
+    for draws in (halfway.draws[:1], (("0", (1, 12, 9), "bfloat16"), halfway.draws[1])):
+        astray = ClipNoise(NoiseLedger(7, "cpu", "cpu", draws), torch.device("cpu"))
+        assert not torch.equal(astray.draw("2", shapes[2], torch.bfloat16), drawn[2])
 
 
 def test_first_draw_is_the_seeds():

@@ -173,7 +173,8 @@ def cost_line(counts: Mapping[str, int], tflop: float) -> str:
     if not clips:
         return "nothing to render"
     hours = tflop / H100_TFLOPS / 3600
-    return f"about {_quantity(tflop)}TFLOP in {clips} clips, {hours:.2g} hours of an H100 at {H100_TFLOPS:.0f} TFLOP/s"
+    what = f"{clips} clip{'s' if clips > 1 else ''}"
+    return f"about {_quantity(tflop)}TFLOP in {what}, {hours:.2g} hours of an H100 at {H100_TFLOPS:.0f} TFLOP/s"
 
 
 def _quantity(value: float) -> str:

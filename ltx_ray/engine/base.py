@@ -45,6 +45,8 @@ def join(device: str, rank: int, world: int, rendezvous: tuple[str, int] | None,
         if not torch.cuda.is_available():
             raise RuntimeError("a GPU was promised to this rank, but torch sees none")
         torch.cuda.set_device(0)
+        # float32 means float32: the default would run convolutions in TF32
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         backend, place = "nccl", "cuda:0"
     else:
         # one thread a rank: the bits of a sum depend on how many threads share it

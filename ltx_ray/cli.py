@@ -36,7 +36,6 @@ def _model_options() -> dict[str, tuple[Any, Any]]:
     return {
         "model": _option(str | None, "toy: a tiny model with random weights, made on the spot", panel=p),
         "checkpoint_path": _option(str | None, "LTX-2.3 single file", panel=p),
-        "distilled_checkpoint_path": _option(str | None, "LTX-2.3 distilled single file", panel=p),
         "gemma_root": _option(str | None, "Gemma 3 model directory", panel=p),
         "spatial_upsampler_path": _option(str | None, "latent upsampler x2", panel=p),
         "distilled_lora": _option(str | None, "distilled LoRA", panel=p),

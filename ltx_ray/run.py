@@ -203,7 +203,7 @@ class _Cluster:
     def __init__(self, options: Options):
         self._options = options
         self._address = options.ray_address or os.environ.get("RAY_ADDRESS")
-        self._joined = self._own_token = False
+        self._joined = False
 
     def pools(self, prepared: Prepared) -> tuple[list[PoolSpec], Numerics]:
         """Join or start the cluster and lay the pools out on it."""
@@ -222,10 +222,6 @@ class _Cluster:
             pools, numerics = self._lay_out(prepared, gpus)
             free = Resources(slots_needed(pools).cpus, gpus)
             check_schedulable(pools, free)
-            # Ray listens on the host's address: a private cluster gets a secret of its own
-            if not any(name in os.environ for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
-                os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
-                self._own_token = True
             ray.init(
                 address="local",
                 num_cpus=int(free.cpus) + 1,
@@ -258,8 +254,6 @@ class _Cluster:
 
         if self._joined:
             ray.shutdown()
-        if self._own_token:
-            del os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"]
 
 
 def _local_gpus() -> int:

@@ -212,8 +212,8 @@ def make(pools: dict[str, tuple[str, ...]], items: int = 0, **options) -> Policy
 
 
 def calls(policy: Policy) -> list[tuple[str, str, str]]:
-    made = []
-    while (d := policy.next_dispatch()) is not None:
+    made: list[tuple[str, str, str]] = []
+    while len(made) < 100 and (d := policy.next_dispatch()) is not None:
         made.append((d.item, d.stage, d.replica))
     return made
 

@@ -1,0 +1,217 @@
+"""Tiles of the video decoder: they cover everything, blend to the untiled picture, and what frames tell."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ltx_ray.engine.frames import PictureCheck, decode_tiled, to_yuv420
+from ltx_ray.engine.tiling import side_intervals, split, sums_to_one, time_intervals
+from ltx_ray.shapes import SPACE_FACTOR, TIME_FACTOR
+
+# --- tiles ---------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 300), st.integers(3, 40), st.integers(1, 20))
+def test_spans_cover_the_length_and_overlap(length, size, overlap):
+    overlap = min(overlap, size - 1)
+    spans = split(length, size, overlap)
+    assert spans[0].start == 0 and spans[-1].end == length
+    assert spans[0].left == 0 and spans[-1].right == 0
+    for span in spans:
+        assert 0 < span.end - span.start <= size
+    for before, after in zip(spans, spans[1:]):
+        assert before.start < after.start
+        assert before.end - after.start == overlap == before.right == after.left
+
+
+def covered(intervals, length: int) -> torch.Tensor:
+    total = torch.zeros(length)
+    for i in intervals:
+        assert len(i.weights) == i.pixel.stop - i.pixel.start
+        assert i.weights.min() >= 0 and i.weights.max() <= 1
+        total[i.pixel] += i.weights
+    return total
+
+
+@settings(max_examples=60)
+@given(st.integers(1, 120))
+def test_tiles_in_time_cover_every_frame_and_sum_to_one(latent_frames):
+    intervals = time_intervals(latent_frames)
+    length = (latent_frames - 1) * TIME_FACTOR + 1
+    total = covered(intervals, length)
+    assert torch.allclose(total, torch.ones(length), atol=1e-5)
+    assert sums_to_one(intervals, length)
+    for i in intervals:
+        assert i.pixel.stop - i.pixel.start == (i.latent.stop - i.latent.start - 1) * TIME_FACTOR + 1
+        assert i.latent.stop - i.latent.start <= 11
+
+
+@settings(max_examples=60)
+@given(st.integers(2, 130), st.integers(2, 130))
+def test_tiles_of_a_side_cover_every_pixel(side, other):
+    intervals = side_intervals(side, max(side, other))
+    total = covered(intervals, side * SPACE_FACTOR)
+    assert total.min() > 0
+    assert sums_to_one(intervals, side * SPACE_FACTOR) == bool((total - 1).abs().max() <= 1e-5)
+    for i in intervals:
+        assert (i.pixel.start, i.pixel.stop) == (i.latent.start * SPACE_FACTOR, i.latent.stop * SPACE_FACTOR)
+        assert i.latent.stop - i.latent.start <= 24
+
+
+def test_the_layout_of_the_hq_clip_is_that_of_the_reference():
+    """34 x 60 latents: 768 px on the long side and 448 on the short one, 64 overlapping; 80 frames, 24 overlapping."""
+    assert [(i.latent.start, i.latent.stop) for i in side_intervals(60, 60)] == [(0, 24), (22, 46), (44, 60)]
+    assert [(i.latent.start, i.latent.stop) for i in side_intervals(34, 60)] == [(0, 14), (12, 26), (24, 34)]
+    assert [(i.latent.start, i.latent.stop) for i in time_intervals(16)] == [(0, 10), (6, 16)]
+
+
+# --- decoding ------------------------------------------------------------------------------------
+
+
+def linear_decoder(latent: torch.Tensor) -> torch.Tensor:
+    """Nearest-neighbour "decoder": the first latent makes one frame, each later one eight."""
+    rgb = latent[:, :3]
+    frames = torch.cat((rgb[:, :, :1], rgb[:, :, 1:].repeat_interleave(TIME_FACTOR, dim=2)), dim=2)
+    return frames.repeat_interleave(SPACE_FACTOR, dim=3).repeat_interleave(SPACE_FACTOR, dim=4)
+
+
+@pytest.mark.parametrize(
+    "frames, height, width",
+    [
+        (1, 2, 2),  # one tile
+        (3, 2, 40),  # tiles along the width
+        (3, 30, 4),  # along the height
+        (2, 8, 72),  # a very wide one, whose weights do not add up to 1
+        (25, 2, 3),  # along time
+        (18, 3, 30),  # along time and width
+    ],
+)
+def test_tiled_is_untiled(frames, height, width):
+    latent = torch.randn(1, 4, frames, height, width, generator=torch.Generator().manual_seed(0))
+    tiles = 0
+
+    def decode(tile: torch.Tensor) -> torch.Tensor:
+        nonlocal tiles
+        tiles += 1
+        return linear_decoder(tile)
+
+    chunks = [c.clone() for c in decode_tiled(decode, latent)]
+    got = torch.cat(chunks, dim=2)
+    assert got.shape == (1, 3, (frames - 1) * TIME_FACTOR + 1, height * SPACE_FACTOR, width * SPACE_FACTOR)
+    assert (got - linear_decoder(latent)).abs().max() < 1e-5
+    assert (tiles == 1) == (frames <= 10 and max(height, width) <= 24)
+
+
+def test_a_wide_clip_takes_the_way_with_a_divisor():
+    assert not sums_to_one(side_intervals(8, 72), 8 * SPACE_FACTOR)
+
+
+def test_chunks_come_one_stretch_of_time_at_a_time():
+    seen = []
+
+    def decode(tile: torch.Tensor) -> torch.Tensor:
+        seen.append(tile.shape[2])
+        return linear_decoder(tile)
+
+    stream = decode_tiled(decode, torch.zeros(1, 3, 40, 2, 2))
+    next(stream)
+    assert len(seen) == 2, "the first chunk waits only for the tile that overlaps it"
+    assert max(seen) <= 11
+    list(stream)
+    assert len(seen) == len(time_intervals(40))
+
+
+def test_the_result_keeps_the_latents_dtype():
+    [chunk] = decode_tiled(linear_decoder, torch.zeros(1, 3, 1, 2, 2, dtype=torch.bfloat16))
+    assert chunk.dtype == torch.bfloat16
+
+
+# --- colours -------------------------------------------------------------------------------------
+
+#: BT.709, limited range: R, G, B in [-1, 1] and the exact Y, Cb, Cr.
+COLOURS = {
+    "black": ((-1, -1, -1), (16, 128, 128)),
+    "white": ((1, 1, 1), (235, 128, 128)),
+    "grey": ((0, 0, 0), (125.5, 128, 128)),
+    "red": ((1, -1, -1), (62.6, 102.3, 240)),
+    "green": ((-1, 1, -1), (172.6, 41.7, 26.3)),
+    "blue": ((-1, -1, 1), (31.8, 240, 117.7)),
+}
+
+
+@pytest.mark.parametrize("name", COLOURS)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1), (torch.bfloat16, 2)])
+def test_pure_colours(name, dtype, tolerance):
+    rgb, expected = COLOURS[name]
+    chunk = torch.tensor(rgb, dtype=dtype).view(1, 3, 1, 1, 1).expand(1, 3, 2, 4, 8)
+    packed = to_yuv420(chunk)
+    assert packed.shape == (2, 6, 8) and packed.dtype == torch.uint8
+    for plane, value in zip((packed[:, :4], packed[:, 4:5], packed[:, 5:]), expected):
+        assert plane.unique().numel() == 1
+        assert abs(plane[0, 0, 0].item() - value) <= tolerance
+
+
+def test_what_is_out_of_range_is_clipped():
+    assert torch.equal(to_yuv420(torch.full((1, 3, 1, 2, 2), 9.0)), to_yuv420(torch.full((1, 3, 1, 2, 2), 1.0)))
+    assert torch.equal(to_yuv420(torch.full((1, 3, 1, 2, 2), -9.0)), to_yuv420(torch.full((1, 3, 1, 2, 2), -1.0)))
+
+
+def test_planes_lie_as_i420_does():
+    """Red on the left, blue on the right: luma whole, each chroma plane at half size, Cb before Cr."""
+    chunk = torch.full((1, 3, 1, 8, 8), -1.0)
+    chunk[:, 0, :, :, :4] = 1.0
+    chunk[:, 2, :, :, 4:] = 1.0
+    packed = to_yuv420(chunk)[0]
+    assert (packed[:8, :4] == 62).all() and (packed[:8, 4:] == 31).all()
+    cb, cr = packed[8:].reshape(2, 4, 4)
+    assert (cb[:, :2] == 102).all() and (cb[:, 2:] >= 239).all()
+    assert (cr[:, :2] >= 239).all() and (cr[:, 2:] == 117).all()
+
+
+# --- flags ---------------------------------------------------------------------------------------
+
+
+def flags(*chunks: torch.Tensor) -> tuple[str, ...]:
+    check = PictureCheck()
+    for chunk in chunks:
+        check.see(to_yuv420(chunk))
+    return check.flags()
+
+
+def still(value: float, frames: int = 4) -> torch.Tensor:
+    return torch.full((1, 3, frames, 16, 16), value)
+
+
+MOVING = torch.rand(1, 3, 4, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def test_a_lively_picture_has_no_flags():
+    assert flags(MOVING) == ()
+
+
+def test_black_and_frozen():
+    assert flags(still(-1.0)) == ("black", "frozen")
+    assert flags(still(0.2)) == ("frozen",)
+    assert flags(-1.0 + 0.02 * (MOVING > 0)) == ("black",)
+
+
+def test_one_frame_cannot_stand_still():
+    assert flags(still(0.2, 1)) == ()
+    assert flags(still(-1.0, 1)) == ("black",)
+
+
+def test_one_bright_frame_or_a_bright_dot_is_not_black():
+    assert flags(still(-1.0), still(0.5, 1)) == ()
+    dot = still(-1.0)
+    dot[..., :2, :2] = 1.0
+    assert flags(dot) == ("frozen",)
+
+
+def test_chunks_are_seen_as_one_clip():
+    """A change at the seam of two chunks is a change; two equal chunks stand still."""
+    assert flags(still(0.2), still(0.4)) == ()
+    assert flags(still(0.2), still(0.2)) == ("frozen",)
+    assert flags(still(0.2, 1), still(0.4, 1)) == ()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect as pyinspect
+import itertools
+import math
 import os
 import sys
 from collections import Counter
@@ -25,6 +27,7 @@ _PROVIDERS = {"toy": "ltx_ray.toy:ensure_toy_model"}
 #: Joins a LoRA's path and strength on their way through the option parser.
 _JOINT = "\x1f"
 _PLAN_ROWS = 40
+_CHOICES = {"dtype": ("bfloat16", "float32"), "precision": ("bf16",), "noise_device": ("model", "cpu")}
 
 
 def _option(kind: Any, help_: str, *flags: str, default: Any = None, panel: str) -> tuple[Any, Any]:
@@ -239,7 +242,7 @@ def _plan_line(planned: Any) -> str:
 
 
 def _options(manifest: str, output: str | None, values: dict[str, Any], retry_failed: bool = False) -> Options:
-    for name, legal in {"dtype": ("bfloat16", "float32"), "precision": ("bf16",), "noise_device": ("model", "cpu")}.items():
+    for name, legal in _CHOICES.items():
         if values[name] not in legal:
             raise ValueError(f"--{name.replace('_', '-')}: {values[name]!r}, legal: {' or '.join(legal)}")
     if values.get("stop_after") not in (None, "stage1"):
@@ -283,6 +286,8 @@ def _model_files(values: dict[str, Any]) -> ModelFiles:
     loras = []
     for entry in values.get("lora") or ():
         path, _, strength = entry.partition(_JOINT)
+        if not (_is_number(strength or "1") and math.isfinite(float(strength or 1.0))):
+            raise ValueError(f"--lora: {path} {strength}, legal: a finite number as its strength")
         loras.append((path, float(strength or 1.0)))
     if (model := values["model"]) is not None:
         if model not in _PROVIDERS:
@@ -354,7 +359,8 @@ def _join_loras(argv: list[str]) -> list[str]:
     """`--lora PATH 0.8` as one value, since option parsers want a fixed number."""
     joined: list[str] = []
     for arg in argv:
-        if len(joined) >= 2 and joined[-2] == "--lora" and _JOINT not in joined[-1] and _is_number(arg):
+        after_lora = (len(joined) > 1 and joined[-2] == "--lora") or (joined and joined[-1].startswith("--lora="))
+        if after_lora and _JOINT not in joined[-1] and _is_number(arg):
             joined[-1] += _JOINT + arg
         else:
             joined.append(arg)
@@ -371,14 +377,14 @@ def _is_number(text: str) -> bool:
 
 def _config_defaults(argv: list[str]) -> dict[str, Any]:
     """Options from the file behind --config, by parameter name."""
-    path = next((b for a, b in zip(argv, argv[1:], strict=False) if a == "--config"), None)
+    path = next((b for a, b in itertools.pairwise(argv) if a == "--config"), None)
     path = path or next((a.partition("=")[2] for a in argv if a.startswith("--config=")), None)
     if path is None:
         return {}
     try:
         content = yaml.safe_load(Path(path).read_text()) or {}
     except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"--config: {path}, cannot be read ({error})") from None
+        raise ValueError(f"--config: {path}, cannot be read ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict):
         raise ValueError(f"--config: {path}, holds no mapping; legal: option names and their values")
     groups = (*_PLANNING, _run_options())
@@ -391,12 +397,22 @@ def _config_defaults(argv: list[str]) -> dict[str, Any]:
         if name is None:
             raise ValueError(f"--config: {path}: unknown option {key!r}; legal: {', '.join(sorted(by_flag))}")
         if name == "lora":
-            entries = value if isinstance(value, list) else [value]
-            value = [_JOINT.join(map(str, (e["path"], e.get("strength", 1.0)))) if isinstance(e, dict) else e for e in entries]
-        elif isinstance(value, list) and name != "image_root":
+            value = [_lora_entry(path, entry) for entry in (value if isinstance(value, list) else [value])]
+        elif name == "image_root":
+            value = value if isinstance(value, list) else [value]
+        elif isinstance(value, list):
             value = ",".join(map(str, value))
         defaults[name] = value
     return defaults
+
+
+def _lora_entry(path: str, entry: Any) -> str:
+    """A LoRA of a config file, a path or {path, strength}, as the option parser takes it."""
+    if isinstance(entry, str):
+        return entry
+    if not isinstance(entry, dict) or "path" not in entry or set(entry) - {"path", "strength"}:
+        raise ValueError(f"--config: {path}: lora: {entry}, legal: a path, or {{path, strength}}")
+    return f"{entry['path']}{_JOINT}{entry.get('strength', 1.0)}"
 
 
 def main(argv: list[str] | None = None) -> None:

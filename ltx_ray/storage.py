@@ -83,7 +83,8 @@ class Store:
             finally:
                 temporary.unlink(missing_ok=True)
         else:
-            pafs.copy_files(local_file, target, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=self.fs)
+            local = pafs.LocalFileSystem()
+            pafs.copy_files(local_file, target, source_filesystem=local, destination_filesystem=self.fs)
             os.unlink(local_file)
 
     def delete(self, relative: str) -> None:

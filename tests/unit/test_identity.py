@@ -162,7 +162,8 @@ def test_av_maps_video_first():
 
 def test_a_ledger_grows_at_its_end_and_leaves_the_old_one_alone():
     ledger = NoiseLedger(7, "cpu", "x")
-    longer = ledger.extended("stage_1.video", (1, 2, 128), "bfloat16").extended("stage_1.audio", (1, 3, 128), "bfloat16")
+    longer = ledger.extended("stage_1.video", (1, 2, 128), "bfloat16")
+    longer = longer.extended("stage_1.audio", (1, 3, 128), "bfloat16")
     assert ledger.draws == ()
     assert [d[0] for d in longer.draws] == ["stage_1.video", "stage_1.audio"]
     assert longer.seed == 7

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from ltx_ray.columns import COLUMNS
 from ltx_ray.dataset.writer import INDEX_SCHEMA
-from ltx_ray.manifest import RawRow, RowRules, check_defaults, judge
+from ltx_ray.manifest import RawRow, RowRules, check_defaults, judge, read_manifest
 from ltx_ray.recipe import DEFAULT_NEGATIVE_PROMPT, PIPELINES
 from ltx_ray.records import LoraUse, canonical_json
-from tests.unit.samples import judged, request
+from tests.unit.samples import judged, request, write_jsonl
 
 ROOT_RULES = RowRules(image_roots=("/data/images",))
 
@@ -231,7 +231,10 @@ def test_a_pipeline_that_is_known_but_not_served_says_so():
 
 def test_a_message_names_file_row_column_id_value_and_what_is_legal():
     row = judge(RawRow("s3://b/m.parquet", 12, {"prompt": "a", "id": "cat-1", "height": 1080}), RowRules())
-    assert row.messages() == ["s3://b/m.parquet:12:height (cat-1): 1080, legal: a positive multiple of 64 (next: 1024 or 1088)"]  # fmt: skip
+    [message] = row.messages()
+    assert message == (
+        "s3://b/m.parquet:12:height (cat-1): 1080, legal: a positive multiple of 64 (next: 1024 or 1088)"
+    )
 
 
 def test_all_problems_of_a_row_are_listed():
@@ -327,7 +330,7 @@ ROWS = st.fixed_dictionaries({}, optional={name: VALUES for name in [*COLUMNS, "
 SOUND_ROWS = st.builds(lambda row: {**row, "prompt": "a cat"}, st.dictionaries(KEYS | st.just("note"), VALUES))
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(ROWS | SOUND_ROWS)
 def test_any_row_is_judged(values):
     row = judged(values, RULES)
@@ -342,11 +345,10 @@ def test_any_row_is_judged(values):
 
 @pytest.mark.parametrize("depth", [100, 900, 100_000])
 def test_deep_nesting_is_judged(tmp_path, depth):
-    from ltx_ray.manifest import read_manifest
-
     for column in ("note", "seed"):
         nested = "[" * depth + "]" * depth
-        (tmp_path / "m.jsonl").write_text('{"prompt": "a", "seed": 1}\n{"prompt": "b", "%s": %s}\n' % (column, nested))
-        rows = [judge(raw, RowRules()) for raw in read_manifest(str(tmp_path / "m.jsonl"))]
+        line = f'{{"prompt": "b", "{column}": {nested}}}'
+        uri = write_jsonl(tmp_path / "m.jsonl", [{"prompt": "a", "seed": 1}, line])
+        rows = [judge(raw, RowRules()) for raw in read_manifest(uri)]
         assert rows[0].request is not None
         assert (rows[1].request is None) == bool(rows[1].messages())

@@ -172,7 +172,7 @@ def test_a_lora_that_fits(tmp_path):
 def test_a_lora_that_fits_no_layer(tmp_path):
     found = open_checkpoint(checkpoint(tmp_path))
     path = lora(tmp_path, factors("diffusion_model.unet.to_q", (2, 6), (8, 2)))
-    with pytest.raises(ValueError, match="fits no layer of .* 1 modules such as 'unet.to_q'"):
+    with pytest.raises(ValueError, match=r"fits no layer of .* 1 modules such as 'unet\.to_q'"):
         check_lora(found, path)
 
 

@@ -251,6 +251,13 @@ def test_upstream_stops_when_the_queue_behind_it_is_full():
     assert calls(policy) == [("i0", "stage1", "a"), ("i2", "text", "t")]
 
 
+def test_what_is_being_made_for_a_queue_counts_into_it():
+    policy = make({"t1": ("text",), "t2": ("text",), "t3": ("text",), "a": ("stage1",)}, items=5, queue_depth=2)
+    assert calls(policy) == [("i0", "text", "t1"), ("i1", "text", "t2")]
+    policy.finished("i0")
+    assert calls(policy) == [("i0", "stage1", "a"), ("i2", "text", "t1")]
+
+
 def test_a_retried_item_goes_before_younger_ones():
     policy = make({"t": ("text",)}, items=3)
     assert calls(policy) == [("i0", "text", "t")]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,7 +24,7 @@ def test_spans_cover_the_length_and_overlap(length, size, overlap):
     assert spans[0].left == 0 and spans[-1].right == 0
     for span in spans:
         assert 0 < span.end - span.start <= size
-    for before, after in zip(spans, spans[1:]):
+    for before, after in itertools.pairwise(spans):
         assert before.start < after.start
         assert before.end - after.start == overlap == before.right == after.left
 
@@ -61,7 +63,7 @@ def test_tiles_of_a_side_cover_every_pixel(side, other):
         assert i.latent.stop - i.latent.start <= 24
 
 
-def test_the_layout_of_the_hq_clip_is_that_of_the_reference():
+def test_the_layout_of_an_hq_clip():
     """34 x 60 latents: 768 px on the long side and 448 on the short one, 64 overlapping; 80 frames, 24 overlapping."""
     assert [(i.latent.start, i.latent.stop) for i in side_intervals(60, 60)] == [(0, 24), (22, 46), (44, 60)]
     assert [(i.latent.start, i.latent.stop) for i in side_intervals(34, 60)] == [(0, 14), (12, 26), (24, 34)]

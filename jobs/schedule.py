@@ -5,7 +5,7 @@
 
 The same recipe and date always give the same manifest, byte for byte, and the same submission id, so
 that a schedule that fires twice (a retried CronJob, two cron hosts, a nervous human) renders once.
-A job of that id that failed or was stopped is submitted again; the render itself goes on where it was.
+After a job that failed or was stopped comes another, with "-2" behind the id; the render goes on where it was.
 
 A recipe is YAML:
 
@@ -31,6 +31,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import hashlib
+import itertools
 import os
 import shlex
 import sys
@@ -113,13 +114,20 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def connect(address: str) -> Any:
-    """A job client for the dashboard at address (http://host:port). Raises ConnectionError."""
+    """A job client for the dashboard at address (http://host:port).
+
+    Raises ConnectionError, also when the cluster wants another token than this process has.
+    """
     # Ray lets these variables override the address it is given; ours was chosen already.
     for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
         os.environ.pop(name, None)
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
-    return JobSubmissionClient(address)
+    try:
+        return JobSubmissionClient(address)
+    except AuthenticationError as error:
+        raise ConnectionError(str(error).partition("\n")[0] + " (Ray's token: $RAY_AUTH_TOKEN)") from None
 
 
 def _status(client: Any, job: str) -> str | None:
@@ -132,30 +140,28 @@ def _status(client: Any, job: str) -> str | None:
         raise
 
 
-def submit_once(client: Any, job: str, entrypoint: str, metadata: Mapping[str, str]) -> str:
-    """Have exactly one job of this id pending, running or succeeded; says in words what was found or done.
+def submit_once(client: Any, job: str, entrypoint: str, metadata: Mapping[str, str]) -> tuple[str, str]:
+    """Have exactly one job of this submission pending, running or succeeded.
 
-    A failed or stopped one is deleted and submitted anew. Of several callers at once one submits: the cluster
-    accepts an id once, and lets nobody delete a job that has not ended. What is left is a caller that deletes
-    between another's delete and submit, within the cluster's own milliseconds; then the second job waits at
-    the render's lease on its output.
+    Returns the job's id and, in words, what was found or done. The first job has the id `job`; after one
+    that failed or was stopped comes `job-2`, then `job-3`. The cluster accepts an id once, so that of
+    several callers at once one submits, and the records of the failed ones stay.
     """
-    for _ in range(10):
-        status = _status(client, job)
+    name, before = job, None
+    for number in itertools.count(2):
+        status = _status(client, name)
         if status in ("PENDING", "RUNNING", "SUCCEEDED"):
-            return f"already there ({status.lower()})"
-        try:
-            if status is not None:
-                client.delete_job(job)
-            client.submit_job(submission_id=job, entrypoint=entrypoint, metadata=dict(metadata))
-        except RuntimeError as error:
-            if "already exists" in str(error):
-                return "already there (submitted by another at this moment)"
-            if "non-terminal state" in str(error) or "does not exist" in str(error):
-                continue  # another caller got ahead of us with the delete: look again
-            raise
-        return "submitted" if status is None else f"submitted again (it had {status.lower()})"
-    raise RuntimeError(f"{job}: others keep deleting and submitting it")
+            return name, f"already there ({status.lower()})"
+        if status is None:
+            break
+        name, before = f"{job}-{number}", status
+    try:
+        client.submit_job(submission_id=name, entrypoint=entrypoint, metadata=dict(metadata))
+    except RuntimeError as error:
+        if "already exists" in str(error):
+            return name, "already there (submitted by another at this moment)"
+        raise
+    return name, "submitted" if before is None else f"submitted again (it had {before.lower()})"
 
 
 def wait(client: Any, job: str) -> int:
@@ -270,11 +276,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_atomically(job.manifest_path, job.manifest)
         client = connect(address)
         metadata = {"recipe": recipe.name, "date": date}
-        print(
-            f"{job.submission_id}: {submit_once(client, job.submission_id, job.entrypoint, metadata)}",
-            flush=True,
-        )
-        return wait(client, job.submission_id) if args.wait else 0
+        name, what = submit_once(client, job.submission_id, job.entrypoint, metadata)
+        print(f"{name}: {what}", flush=True)
+        return wait(client, name) if args.wait else 0
     except (OSError, RuntimeError) as error:
         print(f"schedule.py: {address}: {error}", file=sys.stderr)
         return 1

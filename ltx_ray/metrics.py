@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from functools import cached_property
 from typing import Any
 
 from ltx_ray.storage import Store
@@ -46,13 +47,22 @@ class EventLog:
 
 
 class RunMetrics:
-    """Counters and timings of a run in `ray.util.metrics`, where the cluster's Prometheus finds them."""
+    """Counters and timings of a run in `ray.util.metrics`, where the cluster's Prometheus finds them.
 
-    def __init__(self) -> None:
+    Made when first used: metrics want a cluster, which a run without work never joins.
+    """
+
+    @cached_property
+    def _items(self) -> Any:
         from ray.util import metrics
 
-        self._items = metrics.Counter("ltx_ray_items", "Finished items by outcome", tag_keys=("outcome",))
-        self._seconds = metrics.Histogram(
+        return metrics.Counter("ltx_ray_items", "Finished items by outcome", tag_keys=("outcome",))
+
+    @cached_property
+    def _seconds(self) -> Any:
+        from ray.util import metrics
+
+        return metrics.Histogram(
             "ltx_ray_call_seconds",
             "Seconds of engine calls by stage",
             boundaries=[0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000],

@@ -9,19 +9,20 @@ import os
 import secrets
 import signal
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ltx_ray
 from ltx_ray.config import EngineSpec, LoraFile, ModelFiles, Numerics, PoolSpec, RunLimits, Selection
 from ltx_ray.dataset.writer import DatasetWriter, Done
+from ltx_ray.driver.policy import STAGES
 from ltx_ray.driver.progress import Progress
 from ltx_ray.lease import Lease
 from ltx_ray.manifest import RowRules, check_defaults, manifest_folder
 from ltx_ray.metrics import EventLog
 from ltx_ray.modelfiles import Checkpoint, check_lora, check_tensor_parallel, open_checkpoint, read_header
-from ltx_ray.plan import Plan, RecipeBook
+from ltx_ray.plan import Plan, PlannedRow, RecipeBook
 from ltx_ray.pools.pool import Resources, StartFailed, Wanted, check_schedulable, lay_out, slots_needed
 from ltx_ray.records import LoraUse, canonical_json
 from ltx_ray.storage import Store
@@ -115,40 +116,51 @@ def render(options: Options) -> int:
     store.check_writable()
     progress = Progress()
     run_id = f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
-    cluster = _Cluster(options)
+    lease = Lease(store, run_id)
+    lease.acquire(progress.say)
+    cluster = _Cluster(prepared)
     try:
-        pools, numerics = cluster.pools(prepared)
-        lease = Lease(store, run_id)
-        lease.acquire(progress.say)
-        try:
-            # what another run finished while this one waited is done
-            prepared.plan.done = DatasetWriter(store).listing()
-            return _run(prepared, rows, store, run_id, pools, numerics, lease, progress)
-        finally:
-            lease.release()
+        # what another run finished while this one waited is done
+        prepared.plan.done = DatasetWriter(store).listing()
+        return _drive(prepared, rows, cluster, store, run_id, lease, progress)
     finally:
         cluster.leave()
+        lease.release()
 
 
-def _run(prepared, rows, store, run_id, pools, numerics, lease, progress) -> int:
+def _drive(
+    prepared: Prepared,
+    rows: Iterator[PlannedRow],
+    cluster: _Cluster,
+    store: Store,
+    run_id: str,
+    lease: Lease,
+    progress: Progress,
+) -> int:
     from ltx_ray.driver.loop import Driver
 
     options = prepared.options
     _keep_older_run(store)
     events = EventLog(store)
-    record = _RunRecord(store, run_id, prepared, pools, numerics)
+    record = _RunRecord(store, run_id, prepared)
     record.write("running", Counter())
-    events.emit("run_started", run_id=run_id, pools={p.name: p.replicas for p in pools}, tp=options.wanted.tp)
-    stages = ("text", "stage1", "decode") if options.stop_after else ("text", "stage1", "stage2", "decode")
+    events.emit("run_started", run_id=run_id)
+
+    def join_cluster() -> tuple[list[PoolSpec], str]:
+        record.pools, record.numerics = cluster.pools()
+        record.write("running", driver.counts)
+        replicas = {pool.name: pool.replicas for pool in record.pools}
+        events.emit("cluster_joined", pools=replicas, tp=options.wanted.tp, device=record.numerics.device)
+        return record.pools, canonical_json(record.numerics)
+
     driver = Driver(
         plan=prepared.plan,
-        pools=pools,
-        stages=stages,
+        join_cluster=join_cluster,
+        stages=("text", "stage1", "decode") if options.stop_after else STAGES,
         writer=DatasetWriter(store),
         events=events,
         progress=progress,
         limits=options.limits,
-        numerics=canonical_json(numerics),
         versions=canonical_json(record.versions),
         on_tick=lease.renew,
     )
@@ -198,15 +210,15 @@ def _write_report(store: Store, progress: Progress) -> None:
 
 
 class _Cluster:
-    """The Ray cluster of a run: the one asked for, or a private local one."""
+    """The Ray cluster of a run: the one asked for, or a private local one; joined when there is work."""
 
-    def __init__(self, options: Options):
-        self._options = options
-        self._address = options.ray_address or os.environ.get("RAY_ADDRESS")
+    def __init__(self, prepared: Prepared):
+        self._prepared, self._options = prepared, prepared.options
+        self._address = self._options.ray_address or os.environ.get("RAY_ADDRESS")
         self._joined = False
 
-    def pools(self, prepared: Prepared) -> tuple[list[PoolSpec], Numerics]:
-        """Join or start the cluster and lay the pools out on it."""
+    def pools(self) -> tuple[list[PoolSpec], Numerics]:
+        """Join or start the cluster and lay the pools out on it. Raises ValueError when they do not fit."""
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         import ray
 
@@ -216,10 +228,10 @@ class _Cluster:
             if self._joined:
                 ray.init(address=self._address, **common)
             free = Resources.of(ray.available_resources())
-            pools, numerics = self._lay_out(prepared, Resources.of(ray.cluster_resources()).gpus)
+            pools, numerics = self._lay_out(Resources.of(ray.cluster_resources()).gpus)
         else:
             gpus = float(_local_gpus())
-            pools, numerics = self._lay_out(prepared, gpus)
+            pools, numerics = self._lay_out(gpus)
             free = Resources(slots_needed(pools).cpus, gpus)
             check_schedulable(pools, free)
             ray.init(
@@ -232,9 +244,9 @@ class _Cluster:
         check_schedulable(pools, free)
         return pools, numerics
 
-    def _lay_out(self, prepared: Prepared, gpus: float) -> tuple[list[PoolSpec], Numerics]:
+    def _lay_out(self, gpus: float) -> tuple[list[PoolSpec], Numerics]:
         options = self._options
-        numerics = replace(prepared.numerics, device="cuda" if gpus else "cpu")
+        numerics = replace(self._prepared.numerics, device="cuda" if gpus else "cpu")
         engines = {
             name: EngineSpec(
                 engine=path,
@@ -250,9 +262,9 @@ class _Cluster:
         return lay_out(wanted, gpus, engines), numerics
 
     def leave(self) -> None:
-        import ray
-
         if self._joined:
+            import ray
+
             ray.shutdown()
 
 
@@ -268,9 +280,10 @@ def _local_gpus() -> int:
 class _RunRecord:
     """`run.json`."""
 
-    def __init__(self, store: Store, run_id: str, prepared: Prepared, pools: list[PoolSpec], numerics: Numerics):
-        self._store, self._prepared, self._pools, self._numerics = store, prepared, pools, numerics
-        self._run_id = run_id
+    def __init__(self, store: Store, run_id: str, prepared: Prepared):
+        self._store, self._run_id, self._prepared = store, run_id, prepared
+        self.pools: list[PoolSpec] = []
+        self.numerics = prepared.numerics
         self._started = _now()
         self.versions = {"ltx_ray": ltx_ray.__version__, **{name: _version(name) for name in _PACKAGES}}
 
@@ -290,10 +303,10 @@ class _RunRecord:
             "output": options.output,
             "checkpoint": self._prepared.checkpoint.path,
             "model_version": self._prepared.checkpoint.model_version,
-            "pools": {p.name: p.replicas for p in self._pools},
+            "pools": {p.name: p.replicas for p in self.pools},
             "tp": options.wanted.tp,
-            "numerics": json.loads(canonical_json(self._numerics)),
-            "device": self._numerics.device,
+            "numerics": json.loads(canonical_json(self.numerics)),
+            "device": self.numerics.device,
             "counts": self.counts(counts),
             "versions": self.versions,
         }

@@ -25,6 +25,8 @@ from ltx_ray.pools.pool import Pool
 from ltx_ray.records import CallReport, Clip, WorkItem, canonical_json
 
 _TICK_SECONDS = 0.5
+#: Rows judged between two looks at the pools: a long stretch of finished rows must not keep them waiting.
+_ROWS_A_TURN = 500
 
 
 @dataclass
@@ -60,20 +62,21 @@ class Driver:
         self,
         *,
         plan: Plan,
-        pools: list[PoolSpec],
+        join_cluster: Callable[[], tuple[list[PoolSpec], str]],
         stages: tuple[str, ...],
         writer: DatasetWriter,
         events: EventLog,
         progress: Progress,
         limits: RunLimits,
-        numerics: str,
         versions: str,
         on_tick: Callable[[], None] = lambda: None,
     ):
         self.plan, self.writer, self.events, self.progress = plan, writer, events, progress
-        self.limits, self.numerics, self.versions = limits, numerics, versions
+        self.limits, self.versions = limits, versions
+        self._join_cluster = join_cluster
+        self.numerics = ""
         self.policy = Policy(queue_depth=limits.queue_depth, max_attempts=limits.max_attempts, stages=stages)
-        self.pools = [Pool(spec, max_starts_failed=limits.max_attempts + 1) for spec in pools]
+        self.pools: list[Pool] = []
         self.counts: Counter[str] = Counter()
         self._work: dict[str, _Work] = {}
         self._gpu_seconds = 0.0
@@ -91,16 +94,20 @@ class Driver:
             self.events.emit("drain", reason=reason)
 
     def run(self, rows: Iterator[PlannedRow]) -> Outcome:
-        """Render `rows`. Raises pools.pool.StartFailed when a pool cannot be brought up."""
+        """Render `rows`. Raises pools.pool.StartFailed when a pool cannot be brought up.
+
+        The cluster is joined when the first row is to be rendered, so that a run without work needs none.
+        """
         exhausted = False
         try:
             while True:
                 exhausted = exhausted or self._admit(rows)
                 if (exhausted and not self.policy.busy) or self.policy.idle_when_drained():
                     break
-                self._bring_up()
-                self._dispatch()
-                self._wait()
+                if self.policy.busy:
+                    self._bring_up()
+                    self._dispatch()
+                    self._wait()
                 self._check_limits()
                 self._show(exhausted)
                 self._on_tick()
@@ -117,7 +124,9 @@ class Driver:
 
     def _admit(self, rows: Iterator[PlannedRow]) -> bool:
         """Take rows while there is room for them; True when there are no more."""
-        while self.policy.room():
+        for _ in range(_ROWS_A_TURN):
+            if not self.policy.room():
+                break
             planned = next(rows, None)
             if planned is None:
                 return True
@@ -161,6 +170,9 @@ class Driver:
     # --- gangs -----------------------------------------------------------------------------------
 
     def _bring_up(self) -> None:
+        if not self.pools:
+            specs, self.numerics = self._join_cluster()
+            self.pools = [Pool(spec, max_starts_failed=self.limits.max_attempts + 1) for spec in specs]
         for pool in self.pools:
             for gang in pool.fill():
                 self.events.emit("gang_starting", role=pool.spec.name, replica=gang.name)

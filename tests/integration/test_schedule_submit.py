@@ -20,8 +20,11 @@ ENV = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"LTX_
 # A command that says where it is and then waits for its stdin to end.
 REPORT = (
     "import os, sys, json; print(json.dumps({k: os.environ[k] for k in "
-    "('RAY_ADDRESS', 'RAY_API_SERVER_ADDRESS')}), flush=True); sys.stdin.read(); sys.exit(7)"
+    "('RAY_ADDRESS', 'RAY_API_SERVER_ADDRESS', 'RAY_AUTH_MODE', 'RAY_AUTH_TOKEN')}), flush=True); "
+    "sys.stdin.read(); sys.exit(7)"
 )
+#: The head's secret, which everything that talks to it needs.
+TOKEN: dict[str, str] = {}
 
 pytestmark = [
     pytest.mark.slow,
@@ -75,6 +78,7 @@ def head():
         address = json.loads(line)
         folder = temp_dir(address["RAY_ADDRESS"])
         assert processes_of(folder)
+        TOKEN.update({name: value for name, value in address.items() if "AUTH" in name})
         yield address["RAY_API_SERVER_ADDRESS"]
     finally:
         process.stdin.close()
@@ -90,7 +94,8 @@ def head():
 
 
 def jobs(address):
-    with urllib.request.urlopen(f"{address}/api/jobs/") as answer:
+    headers = {"Authorization": f"Bearer {TOKEN['RAY_AUTH_TOKEN']}"}
+    with urllib.request.urlopen(urllib.request.Request(f"{address}/api/jobs/", headers=headers)) as answer:
         return [job["submission_id"] for job in json.load(answer) if job["submission_id"]]
 
 
@@ -112,7 +117,7 @@ class Schedule:
                 *("--date", "2026-11-23", "--out-dir", str(self.folder), "--address", self.address),
                 *("--entrypoint", self.entrypoint, *options),
             ],
-            env=ENV,
+            env={**ENV, **TOKEN},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -166,7 +171,16 @@ def test_a_failed_job_is_submitted_again(head, tmp_path):
     code, out = job.call("--wait")
     assert code == 0 and "submitted again (it had failed)" in out, out
     assert job.count() == 2
-    assert len([name for name in jobs(head) if name.startswith("failed-")]) == 1
+    assert sorted(name.endswith("-2") for name in jobs(head) if name.startswith("failed-")) == [False, True]
+    code, out = job.call("--wait")
+    assert code == 0 and "-2: already there (succeeded)" in out and job.count() == 2, out
+
+
+def test_without_the_token_is_exit_1(head, tmp_path, monkeypatch):
+    job = Schedule(tmp_path, head, "stranger", "true")
+    monkeypatch.setitem(TOKEN, "RAY_AUTH_TOKEN", "0" * 64)
+    code, out = job.call()
+    assert code == 1 and "token" in out and "Traceback" not in out, out
 
 
 def test_no_cluster_is_exit_1_with_its_address(tmp_path):

@@ -92,7 +92,7 @@ def test_isolated(pair):
 class _constant:
     """Take the timestep out of diffusers' bridge modulation, leaving its bias."""
 
-    names = {  # noqa: RUF012
+    names = {
         "gate": ("av_cross_attn_video_a2v_gate", "av_cross_attn_audio_v2a_gate"),
         "scale_shift": ("av_cross_attn_video_scale_shift", "av_cross_attn_audio_scale_shift"),
     }
@@ -111,7 +111,7 @@ class _constant:
 
 
 class _constant_ours(_constant):
-    names = {  # noqa: RUF012
+    names = {
         "gate": ("av_ca_a2v_gate_adaln_single", "av_ca_v2a_gate_adaln_single"),
         "scale_shift": ("av_ca_video_scale_shift_adaln_single", "av_ca_audio_scale_shift_adaln_single"),
     }

@@ -283,54 +283,47 @@ def test_usage_errors_are_exit_2(tmp_path, capsys, monkeypatch):
 class FakeJobs:
     """The job API as far as submit_once needs it; `before_submit` is where another caller gets in."""
 
-    def __init__(self, status=None, before_submit=None):
-        self.status, self.before_submit, self.submitted = status, before_submit, 0
+    def __init__(self, statuses=None, before_submit=None):
+        self.statuses, self.before_submit, self.submitted = dict(statuses or {}), before_submit, []
 
     def get_job_status(self, job):
-        if self.status is None:
+        if job not in self.statuses:
             raise RuntimeError(f"Request failed with status code 404: Job {job} does not exist.")
-        return SimpleNamespace(value=self.status)
-
-    def delete_job(self, job):
-        if self.status in ("PENDING", "RUNNING"):
-            raise RuntimeError(f"Attempted to delete job '{job}', but it is in a non-terminal state")
-        self.status = None
+        return SimpleNamespace(value=self.statuses[job])
 
     def submit_job(self, *, submission_id, entrypoint, metadata):
         if self.before_submit:
             self.before_submit(self)
-        if self.status is not None:
+        if submission_id in self.statuses:
             raise RuntimeError(f"Job with submission_id {submission_id} already exists.")
-        self.status, self.submitted = "PENDING", self.submitted + 1
+        self.statuses[submission_id] = "PENDING"
+        self.submitted.append(submission_id)
 
 
 @pytest.mark.parametrize(
-    ("status", "words", "submitted"),
+    ("statuses", "name", "words", "submitted"),
     [
-        (None, "submitted", 1),
-        ("PENDING", "already there (pending)", 0),
-        ("RUNNING", "already there (running)", 0),
-        ("SUCCEEDED", "already there (succeeded)", 0),
-        ("FAILED", "submitted again (it had failed)", 1),
-        ("STOPPED", "submitted again (it had stopped)", 1),
+        ({}, "id", "submitted", ["id"]),
+        ({"id": "PENDING"}, "id", "already there (pending)", []),
+        ({"id": "RUNNING"}, "id", "already there (running)", []),
+        ({"id": "SUCCEEDED"}, "id", "already there (succeeded)", []),
+        ({"id": "FAILED"}, "id-2", "submitted again (it had failed)", ["id-2"]),
+        ({"id": "FAILED", "id-2": "RUNNING"}, "id-2", "already there (running)", []),
+        ({"id": "FAILED", "id-2": "STOPPED"}, "id-3", "submitted again (it had stopped)", ["id-3"]),
     ],
 )
-def test_submit_once(status, words, submitted):
-    jobs = FakeJobs(status)
-    assert schedule.submit_once(jobs, "id", "true", {}) == words
+def test_submit_once(statuses, name, words, submitted):
+    jobs = FakeJobs(statuses)
+    assert schedule.submit_once(jobs, "id", "true", {}) == (name, words)
     assert jobs.submitted == submitted
 
 
-def test_losing_a_race_is_success():
-    jobs = FakeJobs(before_submit=lambda self: setattr(self, "status", "RUNNING"))
-    assert "by another" in schedule.submit_once(jobs, "id", "true", {})
-
-    jobs = FakeJobs("FAILED")
-    seen = iter(["FAILED", "RUNNING"])
-    jobs.get_job_status = lambda job: SimpleNamespace(value=next(seen))
-    jobs.status = "RUNNING"  # another caller deleted and submitted after we had looked
-    assert schedule.submit_once(jobs, "id", "true", {}) == "already there (running)"
-    assert jobs.submitted == 0
+@pytest.mark.parametrize("statuses", [{}, {"id": "FAILED"}])
+def test_losing_a_race_is_success(statuses):
+    name = "id-2" if statuses else "id"
+    jobs = FakeJobs(statuses, before_submit=lambda self: self.statuses.update({name: "RUNNING"}))
+    found, words = schedule.submit_once(jobs, "id", "true", {})
+    assert found == name and "by another" in words and not jobs.submitted
 
 
 def test_the_example_recipe_is_good_and_needs_no_torch():

@@ -148,6 +148,7 @@ def _drive(
 
     def join_cluster() -> tuple[list[PoolSpec], str]:
         record.pools, record.numerics = cluster.pools()
+        _drain_on_signals(driver)  # Ray has put a handler of its own in the way
         record.write("running", driver.counts)
         replicas = {pool.name: pool.replicas for pool in record.pools}
         events.emit("cluster_joined", pools=replicas, tp=options.wanted.tp, device=record.numerics.device)

@@ -32,6 +32,7 @@ else:
     settings.load_profile("ltx-ray")
 
 FOLDER_MARKS = ("gpu", "parity")
+ORDER = ("unit", "parity", "integration", "gpu", "chaos")
 
 
 @cache
@@ -44,9 +45,14 @@ def cuda_available() -> bool:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        top = item.path.relative_to(ROOT / "tests").parts[0]
-        if top in FOLDER_MARKS:
-            item.add_marker(top)
+        if _folder(item) in FOLDER_MARKS:
+            item.add_marker(_folder(item))
+    # tests that must not find a cluster come before those that start one for the session
+    items.sort(key=lambda item: ORDER.index(_folder(item)) if _folder(item) in ORDER else len(ORDER))
+
+
+def _folder(item: pytest.Item) -> str:
+    return item.path.relative_to(ROOT / "tests").parts[0]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -19,7 +19,7 @@ from ltx_ray.records import AV, NoiseLedger, StageLatents
 
 ROWS = [
     {"id": "wide", "prompt": "a red boat", "height": 64, "width": 128, "num_frames": 9, "seed": 1},
-    {"id": "tall", "prompt": "a blue bird", "height": 128, "width": 64, "num_frames": 17, "frame_rate": 29.97, "seed": 2},
+    {"id": "tall", "prompt": "a bird", "height": 128, "width": 64, "num_frames": 17, "frame_rate": 29.97, "seed": 2},
     {"id": "plain", "prompt": "雪", "negative_prompt": "", "height": 64, "width": 64, "num_frames": 9, "seed": 3},
 ]
 ROWS = [{**row, "num_inference_steps": 3} for row in ROWS]

@@ -74,7 +74,8 @@ def test_merging_a_shard_is_sharding_the_merged(toy, world, dtype):
     for rank in range(world):
         tp = TPGroup(rank, world)
         shard = load_ours(toy["checkpoint_path"], dtype, tp)
-        merger = LoraMerger(shard, ShardReader(toy["checkpoint_path"], TRANSFORMER_PREFIX, tp), [toy["distilled_lora"]], tp)
+        clean_shard = ShardReader(toy["checkpoint_path"], TRANSFORMER_PREFIX, tp)
+        merger = LoraMerger(shard, clean_shard, [toy["distilled_lora"]], tp)
         for strength in (0.25, 0.5, 0.0, 0.3, 0.5):
             assert merger.switch(LoraSetting((strength,)))
         assert not merger.switch(LoraSetting((0.5,)))

@@ -210,7 +210,6 @@ def test_res2s_blends_after_every_call_and_injection():
 
 
 def test_res2s_keeps_the_latents_dtype():
-    result = sample_res2s(
-        lambda x, s, n: x, pair(2, torch.bfloat16), torch.tensor([0.909375, 0.725, 0.0]), SamplerNoise("cpu"), lambda x: x
-    )
+    sigmas = torch.tensor([0.909375, 0.725, 0.0])
+    result = sample_res2s(lambda x, s, n: x, pair(2, torch.bfloat16), sigmas, SamplerNoise("cpu"), lambda x: x)
     assert result.video.dtype == torch.bfloat16

@@ -39,6 +39,9 @@ def _model_options() -> dict[str, tuple[Any, Any]]:
     return {
         "model": _option(str | None, "toy: a tiny model with random weights, made on the spot", panel=p),
         "checkpoint_path": _option(str | None, "LTX-2.3 single file", panel=p),
+        "distilled_checkpoint_path": _option(
+            str | None, "LTX-2.3 distilled single file, in place of --checkpoint-path (pipeline distilled)", panel=p
+        ),
         "gemma_root": _option(str | None, "Gemma 3 model directory", panel=p),
         "spatial_upsampler_path": _option(str | None, "latent upsampler x2", panel=p),
         "distilled_lora": _option(str | None, "distilled LoRA", panel=p),
@@ -297,7 +300,12 @@ def _model_files(values: dict[str, Any]) -> ModelFiles:
             raise ValueError(f"--model and --{given[0].replace('_', '-')} exclude each other")
         files = ModelFiles("", "", "", provider=_PROVIDERS[model], loras=lora_files(loras))
         return files if not values["distilled_lora"] else _with_lora(files, values["distilled_lora"])
-    needed = ("checkpoint_path", "gemma_root", "spatial_upsampler_path", "distilled_lora")
+    distilled = values["distilled_checkpoint_path"] is not None
+    if distilled and (other := next((n for n in ("checkpoint_path", "distilled_lora") if values[n]), None)):
+        raise ValueError(f"--distilled-checkpoint-path and --{other.replace('_', '-')} exclude each other")
+    if distilled:
+        values = {**values, "checkpoint_path": values["distilled_checkpoint_path"]}
+    needed = ("checkpoint_path", "gemma_root", "spatial_upsampler_path", *(() if distilled else ("distilled_lora",)))
     missing = [f"--{name.replace('_', '-')}" for name in needed if not values[name]]
     if missing:
         raise ValueError(f"no model: give {', '.join(missing)}, or --model toy")
@@ -307,6 +315,7 @@ def _model_files(values: dict[str, Any]) -> ModelFiles:
         spatial_upsampler_path=values["spatial_upsampler_path"],
         distilled_lora=values["distilled_lora"],
         loras=lora_files(loras),
+        distilled=distilled,
     )
 
 

@@ -29,6 +29,8 @@ class ModelFiles:
     spatial_upsampler_path: str
     distilled_lora: str | None = None
     loras: tuple[LoraFile, ...] = ()
+    #: Whether the checkpoint is the distilled one, which serves the distilled pipeline alone.
+    distilled: bool = False
     provider: str | None = None
 
     def local(self) -> ModelFiles:

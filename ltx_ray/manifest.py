@@ -5,6 +5,7 @@ What is wrong with a file is a ValueError before the first row; what is wrong wi
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
 import json
@@ -20,8 +21,8 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from ltx_ray.columns import COLUMNS, Mistyped, arrow_type_fits
-from ltx_ray.recipe import DEFAULT_PIPELINE, KNOWN_PIPELINES, PIPELINES
-from ltx_ray.records import LoraUse, RenderRequest
+from ltx_ray.recipe import PIPELINES, served_pipelines
+from ltx_ray.records import Guidance, LoraUse, RenderRequest
 from ltx_ray.shapes import ClipShape, size_problems
 from ltx_ray.storage import Store
 
@@ -31,6 +32,11 @@ _PEEK_ROWS = 1000
 FAILED_ROW_COLUMN = "manifest_row"
 #: Its only key when the row could not be read at all.
 UNREADABLE = "_unreadable"
+#: Columns that say nothing to the distilled pipeline.
+FIXED_WHEN_DISTILLED = frozenset(
+    {"num_inference_steps", "negative_prompt", "distilled_lora_strength_stage_1", "distilled_lora_strength_stage_2"}
+    | {f"{stream}_{name.name}" for stream in ("video", "audio") for name in dataclasses.fields(Guidance)}
+)
 #: Width of the longest value an error message repeats.
 _SHOWN = 120
 
@@ -94,6 +100,8 @@ class RowRules:
 
     defaults: Mapping[str, Any] = field(default_factory=dict)
     num_layers: int | None = None
+    #: Pipelines that the checkpoint serves; the first is what rows get that name none.
+    pipelines: tuple[str, ...] = served_pipelines(distilled=False)
     loras: tuple[LoraUse, ...] = ()
     image_roots: tuple[str, ...] = ()
 
@@ -260,17 +268,22 @@ def judge(raw: RawRow, rules: RowRules) -> Row:
     if raw.values.get("prompt") is None:
         problems.append(Problem("prompt", None, COLUMNS["prompt"].legal))
 
-    pipeline_name = given.get("pipeline", DEFAULT_PIPELINE)
-    pipeline = PIPELINES.get(pipeline_name)
-    if pipeline is None and not any(p.column == "pipeline" for p in problems):
-        served = ", ".join(PIPELINES)
-        why = "which this version does not render yet" if pipeline_name in KNOWN_PIPELINES else "which is unknown"
+    pipeline_name = given.get("pipeline", rules.pipelines[0])
+    if pipeline_name not in rules.pipelines:
+        served = " or ".join(rules.pipelines)
+        why = "which the loaded checkpoint does not serve" if pipeline_name in PIPELINES else "which is unknown"
         problems.append(Problem("pipeline", pipeline_name, f"{served} (not {pipeline_name!r}, {why})"))
-    defaults = dict((pipeline or PIPELINES[DEFAULT_PIPELINE]).defaults)
-    defaults["loras"] = rules.loras
+        pipeline_name = rules.pipelines[0]
+    pipeline = PIPELINES[pipeline_name]
+    defaults = {**pipeline.defaults, "loras": rules.loras}
+    for name, value in {**rules.defaults, **given}.items():
+        # a pipeline without guidance and with a schedule of its own has nothing to set there
+        if pipeline.distilled and name in FIXED_WHEN_DISTILLED and value != defaults[name]:
+            problems.append(Problem(name, value, f"{defaults[name]!r} or nothing: the distilled pipeline fixes it"))
     values = {**defaults, **rules.defaults, "id": None, **given, "pipeline": pipeline_name}
 
-    problems += _cross_checks(values, rules, {p.column for p in problems}, os.path.dirname(raw.file))
+    asked = given.keys() | rules.defaults.keys()
+    problems += _cross_checks(values, rules, asked, {p.column for p in problems}, os.path.dirname(raw.file))
     if problems:
         return Row(raw, None, tuple(problems))
     values["loras"] = _in_declared_order(values["loras"], rules.loras)
@@ -293,14 +306,17 @@ def check_defaults(defaults: Mapping[str, Any]) -> dict[str, Any]:
     return parsed
 
 
-def _cross_checks(values: Mapping[str, Any], rules: RowRules, bad: set[str], folder: str) -> list[Problem]:
+def _cross_checks(
+    values: Mapping[str, Any], rules: RowRules, asked: set[str], bad: set[str], folder: str
+) -> list[Problem]:
     problems = []
     if not bad & {"height", "width", "num_frames", "frame_rate"}:
         shape = ClipShape(values["num_frames"], values["height"], values["width"], values["frame_rate"])
         problems += [Problem(*problem) for problem in size_problems(shape)]
     if rules.num_layers is not None:
         for name in ("video_stg_blocks", "audio_stg_blocks"):
-            if any(block >= rules.num_layers for block in values[name]):
+            # a pipeline's own default may name a block that a smaller model does not have
+            if name in asked and any(block >= rules.num_layers for block in values[name]):
                 problems.append(Problem(name, list(values[name]), f"block numbers from 0 to {rules.num_layers - 1}"))
     declared = {use.name for use in rules.loras}
     for use in values["loras"]:

@@ -31,6 +31,7 @@ DEFAULT_NEGATIVE_PROMPT = (
 
 #: Stage 2 of every pipeline refines along this schedule.
 STAGE_2_SIGMAS = (0.909375, 0.725, 0.421875, 0.0)
+DISTILLED_SIGMAS = (1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0)
 
 _COMMON: dict[str, Any] = {
     "negative_prompt": DEFAULT_NEGATIVE_PROMPT,
@@ -54,42 +55,97 @@ class Pipeline:
 
     name: str
     sampler: str
-    #: Tokens that shift the stage-1 schedule; None takes the clip's own stage-1 video tokens.
+    #: Stage-1 levels; None computes them from the number of steps.
+    sigmas: tuple[float, ...] | None
+    #: Tokens that shift a computed schedule; None takes the clip's own stage-1 video tokens.
     schedule_tokens: int | None
     audio_stage: str
+    #: Whether it runs on the distilled checkpoint, which has no distilled LoRA and no guidance.
+    distilled: bool
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
+
+def _defaults(**changes: Any) -> Mapping[str, Any]:
+    return MappingProxyType({**_COMMON, **changes})
+
+
+_NO_GUIDANCE = {
+    f"{stream}_{name}": value
+    for stream in ("video", "audio")
+    for name, value in {
+        "cfg_scale": 1.0, "stg_scale": 0.0, "modality_scale": 1.0, "rescale_scale": 0.0, "stg_blocks": (),
+    }.items()
+}  # fmt: skip
 
 PIPELINES: Mapping[str, Pipeline] = MappingProxyType(
     {
         "hq": Pipeline(
             name="hq",
             sampler="res_2s",
+            sigmas=None,
             schedule_tokens=None,
             audio_stage="stage_1",
-            defaults=MappingProxyType(
-                {
-                    **_COMMON,
-                    "height": 1088,
-                    "width": 1920,
-                    "num_inference_steps": 15,
-                    "video_stg_scale": 0.0,
-                    "audio_stg_scale": 0.0,
-                    "video_rescale_scale": 0.45,
-                    "audio_rescale_scale": 1.0,
-                    "video_stg_blocks": (),
-                    "audio_stg_blocks": (),
-                    "distilled_lora_strength_stage_1": 0.25,
-                    "distilled_lora_strength_stage_2": 0.5,
-                }
+            distilled=False,
+            defaults=_defaults(
+                height=1088,
+                width=1920,
+                num_inference_steps=15,
+                video_stg_scale=0.0,
+                audio_stg_scale=0.0,
+                video_rescale_scale=0.45,
+                audio_rescale_scale=1.0,
+                video_stg_blocks=(),
+                audio_stg_blocks=(),
+                distilled_lora_strength_stage_1=0.25,
+                distilled_lora_strength_stage_2=0.5,
+            ),
+        ),
+        "base": Pipeline(
+            name="base",
+            sampler="euler",
+            sigmas=None,
+            schedule_tokens=4096,
+            audio_stage="stage_1",
+            distilled=False,
+            defaults=_defaults(
+                height=1024,
+                width=1536,
+                num_inference_steps=30,
+                video_stg_scale=1.0,
+                audio_stg_scale=1.0,
+                video_rescale_scale=0.7,
+                audio_rescale_scale=0.7,
+                video_stg_blocks=(28,),
+                audio_stg_blocks=(28,),
+                distilled_lora_strength_stage_1=0.0,
+                distilled_lora_strength_stage_2=1.0,
+            ),
+        ),
+        "distilled": Pipeline(
+            name="distilled",
+            sampler="euler",
+            sigmas=DISTILLED_SIGMAS,
+            schedule_tokens=None,
+            audio_stage="stage_2",
+            distilled=True,
+            defaults=_defaults(
+                height=1024,
+                width=1536,
+                num_inference_steps=len(DISTILLED_SIGMAS) - 1,
+                **_NO_GUIDANCE,
+                negative_prompt="",
+                distilled_lora_strength_stage_1=0.0,
+                distilled_lora_strength_stage_2=0.0,
             ),
         ),
     }
 )
 
-#: Names that the manifest contract knows, whether or not this version serves them.
-KNOWN_PIPELINES = ("hq", "base", "distilled")
-DEFAULT_PIPELINE = "hq"
+
+
+def served_pipelines(distilled: bool) -> tuple[str, ...]:
+    """Names of the pipelines that a checkpoint serves; the first is the default of its rows."""
+    return tuple(name for name, pipeline in PIPELINES.items() if pipeline.distilled == distilled)
 
 
 def recipe_digest(recipe: Recipe) -> str:

@@ -24,6 +24,7 @@ from ltx_ray.metrics import EventLog
 from ltx_ray.modelfiles import Checkpoint, check_lora, check_tensor_parallel, open_checkpoint, read_header
 from ltx_ray.plan import Plan, PlannedRow, RecipeBook
 from ltx_ray.pools.pool import Resources, StartFailed, Wanted, check_schedulable, lay_out, slots_needed
+from ltx_ray.recipe import served_pipelines
 from ltx_ray.records import LoraUse, canonical_json
 from ltx_ray.storage import Store
 
@@ -92,6 +93,7 @@ def prepare(options: Options) -> Prepared:
     rules = RowRules(
         defaults=defaults,
         num_layers=checkpoint.num_layers,
+        pipelines=served_pipelines(model.distilled),
         loras=tuple(LoraUse(lora.name, lora.strength) for lora in model.loras),
         image_roots=options.image_roots or (manifest_folder(options.manifest),),
     )

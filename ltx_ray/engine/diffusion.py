@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,14 +24,16 @@ from ltx_ray.parallel.layers import TPGroup
 from ltx_ray.parallel.loading import ShardReader, load_shard
 from ltx_ray.parallel.lora import LoraMerger, LoraSetting
 from ltx_ray.recipe import PIPELINES, STAGE_2_SIGMAS
-from ltx_ray.records import AV, NoiseLedger, PromptContext, RowError, StageLatents, WorkItem, plain
-from ltx_ray.sampling.guidance import GuidedDenoiser
+from ltx_ray.records import AV, Guidance, NoiseLedger, PromptContext, RowError, StageLatents, WorkItem, plain
+from ltx_ray.sampling.euler import sample_euler
+from ltx_ray.sampling.guidance import GuidedDenoiser, RunPass
 from ltx_ray.sampling.noise import ClipNoise, SamplerNoise, noised
-from ltx_ray.sampling.res2s import sample_res2s
+from ltx_ray.sampling.passes import wants_perturbed
+from ltx_ray.sampling.res2s import Denoise, sample_res2s
 from ltx_ray.sampling.sigmas import shifted_sigmas
 from ltx_ray.shapes import AUDIO_BINS, AUDIO_CHANNELS, VIDEO_CHANNELS, ClipShape
 
-SAMPLERS: dict[str, Callable[..., AV[torch.Tensor]]] = {"res_2s": sample_res2s}
+SAMPLERS: dict[str, Callable[..., AV[torch.Tensor]]] = {"res_2s": sample_res2s, "euler": sample_euler}
 
 
 @dataclass(frozen=True)
@@ -108,8 +110,12 @@ class DiffusionEngine:
             # the reference copies the latents for its passes, and the copy is contiguous
             return run_pass(name, latents.map(lambda t: t.contiguous()), sigma, enabled)
 
-        denoise = GuidedDenoiser(run_guided, request.guidance)
-        sigmas = shifted_sigmas(request.num_inference_steps, pipeline.schedule_tokens or shape.video_tokens)
+        guidance = request.guidance.map(self._within_model)
+        denoise = _unguided(run_pass) if pipeline.distilled else GuidedDenoiser(run_guided, guidance)
+        if pipeline.sigmas is not None:
+            sigmas = torch.tensor(pipeline.sigmas)
+        else:
+            sigmas = shifted_sigmas(request.num_inference_steps, pipeline.schedule_tokens or shape.video_tokens)
         latents = self._sample(pipeline.sampler, denoise, start, sigmas)
         return StageLatents(_unpack(latents, shape), noise.ledger)
 
@@ -122,11 +128,7 @@ class DiffusionEngine:
         upscaled = apply.upsample_latents(self.upsampler, *self.latent_stats, video)
         packed = _pack(AV(upscaled, audio))
         start = self._start(shape, "stage_2", noise, packed, scale=STAGE_2_SIGMAS[0])
-        run_pass = self._passes(item, start, positive, None)
-
-        def denoise(latents: AV[torch.Tensor], sigma: torch.Tensor, step_index: int) -> AV[torch.Tensor]:
-            return run_pass("cond", latents, sigma, AV(True, True))
-
+        denoise = _unguided(self._passes(item, start, positive, None))
         latents = self._sample(pipeline.sampler, denoise, start, torch.tensor(STAGE_2_SIGMAS))
         return StageLatents(_unpack(latents, shape), noise.ledger)
 
@@ -155,7 +157,7 @@ class DiffusionEngine:
         contexts = {"cond": on_device(positive)}
         contexts["uncond"] = contexts["cond"] if negative is None else on_device(negative)
         guidance = item.request.guidance
-        blocks = guidance.map(lambda g: frozenset(g.stg_blocks) if g.stg_scale else frozenset())
+        blocks = guidance.map(lambda g: frozenset(g.stg_blocks) if wants_perturbed(g) else frozenset())
         perturbations = {"perturbed": Perturbation(values_only=blocks), "isolated": Perturbation(isolated=True)}
 
         def run_pass(name: str, latents: AV, sigma: torch.Tensor, enabled: AV[bool]) -> AV[torch.Tensor]:
@@ -173,6 +175,10 @@ class DiffusionEngine:
 
         return run_pass
 
+    def _within_model(self, g: Guidance) -> Guidance:
+        layers = self.transformer.config.num_layers
+        return replace(g, stg_blocks=tuple(block for block in g.stg_blocks if block < layers))
+
     def _merge(self, item: WorkItem, distilled_strength: float) -> None:
         by_name = {use.name: use.strength for use in item.request.loras}
         strengths = [by_name.get(name, 0.0) for name in self._lora_names]
@@ -189,6 +195,15 @@ class DiffusionEngine:
     def _new_ledger(self, seed: int) -> NoiseLedger:
         device = self._noise_device()
         return NoiseLedger(seed, device, "cpu" if device == "cpu" else torch.cuda.get_device_name(self.device))
+
+
+def _unguided(run_pass: RunPass) -> Denoise:
+    """The model alone, on the positive prompt."""
+
+    def denoise(latents: AV[torch.Tensor], sigma: torch.Tensor, step_index: int) -> AV[torch.Tensor]:
+        return run_pass("cond", latents, sigma, AV(True, True))
+
+    return denoise
 
 
 def latent_sizes(shape: ClipShape) -> AV[tuple[int, ...]]:

@@ -32,7 +32,8 @@ def combine(g: Guidance, results: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
     def away_from(name: str, weight: float) -> torch.Tensor | float:
         if name not in results:
-            return weight * cond
+            # nothing was perturbed, so that pass would have been `cond` again
+            return 0.0 if name == "perturbed" else weight * cond
         return weight * (cond - results[name].float())
 
     guided = (

@@ -18,7 +18,8 @@ def wants_uncond(g: Guidance) -> bool:
 
 
 def wants_perturbed(g: Guidance) -> bool:
-    return not math.isclose(g.stg_scale, 0.0)
+    # without blocks the pass would repeat the first one, and its difference be zero
+    return not math.isclose(g.stg_scale, 0.0) and bool(g.stg_blocks)
 
 
 def wants_isolated(g: Guidance) -> bool:

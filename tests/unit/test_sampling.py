@@ -132,6 +132,12 @@ def test_only_passes_that_change_something_are_made():
     assert passes_for(AV(everything, everything)) == ("cond", "uncond", "perturbed", "isolated")
 
 
+def test_stg_without_blocks_makes_no_pass_unless_the_other_stream_has_some():
+    idle = guidance(stg_scale=1.0)
+    assert passes_for(AV(idle, idle)) == ("cond",)
+    assert passes_for(AV(idle, guidance(stg_scale=1.0, stg_blocks=(2,)))) == ("cond", "perturbed")
+
+
 def test_combine():
     c, u, p, m = (torch.randn(1, 9, 4, generator=torch.Generator().manual_seed(n)) for n in range(4))
     results = {"cond": c, "uncond": u, "perturbed": p, "isolated": m}
@@ -141,6 +147,9 @@ def test_combine():
     rescaled = combine(guidance(**{**g.__dict__, "rescale_scale": 0.4}), results)
     assert torch.allclose(rescaled, expected * (0.4 * c.std() / expected.std() + 0.6), atol=1e-6)
     assert torch.equal(combine(PLAIN, {"cond": c}), c)
+    # nothing was perturbed: the pass was not made and would have changed nothing
+    without = {"cond": c, "uncond": u, "isolated": m}
+    assert torch.allclose(combine(g, without), c + 2 * (c - u) + (c - m), atol=1e-6)
     assert combine(g, {k: v.bfloat16() for k, v in results.items()}).dtype == torch.bfloat16
 
 

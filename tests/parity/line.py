@@ -1,0 +1,63 @@
+"""The engines without Ray: a request to its latents, in one process and with one thread."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+
+from ltx_ray.config import EngineSpec, ModelFiles, Numerics
+from ltx_ray.engine.base import Rank
+from ltx_ray.engine.decode import named_latents
+from ltx_ray.engine.diffusion import DiffusionEngine
+from ltx_ray.engine.text import TextEngine
+from ltx_ray.manifest import RawRow, RowRules, judge
+from ltx_ray.plan import RecipeBook
+from ltx_ray.recipe import served_pipelines
+from ltx_ray.records import WorkItem
+
+
+@contextmanager
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class Line:
+    """Text and diffusion engines of one model, kept for many requests."""
+
+    def __init__(self, model: ModelFiles, dtype: str = "float32"):
+        self.model, self.numerics = model, Numerics(dtype=dtype)
+        spec = EngineSpec("", model, self.numerics, "", options={"roles": ("stage1", "stage2")})
+        self.text, self.diffusion = TextEngine(spec, Rank()), DiffusionEngine(spec, Rank())
+        self.text.load()
+        self.diffusion.load()
+
+    def item(self, row: dict) -> WorkItem:
+        judged = judge(RawRow("test", 1, row), RowRules(pipelines=served_pipelines(self.model.distilled)))
+        assert judged.request, judged.messages()
+        return RecipeBook(self.model, self.numerics).item(judged.request)
+
+    def latents(self, row: dict) -> dict[str, torch.Tensor]:
+        """`stage_1.video` ... `stage_2.audio` of a manifest row."""
+        item = self.item(row)
+        with one_thread():
+            contexts = self.text.run("text", item)
+            first = self.diffusion.run("stage1", item, contexts)
+            return named_latents(first, self.diffusion.run("stage2", item, contexts, first))
+
+
+@cache
+def toy_line(distilled: bool = False) -> Line:
+    """The default toy model's line; the distilled pipeline runs on the same weights without a LoRA."""
+    from ltx_ray.toy import ensure_toy_model
+
+    files = ensure_toy_model()
+    if distilled:
+        files = {**files, "distilled_lora": None}
+    return Line(ModelFiles(**files, distilled=distilled))

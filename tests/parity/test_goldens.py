@@ -1,0 +1,108 @@
+"""Final latents against those of the reference v1.2.0, recorded in float32 on the toy model.
+
+And the other way round: when one thing is broken, the distance must show it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from ltx_ray.sampling import noise, res2s
+from tests.parity.dit import relative
+from tests.parity.line import toy_line
+
+GOLDENS = {path.stem: path for path in sorted((Path(__file__).parent / "goldens").glob("*.safetensors"))}
+TOLERANCE = 1e-4
+
+
+def load(name: str) -> tuple[dict, dict[str, torch.Tensor]]:
+    with safe_open(GOLDENS[name], "pt") as file:
+        return json.loads(file.metadata()["request"]), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+
+
+def distance(name: str, **changes) -> float:
+    """The largest relative L2 over the four latents of a golden, with `changes` made to its request."""
+    request, expected = load(name)
+    found = toy_line(request["pipeline"] == "distilled").latents({**request, **changes})
+    return max(relative(found[key], value) for key, value in expected.items())
+
+
+def test_there_is_one_for_every_pipeline():
+    assert {load(name)[0]["pipeline"] for name in GOLDENS} == {"hq", "base", "distilled"}
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_latents_are_the_references(name):
+    assert distance(name) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "golden, changes",
+    [
+        ("hq", {"video_cfg_scale": 3.1}),
+        ("hq", {"audio_cfg_scale": 6.9}),
+        ("hq", {"video_modality_scale": 2.9}),
+        ("hq", {"video_rescale_scale": 0.5}),
+        ("hq", {"audio_rescale_scale": 0.9}),
+        ("hq", {"video_stg_scale": 0.1, "video_stg_blocks": [1]}),
+        ("hq_portrait", {"video_stg_blocks": [1]}),
+        ("hq_portrait", {"video_skip_step": 1}),
+        ("hq", {"distilled_lora_strength_stage_1": 0.26}),
+        ("hq", {"distilled_lora_strength_stage_2": 0.51}),
+        ("hq", {"frame_rate": 23.8}),
+        ("hq", {"seed": 4}),
+        ("hq", {"prompt": "A dog runs over a field"}),
+        ("hq", {"negative_prompt": ""}),
+        ("base", {"video_stg_scale": 0.9}),
+        ("base", {"num_inference_steps": 5}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else ",".join(value),
+)
+def test_a_changed_setting_shows(golden, changes):
+    assert distance(golden, **changes) > TOLERANCE
+
+
+def test_breaking_the_sigma_shift_shows(monkeypatch):
+    from ltx_ray.engine import diffusion
+
+    honest = diffusion.shifted_sigmas
+    monkeypatch.setattr(diffusion, "shifted_sigmas", lambda steps, tokens: honest(steps, tokens * 4))
+    assert distance("hq") > TOLERANCE
+
+
+@pytest.mark.parametrize("seed", ["STEP_SEED", "SUBSTEP_SEED"])
+def test_breaking_the_samplers_seeds_shows(monkeypatch, seed):
+    monkeypatch.setattr(noise, seed, 10)
+    assert distance("hq") > TOLERANCE
+
+
+def test_breaking_the_anchor_refinement_shows(monkeypatch):
+    """Only steps with h < 0.5 are refined: there must be one in the golden."""
+    monkeypatch.setattr(res2s, "_REFINE_BELOW_H", 0.0)
+    assert distance("hq_portrait") > TOLERANCE
+
+
+def test_breaking_the_ledger_shows(monkeypatch):
+    honest = noise.ClipNoise.__init__
+    monkeypatch.setattr(
+        noise.ClipNoise,
+        "__init__",
+        lambda self, ledger, device: honest(self, replace(ledger, draws=ledger.draws[:1]), device),
+    )
+    assert distance("hq") > TOLERANCE
+
+
+def test_breaking_the_merge_shows(monkeypatch):
+    from ltx_ray.parallel import lora
+
+    honest = lora.merge_
+    monkeypatch.setattr(
+        lora, "merge_", lambda target, clean, factors: honest(target, clean, [(a, b, s * 1.05) for a, b, s in factors])
+    )
+    assert distance("hq", distilled_lora_strength_stage_1=0.2500001) > TOLERANCE

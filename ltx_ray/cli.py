@@ -17,8 +17,10 @@ import yaml
 
 from ltx_ray.columns import COLUMNS
 from ltx_ray.config import ModelFiles, RunLimits, Selection
+from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.pools.pool import Wanted
 from ltx_ray.run import EXIT_FAILED_ROWS, EXIT_OK, EXIT_USAGE, Options, lora_files, prepare, render
+from ltx_ray.storage import Store
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -27,7 +29,12 @@ _PROVIDERS = {"toy": "ltx_ray.toy:ensure_toy_model"}
 #: Joins a LoRA's path and strength on their way through the option parser.
 _JOINT = "\x1f"
 _PLAN_ROWS = 40
-_CHOICES = {"dtype": ("bfloat16", "float32"), "precision": ("bf16",), "noise_device": ("model", "cpu")}
+_CHOICES = {
+    "device": ("auto", "cuda", "cpu"),
+    "dtype": ("bfloat16", "float32"),
+    "precision": ("bf16",),
+    "noise_device": ("model", "cpu"),
+}
 
 
 def _option(kind: Any, help_: str, *flags: str, default: Any = None, panel: str) -> tuple[Any, Any]:
@@ -89,6 +96,7 @@ def _run_options() -> dict[str, tuple[Any, Any]]:
         "stage2_replicas": _option(
             str, "auto or a number; 0: the stage-1 replicas serve both stages in turns", default="auto", panel=p
         ),
+        "device": _option(str, "auto (GPUs where the cluster has some), cuda or cpu", default="auto", panel=p),
         "ray_address": _option(
             str | None, "cluster to run on (default $RAY_ADDRESS, else a private local one)", panel=p
         ),
@@ -160,11 +168,14 @@ def render_command(
 def retry_command(output: str = typer.Argument(help="a dataset; its failed rows are rendered again"), **values: Any):
     """Render the rows that failed in OUTPUT again, also those that were themselves at fault."""
     manifest = os.path.join(output, "failed") if "://" not in output else f"{output.rstrip('/')}/failed"
+    if not DatasetWriter(Store(output)).listing().failed:
+        typer.echo(f"nothing failed in {output}")
+        return EXIT_OK
     return render(_options(manifest, output, values, retry_failed=True))
 
 
 @app.command(name="plan")
-@_takes(*_PLANNING, _CONFIG)
+@_takes(*_PLANNING, _run_options(), _CONFIG)
 def plan_command(
     manifest: str = typer.Argument(help="Parquet or JSONL manifest, or a folder of them"),
     output: str | None = typer.Option(None, help="the dataset to compare with"),
@@ -217,8 +228,8 @@ def report_command(output: str = typer.Argument(help="a dataset on a local disk"
     """Write OUTPUT/report.html, one page with every clip, its pictures and its timings."""
     from ltx_ray.dataset.report import write_report
 
-    if not os.path.isdir(output):
-        raise ValueError(f"{output}: no such folder; legal: the --output of a run, on a local disk")
+    if not any(os.path.exists(os.path.join(output, name)) for name in ("run.json", "index")):
+        raise ValueError(f"{output}: no dataset; legal: the --output of a run, on a local disk")
     typer.echo(write_report(output))
     return EXIT_OK
 
@@ -246,7 +257,7 @@ def _plan_line(planned: Any) -> str:
 
 def _options(manifest: str, output: str | None, values: dict[str, Any], retry_failed: bool = False) -> Options:
     for name, legal in _CHOICES.items():
-        if values[name] not in legal:
+        if name in values and values[name] not in legal:
             raise ValueError(f"--{name.replace('_', '-')}: {values[name]!r}, legal: {' or '.join(legal)}")
     if values.get("stop_after") not in (None, "stage1"):
         raise ValueError(f"--stop-after: {values['stop_after']!r}, legal: stage1")
@@ -267,6 +278,7 @@ def _options(manifest: str, output: str | None, values: dict[str, Any], retry_fa
             stage1=_replicas("stage1_replicas", values, least=1),
             stage2=_replicas("stage2_replicas", values, least=0),
         ),
+        device=values.get("device", "auto"),
         ray_address=values.get("ray_address"),
         selection=_selection(values),
         save_latents=bool(values.get("save_latents")),
@@ -295,11 +307,12 @@ def _model_files(values: dict[str, Any]) -> ModelFiles:
     if (model := values["model"]) is not None:
         if model not in _PROVIDERS:
             raise ValueError(f"--model: {model!r}, legal: {', '.join(_PROVIDERS)}, or the paths of a model's files")
-        given = [n for n in ("checkpoint_path", "gemma_root", "spatial_upsampler_path") if values[n]]
+        own = ("checkpoint_path", "distilled_checkpoint_path", "gemma_root", "spatial_upsampler_path", "distilled_lora")
+        given = [name for name in own if values[name]]
         if given:
             raise ValueError(f"--model and --{given[0].replace('_', '-')} exclude each other")
         files = ModelFiles("", "", "", provider=_PROVIDERS[model], loras=lora_files(loras))
-        return files if not values["distilled_lora"] else _with_lora(files, values["distilled_lora"])
+        return files
     distilled = values["distilled_checkpoint_path"] is not None
     if distilled and (other := next((n for n in ("checkpoint_path", "distilled_lora") if values[n]), None)):
         raise ValueError(f"--distilled-checkpoint-path and --{other.replace('_', '-')} exclude each other")
@@ -356,12 +369,6 @@ def _numbers(name: str, text: str) -> list[int]:
     if not all(part.isdigit() for part in parts):
         raise ValueError(f"--{COLUMNS[name].flag}: {text!r}, legal: block numbers, such as 28,29")
     return [int(part) for part in parts]
-
-
-def _with_lora(files: ModelFiles, path: str) -> ModelFiles:
-    from dataclasses import replace
-
-    return replace(files, distilled_lora=path)
 
 
 def _join_loras(argv: list[str]) -> list[str]:

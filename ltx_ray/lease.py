@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable
 
@@ -18,11 +19,12 @@ _POLL_SECONDS = 2.0
 
 
 class Lease:
-    """Held by one run at a time; `renew` must be called more often than once a minute."""
+    """Held by one run at a time, and renewed by a thread of its own for as long as its process lives."""
 
     def __init__(self, store: Store, run_id: str):
         self._store, self._run_id = store, run_id
-        self._renewed = 0.0
+        self._released = threading.Event()
+        self._thread: threading.Thread | None = None
 
     def acquire(self, say: Callable[[str], None]) -> None:
         """Wait until no other run holds the lease, then take it."""
@@ -33,13 +35,21 @@ class Lease:
                 told = True
             time.sleep(_POLL_SECONDS)
         self._write()
+        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+        self._thread.start()
 
-    def renew(self) -> None:
-        if time.monotonic() - self._renewed > _RENEW_SECONDS:
-            self._write()
+    def _renew(self) -> None:
+        while not self._released.wait(_RENEW_SECONDS):
+            try:
+                self._write()
+            except Exception:
+                continue  # the store may be back before the lease ends
 
     def release(self) -> None:
         """Give it back; another run's lease stays."""
+        self._released.set()
+        if self._thread is not None:
+            self._thread.join(timeout=10)  # it may be writing just now
         entry = _read(self._store)
         if entry is not None and entry["run_id"] == self._run_id:
             self._store.delete(_NAME)
@@ -52,7 +62,6 @@ class Lease:
             "expires": time.time() + _TTL_SECONDS,
         }
         self._store.write_bytes(_NAME, json.dumps(entry).encode())
-        self._renewed = time.monotonic()
 
     def _holder(self) -> dict | None:
         entry = holder(self._store)

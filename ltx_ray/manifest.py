@@ -32,6 +32,8 @@ _PEEK_ROWS = 1000
 FAILED_ROW_COLUMN = "manifest_row"
 #: Its only key when the row could not be read at all.
 UNREADABLE = "_unreadable"
+#: A key beside its values when its id belonged to another row.
+DUPLICATE = "_duplicate_id"
 #: Columns that say nothing to the distilled pipeline.
 FIXED_WHEN_DISTILLED = frozenset(
     {"num_inference_steps", "negative_prompt", "distilled_lora_strength_stage_1", "distilled_lora_strength_stage_2"}
@@ -49,6 +51,8 @@ class RawRow:
     number: int
     values: Mapping[str, Any]
     unreadable: str | None = None
+    #: Known to have the id of another row; only its own manifest can mend that, not a retry.
+    duplicate: bool = False
 
     @property
     def source(self) -> str:
@@ -240,7 +244,8 @@ def _parse_line(name: str, number: int, line: str) -> RawRow:
         return RawRow(name, number, {}, unreadable=f"a JSON {_json_type(values)}, not an object")
     if set(values) == {UNREADABLE}:
         return RawRow(name, number, {}, unreadable=str(values[UNREADABLE]))
-    return RawRow(name, number, values)
+    duplicate = values.pop(DUPLICATE, False) is True
+    return RawRow(name, number, values, duplicate=duplicate)
 
 
 # --- judging -------------------------------------------------------------------------------------
@@ -265,6 +270,8 @@ def judge(raw: RawRow, rules: RowRules) -> Row:
             given[name] = parsed
         else:
             problems.append(Problem(name, value, column.legal))
+    if raw.duplicate:
+        problems.append(duplicate_id(raw.values.get("id")))
     if raw.values.get("prompt") is None:
         problems.append(Problem("prompt", None, COLUMNS["prompt"].legal))
 
@@ -290,6 +297,10 @@ def judge(raw: RawRow, rules: RowRules) -> Row:
     extra = {k: v for k, v in raw.values.items() if k not in COLUMNS}
     values["extra"] = _extra_json(extra) if extra else None
     return Row(raw, RenderRequest(**values))
+
+
+def duplicate_id(row_id: Any) -> Problem:
+    return Problem("id", row_id, "an id of its own: an earlier row has it, with other content")
 
 
 def check_defaults(defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from ltx_ray.config import ModelFiles, Numerics, Selection
 from ltx_ray.cost import H100_TFLOPS, clip_tflop
 from ltx_ray.dataset.writer import Done, row_key
-from ltx_ray.manifest import Problem, RawRow, Row, RowRules, judge, read_manifest
+from ltx_ray.manifest import RawRow, Row, RowRules, duplicate_id, judge, read_manifest
 from ltx_ray.modelfiles import cached_digest, open_checkpoint
 from ltx_ray.recipe import item_id, recipe_digest
 from ltx_ray.records import Recipe, RenderRequest, WorkItem
@@ -141,8 +141,7 @@ class Plan:
             return None
         first = seen.setdefault(row_id, item.item_id)
         if first != item.item_id:
-            problem = Problem("id", row_id, "an id of its own: an earlier row has it, with other content")
-            row = Row(raw, None, (problem,))
+            row = Row(dataclasses.replace(raw, duplicate=True), None, (duplicate_id(row_id),))
             return PlannedRow(ILLEGAL, row, messages=tuple(row.messages()))
         return PlannedRow(self._status(item, row_key(row_id), seen, raw), row, item)
 

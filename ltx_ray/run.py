@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import signal
+import socket
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -36,6 +37,8 @@ _ENGINES = {
     "decode": "ltx_ray.engine.decode:DecodeEngine",
 }
 _PACKAGES = ("torch", "ray", "diffusers", "transformers", "safetensors", "av", "pyarrow")
+#: A larger checkpoint is not rendered on CPUs unless that is asked for: it would take days a clip.
+_CPU_MODEL_BYTES = 4 * 2**30
 #: Object store of a private cluster without GPUs: contexts and latents of a few small clips.
 _LOCAL_STORE_BYTES = 512 * 2**20
 
@@ -52,6 +55,7 @@ class Options:
     noise_device: str = "model"
     row_defaults: Mapping[str, Any] = field(default_factory=dict)
     wanted: Wanted = Wanted()  # noqa: RUF009 (frozen)
+    device: str = "auto"
     ray_address: str | None = None
     selection: Selection = Selection()  # noqa: RUF009 (frozen)
     save_latents: bool = False
@@ -165,7 +169,7 @@ def _drive(
         progress=progress,
         limits=options.limits,
         versions=canonical_json(record.versions),
-        on_tick=lease.renew,
+        noise_device=options.noise_device,
     )
     state, code = "failed", EXIT_ERROR
     handlers = _drain_on_signals(driver)
@@ -174,6 +178,8 @@ def _drive(
         state = "drained" if outcome.drained else "finished"
         bad = driver.counts["failed"] + driver.counts["illegal"]
         code = EXIT_DRAINED if outcome.drained else EXIT_FAILED_ROWS if bad else EXIT_OK
+        if driver.too_many_failed:
+            code = EXIT_FAILED_ROWS
     except StartFailed as error:
         progress.say(str(error))
     finally:
@@ -191,9 +197,9 @@ def _drain_on_signals(driver) -> dict[int, Any]:
     """First SIGTERM or SIGINT drains, a second one ends the process at once."""
 
     def handle(number: int, frame: Any) -> None:
-        if driver.policy.draining:
+        if driver.drain_requested:
             os._exit(128 + number)
-        driver.drain(signal.Signals(number).name)
+        driver.request_drain(signal.Signals(number).name)
 
     try:
         return {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -226,12 +232,14 @@ class _Cluster:
         import ray
 
         common = {"logging_level": "error", "log_to_driver": False}
-        self._joined = not ray.is_initialized()
         if self._address:
-            if self._joined:
+            if not ray.is_initialized():
+                _check_reachable(self._address)
                 ray.init(address=self._address, **common)
+                self._joined = True
             free = Resources.of(ray.available_resources())
-            pools, numerics = self._lay_out(Resources.of(ray.cluster_resources()).gpus)
+            # auto takes what is free, so that a run fits beside others
+            pools, numerics = self._lay_out(free.gpus)
         else:
             gpus = float(_local_gpus())
             pools, numerics = self._lay_out(gpus)
@@ -244,11 +252,16 @@ class _Cluster:
                 object_store_memory=None if gpus else _LOCAL_STORE_BYTES,
                 **common,
             )
+            self._joined = True
         check_schedulable(pools, free)
         return pools, numerics
 
     def _lay_out(self, gpus: float) -> tuple[list[PoolSpec], Numerics]:
         options = self._options
+        if options.device == "cpu":
+            gpus = 0.0
+        elif not gpus and (options.device == "cuda" or self._prepared.checkpoint.header.size > _CPU_MODEL_BYTES):
+            raise ValueError("GPUs: at least 1 needed, 0 free; legal: a cluster with GPUs now, or --device cpu")
         numerics = replace(self._prepared.numerics, device="cuda" if gpus else "cpu")
         engines = {
             name: EngineSpec(
@@ -269,6 +282,17 @@ class _Cluster:
             import ray
 
             ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Raise ConnectionError unless something listens there; Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        return  # "auto", "local" and the like
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise ConnectionError(f"--ray-address: {address}, cannot be reached ({error.strerror or error})") from None
 
 
 def _local_gpus() -> int:

@@ -10,7 +10,7 @@ import datetime
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ltx_ray.columns import COLUMNS
-from ltx_ray.manifest import FAILED_ROW_COLUMN, UNREADABLE, RawRow
+from ltx_ray.manifest import DUPLICATE, FAILED_ROW_COLUMN, UNREADABLE, RawRow
 from ltx_ray.records import Clip, RenderRequest, plain
 from ltx_ray.storage import Store
 
@@ -171,6 +171,9 @@ class DatasetWriter:
         key = row_key(request.id)
         self.forget_failure(item_id, key)
         row = {**request.row(), "item_id": item_id, **_failure_columns(raw, failure)}
+        # as it was resolved, so that a retry without the run's defaults renders the very same clip
+        resolved = {name: value for name, value in request.row().items() if name != "extra"}
+        row[FAILED_ROW_COLUMN] = _json({**json.loads(request.extra or "{}"), **resolved})
         kind = "row" if failure.error_class == "row" else "infra"
         self.store.write_bytes(f"failed/part-{kind}-{item_id}-{key}.parquet", _one_row(row, FAILED_SCHEMA))
 
@@ -208,6 +211,16 @@ class DatasetWriter:
                 if every or file == files or file.startswith(files + "/"):
                     self.store.delete(f"failed/{name}")
 
+    def forget_older_failures(self, names: Iterable[str], source: str) -> None:
+        """Remove those parts of `failed/` that are about the manifest row at `source`."""
+        for name in names:
+            try:
+                table = pq.read_table(io.BytesIO(self.store.read_bytes(f"failed/{name}")), columns=["source"])
+            except FileNotFoundError:
+                continue
+            if table.column(0)[0].as_py() == source:
+                self.store.delete(f"failed/{name}")
+
     def forget_failure(self, item_id: str, key: str) -> None:
         for kind in ("row", "infra"):
             self.store.delete(f"failed/part-{kind}-{item_id}-{key}.parquet")
@@ -228,8 +241,12 @@ def _failure_columns(raw: RawRow, failure: Failure) -> dict[str, Any]:
         "message": failure.message,
         "traceback": failure.traceback,
         "failed_at": datetime.datetime.now(datetime.UTC),
-        FAILED_ROW_COLUMN: json.dumps(values, ensure_ascii=True, default=str, sort_keys=True),
+        FAILED_ROW_COLUMN: _json({**values, DUPLICATE: True} if raw.duplicate else values),
     }
+
+
+def _json(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, ensure_ascii=True, default=str, sort_keys=True)
 
 
 def _one_row(row: Mapping[str, Any], schema: pa.Schema) -> bytes:

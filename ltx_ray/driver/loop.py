@@ -21,7 +21,7 @@ from ltx_ray.driver.progress import Progress
 from ltx_ray.metrics import EventLog, RunMetrics
 from ltx_ray.plan import COPY, DONE, FAILED, ILLEGAL, REPEATED, Plan, PlannedRow
 from ltx_ray.pools.gang import Call, Gang, GangLost, InputsLost
-from ltx_ray.pools.pool import Pool
+from ltx_ray.pools.pool import Pool, StartFailed
 from ltx_ray.records import CallReport, Clip, WorkItem, canonical_json
 
 _TICK_SECONDS = 0.5
@@ -69,10 +69,10 @@ class Driver:
         progress: Progress,
         limits: RunLimits,
         versions: str,
-        on_tick: Callable[[], None] = lambda: None,
+        noise_device: str,
     ):
         self.plan, self.writer, self.events, self.progress = plan, writer, events, progress
-        self.limits, self.versions = limits, versions
+        self.limits, self.versions, self.noise_device = limits, versions, noise_device
         self._join_cluster = join_cluster
         self.numerics = ""
         self.policy = Policy(queue_depth=limits.queue_depth, max_attempts=limits.max_attempts, stages=stages)
@@ -80,12 +80,18 @@ class Driver:
         self.counts: Counter[str] = Counter()
         self._work: dict[str, _Work] = {}
         self._gpu_seconds = 0.0
+        self.too_many_failed = False
+        self.drain_requested: str | None = None
         self._stop_reason: str | None = None
-        self._on_tick = on_tick
         self._metrics = RunMetrics()
         self._illegal: set[str] = set()
+        self._device_name: str | None = None
 
-    def drain(self, reason: str) -> None:
+    def request_drain(self, reason: str) -> None:
+        """Have the loop drain at its next turn; safe to call from a signal handler."""
+        self.drain_requested = self.drain_requested or reason
+
+    def _drain(self, reason: str) -> None:
         """Take nothing new; let the decode pool finish; `run` then returns."""
         if not self.policy.draining:
             self.policy.draining = True
@@ -101,6 +107,8 @@ class Driver:
         exhausted = False
         try:
             while True:
+                if self.drain_requested:
+                    self._drain(self.drain_requested)
                 exhausted = exhausted or self._admit(rows)
                 if (exhausted and not self.policy.busy) or self.policy.idle_when_drained():
                     break
@@ -110,7 +118,6 @@ class Driver:
                     self._wait()
                 self._check_limits()
                 self._show(exhausted)
-                self._on_tick()
         finally:
             for pool in self.pools:
                 pool.close()
@@ -216,6 +223,7 @@ class Driver:
             if gang.state != "ready":
                 if gang.advance(arrived):
                     pool.started()
+                    self._check_device(gang)
                     self.policy.join(gang.name, pool.spec.roles)
                     seconds = round(time.time() - gang.created, 3)
                     self.events.emit(
@@ -231,14 +239,27 @@ class Driver:
         except InputsLost as lost:
             self._inputs_lost(gang, str(lost))
 
+    def _check_device(self, gang: Gang) -> None:
+        """Noise drawn on a GPU depends on its model, so the stages of a run must not span several."""
+        for rank in gang.ranks:
+            name = rank.get("device_name")
+            if not name or self.noise_device == "cpu":
+                continue
+            if self._device_name not in (None, name):
+                raise StartFailed(
+                    f"the stages span {self._device_name} and {name}, whose noise differs; give --noise-device cpu, "
+                    f"or GPUs of one model"
+                )
+            self._device_name = name
+
     def _check_deadlines(self) -> None:
         now = time.time()
         for pool in self.pools:
             for gang in list(pool.gangs.values()):
                 if gang.state != "ready" and now - gang.created > self.limits.start_timeout:
                     self._lost(pool, gang, f"not ready after {self.limits.start_timeout:g} s ({gang.state})")
-                elif gang.call is not None and now - gang.call.started > self.limits.call_timeout:
-                    self._lost(pool, gang, f"{gang.call.stage} took longer than {self.limits.call_timeout:g} s")
+                elif (reason := gang.overdue(now, self.limits.call_timeout)) is not None:
+                    self._lost(pool, gang, reason)
 
     def _lost(self, pool: Pool, gang: Gang, reason: str) -> None:
         before_ready = gang.state != "ready"
@@ -282,9 +303,10 @@ class Driver:
             self._finish(call.item_id, ray.get(call.payload))
 
     def _call_failed(self, call: Call, report: CallReport) -> None:
-        # every rank said the same: the row is at fault if the engine says so, else it may try again
+        # every rank said the same: the row is at fault at once if the engine says so, else when the same
+        # thing has happened at every attempt
         verdict = self.policy.row_failed(call.item_id) if report.row_error else self.policy.call_failed(call.item_id)
-        kind = "row" if report.row_error else "infrastructure"
+        kind = "infrastructure" if report.error_type == "OutOfMemoryError" else "row"
         self._judge(verdict, call.stage, report.message or "", report.traceback or "", kind)
 
     def _inputs_lost(self, gang: Gang, reason: str) -> None:
@@ -333,22 +355,29 @@ class Driver:
             if clip.path is not None:
                 self.writer.write_index(name, planned.request, rendered)
                 self.plan.done.items.setdefault(name, planned.key)
+                self.writer.forget_older_failures(self._older_failures(name, planned.key), planned.row.raw.source)
             self.counts["rendered"] += 1
             self._metrics.item("rendered")
             self.events.emit("item_finished", item_id=name, id=planned.request.id)
+
+    def _older_failures(self, name: str, key: str) -> list[str]:
+        """Parts in which the row failed as another item: with other weights, or before it was edited."""
+        failed = self.plan.done.failed
+        return [f"part-{kind}-{item}-{k}.parquet" for (item, k), kind in failed.items() if k == key and item != name]
 
     # --- housekeeping ----------------------------------------------------------------------------
 
     def _check_limits(self) -> None:
         limits = self.limits
         failed = self.counts["failed"] + self.counts["illegal"]
-        finished = self.counts["rendered"] + failed
+        finished = self.counts["rendered"] + self.counts["already_done"] + failed
         if limits.max_failed_fraction is not None and finished >= 10:
             fraction = failed / finished
             if fraction > limits.max_failed_fraction:
-                self.drain(f"{fraction:.0%} of {finished} rows failed (--max-failed-fraction)")
+                self.too_many_failed = True
+                self._drain(f"{fraction:.0%} of {finished} rows failed (--max-failed-fraction)")
         if limits.max_gpu_hours is not None and self._gpu_seconds > limits.max_gpu_hours * 3600:
-            self.drain(f"{self._gpu_seconds / 3600:.2f} GPU hours used (--max-gpu-hours)")
+            self._drain(f"{self._gpu_seconds / 3600:.2f} GPU hours used (--max-gpu-hours)")
 
     def _show(self, exhausted: bool, force: bool = False) -> None:
         total = self.counts["rows"] if exhausted else None

@@ -40,6 +40,7 @@ class _Item:
     order: int
     stage: str
     attempts: int = 1
+    restarts: int = 0
     replica: str | None = None
 
 
@@ -58,6 +59,7 @@ class Policy:
     queue_depth: int = 4
     max_attempts: int = 3
     stages: tuple[str, ...] = STAGES
+    max_restarts: int = 10
     draining: bool = False
     _items: dict[str, _Item] = field(default_factory=dict)
     _replicas: dict[str, _Replica] = field(default_factory=dict)
@@ -105,9 +107,11 @@ class Policy:
         return self._failed(item, charged=True)
 
     def inputs_lost(self, item: str) -> Verdict:
-        """Results of earlier stages are gone: the item starts over, charged to nobody."""
-        self._release(item).stage = self.stages[0]
-        return self._failed(item, charged=False)
+        """Results of earlier stages are gone: the item starts over, charged only when it happens too often."""
+        state = self._release(item)
+        state.stage = self.stages[0]
+        state.restarts += 1
+        return self._failed(item, charged=state.restarts > self.max_restarts)
 
     # --- what to do ------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from ltx_ray.engine import apply, components
 from ltx_ray.engine.base import Rank, resolve_dtype
 from ltx_ray.engine.frames import PictureCheck, decode_tiled, to_yuv420
 from ltx_ray.recipe import PIPELINES
-from ltx_ray.records import Clip, StageLatents, WorkItem
+from ltx_ray.records import Clip, RowError, StageLatents, WorkItem
 from ltx_ray.shapes import AUDIO_SAMPLE_RATE, frame_rate_fraction
 from ltx_ray.storage import Store
 
@@ -83,6 +83,8 @@ class DecodeEngine:
             return apply.decode_video_tile(self.video_vae, tile)
 
         for chunk in decode_tiled(decode, latent.to(self.device, self.dtype)):
+            if not torch.isfinite(chunk).all():
+                raise RowError("decoded frames are not finite")
             frames = to_yuv420(chunk)
             check.see(frames)
             yield frames.cpu().numpy()
@@ -92,6 +94,8 @@ class DecodeEngine:
         latent = latent.to(self.device, self.dtype)
         waveform, rate = apply.decode_audio(self.audio_vae, self.vocoder, latent)
         assert rate == AUDIO_SAMPLE_RATE, rate
+        if not torch.isfinite(waveform).all():
+            raise RowError("the decoded sound is not finite")
         sound = waveform.float().cpu().numpy()[:, :samples]
         return np.pad(sound, ((0, 0), (0, samples - sound.shape[1])))
 

@@ -52,6 +52,7 @@ class DiffusionEngine:
         self.device = torch.device(rank.device)
         self.dtype = resolve_dtype(spec.numerics.dtype)
         self.switches, self.switch_seconds = 0, 0.0
+        self._merged = False
         self.info: dict[str, Any] = {}
 
     def load(self) -> None:
@@ -65,6 +66,7 @@ class DiffusionEngine:
         reader = ShardReader(model.checkpoint_path, TRANSFORMER_PREFIX, tp)
         connectors = tuple(prefix.removeprefix(TRANSFORMER_PREFIX) for prefix in CONNECTOR_PREFIXES)
         load_shard(self.transformer, reader, dtype=self.dtype, device=self.device, ignore=connectors)
+        self.info = {"device_name": _device_name(self.device)}
         self._lora_names = [lora.name for lora in model.loras]
         paths = [lora.path for lora in model.loras] + ([model.distilled_lora] if model.distilled_lora else [])
         self._has_distilled = model.distilled_lora is not None
@@ -91,7 +93,7 @@ class DiffusionEngine:
         for name, tensor in zip(("video", "audio"), result.latents, strict=True):
             bad = int((~torch.isfinite(tensor)).sum())
             if bad:
-                raise RowError(f"{stage}: {bad} of {tensor.numel()} {name} latents are not finite")
+                raise RowError(f"{bad} of {tensor.numel()} {name} latents are not finite")
         self.info = {"noise_ledger": plain(result.ledger)}
         if self.rank.rank != 0:
             return None
@@ -184,17 +186,19 @@ class DiffusionEngine:
         strengths = [by_name.get(name, 0.0) for name in self._lora_names]
         if self._has_distilled:
             strengths.append(distilled_strength)
-        began = time.perf_counter()
+        began, first = time.perf_counter(), not self._merged
         if self.merger.switch(LoraSetting(tuple(strengths))):
-            self.switches += 1
-            self.switch_seconds += time.perf_counter() - began
+            self._merged = True
+            # the first merge belongs to loading
+            self.switches += not first
+            self.switch_seconds += 0.0 if first else time.perf_counter() - began
 
     def _noise_device(self) -> str:
         return "cpu" if self.spec.numerics.noise_device == "cpu" else self.device.type
 
     def _new_ledger(self, seed: int) -> NoiseLedger:
-        device = self._noise_device()
-        return NoiseLedger(seed, device, "cpu" if device == "cpu" else torch.cuda.get_device_name(self.device))
+        device = torch.device(self._noise_device())
+        return NoiseLedger(seed, device.type, _device_name(device))
 
 
 def _unguided(run_pass: RunPass) -> Denoise:
@@ -204,6 +208,10 @@ def _unguided(run_pass: RunPass) -> Denoise:
         return run_pass("cond", latents, sigma, AV(True, True))
 
     return denoise
+
+
+def _device_name(device: torch.device) -> str:
+    return "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
 
 
 def latent_sizes(shape: ClipShape) -> AV[tuple[int, ...]]:

@@ -40,7 +40,7 @@ class LoraMerger:
         self._loras = [ShardReader(path, _lora_prefix(path), tp) for path in paths]
         self._tp = tp
         self._parameters = dict(module.named_parameters())
-        self._current = LoraSetting((0.0,) * len(paths))
+        self._current: LoraSetting | None = LoraSetting((0.0,) * len(paths))
         touched = {
             name[: -len(".lora_A.weight")]
             for lora in self._loras
@@ -50,7 +50,8 @@ class LoraMerger:
         self._targets = sorted(stem for stem in touched if f"{stem}.weight" in self._parameters)
 
     @property
-    def current(self) -> LoraSetting:
+    def current(self) -> LoraSetting | None:
+        """What is merged now; None after a merge that failed half-way."""
         return self._current
 
     def switch(self, setting: LoraSetting) -> bool:
@@ -58,6 +59,8 @@ class LoraMerger:
         assert len(setting.strengths) == len(self._loras)
         if setting == self._current:
             return False
+        # should this fail half-way, the next call must not take the mixture for what was there before
+        self._current = None
         for stem in self._targets:
             parameter = self._parameters[f"{stem}.weight"]
             clean = self.weights.read(f"{stem}.weight", parameter.shard_dim)

@@ -19,6 +19,8 @@ from ltx_ray.pools.actors import RankActor
 from ltx_ray.records import CallReport
 
 _RENDEZVOUS_TIMEOUT = 300.0
+#: Seconds that the other ranks have to report the same failure, if it is the row's.
+_LONE_FAILURE_GRACE = 10.0
 
 
 class GangLost(Exception):
@@ -35,6 +37,8 @@ class Call:
     payload: ray.ObjectRef
     started: float = field(default_factory=time.time)
     done: dict[int, CallReport] = field(default_factory=dict)
+    #: When the first rank reported a failure while others had not answered.
+    failed_at: float | None = None
 
 
 class Gang:
@@ -117,6 +121,7 @@ class Gang:
         reports: list[CallReport] = ray.get(self._started)
         for rank, report in enumerate(reports):
             self.ranks[rank]["device"] = report.device
+            self.ranks[rank]["device_name"] = report.info.get("device_name", "")
             if not report.ok:
                 where = f"rank {rank} on node {self.ranks[rank]['address']} ({report.device})"
                 raise GangLost(f"{where}: {report.error_type}: {report.message}\n{report.traceback}")
@@ -144,14 +149,13 @@ class Gang:
                 except ray.exceptions.RayActorError as error:
                     raise GangLost(f"rank {rank} died during {call.stage}: {_first_line(error)}") from error
                 except ray.exceptions.RayError as error:
-                    # the call never began: its inputs could not be had on this rank
+                    # the call never began on this rank: its inputs could not be had
+                    if self.pool.ranks > 1:
+                        raise GangLost(f"rank {rank} has no inputs for {call.stage}: {_first_line(error)}") from error
                     raise InputsLost(_first_line(error)) from error
-        if any(not r.ok for r in call.done.values()) and len(call.done) < len(call.reports):
-            # a rank that failed alone leaves the others waiting in a collective; give them no time
-            if self.pool.ranks > 1 and not all(r.row_error for r in call.done.values()):
-                report = next(r for r in call.done.values() if not r.ok)
-                raise GangLost(f"a rank failed alone during {call.stage}: {report.error_type}: {report.message}")
         if len(call.done) < len(call.reports):
+            if call.failed_at is None and not all(r.ok for r in call.done.values()):
+                call.failed_at = time.time()
             return None
         reports = [call.done[rank] for rank in range(len(call.reports))]
         if len({(r.ok, r.error_type) for r in reports}) > 1:
@@ -159,6 +163,19 @@ class Gang:
             raise GangLost(f"the ranks disagreed during {call.stage}: {report.error_type}: {report.message}")
         self.call = None
         return reports
+
+    def overdue(self, now: float, call_timeout: float) -> str | None:
+        """Why the call under way should be given up, or None. `now` as of `time.time`."""
+        call = self.call
+        if call is None:
+            return None
+        if call.failed_at is not None and now - call.failed_at > _LONE_FAILURE_GRACE:
+            # the other ranks wait for it in a collective, for ever
+            report = next(r for r in call.done.values() if not r.ok)
+            return f"a rank failed alone during {call.stage}: {report.error_type}: {report.message}"
+        if now - call.started > call_timeout:
+            return f"{call.stage} took longer than {call_timeout:g} s"
+        return None
 
     def kill(self) -> None:
         """End all ranks and give the placement group back."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from ltx_ray.config import RunLimits
@@ -82,11 +84,66 @@ def test_a_row_at_fault_fails_at_once_and_only_retry_tries_it_again(runner):
 
 
 def test_infrastructure_failures_are_retried_by_the_same_command(runner):
-    manifest = rows("[[stage1:error:3]]")
+    manifest = rows("[[stage1:crash:3]]")
     assert runner.render(manifest) == 3
     assert runner.failed()["r0"]["error_class"] == "infrastructure"
     assert runner.render(manifest) == 0
     assert set(runner.index()) == {"r0"} and not runner.failed()
+
+
+def test_a_call_that_fails_alike_on_all_ranks_costs_no_gang(runner):
+    assert runner.render(rows("[[stage1:error:2]]", "[[stage1:error]]"), tp=2) == 3
+    assert runner.index()["r0"]["attempts"] == 3
+    failed = runner.failed()["r1"]
+    assert (failed["attempts"], failed["error_class"]) == (3, "row") and "RuntimeError" in failed["traceback"]
+    assert not [e for e in runner.events() if e["event"] == "gang_lost"]
+
+
+def test_a_retry_renders_what_failed_without_the_runs_defaults(runner):
+    row = {"id": "r0", "prompt": "[[stage1:crash:3]]", "note": {"a": 1}}
+    defaults = {"height": 64, "width": 128, "num_frames": 9, "seed": 5}
+    assert runner.render([row], row_defaults=defaults) == 3
+    item = runner.failed()["r0"]["item_id"]
+    assert runner.render(str(runner.output / "failed"), retry_failed=True) == 0
+    done = runner.index()["r0"]
+    assert (done["item_id"], done["width"], done["seed"]) == (item, 128, 5)
+    assert done["extra"] == '{"note": {"a": 1}}' and not runner.failed()
+
+
+def test_a_row_rendered_as_another_item_leaves_its_old_failure(runner):
+    manifest = [{"id": "r0", "prompt": "[[stage1:crash:3]]", **SIZE}]
+    assert runner.render(manifest) == 3
+    assert runner.render([{**manifest[0], "prompt": "mended"}]) == 0
+    assert not runner.failed()
+
+
+def test_a_duplicate_id_stays_illegal_when_retried(runner):
+    manifest = [{"id": "a", "prompt": "one", **SIZE}, {"id": "a", "prompt": "two", **SIZE}]
+    assert runner.render(manifest) == 3
+    assert runner.render(str(runner.output / "failed"), retry_failed=True) == 3
+    assert runner.index()["a"]["prompt"] == "one" and runner.failed()["a"]["prompt"] == "two"
+    assert runner.render([manifest[0], {**manifest[1], "id": "b"}]) == 0
+    assert set(runner.index()) == {"a", "b"} and not runner.failed()
+
+
+def test_too_many_failures_stop_the_run(runner):
+    good = [{"id": f"g{n}", "prompt": "fine", "seed": n, **SIZE} for n in range(30)]
+    bad = [{"id": f"b{n}", "prompt": "fine", "height": 100} for n in range(12)]
+    assert runner.render([*bad, *good], limits=RunLimits(max_failed_fraction=0.5)) == 3
+    assert len(runner.index()) < 30
+    # what was done before counts as well
+    assert runner.render(good) == 0
+    assert runner.render([*good, *bad], limits=RunLimits(max_failed_fraction=0.5)) == 3
+    assert json.loads((runner.output / "run.json").read_text())["state"] == "finished"
+
+
+def test_an_address_where_nothing_listens_is_said_at_once(runner, monkeypatch):
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    runner.cluster = "127.0.0.1:1"
+    with pytest.raises(ConnectionError, match=r"--ray-address: 127.0.0.1:1, cannot be reached"):
+        runner.render(rows("one"))
 
 
 def test_a_rank_that_fails_alone_takes_its_gang_with_it(runner):

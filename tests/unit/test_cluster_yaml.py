@@ -230,7 +230,7 @@ def test_ray_autoscaler_accepts_the_aws_file():
     types = config["available_node_types"]
     assert config["head_node_type"] in types
     worker = types["gpu"]
-    assert (worker["min_workers"], worker["max_workers"]) == (0, config["max_workers"])
+    assert (worker["min_workers"], worker["max_workers"]) == (1, config["max_workers"])
     assert worker["node_config"]["InstanceMarketOptions"]["MarketType"] == "spot"
     bad = {**config, "idle_timeout_minuts": 3}
     assert not check.is_valid(bad)

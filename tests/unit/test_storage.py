@@ -182,16 +182,18 @@ def test_an_unreadable_lease_is_none(store, content):
     Lease(store, "mine").acquire(pytest.fail)
 
 
-def test_renewing_moves_the_end_but_not_at_every_call(store, monkeypatch):
+def test_a_thread_renews_the_lease_until_it_is_released(store, monkeypatch):
+    monkeypatch.setattr(lease_module, "_RENEW_SECONDS", 0.05)
     lease = Lease(store, "mine")
     lease.acquire(pytest.fail)
     before = holder(store)["expires"]
-    lease.renew()
-    assert holder(store)["expires"] == before
-    clock = time.monotonic() + 20
-    monkeypatch.setattr(lease_module.time, "monotonic", lambda: clock)
-    lease.renew()
-    assert holder(store)["expires"] > before
+    end = time.monotonic() + 5
+    while holder(store)["expires"] == before:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    lease.release()
+    time.sleep(0.2)
+    assert holder(store) is None
 
 
 def test_releasing_leaves_the_lease_of_the_run_that_took_over(store):

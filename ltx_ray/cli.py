@@ -19,6 +19,7 @@ from ltx_ray.columns import COLUMNS
 from ltx_ray.config import ModelFiles, RunLimits, Selection
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.pools.pool import Wanted
+from ltx_ray.records import canonical_json
 from ltx_ray.run import EXIT_FAILED_ROWS, EXIT_OK, EXIT_USAGE, Options, lora_files, prepare, render
 from ltx_ray.storage import Store
 
@@ -180,6 +181,7 @@ def plan_command(
     manifest: str = typer.Argument(help="Parquet or JSONL manifest, or a folder of them"),
     output: str | None = typer.Option(None, help="the dataset to compare with"),
     every: bool = typer.Option(False, "--all", help=f"list every row, not only the first {_PLAN_ROWS}"),
+    resolved: bool = typer.Option(False, "--resolved", help="print each listed row as it would be rendered, as JSON"),
     **values: Any,
 ) -> int:
     """Say what would be rendered, what is done, what is illegal and why, and what it costs.
@@ -196,7 +198,7 @@ def plan_command(
                 typer.echo(f"illegal  {message}")
         elif every or listed < _PLAN_ROWS:
             listed += 1
-            typer.echo(_plan_line(planned))
+            typer.echo(canonical_json(planned.request) if resolved else _plan_line(planned))
         elif listed == _PLAN_ROWS:
             listed += 1
             typer.echo("... (more rows with --all)")

@@ -21,8 +21,8 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from ltx_ray.columns import COLUMNS, Mistyped, arrow_type_fits
-from ltx_ray.recipe import PIPELINES, served_pipelines
-from ltx_ray.records import Guidance, LoraUse, RenderRequest
+from ltx_ray.recipe import DEFAULT_IMAGE_CRF, PIPELINES, served_pipelines
+from ltx_ray.records import Guidance, ImageCondition, LoraUse, RenderRequest
 from ltx_ray.shapes import ClipShape, size_problems
 from ltx_ray.storage import Store
 
@@ -107,6 +107,7 @@ class RowRules:
     #: Pipelines that the checkpoint serves; the first is what rows get that name none.
     pipelines: tuple[str, ...] = served_pipelines(distilled=False)
     loras: tuple[LoraUse, ...] = ()
+    #: Folders that images may come from; empty: the folder of the row's own file.
     image_roots: tuple[str, ...] = ()
 
 
@@ -290,10 +291,12 @@ def judge(raw: RawRow, rules: RowRules) -> Row:
     values = {**defaults, **rules.defaults, "id": None, **given, "pipeline": pipeline_name}
 
     asked = given.keys() | rules.defaults.keys()
-    problems += _cross_checks(values, rules, asked, {p.column for p in problems}, os.path.dirname(raw.file))
+    folder = os.path.dirname(raw.file)
+    problems += _cross_checks(values, rules, asked, {p.column for p in problems}, folder)
     if problems:
         return Row(raw, None, tuple(problems))
     values["loras"] = _in_declared_order(values["loras"], rules.loras)
+    values["images"] = tuple(_resolved(image, folder) for image in values["images"])
     extra = {k: v for k, v in raw.values.items() if k not in COLUMNS}
     values["extra"] = _extra_json(extra) if extra else None
     return Row(raw, RenderRequest(**values))
@@ -334,14 +337,22 @@ def _cross_checks(
         if use.name not in declared:
             known = ", ".join(sorted(declared)) or "none declared; give --lora PATH"
             problems.append(Problem("loras", use.name, f"a name declared with --lora ({known})"))
+    roots = rules.image_roots or (folder,)
     for image in values["images"]:
-        inside = any(_is_inside(image.path, folder, root) for root in rules.image_roots)
-        if not inside:
-            roots = ", ".join(rules.image_roots) or "none"
-            problems.append(Problem("images", image.path, f"a path inside an --image-root ({roots})"))
-    if values["images"] and not problems:
-        problems.append(Problem("images", values["images"][0].path, "none: this version renders from text only"))
+        if not any(_is_inside(image.path, folder, root) for root in roots):
+            problems.append(Problem("images", image.path, f"a path inside an --image-root ({', '.join(roots)})"))
+        if "num_frames" not in bad and image.frame_idx >= values["num_frames"]:
+            legal = f"a frame_idx from 0 to {values['num_frames'] - 1}"
+            problems.append(Problem("images", f"frame_idx {image.frame_idx} of {image.path}", legal))
     return problems
+
+
+def _resolved(image: ImageCondition, folder: str) -> ImageCondition:
+    """With the path as workers can open it and the crf of the model's generation where none is given."""
+    path = image.path if "://" in image.path else os.path.join(folder, image.path)
+    if "://" not in path:
+        path = os.path.realpath(path)
+    return dataclasses.replace(image, path=path, crf=DEFAULT_IMAGE_CRF if image.crf is None else image.crf)
 
 
 def _is_inside(path: str, folder: str, root: str) -> bool:

@@ -24,6 +24,19 @@ CONNECTOR_PREFIXES = (
 )
 LORA_PREFIX = "diffusion_model."
 SUPPORTED_GENERATION = (2, 3)
+#: What a single file must hold, by the prefix of its keys.
+PIECES = {
+    "model.diffusion_model.transformer_blocks.": "transformer",
+    "model.diffusion_model.video_embeddings_connector.": "video text connector",
+    "model.diffusion_model.audio_embeddings_connector.": "audio text connector",
+    "text_embedding_projection.": "text projection",
+    "vae.decoder.": "video decoder",
+    "vae.encoder.": "video encoder",
+    "vae.per_channel_statistics.": "statistics of the video latents",
+    "audio_vae.decoder.": "audio decoder",
+    "vocoder.vocoder.": "vocoder",
+    "vocoder.bwe_generator.": "bandwidth extension of the vocoder",
+}
 
 _SAMPLES = 64
 _SAMPLE_BYTES = 64 * 1024
@@ -156,9 +169,20 @@ def open_checkpoint(path: str) -> Checkpoint:
             f"{path}: model_version is {version or 'not given'!r}; legal: 2.3.x "
             f"(LTX-2.0 and LTX-2.5 are other architectures)"
         )
-    if not any(name.startswith(TRANSFORMER_PREFIX + "transformer_blocks.") for name in header.tensors):
-        raise ValueError(f"{path}: has no transformer (no keys under {TRANSFORMER_PREFIX}transformer_blocks.)")
+    for prefix, piece in PIECES.items():
+        if not any(name.startswith(prefix) for name in header.tensors):
+            raise ValueError(f"{path}: has no {piece} (no keys under {prefix}); legal: a whole single file")
     return Checkpoint(header, version)
+
+
+def check_upsampler(path: str) -> None:
+    """Raise ValueError unless the file at `path` is a spatial latent upsampler x2."""
+    header = read_header(path)
+    config = header.config
+    doubles = config.get("spatial_upsample", True) and not config.get("temporal_upsample", False)
+    if "initial_conv.weight" not in header.tensors or not doubles or config.get("spatial_scale", 2.0) != 2.0:
+        example = "ltx-2.3-spatial-upscaler-x2-1.1.safetensors"
+        raise ValueError(f"{path}: not a spatial upsampler x2; legal: such as {example}")
 
 
 def check_tensor_parallel(checkpoint: Checkpoint, tp: int) -> None:

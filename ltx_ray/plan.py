@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from ltx_ray.config import ModelFiles, Numerics, Selection
 from ltx_ray.cost import H100_TFLOPS, clip_tflop
 from ltx_ray.dataset.writer import Done, row_key
-from ltx_ray.manifest import RawRow, Row, RowRules, duplicate_id, judge, read_manifest
+from ltx_ray.imagefiles import image_digest
+from ltx_ray.manifest import Problem, RawRow, Row, RowRules, duplicate_id, judge, read_manifest
 from ltx_ray.modelfiles import cached_digest, open_checkpoint
 from ltx_ray.recipe import item_id, recipe_digest
 from ltx_ray.records import Recipe, RenderRequest, WorkItem
@@ -41,6 +42,17 @@ class PlannedRow:
     @property
     def key(self) -> str:
         return row_key(self.request.id)
+
+
+class UnreadableImage(Exception):
+    """A conditioning image of a row cannot be read: (path, why)."""
+
+
+def _digest(path: str) -> str:
+    try:
+        return image_digest(path)
+    except ValueError as error:
+        raise UnreadableImage(path, str(error)) from None
 
 
 class RecipeBook:
@@ -73,11 +85,13 @@ class RecipeBook:
         )
 
     def item(self, request: RenderRequest) -> WorkItem:
+        """Raises UnreadableImage."""
         recipe = self.recipe(request)
-        name = item_id(request, recipe)
+        digests = tuple(_digest(image.path) for image in request.images)
+        name = item_id(request, recipe, digests)
         if request.id is None:
             request = dataclasses.replace(request, id=name[:16])
-        return WorkItem(name, request, recipe, recipe_digest(recipe))
+        return WorkItem(name, request, recipe, recipe_digest(recipe), digests)
 
 
 @dataclass
@@ -133,7 +147,12 @@ class Plan:
             if wanted is not None and row.id not in wanted:
                 return None
             return PlannedRow(ILLEGAL, row, messages=tuple(row.messages()))
-        item = self.book.item(row.request)
+        try:
+            item = self.book.item(row.request)
+        except UnreadableImage as error:
+            path, why = error.args
+            row = Row(raw, None, (Problem("images", path, f"an image that can be read ({why})"),))
+            return PlannedRow(ILLEGAL, row, messages=tuple(row.messages()))
         row = dataclasses.replace(row, request=item.request)
         row_id = item.request.id
         assert row_id is not None

@@ -31,6 +31,8 @@ DEFAULT_NEGATIVE_PROMPT = (
 
 #: Stage 2 of every pipeline refines along this schedule.
 STAGE_2_SIGMAS = (0.909375, 0.725, 0.421875, 0.0)
+#: H.264 quality at which LTX-2.3 saw its conditioning images.
+DEFAULT_IMAGE_CRF = 33
 DISTILLED_SIGMAS = (1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0)
 
 _COMMON: dict[str, Any] = {

@@ -136,7 +136,8 @@ class WorkItem:
     request: RenderRequest
     recipe: Recipe
     recipe_digest: str
-    attempt: int = 1
+    #: Digests of the request's images, in order: what the workers read must be what was planned.
+    image_digests: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,25 @@ class PromptContext:
     context: AV[Any]
     tokens: int
     truncated: bool
+
+
+@dataclass(frozen=True)
+class ImageLatents:
+    """A conditioning image encoded at the sizes of both stages: normalised latents (1, C, 1, H, W)."""
+
+    frame_idx: int
+    strength: float
+    stage_1: Any
+    stage_2: Any
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What the text pool hands to the stages. `negative` is None when no guidance pass needs it."""
+
+    positive: PromptContext
+    negative: PromptContext | None
+    images: tuple[ImageLatents, ...] = ()
 
 
 @dataclass(frozen=True)

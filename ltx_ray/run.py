@@ -22,7 +22,7 @@ from ltx_ray.driver.progress import Progress
 from ltx_ray.lease import Lease
 from ltx_ray.manifest import RowRules, check_defaults, manifest_folder
 from ltx_ray.metrics import EventLog
-from ltx_ray.modelfiles import Checkpoint, check_lora, check_tensor_parallel, open_checkpoint, read_header
+from ltx_ray.modelfiles import Checkpoint, check_lora, check_tensor_parallel, check_upsampler, open_checkpoint
 from ltx_ray.plan import Plan, PlannedRow, RecipeBook
 from ltx_ray.pools.pool import Resources, StartFailed, Wanted, check_schedulable, lay_out, slots_needed
 from ltx_ray.recipe import served_pipelines
@@ -82,7 +82,7 @@ def prepare(options: Options) -> Prepared:
     model = options.model.local()
     checkpoint = open_checkpoint(model.checkpoint_path)
     check_tensor_parallel(checkpoint, options.wanted.tp)
-    read_header(model.spatial_upsampler_path)
+    check_upsampler(model.spatial_upsampler_path)
     if not os.path.isfile(os.path.join(model.gemma_root, "config.json")):
         raise ValueError(f"--gemma-root: {model.gemma_root}, has no config.json; legal: a Gemma 3 model directory")
     if model.distilled_lora is not None:
@@ -99,7 +99,8 @@ def prepare(options: Options) -> Prepared:
         num_layers=checkpoint.num_layers,
         pipelines=served_pipelines(model.distilled),
         loras=tuple(LoraUse(lora.name, lora.strength) for lora in model.loras),
-        image_roots=options.image_roots or (manifest_folder(options.manifest),),
+        # rows that are retried stand in another file than the one their paths count from
+        image_roots=options.image_roots or (() if options.retry_failed else (manifest_folder(options.manifest),)),
     )
     plan = Plan(
         manifest=options.manifest,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,32 +16,35 @@ import torch
 from ltx_ray.config import EngineSpec
 from ltx_ray.engine import apply, components
 from ltx_ray.engine.base import Rank, resolve_dtype
+from ltx_ray.engine.start import PlacedImage, Start, begin
 from ltx_ray.model.config import TransformerConfig
-from ltx_ray.model.rope import audio_positions, video_positions
 from ltx_ray.model.transformer import NO_PERTURBATION, Modality, Perturbation, Transformer
 from ltx_ray.modelfiles import CONNECTOR_PREFIXES, TRANSFORMER_PREFIX, open_checkpoint
 from ltx_ray.parallel.layers import TPGroup
 from ltx_ray.parallel.loading import ShardReader, load_shard
 from ltx_ray.parallel.lora import LoraMerger, LoraSetting
 from ltx_ray.recipe import PIPELINES, STAGE_2_SIGMAS
-from ltx_ray.records import AV, Guidance, NoiseLedger, PromptContext, RowError, StageLatents, WorkItem, plain
+from ltx_ray.records import (
+    AV,
+    Conditions,
+    Guidance,
+    ImageLatents,
+    NoiseLedger,
+    PromptContext,
+    RowError,
+    StageLatents,
+    WorkItem,
+    plain,
+)
 from ltx_ray.sampling.euler import sample_euler
 from ltx_ray.sampling.guidance import GuidedDenoiser, RunPass
-from ltx_ray.sampling.noise import ClipNoise, SamplerNoise, noised
+from ltx_ray.sampling.noise import ClipNoise, SamplerNoise
 from ltx_ray.sampling.passes import wants_perturbed
 from ltx_ray.sampling.res2s import Denoise, sample_res2s
 from ltx_ray.sampling.sigmas import shifted_sigmas
 from ltx_ray.shapes import AUDIO_BINS, AUDIO_CHANNELS, VIDEO_CHANNELS, ClipShape
 
 SAMPLERS: dict[str, Callable[..., AV[torch.Tensor]]] = {"res_2s": sample_res2s, "euler": sample_euler}
-
-
-@dataclass(frozen=True)
-class _Start:
-    """Where a stage begins: packed latents, and the position tables of their tokens."""
-
-    latents: AV[torch.Tensor]
-    ropes: AV[Any]
 
 
 class DiffusionEngine:
@@ -78,18 +81,13 @@ class DiffusionEngine:
 
     @torch.inference_mode()
     def run(
-        self,
-        stage: str,
-        item: WorkItem,
-        contexts: tuple[PromptContext, PromptContext | None],
-        *latents: StageLatents,
+        self, stage: str, item: WorkItem, conditions: Conditions, *latents: StageLatents
     ) -> StageLatents | None:
-        """Render `stage` of `item`. `contexts` are the positive and, if a pass needs it, the negative prompt's.
+        """Render `stage` of `item`, stage 2 from the `latents` of stage 1.
 
         Returns the stage's latents on rank 0, None elsewhere. Raises RowError when they are not finite.
         """
-        positive, negative = contexts
-        result = self._stage1(item, positive, negative) if stage == "stage1" else self._stage2(item, positive, *latents)
+        result = self._stage1(item, conditions) if stage == "stage1" else self._stage2(item, conditions, *latents)
         for name, tensor in zip(("video", "audio"), result.latents, strict=True):
             bad = int((~torch.isfinite(tensor)).sum())
             if bad:
@@ -99,14 +97,15 @@ class DiffusionEngine:
             return None
         return StageLatents(result.latents.map(lambda t: t.cpu()), result.ledger)
 
-    def _stage1(self, item: WorkItem, positive: PromptContext, negative: PromptContext | None) -> StageLatents:
+    def _stage1(self, item: WorkItem, conditions: Conditions) -> StageLatents:
         request, pipeline = item.request, PIPELINES[item.request.pipeline]
         self._merge(item, request.distilled_lora_strength_stage_1)
         shape = request.shape.half()
         noise = ClipNoise(self._new_ledger(request.seed), self.device)
         zeros = latent_sizes(shape).map(lambda size: torch.zeros(size, dtype=self.dtype, device=self.device))
-        start = self._start(shape, "stage_1", noise, _pack(zeros), scale=1.0)
-        run_pass = self._passes(item, start, positive, negative)
+        images = [self._placed(image, image.stage_1) for image in conditions.images]
+        start = begin(shape, "stage_1", noise, _pack(zeros), 1.0, images)
+        run_pass = self._passes(item, start, conditions)
 
         def run_guided(name: str, latents: AV, sigma: torch.Tensor, enabled: AV[bool]) -> AV[torch.Tensor]:
             # the reference copies the latents for its passes, and the copy is contiguous
@@ -121,7 +120,7 @@ class DiffusionEngine:
         latents = self._sample(pipeline.sampler, denoise, start, sigmas)
         return StageLatents(_unpack(latents, shape), noise.ledger)
 
-    def _stage2(self, item: WorkItem, positive: PromptContext, before: StageLatents) -> StageLatents:
+    def _stage2(self, item: WorkItem, conditions: Conditions, before: StageLatents) -> StageLatents:
         request, pipeline = item.request, PIPELINES[item.request.pipeline]
         self._merge(item, request.distilled_lora_strength_stage_2)
         shape = request.shape
@@ -129,51 +128,47 @@ class DiffusionEngine:
         video, audio = before.latents.map(lambda t: t.to(self.device, self.dtype))
         upscaled = apply.upsample_latents(self.upsampler, *self.latent_stats, video)
         packed = _pack(AV(upscaled, audio))
-        start = self._start(shape, "stage_2", noise, packed, scale=STAGE_2_SIGMAS[0])
-        denoise = _unguided(self._passes(item, start, positive, None))
+        images = [self._placed(image, image.stage_2) for image in conditions.images]
+        start = begin(shape, "stage_2", noise, packed, STAGE_2_SIGMAS[0], images)
+        denoise = _unguided(self._passes(item, start, replace(conditions, negative=None)))
         latents = self._sample(pipeline.sampler, denoise, start, torch.tensor(STAGE_2_SIGMAS))
         return StageLatents(_unpack(latents, shape), noise.ledger)
 
-    def _start(self, shape: ClipShape, stage: str, noise: ClipNoise, clean: AV[torch.Tensor], scale: float) -> _Start:
-        """Noise the packed `clean` latents and lay out their positions."""
-        drawn = AV("video", "audio").map(
-            lambda name, latent: noise.draw(f"{stage}.{name}", tuple(latent.shape), latent.dtype), clean
-        )
-        latents = drawn.map(lambda n, latent: noised(n, latent, latent, None, scale), clean)
-        positions = AV(video_positions(shape, self.device), audio_positions(shape.audio_latents, self.device))
-        return _Start(latents, self.transformer.ropes(positions, self.dtype))
+    def _placed(self, image: ImageLatents, latent: torch.Tensor) -> PlacedImage:
+        return PlacedImage(image.frame_idx, image.strength, latent.to(self.device, self.dtype))
 
-    def _sample(self, sampler: str, denoise: Callable, start: _Start, sigmas: torch.Tensor) -> AV[torch.Tensor]:
+    def _sample(self, sampler: str, denoise: Denoise, start: Start, sigmas: torch.Tensor) -> AV[torch.Tensor]:
         noise = SamplerNoise(self._noise_device())
-        # every token is free in text-to-video, so there is no clean latent to put back
-        return SAMPLERS[sampler](denoise, start.latents, sigmas, noise, blend=lambda latents: latents)
+        return start.trim(SAMPLERS[sampler](denoise, start.latents, sigmas, noise, start.blend))
 
-    def _passes(
-        self, item: WorkItem, start: _Start, positive: PromptContext, negative: PromptContext | None
-    ) -> Callable[[str, AV, torch.Tensor, AV[bool]], AV[torch.Tensor]]:
+    def _passes(self, item: WorkItem, start: Start, conditions: Conditions) -> RunPass:
         """The model as (pass name, latents, sigma, enabled) -> x0."""
+        ropes = self.transformer.ropes(start.positions, self.dtype)
 
         def on_device(prompt: PromptContext) -> AV[torch.Tensor]:
             return prompt.context.map(lambda t: t.to(self.device, self.dtype))
 
-        contexts = {"cond": on_device(positive)}
-        contexts["uncond"] = contexts["cond"] if negative is None else on_device(negative)
+        contexts = {"cond": on_device(conditions.positive)}
+        if conditions.negative is not None:
+            contexts["uncond"] = on_device(conditions.negative)
         guidance = item.request.guidance
         blocks = guidance.map(lambda g: frozenset(g.stg_blocks) if wants_perturbed(g) else frozenset())
         perturbations = {"perturbed": Perturbation(values_only=blocks), "isolated": Perturbation(isolated=True)}
 
         def run_pass(name: str, latents: AV, sigma: torch.Tensor, enabled: AV[bool]) -> AV[torch.Tensor]:
             level = sigma.to(self.device).reshape(1)
-            inputs = AV(
-                *(
-                    Modality(latent, level, level.reshape(1, 1), context, *ropes, enabled=on)
-                    for latent, context, ropes, on in zip(
-                        latents, contexts.get(name, contexts["cond"]), start.ropes, enabled, strict=True
-                    )
-                )
-            )
+            levels = start.timesteps(level)
+            context = contexts.get(name, contexts["cond"])
+
+            def entering(x: torch.Tensor, t: torch.Tensor, c: torch.Tensor, tables: tuple, on: bool) -> Modality:
+                return Modality(x, level, t, c, *tables, enabled=on)
+
+            def denoised(x: torch.Tensor, v: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+                return (x.float() - v.float() * t.float()[..., None]).to(x.dtype)
+
+            inputs = latents.map(entering, levels, context, ropes, enabled)
             velocities = self.transformer(inputs, perturbations.get(name, NO_PERTURBATION))
-            return latents.map(lambda x, v: (x.float() - v.float() * level.float()).to(x.dtype), velocities)
+            return latents.map(denoised, velocities, levels)
 
         return run_pass
 

@@ -6,6 +6,7 @@ prompt is encoded alone in one fixed padded size, so that its context never depe
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 
 import torch
@@ -13,8 +14,11 @@ import torch
 from ltx_ray.config import EngineSpec
 from ltx_ray.engine import apply, components
 from ltx_ray.engine.base import Rank, resolve_dtype
-from ltx_ray.records import AV, PromptContext, WorkItem
+from ltx_ray.engine.images import image_pixels
+from ltx_ray.imagefiles import read_image
+from ltx_ray.records import AV, Conditions, ImageLatents, PromptContext, RowError, WorkItem
 from ltx_ray.sampling.passes import passes_for
+from ltx_ray.shapes import ClipShape
 
 #: Contexts kept: the negative prompt is usually the same for all rows.
 _KEPT = 16
@@ -28,6 +32,7 @@ class TextEngine:
         self.device = torch.device(rank.device)
         self.dtype = resolve_dtype(spec.numerics.dtype)
         self.info: dict[str, bool] = {}
+        self._encoder: torch.nn.Module | None = None
         self._contexts: OrderedDict[str, PromptContext] = OrderedDict()
 
     def load(self) -> None:
@@ -46,13 +51,33 @@ class TextEngine:
         self.connectors = components.load_connectors(model.checkpoint_path, self.dtype, self.device)
 
     @torch.inference_mode()
-    def run(self, stage: str, item: WorkItem) -> tuple[PromptContext, PromptContext | None]:
-        """(positive, negative) contexts of the item; negative is None when no pass needs it."""
+    def run(self, stage: str, item: WorkItem) -> Conditions:
+        """Contexts of the item's prompts, the negative one only when a pass needs it, and its images encoded."""
         request = item.request
         negative = self.encode(request.negative_prompt) if "uncond" in passes_for(request.guidance) else None
         positive = self.encode(request.prompt)
         self.info = {"prompt_truncated": positive.truncated or (negative is not None and negative.truncated)}
-        return positive, negative
+        return Conditions(positive, negative, self._images(item))
+
+    def _images(self, item: WorkItem) -> tuple[ImageLatents, ...]:
+        images = item.request.images
+        if not images:
+            return ()
+        if self._encoder is None:
+            # half a gigabyte that runs from text alone never need
+            path = self.spec.model.local().checkpoint_path
+            self._encoder = components.load_video_vae(path, self.dtype, self.device, part="encoder")
+        latents = []
+        for image, digest in zip(images, item.image_digests, strict=True):
+            data = _read(image.path, digest)
+
+            def encoded(shape: ClipShape, data: bytes = data, crf: int = image.crf or 0) -> torch.Tensor:
+                pixels = image_pixels(data, crf, shape.height, shape.width).to(self.device, self.dtype)
+                return apply.encode_video(self._encoder, pixels).cpu()
+
+            shape = item.request.shape
+            latents.append(ImageLatents(image.frame_idx, image.strength, encoded(shape.half()), encoded(shape)))
+        return tuple(latents)
 
     def encode(self, text: str) -> PromptContext:
         """Context of one prompt, (1, S, D_video) and (1, S, D_audio) on the host, S the padded size."""
@@ -82,3 +107,14 @@ class TextEngine:
         padded = [self.tokenizer.pad_token_id] * padding + ids
         mask = [0] * padding + [1] * len(ids)
         return torch.tensor([padded]), torch.tensor([mask]), len(every) > size
+
+
+def _read(path: str, digest: str) -> bytes:
+    """The image's bytes, which must be those that the plan saw. Raises RowError."""
+    try:
+        data = read_image(path)
+    except ValueError as error:
+        raise RowError(f"images: {path} cannot be read ({error})") from None
+    if hashlib.sha256(data).hexdigest()[:32] != digest:
+        raise RowError(f"images: {path} has changed since the run was planned")
+    return data

@@ -60,7 +60,8 @@ def choose_replicas(wanted: Wanted, gpus: float) -> tuple[int, int, bool]:
 def lay_out(wanted: Wanted, gpus: float, engines: Mapping[str, EngineSpec]) -> list[PoolSpec]:
     """The pools of a run. `engines` by pool name: text, diffusion, decode."""
     stage1, stage2, shared_card = choose_replicas(wanted, gpus)
-    card = 0.0 if gpus == 0 else 0.5 if shared_card else 1.0
+    # more than half a card, so that two ranks of a gang never land on one
+    card = 0.0 if gpus == 0 else 0.6 if shared_card else 1.0
     aside = 0.0 if gpus == 0 else 0.2 if shared_card else 0.5
 
     def stage_pool(name: str, roles: tuple[str, ...], replicas: int) -> PoolSpec:

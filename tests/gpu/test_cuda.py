@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics
 from ltx_ray.engine import base
@@ -77,6 +78,29 @@ def test_stage_2_continues_the_cuda_generator(toy):
     assert latents_sha256(named_latents(*stages(toy, "cuda", "bfloat16", "model"))) == latents_sha256(
         named_latents(first, second)
     )
+
+
+def test_two_cards_agree_with_one_over_nccl(toy, tmp_path):
+    pytest.importorskip("ray")
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    from ltx_ray.pools.pool import Wanted
+    from ltx_ray.run import Options, render
+
+    manifest = tmp_path / "rows.jsonl"
+    manifest.write_text(json.dumps(ROW) + "\n")
+    found = {}
+    for tp in (1, 2):
+        out = tmp_path / f"tp{tp}"
+        wanted = Wanted(tp=tp, stage1=1, stage2=0)
+        options = Options(
+            str(manifest), str(out), ModelFiles(**toy), dtype="float32", wanted=wanted, save_latents=True
+        )
+        assert render(options) == 0
+        found[tp] = load_file(next((out / "latents").rglob("*.safetensors")))
+    for name, expected in found[1].items():
+        error = (found[2][name] - expected).norm() / expected.norm()
+        assert error <= 1e-5, f"{name}: {error:.1e}"
 
 
 def test_one_card_serves_all_pools_through_ray(toy, tmp_path):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import av
 import numpy as np
 import pytest
@@ -20,8 +23,12 @@ from ltx_ray.records import AV, NoiseLedger, StageLatents
 ROWS = [
     {"id": "wide", "prompt": "a red boat", "height": 64, "width": 128, "num_frames": 9, "seed": 1},
     {"id": "tall", "prompt": "a bird", "height": 128, "width": 64, "num_frames": 17, "frame_rate": 29.97, "seed": 2},
+    {
+        "id": "image", "prompt": "a tree", "height": 64, "width": 64, "num_frames": 9, "seed": 4,
+        "images": [{"path": "a.png", "strength": 0.9}, {"path": "a.png", "frame_idx": 8}],
+    },
     {"id": "plain", "prompt": "雪", "negative_prompt": "", "height": 64, "width": 64, "num_frames": 9, "seed": 3},
-]
+]  # fmt: skip
 ROWS = [{**row, "num_inference_steps": 3} for row in ROWS]
 
 
@@ -31,6 +38,7 @@ def split(cluster, tmp_path_factory):
     from tests.integration.conftest import Runner
 
     runner = Runner(cluster, tmp_path_factory.mktemp("split"))
+    shutil.copy(Path(__file__).parents[1] / "parity" / "goldens" / "a.png", runner.folder)
     assert runner.render(ROWS, fake=False, dtype="float32", save_latents=True, stage1=1, stage2=1) == 0
     return runner
 
@@ -45,7 +53,7 @@ def latents(runner, row: dict, output=None) -> dict[str, torch.Tensor]:
 
 def test_clips_have_picture_and_sound_of_the_right_length(split):
     index = split.index()
-    assert set(index) == {"wide", "tall", "plain"}
+    assert set(index) == {"wide", "tall", "plain", "image"}
     for row, source in ((index[r["id"]], r) for r in ROWS):
         with av.open(str(split.output / row["clip"])) as clip:
             video, audio = clip.streams.video[0], clip.streams.audio[0]

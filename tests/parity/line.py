@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -16,6 +17,8 @@ from ltx_ray.manifest import RawRow, RowRules, judge
 from ltx_ray.plan import RecipeBook
 from ltx_ray.recipe import served_pipelines
 from ltx_ray.records import WorkItem
+
+GOLDENS = Path(__file__).parent / "goldens"
 
 
 @contextmanager
@@ -39,7 +42,9 @@ class Line:
         self.diffusion.load()
 
     def item(self, row: dict) -> WorkItem:
-        judged = judge(RawRow("test", 1, row), RowRules(pipelines=served_pipelines(self.model.distilled)))
+        """The work of a manifest row; images count from the goldens' folder."""
+        raw = RawRow(str(GOLDENS / "rows.jsonl"), 1, row)
+        judged = judge(raw, RowRules(pipelines=served_pipelines(self.model.distilled)))
         assert judged.request, judged.messages()
         return RecipeBook(self.model, self.numerics).item(judged.request)
 

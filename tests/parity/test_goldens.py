@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,14 +14,14 @@ from safetensors import safe_open
 
 from ltx_ray.sampling import noise, res2s
 from tests.parity.dit import relative
-from tests.parity.line import toy_line
+from tests.parity.line import GOLDENS, toy_line
 
-GOLDENS = {path.stem: path for path in sorted((Path(__file__).parent / "goldens").glob("*.safetensors"))}
+RECORDED = {path.stem: path for path in sorted(GOLDENS.glob("*.safetensors"))}
 TOLERANCE = 1e-4
 
 
 def load(name: str) -> tuple[dict, dict[str, torch.Tensor]]:
-    with safe_open(GOLDENS[name], "pt") as file:
+    with safe_open(RECORDED[name], "pt") as file:
         return json.loads(file.metadata()["request"]), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
 
 
@@ -34,10 +33,10 @@ def distance(name: str, **changes) -> float:
 
 
 def test_there_is_one_for_every_pipeline():
-    assert {load(name)[0]["pipeline"] for name in GOLDENS} == {"hq", "base", "distilled"}
+    assert {load(name)[0]["pipeline"] for name in RECORDED} == {"hq", "base", "distilled"}
 
 
-@pytest.mark.parametrize("name", GOLDENS)
+@pytest.mark.parametrize("name", RECORDED)
 def test_latents_are_the_references(name):
     assert distance(name) <= TOLERANCE
 
@@ -61,11 +60,31 @@ def test_latents_are_the_references(name):
         ("hq", {"negative_prompt": ""}),
         ("base", {"video_stg_scale": 0.9}),
         ("base", {"num_inference_steps": 5}),
+        ("hq_image", {"images": [{"path": "a.png", "strength": 0.81}]}),
+        ("hq_image", {"images": [{"path": "a.png", "strength": 0.8, "crf": 32}]}),
+        ("base_image", {"images": [{"path": "b.jpg", "frame_idx": 9, "strength": 0.6}]}),
     ],
     ids=lambda value: value if isinstance(value, str) else ",".join(value),
 )
 def test_a_changed_setting_shows(golden, changes):
     assert distance(golden, **changes) > TOLERANCE
+
+
+def test_the_bridge_follows_the_tokens_own_timesteps(monkeypatch):
+    """The audio-video rule of v1.2.0; 1.0.0 took scale and shift from the other stream's level."""
+    from ltx_ray.model.transformer import Transformer
+
+    honest = Transformer._enter
+
+    def other_rule(self, own, other, patchify, adaln, prompt, cross, gate):
+        stream, embedded = honest(self, own, other, patchify, adaln, prompt, cross, gate)
+        levels = (other.sigma * self.config.timestep_scale).flatten()
+        stream.cross_modulation = cross(levels, own.latent.dtype)[0].view(1, 1, 4, -1)
+        return stream, embedded
+
+    monkeypatch.setattr(Transformer, "_enter", other_rule)
+    assert distance("hq_keyframes") > TOLERANCE
+    assert distance("hq") <= TOLERANCE
 
 
 def test_breaking_the_sigma_shift_shows(monkeypatch):

@@ -312,8 +312,10 @@ def test_images_in_an_object_store():
         assert root_refused(path, roots, manifest)
 
 
-def test_without_roots_no_image_is_legal():
-    assert root_refused("a.png", (), "m.jsonl")
+def test_without_roots_images_come_from_the_rows_own_folder():
+    assert not root_refused("a.png", (), "/data/m.jsonl")
+    assert root_refused("../a.png", (), "/data/m.jsonl")
+    assert root_refused("/etc/passwd", (), "/data/m.jsonl")
 
 
 # --- anything at all -----------------------------------------------------------------------------

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from ltx_ray.modelfiles import (
+    PIECES,
     cached_digest,
     check_lora,
     check_tensor_parallel,
+    check_upsampler,
     file_digest,
     open_checkpoint,
     parse_generation,
@@ -23,6 +25,7 @@ from tests.unit.samples import write_safetensors
 BLOCK = "transformer_blocks.0.attn1.to_q"
 CONFIG = json.dumps({"transformer": {"num_layers": 1, "num_attention_heads": 4}})
 CHECKPOINT = {
+    **{f"{prefix}x": (2,) for prefix in PIECES},
     f"model.diffusion_model.{BLOCK}.weight": (8, 6),
     f"model.diffusion_model.{BLOCK}.bias": (8,),
     "model.diffusion_model.video_embeddings_connector.transformer_1d_blocks.0.attn1.to_q.weight": (8, 6),
@@ -108,6 +111,20 @@ def test_a_checkpoint_of_this_generation_opens(tmp_path):
     found = open_checkpoint(checkpoint(tmp_path))
     assert (found.model_version, found.num_layers, found.num_heads) == ("2.3.0", 1, 4)
     assert found.linear_layers == {BLOCK: (8, 6)}, "neither connectors nor biases nor the VAE"
+
+
+@pytest.mark.parametrize("prefix", PIECES)
+def test_a_file_that_lacks_a_piece_is_refused(tmp_path, prefix):
+    path = checkpoint(tmp_path, tensors={k: v for k, v in CHECKPOINT.items() if not k.startswith(prefix)})
+    with pytest.raises(ValueError, match=f"{path}: has no {PIECES[prefix]} "):
+        open_checkpoint(path)
+
+
+def test_what_is_no_upsampler_is_refused(tmp_path, toy):
+    check_upsampler(toy["spatial_upsampler_path"])
+    for path in (toy["checkpoint_path"], toy["distilled_lora"]):
+        with pytest.raises(ValueError, match="not a spatial upsampler x2"):
+            check_upsampler(path)
 
 
 def test_the_toy_model_opens(toy):

@@ -153,13 +153,21 @@ class Policy:
     def _stage_for(self, replica: _Replica) -> str | None:
         """Which of its stages an idle replica should run now.
 
-        A shared replica stays in its phase while that has work, so that it switches seldom: it fills
-        the queue after stage 1, then empties it.
+        A shared replica stays in its phase while that has work or is about to get some, so that it
+        switches seldom: it fills the queue after stage 1, then empties it.
         """
         able = [stage for stage in self.stages if stage in replica.roles and self._may_run(stage)]
-        if not able:
+        if not able or replica.phase in able:
+            return replica.phase if able else None
+        # work for the phase it is in is being made right now: waiting for it is shorter than two switches
+        if replica.phase is not None and self._coming(replica.phase) and self._has_room_after(replica.phase):
             return None
-        return replica.phase if replica.phase in able else able[0]
+        return able[0]
+
+    def _coming(self, stage: str) -> bool:
+        """Whether an item runs in an earlier stage now."""
+        earlier = self.stages[: self.stages.index(stage)]
+        return any(i.replica is not None and i.stage in earlier for i in self._items.values())
 
     def _may_run(self, stage: str) -> bool:
         if self.draining and stage != self.stages[-1]:

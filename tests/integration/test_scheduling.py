@@ -46,7 +46,8 @@ def test_results_do_not_depend_on_pools_or_order(runner, tmp_path):
 
 
 def test_a_shared_replica_switches_seldom(runner):
-    assert runner.render(rows(*"abcdefgh"), stage1=1, stage2=0) == 0
+    slow = "[[stage1:slow:0.1]] [[stage2:slow:0.1]]"
+    assert runner.render(rows(*(slow + letter for letter in "abcdefgh")), stage1=1, stage2=0) == 0
     switches = sum(row["switches"] for row in runner.index().values())
     # eight clips in turns of up to four: stage 1, stage 2, stage 1, stage 2
     assert 2 <= switches <= 8

@@ -331,3 +331,21 @@ def test_what_never_happens_is_an_assertion():
     with pytest.raises(AssertionError):
         policy.finished("i0")
     assert policy.leave("nobody") is None
+
+
+def test_a_shared_replica_waits_for_work_of_its_phase_that_is_being_made():
+    policy = Policy(queue_depth=4)
+    for name, roles in (("t", ("text",)), ("d", ("stage1", "stage2")), ("c", ("decode",))):
+        policy.join(name, roles)
+    policy.admit("one")
+    assert policy.next_dispatch().stage == "text"
+    policy.finished("one")
+    policy.admit("two")
+    assert {policy.next_dispatch().stage for _ in range(2)} == {"stage1", "text"}
+    policy.finished("one")
+    # `two` is in the text pool: stage 1 will have work at once, so there is no switch for `one` yet
+    assert policy.next_dispatch() is None
+    policy.finished("two")
+    assert policy.next_dispatch().item == "two"
+    policy.finished("two")
+    assert (dispatch := policy.next_dispatch()).stage == "stage2" and dispatch.switched

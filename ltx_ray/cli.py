@@ -191,6 +191,8 @@ def plan_command(
     from ltx_ray.plan import ILLEGAL, cost_line
 
     plan = prepare(_options(manifest, output, values)).plan
+    if output:
+        plan.done = DatasetWriter(Store(output)).listing()
     listed = 0
     for planned in plan.open():
         if planned.status == ILLEGAL:

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-ROLES = ("text", "stage1", "stage2", "decode")
-
 
 @dataclass(frozen=True)
 class LoraFile:

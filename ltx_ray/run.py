@@ -78,7 +78,10 @@ class Prepared:
 
 
 def prepare(options: Options) -> Prepared:
-    """Check everything that needs no GPU and no Ray. Raises ValueError for a user's mistake."""
+    """Check everything that needs no GPU and no Ray. Raises ValueError for a user's mistake.
+
+    What the dataset has already is for the caller to list into `plan.done`: once, and when it may be read.
+    """
     model = options.model.local()
     checkpoint = open_checkpoint(model.checkpoint_path)
     check_tensor_parallel(checkpoint, options.wanted.tp)
@@ -93,7 +96,6 @@ def prepare(options: Options) -> Prepared:
     numerics = Numerics(
         dtype=options.dtype, precision=options.precision, noise_device=options.noise_device, tp=options.wanted.tp
     )
-    writer = DatasetWriter(Store(options.output)) if options.output else None
     rules = RowRules(
         defaults=defaults,
         num_layers=checkpoint.num_layers,
@@ -106,7 +108,7 @@ def prepare(options: Options) -> Prepared:
         manifest=options.manifest,
         rules=rules,
         book=RecipeBook(model, numerics),
-        done=writer.listing() if writer else Done(),
+        done=Done(),
         selection=options.selection,
         retry_failed=options.retry_failed,
         latents_only=options.stop_after is not None,
@@ -127,9 +129,9 @@ def render(options: Options) -> int:
     lease.acquire(progress.say)
     cluster = _Cluster(prepared)
     try:
-        # what another run finished while this one waited is done
+        # listed under the lease: what another run finished while this one waited is done
         prepared.plan.done = DatasetWriter(store).listing()
-        return _drive(prepared, rows, cluster, store, run_id, lease, progress)
+        return _drive(prepared, rows, cluster, store, run_id, progress)
     finally:
         cluster.leave()
         lease.release()
@@ -141,7 +143,6 @@ def _drive(
     cluster: _Cluster,
     store: Store,
     run_id: str,
-    lease: Lease,
     progress: Progress,
 ) -> int:
     from ltx_ray.driver.loop import Driver
@@ -175,10 +176,10 @@ def _drive(
     state, code = "failed", EXIT_ERROR
     handlers = _drain_on_signals(driver)
     try:
-        outcome = driver.run(rows)
-        state = "drained" if outcome.drained else "finished"
+        drained = driver.run(rows)
+        state = "drained" if drained else "finished"
         bad = driver.counts["failed"] + driver.counts["illegal"]
-        code = EXIT_DRAINED if outcome.drained else EXIT_FAILED_ROWS if bad else EXIT_OK
+        code = EXIT_DRAINED if drained else EXIT_FAILED_ROWS if bad else EXIT_OK
         if driver.too_many_failed:
             code = EXIT_FAILED_ROWS
     except StartFailed as error:
@@ -241,6 +242,7 @@ class _Cluster:
             free = Resources.of(ray.available_resources())
             # auto takes what is free, so that a run fits beside others
             pools, numerics = self._lay_out(free.gpus)
+            check_schedulable(pools, free)
         else:
             gpus = float(_local_gpus())
             pools, numerics = self._lay_out(gpus)
@@ -254,7 +256,6 @@ class _Cluster:
                 **common,
             )
             self._joined = True
-        check_schedulable(pools, free)
         return pools, numerics
 
     def _lay_out(self, gpus: float) -> tuple[list[PoolSpec], Numerics]:

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import ray
@@ -43,16 +44,6 @@ class _Work:
     attempts: int = 1
     device: str = ""
     info: dict[str, Any] = field(default_factory=dict)
-    last_error: CallReport | None = None
-
-
-@dataclass
-class Outcome:
-    """How a run ended. `counts`: rows, rendered, already_done, failed, illegal."""
-
-    counts: Counter[str]
-    drained: bool = False
-    stopped: str | None = None
 
 
 class Driver:
@@ -82,7 +73,6 @@ class Driver:
         self._gpu_seconds = 0.0
         self.too_many_failed = False
         self.drain_requested: str | None = None
-        self._stop_reason: str | None = None
         self._metrics = RunMetrics()
         self._illegal: set[str] = set()
         self._device_name: str | None = None
@@ -95,12 +85,13 @@ class Driver:
         """Take nothing new; let the decode pool finish; `run` then returns."""
         if not self.policy.draining:
             self.policy.draining = True
-            self._stop_reason = reason
             self.progress.say(f"draining: {reason}")
             self.events.emit("drain", reason=reason)
 
-    def run(self, rows: Iterator[PlannedRow]) -> Outcome:
-        """Render `rows`. Raises pools.pool.StartFailed when a pool cannot be brought up.
+    def run(self, rows: Iterator[PlannedRow]) -> bool:
+        """Render `rows`; True when it drained and left some. `counts` says what became of them.
+
+        Raises pools.pool.StartFailed when a pool cannot be brought up.
 
         The cluster is joined when the first row is to be rendered, so that a run without work needs none.
         """
@@ -124,8 +115,7 @@ class Driver:
         if exhausted and self.plan.complete:
             self.writer.forget_illegal(self.plan.manifest, keep=self._illegal)
         self._show(exhausted, force=True)
-        drained = self.policy.draining and (bool(self.policy.busy) or not exhausted)
-        return Outcome(self.counts, drained=drained, stopped=self._stop_reason)
+        return self.policy.draining and (bool(self.policy.busy) or not exhausted)
 
     # --- rows ------------------------------------------------------------------------------------
 
@@ -362,8 +352,15 @@ class Driver:
 
     def _older_failures(self, name: str, key: str) -> list[str]:
         """Parts in which the row failed as another item: with other weights, or before it was edited."""
-        failed = self.plan.done.failed
-        return [f"part-{kind}-{item}-{k}.parquet" for (item, k), kind in failed.items() if k == key and item != name]
+        return [part for item, part in self._failed_parts.get(key, ()) if item != name]
+
+    @cached_property
+    def _failed_parts(self) -> dict[str, list[tuple[str, str]]]:
+        """(item, part name) of earlier failures by row key; looked up for every finished row."""
+        parts: dict[str, list[tuple[str, str]]] = {}
+        for (item, key), kind in self.plan.done.failed.items():
+            parts.setdefault(key, []).append((item, f"part-{kind}-{item}-{key}.parquet"))
+        return parts
 
     # --- housekeeping ----------------------------------------------------------------------------
 

@@ -40,8 +40,6 @@ class TextEngine:
 
         model = self.spec.model.local()
         self.tokenizer = AutoTokenizer.from_pretrained(model.gemma_root)
-        self.tokenizer.padding_side = "left"
-        self.tokenizer.model_max_length = self.spec.numerics.text_tokens
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         whole = Gemma3ForConditionalGeneration.from_pretrained(model.gemma_root, dtype=self.dtype)

@@ -32,14 +32,14 @@ class LoraMerger:
     """Keeps the weights of `module` at a LoraSetting.
 
     `paths` are the LoRA files in the reference's order (user LoRAs, then the distilled one);
-    `weights` reads the clean weights. `merged_dtype` is the dtype products are rounded to.
+    `weights` reads the clean weights. Products are rounded to the parameters' dtype.
     """
 
     def __init__(self, module: nn.Module, weights: ShardReader, paths: Sequence[str], tp: TPGroup):
         self.module, self.weights = module, weights
         self._loras = [ShardReader(path, _lora_prefix(path), tp) for path in paths]
-        self._tp = tp
         self._parameters = dict(module.named_parameters())
+        #: What is merged now; None after a merge that failed half-way.
         self._current: LoraSetting | None = LoraSetting((0.0,) * len(paths))
         touched = {
             name[: -len(".lora_A.weight")]
@@ -48,11 +48,6 @@ class LoraMerger:
             if name.endswith(".lora_A.weight")
         }
         self._targets = sorted(stem for stem in touched if f"{stem}.weight" in self._parameters)
-
-    @property
-    def current(self) -> LoraSetting | None:
-        """What is merged now; None after a merge that failed half-way."""
-        return self._current
 
     def switch(self, setting: LoraSetting) -> bool:
         """Bring the weights to `setting`; False when they are there already."""

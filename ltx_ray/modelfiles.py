@@ -1,7 +1,7 @@
-"""Weight files seen from outside: headers, metadata, digests and what fits what. No torch.
+"""Checkpoints seen from outside: what is in them, what they can serve, their digests. No torch.
 
-A user's mistake with a file (wrong generation, a LoRA for another model, a truncated download) is
-found here, before any actor starts. Format: https://github.com/huggingface/safetensors#format
+A user's mistake with a file (wrong generation, a missing piece, a truncated download) is found here,
+before any actor starts.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ltx_ray.headers import MAX_HEADER_BYTES, SafetensorsHeader, TensorInfo, read_header
+
 TRANSFORMER_PREFIX = "model.diffusion_model."
 CONNECTOR_PREFIXES = (
     "model.diffusion_model.video_embeddings_connector.",
     "model.diffusion_model.audio_embeddings_connector.",
 )
-LORA_PREFIX = "diffusion_model."
 SUPPORTED_GENERATION = (2, 3)
 #: What a single file must hold, by the prefix of its keys.
 PIECES = {
@@ -40,92 +41,21 @@ PIECES = {
 
 _SAMPLES = 64
 _SAMPLE_BYTES = 64 * 1024
-_MAX_HEADER_BYTES = 100 * 2**20
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """One tensor of a safetensors file: dtype as the file spells it, shape, byte range in the data part."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-
-@dataclass(frozen=True)
-class SafetensorsHeader:
-    """The table of contents of a safetensors file."""
-
-    path: str
-    metadata: Mapping[str, str]
-    tensors: Mapping[str, TensorInfo]
-    data_offset: int
-    size: int
-
-    @cached_property
-    def config(self) -> dict[str, Any]:
-        """The JSON under the metadata key `config` (empty when there is none)."""
-        try:
-            config = json.loads(self.metadata.get("config", "{}"))
-        except (TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{self.path}: metadata field 'config' is not JSON ({error})") from None
-        if not isinstance(config, dict):
-            raise ValueError(f"{self.path}: metadata field 'config' is no JSON object")
-        return config
-
-
-def read_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
-    """Read and check the header of the safetensors file at `path`.
-
-    Raises ValueError naming the file when it is missing, is no safetensors file, or is shorter than
-    its own header says (a truncated download).
-    """
-    path = os.fspath(path)
-    try:
-        size = os.path.getsize(path)
-        with open(path, "rb") as file:
-            prefix = file.read(8)
-            if len(prefix) < 8:
-                raise ValueError(f"{path}: not a safetensors file ({size} bytes)")
-            (length,) = struct.unpack("<Q", prefix)
-            if length > min(size - 8, _MAX_HEADER_BYTES):
-                raise ValueError(f"{path}: not a safetensors file, or cut off inside its header")
-            table = json.loads(file.read(length))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (UnicodeDecodeError, json.JSONDecodeError):
-        raise ValueError(f"{path}: not a safetensors file (its header is not JSON)") from None
-    tensors = {}
-    try:
-        metadata = dict(table.pop("__metadata__", None) or {})
-        for name, entry in table.items():
-            start, end = map(int, entry["data_offsets"])
-            tensors[name] = TensorInfo(entry["dtype"], tuple(map(int, entry["shape"])), start, end)
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise ValueError(f"{path}: not a safetensors file (its header is not a table of tensors)") from None
-    data_end = max((t.end for t in tensors.values()), default=0)
-    if 8 + length + data_end > size:
-        raise ValueError(
-            f"{path}: truncated, {size} bytes where its header promises {8 + length + data_end}; fetch it again"
-        )
-    return SafetensorsHeader(path, metadata, tensors, 8 + length, size)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What the driver needs to know of an LTX single file."""
+    """What is known of a model from its headers alone.
 
-    header: SafetensorsHeader
+    `transformer` is `config.transformer` in the official spelling; `tensors` holds the transformer's
+    tensors by their official names without prefix (no connectors), wherever they are; `size` in bytes.
+    """
+
+    path: str
     model_version: str
-
-    @property
-    def path(self) -> str:
-        return self.header.path
-
-    @cached_property
-    def transformer(self) -> dict[str, Any]:
-        return self.header.config.get("transformer", {})
+    transformer: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    size: int
 
     @property
     def num_layers(self) -> int:
@@ -139,12 +69,9 @@ class Checkpoint:
     def linear_layers(self) -> dict[str, tuple[int, int]]:
         """Transformer linears by module name, as (out features, in features)."""
         return {
-            name[len(TRANSFORMER_PREFIX) : -len(".weight")]: (info.shape[0], info.shape[1])
-            for name, info in self.header.tensors.items()
-            if name.startswith(TRANSFORMER_PREFIX)
-            and not name.startswith(CONNECTOR_PREFIXES)
-            and name.endswith(".weight")
-            and len(info.shape) == 2
+            name[: -len(".weight")]: (info.shape[0], info.shape[1])
+            for name, info in self.tensors.items()
+            if name.endswith(".weight") and len(info.shape) == 2
         }
 
 
@@ -172,7 +99,15 @@ def open_checkpoint(path: str) -> Checkpoint:
     for prefix, piece in PIECES.items():
         if not any(name.startswith(prefix) for name in header.tensors):
             raise ValueError(f"{path}: has no {piece} (no keys under {prefix}); legal: a whole single file")
-    return Checkpoint(header, version)
+    return Checkpoint(path, version, header.config.get("transformer", {}), _transformer_tensors(header), header.size)
+
+
+def _transformer_tensors(header: SafetensorsHeader) -> dict[str, TensorInfo]:
+    return {
+        name[len(TRANSFORMER_PREFIX) :]: info
+        for name, info in header.tensors.items()
+        if name.startswith(TRANSFORMER_PREFIX) and not name.startswith(CONNECTOR_PREFIXES)
+    }
 
 
 def check_upsampler(path: str) -> None:
@@ -190,45 +125,7 @@ def check_tensor_parallel(checkpoint: Checkpoint, tp: int) -> None:
     heads = checkpoint.num_heads
     if tp < 1 or heads % tp:
         legal = [n for n in range(1, heads + 1) if heads % n == 0]
-        raise ValueError(
-            f"--tp: {tp}, legal: a divisor of the {heads} attention heads of {checkpoint.path}: {legal}"
-        )
-
-
-def lora_modules(header: SafetensorsHeader) -> dict[str, tuple[TensorInfo, TensorInfo]]:
-    """Factor pairs (A, B) of a LoRA file by transformer module name."""
-    pairs = {}
-    for name, info in header.tensors.items():
-        if name.endswith(".lora_A.weight"):
-            stem = name[: -len(".lora_A.weight")]
-            other = header.tensors.get(stem + ".lora_B.weight")
-            if other is not None:
-                pairs[stem.removeprefix(LORA_PREFIX)] = (info, other)
-    return pairs
-
-
-def check_lora(checkpoint: Checkpoint, path: str) -> int:
-    """How many of the checkpoint's layers the LoRA at `path` changes; ValueError when it fits none."""
-    pairs = lora_modules(read_header(path))
-    if not pairs:
-        raise ValueError(f"{path}: no LoRA in it; legal: keys <module>.lora_A.weight and <module>.lora_B.weight")
-    linears = checkpoint.linear_layers
-    fitting = 0
-    for module, (a, b) in pairs.items():
-        if module not in linears:
-            continue
-        out_features, in_features = linears[module]
-        if len(a.shape) != 2 or a.shape[1] != in_features or b.shape != (out_features, a.shape[0]):
-            raise ValueError(
-                f"{path}: {module} has factors A {a.shape} and B {b.shape}, but that layer of {checkpoint.path} is "
-                f"{out_features} x {in_features}; legal: A (rank, {in_features}) and B ({out_features}, rank)"
-            )
-        fitting += 1
-    if not fitting:
-        raise ValueError(
-            f"{path}: fits no layer of {checkpoint.path}; it has {len(pairs)} modules such as {next(iter(pairs))!r}"
-        )
-    return fitting
+        raise ValueError(f"--tp: {tp}, legal: a divisor of the {heads} attention heads of {checkpoint.path}: {legal}")
 
 
 def file_digest(path: str) -> str:
@@ -244,7 +141,7 @@ def file_digest(path: str) -> str:
         else:
             head = file.read(8)
             length = struct.unpack("<Q", head)[0] if path.endswith(".safetensors") else 0
-            digest.update(head + file.read(min(length, _MAX_HEADER_BYTES)))
+            digest.update(head + file.read(min(length, MAX_HEADER_BYTES)))
             for i in range(_SAMPLES):
                 file.seek((size - _SAMPLE_BYTES) * i // (_SAMPLES - 1))
                 digest.update(file.read(_SAMPLE_BYTES))

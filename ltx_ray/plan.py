@@ -12,6 +12,7 @@ from ltx_ray.config import ModelFiles, Numerics, Selection
 from ltx_ray.cost import H100_TFLOPS, clip_tflop
 from ltx_ray.dataset.writer import Done, row_key
 from ltx_ray.imagefiles import image_digest
+from ltx_ray.lorafiles import lora_digest
 from ltx_ray.manifest import Problem, RawRow, Row, RowRules, duplicate_id, judge, read_manifest
 from ltx_ray.modelfiles import cached_digest, open_checkpoint
 from ltx_ray.recipe import item_id, recipe_digest
@@ -66,9 +67,9 @@ class RecipeBook:
             "checkpoint": cached_digest(local.checkpoint_path),
             "gemma": cached_digest(local.gemma_root),
             "upsampler": cached_digest(local.spatial_upsampler_path),
-            "distilled_lora": cached_digest(local.distilled_lora) if local.distilled_lora else None,
+            "distilled_lora": lora_digest(local.distilled_lora) if local.distilled_lora else None,
         }
-        self._loras = {lora.name: cached_digest(lora.path) for lora in local.loras}
+        self._loras = {lora.name: lora_digest(lora.path) for lora in local.loras}
 
     def recipe(self, request: RenderRequest) -> Recipe:
         return Recipe(

@@ -20,9 +20,10 @@ from ltx_ray.dataset.writer import DatasetWriter, Done
 from ltx_ray.driver.policy import STAGES
 from ltx_ray.driver.progress import Progress
 from ltx_ray.lease import Lease
+from ltx_ray.lorafiles import check_lora
 from ltx_ray.manifest import RowRules, check_defaults, manifest_folder
 from ltx_ray.metrics import EventLog
-from ltx_ray.modelfiles import Checkpoint, check_lora, check_tensor_parallel, check_upsampler, open_checkpoint
+from ltx_ray.modelfiles import Checkpoint, check_tensor_parallel, check_upsampler, open_checkpoint
 from ltx_ray.plan import Plan, PlannedRow, RecipeBook
 from ltx_ray.pools.pool import Resources, StartFailed, Wanted, check_schedulable, lay_out, slots_needed
 from ltx_ray.recipe import served_pipelines
@@ -262,7 +263,7 @@ class _Cluster:
         options = self._options
         if options.device == "cpu":
             gpus = 0.0
-        elif not gpus and (options.device == "cuda" or self._prepared.checkpoint.header.size > _CPU_MODEL_BYTES):
+        elif not gpus and (options.device == "cuda" or self._prepared.checkpoint.size > _CPU_MODEL_BYTES):
             raise ValueError("GPUs: at least 1 needed, 0 free; legal: a cluster with GPUs now, or --device cpu")
         numerics = replace(self._prepared.numerics, device="cuda" if gpus else "cpu")
         engines = {

@@ -8,8 +8,9 @@ from collections import Counter
 
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.driver.progress import duration
+from ltx_ray.headers import read_header
 from ltx_ray.lease import holder
-from ltx_ray.modelfiles import lora_modules, read_header
+from ltx_ray.lorafiles import open_lora
 from ltx_ray.storage import Store
 
 _PARTS = {
@@ -94,12 +95,15 @@ def inspect_lines(path: str) -> list[str]:
         names = {n for n in header.tensors if n.startswith(prefix)} - claimed
         claimed |= names
         if names:
-            size = sum(header.tensors[n].end - header.tensors[n].start for n in names)
+            size = sum(header.tensors[n].nbytes for n in names)
             lines.append(f"{what}: {len(names)} tensors, {size / 2**20:,.1f} MiB under {prefix}")
-    if pairs := lora_modules(header):
-        ranks = Counter(a.shape[0] for a, _ in pairs.values())
+    if any("lora" in name for name in header.tensors):
+        pairs = open_lora(path).pairs
+        ranks = Counter(pair.rank for pair in pairs.values())
         shown = ", ".join(f"{n} of rank {rank}" for rank, n in ranks.most_common(4))
-        lines.append(f"LoRA: {len(pairs)} modules ({shown})")
+        scales = Counter(f"{pair.scale:g}" for pair in pairs.values() if pair.scale != 1.0)
+        scaled = "".join(f", {n} scaled by {scale} (alpha / rank)" for scale, n in scales.most_common(4))
+        lines.append(f"LoRA: {len(pairs)} modules ({shown}{scaled}), such as {next(iter(pairs))}")
         claimed = set(header.tensors)
     rest = set(header.tensors) - claimed
     if rest:
@@ -113,5 +117,3 @@ def inspect_lines(path: str) -> list[str]:
     elif header.config:
         lines.append(f"config: {json.dumps(header.config)[:200]}")
     return lines
-
-

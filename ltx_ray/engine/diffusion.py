@@ -17,9 +17,10 @@ from ltx_ray.config import EngineSpec
 from ltx_ray.engine import apply, components
 from ltx_ray.engine.base import Rank, resolve_dtype
 from ltx_ray.engine.start import PlacedImage, Start, begin
+from ltx_ray.lorafiles import open_lora
 from ltx_ray.model.config import TransformerConfig
 from ltx_ray.model.transformer import NO_PERTURBATION, Modality, Perturbation, Transformer
-from ltx_ray.modelfiles import CONNECTOR_PREFIXES, TRANSFORMER_PREFIX, open_checkpoint
+from ltx_ray.modelfiles import open_checkpoint
 from ltx_ray.parallel.layers import TPGroup
 from ltx_ray.parallel.loading import ShardReader, load_shard
 from ltx_ray.parallel.lora import LoraMerger, LoraSetting
@@ -66,14 +67,14 @@ class DiffusionEngine:
         tp = TPGroup(self.rank.rank, self.rank.world)
         with torch.device("meta"):
             self.transformer = Transformer(config, tp)
-        reader = ShardReader(model.checkpoint_path, TRANSFORMER_PREFIX, tp)
-        connectors = tuple(prefix.removeprefix(TRANSFORMER_PREFIX) for prefix in CONNECTOR_PREFIXES)
-        load_shard(self.transformer, reader, dtype=self.dtype, device=self.device, ignore=connectors)
+        reader = ShardReader(checkpoint.tensors, tp)
+        load_shard(self.transformer, reader, dtype=self.dtype, device=self.device)
         self.info = {"device_name": _device_name(self.device)}
         self._lora_names = [lora.name for lora in model.loras]
         paths = [lora.path for lora in model.loras] + ([model.distilled_lora] if model.distilled_lora else [])
         self._has_distilled = model.distilled_lora is not None
-        self.merger = LoraMerger(self.transformer, reader, paths, tp)
+        loras = [open_lora(path).fit(checkpoint.linear_layers, checkpoint.path) for path in paths]
+        self.merger = LoraMerger(self.transformer, reader, loras, tp)
         if "stage2" in self.spec.options["roles"]:
             self.upsampler = components.load_upsampler(model.spatial_upsampler_path, self.dtype, self.device)
             mean, std = components.latent_stats(model.checkpoint_path, "video")

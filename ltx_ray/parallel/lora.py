@@ -8,13 +8,13 @@ weights come from the file each time and are never reconstructed by subtracting.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from ltx_ray.modelfiles import LORA_PREFIX
+from ltx_ray.lorafiles import Factor, LoraPair
 from ltx_ray.parallel.layers import TPGroup
 from ltx_ray.parallel.loading import ShardReader
 
@@ -23,7 +23,7 @@ MERGE_CHUNK_BYTES = 32 * 2**20
 
 @dataclass(frozen=True)
 class LoraSetting:
-    """What is merged: LoRA files by their place in the list given to LoraMerger, and strengths."""
+    """What is merged: LoRAs by their place in the list given to LoraMerger, and strengths."""
 
     strengths: tuple[float, ...]
 
@@ -31,23 +31,16 @@ class LoraSetting:
 class LoraMerger:
     """Keeps the weights of `module` at a LoraSetting.
 
-    `paths` are the LoRA files in the reference's order (user LoRAs, then the distilled one);
+    `loras` are factor pairs by module, in the reference's order (user LoRAs, then the distilled one);
     `weights` reads the clean weights. Products are rounded to the parameters' dtype.
     """
 
-    def __init__(self, module: nn.Module, weights: ShardReader, paths: Sequence[str], tp: TPGroup):
-        self.module, self.weights = module, weights
-        self._loras = [ShardReader(path, _lora_prefix(path), tp) for path in paths]
+    def __init__(self, module: nn.Module, weights: ShardReader, loras: Sequence[Mapping[str, LoraPair]], tp: TPGroup):
+        self.module, self.weights, self._loras, self._tp = module, weights, loras, tp
         self._parameters = dict(module.named_parameters())
         #: What is merged now; None after a merge that failed half-way.
-        self._current: LoraSetting | None = LoraSetting((0.0,) * len(paths))
-        touched = {
-            name[: -len(".lora_A.weight")]
-            for lora in self._loras
-            for name in lora.names
-            if name.endswith(".lora_A.weight")
-        }
-        self._targets = sorted(stem for stem in touched if f"{stem}.weight" in self._parameters)
+        self._current: LoraSetting | None = LoraSetting((0.0,) * len(loras))
+        self._targets = sorted({stem for lora in loras for stem in lora})
 
     def switch(self, setting: LoraSetting) -> bool:
         """Bring the weights to `setting`; False when they are there already."""
@@ -61,18 +54,29 @@ class LoraMerger:
             clean = self.weights.read(f"{stem}.weight", parameter.shard_dim)
             clean = clean.to(device=parameter.device, dtype=parameter.dtype)
             factors = [
-                (*self._factors(lora, stem, parameter), strength)
+                (*self._factors(lora[stem], parameter), strength * lora[stem].scale)
                 for lora, strength in zip(self._loras, setting.strengths, strict=True)
-                if strength != 0.0 and f"{stem}.lora_A.weight" in lora.names
+                if strength != 0.0 and stem in lora
             ]
             merge_(parameter.data, clean, factors)
         self._current = setting
         return True
 
-    def _factors(self, lora: ShardReader, stem: str, parameter: nn.Parameter) -> tuple[torch.Tensor, torch.Tensor]:
-        a = lora.read(f"{stem}.lora_A.weight", 1 if parameter.shard_dim == 1 else None)
-        b = lora.read(f"{stem}.lora_B.weight", 0 if parameter.shard_dim == 0 else None)
-        return a.to(parameter.device, parameter.dtype), b.to(parameter.device, parameter.dtype)
+    def _factors(self, pair: LoraPair, parameter: nn.Parameter) -> tuple[torch.Tensor, torch.Tensor]:
+        a = self._factor(pair.a, 1 if parameter.shard_dim == 1 else None, parameter)
+        return a, self._factor(pair.b, 0 if parameter.shard_dim == 0 else None, parameter)
+
+    def _factor(self, factor: Factor, shard_dim: int | None, parameter: nn.Parameter) -> torch.Tensor:
+        sides = {"factor": factor.tensor} | ({"scale": factor.scale} if factor.scale else {})
+        reader = ShardReader(sides, self._tp)
+        value = reader.read("factor", shard_dim).to(parameter.device)
+        if factor.scale is not None:
+            scale = reader.read("scale", None).to(parameter.device, torch.float32)
+            if scale.numel() > 1:
+                scale = scale.reshape(-1, 1)
+                scale = scale[self._tp.slice(len(scale))] if shard_dim == 0 else scale
+            value = value.float() * scale
+        return value.to(parameter.dtype)
 
 
 def merge_(
@@ -98,12 +102,3 @@ def merge_(
             else:
                 delta.addmm_(b[block], a, alpha=strength)
         target[block] = delta.add_(clean[block])
-
-
-def _lora_prefix(path: str) -> str:
-    # ShardReader drops the prefix; files without it hold bare module names
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        names = list(file.keys())
-    return LORA_PREFIX if names and all(name.startswith(LORA_PREFIX) for name in names) else ""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from safetensors.torch import load_file
 
+from ltx_ray.diffusersnames import to_diffusers
 from ltx_ray.model.config import TransformerConfig
 from ltx_ray.model.rope import audio_positions, video_positions
 from ltx_ray.model.transformer import Modality, Transformer
@@ -16,36 +17,16 @@ from ltx_ray.parallel.loading import ShardReader, load_shard
 from ltx_ray.records import AV
 from ltx_ray.shapes import ClipShape
 
-CONNECTORS = tuple(prefix.removeprefix(TRANSFORMER_PREFIX) for prefix in CONNECTOR_PREFIXES)
 SHAPE = ClipShape(num_frames=17, height=128, width=192, frame_rate=24.0)
 TEXT = 32
 
-_TOP = {
-    "patchify_proj": "proj_in",
-    "audio_patchify_proj": "audio_proj_in",
-    "adaln_single": "time_embed",
-    "audio_adaln_single": "audio_time_embed",
-    "prompt_adaln_single": "prompt_adaln",
-    "audio_prompt_adaln_single": "audio_prompt_adaln",
-    "av_ca_video_scale_shift_adaln_single": "av_cross_attn_video_scale_shift",
-    "av_ca_audio_scale_shift_adaln_single": "av_cross_attn_audio_scale_shift",
-    "av_ca_a2v_gate_adaln_single": "av_cross_attn_video_a2v_gate",
-    "av_ca_v2a_gate_adaln_single": "av_cross_attn_audio_v2a_gate",
-}
-_INNER = {
-    "q_norm": "norm_q",
-    "k_norm": "norm_k",
-    "scale_shift_table_a2v_ca_video": "video_a2v_cross_attn_scale_shift_table",
-    "scale_shift_table_a2v_ca_audio": "audio_a2v_cross_attn_scale_shift_table",
-}
-
 
 def load_ours(path: str, dtype: torch.dtype = torch.float32, tp: TPGroup = TPGroup()) -> Transformer:  # noqa: B008
-    config = TransformerConfig.from_metadata(open_checkpoint(path).transformer)
+    checkpoint = open_checkpoint(path)
+    config = TransformerConfig.from_metadata(checkpoint.transformer)
     with torch.device("meta"):
         model = Transformer(config, tp)
-    reader = ShardReader(path, TRANSFORMER_PREFIX, tp)
-    load_shard(model, reader, dtype=dtype, device=torch.device("cpu"), ignore=CONNECTORS)
+    load_shard(model, ShardReader(checkpoint.tensors, tp), dtype=dtype, device=torch.device("cpu"))
     return model
 
 
@@ -67,17 +48,12 @@ def load_diffusers(path: str):
             use_prompt_embeddings=False, perturbed_attn=True,
         )  # fmt: skip
     state = {
-        _renamed(name[len(TRANSFORMER_PREFIX) :]): tensor.float()
+        to_diffusers(name[len(TRANSFORMER_PREFIX) :]): tensor.float()
         for name, tensor in load_file(path).items()
         if name.startswith(TRANSFORMER_PREFIX) and not name.startswith(CONNECTOR_PREFIXES)
     }
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
-
-
-def _renamed(name: str) -> str:
-    first, *rest = name.split(".")
-    return ".".join(_INNER.get(part, part) for part in (_TOP.get(first, first), *rest))
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from ltx_ray.lorafiles import open_lora
 from ltx_ray.model.transformer import NO_PERTURBATION, Perturbation
-from ltx_ray.modelfiles import TRANSFORMER_PREFIX
+from ltx_ray.modelfiles import open_checkpoint
 from ltx_ray.parallel.layers import TPGroup
 from ltx_ray.parallel.loading import ShardReader
 from ltx_ray.parallel.lora import LoraMerger, LoraSetting
@@ -65,17 +66,17 @@ def test_forward_agrees_with_one_rank(toy, world):
 def test_merging_a_shard_is_sharding_the_merged(toy, world, dtype):
     """Bit for bit, and at any strength after any other."""
     whole = load_ours(toy["checkpoint_path"], dtype)
-    reader = ShardReader(toy["checkpoint_path"], TRANSFORMER_PREFIX, TPGroup())
+    checkpoint = open_checkpoint(toy["checkpoint_path"])
+    loras = [open_lora(toy["distilled_lora"]).fit(checkpoint.linear_layers, checkpoint.path)]
     clean = {name: p.detach().clone() for name, p in whole.named_parameters()}
-    LoraMerger(whole, reader, [toy["distilled_lora"]], TPGroup()).switch(LoraSetting((0.5,)))
+    LoraMerger(whole, ShardReader(checkpoint.tensors, TPGroup()), loras, TPGroup()).switch(LoraSetting((0.5,)))
     merged = dict(whole.named_parameters())
     changed = [name for name in merged if not torch.equal(merged[name], clean[name])]
     assert len(changed) > 100
     for rank in range(world):
         tp = TPGroup(rank, world)
         shard = load_ours(toy["checkpoint_path"], dtype, tp)
-        clean_shard = ShardReader(toy["checkpoint_path"], TRANSFORMER_PREFIX, tp)
-        merger = LoraMerger(shard, clean_shard, [toy["distilled_lora"]], tp)
+        merger = LoraMerger(shard, ShardReader(checkpoint.tensors, tp), loras, tp)
         for strength in (0.25, 0.5, 0.0, 0.3, 0.5):
             assert merger.switch(LoraSetting((strength,)))
         assert not merger.switch(LoraSetting((0.5,)))

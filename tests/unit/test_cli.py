@@ -15,7 +15,7 @@ from ltx_ray.config import LoraFile
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.storage import Store
 from tests.unit.samples import write_jsonl, write_safetensors
-from tests.unit.test_modelfiles import BLOCK, checkpoint, factors
+from tests.unit.test_modelfiles import BLOCK, checkpoint
 from tests.unit.test_writer import RENDERED
 
 SMALL = {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 2}
@@ -136,7 +136,8 @@ def test_weights_that_are_missing_or_cut_off(cmd, manifest, out, toy, tmp_path):
 
 def test_a_lora_that_fits_no_layer_or_has_other_widths(cmd, manifest, out, tmp_path):
     for module, words in (("diffusion_model.unet", "fits no layer"), (f"diffusion_model.{BLOCK}", "has factors A")):
-        path = write_safetensors(tmp_path / "style.safetensors", factors(module, (2, 3), (5, 2)))
+        factors = {f"{module}.lora_A.weight": (2, 3), f"{module}.lora_B.weight": (5, 2)}
+        path = write_safetensors(tmp_path / "style.safetensors", factors)
         message = usage(cmd, "render", manifest, "--output", out, "--model", "toy", "--lora", path, "0.5")
         assert path in message and words in message
 

@@ -9,16 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from ltx_ray.headers import read_header
 from ltx_ray.modelfiles import (
     PIECES,
     cached_digest,
-    check_lora,
     check_tensor_parallel,
     check_upsampler,
     file_digest,
     open_checkpoint,
     parse_generation,
-    read_header,
 )
 from tests.unit.samples import write_safetensors
 
@@ -36,10 +35,6 @@ CHECKPOINT = {
 def checkpoint(folder: Path, version: str | None = "2.3.0", config: str | None = CONFIG, tensors=CHECKPOINT) -> str:
     metadata = {k: v for k, v in {"model_version": version, "config": config}.items() if v is not None}
     return write_safetensors(folder / "model.safetensors", tensors, metadata)
-
-
-def lora(folder: Path, tensors: dict[str, tuple[int, ...]]) -> str:
-    return write_safetensors(folder / "style.safetensors", tensors)
 
 
 def refused(path: str) -> str:
@@ -130,7 +125,6 @@ def test_what_is_no_upsampler_is_refused(tmp_path, toy):
 def test_the_toy_model_opens(toy):
     found = open_checkpoint(toy["checkpoint_path"])
     assert found.num_heads % 4 == 0
-    assert check_lora(found, toy["distilled_lora"]) > 0
 
 
 @pytest.mark.parametrize("version", ["2.0", "2.0.1", "2.5", "2.5.0-rc1", "2", "3.3", "v2.3", "2.30"])
@@ -169,47 +163,6 @@ def test_tp_must_divide_the_heads(tmp_path):
     for tp in (-1, 0, 3, 8):
         with pytest.raises(ValueError, match=rf"--tp: {tp}, legal: a divisor of the 4 attention heads .*\[1, 2, 4\]"):
             check_tensor_parallel(found, tp)
-
-
-# --- LoRAs ---------------------------------------------------------------------------------------
-
-
-def factors(module: str, a: tuple[int, ...], b: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    return {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
-
-
-def test_a_lora_that_fits(tmp_path):
-    found = open_checkpoint(checkpoint(tmp_path))
-    assert check_lora(found, lora(tmp_path, factors(f"diffusion_model.{BLOCK}", (2, 6), (8, 2)))) == 1
-    assert check_lora(found, lora(tmp_path, factors(BLOCK, (2, 6), (8, 2)))) == 1
-    both = {**factors(f"diffusion_model.{BLOCK}", (2, 6), (8, 2)), **factors("diffusion_model.other", (2, 6), (8, 2))}
-    assert check_lora(found, lora(tmp_path, both)) == 1
-
-
-def test_a_lora_that_fits_no_layer(tmp_path):
-    found = open_checkpoint(checkpoint(tmp_path))
-    path = lora(tmp_path, factors("diffusion_model.unet.to_q", (2, 6), (8, 2)))
-    with pytest.raises(ValueError, match=r"fits no layer of .* 1 modules such as 'unet\.to_q'"):
-        check_lora(found, path)
-
-
-@pytest.mark.parametrize(
-    "a, b",
-    [((2, 7), (8, 2)), ((2, 6), (9, 2)), ((2, 6), (8, 3)), ((6,), (8, 2)), ((2, 6), (8,)), ((2, 6, 1), (8, 2, 1))],
-)
-def test_a_lora_of_other_widths(tmp_path, a, b):
-    found = open_checkpoint(checkpoint(tmp_path))
-    path = lora(tmp_path, factors(f"diffusion_model.{BLOCK}", a, b))
-    with pytest.raises(ValueError, match=r"legal: A \(rank, 6\) and B \(8, rank\)") as caught:
-        check_lora(found, path)
-    assert path in str(caught.value) and BLOCK in str(caught.value)
-
-
-def test_a_file_without_factor_pairs_is_no_lora(tmp_path):
-    found = open_checkpoint(checkpoint(tmp_path))
-    for tensors in ({"a.weight": (2, 2)}, {f"diffusion_model.{BLOCK}.lora_A.weight": (2, 6)}):
-        with pytest.raises(ValueError, match="no LoRA in it"):
-            check_lora(found, lora(tmp_path, tensors))
 
 
 # --- digests -------------------------------------------------------------------------------------

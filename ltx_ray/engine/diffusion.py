@@ -6,6 +6,7 @@ order of things: `ti2vid_two_stages_hq.py` and `blocks.py` of the reference v1.2
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,7 +23,7 @@ from ltx_ray.model.config import TransformerConfig
 from ltx_ray.model.transformer import NO_PERTURBATION, Modality, Perturbation, Transformer
 from ltx_ray.modelfiles import open_checkpoint
 from ltx_ray.parallel.layers import TPGroup
-from ltx_ray.parallel.loading import ShardReader, load_shard
+from ltx_ray.parallel.loading import load_shard
 from ltx_ray.parallel.lora import LoraMerger, LoraSetting
 from ltx_ray.recipe import PIPELINES, STAGE_2_SIGMAS
 from ltx_ray.records import (
@@ -48,6 +49,12 @@ from ltx_ray.shapes import AUDIO_BINS, AUDIO_CHANNELS, VIDEO_CHANNELS, ClipShape
 SAMPLERS: dict[str, Callable[..., AV[torch.Tensor]]] = {"res_2s": sample_res2s, "euler": sample_euler}
 
 
+#: Device memory that stays free: for the activations of a large clip, and for text and decode on a shared card.
+_ACTIVATION_BYTES = 16 * 2**30
+_NEIGHBOUR_BYTES = 40 * 2**30
+_log = logging.getLogger(__name__)
+
+
 class DiffusionEngine:
     """Holds this rank's shard of the DiT, with LoRAs merged at the stage's strengths."""
 
@@ -56,7 +63,7 @@ class DiffusionEngine:
         self.device = torch.device(rank.device)
         self.dtype = resolve_dtype(spec.numerics.dtype)
         self.switches, self.switch_seconds = 0, 0.0
-        self._merged = False
+        self._merged = self._near = False
         self.info: dict[str, Any] = {}
 
     def load(self) -> None:
@@ -67,23 +74,22 @@ class DiffusionEngine:
         tp = TPGroup(self.rank.rank, self.rank.world)
         with torch.device("meta"):
             self.transformer = Transformer(config, tp)
-        reader = ShardReader(checkpoint.tensors, tp)
-        load_shard(self.transformer, reader, dtype=self.dtype, device=self.device)
-        self.info = {"device_name": _device_name(self.device)}
+        load_shard(self.transformer, checkpoint.tensors, tp, dtype=self.dtype, device=self.device)
         self._lora_names = [lora.name for lora in model.loras]
         paths = [lora.path for lora in model.loras] + ([model.distilled_lora] if model.distilled_lora else [])
         self._has_distilled = model.distilled_lora is not None
         loras = [open_lora(path).fit(checkpoint.linear_layers, checkpoint.path) for path in paths]
-        self.merger = LoraMerger(self.transformer, reader, loras, tp)
+        self.merger = LoraMerger(self.transformer, checkpoint.tensors, loras, tp)
+        if len(self.spec.options["roles"]) > 1:
+            self._keep_near()
+        self.info = {"device_name": _device_name(self.device), **self.merger.residence}
         if "stage2" in self.spec.options["roles"]:
             self.upsampler = components.load_upsampler(model.spatial_upsampler_path, self.dtype, self.device)
             mean, std = components.latent_stats(model.checkpoint_path, "video")
             self.latent_stats = mean.to(self.device, self.dtype), std.to(self.device, self.dtype)
 
     @torch.inference_mode()
-    def run(
-        self, stage: str, item: WorkItem, conditions: Conditions, *latents: StageLatents
-    ) -> StageLatents | None:
+    def run(self, stage: str, item: WorkItem, conditions: Conditions, *latents: StageLatents) -> StageLatents | None:
         """Render `stage` of `item`, stage 2 from the `latents` of stage 1.
 
         Returns the stage's latents on rank 0, None elsewhere. Raises RowError when they are not finite.
@@ -179,15 +185,26 @@ class DiffusionEngine:
 
     def _merge(self, item: WorkItem, distilled_strength: float) -> None:
         by_name = {use.name: use.strength for use in item.request.loras}
-        strengths = [by_name.get(name, 0.0) for name in self._lora_names]
+        uses = [(i, by_name[name]) for i, name in enumerate(self._lora_names) if name in by_name]
         if self._has_distilled:
-            strengths.append(distilled_strength)
+            uses.append((len(self._lora_names), distilled_strength))
+        if self._merged and not self._near:
+            self._keep_near()  # this replica does switch
         began, first = time.perf_counter(), not self._merged
-        if self.merger.switch(LoraSetting(tuple(strengths))):
-            self._merged = True
+        if self.merger.switch(LoraSetting(tuple(uses))):
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
             # the first merge belongs to loading
             self.switches += not first
             self.switch_seconds += 0.0 if first else time.perf_counter() - began
+        self._merged = True
+
+    def _keep_near(self) -> None:
+        """Keep what a switch needs where it is fast; the rest of the device is for activations and neighbours."""
+        self._near = True
+        shared = self.spec.options.get("shared_card", False)
+        self.merger.keep(reserve=_ACTIVATION_BYTES + (_NEIGHBOUR_BYTES if shared else 0))
+        _log.info("rank %d: %s", self.rank.rank, self.merger.residence)
 
     def _noise_device(self) -> str:
         return "cpu" if self.spec.numerics.noise_device == "cpu" else self.device.type

@@ -29,6 +29,12 @@ class TPGroup:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
+    def broadcast_(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
+        """Overwrite `tensor` with that of rank `source` of the group."""
+        if self.size > 1:
+            dist.broadcast(tensor, group=self.group, group_src=source)
+        return tensor
+
     def slice(self, length: int) -> slice:
         """This rank's part of an axis of `length`, which the ranks divide evenly."""
         assert length % self.size == 0, f"{length} is not divisible over {self.size} ranks"

@@ -1,74 +1,308 @@
-"""A rank's shard straight from a safetensors file: each parameter reads only its own slice."""
+"""A rank's shard straight from safetensors files, at the speed of the disk or of the bus.
+
+A rank reads its own slices and nothing else, in file order, in pieces: a few threads read them into
+small pinned buffers and send each to the device while the next is read, so that host memory stays
+small however large the shard is. Dtypes are converted on the device. On a CPU the bytes are read in
+place. There is never a state dict.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
-from typing import Any
+import mmap
+import os
+import queue
+import threading
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
 
+import numpy as np
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from ltx_ray.headers import TensorInfo
 from ltx_ray.parallel.layers import TPGroup
 
+#: Bytes read at once, and threads that read. Each has two pinned buffers, so a rank pins at most 256 MiB.
+PIECE_BYTES = 16 * 2**20
+LANES = 8
 
-class ShardReader:
-    """This rank's slices of `tensors` (name -> where it is).
+TORCH_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
 
-    Files stay open (they are mapped, not read), so a slice can be had again at any time.
+
+@dataclass(frozen=True)
+class Wanted:
+    """A slice to read: this rank's part of `info` along `shard_dim` (None: all), into `into` (contiguous)."""
+
+    info: TensorInfo
+    shard_dim: int | None
+    into: torch.Tensor
+
+
+def shard_shape(info: TensorInfo, shard_dim: int | None, tp: TPGroup) -> tuple[int, ...]:
+    """The shape of this rank's part of a tensor."""
+    shape = list(info.shape)
+    if shard_dim is not None:
+        part = tp.slice(shape[shard_dim])
+        shape[shard_dim] = part.stop - part.start
+    return tuple(shape)
+
+
+def fill(wanted: Sequence[Wanted], tp: TPGroup) -> Iterator[int]:
+    """Read every slice into its tensor; yields the places in `wanted` of those that are there, as they come.
+
+    On a GPU the current stream waits for what is yielded, so that work queued after it sees the values.
+    All of `wanted` lies on one device. Raises ValueError for a file that ends too early, else what the
+    reading or the copying raised, with the file and the tensor in the message.
     """
+    order = sorted(range(len(wanted)), key=lambda i: (wanted[i].info.path, wanted[i].info.start))
+    pieces = [piece for i in order for piece in _pieces(i, wanted[i], tp)]
+    files = _Files()
+    try:
+        if pieces and wanted[0].into.is_cuda:
+            yield from _fill_gpu(pieces, len(wanted), files, wanted[0].into.device)
+        else:
+            buffer = torch.empty(0, dtype=torch.uint8)
+            left = _counts(pieces, len(wanted))
+            for piece in pieces:
+                with _naming(piece):
+                    if not piece.converts:
+                        files.read(piece, piece.target.view(torch.uint8))
+                    else:
+                        if buffer.numel() < piece.nbytes:
+                            buffer = torch.empty(PIECE_BYTES, dtype=torch.uint8)
+                        files.read(piece, buffer[: piece.nbytes])
+                        piece.target.copy_(buffer[: piece.nbytes].view(piece.dtype))
+                left[piece.index] -= 1
+                if not left[piece.index]:
+                    yield piece.index
+    finally:
+        files.close()
 
-    def __init__(self, tensors: Mapping[str, TensorInfo], tp: TPGroup):
-        self.tensors, self.tp = tensors, tp
-        self._files: dict[str, Any] = {}
 
-    def read(self, name: str, shard_dim: int | None) -> torch.Tensor:
-        """This rank's slice of tensor `name` along `shard_dim` (None: all of it), on the host.
+@dataclass(frozen=True)
+class _Piece:
+    """A part of a slice: `rows` runs of `run` bytes, `pitch` apart from byte `offset` on, for `target` (flat)."""
 
-        It may share memory with the mapped file: never write to it.
-        """
-        info = self.tensors[name]
-        if info.path not in self._files:
-            self._files[info.path] = safe_open(info.path, framework="pt")
-        entry = self._files[info.path].get_slice(info.key)
-        if shard_dim is None or self.tp.size == 1:
-            return entry[:] if info.shape else self._files[info.path].get_tensor(info.key)
-        index = [slice(None)] * len(info.shape)
-        index[shard_dim] = self.tp.slice(info.shape[shard_dim])
-        return entry[tuple(index)]
+    index: int
+    info: TensorInfo
+    offset: int
+    rows: int
+    run: int
+    pitch: int
+    target: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows * self.run
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return TORCH_DTYPES[self.info.dtype]
+
+    @property
+    def converts(self) -> bool:
+        return self.target.dtype != self.dtype
+
+
+def _pieces(index: int, want: Wanted, tp: TPGroup) -> Iterator[_Piece]:
+    info, flat = want.info, want.into.view(-1)
+    if info.dtype not in TORCH_DTYPES:
+        raise ValueError(f"{info.path}: {info.key} has dtype {info.dtype}; legal: {', '.join(TORCH_DTYPES)}")
+    assert tuple(want.into.shape) == shard_shape(info, want.shard_dim, tp), (info.key, want.into.shape)
+    item = TORCH_DTYPES[info.dtype].itemsize
+    if not flat.numel():
+        return
+    if want.shard_dim is None or want.shard_dim == 0 or tp.size == 1:
+        part = tp.slice(info.shape[0]) if want.shard_dim == 0 else slice(0, 0)
+        start = info.start + part.start * (info.nbytes // info.shape[0] if info.shape else 0)
+        step = PIECE_BYTES // item
+        for at in range(0, flat.numel(), step):
+            count = min(step, flat.numel() - at)
+            yield _Piece(index, info, start + at * item, 1, count * item, 0, flat[at : at + count])
+        return
+    assert want.shard_dim == 1 and len(info.shape) == 2, (info.key, want.shard_dim)
+    part = tp.slice(info.shape[1])
+    width, pitch = part.stop - part.start, info.shape[1] * item
+    step = max(1, PIECE_BYTES // (width * item))
+    for row in range(0, info.shape[0], step):
+        rows = min(step, info.shape[0] - row)
+        target = flat[row * width : (row + rows) * width]
+        yield _Piece(index, info, info.start + row * pitch + part.start * item, rows, width * item, pitch, target)
+
+
+class _Files:
+    """Open files by path; safe to read from several threads."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, tuple[int, mmap.mmap]] = {}
+        self._lock = threading.Lock()
+
+    def read(self, piece: _Piece, into: torch.Tensor) -> None:
+        """The bytes of `piece` into `into` (uint8, on the host)."""
+        descriptor, mapped = self._get(piece.info.path)
+        room = into.numpy()
+        if piece.rows > 1:
+            # short runs, far apart: the kernel reads whole pages anyway, and a call for each run costs more
+            whole = np.frombuffer(mapped, dtype=np.uint8)
+            rows = np.lib.stride_tricks.as_strided(
+                whole[piece.offset :], (piece.rows, piece.run), (piece.pitch, 1), writeable=False
+            )
+            np.copyto(room.reshape(piece.rows, piece.run), rows)
+            # mapped pages count as this process's memory until they are let go; they stay in the page cache
+            first = piece.offset // mmap.PAGESIZE * mmap.PAGESIZE
+            mapped.madvise(mmap.MADV_DONTNEED, first, piece.offset + piece.rows * piece.pitch - first)
+            return
+        done = 0
+        while done < piece.nbytes:
+            got = os.preadv(descriptor, [memoryview(room)[done:]], piece.offset + done)
+            if not got:
+                raise ValueError(f"the file ends at byte {piece.offset + done}, inside it; fetch it again")
+            done += got
+
+    def _get(self, path: str) -> tuple[int, mmap.mmap]:
+        with self._lock:
+            if path not in self._open:
+                descriptor = os.open(path, os.O_RDONLY)
+                self._open[path] = descriptor, mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+            return self._open[path]
+
+    def close(self) -> None:
+        for descriptor, _ in self._open.values():
+            os.close(descriptor)
+        # the maps go with the last array that looks at them
+        self._open.clear()
+
+
+def _fill_gpu(pieces: list[_Piece], count: int, files: _Files, device: torch.device) -> Iterator[int]:
+    todo: queue.SimpleQueue[_Piece] = queue.SimpleQueue()
+    for piece in pieces:
+        todo.put(piece)
+    sent: queue.SimpleQueue[tuple[int, torch.cuda.Event] | BaseException] = queue.SimpleQueue()
+    stop = threading.Event()
+    # what the tensors held may still be in use by work queued before
+    free = torch.cuda.current_stream(device).record_event()
+
+    def lane() -> None:
+        try:
+            run_lane()
+        except BaseException as error:
+            sent.put(error)
+
+    def run_lane() -> None:
+        stream = torch.cuda.Stream(device)
+        stream.wait_event(free)
+        buffers = [torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        busy: list[torch.cuda.Event | None] = [None, None]
+        turn = 0
+        while not stop.is_set():
+            try:
+                piece = todo.get_nowait()
+            except queue.Empty:
+                break
+            with _naming(piece):
+                if busy[turn] is not None:
+                    busy[turn].synchronize()
+                buffer = buffers[turn][: piece.nbytes]
+                files.read(piece, buffer)
+                with torch.cuda.stream(stream):
+                    source = buffer.view(piece.dtype)
+                    if piece.converts:
+                        source = source.to(device, non_blocking=True)
+                    piece.target.copy_(source, non_blocking=True)
+                    busy[turn] = stream.record_event()
+            sent.put((piece.index, busy[turn]))
+            turn = 1 - turn
+        # the buffers go back to their pool only when the copies from them are done
+        stream.synchronize()
+
+    lanes = [threading.Thread(target=lane, daemon=True) for _ in range(min(LANES, os.cpu_count() or 1, len(pieces)))]
+    for thread in lanes:
+        thread.start()
+    try:
+        left = _counts(pieces, count)
+        for _ in range(len(pieces)):
+            arrived = sent.get()
+            if isinstance(arrived, BaseException):
+                raise arrived
+            index, event = arrived
+            torch.cuda.current_stream(device).wait_event(event)
+            left[index] -= 1
+            if not left[index]:
+                yield index
+    finally:
+        stop.set()
+        for thread in lanes:
+            thread.join()
+
+
+def _counts(pieces: list[_Piece], count: int) -> list[int]:
+    counts = [0] * count
+    for piece in pieces:
+        counts[piece.index] += 1
+    return counts
+
+
+class _naming:
+    """Adds the file and the tensor to what is raised inside, and keeps its type where that takes one text."""
+
+    def __init__(self, piece: _Piece):
+        self._what = f"{piece.info.path}: {piece.info.key}"
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            raise named(error, self._what) from error
+
+
+def named(error: BaseException, what: str) -> BaseException:
+    """`error` again, with `what` in front of its message."""
+    kind = type(error) if isinstance(error, ValueError | RuntimeError) else RuntimeError
+    try:
+        return kind(f"{what}: {error}")
+    except TypeError:
+        return RuntimeError(f"{what}: {type(error).__name__}: {error}")
 
 
 def load_shard(
-    module: nn.Module,
-    reader: ShardReader,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
+    module: nn.Module, tensors: Mapping[str, TensorInfo], tp: TPGroup, *, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Fill `module` (built on the meta device) with this rank's slices, as `dtype` on `device`.
+    """Fill `module` (built on the meta device) with this rank's slices of `tensors`, as `dtype` on `device`.
 
-    Raises ValueError naming the file and the first ten keys when names or shapes do not match.
+    Raises ValueError naming the file and the first ten keys when names or shapes do not match, and the
+    tensor when the device's memory is too small.
     """
-    expected, found = dict(module.named_parameters()), reader.tensors
-    problems = _listed("missing", expected.keys() - found.keys()) + _listed(
-        "unexpected", found.keys() - expected.keys()
+    expected = dict(module.named_parameters())
+    problems = _listed("missing", expected.keys() - tensors.keys()) + _listed(
+        "unexpected", tensors.keys() - expected.keys()
     )
     if problems:
-        where = next(iter(found.values())).path if found else "the checkpoint"
+        where = next(iter(tensors.values())).path if tensors else "the checkpoint"
         raise ValueError(f"{where}: the transformer's keys do not fit the model: {'; '.join(problems)}")
+    wanted = []
     for name, parameter in expected.items():
-        tensor = reader.read(name, parameter.shard_dim)
-        if tensor.shape != parameter.shape:
+        info, dim = tensors[name], parameter.shard_dim
+        if len(info.shape) != parameter.dim() or shard_shape(info, dim, tp) != tuple(parameter.shape):
             raise ValueError(
-                f"{found[name].path}: {found[name].key} has shape {found[name].shape}, of which rank "
-                f"{reader.tp.rank} of {reader.tp.size} takes {tuple(tensor.shape)}; legal: {tuple(parameter.shape)}"
+                f"{info.path}: {info.key} has shape {info.shape}; legal: one of which rank {tp.rank} of "
+                f"{tp.size} gets {tuple(parameter.shape)}"
             )
-        # `tensor` may be the mapped file itself, which stays the clean copy that LoRAs are merged from
-        loaded = nn.Parameter(tensor.to(device=device, dtype=dtype, copy=True), requires_grad=False)
-        loaded.shard_dim = parameter.shard_dim
+        try:
+            loaded = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device), requires_grad=False)
+        except RuntimeError as error:
+            raise named(error, f"{info.path}: {info.key}") from error
+        loaded.shard_dim = dim
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, loaded)
+        wanted.append(Wanted(info, dim, loaded.data))
+    for _ in fill(wanted, tp):
+        pass
 
 
 def _listed(what: str, names: Set[str]) -> list[str]:

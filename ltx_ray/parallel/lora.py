@@ -1,9 +1,8 @@
 """LoRA merged into a rank's shard, with no communication, at any strengths, any number of times.
 
-A column-parallel layer needs its rows of B and all of A, a row-parallel layer all of B and its
-columns of A. Rounding is the reference's (v1.2.0, `fuse_loras.py`): the first product is
-`round((round(B * strength)) @ A)`, later ones are added by addmm, the clean weight last. Clean
-weights come from the file each time and are never reconstructed by subtracting.
+A column-parallel layer needs its rows of B and all of A, a row-parallel layer all of B and its columns
+of A. Every merge starts from the clean weights, which are kept where memory allows and never
+reconstructed by subtracting, so that the weights have the bits of a fresh load whatever was merged before.
 """
 
 from __future__ import annotations
@@ -14,91 +13,183 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ltx_ray.headers import TensorInfo
 from ltx_ray.lorafiles import Factor, LoraPair
 from ltx_ray.parallel.layers import TPGroup
-from ltx_ray.parallel.loading import ShardReader
-
-MERGE_CHUNK_BYTES = 32 * 2**20
+from ltx_ray.parallel.loading import named
+from ltx_ray.parallel.merging import Product, merge_
+from ltx_ray.parallel.residence import Memory, Part, Residence, choose
 
 
 @dataclass(frozen=True)
 class LoraSetting:
-    """What is merged: LoRAs by their place in the list given to LoraMerger, and strengths."""
+    """What is merged: (place in the list given to LoraMerger, strength) of each LoRA that takes part, in order.
 
-    strengths: tuple[float, ...]
+    A LoRA of strength 0 beside others still takes part: the reference rounds what comes after it otherwise.
+    """
+
+    uses: tuple[tuple[int, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        assert list(self.uses) == sorted(self.uses, key=lambda use: use[0]), self.uses
+
+    def of(self, modules: Sequence[set[str]], module: str) -> tuple[tuple[int, float], ...]:
+        """The uses that touch `module`; none when all strengths are 0, since the reference then merges nothing."""
+        if not any(strength for _, strength in self.uses):
+            return ()
+        return tuple((index, strength) for index, strength in self.uses if module in modules[index])
 
 
 class LoraMerger:
     """Keeps the weights of `module` at a LoraSetting.
 
-    `loras` are factor pairs by module, in the reference's order (user LoRAs, then the distilled one);
-    `weights` reads the clean weights. Products are rounded to the parameters' dtype.
+    `tensors` are the clean weights and `loras` the factor pairs by module, in the reference's order
+    (user LoRAs, then the distilled one). The module's parameters are clean when it is given.
+    `group` is the ranks that hold the same shard, if any.
     """
 
-    def __init__(self, module: nn.Module, weights: ShardReader, loras: Sequence[Mapping[str, LoraPair]], tp: TPGroup):
-        self.module, self.weights, self._loras, self._tp = module, weights, loras, tp
+    def __init__(
+        self,
+        module: nn.Module,
+        tensors: Mapping[str, TensorInfo],
+        loras: Sequence[Mapping[str, LoraPair]],
+        tp: TPGroup,
+        group: TPGroup = TPGroup(),  # noqa: B008 (frozen)
+    ):
+        self._tp, self._loras = tp, loras
         self._parameters = dict(module.named_parameters())
+        touched = {stem for lora in loras for stem in lora}
+        # in file order, which is the order in which weights and factors come from disk fastest
+        self._modules = sorted(touched, key=lambda stem: _place(tensors[f"{stem}.weight"]))
+        self._modules_of = [set(lora) for lora in loras]
+        self._tensors = tensors
+        first = next((self._weight(stem) for stem in self._modules), None)
+        self._device = first.device if first is not None else torch.device("cpu")
+        self._dtype = first.dtype if first is not None else torch.float32
+        weights = {stem: Part(tensors[f"{stem}.weight"], self._weight(stem).shard_dim) for stem in self._modules}
+        self._clean = Residence(weights, tp, self._device, self._dtype, group)
+        self._group = group
+        self._factors = Residence(dict(self._factor_parts()), tp, self._device)
         #: What is merged now; None after a merge that failed half-way.
-        self._current: LoraSetting | None = LoraSetting((0.0,) * len(loras))
-        self._targets = sorted({stem for lora in loras for stem in lora})
+        self._current: LoraSetting | None = LoraSetting()
+        self._merges = 0
+
+    @property
+    def residence(self) -> dict[str, str]:
+        """Where clean weights and factors are kept."""
+        return {"clean_weights": self._clean.where, "lora_factors": self._factors.where}
+
+    def keep(
+        self, reserve: int, memory: Memory | None = None, clean: str | None = None, factors: str | None = None
+    ) -> None:
+        """Keep factors and clean weights as near as memory allows.
+
+        `reserve` bytes of the device stay free. `clean` and `factors` name a place instead.
+        """
+        memory = memory or Memory.now(self._device)
+        if self._device.type != "cuda" and clean is None and factors is None:
+            return  # the file is host memory already
+        if factors is None:
+            factors = choose(self._factors.total, memory, reserve)
+        device = memory.device - (self._factors.total if factors == "device" else 0)
+        host = memory.host - (self._factors.total if factors == "host" else 0)
+        if clean is None:
+            clean = choose(self._clean.total, Memory(device, host), reserve)
+            share = self._clean.total // self._group.size
+            if clean != "device" and self._group.size > 1 and share + reserve <= device:
+                clean = "gang"
+        self._factors.keep(factors)
+        clean_now = self._current == LoraSetting()
+        self._clean.keep(clean, {stem: self._weight(stem).data for stem in self._modules} if clean_now else None)
 
     def switch(self, setting: LoraSetting) -> bool:
-        """Bring the weights to `setting`; False when they are there already."""
-        assert len(setting.strengths) == len(self._loras)
-        if setting == self._current:
+        """Bring the weights to `setting`; False when they are there already.
+
+        Only layers that the change concerns are touched. Raises what reading or merging raised, with the
+        layer in the message; the weights are then unusable until a switch succeeds.
+        """
+        before, now = self._current, setting
+        if before == now:
             return False
+        changed = [m for m in self._modules if before is None or self._uses(before, m) != self._uses(now, m)]
         # should this fail half-way, the next call must not take the mixture for what was there before
         self._current = None
-        for stem in self._targets:
-            parameter = self._parameters[f"{stem}.weight"]
-            clean = self.weights.read(f"{stem}.weight", parameter.shard_dim)
-            clean = clean.to(device=parameter.device, dtype=parameter.dtype)
-            factors = [
-                (*self._factors(lora[stem], parameter), strength * lora[stem].scale)
-                for lora, strength in zip(self._loras, setting.strengths, strict=True)
-                if strength != 0.0 and stem in lora
-            ]
-            merge_(parameter.data, clean, factors)
-        self._current = setting
-        return True
+        stale = [m for m in changed if before is None or self._uses(before, m)]
+        self._merge(changed, set(stale), now)
+        self._current = now
+        return bool(changed)
 
-    def _factors(self, pair: LoraPair, parameter: nn.Parameter) -> tuple[torch.Tensor, torch.Tensor]:
-        a = self._factor(pair.a, 1 if parameter.shard_dim == 1 else None, parameter)
-        return a, self._factor(pair.b, 0 if parameter.shard_dim == 0 else None, parameter)
+    def _merge(self, modules: list[str], stale: set[str], setting: LoraSetting) -> None:
+        """Bring `modules` to `setting`; those in `stale` are not clean now."""
+        into = {m: self._weight(m).data for m in modules}
+        clean = self._clean.fetch_into([m for m in modules if m in stale], into)
+        groups = [self._names(m, setting) for m in modules]
+        factors = self._factors.fetch(groups)
+        stem = "the LoRA"
+        try:
+            for stem, names, tensors in zip(modules, groups, factors, strict=True):
+                weight = self._weight(stem)
+                source = next(clean)[1] if stem in stale else weight.data
+                values = dict(zip(names, tensors, strict=True))
+                products = [
+                    self._product(index, stem, strength, values) for index, strength in self._uses(setting, stem)
+                ]
+                self._merge_one(weight, source, products, self._tensors[f"{stem}.weight"])
+        except RuntimeError as error:
+            raise named(error, f"merging into {stem}.weight") from error
 
-    def _factor(self, factor: Factor, shard_dim: int | None, parameter: nn.Parameter) -> torch.Tensor:
-        sides = {"factor": factor.tensor} | ({"scale": factor.scale} if factor.scale else {})
-        reader = ShardReader(sides, self._tp)
-        value = reader.read("factor", shard_dim).to(parameter.device)
+    def _merge_one(self, weight: nn.Parameter, source: torch.Tensor, products: list[Product], info: TensorInfo) -> None:
+        offset = self._tp.slice(info.shape[0]).start if weight.shard_dim == 0 else 0
+        merge_(weight.data, source, products, first_row=offset, full_columns=info.shape[1])
+
+    def _product(self, index: int, stem: str, strength: float, values: Mapping[str, torch.Tensor]) -> Product:
+        pair = self._loras[index][stem]
+        a, b = (
+            self._plain(factor, _name(index, stem, side), values) for factor, side in ((pair.a, "a"), (pair.b, "b"))
+        )
+        return a, b, strength * pair.scale
+
+    def _plain(self, factor: Factor, name: str, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The factor in the weights' dtype; a quantized one times its scale."""
+        value = values[name]
         if factor.scale is not None:
-            scale = reader.read("scale", None).to(parameter.device, torch.float32)
-            if scale.numel() > 1:
-                scale = scale.reshape(-1, 1)
-                scale = scale[self._tp.slice(len(scale))] if shard_dim == 0 else scale
-            value = value.float() * scale
-        return value.to(parameter.dtype)
+            scale = values[f"{name}.scale"].float()
+            value = value.float() * (scale.reshape(-1, 1) if scale.numel() > 1 else scale)
+        return value.to(self._dtype)
+
+    def _uses(self, setting: LoraSetting, module: str) -> tuple[tuple[int, float], ...]:
+        return setting.of(self._modules_of, module)
+
+    def _weight(self, stem: str) -> nn.Parameter:
+        return self._parameters[f"{stem}.weight"]
+
+    def _names(self, stem: str, setting: LoraSetting) -> list[str]:
+        names = []
+        for index, _ in self._uses(setting, stem):
+            pair = self._loras[index][stem]
+            for factor, side in ((pair.a, "a"), (pair.b, "b")):
+                name = _name(index, stem, side)
+                names += [name] if factor.scale is None else [name, f"{name}.scale"]
+        return names
+
+    def _factor_parts(self):
+        for index, lora in enumerate(self._loras):
+            for stem, pair in lora.items():
+                dim = self._weight(stem).shard_dim
+                for factor, side, axis in ((pair.a, "a", 1), (pair.b, "b", 0)):
+                    sharded = axis if dim == axis else None
+                    yield _name(index, stem, side), Part(factor.tensor, sharded)
+                    if factor.scale is not None:
+                        by_row = factor.scale.shape and factor.scale.shape[0] == factor.shape[0] > 1
+                        yield (
+                            f"{_name(index, stem, side)}.scale",
+                            Part(factor.scale, 0 if sharded == 0 and by_row else None),
+                        )
 
 
-def merge_(
-    target: torch.Tensor,
-    clean: torch.Tensor,
-    factors: Sequence[tuple[torch.Tensor, torch.Tensor, float]],
-    chunk_bytes: int = MERGE_CHUNK_BYTES,
-) -> None:
-    """target (out, in) <- clean + sum of (B * strength) @ A, for factors (A (r, in), B (out, r), strength).
+def _name(index: int, stem: str, side: str) -> str:
+    return f"{index}.{stem}.{side}"
 
-    Works on blocks of rows, so that temporaries stay within `chunk_bytes` however large B is.
-    """
-    if not factors:
-        target.copy_(clean)
-        return
-    rows = max(1, chunk_bytes // (target.shape[1] * target.element_size()))
-    for start in range(0, target.shape[0], rows):
-        block = slice(start, start + rows)
-        delta: torch.Tensor | None = None
-        for a, b, strength in factors:
-            if delta is None:
-                delta = torch.matmul(b[block] * strength, a)
-            else:
-                delta.addmm_(b[block], a, alpha=strength)
-        target[block] = delta.add_(clean[block])
+
+def _place(info: TensorInfo) -> tuple[str, int]:
+    return info.path, info.start

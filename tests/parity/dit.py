@@ -13,7 +13,7 @@ from ltx_ray.model.rope import audio_positions, video_positions
 from ltx_ray.model.transformer import Modality, Transformer
 from ltx_ray.modelfiles import CONNECTOR_PREFIXES, TRANSFORMER_PREFIX, open_checkpoint
 from ltx_ray.parallel.layers import TPGroup
-from ltx_ray.parallel.loading import ShardReader, load_shard
+from ltx_ray.parallel.loading import load_shard
 from ltx_ray.records import AV
 from ltx_ray.shapes import ClipShape
 
@@ -26,7 +26,7 @@ def load_ours(path: str, dtype: torch.dtype = torch.float32, tp: TPGroup = TPGro
     config = TransformerConfig.from_metadata(checkpoint.transformer)
     with torch.device("meta"):
         model = Transformer(config, tp)
-    load_shard(model, ShardReader(checkpoint.tensors, tp), dtype=dtype, device=torch.device("cpu"))
+    load_shard(model, checkpoint.tensors, tp, dtype=dtype, device=torch.device("cpu"))
     return model
 
 

@@ -14,7 +14,6 @@ from ltx_ray.lorafiles import open_lora
 from ltx_ray.model.transformer import NO_PERTURBATION, Perturbation
 from ltx_ray.modelfiles import open_checkpoint
 from ltx_ray.parallel.layers import TPGroup
-from ltx_ray.parallel.loading import ShardReader
 from ltx_ray.parallel.lora import LoraMerger, LoraSetting
 from ltx_ray.records import AV
 from tests.parity.dit import Inputs, load_ours, relative
@@ -69,17 +68,17 @@ def test_merging_a_shard_is_sharding_the_merged(toy, world, dtype):
     checkpoint = open_checkpoint(toy["checkpoint_path"])
     loras = [open_lora(toy["distilled_lora"]).fit(checkpoint.linear_layers, checkpoint.path)]
     clean = {name: p.detach().clone() for name, p in whole.named_parameters()}
-    LoraMerger(whole, ShardReader(checkpoint.tensors, TPGroup()), loras, TPGroup()).switch(LoraSetting((0.5,)))
+    LoraMerger(whole, checkpoint.tensors, loras, TPGroup()).switch(LoraSetting(((0, 0.5),)))
     merged = dict(whole.named_parameters())
     changed = [name for name in merged if not torch.equal(merged[name], clean[name])]
     assert len(changed) > 100
     for rank in range(world):
         tp = TPGroup(rank, world)
         shard = load_ours(toy["checkpoint_path"], dtype, tp)
-        merger = LoraMerger(shard, ShardReader(checkpoint.tensors, tp), loras, tp)
+        merger = LoraMerger(shard, checkpoint.tensors, loras, tp)
         for strength in (0.25, 0.5, 0.0, 0.3, 0.5):
-            assert merger.switch(LoraSetting((strength,)))
-        assert not merger.switch(LoraSetting((0.5,)))
+            assert merger.switch(LoraSetting(((0, strength),)))
+        assert not merger.switch(LoraSetting(((0, 0.5),)))
         for name, parameter in shard.named_parameters():
             expected = merged[name]
             if parameter.shard_dim is not None and world > 1:
@@ -89,7 +88,7 @@ def test_merging_a_shard_is_sharding_the_merged(toy, world, dtype):
                     parameter.shape[parameter.shard_dim],
                 )
             assert torch.equal(parameter, expected), name
-        merger.switch(LoraSetting((0.0,)))
+        merger.switch(LoraSetting(((0, 0.0),)))
         if world == 1:
             for name, parameter in shard.named_parameters():
                 assert torch.equal(parameter, clean[name]), name

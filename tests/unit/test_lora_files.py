@@ -13,7 +13,6 @@ from ltx_ray.diffusersnames import to_diffusers, to_official
 from ltx_ray.lorafiles import lora_digest, open_lora
 from ltx_ray.modelfiles import open_checkpoint
 from ltx_ray.parallel.layers import TPGroup
-from ltx_ray.parallel.loading import ShardReader
 from ltx_ray.parallel.lora import LoraMerger, LoraSetting
 from ltx_ray.status import inspect_lines
 from tests.parity.dit import load_ours
@@ -177,7 +176,7 @@ def merged(toy, path: str, strength: float, dtype=torch.float32) -> dict[str, to
     checkpoint = open_checkpoint(toy["checkpoint_path"])
     model = load_ours(toy["checkpoint_path"], dtype)
     loras = [open_lora(path).fit(checkpoint.linear_layers, checkpoint.path)]
-    LoraMerger(model, ShardReader(checkpoint.tensors, TPGroup()), loras, TPGroup()).switch(LoraSetting((strength,)))
+    LoraMerger(model, checkpoint.tensors, loras, TPGroup()).switch(LoraSetting(((0, strength),)))
     return dict(model.named_parameters())
 
 

@@ -1,0 +1,79 @@
+"""target <- clean + sum of strength * B @ A, rounded as the reference does.
+
+Source of the rounding: `fuse_loras.py` of the reference v1.2.0. The first product is
+round(round(B * strength) @ A); later ones are added to it by addmm, unrounded but for the sum; the
+clean weight comes last. On a GPU one Triton kernel does all of it, a tile at a time, in one pass over
+the weight. Every element's sum runs over the rank in the same order wherever the tile lies, so that a
+shard gets the bits of the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+
+MERGE_CHUNK_BYTES = 32 * 2**20
+#: One LoRA's part in a layer: A (rank, in), B (out, rank), strength.
+Product = tuple[torch.Tensor, torch.Tensor, float]
+
+
+def merge_(
+    target: torch.Tensor,
+    clean: torch.Tensor,
+    products: Sequence[Product],
+    *,
+    first_row: int = 0,
+    full_columns: int | None = None,
+    chunk_bytes: int = MERGE_CHUNK_BYTES,
+) -> None:
+    """target (out, in) <- clean + products; `clean` may be `target` itself. All of one dtype and device.
+
+    Temporaries stay within `chunk_bytes`. Where the arithmetic goes in chunks of rows, their borders
+    count in the whole weight, of which this shard begins at row `first_row` and has `full_columns`
+    columns, so that every layout makes the same products.
+    """
+    if not products:
+        if clean is not target:
+            target.copy_(clean)
+        return
+    if target.is_cuda and (kernel := _kernel()) is not None:
+        kernel(target, clean, products, chunk_bytes)
+        return
+    columns = full_columns or target.shape[1]
+    # half for the product, half for B's rows times the strength (which are as wide as the rank)
+    step = max(1, chunk_bytes // 2 // (max(columns, *(a.shape[0] for a, _, _ in products)) * target.element_size()))
+    start = 0
+    while start < target.shape[0]:
+        end = min(target.shape[0], (first_row + start) // step * step + step - first_row)
+        target[start:end] = _delta(products, slice(start, end)).add_(clean[start:end])
+        start = end
+
+
+def _delta(products: Sequence[Product], rows: slice) -> torch.Tensor:
+    delta: torch.Tensor | None = None
+    for a, b, strength in products:
+        part = b[rows]
+        if delta is None:
+            delta = _matmul(part * strength, a)
+        elif len(part) > 1:
+            delta.addmm_(part, a, alpha=strength)
+        else:
+            delta = delta.expand(2, -1).addmm(part.expand(2, -1), a, alpha=strength)[:1]
+    assert delta is not None
+    return delta
+
+
+def _matmul(b: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    # a single row would go to a matrix-vector routine, which rounds otherwise than the same row of a matrix
+    return torch.matmul(b, a) if len(b) > 1 else torch.matmul(b.expand(2, -1).contiguous(), a)[:1]
+
+
+@cache
+def _kernel():
+    try:
+        from ltx_ray.parallel.merge_kernel import merge
+    except ImportError:  # no Triton: the chunks above, at half the speed
+        return None
+    return merge

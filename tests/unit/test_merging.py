@@ -1,0 +1,193 @@
+"""Merging: the reference's rounding, shards, residences, and any sequence of switches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ltx_ray.headers import read_header
+from ltx_ray.lorafiles import open_lora
+from ltx_ray.parallel.layers import ColumnLinear, Linear, RowLinear, TPGroup
+from ltx_ray.parallel.loading import load_shard
+from ltx_ray.parallel.lora import LoraMerger, LoraSetting
+from ltx_ray.parallel.merging import merge_
+from ltx_ray.parallel.residence import GIB, Memory, choose
+
+SHAPES = {"up": (32, 16), "down": (16, 32), "gate": (4, 16), "whole": (24, 16)}
+
+
+class Model(nn.Module):
+    def __init__(self, tp: TPGroup):
+        super().__init__()
+        self.up, self.down, self.gate = ColumnLinear(16, 32, tp), RowLinear(32, 16, tp), ColumnLinear(16, 4, tp)
+        self.whole = Linear(16, 24)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A checkpoint in bfloat16 and three LoRAs: of all layers, of some, and with an alpha in float32."""
+    folder = tmp_path_factory.mktemp("merging")
+    torch.manual_seed(0)
+    weights = {}
+    for name, (n_out, n_in) in SHAPES.items():
+        weights |= {
+            f"{name}.weight": torch.randn(n_out, n_in).bfloat16(),
+            f"{name}.bias": torch.randn(n_out).bfloat16(),
+        }
+    save_file(weights, folder / "model.safetensors")
+    for number, (modules, rank, dtype) in enumerate(
+        [(SHAPES, 8, torch.bfloat16), (("up", "whole"), 3, torch.float16), (("down", "gate"), 4, torch.float32)]
+    ):
+        factors = {}
+        for name in modules:
+            n_out, n_in = SHAPES[name]
+            factors[f"{name}.lora_A.weight"] = torch.randn(rank, n_in).to(dtype)
+            factors[f"{name}.lora_B.weight"] = torch.randn(n_out, rank).to(dtype)
+            if number == 2:
+                factors[f"{name}.alpha"] = torch.tensor(6.0)
+        save_file(factors, folder / f"lora{number}.safetensors")
+    return folder
+
+
+def merger(files, tp=TPGroup(), dtype=torch.bfloat16):  # noqa: B008 (frozen)
+    tensors = read_header(files / "model.safetensors").tensors
+    with torch.device("meta"):
+        model = Model(tp)
+    load_shard(model, tensors, tp, dtype=dtype, device=torch.device("cpu"))
+    loras = [open_lora(str(files / f"lora{i}.safetensors")).fit(SHAPES, "model") for i in range(3)]
+    return model, LoraMerger(model, tensors, loras, tp)
+
+
+def expected(files, uses, dtype=torch.bfloat16):
+    """Whole weights as the reference merges them, written plainly."""
+    weights = {k: v.to(dtype) for k, v in load_file(files / "model.safetensors").items()}
+    if not any(strength for _, strength in uses):
+        return weights
+    for name in SHAPES:
+        delta = None
+        for index, strength in uses:
+            factors = load_file(files / f"lora{index}.safetensors")
+            if f"{name}.lora_A.weight" not in factors:
+                continue
+            a, b = (factors[f"{name}.lora_{side}.weight"].to(dtype) for side in "AB")
+            scaled = strength * (6.0 / 4 if index == 2 else 1.0)
+            delta = torch.matmul(b * scaled, a) if delta is None else delta.addmm_(b, a, alpha=scaled)
+        if delta is not None:
+            weights[f"{name}.weight"] = delta + weights[f"{name}.weight"]
+    return weights
+
+
+def assert_same(model, weights):
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, weights[name]), name
+
+
+USES = [
+    (),
+    ((0, 0.25),),
+    ((0, 0.5), (1, -1.5)),
+    ((1, 0.3), (2, 0.7)),
+    ((0, 0.0), (1, 0.9)),
+    ((0, 0.25), (1, 0.5), (2, 2.0)),
+    ((0, 0.0), (2, 0.0)),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("uses", USES)
+def test_merged_weights_are_the_references(files, uses, dtype):
+    model, merging = merger(files, dtype=dtype)
+    assert merging.switch(LoraSetting(uses)) == any(s for _, s in uses)
+    assert_same(model, expected(files, uses, dtype))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_shard_merges_like_the_whole(files, size):
+    for uses in USES:
+        whole = expected(files, uses)
+        for rank in range(size):
+            model, merging = merger(files, TPGroup(rank, size))
+            merging.switch(LoraSetting(uses))
+            for name, parameter in model.named_parameters():
+                dim, full = parameter.shard_dim, whole[name]
+                part = full if dim is None else full.narrow(dim, rank * parameter.shape[dim], parameter.shape[dim])
+                assert torch.equal(parameter, part), (name, uses)
+
+
+strengths = st.sampled_from([0.0, 0.25, 0.5, 1.0, -0.7, 1e-4])
+uses_of = st.lists(st.tuples(st.integers(0, 2), strengths), unique_by=lambda use: use[0]).map(
+    lambda uses: tuple(sorted(uses))
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(uses_of, min_size=1, max_size=6), st.sampled_from(["file", "host", "device"]),
+       st.sampled_from(["file", "host", "device"]), st.integers(0, 6))  # fmt: skip
+def test_any_sequence_of_switches_ends_in_the_bits_of_a_fresh_load(files, sequence, clean, factors, keep_at):
+    model, merging = merger(files)
+    for number, uses in enumerate(sequence):
+        if number == keep_at:  # a replica that turns out to switch, in the middle of things
+            merging.keep(0, Memory(0, 0), clean, factors)
+        merging.switch(LoraSetting(uses))
+    assert_same(model, expected(files, sequence[-1]))
+    assert not merging.switch(LoraSetting(sequence[-1]))
+
+
+def test_only_layers_that_change_are_touched(files, monkeypatch):
+    _, merging = merger(files)
+    merging.switch(LoraSetting(((0, 0.25),)))
+    touched = []
+    monkeypatch.setattr(merging, "_merge_one", lambda weight, source, products, info: touched.append(info.key))
+    merging.switch(LoraSetting(((0, 0.25), (2, 0.5))))
+    assert sorted(touched) == ["down.weight", "gate.weight"]
+
+
+def test_a_merge_that_fails_is_made_good_by_the_next(files, monkeypatch):
+    model, merging = merger(files)
+    merging.switch(LoraSetting(((0, 0.25),)))
+    good, calls = merging._merge_one, []
+
+    def fails(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("no room")
+        good(*arguments)
+
+    monkeypatch.setattr(merging, "_merge_one", fails)
+    with pytest.raises(torch.OutOfMemoryError, match=r"merging into \w+\.weight: no room"):
+        merging.switch(LoraSetting(((0, 0.5),)))
+    merging.switch(LoraSetting(((0, 0.25),)))
+    assert_same(model, expected(files, ((0, 0.25),)))
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 200, 1000, 1 << 20])
+def test_chunks_do_not_show(chunk_bytes):
+    torch.manual_seed(1)
+    clean, a, b = torch.randn(48, 40).bfloat16(), torch.randn(8, 40).bfloat16(), torch.randn(48, 8).bfloat16()
+    whole = torch.matmul(b * 0.3, a).addmm_(b, a, alpha=0.7) + clean
+    products = [(a, b, 0.3), (a, b, 0.7)]
+    for first in range(0, 48, 16):  # a shard of rows, whose chunks lie where the whole's do
+        rows = slice(first, first + 16)
+        target = torch.empty(16, 40).bfloat16()
+        parts = [(a, b[rows], s) for _, _, s in products]
+        merge_(target, clean[rows], parts, first_row=first, full_columns=40, chunk_bytes=chunk_bytes)
+        assert torch.equal(target, whole[rows])
+
+
+@pytest.mark.parametrize(
+    "nbytes, device, host, reserve, where",
+    [
+        (38, 100, 0, 16, "device"),
+        (38, 50, 100, 16, "host"),
+        (38, 50, 50, 16, "file"),
+        (38, 54, 0, 16, "device"),
+        (38, 53, 57, 16, "host"),
+        (0, 0, 0, 0, "device"),
+    ],
+)
+def test_what_every_switch_needs_is_kept_where_there_is_room(nbytes, device, host, reserve, where):
+    assert choose(nbytes * GIB, Memory(device * GIB, host * GIB), reserve * GIB) == where

@@ -18,10 +18,11 @@ import yaml
 from ltx_ray.columns import COLUMNS
 from ltx_ray.config import ModelFiles, RunLimits, Selection
 from ltx_ray.dataset.writer import DatasetWriter
+from ltx_ray.modelfiles import held_by
 from ltx_ray.pools.pool import Wanted
 from ltx_ray.records import canonical_json
 from ltx_ray.run import EXIT_FAILED_ROWS, EXIT_OK, EXIT_USAGE, Options, lora_files, prepare, render
-from ltx_ray.storage import Store
+from ltx_ray.storage import Store, join
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -46,12 +47,16 @@ def _model_options() -> dict[str, tuple[Any, Any]]:
     p = "Model"
     return {
         "model": _option(str | None, "toy: a tiny model with random weights, made on the spot", panel=p),
-        "checkpoint_path": _option(str | None, "LTX-2.3 single file", panel=p),
+        "checkpoint_path": _option(str | None, "LTX-2.3 single file, or directory as diffusers writes it", panel=p),
         "distilled_checkpoint_path": _option(
-            str | None, "LTX-2.3 distilled single file, in place of --checkpoint-path (pipeline distilled)", panel=p
+            str | None,
+            "LTX-2.3 distilled, file or directory, in place of --checkpoint-path (pipeline distilled)",
+            panel=p,
         ),
-        "gemma_root": _option(str | None, "Gemma 3 model directory", panel=p),
-        "spatial_upsampler_path": _option(str | None, "latent upsampler x2", panel=p),
+        "gemma_root": _option(str | None, "Gemma 3 model directory (default: that in a checkpoint directory)", panel=p),
+        "spatial_upsampler_path": _option(
+            str | None, "latent upsampler x2, file or directory (default: that in a checkpoint directory)", panel=p
+        ),
         "distilled_lora": _option(str | None, "distilled LoRA", panel=p),
         "lora": _option(
             list[str] | None, "a user LoRA and its default strength (repeatable): --lora PATH [STRENGTH]", panel=p
@@ -83,16 +88,25 @@ def _selection_options() -> dict[str, tuple[Any, Any]]:
         "limit": _option(int | None, "take the first N rows", panel=p),
         "ids": _option(str | None, "take the rows whose ids stand in this file, one a line", panel=p),
         "shard": _option(str | None, "take every N-th row from the I-th: I/N, I from 0", panel=p),
-        "image_root": _option(
-            list[str] | None, "folder images may come from (repeatable; default: the manifest's)", panel=p
-        ),
     }
+
+
+def _image_options() -> dict[str, tuple[Any, Any]]:
+    help_ = "folder or s3:// place that images may come from (repeatable; default: the manifest's folder)"
+    return {"image_root": _option(list[str] | None, help_, panel="Rows")}
 
 
 def _run_options() -> dict[str, tuple[Any, Any]]:
     p = "Run"
     return {
-        "tp": _option(int, "ranks of a replica (tensor parallelism)", default=1, panel=p),
+        "tp": _option(int, "ranks that share a replica's weights (tensor parallelism)", default=1, panel=p),
+        "stage2_tp": _option(int | None, "the same for stage 2 (default: as --tp)", panel=p),
+        "guidance_parallel": _option(
+            int, "sets of --tp ranks that share the guidance passes of stage 1", default=1, panel=p
+        ),
+        "sequence_parallel": _option(
+            int, "sets of --stage2-tp ranks that share the tokens of stage 2 (Ulysses)", default=1, panel=p
+        ),
         "stage1_replicas": _option(str, "auto or a number", default="auto", panel=p),
         "stage2_replicas": _option(
             str, "auto or a number; 0: the stage-1 replicas serve both stages in turns", default="auto", panel=p
@@ -143,7 +157,7 @@ def _takes(*groups: dict[str, tuple[Any, Any]]) -> Callable[[Callable[..., int]]
     return decorate
 
 
-_PLANNING = (_model_options(), _row_options(), _selection_options())
+_PLANNING = (_model_options(), _row_options(), _selection_options(), _image_options())
 _CONFIG = {
     "config": _option(str | None, "YAML file with any of these options by name", panel="Run"),
 }
@@ -165,10 +179,10 @@ def render_command(
 
 
 @app.command(name="retry")
-@_takes(_model_options(), _row_options(), _run_options(), _CONFIG)
+@_takes(_model_options(), _row_options(), _image_options(), _run_options(), _CONFIG)
 def retry_command(output: str = typer.Argument(help="a dataset; its failed rows are rendered again"), **values: Any):
     """Render the rows that failed in OUTPUT again, also those that were themselves at fault."""
-    manifest = os.path.join(output, "failed") if "://" not in output else f"{output.rstrip('/')}/failed"
+    manifest = join(output, "failed")
     if not DatasetWriter(Store(output)).listing().failed:
         typer.echo(f"nothing failed in {output}")
         return EXIT_OK
@@ -240,8 +254,8 @@ def report_command(output: str = typer.Argument(help="a dataset on a local disk"
 
 @app.command(name="inspect")
 @_takes()
-def inspect_command(file: str = typer.Argument(help="a safetensors file")) -> int:
-    """Say what a weight file holds."""
+def inspect_command(file: str = typer.Argument(help="a safetensors file, or a directory of them")) -> int:
+    """Say what a weight file or a model directory holds."""
     from ltx_ray.status import inspect_lines
 
     for line in inspect_lines(file):
@@ -279,6 +293,9 @@ def _options(manifest: str, output: str | None, values: dict[str, Any], retry_fa
         row_defaults=defaults,
         wanted=Wanted(
             tp=values.get("tp", 1),
+            stage2_tp=values.get("stage2_tp"),
+            guidance_parallel=_at_least("guidance_parallel", values.get("guidance_parallel", 1), 1),
+            sequence_parallel=_at_least("sequence_parallel", values.get("sequence_parallel", 1), 1),
             stage1=_replicas("stage1_replicas", values, least=1),
             stage2=_replicas("stage2_replicas", values, least=0),
         ),
@@ -320,8 +337,9 @@ def _model_files(values: dict[str, Any]) -> ModelFiles:
     distilled = values["distilled_checkpoint_path"] is not None
     if distilled and (other := next((n for n in ("checkpoint_path", "distilled_lora") if values[n]), None)):
         raise ValueError(f"--distilled-checkpoint-path and --{other.replace('_', '-')} exclude each other")
-    if distilled:
-        values = {**values, "checkpoint_path": values["distilled_checkpoint_path"]}
+    checkpoint = values["distilled_checkpoint_path" if distilled else "checkpoint_path"]
+    held = held_by(checkpoint) if checkpoint else {}
+    values = {**values, "checkpoint_path": checkpoint, **{k: values[k] or path for k, path in held.items()}}
     needed = ("checkpoint_path", "gemma_root", "spatial_upsampler_path", *(() if distilled else ("distilled_lora",)))
     missing = [f"--{name.replace('_', '-')}" for name in needed if not values[name]]
     if missing:

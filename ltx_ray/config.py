@@ -53,8 +53,12 @@ class Numerics:
     text_tokens: int = 1024
     text_batch: int = 1
     compile: str = "off"
-    layout: str = "tp"
+    #: Ranks that share a stage-1 replica's weights, those of stage 2, those that share its guidance passes,
+    #: and those that share stage 2's tokens.
     tp: int = 1
+    stage2_tp: int = 1
+    guidance_parallel: int = 1
+    sequence_parallel: int = 1
 
 
 @dataclass(frozen=True)

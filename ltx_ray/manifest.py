@@ -10,7 +10,6 @@ import io
 import itertools
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,10 +20,11 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from ltx_ray.columns import COLUMNS, Mistyped, arrow_type_fits
+from ltx_ray.imagefiles import locate
 from ltx_ray.recipe import DEFAULT_IMAGE_CRF, PIPELINES, served_pipelines
 from ltx_ray.records import Guidance, ImageCondition, LoraUse, RenderRequest
 from ltx_ray.shapes import ClipShape, size_problems
-from ltx_ray.storage import Store
+from ltx_ray.storage import Store, join, parent
 
 #: Rows of a JSONL file that decide whether a column as a whole has the wrong type.
 _PEEK_ROWS = 1000
@@ -135,7 +135,7 @@ def read_manifest(uri: str) -> Iterator[RawRow]:
         )
         if not files:
             raise ValueError(f"{uri}: holds no .parquet or .jsonl file")
-        names = [uri.rstrip("/") + path[len(store.root) :] for path in files]
+        names = [join(store.uri, path[len(store.root) + 1 :]) for path in files]
     else:
         files, names = [store.root], [uri]
     readers = []
@@ -155,7 +155,7 @@ def manifest_folder(uri: str) -> str:
     place = store.root if store.is_local else store.uri
     if store.fs.get_file_info(store.root).type == pafs.FileType.Directory:
         return place
-    return os.path.dirname(place)
+    return parent(place)
 
 
 def _parquet_rows(fs: pafs.FileSystem, path: str, name: str) -> Iterator[RawRow]:
@@ -291,12 +291,13 @@ def judge(raw: RawRow, rules: RowRules) -> Row:
     values = {**defaults, **rules.defaults, "id": None, **given, "pipeline": pipeline_name}
 
     asked = given.keys() | rules.defaults.keys()
-    folder = os.path.dirname(raw.file)
-    problems += _cross_checks(values, rules, asked, {p.column for p in problems}, folder)
+    problems += _cross_checks(values, rules, asked, {p.column for p in problems})
+    images, misplaced = _located(values["images"], parent(raw.file), rules.image_roots)
+    problems += misplaced
     if problems:
         return Row(raw, None, tuple(problems))
     values["loras"] = _in_declared_order(values["loras"], rules.loras)
-    values["images"] = tuple(_resolved(image, folder) for image in values["images"])
+    values["images"] = images
     extra = {k: v for k, v in raw.values.items() if k not in COLUMNS}
     values["extra"] = _extra_json(extra) if extra else None
     return Row(raw, RenderRequest(**values))
@@ -320,9 +321,7 @@ def check_defaults(defaults: Mapping[str, Any]) -> dict[str, Any]:
     return parsed
 
 
-def _cross_checks(
-    values: Mapping[str, Any], rules: RowRules, asked: set[str], bad: set[str], folder: str
-) -> list[Problem]:
+def _cross_checks(values: Mapping[str, Any], rules: RowRules, asked: set[str], bad: set[str]) -> list[Problem]:
     problems = []
     if not bad & {"height", "width", "num_frames", "frame_rate"}:
         shape = ClipShape(values["num_frames"], values["height"], values["width"], values["frame_rate"])
@@ -337,32 +336,26 @@ def _cross_checks(
         if use.name not in declared:
             known = ", ".join(sorted(declared)) or "none declared; give --lora PATH"
             problems.append(Problem("loras", use.name, f"a name declared with --lora ({known})"))
-    roots = rules.image_roots or (folder,)
     for image in values["images"]:
-        if not any(_is_inside(image.path, folder, root) for root in roots):
-            problems.append(Problem("images", image.path, f"a path inside an --image-root ({', '.join(roots)})"))
         if "num_frames" not in bad and image.frame_idx >= values["num_frames"]:
             legal = f"a frame_idx from 0 to {values['num_frames'] - 1}"
             problems.append(Problem("images", f"frame_idx {image.frame_idx} of {image.path}", legal))
     return problems
 
 
-def _resolved(image: ImageCondition, folder: str) -> ImageCondition:
-    """With the path as workers can open it and the crf of the model's generation where none is given."""
-    path = image.path if "://" in image.path else os.path.join(folder, image.path)
-    if "://" not in path:
-        path = os.path.realpath(path)
-    return dataclasses.replace(image, path=path, crf=DEFAULT_IMAGE_CRF if image.crf is None else image.crf)
-
-
-def _is_inside(path: str, folder: str, root: str) -> bool:
-    """Whether `path` (relative ones count from `folder`) stays under `root`, links resolved."""
-    if "://" not in path:
-        path = os.path.join(folder, path)
-    if "://" in path or "://" in root:
-        return path.startswith(root.rstrip("/") + "/") and ".." not in path.split("/")
-    full, top = os.path.realpath(path), os.path.realpath(root)
-    return os.path.commonpath([full, top]) == top
+def _located(
+    images: tuple[ImageCondition, ...], folder: str, roots: tuple[str, ...]
+) -> tuple[tuple[ImageCondition, ...], list[Problem]]:
+    """Images with paths that workers can open, and the crf of the model's generation where none is given."""
+    found, problems, roots = [], [], roots or (folder,)
+    for image in images:
+        path = locate(image.path, folder, roots)
+        if path is None:
+            problems.append(Problem("images", image.path, f"a path inside an --image-root ({', '.join(roots)})"))
+        else:
+            crf = DEFAULT_IMAGE_CRF if image.crf is None else image.crf
+            found.append(dataclasses.replace(image, path=path, crf=crf))
+    return tuple(found), problems
 
 
 def _extra_json(extra: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ltx_ray import diffusersfiles
 from ltx_ray.headers import MAX_HEADER_BYTES, SafetensorsHeader, TensorInfo, read_header
 
 TRANSFORMER_PREFIX = "model.diffusion_model."
@@ -25,6 +26,9 @@ CONNECTOR_PREFIXES = (
     "model.diffusion_model.audio_embeddings_connector.",
 )
 SUPPORTED_GENERATION = (2, 3)
+_LEGAL_GENERATION = "legal: 2.3.x (LTX-2.0 and LTX-2.5 are other architectures)"
+#: What a transformer's tensors may be stored as.
+_PLAIN_DTYPES = ("BF16", "F16", "F32", "F64")
 #: What a single file must hold, by the prefix of its keys.
 PIECES = {
     "model.diffusion_model.transformer_blocks.": "transformer",
@@ -82,7 +86,21 @@ def parse_generation(model_version: str) -> tuple[int, ...]:
 
 
 def open_checkpoint(path: str) -> Checkpoint:
-    """Open an LTX single file, or raise ValueError when it is not of the supported generation."""
+    """Open an LTX single file, or a directory in diffusers' layout.
+
+    Raises ValueError when it is not of the supported generation, not whole, or quantized.
+    """
+    checkpoint = _open_directory(path) if os.path.isdir(path) else _open_file(path)
+    quantized = [info for info in checkpoint.tensors.values() if info.dtype not in _PLAIN_DTYPES]
+    if quantized:
+        raise ValueError(
+            f"{path}: {len(quantized)} of the transformer's tensors are quantized, such as {quantized[0].key} "
+            f"({quantized[0].dtype}); legal: {', '.join(_PLAIN_DTYPES)}"
+        )
+    return checkpoint
+
+
+def _open_file(path: str) -> Checkpoint:
     header = read_header(path)
     version = header.metadata.get("model_version", "")
     generation = parse_generation(version)
@@ -92,14 +110,35 @@ def open_checkpoint(path: str) -> Checkpoint:
             f"legal: an official LTX-2.3 single file such as ltx-2.3-22b-dev.safetensors"
         )
     if generation[:2] != SUPPORTED_GENERATION:
-        raise ValueError(
-            f"{path}: model_version is {version or 'not given'!r}; legal: 2.3.x "
-            f"(LTX-2.0 and LTX-2.5 are other architectures)"
-        )
+        raise ValueError(f"{path}: model_version is {version or 'not given'!r}; {_LEGAL_GENERATION}")
     for prefix, piece in PIECES.items():
         if not any(name.startswith(prefix) for name in header.tensors):
             raise ValueError(f"{path}: has no {piece} (no keys under {prefix}); legal: a whole single file")
     return Checkpoint(path, version, header.config.get("transformer", {}), _transformer_tensors(header), header.size)
+
+
+def _open_directory(path: str) -> Checkpoint:
+    transformer = os.path.join(path, "transformer")
+    if not os.path.isfile(os.path.join(transformer, "config.json")):
+        files = sorted(name for name in os.listdir(path) if name.endswith(".safetensors"))
+        instead = f"name one of its files ({', '.join(files[:10])}), or " if files else ""
+        raise ValueError(
+            f"{path}: is a directory without transformer/config.json; legal: {instead}an LTX-2.3 directory as "
+            f"diffusers writes it"
+        )
+    config = diffusersfiles.read_config(transformer)
+    diffusersfiles.check_class(transformer, config, diffusersfiles.COMPONENTS["transformer"])
+    version, why = diffusersfiles.generation(config)
+    if parse_generation(version) != SUPPORTED_GENERATION:
+        raise ValueError(f"{path}: model_version is {version!r} (transformer/config.json: {why}); {_LEGAL_GENERATION}")
+    parts = diffusersfiles.read_model(path)
+    return Checkpoint(
+        path,
+        version,
+        diffusersfiles.official_config(parts["transformer"], parts["connectors"]),
+        diffusersfiles.official_tensors(parts["transformer"]),
+        sum(info.nbytes for part in parts.values() for info in part.tensors.values()),
+    )
 
 
 def _transformer_tensors(header: SafetensorsHeader) -> dict[str, TensorInfo]:
@@ -111,21 +150,71 @@ def _transformer_tensors(header: SafetensorsHeader) -> dict[str, TensorInfo]:
 
 
 def check_upsampler(path: str) -> None:
-    """Raise ValueError unless the file at `path` is a spatial latent upsampler x2."""
-    header = read_header(path)
-    config = header.config
+    """Raise ValueError unless `path` is a spatial latent upsampler x2: the file, or a directory of diffusers."""
+    if os.path.isdir(path):
+        part = diffusersfiles.read_upsampler(path)
+        config, tensors, scale = part.config, part.tensors, part.config.get("rational_spatial_scale", 2.0)
+    else:
+        header = read_header(path)
+        config, tensors, scale = header.config, header.tensors, header.config.get("spatial_scale", 2.0)
     doubles = config.get("spatial_upsample", True) and not config.get("temporal_upsample", False)
-    if "initial_conv.weight" not in header.tensors or not doubles or config.get("spatial_scale", 2.0) != 2.0:
+    if "initial_conv.weight" not in tensors or not doubles or scale != 2.0:
         example = "ltx-2.3-spatial-upscaler-x2-1.1.safetensors"
         raise ValueError(f"{path}: not a spatial upsampler x2; legal: such as {example}")
 
 
-def check_tensor_parallel(checkpoint: Checkpoint, tp: int) -> None:
-    """Raise ValueError unless the attention heads can be divided over `tp` ranks."""
+def gemma_folders(root: str) -> tuple[str, str]:
+    """Where Gemma's weights and its tokenizer are in `root`: a Gemma directory, or one of diffusers with both."""
+    inside = os.path.join(root, diffusersfiles.TEXT_ENCODER)
+    if os.path.isdir(inside) and not os.path.isfile(os.path.join(root, "config.json")):
+        return inside, os.path.join(root, diffusersfiles.TOKENIZER)
+    return root, root
+
+
+def check_gemma(root: str) -> None:
+    """Raise ValueError unless `root` holds a Gemma 3 model and its tokenizer, whole as far as headers tell."""
+    legal = "legal: a Gemma 3 model directory, or a diffusers directory with text_encoder/ and tokenizer/"
+    model, tokenizer = gemma_folders(root)
+    if not os.path.isfile(os.path.join(model, "config.json")):
+        raise ValueError(f"--gemma-root: {model}, has no config.json; {legal}")
+    if not any(os.path.isfile(os.path.join(tokenizer, name)) for name in ("tokenizer.json", "tokenizer.model")):
+        raise ValueError(f"--gemma-root: {tokenizer}, has no tokenizer.json; {legal}")
+    kind = str(diffusersfiles.read_config(model).get("model_type"))
+    if not kind.startswith("gemma3"):
+        raise ValueError(f"--gemma-root: {model}, is a {kind} (LTX-2.5 takes Gemma 4); {legal}")
+    single = os.path.join(model, "model.safetensors")
+    if os.path.isfile(single):  # transformers takes it before an index, unlike diffusers
+        read_header(single)
+    else:
+        diffusersfiles.read_weights(model, "model.safetensors")
+
+
+def held_by(checkpoint_path: str) -> dict[str, str]:
+    """Paths by option name that may be left out, since a checkpoint in diffusers' layout holds their files."""
+    held = {}
+    if os.path.isdir(os.path.join(checkpoint_path, diffusersfiles.TEXT_ENCODER)):
+        held["gemma_root"] = checkpoint_path
+    if os.path.isdir(upsampler := os.path.join(checkpoint_path, diffusersfiles.UPSAMPLER)):
+        held["spatial_upsampler_path"] = upsampler
+    return held
+
+
+def check_parallel(checkpoint: Checkpoint, tp: int, stage2_tp: int | None = None, sequence_parallel: int = 1) -> None:
+    """Raise ValueError unless the attention heads can be divided over the ranks of both stages' gangs."""
     heads = checkpoint.num_heads
-    if tp < 1 or heads % tp:
-        legal = [n for n in range(1, heads + 1) if heads % n == 0]
-        raise ValueError(f"--tp: {tp}, legal: a divisor of the {heads} attention heads of {checkpoint.path}: {legal}")
+    second = tp if stage2_tp is None else stage2_tp
+    for flag, value, share in (
+        ("--tp", tp, tp),
+        ("--stage2-tp", second, second),
+        ("--sequence-parallel", sequence_parallel, second * sequence_parallel),
+    ):
+        if value < 1 or share < 1 or heads % share:
+            left = heads // second if flag == "--sequence-parallel" else heads
+            legal = [n for n in range(1, left + 1) if left % n == 0]
+            of = f" over --stage2-tp {second}" if left != heads else ""
+            raise ValueError(
+                f"{flag}: {value}, legal: a divisor of the {heads} attention heads of {checkpoint.path}{of}: {legal}"
+            )
 
 
 def file_digest(path: str) -> str:
@@ -154,9 +243,9 @@ def cached_digest(path: str, cache_dir: Path | None = None) -> str:
     Cached by path, size and mtime under `cache_dir` (default: the ltx-ray cache).
     """
     if os.path.isdir(path):
-        files = sorted(
-            p for p in Path(path).rglob("*") if p.suffix in (".safetensors", ".json", ".model") and p.is_file()
-        )
+        # a part of a model may be a link to a folder elsewhere
+        inside = (Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names)
+        files = sorted(p for p in inside if p.suffix in (".safetensors", ".json", ".model") and p.is_file())
         digest = hashlib.sha256()
         for file in files:
             digest.update(f"{file.relative_to(path)}:{cached_digest(str(file), cache_dir)}\n".encode())

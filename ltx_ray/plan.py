@@ -52,7 +52,7 @@ class UnreadableImage(Exception):
 def _digest(path: str) -> str:
     try:
         return image_digest(path)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise UnreadableImage(path, str(error)) from None
 
 

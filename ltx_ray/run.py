@@ -19,11 +19,12 @@ from ltx_ray.config import EngineSpec, LoraFile, ModelFiles, Numerics, PoolSpec,
 from ltx_ray.dataset.writer import DatasetWriter, Done
 from ltx_ray.driver.policy import STAGES
 from ltx_ray.driver.progress import Progress
+from ltx_ray.imagefiles import check_roots
 from ltx_ray.lease import Lease
 from ltx_ray.lorafiles import check_lora
 from ltx_ray.manifest import RowRules, check_defaults, manifest_folder
 from ltx_ray.metrics import EventLog
-from ltx_ray.modelfiles import Checkpoint, check_tensor_parallel, check_upsampler, open_checkpoint
+from ltx_ray.modelfiles import Checkpoint, check_gemma, check_parallel, check_upsampler, open_checkpoint
 from ltx_ray.plan import Plan, PlannedRow, RecipeBook
 from ltx_ray.pools.pool import Resources, StartFailed, Wanted, check_schedulable, lay_out, slots_needed
 from ltx_ray.recipe import served_pipelines
@@ -85,17 +86,24 @@ def prepare(options: Options) -> Prepared:
     """
     model = options.model.local()
     checkpoint = open_checkpoint(model.checkpoint_path)
-    check_tensor_parallel(checkpoint, options.wanted.tp)
+    wanted = options.wanted
+    check_parallel(checkpoint, wanted.tp, wanted.stage2_tp, wanted.sequence_parallel)
     check_upsampler(model.spatial_upsampler_path)
-    if not os.path.isfile(os.path.join(model.gemma_root, "config.json")):
-        raise ValueError(f"--gemma-root: {model.gemma_root}, has no config.json; legal: a Gemma 3 model directory")
+    check_gemma(model.gemma_root)
     if model.distilled_lora is not None:
         check_lora(checkpoint, model.distilled_lora)
     for lora in model.loras:
         check_lora(checkpoint, lora.path)
     defaults = check_defaults(options.row_defaults)
+    check_roots(options.image_roots)
     numerics = Numerics(
-        dtype=options.dtype, precision=options.precision, noise_device=options.noise_device, tp=options.wanted.tp
+        dtype=options.dtype,
+        precision=options.precision,
+        noise_device=options.noise_device,
+        tp=wanted.tp,
+        stage2_tp=wanted.tp_of_stage2,
+        guidance_parallel=wanted.guidance_parallel,
+        sequence_parallel=wanted.sequence_parallel,
     )
     rules = RowRules(
         defaults=defaults,

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from ltx_ray.dataset.writer import DatasetWriter
+from ltx_ray.diffusersfiles import COMPONENTS, generation, read_config
 from ltx_ray.driver.progress import duration
-from ltx_ray.headers import read_header
+from ltx_ray.headers import TensorInfo, read_header
 from ltx_ray.lease import holder
 from ltx_ray.lorafiles import open_lora
 from ltx_ray.storage import Store
@@ -81,13 +85,11 @@ def _events(store: Store) -> list[dict]:
 
 
 def inspect_lines(path: str) -> list[str]:
-    """Parts, sizes and metadata of the safetensors file at `path`. ValueError when it is none."""
+    """Parts, sizes and metadata of the safetensors file or the model directory at `path`. ValueError for neither."""
+    if os.path.isdir(path):
+        return _directory_lines(path)
     header = read_header(path)
-    dtypes = Counter(t.dtype for t in header.tensors.values())
-    lines = [
-        f"{path}: {header.size / 2**20:,.1f} MiB, {len(header.tensors)} tensors "
-        f"({', '.join(f'{n} {dtype}' for dtype, n in dtypes.most_common())})"
-    ]
+    lines = [f"{path}: {header.size / 2**20:,.1f} MiB, {_kinds(header.tensors.values())}"]
     if version := header.metadata.get("model_version"):
         lines.append(f"model_version {version}")
     claimed: set[str] = set()
@@ -110,10 +112,42 @@ def inspect_lines(path: str) -> list[str]:
         lines.append(f"other: {len(rest)} tensors, such as {', '.join(sorted(rest)[:5])}")
     transformer = header.config.get("transformer")
     if transformer:
-        lines.append(
-            f"transformer: {transformer.get('num_layers')} layers, {transformer.get('num_attention_heads')} heads of "
-            f"{transformer.get('attention_head_dim')} (video) and {transformer.get('audio_attention_head_dim')} (audio)"
-        )
+        lines.append(_architecture(transformer))
     elif header.config:
         lines.append(f"config: {json.dumps(header.config)[:200]}")
     return lines
+
+
+def _directory_lines(path: str) -> list[str]:
+    """The folders of a model in diffusers' layout, or the one that `path` is."""
+    inside = sorted(entry.path for entry in os.scandir(path) if os.path.isfile(os.path.join(entry.path, "config.json")))
+    folders = [path] if os.path.isfile(os.path.join(path, "config.json")) else inside
+    if not folders:
+        raise ValueError(f"{path}: no folder in it has a config.json; legal: a model directory, or a safetensors file")
+    lines = [f"{path}: a model directory"]
+    for folder in folders:
+        config = read_config(folder)
+        files = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
+        tensors = [info for name in files for info in read_header(os.path.join(folder, name)).tensors.values()]
+        size = sum(info.nbytes for info in tensors) / 2**20
+        what = config.get("_class_name") or config.get("model_type", "?")
+        name = os.path.basename(os.path.normpath(folder))
+        stored = f"{size:,.1f} MiB in {len(files)} file{'s' if len(files) != 1 else ''}"
+        lines.append(f"{name}: {what}, {stored}, {_kinds(tensors)}")
+        if what == COMPONENTS["transformer"]:
+            version, why = generation(config)
+            lines.append(f"model_version {version}{' (' + why + ')' if why else ''}")
+            lines.append(_architecture(config))
+    return lines
+
+
+def _kinds(tensors: Iterable[TensorInfo]) -> str:
+    dtypes = Counter(info.dtype for info in tensors)
+    return f"{dtypes.total()} tensors ({', '.join(f'{n} {dtype}' for dtype, n in dtypes.most_common())})"
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    return (
+        f"transformer: {config.get('num_layers')} layers, {config.get('num_attention_heads')} heads of "
+        f"{config.get('attention_head_dim')} (video) and {config.get('audio_attention_head_dim')} (audio)"
+    )

@@ -6,6 +6,7 @@ import os
 import secrets
 import shutil
 from pathlib import Path
+from urllib.parse import quote
 
 import pyarrow.fs as pafs
 
@@ -14,13 +15,19 @@ class Store:
     """A root folder on a local disk or in an object store; paths are relative to it, with '/'.
 
     Nothing is ever seen half-written: local files are renamed into place, object stores show an
-    object only when its upload is complete.
+    object only when its upload is complete. Credentials, region and endpoint of an object store come from
+    the environment (AWS_ACCESS_KEY_ID, AWS_REGION, AWS_ENDPOINT_URL ...), or from options behind a '?' in
+    the URI as pyarrow has them (`s3://bucket/path?region=eu-west-1`). Keys stand in a URI as they are, not
+    percent-encoded.
     """
 
     def __init__(self, uri: str):
         self.uri = uri.rstrip("/") if len(uri) > 1 else uri
         if "://" in uri:
-            self.fs, self.root = pafs.FileSystem.from_uri(uri.rstrip("/"))
+            place, options = split_options(uri)
+            scheme, _, rest = place.rstrip("/").partition("://")
+            host, slash, key = rest.partition("/")
+            self.fs, self.root = pafs.FileSystem.from_uri(f"{scheme}://{host}{slash}{quote(key)}{options}")
         else:
             self.fs, self.root = pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
         self.is_local = isinstance(self.fs, pafs.LocalFileSystem)
@@ -101,6 +108,26 @@ class Store:
         folder = Path(self.root) / "_tmp"
         folder.mkdir(parents=True, exist_ok=True)
         return str(folder)
+
+
+def split_options(uri: str) -> tuple[str, str]:
+    """A URI without its options, and these with their '?'; a local path has none."""
+    if "://" not in uri:
+        return uri, ""
+    place, mark, options = uri.partition("?")
+    return place, mark + options
+
+
+def join(folder: str, name: str) -> str:
+    """Path or URI of `name` below `folder`, with the folder's options."""
+    place, options = split_options(folder)
+    return f"{place.rstrip('/')}/{name}{options}" if "://" in folder else os.path.join(folder, name)
+
+
+def parent(uri: str) -> str:
+    """Path or URI of the folder that holds `uri`, with its options."""
+    place, options = split_options(uri)
+    return os.path.dirname(place) + options
 
 
 def _temporary_beside(target: str) -> Path:

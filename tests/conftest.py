@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from functools import cache
 from pathlib import Path
 
@@ -22,6 +23,11 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # A test never joins a cluster that happens to be there.
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.pop("RAY_API_SERVER_ADDRESS", None)
+# Nor reaches a real object store; `s3` sets the endpoint.
+os.environ.update(
+    AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="test", AWS_DEFAULT_REGION="us-east-1",
+    AWS_EC2_METADATA_DISABLED="true",
+)  # fmt: skip
 
 try:
     from hypothesis import settings
@@ -66,3 +72,29 @@ def toy() -> dict[str, str]:
     from ltx_ray.toy import ensure_toy_model
 
     return ensure_toy_model()
+
+
+@pytest.fixture(scope="session")
+def s3():
+    """A real S3 endpoint on this machine, found through the environment as a MinIO would be.
+
+    A pyarrow filesystem that may make buckets; what is stored lives as long as the session.
+    """
+    import pyarrow.fs as pafs
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    os.environ["AWS_ENDPOINT_URL"] = f"http://{host}:{port}"
+    yield pafs.S3FileSystem(endpoint_override=os.environ["AWS_ENDPOINT_URL"], allow_bucket_creation=True)
+    del os.environ["AWS_ENDPOINT_URL"]
+    server.stop()
+
+
+@pytest.fixture
+def bucket(s3) -> str:
+    """URI of an empty bucket of the test's own."""
+    name = f"b{secrets.token_hex(6)}"
+    s3.create_dir(name)
+    return f"s3://{name}"

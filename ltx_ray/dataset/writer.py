@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from ltx_ray.columns import COLUMNS
 from ltx_ray.manifest import DUPLICATE, FAILED_ROW_COLUMN, UNREADABLE, RawRow
 from ltx_ray.records import Clip, RenderRequest, plain
-from ltx_ray.storage import Store
+from ltx_ray.storage import Store, split_options
 
 _SECONDS = ("text_seconds", "stage1_seconds", "stage2_seconds", "decode_seconds", "gpu_seconds")
 
@@ -202,12 +202,13 @@ class DatasetWriter:
 
         When the manifest is this dataset's own failed/, its rows are those of every manifest.
         """
-        files = manifest.rstrip("/")
+        files = split_options(manifest)[0].rstrip("/")
         every = Store(manifest).root == self.store.path("failed")
         for name in self.store.list("failed"):
             if name.startswith("part-illegal-") and name not in keep:
                 table = pq.read_table(io.BytesIO(self.store.read_bytes(f"failed/{name}")), columns=["source"])
                 file = (table.column(0)[0].as_py() or "").rpartition(":")[0]
+                file = split_options(file)[0]
                 if every or file == files or file.startswith(files + "/"):
                     self.store.delete(f"failed/{name}")
 

@@ -28,6 +28,10 @@ from ltx_ray.records import CallReport, Clip, WorkItem, canonical_json
 _TICK_SECONDS = 0.5
 #: Rows judged between two looks at the pools: a long stretch of finished rows must not keep them waiting.
 _ROWS_A_TURN = 500
+#: Exceptions that no row is to blame for: memory, and stores that do not answer or refuse a node.
+_INFRASTRUCTURE = {
+    "OutOfMemoryError", "MemoryError", "OSError", "PermissionError", "ConnectionError", "TimeoutError",
+}  # fmt: skip
 
 
 @dataclass
@@ -296,7 +300,7 @@ class Driver:
         # every rank said the same: the row is at fault at once if the engine says so, else when the same
         # thing has happened at every attempt
         verdict = self.policy.row_failed(call.item_id) if report.row_error else self.policy.call_failed(call.item_id)
-        kind = "infrastructure" if report.error_type == "OutOfMemoryError" else "row"
+        kind = "infrastructure" if report.error_type in _INFRASTRUCTURE else "row"
         self._judge(verdict, call.stage, report.message or "", report.traceback or "", kind)
 
     def _inputs_lost(self, gang: Gang, reason: str) -> None:

@@ -25,6 +25,7 @@ from ltx_ray.modelfiles import open_checkpoint
 from ltx_ray.parallel.layers import TPGroup
 from ltx_ray.parallel.loading import load_shard
 from ltx_ray.parallel.lora import LoraMerger, LoraSetting
+from ltx_ray.parallel.mesh import make_mesh
 from ltx_ray.recipe import PIPELINES, STAGE_2_SIGMAS
 from ltx_ray.records import (
     AV,
@@ -39,7 +40,7 @@ from ltx_ray.records import (
     plain,
 )
 from ltx_ray.sampling.euler import sample_euler
-from ltx_ray.sampling.guidance import GuidedDenoiser, RunPass
+from ltx_ray.sampling.guidance import GuidedDenoiser, RunPass, make_all
 from ltx_ray.sampling.noise import ClipNoise, SamplerNoise
 from ltx_ray.sampling.passes import wants_perturbed
 from ltx_ray.sampling.res2s import Denoise, sample_res2s
@@ -71,7 +72,12 @@ class DiffusionEngine:
         model = self.spec.model.local()
         checkpoint = open_checkpoint(model.checkpoint_path)
         config = TransformerConfig.from_metadata(checkpoint.transformer, checkpoint.path)
-        tp = TPGroup(self.rank.rank, self.rank.world)
+        options = self.spec.options
+        self.mesh = make_mesh(self.rank.rank, self.rank.world, options.get("tp", self.rank.world))
+        # in which stage the ranks with the same shard split the work; in the other they all do all of it
+        self._guidance_parallel = options.get("guidance_parallel", 1) > 1
+        self._sequence_parallel = options.get("sequence_parallel", 1) > 1
+        tp = self.mesh.tp
         with torch.device("meta"):
             self.transformer = Transformer(config, tp)
         load_shard(self.transformer, checkpoint.tensors, tp, dtype=self.dtype, device=self.device)
@@ -79,7 +85,7 @@ class DiffusionEngine:
         paths = [lora.path for lora in model.loras] + ([model.distilled_lora] if model.distilled_lora else [])
         self._has_distilled = model.distilled_lora is not None
         loras = [open_lora(path).fit(checkpoint.linear_layers, checkpoint.path) for path in paths]
-        self.merger = LoraMerger(self.transformer, checkpoint.tensors, loras, tp)
+        self.merger = LoraMerger(self.transformer, checkpoint.tensors, loras, tp, self.mesh.wide)
         if len(self.spec.options["roles"]) > 1:
             self._keep_near()
         self.info = {"device_name": _device_name(self.device), **self.merger.residence}
@@ -119,7 +125,8 @@ class DiffusionEngine:
             return run_pass(name, latents.map(lambda t: t.contiguous()), sigma, enabled)
 
         guidance = request.guidance.map(self._within_model)
-        denoise = _unguided(run_pass) if pipeline.distilled else GuidedDenoiser(run_guided, guidance)
+        share = self._share_passes if self._guidance_parallel else make_all
+        denoise = _unguided(run_pass) if pipeline.distilled else GuidedDenoiser(run_guided, guidance, share)
         if pipeline.sigmas is not None:
             sigmas = torch.tensor(pipeline.sigmas)
         else:
@@ -137,7 +144,8 @@ class DiffusionEngine:
         packed = _pack(AV(upscaled, audio))
         images = [self._placed(image, image.stage_2) for image in conditions.images]
         start = begin(shape, "stage_2", noise, packed, STAGE_2_SIGMAS[0], images)
-        denoise = _unguided(self._passes(item, start, replace(conditions, negative=None)))
+        spread = self.mesh.wide if self._sequence_parallel else TPGroup()
+        denoise = _unguided(self._passes(item, start, replace(conditions, negative=None), spread))
         latents = self._sample(pipeline.sampler, denoise, start, torch.tensor(STAGE_2_SIGMAS))
         return StageLatents(_unpack(latents, shape), noise.ledger)
 
@@ -148,8 +156,27 @@ class DiffusionEngine:
         noise = SamplerNoise(self._noise_device())
         return start.trim(SAMPLERS[sampler](denoise, start.latents, sigmas, noise, start.blend))
 
-    def _passes(self, item: WorkItem, start: Start, conditions: Conditions) -> RunPass:
-        """The model as (pass name, latents, sigma, enabled) -> x0."""
+    def _share_passes(
+        self, names: tuple[str, ...], make: Callable[[str], AV[torch.Tensor]], like: AV[torch.Tensor]
+    ) -> dict[str, AV[torch.Tensor]]:
+        """Passes in turns over the ranks that hold the same shard, and every result to every one of them."""
+        wide = self.mesh.wide
+        own = {name: make(name) for name in names[wide.rank :: wide.size]}
+
+        def sent(name: str, number: int) -> AV[torch.Tensor]:
+            result = own[name].map(torch.Tensor.contiguous) if name in own else like.map(_empty_like)
+            return result.map(lambda x: wide.broadcast_(x, number % wide.size))
+
+        return {name: sent(name, number) for number, name in enumerate(names)}
+
+    def _passes(
+        self,
+        item: WorkItem,
+        start: Start,
+        conditions: Conditions,
+        spread: TPGroup = TPGroup(),  # noqa: B008 (frozen)
+    ) -> RunPass:
+        """The model as (pass name, latents, sigma, enabled) -> x0; `spread` shares the tokens out."""
         ropes = self.transformer.ropes(start.positions, self.dtype)
 
         def on_device(prompt: PromptContext) -> AV[torch.Tensor]:
@@ -174,7 +201,7 @@ class DiffusionEngine:
                 return (x.float() - v.float() * t.float()[..., None]).to(x.dtype)
 
             inputs = latents.map(entering, levels, context, ropes, enabled)
-            velocities = self.transformer(inputs, perturbations.get(name, NO_PERTURBATION))
+            velocities = self.transformer(inputs, perturbations.get(name, NO_PERTURBATION), spread)
             return latents.map(denoised, velocities, levels)
 
         return run_pass
@@ -221,6 +248,10 @@ def _unguided(run_pass: RunPass) -> Denoise:
         return run_pass("cond", latents, sigma, AV(True, True))
 
     return denoise
+
+
+def _empty_like(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def _device_name(device: torch.device) -> str:

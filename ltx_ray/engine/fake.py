@@ -2,8 +2,8 @@
 
 A prompt may carry orders such as `[[stage1:crash]]`, `[[stage2:crash:2]]` (the first two tries only),
 `[[decode:hang]]`, `[[text:slow:0.5]]` (seconds), `[[stage1:row]]` (the row is at fault), `[[stage1:error]]`
-(any other exception), `[[stage1:lone]]` (one rank of several fails). Tries are counted by files under
-the output, so that they outlive the process.
+(any other exception), `[[stage1:store]]` (a store that does not answer), `[[stage1:lone]]` (one rank of
+several fails). Tries are counted by files under the output, so that they outlive the process.
 """
 
 from __future__ import annotations
@@ -65,6 +65,8 @@ class FakeEngine:
                 time.sleep(3600)
             elif order == "row":
                 raise RowError(f"{stage}: this row was told to fail")
+            elif order == "store":
+                raise OSError(f"{stage}: this call was told that the store is gone")
             elif order == "error":
                 raise RuntimeError(f"{stage}: this call was told to fail")
             elif order == "lone" and self.rank.rank == self.rank.world - 1:

@@ -14,20 +14,24 @@ import av
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageCms
-
-from ltx_ray.records import RowError
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 #: EXIF orientations that are turned; mirrored ones are left, as in the reference.
 _ROTATIONS = {3: 180, 6: 270, 8: 90}
 
 
+class NoPicture(Exception):
+    """The bytes are no picture that can be decoded."""
+
+
 def image_pixels(data: bytes, crf: int, height: int, width: int) -> torch.Tensor:
-    """Pixels (1, 3, 1, height, width) float32 in [-1, 1]. Raises RowError for what is no image."""
+    """Pixels (1, 3, 1, height, width) float32 in [-1, 1]. Raises NoPicture."""
     try:
         rgb = decode_rgb(data)
+    except UnidentifiedImageError:
+        raise NoPicture("not a known image format") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise RowError(f"images: cannot be decoded ({error})") from None
+        raise NoPicture(str(error)) from None
     if crf and min(rgb.shape[:2]) >= 2:
         rgb = through_h264(rgb, crf)
     return cover(torch.from_numpy(rgb).float(), height, width) / 127.5 - 1.0

@@ -14,8 +14,9 @@ import torch
 from ltx_ray.config import EngineSpec
 from ltx_ray.engine import apply, components
 from ltx_ray.engine.base import Rank, resolve_dtype
-from ltx_ray.engine.images import image_pixels
+from ltx_ray.engine.images import NoPicture, image_pixels
 from ltx_ray.imagefiles import read_image
+from ltx_ray.modelfiles import gemma_folders
 from ltx_ray.records import AV, Conditions, ImageLatents, PromptContext, RowError, WorkItem
 from ltx_ray.sampling.passes import passes_for
 from ltx_ray.shapes import ClipShape
@@ -39,10 +40,16 @@ class TextEngine:
         from transformers import AutoTokenizer, Gemma3ForConditionalGeneration
 
         model = self.spec.model.local()
-        self.tokenizer = AutoTokenizer.from_pretrained(model.gemma_root)
+        weights, tokenizer = gemma_folders(model.gemma_root)
+        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        whole = Gemma3ForConditionalGeneration.from_pretrained(model.gemma_root, dtype=self.dtype)
+        whole, report = Gemma3ForConditionalGeneration.from_pretrained(
+            weights, dtype=self.dtype, output_loading_info=True
+        )
+        # transformers draws at random what it does not find
+        if missing := sorted(key for key in report["missing_keys"] if "language_model" in key):
+            raise ValueError(f"{weights}: Gemma: {len(missing)} missing keys: {', '.join(missing[:10])}")
         # the vision tower is never used
         self.gemma = whole.model.language_model.eval().to(self.device)
         del whole
@@ -74,7 +81,11 @@ class TextEngine:
                 return apply.encode_video(self._encoder, pixels).cpu()
 
             shape = item.request.shape
-            latents.append(ImageLatents(image.frame_idx, image.strength, encoded(shape.half()), encoded(shape)))
+            try:
+                both = encoded(shape.half()), encoded(shape)
+            except NoPicture as error:
+                raise RowError(f"images: {image.path} cannot be decoded ({error})") from None
+            latents.append(ImageLatents(image.frame_idx, image.strength, *both))
         return tuple(latents)
 
     def encode(self, text: str) -> PromptContext:
@@ -108,11 +119,16 @@ class TextEngine:
 
 
 def _read(path: str, digest: str) -> bytes:
-    """The image's bytes, which must be those that the plan saw. Raises RowError."""
+    """The image's bytes, which must be those that the plan saw.
+
+    Raises RowError when they are not, OSError when the store does not answer or refuses this node.
+    """
     try:
         data = read_image(path)
     except ValueError as error:
         raise RowError(f"images: {path} cannot be read ({error})") from None
+    except OSError as error:
+        raise OSError(f"images: {path} cannot be read here ({error})") from None
     if hashlib.sha256(data).hexdigest()[:32] != digest:
         raise RowError(f"images: {path} has changed since the run was planned")
     return data

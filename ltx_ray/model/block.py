@@ -12,6 +12,7 @@ from ltx_ray.model.attention import Attention
 from ltx_ray.model.config import StreamConfig, TransformerConfig
 from ltx_ray.model.rope import RopeTable
 from ltx_ray.parallel.layers import ColumnLinear, RowLinear, TPGroup, replicated
+from ltx_ray.parallel.mesh import Tokens
 from ltx_ray.records import AV
 
 
@@ -20,7 +21,7 @@ class Stream:
     """A modality inside the model. N is 1 when all its tokens share a timestep, else T.
 
     x (B, T, D); context (B, S, D); modulation (B, N, 9, D); prompt_modulation (B, 1, 2, D);
-    cross_modulation (B, N, 4, D); cross_gate (B, 1, 1, D).
+    cross_modulation (B, N, 4, D); cross_gate (B, 1, 1, D). With `tokens`, T counts this rank's part of them.
     """
 
     x: torch.Tensor
@@ -32,6 +33,7 @@ class Stream:
     cross_modulation: torch.Tensor
     cross_gate: torch.Tensor
     enabled: bool = True
+    tokens: Tokens | None = None
 
 
 class FeedForward(nn.Module):
@@ -122,12 +124,18 @@ class AVBlock(nn.Module):
         values_only: bool,
     ) -> None:
         shift, scale, gate = _table_rows(table, s.modulation[:, :, 0:3], slice(0, 3))
-        attended = to_self(modulate(rms_norm(s.x, self.eps), shift, scale), q_rope=s.rope, values_only=values_only)
+        attended = to_self(
+            modulate(rms_norm(s.x, self.eps), shift, scale),
+            q_rope=s.rope,
+            values_only=values_only,
+            x_tokens=s.tokens,
+            context_tokens=s.tokens,
+        )
         x = s.x + attended * gate
         shift, scale, gate = _table_rows(table, s.modulation[:, :, 6:9], slice(6, 9))
         shift_kv, scale_kv = _table_rows(prompt_table, s.prompt_modulation, slice(0, 2))
         queries = modulate(rms_norm(x, self.eps), shift, scale)
-        s.x = x + to_text(queries, modulate(s.context, shift_kv, scale_kv)) * gate
+        s.x = x + to_text(queries, modulate(s.context, shift_kv, scale_kv), x_tokens=s.tokens) * gate
 
     def _attend_across(self, video: Stream, audio: Stream) -> None:
         # both directions read the streams as they were before either wrote
@@ -145,6 +153,8 @@ class AVBlock(nn.Module):
                 scaled(audio_normed, audio, audio_table, slice(0, 2)),
                 q_rope=video.cross_rope,
                 k_rope=audio.cross_rope,
+                x_tokens=video.tokens,
+                context_tokens=audio.tokens,
             )
             video.x = video.x + attended * gate
         if audio.enabled:
@@ -154,6 +164,8 @@ class AVBlock(nn.Module):
                 scaled(video_normed, video, video_table, slice(2, 4)),
                 q_rope=audio.cross_rope,
                 k_rope=video.cross_rope,
+                x_tokens=audio.tokens,
+                context_tokens=video.tokens,
             )
             audio.x = audio.x + attended * gate
 

@@ -7,7 +7,7 @@ Module names are the checkpoint's own. Source: `model.py`, `transformer_args.py`
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from ltx_ray.model.block import AVBlock, Stream, modulate
 from ltx_ray.model.config import StreamConfig, TransformerConfig
 from ltx_ray.model.rope import RopeTable, rope_table
 from ltx_ray.parallel.layers import Linear, TPGroup, replicated
+from ltx_ray.parallel.mesh import Tokens
 from ltx_ray.records import AV
 
 _TIMESTEP_CHANNELS = 256
@@ -122,9 +123,19 @@ class Transformer(nn.Module):
         return AV(config.video, config.audio).map(tables, positions)
 
     def forward(
-        self, inputs: AV[Modality], perturbation: Perturbation = NO_PERTURBATION
+        self,
+        inputs: AV[Modality],
+        perturbation: Perturbation = NO_PERTURBATION,
+        spread: TPGroup = TPGroup(),  # noqa: B008 (frozen)
     ) -> AV[torch.Tensor]:
-        """Velocities (B, T, C_out) of both streams."""
+        """Velocities (B, T, C_out) of both streams.
+
+        The ranks of `spread`, which hold the same weights and get the same inputs, share the video's
+        tokens out; the few of the audio each computes itself. Every rank returns everything.
+        """
+        tokens = Tokens(spread, inputs.video.latent.shape[1]) if spread.size > 1 else None
+        if tokens is not None:
+            inputs = AV(_own_part(inputs.video, tokens), inputs.audio)
         video, v_embedded = self._enter(
             inputs.video, inputs.audio, self.patchify_proj, self.adaln_single, self.prompt_adaln_single,
             self.av_ca_video_scale_shift_adaln_single, self.av_ca_a2v_gate_adaln_single,
@@ -133,13 +144,13 @@ class Transformer(nn.Module):
             inputs.audio, inputs.video, self.audio_patchify_proj, self.audio_adaln_single,
             self.audio_prompt_adaln_single, self.av_ca_audio_scale_shift_adaln_single, self.av_ca_v2a_gate_adaln_single,
         )  # fmt: skip
+        video.tokens = tokens
         streams = AV(video, audio)
         for index, block in enumerate(self.transformer_blocks):
             block(streams, perturbation.values_only.map(lambda blocks, i=index: i in blocks), perturbation.isolated)
-        return AV(
-            self._leave(video.x, v_embedded, self.scale_shift_table, self.proj_out),
-            self._leave(audio.x, a_embedded, self.audio_scale_shift_table, self.audio_proj_out),
-        )
+        v_out = self._leave(video.x, v_embedded, self.scale_shift_table, self.proj_out)
+        a_out = self._leave(audio.x, a_embedded, self.audio_scale_shift_table, self.audio_proj_out)
+        return AV(v_out if tokens is None else tokens.gather(v_out), a_out)
 
     def _enter(
         self,
@@ -181,3 +192,17 @@ class Transformer(nn.Module):
     def _leave(self, x: torch.Tensor, embedded: torch.Tensor, table: torch.Tensor, project: Linear) -> torch.Tensor:
         shift, scale = (table[None, None].to(x.dtype) + embedded[:, :, None]).unbind(dim=2)
         return project(modulate(F.layer_norm(x, x.shape[-1:], eps=self.config.norm_eps), shift, scale))
+
+
+def _own_part(video: Modality, tokens: Tokens) -> Modality:
+    def part(table: RopeTable) -> RopeTable:
+        return RopeTable(tokens.split(table.cos, 2), tokens.split(table.sin, 2))
+
+    alike = video.timesteps.shape[1] == 1
+    return replace(
+        video,
+        latent=tokens.split(video.latent, 1),
+        timesteps=video.timesteps if alike else tokens.split(video.timesteps, 1),
+        rope=part(video.rope),
+        cross_rope=part(video.cross_rope),
+    )

@@ -35,7 +35,7 @@ TORCH_DTYPES = {
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Slice:
     """A slice to read: this rank's part of `info` along `shard_dim` (None: all), into `into` (contiguous)."""
 
     info: TensorInfo
@@ -52,7 +52,7 @@ def shard_shape(info: TensorInfo, shard_dim: int | None, tp: TPGroup) -> tuple[i
     return tuple(shape)
 
 
-def fill(wanted: Sequence[Wanted], tp: TPGroup) -> Iterator[int]:
+def fill(wanted: Sequence[Slice], tp: TPGroup) -> Iterator[int]:
     """Read every slice into its tensor; yields the places in `wanted` of those that are there, as they come.
 
     On a GPU the current stream waits for what is yielded, so that work queued after it sees the values.
@@ -109,7 +109,7 @@ class _Piece:
         return self.target.dtype != self.dtype
 
 
-def _pieces(index: int, want: Wanted, tp: TPGroup) -> Iterator[_Piece]:
+def _pieces(index: int, want: Slice, tp: TPGroup) -> Iterator[_Piece]:
     info, flat = want.info, want.into.view(-1)
     if info.dtype not in TORCH_DTYPES:
         raise ValueError(f"{info.path}: {info.key} has dtype {info.dtype}; legal: {', '.join(TORCH_DTYPES)}")
@@ -300,7 +300,7 @@ def load_shard(
         loaded.shard_dim = dim
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, loaded)
-        wanted.append(Wanted(info, dim, loaded.data))
+        wanted.append(Slice(info, dim, loaded.data))
     for _ in fill(wanted, tp):
         pass
 

@@ -16,7 +16,7 @@ import torch
 
 from ltx_ray.headers import TensorInfo
 from ltx_ray.parallel.layers import TPGroup
-from ltx_ray.parallel.loading import TORCH_DTYPES, Wanted, fill, named, shard_shape
+from ltx_ray.parallel.loading import TORCH_DTYPES, Slice, fill, named, shard_shape
 
 GIB = 2**30
 #: Bytes of a batch of tensors that is read from a file on its way to the device.
@@ -134,7 +134,7 @@ class Residence:
                 ) from error
         if source is None:
             for _ in fill(
-                [Wanted(self._parts[n].info, self._parts[n].shard_dim, t) for n, t in kept.items()], self._tp
+                [Slice(self._parts[n].info, self._parts[n].shard_dim, t) for n, t in kept.items()], self._tp
             ):
                 pass
         else:
@@ -193,7 +193,7 @@ class Residence:
                     yield [read[name] for name in names]
 
     def _read(self, names: Sequence[str], into: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-        wanted = [Wanted(self._parts[name].info, self._parts[name].shard_dim, into[name]) for name in names]
+        wanted = [Slice(self._parts[name].info, self._parts[name].shard_dim, into[name]) for name in names]
         there, at = set(), 0
         for index in fill(wanted, self._tp):
             there.add(index)

@@ -11,6 +11,8 @@ from ltx_ray.pools.gang import Gang
 
 #: GPU time of stage 1 over stage 2 for an HQ clip (ltx-facts.md): how replicas are shared out.
 _STAGE_RATIO = 2.3
+#: What is left of a replica's speed when it serves both stages in turns, and switches.
+_SHARED_SPEED = 0.9
 
 
 @dataclass(frozen=True)
@@ -27,57 +29,117 @@ class Resources:
 
 @dataclass(frozen=True)
 class Wanted:
-    """The shape a user asked for; None means auto."""
+    """The shape a user asked for; None means auto.
+
+    A gang of stage 1 has `tp` times `guidance_parallel` ranks, one of stage 2 `stage2_tp` (None: as stage 1)
+    times `sequence_parallel`.
+    """
 
     tp: int = 1
     stage1: int | None = None
     stage2: int | None = None
     with_stage2: bool = True
+    stage2_tp: int | None = None
+    guidance_parallel: int = 1
+    sequence_parallel: int = 1
+
+    @property
+    def tp_of_stage2(self) -> int:
+        return self.tp if self.stage2_tp is None else self.stage2_tp
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """Ranks of a gang of stage 1 and of stage 2."""
+        return self.tp * self.guidance_parallel, self.tp_of_stage2 * self.sequence_parallel
+
+    @property
+    def shared_ranks(self) -> int | None:
+        """Ranks of a gang that serves both stages in turns; None when their layouts do not allow it."""
+        widths = {self.guidance_parallel, self.sequence_parallel} - {1}
+        if self.tp_of_stage2 != self.tp or len(widths) > 1:
+            return None
+        return self.tp * max(widths, default=1)
 
 
 def choose_replicas(wanted: Wanted, gpus: float) -> tuple[int, int, bool]:
     """(stage-1 replicas, stage-2 replicas, whether text and decode share a card with the DiT).
 
     No stage-2 replicas means that the stage-1 replicas serve both stages. Without GPUs: one each.
-    With GPUs, text and decode together take one card of their own unless only one gang fits.
+    With GPUs, text and decode together take one card of their own unless only one gang fits. What a user
+    left open is chosen for throughput: a replica's speed counts as its ranks.
     """
-    shared_card = gpus > 0 and gpus < wanted.tp + 1
+    ranks1, ranks2 = wanted.ranks
+    least = wanted.shared_ranks or ranks1 + ranks2
+    if not wanted.with_stage2:
+        least = ranks1
+    shared_card = gpus > 0 and gpus < least + 1
     if gpus == 0:
         stage1, stage2 = 1, 1
     else:
-        replicas = max(1, int(gpus if shared_card else gpus - 1) // wanted.tp)
-        stage2 = 0 if replicas == 1 else max(1, round(replicas / (1 + _STAGE_RATIO)))
-        stage1 = replicas - stage2
-        if wanted.stage1 is not None and wanted.stage2 is None:
-            stage2 = max(0, replicas - wanted.stage1)
-        elif wanted.stage2 is not None and wanted.stage1 is None:
-            stage1 = max(1, replicas - wanted.stage2)
+        stage1, stage2 = _fastest(wanted, int(gpus if shared_card else gpus - 1))
     stage1 = stage1 if wanted.stage1 is None else wanted.stage1
     stage2 = stage2 if wanted.stage2 is None else wanted.stage2
     return stage1, stage2 if wanted.with_stage2 else 0, shared_card
 
 
+def _fastest(wanted: Wanted, gpus: int) -> tuple[int, int]:
+    """Replicas of both stages on `gpus` cards for the most clips an hour; fewer cards, then fewer gangs, break ties."""
+    ranks1, ranks2 = wanted.ranks
+    if not wanted.with_stage2:
+        return max(1, gpus // ranks1), 0
+    best = (0.0, 0, 0, 1, 0 if wanted.shared_ranks else 1)
+    counts1 = range(1, gpus // ranks1 + 1) if wanted.stage1 is None else [wanted.stage1]
+    for stage1 in counts1:
+        counts2 = range(1, gpus // ranks2 + 1) if wanted.stage2 is None else [wanted.stage2]
+        for stage2 in counts2:
+            used = stage1 * ranks1 + stage2 * ranks2
+            if stage2 and used <= gpus:
+                speed = min(stage1 * ranks1 / _STAGE_RATIO, stage2 * ranks2)
+                best = max(best, (speed, -used, -stage1 - stage2, stage1, stage2))
+    if (shared := wanted.shared_ranks) and not wanted.stage2:
+        stage1 = wanted.stage1 or max(1, gpus // shared)
+        # in the stage that does not split its work over all ranks, the others only repeat it
+        speed = _SHARED_SPEED * stage1 / (_STAGE_RATIO / ranks1 + 1 / ranks2)
+        if wanted.stage2 == 0 or (stage1 * shared <= gpus and speed > best[0]) or best[0] == 0:
+            best = (speed, -stage1 * shared, -stage1, stage1, 0)
+    return best[3], best[4]
+
+
 def lay_out(wanted: Wanted, gpus: float, engines: Mapping[str, EngineSpec]) -> list[PoolSpec]:
-    """The pools of a run. `engines` by pool name: text, diffusion, decode."""
+    """The pools of a run. `engines` by pool name: text, diffusion, decode.
+
+    Raises ValueError when replicas would have to serve both stages, but the stages' layouts differ.
+    """
     stage1, stage2, shared_card = choose_replicas(wanted, gpus)
     # more than half a card, so that two ranks of a gang never land on one
     card = 0.0 if gpus == 0 else 0.6 if shared_card else 1.0
     aside = 0.0 if gpus == 0 else 0.2 if shared_card else 0.5
 
-    def stage_pool(name: str, roles: tuple[str, ...], replicas: int) -> PoolSpec:
+    def stage_pool(name: str, roles: tuple[str, ...], replicas: int, tp: int, ranks: int) -> PoolSpec:
         spec = engines["diffusion"]
-        options = {**spec.options, "roles": roles}
+        options = {
+            **spec.options, "roles": roles, "tp": tp, "shared_card": shared_card,
+            "guidance_parallel": wanted.guidance_parallel if "stage1" in roles else 1,
+            "sequence_parallel": wanted.sequence_parallel if "stage2" in roles else 1,
+        }  # fmt: skip
         return PoolSpec(
-            name, roles, replicas, wanted.tp, _with_options(spec, options), cpus_per_rank=1.0, gpus_per_rank=card
+            name, roles, replicas, ranks, _with_options(spec, options), cpus_per_rank=1.0, gpus_per_rank=card
         )
 
+    ranks1, ranks2 = wanted.ranks
     pools = [PoolSpec("text", ("text",), 1, 1, engines["text"], gpus_per_rank=aside)]
     if stage2 or not wanted.with_stage2:
-        pools.append(stage_pool("stage1", ("stage1",), stage1))
+        pools.append(stage_pool("stage1", ("stage1",), stage1, wanted.tp, ranks1))
         if stage2:
-            pools.append(stage_pool("stage2", ("stage2",), stage2))
+            pools.append(stage_pool("stage2", ("stage2",), stage2, wanted.tp_of_stage2, ranks2))
     else:
-        pools.append(stage_pool("diffusion", ("stage1", "stage2"), stage1))
+        if wanted.shared_ranks is None:
+            raise ValueError(
+                f"--stage2-replicas: 0, but stage 1 has --tp {wanted.tp} --guidance-parallel "
+                f"{wanted.guidance_parallel} and stage 2 --stage2-tp {wanted.tp_of_stage2} --sequence-parallel "
+                f"{wanted.sequence_parallel}; legal: the same tp, and the same number of ranks or 1"
+            )
+        pools.append(stage_pool("diffusion", ("stage1", "stage2"), stage1, wanted.tp, wanted.shared_ranks))
     pools.append(PoolSpec("decode", ("decode",), 1, 1, engines["decode"], gpus_per_rank=aside))
     return pools
 
@@ -102,7 +164,8 @@ def check_schedulable(pools: list[PoolSpec], free: Resources) -> None:
         shape = ", ".join(f"{p.name} {p.replicas} x {p.ranks}" for p in pools)
         raise ValueError(
             f"the pools ({shape} ranks) cannot be scheduled: {'; '.join(short)}; "
-            f"legal: fewer --stage1-replicas/--stage2-replicas, a smaller --tp, or a larger cluster"
+            f"legal: fewer --stage1-replicas/--stage2-replicas, fewer ranks a replica (--tp and the like), "
+            f"or a larger cluster"
         )
 
 

@@ -15,6 +15,8 @@ from ltx_ray.sampling.passes import passes_for
 
 #: (pass name, latents, sigma, enabled) -> x0 of both streams.
 RunPass = Callable[[str, AV[torch.Tensor], torch.Tensor, AV[bool]], AV[torch.Tensor]]
+#: (pass names, make one, tensors that its result is like) -> the results of all, by name.
+Share = Callable[[tuple[str, ...], Callable[[str], AV[torch.Tensor]], AV[torch.Tensor]], Mapping[str, AV[torch.Tensor]]]
 
 
 def skips(g: Guidance, step_index: int) -> bool:
@@ -48,24 +50,33 @@ def combine(g: Guidance, results: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return guided.to(results["cond"].dtype)
 
 
+def make_all(
+    names: tuple[str, ...], make: Callable[[str], AV[torch.Tensor]], like: AV[torch.Tensor]
+) -> dict[str, AV[torch.Tensor]]:
+    """All passes one after the other, on this rank."""
+    return {name: make(name) for name in names}
+
+
 @dataclass
 class GuidedDenoiser:
     """A denoiser for the samplers: all passes of one call, combined for each stream.
 
-    Remembers its last results, which a stream that skips a call uses again.
+    Remembers its last results, which a stream that skips a call uses again. `share` may spread the passes
+    over ranks: it gets their names, a function that makes one, and the latents, which results are like.
     """
 
     run_pass: RunPass
     guidance: AV[Guidance]
+    share: Share = make_all
     _last: AV[torch.Tensor | None] = field(default_factory=lambda: AV(None, None))
 
     def __call__(self, latents: AV[torch.Tensor], sigma: torch.Tensor, step_index: int) -> AV[torch.Tensor]:
         skipped = self.guidance.map(lambda g: skips(g, step_index))
         if not (skipped.video and skipped.audio):
             enabled = skipped.map(lambda skip: not skip)
-            results = {
-                name: self.run_pass(name, latents, sigma, enabled) for name in passes_for(self.guidance)
-            }
+            results = self.share(
+                passes_for(self.guidance), lambda name: self.run_pass(name, latents, sigma, enabled), latents
+            )
             videos = {name: result.video for name, result in results.items()}
             audios = {name: result.audio for name, result in results.items()}
             self._last = AV(

@@ -17,8 +17,8 @@ FAKE = {name: "ltx_ray.engine.fake:FakeEngine" for name in ("text", "diffusion",
 
 
 @pytest.fixture(scope="session")
-def cluster():
-    """Address of a cluster of 16 logical CPU slots, shared by the tests of a session."""
+def cluster(s3):
+    """Address of a cluster of 16 logical CPU slots, shared by the tests of a session; its workers know `s3`."""
     ray = pytest.importorskip("ray")
     os.environ["OMP_NUM_THREADS"] = "1"
     ray.init(

@@ -93,10 +93,12 @@ def test_infrastructure_failures_are_retried_by_the_same_command(runner):
 
 
 def test_a_call_that_fails_alike_on_all_ranks_costs_no_gang(runner):
-    assert runner.render(rows("[[stage1:error:2]]", "[[stage1:error]]"), tp=2) == 3
+    assert runner.render(rows("[[stage1:error:2]]", "[[stage1:error]]", "[[decode:store]]"), tp=2) == 3
     assert runner.index()["r0"]["attempts"] == 3
     failed = runner.failed()["r1"]
     assert (failed["attempts"], failed["error_class"]) == (3, "row") and "RuntimeError" in failed["traceback"]
+    failed = runner.failed()["r2"]
+    assert (failed["attempts"], failed["error_class"]) == (3, "infrastructure") and "store" in failed["message"]
     assert not [e for e in runner.events() if e["event"] == "gang_lost"]
 
 

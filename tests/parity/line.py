@@ -16,7 +16,7 @@ from ltx_ray.engine.text import TextEngine
 from ltx_ray.manifest import RawRow, RowRules, judge
 from ltx_ray.plan import RecipeBook
 from ltx_ray.recipe import served_pipelines
-from ltx_ray.records import WorkItem
+from ltx_ray.records import LoraUse, WorkItem
 
 GOLDENS = Path(__file__).parent / "goldens"
 
@@ -44,7 +44,8 @@ class Line:
     def item(self, row: dict) -> WorkItem:
         """The work of a manifest row; images count from the goldens' folder."""
         raw = RawRow(str(GOLDENS / "rows.jsonl"), 1, row)
-        judged = judge(raw, RowRules(pipelines=served_pipelines(self.model.distilled)))
+        loras = tuple(LoraUse(file.name, file.strength) for file in self.model.loras)
+        judged = judge(raw, RowRules(pipelines=served_pipelines(self.model.distilled), loras=loras))
         assert judged.request, judged.messages()
         return RecipeBook(self.model, self.numerics).item(judged.request)
 
@@ -58,11 +59,11 @@ class Line:
 
 
 @cache
-def toy_line(distilled: bool = False) -> Line:
+def toy_line(distilled: bool = False, dtype: str = "float32") -> Line:
     """The default toy model's line; the distilled pipeline runs on the same weights without a LoRA."""
     from ltx_ray.toy import ensure_toy_model
 
     files = ensure_toy_model()
     if distilled:
         files = {**files, "distilled_lora": None}
-    return Line(ModelFiles(**files, distilled=distilled))
+    return Line(ModelFiles(**files, distilled=distilled), dtype)

@@ -18,6 +18,8 @@ from tests.parity.line import GOLDENS, toy_line
 
 RECORDED = {path.stem: path for path in sorted(GOLDENS.glob("*.safetensors"))}
 TOLERANCE = 1e-4
+#: Relative L2 of the reference's bf16 against its own float32, in stage 1 and in stage 2.
+BF16_FLOOR = {"stage_1": 5e-2, "stage_2": 1e-2}
 
 
 def load(name: str) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -39,6 +41,16 @@ def test_there_is_one_for_every_pipeline():
 @pytest.mark.parametrize("name", RECORDED)
 def test_latents_are_the_references(name):
     assert distance(name) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["hq", "hq_image", "base_keyframes", "distilled_keyframes"])
+def test_bfloat16_stays_within_its_noise_floor(name):
+    request, expected = load(name)
+    found = toy_line(request["pipeline"] == "distilled", "bfloat16").latents(request)
+    for key, value in expected.items():
+        floor = BF16_FLOOR[key.partition(".")[0]]
+        assert found[key].dtype == torch.bfloat16
+        assert floor / 100 < relative(found[key].float(), value) <= floor * 1.5, key
 
 
 @pytest.mark.parametrize(

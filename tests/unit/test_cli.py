@@ -156,6 +156,7 @@ def test_tp_that_does_not_divide_the_heads(cmd, manifest, out):
         (["--model", "huge"], "--model: 'huge', legal: toy"),
         (["--model", "toy", "--gemma-root", "g"], "--gemma-root exclude each other"),
         (["--model", "toy", "--dtype", "fp16"], "--dtype: 'fp16', legal: bfloat16 or float32"),
+        (["--model", "toy", "--precision", "fp8"], "--precision: 'fp8', legal: bf16"),
         (["--model", "toy", "--noise-device", "gpu"], "--noise-device: 'gpu', legal: model or cpu"),
         (["--model", "toy", "--stop-after", "stage2"], "--stop-after: 'stage2', legal: stage1"),
         (["--model", "toy", "--num-inference-steps", "1"], "--num-inference-steps: 1, legal: a whole number from 2"),
@@ -433,7 +434,7 @@ def test_retry_without_failures(cmd, out):
 def test_retry_renders_what_failed(cmd, out, options):
     Path(out, "failed").mkdir(parents=True)
     Path(out, "failed", f"part-row-{'0' * 32}-00000000.parquet").touch()
-    code, _, err = cmd("retry", out, "--model", "toy", "--seed", "4")
+    code, _, err = cmd("retry", out, "--model", "toy", "--seed", "4", "--image-root", "/x")
     assert code == 0, err
     assert (options[0].manifest, options[0].output) == (f"{out}/failed", out)
-    assert options[0].retry_failed
+    assert options[0].retry_failed and options[0].image_roots == ("/x",)

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
+import os
+import urllib.request
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from ltx_ray import imagefiles
 from ltx_ray.dataset.writer import Done
-from ltx_ray.engine.images import cover, decode_rgb, image_pixels, through_h264
-from ltx_ray.imagefiles import image_digest, read_image
+from ltx_ray.engine.images import NoPicture, cover, decode_rgb, image_pixels, through_h264
+from ltx_ray.engine.text import _read
+from ltx_ray.imagefiles import check_roots, image_digest, locate, read_image
 from ltx_ray.manifest import RawRow, RowRules, judge
 from ltx_ray.plan import ILLEGAL, TODO, Plan
 from ltx_ray.recipe import item_id
@@ -71,8 +76,8 @@ def test_pixels_are_between_minus_one_and_one():
 
 
 @pytest.mark.parametrize("data", [b"", b"not an image", encoded(gradient())[:60]])
-def test_what_is_no_image_fails_the_row(data):
-    with pytest.raises(RowError, match="cannot be decoded"):
+def test_what_is_no_picture_is_said(data):
+    with pytest.raises(NoPicture, match=r"not a known image format|truncated"):
         image_pixels(data, 33, 64, 64)
 
 
@@ -128,6 +133,113 @@ def test_a_frame_beyond_the_clip_is_illegal(tmp_path):
     row = {"prompt": "x", "num_frames": 9, "images": [{"path": "a.png", "frame_idx": 9}]}
     judged = judge(RawRow(str(tmp_path / "m.jsonl"), 1, row), RowRules())
     assert "a frame_idx from 0 to 8" in judged.messages()[0]
+
+
+# --- where images are --------------------------------------------------------------------------------
+
+
+def put(s3, uri: str, data: bytes = b"x") -> None:
+    with s3.open_output_stream(uri.removeprefix("s3://")) as file:
+        file.write(data)
+
+
+def deny(bucket: str, prefix: str) -> None:
+    """Have the store refuse to show what is under `prefix`."""
+    name = bucket.removeprefix("s3://")
+    resource = f"arn:aws:s3:::{name}/{prefix}*"
+    actions = ["s3:GetObject", "s3:HeadObject"]
+    policy = {"Statement": [{"Effect": "Deny", "Principal": "*", "Action": actions, "Resource": resource}]}
+    url = f"{os.environ['AWS_ENDPOINT_URL']}/{name}?policy"
+    body, kind = json.dumps(policy).encode(), {"Content-Type": "application/json"}
+    assert urllib.request.urlopen(urllib.request.Request(url, body, kind, method="PUT")).status < 300
+
+
+def test_an_image_in_an_object_store_is_read_by_its_key_as_it_stands(s3, bucket):
+    for key in ("img/a b+%20é.png", "img/#1.png"):
+        put(s3, f"{bucket}/{key}", key.encode())
+        path = locate(key.removeprefix("img/"), f"{bucket}/img", [f"{bucket}/img"])
+        assert path == locate(f"{bucket}/{key}", "/elsewhere", [f"{bucket}/img/"]) == f"{bucket}/{key}"
+        assert read_image(path) == key.encode() and image_digest(path) == image_digest(f"{bucket}/{key}")
+
+
+def test_why_an_image_in_an_object_store_makes_its_row_illegal(s3, bucket, monkeypatch):
+    put(s3, f"{bucket}/m/secret/a.png")
+    deny(bucket, "m/secret/")
+    put(s3, f"{bucket}/m/large.png", b"12")
+    monkeypatch.setattr(imagefiles, "MAX_BYTES", 1)
+    paths = ["none.png", "secret/a.png", "large.png", f"{bucket}none/a.png", "secret"]
+    plan = Plan("", RowRules(image_roots=(bucket, f"{bucket}none")), _Book(), Done())
+    rows = [{"prompt": "x", "images": [{"path": path}]} for path in paths]
+    planned = list(plan._rows(RawRow(f"{bucket}/m/m.jsonl", n, row) for n, row in enumerate(rows, 1)))
+    assert [p.status for p in planned] == [ILLEGAL] * 5
+    why = ["no such file", "ACCESS_DENIED", "over the limit", "no such file", "no such file"]
+    for number, (row, path, reason) in enumerate(zip(planned, paths, why), 1):
+        full = path if "://" in path else f"{bucket}/m/{path}"
+        start = f"{bucket}/m/m.jsonl:{number}:images: '{full}', legal: an image that can be read ("
+        assert row.messages[0].startswith(start) and reason in row.messages[0]
+
+
+def test_what_workers_say_of_an_image(s3, bucket, monkeypatch):
+    """What is wrong with the image is the row's fault; what is wrong with the store or the node is not."""
+    put(s3, f"{bucket}/a.png", b"one")
+    digest = image_digest(f"{bucket}/a.png")
+    assert _read(f"{bucket}/a.png", digest) == b"one"
+    with pytest.raises(RowError, match=f"{bucket}/b.png cannot be read .no such file"):
+        _read(f"{bucket}/b.png", digest)
+    put(s3, f"{bucket}/a.png", b"two")
+    with pytest.raises(RowError, match=f"{bucket}/a.png has changed since the run was planned"):
+        _read(f"{bucket}/a.png", digest)
+    deny(bucket, "a")
+    with pytest.raises(OSError, match=f"{bucket}/a.png cannot be read here .*ACCESS_DENIED"):
+        _read(f"{bucket}/a.png", digest)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["../a.png", "sub/../../a.png", "s3://b/img/../a.png", "s3://b/img-other/a.png", "s3://b/imga.png", "s3://b/img",
+     "s3://other/img/a.png", "gs://b/img/a.png", "S3://b/img/a.png", "/etc/passwd", "file:///etc/passwd",
+     "a.png?endpoint_override=elsewhere", "s3://b/img/a.png?scheme=http&endpoint_override=elsewhere",
+     "s3://key:secret@b/img/a.png", "s3://b/img/./a.png", "https://b/img/a.png"],
+)  # fmt: skip
+def test_not_from_outside_a_root_in_an_object_store(path):
+    for root in ("s3://b/img", "s3://b/img/", "s3://b/img?region=us-east-1"):
+        assert locate(path, "s3://b/img", [root]) is None
+
+
+def test_what_looks_like_an_escape_is_a_name_in_an_object_store(s3, bucket):
+    """Decoded anywhere on the way, it would lead out of the root."""
+    put(s3, f"{bucket}/secret.png")
+    path = locate("%2e%2e/secret.png", f"{bucket}/img", [f"{bucket}/img"])
+    assert path == f"{bucket}/img/%2e%2e/secret.png"
+    with pytest.raises(ValueError, match="no such file"):
+        read_image(path)
+    put(s3, path, b"mine")
+    assert read_image(path) == b"mine"
+
+
+def test_the_operators_options_of_a_root_reach_the_workers():
+    assert locate("a.png", "s3://b/m?region=x", ["s3://b/m?region=x"]) == "s3://b/m/a.png?region=x"
+    assert locate("s3://b/i/a.png", "/m", ["s3://c", "s3://b/i?region=y"]) == "s3://b/i/a.png?region=y"
+
+
+def test_a_file_uri_is_a_local_path_links_resolved(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "secret.png").write_bytes(b"")
+    (tmp_path / "in" / "link.png").symlink_to(tmp_path / "secret.png")
+    folder = f"file://{tmp_path}/in"
+    for root in (folder, str(tmp_path / "in")):
+        assert locate("a.png", folder, [root]) == locate(f"{folder}/a.png", "/m", [root]) == f"{tmp_path}/in/a.png"
+        assert locate("link.png", folder, [root]) is None
+        assert locate(f"{folder}/link.png", "/m", [root]) is None
+        assert locate("../secret.png", folder, [root]) is None
+
+
+def test_roots_that_are_none(tmp_path):
+    (tmp_path / "file").write_text("")
+    check_roots([str(tmp_path), f"file://{tmp_path}", "s3://bucket", "s3://bucket/a?region=us-east-1"])
+    for root in (f"{tmp_path}/none", f"{tmp_path}/file", "s3://", "s3:///a", "web://bucket/a"):
+        with pytest.raises(ValueError, match=f"--image-root: {root}, legal: a folder, or a place such as s3://"):
+            check_roots([root])
 
 
 def test_digests_are_of_the_bytes(tmp_path):

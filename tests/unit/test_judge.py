@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ltx_ray.columns import COLUMNS
 from ltx_ray.dataset.writer import INDEX_SCHEMA
 from ltx_ray.manifest import RawRow, RowRules, check_defaults, judge, read_manifest
-from ltx_ray.recipe import DEFAULT_NEGATIVE_PROMPT, PIPELINES
+from ltx_ray.recipe import DEFAULT_NEGATIVE_PROMPT, served_pipelines
 from ltx_ray.records import LoraUse, canonical_json
 from tests.unit.samples import judged, request, write_jsonl
 
@@ -221,8 +221,10 @@ def test_an_unknown_lora_names_the_declared_ones():
 
 
 def test_a_pipeline_that_is_known_but_not_served_says_so():
-    for name in {"base", "distilled"} - set(PIPELINES):
-        assert "does not render yet" in only_message({"pipeline": name})
+    said = only_message({"pipeline": "distilled"})
+    assert said.endswith("legal: hq or base (not 'distilled', which the loaded checkpoint does not serve)")
+    said = only_message({"pipeline": "hq"}, RowRules(pipelines=served_pipelines(distilled=True)))
+    assert said.endswith("legal: distilled (not 'hq', which the loaded checkpoint does not serve)")
     assert "which is unknown" in only_message({"pipeline": "turbo"})
 
 

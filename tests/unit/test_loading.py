@@ -10,7 +10,7 @@ from torch import nn
 from ltx_ray.headers import read_header
 from ltx_ray.parallel import loading
 from ltx_ray.parallel.layers import ColumnLinear, RowLinear, TPGroup
-from ltx_ray.parallel.loading import Wanted, fill, load_shard, shard_shape
+from ltx_ray.parallel.loading import Slice, fill, load_shard, shard_shape
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def test_a_rank_reads_its_slices(file, size, dtype):
         for name, tensor in tensors.items():
             for dim in [None, *range(tensor.dim())]:
                 into = torch.full(shard_shape(infos[name], dim, tp), torch.nan, dtype=dtype)
-                assert list(fill([Wanted(infos[name], dim, into)], tp)) == [0]
+                assert list(fill([Slice(infos[name], dim, into)], tp)) == [0]
                 part = tensor.shape[dim] // size if dim is not None else 0
                 expected = tensor if dim is None else tensor.narrow(dim, rank * part, part)
                 assert torch.equal(into, expected.to(dtype)), (name, dim, rank)
@@ -49,7 +49,7 @@ def test_a_rank_reads_its_slices(file, size, dtype):
 def test_everything_wanted_comes_once(file):
     tensors, infos = file
     names = list(tensors)[::-1]
-    wanted = [Wanted(infos[n], None, torch.empty_like(tensors[n])) for n in names]
+    wanted = [Slice(infos[n], None, torch.empty_like(tensors[n])) for n in names]
     assert sorted(fill(wanted, TPGroup())) == list(range(len(names)))
     assert all(torch.equal(w.into.float(), tensors[n].float()) for w, n in zip(wanted, names, strict=True))
 
@@ -59,7 +59,7 @@ def test_a_file_cut_off_after_its_header_was_read(file, tmp_path):
     last = max(infos.values(), key=lambda info: info.end)
     with open(last.path, "r+b") as opened:
         opened.truncate(last.end - 1)
-    wanted = [Wanted(info, None, torch.empty_like(tensors[name])) for name, info in infos.items()]
+    wanted = [Slice(info, None, torch.empty_like(tensors[name])) for name, info in infos.items()]
     with pytest.raises(ValueError, match=rf"{last.path}: {last.key}: the file ends at byte {last.end - 1}, inside it"):
         list(fill(wanted, TPGroup()))
 

@@ -13,7 +13,7 @@ from ltx_ray.headers import read_header
 from ltx_ray.modelfiles import (
     PIECES,
     cached_digest,
-    check_tensor_parallel,
+    check_parallel,
     check_upsampler,
     file_digest,
     open_checkpoint,
@@ -115,10 +115,24 @@ def test_a_file_that_lacks_a_piece_is_refused(tmp_path, prefix):
         open_checkpoint(path)
 
 
+def test_fp8_weights_are_refused(tmp_path):
+    metadata = {"model_version": "2.3", "config": CONFIG}
+    path = write_safetensors(tmp_path / "fp8.safetensors", CHECKPOINT, metadata, dtype="F8_E4M3")
+    with pytest.raises(ValueError) as caught:
+        open_checkpoint(path)
+    assert str(caught.value).startswith(f"{path}: 3 of the transformer's tensors are quantized, such as model.diff")
+    assert str(caught.value).endswith(" (F8_E4M3); legal: BF16, F16, F32, F64")
+
+
 def test_what_is_no_upsampler_is_refused(tmp_path, toy):
     check_upsampler(toy["spatial_upsampler_path"])
     for path in (toy["checkpoint_path"], toy["distilled_lora"]):
         with pytest.raises(ValueError, match="not a spatial upsampler x2"):
+            check_upsampler(path)
+    for field, value in (("spatial_scale", 1.5), ("temporal_upsample", True), ("spatial_upsample", False)):
+        config = json.dumps({field: value})
+        path = write_safetensors(tmp_path / "up.safetensors", {"initial_conv.weight": (2,)}, {"config": config})
+        with pytest.raises(ValueError, match=f"{path}: not a spatial upsampler x2; legal: such as ltx-2.3-spatial"):
             check_upsampler(path)
 
 
@@ -159,10 +173,10 @@ def test_a_file_of_something_else_is_refused(tmp_path):
 def test_tp_must_divide_the_heads(tmp_path):
     found = open_checkpoint(checkpoint(tmp_path))
     for tp in (1, 2, 4):
-        check_tensor_parallel(found, tp)
+        check_parallel(found, tp)
     for tp in (-1, 0, 3, 8):
         with pytest.raises(ValueError, match=rf"--tp: {tp}, legal: a divisor of the 4 attention heads .*\[1, 2, 4\]"):
-            check_tensor_parallel(found, tp)
+            check_parallel(found, tp)
 
 
 # --- digests -------------------------------------------------------------------------------------

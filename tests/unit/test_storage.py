@@ -13,7 +13,13 @@ import pytest
 
 from ltx_ray import lease as lease_module
 from ltx_ray.lease import Lease, holder
-from ltx_ray.storage import Store
+from ltx_ray.storage import Store, join, parent
+
+
+@pytest.fixture(params=["local", "s3"])
+def store(request, tmp_path) -> Store:
+    """An empty store, on a disk and in a bucket."""
+    return Store(str(tmp_path) if request.param == "local" else request.getfixturevalue("bucket"))
 
 
 def names(folder: Path) -> list[str]:
@@ -30,8 +36,7 @@ def test_paths_are_absolute_and_relative_to_the_root(tmp_path, monkeypatch):
     assert Store("out").is_local and Store(f"file://{tmp_path}").is_local
 
 
-def test_write_read_exists_delete(tmp_path):
-    store = Store(str(tmp_path))
+def test_write_read_exists_delete(store):
     assert not store.exists("a/b.txt")
     store.write_bytes("a/b.txt", b"one")
     store.write_bytes("a/b.txt", b"two")
@@ -50,14 +55,22 @@ def test_append(tmp_path):
     assert store.read_bytes("logs/x.jsonl") == "é\n2\n".encode()
 
 
-def test_listing(tmp_path):
-    store = Store(str(tmp_path))
+def test_listing(store):
     for name in ("index/b", "index/a", "index/sub/c", "other"):
         store.write_bytes(name, b"")
     assert store.list("index") == ["a", "b"]
     assert store.list("index", recursive=True) == ["a", "b", "c"]
     assert store.list("none") == []
     assert store.list("") == ["other"]
+
+
+def test_publish_to_an_object_store(bucket, tmp_path):
+    store = Store(f"{bucket}/out")
+    (tmp_path / "x.mp4").write_bytes(b"clip")
+    assert store.scratch_dir() is None
+    store.publish(str(tmp_path / "x.mp4"), "clips/ab/x.mp4")
+    assert store.read_bytes("clips/ab/x.mp4") == b"clip"
+    assert names(tmp_path) == []
 
 
 def test_publish_moves_the_finished_file(tmp_path):
@@ -105,6 +118,30 @@ def test_an_output_that_cannot_be_written(tmp_path, place):
     assert f"--output: {uri}, cannot be written" in str(caught.value)
 
 
+def test_an_object_store_that_cannot_be_written(bucket):
+    Store(f"{bucket}/out").check_writable()
+    assert Store(bucket).list("", recursive=True) == []
+    with pytest.raises(ValueError, match=f"--output: {bucket}none/out, cannot be written .*NO_SUCH_BUCKET"):
+        Store(f"{bucket}none/out").check_writable()
+
+
+def test_keys_stand_in_a_uri_as_they_are(bucket):
+    Store(bucket).write_bytes("a b/100%25#é.txt", b"1")
+    assert Store(f"{bucket}/a b/100%25#é.txt").read_bytes("") == b"1"
+    assert Store(f"{bucket}/a b").list("") == ["100%25#é.txt"]
+
+
+def test_options_of_a_uri(s3, bucket, monkeypatch):
+    """Endpoint and region as pyarrow takes them, when the environment does not give them."""
+    endpoint = os.environ["AWS_ENDPOINT_URL"].removeprefix("http://")
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    folder = f"{bucket}/a?scheme=http&endpoint_override={endpoint}&region=us-east-1"
+    assert join(folder, "b/c") == folder.replace("/a?", "/a/b/c?") and parent(join(folder, "b")) == folder
+    Store(folder).write_bytes("b/c", b"1")
+    assert Store(join(folder, "b/c")).read_bytes("") == b"1"
+    assert s3.open_input_file(f"{bucket}/a/b/c".removeprefix("s3://")).read() == b"1"
+
+
 # --- the lease -----------------------------------------------------------------------------------
 
 
@@ -117,11 +154,6 @@ def dead_pid() -> int:
     process = subprocess.Popen(["true"])
     process.wait()
     return process.pid
-
-
-@pytest.fixture
-def store(tmp_path) -> Store:
-    return Store(str(tmp_path))
 
 
 @pytest.fixture

@@ -1,0 +1,69 @@
+"""From bucket to bucket: manifest, images and dataset in an object store, rendered on real Ray with the toy model."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from ltx_ray.status import status_lines
+from ltx_ray.storage import Store
+
+IMAGE = (Path(__file__).parents[1] / "parity" / "goldens" / "a.png").read_bytes()
+
+
+def table(store: Store, folder: str) -> list[dict]:
+    return [pq.read_table(io.BytesIO(store.read_bytes(f"{folder}/{name}"))).to_pylist()[0]
+            for name in store.list(folder)]  # fmt: skip
+
+
+def events(store: Store) -> list[dict]:
+    return [json.loads(line) for line in store.read_bytes("events.jsonl").decode().splitlines()]
+
+
+def test_manifest_images_and_dataset_in_a_bucket(runner, bucket):
+    row = {"prompt": "a tree", "height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 2}
+    rows = [
+        {"id": "image", "images": [{"path": "img/a 1.png"}, {"path": f"{bucket}/set/img/a 1.png", "frame_idx": 8}]},
+        {"id": "elsewhere", "images": [{"path": f"{bucket}/set-other/a.png"}]},
+        {"id": "text", "images": [{"path": "rows.jsonl"}]},
+    ]
+    store, out = Store(bucket), Store(f"{bucket}/out")
+    lines = [json.dumps({**row, **r}) + "\n" for r in rows]
+    store.write_bytes("set/rows.jsonl", "".join(lines).encode())
+    store.write_bytes("set/img/a 1.png", IMAGE)
+    store.write_bytes("set-other/a.png", IMAGE)
+    manifest = f"{bucket}/set/rows.jsonl"
+
+    def render() -> int:
+        return runner.render(manifest, out.uri, fake=False, dtype="float32", save_latents=True, stage1=1, stage2=0)
+
+    assert render() == 3
+    (done,) = table(out, "index")
+    assert done["id"] == "image" and [i["path"] for i in done["images"]] == [f"{bucket}/set/img/a 1.png"] * 2
+    clip = out.read_bytes(done["clip"])
+    assert hashlib.sha256(clip).hexdigest() == done["clip_sha256"] and b"ftyp" in clip[:12]
+    assert out.exists(f"latents/{done['item_id'][:2]}/{done['item_id']}.safetensors")
+    failed = {r["id"]: r for r in table(out, "failed")}
+    refused = f"{bucket}/set/rows.jsonl:2:images (elsewhere): '{bucket}/set-other/a.png', legal: a path inside an --im"
+    assert failed["elsewhere"]["message"].startswith(refused)
+    assert failed["text"]["message"] == f"images: {manifest} cannot be decoded (not a known image format)"
+    assert (failed["text"]["stage"], failed["text"]["error_class"]) == ("text", "row")
+    assert "gang_started" in {e["event"] for e in events(out)}
+    said = "1 rows in the index, 2 in failed/ (1 illegal, 1 of their own fault, 0 of infrastructure's)"
+    assert said in status_lines(out.uri)
+
+    # a second run finds nothing to do
+    assert render() == 3
+    assert table(out, "index") == [done]
+    assert [e["event"] for e in events(out)] == ["run_started", "row_illegal", "run_finished"]
+
+    # the manifest is mended
+    store.write_bytes("set/rows.jsonl", lines[0].encode())
+    assert render() == 0
+    assert table(out, "index") == [done] and [r["id"] for r in table(out, "failed")] == ["text"]
+    assert json.loads(out.read_bytes("run.json"))["counts"]["already_done"] == 1
+    assert len([name for name in out.list("runs", recursive=True) if name == "run.json"]) == 2

@@ -1,0 +1,131 @@
+"""Every way to share a clip over ranks gives the latents of one rank."""
+
+from __future__ import annotations
+
+import socket
+import traceback
+from dataclasses import replace
+from datetime import timedelta
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from ltx_ray.config import EngineSpec
+from ltx_ray.engine.base import Rank
+from ltx_ray.engine.decode import named_latents
+from ltx_ray.engine.diffusion import DiffusionEngine
+from ltx_ray.parallel.layers import TPGroup
+from ltx_ray.parallel.mesh import Tokens
+from tests.parity.dit import relative
+from tests.parity.line import one_thread, toy_line
+
+#: name -> ranks of the gang; tp, guidance_parallel, sequence_parallel
+LAYOUTS = {
+    "tp": (2, (2, 1, 1)),
+    "guidance": (2, (1, 2, 1)),
+    "sequence": (2, (1, 1, 2)),
+    "tp, guidance, sequence": (4, (2, 2, 2)),
+}
+#: All four guidance passes, timesteps that differ by token, and tokens appended for a keyframe.
+ROW = {
+    "num_frames": 9, "num_inference_steps": 2, "height": 64, "width": 128, "prompt": "a lighthouse",
+    "video_stg_scale": 1.0, "video_stg_blocks": [1],
+    "images": [{"path": "a.png", "frame_idx": 0, "strength": 0.8}, {"path": "a.png", "frame_idx": 8}],
+}  # fmt: skip
+
+
+def _rank(rank: int, world: int, port: int, spec: EngineSpec, item, conditions, queue) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world, timeout=timedelta(seconds=120)
+    )
+    try:
+        found: dict[str, dict[str, np.ndarray]] = {}
+        for name, (tp, guidance, sequence) in ((n, layout) for n, (ranks, layout) in LAYOUTS.items() if ranks == world):
+            options = {**spec.options, "tp": tp, "guidance_parallel": guidance, "sequence_parallel": sequence}
+            engine = DiffusionEngine(replace(spec, options=options), Rank(rank, world))
+            engine.load()
+            first = _everywhere(engine.run("stage1", item, conditions))
+            second = engine.run("stage2", item, conditions, first)
+            if rank == 0:
+                found[name] = {key: value.numpy() for key, value in named_latents(first, second).items()}
+        _tokens_come_back(TPGroup(rank, world))
+        queue.put((rank, found))
+        dist.barrier()
+    except BaseException:
+        queue.put((rank, traceback.format_exc()))
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def _everywhere(latents):
+    """Rank 0's latents on all ranks, as the object store gives them."""
+    box = [latents]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def _tokens_come_back(group: TPGroup) -> None:
+    """Splitting and changing hands, with a length that the ranks do not divide."""
+    torch.manual_seed(0)
+    whole, length = torch.randn(1, 8, 11, 6), 11
+    tokens = Tokens(group, length)
+    mine = tokens.split(whole, 2)
+    heads = tokens.to_heads(mine)
+    assert mine.shape == (1, 8, -(-length // group.size), 6) and torch.equal(heads, tokens.own_heads(whole))
+    assert torch.equal(tokens.to_tokens(heads), mine)
+    assert torch.equal(tokens.all_heads(heads), whole)
+    flat = whole.transpose(1, 2).flatten(2)
+    assert torch.equal(tokens.gather(tokens.split(flat, 1)), flat)
+
+
+@pytest.fixture(scope="module")
+def rendered():
+    """(latents of one rank, latents by layout)."""
+    line = toy_line()
+    item = line.item(ROW)
+    with one_thread():
+        conditions = line.text.run("text", item)
+    found = {}
+    for world in sorted({ranks for ranks, _ in LAYOUTS.values()}):
+        found |= _gang(world, line.diffusion.spec, item, conditions)
+    return line.latents(ROW), found
+
+
+def _gang(world: int, spec: EngineSpec, item, conditions) -> dict[str, dict[str, np.ndarray]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = mp.get_context("spawn")
+    queue = context.Queue()
+    ranks = [context.Process(target=_rank, args=(r, world, port, spec, item, conditions, queue)) for r in range(world)]
+    for process in ranks:
+        process.start()
+    found = {}
+    while len(found) < world:
+        rank, result = queue.get(timeout=240)
+        if isinstance(result, str):
+            for process in ranks:
+                process.kill()
+            pytest.fail(f"rank {rank}: {result}")
+        found[rank] = result
+    for process in ranks:
+        process.join()
+    return found[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_gives_the_latents_of_one_rank(rendered, layout):
+    alone, found = rendered
+    for name, expected in alone.items():
+        assert relative(torch.from_numpy(found[layout][name]), expected) <= 1e-5, name
+
+
+def test_sharing_the_guidance_passes_changes_no_bit(rendered):
+    alone, found = rendered
+    for name, expected in alone.items():
+        assert np.array_equal(found["guidance"][name], expected.numpy()), name

@@ -1,0 +1,74 @@
+"""What is refused when a run starts: weights that do not fit the model, and machines that do not."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ltx_ray.config import ModelFiles, Numerics
+from ltx_ray.model.config import TransformerConfig
+from ltx_ray.model.transformer import Transformer
+from ltx_ray.modelfiles import open_checkpoint
+from ltx_ray.parallel.layers import TPGroup
+from ltx_ray.parallel.loading import load_shard
+
+
+def test_transformer_keys_that_do_not_fit_are_named(toy):
+    checkpoint = open_checkpoint(toy["checkpoint_path"])
+    with torch.device("meta"):
+        model = Transformer(TransformerConfig.from_metadata(checkpoint.transformer), TPGroup())
+    tensors = dict(checkpoint.tensors)
+    gone = sorted(tensors)[:12]
+    tensors |= {"proj_out.weight_scale": tensors["proj_out.weight"]}
+    for name in gone:
+        del tensors[name]
+    with pytest.raises(ValueError) as caught:
+        load_shard(model, tensors, TPGroup(), dtype=torch.float32, device=torch.device("meta"))
+    listed = f"12 missing ({', '.join(gone[:10])}, ...); 1 unexpected (proj_out.weight_scale)"
+    assert str(caught.value) == f"{checkpoint.path}: the transformer's keys do not fit the model: {listed}"
+
+
+@pytest.mark.parametrize(
+    "field, value", [("apply_gated_attention", None), ("cross_attention_adaln", False), ("rope_type", "interleaved")]
+)
+def test_another_architecture_under_the_same_version_is_refused(toy, field, value):
+    config = {**open_checkpoint(toy["checkpoint_path"]).transformer, field: value}
+    if value is None:
+        del config[field]
+    with pytest.raises(ValueError, match=rf"x: config.transformer.{field} is .*; legal: .* \(LTX-2.3\)"):
+        TransformerConfig.from_metadata(config, "x")
+
+
+def test_a_real_model_wants_gpus_unless_told_otherwise():
+    pytest.importorskip("ray")
+    from ltx_ray.pools.pool import Wanted
+    from ltx_ray.run import Options, _Cluster
+
+    def pools(size: int, device: str) -> list:
+        options = Options("m.jsonl", "out", ModelFiles("c", "g", "u"), device=device, wanted=Wanted())
+        prepared = SimpleNamespace(options=options, checkpoint=SimpleNamespace(size=size), numerics=Numerics())
+        return _Cluster(prepared)._lay_out(0.0)[0]
+
+    for size, device in ((46 * 2**30, "auto"), (1, "cuda")):
+        with pytest.raises(ValueError, match="GPUs: at least 1 needed, 0 free; legal: a cluster with GPUs now, or --d"):
+            pools(size, device)
+    assert pools(46 * 2**30, "cpu") and pools(1, "auto")
+
+
+def test_stages_on_gpus_of_two_models_want_noise_from_the_cpu():
+    pytest.importorskip("ray")
+    from ltx_ray.driver.loop import Driver
+    from ltx_ray.pools.pool import StartFailed
+
+    def meet(noise_device: str, *names: str) -> None:
+        driver = Driver.__new__(Driver)
+        driver.noise_device, driver._device_name = noise_device, None
+        for name in names:
+            driver._check_device(SimpleNamespace(ranks=[{"device_name": name}]))
+
+    meet("model", "H100", "", "H100")  # text and decode draw nothing, and name no device
+    meet("cpu", "H100", "H200")
+    with pytest.raises(StartFailed, match="the stages span H100 and H200, whose noise differs; give --noise-"):
+        meet("model", "H100", "H200")

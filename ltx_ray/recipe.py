@@ -167,3 +167,12 @@ def item_id(request: RenderRequest, recipe: Recipe, image_digests: tuple[str, ..
     row["images"] = [{**image, "path": digest} for image, digest in zip(row["images"], image_digests, strict=True)]
     text = canonical_json({"request": row, "recipe": recipe})
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def merged_for(request: RenderRequest) -> dict[str, tuple[object, ...]]:
+    """What a replica has to have merged for the request, by stage: rows that agree need no switch between them."""
+    loras = tuple((use.name, use.strength) for use in request.loras)
+    return {
+        "stage1": (loras, request.distilled_lora_strength_stage_1),
+        "stage2": (loras, request.distilled_lora_strength_stage_2),
+    }

@@ -18,6 +18,10 @@ class RowError(Exception):
     """A row cannot be rendered, whoever tries: it fails without another attempt, and nothing else does."""
 
 
+class ReplicaError(Exception):
+    """The replica itself is broken and must not serve another row."""
+
+
 @dataclass(frozen=True)
 class AV(Generic[T]):
     """A video thing and its audio twin, so that code handles both in one line."""
@@ -219,6 +223,8 @@ class CallReport:
     traceback: str | None = None
     #: True when the row itself is to blame, so that every rank is expected to say the same.
     row_error: bool = False
+    #: True when the replica is of no more use, whatever the row: its weights are half merged.
+    replica_error: bool = False
     info: dict[str, Any] = field(default_factory=dict)
 
 

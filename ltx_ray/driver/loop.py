@@ -23,6 +23,7 @@ from ltx_ray.metrics import EventLog, RunMetrics
 from ltx_ray.plan import COPY, DONE, FAILED, ILLEGAL, REPEATED, Plan, PlannedRow
 from ltx_ray.pools.gang import Call, Gang, GangLost, InputsLost
 from ltx_ray.pools.pool import Pool, StartFailed
+from ltx_ray.recipe import merged_for
 from ltx_ray.records import CallReport, Clip, WorkItem, canonical_json
 
 _TICK_SECONDS = 0.5
@@ -152,7 +153,7 @@ class Driver:
             work.rows.append(planned)
             return
         self._work[item.item_id] = _Work(item, [planned])
-        self.policy.admit(item.item_id)
+        self.policy.admit(item.item_id, merged_for(item.request))
 
     def _illegal_row(self, planned: PlannedRow) -> None:
         self.counts["illegal"] += 1
@@ -286,6 +287,9 @@ class Driver:
                 seconds=round(report.switch_seconds, 3),
             )  # fmt: skip
         self._metrics.call(call.stage, report.seconds)
+        if report.replica_error:
+            self._lost(pool, gang, f"{call.stage}: {report.error_type}: {report.message}")
+            return
         if not report.ok:
             self._call_failed(call, report)
             return

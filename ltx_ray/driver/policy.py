@@ -3,14 +3,16 @@
 It holds every admitted item's state and every replica's, and decides what runs where. The loop only
 carries its decisions out and tells it what happened.
 
-Order: downstream first, so that nothing piles up; within a stage, the item admitted first. A queue
-before a stage never holds more than `queue_depth` items for each replica of the stage, counting those
-that are being made for it.
+Order: downstream first, so that nothing piles up; within a stage, the item admitted first, unless
+another needs the weights that the replica has merged now: items of a kind stay together, so that
+replicas switch seldom, but none is passed over more than `patience` times. A queue before a stage never
+holds more than `queue_depth` items for each replica of the stage, counting those that are being made
+for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 STAGES = ("text", "stage1", "stage2", "decode")
@@ -18,7 +20,7 @@ STAGES = ("text", "stage1", "stage2", "decode")
 
 @dataclass(frozen=True)
 class Dispatch:
-    """Run `stage` of `item` on `replica`. `switched`: a shared replica turns from another stage."""
+    """Run `stage` of `item` on `replica`. `switched`: it turns from another stage, or from another kind of item."""
 
     item: str
     stage: str
@@ -39,15 +41,18 @@ class Verdict:
 class _Item:
     order: int
     stage: str
+    kinds: Mapping[str, Hashable] = field(default_factory=dict)
     attempts: int = 1
     restarts: int = 0
     replica: str | None = None
+    passed_over: int = 0
 
 
 @dataclass
 class _Replica:
     roles: tuple[str, ...]
     phase: str | None = None
+    kind: Hashable = None
     item: str | None = None
 
 
@@ -60,6 +65,7 @@ class Policy:
     max_attempts: int = 3
     stages: tuple[str, ...] = STAGES
     max_restarts: int = 10
+    patience: int = 16
     draining: bool = False
     _items: dict[str, _Item] = field(default_factory=dict)
     _replicas: dict[str, _Replica] = field(default_factory=dict)
@@ -80,10 +86,10 @@ class Policy:
         self._items[gone.item].replica = None
         return self._failed(gone.item, charged)
 
-    def admit(self, item: str) -> None:
-        """Take an item in, at the end of the line."""
+    def admit(self, item: str, kinds: Mapping[str, Hashable] | None = None) -> None:
+        """Take an item in, at the end of the line. `kinds`: by stage, what a replica must have merged for it."""
         assert item not in self._items
-        self._items[item] = _Item(self._admitted, self.stages[0])
+        self._items[item] = _Item(self._admitted, self.stages[0], kinds or {})
         self._admitted += 1
 
     def finished(self, item: str) -> bool:
@@ -190,13 +196,36 @@ class Policy:
         return queued < self.queue_depth * max(1, servers)
 
     def _assign(self, name: str, replica: _Replica, stage: str) -> Dispatch:
-        waiting = (i for i, s in self._items.items() if s.stage == stage and s.replica is None)
-        item = min(waiting, key=lambda i: self._items[i].order)
-        self._items[item].replica = name
-        replica.item = item
-        switched = replica.phase is not None and replica.phase != stage
-        replica.phase = stage
-        return Dispatch(item, stage, name, switched)
+        chosen = self._choose(name, replica, stage)
+        state = self._items[chosen]
+        kind = state.kinds.get(stage)
+        switched = replica.phase is not None and (replica.phase, replica.kind) != (stage, kind)
+        state.replica, state.passed_over = name, 0
+        replica.item, replica.phase, replica.kind = chosen, stage, kind
+        return Dispatch(chosen, stage, name, switched)
+
+    def _choose(self, name: str, replica: _Replica, stage: str) -> str:
+        """Which of the items that wait for `stage` this replica takes."""
+        waiting = sorted(
+            (i for i, s in self._items.items() if s.stage == stage and s.replica is None),
+            key=lambda i: self._items[i].order,
+        )
+        first = waiting[0]
+        if self._items[first].passed_over >= self.patience:
+            return first
+        others = {r.kind for n, r in self._replicas.items() if n != name and r.phase == stage}
+
+        def preference(item: str) -> int:
+            kind = self._items[item].kinds.get(stage)
+            if replica.phase == stage and kind == replica.kind:
+                return 0
+            # what another replica has merged is better left to it
+            return 2 if kind in others else 1
+
+        chosen = min(waiting, key=preference)
+        for item in waiting[: waiting.index(chosen)]:
+            self._items[item].passed_over += 1
+        return chosen
 
     def _release(self, item: str) -> _Item:
         state = self._items[item]

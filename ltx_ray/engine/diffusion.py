@@ -34,6 +34,7 @@ from ltx_ray.records import (
     ImageLatents,
     NoiseLedger,
     PromptContext,
+    ReplicaError,
     RowError,
     StageLatents,
     WorkItem,
@@ -215,12 +216,17 @@ class DiffusionEngine:
         uses = [(i, by_name[name]) for i, name in enumerate(self._lora_names) if name in by_name]
         if self._has_distilled:
             uses.append((len(self._lora_names), distilled_strength))
-        if self._merged and not self._near:
-            self._keep_near()  # this replica does switch
         began, first = time.perf_counter(), not self._merged
-        if self.merger.switch(LoraSetting(tuple(uses))):
-            if self.device.type == "cuda":
+        try:
+            if not first and not self._near:
+                self._keep_near()  # this replica does switch
+            switched = self.merger.switch(LoraSetting(tuple(uses)))
+            if switched and self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
+        except Exception as error:
+            # nobody can say what the weights hold now
+            raise ReplicaError(f"{type(error).__name__}: {error}") from error
+        if switched:
             # the first merge belongs to loading
             self.switches += not first
             self.switch_seconds += 0.0 if first else time.perf_counter() - began

@@ -16,7 +16,7 @@ from typing import Any
 import ray
 
 from ltx_ray.config import EngineSpec
-from ltx_ray.records import CallReport, RowError
+from ltx_ray.records import CallReport, ReplicaError, RowError
 
 
 class RankActor:
@@ -76,6 +76,7 @@ class RankActor:
                 "message": str(error) or type(error).__name__,
                 "traceback": traceback.format_exc(),
                 "row_error": isinstance(error, RowError),
+                "replica_error": isinstance(error, ReplicaError),
             }
         return (
             CallReport(

@@ -121,10 +121,9 @@ class Gang:
         reports: list[CallReport] = ray.get(self._started)
         for rank, report in enumerate(reports):
             self.ranks[rank]["device"] = report.device
-            self.ranks[rank]["device_name"] = report.info.get("device_name", "")
+            self.ranks[rank] |= {"device_name": "", **report.info}
             if not report.ok:
-                where = f"rank {rank} on node {self.ranks[rank]['address']} ({report.device})"
-                raise GangLost(f"{where}: {report.error_type}: {report.message}\n{report.traceback}")
+                raise GangLost(f"{self._where(rank)}: {report.error_type}: {report.message}\n{report.traceback}")
         self.device = reports[0].device
         self.state = "ready"
 
@@ -159,8 +158,10 @@ class Gang:
             return None
         reports = [call.done[rank] for rank in range(len(call.reports))]
         if len({(r.ok, r.error_type) for r in reports}) > 1:
-            report = next(r for r in reports if not r.ok)
-            raise GangLost(f"the ranks disagreed during {call.stage}: {report.error_type}: {report.message}")
+            rank, report = next((n, r) for n, r in enumerate(reports) if not r.ok)
+            raise GangLost(
+                f"the ranks disagreed during {call.stage}: {self._where(rank)}: {report.error_type}: {report.message}"
+            )
         self.call = None
         return reports
 
@@ -171,11 +172,15 @@ class Gang:
             return None
         if call.failed_at is not None and now - call.failed_at > _LONE_FAILURE_GRACE:
             # the other ranks wait for it in a collective, for ever
-            report = next(r for r in call.done.values() if not r.ok)
-            return f"a rank failed alone during {call.stage}: {report.error_type}: {report.message}"
+            rank, report = next((n, r) for n, r in call.done.items() if not r.ok)
+            return f"{self._where(rank)} failed alone during {call.stage}: {report.error_type}: {report.message}"
         if now - call.started > call_timeout:
             return f"{call.stage} took longer than {call_timeout:g} s"
         return None
+
+    def _where(self, rank: int) -> str:
+        place = self.ranks[rank]
+        return f"rank {rank} on node {place['address']} ({place.get('device') or 'device unknown'})"
 
     def kill(self) -> None:
         """End all ranks and give the placement group back."""

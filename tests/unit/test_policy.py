@@ -280,6 +280,51 @@ def test_a_shared_replica_fills_the_queue_then_empties_it():
     assert switched == 3
 
 
+def run_all(policy: Policy, rows: list[str]) -> tuple[list[str], int]:
+    """Feed rows of these kinds through the last stage as room allows: (kinds in the order they ran, switches)."""
+    ran, switched, fed = [], 0, 0
+    while fed < len(rows) or policy.busy:
+        while fed < len(rows) and policy.room():
+            policy.admit(f"i{fed}", {"decode": rows[fed]})
+            fed += 1
+        while (d := policy.next_dispatch()) is not None:
+            ran.append(rows[int(d.item[1:])])
+            switched += d.switched
+        for item in list(policy.running.values()):
+            policy.finished(item)
+    return ran, switched
+
+
+def one_stage(replicas: int, **options) -> Policy:
+    policy = Policy(stages=("decode",), **options)
+    for n in range(replicas):
+        policy.join(f"d{n}", ("decode",))
+    return policy
+
+
+def test_rows_that_need_the_same_weights_stay_together():
+    ran, switched = run_all(one_stage(1, queue_depth=4), ["a", "b"] * 40)
+    assert sorted(ran) == sorted(["a", "b"] * 40)
+    assert switched <= 16, "strictly in order it would be 79"
+
+
+def test_each_replica_keeps_to_its_kind():
+    _, switched = run_all(one_stage(2, queue_depth=4), ["a", "b"] * 40)
+    assert switched <= 2
+
+
+def test_a_lone_row_of_its_kind_is_not_passed_over_for_ever():
+    ran, _ = run_all(one_stage(1, queue_depth=4, patience=5), ["a"] * 3 + ["b"] + ["a"] * 60)
+    assert 3 <= ran.index("b") <= 3 + 5
+
+
+def test_without_kinds_the_oldest_goes_first():
+    policy = one_stage(2, queue_depth=4)
+    for n in range(6):
+        policy.admit(f"i{n}")
+    assert [item for item, _, _ in calls(policy)] == ["i0", "i1"]
+
+
 def test_attempts_are_capped_and_uncharged_losses_are_free():
     policy = make({"t": ("text",)}, items=1, max_attempts=2)
     for _ in range(3):

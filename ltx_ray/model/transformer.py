@@ -170,10 +170,17 @@ class Transformer(nn.Module):
         def rows(modulation: torch.Tensor, count: int) -> torch.Tensor:
             return modulation.view(batch, -1, count, x.shape[-1])
 
-        modulation, embedded = adaln(timesteps, dtype)
+        def of_tokens(layer: AdaLayerNorm) -> tuple[torch.Tensor, ...]:
+            if timesteps.numel() > 1 or x.shape[1] == 1:
+                return layer(timesteps, dtype)
+            # one level for all tokens, where the reference has a row for each: two equal rows round as many do,
+            # a single one goes through another kernel
+            return tuple(both[:1] for both in layer(timesteps.expand(2), dtype))
+
+        modulation, embedded = of_tokens(adaln)
         prompt_modulation, _ = prompt_adaln((own.sigma * scale).flatten(), dtype)
         # scale and shift of the bridge follow the stream's own tokens, its gate the other's noise level
-        cross_modulation, _ = cross_adaln(timesteps, dtype)
+        cross_modulation, _ = of_tokens(cross_adaln)
         gate_factor = self.config.av_timestep_scale / scale
         cross_gate, _ = gate_adaln((other.sigma * scale * gate_factor).flatten(), dtype)
         stream = Stream(

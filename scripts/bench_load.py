@@ -1,0 +1,142 @@
+#!/usr/bin/env python
+"""Loading a shard against reading the same file plainly, and against the bus, in one run.
+
+    scripts/bench_load.py [--layers 48] [--folder /tmp/bench] [--tp 1,2,4,8] [--cold]
+
+Writes (once) a file with the transformer's tensors at real widths. "plain" reads it from beginning to end
+with one thread into one buffer; "bus" copies pinned memory to the device. Loading is held to 0.8 of the
+lower of the two. With --cold both sides start with the file out of the page cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ltx_ray.parallel.layers import TPGroup
+from ltx_ray.parallel.loading import load_shard
+from scripts import realsize
+
+
+class HostPeak:
+    """Highest private and pinned memory of this process while inside, above what it was at the start, in bytes."""
+
+    def __enter__(self) -> HostPeak:
+        self._stop, self._start, self.bytes = threading.Event(), _host_bytes(), 0
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.01):
+            self.bytes = max(self.bytes, _host_bytes() - self._start)
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def _host_bytes() -> int:
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    # pages of mapped files are the page cache's
+    return 1024 * sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssShmem"))
+
+
+def forget(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
+
+
+def plain_read(path: Path) -> float:
+    """Bytes a second."""
+    buffer = memoryview(bytearray(16 * 2**20))
+    began, total = time.perf_counter(), 0
+    with open(path, "rb", buffering=0) as file:
+        while got := file.readinto(buffer):
+            total += got
+    return total / (time.perf_counter() - began)
+
+
+def bus(device: torch.device) -> float:
+    source = torch.empty(2**30, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty(2**30, dtype=torch.uint8, device=device)
+    target.copy_(source, non_blocking=True)
+    torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    for _ in range(8):
+        target.copy_(source, non_blocking=True)
+    torch.cuda.synchronize(device)
+    return 8 * 2**30 / (time.perf_counter() - began)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=48)
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/ltx-ray-bench"))
+    parser.add_argument("--tp", default="1,2,4,8", help="sizes of gangs of which rank 0 is loaded")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--cold", action="store_true", help="drop the file from the page cache before each reading")
+    parser.add_argument("--repeat", type=int, default=3)
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    path = arguments.folder / f"transformer-{arguments.layers}.safetensors"
+    infos = realsize.write_checkpoint(path, arguments.layers)
+    size = path.stat().st_size
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    print(f"{name}, {arguments.layers} layers, {size / 1e9:.1f} GB, {'cold' if arguments.cold else 'warm'}")
+
+    def timed_read() -> float:
+        if arguments.cold:
+            forget(path)
+        return plain_read(path)
+
+    plain = sorted(timed_read() for _ in range(arguments.repeat))[arguments.repeat // 2]
+    limit = plain
+    print(f"plain read  {plain / 1e9:6.2f} GB/s")
+    if device.type == "cuda":
+        limit = min(plain, bus(device))
+        print(f"bus         {bus(device) / 1e9:6.2f} GB/s")
+        torch.cuda.empty_cache()
+    print("tp  shard GB  seconds   GB/s  of the limit  host MiB  device MiB above the shard")
+    for tp in (int(n) for n in arguments.tp.split(",")):
+        group = TPGroup(0, tp)
+        seconds, host, extra, shard = [], 0, 0, 0
+        for _ in range(arguments.repeat):
+            if arguments.cold:
+                forget(path)
+            model = realsize.build(arguments.layers, group)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            with HostPeak() as peak:
+                began = time.perf_counter()
+                load_shard(model, infos, group, dtype=torch.bfloat16, device=device)
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                seconds.append(time.perf_counter() - began)
+            shard = sum(p.numel() * p.element_size() for p in model.parameters())
+            host = max(host, peak.bytes - (shard if device.type == "cpu" else 0))
+            if device.type == "cuda":
+                extra = max(extra, torch.cuda.max_memory_allocated(device) - shard)
+            del model
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        middle = sorted(seconds)[len(seconds) // 2]
+        rate = shard / middle
+        print(
+            f"{tp:2}  {shard / 1e9:8.2f}  {middle:7.2f}  {rate / 1e9:5.2f}  {rate / limit:12.2f}  {host / 2**20:8.0f}  "
+            f"{extra / 2**20:8.0f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

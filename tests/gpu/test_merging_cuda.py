@@ -1,0 +1,115 @@
+"""Loading and merging on a CUDA device: the file's bits, the reference's rounding, and the same in every layout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ltx_ray.headers import read_header
+from ltx_ray.parallel.layers import TPGroup
+from ltx_ray.parallel.loading import Slice, fill, shard_shape
+from ltx_ray.parallel.lora import LoraSetting
+from ltx_ray.parallel.merging import merge_
+from ltx_ray.parallel.residence import Memory
+from tests.unit.merging_data import USES, expected, files, merger  # noqa: F401 (a fixture)
+
+DEVICE = torch.device("cuda")
+
+
+def random(*shape, dtype=torch.bfloat16):
+    return (torch.randn(*shape, device=DEVICE) * 0.05).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_shard_streams_to_the_device(tmp_path, dtype):
+    """Tensors of several pieces, rows and columns of them, converted on the way."""
+    torch.manual_seed(0)
+    tensors = {"wide": torch.randn(4096, 8192).bfloat16(), "tall": torch.randn(8192, 1024), "bias": torch.randn(64)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    infos = read_header(tmp_path / "a.safetensors").tensors
+    for size in (1, 4):
+        tp = TPGroup(size - 1, size)
+        for dim in (None, 0, 1):
+            names = [name for name, tensor in tensors.items() if dim is None or dim < tensor.dim()]
+            wanted = [
+                Slice(infos[n], dim, torch.full(shard_shape(infos[n], dim, tp), torch.nan, dtype=dtype, device=DEVICE))
+                for n in names
+            ]
+            assert sorted(fill(wanted, tp)) == list(range(len(names)))
+            for name, want in zip(names, wanted, strict=True):
+                whole = tensors[name]
+                part = whole if dim is None else whole.tensor_split(size, dim)[-1]
+                assert torch.equal(want.into.cpu(), part.to(dtype)), (name, size, dim)
+
+
+@pytest.mark.parametrize("shape", [(4096, 4096), (16384, 4096), (4096, 16384), (32, 4096), (2048, 4096)])
+@pytest.mark.parametrize("rank", [384, 32, 7])
+def test_the_kernel_rounds_like_the_reference(shape, rank):
+    """Against the reference's own operations; the order of a sum over the rank may turn a last bit."""
+    torch.manual_seed(1)
+    (n_out, n_in), strength = shape, 0.37
+    clean, a, b = random(n_out, n_in), random(rank, n_in), random(n_out, rank)
+    theirs = torch.matmul(b * strength, a).add_(clean)
+    ours = torch.full_like(clean, torch.nan)
+    merge_(ours, clean, [(a, b, strength)])
+    exact = ((b * strength).double() @ a.double()).bfloat16().double() + clean.double()
+    assert (ours == theirs).float().mean() > 0.999
+    assert (ours.double() - exact).norm() <= 1.01 * (theirs.double() - exact).norm()
+    in_place = clean.clone()
+    merge_(in_place, in_place, [(a, b, strength)])
+    assert torch.equal(in_place, ours)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(4096, 4096), (4096, 16384), (2048, 4096)])
+def test_a_shard_gets_the_bits_of_the_whole(shape, dtype):
+    torch.manual_seed(2)
+    n_out, n_in = shape
+    clean = random(n_out, n_in, dtype=dtype)
+    loras = [(random(r, n_in, dtype=dtype), random(n_out, r, dtype=dtype), s) for r, s in ((384, 0.25), (16, -0.9))]
+    for products in (loras[:1], loras):
+        whole = torch.empty_like(clean)
+        merge_(whole, clean, products)
+        for size in (2, 4, 8):
+            for rank in (0, size - 1):
+                rows, columns = TPGroup(rank, size).slice(n_out), TPGroup(rank, size).slice(n_in)
+                part = torch.empty_like(clean[rows])
+                merge_(part, clean[rows], [(a, b[rows], s) for a, b, s in products], first_row=rows.start)
+                assert torch.equal(part, whole[rows])
+                part = torch.empty_like(clean[:, columns])
+                sliced = [(a[:, columns].contiguous(), b, s) for a, b, s in products]
+                merge_(part, clean[:, columns].contiguous(), sliced, full_columns=n_in)
+                assert torch.equal(part, whole[:, columns])
+
+
+@pytest.mark.parametrize("clean", ["file", "host", "device"])
+@pytest.mark.parametrize("factors", ["file", "host", "device"])
+def test_every_residence_ends_in_the_bits_of_a_fresh_load(files, clean, factors):  # noqa: F811
+    fresh = {}
+    for uses in USES:
+        model, merging = merger(files, device=DEVICE)
+        merging.switch(LoraSetting(uses))
+        fresh[uses] = {name: p.cpu() for name, p in model.named_parameters()}
+        for name, value in expected(files, uses).items():
+            # another device sums in another order: at most a last bit of the product
+            assert torch.allclose(fresh[uses][name].float(), value.float(), rtol=2e-2, atol=2e-2), name
+    model, merging = merger(files, device=DEVICE)
+    merging.keep(0, Memory(0, 0), clean, factors)
+    for uses in [*USES, *reversed(USES), *USES[::2]]:
+        merging.switch(LoraSetting(uses))
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter.cpu(), fresh[uses][name]), name
+
+
+def test_memory_above_the_weights_stays_small():
+    """A merge of a large layer takes no temporaries; several LoRAs hold their sum in 32 MiB."""
+    torch.manual_seed(3)
+    weight, a, b = random(16384, 8192), random(384, 8192), random(16384, 384)
+    for products, limit in (([(a, b, 0.5)], 0), ([(a, b, 0.5), (a, b, 0.25)], 33 * 2**20)):
+        merge_(weight, weight, products)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        merge_(weight, weight, products)
+        assert torch.cuda.max_memory_allocated() - before <= limit

@@ -102,6 +102,7 @@ def main() -> None:
 
     # the reference first: its results are compared with ours and thrown away
     weights = {key: model.get_parameter(key).data for key in keys}
+    del model  # the reference replaces tensors, and the old ones must go
     some = keys[: 34 * 2] + keys[-34:]
     clean = {key: weights[key].clone() for key in some}
     call, peer = reference(weights, factors, 0.5)
@@ -116,9 +117,10 @@ def main() -> None:
     )
     del weights, factors, pageable, call
 
-    load_shard(model, infos, TPGroup(), dtype=torch.bfloat16, device=device)
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    model = realsize.build(layers)
+    load_shard(model, infos, TPGroup(), dtype=torch.bfloat16, device=device)
     for where in ("device", "host"):
         merger = LoraMerger(model, infos, [pairs], TPGroup())
         began = time.perf_counter()

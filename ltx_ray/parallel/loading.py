@@ -8,7 +8,6 @@ place. There is never a state dict.
 
 from __future__ import annotations
 
-import mmap
 import os
 import queue
 import threading
@@ -25,6 +24,7 @@ from ltx_ray.parallel.layers import TPGroup
 #: Bytes read at once, and threads that read. Each has two pinned buffers, so a rank pins at most 256 MiB.
 PIECE_BYTES = 16 * 2**20
 LANES = 8
+_SCRATCH_BYTES = 2 * 2**20
 
 TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -139,43 +139,53 @@ class _Files:
     """Open files by path; safe to read from several threads."""
 
     def __init__(self) -> None:
-        self._open: dict[str, tuple[int, mmap.mmap]] = {}
+        self._open: dict[str, int] = {}
         self._lock = threading.Lock()
+        self._scratch = threading.local()
 
     def read(self, piece: _Piece, into: torch.Tensor) -> None:
         """The bytes of `piece` into `into` (uint8, on the host)."""
-        descriptor, mapped = self._get(piece.info.path)
-        room = into.numpy()
-        if piece.rows > 1:
-            # short runs, far apart: the kernel reads whole pages anyway, and a call for each run costs more
-            whole = np.frombuffer(mapped, dtype=np.uint8)
-            rows = np.lib.stride_tricks.as_strided(
-                whole[piece.offset :], (piece.rows, piece.run), (piece.pitch, 1), writeable=False
-            )
-            np.copyto(room.reshape(piece.rows, piece.run), rows)
-            # mapped pages count as this process's memory until they are let go; they stay in the page cache
-            first = piece.offset // mmap.PAGESIZE * mmap.PAGESIZE
-            mapped.madvise(mmap.MADV_DONTNEED, first, piece.offset + piece.rows * piece.pitch - first)
+        descriptor, room = self._get(piece.info.path), into.numpy()
+        if piece.rows == 1:
+            _read_fully(descriptor, memoryview(room), piece.offset)
             return
-        done = 0
-        while done < piece.nbytes:
-            got = os.preadv(descriptor, [memoryview(room)[done:]], piece.offset + done)
-            if not got:
-                raise ValueError(f"the file ends at byte {piece.offset + done}, inside it; fetch it again")
-            done += got
+        # Runs of a few KiB, far apart: the kernel fetches whole pages anyway, and a call or a page fault for each
+        # costs more than to take the rows whole, a cacheful at a time, and to keep the columns wanted.
+        room = room.reshape(piece.rows, piece.run)
+        step = max(1, _SCRATCH_BYTES // piece.pitch)
+        for row in range(0, piece.rows, step):
+            count = min(step, piece.rows - row)
+            # the last row ends where its run does, which may be the end of the file
+            whole = self._rows(count * piece.pitch)[: (count - 1) * piece.pitch + piece.run]
+            _read_fully(descriptor, memoryview(whole), piece.offset + row * piece.pitch)
+            runs = np.lib.stride_tricks.as_strided(whole, (count, piece.run), (piece.pitch, 1), writeable=False)
+            np.copyto(room[row : row + count], runs)
 
-    def _get(self, path: str) -> tuple[int, mmap.mmap]:
+    def _rows(self, size: int) -> np.ndarray:
+        held = getattr(self._scratch, "rows", None)
+        if held is None or len(held) < size:
+            held = self._scratch.rows = np.empty(size, dtype=np.uint8)
+        return held
+
+    def _get(self, path: str) -> int:
         with self._lock:
             if path not in self._open:
-                descriptor = os.open(path, os.O_RDONLY)
-                self._open[path] = descriptor, mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+                self._open[path] = os.open(path, os.O_RDONLY)
             return self._open[path]
 
     def close(self) -> None:
-        for descriptor, _ in self._open.values():
+        for descriptor in self._open.values():
             os.close(descriptor)
-        # the maps go with the last array that looks at them
         self._open.clear()
+
+
+def _read_fully(descriptor: int, room: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(room):
+        got = os.preadv(descriptor, [room[done:]], offset + done)
+        if not got:
+            raise ValueError(f"the file ends at byte {offset + done}, inside it; fetch it again")
+        done += got
 
 
 def _fill_gpu(pieces: list[_Piece], count: int, files: _Files, device: torch.device) -> Iterator[int]:

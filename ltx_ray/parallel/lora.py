@@ -20,6 +20,9 @@ from ltx_ray.parallel.loading import named
 from ltx_ray.parallel.merging import Product, merge_
 from ltx_ray.parallel.residence import Memory, Part, Residence, choose
 
+#: (place of a LoRA, strength) of those that take part, in order.
+Uses = tuple[tuple[int, float], ...]
+
 
 @dataclass(frozen=True)
 class LoraSetting:
@@ -28,16 +31,10 @@ class LoraSetting:
     A LoRA of strength 0 beside others still takes part: the reference rounds what comes after it otherwise.
     """
 
-    uses: tuple[tuple[int, float], ...] = ()
+    uses: Uses = ()
 
     def __post_init__(self) -> None:
         assert list(self.uses) == sorted(self.uses, key=lambda use: use[0]), self.uses
-
-    def of(self, modules: Sequence[set[str]], module: str) -> tuple[tuple[int, float], ...]:
-        """The uses that touch `module`; none when all strengths are 0, since the reference then merges nothing."""
-        if not any(strength for _, strength in self.uses):
-            return ()
-        return tuple((index, strength) for index, strength in self.uses if module in modules[index])
 
 
 class LoraMerger:
@@ -61,7 +58,6 @@ class LoraMerger:
         touched = {stem for lora in loras for stem in lora}
         # in file order, which is the order in which weights and factors come from disk fastest
         self._modules = sorted(touched, key=lambda stem: _place(tensors[f"{stem}.weight"]))
-        self._modules_of = [set(lora) for lora in loras]
         self._tensors = tensors
         first = next((self._weight(stem) for stem in self._modules), None)
         self._device = first.device if first is not None else torch.device("cpu")
@@ -71,8 +67,7 @@ class LoraMerger:
         self._group = group
         self._factors = Residence(dict(self._factor_parts()), tp, self._device)
         #: What is merged now; None after a merge that failed half-way.
-        self._current: LoraSetting | None = LoraSetting()
-        self._merges = 0
+        self._current: dict[str, Uses] | None = self._by_module(LoraSetting())
 
     @property
     def residence(self) -> dict[str, str]:
@@ -99,7 +94,7 @@ class LoraMerger:
             if clean != "device" and self._group.size > 1 and share + reserve <= device:
                 clean = "gang"
         self._factors.keep(factors)
-        clean_now = self._current == LoraSetting()
+        clean_now = self._current == self._by_module(LoraSetting())
         self._clean.keep(clean, {stem: self._weight(stem).data for stem in self._modules} if clean_now else None)
 
     def switch(self, setting: LoraSetting) -> bool:
@@ -108,22 +103,21 @@ class LoraMerger:
         Only layers that the change concerns are touched. Raises what reading or merging raised, with the
         layer in the message; the weights are then unusable until a switch succeeds.
         """
-        before, now = self._current, setting
-        if before == now:
+        before, now = self._current, self._by_module(setting)
+        changed = [m for m in self._modules if before is None or before[m] != now[m]]
+        if not changed:
             return False
-        changed = [m for m in self._modules if before is None or self._uses(before, m) != self._uses(now, m)]
         # should this fail half-way, the next call must not take the mixture for what was there before
         self._current = None
-        stale = [m for m in changed if before is None or self._uses(before, m)]
-        self._merge(changed, set(stale), now)
+        self._merge(changed, {m for m in changed if before is None or before[m]}, now)
         self._current = now
-        return bool(changed)
+        return True
 
-    def _merge(self, modules: list[str], stale: set[str], setting: LoraSetting) -> None:
-        """Bring `modules` to `setting`; those in `stale` are not clean now."""
+    def _merge(self, modules: list[str], stale: set[str], uses: Mapping[str, Uses]) -> None:
+        """Merge `uses` into `modules`; those in `stale` are not clean now."""
         into = {m: self._weight(m).data for m in modules}
         clean = self._clean.fetch_into([m for m in modules if m in stale], into)
-        groups = [self._names(m, setting) for m in modules]
+        groups = [self._names(m, uses[m]) for m in modules]
         factors = self._factors.fetch(groups)
         stem = "the LoRA"
         try:
@@ -131,9 +125,7 @@ class LoraMerger:
                 weight = self._weight(stem)
                 source = next(clean)[1] if stem in stale else weight.data
                 values = dict(zip(names, tensors, strict=True))
-                products = [
-                    self._product(index, stem, strength, values) for index, strength in self._uses(setting, stem)
-                ]
+                products = [self._product(index, stem, strength, values) for index, strength in uses[stem]]
                 self._merge_one(weight, source, products, self._tensors[f"{stem}.weight"])
         except RuntimeError as error:
             raise named(error, f"merging into {stem}.weight") from error
@@ -157,15 +149,17 @@ class LoraMerger:
             value = value.float() * (scale.reshape(-1, 1) if scale.numel() > 1 else scale)
         return value.to(self._dtype)
 
-    def _uses(self, setting: LoraSetting, module: str) -> tuple[tuple[int, float], ...]:
-        return setting.of(self._modules_of, module)
+    def _by_module(self, setting: LoraSetting) -> dict[str, Uses]:
+        # when all strengths are 0 the reference merges nothing
+        uses = setting.uses if any(strength for _, strength in setting.uses) else ()
+        return {m: tuple(use for use in uses if m in self._loras[use[0]]) for m in self._modules}
 
     def _weight(self, stem: str) -> nn.Parameter:
         return self._parameters[f"{stem}.weight"]
 
-    def _names(self, stem: str, setting: LoraSetting) -> list[str]:
+    def _names(self, stem: str, uses: Uses) -> list[str]:
         names = []
-        for index, _ in self._uses(setting, stem):
+        for index, _ in uses:
             pair = self._loras[index][stem]
             for factor, side in ((pair.a, "a"), (pair.b, "b")):
                 name = _name(index, stem, side)

@@ -133,9 +133,7 @@ class Residence:
                     error, f"{self._parts[name].info.path}: {self._parts[name].info.key}, kept on {where}"
                 ) from error
         if source is None:
-            for _ in fill(
-                [Slice(self._parts[n].info, self._parts[n].shard_dim, t) for n, t in kept.items()], self._tp
-            ):
+            for _ in fill([Slice(self._parts[n].info, self._parts[n].shard_dim, t) for n, t in kept.items()], self._tp):
                 pass
         else:
             for name, tensor in kept.items():

@@ -74,9 +74,8 @@ class GuidedDenoiser:
         skipped = self.guidance.map(lambda g: skips(g, step_index))
         if not (skipped.video and skipped.audio):
             enabled = skipped.map(lambda skip: not skip)
-            results = self.share(
-                passes_for(self.guidance), lambda name: self.run_pass(name, latents, sigma, enabled), latents
-            )
+            names = passes_for(g for g, on in zip(self.guidance, enabled, strict=True) if on)
+            results = self.share(names, lambda name: self.run_pass(name, latents, sigma, enabled), latents)
             videos = {name: result.video for name, result in results.items()}
             audios = {name: result.audio for name, result in results.items()}
             self._last = AV(

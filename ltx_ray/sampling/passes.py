@@ -6,8 +6,9 @@ Source: `guiders.py` and `denoisers.py` of the reference v1.2.0.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
-from ltx_ray.records import AV, Guidance
+from ltx_ray.records import Guidance
 
 #: Names of the passes, in the order in which the reference makes them.
 PASSES = ("cond", "uncond", "perturbed", "isolated")
@@ -26,12 +27,13 @@ def wants_isolated(g: Guidance) -> bool:
     return not math.isclose(g.modality_scale, 1.0)
 
 
-def passes_for(guidance: AV[Guidance]) -> tuple[str, ...]:
-    """The passes that a call makes; one serves both streams whenever either wants it."""
+def passes_for(guidance: Iterable[Guidance]) -> tuple[str, ...]:
+    """The passes of a call for the streams that take part in it; one serves both whenever either wants it."""
+    streams = tuple(guidance)
     wanted = {
         "cond": True,
-        "uncond": any(wants_uncond(g) for g in guidance),
-        "perturbed": any(wants_perturbed(g) for g in guidance),
-        "isolated": any(wants_isolated(g) for g in guidance),
+        "uncond": any(wants_uncond(g) for g in streams),
+        "perturbed": any(wants_perturbed(g) for g in streams),
+        "isolated": any(wants_isolated(g) for g in streams),
     }
     return tuple(name for name in PASSES if wanted[name])

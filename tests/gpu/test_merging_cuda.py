@@ -12,7 +12,8 @@ from ltx_ray.parallel.loading import Slice, fill, shard_shape
 from ltx_ray.parallel.lora import LoraSetting
 from ltx_ray.parallel.merging import merge_
 from ltx_ray.parallel.residence import Memory
-from tests.unit.merging_data import USES, expected, files, merger  # noqa: F401 (a fixture)
+from tests.unit.merging_data import USES, expected, merger
+from tests.unit.merging_data import files as files
 
 DEVICE = torch.device("cuda")
 
@@ -85,7 +86,7 @@ def test_a_shard_gets_the_bits_of_the_whole(shape, dtype):
 
 @pytest.mark.parametrize("clean", ["file", "host", "device"])
 @pytest.mark.parametrize("factors", ["file", "host", "device"])
-def test_every_residence_ends_in_the_bits_of_a_fresh_load(files, clean, factors):  # noqa: F811
+def test_every_residence_ends_in_the_bits_of_a_fresh_load(files, clean, factors):
     fresh = {}
     for uses in USES:
         model, merging = merger(files, device=DEVICE)

@@ -133,7 +133,9 @@ def test_breaking_the_merge_shows(monkeypatch):
     from ltx_ray.parallel import lora
 
     honest = lora.merge_
-    monkeypatch.setattr(
-        lora, "merge_", lambda target, clean, factors: honest(target, clean, [(a, b, s * 1.05) for a, b, s in factors])
-    )
+
+    def stronger(target, clean, products, **where):
+        honest(target, clean, [(a, b, s * 1.05) for a, b, s in products], **where)
+
+    monkeypatch.setattr(lora, "merge_", stronger)
     assert distance("hq", distilled_lora_strength_stage_1=0.2500001) > TOLERANCE

@@ -11,7 +11,8 @@ from ltx_ray.parallel.layers import TPGroup
 from ltx_ray.parallel.lora import LoraSetting
 from ltx_ray.parallel.merging import merge_
 from ltx_ray.parallel.residence import GIB, Memory, choose
-from tests.unit.merging_data import USES, assert_same, expected, files, merger  # noqa: F401 (a fixture)
+from tests.unit.merging_data import USES, assert_same, expected, merger
+from tests.unit.merging_data import files as files
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

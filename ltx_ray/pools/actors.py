@@ -54,6 +54,7 @@ class RankActor:
         module, _, name = spec.engine.partition(":")
         engine = getattr(importlib.import_module(module), name)
         join = getattr(engine, "join", base.join)
+        self.device = spec.numerics.device
         self.device = join(spec.numerics.device, rank, world, rendezvous, timeout)
         self.engine = engine(spec, base.Rank(rank, world, self.device))
         self.engine.load()

@@ -56,11 +56,11 @@ class Runner:
         manifest = rows if isinstance(rows, str) else self.manifest(rows)
         if fake:
             options["engines"] = FAKE
+        options.setdefault("model", ModelFiles("", "", "", provider="ltx_ray.toy:ensure_toy_model"))
         return render(
             Options(
                 manifest=manifest,
                 output=str(output or self.output),
-                model=ModelFiles("", "", "", provider="ltx_ray.toy:ensure_toy_model"),
                 wanted=Wanted(tp=tp, stage1=stage1, stage2=stage2),
                 ray_address=self.cluster,
                 limits=limits,

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from ltx_ray.config import EngineSpec, ModelFiles, Numerics
+from ltx_ray.config import EngineSpec, LoraFile, ModelFiles, Numerics
 from ltx_ray.engine.base import Rank
 from ltx_ray.engine.decode import latents_sha256, named_latents
 from ltx_ray.engine.diffusion import DiffusionEngine
@@ -147,3 +148,37 @@ def test_stage_2_alone_gives_the_same_bits(split, toy):
     finally:
         torch.set_num_threads(threads)
     assert latents_sha256(named_latents(first, second)) == row["latents_sha256"]
+
+
+def test_lora_sets_of_rows(cluster, tmp_path, toy):
+    """Rows with their own LoRAs and strengths, in another order and other pools: the same latents, few switches."""
+    from tests.integration.conftest import Runner
+
+    factors = load_file(toy["distilled_lora"])
+    files = []
+    for name, part in (("style", "attn1"), ("camera", "ff.")):  # ComfyUI's spelling, with an alpha
+        path, renamed = tmp_path / f"{name}.safetensors", {}
+        for key, tensor in factors.items():
+            if part in key:
+                renamed[key.replace("lora_A", "lora_down").replace("lora_B", "lora_up")] = tensor.flip(0).contiguous()
+                renamed[key.rpartition(".lora_")[0] + ".alpha"] = torch.tensor(4.0)
+        save_file(renamed, path)
+        files.append(LoraFile(name, str(path), 1.0))
+    model = replace(ModelFiles(**toy), loras=tuple(files))
+    small = {"prompt": "a boat", "height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 2}
+    sets = [
+        [], [{"name": "style", "strength": 0.7}], [{"name": "camera", "strength": 1.0}, {"name": "style"}],
+    ]  # fmt: skip
+    rows = [{**small, "id": f"r{n}", "seed": n, "loras": sets[n % 3]} for n in range(4)]
+    runner = Runner(cluster, tmp_path)
+    assert runner.render(rows, fake=False, dtype="float32", model=model, stage1=1, stage2=0) == 0
+    index = runner.index()
+    used = [[(use["name"], use["strength"]) for use in index[f"r{n}"]["loras"]] for n in range(3)]
+    assert used == [[], [("style", 0.7)], [("style", 1.0), ("camera", 1.0)]]
+    assert len(set(hashes(index).values())) == 4
+    # each stage of each set once is 6 merges, of which the first belongs to loading
+    assert sum(event["event"] == "switch" for event in runner.events()) <= 7
+    other = tmp_path / "other"
+    options = {"fake": False, "dtype": "float32", "model": model, "stage1": 2, "stage2": 1}
+    assert runner.render(runner.manifest(rows[::-1], "back.jsonl"), other, **options) == 0
+    assert hashes(runner.index(other)) == hashes(index)

@@ -136,9 +136,7 @@ class Schedule:
 
 
 def test_twice_in_a_row_is_one_job(head, tmp_path):
-    job = Schedule(
-        tmp_path, head, "twice", f"sleep 1; python -c 'import sys; print(sys.prefix)' > {tmp_path}/prefix"
-    )
+    job = Schedule(tmp_path, head, "twice", f"sleep 1; python -c 'import sys; print(sys.prefix)' > {tmp_path}/prefix")
     code, out = job.call()
     assert code == 0 and ": submitted\n" in out, out
     code, out = job.call("--wait")
@@ -163,9 +161,7 @@ def test_at_once_is_one_job(head, tmp_path):
 
 def test_a_failed_job_is_submitted_again(head, tmp_path):
     # Some rows failed (3), then all is well. The file is what a render would find already done.
-    job = Schedule(
-        tmp_path, head, "failed", f"[ -e {tmp_path}/done ] || {{ touch {tmp_path}/done; exit 3; }}"
-    )
+    job = Schedule(tmp_path, head, "failed", f"[ -e {tmp_path}/done ] || {{ touch {tmp_path}/done; exit 3; }}")
     code, out = job.call("--wait")
     assert code == 3, out
     code, out = job.call("--wait")

@@ -178,6 +178,22 @@ def test_a_stream_that_skips_uses_its_last_result():
     assert both(latents, torch.tensor(0.9), 1) is kept and not calls
 
 
+def test_a_stream_that_skips_asks_for_no_pass():
+    calls: list[str] = []
+
+    def run_pass(name, latents, sigma, enabled):
+        calls.append(name)
+        return latents
+
+    video = guidance(cfg_scale=3.0, stg_scale=1.0, stg_blocks=(1,), skip_step=1)
+    denoise = GuidedDenoiser(run_pass, AV(video, guidance(modality_scale=3.0)))
+    denoise(pair(0), torch.tensor(1.0), 0)
+    assert calls == ["cond", "uncond", "perturbed", "isolated"]
+    calls.clear()
+    denoise(pair(0), torch.tensor(0.9), 1)
+    assert calls == ["cond", "isolated"]
+
+
 class _Silent:
     """A noise source of zeros."""
 

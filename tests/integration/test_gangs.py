@@ -1,0 +1,83 @@
+"""A gang that cannot start or merge dies as one, says where and on what, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+
+from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec
+from ltx_ray.pools import gang as gangs
+from ltx_ray.pools.gang import Gang, GangLost
+from tests.integration.conftest import FAKE
+
+ENGINES = "tests.integration.engines"
+
+
+def start(engine: str, ranks: int = 2) -> Gang:
+    """A gang of `engine`, followed until it is ready or lost."""
+    import ray
+
+    spec = EngineSpec(f"{ENGINES}:{engine}", ModelFiles("", "", ""), Numerics(), "/tmp/none", options={"tp": ranks})
+    gang = Gang(engine, PoolSpec("pool", ("stage1",), 1, ranks, spec))
+    try:
+        until = time.time() + 90
+        while time.time() < until:
+            ready, _ = ray.wait(gang.waits_for(), num_returns=1, timeout=1)
+            if ready and gang.advance(set(ready)):
+                return gang
+        raise AssertionError(f"still {gang.state}")
+    except GangLost as lost:
+        lost.gang = gang
+        raise
+
+
+def assert_nothing_left(gang: Gang) -> None:
+    from ray.util import placement_group_table
+
+    gang.kill()
+    until = time.time() + 20
+    while time.time() < until:
+        state = placement_group_table(gang._group)["state"]
+        if state == "REMOVED" and not any(_alive(rank["pid"]) for rank in gang.ranks):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{state}, {[rank['pid'] for rank in gang.ranks if _alive(rank['pid'])]} alive")
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_a_rank_without_memory_is_named_with_its_node_device_and_tensor(cluster):
+    with pytest.raises(GangLost) as caught:
+        start("NoRoom")
+    message = str(caught.value)
+    assert message.startswith(f"rank 1 on node {caught.value.gang.ranks[1]['address']} (cpu): OutOfMemoryError: ")
+    assert "blocks.3.attn1.to_q.weight" in message
+    assert_nothing_left(caught.value.gang)
+
+
+def test_a_rendezvous_that_times_out(cluster, monkeypatch):
+    monkeypatch.setattr(gangs, "_RENDEZVOUS_TIMEOUT", 3.0)
+    with pytest.raises(GangLost, match=r"rank 0 on node \S+ \(cpu\): \w+: .*(?i:timeout|timed out)"):
+        start("Late")
+
+
+def test_a_replica_whose_merge_failed_serves_no_other_row(runner):
+    """The row is charged one attempt and rendered by a new replica."""
+    rows = [
+        {"id": name, "prompt": f"{name} {mark}", "height": 64, "width": 64, "num_frames": 9}
+        for name, mark in (("first", ""), ("second", "merge"), ("third", ""))
+    ]
+    engines = {**FAKE, "diffusion": f"{ENGINES}:HalfMerged"}
+    assert runner.render(rows, fake=False, engines=engines, stage1=1, stage2=0) == 0
+    index = runner.index()
+    assert {name: row["attempts"] for name, row in index.items()} == {"first": 1, "second": 2, "third": 1}
+    (lost,) = (event for event in runner.events() if event["event"] == "gang_lost")
+    assert "stage1: ReplicaError: OutOfMemoryError: merging into blocks.0.ff.net.2.weight" in lost["reason"]

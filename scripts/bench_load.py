@@ -5,7 +5,8 @@
 
 Writes (once) a file with the transformer's tensors at real widths. "plain" reads it from beginning to end
 with one thread into one buffer; "bus" copies pinned memory to the device. Loading is held to 0.8 of the
-lower of the two. With --cold both sides start with the file out of the page cache.
+lower of the two. "of the file's read" is the plain reading time of the whole file over the loading time, which is
+what a gang waits: all its ranks load at once. With --cold both sides start with the file out of the page cache.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def main() -> None:
         limit = min(plain, bus(device))
         print(f"bus         {bus(device) / 1e9:6.2f} GB/s")
         torch.cuda.empty_cache()
-    print("tp  shard GB  seconds   GB/s  of the limit  host MiB  device MiB above the shard")
+    print("tp  shard GB  seconds   GB/s  of the limit  of the file's read  host MiB  device MiB above the shard")
     for tp in (int(n) for n in arguments.tp.split(",")):
         group = TPGroup(0, tp)
         seconds, host, extra, shard = [], 0, 0, 0
@@ -133,8 +134,8 @@ def main() -> None:
         middle = sorted(seconds)[len(seconds) // 2]
         rate = shard / middle
         print(
-            f"{tp:2}  {shard / 1e9:8.2f}  {middle:7.2f}  {rate / 1e9:5.2f}  {rate / limit:12.2f}  {host / 2**20:8.0f}  "
-            f"{extra / 2**20:8.0f}"
+            f"{tp:2}  {shard / 1e9:8.2f}  {middle:7.2f}  {rate / 1e9:5.2f}  {rate / limit:12.2f}  "
+            f"{size / plain / middle:18.2f}  {host / 2**20:8.0f}  {extra / 2**20:8.0f}"
         )
 
 

@@ -24,8 +24,10 @@ class NoPicture(Exception):
     """The bytes are no picture that can be decoded."""
 
 
-def image_pixels(data: bytes, crf: int, height: int, width: int) -> torch.Tensor:
-    """Pixels (1, 3, 1, height, width) float32 in [-1, 1]. Raises NoPicture."""
+def image_pixels(
+    data: bytes, crf: int, height: int, width: int, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """Pixels (1, 3, 1, height, width) float32 in [-1, 1], scaled on `device`. Raises NoPicture."""
     try:
         rgb = decode_rgb(data)
     except UnidentifiedImageError:
@@ -34,7 +36,8 @@ def image_pixels(data: bytes, crf: int, height: int, width: int) -> torch.Tensor
         raise NoPicture(str(error)) from None
     if crf and min(rgb.shape[:2]) >= 2:
         rgb = through_h264(rgb, crf)
-    return cover(torch.from_numpy(rgb).float(), height, width) / 127.5 - 1.0
+    # a GPU interpolates with other roundings than a CPU, and the reference does it on the device
+    return cover(torch.from_numpy(rgb).to(device).float(), height, width) / 127.5 - 1.0
 
 
 def decode_rgb(data: bytes) -> np.ndarray:

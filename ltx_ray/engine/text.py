@@ -77,7 +77,7 @@ class TextEngine:
             data = _read(image.path, digest)
 
             def encoded(shape: ClipShape, data: bytes = data, crf: int = image.crf or 0) -> torch.Tensor:
-                pixels = image_pixels(data, crf, shape.height, shape.width).to(self.device, self.dtype)
+                pixels = image_pixels(data, crf, shape.height, shape.width, self.device).to(self.dtype)
                 return apply.encode_video(self._encoder, pixels).cpu()
 
             shape = item.request.shape

@@ -19,6 +19,7 @@ from ltx_ray.engine.decode import named_latents
 from ltx_ray.engine.diffusion import DiffusionEngine
 from ltx_ray.parallel.layers import TPGroup
 from ltx_ray.parallel.mesh import Tokens
+from ltx_ray.parallel.residence import Memory
 from tests.parity.dit import relative
 from tests.parity.line import one_thread, toy_line
 
@@ -48,6 +49,10 @@ def _rank(rank: int, world: int, port: int, spec: EngineSpec, item, conditions, 
             options = {**spec.options, "tp": tp, "guidance_parallel": guidance, "sequence_parallel": sequence}
             engine = DiffusionEngine(replace(spec, options=options), Rank(rank, world))
             engine.load()
+            if engine.mesh.wide.size > 1:
+                # the clean weights of the second stage's merge come from all ranks, each keeping a share
+                engine.merger.keep(0, Memory(0, 0), clean="gang", factors="host")
+                assert engine.merger.residence["clean_weights"] == "gang"
             first = _everywhere(engine.run("stage1", item, conditions))
             second = engine.run("stage2", item, conditions, first)
             if rank == 0:

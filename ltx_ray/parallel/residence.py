@@ -8,14 +8,10 @@ from __future__ import annotations
 
 import glob
 import math
-import mmap
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from ltx_ray.headers import TensorInfo
@@ -26,8 +22,7 @@ GIB = 2**30
 #: Bytes of a batch of tensors that is read from a file on its way to the device.
 _BATCH_BYTES = 128 * 2**20
 #: Host memory is taken and pinned in slabs of this size.
-_SLAB_BYTES = 2 * GIB
-_TOUCHERS = 8
+_SLAB_BYTES = GIB
 #: Groups of tensors that are under way from host memory at once.
 _SLOTS = 3
 
@@ -128,7 +123,8 @@ class Residence:
                     # slices start at multiples of 256 bytes, which every copy engine likes
                     taken = -(-size // 256) * 256
                     if slab.numel() < taken:
-                        slab = _slab(min(max(_SLAB_BYTES, taken), left), self._device)
+                        room = min(max(_SLAB_BYTES, taken), left)
+                        slab = torch.empty(room, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
                     kept[name], slab, left = slab[:size].view(dtype).view(shape), slab[taken:], left - taken
                 else:
                     kept[name] = torch.empty(shape, dtype=dtype, device=self._device)
@@ -252,26 +248,3 @@ class Residence:
 
     def _dtype_of(self, name: str) -> torch.dtype:
         return self._dtype or TORCH_DTYPES[self._parts[name].info.dtype]
-
-
-def _slab(size: int, device: torch.device) -> torch.Tensor:
-    """`size` bytes of host memory (uint8), pinned for a CUDA device.
-
-    Pages are touched by several threads and pinned then: three times as fast as asking the driver for
-    pinned memory, which clears it with one.
-    """
-    if device.type != "cuda":
-        return torch.empty(size, dtype=torch.uint8)
-    block = mmap.mmap(-1, size)
-    block.madvise(mmap.MADV_HUGEPAGE)
-    room = np.frombuffer(block, dtype=np.uint8)
-    bounds = [size * n // _TOUCHERS for n in range(_TOUCHERS + 1)]
-    with ThreadPoolExecutor(_TOUCHERS) as threads:
-        list(threads.map(lambda n: room[bounds[n] : bounds[n + 1]].fill(0), range(_TOUCHERS)))
-    runtime, address = torch.cuda.cudart(), room.ctypes.data
-    if int(runtime.cudaHostRegister(address, size, 0)) != 0:
-        # locked memory may be limited; the driver's own way takes other rights
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-    # when the process ends, the driver is gone before this would be called
-    weakref.finalize(room, runtime.cudaHostUnregister, address).atexit = False
-    return torch.from_numpy(room)

@@ -284,7 +284,7 @@ class Driver:
         if report.switches:
             self.events.emit(
                 "switch", role=pool.spec.name, replica=gang.name, to=call.stage,
-                seconds=round(report.switch_seconds, 3),
+                seconds=round(report.switch_seconds, 3), clean_weights=report.info.get("clean_weights"),
             )  # fmt: skip
         self._metrics.call(call.stage, report.seconds)
         if report.replica_error:

@@ -106,7 +106,7 @@ class DiffusionEngine:
             bad = int((~torch.isfinite(tensor)).sum())
             if bad:
                 raise RowError(f"{bad} of {tensor.numel()} {name} latents are not finite")
-        self.info = {"noise_ledger": plain(result.ledger)}
+        self.info = {"noise_ledger": plain(result.ledger), **self.merger.residence}
         if self.rank.rank != 0:
             return None
         return StageLatents(result.latents.map(lambda t: t.cpu()), result.ledger)

@@ -20,6 +20,9 @@ from ltx_ray.parallel.loading import named
 from ltx_ray.parallel.merging import Product, merge_
 from ltx_ray.parallel.residence import Memory, Part, Residence, choose
 
+#: Float32 values of a quantized factor that exist at once.
+_DEQUANTIZE_BYTES = 8 * 2**20
+
 #: (place of a LoRA, strength) of those that take part, in order.
 Uses = tuple[tuple[int, float], ...]
 
@@ -142,12 +145,17 @@ class LoraMerger:
         return a, b, strength * pair.scale
 
     def _plain(self, factor: Factor, name: str, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The factor in the weights' dtype; a quantized one times its scale."""
+        """The factor in the weights' dtype; a quantized one times its scale, some rows at a time."""
         value = values[name]
-        if factor.scale is not None:
-            scale = values[f"{name}.scale"].float()
-            value = value.float() * (scale.reshape(-1, 1) if scale.numel() > 1 else scale)
-        return value.to(self._dtype)
+        if factor.scale is None:
+            return value.to(self._dtype)
+        scale = values[f"{name}.scale"].float().reshape(-1, 1)
+        plain = torch.empty(value.shape, dtype=self._dtype, device=value.device)
+        step = max(1, _DEQUANTIZE_BYTES // (4 * value.shape[1]))
+        for start in range(0, value.shape[0], step):
+            rows = slice(start, start + step)
+            plain[rows] = value[rows].float().mul_(scale[rows] if len(scale) > 1 else scale)
+        return plain
 
     def _by_module(self, setting: LoraSetting) -> dict[str, Uses]:
         # when all strengths are 0 the reference merges nothing

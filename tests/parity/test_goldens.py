@@ -12,11 +12,15 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from ltx_ray.config import LoraFile, ModelFiles
 from ltx_ray.sampling import noise, res2s
+from ltx_ray.toy import ToyShape, make_toy_model
 from tests.parity.dit import relative
-from tests.parity.line import GOLDENS, toy_line
+from tests.parity.line import GOLDENS, Line, toy_line
 
 RECORDED = {path.stem: path for path in sorted(GOLDENS.glob("*.safetensors"))}
+#: Recorded on a toy model of another shape, which its metadata gives.
+WIDTHS = GOLDENS / "widths" / "base.safetensors"
 TOLERANCE = 1e-4
 #: Relative L2 of the reference's bf16 against its own float32, in stage 1 and in stage 2.
 BF16_FLOOR = {"stage_1": 5e-2, "stage_2": 1e-2}
@@ -41,6 +45,20 @@ def test_there_is_one_for_every_pipeline():
 @pytest.mark.parametrize("name", RECORDED)
 def test_latents_are_the_references(name):
     assert distance(name) <= TOLERANCE
+
+
+def test_other_widths_and_a_users_lora(tmp_path):
+    """A model whose widths RoPE does not fill evenly, with few heads, a LoRA of the user's and the distilled one."""
+    with safe_open(WIDTHS, "pt") as file:
+        metadata, expected = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    shape = ToyShape(**json.loads(metadata["shape"]))
+    files, others = (make_toy_model(tmp_path / str(seed), seed=seed, shape=shape) for seed in (1, 2))
+    line = Line(ModelFiles(**files, loras=(LoraFile("style", others["distilled_lora"]),)))
+    request = json.loads(metadata["request"])
+    found = line.latents(request)
+    assert max(relative(found[key], value) for key, value in expected.items()) <= TOLERANCE
+    other = line.latents({**request, "loras": [{"name": "style", "strength": 0.71}]})
+    assert max(relative(other[key], value) for key, value in expected.items()) > TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["hq", "hq_image", "base_keyframes", "distilled_keyframes"])

@@ -93,6 +93,15 @@ def test_a_truncated_download(tmp_path):
     assert "cut off inside its header" in refused(str(path))
 
 
+@pytest.mark.parametrize("change", [{"shape": [8, 7]}, {"dtype": "F16"}, {"data_offsets": [-4, 28]}])
+def test_a_header_whose_sizes_contradict_each_other(tmp_path, change):
+    table = {"x": {"dtype": "F32", "shape": [8], "data_offsets": [0, 32]} | change}
+    header = json.dumps(table).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(32))
+    assert "corrupt, x is" in refused(str(path))
+
+
 @pytest.mark.parametrize("config", ["{", "[]", "7"])
 def test_a_config_that_is_no_json_object(tmp_path, config):
     with pytest.raises(ValueError, match="metadata field 'config'"):

@@ -204,7 +204,10 @@ def plan_command(
     """
     from ltx_ray.plan import ILLEGAL, cost_line
 
-    plan = prepare(_options(manifest, output, values)).plan
+    prepared = prepare(_options(manifest, output, values))
+    plan = prepared.plan
+    for warning in prepared.warnings:
+        typer.echo(warning, err=True)
     if output:
         plan.done = DatasetWriter(Store(output)).listing()
     listed = 0

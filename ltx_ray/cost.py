@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ltx_ray.recipe import STAGE_2_SIGMAS
+from ltx_ray.recipe import PIPELINES, STAGE_2_SIGMAS
 from ltx_ray.records import RenderRequest
 from ltx_ray.sampling.passes import passes_for
 from ltx_ray.shapes import ClipShape
@@ -40,8 +40,14 @@ def pass_tflop(config: Mapping[str, Any], shape: ClipShape, isolated: bool = Fal
 
 
 def clip_tflop(config: Mapping[str, Any], request: RenderRequest) -> float:
-    """Both stages of a clip under a two-call sampler (2n + 1 calls for n steps)."""
+    """Both stages of a clip. res_2s makes 2n + 1 calls for n steps, Euler n."""
+    pipeline = PIPELINES[request.pipeline]
+
+    def calls(steps: int) -> int:
+        return 2 * steps + 1 if pipeline.sampler == "res_2s" else steps
+
+    steps = request.num_inference_steps if pipeline.sigmas is None else len(pipeline.sigmas) - 1
     half = request.shape.half()
     stage_1 = sum(pass_tflop(config, half, name == "isolated") for name in passes_for(request.guidance))
     stage_2 = pass_tflop(config, request.shape)
-    return (2 * request.num_inference_steps + 1) * stage_1 + (2 * (len(STAGE_2_SIGMAS) - 1) + 1) * stage_2
+    return calls(steps) * stage_1 + calls(len(STAGE_2_SIGMAS) - 1) * stage_2

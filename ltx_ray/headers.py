@@ -91,7 +91,7 @@ def read_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
             table = json.loads(file.read(length))
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (UnicodeDecodeError, json.JSONDecodeError):
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
         raise ValueError(f"{path}: not a safetensors file (its header is not JSON)") from None
     data = 8 + length
     tensors = {}
@@ -100,6 +100,8 @@ def read_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
         for name, entry in table.items():
             start, end = map(int, entry["data_offsets"])
             shape = tuple(map(int, entry["shape"]))
+            if not isinstance(entry["dtype"], str) or any(n < 0 for n in shape):
+                raise ValueError(name)
             tensors[name] = TensorInfo(path, name, entry["dtype"], shape, data + start, data + end)
     except (AttributeError, KeyError, TypeError, ValueError):
         raise ValueError(f"{path}: not a safetensors file (its header is not a table of tensors)") from None

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,7 @@ _OTHER_METHODS = {
     "oft_": "OFT", "boft_": "BOFT", "glora": "GLoRA",
 }  # fmt: skip
 _WHOLE_CHANGES = (".diff", ".diff_b", ".set_weight", ".lora_B.bias", ".lora_up.bias", ".reshape_weight")
+_PEFT = "base_model.model."
 _PREFIXES = ("base_model.model.", "model.", "diffusion_model.", "transformer.")
 _FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lora_diffusion_model_", "lycoris_")
 _PLAIN = ("BF16", "F16", "F32", "F64")
@@ -87,7 +88,7 @@ class LoraFile:
         Modules that the transformer does not have are left out, as the reference does (a LoRA may hold
         some for the connectors or a text encoder). ValueError when none is left, or a shape does not fit.
         """
-        flat = {spelled.replace(".", "_"): name for name in linears for spelled in (to_diffusers(name), name)}
+        flat = _flat(linears)
         fitting: dict[str, LoraPair] = {}
         for stem, pair in self.pairs.items():
             module = _official(stem, linears, flat)
@@ -115,6 +116,7 @@ def open_lora(path: str) -> LoraFile:
     """Open a LoRA file. Raises ValueError, naming the file and the key, for what is none or cannot be merged."""
     header = read_header(path)
     found: dict[str, dict[str, TensorInfo]] = {}
+    understood: set[str] = set()
     for name, info in header.tensors.items():
         if method := next((method for part, method in _OTHER_METHODS.items() if part in name), None):
             raise ValueError(f"{path}: {name} belongs to a {method}, which cannot be merged here; legal: a plain LoRA")
@@ -122,13 +124,15 @@ def open_lora(path: str) -> LoraFile:
             raise ValueError(f"{path}: {name} changes a weight or bias as a whole; legal: low-rank factors only")
         if name.endswith(".alpha"):
             found.setdefault(name[: -len(".alpha")], {})["alpha"] = info
+            understood.add(name)
         elif match := _FACTOR.fullmatch(name):
             side = _SIDES[match["side"]] + ("" if match["what"] == "weight" else "_scale")
             entry = found.setdefault(match["stem"], {})
             if side in entry:
                 raise ValueError(f"{path}: {name} is a second factor of {match['stem']}; legal: one adapter a file")
             entry[side] = info
-    alphas = _Alphas(header)
+            understood.add(name)
+    alphas = _Alphas(header, peft=any(name.startswith(_PEFT) for name in header.tensors))
     pairs = {}
     for stem, entry in found.items():
         if entry.keys() == {"alpha"}:
@@ -146,6 +150,12 @@ def open_lora(path: str) -> LoraFile:
             raise ValueError(f"{path}: {stem} has rank {rank} and alpha {alpha}; legal: rank ≥ 1, a finite alpha")
         scale = 1.0 if alpha is None else alpha / (math.sqrt(rank) if alphas.by_root else rank)
         pairs[stem] = LoraPair(a, b, scale)
+    strange = [name for name in header.tensors if name not in understood and _belongs(name, pairs)]
+    if strange:
+        raise ValueError(
+            f"{path}: {len(strange)} keys beside the factors are not understood ({', '.join(sorted(strange)[:10])}); "
+            f"legal: the factors, their weight_scale, and alpha"
+        )
     if not pairs:
         raise ValueError(f"{path}: no LoRA in it; legal: keys <module>.lora_A.weight and <module>.lora_B.weight")
     return LoraFile(header, pairs)
@@ -153,23 +163,33 @@ def open_lora(path: str) -> LoraFile:
 
 def lora_digest(path: str) -> str:
     """32 hex digits for the LoRA at `path`, with the configuration beside it: that decides alpha, hence pixels."""
-    digest, beside = cached_digest(path), _config_beside(path)
+    header = read_header(path)
+    digest, beside = cached_digest(path), _config_beside(path, any(n.startswith(_PEFT) for n in header.tensors))
     return digest if beside is None else hashlib.sha256((digest + cached_digest(beside)).encode()).hexdigest()[:32]
 
 
-def _config_beside(path: str) -> str | None:
-    """The adapter_config.json of the PEFT adapter at `path`."""
+def _belongs(name: str, stems: Mapping[str, object]) -> bool:
+    """Whether `name` is a key of one of the modules `stems`."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        if name in stems:
+            return True
+    return False
+
+
+def _config_beside(path: str, peft: bool) -> str | None:
+    """The adapter_config.json of the adapter at `path`, which PEFT writes beside it; `peft`: its keys are PEFT's."""
     folder, name = os.path.split(path)
     beside = os.path.join(folder, "adapter_config.json")
-    return beside if name == "adapter_model.safetensors" and os.path.isfile(beside) else None
+    return beside if (peft or name == "adapter_model.safetensors") and os.path.isfile(beside) else None
 
 
 class _Alphas:
     """Alphas that a file states beside its tensors: PEFT's configuration, in the metadata or next to the file."""
 
-    def __init__(self, header: SafetensorsHeader):
+    def __init__(self, header: SafetensorsHeader, peft: bool):
         self._path = header.path
-        self._configs = dict(_configs(header))
+        self._configs = dict(_configs(header, peft))
         for prefix, config in self._configs.items():
             if config.get("use_dora"):
                 raise ValueError(f"{self._path}: {prefix or 'the adapter'} is a DoRA; legal: a plain LoRA")
@@ -177,19 +197,29 @@ class _Alphas:
         self.by_root = any(config.get("use_rslora") for config in self._configs.values())
 
     def of(self, stem: str) -> float | None:
-        for prefix, config in self._configs.items():
-            if not stem.startswith(prefix):
-                continue
-            module = stem.removeprefix(prefix).removeprefix("base_model.model.")
-            for pattern, alpha in (config.get("alpha_pattern") or {}).items():
-                if re.fullmatch(rf"(.*\.)?({pattern})", module):
-                    return float(alpha)
-            if (alpha := config.get("lora_alpha")) is not None:
+        others = [prefix for prefix in self._configs if prefix not in ("", "transformer.")]
+        if any(stem.startswith(prefix) for prefix in others):
+            return None  # of a text encoder or the like, which is left out
+        # the transformer's own configuration counts for its modules in whichever spelling
+        config = self._configs.get("transformer.", self._configs.get(""))
+        if config is None:
+            return None
+        module = _bare(stem)
+        for pattern, alpha in (config.get("alpha_pattern") or {}).items():
+            if any(re.fullmatch(rf"(.*\.)?({pattern})", name) for name in (module, to_diffusers(module))):
                 return float(alpha)
-        return None
+        alpha = config.get("lora_alpha")
+        return None if alpha is None else float(alpha)
 
 
-def _configs(header: SafetensorsHeader) -> Iterator[tuple[str, dict[str, Any]]]:
+def _bare(stem: str) -> str:
+    """A module's name without what tools put in front of it."""
+    while prefix := next((p for p in _PREFIXES if stem.startswith(p)), None):
+        stem = stem[len(prefix) :]
+    return stem
+
+
+def _configs(header: SafetensorsHeader, peft: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """(prefix of the keys it is for, PEFT configuration)."""
     if text := header.metadata.get("lora_adapter_metadata"):
         packed = _json(header.path, "metadata field 'lora_adapter_metadata'", text)
@@ -197,7 +227,7 @@ def _configs(header: SafetensorsHeader) -> Iterator[tuple[str, dict[str, Any]]]:
         prefixes = {key.split(".")[0] + "." for key in packed if key.endswith(".lora_alpha")} or {""}
         for prefix in sorted(prefixes):
             yield prefix, {key[len(prefix) :]: value for key, value in packed.items() if key.startswith(prefix)}
-    elif beside := _config_beside(header.path):
+    elif beside := _config_beside(header.path, peft):
         with open(beside, encoding="utf-8") as file:
             yield "", _json(beside, "it", file.read())
 
@@ -219,11 +249,17 @@ def _check_kind(factor: Factor) -> None:
             f"{info.path}: {info.key} is {info.dtype}{'' if scale else ' without a scale'}; "
             f"legal: {', '.join(_PLAIN)}, {', '.join(_QUANTIZED[:2])}, or I8 with a weight_scale"
         )
-    if scale is not None and math.prod(scale.shape) not in (1, info.shape[0] if info.shape else 1):
+    rows = info.shape[0] if info.shape else 1
+    if scale is not None and (scale.shape not in ((), (1,), (1, 1), (rows,), (rows, 1)) or scale.dtype not in _PLAIN):
         raise ValueError(
-            f"{scale.path}: {scale.key} has shape {scale.shape}; legal: one number, or one for each of "
-            f"{info.shape[0]} rows"
+            f"{scale.path}: {scale.key} is {scale.dtype} {scale.shape}; legal: one number, or one for each of "
+            f"{rows} rows, as {', '.join(_PLAIN)}"
         )
+
+
+def _flat(linears: Iterable[str]) -> dict[str, str]:
+    """Modules by their names with underscores for dots, official and diffusers'."""
+    return {spelled.replace(".", "_"): name for name in linears for spelled in (to_diffusers(name), name)}
 
 
 def _official(stem: str, linears: Mapping[str, object], flat: Mapping[str, str]) -> str | None:
@@ -244,6 +280,18 @@ def _official(stem: str, linears: Mapping[str, object], flat: Mapping[str, str])
     return None
 
 
-def check_lora(checkpoint: Checkpoint, path: str) -> int:
-    """How many of the checkpoint's layers the LoRA at `path` changes; ValueError when it fits none."""
-    return len(open_lora(path).fit(checkpoint.linear_layers, checkpoint.path))
+def check_lora(checkpoint: Checkpoint, path: str) -> str | None:
+    """What to tell a user of the LoRA at `path`: modules of the transformer's blocks that this one does not have.
+
+    ValueError when it fits no layer, or cannot be merged.
+    """
+    lora, linears = open_lora(path), checkpoint.linear_layers
+    fitting = lora.fit(linears, checkpoint.path)
+    flat = _flat(linears)
+    left = [stem for stem in lora.pairs if "transformer_blocks" in stem and _official(stem, linears, flat) is None]
+    if not left:
+        return None
+    return (
+        f"{path}: changes {len(fitting)} layers; {len(left)} of its modules are not in {checkpoint.path} and are left "
+        f"out, as the reference leaves them, such as {left[0]}"
+    )

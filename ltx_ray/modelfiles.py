@@ -19,6 +19,7 @@ from typing import Any
 
 from ltx_ray import diffusersfiles
 from ltx_ray.headers import MAX_HEADER_BYTES, SafetensorsHeader, TensorInfo, read_header
+from ltx_ray.transformerkeys import transformer_shapes
 
 TRANSFORMER_PREFIX = "model.diffusion_model."
 CONNECTOR_PREFIXES = (
@@ -197,6 +198,28 @@ def held_by(checkpoint_path: str) -> dict[str, str]:
     if os.path.isdir(upsampler := os.path.join(checkpoint_path, diffusersfiles.UPSAMPLER)):
         held["spatial_upsampler_path"] = upsampler
     return held
+
+
+def check_transformer(checkpoint: Checkpoint) -> None:
+    """Raise ValueError, listing the first ten, unless the transformer's tensors are those that its config says."""
+    try:
+        expected = transformer_shapes(checkpoint.transformer)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{checkpoint.path}: config.transformer has no usable {error}; legal: LTX-2.3's") from None
+    found = checkpoint.tensors
+    other = [name for name in expected.keys() & found.keys() if found[name].shape != expected[name]]
+    problems = []
+    for what, names in (
+        ("missing", expected.keys() - found.keys()),
+        ("unexpected", found.keys() - expected.keys()),
+        ("of another shape", [f"{n} {found[n].shape} instead of {expected[n]}" for n in other]),
+    ):
+        if names:
+            problems.append(
+                f"{len(names)} {what} ({', '.join(sorted(names)[:10])}{', ...' if len(names) > 10 else ''})"
+            )
+    if problems:
+        raise ValueError(f"{checkpoint.path}: the transformer's keys do not fit its config: {'; '.join(problems)}")
 
 
 def check_parallel(checkpoint: Checkpoint, tp: int, stage2_tp: int | None = None, sequence_parallel: int = 1) -> None:

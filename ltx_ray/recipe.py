@@ -158,12 +158,14 @@ def recipe_digest(recipe: Recipe) -> str:
 def item_id(request: RenderRequest, recipe: Recipe, image_digests: tuple[str, ...] = ()) -> str:
     """The 32 hex digits that name a clip.
 
-    Images count by the digest of their bytes (`image_digests`, in row order), never by path.
+    Images count by the digest of their bytes (`image_digests`, in row order), never by path, and LoRAs by
+    theirs, which the recipe holds with their strengths.
     """
     assert len(image_digests) == len(request.images)
     row = plain(request)
     row.pop("id")
     row.pop("extra")
+    row.pop("loras")
     row["images"] = [{**image, "path": digest} for image, digest in zip(row["images"], image_digests, strict=True)]
     text = canonical_json({"request": row, "recipe": recipe})
     return hashlib.sha256(text.encode()).hexdigest()[:32]

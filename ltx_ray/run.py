@@ -24,7 +24,14 @@ from ltx_ray.lease import Lease
 from ltx_ray.lorafiles import check_lora
 from ltx_ray.manifest import RowRules, check_defaults, manifest_folder
 from ltx_ray.metrics import EventLog
-from ltx_ray.modelfiles import Checkpoint, check_gemma, check_parallel, check_upsampler, open_checkpoint
+from ltx_ray.modelfiles import (
+    Checkpoint,
+    check_gemma,
+    check_parallel,
+    check_transformer,
+    check_upsampler,
+    open_checkpoint,
+)
 from ltx_ray.plan import Plan, PlannedRow, RecipeBook
 from ltx_ray.pools.pool import Resources, StartFailed, Wanted, check_schedulable, lay_out, slots_needed
 from ltx_ray.recipe import served_pipelines
@@ -77,6 +84,8 @@ class Prepared:
     checkpoint: Checkpoint
     plan: Plan
     numerics: Numerics
+    #: What a user should know, though it stops nothing.
+    warnings: tuple[str, ...] = ()
 
 
 def prepare(options: Options) -> Prepared:
@@ -87,13 +96,13 @@ def prepare(options: Options) -> Prepared:
     model = options.model.local()
     checkpoint = open_checkpoint(model.checkpoint_path)
     wanted = options.wanted
+    check_transformer(checkpoint)
     check_parallel(checkpoint, wanted.tp, wanted.stage2_tp, wanted.sequence_parallel)
+    wanted.check(model.distilled)
     check_upsampler(model.spatial_upsampler_path)
     check_gemma(model.gemma_root)
-    if model.distilled_lora is not None:
-        check_lora(checkpoint, model.distilled_lora)
-    for lora in model.loras:
-        check_lora(checkpoint, lora.path)
+    loras = ([model.distilled_lora] if model.distilled_lora else []) + [lora.path for lora in model.loras]
+    warnings = [said for path in loras if (said := check_lora(checkpoint, path)) is not None]
     defaults = check_defaults(options.row_defaults)
     check_roots(options.image_roots)
     numerics = Numerics(
@@ -122,7 +131,7 @@ def prepare(options: Options) -> Prepared:
         retry_failed=options.retry_failed,
         latents_only=options.stop_after is not None,
     )
-    return Prepared(options, checkpoint, plan, numerics)
+    return Prepared(options, checkpoint, plan, numerics, tuple(warnings))
 
 
 def render(options: Options) -> int:
@@ -133,6 +142,8 @@ def render(options: Options) -> int:
     store = Store(options.output)
     store.check_writable()
     progress = Progress()
+    for warning in prepared.warnings:
+        progress.say(warning)
     run_id = f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
     lease = Lease(store, run_id)
     lease.acquire(progress.say)
@@ -375,8 +386,17 @@ def _summary(state: str, counts: Mapping[str, int], output: str | None) -> str:
 
 
 def lora_files(pairs: list[tuple[str, float]]) -> tuple[LoraFile, ...]:
-    """Declared LoRAs from (path, strength); ValueError when two have one name."""
-    files = tuple(LoraFile(os.path.splitext(os.path.basename(path))[0], path, strength) for path, strength in pairs)
+    """Declared LoRAs from (path, strength); ValueError when two have one name.
+
+    A name is the file's stem, that of PEFT's adapter_model.safetensors its folder.
+    """
+
+    def name(path: str) -> str:
+        stem = os.path.splitext(os.path.basename(path))[0]
+        folder = os.path.basename(os.path.dirname(os.path.abspath(path)))
+        return folder if stem == "adapter_model" and folder else stem
+
+    files = tuple(LoraFile(name(path), path, strength) for path, strength in pairs)
     names = [file.name for file in files]
     for name in names:
         if names.count(name) > 1:

@@ -256,14 +256,14 @@ class Driver:
                 elif (reason := gang.overdue(now, self.limits.call_timeout)) is not None:
                     self._lost(pool, gang, reason)
 
-    def _lost(self, pool: Pool, gang: Gang, reason: str) -> None:
+    def _lost(self, pool: Pool, gang: Gang, reason: str, stage: str = "", traceback: str = "") -> None:
         before_ready = gang.state != "ready"
         self.progress.say(f"{gang.name} lost: {reason}")
         self.events.emit("gang_lost", role=pool.spec.name, replica=gang.name, reason=reason)
-        stage = gang.call.stage if gang.call else ""
+        stage = gang.call.stage if gang.call else stage
         verdict = self.policy.leave(gang.name)
         if verdict is not None:
-            self._judge(verdict, stage, reason, traceback="")
+            self._judge(verdict, stage, reason, traceback)
         pool.drop(gang, before_ready, reason)
 
     # --- calls -----------------------------------------------------------------------------------
@@ -288,11 +288,14 @@ class Driver:
             )  # fmt: skip
         self._metrics.call(call.stage, report.seconds)
         if report.replica_error:
-            self._lost(pool, gang, f"{call.stage}: {report.error_type}: {report.message}")
+            reason = f"{call.stage}: {gang.where(0)}: {report.message}"
+            self._lost(pool, gang, reason, call.stage, report.traceback or "")
+            pool.faulted(reason)
             return
         if not report.ok:
             self._call_failed(call, report)
             return
+        pool.worked()
         work.info.update(report.info)
         work.payloads[call.stage] = call.payload
         if call.stage in ("stage1", "stage2"):

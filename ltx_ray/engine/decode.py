@@ -39,6 +39,10 @@ class DecodeEngine:
         self.store = Store(self.spec.output)
         if self.spec.stop_after is None:
             self.video_vae = components.load_video_vae(path, self.dtype, self.device, part="decoder")
+            if self.device.type == "cpu" and self.dtype == torch.bfloat16:
+                # where the reference has its weights: a CPU rounds bf16 convolutions by the memory order. A GPU gives
+                # the same frames either way and is slower so, float32 on a CPU too
+                self.video_vae.decoder.to(memory_format=torch.channels_last_3d)
             self.audio_vae = components.load_audio_decoder(path, self.dtype, self.device)
             self.vocoder = components.load_vocoder(path, self.dtype, self.device)
 

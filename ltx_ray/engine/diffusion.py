@@ -218,9 +218,10 @@ class DiffusionEngine:
             uses.append((len(self._lora_names), distilled_strength))
         began, first = time.perf_counter(), not self._merged
         try:
-            if not first and not self._near:
+            setting = LoraSetting(tuple(uses))
+            if not first and not self._near and self.merger.would_change(setting):
                 self._keep_near()  # this replica does switch
-            switched = self.merger.switch(LoraSetting(tuple(uses)))
+            switched = self.merger.switch(setting)
             if switched and self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
         except Exception as error:

@@ -29,6 +29,12 @@ class TPGroup:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
+    def min_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The least of each element over the ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MIN, group=self.group)
+        return tensor
+
     def broadcast_(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
         """Overwrite `tensor` with that of rank `source` of the group."""
         if self.size > 1:

@@ -80,11 +80,12 @@ class LoraMerger:
     def keep(
         self, reserve: int, memory: Memory | None = None, clean: str | None = None, factors: str | None = None
     ) -> None:
-        """Keep factors and clean weights as near as memory allows.
+        """Keep factors and clean weights as near as memory allows; what is merged is taken out for it.
 
-        `reserve` bytes of the device stay free. `clean` and `factors` name a place instead.
+        `reserve` bytes of the device stay free. `clean` and `factors` name a place instead. All ranks of the
+        group call this together, and choose alike: a share of the weights is of use only when all keep theirs.
         """
-        memory = memory or Memory.now(self._device)
+        memory = self._least(memory or Memory.now(self._device))
         if self._device.type != "cuda" and clean is None and factors is None:
             return  # the file is host memory already
         if factors is None:
@@ -96,9 +97,21 @@ class LoraMerger:
             share = self._clean.total // self._group.size
             if clean != "device" and self._group.size > 1 and share + reserve <= device:
                 clean = "gang"
+        self.switch(LoraSetting())
         self._factors.keep(factors)
-        clean_now = self._current == self._by_module(LoraSetting())
-        self._clean.keep(clean, {stem: self._weight(stem).data for stem in self._modules} if clean_now else None)
+        self._clean.keep(clean, {stem: self._weight(stem).data for stem in self._modules})
+
+    def _least(self, memory: Memory) -> Memory:
+        """What every rank of the group has at least."""
+        if self._group.size == 1:
+            return memory
+        figures = torch.tensor([memory.device, memory.host], dtype=torch.int64, device=self._device)
+        device, host = self._group.min_(figures).tolist()
+        return Memory(device, host)
+
+    def would_change(self, setting: LoraSetting) -> bool:
+        """Whether `switch` would have to do anything."""
+        return self._current != self._by_module(setting)
 
     def switch(self, setting: LoraSetting) -> bool:
         """Bring the weights to `setting`; False when they are there already.

@@ -25,6 +25,7 @@ _BATCH_BYTES = 128 * 2**20
 _SLAB_BYTES = GIB
 #: Groups of tensors that are under way from host memory at once.
 _SLOTS = 3
+_RING_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -217,15 +218,17 @@ class Residence:
         """Copies from pinned memory run a few groups ahead of the work, in a fixed ring of device buffers."""
         main, side = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)
         room = max((sum(-(-self.nbytes(n) // 256) * 256 for n in names) for names in groups), default=0)
-        slots = [torch.empty(room, dtype=torch.uint8, device=self._device) for _ in range(_SLOTS)]
+        # several LoRAs of a high rank: fewer groups ahead, so that the buffers stay small
+        count = _SLOTS if _SLOTS * room <= _RING_BYTES else 2
+        slots = [torch.empty(room, dtype=torch.uint8, device=self._device) for _ in range(count)]
         side.wait_stream(main)
         copied: list[tuple[list[torch.Tensor], torch.cuda.Event]] = []
-        used: list[torch.cuda.Event | None] = [None] * _SLOTS
+        used: list[torch.cuda.Event | None] = [None] * count
 
         def send(number: int) -> None:
-            slot, at, tensors = slots[number % _SLOTS], 0, []
-            if used[number % _SLOTS] is not None:
-                side.wait_event(used[number % _SLOTS])
+            slot, at, tensors = slots[number % count], 0, []
+            if used[number % count] is not None:
+                side.wait_event(used[number % count])
             with torch.cuda.stream(side):
                 for name in groups[number]:
                     size = self.nbytes(name)
@@ -235,15 +238,15 @@ class Residence:
                     at += -(-size // 256) * 256
             copied.append((tensors, side.record_event()))
 
-        for number in range(min(_SLOTS - 1, len(groups))):
+        for number in range(min(count - 1, len(groups))):
             send(number)
         for number in range(len(groups)):
             tensors, event = copied.pop(0)
             main.wait_event(event)
             yield tensors
-            used[number % _SLOTS] = main.record_event()
-            if number + _SLOTS - 1 < len(groups):
-                send(number + _SLOTS - 1)
+            used[number % count] = main.record_event()
+            if number + count - 1 < len(groups):
+                send(number + count - 1)
         side.synchronize()
 
     def _dtype_of(self, name: str) -> torch.dtype:

@@ -71,15 +71,21 @@ class Gang:
         Raises GangLost when a step failed.
         """
         self._pending = [ref for ref in self._pending if ref not in ready]
-        if self._pending:
-            return False
         try:
+            if self.state == "loading":
+                # one that failed is enough: the others may be waiting for it at the rendezvous
+                for rank, ref in enumerate(self._started):
+                    if ref in ready:
+                        self._loaded(rank, ray.get(ref))
+            if self._pending:
+                return False
             if self.state == "placing":
                 self._spawn()
             elif self.state == "meeting":
                 self._load()
             elif self.state == "loading":
-                self._finish_loading()
+                self.device = self.ranks[0]["device"]
+                self.state = "ready"
                 return True
         except ray.exceptions.RayError as error:
             raise GangLost(f"{self.state}: {_first_line(error)}") from error
@@ -117,15 +123,11 @@ class Gang:
         self._pending = list(self._started)
         self.state = "loading"
 
-    def _finish_loading(self) -> None:
-        reports: list[CallReport] = ray.get(self._started)
-        for rank, report in enumerate(reports):
-            self.ranks[rank]["device"] = report.device
-            self.ranks[rank] |= {"device_name": "", **report.info}
-            if not report.ok:
-                raise GangLost(f"{self._where(rank)}: {report.error_type}: {report.message}\n{report.traceback}")
-        self.device = reports[0].device
-        self.state = "ready"
+    def _loaded(self, rank: int, report: CallReport) -> None:
+        self.ranks[rank]["device"] = report.device
+        self.ranks[rank] |= {"device_name": "", **report.info}
+        if not report.ok:
+            raise GangLost(f"{self.where(rank)}: {report.error_type}: {report.message}\n{report.traceback}")
 
     def submit(self, stage: str, item: Any, inputs: list[Any]) -> Call:
         """Start `stage` of `item` on all ranks. `inputs` are references to earlier payloads."""
@@ -160,7 +162,7 @@ class Gang:
         if len({(r.ok, r.error_type) for r in reports}) > 1:
             rank, report = next((n, r) for n, r in enumerate(reports) if not r.ok)
             raise GangLost(
-                f"the ranks disagreed during {call.stage}: {self._where(rank)}: {report.error_type}: {report.message}"
+                f"the ranks disagreed during {call.stage}: {self.where(rank)}: {report.error_type}: {report.message}"
             )
         self.call = None
         return reports
@@ -173,12 +175,13 @@ class Gang:
         if call.failed_at is not None and now - call.failed_at > _LONE_FAILURE_GRACE:
             # the other ranks wait for it in a collective, for ever
             rank, report = next((n, r) for n, r in call.done.items() if not r.ok)
-            return f"{self._where(rank)} failed alone during {call.stage}: {report.error_type}: {report.message}"
+            return f"{self.where(rank)} failed alone during {call.stage}: {report.error_type}: {report.message}"
         if now - call.started > call_timeout:
             return f"{call.stage} took longer than {call_timeout:g} s"
         return None
 
-    def _where(self, rank: int) -> str:
+    def where(self, rank: int) -> str:
+        """The rank with its node and device, for messages."""
         place = self.ranks[rank]
         return f"rank {rank} on node {place['address']} ({place.get('device') or 'device unknown'})"
 

@@ -60,6 +60,19 @@ class Wanted:
             return None
         return self.tp * max(widths, default=1)
 
+    def check(self, distilled: bool) -> None:
+        """Raise ValueError for layouts that nothing can use."""
+        legal = [1] if distilled else [1, 2, 3, 4]
+        if self.guidance_parallel not in legal:
+            why = "the distilled pipeline has no guidance" if distilled else "there are four passes at most"
+            raise ValueError(f"--guidance-parallel: {self.guidance_parallel}, legal: {legal} ({why})")
+        if self.stage2 == 0 and self.with_stage2 and self.shared_ranks is None:
+            raise ValueError(
+                f"--stage2-replicas: 0, but stage 1 has --tp {self.tp} --guidance-parallel {self.guidance_parallel} "
+                f"and stage 2 --stage2-tp {self.tp_of_stage2} --sequence-parallel {self.sequence_parallel}; "
+                f"legal: the same tp, and the same number of ranks or 1"
+            )
+
 
 def choose_replicas(wanted: Wanted, gpus: float) -> tuple[int, int, bool]:
     """(stage-1 replicas, stage-2 replicas, whether text and decode share a card with the DiT).
@@ -106,10 +119,7 @@ def _fastest(wanted: Wanted, gpus: int) -> tuple[int, int]:
 
 
 def lay_out(wanted: Wanted, gpus: float, engines: Mapping[str, EngineSpec]) -> list[PoolSpec]:
-    """The pools of a run. `engines` by pool name: text, diffusion, decode.
-
-    Raises ValueError when replicas would have to serve both stages, but the stages' layouts differ.
-    """
+    """The pools of a run. `engines` by pool name: text, diffusion, decode."""
     stage1, stage2, shared_card = choose_replicas(wanted, gpus)
     # more than half a card, so that two ranks of a gang never land on one
     card = 0.0 if gpus == 0 else 0.6 if shared_card else 1.0
@@ -133,12 +143,7 @@ def lay_out(wanted: Wanted, gpus: float, engines: Mapping[str, EngineSpec]) -> l
         if stage2:
             pools.append(stage_pool("stage2", ("stage2",), stage2, wanted.tp_of_stage2, ranks2))
     else:
-        if wanted.shared_ranks is None:
-            raise ValueError(
-                f"--stage2-replicas: 0, but stage 1 has --tp {wanted.tp} --guidance-parallel "
-                f"{wanted.guidance_parallel} and stage 2 --stage2-tp {wanted.tp_of_stage2} --sequence-parallel "
-                f"{wanted.sequence_parallel}; legal: the same tp, and the same number of ranks or 1"
-            )
+        assert wanted.shared_ranks is not None, wanted
         pools.append(stage_pool("diffusion", ("stage1", "stage2"), stage1, wanted.tp, wanted.shared_ranks))
     pools.append(PoolSpec("decode", ("decode",), 1, 1, engines["decode"], gpus_per_rank=aside))
     return pools
@@ -185,6 +190,8 @@ class Pool:
     max_starts_failed: int
     gangs: dict[str, Gang] = field(default_factory=dict)
     failures: int = 0
+    #: Gangs lost one after the other to a fault of their own, with no good call in between.
+    faults: int = 0
     _numbers: itertools.count = field(default_factory=itertools.count)
 
     def fill(self) -> list[Gang]:
@@ -204,6 +211,16 @@ class Pool:
             self.failures += 1
             if self.failures >= self.max_starts_failed:
                 raise StartFailed(f"pool {self.spec.name}: {self.failures} gangs failed to start; the last: {reason}")
+
+    def faulted(self, reason: str) -> None:
+        """A gang broke while it served. Raises StartFailed when gangs do nothing else."""
+        self.faults += 1
+        if self.faults >= self.max_starts_failed:
+            raise StartFailed(f"pool {self.spec.name}: {self.faults} gangs broke in a row; the last: {reason}")
+
+    def worked(self) -> None:
+        """A call came back well."""
+        self.faults = 0
 
     def started(self) -> None:
         """A gang came up: earlier failures to start are forgiven."""

@@ -28,18 +28,19 @@ class Late(FakeEngine):
     @staticmethod
     def join(device: str, rank: int, world: int, rendezvous: tuple[str, int] | None, timeout: float) -> str:
         if rank == 1:
-            time.sleep(timeout + 3)
+            time.sleep(timeout + 60)
             raise TimeoutError("too late")
         return base.join(device, rank, world, rendezvous, timeout)
 
 
 class HalfMerged(FakeEngine):
-    """The first call of each process that a row marked [[stage1:merge]] makes fails while merging."""
+    """The first stage-1 call of a row whose prompt says so (every one, if it says always) fails while merging."""
 
     failed = False
 
     def run(self, stage, item, *inputs):
-        if "merge" in item.request.prompt and stage == "stage1" and self._tries("merge", item) == 1:
+        told = "merge" in item.request.prompt and stage == "stage1"
+        if told and (self._tries("merge", item) == 1 or "always" in item.request.prompt):
             HalfMerged.failed = True
             raise ReplicaError("OutOfMemoryError: merging into blocks.0.ff.net.2.weight: no room")
         assert not HalfMerged.failed, "a replica that failed to merge serves another row"

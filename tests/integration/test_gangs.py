@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 
 import pytest
 
-from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec
+from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec, RunLimits
 from ltx_ray.pools import gang as gangs
 from ltx_ray.pools.gang import Gang, GangLost
 from tests.integration.conftest import FAKE
@@ -80,4 +81,19 @@ def test_a_replica_whose_merge_failed_serves_no_other_row(runner):
     index = runner.index()
     assert {name: row["attempts"] for name, row in index.items()} == {"first": 1, "second": 2, "third": 1}
     (lost,) = (event for event in runner.events() if event["event"] == "gang_lost")
-    assert "stage1: ReplicaError: OutOfMemoryError: merging into blocks.0.ff.net.2.weight" in lost["reason"]
+    reason = r"stage1: rank 0 on node \S+ \(cpu\): OutOfMemoryError: merging into blocks\.0\.ff\.net\.2\.weight"
+    assert re.match(reason, lost["reason"])
+
+
+def test_merges_that_never_succeed_stop_the_run(runner):
+    """Not three replicas for each of a million rows."""
+    rows = [
+        {"id": f"r{n}", "prompt": "merge always", "height": 64, "width": 64, "num_frames": 9, "seed": n}
+        for n in range(5)
+    ]
+    engines = {**FAKE, "diffusion": f"{ENGINES}:HalfMerged"}
+    limits = RunLimits(max_attempts=1)
+    assert runner.render(rows, fake=False, engines=engines, limits=limits, stage1=1, stage2=0) == 1
+    assert sum(event["event"] == "gang_lost" for event in runner.events()) == 2
+    failed = list(runner.failed().values())
+    assert {row["stage"] for row in failed} == {"stage1"} and "ReplicaError" in failed[0]["traceback"]

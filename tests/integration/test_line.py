@@ -82,7 +82,7 @@ def test_latents_hash_is_of_the_stored_latents(split):
 
 
 @pytest.mark.parametrize(
-    "layout", [{"stage1": 1, "stage2": 0}, {"stage1": 2, "stage2": 2}], ids=["shared", "two replicas"]
+    "layout", [{"stage1": 1, "stage2": 0}, {"stage1": 2, "stage2": 1}], ids=["shared", "two replicas"]
 )
 def test_same_latents_in_other_pools_and_another_order(split, tmp_path, layout):
     output = tmp_path / "out"
@@ -104,18 +104,17 @@ def test_same_latents_after_a_resume(split, tmp_path):
     assert hashes(split.index(output)) == hashes(split.index())
 
 
-@pytest.mark.parametrize("tp", [2, 4])
-def test_tensor_parallel_latents_agree(split, tmp_path, tp):
+def test_tensor_parallel_latents_agree(split, tmp_path):
     output = tmp_path / "out"
     row = split.manifest(ROWS[:1], name="one.jsonl")
-    assert split.render(row, output, fake=False, dtype="float32", save_latents=True, tp=tp, stage1=1, stage2=0) == 0
+    assert split.render(row, output, fake=False, dtype="float32", save_latents=True, tp=2, stage1=1, stage2=0) == 0
     ours, whole = (latents(split, split.index(o)["wide"], o) for o in (output, split.output))
     for name in whole:
         error = (ours[name] - whole[name]).norm() / whole[name].norm()
         assert error <= 1e-5, f"{name}: {error:.1e}"
     started = [e for e in split.events(output) if e["event"] == "gang_started" and e["role"] == "diffusion"]
-    assert [r["rank"] for r in started[0]["ranks"]] == list(range(tp))
-    assert len({r["pid"] for r in started[0]["ranks"]}) == tp
+    assert [r["rank"] for r in started[0]["ranks"]] == list(range(2))
+    assert len({r["pid"] for r in started[0]["ranks"]}) == 2
 
 
 def test_stage_2_alone_gives_the_same_bits(split, toy):
@@ -179,6 +178,6 @@ def test_lora_sets_of_rows(cluster, tmp_path, toy):
     # each stage of each set once is 6 merges, of which the first belongs to loading
     assert sum(event["event"] == "switch" for event in runner.events()) <= 7
     other = tmp_path / "other"
-    options = {"fake": False, "dtype": "float32", "model": model, "stage1": 2, "stage2": 1}
+    options = {"fake": False, "dtype": "float32", "model": model, "stage1": 1, "stage2": 1}
     assert runner.render(runner.manifest(rows[::-1], "back.jsonl"), other, **options) == 0
     assert hashes(runner.index(other)) == hashes(index)

@@ -1,7 +1,8 @@
-"""The parts of a bf16 run against those of the reference v1.2.0, recorded on a CPU: where ours rounds, and to what.
+"""What a bf16 run does around the model, against the reference v1.2.0: where it rounds, and to what.
 
-Whole runs cannot show this: bf16 puts them 1e-2 from float32 whichever way they round. Inputs come from a seed
-(uniform draws, which are the same on every machine), so only results are recorded.
+Whole runs cannot show this, since bf16 puts them 1e-2 from float32 whichever way they round. The arithmetic here
+is the same on every CPU, unlike the model's matrix products, so that the bits can be held. Inputs come from a
+seed (uniform draws, which are the same everywhere too); only results are recorded.
 """
 
 from __future__ import annotations
@@ -14,8 +15,7 @@ from safetensors.torch import load_file
 
 from ltx_ray.engine.diffusion import _pack
 from ltx_ray.engine.start import PlacedImage, Start, begin
-from ltx_ray.parallel.lora import LoraSetting
-from ltx_ray.records import AV, Conditions, Guidance, NoiseLedger, PromptContext
+from ltx_ray.records import AV, Guidance, NoiseLedger
 from ltx_ray.sampling.euler import sample_euler
 from ltx_ray.sampling.guidance import combine
 from ltx_ray.sampling.noise import ClipNoise, SamplerNoise
@@ -24,12 +24,10 @@ from ltx_ray.sampling.res2s import sample_res2s
 from ltx_ray.sampling.sigmas import shifted_sigmas
 from ltx_ray.shapes import ClipShape
 from tests.parity.dit import relative
-from tests.parity.line import GOLDENS, one_thread, toy_line
+from tests.parity.line import GOLDENS
 
-#: One last bit of bf16 in one of some thousand numbers: sums may run in another order elsewhere.
-ELEMENTWISE = 1e-4
-#: The reference's bf16 is 7e-3 from its float32 here; a CPU with other matrix kernels than the recorder's is half that.
-PASS = 5e-3
+#: The last bit of one number in some thousand: the sums of a standard deviation may run in another order elsewhere.
+TOLERANCE = 1e-4
 SHAPE = ClipShape(num_frames=17, height=64, width=96, frame_rate=24.0)
 GUIDANCE = AV(
     Guidance(cfg_scale=3.0, stg_scale=1.0, rescale_scale=0.45, modality_scale=3.0, stg_blocks=(1,), skip_step=0),
@@ -44,7 +42,7 @@ def recorded() -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def given() -> SimpleNamespace:
-    """What the recorder drew, in its order: a stage-2 start with two images, contexts, and passes' results."""
+    """What the recorder drew, in its order: a stage-2 start with two images, and the results of four passes."""
     generator = torch.Generator().manual_seed(5)
 
     def draw(*size: int) -> torch.Tensor:
@@ -52,11 +50,10 @@ def given() -> SimpleNamespace:
 
     initial = AV(draw(1, 128, 3, 2, 3), draw(1, 8, 18, 16))
     images = [PlacedImage(0, 0.7, draw(1, 128, 1, 2, 3)), PlacedImage(9, 0.8, draw(1, 128, 1, 2, 3))]
-    contexts = [PromptContext(AV(draw(1, 128, 128), draw(1, 128, 64)), 128, False) for _ in range(2)]
     passes = {name: AV(draw(1, 24, 128), draw(1, 18, 128)) for name in PASSES}
     noise = ClipNoise(NoiseLedger(10, "cpu", "cpu"), torch.device("cpu"))
     start = begin(SHAPE, "stage_2", noise, _pack(initial), 0.909375, images)
-    return SimpleNamespace(start=start, conditions=Conditions(*contexts, ()), passes=passes)
+    return SimpleNamespace(start=start, passes=passes)
 
 
 def check(recorded: dict[str, torch.Tensor], name: str, found: AV[torch.Tensor], tolerance: float) -> None:
@@ -79,22 +76,11 @@ def test_samplers(recorded, given, name, sampler):
         return latents.map(lambda x: (x.float() * 0.8 + 0.05 * float(sigma)).to(x.dtype))
 
     sigmas = shifted_sigmas(15, SHAPE.video_tokens)
-    check(recorded, name, sampler(denoise, start.latents, sigmas, SamplerNoise("cpu"), start.blend), ELEMENTWISE)
+    check(recorded, name, sampler(denoise, start.latents, sigmas, SamplerNoise("cpu"), start.blend), TOLERANCE)
 
 
 def test_guidance(recorded, given):
     videos = {name: result.video for name, result in given.passes.items()}
     audios = {name: result.audio for name, result in given.passes.items()}
     found = GUIDANCE.map(combine, AV(videos, audios))
-    check(recorded, "guidance", found, ELEMENTWISE)
-
-
-@pytest.mark.parametrize("name", PASSES)
-def test_a_pass(recorded, given, name):
-    engine = toy_line(dtype="bfloat16").diffusion
-    engine.merger.switch(LoraSetting(((0, 0.25),)))
-    item = SimpleNamespace(request=SimpleNamespace(guidance=GUIDANCE))
-    with torch.inference_mode(), one_thread():
-        run_pass = engine._passes(item, given.start, given.conditions)
-        found = run_pass(name, given.start.latents.map(torch.Tensor.contiguous), torch.tensor(0.75), AV(True, True))
-    check(recorded, f"dit.{name}", found, PASS)
+    check(recorded, "guidance", found, TOLERANCE)

@@ -33,7 +33,7 @@ LAYOUTS = {
 #: All four guidance passes, timesteps that differ by token, and tokens appended for a keyframe.
 ROW = {
     "num_frames": 9, "num_inference_steps": 2, "height": 64, "width": 128, "prompt": "a lighthouse",
-    "video_stg_scale": 1.0, "video_stg_blocks": [1],
+    "video_stg_scale": 1.0, "video_stg_blocks": [1], "audio_skip_step": 1,
     "images": [{"path": "a.png", "frame_idx": 0, "strength": 0.8}, {"path": "a.png", "frame_idx": 8}],
 }  # fmt: skip
 
@@ -50,8 +50,10 @@ def _rank(rank: int, world: int, port: int, spec: EngineSpec, item, conditions, 
             engine = DiffusionEngine(replace(spec, options=options), Rank(rank, world))
             engine.load()
             if engine.mesh.wide.size > 1:
-                # the clean weights of the second stage's merge come from all ranks, each keeping a share
-                engine.merger.keep(0, Memory(0, 0), clean="gang", factors="host")
+                # The clean weights of the second stage's merge come from all ranks, each keeping a share. Only
+                # rank 0 has room for more, and must not choose otherwise than the others.
+                share = engine.merger._clean.total // engine.mesh.wide.size
+                engine.merger.keep(0, Memory(share * (100 if rank == 0 else 1), 0), factors="file")
                 assert engine.merger.residence["clean_weights"] == "gang"
             first = _everywhere(engine.run("stage1", item, conditions))
             second = engine.run("stage2", item, conditions, first)

@@ -40,7 +40,6 @@ OTHER_VALUES = {
     "audio_skip_step": 1,
     "distilled_lora_strength_stage_1": 0.3,
     "distilled_lora_strength_stage_2": 0.6,
-    "loras": (LoraUse("style", 1.0),),
     "images": (ImageCondition("a.png", 0, 1.0, None),),
     "pipeline": "base",
 }
@@ -68,7 +67,7 @@ def identity(r: RenderRequest, made_by: Recipe | None = None) -> str:
 
 def test_the_identity_of_this_request_never_changes():
     """A change of this digest renders every dataset in the world again: it needs a reason."""
-    assert identity(request(seed=7, id="x")) == "6c2a3d3e69ad5c2494711ad5b1588884"
+    assert identity(request(seed=7, id="x")) == "b54d392e76654cb12d2e6303f19734d5"
     assert recipe_digest(recipe()) == "14b6459ad9721514"
 
 
@@ -84,9 +83,17 @@ def test_id_and_extra_do_not_count():
     assert identity(request(note="kept")) == identity(plain_one)
 
 
+def test_loras_count_by_their_bytes_and_strengths_never_by_name():
+    one, other = (dataclasses.replace(request(), loras=(LoraUse(name, 0.5),)) for name in ("style", "renamed"))
+    assert one.loras != other.loras
+    assert identity(one) == identity(other)
+    changed = dataclasses.replace(recipe(), loras=(("a" * 32, 0.5),))
+    assert identity(one, changed) != identity(one)
+
+
 def test_every_field_has_another_value_to_try():
     fields = {f.name for f in dataclasses.fields(RenderRequest)}
-    assert fields == set(OTHER_VALUES) | {"id", "extra"}
+    assert fields == set(OTHER_VALUES) | {"id", "extra", "loras"}
     assert {f.name for f in dataclasses.fields(Recipe)} == set(OTHER_RECIPES)
 
 

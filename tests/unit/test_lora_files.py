@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ltx_ray.diffusersnames import to_diffusers, to_official
-from ltx_ray.lorafiles import lora_digest, open_lora
+from ltx_ray.lorafiles import check_lora, lora_digest, open_lora
 from ltx_ray.modelfiles import open_checkpoint
 from ltx_ray.parallel.layers import TPGroup
 from ltx_ray.parallel.lora import LoraMerger, LoraSetting
+from ltx_ray.run import lora_files
 from ltx_ray.status import inspect_lines
 from tests.parity.dit import load_ours
 
@@ -119,6 +120,33 @@ def test_alpha_from_the_adapter_config_beside_the_file(tmp_path):
         open_lora(path)
 
 
+def test_alpha_is_not_lost_when_an_adapter_is_renamed_or_spelled_otherwise(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 4}))
+    renamed = write(tmp_path, SPELLINGS["PEFT"], name="mine.safetensors")
+    assert {p.scale for p in open_lora(renamed).pairs.values()} == {4 / RANK}
+    # what lies beside a file of another tool is not its own
+    assert {p.scale for p in open_lora(write(tmp_path, SPELLINGS["ComfyUI"])).pairs.values()} == {1.0}
+    config = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 8})}
+    for spelling in ("official", "diffusers", "PEFT"):
+        path = write(tmp_path, SPELLINGS[spelling], config, name="stated.safetensors")
+        assert {p.scale for p in open_lora(path).pairs.values()} == {8 / RANK}, spelling
+
+
+def test_the_name_of_an_adapter_is_its_folders(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    paths = [write(tmp_path / name, SPELLINGS["PEFT"], name="adapter_model.safetensors") for name in ("one", "two")]
+    paths.append(write(tmp_path, SPELLINGS["official"]))
+    assert [file.name for file in lora_files([(path, 1.0) for path in paths])] == ["one", "two", "style"]
+
+
+def test_modules_that_are_left_out_are_told(toy, tmp_path):
+    found = open_checkpoint(toy["checkpoint_path"])
+    assert check_lora(found, toy["distilled_lora"]) is None
+    odd = {name.replace("blocks.0.", "blocks.99."): tensor for name, tensor in load_file(toy["distilled_lora"]).items()}
+    assert "are left out, as the reference leaves them, such as" in check_lora(found, write(tmp_path, odd))
+
+
 A, B = f"{next(iter(LINEARS))}.lora_A.weight", f"{next(iter(LINEARS))}.lora_B.weight"
 GOOD = {A: torch.ones(2, 6), B: torch.ones(8, 2)}
 
@@ -136,6 +164,10 @@ GOOD = {A: torch.ones(2, 6), B: torch.ones(8, 2)}
         ({**GOOD, A.replace("A.weight", "A.other.weight"): GOOD[A]}, "one adapter a file"),
         ({**GOOD, A: GOOD[A].to(torch.int8)}, "I8 without a scale"),
         ({**GOOD, A + "_scale": torch.ones(3)}, r"one for each of 2 rows"),
+        ({**GOOD, A + "_scale": torch.ones(1, 2)}, r"one for each of 2 rows"),
+        ({**GOOD, A + "_scale": torch.ones(2, dtype=torch.uint8)}, r"one for each of 2 rows, as BF16"),
+        ({**GOOD, A + "_scale_inv": torch.ones(2)}, r"1 keys beside the factors are not understood \(.*_scale_inv\)"),
+        ({**GOOD, B.replace("weight", "default.bias"): torch.ones(8)}, "are not understood"),
         ({**GOOD, A.replace("lora_A.weight", "alpha"): torch.ones(2)}, "legal: one number"),
         ({**GOOD, A.replace("lora_A.weight", "alpha"): torch.tensor(torch.inf)}, "a finite alpha"),
     ],

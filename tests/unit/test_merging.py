@@ -6,12 +6,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
+from ltx_ray.headers import read_header
+from ltx_ray.lorafiles import open_lora
 from ltx_ray.parallel.layers import TPGroup
-from ltx_ray.parallel.lora import LoraSetting
+from ltx_ray.parallel.lora import LoraMerger, LoraSetting
 from ltx_ray.parallel.merging import merge_
 from ltx_ray.parallel.residence import GIB, Memory, choose
-from tests.unit.merging_data import USES, assert_same, expected, merger
+from tests.unit.merging_data import SHAPES, USES, assert_same, expected, merger
 from tests.unit.merging_data import files as files
 
 
@@ -53,6 +56,39 @@ def test_any_sequence_of_switches_ends_in_the_bits_of_a_fresh_load(files, sequen
         merging.switch(LoraSetting(uses))
     assert_same(model, expected(files, sequence[-1]))
     assert not merging.switch(LoraSetting(sequence[-1]))
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+def test_a_shard_scales_its_part_of_quantized_factors(files, tmp_path, by_row):
+    tensors = {}
+    for name, tensor in load_file(files / "lora0.safetensors").items():
+        scale = tensor.float().abs().amax(1) / 127 if by_row else tensor.float().abs().max() / 127
+        tensors[name] = (tensor.float() / (scale[:, None] if by_row else scale)).round().to(torch.int8)
+        tensors[f"{name}_scale"] = scale
+    save_file(tensors, tmp_path / "small.safetensors")
+    lora = open_lora(str(tmp_path / "small.safetensors")).fit(SHAPES, "model")
+    infos = read_header(files / "model.safetensors").tensors
+
+    def merged(tp):
+        model, _ = merger(files, tp)
+        LoraMerger(model, infos, [lora], tp).switch(LoraSetting(((0, 0.5),)))
+        return dict(model.named_parameters())
+
+    whole = merged(TPGroup())
+    assert not torch.equal(whole["up.weight"], expected(files, ())["up.weight"])
+    for rank in range(4):
+        for name, part in merged(TPGroup(rank, 4)).items():
+            dim, full = part.shard_dim, whole[name]
+            full = full if dim is None else full.narrow(dim, rank * part.shape[dim], part.shape[dim])
+            assert torch.equal(part, full), name
+
+
+def test_a_merger_knows_whether_a_switch_would_change_anything(files):
+    _, merging = merger(files)
+    assert not merging.would_change(LoraSetting(((0, 0.0),)))
+    merging.switch(LoraSetting(((0, 0.5), (1, 0.0))))
+    assert not merging.would_change(LoraSetting(((0, 0.5), (1, 0.0))))
+    assert merging.would_change(LoraSetting(((0, 0.25), (1, 0.0))))
 
 
 def test_only_layers_that_change_are_touched(files, monkeypatch):

@@ -5,20 +5,24 @@ from __future__ import annotations
 import json
 import os
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from ltx_ray.headers import read_header
 from ltx_ray.modelfiles import (
     PIECES,
     cached_digest,
     check_parallel,
+    check_transformer,
     check_upsampler,
     file_digest,
     open_checkpoint,
     parse_generation,
 )
+from ltx_ray.transformerkeys import transformer_shapes
 from tests.unit.samples import write_safetensors
 
 BLOCK = "transformer_blocks.0.attn1.to_q"
@@ -76,6 +80,9 @@ def test_a_missing_file_and_a_folder(tmp_path):
         struct.pack("<Q", 18) + b'{"__metadata__":7}',
         struct.pack("<Q", 3) + b'"\xff"',
         struct.pack("<Q", 2**62) + b"{}",
+        struct.pack("<Q", 100_000) + b"[" * 100_000,
+        struct.pack("<Q", 55) + b'{"a":{"dtype":["x"],"shape":[1],"data_offsets":[0,4]} } '[:55],
+        struct.pack("<Q", 56) + b'{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}  '[:56],
     ],
 )
 def test_a_file_that_is_no_safetensors(tmp_path, content):
@@ -186,6 +193,27 @@ def test_tp_must_divide_the_heads(tmp_path):
     for tp in (-1, 0, 3, 8):
         with pytest.raises(ValueError, match=rf"--tp: {tp}, legal: a divisor of the 4 attention heads .*\[1, 2, 4\]"):
             check_parallel(found, tp)
+
+
+def test_the_transformers_keys_follow_from_its_config(toy):
+    from ltx_ray.model.config import TransformerConfig
+    from ltx_ray.model.transformer import Transformer
+
+    found = open_checkpoint(toy["checkpoint_path"])
+    check_transformer(found)
+    with torch.device("meta"):
+        built = Transformer(TransformerConfig.from_metadata(found.transformer))
+    assert {n: tuple(p.shape) for n, p in built.named_parameters()} == transformer_shapes(found.transformer)
+    names = sorted(found.tensors)
+    lacking = {n: info for n, info in found.tensors.items() if n not in names[:12]}
+    with pytest.raises(ValueError, match=rf"{found.path}: .* 12 missing \({names[0]}, .*{names[9]}, \.\.\.\)"):
+        check_transformer(replace(found, tensors=lacking))
+    more = {**found.tensors, "extra.weight": found.tensors[names[0]]}
+    with pytest.raises(ValueError, match=r"1 unexpected \(extra\.weight\)"):
+        check_transformer(replace(found, tensors=more))
+    other = {**found.tensors, "proj_out.weight": replace(found.tensors["proj_out.weight"], shape=(1, 2))}
+    with pytest.raises(ValueError, match=r"1 of another shape \(proj_out\.weight \(1, 2\) instead of"):
+        check_transformer(replace(found, tensors=other))
 
 
 # --- digests -------------------------------------------------------------------------------------

@@ -71,4 +71,13 @@ def test_a_gang_for_both_stages_has_ranks_for_either():
 )
 def test_layouts_that_no_gang_serves_in_turns(wanted):
     with pytest.raises(ValueError, match=r"--stage2-replicas: 0, but stage 1 has --tp"):
-        lay_out(wanted, 8, ENGINES)
+        wanted.check(distilled=False)
+
+
+def test_guidance_passes_are_shared_over_as_many_ranks_as_there_are_passes():
+    for n in (1, 2, 3, 4):
+        Wanted(guidance_parallel=n).check(distilled=False)
+    with pytest.raises(ValueError, match=r"--guidance-parallel: 5, legal: \[1, 2, 3, 4\]"):
+        Wanted(guidance_parallel=5).check(distilled=False)
+    with pytest.raises(ValueError, match=r"--guidance-parallel: 2, legal: \[1\] \(the distilled pipeline has no"):
+        Wanted(guidance_parallel=2).check(distilled=True)

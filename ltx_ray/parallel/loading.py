@@ -201,7 +201,7 @@ def _fill_gpu(pieces: list[_Piece], count: int, files: _Files, device: torch.dev
         try:
             run_lane()
         except BaseException as error:
-            sent.put(error)
+            sent.put(error)  # the reader raises it in its own thread
 
     def run_lane() -> None:
         stream = torch.cuda.Stream(device)

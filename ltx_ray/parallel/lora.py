@@ -7,6 +7,7 @@ reconstructed by subtracting, so that the weights have the bits of a fresh load 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from ltx_ray.parallel.loading import named
 from ltx_ray.parallel.merging import Product, merge_
 from ltx_ray.parallel.residence import Memory, Part, Residence, choose
 
+_log = logging.getLogger(__name__)
 #: Float32 values of a quantized factor that exist at once.
 _DEQUANTIZE_BYTES = 8 * 2**20
 
@@ -92,6 +94,7 @@ class LoraMerger:
             factors = choose(self._factors.total, memory, reserve)
         device = memory.device - (self._factors.total if factors == "device" else 0)
         host = memory.host - (self._factors.total if factors == "host" else 0)
+        chosen = clean is None
         if clean is None:
             clean = choose(self._clean.total, Memory(device, host), reserve)
             share = self._clean.total // self._group.size
@@ -99,7 +102,13 @@ class LoraMerger:
                 clean = "gang"
         self.switch(LoraSetting())
         self._factors.keep(factors)
-        self._clean.keep(clean, {stem: self._weight(stem).data for stem in self._modules})
+        try:
+            self._clean.keep(clean, {stem: self._weight(stem).data for stem in self._modules})
+        except RuntimeError as error:
+            if not chosen or clean != "host":
+                raise
+            # locked memory may be limited; the file is there in any case
+            _log.warning("clean weights stay in the file: %s", error)
 
     def _least(self, memory: Memory) -> Memory:
         """What every rank of the group has at least."""

@@ -9,12 +9,14 @@ shard gets the bits of the whole.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import cache
 
 import torch
 
 MERGE_CHUNK_BYTES = 32 * 2**20
+_log = logging.getLogger(__name__)
 #: One LoRA's part in a layer: A (rank, in), B (out, rank), strength.
 Product = tuple[torch.Tensor, torch.Tensor, float]
 
@@ -72,8 +74,13 @@ def _matmul(b: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
 
 @cache
 def _kernel():
+    """The Triton kernel where it works: it needs Triton, and a C compiler when it is first used."""
     try:
         from ltx_ray.parallel.merge_kernel import merge
-    except ImportError:  # no Triton: the chunks above, at half the speed
+
+        tile = torch.zeros(16, 16, dtype=torch.bfloat16, device="cuda")
+        merge(tile, tile, [(tile, tile, 1.0)], MERGE_CHUNK_BYTES)
+    except Exception as error:
+        _log.warning("merging without its kernel, more slowly: %s: %s", type(error).__name__, error)
         return None
     return merge

@@ -25,7 +25,7 @@ fake = {name: "ltx_ray.engine.fake:FakeEngine" for name in ("text", "diffusion",
 model = ModelFiles("", "", "", provider="ltx_ray.toy:ensure_toy_model")
 sys.exit(render(Options(sys.argv[1], sys.argv[2], model, wanted=Wanted(stage1=1, stage2=0), engines=fake)))
 """
-COUNT = 12
+COUNT = 8
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ class PolicyMachine(RuleBasedStateMachine):
         self.running: dict[str, Dispatch] = {}
         self.stage: dict[str, str] = {}
         self.failures: dict[str, int] = {}
+        self.losses: dict[str, int] = {}
         self.order: list[str] = []
         self.ended: set[str] = set()
         self.peak = dict.fromkeys(self.stages, 0)
@@ -102,7 +103,10 @@ class PolicyMachine(RuleBasedStateMachine):
     def lose_inputs(self, data):
         item = self._some_call(data).item
         self.stage[item] = self.stages[0]
-        self._judged(item, self.policy.inputs_lost(item), charged=False)
+        self.losses[item] = self.losses.get(item, 0) + 1
+        # what is lost again and again is charged in the end, so that it does not go on for ever
+        charged = self.losses[item] > self.policy.max_restarts
+        self._judged(item, self.policy.inputs_lost(item), charged)
 
     # --- books -----------------------------------------------------------------------------------
 

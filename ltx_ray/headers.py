@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -117,3 +117,11 @@ def read_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
                 f"{path}: corrupt, {info.key} is {info.dtype} {info.shape} but has {info.nbytes} bytes; fetch it again"
             )
     return SafetensorsHeader(path, metadata, tensors, size)
+
+
+def listed(what: str, names: Collection[str]) -> list[str]:
+    """What is wrong with `names` for a message, the first ten of them; nothing when there are none."""
+    if not names:
+        return []
+    first = ", ".join(sorted(names)[:10])
+    return [f"{len(names)} {what} ({first}{', ...' if len(names) > 10 else ''})"]

@@ -37,7 +37,7 @@ _OTHER_METHODS = {
 }  # fmt: skip
 _WHOLE_CHANGES = (".diff", ".diff_b", ".set_weight", ".lora_B.bias", ".lora_up.bias", ".reshape_weight")
 _PEFT = "base_model.model."
-_PREFIXES = ("base_model.model.", "model.", "diffusion_model.", "transformer.")
+_PREFIXES = (_PEFT, "model.", "diffusion_model.", "transformer.")
 _FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lora_diffusion_model_", "lycoris_")
 _PLAIN = ("BF16", "F16", "F32", "F64")
 _QUANTIZED = ("F8_E4M3", "F8_E5M2", "I8")
@@ -132,7 +132,7 @@ def open_lora(path: str) -> LoraFile:
                 raise ValueError(f"{path}: {name} is a second factor of {match['stem']}; legal: one adapter a file")
             entry[side] = info
             understood.add(name)
-    alphas = _Alphas(header, peft=any(name.startswith(_PEFT) for name in header.tensors))
+    alphas = _Alphas(header)
     pairs = {}
     for stem, entry in found.items():
         if entry.keys() == {"alpha"}:
@@ -163,8 +163,7 @@ def open_lora(path: str) -> LoraFile:
 
 def lora_digest(path: str) -> str:
     """32 hex digits for the LoRA at `path`, with the configuration beside it: that decides alpha, hence pixels."""
-    header = read_header(path)
-    digest, beside = cached_digest(path), _config_beside(path, any(n.startswith(_PEFT) for n in header.tensors))
+    digest, beside = cached_digest(path), _config_beside(read_header(path))
     return digest if beside is None else hashlib.sha256((digest + cached_digest(beside)).encode()).hexdigest()[:32]
 
 
@@ -177,9 +176,10 @@ def _belongs(name: str, stems: Mapping[str, object]) -> bool:
     return False
 
 
-def _config_beside(path: str, peft: bool) -> str | None:
-    """The adapter_config.json of the adapter at `path`, which PEFT writes beside it; `peft`: its keys are PEFT's."""
-    folder, name = os.path.split(path)
+def _config_beside(header: SafetensorsHeader) -> str | None:
+    """The adapter_config.json that PEFT wrote beside its adapter, known by its name or its keys."""
+    folder, name = os.path.split(header.path)
+    peft = any(key.startswith(_PEFT) for key in header.tensors)
     beside = os.path.join(folder, "adapter_config.json")
     return beside if (peft or name == "adapter_model.safetensors") and os.path.isfile(beside) else None
 
@@ -187,9 +187,9 @@ def _config_beside(path: str, peft: bool) -> str | None:
 class _Alphas:
     """Alphas that a file states beside its tensors: PEFT's configuration, in the metadata or next to the file."""
 
-    def __init__(self, header: SafetensorsHeader, peft: bool):
+    def __init__(self, header: SafetensorsHeader):
         self._path = header.path
-        self._configs = dict(_configs(header, peft))
+        self._configs = dict(_configs(header))
         for prefix, config in self._configs.items():
             if config.get("use_dora"):
                 raise ValueError(f"{self._path}: {prefix or 'the adapter'} is a DoRA; legal: a plain LoRA")
@@ -219,7 +219,7 @@ def _bare(stem: str) -> str:
     return stem
 
 
-def _configs(header: SafetensorsHeader, peft: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+def _configs(header: SafetensorsHeader) -> Iterator[tuple[str, dict[str, Any]]]:
     """(prefix of the keys it is for, PEFT configuration)."""
     if text := header.metadata.get("lora_adapter_metadata"):
         packed = _json(header.path, "metadata field 'lora_adapter_metadata'", text)
@@ -227,7 +227,7 @@ def _configs(header: SafetensorsHeader, peft: bool) -> Iterator[tuple[str, dict[
         prefixes = {key.split(".")[0] + "." for key in packed if key.endswith(".lora_alpha")} or {""}
         for prefix in sorted(prefixes):
             yield prefix, {key[len(prefix) :]: value for key, value in packed.items() if key.startswith(prefix)}
-    elif beside := _config_beside(header.path, peft):
+    elif beside := _config_beside(header):
         with open(beside, encoding="utf-8") as file:
             yield "", _json(beside, "it", file.read())
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ltx_ray import diffusersfiles
-from ltx_ray.headers import MAX_HEADER_BYTES, SafetensorsHeader, TensorInfo, read_header
+from ltx_ray.headers import MAX_HEADER_BYTES, SafetensorsHeader, TensorInfo, listed, read_header
 from ltx_ray.transformerkeys import transformer_shapes
 
 TRANSFORMER_PREFIX = "model.diffusion_model."
@@ -208,16 +208,11 @@ def check_transformer(checkpoint: Checkpoint) -> None:
         raise ValueError(f"{checkpoint.path}: config.transformer has no usable {error}; legal: LTX-2.3's") from None
     found = checkpoint.tensors
     other = [name for name in expected.keys() & found.keys() if found[name].shape != expected[name]]
-    problems = []
-    for what, names in (
-        ("missing", expected.keys() - found.keys()),
-        ("unexpected", found.keys() - expected.keys()),
-        ("of another shape", [f"{n} {found[n].shape} instead of {expected[n]}" for n in other]),
-    ):
-        if names:
-            problems.append(
-                f"{len(names)} {what} ({', '.join(sorted(names)[:10])}{', ...' if len(names) > 10 else ''})"
-            )
+    problems = (
+        listed("missing", expected.keys() - found.keys())
+        + listed("unexpected", found.keys() - expected.keys())
+        + listed("of another shape", [f"{n} {found[n].shape} instead of {expected[n]}" for n in other])
+    )
     if problems:
         raise ValueError(f"{checkpoint.path}: the transformer's keys do not fit its config: {'; '.join(problems)}")
 

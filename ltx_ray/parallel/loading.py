@@ -11,14 +11,14 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
 
-from ltx_ray.headers import TensorInfo
+from ltx_ray.headers import TensorInfo, listed
 from ltx_ray.parallel.layers import TPGroup
 
 #: Bytes read at once, and threads that read. Each has two pinned buffers, so a rank pins at most 256 MiB.
@@ -289,7 +289,7 @@ def load_shard(
     tensor when the device's memory is too small.
     """
     expected = dict(module.named_parameters())
-    problems = _listed("missing", expected.keys() - tensors.keys()) + _listed(
+    problems = listed("missing", expected.keys() - tensors.keys()) + listed(
         "unexpected", tensors.keys() - expected.keys()
     )
     if problems:
@@ -313,10 +313,3 @@ def load_shard(
         wanted.append(Slice(info, dim, loaded.data))
     for _ in fill(wanted, tp):
         pass
-
-
-def _listed(what: str, names: Set[str]) -> list[str]:
-    if not names:
-        return []
-    first = ", ".join(sorted(names)[:10])
-    return [f"{len(names)} {what} ({first}{', ...' if len(names) > 10 else ''})"]

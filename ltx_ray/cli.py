@@ -1,4 +1,4 @@
-"""The `ltx-ray` command: render, plan, status, report, retry, inspect."""
+"""The `ltx-ray` command: render, plan, status, report, verify, retry, promote, inspect."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import yaml
 
 from ltx_ray.columns import COLUMNS
 from ltx_ray.config import ModelFiles, RunLimits, Selection
-from ltx_ray.dataset.writer import DatasetWriter
+from ltx_ray.dataset.done import list_done
 from ltx_ray.modelfiles import held_by
 from ltx_ray.pools.pool import Wanted
 from ltx_ray.records import canonical_json
@@ -85,9 +86,10 @@ def _row_options() -> dict[str, tuple[Any, Any]]:
 def _selection_options() -> dict[str, tuple[Any, Any]]:
     p = "Rows"
     return {
-        "limit": _option(int | None, "take the first N rows", panel=p),
+        "limit": _option(int | None, "take the first N rows of the manifest, each with all its samples", panel=p),
         "ids": _option(str | None, "take the rows whose ids stand in this file, one a line", panel=p),
         "shard": _option(str | None, "take every N-th row from the I-th: I/N, I from 0", panel=p),
+        "samples_per_prompt": _option(int, "seeds a row: its own, and N-1 that follow from it", default=1, panel=p),
     }
 
 
@@ -111,6 +113,9 @@ def _run_options() -> dict[str, tuple[Any, Any]]:
         "stage2_replicas": _option(
             str, "auto or a number; 0: the stage-1 replicas serve both stages in turns", default="auto", panel=p
         ),
+        "max_replicas": _option(
+            int | None, "let a growing cluster have up to N replicas, asked for as they are needed", panel=p
+        ),
         "device": _option(str, "auto (GPUs where the cluster has some), cuda or cpu", default="auto", panel=p),
         "ray_address": _option(
             str | None, "cluster to run on (default $RAY_ADDRESS, else a private local one)", panel=p
@@ -121,6 +126,14 @@ def _run_options() -> dict[str, tuple[Any, Any]]:
         "queue_depth": _option(int, "clips waiting before a stage, for each of its replicas", default=4, panel=p),
         "start_timeout": _option(float, "seconds a replica may take to start", default=1800.0, panel=p),
         "call_timeout": _option(float, "seconds one stage of a clip may take", default=7200.0, panel=p),
+        "grace": _option(float, "seconds that decoding has left when the run is told to stop", default=20.0, panel=p),
+        "preflight": _option(
+            bool,
+            "a tiny clip goes through every pool before more than one replica starts",
+            "--preflight/--no-preflight",
+            default=True,
+            panel=p,
+        ),
         "max_failed_fraction": _option(float | None, "stop when more than this part of the rows fails", panel=p),
         "max_gpu_hours": _option(float | None, "drain when so many GPU hours are used", panel=p),
     }
@@ -183,10 +196,39 @@ def render_command(
 def retry_command(output: str = typer.Argument(help="a dataset; its failed rows are rendered again"), **values: Any):
     """Render the rows that failed in OUTPUT again, also those that were themselves at fault."""
     manifest = join(output, "failed")
-    if not DatasetWriter(Store(output)).listing().failed:
+    if not list_done(Store(output)).failed_count:
         typer.echo(f"nothing failed in {output}")
         return EXIT_OK
     return render(_options(manifest, output, values, retry_failed=True))
+
+
+@app.command(name="promote")
+@_takes(_model_options(), _image_options(), _run_options(), _CONFIG)
+def promote_command(
+    output: str = typer.Argument(help="a dataset with previews, made with --stop-after stage1"),
+    ids: str | None = typer.Option(None, help="take the previews whose ids stand in this file, one a line"),
+    where: list[str] | None = typer.Option(
+        None, help="take those that meet this condition on a column of the index (repeatable): 'flags !~ black'"
+    ),
+    **values: Any,
+) -> int:
+    """Take chosen previews of OUTPUT on to finished clips, from their stored stage-1 latents.
+
+    The clips are those that the whole line would have given. Exit codes as those of render.
+    """
+    from ltx_ray.dataset.chosen import chosen_ids, parse_condition
+
+    if not ids and not where:
+        raise ValueError("promote: nothing is chosen; legal: --ids FILE, --where 'COLUMN OP VALUE', or both")
+    if values.get("stop_after"):
+        raise ValueError("promote: --stop-after has no place here: the clips are finished")
+    conditions = [parse_condition(text) for text in where or ()]
+    chosen = chosen_ids(Store(output), _selection({"ids": ids}).ids, conditions)
+    if not chosen:
+        typer.echo(f"no preview in {output} is chosen")
+        return EXIT_OK
+    options = _options(join(output, "previews"), output, values)
+    return render(replace(options, promote=True, selection=Selection(ids=chosen)))
 
 
 @app.command(name="plan")
@@ -209,7 +251,7 @@ def plan_command(
     for warning in prepared.warnings:
         typer.echo(warning, err=True)
     if output:
-        plan.done = DatasetWriter(Store(output)).listing()
+        plan.done = list_done(Store(output))
     listed = 0
     for planned in plan.open():
         if planned.status == ILLEGAL:
@@ -253,6 +295,30 @@ def report_command(output: str = typer.Argument(help="a dataset on a local disk"
         raise ValueError(f"{output}: no dataset; legal: the --output of a run, on a local disk")
     typer.echo(write_report(output))
     return EXIT_OK
+
+
+@app.command(name="verify")
+@_takes(_model_options(), _image_options(), _run_options(), _CONFIG)
+def verify_command(
+    output: str = typer.Argument(help="a dataset"),
+    sample: int = typer.Option(0, help="render so many rows again and compare their latents (wants the model)"),
+    mend: bool = typer.Option(False, "--repair", help="move parts of bad rows aside, so that render makes them anew"),
+    **values: Any,
+) -> int:
+    """Check that every row of OUTPUT's index has its clip, unchanged.
+
+    Exit codes: 0 all well, 3 problems found (one a line), 2 wrong usage.
+    """
+    from ltx_ray.verify import verify
+
+    _at_least("sample", sample, 0)
+
+    def options(manifest: str, place: str) -> Options:
+        return _options(manifest, place, values)
+
+    if sample:
+        options("", "")  # what is wrong with them is said before the clips are read
+    return EXIT_FAILED_ROWS if verify(output, typer.echo, sample, mend, options) else EXIT_OK
 
 
 @app.command(name="inspect")
@@ -301,10 +367,12 @@ def _options(manifest: str, output: str | None, values: dict[str, Any], retry_fa
             sequence_parallel=_at_least("sequence_parallel", values.get("sequence_parallel", 1), 1),
             stage1=_replicas("stage1_replicas", values, least=1),
             stage2=_replicas("stage2_replicas", values, least=0),
+            max_replicas=values.get("max_replicas") and _at_least("max_replicas", values["max_replicas"], 1),
         ),
         device=values.get("device", "auto"),
         ray_address=values.get("ray_address"),
         selection=_selection(values),
+        samples_per_prompt=_at_least("samples_per_prompt", values.get("samples_per_prompt", 1), 1),
         save_latents=bool(values.get("save_latents")),
         stop_after=values.get("stop_after"),
         image_roots=tuple(values.get("image_root") or ()),
@@ -315,7 +383,9 @@ def _options(manifest: str, output: str | None, values: dict[str, Any], retry_fa
             call_timeout=values.get("call_timeout", 7200.0),
             max_failed_fraction=values.get("max_failed_fraction"),
             max_gpu_hours=values.get("max_gpu_hours"),
+            grace=values.get("grace", 20.0),
         ),
+        preflight=values.get("preflight", True),
         retry_failed=retry_failed,
         command=tuple(arg.replace(_JOINT, " ") for arg in sys.argv),
     )

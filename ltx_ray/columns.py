@@ -17,7 +17,8 @@ import pyarrow as pa
 from ltx_ray.records import ImageCondition, LoraUse
 from ltx_ray.shapes import FRAME_RATES_LEGAL, legal_frame_rate
 
-ID_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,128}")
+LONGEST_ID = 128
+ID_PATTERN = re.compile(rf"[A-Za-z0-9._-]{{1,{LONGEST_ID}}}")
 MAX_SEED = 2**63 - 1
 
 

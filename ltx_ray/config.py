@@ -97,6 +97,8 @@ class RunLimits:
     call_timeout: float = 7200.0
     max_failed_fraction: float | None = None
     max_gpu_hours: float | None = None
+    #: What the decode pool has to finish its clips when the run is told to stop.
+    grace: float = 20.0
 
 
 @dataclass(frozen=True)

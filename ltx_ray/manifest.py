@@ -13,7 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -39,12 +39,13 @@ FIXED_WHEN_DISTILLED = frozenset(
     {"num_inference_steps", "negative_prompt", "distilled_lora_strength_stage_1", "distilled_lora_strength_stage_2"}
     | {f"{stream}_{name.name}" for stream in ("video", "audio") for name in dataclasses.fields(Guidance)}
 )
+#: Parquet rows that are made Python together, and bytes of a column that are read ahead.
+_PARQUET_ROWS, _PARQUET_BUFFER = 4096, 1 << 20
 #: Width of the longest value an error message repeats.
 _SHOWN = 120
 
 
-@dataclass(frozen=True)
-class RawRow:
+class RawRow(NamedTuple):
     """A row as read: where it stands (`file`, `number` from 1) and its values, or why it has none."""
 
     file: str
@@ -53,6 +54,8 @@ class RawRow:
     unreadable: str | None = None
     #: Known to have the id of another row; only its own manifest can mend that, not a retry.
     duplicate: bool = False
+    #: Read from a dataset's failed/: a row as it was resolved, one sample of its prompt.
+    from_failed: bool = False
 
     @property
     def source(self) -> str:
@@ -175,11 +178,7 @@ def _parquet_rows(fs: pafs.FileSystem, path: str, name: str) -> Iterator[RawRow]
             found = schema.field(column_name).type
             raise ValueError(f"{name}: column '{column_name}' has type {found}; legal: {column.type} ({column.legal})")
 
-    # pandas writes gaps in a column of numbers as NaN
-    return (
-        RawRow(name, number, {k: None if _is_nan(v) else v for k, v in values.items()})
-        for number, values in enumerate(_parquet_values(fs, path, name), start=1)
-    )
+    return (RawRow(name, number, values) for number, values in enumerate(_parquet_values(fs, path, name), start=1))
 
 
 def _parquet_values(
@@ -187,17 +186,29 @@ def _parquet_values(
 ) -> Iterator[dict[str, Any]]:
     try:
         with fs.open_input_file(path) as file:
-            for batch in pq.ParquetFile(file).iter_batches(batch_size=1024, columns=columns):
-                yield from batch.to_pylist()
+            # otherwise whole columns of a row group are read at once, and kept until the end of the file
+            parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=_PARQUET_BUFFER)
+            for batch in parquet.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
+                names = batch.schema.names
+                for cells in zip(*map(_cells, batch.columns), strict=True):
+                    yield dict(zip(names, cells, strict=True))
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{name}: cannot be read as Parquet ({error})") from None
+
+
+def _cells(column: pa.Array) -> list[Any]:
+    values = column.to_pylist()
+    if pa.types.is_string(column.type) or pa.types.is_integer(column.type):
+        return values
+    # pandas writes gaps in a column of numbers as NaN
+    return [None if _is_nan(value) else value for value in values]
 
 
 def _failed_rows(fs: pafs.FileSystem, path: str, name: str) -> Iterator[RawRow]:
     for row in _parquet_values(fs, path, name, [FAILED_ROW_COLUMN, "source"]):
         # the row keeps its first place, so that it is known again
         origin, _, number = (row["source"] or f"{name}:0").rpartition(":")
-        yield _parse_line(origin, int(number), row[FAILED_ROW_COLUMN])
+        yield _parse_line(origin, int(number), row[FAILED_ROW_COLUMN])._replace(from_failed=True)
 
 
 def _jsonl_rows(fs: pafs.FileSystem, path: str, name: str) -> Iterator[RawRow]:
@@ -298,8 +309,7 @@ def judge(raw: RawRow, rules: RowRules) -> Row:
         return Row(raw, None, tuple(problems))
     values["loras"] = _in_declared_order(values["loras"], rules.loras)
     values["images"] = images
-    extra = {k: v for k, v in raw.values.items() if k not in COLUMNS}
-    values["extra"] = _extra_json(extra) if extra else None
+    values["extra"] = extra_json(raw)
     return Row(raw, RenderRequest(**values))
 
 
@@ -358,8 +368,11 @@ def _located(
     return tuple(found), problems
 
 
-def _extra_json(extra: Mapping[str, Any]) -> str:
-    """Unknown columns as JSON that any reader takes: no NaN, no half characters."""
+def extra_json(raw: RawRow) -> str | None:
+    """Unknown columns as JSON that any reader takes: no NaN, no half characters. None without any."""
+    extra = {k: v for k, v in raw.values.items() if k not in COLUMNS}
+    if not extra:
+        return None
     try:
         text = json.dumps(extra, sort_keys=True, ensure_ascii=False, default=str, allow_nan=False)
     except ValueError:

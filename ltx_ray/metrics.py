@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import tempfile
+import threading
 import time
 from functools import cached_property
 from typing import Any
@@ -11,39 +14,84 @@ from ltx_ray.storage import Store
 
 _FLUSH_SECONDS = 2.0
 _REMOTE_FLUSH_SECONDS = 60.0
+#: Seconds between two uploads of the whole log, as a multiple of what the last one took.
+_REMOTE_SHARE = 20.0
+#: An event that cannot be written is written with the next ones, so there is no need to wait long for the store.
+_PATIENCE = 2.0
 
 
 class EventLog:
     """`events.jsonl`: one JSON object a line with `t` (seconds since the epoch) and `event`.
 
-    Local files grow by appending. An object store has no append: there the run's lines are kept and
-    the whole file is written again once a minute and at the end.
+    Local files grow by appending. An object store has no append: there the lines are kept in a temporary file
+    of this machine and the whole log is written again, by a thread beside the run, once a minute or, when it has
+    grown large, so that uploads take a twentieth of the time. A store that refuses costs the run nothing: the
+    lines wait for the next flush, and of a store that stays away the last are lost.
     """
 
     def __init__(self, store: Store, name: str = "events.jsonl"):
-        self._store, self._name = store, name
+        self._store, self._name = store.hurried(_PATIENCE), name
         self._pending: list[str] = []
-        self._all: list[str] = []
-        self._flushed = 0.0
-        store.write_bytes(name, b"")
+        #: Whether the file is this run's already; before, it is an older run's.
+        self._begun = False
+        self._flushed, self._period = -math.inf, _FLUSH_SECONDS if store.is_local else _REMOTE_FLUSH_SECONDS
+        self._spool = None if store.is_local else tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (open as long as the run)
+        self._upload: threading.Thread | None = None
+        self.flush()
 
     def emit(self, event: str, **fields: Any) -> None:
         line = json.dumps({"t": round(time.time(), 3), "event": event, **fields}, ensure_ascii=False, default=str)
         self._pending.append(line + "\n")
-        period = _FLUSH_SECONDS if self._store.is_local else _REMOTE_FLUSH_SECONDS
-        if time.monotonic() - self._flushed >= period:
-            self.flush()
+        if time.monotonic() - self._flushed < self._period:
+            return
+        if self._spool is None:
+            self._append()
+        elif self._upload is None or not self._upload.is_alive():
+            self._upload = threading.Thread(target=self._rewrite, args=(self._log(),), name="events", daemon=True)
+            self._upload.start()
 
     def flush(self) -> None:
-        """Write what has not been written yet."""
-        if self._pending:
-            if self._store.is_local:
-                self._store.append_text(self._name, "".join(self._pending))
-            else:
-                self._all += self._pending
-                self._store.write_bytes(self._name, "".join(self._all).encode())
-            self._pending = []
+        """Write what has not been written yet, and return when it is."""
+        if self._spool is None:
+            self._append()
+            return
+        if self._upload is not None:
+            self._upload.join()
+        self._rewrite(self._log())
+
+    def _append(self) -> None:
+        lines = "".join(self._pending)
+        try:
+            if not self._begun:
+                self._store.write_bytes(self._name, lines.encode("utf-8", "replace"))
+            elif lines:
+                self._store.append_text(self._name, lines)
+            self._begun, self._pending = True, []
+        except OSError:
+            pass
         self._flushed = time.monotonic()
+
+    def _log(self) -> bytes:
+        """The whole log; what was pending is in the temporary file from now on, unless its disk is full."""
+        assert self._spool is not None
+        lines = "".join(self._pending).encode("utf-8", "replace")
+        self._spool.seek(0)
+        log = self._spool.read() + lines
+        try:
+            self._spool.write(lines)
+            self._pending = []
+        except OSError:
+            self._spool.truncate(len(log) - len(lines))
+        return log
+
+    def _rewrite(self, log: bytes) -> None:
+        began = time.monotonic()
+        try:
+            self._store.write_bytes(self._name, log)
+        except OSError:
+            pass
+        self._flushed = time.monotonic()
+        self._period = max(_REMOTE_FLUSH_SECONDS, _REMOTE_SHARE * (self._flushed - began))
 
 
 class RunMetrics:

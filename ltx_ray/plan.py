@@ -3,46 +3,115 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
+import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ltx_ray.columns import LONGEST_ID
 from ltx_ray.config import ModelFiles, Numerics, Selection
 from ltx_ray.cost import H100_TFLOPS, clip_tflop
-from ltx_ray.dataset.writer import Done, row_key
+from ltx_ray.dataset.done import Done, Known
 from ltx_ray.imagefiles import image_digest
 from ltx_ray.lorafiles import lora_digest
 from ltx_ray.manifest import Problem, RawRow, Row, RowRules, duplicate_id, judge, read_manifest
 from ltx_ray.modelfiles import cached_digest, open_checkpoint
 from ltx_ray.recipe import item_id, recipe_digest
 from ltx_ray.records import Recipe, RenderRequest, WorkItem
+from ltx_ray.tables import Records
+from ltx_ray.templates import Template, Templates, sample_id, sample_seed
 
 #: Status of a planned row.
 TODO, DONE, COPY, FAILED, ILLEGAL, REPEATED = "todo", "done", "copy", "failed", "illegal", "repeated"
 
+#: Rows that are looked up together, those of them that are read without a look at the clock, and for how long.
+_CHUNK_ROWS, _CHUNK_STEP, _CHUNK_SECONDS = 4096, 16, 0.1
 
-@dataclass(frozen=True)
+
 class PlannedRow:
-    """A manifest row and what is to happen with it.
+    """A manifest row, or one of its samples, and what is to happen with it.
 
     status: "todo" (render), "done" (in the index), "copy" (its clip is there under another id),
     "failed" (failed by its own fault in an earlier run), "illegal", "repeated" (the same row again).
+    `item_id`, `id`, `key` and `request` are those of a legal row, `item` is None for an illegal one; what is
+    large is made when it is asked for.
     """
 
-    status: str
-    row: Row
-    item: WorkItem | None = None
-    messages: tuple[str, ...] = ()
+    __slots__ = (
+        "_item", "_raw", "_row", "_seed", "_template",
+        "digest", "head", "id", "id_digest", "id_head", "messages", "status",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        raw: RawRow,
+        template: Template,
+        digest: bytes,
+        given_id: str | None,
+        seed: int,
+        item: WorkItem | None = None,
+    ):
+        self.status = TODO
+        self.messages: tuple[str, ...] = ()
+        self.id: str | None = digest[:8].hex() if given_id is None else given_id
+        #: 16 bytes: the item_id. Its head, and the id's, are what tables are searched by.
+        self.digest, self.head = digest, digest[:8]
+        #: sha256 of the id; it starts with the row's key.
+        self.id_digest = hashlib.sha256(self.id.encode()).digest()
+        self.id_head = self.id_digest[:8]
+        self._raw, self._template, self._seed, self._item = raw, template, seed, item
+        self._row: Row | None = None
+
+    @classmethod
+    def illegal(cls, row: Row) -> PlannedRow:
+        planned = cls.__new__(cls)
+        planned.status, planned.messages, planned.id = ILLEGAL, tuple(row.messages()), row.id
+        planned._row, planned._template, planned._item = row, None, None
+        return planned
 
     @property
-    def request(self) -> RenderRequest:
-        assert self.row.request is not None
-        return self.row.request
+    def item_id(self) -> str:
+        return self.digest.hex()
 
     @property
     def key(self) -> str:
-        return row_key(self.request.id)
+        """What row_key makes of the id."""
+        return self.id_digest[:4].hex()
+
+    @property
+    def item(self) -> WorkItem | None:
+        if self._item is None and self._template is not None:
+            self._item = self._template.fill(self._raw, self.item_id, self.id, self._seed)
+        return self._item
+
+    @property
+    def request(self) -> RenderRequest:
+        assert self.item is not None
+        return self.item.request
+
+    @property
+    def row(self) -> Row:
+        if self._row is None:
+            self._row = Row(self._raw, self.request)
+        return self._row
+
+    def samples(self, count: int, given_id: str | None) -> list[PlannedRow]:
+        """This row and those of its other samples; `given_id` is the id that stands in the manifest."""
+        rows, prompt = [self], self._raw.values["prompt"]
+        for number in range(1, count):
+            seed = sample_seed(self.item_id, number)
+            digest = self._template.identity.of(prompt, seed)
+            row_id = None if given_id is None else sample_id(given_id, number)
+            rows.append(PlannedRow(self._raw, self._template, digest, row_id, seed))
+        return rows
+
+    def tflop(self, transformer: Mapping) -> float:
+        """What its clip costs, with the model that has this `transformer` configuration."""
+        if self._template.tflop is None:
+            self._template.tflop = clip_tflop(transformer, self._template.item.request)
+        return self._template.tflop
 
 
 class UnreadableImage(Exception):
@@ -95,12 +164,25 @@ class RecipeBook:
         return WorkItem(name, request, recipe, recipe_digest(recipe), digests)
 
 
+@dataclass(frozen=True)
+class _LookedUp:
+    """What the tables hold of a batch of rows, by the first 8 bytes of their digests."""
+
+    ids: set[bytes]
+    to_render: set[bytes]
+    done: Known
+
+
 @dataclass
 class Plan:
     """A manifest held against the dataset, row by row.
 
     As the rows are consumed, `counts` fills with "rows", one entry a status and "clips" (what is to be
     rendered, once for all rows that share it), and `tflop` with the clips' cost.
+
+    With `samples` N, each row stands for N: itself, and N-1 with seeds that follow from its item_id and with
+    "-s1" and so on behind its id. A selection takes a row with all of its samples, except that an id with its
+    ending takes that sample alone. Rows of a dataset's failed/ are samples already.
     """
 
     manifest: str
@@ -109,10 +191,18 @@ class Plan:
     done: Done
     selection: Selection = field(default_factory=Selection)
     retry_failed: bool = False
-    #: The run stops after stage 1, so that an item with stored latents is done.
+    #: The run stops after stage 1, so that a row with a preview is done.
     latents_only: bool = False
+    samples: int = 1
     counts: Counter[str] = field(default_factory=Counter)
     tflop: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._templates = Templates(self.rules, self.book.item)
+        # 96 bits of each id met and 32 of the item it stands for
+        self._ids = Records(16)
+        # 64 bits of each item to render: they are only counted
+        self._to_render = Records(8)
 
     @property
     def complete(self) -> bool:
@@ -121,69 +211,144 @@ class Plan:
 
     def open(self) -> Iterator[PlannedRow]:
         """Check the manifest as a whole (ValueError) and return its rows as a stream."""
+        if self.retry_failed and self.samples != 1:
+            raise ValueError(f"--samples-per-prompt: {self.samples}, legal: 1 for a retry, whose rows are samples")
         return self._rows(read_manifest(self.manifest))
 
     def _rows(self, raws: Iterator[RawRow]) -> Iterator[PlannedRow]:
-        seen: dict[str, str] = {}
         taken = 0
-        for raw in itertools.islice(raws, *self._shard()):
-            planned = self._plan(raw, seen)
-            if planned is None:
-                continue
-            self.counts["rows"] += 1
-            self.counts[planned.status] += 1
-            if planned.status == TODO and planned.item.item_id not in self._to_render:
-                self._to_render.add(planned.item.item_id)
-                self.counts["clips"] += 1
-                self.tflop += clip_tflop(self.book.checkpoint.transformer, planned.request)
-            yield planned
-            taken += 1
-            if self.selection.limit is not None and taken >= self.selection.limit:
-                return
+        for chunk in _chunks(itertools.islice(raws, *self._shard())):
+            drafts = [self._drafted(raw) for raw in chunk]
+            found = self._look_up([row for rows in drafts if rows for row in rows])
+            for raw, rows in zip(chunk, drafts, strict=True):
+                # what has to be judged by itself may have images to read: only when it is its turn
+                rows, its = (self._judged(raw), None) if rows is None else (rows, found)
+                some = False
+                for row in self._wanted(rows):
+                    some = True
+                    yield self._decided(row, its)
+                taken += some
+                if self.selection.limit is not None and taken >= self.selection.limit:
+                    return
 
-    def _plan(self, raw: RawRow, seen: dict[str, str]) -> PlannedRow | None:
+    # --- rows, but for their status --------------------------------------------------------------
+
+    def _drafted(self, raw: RawRow) -> Sequence[PlannedRow] | None:
+        """The samples of a row that a template fits; None for another."""
+        matched = self._templates.match(raw)
+        if matched is None:
+            return None
+        template, seed, given_id = matched
+        row = PlannedRow(raw, template, template.identity.of(raw.values["prompt"], seed), given_id, seed)
+        count = self._count(raw)
+        if count == 1:
+            return (row,)
+        return None if _too_long(given_id, count) else row.samples(count, given_id)
+
+    def _judged(self, raw: RawRow) -> Sequence[PlannedRow]:
+        """The samples of any row, or the row when it is illegal."""
         row = judge(raw, self.rules)
-        wanted = self.selection.ids
         if row.request is None:
-            if wanted is not None and row.id not in wanted:
-                return None
-            return PlannedRow(ILLEGAL, row, messages=tuple(row.messages()))
+            return (PlannedRow.illegal(row),)
+        count, given_id = self._count(raw), row.request.id
+        if _too_long(given_id, count):
+            room = LONGEST_ID - len(sample_id("", count - 1))
+            legal = f"at most {room} characters, so that {sample_id('', count - 1)} fits behind (--samples-per-prompt)"
+            return (PlannedRow.illegal(Row(raw, None, (Problem("id", given_id, legal),))),)
         try:
             item = self.book.item(row.request)
         except UnreadableImage as error:
             path, why = error.args
-            row = Row(raw, None, (Problem("images", path, f"an image that can be read ({why})"),))
-            return PlannedRow(ILLEGAL, row, messages=tuple(row.messages()))
-        row = dataclasses.replace(row, request=item.request)
-        row_id = item.request.id
-        assert row_id is not None
-        if wanted is not None and row_id not in wanted:
-            return None
-        first = seen.setdefault(row_id, item.item_id)
-        if first != item.item_id:
-            row = Row(dataclasses.replace(raw, duplicate=True), None, (duplicate_id(row_id),))
-            return PlannedRow(ILLEGAL, row, messages=tuple(row.messages()))
-        return PlannedRow(self._status(item, row_key(row_id), seen, raw), row, item)
+            problem = Problem("images", path, f"an image that can be read ({why})")
+            return (PlannedRow.illegal(Row(raw, None, (problem,))),)
+        digest = bytes.fromhex(item.item_id)
+        return PlannedRow(raw, Template(item), digest, given_id, row.request.seed, item).samples(count, given_id)
 
-    def _status(self, item: WorkItem, key: str, seen: dict[str, str], raw: RawRow) -> str:
-        if (item.item_id, key) in self._handed_out:
-            return REPEATED
-        self._handed_out.add((item.item_id, key))
-        if (item.item_id, key) in self.done.rows or (self.latents_only and item.item_id in self.done.latents):
+    def _count(self, raw: RawRow) -> int:
+        return 1 if raw.from_failed else self.samples
+
+    def _wanted(self, rows: Sequence[PlannedRow]) -> Sequence[PlannedRow]:
+        wanted = self.selection.ids
+        if wanted is None or rows[0].id in wanted:
+            return rows
+        return [row for row in rows if row.id in wanted]
+
+    # --- their status ----------------------------------------------------------------------------
+
+    def _look_up(self, rows: Sequence[PlannedRow]) -> _LookedUp:
+        self._ids.settle()
+        self._to_render.settle()
+        items = [row.head for row in rows]
+        return _LookedUp(
+            self._ids.settled([row.id_head for row in rows]),
+            self._to_render.settled(items),
+            self.done.known(items),
+        )
+
+    def _decided(self, row: PlannedRow, found: _LookedUp | None) -> PlannedRow:
+        """The row with its status, and counted; `found` is None when it was not looked up before."""
+        if row.status != ILLEGAL:
+            row = self._with_status(row, found)
+        self.counts["rows"] += 1
+        self.counts[row.status] += 1
+        if row.status == TODO and not self._to_render.has(
+            row.head, settled=found is None or row.head in found.to_render
+        ):
+            self._to_render.put(row.head)
+            self.counts["clips"] += 1
+            self.tflop += row.tflop(self.book.checkpoint.transformer)
+        return row
+
+    def _with_status(self, row: PlannedRow, found: _LookedUp | None) -> PlannedRow:
+        head, more, item = row.id_head, row.id_digest[8:12], row.digest[8:12]
+        for rest in self._ids.rests(head, settled=found is None or head in found.ids):
+            if rest[:4] == more:
+                if rest[4:] == item:
+                    row.status = REPEATED
+                    return row
+                raw = row.row.raw._replace(duplicate=True)
+                return PlannedRow.illegal(Row(raw, None, (duplicate_id(row.id),)))
+        self._ids.put(head, more + item)
+        row.status = self._status(row, found)
+        return row
+
+    def _status(self, row: PlannedRow, found: _LookedUp | None) -> str:
+        done = self.done
+        if found is None or found.done.may_have(row.head):
+            if done.has_row(row.item_id, row.key):
+                return DONE
+            copied = done.key_of(row.item_id) is not None
+        else:
+            copied = False
+        if self.latents_only and done.has_preview(row.item_id, row.key):
             return DONE
-        if item.item_id in self.done.items:
+        if copied:
             return COPY
-        if self.done.failed.get((item.item_id, key)) == "row" and not self.retry_failed:
+        if not self.retry_failed and done.failed_count and done.failure(row.item_id, row.key) == "row":
             return FAILED
         return TODO
-
-    def __post_init__(self) -> None:
-        self._handed_out: set[tuple[str, str]] = set()
-        self._to_render: set[str] = set()
 
     def _shard(self) -> tuple[int, None, int]:
         index, count = self.selection.shard or (0, 1)
         return index, None, count
+
+
+def _chunks(raws: Iterator[RawRow]) -> Iterator[list[RawRow]]:
+    """Rows in batches, small ones where they come slowly."""
+    while True:
+        chunk: list[RawRow] = []
+        deadline = time.monotonic() + _CHUNK_SECONDS
+        while len(chunk) < _CHUNK_ROWS and time.monotonic() < deadline:
+            more = list(itertools.islice(raws, _CHUNK_STEP))
+            chunk += more
+            if len(more) < _CHUNK_STEP:
+                yield chunk
+                return
+        yield chunk
+
+
+def _too_long(given_id: str | None, count: int) -> bool:
+    return given_id is not None and count > 1 and len(sample_id(given_id, count - 1)) > LONGEST_ID
 
 
 def cost_line(counts: Mapping[str, int], tflop: float) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from json.encoder import encode_basestring
 from types import MappingProxyType
 from typing import Any
 
@@ -155,20 +156,39 @@ def recipe_digest(recipe: Recipe) -> str:
     return hashlib.sha256(canonical_json(recipe).encode()).hexdigest()[:16]
 
 
+class Identity:
+    """The identity of requests that differ in prompt and seed only.
+
+    What is hashed is canonical JSON of {"recipe", "request"}; all of it before the prompt is hashed here, once.
+    """
+
+    def __init__(self, request: RenderRequest, recipe: Recipe, image_digests: tuple[str, ...] = ()):
+        assert len(image_digests) == len(request.images)
+        row = plain(request)
+        for name in ("id", "extra", "loras", "prompt", "seed"):
+            row.pop(name)
+        row["images"] = [{**image, "path": digest} for image, digest in zip(row["images"], image_digests, strict=True)]
+        # keys are sorted, and "seed" is the one after "prompt"
+        before = canonical_json({name: value for name, value in row.items() if name < "prompt"})[1:-1]
+        after = canonical_json({name: value for name, value in row.items() if name > "seed"})[1:-1]
+        assert not any("prompt" < name < "seed" for name in row)
+        self._start = hashlib.sha256(f'{{"recipe":{canonical_json(recipe)},"request":{{{before},"prompt":'.encode())
+        self._end = f",{after}}}}}"
+
+    def of(self, prompt: str, seed: int) -> bytes:
+        """The 16 bytes of the item_id. Raises UnicodeEncodeError for half characters."""
+        hashed = self._start.copy()
+        hashed.update(f'{encode_basestring(prompt)},"seed":{seed}{self._end}'.encode())
+        return hashed.digest()[:16]
+
+
 def item_id(request: RenderRequest, recipe: Recipe, image_digests: tuple[str, ...] = ()) -> str:
     """The 32 hex digits that name a clip.
 
     Images count by the digest of their bytes (`image_digests`, in row order), never by path, and LoRAs by
     theirs, which the recipe holds with their strengths.
     """
-    assert len(image_digests) == len(request.images)
-    row = plain(request)
-    row.pop("id")
-    row.pop("extra")
-    row.pop("loras")
-    row["images"] = [{**image, "path": digest} for image, digest in zip(row["images"], image_digests, strict=True)]
-    text = canonical_json({"request": row, "recipe": recipe})
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return Identity(request, recipe, image_digests).of(request.prompt, request.seed).hex()
 
 
 def merged_for(request: RenderRequest) -> dict[str, tuple[object, ...]]:

@@ -142,6 +142,8 @@ class WorkItem:
     recipe_digest: str
     #: Digests of the request's images, in order: what the workers read must be what was planned.
     image_digests: tuple[str, ...] = ()
+    #: A tiny clip that only shows that the line works; nothing of it is published.
+    preflight: bool = False
 
 
 @dataclass(frozen=True)
@@ -225,6 +227,8 @@ class CallReport:
     row_error: bool = False
     #: True when the replica is of no more use, whatever the row: its weights are half merged.
     replica_error: bool = False
+    #: Size of the payload.
+    nbytes: int = 0
     info: dict[str, Any] = field(default_factory=dict)
 
 

@@ -8,21 +8,22 @@ import json
 import os
 import secrets
 import signal
-import socket
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ltx_ray
-from ltx_ray.config import EngineSpec, LoraFile, ModelFiles, Numerics, PoolSpec, RunLimits, Selection
-from ltx_ray.dataset.writer import DatasetWriter, Done
+from ltx_ray.cluster import Cluster
+from ltx_ray.config import LoraFile, ModelFiles, Numerics, PoolSpec, RunLimits, Selection
+from ltx_ray.dataset.done import Done, list_done
+from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.driver.policy import STAGES
 from ltx_ray.driver.progress import Progress
 from ltx_ray.imagefiles import check_roots
 from ltx_ray.lease import Lease
 from ltx_ray.lorafiles import check_lora
-from ltx_ray.manifest import RowRules, check_defaults, manifest_folder
+from ltx_ray.manifest import Problem, RawRow, Row, RowRules, check_defaults, judge, manifest_folder
 from ltx_ray.metrics import EventLog
 from ltx_ray.modelfiles import (
     Checkpoint,
@@ -32,10 +33,10 @@ from ltx_ray.modelfiles import (
     check_upsampler,
     open_checkpoint,
 )
-from ltx_ray.plan import Plan, PlannedRow, RecipeBook
-from ltx_ray.pools.pool import Resources, StartFailed, Wanted, check_schedulable, lay_out, slots_needed
+from ltx_ray.plan import TODO, Plan, PlannedRow, RecipeBook
+from ltx_ray.pools.pool import StartFailed, Wanted
 from ltx_ray.recipe import served_pipelines
-from ltx_ray.records import LoraUse, canonical_json
+from ltx_ray.records import LoraUse, WorkItem, canonical_json
 from ltx_ray.storage import Store
 
 EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_FAILED_ROWS, EXIT_DRAINED = 0, 1, 2, 3, 4
@@ -46,10 +47,6 @@ _ENGINES = {
     "decode": "ltx_ray.engine.decode:DecodeEngine",
 }
 _PACKAGES = ("torch", "ray", "diffusers", "transformers", "safetensors", "av", "pyarrow")
-#: A larger checkpoint is not rendered on CPUs unless that is asked for: it would take days a clip.
-_CPU_MODEL_BYTES = 4 * 2**30
-#: Object store of a private cluster without GPUs: contexts and latents of a few small clips.
-_LOCAL_STORE_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True)
@@ -67,11 +64,16 @@ class Options:
     device: str = "auto"
     ray_address: str | None = None
     selection: Selection = Selection()  # noqa: RUF009 (frozen)
+    samples_per_prompt: int = 1
     save_latents: bool = False
     stop_after: str | None = None
     image_roots: tuple[str, ...] = ()
     limits: RunLimits = RunLimits()  # noqa: RUF009 (frozen)
     retry_failed: bool = False
+    #: Whether the rows are previews, which go on from their stored latents or not at all.
+    promote: bool = False
+    #: Whether a tiny clip goes through the line before pools grow beyond one replica.
+    preflight: bool = True
     command: tuple[str, ...] = ()
     engines: Mapping[str, str] = field(default_factory=lambda: dict(_ENGINES))
 
@@ -114,13 +116,14 @@ def prepare(options: Options) -> Prepared:
         guidance_parallel=wanted.guidance_parallel,
         sequence_parallel=wanted.sequence_parallel,
     )
+    # rows that are retried or promoted stand in another file than the one their paths count from
+    elsewhere = options.retry_failed or options.promote
     rules = RowRules(
         defaults=defaults,
         num_layers=checkpoint.num_layers,
         pipelines=served_pipelines(model.distilled),
         loras=tuple(LoraUse(lora.name, lora.strength) for lora in model.loras),
-        # rows that are retried stand in another file than the one their paths count from
-        image_roots=options.image_roots or (() if options.retry_failed else (manifest_folder(options.manifest),)),
+        image_roots=options.image_roots or (() if elsewhere else (manifest_folder(options.manifest),)),
     )
     plan = Plan(
         manifest=options.manifest,
@@ -128,6 +131,7 @@ def prepare(options: Options) -> Prepared:
         book=RecipeBook(model, numerics),
         done=Done(),
         selection=options.selection,
+        samples=options.samples_per_prompt,
         retry_failed=options.retry_failed,
         latents_only=options.stop_after is not None,
     )
@@ -147,10 +151,23 @@ def render(options: Options) -> int:
     run_id = f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
     lease = Lease(store, run_id)
     lease.acquire(progress.say)
-    cluster = _Cluster(prepared)
+    cluster = Cluster(
+        address=options.ray_address,
+        device=options.device,
+        wanted=options.wanted,
+        numerics=prepared.numerics,
+        model=options.model,
+        model_bytes=prepared.checkpoint.size,
+        engines=options.engines,
+        output=options.output,
+        save_latents=options.save_latents,
+        stop_after=options.stop_after,
+    )
     try:
         # listed under the lease: what another run finished while this one waited is done
-        prepared.plan.done = DatasetWriter(store).listing()
+        prepared.plan.done = list_done(store)
+        if options.promote:
+            rows = _with_latents(rows, prepared.plan.done)
         return _drive(prepared, rows, cluster, store, run_id, progress)
     finally:
         cluster.leave()
@@ -160,12 +177,14 @@ def render(options: Options) -> int:
 def _drive(
     prepared: Prepared,
     rows: Iterator[PlannedRow],
-    cluster: _Cluster,
+    cluster: Cluster,
     store: Store,
     run_id: str,
     progress: Progress,
 ) -> int:
-    from ltx_ray.driver.loop import Driver
+    from ltx_ray.driver.books import Books
+    from ltx_ray.driver.loop import Driver, Joined
+    from ltx_ray.driver.publisher import Publisher
 
     options = prepared.options
     _keep_older_run(store)
@@ -174,31 +193,45 @@ def _drive(
     record.write("running", Counter())
     events.emit("run_started", run_id=run_id)
 
-    def join_cluster() -> tuple[list[PoolSpec], str]:
-        record.pools, record.numerics = cluster.pools()
+    def join_cluster() -> Joined:
+        from ltx_ray.pools.crew import RayCrew
+
+        record.pools, record.numerics = cluster.join()
         _drain_on_signals(driver)  # Ray has put a handler of its own in the way
-        record.write("running", driver.counts)
+        record.write("running", books.counts)
         replicas = {pool.name: pool.replicas for pool in record.pools}
         events.emit("cluster_joined", pools=replicas, tp=options.wanted.tp, device=record.numerics.device)
-        return record.pools, canonical_json(record.numerics)
+        return Joined(
+            RayCrew(options.limits.start_timeout, options.limits.call_timeout),
+            record.pools,
+            canonical_json(record.numerics),
+            cluster.max_bytes,
+            _preflight_item(prepared) if options.preflight and max(replicas.values()) > 1 else None,
+            elastic=options.wanted.max_replicas is not None,
+        )
 
+    def note_drain() -> None:
+        events.flush()
+        record.write("draining", books.counts)
+
+    # an object store answers each write late, but many at once
+    publisher = Publisher(threads=2 if store.is_local else 16)
+    books = Books(prepared.plan, DatasetWriter(store), publisher, events, progress, canonical_json(record.versions))
     driver = Driver(
-        plan=prepared.plan,
+        books=books,
         join_cluster=join_cluster,
         stages=("text", "stage1", "decode") if options.stop_after else STAGES,
-        writer=DatasetWriter(store),
-        events=events,
-        progress=progress,
         limits=options.limits,
-        versions=canonical_json(record.versions),
         noise_device=options.noise_device,
+        use_stored=not options.stop_after,
+        on_drain=note_drain,
     )
     state, code = "failed", EXIT_ERROR
     handlers = _drain_on_signals(driver)
     try:
         drained = driver.run(rows)
         state = "drained" if drained else "finished"
-        bad = driver.counts["failed"] + driver.counts["illegal"]
+        bad = books.counts["failed"] + books.counts["illegal"]
         code = EXIT_DRAINED if drained else EXIT_FAILED_ROWS if bad else EXIT_OK
         if driver.too_many_failed:
             code = EXIT_FAILED_ROWS
@@ -207,12 +240,32 @@ def _drive(
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        record.write(state, driver.counts)
-        events.emit("run_finished", state=state, counts=record.counts(driver.counts))
+        record.write(state, books.counts)
+        events.emit("run_finished", state=state, counts=record.counts(books.counts))
         events.flush()
-        _write_report(store, progress)
-    progress.say(_summary(state, record.counts(driver.counts), options.output))
+        if not driver.drain_requested:  # who asked to stop does not want to wait for a page of pictures
+            _write_report(store, progress)
+    progress.say(_summary(state, record.counts(books.counts), options.output))
     return code
+
+
+def _with_latents(rows: Iterator[PlannedRow], done: Done) -> Iterator[PlannedRow]:
+    """The rows, those illegal that would be other clips than their previews."""
+    for planned in rows:
+        if planned.status == TODO and not done.has_latents(planned.item_id):
+            legal = "the model, LoRAs, --dtype and --noise-device that its preview was made with (or it has no latents)"
+            row = planned.row
+            planned = PlannedRow.illegal(Row(row.raw, None, (Problem("preview", planned.id, legal),)))
+        yield planned
+
+
+def _preflight_item(prepared: Prepared) -> WorkItem | None:
+    """The smallest clip there is, with the run's own defaults otherwise; None when these leave no such clip."""
+    values: dict[str, Any] = {"prompt": "preflight", "height": 64, "width": 64, "num_frames": 9}
+    if not prepared.options.model.distilled:
+        values["num_inference_steps"] = 2
+    request = judge(RawRow("preflight", 1, values), prepared.plan.rules).request
+    return replace(prepared.plan.book.item(request), preflight=True) if request is not None else None
 
 
 def _drain_on_signals(driver) -> dict[int, Any]:
@@ -238,92 +291,6 @@ def _write_report(store: Store, progress: Progress) -> None:
         write_report(store.root)
     except Exception as error:  # a page of pictures must never cost a run its exit code
         progress.say(f"report.html was not written: {error}")
-
-
-class _Cluster:
-    """The Ray cluster of a run: the one asked for, or a private local one; joined when there is work."""
-
-    def __init__(self, prepared: Prepared):
-        self._prepared, self._options = prepared, prepared.options
-        self._address = self._options.ray_address or os.environ.get("RAY_ADDRESS")
-        self._joined = False
-
-    def pools(self) -> tuple[list[PoolSpec], Numerics]:
-        """Join or start the cluster and lay the pools out on it. Raises ValueError when they do not fit."""
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        import ray
-
-        common = {"logging_level": "error", "log_to_driver": False}
-        if self._address:
-            if not ray.is_initialized():
-                _check_reachable(self._address)
-                ray.init(address=self._address, **common)
-                self._joined = True
-            free = Resources.of(ray.available_resources())
-            # auto takes what is free, so that a run fits beside others
-            pools, numerics = self._lay_out(free.gpus)
-            check_schedulable(pools, free)
-        else:
-            gpus = float(_local_gpus())
-            pools, numerics = self._lay_out(gpus)
-            free = Resources(slots_needed(pools).cpus, gpus)
-            check_schedulable(pools, free)
-            ray.init(
-                address="local",
-                num_cpus=int(free.cpus) + 1,
-                include_dashboard=False,
-                object_store_memory=None if gpus else _LOCAL_STORE_BYTES,
-                **common,
-            )
-            self._joined = True
-        return pools, numerics
-
-    def _lay_out(self, gpus: float) -> tuple[list[PoolSpec], Numerics]:
-        options = self._options
-        if options.device == "cpu":
-            gpus = 0.0
-        elif not gpus and (options.device == "cuda" or self._prepared.checkpoint.size > _CPU_MODEL_BYTES):
-            raise ValueError("GPUs: at least 1 needed, 0 free; legal: a cluster with GPUs now, or --device cpu")
-        numerics = replace(self._prepared.numerics, device="cuda" if gpus else "cpu")
-        engines = {
-            name: EngineSpec(
-                engine=path,
-                model=options.model,
-                numerics=numerics,
-                output=Store(options.output).uri if "://" in options.output else os.path.abspath(options.output),
-                save_latents=options.save_latents,
-                stop_after=options.stop_after,
-            )
-            for name, path in options.engines.items()
-        }
-        wanted = replace(options.wanted, with_stage2=options.stop_after is None)
-        return lay_out(wanted, gpus, engines), numerics
-
-    def leave(self) -> None:
-        if self._joined:
-            import ray
-
-            ray.shutdown()
-
-
-def _check_reachable(address: str) -> None:
-    """Raise ConnectionError unless something listens there; Ray itself would try for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not port.isdigit():
-        return  # "auto", "local" and the like
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-    except OSError as error:
-        raise ConnectionError(f"--ray-address: {address}, cannot be reached ({error.strerror or error})") from None
-
-
-def _local_gpus() -> int:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([v for v in visible.split(",") if v.strip() and v.strip() != "-1"])
-    from ray._private.accelerators import NvidiaGPUAcceleratorManager
-
-    return NvidiaGPUAcceleratorManager.get_current_node_num_accelerators()
 
 
 class _RunRecord:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ltx_ray.dataset.writer import DatasetWriter
+from ltx_ray.dataset.done import list_done
 from ltx_ray.diffusersfiles import COMPONENTS, generation, read_config
 from ltx_ray.driver.progress import duration
 from ltx_ray.headers import TensorInfo, read_header
@@ -37,14 +37,14 @@ def status_lines(output: str) -> list[str]:
         raise ValueError(f"{output}: no run.json; legal: the --output of a run") from None
     except ValueError:
         run = {}
-    done = DatasetWriter(store).listing()
-    kinds = Counter(done.failed.values())
+    done = list_done(store)
+    kinds = done.failed_kinds
     lines = [
         f"run {run.get('run_id', '?')}: {_state(run, store)}",
         f"manifest {run.get('manifest', '?')}, started {run.get('started_at', '?')}",
-        f"{len(done.rows)} rows in the index, {len(done.failed)} in failed/"
+        f"{done.row_count} rows in the index, {done.failed_count} in failed/"
         + (f" ({kinds['illegal']} illegal, {kinds['row']} of their own fault, {kinds['infra']} of infrastructure's)"
-           if done.failed else ""),
+           if done.failed_count else ""),
     ]  # fmt: skip
     events = _events(store)
     if events:

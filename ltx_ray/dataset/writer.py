@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -48,6 +48,9 @@ INDEX_SCHEMA = pa.schema(
         ("finished_at", pa.timestamp("us", tz="UTC")),
     ]
 )
+
+#: A preview is itself a manifest row, as a failed row is.
+PREVIEW_SCHEMA = INDEX_SCHEMA.append(pa.field("source", pa.string())).append(pa.field(FAILED_ROW_COLUMN, pa.string()))
 
 FAILED_SCHEMA = pa.schema(
     [(column.name, column.type) for column in COLUMNS.values()]
@@ -96,74 +99,36 @@ class Failure:
     traceback: str = ""
 
 
-@dataclass
-class Done:
-    """What a listing of the dataset says.
-
-    rows: (item_id, row key) of finished rows; items: a row key of each finished item; failed: "row",
-    "infra" or "illegal" by (item_id, row key); latents: items whose latents are stored.
-    """
-
-    rows: set[tuple[str, str]] = field(default_factory=set)
-    items: dict[str, str] = field(default_factory=dict)
-    failed: dict[tuple[str, str], str] = field(default_factory=dict)
-    latents: set[str] = field(default_factory=set)
-
-
 class DatasetWriter:
-    """Writes parts under the root of `store` and lists what is there."""
+    """Writes parts under the root of `store`."""
 
     def __init__(self, store: Store):
         self.store = store
 
-    def listing(self) -> Done:
-        """What is done and what has failed, from the names of the parts alone."""
-        done = Done()
-        for name in self.store.list("index"):
-            parts = name.removesuffix(".parquet").split("-")
-            if len(parts) == 3 and parts[0] == "part":
-                done.rows.add((parts[1], parts[2]))
-                done.items.setdefault(parts[1], parts[2])
-        for name in self.store.list("failed"):
-            parts = name.removesuffix(".parquet").split("-")
-            if len(parts) == 4 and parts[0] == "part":
-                done.failed[parts[2], parts[3]] = parts[1]
-        done.latents = {name.removesuffix(".safetensors") for name in self.store.list("latents", recursive=True)}
-        return done
-
     def write_index(self, item_id: str, request: RenderRequest, rendered: Rendered) -> None:
         """Publish the index row of a manifest row whose clip is complete; a failure of it is forgotten."""
-        row = {
-            **request.row(),
-            "item_id": item_id,
-            "clip": rendered.clip.path,
-            "clip_sha256": rendered.clip.sha256,
-            "latents_sha256": rendered.clip.latents_sha256,
-            "audio_stage": rendered.clip.audio_stage,
-            "flags": [*rendered.clip.flags, *rendered.extra_flags],
-            "attempts": rendered.attempts,
-            "stage1_replica": rendered.stage1_replica,
-            "stage2_replica": rendered.stage2_replica,
-            "switches": rendered.switches,
-            **{name: float(rendered.seconds.get(name, 0.0)) for name in _SECONDS},
-            "device": rendered.device,
-            "numerics": rendered.numerics,
-            "recipe": rendered.recipe,
-            "recipe_digest": rendered.recipe_digest,
-            "noise_ledger": rendered.noise_ledger,
-            "versions": rendered.versions,
-            "finished_at": datetime.datetime.now(datetime.UTC),
-        }
         key = row_key(request.id)
-        self.store.write_bytes(f"index/part-{item_id}-{key}.parquet", _one_row(row, INDEX_SCHEMA))
+        row = _rendered_row(item_id, request, rendered)
+        self.store.write_bytes(f"index/{index_part(item_id, key)}", one_row(row, INDEX_SCHEMA))
+        self.forget_failure(item_id, key)
+
+    def write_preview(self, item_id: str, request: RenderRequest, raw: RawRow, rendered: Rendered) -> None:
+        """Publish the row of a clip that stopped after stage 1; `clip` is that of its preview."""
+        key = row_key(request.id)
+        row = {
+            **_rendered_row(item_id, request, rendered),
+            "source": raw.source,
+            FAILED_ROW_COLUMN: _resolved_row(request),
+        }
+        self.store.write_bytes(f"previews/{index_part(item_id, key)}", one_row(row, PREVIEW_SCHEMA))
         self.forget_failure(item_id, key)
 
     def copy_index_row(self, item_id: str, from_key: str, request: RenderRequest) -> None:
         """Give another manifest row the clip of an item that is done already."""
-        table = pq.read_table(io.BytesIO(self.store.read_bytes(f"index/part-{item_id}-{from_key}.parquet")))
+        table = pq.read_table(io.BytesIO(self.store.read_bytes(f"index/{index_part(item_id, from_key)}")))
         row = {**table.to_pylist()[0], "id": request.id, "extra": request.extra}
         key = row_key(request.id)
-        self.store.write_bytes(f"index/part-{item_id}-{key}.parquet", _one_row(row, INDEX_SCHEMA))
+        self.store.write_bytes(f"index/{index_part(item_id, key)}", one_row(row, INDEX_SCHEMA))
         self.forget_failure(item_id, key)
 
     def write_failed(self, item_id: str, request: RenderRequest, raw: RawRow, failure: Failure) -> None:
@@ -171,11 +136,9 @@ class DatasetWriter:
         key = row_key(request.id)
         self.forget_failure(item_id, key)
         row = {**request.row(), "item_id": item_id, **_failure_columns(raw, failure)}
-        # as it was resolved, so that a retry without the run's defaults renders the very same clip
-        resolved = {name: value for name, value in request.row().items() if name != "extra"}
-        row[FAILED_ROW_COLUMN] = _json({**json.loads(request.extra or "{}"), **resolved})
+        row[FAILED_ROW_COLUMN] = _resolved_row(request)
         kind = "row" if failure.error_class == "row" else "infra"
-        self.store.write_bytes(f"failed/part-{kind}-{item_id}-{key}.parquet", _one_row(row, FAILED_SCHEMA))
+        self.store.write_bytes(f"failed/part-{kind}-{item_id}-{key}.parquet", one_row(row, FAILED_SCHEMA))
 
     def write_illegal(self, raw: RawRow, messages: list[str]) -> str:
         """Publish the failure of an illegal row; what cannot stand in its column is left out there.
@@ -194,7 +157,7 @@ class DatasetWriter:
         row.update(_failure_columns(raw, failure))
         content = hashlib.sha256(row[FAILED_ROW_COLUMN].encode("utf-8", "surrogatepass")).hexdigest()
         name = f"part-illegal-{content[:32]}-{row_key(raw.source)}.parquet"
-        self.store.write_bytes(f"failed/{name}", _one_row(row, FAILED_SCHEMA))
+        self.store.write_bytes(f"failed/{name}", one_row(row, FAILED_SCHEMA))
         return name
 
     def forget_illegal(self, manifest: str, keep: set[str]) -> None:
@@ -227,9 +190,44 @@ class DatasetWriter:
             self.store.delete(f"failed/part-{kind}-{item_id}-{key}.parquet")
 
 
+def index_part(item_id: str, key: str) -> str:
+    """Name of the part of `index/` that holds the row with this key of the item."""
+    return f"part-{item_id}-{key}.parquet"
+
+
 def row_key(row_id: str | None) -> str:
     """8 hex digits that tell apart the manifest rows of one item."""
     return hashlib.sha256((row_id or "").encode()).hexdigest()[:8]
+
+
+def _rendered_row(item_id: str, request: RenderRequest, rendered: Rendered) -> dict[str, Any]:
+    return {
+        **request.row(),
+        "item_id": item_id,
+        "clip": rendered.clip.path,
+        "clip_sha256": rendered.clip.sha256,
+        "latents_sha256": rendered.clip.latents_sha256,
+        "audio_stage": rendered.clip.audio_stage,
+        "flags": [*rendered.clip.flags, *rendered.extra_flags],
+        "attempts": rendered.attempts,
+        "stage1_replica": rendered.stage1_replica,
+        "stage2_replica": rendered.stage2_replica,
+        "switches": rendered.switches,
+        **{name: float(rendered.seconds.get(name, 0.0)) for name in _SECONDS},
+        "device": rendered.device,
+        "numerics": rendered.numerics,
+        "recipe": rendered.recipe,
+        "recipe_digest": rendered.recipe_digest,
+        "noise_ledger": rendered.noise_ledger,
+        "versions": rendered.versions,
+        "finished_at": datetime.datetime.now(datetime.UTC),
+    }
+
+
+def _resolved_row(request: RenderRequest) -> str:
+    """The manifest row as it was resolved, so that it gives the very same clip without the run's defaults."""
+    resolved = {name: value for name, value in request.row().items() if name != "extra"}
+    return _json({**json.loads(request.extra or "{}"), **resolved})
 
 
 def _failure_columns(raw: RawRow, failure: Failure) -> dict[str, Any]:
@@ -250,7 +248,8 @@ def _json(values: Mapping[str, Any]) -> str:
     return json.dumps(values, ensure_ascii=True, default=str, sort_keys=True)
 
 
-def _one_row(row: Mapping[str, Any], schema: pa.Schema) -> bytes:
+def one_row(row: Mapping[str, Any], schema: pa.Schema) -> bytes:
+    """A Parquet file of one row; columns that it lacks are null."""
     complete = {name: row.get(name) for name in schema.names}
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist([complete], schema=schema), buffer, compression="zstd")

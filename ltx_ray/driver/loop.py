@@ -1,7 +1,6 @@
-"""The driver: the only place that waits on Ray. It carries out what the policy decides.
+"""The driver: it carries out what the policy decides and tells it what happened.
 
-Large results (contexts, latents) stay in the object store; the driver passes their references on and
-reads only the small reports.
+It knows replicas by name and results by their handles; the crew (pools.crew) has the processes.
 """
 
 from __future__ import annotations
@@ -9,22 +8,18 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
-
-import ray
+from dataclasses import dataclass, replace
 
 from ltx_ray.config import PoolSpec, RunLimits
-from ltx_ray.dataset.writer import DatasetWriter, Failure, Rendered
+from ltx_ray.dataset.writer import Failure
+from ltx_ray.driver.books import Books, Work, first_line
 from ltx_ray.driver.policy import Policy, Verdict
-from ltx_ray.driver.progress import Progress
-from ltx_ray.metrics import EventLog, RunMetrics
-from ltx_ray.plan import COPY, DONE, FAILED, ILLEGAL, REPEATED, Plan, PlannedRow
-from ltx_ray.pools.gang import Call, Gang, GangLost, InputsLost
+from ltx_ray.driver.publisher import Publisher
+from ltx_ray.plan import PlannedRow
+from ltx_ray.pools.news import Answered, Crew, InputsLost, Lost, News, Started
 from ltx_ray.pools.pool import Pool, StartFailed
 from ltx_ray.recipe import merged_for
-from ltx_ray.records import CallReport, Clip, WorkItem, canonical_json
+from ltx_ray.records import CallReport, WorkItem
 
 _TICK_SECONDS = 0.5
 #: Rows judged between two looks at the pools: a long stretch of finished rows must not keep them waiting.
@@ -33,210 +28,214 @@ _ROWS_A_TURN = 500
 _INFRASTRUCTURE = {
     "OutOfMemoryError", "MemoryError", "OSError", "PermissionError", "ConnectionError", "TimeoutError",
 }  # fmt: skip
+#: Exceptions after which nobody can say what state a replica's processes are in.
+_BREAKS_THE_GANG = {"OutOfMemoryError", "MemoryError", "AcceleratorError", "DistBackendError", "DistNetworkError"}
+#: An item's stages when the latents of stage 1 are stored already.
+_FROM_STORED = ("text", "stored", "stage2", "decode")
 
 
-@dataclass
-class _Work:
-    """An item in the pools: the manifest rows that want it, and what its stages have made so far."""
+@dataclass(frozen=True)
+class Joined:
+    """The cluster of a run: its crew, its pools, and the numerics that they render with (JSON)."""
 
-    item: WorkItem
-    rows: list[PlannedRow]
-    payloads: dict[str, ray.ObjectRef] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    replicas: dict[str, str] = field(default_factory=dict)
-    switches: int = 0
-    gpu_seconds: float = 0.0
-    attempts: int = 1
-    device: str = ""
-    info: dict[str, Any] = field(default_factory=dict)
+    crew: Crew
+    pools: list[PoolSpec]
+    numerics: str
+    #: What the results of items in flight may take of the object store, in bytes.
+    max_bytes: float = float("inf")
+    #: A tiny clip that goes through the line before the pools grow beyond one replica each.
+    preflight: WorkItem | None = None
+    #: The cluster grows and shrinks with what is asked of it: replicas are given back when no row needs them.
+    elastic: bool = False
 
 
 class Driver:
-    """Runs a plan over pools of gangs until every row has its clip or its failure."""
+    """Runs a plan over pools of replicas until every row has its clip or its failure."""
 
     def __init__(
         self,
         *,
-        plan: Plan,
-        join_cluster: Callable[[], tuple[list[PoolSpec], str]],
+        books: Books,
+        join_cluster: Callable[[], Joined],
         stages: tuple[str, ...],
-        writer: DatasetWriter,
-        events: EventLog,
-        progress: Progress,
         limits: RunLimits,
-        versions: str,
         noise_device: str,
+        use_stored: bool = False,
+        on_drain: Callable[[], None] = lambda: None,
     ):
-        self.plan, self.writer, self.events, self.progress = plan, writer, events, progress
-        self.limits, self.versions, self.noise_device = limits, versions, noise_device
-        self._join_cluster = join_cluster
-        self.numerics = ""
+        self.books, self.limits, self.noise_device = books, limits, noise_device
+        self.events, self.progress, self.counts = books.events, books.progress, books.counts
         self.policy = Policy(queue_depth=limits.queue_depth, max_attempts=limits.max_attempts, stages=stages)
         self.pools: list[Pool] = []
-        self.counts: Counter[str] = Counter()
-        self._work: dict[str, _Work] = {}
-        self._gpu_seconds = 0.0
         self.too_many_failed = False
         self.drain_requested: str | None = None
-        self._metrics = RunMetrics()
-        self._illegal: set[str] = set()
+        self._join_cluster, self._on_drain, self._use_stored = join_cluster, on_drain, use_stored
+        self._joined: Joined | None = None
+        self._preflight: str | None = None
+        self._gpu_seconds = 0.0
+        self._drain_until = float("inf")
         self._device_name: str | None = None
 
     def request_drain(self, reason: str) -> None:
-        """Have the loop drain at its next turn; safe to call from a signal handler."""
+        """Have the loop drain at its next turn, in haste; safe to call from a signal handler."""
         self.drain_requested = self.drain_requested or reason
-
-    def _drain(self, reason: str) -> None:
-        """Take nothing new; let the decode pool finish; `run` then returns."""
-        if not self.policy.draining:
-            self.policy.draining = True
-            self.progress.say(f"draining: {reason}")
-            self.events.emit("drain", reason=reason)
 
     def run(self, rows: Iterator[PlannedRow]) -> bool:
         """Render `rows`; True when it drained and left some. `counts` says what became of them.
 
-        Raises pools.pool.StartFailed when a pool cannot be brought up.
+        Raises pools.pool.StartFailed when a pool cannot be brought up, OSError when the output store stays away.
 
         The cluster is joined when the first row is to be rendered, so that a run without work needs none.
         """
-        exhausted = False
+        publisher, ended = self.books.publisher, False
         try:
             while True:
                 if self.drain_requested:
-                    self._drain(self.drain_requested)
-                exhausted = exhausted or self._admit(rows)
-                if (exhausted and not self.policy.busy) or self.policy.idle_when_drained():
-                    break
+                    self._drain(self.drain_requested, haste=True)
+                self._admit(rows)
                 if self.policy.busy:
                     self._bring_up()
                     self._dispatch()
-                    self._wait()
+                    for news in self._crew.wait(self._patience()):
+                        self._attend(news)
+                    self._check_placing()
+                publisher.poll(0.0 if self.policy.busy else _TICK_SECONDS)
                 self._check_limits()
-                self._show(exhausted)
+                self._show()
+                if self._at_an_end():
+                    break
+            publisher.close(finish=True)
+            ended = True
         finally:
-            for pool in self.pools:
-                pool.close()
-        if exhausted and self.plan.complete:
-            self.writer.forget_illegal(self.plan.manifest, keep=self._illegal)
-        self._show(exhausted, force=True)
-        return self.policy.draining and (bool(self.policy.busy) or not exhausted)
+            if not ended:
+                publisher.close(finish=False)
+            if self._joined is not None:
+                self._joined.crew.close()
+        left = bool(self.policy.busy) or not self.books.exhausted
+        self.books.close(complete=self.books.exhausted and not left)
+        self._show(force=True)
+        return self.policy.draining and left
+
+    def _patience(self) -> float:
+        """Seconds to wait for news: a written row, or one that may be read, wakes nobody."""
+        if self.books.publisher.pending:
+            return _TICK_SECONDS / 20
+        return 0.0 if not self.books.exhausted and self.policy.room() else _TICK_SECONDS
+
+    def _at_an_end(self) -> bool:
+        if self.books.exhausted and not self.policy.busy and not self.books.publisher.pending:
+            return True
+        if self.policy.idle_when_drained() or time.monotonic() > self._drain_until:
+            return True
+        # what waits for the decode pool has nobody to wait for
+        return self.policy.draining and bool(self.pools) and not any(pool.replicas for pool in self.pools)
+
+    @property
+    def _crew(self) -> Crew:
+        assert self._joined is not None
+        return self._joined.crew
 
     # --- rows ------------------------------------------------------------------------------------
 
-    def _admit(self, rows: Iterator[PlannedRow]) -> bool:
-        """Take rows while there is room for them; True when there are no more."""
-        for _ in range(_ROWS_A_TURN):
-            if not self.policy.room():
-                break
-            planned = next(rows, None)
-            if planned is None:
-                return True
-            if planned.status != REPEATED:
-                self.counts["rows"] += 1
-            if planned.status == DONE:
-                self.counts["already_done"] += 1
-            elif planned.status == FAILED:
-                self.counts["failed"] += 1
-            elif planned.status == ILLEGAL:
-                self._illegal_row(planned)
-            elif planned.status == COPY:
-                self._copy_row(planned)
-            elif planned.status != REPEATED:
-                self._admit_item(planned)
-        return False
+    def _admit(self, rows: Iterator[PlannedRow]) -> None:
+        """Take rows while there is room for them."""
+        taken = 0
+        while not self.books.exhausted and taken < _ROWS_A_TURN and self.books.publisher.pending < Publisher.FULL:
+            room = min(self.policy.room(), _ROWS_A_TURN - taken)
+            if not room:
+                return
+            taken += room
+            for work in self.books.take(rows, room):
+                self._admit_item(work)
 
-    def _admit_item(self, planned: PlannedRow) -> None:
-        item = planned.item
-        assert item is not None
-        if (work := self._work.get(item.item_id)) is not None:
-            work.rows.append(planned)
-            return
-        self._work[item.item_id] = _Work(item, [planned])
-        self.policy.admit(item.item_id, merged_for(item.request))
+    def _admit_item(self, work: Work) -> None:
+        item = work.item
+        stored = self._use_stored and self.books.plan.done.has_latents(item.item_id)
+        self.policy.admit(item.item_id, merged_for(item.request), _FROM_STORED if stored else None)
 
-    def _illegal_row(self, planned: PlannedRow) -> None:
-        self.counts["illegal"] += 1
-        for message in planned.messages:
-            self.progress.say(message)
-        raw = planned.row.raw
-        self.events.emit("row_illegal", source=raw.source, id=planned.row.id, message="\n".join(planned.messages))
-        self._illegal.add(self.writer.write_illegal(raw, list(planned.messages)))
-
-    def _copy_row(self, planned: PlannedRow) -> None:
-        assert planned.item is not None
-        name = planned.item.item_id
-        self.writer.copy_index_row(name, self.plan.done.items[name], planned.request)
-        self.counts["rendered"] += 1
-
-    # --- gangs -----------------------------------------------------------------------------------
+    # --- replicas --------------------------------------------------------------------------------
 
     def _bring_up(self) -> None:
-        if not self.pools:
-            specs, self.numerics = self._join_cluster()
-            self.pools = [Pool(spec, max_starts_failed=self.limits.max_attempts + 1) for spec in specs]
+        if self._joined is None:
+            joined = self._joined = self._join_cluster()
+            self.pools = [Pool(spec, max_starts_failed=self.limits.max_attempts + 1) for spec in joined.pools]
+            self.policy.max_bytes = joined.max_bytes
+            if joined.preflight is not None:
+                self._preflight = joined.preflight.item_id
+                self.books.work[self._preflight] = Work(joined.preflight, [])
+                self.policy.admit(self._preflight, merged_for(joined.preflight.request))
+        if self.policy.draining:
+            return
         for pool in self.pools:
-            for gang in pool.fill():
-                self.events.emit("gang_starting", role=pool.spec.name, replica=gang.name)
+            for name in pool.missing(at_most=1 if self._preflight else None):
+                self._crew.start(name, pool.spec)
+                self.events.emit("gang_starting", role=pool.spec.name, replica=name)
+        if self._joined.elastic and self.books.exhausted:
+            for name in self.policy.spare():
+                pool = self._pool(name)
+                pool.spec = replace(pool.spec, replicas=pool.spec.replicas - 1)
+                self._give_back(pool, name, "no row needs it")
+
+    def _give_back(self, pool: Pool, name: str, why: str) -> None:
+        """End a replica that is not at fault; what it was doing costs nobody an attempt."""
+        self.policy.leave(name, charged=False)
+        del pool.replicas[name]
+        self._crew.kill(name)
+        self.events.emit("gang_given_back", role=pool.spec.name, replica=name, reason=why)
+
+    def _pool(self, replica: str) -> Pool:
+        return next(pool for pool in self.pools if replica in pool.replicas)
 
     def _dispatch(self) -> None:
         while (dispatch := self.policy.next_dispatch()) is not None:
-            work = self._work[dispatch.item]
-            gang = self._gang(dispatch.replica)
-            gang.submit(dispatch.stage, work.item, self._inputs(dispatch.stage, work))
+            work = self.books.work[dispatch.item]
+            if dispatch.moved:
+                self.events.emit("role_moved", replica=dispatch.replica, to=dispatch.stage)
+            made = [work.payloads.get(stage) for stage in ("stage1", "stage2")]
+            if dispatch.stage not in ("decode", "keep"):
+                made = [work.payloads.get("text"), *made] if dispatch.stage in ("stage1", "stage2") else []
+            self._crew.submit(
+                dispatch.replica, dispatch.stage, work.item, [handle for handle in made if handle is not None]
+            )
 
-    def _inputs(self, stage: str, work: _Work) -> list[ray.ObjectRef]:
-        made = work.payloads
-        if stage == "text":
-            return []
-        if stage == "decode":
-            return [made[s] for s in ("stage1", "stage2") if s in made]
-        return [made["text"]] + ([made["stage1"]] if stage == "stage2" else [])
+    def _check_placing(self) -> None:
+        """A replica may wait for a place as long as another of its pool does the work meanwhile."""
+        for name, seconds in self._crew.placing().items():
+            pool = self._pool(name)
+            if seconds > self.limits.start_timeout and not pool.ready:
+                spec = pool.spec
+                needs = f"{spec.ranks} x ({spec.cpus_per_rank:g} CPU, {spec.gpus_per_rank:g} GPU) on one node"
+                raise StartFailed(
+                    f"pool {spec.name}: no place for a replica in {self.limits.start_timeout:g} s; it needs {needs}"
+                )
 
-    def _gang(self, name: str) -> Gang:
-        return next(pool.gangs[name] for pool in self.pools if name in pool.gangs)
+    # --- news ------------------------------------------------------------------------------------
 
-    def _wait(self) -> None:
-        waiting: dict[ray.ObjectRef, tuple[Pool, Gang]] = {}
-        for pool in self.pools:
-            for gang in pool.gangs.values():
-                waiting.update(dict.fromkeys(gang.waits_for(), (pool, gang)))
-        if not waiting:
-            time.sleep(_TICK_SECONDS)
-            return
-        ready, _ = ray.wait(list(waiting), num_returns=1, timeout=_TICK_SECONDS)
-        if ready:
-            # one reference woke us; take whatever else is there too
-            ready, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0)
-        arrived = set(ready)
-        for pool, gang in {id(g): (p, g) for p, g in (waiting[ref] for ref in ready)}.values():
-            self._attend(pool, gang, arrived)
-        self._check_deadlines()
+    def _attend(self, news: News) -> None:
+        if isinstance(news, Answered):
+            self._answered(news)
+        elif isinstance(news, Started):
+            pool = self._pool(news.replica)
+            pool.started(news.replica)
+            self._check_device(news)
+            self.policy.join(news.replica, pool.spec.roles)
+            self.events.emit(
+                "gang_started", role=pool.spec.name, replica=news.replica, ranks=news.ranks,
+                seconds=round(news.seconds, 3),
+            )  # fmt: skip
+        elif isinstance(news, Lost):
+            self._lost(news)
+        elif isinstance(news, InputsLost):
+            item = self.policy.item_of(news.replica)
+            assert item is not None
+            self.events.emit("inputs_lost", replica=news.replica, item_id=item, reason=news.reason)
+            stage = self.policy.stage_of(item)
+            self._judge(self.policy.inputs_lost(item), stage, news.reason, "")
+            self._forget_results(item)
 
-    def _attend(self, pool: Pool, gang: Gang, arrived: set[ray.ObjectRef]) -> None:
-        try:
-            if gang.state != "ready":
-                if gang.advance(arrived):
-                    pool.started()
-                    self._check_device(gang)
-                    self.policy.join(gang.name, pool.spec.roles)
-                    seconds = round(time.time() - gang.created, 3)
-                    self.events.emit(
-                        "gang_started", role=pool.spec.name, replica=gang.name, ranks=gang.ranks, seconds=seconds
-                    )
-                return
-            call = gang.call
-            reports = gang.collect(arrived)
-            if reports is not None and call is not None:
-                self._called(pool, gang, call, reports)
-        except GangLost as lost:
-            self._lost(pool, gang, str(lost))
-        except InputsLost as lost:
-            self._inputs_lost(gang, str(lost))
-
-    def _check_device(self, gang: Gang) -> None:
+    def _check_device(self, news: Started) -> None:
         """Noise drawn on a GPU depends on its model, so the stages of a run must not span several."""
-        for rank in gang.ranks:
+        for rank in news.ranks:
             name = rank.get("device_name")
             if not name or self.noise_device == "cpu":
                 continue
@@ -247,133 +246,130 @@ class Driver:
                 )
             self._device_name = name
 
-    def _check_deadlines(self) -> None:
-        now = time.time()
-        for pool in self.pools:
-            for gang in list(pool.gangs.values()):
-                if gang.state != "ready" and now - gang.created > self.limits.start_timeout:
-                    self._lost(pool, gang, f"not ready after {self.limits.start_timeout:g} s ({gang.state})")
-                elif (reason := gang.overdue(now, self.limits.call_timeout)) is not None:
-                    self._lost(pool, gang, reason)
-
-    def _lost(self, pool: Pool, gang: Gang, reason: str, stage: str = "", traceback: str = "") -> None:
-        before_ready = gang.state != "ready"
-        self.progress.say(f"{gang.name} lost: {reason}")
-        self.events.emit("gang_lost", role=pool.spec.name, replica=gang.name, reason=reason)
-        stage = gang.call.stage if gang.call else stage
-        verdict = self.policy.leave(gang.name)
+    def _lost(self, news: Lost, traceback: str = "") -> None:
+        """A replica has been killed."""
+        pool = self._pool(news.replica)
+        self.progress.say(f"{news.replica} lost: {news.reason}")
+        self.events.emit("gang_lost", role=pool.spec.name, replica=news.replica, reason=news.reason)
+        item = self.policy.item_of(news.replica)
+        stage = self.policy.stage_of(item) if item else ""
+        verdict = self.policy.leave(news.replica, charged=not news.idle, inputs_lost=news.inputs_lost)
         if verdict is not None:
-            self._judge(verdict, stage, reason, traceback)
-        pool.drop(gang, before_ready, reason)
+            self._judge(verdict, stage, news.reason, traceback)
+            if news.inputs_lost:
+                self._forget_results(verdict.item)
+        pool.lost(news.replica, news.served, news.reason)
 
-    # --- calls -----------------------------------------------------------------------------------
+    def _answered(self, news: Answered) -> None:
+        report, pool = news.report, self._pool(news.replica)
+        name = self.policy.item_of(news.replica)
+        assert name is not None
+        work, stage = self.books.work[name], self.policy.stage_of(name)
+        self._note(pool, news.replica, work, stage, report)
+        if report.replica_error or report.error_type in _BREAKS_THE_GANG:
+            self._crew.kill(news.replica)
+            kind = "" if report.replica_error else f"{report.error_type}: "
+            reason = f"{stage}: {news.where}: {kind}{report.message}"
+            self._lost(Lost(news.replica, reason, served=True), report.traceback or "")
+            if report.replica_error:
+                pool.faulted(reason)
+        elif report.error_type == "StoredLatentsGone":
+            self.events.emit("stored_latents_gone", item_id=name, id=work.name, message=report.message)
+            self._judge(self.policy.inputs_lost(name, self.policy.stages), stage, report.message or "", "")
+            self._forget_results(name)
+        elif not report.ok:
+            # every rank said the same: the row is at fault at once if the engine says so, else when the same
+            # thing has happened at every attempt
+            verdict = self.policy.row_failed(name) if report.row_error else self.policy.call_failed(name)
+            kind = "infrastructure" if report.error_type in _INFRASTRUCTURE else "row"
+            self._judge(verdict, stage, report.message or "", report.traceback or "", kind)
+        else:
+            pool.worked()
+            work.info.update(report.info)
+            work.payloads["stage1" if stage == "stored" else stage] = news.payload
+            if stage in ("stage1", "stage2"):
+                work.device = report.device
+            if self.policy.finished(name, report.seconds, report.switch_seconds, report.nbytes):
+                self._finish(work, stage, news)
+            elif self.policy.stage_of(name) == "decode":
+                work.payloads.pop("text")  # only the stages themselves read the contexts
 
-    def _called(self, pool: Pool, gang: Gang, call: Call, reports: list[CallReport]) -> None:
-        report, work = reports[0], self._work[call.item_id]
+    def _note(self, pool: Pool, replica: str, work: Work, stage: str, report: CallReport) -> None:
         card_seconds = report.seconds * pool.spec.gpus_per_rank * pool.spec.ranks
         self._gpu_seconds += card_seconds
         work.gpu_seconds += card_seconds
-        work.seconds[f"{call.stage}_seconds"] = report.seconds
-        work.replicas[call.stage] = gang.name
+        work.seconds[f"{stage}_seconds"] = report.seconds
+        work.replicas[stage] = replica
         work.switches += report.switches
-        row_id = work.rows[0].request.id
         self.events.emit(
-            "call", role=pool.spec.name, replica=gang.name, stage=call.stage, item_id=call.item_id, id=row_id,
+            "call", role=pool.spec.name, replica=replica, stage=stage, item_id=work.item.item_id, id=work.name,
             start=round(report.started, 3), seconds=round(report.seconds, 3), ok=report.ok,
         )  # fmt: skip
         if report.switches:
             self.events.emit(
-                "switch", role=pool.spec.name, replica=gang.name, to=call.stage,
+                "switch", role=pool.spec.name, replica=replica, to=stage,
                 seconds=round(report.switch_seconds, 3), clean_weights=report.info.get("clean_weights"),
             )  # fmt: skip
-        self._metrics.call(call.stage, report.seconds)
-        if report.replica_error:
-            reason = f"{call.stage}: {gang.where(0)}: {report.message}"
-            self._lost(pool, gang, reason, call.stage, report.traceback or "")
-            pool.faulted(reason)
-            return
-        if not report.ok:
-            self._call_failed(call, report)
-            return
-        pool.worked()
-        work.info.update(report.info)
-        work.payloads[call.stage] = call.payload
-        if call.stage in ("stage1", "stage2"):
-            work.device = report.device
-        if self.policy.finished(call.item_id):
-            self._finish(call.item_id, ray.get(call.payload))
+        self.books.metrics.call(stage, report.seconds)
 
-    def _call_failed(self, call: Call, report: CallReport) -> None:
-        # every rank said the same: the row is at fault at once if the engine says so, else when the same
-        # thing has happened at every attempt
-        verdict = self.policy.row_failed(call.item_id) if report.row_error else self.policy.call_failed(call.item_id)
-        kind = "infrastructure" if report.error_type in _INFRASTRUCTURE else "row"
-        self._judge(verdict, call.stage, report.message or "", report.traceback or "", kind)
+    def _finish(self, work: Work, stage: str, news: Answered) -> None:
+        result = self._crew.result(news.payload)
+        if stage == "keep":
+            failure = work.failure
+            assert failure is not None
+            self.books.fail(work, replace(failure, message=f"{failure.message} (latents kept in {result})"))
+        elif work.item.preflight:
+            del self.books.work[work.item.item_id]
+            self._preflight = None
+            seconds = sum(work.seconds.values())
+            self.events.emit("preflight", seconds=round(seconds, 3))
+            self.progress.say(f"preflight: a clip of one frame group went through every pool in {seconds:.1f} s")
+        else:
+            self.books.finish(work, result, self._joined.numerics)
 
-    def _inputs_lost(self, gang: Gang, reason: str) -> None:
-        call = gang.call
-        assert call is not None
-        gang.call = None
-        self.events.emit("inputs_lost", replica=gang.name, item_id=call.item_id, reason=reason)
-        self._judge(self.policy.inputs_lost(call.item_id), call.stage, reason, "")
-        self._work[call.item_id].payloads.clear()
+    def _forget_results(self, item: str) -> None:
+        if (work := self.books.work.get(item)) is not None:
+            work.payloads.clear()
+
+    # --- verdicts --------------------------------------------------------------------------------
 
     def _judge(self, verdict: Verdict, stage: str, message: str, traceback: str, kind: str = "infrastructure") -> None:
-        work = self._work[verdict.item]
+        work = self.books.work[verdict.item]
+        if stage == "keep":
+            if not verdict.retry:
+                self.books.fail(work, work.failure)
+            return
         work.attempts = verdict.attempts
         if verdict.retry:
-            self.progress.say(f"{work.item.request.id}: {stage} failed, trying again: {_first_line(message)}")
-            self.events.emit("retry", item_id=verdict.item, id=work.item.request.id, stage=stage, message=message)
+            self.progress.say(f"{work.name}: {stage} failed, trying again: {first_line(message)}")
+            self.events.emit("retry", item_id=verdict.item, id=work.name, stage=stage, message=message)
             return
-        del self._work[verdict.item]
+        if work.item.preflight:
+            raise StartFailed(f"preflight: {stage}: {message}\n{traceback}".rstrip())
         failure = Failure(stage, verdict.attempts, kind, message, traceback)
-        for planned in work.rows:
-            self.writer.write_failed(verdict.item, planned.request, planned.row.raw, failure)
-            self.counts["failed"] += 1
-            self._metrics.item("failed")
-            self.progress.say(f"{planned.request.id}: failed in {stage}: {_first_line(message)}")
-            self.events.emit("item_failed", item_id=verdict.item, id=planned.request.id, stage=stage, message=message)
-
-    def _finish(self, name: str, clip: Clip) -> None:
-        work = self._work.pop(name)
-        flags = ("prompt_truncated",) if work.info.get("prompt_truncated") else ()
-        rendered = Rendered(
-            clip=clip,
-            attempts=work.attempts,
-            recipe=canonical_json(work.item.recipe),
-            recipe_digest=work.item.recipe_digest,
-            numerics=self.numerics,
-            noise_ledger=canonical_json(work.info.get("noise_ledger")),
-            versions=self.versions,
-            device=work.device,
-            seconds={**work.seconds, "gpu_seconds": work.gpu_seconds},
-            stage1_replica=work.replicas.get("stage1"),
-            stage2_replica=work.replicas.get("stage2"),
-            switches=work.switches,
-            extra_flags=flags,
-        )
-        for planned in work.rows:
-            if clip.path is not None:
-                self.writer.write_index(name, planned.request, rendered)
-                self.plan.done.items.setdefault(name, planned.key)
-                self.writer.forget_older_failures(self._older_failures(name, planned.key), planned.row.raw.source)
-            self.counts["rendered"] += 1
-            self._metrics.item("rendered")
-            self.events.emit("item_finished", item_id=name, id=planned.request.id)
-
-    def _older_failures(self, name: str, key: str) -> list[str]:
-        """Parts in which the row failed as another item: with other weights, or before it was edited."""
-        return [part for item, part in self._failed_parts.get(key, ()) if item != name]
-
-    @cached_property
-    def _failed_parts(self) -> dict[str, list[tuple[str, str]]]:
-        """(item, part name) of earlier failures by row key; looked up for every finished row."""
-        parts: dict[str, list[tuple[str, str]]] = {}
-        for (item, key), kind in self.plan.done.failed.items():
-            parts.setdefault(key, []).append((item, f"part-{kind}-{item}-{key}.parquet"))
-        return parts
+        if kind == "infrastructure" and "stage1" in work.payloads and stage in ("stage2", "decode"):
+            # the row is not to blame: what it has is kept for `ltx-ray retry`
+            work.failure = failure
+            self.policy.admit(verdict.item, path=("keep",), attempts=self.limits.max_attempts)
+        else:
+            self.books.fail(work, failure)
 
     # --- housekeeping ----------------------------------------------------------------------------
+
+    def _drain(self, reason: str, haste: bool = False) -> None:
+        """Take nothing new and let the decode pool finish; `run` then returns. In `haste`, calls of the other pools
+        are given up, and the decode pool has the grace time."""
+        if haste and self._drain_until == float("inf"):
+            self._drain_until = time.monotonic() + self.limits.grace
+            for pool in self.pools:
+                if "decode" not in pool.spec.roles:
+                    for name in list(pool.replicas):
+                        self._give_back(pool, name, "draining")
+        if not self.policy.draining:
+            self.policy.draining = True
+            self.progress.say(f"draining: {reason}")
+            self.events.emit("drain", reason=reason)
+            self._on_drain()
 
     def _check_limits(self) -> None:
         limits = self.limits
@@ -387,16 +383,15 @@ class Driver:
         if limits.max_gpu_hours is not None and self._gpu_seconds > limits.max_gpu_hours * 3600:
             self._drain(f"{self._gpu_seconds / 3600:.2f} GPU hours used (--max-gpu-hours)")
 
-    def _show(self, exhausted: bool, force: bool = False) -> None:
-        total = self.counts["rows"] if exhausted else None
-        running = Counter(g.call.stage for p in self.pools for g in p.gangs.values() if g.call)
-        starting = sum(g.state != "ready" for p in self.pools for g in p.gangs.values())
+    def _show(self, force: bool = False) -> None:
+        failed = self.counts["failed"] + self.counts["illegal"]
+        done = self.counts["rendered"] + self.counts["already_done"]
+        if not (self.progress.due(done + failed) or force):
+            return
+        total = self.counts["rows"] if self.books.exhausted else None
+        running = Counter(self.policy.stage_of(item) for item in self.policy.running.values())
+        starting = sum(len(pool.replicas) - pool.ready for pool in self.pools)
         doing = ", ".join(f"{stage} {n}" for stage, n in sorted(running.items()))
         if starting:
             doing = f"{doing}, " * bool(doing) + f"{starting} gangs starting"
-        done = self.counts["rendered"] + self.counts["already_done"]
-        self.progress.update(done, self.counts["failed"] + self.counts["illegal"], total, doing, force)
-
-
-def _first_line(text: str) -> str:
-    return text.strip().splitlines()[0] if text.strip() else "no message"
+        self.progress.update(done, failed, total, doing, force)

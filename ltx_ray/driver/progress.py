@@ -29,14 +29,18 @@ class Progress:
         self._stream.write(message + "\n")
         self._stream.flush()
 
+    def due(self, finished: int) -> bool:
+        """Whether `update` would show something now, with so many clips finished; cheap."""
+        now = time.monotonic()
+        if finished and self._first_done is None:
+            self._first_done = now, finished
+        return now - self._shown >= (_TERMINAL_PERIOD if self._terminal else _LOG_PERIOD)
+
     def update(self, done: int, failed: int, total: int | None, doing: str, force: bool = False) -> None:
         """Show the state, at most twice a second on a terminal and every 30 s in a log."""
-        now = time.monotonic()
-        if done + failed and self._first_done is None:
-            self._first_done = now, done + failed
-        if not force and now - self._shown < (_TERMINAL_PERIOD if self._terminal else _LOG_PERIOD):
+        if not self.due(done + failed) and not force:
             return
-        self._shown = now
+        now = self._shown = time.monotonic()
         line = self._line(now, done, failed, total, doing)
         if self._terminal:
             self._stream.write("\r" + line.ljust(self._width))

@@ -1,28 +1,43 @@
-"""The decode engine: latents to frames and sound, muxed where they are decoded, published when complete."""
+"""The decode engine: latents to frames and sound, muxed where they are decoded, published when complete.
+
+It also serves what has to do with stored latents: "stored" fetches those of stage 1, "keep" puts away what there is
+of a clip that could not be finished.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
 from ltx_ray.config import EngineSpec
 from ltx_ray.dataset.mux import write_mp4
 from ltx_ray.engine import apply, components
 from ltx_ray.engine.base import Rank, resolve_dtype
 from ltx_ray.engine.frames import PictureCheck, decode_tiled, to_yuv420
+from ltx_ray.engine.latents import LatentStore, latents_sha256, named_latents
+from ltx_ray.engine.tiling import LADDER, Tiling, distinct_rungs
 from ltx_ray.recipe import PIPELINES
 from ltx_ray.records import Clip, RowError, StageLatents, WorkItem
-from ltx_ray.shapes import AUDIO_SAMPLE_RATE, frame_rate_fraction
+from ltx_ray.shapes import AUDIO_SAMPLE_RATE, ClipShape, frame_rate_fraction
 from ltx_ray.storage import Store
 
 #: A clip whose loudest sample is below this (-60 dBFS) is flagged.
 _SILENT_PEAK = 1e-3
+#: How a lack of memory reads where torch does not raise its OutOfMemoryError: on a CPU, in the CUDA driver, in
+#: cuDNN, and when none of cuDNN's algorithms finds room for its workspace.
+_NO_MEMORY = (
+    "DefaultCPUAllocator", "not enough memory", "CUDA error: out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED",
+    "unable to find an engine",
+)  # fmt: skip
+_log = logging.getLogger(__name__)
 
 
 class DecodeEngine:
@@ -32,61 +47,122 @@ class DecodeEngine:
         self.spec, self.rank = spec, rank
         self.device = torch.device(rank.device)
         self.dtype = resolve_dtype(spec.numerics.dtype)
-        self.info: dict[str, str] = {}
+        self.info: dict[str, Any] = {}
+        #: By size of a clip (pixels x frames): the rung at which it could be decoded, when not at the first.
+        self._needed: dict[int, int] = {}
 
     def load(self) -> None:
         path = self.spec.model.local().checkpoint_path
         self.store = Store(self.spec.output)
-        if self.spec.stop_after is None:
-            self.video_vae = components.load_video_vae(path, self.dtype, self.device, part="decoder")
-            if self.device.type == "cpu" and self.dtype == torch.bfloat16:
-                # where the reference has its weights: a CPU rounds bf16 convolutions by the memory order. A GPU gives
-                # the same frames either way and is slower so, float32 on a CPU too
-                self.video_vae.decoder.to(memory_format=torch.channels_last_3d)
-            self.audio_vae = components.load_audio_decoder(path, self.dtype, self.device)
-            self.vocoder = components.load_vocoder(path, self.dtype, self.device)
+        self.latents = LatentStore(self.store)
+        self.video_vae = components.load_video_vae(path, self.dtype, self.device, part="decoder")
+        if self.device.type == "cpu" and self.dtype == torch.bfloat16:
+            # where the reference has its weights: a CPU rounds bf16 convolutions by the memory order. A GPU gives
+            # the same frames either way and is slower so, float32 on a CPU too
+            self.video_vae.decoder.to(memory_format=torch.channels_last_3d)
+        self.audio_vae = components.load_audio_decoder(path, self.dtype, self.device)
+        self.vocoder = components.load_vocoder(path, self.dtype, self.device)
 
     @torch.inference_mode()
-    def run(self, stage: str, item: WorkItem, *stages: StageLatents) -> Clip:
-        """Publish the clip (and with --save-latents the latents) of `item` from its stages' latents."""
+    def run(self, stage: str, item: WorkItem, *stages: StageLatents) -> Clip | StageLatents | str:
+        """Serve one of three stages for `item`.
+
+        "decode": publish the clip (or the preview, when the run stops after stage 1) and, where wanted, before it
+        the latents; returns the Clip. Of a preflight item nothing is published. Raises OutOfMemoryError when not even the smallest tiles fit.
+        "stored": the stored latents of stage 1. Raises StoredLatentsGone.
+        "keep": store the latents of `stages`, on this node when the output refuses; returns where.
+        """
+        self.info = {}
+        if stage == "decode":
+            return self._decode(item, stages)
+        if stage == "stored":
+            latents, place = self.latents.stage_1(item, self.dtype)
+            self.info = {"latents": place}
+            return latents
+        assert stage == "keep" and stages, stage
+        self.info = {"latents": self.latents.keep(item, stages)}
+        return self.info["latents"]
+
+    def _decode(self, item: WorkItem, stages: tuple[StageLatents, ...]) -> Clip:
         named = named_latents(*stages)
         digest = latents_sha256(named)
-        if self.spec.save_latents or self.spec.stop_after:
-            self._publish_latents(item, named)
-        audio_stage = PIPELINES[item.request.pipeline].audio_stage
+        if (self.spec.save_latents or self.spec.stop_after) and not item.preflight:
+            self.latents.publish(item, stages)
+        metadata = {"item_id": item.item_id, "recipe_digest": item.recipe_digest}
         if self.spec.stop_after:
-            return Clip(None, None, digest, (), audio_stage)
-        shape = item.request.shape
-        waveform = self._sound(named[f"{audio_stage}.audio"], shape.audio_samples)
-        check = PictureCheck()
-        path = f"clips/{item.item_id[:2]}/{item.item_id}.mp4"
+            # stage 1 renders at half size: as they are, its latents make the preview
+            folder, shape, picture, audio_stage = "previews", item.request.shape.half(), "stage_1", "stage_1"
+            metadata["preview"] = "stage_1"
+        else:
+            folder, shape, picture = "clips", item.request.shape, "stage_2"
+            audio_stage = PIPELINES[item.request.pipeline].audio_stage
+        sound = self._sound(named[f"{audio_stage}.audio"], shape.audio_samples)
+        path = f"{folder}/{item.item_id[:2]}/{item.item_id}.mp4"
         handle, temporary = tempfile.mkstemp(suffix=".mp4", dir=self.store.scratch_dir())
         os.close(handle)
         try:
-            write_mp4(
-                temporary,
-                self._frames(named["stage_2.video"], check),
-                width=shape.width,
-                height=shape.height,
-                frame_rate=frame_rate_fraction(shape.frame_rate),
-                audio=waveform,
-                sample_rate=AUDIO_SAMPLE_RATE,
-                metadata={"item_id": item.item_id, "recipe_digest": item.recipe_digest},
-            )
+            flags = self._write(temporary, named[f"{picture}.video"], shape, sound, metadata)
             sha256 = _file_sha256(temporary)
+            if item.preflight:
+                return Clip(None, sha256, digest, flags, audio_stage)
             os.chmod(temporary, 0o644)
             self.store.publish(temporary, path)
         finally:
             if os.path.exists(temporary):
                 os.unlink(temporary)
-        flags = check.flags() + (("silent",) if np.abs(waveform).max() < _SILENT_PEAK else ())
+        if not self.spec.stop_after:
+            self.latents.forget(item)  # kept when an earlier attempt failed; the clip needs them no more
         return Clip(path, sha256, digest, flags, audio_stage)
 
-    def _frames(self, latent: torch.Tensor, check: PictureCheck) -> Iterator[np.ndarray]:
+    def _write(
+        self, target: str, latent: torch.Tensor, shape: ClipShape, sound: np.ndarray, metadata: dict[str, str]
+    ) -> tuple[str, ...]:
+        """Decode and mux to `target`, in smaller tiles when memory does not suffice; returns the clip's flags.
+
+        The first rung is one that sufficed for a clip of this size or smaller. Raises OutOfMemoryError after the last.
+        """
+        size = shape.num_frames * shape.height * shape.width
+        rungs = distinct_rungs(latent.shape[2:])
+        known = max((rung for at, rung in self._needed.items() if at <= size), default=0)
+        first = max(rung for rung in rungs if rung <= known)
+        reason = ""
+        for rung in (r for r in rungs if r >= first):
+            check = PictureCheck()
+            try:
+                write_mp4(
+                    target,
+                    self._frames(latent, LADDER[rung], check),
+                    width=shape.width,
+                    height=shape.height,
+                    frame_rate=frame_rate_fraction(shape.frame_rate),
+                    audio=sound,
+                    sample_rate=AUDIO_SAMPLE_RATE,
+                    metadata=metadata,
+                )
+            except Exception as error:
+                if not _is_out_of_memory(error):
+                    raise
+                reason = str(error)
+            else:
+                if rung > first:
+                    self._needed[size] = rung
+                self.info["decode_tiling"] = {"rung": rung, **asdict(LADDER[rung])}
+                silent = ("silent",) if np.abs(sound).max() < _SILENT_PEAK else ()
+                # pixels differ a little from those in the reference's tiles
+                return check.flags() + silent + (("tiled_smaller",) if rung else ())
+            # here, where the error and with it the frames' tensors are gone
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            _log.warning("%s: no memory to decode in %s (%s)", metadata["item_id"], LADDER[rung], reason)
+        raise torch.OutOfMemoryError(
+            f"decoding {shape.num_frames} frames of {shape.width}x{shape.height} in the smallest tiles: {reason}"
+        )
+
+    def _frames(self, latent: torch.Tensor, tiling: Tiling, check: PictureCheck) -> Iterator[np.ndarray]:
         def decode(tile: torch.Tensor) -> torch.Tensor:
             return apply.decode_video_tile(self.video_vae, tile)
 
-        for chunk in decode_tiled(decode, latent.to(self.device, self.dtype)):
+        for chunk in decode_tiled(decode, latent.to(self.device, self.dtype), tiling):
             if not torch.isfinite(chunk).all():
                 raise RowError("decoded frames are not finite")
             frames = to_yuv420(chunk)
@@ -103,31 +179,11 @@ class DecodeEngine:
         sound = waveform.float().cpu().numpy()[:, :samples]
         return np.pad(sound, ((0, 0), (0, samples - sound.shape[1])))
 
-    def _publish_latents(self, item: WorkItem, named: dict[str, torch.Tensor]) -> None:
-        handle, temporary = tempfile.mkstemp(suffix=".safetensors", dir=self.store.scratch_dir())
-        os.close(handle)
-        save_file({k: v.contiguous() for k, v in named.items()}, temporary, metadata={"item_id": item.item_id})
-        os.chmod(temporary, 0o644)
-        self.store.publish(temporary, f"latents/{item.item_id[:2]}/{item.item_id}.safetensors")
 
-
-def named_latents(*stages: StageLatents) -> dict[str, torch.Tensor]:
-    """`stage_1.video`, `stage_1.audio`, `stage_2.video`, ... in the order in which they were made."""
-    return {
-        f"stage_{n}.{name}": tensor
-        for n, stage in enumerate(stages, start=1)
-        for name, tensor in zip(("video", "audio"), stage.latents, strict=True)
-    }
-
-
-def latents_sha256(named: dict[str, torch.Tensor]) -> str:
-    """sha256 over each latent's name, dtype, shape and raw little-endian bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in named.items():
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        digest.update(f"{name}:{dtype}:{tuple(tensor.shape)}:".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
 
 
 def _file_sha256(path: str) -> str:

@@ -17,7 +17,7 @@ import torch
 from ltx_ray.config import EngineSpec
 from ltx_ray.engine import apply, components
 from ltx_ray.engine.base import Rank, resolve_dtype
-from ltx_ray.engine.start import PlacedImage, Start, begin
+from ltx_ray.engine.start import PlacedImage, Start, begin, latent_sizes
 from ltx_ray.lorafiles import open_lora
 from ltx_ray.model.config import TransformerConfig
 from ltx_ray.model.transformer import NO_PERTURBATION, Modality, Perturbation, Transformer
@@ -42,11 +42,11 @@ from ltx_ray.records import (
 )
 from ltx_ray.sampling.euler import sample_euler
 from ltx_ray.sampling.guidance import GuidedDenoiser, RunPass, make_all
-from ltx_ray.sampling.noise import ClipNoise, SamplerNoise
+from ltx_ray.sampling.noise import ClipNoise, SamplerNoise, check_drawable
 from ltx_ray.sampling.passes import wants_perturbed
 from ltx_ray.sampling.res2s import Denoise, sample_res2s
 from ltx_ray.sampling.sigmas import shifted_sigmas
-from ltx_ray.shapes import AUDIO_BINS, AUDIO_CHANNELS, VIDEO_CHANNELS, ClipShape
+from ltx_ray.shapes import AUDIO_BINS, AUDIO_CHANNELS, ClipShape
 
 SAMPLERS: dict[str, Callable[..., AV[torch.Tensor]]] = {"res_2s": sample_res2s, "euler": sample_euler}
 
@@ -87,8 +87,8 @@ class DiffusionEngine:
         self._has_distilled = model.distilled_lora is not None
         loras = [open_lora(path).fit(checkpoint.linear_layers, checkpoint.path) for path in paths]
         self.merger = LoraMerger(self.transformer, checkpoint.tensors, loras, tp, self.mesh.wide)
-        if len(self.spec.options["roles"]) > 1:
-            self._keep_near()
+        if options.get("turns", len(options["roles"]) > 1):
+            self._keep_near()  # otherwise at the first switch, which may never come
         self.info = {"device_name": _device_name(self.device), **self.merger.residence}
         if "stage2" in self.spec.options["roles"]:
             self.upsampler = components.load_upsampler(model.spatial_upsampler_path, self.dtype, self.device)
@@ -132,10 +132,11 @@ class DiffusionEngine:
             sigmas = torch.tensor(pipeline.sigmas)
         else:
             sigmas = shifted_sigmas(request.num_inference_steps, pipeline.schedule_tokens or shape.video_tokens)
-        latents = self._sample(pipeline.sampler, denoise, start, sigmas)
+        latents = self._sample(pipeline.sampler, denoise, start, sigmas, noise.ledger)
         return StageLatents(_unpack(latents, shape), noise.ledger)
 
     def _stage2(self, item: WorkItem, conditions: Conditions, before: StageLatents) -> StageLatents:
+        check_drawable(before.ledger, _device_name(self.device))
         request, pipeline = item.request, PIPELINES[item.request.pipeline]
         self._merge(item, request.distilled_lora_strength_stage_2)
         shape = request.shape
@@ -147,14 +148,16 @@ class DiffusionEngine:
         start = begin(shape, "stage_2", noise, packed, STAGE_2_SIGMAS[0], images)
         spread = self.mesh.wide if self._sequence_parallel else TPGroup()
         denoise = _unguided(self._passes(item, start, replace(conditions, negative=None), spread))
-        latents = self._sample(pipeline.sampler, denoise, start, torch.tensor(STAGE_2_SIGMAS))
+        latents = self._sample(pipeline.sampler, denoise, start, torch.tensor(STAGE_2_SIGMAS), noise.ledger)
         return StageLatents(_unpack(latents, shape), noise.ledger)
 
     def _placed(self, image: ImageLatents, latent: torch.Tensor) -> PlacedImage:
         return PlacedImage(image.frame_idx, image.strength, latent.to(self.device, self.dtype))
 
-    def _sample(self, sampler: str, denoise: Denoise, start: Start, sigmas: torch.Tensor) -> AV[torch.Tensor]:
-        noise = SamplerNoise(self._noise_device())
+    def _sample(
+        self, sampler: str, denoise: Denoise, start: Start, sigmas: torch.Tensor, ledger: NoiseLedger
+    ) -> AV[torch.Tensor]:
+        noise = SamplerNoise(ledger.device)
         return start.trim(SAMPLERS[sampler](denoise, start.latents, sigmas, noise, start.blend))
 
     def _share_passes(
@@ -240,11 +243,8 @@ class DiffusionEngine:
         self.merger.keep(reserve=_ACTIVATION_BYTES + (_NEIGHBOUR_BYTES if shared else 0))
         _log.info("rank %d: %s", self.rank.rank, self.merger.residence)
 
-    def _noise_device(self) -> str:
-        return "cpu" if self.spec.numerics.noise_device == "cpu" else self.device.type
-
     def _new_ledger(self, seed: int) -> NoiseLedger:
-        device = torch.device(self._noise_device())
+        device = torch.device("cpu") if self.spec.numerics.noise_device == "cpu" else self.device
         return NoiseLedger(seed, device.type, _device_name(device))
 
 
@@ -263,14 +263,6 @@ def _empty_like(x: torch.Tensor) -> torch.Tensor:
 
 def _device_name(device: torch.device) -> str:
     return "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
-
-
-def latent_sizes(shape: ClipShape) -> AV[tuple[int, ...]]:
-    """Unpacked sizes of a clip's latents, (1, C, F, H, W) and (1, 8, T, 16)."""
-    return AV(
-        (1, VIDEO_CHANNELS, shape.latent_frames, shape.latent_height, shape.latent_width),
-        (1, AUDIO_CHANNELS, shape.audio_latents, AUDIO_BINS),
-    )
 
 
 def _pack(latents: AV[torch.Tensor]) -> AV[torch.Tensor]:

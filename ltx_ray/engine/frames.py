@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ltx_ray.engine.tiling import Interval, side_intervals, sums_to_one, time_intervals
+from ltx_ray.engine.tiling import Interval, Tiling, side_intervals, sums_to_one, time_intervals
 from ltx_ray.shapes import SPACE_FACTOR, TIME_FACTOR
 
 #: BT.709, rows Y, Cb, Cr over R, G, B.
@@ -22,15 +22,17 @@ _BLACK_MEAN, _BLACK_PEAK = 18.0, 40
 _FROZEN_CHANGE = 0.02
 
 
-def decode_tiled(decode: Callable[[torch.Tensor], torch.Tensor], latent: torch.Tensor) -> Iterator[torch.Tensor]:
+def decode_tiled(
+    decode: Callable[[torch.Tensor], torch.Tensor], latent: torch.Tensor, tiling: Tiling
+) -> Iterator[torch.Tensor]:
     """Frames of `latent` (1, C, F, H, W) as chunks (1, 3, f, h, w) in [-1, 1], in order.
 
     `decode` turns a tile of the latent into its pixels. Only one group of tiles is held at a time, so
     memory does not grow with the length of the clip.
     """
     _, _, frames, height, width = latent.shape
-    times = time_intervals(frames)
-    rows, columns = (side_intervals(side, max(height, width)) for side in (height, width))
+    times = time_intervals(frames, tiling)
+    rows, columns = (side_intervals(side, max(height, width), tiling) for side in (height, width))
     pixel_size = (height * SPACE_FACTOR, width * SPACE_FACTOR)
     even = (
         sums_to_one(times, (frames - 1) * TIME_FACTOR + 1)

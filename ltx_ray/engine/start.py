@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from ltx_ray.model.rope import audio_positions, video_positions
-from ltx_ray.records import AV
+from ltx_ray.records import AV, RenderRequest
 from ltx_ray.sampling.noise import ClipNoise, noised
-from ltx_ray.shapes import SPACE_FACTOR, ClipShape
+from ltx_ray.shapes import AUDIO_BINS, AUDIO_CHANNELS, SPACE_FACTOR, VIDEO_CHANNELS, ClipShape
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,25 @@ class Start:
     def trim(self, x: AV[torch.Tensor]) -> AV[torch.Tensor]:
         """Without the tokens that images appended."""
         return AV(x.video[:, : self.video_tokens], x.audio)
+
+
+def latent_sizes(shape: ClipShape) -> AV[tuple[int, ...]]:
+    """Unpacked sizes of a clip's latents, (1, C, F, H, W) and (1, 8, T, 16)."""
+    return AV(
+        (1, VIDEO_CHANNELS, shape.latent_frames, shape.latent_height, shape.latent_width),
+        (1, AUDIO_CHANNELS, shape.audio_latents, AUDIO_BINS),
+    )
+
+
+def stage_1_draws(request: RenderRequest, dtype: str) -> tuple[tuple[str, tuple[int, ...], str], ...]:
+    """What the noise ledger of `request` holds after stage 1, in latents of `dtype`."""
+    shape = request.shape.half()
+    keyframes = sum(image.frame_idx != 0 for image in request.images)
+    tokens = shape.video_tokens + keyframes * shape.latent_height * shape.latent_width
+    return (
+        ("stage_1.video", (1, tokens, VIDEO_CHANNELS), dtype),
+        ("stage_1.audio", (1, shape.audio_latents, AUDIO_CHANNELS * AUDIO_BINS), dtype),
+    )
 
 
 def begin(

@@ -1,20 +1,38 @@
 """How the video decoder's work is cut into overlapping tiles and blended, in plain numbers.
 
-Source: `tiling.py`, `video_vae.py` and `helpers.py` of the reference v1.2.0 (the automatic layout of
-the convolutional decoder): 768 px on the long side with 64 overlapping, the short side in proportion,
-80 frames with 24 overlapping.
+Source: `tiling.py`, `video_vae.py` and `helpers.py` of the reference v1.2.0, whose automatic layout for the
+convolutional decoder is the first of LADDER. The others are ours, for when memory does not suffice.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ltx_ray.shapes import SPACE_FACTOR, TIME_FACTOR
 
-LONG_SIDE, SIDE_OVERLAP = 768, 64
-FRAMES, FRAMES_OVERLAP = 80, 24
+
+@dataclass(frozen=True)
+class Tiling:
+    """Tiles of `long_side` pixels on the clip's longer side, the other in proportion, and of `frames` frames."""
+
+    long_side: int
+    side_overlap: int
+    frames: int
+    frames_overlap: int
+
+
+#: From the reference's tiles to the smallest that still overlap: shorter ones first, which also shortens the
+#: whole pictures that are held, then narrower ones.
+LADDER = (
+    Tiling(768, 64, 80, 24),
+    Tiling(768, 64, 40, 16),
+    Tiling(768, 64, 24, 8),
+    Tiling(512, 64, 24, 8),
+    Tiling(256, 64, 24, 8),
+)
 
 
 @dataclass(frozen=True)
@@ -72,9 +90,9 @@ def ramp(length: int, left: int, right: int, from_zero: bool) -> torch.Tensor:
     return weights.clamp_(0, 1)
 
 
-def time_intervals(latent_frames: int) -> list[Interval]:
+def time_intervals(latent_frames: int, tiling: Tiling) -> list[Interval]:
     """Tiles along time."""
-    size, overlap = FRAMES // TIME_FACTOR, FRAMES_OVERLAP // TIME_FACTOR
+    size, overlap = tiling.frames // TIME_FACTOR, tiling.frames_overlap // TIME_FACTOR
     spans = split_causal(latent_frames, max(2, overlap + 1, size), overlap)
     intervals = []
     for s in spans:
@@ -85,10 +103,10 @@ def time_intervals(latent_frames: int) -> list[Interval]:
     return intervals
 
 
-def side_intervals(latent_side: int, latent_long_side: int) -> list[Interval]:
+def side_intervals(latent_side: int, latent_long_side: int, tiling: Tiling) -> list[Interval]:
     """Tiles along height or width; `latent_long_side` is the longer of the two."""
-    overlap = SIDE_OVERLAP // SPACE_FACTOR
-    size = round(LONG_SIDE // SPACE_FACTOR * latent_side / latent_long_side)
+    overlap = tiling.side_overlap // SPACE_FACTOR
+    size = round(tiling.long_side // SPACE_FACTOR * latent_side / latent_long_side)
     size = max(2, overlap + 1, size)
     intervals = []
     for s in split(latent_side, size, overlap):
@@ -105,3 +123,15 @@ def sums_to_one(intervals: list[Interval], length: int) -> bool:
     for interval in intervals:
         total[interval.pixel] += interval.weights
     return torch.allclose(total, torch.ones(length), atol=1e-5, rtol=0.0)
+
+
+def distinct_rungs(latent_size: Sequence[int]) -> list[int]:
+    """The rungs of LADDER that cut a latent of (F, H, W) otherwise than the rung before; the first is always one."""
+    frames, height, width = latent_size
+
+    def cut(tiling: Tiling) -> list[list[slice]]:
+        sides = (side_intervals(side, max(height, width), tiling) for side in (height, width))
+        return [[i.latent for i in intervals] for intervals in (time_intervals(frames, tiling), *sides)]
+
+    cuts = [cut(tiling) for tiling in LADDER]
+    return [rung for rung in range(len(LADDER)) if rung == 0 or cuts[rung] != cuts[rung - 1]]

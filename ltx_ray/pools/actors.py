@@ -6,6 +6,7 @@ fake engine slips in the same way.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import os
 import socket
@@ -36,6 +37,9 @@ class RankActor:
             "address": ray.util.get_node_ip_address(),
             "gpus": gpus,
         }
+
+    def ping(self) -> None:
+        """Answers when it is this call's turn."""
 
     def free_port(self) -> int:
         """A port on this node for the gang's rendezvous."""
@@ -88,7 +92,18 @@ class RankActor:
                 switch_seconds=getattr(self.engine, "switch_seconds", 0.0) - switch_seconds,
                 device=self.device,
                 **{k: v for k, v in failure.items() if k != "ok"},
+                nbytes=_nbytes(payload),
                 info=dict(getattr(self.engine, "info", {})),
             ),
             payload,
         )
+
+
+def _nbytes(payload: Any) -> int:
+    """Bytes of the tensors in a result."""
+    if dataclasses.is_dataclass(payload):
+        return sum(_nbytes(getattr(payload, field.name)) for field in dataclasses.fields(payload))
+    if isinstance(payload, tuple):
+        return sum(map(_nbytes, payload))
+    size = getattr(payload, "nbytes", 0)
+    return size if isinstance(size, int) else 0

@@ -21,20 +21,39 @@ from ltx_ray.records import CallReport
 _RENDEZVOUS_TIMEOUT = 300.0
 #: Seconds that the other ranks have to report the same failure, if it is the row's.
 _LONE_FAILURE_GRACE = 10.0
+#: Seconds after an answer in which a gang is not asked whether it lives before it gets its next call.
+_SURELY_ALIVE = 0.05
 
 
 class GangLost(Exception):
-    """The gang is of no more use: a rank died, failed to start, or disagreed with the others."""
+    """The gang is of no more use: a rank died, failed to start, or disagreed with the others.
+
+    `idle`: it had died before the call under way began.
+    """
+
+    def __init__(self, reason: str, idle: bool = False):
+        super().__init__(reason)
+        self.idle = idle
+
+
+class InputsMissing(Exception):
+    """The inputs of a call are gone from the object store (their node died)."""
 
 
 @dataclass
 class Call:
-    """A call under way on all ranks: `reports` by rank, `payload` of rank 0."""
+    """A call under way on all ranks: `reports` by rank, `payload` of rank 0.
+
+    A gang that has been idle is asked first whether it still lives (`pings`): what had died before is no fault of
+    the item that it should have rendered.
+    """
 
     stage: str
-    item_id: str
-    reports: list[ray.ObjectRef]
-    payload: ray.ObjectRef
+    item: Any
+    inputs: list[Any]
+    pings: list[ray.ObjectRef] = field(default_factory=list)
+    reports: list[ray.ObjectRef] = field(default_factory=list)
+    payload: ray.ObjectRef | None = None
     started: float = field(default_factory=time.time)
     done: dict[int, CallReport] = field(default_factory=dict)
     #: When the first rank reported a failure while others had not answered.
@@ -51,6 +70,7 @@ class Gang:
         self.ranks: list[dict[str, Any]] = []
         self.device = ""
         self.call: Call | None = None
+        self._answered = 0.0
         bundle = {"CPU": pool.cpus_per_rank}
         if pool.gpus_per_rank:
             bundle["GPU"] = pool.gpus_per_rank
@@ -61,6 +81,8 @@ class Gang:
 
     def waits_for(self) -> list[ray.ObjectRef]:
         """References whose readiness moves this gang on."""
+        if self.call is not None and self.call.pings:
+            return self.call.pings
         if self.call is not None:
             return [ref for rank, ref in enumerate(self.call.reports) if rank not in self.call.done]
         return self._pending
@@ -93,6 +115,7 @@ class Gang:
 
     def _spawn(self) -> None:
         pool = self.pool
+        self._placed = time.time()
         environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         if not pool.gpus_per_rank:
             environment["CUDA_VISIBLE_DEVICES"] = ""
@@ -129,20 +152,43 @@ class Gang:
         if not report.ok:
             raise GangLost(f"{self.where(rank)}: {report.error_type}: {report.message}\n{report.traceback}")
 
-    def submit(self, stage: str, item: Any, inputs: list[Any]) -> Call:
+    def submit(self, stage: str, item: Any, inputs: list[Any]) -> None:
         """Start `stage` of `item` on all ranks. `inputs` are references to earlier payloads."""
         assert self.state == "ready" and self.call is None
-        pairs = [a.run.options(num_returns=2).remote(stage, item, *inputs) for a in self._actors]
-        self.call = Call(stage, item.item_id, [report for report, _ in pairs], pairs[0][1])
-        return self.call
+        self.call = Call(stage, item, inputs)
+        if time.time() - self._answered > _SURELY_ALIVE:
+            self.call.pings = [a.ping.remote() for a in self._actors]
+        else:
+            self._run(self.call)
+
+    def _run(self, call: Call) -> None:
+        pairs = [a.run.options(num_returns=2).remote(call.stage, call.item, *call.inputs) for a in self._actors]
+        call.reports, call.payload = [report for report, _ in pairs], pairs[0][1]
+        call.inputs = []
+
+    def _reach(self, call: Call, ready: set[ray.ObjectRef]) -> None:
+        """Start the call once every rank has said that it lives."""
+        for rank, ref in enumerate(call.pings):
+            if ref in ready:
+                try:
+                    ray.get(ref)
+                except ray.exceptions.RayError as error:
+                    raise GangLost(f"rank {rank} died while idle: {_first_line(error)}", idle=True) from error
+        call.pings = [ref for ref in call.pings if ref not in ready]
+        if not call.pings:
+            self._run(call)
 
     def collect(self, ready: set[ray.ObjectRef]) -> list[CallReport] | None:
         """The reports of the call under way once every rank has answered, else None.
 
-        Raises GangLost when a rank died, or when some ranks failed and others did not.
+        Raises GangLost when a rank died, or when some ranks failed and others did not; InputsMissing when a rank
+        could not get the inputs.
         """
         call = self.call
         assert call is not None
+        if not call.reports:
+            self._reach(call, ready)
+            return None
         for rank, ref in enumerate(call.reports):
             if rank not in call.done and ref in ready:
                 try:
@@ -151,9 +197,7 @@ class Gang:
                     raise GangLost(f"rank {rank} died during {call.stage}: {_first_line(error)}") from error
                 except ray.exceptions.RayError as error:
                     # the call never began on this rank: its inputs could not be had
-                    if self.pool.ranks > 1:
-                        raise GangLost(f"rank {rank} has no inputs for {call.stage}: {_first_line(error)}") from error
-                    raise InputsLost(_first_line(error)) from error
+                    raise InputsMissing(f"rank {rank} has no inputs for {call.stage}: {_first_line(error)}") from error
         if len(call.done) < len(call.reports):
             if call.failed_at is None and not all(r.ok for r in call.done.values()):
                 call.failed_at = time.time()
@@ -165,10 +209,17 @@ class Gang:
                 f"the ranks disagreed during {call.stage}: {self.where(rank)}: {report.error_type}: {report.message}"
             )
         self.call = None
+        self._answered = time.time()
         return reports
 
-    def overdue(self, now: float, call_timeout: float) -> str | None:
-        """Why the call under way should be given up, or None. `now` as of `time.time`."""
+    def overdue(self, now: float, start_timeout: float, call_timeout: float) -> str | None:
+        """Why the start or the call under way should be given up, or None. `now` as of `time.time`.
+
+        A gang may wait for a place as long as it takes: that is the cluster's doing.
+        """
+        if self.state != "ready":
+            slow = self.state != "placing" and now - self._placed > start_timeout
+            return f"not ready after {start_timeout:g} s ({self.state})" if slow else None
         call = self.call
         if call is None:
             return None
@@ -192,10 +243,6 @@ class Gang:
         for actor in self._actors:
             ray.kill(actor, no_restart=True)
         remove_placement_group(self._group)
-
-
-class InputsLost(Exception):
-    """The inputs of a call are gone from the object store (their node died)."""
 
 
 def _first_line(error: BaseException) -> str:

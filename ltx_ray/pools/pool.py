@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from ltx_ray.config import EngineSpec, PoolSpec
-from ltx_ray.pools.gang import Gang
 
 #: GPU time of stage 1 over stage 2 for an HQ clip (ltx-facts.md): how replicas are shared out.
 _STAGE_RATIO = 2.3
 #: What is left of a replica's speed when it serves both stages in turns, and switches.
 _SHARED_SPEED = 0.9
+#: Cards of the DiT that one replica each of text and decode keep up with (ltx-facts.md: 0.1 + 1.75 s of 63 s a clip).
+_CARDS_A_PAIR = 31
+#: Replicas of a pool that may be starting at once before more are ready than that.
+_STARTING_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,17 @@ class Wanted:
     stage2_tp: int | None = None
     guidance_parallel: int = 1
     sequence_parallel: int = 1
+    #: Replicas of the DiT that a growing cluster may be asked for, of both stages together; None: what is there.
+    max_replicas: int | None = None
+
+    @property
+    def mobile(self) -> bool:
+        """Whether replicas may move between the stages: nobody has said how many each gets, and gangs are alike."""
+        return self.stage1 is None and self.stage2 is None and self.with_stage2 and self.alike
+
+    @property
+    def alike(self) -> bool:
+        return self.shared_ranks is not None and self.ranks[0] == self.ranks[1]
 
     @property
     def tp_of_stage2(self) -> int:
@@ -66,6 +81,13 @@ class Wanted:
         if self.guidance_parallel not in legal:
             why = "the distilled pipeline has no guidance" if distilled else "there are four passes at most"
             raise ValueError(f"--guidance-parallel: {self.guidance_parallel}, legal: {legal} ({why})")
+        if self.max_replicas is not None and (self.stage1 or self.stage2):
+            raise ValueError("--max-replicas and a number of --stage1-replicas or --stage2-replicas exclude each other")
+        if self.max_replicas is not None and not self.alike:
+            raise ValueError(
+                f"--max-replicas: {self.max_replicas}, but stage 1 has gangs of {self.ranks[0]} at --tp {self.tp}, "
+                f"those of stage 2 {self.ranks[1]} at --stage2-tp {self.tp_of_stage2}; legal: alike in both stages"
+            )
         if self.stage2 == 0 and self.with_stage2 and self.shared_ranks is None:
             raise ValueError(
                 f"--stage2-replicas: 0, but stage 1 has --tp {self.tp} --guidance-parallel {self.guidance_parallel} "
@@ -74,25 +96,52 @@ class Wanted:
             )
 
 
-def choose_replicas(wanted: Wanted, gpus: float) -> tuple[int, int, bool]:
-    """(stage-1 replicas, stage-2 replicas, whether text and decode share a card with the DiT).
+@dataclass(frozen=True)
+class Replicas:
+    """How many of each there are. No stage-2 replicas: those of stage 1 serve both stages (or there is one stage).
+    `aside`: of text and of decode, each; `shared_card`: whether these share a card with the DiT."""
 
-    No stage-2 replicas means that the stage-1 replicas serve both stages. Without GPUs: one each.
-    With GPUs, text and decode together take one card of their own unless only one gang fits. What a user
+    stage1: int
+    stage2: int
+    aside: int = 1
+    shared_card: bool = False
+
+
+def choose_replicas(wanted: Wanted, gpus: float) -> Replicas:
+    """What a cluster of `gpus` cards gets. Without GPUs: one each.
+
+    Text and decode together take a card of their own for every 31 of the DiT, unless only one gang fits. What a user
     left open is chosen for throughput: a replica's speed counts as its ranks.
     """
     ranks1, ranks2 = wanted.ranks
+    most = wanted.max_replicas
     least = wanted.shared_ranks or ranks1 + ranks2
     if not wanted.with_stage2:
         least = ranks1
+    if most is not None and gpus:
+        gpus = most * ranks1 + math.ceil(most * ranks1 / _CARDS_A_PAIR) if most > 1 else max(gpus, ranks1)
     shared_card = gpus > 0 and gpus < least + 1
+    aside = 1 if gpus == 0 or shared_card else math.ceil(gpus / (_CARDS_A_PAIR + 1))
+    cards = int(gpus if shared_card else gpus - aside)
     if gpus == 0:
         stage1, stage2 = 1, 1
+        if most is not None:
+            stage1, stage2 = _parted(most) if wanted.with_stage2 else (most, 0)
+    elif wanted.mobile:
+        stage1, stage2 = _parted(max(1, cards // ranks1))
     else:
-        stage1, stage2 = _fastest(wanted, int(gpus if shared_card else gpus - 1))
+        stage1, stage2 = _fastest(wanted, cards)
     stage1 = stage1 if wanted.stage1 is None else wanted.stage1
     stage2 = stage2 if wanted.stage2 is None else wanted.stage2
-    return stage1, stage2 if wanted.with_stage2 else 0, shared_card
+    return Replicas(stage1, stage2 if wanted.with_stage2 else 0, aside, shared_card)
+
+
+def _parted(replicas: int) -> tuple[int, int]:
+    """Where replicas that may move begin: in stage 1 and in stage 2."""
+    if replicas == 1:
+        return 1, 0
+    stage2 = min(max(1, round(replicas / (1 + _STAGE_RATIO))), replicas - 1)
+    return replicas - stage2, stage2
 
 
 def _fastest(wanted: Wanted, gpus: int) -> tuple[int, int]:
@@ -120,15 +169,15 @@ def _fastest(wanted: Wanted, gpus: int) -> tuple[int, int]:
 
 def lay_out(wanted: Wanted, gpus: float, engines: Mapping[str, EngineSpec]) -> list[PoolSpec]:
     """The pools of a run. `engines` by pool name: text, diffusion, decode."""
-    stage1, stage2, shared_card = choose_replicas(wanted, gpus)
+    count = choose_replicas(wanted, gpus)
     # more than half a card, so that two ranks of a gang never land on one
-    card = 0.0 if gpus == 0 else 0.6 if shared_card else 1.0
-    aside = 0.0 if gpus == 0 else 0.2 if shared_card else 0.5
+    card = 0.0 if gpus == 0 else 0.6 if count.shared_card else 1.0
+    aside = 0.0 if gpus == 0 else 0.2 if count.shared_card else 0.5
 
-    def stage_pool(name: str, roles: tuple[str, ...], replicas: int, tp: int, ranks: int) -> PoolSpec:
+    def stage_pool(name: str, roles: tuple[str, ...], replicas: int, tp: int, ranks: int, turns: bool) -> PoolSpec:
         spec = engines["diffusion"]
         options = {
-            **spec.options, "roles": roles, "tp": tp, "shared_card": shared_card,
+            **spec.options, "roles": roles, "turns": turns, "tp": tp, "shared_card": count.shared_card,
             "guidance_parallel": wanted.guidance_parallel if "stage1" in roles else 1,
             "sequence_parallel": wanted.sequence_parallel if "stage2" in roles else 1,
         }  # fmt: skip
@@ -136,16 +185,23 @@ def lay_out(wanted: Wanted, gpus: float, engines: Mapping[str, EngineSpec]) -> l
             name, roles, replicas, ranks, _with_options(spec, options), cpus_per_rank=1.0, gpus_per_rank=card
         )
 
+    def aside_pool(name: str, roles: tuple[str, ...]) -> PoolSpec:
+        return PoolSpec(name, roles, count.aside, 1, engines[name], gpus_per_rank=aside)
+
     ranks1, ranks2 = wanted.ranks
-    pools = [PoolSpec("text", ("text",), 1, 1, engines["text"], gpus_per_rank=aside)]
-    if stage2 or not wanted.with_stage2:
-        pools.append(stage_pool("stage1", ("stage1",), stage1, wanted.tp, ranks1))
-        if stage2:
-            pools.append(stage_pool("stage2", ("stage2",), stage2, wanted.tp_of_stage2, ranks2))
+    pools = [aside_pool("text", ("text",))]
+    if count.stage2 or not wanted.with_stage2:
+        # what may move is at home in the first of its roles
+        roles1 = ("stage1", "stage2") if wanted.mobile else ("stage1",)
+        roles2 = ("stage2", "stage1") if wanted.mobile else ("stage2",)
+        pools.append(stage_pool("stage1", roles1, count.stage1, wanted.tp, ranks1, turns=False))
+        if count.stage2:
+            pools.append(stage_pool("stage2", roles2, count.stage2, wanted.tp_of_stage2, ranks2, turns=False))
     else:
         assert wanted.shared_ranks is not None, wanted
-        pools.append(stage_pool("diffusion", ("stage1", "stage2"), stage1, wanted.tp, wanted.shared_ranks))
-    pools.append(PoolSpec("decode", ("decode",), 1, 1, engines["decode"], gpus_per_rank=aside))
+        roles = ("stage1", "stage2")
+        pools.append(stage_pool("diffusion", roles, count.stage1, wanted.tp, wanted.shared_ranks, turns=True))
+    pools.append(aside_pool("decode", ("decode", "keep", "stored")))
     return pools
 
 
@@ -184,36 +240,49 @@ class StartFailed(Exception):
 
 @dataclass
 class Pool:
-    """Keeps `spec.replicas` gangs of a role up, replacing the ones that were lost."""
+    """The replicas of a role: which there are, which are ready, and how their starts have gone. `spec.replicas` is
+    how many there should be."""
 
     spec: PoolSpec
     max_starts_failed: int
-    gangs: dict[str, Gang] = field(default_factory=dict)
+    #: By name, whether it is ready.
+    replicas: dict[str, bool] = field(default_factory=dict)
     failures: int = 0
-    #: Gangs lost one after the other to a fault of their own, with no good call in between.
+    #: Replicas lost one after the other to a fault of their own, with no good call in between.
     faults: int = 0
     _numbers: itertools.count = field(default_factory=itertools.count)
 
-    def fill(self) -> list[Gang]:
-        """Start gangs until there are as many as there should be; returns the new ones."""
-        started = []
-        while len(self.gangs) < self.spec.replicas:
-            gang = Gang(f"{self.spec.name}-{next(self._numbers)}", self.spec)
-            self.gangs[gang.name] = gang
-            started.append(gang)
-        return started
+    @property
+    def ready(self) -> int:
+        return sum(self.replicas.values())
 
-    def drop(self, gang: Gang, before_ready: bool, reason: str) -> None:
-        """Kill a gang. Raises StartFailed when starts keep failing."""
-        gang.kill()
-        self.gangs.pop(gang.name, None)
-        if before_ready:
+    def missing(self, at_most: int | None = None) -> list[str]:
+        """Names of replicas to start, so that there are as many as there should be, or `at_most` if that is less.
+
+        A large pool grows as its replicas come up: what the cluster cannot place is asked for a few at a time.
+        """
+        wanted = self.spec.replicas if at_most is None else min(at_most, self.spec.replicas)
+        starting = len(self.replicas) - self.ready
+        count = min(wanted - len(self.replicas), max(_STARTING_AT_ONCE, self.ready) - starting)
+        names = [f"{self.spec.name}-{next(self._numbers)}" for _ in range(count)]
+        self.replicas.update(dict.fromkeys(names, False))
+        return names
+
+    def started(self, name: str) -> None:
+        """A replica came up: earlier failures to start are forgiven."""
+        self.replicas[name] = True
+        self.failures = 0
+
+    def lost(self, name: str, served: bool, reason: str) -> None:
+        """A replica is gone. Raises StartFailed when starts keep failing."""
+        del self.replicas[name]
+        if not served:
             self.failures += 1
             if self.failures >= self.max_starts_failed:
                 raise StartFailed(f"pool {self.spec.name}: {self.failures} gangs failed to start; the last: {reason}")
 
     def faulted(self, reason: str) -> None:
-        """A gang broke while it served. Raises StartFailed when gangs do nothing else."""
+        """A replica broke while it served. Raises StartFailed when replicas do nothing else."""
         self.faults += 1
         if self.faults >= self.max_starts_failed:
             raise StartFailed(f"pool {self.spec.name}: {self.faults} gangs broke in a row; the last: {reason}")
@@ -221,12 +290,3 @@ class Pool:
     def worked(self) -> None:
         """A call came back well."""
         self.faults = 0
-
-    def started(self) -> None:
-        """A gang came up: earlier failures to start are forgiven."""
-        self.failures = 0
-
-    def close(self) -> None:
-        for gang in list(self.gangs.values()):
-            gang.kill()
-        self.gangs.clear()

@@ -9,10 +9,19 @@ from typing import Protocol
 
 import torch
 
-from ltx_ray.records import AV, NoiseLedger
+from ltx_ray.records import AV, NoiseLedger, RowError
 
 STEP_SEED = -1
 SUBSTEP_SEED = 9999
+
+
+def check_drawable(ledger: NoiseLedger, device_name: str) -> None:
+    """Raise RowError when the device of this name (a GPU's model, or "cpu") cannot draw the ledger's numbers again."""
+    if ledger.device == "cuda" and ledger.device_model != device_name:
+        raise RowError(
+            f"stage 1 drew its noise on {ledger.device_model}, and this replica runs on {device_name}; "
+            "legal: GPUs of one model, or --noise-device cpu"
+        )
 
 
 class ClipNoise:

@@ -17,7 +17,7 @@ from ltx_ray.engine.text import TextEngine
 from ltx_ray.manifest import RawRow, RowRules, judge
 from ltx_ray.plan import RecipeBook
 from ltx_ray.recipe import served_pipelines
-from ltx_ray.records import StageLatents
+from ltx_ray.records import StageLatents, WorkItem
 
 DEVICE = "cuda"
 GOLDENS = Path(__file__).parents[1] / "parity" / "goldens"
@@ -59,12 +59,16 @@ class Engines:
     def spec(self, output: str = "") -> EngineSpec:
         return EngineSpec("", self.model, self.numerics, output, options={"roles": ("stage1", "stage2")})
 
-    def stages(self, row: dict, output: str = "") -> list[StageLatents]:
-        """Both stages of `row`; with `output` the clip too."""
+    def item(self, row: dict) -> WorkItem:
+        """The work of a manifest row."""
         rules = RowRules(num_layers=4, pipelines=served_pipelines(self.model.distilled))
         judged = judge(RawRow(str(GOLDENS / "rows.jsonl"), 1, row), rules)
         assert judged.request, judged.messages()
-        item = RecipeBook(self.model, self.numerics).item(judged.request)
+        return RecipeBook(self.model, self.numerics).item(judged.request)
+
+    def stages(self, row: dict, output: str = "") -> list[StageLatents]:
+        """Both stages of `row`; with `output` the clip too."""
+        item = self.item(row)
         contexts = self.text.run("text", item)
         first = self.diffusion.run("stage1", item, contexts)
         second = self.diffusion.run("stage2", item, contexts, first)
@@ -153,6 +157,18 @@ def test_stage_2_continues_the_cuda_generator(toy):
     assert latents_sha256(named_latents(*stages(toy, "cuda", "bfloat16", "model"))) == latents_sha256(
         named_latents(first, second)
     )
+
+
+def test_noise_of_a_cpu_is_drawn_on_a_cpu(toy):
+    """Stage 2 of what a CPU began, on a GPU whose own rows have its noise."""
+    cpu, gpu = Engines(toy, "cpu", "float32"), Engines(toy, "cuda", "float32", "model")
+    item = cpu.item(ROW)
+    contexts = cpu.text.run("text", item)
+    first = cpu.diffusion.run("stage1", item, contexts)
+    found, expected = (e.diffusion.run("stage2", item, contexts, first) for e in (gpu, cpu))
+    assert found.ledger == expected.ledger
+    for name, error in distances(named_latents(first, found), named_latents(first, expected)).items():
+        assert error <= 1e-4, f"{name}: {error:.1e}"
 
 
 def test_two_cards_agree_with_one_over_nccl(toy, tmp_path):

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from ltx_ray import imagefiles
-from ltx_ray.dataset.writer import Done
+from ltx_ray.dataset.done import Done
 from ltx_ray.engine.images import NoPicture, cover, decode_rgb, image_pixels, through_h264
 from ltx_ray.engine.text import _read
 from ltx_ray.imagefiles import check_roots, image_digest, locate, read_image

@@ -9,7 +9,8 @@ import pytest
 
 from ltx_ray.config import LoraFile, ModelFiles, Numerics, Selection
 from ltx_ray.cost import clip_tflop, pass_tflop
-from ltx_ray.dataset.writer import DatasetWriter, Done, Failure
+from ltx_ray.dataset.done import Done, list_done
+from ltx_ray.dataset.writer import DatasetWriter, Failure
 from ltx_ray.manifest import RawRow, RowRules
 from ltx_ray.plan import COPY, DONE, FAILED, ILLEGAL, REPEATED, TODO, Plan, PlannedRow, RecipeBook, cost_line
 from ltx_ray.records import LoraUse
@@ -68,22 +69,22 @@ def test_rows_of_a_new_dataset_are_to_be_rendered(plan):
 def test_what_is_in_the_index_is_done(plan, tmp_path):
     first, second = plan([row(1), row(2)]).open()
     writer = done_with(tmp_path, first)
-    assert statuses(plan([row(1), row(2)], done=writer.listing())) == [DONE, TODO]
+    assert statuses(plan([row(1), row(2)], done=list_done(writer.store))) == [DONE, TODO]
     writer.write_index(second.item.item_id, second.request, RENDERED)
-    a_plan = plan([row(2), row(1)], done=writer.listing())
+    a_plan = plan([row(2), row(1)], done=list_done(writer.store))
     assert statuses(a_plan) == [DONE, DONE]
     assert cost_line(a_plan.counts, a_plan.tflop) == "nothing to render"
 
 
 def test_a_done_clip_under_another_id_is_copied(plan, tmp_path):
     [first] = plan([row(1, id="a")]).open()
-    done = done_with(tmp_path, first).listing()
+    done = list_done(done_with(tmp_path, first).store)
     assert statuses(plan([row(1, id="b"), row(1, id="a"), row(1)], done=done)) == [COPY, DONE, COPY]
 
 
 def test_a_change_of_the_recipe_renders_again(plan, tmp_path, toy):
     [first] = plan([row(1)]).open()
-    done = done_with(tmp_path, first).listing()
+    done = list_done(done_with(tmp_path, first).store)
     other = RecipeBook(ModelFiles(**toy), Numerics(dtype="float32"))
     assert statuses(plan([row(1)], done=done, book=other)) == [TODO]
     layout = RecipeBook(ModelFiles(**toy), Numerics(tp=2, attention="other", device="cuda", compile="on"))
@@ -96,7 +97,7 @@ def test_failures_of_the_row_wait_for_a_retry_and_those_of_infrastructure_do_not
     raw = RawRow("m.jsonl", 1, {})
     writer.write_failed(first.item.item_id, first.request, raw, Failure("stage1", 1, "row", "nan"))
     writer.write_failed(second.item.item_id, second.request, raw, Failure("stage1", 3, "infrastructure", "died"))
-    done = writer.listing()
+    done = list_done(writer.store)
     assert statuses(plan([row(1), row(2)], done=done)) == [FAILED, TODO]
     assert statuses(plan([row(1), row(2)], done=done, retry_failed=True)) == [TODO, TODO]
 
@@ -135,11 +136,16 @@ def test_rows_that_share_a_clip_cost_it_once(plan):
     assert " in 1 clip," in cost_line(shared.counts, shared.tflop)
 
 
-def test_with_latents_alone_an_item_is_done_after_stage_1(plan):
-    [first] = plan([row(1)]).open()
-    done = Done(latents={first.item.item_id})
-    assert statuses(plan([row(1)], done=done, latents_only=True)) == [DONE]
-    assert statuses(plan([row(1)], done=done)) == [TODO]
+def test_with_latents_alone_a_row_is_done_when_it_has_a_preview(plan, tmp_path):
+    [first] = plan([row(1, id="a")]).open()
+    store = Store(str(tmp_path / "out"))
+    store.write_bytes(f"previews/part-{first.item_id}-{first.key}.parquet", b"")
+    done = list_done(store)
+    both = [row(1, id="a"), row(1, id="b")]
+    assert statuses(plan(both, done=done, latents_only=True)) == [DONE, TODO]
+    assert statuses(plan(both, done=done)) == [TODO, TODO]
+    done.add_row(first.item_id, first.key)
+    assert statuses(plan(both, done=done, latents_only=True)) == [DONE, COPY]
 
 
 # --- which rows are taken ------------------------------------------------------------------------

@@ -24,13 +24,16 @@ def test_another_architecture_under_the_same_version_is_refused(toy, field, valu
 
 def test_a_real_model_wants_gpus_unless_told_otherwise():
     pytest.importorskip("ray")
+    from ltx_ray.cluster import Cluster
     from ltx_ray.pools.pool import Wanted
-    from ltx_ray.run import Options, _Cluster
 
     def pools(size: int, device: str) -> list:
-        options = Options("m.jsonl", "out", ModelFiles("c", "g", "u"), device=device, wanted=Wanted())
-        prepared = SimpleNamespace(options=options, checkpoint=SimpleNamespace(size=size), numerics=Numerics())
-        return _Cluster(prepared)._lay_out(0.0)[0]
+        cluster = Cluster(
+            address=None, device=device, wanted=Wanted(), numerics=Numerics(), model=ModelFiles("c", "g", "u"),
+            model_bytes=size, engines=dict.fromkeys(("text", "diffusion", "decode"), "m:E"), output="out",
+            save_latents=False, stop_after=None,
+        )  # fmt: skip
+        return cluster._lay_out(0.0)[0]
 
     for size, device in ((46 * 2**30, "auto"), (1, "cuda")):
         with pytest.raises(ValueError, match="GPUs: at least 1 needed, 0 free; legal: a cluster with GPUs now, or --d"):

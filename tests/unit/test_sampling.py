@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from ltx_ray.records import AV, Guidance, NoiseLedger
+from ltx_ray.records import AV, Guidance, NoiseLedger, RowError
 from ltx_ray.sampling.guidance import GuidedDenoiser, combine, skips
-from ltx_ray.sampling.noise import ClipNoise, SamplerNoise, noised
+from ltx_ray.sampling.noise import ClipNoise, SamplerNoise, check_drawable, noised
 from ltx_ray.sampling.passes import passes_for
 from ltx_ray.sampling.res2s import _inject, coefficients, sample_res2s
 from ltx_ray.sampling.sigmas import shifted_sigmas
@@ -96,6 +96,25 @@ def test_first_draw_is_the_seeds():
     noise = ClipNoise(NoiseLedger(3, "cpu", "cpu"), torch.device("cpu")).draw("v", (1, 4, 2), torch.float32)
     expected = torch.randn((1, 4, 2), generator=torch.Generator().manual_seed(3))
     assert torch.equal(noise, expected)
+
+
+@pytest.mark.parametrize(
+    "device, model, here, legal",
+    [
+        ("cuda", "NVIDIA H100", "NVIDIA H100", True),
+        ("cuda", "NVIDIA H100", "NVIDIA H200", False),
+        ("cuda", "NVIDIA H100", "cpu", False),
+        ("cpu", "cpu", "NVIDIA H200", True),
+        ("cpu", "cpu", "cpu", True),
+    ],
+)
+def test_noise_can_be_drawn_again_on_the_same_kind_of_device(device, model, here, legal):
+    ledger = NoiseLedger(7, device, model)
+    if legal:
+        check_drawable(ledger, here)
+        return
+    with pytest.raises(RowError, match=rf"{model}.*{here}; legal: GPUs of one model, or --noise-device cpu"):
+        check_drawable(ledger, here)
 
 
 def test_sampler_noise_is_standard_and_the_same_for_every_clip():

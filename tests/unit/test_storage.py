@@ -1,19 +1,16 @@
-"""The store: whole files or none, listing, and outputs that cannot be written; and the lease on it."""
+"""The store: whole files or none, listing, patience, and outputs that cannot be written."""
 
 from __future__ import annotations
 
-import json
+import errno
 import os
-import socket
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
-from ltx_ray import lease as lease_module
-from ltx_ray.lease import Lease, holder
-from ltx_ray.storage import Store, join, parent
+from ltx_ray.patience import Patience, is_permanent
+from ltx_ray.storage import Store, clean_stale, join, parent
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -85,7 +82,7 @@ def test_publish_moves_the_finished_file(tmp_path):
 
 @pytest.mark.parametrize("action", ["write", "publish"])
 def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, action):
-    store = Store(str(tmp_path / "out"))
+    store = Store(str(tmp_path / "out"), patience=0)
     store.write_bytes("x", b"old")
     source = tmp_path / "source"
     source.write_bytes(b"new")
@@ -142,95 +139,231 @@ def test_options_of_a_uri(s3, bucket, monkeypatch):
     assert s3.open_input_file(f"{bucket}/a/b/c".removeprefix("s3://")).read() == b"1"
 
 
-# --- the lease -----------------------------------------------------------------------------------
+# --- what killed processes leave -----------------------------------------------------------------
 
 
-def leave_lease(store: Store, **changes) -> None:
-    entry = {"run_id": "other", "host": "elsewhere", "pid": 1, "expires": time.time() + 60, **changes}
-    store.write_bytes("_lease.json", json.dumps(entry).encode())
+def leave(path: Path, age: float) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"half")
+    os.utime(path, (time.time() - age,) * 2)
+    return path
 
 
-def dead_pid() -> int:
-    process = subprocess.Popen(["true"])
-    process.wait()
-    return process.pid
+def test_old_temporaries_are_removed_and_nothing_else(tmp_path):
+    store = Store(str(tmp_path))
+    old = ["_tmp/tmpab.mp4", "_tmp/x.safetensors", "clips/ab/.x.mp4.0123abcd", "index/.part-1.parquet.ffffffff",
+           ".run.json.00000000", "runs/1/.run.json.00000000"]  # fmt: skip
+    kept = ["clips/ab/x.mp4", "index/.hidden", ".x.0123ABCD", "_lease.json", "clips/ab/.x.mp4.0123abc"]
+    for name in [*old, *kept]:
+        leave(tmp_path / name, age=1000)
+    leave(tmp_path / "_tmp/young.mp4", age=10)
+    assert clean_stale(store, older_than_seconds=500) == len(old)
+    assert names(tmp_path) == sorted([*kept, "_tmp/young.mp4"])
+    store.remove_scratch()
+    assert (tmp_path / "_tmp").exists(), "a file is still in it"
+    assert clean_stale(store, older_than_seconds=0) == 1
+    store.remove_scratch()
+    assert not (tmp_path / "_tmp").exists()
+    store.remove_scratch()
+
+
+def test_an_object_store_has_no_temporaries(bucket):
+    store = Store(bucket)
+    store.write_bytes("clips/ab/.x.mp4.0123abcd", b"a user's")
+    assert clean_stale(store, 0) == 0
+    store.remove_scratch()
+    assert store.exists("clips/ab/.x.mp4.0123abcd")
+
+
+# --- moving, sizes, and the first of several -----------------------------------------------------
+
+
+def test_move_folders_and_sizes(store):
+    store.write_bytes("index/a", b"123")
+    store.write_bytes("index/sub/x", b"1")
+    store.move("index/a", "index/_b")
+    assert store.sizes("index") == {"_b": 3} and store.folders("index") == ["sub"]
+    assert store.size("index/_b") == 3 and store.size("index/a") is None and store.size("index") is None
+    assert store.sizes("none") == {} and store.folders("none") == []
+    with pytest.raises(FileNotFoundError):
+        store.move("index/none", "index/c")
+
+
+def test_of_several_who_create_a_file_one_is_told_so(tmp_path):
+    store = Store(str(tmp_path / "out"))
+    assert [store.create("x", data) for data in (b"first", b"second")] == [True, False]
+    assert store.read_bytes("x") == b"first" and names(tmp_path) == ["out/x"]
+
+
+# --- patience ------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Time that passes only in waits, which are noted."""
+
+    def __init__(self) -> None:
+        self.now, self.waits = 0.0, []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def wait(self, seconds: float) -> None:
+        self.waits.append(seconds)
+        self.now += seconds
 
 
 @pytest.fixture
-def waits(store, monkeypatch) -> list[float]:
-    """Sleeps of a waiting run; each returns at once, and in the third the other's lease runs out."""
-    slept: list[float] = []
-
-    def sleep(seconds: float) -> None:
-        slept.append(seconds)
-        assert len(slept) <= 3, "waits for ever"
-        if len(slept) == 3:
-            leave_lease(store, expires=time.time() - 1)
-
-    monkeypatch.setattr(lease_module.time, "sleep", sleep)
-    return slept
+def clock() -> Clock:
+    return Clock()
 
 
-def test_a_free_output_is_taken_and_given_back(store):
-    lease = Lease(store, "mine")
-    lease.acquire(pytest.fail)
-    assert holder(store)["run_id"] == "mine"
-    assert holder(store)["pid"] == os.getpid()
-    lease.release()
-    assert holder(store) is None
-    assert not store.exists("_lease.json")
+def failing(times: int, error: OSError | None = None):
+    """A call that fails so often, then says how often it was made."""
+    calls = []
+
+    def call() -> int:
+        calls.append(1)
+        if len(calls) <= times:
+            raise error or OSError("AWS Error SLOW_DOWN during GetObject operation")
+        return len(calls)
+
+    return call
 
 
-def test_a_run_waits_for_another_and_says_so_once(store, waits):
-    leave_lease(store)
-    said = []
-    Lease(store, "mine").acquire(said.append)
-    assert len(waits) == 3
-    assert len(said) == 1 and "in use by run other on elsewhere" in said[0]
-    assert holder(store)["run_id"] == "mine"
+def test_what_may_pass_is_tried_again_with_longer_waits(clock):
+    assert Patience("s3://b", 60, clock, clock.wait)("reading", "x", failing(8)) == 9
+    assert len(clock.waits) == 8
+    for n, waited in enumerate(clock.waits):
+        longest = min(0.25 * 2**n, 10.0)
+        assert longest / 2 <= waited <= longest
+    assert len(set(clock.waits)) == 8, "without jitter, throttled workers come back together"
 
 
-@pytest.mark.parametrize("stale", ["expired", "own", "dead"])
-def test_a_stale_lease_is_taken_over(store, stale):
-    changes = {
-        "expired": {"expires": time.time() - 1},
-        "own": {"run_id": "mine"},
-        "dead": {"host": socket.gethostname(), "pid": dead_pid()},
-    }[stale]
-    leave_lease(store, **changes)
-    Lease(store, "mine").acquire(pytest.fail)
-    assert holder(store)["run_id"] == "mine"
+def test_patience_ends_in_an_error_that_says_what_was_tried(clock):
+    with pytest.raises(OSError) as caught:
+        Patience("s3://b/out", 30, clock, clock.wait)("writing", "index/x", failing(10**6))
+    assert clock.now == pytest.approx(30), "the last try is at the end of the patience, not after it"
+    tries = len(clock.waits) + 1
+    assert str(caught.value) == (
+        f"s3://b/out: writing index/x failed (tried {tries} times in 30 s): "
+        "AWS Error SLOW_DOWN during GetObject operation"
+    )
 
 
-def test_a_live_run_on_this_machine_holds_its_lease(store):
-    leave_lease(store, host=socket.gethostname(), pid=os.getpid())
-    assert holder(store)["run_id"] == "other"
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError("x"),
+        PermissionError("x"),
+        OSError(errno.EROFS, "read-only"),
+        OSError(errno.ENOTDIR, "x"),
+        OSError("When reading: AWS Error ACCESS_DENIED during HeadObject operation: No response body."),
+        OSError("When uploading: AWS Error NO_SUCH_BUCKET during PutObject operation"),
+        OSError("When reading: AWS Error UNKNOWN (HTTP status 400) during HeadObject operation"),
+        OSError("Bucket 'b' not found"),
+    ],
+)
+def test_what_is_for_good_is_raised_at_once(clock, error):
+    assert is_permanent(error)
+    with pytest.raises(OSError) as caught:
+        Patience("s3://b", 60, clock, clock.wait)("reading", "x", failing(1, error))
+    assert caught.value is error and not clock.waits
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"expires": "soon", "pid": 1}', b"\xff"])
-def test_an_unreadable_lease_is_none(store, content):
-    store.write_bytes("_lease.json", content)
-    assert holder(store) is None
-    Lease(store, "mine").acquire(pytest.fail)
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "quota"),
+        OSError(errno.EIO, "x"),
+        OSError(errno.ESTALE, "x"),
+        ConnectionResetError(errno.ECONNRESET, "x"),
+        TimeoutError(errno.ETIMEDOUT, "x"),
+        OSError("When reading: AWS Error UNKNOWN (HTTP status 503) during HeadObject operation: No response body."),
+        OSError("AWS Error NETWORK_CONNECTION during HeadObject operation: curlCode: 28, Timeout was reached"),
+        OSError("AWS Error INTERNAL_FAILURE during ListObjectsV2 operation"),
+    ],
+)
+def test_what_may_pass(error):
+    assert not is_permanent(error)
 
 
-def test_a_thread_renews_the_lease_until_it_is_released(store, monkeypatch):
-    monkeypatch.setattr(lease_module, "_RENEW_SECONDS", 0.05)
-    lease = Lease(store, "mine")
-    lease.acquire(pytest.fail)
-    before = holder(store)["expires"]
-    end = time.monotonic() + 5
-    while holder(store)["expires"] == before:
-        assert time.monotonic() < end
-        time.sleep(0.02)
-    lease.release()
-    time.sleep(0.2)
-    assert holder(store) is None
+def test_a_full_disk_is_waited_for_and_leaves_nothing_half_written(tmp_path, clock, monkeypatch):
+    store = Store(str(tmp_path / "out"), patience=60, clock=clock, wait=clock.wait)
+    store.append_text("log", "one\n")
+    store.write_bytes("x", b"old")
+    full, real, there = [3], os.fsync, b"old"
+
+    def fsync(handle: int) -> None:
+        if full[0]:
+            full[0] -= 1
+            assert store.read_bytes("x") == there
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    store.write_bytes("x", b"new")
+    assert store.read_bytes("x") == b"new" and len(clock.waits) == 3
+    full[0], there = 2, b"new"
+    (tmp_path / "clip").write_bytes(b"clip")
+    store.publish(str(tmp_path / "clip"), "clips/y")
+    assert store.read_bytes("clips/y") == b"clip" and len(clock.waits) == 5
+    assert names(tmp_path) == ["out/clips/y", "out/log", "out/x"]
+    full[0] = 10**6
+    with pytest.raises(OSError, match=r"/out: writing x failed \(tried \d+ times in 60 s\): .*No space left"):
+        store.write_bytes("x", b"newer")
+    assert store.read_bytes("x") == b"new" and names(tmp_path) == ["out/clips/y", "out/log", "out/x"]
 
 
-def test_releasing_leaves_the_lease_of_the_run_that_took_over(store):
-    lease = Lease(store, "mine")
-    lease.acquire(pytest.fail)
-    leave_lease(store)
-    lease.release()
-    assert holder(store)["run_id"] == "other"
+@pytest.mark.parametrize("mends", [True, False])
+def test_a_line_that_was_cut_by_a_full_disk_is_not_in_the_file_twice(tmp_path, clock, mends):
+    """/dev/full cannot be truncated, so a file size limit stands for the disk."""
+    import resource
+    import signal
+
+    store = Store(str(tmp_path), patience=5, clock=clock, wait=clock.wait)
+    store.append_text("log", "one\n")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    sizes = []
+
+    def wait(seconds: float) -> None:
+        clock.wait(seconds)
+        sizes.append(store.size("log"))
+        if mends:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    store = Store(str(tmp_path), patience=5, clock=clock, wait=wait)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6, hard))
+        if mends:
+            store.append_text("log", "two\n")
+        else:
+            with pytest.raises(OSError, match="writing log failed"):
+                store.append_text("log", "two\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert set(sizes) == {4}, "the part that was written is taken back before the next try"
+    assert store.read_bytes("log") == (b"one\ntwo\n" if mends else b"one\n")
+
+
+def test_a_written_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    store, order = Store(str(tmp_path / "out")), []
+    fsync, replace = os.fsync, os.replace
+
+    def note_fsync(handle: int) -> None:
+        order.append(("sync", os.fstat(handle).st_ino))
+        fsync(handle)
+
+    def note_replace(source, target) -> None:
+        order.append(("name", os.stat(source).st_ino))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    store.write_bytes("x", b"1")
+    (tmp_path / "clip").write_bytes(b"clip")
+    store.publish(str(tmp_path / "clip"), "y")
+    x, y = (os.stat(store.path(name)).st_ino for name in ("x", "y"))
+    assert order == [("sync", x), ("name", x), ("sync", y), ("name", y)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ltx_ray.engine.frames import PictureCheck, decode_tiled, to_yuv420
-from ltx_ray.engine.tiling import side_intervals, split, sums_to_one, time_intervals
+from ltx_ray.engine.tiling import LADDER, Tiling, distinct_rungs, side_intervals, split, sums_to_one, time_intervals
 from ltx_ray.shapes import SPACE_FACTOR, TIME_FACTOR
+
+RUNGS = pytest.mark.parametrize("rung", range(len(LADDER)))
 
 # --- tiles ---------------------------------------------------------------------------------------
 
@@ -38,36 +41,73 @@ def covered(intervals, length: int) -> torch.Tensor:
     return total
 
 
+@RUNGS
 @settings(max_examples=60)
-@given(st.integers(1, 120))
-def test_tiles_in_time_cover_every_frame_and_sum_to_one(latent_frames):
-    intervals = time_intervals(latent_frames)
+@given(latent_frames=st.integers(1, 120))
+def test_tiles_in_time_cover_every_frame_and_sum_to_one(rung, latent_frames):
+    intervals = time_intervals(latent_frames, LADDER[rung])
     length = (latent_frames - 1) * TIME_FACTOR + 1
     total = covered(intervals, length)
     assert torch.allclose(total, torch.ones(length), atol=1e-5)
     assert sums_to_one(intervals, length)
     for i in intervals:
         assert i.pixel.stop - i.pixel.start == (i.latent.stop - i.latent.start - 1) * TIME_FACTOR + 1
-        assert i.latent.stop - i.latent.start <= 11
+        assert i.latent.stop - i.latent.start <= LADDER[rung].frames // TIME_FACTOR + 1
 
 
+@RUNGS
 @settings(max_examples=60)
-@given(st.integers(2, 130), st.integers(2, 130))
-def test_tiles_of_a_side_cover_every_pixel(side, other):
-    intervals = side_intervals(side, max(side, other))
+@given(side=st.integers(2, 130), other=st.integers(2, 130))
+def test_tiles_of_a_side_cover_every_pixel(rung, side, other):
+    intervals = side_intervals(side, max(side, other), LADDER[rung])
     total = covered(intervals, side * SPACE_FACTOR)
     assert total.min() > 0
     assert sums_to_one(intervals, side * SPACE_FACTOR) == bool((total - 1).abs().max() <= 1e-5)
     for i in intervals:
         assert (i.pixel.start, i.pixel.stop) == (i.latent.start * SPACE_FACTOR, i.latent.stop * SPACE_FACTOR)
-        assert i.latent.stop - i.latent.start <= 24
+        assert i.latent.stop - i.latent.start <= LADDER[rung].long_side // SPACE_FACTOR
+
+
+def ranges(intervals) -> list[tuple[int, int]]:
+    return [(i.latent.start, i.latent.stop) for i in intervals]
 
 
 def test_the_layout_of_an_hq_clip():
     """34 x 60 latents: 768 px on the long side and 448 on the short one, 64 overlapping; 80 frames, 24 overlapping."""
-    assert [(i.latent.start, i.latent.stop) for i in side_intervals(60, 60)] == [(0, 24), (22, 46), (44, 60)]
-    assert [(i.latent.start, i.latent.stop) for i in side_intervals(34, 60)] == [(0, 14), (12, 26), (24, 34)]
-    assert [(i.latent.start, i.latent.stop) for i in time_intervals(16)] == [(0, 10), (6, 16)]
+    assert ranges(side_intervals(60, 60, LADDER[0])) == [(0, 24), (22, 46), (44, 60)]
+    assert ranges(side_intervals(34, 60, LADDER[0])) == [(0, 14), (12, 26), (24, 34)]
+    assert ranges(time_intervals(16, LADDER[0])) == [(0, 10), (6, 16)]
+
+
+def largest_tile(latent_size, tiling: Tiling) -> int:
+    frames, height, width = latent_size
+    cuts = (
+        time_intervals(frames, tiling),
+        *(side_intervals(side, max(height, width), tiling) for side in (height, width)),
+    )
+    return math.prod(max(i.latent.stop - i.latent.start for i in intervals) for intervals in cuts)
+
+
+def test_every_rung_of_an_hq_clip_needs_at_most_two_thirds_of_the_one_before():
+    sizes = [largest_tile((16, 34, 60), tiling) for tiling in LADDER]
+    assert sizes == [10 * 14 * 24, 6 * 14 * 24, 4 * 14 * 24, 4 * 9 * 16, 4 * 5 * 8]
+    assert all(after <= before * 2 / 3 for before, after in itertools.pairwise(sizes))
+
+
+@given(st.tuples(st.integers(1, 40), st.integers(2, 70), st.integers(2, 70)))
+def test_rungs_that_change_nothing_are_left_out(latent_size):
+    rungs = distinct_rungs(latent_size)
+    assert rungs[0] == 0 and rungs == sorted(rungs)
+    for rung, tiling in enumerate(LADDER):
+        same = max(r for r in rungs if r <= rung)
+        assert largest_tile(latent_size, tiling) == largest_tile(latent_size, LADDER[same])
+
+
+def test_rungs_of_some_clips():
+    assert distinct_rungs((16, 34, 60)) == [0, 1, 2, 3, 4]
+    assert distinct_rungs((3, 4, 6)) == [0], "one small tile cannot be cut"
+    assert distinct_rungs((8, 4, 6)) == [0, 1, 2]
+    assert distinct_rungs((3, 4, 20)) == [0, 3, 4]
 
 
 # --- decoding ------------------------------------------------------------------------------------
@@ -80,6 +120,7 @@ def linear_decoder(latent: torch.Tensor) -> torch.Tensor:
     return frames.repeat_interleave(SPACE_FACTOR, dim=3).repeat_interleave(SPACE_FACTOR, dim=4)
 
 
+@RUNGS
 @pytest.mark.parametrize(
     "frames, height, width",
     [
@@ -91,7 +132,7 @@ def linear_decoder(latent: torch.Tensor) -> torch.Tensor:
         (18, 3, 30),  # along time and width
     ],
 )
-def test_tiled_is_untiled(frames, height, width):
+def test_tiled_is_untiled(frames, height, width, rung):
     latent = torch.randn(1, 4, frames, height, width, generator=torch.Generator().manual_seed(0))
     tiles = 0
 
@@ -100,15 +141,17 @@ def test_tiled_is_untiled(frames, height, width):
         tiles += 1
         return linear_decoder(tile)
 
-    chunks = [c.clone() for c in decode_tiled(decode, latent)]
+    chunks = [c.clone() for c in decode_tiled(decode, latent, LADDER[rung])]
+    assert all(chunk.shape[2] for chunk in chunks), "nothing can be encoded from an empty chunk"
     got = torch.cat(chunks, dim=2)
     assert got.shape == (1, 3, (frames - 1) * TIME_FACTOR + 1, height * SPACE_FACTOR, width * SPACE_FACTOR)
     assert (got - linear_decoder(latent)).abs().max() < 1e-5
-    assert (tiles == 1) == (frames <= 10 and max(height, width) <= 24)
+    size = LADDER[rung].frames // TIME_FACTOR, LADDER[rung].long_side // SPACE_FACTOR
+    assert (tiles == 1) == (frames <= size[0] and max(height, width) <= size[1])
 
 
 def test_a_wide_clip_takes_the_way_with_a_divisor():
-    assert not sums_to_one(side_intervals(8, 72), 8 * SPACE_FACTOR)
+    assert not sums_to_one(side_intervals(8, 72, LADDER[0]), 8 * SPACE_FACTOR)
 
 
 def test_chunks_come_one_stretch_of_time_at_a_time():
@@ -118,16 +161,16 @@ def test_chunks_come_one_stretch_of_time_at_a_time():
         seen.append(tile.shape[2])
         return linear_decoder(tile)
 
-    stream = decode_tiled(decode, torch.zeros(1, 3, 40, 2, 2))
+    stream = decode_tiled(decode, torch.zeros(1, 3, 40, 2, 2), LADDER[0])
     next(stream)
     assert len(seen) == 2, "the first chunk waits only for the tile that overlaps it"
     assert max(seen) <= 11
     list(stream)
-    assert len(seen) == len(time_intervals(40))
+    assert len(seen) == len(time_intervals(40, LADDER[0]))
 
 
 def test_the_result_keeps_the_latents_dtype():
-    [chunk] = decode_tiled(linear_decoder, torch.zeros(1, 3, 1, 2, 2, dtype=torch.bfloat16))
+    [chunk] = decode_tiled(linear_decoder, torch.zeros(1, 3, 1, 2, 2, dtype=torch.bfloat16), LADDER[0])
     assert chunk.dtype == torch.bfloat16
 
 

@@ -167,28 +167,6 @@ def test_a_row_that_succeeds_is_no_longer_failed(writer):
     assert writer.store.list("failed") == []
 
 
-def test_the_listing_says_what_is_done_and_what_failed(writer):
-    writer.write_index(ITEM, request(id="a"), RENDERED)
-    writer.write_index(ITEM, request(id="b"), RENDERED)
-    writer.write_failed(OTHER, request(id="c"), RawRow("m.jsonl", 1, {}), CRASH)
-    writer.write_failed(OTHER, request(id="d"), RawRow("m.jsonl", 2, {}), NAN)
-    name = writer.write_illegal(RawRow("m.jsonl", 3, {"prompt": ""}), ["m.jsonl:3:prompt: ..."])
-    writer.store.write_bytes(f"latents/aa/{ITEM}.safetensors", b"")
-    for stray in ("index/_SUCCESS", "index/.part-x-y.parquet.1234", "failed/_x", "index/readme.txt"):
-        writer.store.write_bytes(stray, b"")
-    done = writer.listing()
-    assert done.rows == {(ITEM, row_key("a")), (ITEM, row_key("b"))}
-    assert set(done.items) == {ITEM} and done.items[ITEM] in {row_key("a"), row_key("b")}
-    assert done.latents == {ITEM}
-    illegal = tuple(name.removesuffix(".parquet").split("-")[2:])
-    assert done.failed == {(OTHER, row_key("c")): "infra", (OTHER, row_key("d")): "row", illegal: "illegal"}
-
-
-def test_a_new_dataset_is_empty(writer):
-    done = writer.listing()
-    assert not (done.rows or done.items or done.failed or done.latents)
-
-
 # --- failed/ as a manifest -----------------------------------------------------------------------
 
 LINES = [

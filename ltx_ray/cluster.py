@@ -1,0 +1,126 @@
+"""The Ray cluster of a run: the one asked for, or a private local one; joined when there is work."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import replace
+
+from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec
+from ltx_ray.pools.pool import Resources, Wanted, check_schedulable, lay_out, slots_needed
+from ltx_ray.storage import Store
+
+#: A larger checkpoint is not rendered on CPUs unless that is asked for: it would take days a clip.
+_CPU_MODEL_BYTES = 4 * 2**30
+#: Object store of a private cluster without GPUs: contexts and latents of a few small clips.
+_LOCAL_STORE_BYTES = 512 * 2**20
+#: How much of the cluster's object store the results of a run may fill; the rest is for what is being passed on.
+_STORE_SHARE = 0.5
+
+
+class Cluster:
+    """`address`: of a running cluster, None for a private one. `engines`: dotted paths by pool kind."""
+
+    def __init__(
+        self,
+        *,
+        address: str | None,
+        device: str,
+        wanted: Wanted,
+        numerics: Numerics,
+        model: ModelFiles,
+        model_bytes: int,
+        engines: Mapping[str, str],
+        output: str,
+        save_latents: bool,
+        stop_after: str | None,
+    ):
+        self._address = address or os.environ.get("RAY_ADDRESS")
+        self._device, self._wanted, self._numerics = device, wanted, numerics
+        self._model, self._model_bytes, self._engines = model, model_bytes, engines
+        self._output = Store(output).uri if "://" in output else os.path.abspath(output)
+        self._save_latents, self._stop_after = save_latents, stop_after
+        self._joined = False
+        #: What the results of a run's items in flight may take together.
+        self.max_bytes = float("inf")
+
+    def join(self) -> tuple[list[PoolSpec], Numerics]:
+        """Join or start the cluster and lay the pools out on it. Raises ValueError when they do not fit."""
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        import ray
+
+        common = {"logging_level": "error", "log_to_driver": False}
+        if self._address:
+            if not ray.is_initialized():
+                _check_reachable(self._address)
+                ray.init(address=self._address, **common)
+                self._joined = True
+            free = Resources.of(ray.available_resources())
+            # auto takes what is free, so that a run fits beside others
+            pools, numerics = self._lay_out(free.gpus)
+            if not self._wanted.max_replicas:
+                check_schedulable(pools, free)
+        else:
+            gpus = float(_local_gpus())
+            pools, numerics = self._lay_out(gpus)
+            free = Resources(slots_needed(pools).cpus, gpus)
+            check_schedulable(pools, free)
+            ray.init(
+                address="local",
+                num_cpus=int(free.cpus) + 1,
+                include_dashboard=False,
+                object_store_memory=None if gpus else _LOCAL_STORE_BYTES,
+                **common,
+            )
+            self._joined = True
+        self.max_bytes = _STORE_SHARE * ray.cluster_resources().get("object_store_memory", float("inf"))
+        return pools, numerics
+
+    def _lay_out(self, gpus: float) -> tuple[list[PoolSpec], Numerics]:
+        wants_gpus = self._device == "cuda" or self._model_bytes > _CPU_MODEL_BYTES
+        if self._device == "cpu":
+            gpus = 0.0
+        elif not gpus and wants_gpus:
+            if not self._wanted.max_replicas:
+                raise ValueError("GPUs: at least 1 needed, 0 free; legal: a cluster with GPUs now, or --device cpu")
+            gpus = float(self._wanted.max_replicas)  # those that the autoscaler is going to bring
+        numerics = replace(self._numerics, device="cuda" if gpus else "cpu")
+        engines = {
+            name: EngineSpec(
+                engine=path,
+                model=self._model,
+                numerics=numerics,
+                output=self._output,
+                save_latents=self._save_latents,
+                stop_after=self._stop_after,
+            )
+            for name, path in self._engines.items()
+        }
+        return lay_out(replace(self._wanted, with_stage2=self._stop_after is None), gpus, engines), numerics
+
+    def leave(self) -> None:
+        if self._joined:
+            import ray
+
+            ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Raise ConnectionError unless something listens there; Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        return  # "auto", "local" and the like
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise ConnectionError(f"--ray-address: {address}, cannot be reached ({error.strerror or error})") from None
+
+
+def _local_gpus() -> int:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([v for v in visible.split(",") if v.strip() and v.strip() != "-1"])
+    from ray._private.accelerators import NvidiaGPUAcceleratorManager
+
+    return NvidiaGPUAcceleratorManager.get_current_node_num_accelerators()

@@ -1,0 +1,204 @@
+"""The driver's books: which rows want which item, what its stages have made, and what became of it.
+
+Rows come in as the plan has judged them and leave through the dataset's writer: rendered, failed, illegal,
+or done before. Nothing here decides anything.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from ltx_ray.dataset.writer import DatasetWriter, Failure, Rendered
+from ltx_ray.driver.progress import Progress
+from ltx_ray.driver.publisher import Publisher
+from ltx_ray.metrics import EventLog, RunMetrics
+from ltx_ray.plan import COPY, DONE, FAILED, ILLEGAL, REPEATED, Plan, PlannedRow
+from ltx_ray.records import Clip, WorkItem, canonical_json
+
+
+@dataclass
+class Work:
+    """An item in the pools: the manifest rows that want it, and what its stages have made so far."""
+
+    item: WorkItem
+    rows: list[PlannedRow]
+    payloads: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    replicas: dict[str, str] = field(default_factory=dict)
+    switches: int = 0
+    gpu_seconds: float = 0.0
+    attempts: int = 1
+    device: str = ""
+    info: dict[str, Any] = field(default_factory=dict)
+    #: Why it is given up, while its latents are still being kept.
+    failure: Failure | None = None
+    #: What became of it; its rows are being written then.
+    outcome: Rendered | Failure | None = None
+    writing: int = 0
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return self.item.request.id or self.item.item_id
+
+
+class Books:
+    """`counts`: rows, rendered, already_done, failed, illegal."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        writer: DatasetWriter,
+        publisher: Publisher,
+        events: EventLog,
+        progress: Progress,
+        versions: str,
+    ):
+        self.plan, self.writer, self.publisher = plan, writer, publisher
+        self.events, self.progress, self.versions = events, progress, versions
+        self.counts: Counter[str] = Counter()
+        self.metrics = RunMetrics()
+        self.work: dict[str, Work] = {}
+        self.exhausted = False
+        self._illegal: set[str] = set()
+
+    def take(self, rows: Iterator[PlannedRow], at_most: int) -> Iterator[Work]:
+        """Read up to `at_most` rows and yield the items among them that are new work."""
+        for _ in range(at_most):
+            planned = next(rows, None)
+            if planned is None:
+                self.exhausted = True
+                return
+            if planned.status != REPEATED:
+                self.counts["rows"] += 1
+            if planned.status == DONE:
+                self.counts["already_done"] += 1
+            elif planned.status == FAILED:
+                self.counts["failed"] += 1
+            elif planned.status == ILLEGAL:
+                self._take_illegal(planned)
+            elif planned.status == COPY:
+                self._take_copy(planned)
+            elif planned.status != REPEATED:
+                item = planned.item
+                assert item is not None
+                work = self.work.get(item.item_id)
+                if work is not None:
+                    work.rows.append(planned)
+                    if work.outcome is not None:
+                        self._write(work, planned)
+                elif self.plan.done.key_of(item.item_id) is not None:
+                    self._take_copy(planned)  # finished since the row was planned
+                else:
+                    work = self.work[item.item_id] = Work(item, [planned])
+                    yield work
+
+    def _take_illegal(self, planned: PlannedRow) -> None:
+        raw, messages = planned.row.raw, list(planned.messages)
+        self.counts["illegal"] += 1
+        for message in messages:
+            self.progress.say(message)
+        self.events.emit("row_illegal", source=raw.source, id=planned.row.id, message="\n".join(messages))
+        self.publisher.submit(lambda: self._illegal.add(self.writer.write_illegal(raw, messages)), _nothing)
+
+    def _take_copy(self, planned: PlannedRow) -> None:
+        assert planned.item is not None
+        name = planned.item.item_id
+        from_key = self.plan.done.key_of(name)
+        self.publisher.submit(lambda: self.writer.copy_index_row(name, from_key, planned.request), _nothing)
+        self.counts["rendered"] += 1
+
+    # --- outcomes --------------------------------------------------------------------------------
+
+    def finish(self, work: Work, clip: Clip, numerics: str) -> None:
+        """The item's last stage came back with `clip`."""
+        flags = ("prompt_truncated",) if work.info.get("prompt_truncated") else ()
+        rendered = Rendered(
+            clip=clip,
+            attempts=work.attempts,
+            recipe=canonical_json(work.item.recipe),
+            recipe_digest=work.item.recipe_digest,
+            numerics=numerics,
+            noise_ledger=canonical_json(work.info.get("noise_ledger")),
+            versions=self.versions,
+            device=work.device,
+            seconds={**work.seconds, "gpu_seconds": work.gpu_seconds},
+            stage1_replica=work.replicas.get("stage1"),
+            stage2_replica=work.replicas.get("stage2"),
+            switches=work.switches,
+            extra_flags=flags,
+        )
+        self._end(work, rendered)
+
+    def fail(self, work: Work, failure: Failure) -> None:
+        """The item is given up."""
+        self._end(work, failure)
+
+    def _end(self, work: Work, outcome: Rendered | Failure) -> None:
+        work.outcome = outcome
+        work.payloads.clear()
+        for planned in work.rows:
+            self._write(work, planned)
+
+    def _write(self, work: Work, planned: PlannedRow) -> None:
+        work.writing += 1
+        name, outcome = work.item.item_id, work.outcome
+        if isinstance(outcome, Failure):
+            self.publisher.submit(
+                lambda: self.writer.write_failed(name, planned.request, planned.row.raw, outcome),
+                lambda: self._failed(work, planned, outcome),
+            )
+        else:
+            older = [] if self.plan.latents_only else self._older_failures(name, planned.key)
+            self.publisher.submit(
+                lambda: self._write_rendered(name, planned, outcome, older), lambda: self._rendered(work, planned)
+            )
+
+    def _write_rendered(self, name: str, planned: PlannedRow, rendered: Rendered, older: list[str]) -> None:
+        if self.plan.latents_only:
+            self.writer.write_preview(name, planned.request, planned.row.raw, rendered)
+            return
+        self.writer.write_index(name, planned.request, rendered)
+        self.writer.forget_older_failures(older, planned.row.raw.source)
+
+    def _rendered(self, work: Work, planned: PlannedRow) -> None:
+        if not self.plan.latents_only:
+            self.plan.done.add_row(work.item.item_id, planned.key)
+        self._count(work, "rendered")
+        self.events.emit("item_finished", item_id=work.item.item_id, id=planned.request.id)
+
+    def _failed(self, work: Work, planned: PlannedRow, failure: Failure) -> None:
+        self._count(work, "failed")
+        row_id, stage, message = planned.request.id, failure.stage, failure.message
+        self.progress.say(f"{row_id}: failed in {stage}: {first_line(message)}")
+        self.events.emit("item_failed", item_id=work.item.item_id, id=row_id, stage=stage, message=message)
+
+    def _count(self, work: Work, outcome: str) -> None:
+        self.counts[outcome] += 1
+        self.metrics.item(outcome)
+        work.writing -= 1
+        if not work.writing:
+            del self.work[work.item.item_id]
+
+    def _older_failures(self, name: str, key: str) -> list[str]:
+        """Parts in which the row failed as another item: with other weights, or before it was edited."""
+        failed = self.plan.done.failed_parts(key)
+        return [f"part-{kind}-{item}-{key}.parquet" for item, kind in failed if item != name]
+
+    def close(self, complete: bool) -> None:
+        """The end of a run: `complete` when every row of the manifest was read."""
+        self.publisher.poll()
+        if complete and self.plan.complete:
+            self.writer.forget_illegal(self.plan.manifest, keep=self._illegal)
+
+
+def first_line(text: str) -> str:
+    """The first line of a message."""
+    return text.strip().splitlines()[0] if text.strip() else "no message"
+
+
+def _nothing() -> None:
+    pass

@@ -1,0 +1,160 @@
+"""A clip's latents outside the pools: their names and digest, and their file, from which a later run can go on.
+
+`latents/<2 hex>/<item_id>.safetensors` holds stage_1.video, stage_1.audio and, where there is a second stage, its
+two; the metadata has the item_id and the noise ledger as it was after stage 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from ltx_ray.engine.start import latent_sizes, stage_1_draws
+from ltx_ray.modelfiles import cache_root
+from ltx_ray.records import AV, NoiseLedger, StageLatents, WorkItem, canonical_json
+from ltx_ray.storage import Store, join
+
+_log = logging.getLogger(__name__)
+
+
+class StoredLatentsGone(Exception):
+    """No stored stage-1 latents that stage 2 could go on from; the message says where and why."""
+
+
+def named_latents(*stages: StageLatents) -> dict[str, torch.Tensor]:
+    """`stage_1.video`, `stage_1.audio`, `stage_2.video`, ... in the order in which they were made."""
+    return {
+        f"stage_{n}.{name}": tensor
+        for n, stage in enumerate(stages, start=1)
+        for name, tensor in zip(("video", "audio"), stage.latents, strict=True)
+    }
+
+
+def latents_sha256(named: dict[str, torch.Tensor]) -> str:
+    """sha256 over each latent's name, dtype, shape and raw little-endian bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in named.items():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        digest.update(f"{name}:{dtype}:{tuple(tensor.shape)}:".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class LatentStore:
+    """Latents in the output, and in this node's cache while the output cannot be written.
+
+    Nowhere is a file with both stages replaced by one with the first stage alone.
+    """
+
+    def __init__(self, output: Store):
+        self.output = output
+        name = output.root if output.is_local else output.uri
+        self.kept = Store(str(cache_root() / "kept" / hashlib.sha256(name.encode()).hexdigest()[:12]))
+
+    def publish(self, item: WorkItem, stages: Sequence[StageLatents]) -> str:
+        """Write the latents of `stages` to the output; returns where they are. Raises OSError when it refuses."""
+        place = _put(self.output, item, stages)
+        if _stages_there(self.kept, item) <= len(stages):
+            self.forget(item)
+        return place
+
+    def keep(self, item: WorkItem, stages: Sequence[StageLatents]) -> str:
+        """`publish`, or write to the cache when the output refuses. Raises OSError when that refuses too."""
+        try:
+            return self.publish(item, stages)
+        except OSError as error:
+            _log.warning("%s: the output cannot be written (%s); its latents stay on this node", item.item_id, error)
+        return _put(self.kept, item, stages)
+
+    def forget(self, item: WorkItem) -> None:
+        """Remove the copy in this node's cache; nothing happens when there is none."""
+        self.kept.delete(_path(item))
+
+    def stage_1(self, item: WorkItem, dtype: torch.dtype) -> tuple[StageLatents, str]:
+        """Stored stage-1 latents of `item` and where they were: in the output, or else in the cache.
+
+        Raises StoredLatentsGone when neither has a file of this item with latents of its sizes, in `dtype`, finite,
+        and with the ledger of their noise.
+        """
+        reasons = []
+        for store in (self.output, self.kept):
+            place = join(store.uri, _path(item))
+            try:
+                return _stage_1(store, item, dtype), place
+            except FileNotFoundError:
+                reasons.append(f"{place}: no such file")
+            except (OSError, ValueError) as error:
+                reasons.append(f"{place}: {error}")
+        raise StoredLatentsGone("; ".join(reasons))
+
+
+def _path(item: WorkItem) -> str:
+    return f"latents/{item.item_id[:2]}/{item.item_id}.safetensors"
+
+
+def _put(store: Store, item: WorkItem, stages: Sequence[StageLatents]) -> str:
+    place = join(store.uri, _path(item))
+    if len(stages) == 1 and _stages_there(store, item) > 1:
+        return place
+    named = {name: tensor.contiguous() for name, tensor in named_latents(*stages).items()}
+    metadata = {"item_id": item.item_id, "noise_ledger": canonical_json(stages[0].ledger)}
+    store.write_bytes(_path(item), save(named, metadata))
+    return place
+
+
+def _stages_there(store: Store, item: WorkItem) -> int:
+    """How many stages the item's file has; 0 when there is none, or one that is of no use."""
+    try:
+        _, tensors = _read(store, item)
+    except (FileNotFoundError, ValueError):
+        return 0
+    return sum(f"stage_{n}.video" in tensors and f"stage_{n}.audio" in tensors for n in (1, 2))
+
+
+def _read(store: Store, item: WorkItem) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """Metadata and tensors of the item's file. Raises OSError, and ValueError when it is broken or another item's."""
+    data = store.read_bytes(_path(item))
+    try:
+        tensors = load(data)
+    except SafetensorError as error:
+        raise ValueError(f"not a whole safetensors file ({error})") from None
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    metadata = header.get("__metadata__") or {}
+    if metadata.get("item_id") != item.item_id:
+        raise ValueError(f"holds item {metadata.get('item_id')}")
+    return metadata, tensors
+
+
+def _stage_1(store: Store, item: WorkItem, dtype: torch.dtype) -> StageLatents:
+    metadata, tensors = _read(store, item)
+    sizes = latent_sizes(item.request.shape.half())
+    for name, size in zip(("stage_1.video", "stage_1.audio"), sizes, strict=True):
+        tensor = tensors.get(name)
+        if tensor is None:
+            raise ValueError(f"no {name}")
+        if tuple(tensor.shape) != size or tensor.dtype != dtype:
+            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {dtype} {size}")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} is not finite")
+    ledger = _ledger(metadata.get("noise_ledger"))
+    draws = stage_1_draws(item.request, str(dtype).removeprefix("torch."))
+    if (ledger.seed, ledger.draws) != (item.request.seed, draws):
+        raise ValueError("its noise ledger is not that of the item after stage 1")
+    return StageLatents(AV(tensors["stage_1.video"], tensors["stage_1.audio"]), ledger)
+
+
+def _ledger(text: str | None) -> NoiseLedger:
+    if text is None:
+        raise ValueError("no noise ledger")
+    try:
+        found = json.loads(text)
+        draws = tuple((name, tuple(shape), dtype) for name, shape, dtype in found["draws"])
+        return NoiseLedger(found["seed"], found["device"], found["device_model"], draws)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"its noise ledger cannot be read ({error!r})") from None

@@ -1,0 +1,226 @@
+"""A crew in virtual time, for tests and benchmarks of the driver: thousands of replicas in one process.
+
+Calls take the seconds that `times` says; replicas crash, hang, run out of memory or fail alike on all
+ranks, nodes vanish with everything on them, all drawn from one seed. Results are made by an engine such as
+`engine.fake`, in this process, when a call has gone well.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ltx_ray.config import PoolSpec
+from ltx_ray.pools.news import Answered, InputsLost, Lost, News, Started
+from ltx_ray.records import CallReport, WorkItem
+
+#: (stage, item, dice) -> seconds of a call.
+Times = Callable[[str, WorkItem, random.Random], float]
+#: (stage, item, *results of earlier stages) -> result.
+Make = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Faults:
+    """Chances of each fault, of a call unless said otherwise."""
+
+    crash: float = 0.0
+    hang: float = 0.0
+    out_of_memory: float = 0.0
+    #: An exception that is alike on all ranks; of them `store` is the output store's.
+    error: float = 0.0
+    store: float = 0.0
+    #: Of a start.
+    no_start: float = 0.0
+    #: Mean seconds between losses of a node; 0: none is lost.
+    node_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Payload:
+    value: Any
+    node: int
+    #: Which life of the node it was made in.
+    life: int
+
+
+@dataclass
+class _Replica:
+    spec: PoolSpec
+    node: int
+    ready: bool = False
+    dead: bool = False
+    call: tuple[str, WorkItem, list[Any]] | None = None
+    #: What it has merged, and how many calls it has had: an event of an older one means nothing.
+    phase: str | None = None
+    calls: int = 0
+
+
+@dataclass
+class SimulatedCrew:
+    """`start_seconds`, `switch_seconds`, `call_timeout`, `node_down_seconds` in virtual seconds; `now` is the time."""
+
+    times: Times
+    make: Make
+    seed: int = 0
+    faults: Faults = Faults()
+    nodes: int = 8
+    start_seconds: float = 40.0
+    switch_seconds: float = 1.5
+    call_timeout: float = 7200.0
+    now: float = 0.0
+    #: Seconds that replicas were busy, by stage and in switches.
+    busy: dict[str, float] = field(default_factory=dict)
+    #: Called with (time, replica, stage, seconds) after each good call.
+    watch: Callable[[float, str, str, float], None] | None = None
+
+    def __post_init__(self) -> None:
+        self._dice = random.Random(self.seed)
+        self._events: list[tuple[float, int, Callable[[], list[News]]]] = []
+        self._numbers = itertools.count()
+        self._replicas: dict[str, _Replica] = {}
+        self._lives = [0] * self.nodes
+        if self.faults.node_seconds:
+            self._plan_node_loss()
+
+    # --- the crew's protocol ---------------------------------------------------------------------
+
+    def start(self, name: str, spec: PoolSpec) -> None:
+        replica = self._replicas[name] = _Replica(spec, self._dice.randrange(self.nodes))
+        fails = self._dice.random() < self.faults.no_start
+        self._after(self.start_seconds, lambda: self._started(name, replica, fails))
+
+    def submit(self, replica: str, stage: str, item: WorkItem, inputs: list[Any]) -> None:
+        state = self._replicas[replica]
+        assert state.ready and state.call is None, f"{replica} is busy"
+        state.call = stage, item, inputs
+        state.calls += 1
+        number = state.calls
+        if state.dead:
+            self._after(0.0, lambda: self._gone(replica, number, "its node was lost", idle=True))
+            return
+        if any(self._lives[p.node] != p.life for p in inputs):
+            self._after(0.0, lambda: self._no_inputs(replica, number))
+            return
+        seconds = self.times(stage, item, self._dice)
+        switch = 0.0
+        if stage in ("stage1", "stage2") and state.phase != stage:
+            switch = self.switch_seconds if state.phase is not None else 0.0
+            state.phase = stage
+        fate = self._dice.random()
+        for name, happens in (
+            ("crash", lambda: self._gone(replica, number, "rank 0 died")),
+            ("hang", lambda: self._gone(replica, number, f"{stage} took longer than {self.call_timeout:g} s")),
+            ("out_of_memory", lambda: self._fails(replica, number, "OutOfMemoryError", seconds)),
+            ("error", lambda: self._fails(replica, number, "RuntimeError", seconds)),
+            ("store", lambda: self._fails(replica, number, "OSError", seconds)),
+        ):
+            fate -= getattr(self.faults, name)
+            if fate < 0:
+                after = self.call_timeout if name == "hang" else seconds * self._dice.random()
+                self._after(after, happens)
+                return
+        self._after(seconds + switch, lambda: self._answers(replica, number, seconds, switch))
+
+    def wait(self, timeout: float) -> list[News]:
+        assert self._events, "nothing will ever happen again"
+        self.now, _, happens = heapq.heappop(self._events)
+        return happens()
+
+    def placing(self) -> Mapping[str, float]:
+        return {}
+
+    def kill(self, replica: str) -> None:
+        del self._replicas[replica]
+
+    def result(self, payload: Any) -> Any:
+        return payload.value
+
+    def close(self) -> None:
+        self._replicas.clear()
+
+    @property
+    def alive(self) -> int:
+        """Replicas that nobody has ended."""
+        return len(self._replicas)
+
+    # --- what happens ----------------------------------------------------------------------------
+
+    def _after(self, seconds: float, happens: Callable[[], list[News]]) -> None:
+        heapq.heappush(self._events, (self.now + seconds, next(self._numbers), happens))
+
+    def _started(self, name: str, replica: _Replica, fails: bool) -> list[News]:
+        if self._replicas.get(name) is not replica:
+            return []
+        if fails or replica.dead:
+            del self._replicas[name]
+            return [Lost(name, "it did not start", served=False)]
+        replica.ready = True
+        return [Started(name, [{"rank": 0, "node": replica.node, "device_name": ""}], self.start_seconds)]
+
+    def _current(self, name: str, number: int) -> _Replica | None:
+        """The replica, if it is still in its call of this number."""
+        replica = self._replicas.get(name)
+        return replica if replica is not None and replica.call is not None and replica.calls == number else None
+
+    def _gone(self, name: str, number: int, reason: str, idle: bool = False) -> list[News]:
+        if self._current(name, number) is None:
+            return []
+        del self._replicas[name]
+        return [Lost(name, reason, served=True, idle=idle)]
+
+    def _no_inputs(self, name: str, number: int) -> list[News]:
+        replica = self._current(name, number)
+        if replica is None:
+            return []
+        if replica.spec.ranks > 1:
+            del self._replicas[name]
+            return [Lost(name, "rank 0 has no inputs", served=True, inputs_lost=True)]
+        replica.call = None
+        return [InputsLost(name, "rank 0 has no inputs")]
+
+    def _fails(self, name: str, number: int, error: str, seconds: float) -> list[News]:
+        replica = self._current(name, number)
+        if replica is None:
+            return []
+        replica.call = None
+        report = CallReport(False, seconds, self.now, error_type=error, message=f"{error} by chance", traceback="")
+        return [Answered(name, report, None)]
+
+    def _answers(self, name: str, number: int, seconds: float, switch: float) -> list[News]:
+        replica = self._current(name, number)
+        if replica is None:
+            return []
+        stage, item, inputs = replica.call
+        replica.call = None
+        payload = _Payload(
+            self.make(stage, item, *(p.value for p in inputs)), replica.node, self._lives[replica.node]
+        )
+        self.busy[stage] = self.busy.get(stage, 0.0) + seconds
+        self.busy["switch"] = self.busy.get("switch", 0.0) + switch
+        if self.watch is not None:
+            self.watch(self.now, name, stage, seconds)
+        report = CallReport(True, seconds + switch, self.now - seconds - switch, switch, int(switch > 0), nbytes=1)
+        return [Answered(name, report, payload)]
+
+    def _plan_node_loss(self) -> None:
+        self._after(self._dice.expovariate(1 / self.faults.node_seconds), self._node_lost)
+
+    def _node_lost(self) -> list[News]:
+        """A node goes with its replicas and all results on it, and is back at once, empty."""
+        node = self._dice.randrange(self.nodes)
+        self._lives[node] += 1
+        news: list[News] = []
+        for name, replica in list(self._replicas.items()):
+            if replica.node != node:
+                continue
+            replica.dead = True
+            if replica.call is not None:
+                del self._replicas[name]
+                news.append(Lost(name, "its node was lost", served=True))
+        self._plan_node_loss()
+        return news

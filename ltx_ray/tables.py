@@ -1,0 +1,107 @@
+"""Compact tables that only grow: millions of fixed-width records in sorted runs, a handful of bytes each."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+#: Records that stay in a dict before they become a run.
+_NEWEST = 8192
+#: Bytes of a record that it is searched by.
+_HEAD = 8
+
+
+class Records:
+    """Records of `width` bytes, looked up by their first 8 (the head), which should be spread evenly.
+
+    Several may have one head. The newest are in a dict; `settle` makes them a run, sorted by head, and merges
+    runs of like sizes up to `cap` rows: merging takes as much memory again as the runs that it merges, so the
+    cap bounds what a table needs beyond its `width` bytes a record (None: no bound, fewest runs to search).
+    """
+
+    def __init__(self, width: int, cap: int | None = 1 << 20):
+        assert width >= _HEAD
+        self._cap = cap
+        self._newest: dict[bytes, tuple[bytes, ...]] = {}
+        self._waiting = 0
+        self._runs: list[dict[str, np.ndarray]] = []
+        rest = [("rest", f"V{width - _HEAD}")] if width > _HEAD else []
+        self._type = np.dtype([("head", ">u8"), *rest])
+        #: Counts the runs made: what `settled` said is out of date when it has changed.
+        self.version = 0
+
+    def __len__(self) -> int:
+        return self._waiting + sum(len(run["head"]) for run in self._runs)
+
+    def put(self, head: bytes, rest: bytes = b"") -> None:
+        older = self._newest.get(head)
+        self._newest[head] = (rest,) if older is None else (*older, rest)
+        self._waiting += 1
+
+    def rests(self, head: bytes, settled: bool = True) -> Sequence[bytes]:
+        """What follows `head` in each of its records; `settled` False: no run has it, so that none is searched."""
+        newest = self._newest.get(head, ())
+        return [*newest, *self._settled_rests(head)] if settled else newest
+
+    def recent(self, head: bytes) -> bool:
+        """Whether one of the newest records, not yet in a run, has this head."""
+        return head in self._newest
+
+    def has(self, head: bytes, rest: bytes = b"", settled: bool = True) -> bool:
+        return rest in self.rests(head, settled)
+
+    def _settled_rests(self, head: bytes) -> Iterator[bytes]:
+        number = np.uint64(int.from_bytes(head, "big"))
+        for run in self._runs:
+            heads = run["head"]
+            at = int(heads.searchsorted(number))
+            while at < len(heads) and heads[at] == number:
+                yield run["rest"][at].tobytes() if "rest" in run else b""
+                at += 1
+
+    def settled(self, heads: Sequence[bytes]) -> set[bytes]:
+        """Those of `heads` that a run has: one search for many is cheap, one for each is not."""
+        if not self._runs or not heads:
+            return set()
+        numbers = np.frombuffer(b"".join(heads), ">u8").astype(np.uint64)
+        order = numbers.argsort()
+        numbers = numbers[order]
+        found = np.zeros(len(numbers), bool)
+        for run in self._runs:
+            found |= run["head"].take(run["head"].searchsorted(numbers), mode="clip") == numbers
+        return {heads[at] for at in order[found]}
+
+    def settle(self, least: int = _NEWEST) -> None:
+        """Make a run of the newest records when there are `least` of them."""
+        if self._waiting >= max(least, 1):
+            data = b"".join(head + rest for head, rests in self._newest.items() for rest in rests)
+            self._newest, self._waiting = {}, 0
+            self.extend(data)
+
+    def extend(self, data: bytes) -> None:
+        """Add many records at once, as they stand one behind the other in `data`."""
+        records = np.frombuffer(data, self._type)
+        run = {"head": records["head"].astype(np.uint64)}
+        if "rest" in self._type.names:
+            run["rest"] = records["rest"]
+        self._runs.append(_sorted(run))
+        self.version += 1
+        while len(self._runs) > 1 and self._alike(*(len(run["head"]) for run in self._runs[-2:])):
+            self._runs[-2:] = [_sorted(*self._runs[-2:])]
+
+    def _alike(self, older: int, newer: int) -> bool:
+        return older < 2 * newer and (self._cap is None or older + newer <= self._cap)
+
+
+def _sorted(*runs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """One run of several, in memory of its own: what goes back to the heap would leave holes there."""
+    heads = np.concatenate([run["head"] for run in runs])
+    order = heads.argsort(kind="stable")  # linear where runs are sorted
+    merged = {}
+    for name in runs[0]:
+        words = heads if name == "head" else np.concatenate([run[name] for run in runs])
+        merged[name] = np.frombuffer(mmap.mmap(-1, words.nbytes), words.dtype)
+        words.take(order, mode="clip", out=merged[name])
+    return merged

@@ -1,0 +1,123 @@
+"""Rows that differ in prompt, seed, id and unknown columns only: judged once, hashed from where they part.
+
+A manifest of millions of rows has few others, and this is what makes planning it a matter of microseconds a row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from functools import cached_property
+from operator import itemgetter
+from typing import Any
+
+from ltx_ray.columns import COLUMNS, MAX_SEED, Mistyped
+from ltx_ray.manifest import RawRow, RowRules, extra_json, judge
+from ltx_ray.recipe import Identity
+from ltx_ray.records import RenderRequest, WorkItem
+
+_PROMPT, _SEED, _ID = (COLUMNS[name] for name in ("prompt", "seed", "id"))
+_FREE = frozenset({"prompt", "seed", "id"})
+#: Templates, and sets of columns, that are kept; beyond it they are made anew.
+_KEPT = 1024
+
+
+class Template:
+    """What such rows have in common, taken from the work item of one of them."""
+
+    def __init__(self, item: WorkItem):
+        self.item = item
+        #: What a clip costs, once somebody has asked.
+        self.tflop: float | None = None
+
+    @cached_property
+    def identity(self) -> Identity:
+        return Identity(self.item.request, self.item.recipe, self.item.image_digests)
+
+    def fill(self, raw: RawRow, item_id: str, row_id: str, seed: int) -> WorkItem:
+        """The work item of a legal row."""
+        request = dataclasses.replace(
+            self.item.request, prompt=raw.values["prompt"], seed=seed, id=row_id, extra=extra_json(raw)
+        )
+        return dataclasses.replace(self.item, item_id=item_id, request=request)
+
+
+class Templates:
+    """The templates met so far. `item` makes the work item of a request without images."""
+
+    def __init__(self, rules: RowRules, item: Callable[[RenderRequest], WorkItem]):
+        self._rules, self._item = rules, item
+        self._templates: dict[tuple, Template | None] = {}
+        self._shared: dict[tuple[str, ...], tuple[tuple[str, ...], Callable]] = {}
+
+    def match(self, raw: RawRow) -> tuple[Template, int, str | None] | None:
+        """(template, seed, given id) of a legal row; None for one that has to be judged by itself.
+
+        Those are rows that are illegal, and rows with images, which take long to read.
+        """
+        values = raw.values
+        if raw.unreadable is not None or raw.duplicate or values.get("images"):
+            return None
+        try:
+            prompt = _PROMPT.parse(values.get("prompt"))
+            seed = values.get("seed")
+            seed = None if seed is None else _SEED.parse(seed)
+            row_id = values.get("id")
+            row_id = None if row_id is None else _ID.parse(row_id)
+        except Mistyped:
+            return None
+        if not (
+            _PROMPT.check(prompt)
+            and (seed is None or _SEED.check(seed))
+            and (row_id is None or _ID.check(row_id))
+            and (template := self._of(raw)) is not None
+        ):
+            return None
+        return template, template.item.request.seed if seed is None else seed, row_id
+
+    def _of(self, raw: RawRow) -> Template | None:
+        columns = tuple(raw.values)
+        found = self._shared.get(columns)
+        if found is None:
+            _make_room(self._shared)
+            names = tuple(n for n in columns if n in COLUMNS and n not in _FREE)
+            found = self._shared[columns] = names, _getter(names)
+        shared, get = found
+        values = get(raw.values)
+        # 1, 1.0 and True are equal, but the last is no number
+        key: tuple = shared, values, tuple(map(type, values))
+        try:
+            known = key in self._templates
+        except TypeError:  # a list among the values
+            key = shared, repr(values)
+            known = key in self._templates
+        if not known:
+            _make_room(self._templates)
+            self._templates[key] = self._made(raw, shared)
+        return self._templates[key]
+
+    def _made(self, raw: RawRow, shared: tuple[str, ...]) -> Template | None:
+        values: dict[str, Any] = {name: raw.values[name] for name in shared}
+        request = judge(raw._replace(values={**values, "prompt": "any"}), self._rules).request
+        return None if request is None else Template(self._item(request))
+
+
+def _getter(names: tuple[str, ...]) -> Callable[[Any], tuple]:
+    """itemgetter gives a tuple for two names and more."""
+    return itemgetter(*names) if len(names) > 1 else lambda values: tuple(values[name] for name in names)
+
+
+def sample_id(given_id: str, number: int) -> str:
+    """Id of a row's sample `number` (from 1), when the row has an id in the manifest."""
+    return f"{given_id}-s{number}"
+
+
+def sample_seed(item_id: str, number: int) -> int:
+    """Seed of a row's sample `number` (from 1); `item_id` is that of the row as it stands, its sample 0."""
+    return int.from_bytes(hashlib.sha256(f"{item_id}:{number}".encode()).digest()[:8], "big") & MAX_SEED
+
+
+def _make_room(kept: dict) -> None:
+    if len(kept) >= _KEPT:
+        kept.clear()

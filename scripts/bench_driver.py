@@ -1,0 +1,294 @@
+#!/usr/bin/env python
+"""The driver without GPUs: planning, memory, and the same fake work through it and through Ray Data.
+
+    scripts/bench_driver.py [--only planning,memory,ray-data] [--rows 1000000] ...
+
+planning   rows a second from a Parquet manifest to planned rows, `Plan.open` to its end. Held to 50,000.
+memory     what planning holds above the start at --rows rows and what each row adds from there to twice as many,
+           anonymous and shared memory of the process and of those it started, after collection and trimming. Held
+           to 300 MB at a million rows and 24 bytes a row beyond.
+ray-data   rows a second of `ltx_ray.run.render` and of a Ray Data pipeline of `map_batches` actor stages, one after the
+           other, on private clusters of the same logical slots; stages sleep an HQ clip's seconds on an H100,
+           divided by --speedup, and turning one of our replicas sleeps too (scripts/fakework.py). Ray Data has the
+           best fixed split and the best of --settings; our driver chooses its own split unless --fixed. Held to a
+           ratio of 1.0 with the line full: between the first and the last tenth of the clips. Then the same
+           without any sleep, as information: what a row costs each driver that costs nothing itself.
+           "below" is the CPU time of all processes of the cluster.
+
+Every measurement runs in a process of its own. Ray Data needs pandas (scripts/requirements-bench.txt), which goes into
+a folder of the cache that nothing else sees.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from scripts import fakework
+
+MB = 10**6
+TARGET_ROWS, TARGET_PLANNING, TARGET_MEMORY, TARGET_SLOPE, TARGET_RATIO = 10**6, 50_000, 300 * MB, 24, 1.0
+_REQUIREMENTS = ROOT / "scripts" / "requirements-bench.txt"
+_CALL = """
+import importlib, json, sys
+module, function, keywords, answer = sys.argv[1:]
+figures = getattr(importlib.import_module(module), function)(**json.loads(keywords))
+open(answer, "w").write(json.dumps(figures))
+"""
+
+
+def alone(function: str, environment: Mapping[str, str] | None = None, **keywords: Any) -> dict[str, Any]:
+    """What `module:function` returns in a process of its own; its last words and exit 1 when it fails."""
+    module, _, name = function.partition(":")
+    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(environment or {})}
+    inherited = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    with tempfile.TemporaryDirectory() as folder:
+        answer, log = Path(folder, "answer"), Path(folder, "log")
+        with log.open("wb") as output:
+            code = subprocess.run(
+                [sys.executable, "-c", _CALL, module, name, json.dumps(keywords), str(answer)],
+                env=inherited | settings, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT,
+            ).returncode  # fmt: skip
+        if code:
+            sys.exit(f"{function} ended with {code}:\n{log.read_text(errors='replace')[-4000:]}")
+        return json.loads(answer.read_text())
+
+
+def judged(good: bool) -> str:
+    return "met" if good else "MISSED"
+
+
+def prepared(manifest: str) -> Any:
+    """A run of `manifest` with the toy model, checked and not begun."""
+    from ltx_ray.config import ModelFiles
+    from ltx_ray.run import Options, prepare
+
+    return prepare(Options(manifest=manifest, output=None, model=ModelFiles("", "", "", provider=fakework.TOY)))
+
+
+# --- planning ------------------------------------------------------------------------------------
+
+
+def plan_all(manifest: str) -> dict[str, float]:
+    plan = prepared(manifest).plan
+    began, cpu = time.perf_counter(), time.process_time()
+    rows = sum(row.status == "todo" for row in plan.open())
+    return {"rows": rows, "seconds": time.perf_counter() - began, "cpu": time.process_time() - cpu}
+
+
+def planning(arguments: argparse.Namespace, folder: Path) -> None:
+    manifest = _manifest(folder, arguments.rows)
+    figures = alone("scripts.bench_driver:plan_all", manifest=manifest)
+    assert figures["rows"] == arguments.rows, figures
+    rate = figures["rows"] / figures["seconds"]
+    print(
+        f"planning  {figures['rows']:,} rows in {figures['seconds']:.1f} s ({figures['cpu']:.1f} s of CPU): "
+        f"{rate:,.0f} rows/s, target {TARGET_PLANNING:,}: {judged(rate >= TARGET_PLANNING)}"
+    )
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+def held_bytes(trim: bool = True) -> int:
+    """Anonymous and shared memory of this process and of those below it, shared pages counted once.
+
+    Pages of mapped files are left out: they are the page cache's.
+    """
+    import psutil
+    import pyarrow as pa
+
+    if trim:
+        gc.collect()
+        pa.default_memory_pool().release_unused()
+        ctypes.CDLL(None).malloc_trim(0)
+    total = 0
+    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+        try:
+            lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()[1:]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        fields = dict(line.split(":", 1) for line in lines)
+        total += 1024 * sum(int(fields[name].split()[0]) for name in ("Pss_Anon", "Pss_Shmem"))
+    return total
+
+
+def plan_and_weigh(manifest: str, marks: list[int]) -> dict[str, Any]:
+    """Bytes above the start that planning holds when it has come to each of `marks` rows, and the most it held."""
+    plan = prepared(manifest).plan
+    start, held, most = held_bytes(), [], 0
+    for count, _ in enumerate(plan.open(), 1):
+        if count % 50_000 == 0:
+            most = max(most, held_bytes(trim=False) - start)
+        if count in marks:
+            held.append(held_bytes() - start)
+    return {"start": start, "held": held, "most": max(most, *held)}
+
+
+def memory(arguments: argparse.Namespace, folder: Path) -> None:
+    marks = [arguments.rows, 2 * arguments.rows]
+    figures = alone("scripts.bench_driver:plan_and_weigh", manifest=_manifest(folder, marks[1]), marks=marks)
+    first, second = figures["held"]
+    slope = (second - first) / arguments.rows
+    verdict = judged(first <= TARGET_MEMORY) if arguments.rows == TARGET_ROWS else f"not run at {TARGET_ROWS:,}"
+    print(
+        f"memory    {first / MB:.0f} MB above the start ({figures['start'] / MB:.0f} MB) at {marks[0]:,} rows, "
+        f"target {TARGET_MEMORY / MB:.0f}: {verdict}; {second / MB:.0f} MB at {marks[1]:,}; "
+        f"at most {figures['most'] / MB:.0f} MB untrimmed"
+    )
+    print(f"memory    {slope:.1f} bytes a row from there, target {TARGET_SLOPE}: {judged(slope <= TARGET_SLOPE)}")
+
+
+# --- against Ray Data ----------------------------------------------------------------------------
+
+
+def ray_data(arguments: argparse.Namespace, folder: Path) -> None:
+    packages, manifest = _requirements(), _manifest(folder, arguments.clips)
+    split = fakework.best_split(arguments.replicas)
+    stage1, stage2 = fakework.STAGE_SECONDS["stage1"], fakework.STAGE_SECONDS["stage2"]
+    fixed, free = min(split[0] / stage1, split[1] / stage2), arguments.replicas / (stage1 + stage2)
+    print(
+        f"ray-data  {arguments.clips:,} rows; text 1, {arguments.replicas} replicas, decode 1; an H100's seconds over "
+        f"{arguments.speedup:g}\n          at most {fixed * arguments.speedup:.2f} rows/s with the best fixed split "
+        f"{split[0]} + {split[1]}, {free * arguments.speedup:.2f} with replicas that move"
+    )
+    common = {"manifest": manifest, "replicas": arguments.replicas}
+
+    def ours(speed: dict[str, str]) -> dict[str, float]:
+        return alone(
+            "scripts.fakework:run_ours", speed, **common, output=_empty(folder / "ours"),
+            split=split if arguments.fixed else None, queue_depth=arguments.queue_depth,
+        )  # fmt: skip
+
+    def theirs(speed: dict[str, str], rows_a_block: int, in_flight: int) -> dict[str, float]:
+        return alone(
+            "scripts.fakework:run_ray_data", speed | {"PYTHONPATH": f"{ROOT}{os.pathsep}{packages}"}, **common,
+            output=_empty(folder / "theirs"), split=split, rows_a_block=rows_a_block, in_flight=in_flight,
+        )  # fmt: skip
+
+    def compare(speedup: float, settings: list[tuple[int, int]]) -> tuple[float, float]:
+        """Ours over the best of Ray Data's: rows a second with the line full, and of the whole run."""
+        speed = {fakework.SPEEDUP: str(speedup)}
+        runs: dict[str, list[dict[str, float]]] = {}
+        print(_COLUMNS)
+        # in turns, so that whatever else the machine does is shared
+        for _ in range(arguments.repeat):
+            for setting in (None, *settings):
+                if setting is None:
+                    name, figures = f"ours, {'fixed' if arguments.fixed else 'own'} split", ours(speed)
+                else:
+                    name, figures = "Ray Data, {} rows a block, {} in flight".format(*setting), theirs(speed, *setting)
+                assert figures["rows"] == figures["recorded"] == arguments.clips, figures
+                runs.setdefault(name, []).append(figures)
+                print(
+                    f"  {name:40}{figures['steady']:15.2f}{figures['first_clip']:14.1f}{figures['seconds']:14.1f}"
+                    f"{figures['driver_cpu']:14.1f}{figures['below_cpu']:13.1f}",
+                    flush=True,
+                )
+        mine, *others = ({key: median(run[key] for run in each) for key in each[0]} for each in runs.values())
+        return mine["steady"] / max(o["steady"] for o in others), min(o["seconds"] for o in others) / mine["seconds"]
+
+    full, whole = compare(arguments.speedup, arguments.settings)
+    print(
+        f"ray-data  ours / Ray Data: {full:.3f} with the line full, target {TARGET_RATIO}: "
+        f"{judged(full >= TARGET_RATIO)}; {whole:.3f} of the whole run with the start of the actors"
+    )
+    print("ray-data  the same rows without any sleep, for information: what a row costs that costs nothing")
+    full, whole = compare(0, arguments.empty_settings)
+    print(f"ray-data  ours / Ray Data without any sleep: {full:.3f} with the line full, {whole:.3f} of the whole run")
+
+
+_COLUMNS = f"{'':42}{'full, rows/s':>15}{'first clip, s':>14}{'last row, s':>14}{'driver CPU, s':>14}{'below, s':>13}"
+
+
+def _requirements() -> str:
+    """A folder with what Ray Data needs beside the product's packages; filled once."""
+    digest = hashlib.sha256(_REQUIREMENTS.read_bytes()).hexdigest()[:12]
+    cache = Path(os.environ.get("LTX_RAY_CACHE") or Path.home() / ".cache" / "ltx-ray")
+    target = cache / f"bench-{digest}-{sys.implementation.cache_tag}"
+    if not target.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            made = Path(folder, "packages")
+            subprocess.run(
+                [
+                    sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "-q", "install",
+                    "--no-deps", "--only-binary", ":all:", "--target", str(made), "-r", str(_REQUIREMENTS),
+                ],
+                check=True,
+            )  # fmt: skip
+            made.rename(target)
+    return str(target)
+
+
+# --- all -----------------------------------------------------------------------------------------
+
+
+def _manifest(folder: Path, rows: int) -> str:
+    path = folder / f"rows-{rows}.parquet"
+    if not path.exists():
+        fakework.write_manifest(str(path), rows)
+    return str(path)
+
+
+def _empty(folder: Path) -> str:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return str(folder)
+
+
+def _pairs(text: str) -> list[tuple[int, int]]:
+    pairs = [tuple(int(number) for number in pair.split("x")) for pair in text.split(",")]
+    if any(len(pair) != 2 for pair in pairs):
+        raise ValueError(text)
+    return pairs
+
+
+#: What --only takes; each section prints its own lines, from (arguments, folder for manifests and outputs).
+SECTIONS = {"planning": planning, "memory": memory, "ray-data": ray_data}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(SECTIONS), help=f"some of {', '.join(SECTIONS)}")
+    parser.add_argument("--folder", type=Path, help="where manifests and outputs go (default: a temporary folder)")
+    parser.add_argument("--rows", type=int, default=TARGET_ROWS, help="rows of planning and memory")
+    parser.add_argument("--clips", type=int, default=1000, help="rows of ray-data")
+    parser.add_argument("--replicas", type=int, default=10, help="replicas of the diffusion model in ray-data")
+    parser.add_argument("--speedup", type=float, default=100.0)
+    parser.add_argument("--repeat", type=int, default=1, help="runs of each in ray-data, in turns; medians count")
+    parser.add_argument("--fixed", action="store_true", help="our driver, too, keeps the best fixed split")
+    parser.add_argument("--queue-depth", type=int, help="of our driver (default: its own)")
+    parser.add_argument(
+        "--settings", type=_pairs, default="1x4,4x2,4x4", help="Ray Data's: ROWSxTASKS a block and in flight an actor"
+    )
+    parser.add_argument("--empty-settings", type=_pairs, default="4x2,64x2", help="the same for rows without a sleep")
+    arguments = parser.parse_args()
+    chosen = arguments.only.split(",")
+    if unknown := set(chosen) - set(SECTIONS):
+        parser.error(f"--only: {', '.join(sorted(unknown))}; legal: {', '.join(SECTIONS)}")
+    with tempfile.TemporaryDirectory(prefix="ltx-ray-bench-") as temporary:
+        folder = arguments.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in chosen:
+            SECTIONS[name](arguments, folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,281 @@
+"""The same work without a model for two drivers, ours and Ray Data's: every stage sleeps, and decode writes a file.
+
+Both run on a private Ray cluster of logical slots: one GPU each for the replicas of the diffusion model, one for
+text and decode together, as `ltx_ray.pools.pool.lay_out` has it. `run_ours` and `run_ray_data` are each to be called
+in a process of their own, with the stages' speed in the environment, which the cluster's workers inherit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ltx_ray.storage import Store
+
+#: Seconds a call of an HQ clip takes on an H100 (shared/ltx-facts.md), and of turning a replica (docs/benchmarks.md).
+STAGE_SECONDS = {"text": 0.07, "stage1": 46.0, "stage2": 17.0, "decode": 1.75}
+SWITCH_SECONDS = 0.84
+#: How many times faster than that the stages are here; 0: they take no time at all.
+SPEEDUP = "LTX_RAY_BENCH_SPEEDUP"
+TOY = "ltx_ray.toy:ensure_toy_model"
+
+
+def pause(seconds: float) -> None:
+    speedup = float(os.environ[SPEEDUP])
+    if speedup:
+        time.sleep(seconds / speedup)
+
+
+def call(store: Store, stage: str, name: str, made: str) -> str:
+    """One stage of row `name`, from and to a hash; decode leaves a small file."""
+    pause(STAGE_SECONDS[stage])
+    made = hashlib.sha256(f"{stage}:{name}:{made}".encode()).hexdigest()
+    if stage == "decode":
+        store.write_bytes(f"clips/{name[:2]}/{name}.mp4", made.encode())
+    return made
+
+
+def best_split(replicas: int) -> tuple[int, int]:
+    """The fixed numbers of stage-1 and stage-2 replicas with the highest throughput."""
+
+    def throughput(stage1: int) -> float:
+        return min(stage1 / STAGE_SECONDS["stage1"], (replicas - stage1) / STAGE_SECONDS["stage2"])
+
+    stage1 = max(range(1, replicas), key=throughput)
+    return stage1, replicas - stage1
+
+
+# --- ours ----------------------------------------------------------------------------------------
+
+
+class SleepingEngine:
+    """Serves every stage of our pools (protocol: engine/base.py)."""
+
+    def __init__(self, spec: Any, rank: Any):
+        self.spec, self.info = spec, {}
+        self.switches, self.switch_seconds = 0, 0.0
+        self._phase: str | None = None
+
+    @staticmethod
+    def join(device: str, rank: int, world: int, rendezvous: tuple[str, int] | None, timeout: float) -> str:
+        return "cpu"
+
+    def load(self) -> None:
+        self._store = Store(self.spec.output)
+
+    def run(self, stage: str, item: Any, *inputs: Any) -> Any:
+        from ltx_ray.records import Clip
+
+        if self._phase not in (None, stage):
+            began = time.perf_counter()
+            pause(SWITCH_SECONDS)
+            self.switches, self.switch_seconds = self.switches + 1, self.switch_seconds + time.perf_counter() - began
+        self._phase = stage
+        made = call(self._store, stage, item.item_id, inputs[-1] if inputs else item.request.prompt)
+        if stage != "decode":
+            return made
+        return Clip(f"clips/{item.item_id[:2]}/{item.item_id}.mp4", made, made, (), "stage_1")
+
+
+def run_ours(
+    manifest: str, output: str, replicas: int, split: tuple[int, int] | None, queue_depth: int | None
+) -> dict[str, Any]:
+    """`ltx_ray.run.render` on `manifest`; `split` None lets the driver move replicas between the stages."""
+    from ltx_ray.config import ModelFiles, RunLimits
+    from ltx_ray.pools.pool import Wanted
+    from ltx_ray.run import Options, render
+
+    stage1, stage2 = split or (None, None)
+    with _cluster(replicas) as address, _measured() as figures:
+        code = render(
+            Options(
+                manifest=manifest,
+                output=output,
+                model=ModelFiles("", "", "", provider=TOY),
+                wanted=Wanted(stage1=stage1, stage2=stage2),
+                ray_address=address,
+                limits=RunLimits() if queue_depth is None else RunLimits(queue_depth=queue_depth),
+                engines=dict.fromkeys(("text", "diffusion", "decode"), "scripts.fakework:SleepingEngine"),
+            )
+        )
+    assert code == 0, f"render ended with {code}"
+    parts = sorted(Path(output, "index").glob("part-*"))
+    figures["recorded"] = sum(pq.read_metadata(part).num_rows for part in parts)
+    return figures | _flow(output, figures, max(part.stat().st_mtime for part in parts))
+
+
+# --- Ray Data's ----------------------------------------------------------------------------------
+
+
+class StageActor:
+    """One stage as a callable class for `map_batches`, on Arrow tables."""
+
+    stage = ""
+
+    def __init__(self, output: str):
+        self._store = Store(output)
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        before = rows["made" if "made" in rows.column_names else "prompt"].to_pylist()
+        names = [hashlib.sha256(name.encode()).hexdigest()[:32] for name in rows["id"].to_pylist()]
+        made = [call(self._store, self.stage, *each) for each in zip(names, before)]
+        kept = rows.select([name for name in rows.column_names if name != "made"])
+        return kept.append_column("made", pa.array(made, pa.string()))
+
+
+class TextActor(StageActor):
+    stage = "text"
+
+
+class Stage1Actor(StageActor):
+    stage = "stage1"
+
+
+class Stage2Actor(StageActor):
+    stage = "stage2"
+
+
+class DecodeActor(StageActor):
+    stage = "decode"
+
+
+def run_ray_data(
+    manifest: str, output: str, replicas: int, split: tuple[int, int], rows_a_block: int, in_flight: int
+) -> dict[str, Any]:
+    """The same as a Ray Data pipeline with fixed actor pools.
+
+    Its rows arrive at this process as they are finished, and one Parquet file of all is written at the end: less
+    than our index, which has a row on disk as soon as its clip is there. A failed row would end the run.
+    """
+    import ray
+
+    with _cluster(replicas):
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        # the newer reader does not heed override_num_blocks: a small manifest comes as one block, for one actor
+        context.use_datasource_v2 = False
+        context.execution_options.preserve_order = False
+        rows = pq.read_metadata(manifest).num_rows
+        with _measured() as figures:
+            data = ray.data.read_parquet(manifest, override_num_blocks=-(-rows // rows_a_block))
+            for actor, size, gpus in (
+                (TextActor, 1, 0.5),
+                (Stage1Actor, split[0], 1),
+                (Stage2Actor, split[1], 1),
+                (DecodeActor, 1, 0.5),
+            ):
+                data = data.map_batches(
+                    actor,
+                    batch_size=1,
+                    batch_format="pyarrow",
+                    fn_constructor_args=(output,),
+                    compute=ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=in_flight),
+                    num_gpus=gpus,
+                )
+            finished = list(data.iter_batches(batch_size=None, batch_format="pyarrow"))
+            pq.write_table(pa.concat_tables(finished), os.path.join(output, "index.parquet"))
+            done = time.time()
+    figures["recorded"] = sum(batch.num_rows for batch in finished)
+    return figures | _flow(output, figures, done)
+
+
+# --- both ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _cluster(replicas: int) -> Iterator[str]:
+    """A private cluster of one logical GPU a replica and one for text and decode."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    ray.init(
+        address="local",
+        # one a rank, and two for what Ray Data reads with
+        num_cpus=replicas + 4,
+        num_gpus=replicas + 1,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="error",
+        object_store_memory=512 * 2**20,
+    )
+    try:
+        yield ray.get_runtime_context().gcs_address
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _measured() -> Iterator[dict[str, float]]:
+    """CPU seconds of this process (`driver_cpu`) and of those below it, Ray's own and the actors (`below_cpu`)."""
+    import psutil
+
+    this, below, stop = psutil.Process(), {}, threading.Event()
+
+    def look() -> None:
+        # now and then, because a process that has ended takes its figures with it
+        for child in this.children(recursive=True):
+            try:
+                times = child.cpu_times()
+            except psutil.NoSuchProcess:
+                continue
+            below[child.pid] = times.user + times.system
+
+    def watch() -> None:
+        while not stop.wait(2.0):
+            look()
+
+    look()
+    before, figures = sum(below.values()), {"began": time.time()}
+    own = time.process_time()
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    yield figures
+    figures["driver_cpu"] = time.process_time() - own
+    stop.set()
+    thread.join()
+    look()
+    figures["below_cpu"] = sum(below.values()) - before
+
+
+def _flow(output: str, figures: dict[str, float], recorded: float) -> dict[str, float]:
+    """Seconds to the first clip and to the last row on record, and rows a second with the line full.
+
+    With the line full: between the first and the last tenth of the clips, so without the start of the actors and
+    without the tail.
+    """
+    times = sorted(entry.stat().st_mtime for entry in Path(output, "clips").rglob("*.mp4"))
+    first, last = len(times) // 10, len(times) - len(times) // 10 - 1
+    return {
+        "rows": len(times),
+        "first_clip": times[0] - figures["began"],
+        "seconds": recorded - figures["began"],
+        "steady": (last - first) / max(times[last] - times[first], 1e-9),
+    }
+
+
+def write_manifest(path: str, rows: int) -> None:
+    """A Parquet manifest of `rows` rows whose prompts all differ, about 200 characters each, in groups of 100,000."""
+    things = "a lighthouse,an old tram,a red kite,a market stall,a sleeping cat,a steam engine,a paper boat".split(",")
+    places = "in heavy rain,at dawn,under neon signs,on a frozen lake,in a quiet harbour".split(",")
+    tail = "Shot on 35 mm film with a slow dolly move from left to right; soft wind, distant voices and steps."
+    schema = pa.schema([("id", pa.string()), ("prompt", pa.string()), ("seed", pa.int64())])
+    with pq.ParquetWriter(path, schema) as writer:
+        for begin in range(0, rows, 100_000):
+            numbers = range(begin, min(begin + 100_000, rows))
+            seen = itertools.islice(itertools.cycle(itertools.product(things, places)), len(numbers))
+            prompts = [
+                f"Take {n}: {thing} {place}, seen from a low angle while the light changes. {tail}"
+                for n, (thing, place) in zip(numbers, seen)
+            ]
+            ids = [f"clip-{n:08d}" for n in numbers]
+            writer.write_table(pa.table([ids, prompts, list(numbers)], schema=schema))

@@ -1,0 +1,266 @@
+"""A store on a bad day, over HTTP: throttling, 500s, cut connections and silence, and what is there afterwards."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+import pytest
+
+from ltx_ray import storage
+from ltx_ray.dataset.done import list_done
+from ltx_ray.dataset.repair import repair
+from ltx_ray.imagefiles import read_image
+from ltx_ray.lease import Lease, holder
+from ltx_ray.manifest import read_manifest
+from ltx_ray.storage import Store
+from ltx_ray.verify import verify
+from tests.s3faults import Proxy
+from tests.unit.damaged import build
+
+PASSING = ("slow_down", "error", "cut_request", "cut_response", "lost_response")
+#: More than one part of an upload (pyarrow's are 10 MB, S3's least is 5).
+LARGE = os.urandom(2**20) * 23
+
+
+@pytest.fixture
+def proxy(s3, monkeypatch):
+    """A proxy that the environment names as the endpoint, behaving well so far."""
+    proxy = Proxy(os.environ["AWS_ENDPOINT_URL"])
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    """pyarrow tries a request once, so that what comes through is our doing; and silence is short."""
+    monkeypatch.setattr(storage, "_REQUEST_TRIES", 1)
+    monkeypatch.setattr(storage, "_SILENCE_SECONDS", 1.0)
+
+
+def impatient(uri: str, patience: float = 30.0) -> Store:
+    return Store(uri, patience, wait=lambda seconds: time.sleep(seconds / 20))
+
+
+def objects(s3: pafs.S3FileSystem, bucket: str) -> dict[str, int]:
+    """What is in the bucket, seen past the proxy."""
+    root = bucket.removeprefix("s3://")
+    infos = s3.get_file_info(pafs.FileSelector(root, recursive=True))
+    return {i.path.removeprefix(f"{root}/"): i.size for i in infos if i.type == pafs.FileType.File}
+
+
+def read(s3: pafs.S3FileSystem, bucket: str, name: str) -> bytes:
+    with s3.open_input_file(f"{bucket}/{name}".removeprefix("s3://")) as file:
+        return file.read()
+
+
+def put(s3: pafs.S3FileSystem, bucket: str, name: str, data: bytes) -> None:
+    with s3.open_output_stream(f"{bucket}/{name}".removeprefix("s3://")) as file:
+        file.write(data)
+
+
+@pytest.mark.parametrize("kind", [*PASSING, "stall"])
+def test_every_operation_comes_through_what_passes(proxy, hasty, s3, bucket, tmp_path, kind):
+    """Each meets the fault in its first three requests."""
+    store = impatient(bucket)
+    put(s3, bucket, "d/old", b"old")
+
+    def write() -> None:
+        store.write_bytes("d/new", b"new")
+        assert read(s3, bucket, "d/new") == b"new"
+
+    def publish() -> None:
+        (tmp_path / "clip").write_bytes(b"clip")
+        store.publish(str(tmp_path / "clip"), "d/clip")
+        assert read(s3, bucket, "d/clip") == b"clip" and not (tmp_path / "clip").exists()
+
+    def move() -> None:
+        store.move("d/clip", "d/moved")
+        assert read(s3, bucket, "d/moved") == b"clip" and "d/clip" not in objects(s3, bucket)
+
+    def delete() -> None:
+        store.delete("d/moved")
+        assert "d/moved" not in objects(s3, bucket)
+
+    def missing() -> None:
+        with pytest.raises(FileNotFoundError):
+            store.read_bytes("d/none")
+
+    checks = {
+        "read": lambda: store.read_bytes("d/old") == b"old" or pytest.fail("read"),
+        "exists": lambda: store.exists("d/old") or pytest.fail("exists"),
+        "not there": lambda: not store.exists("d/none") or pytest.fail("not there"),
+        "list": lambda: store.list("d") == ["old"] or pytest.fail("list"),
+        "write": write,
+        "publish": publish,
+        "move": move,
+        "delete": delete,
+        "missing": missing,
+        "through fs": lambda: store.fs.open_input_file(store.path("d/old")).read() == b"old" or pytest.fail("fs"),
+    }
+    for name, check in checks.items():
+        with proxy.misbehaving(kinds=(kind,), first=3 if kind != "stall" else 1, seconds=30) as faults:
+            check()
+        # curl tries a connection that was closed between requests once more by itself
+        met = sum(count for (_, met), count in faults.met.items() if met == kind)
+        assert met == (1 if kind == "stall" else 3), name
+    assert objects(s3, bucket) == {"d/old": 3, "d/new": 3}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_store_that_fails_half_of_the_time(proxy, hasty, s3, bucket, tmp_path, seed):
+    store = impatient(bucket)
+    contents = {f"x{n}": os.urandom(n * 1000) for n in range(12)}
+    with proxy.misbehaving(kinds=PASSING, probability=0.5, seed=seed) as faults:
+        for n, (name, data) in enumerate(contents.items()):
+            if n % 2:
+                (tmp_path / name).write_bytes(data)
+                store.publish(str(tmp_path / name), name)
+            else:
+                store.write_bytes(name, data)
+        assert store.list("") == sorted(contents)
+        assert {name: store.read_bytes(name) for name in contents} == contents
+        for name in list(contents)[:4]:
+            store.delete(name)
+    assert sum(count for (_, kind), count in faults.met.items() if kind != "ok") > 10
+    assert objects(s3, bucket) == {name: len(data) for name, data in list(contents.items())[4:]}
+
+
+@pytest.mark.parametrize("kind", PASSING)
+@pytest.mark.parametrize("pattern", ["partNumber=1", "partNumber=2", "partNumber=3", r"uploads", r"\?uploadId"])
+def test_a_large_upload_that_breaks_off_shows_nothing_and_is_made_again(proxy, hasty, s3, bucket, kind, pattern):
+    put(s3, bucket, "clip", b"the older one")
+    store = impatient(bucket, patience=0)
+    with proxy.misbehaving(kinds=(kind,), methods=("PUT", "POST"), pattern=pattern, first=10**6) as faults:
+        with pytest.raises(OSError, match="writing clip failed"):
+            store.write_bytes("clip", LARGE)
+    assert any(met == kind for _, met in faults.met)
+    whole = kind in ("cut_response", "lost_response") and pattern == r"\?uploadId"  # carried out, and not told so
+    assert objects(s3, bucket) == {"clip": len(LARGE) if whole else 13}
+    with proxy.misbehaving(kinds=(kind,), methods=("PUT", "POST"), pattern=pattern, first=2):
+        impatient(bucket).write_bytes("clip", LARGE)
+    assert read(s3, bucket, "clip") == LARGE
+
+
+@pytest.mark.parametrize("kind", [*PASSING, "stall"])
+def test_a_store_that_stays_broken_ends_in_an_error_in_time(proxy, hasty, s3, bucket, tmp_path, kind):
+    store = Store(bucket, patience=1.0)
+    (tmp_path / "clip").write_bytes(b"clip")
+    calls = {
+        "reading x": lambda: store.read_bytes("x"),
+        "looking up x": lambda: store.exists("x"),
+        "listing x": lambda: store.list("x"),
+        "writing x": lambda: store.write_bytes("x", b"1"),
+        "writing y": lambda: store.publish(str(tmp_path / "clip"), "y"),
+        "deleting x": lambda: store.delete("x"),
+    }
+    for what, call in calls.items():
+        began = time.monotonic()
+        with proxy.misbehaving(kinds=(kind,), first=10**6, seconds=30):
+            with pytest.raises(OSError, match=f"{bucket}: {what} failed .tried .*: .*AWS Error"):
+                call()
+        # a connection is silent for a second more (for an upload: six) before that is noticed
+        assert time.monotonic() - began < 15, what
+    assert (tmp_path / "clip").exists(), "what could not be published is still there"
+
+
+def test_what_is_forbidden_is_said_at_once(proxy, bucket):
+    store = Store(bucket, wait=pytest.fail)
+    with proxy.misbehaving(kinds=("denied",), first=10**6):
+        for call in (store.read_bytes, store.exists, store.list, store.delete, lambda name: store.write_bytes(name, b"")):
+            with pytest.raises(OSError, match="ACCESS_DENIED"):
+                call("x")
+        with pytest.raises(ValueError, match=f"--output: {bucket}, cannot be written .*ACCESS_DENIED"):
+            store.check_writable()
+
+
+def test_pyarrow_s_own_tries_come_first(proxy, bucket):
+    """One part of a large upload is repeated there, where we would repeat all of it."""
+    store = Store(bucket, patience=0)
+    with proxy.misbehaving(kinds=("slow_down",), methods=("PUT",), pattern="partNumber=2", first=2) as faults:
+        store.write_bytes("clip", LARGE)
+    assert faults.met["PUT", "ok"] == 3 and faults.met["PUT", "slow_down"] == 2
+
+
+def test_a_small_object_is_one_request(proxy, bucket):
+    store = Store(bucket)
+    with proxy.misbehaving() as faults:
+        store.write_bytes("index/part", b"x" * 30_000)
+    assert faults.met == {("PUT", "ok"): 1}
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_a_manifest_is_read_through_faults(proxy, hasty, s3, bucket, tmp_path, form, monkeypatch):
+    monkeypatch.setattr(storage, "PATIENCE", 60.0)
+    rows = 30_000
+    if form == "jsonl":
+        data = "".join(f'{{"prompt": "row {n} {"x" * 60}"}}\n' for n in range(rows)).encode()
+    else:
+        pq.write_table(pa.table({"prompt": [f"row {n} {'x' * 60}" for n in range(rows)]}), tmp_path / "m.parquet",
+                       row_group_size=3000, use_dictionary=False, compression="none")  # fmt: skip
+        data = (tmp_path / "m.parquet").read_bytes()
+    put(s3, bucket, f"set/m.{form}", data)
+    with proxy.misbehaving(kinds=PASSING, probability=0.3, seed=1) as faults:
+        for place in (f"{bucket}/set/m.{form}", f"{bucket}/set"):
+            found = [raw.values["prompt"].split()[1] for raw in read_manifest(place)]
+            assert found == [str(n) for n in range(rows)]
+    assert sum(count for (_, kind), count in faults.met.items() if kind != "ok") > 3
+    assert faults.met.total() < 120, "read in large pieces: a request costs as much as a megabyte"
+
+
+def test_an_image_is_read_through_faults(proxy, hasty, s3, bucket):
+    data = os.urandom(3_000_000)
+    put(s3, bucket, "img/a.png", data)
+    with proxy.misbehaving(kinds=PASSING, first=4, probability=0.3, seed=2):
+        assert read_image(f"{bucket}/img/a.png") == data
+
+
+def test_a_dataset_is_listed_repaired_and_verified_through_faults(proxy, hasty, bucket):
+    store = impatient(bucket)
+    said: list[str] = []
+    with proxy.misbehaving(kinds=PASSING, probability=0.3, seed=3) as faults:
+        build(store)
+        store.move("index/" + store.list("index")[0], "index/part-renamed.parquet")
+        done = list_done(store)
+        assert done.row_count == 3
+        repaired = repair(store, done, said.append)
+        assert done.row_count == 4 and len(repaired.published) == 1 and not repaired.lost
+        assert verify(bucket, said.append) == 0, said
+    assert sum(count for (_, kind), count in faults.met.items() if kind != "ok") > 20
+
+
+def test_a_lease_is_taken_and_kept_through_faults(proxy, hasty, bucket, monkeypatch):
+    monkeypatch.setattr("ltx_ray.lease._RENEW_SECONDS", 0.1)
+    store = impatient(bucket)
+    with proxy.misbehaving(kinds=PASSING, probability=0.3, seed=4):
+        lease = Lease(store, "mine")
+        lease.acquire(pytest.fail)
+        time.sleep(1.5)
+        assert holder(store)["run_id"] == "mine" and not lease.lost
+    lease.release()
+    assert holder(store) is None
+
+
+def test_many_threads_share_a_store_that_throttles(proxy, hasty, s3, bucket):
+    store, errors = impatient(bucket), []
+
+    def work(n: int) -> None:
+        try:
+            for m in range(6):
+                store.write_bytes(f"t/{n}-{m}", f"{n} {m}".encode())
+                assert store.read_bytes(f"t/{n}-{m}") == f"{n} {m}".encode()
+        except BaseException as error:
+            errors.append(error)
+
+    with proxy.misbehaving(kinds=("slow_down",), probability=0.4, seed=5):
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    assert not errors and len(objects(s3, bucket)) == 48

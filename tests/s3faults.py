@@ -1,0 +1,154 @@
+"""An HTTP proxy before an S3 endpoint that misbehaves by a seeded schedule: what an object store does on a bad day."""
+
+from __future__ import annotations
+
+import http.client
+import random
+import re
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
+
+#: slow_down: 503 SlowDown, as S3 throttles. error: 500 InternalError. cut_request: the connection is closed in the
+#: middle of the request, which never arrives. cut_response: the request is carried out, the connection closed in the
+#: middle of its response. lost_response: carried out, closed before its response. stall: nothing for `seconds`, then
+#: closed. denied: 403, which is for good.
+KINDS = ("slow_down", "error", "cut_request", "cut_response", "lost_response", "stall", "denied")
+_CODES = {"slow_down": (503, "SlowDown"), "error": (500, "InternalError"), "denied": (403, "AccessDenied")}
+_HOP_BY_HOP = {"connection", "transfer-encoding", "keep-alive"}
+
+
+@dataclass
+class Faults:
+    """What goes wrong: requests whose method is in `methods` and whose path and query match `pattern` meet a fault.
+
+    Of these the first `first` do always, the later ones with `probability`; which of `kinds` is drawn from `seed`.
+    """
+
+    kinds: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ("GET", "HEAD", "PUT", "POST", "DELETE")
+    pattern: str = ""
+    first: int = 0
+    probability: float = 0.0
+    seconds: float = 1.0
+    seed: int = 0
+    #: (method, kind) of the faults met, and of the requests ("ok") let through.
+    met: Counter = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        assert set(self.kinds) <= set(KINDS)
+        self._random, self._lock, self._seen = random.Random(self.seed), threading.Lock(), 0
+
+    def next(self, method: str, path: str) -> str:
+        with self._lock:
+            kind = "ok"
+            if self.kinds and method in self.methods and re.search(self.pattern, path):
+                self._seen += 1
+                if self._seen <= self.first or self._random.random() < self.probability:
+                    kind = self._random.choice(self.kinds)
+            self.met[method, kind] += 1
+            return kind
+
+
+class Proxy:
+    """Serves `endpoint` at `url`, with `faults` that may be exchanged at any time."""
+
+    def __init__(self, endpoint: str):
+        self.faults = Faults()
+        target = urlsplit(endpoint)
+        proxy = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def serve(self) -> None:
+                kind = proxy.faults.next(self.command, self.path)
+                if kind == "cut_request":
+                    return self._close()  # what was sent of its body stays unread
+                length = int(self.headers.get("content-length") or 0)
+                body = self.rfile.read(length) if length else self._chunks()
+                if kind == "stall":
+                    time.sleep(proxy.faults.seconds)
+                    return self._close()
+                if kind in _CODES:
+                    return self._refuse(*_CODES[kind])
+                upstream = http.client.HTTPConnection(target.hostname, target.port, timeout=60)
+                try:
+                    headers = {k: v for k, v in self.headers.items() if k.lower() not in _HOP_BY_HOP}
+                    upstream.request(self.command, self.path, body, headers)
+                    answer = upstream.getresponse()
+                    content = answer.read()
+                finally:
+                    upstream.close()
+                if kind == "lost_response":
+                    return self._close()
+                self.send_response_only(answer.status, answer.reason)
+                for name, value in answer.getheaders():
+                    if name.lower() not in _HOP_BY_HOP | {"content-length"}:
+                        self.send_header(name, value)
+                sent = answer.getheader("content-length") if self.command == "HEAD" else str(len(content))
+                if sent is not None:
+                    self.send_header("Content-Length", sent)
+                if kind == "cut_response" and not content:
+                    return self._close()  # in the middle of the headers
+                self.end_headers()
+                self.wfile.write(content[: len(content) // 2] if kind == "cut_response" else content)
+                if kind == "cut_response":
+                    self._close()
+
+            do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = serve
+
+            def _chunks(self) -> bytes:
+                if "chunked" not in (self.headers.get("transfer-encoding") or ""):
+                    return b""
+                parts = []
+                while size := int(self.rfile.readline().split(b";")[0], 16):
+                    parts.append(self.rfile.read(size))
+                    self.rfile.readline()
+                self.rfile.readline()
+                return b"".join(parts)
+
+            def _refuse(self, code: int, name: str) -> None:
+                content = f"<Error><Code>{name}</Code><Message>injected</Message></Error>".encode()
+                self.send_response_only(code)
+                self.send_header("Content-Type", "application/xml")
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content if self.command != "HEAD" else b"")
+
+            def _close(self) -> None:
+                self.wfile.flush()
+                self.connection.shutdown(socket.SHUT_RDWR)
+                self.close_connection = True
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+
+            def handle_error(self, request: object, client_address: object) -> None:
+                pass  # a client that hung up, as it should
+
+        self._server = Server(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+
+    @contextmanager
+    def misbehaving(self, **faults: object) -> Iterator[Faults]:
+        """With these faults, and without any afterwards."""
+        self.faults = Faults(**faults)
+        try:
+            yield self.faults
+        finally:
+            self.faults = Faults()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()

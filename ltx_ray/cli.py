@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect as pyinspect
 import itertools
 import math
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -287,13 +286,15 @@ def status_command(output: str = typer.Argument(help="a dataset")) -> int:
 
 @app.command(name="report")
 @_takes()
-def report_command(output: str = typer.Argument(help="a dataset on a local disk")) -> int:
+def report_command(output: str = typer.Argument(help="a dataset")) -> int:
     """Write OUTPUT/report.html, one page with every clip, its pictures and its timings."""
     from ltx_ray.dataset.report import write_report
 
-    if not any(os.path.exists(os.path.join(output, name)) for name in ("run.json", "index")):
-        raise ValueError(f"{output}: no dataset; legal: the --output of a run, on a local disk")
-    typer.echo(write_report(output))
+    store = Store(output)
+    if not any(store.exists(name) for name in ("run.json", "index")):
+        raise ValueError(f"{output}: no dataset; legal: the --output of a run")
+    path = write_report(output)
+    typer.echo(path if store.is_local else join(store.uri, "report.html"))
     return EXIT_OK
 
 

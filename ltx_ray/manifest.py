@@ -178,7 +178,7 @@ def _parquet_rows(fs: pafs.FileSystem, path: str, name: str) -> Iterator[RawRow]
             found = schema.field(column_name).type
             raise ValueError(f"{name}: column '{column_name}' has type {found}; legal: {column.type} ({column.legal})")
 
-    return (RawRow(name, number, values) for number, values in enumerate(_parquet_values(fs, path, name), start=1))
+    return map(RawRow, itertools.repeat(name), itertools.count(1), _parquet_values(fs, path, name))
 
 
 def _parquet_values(

@@ -166,7 +166,7 @@ class RecipeBook:
 
 @dataclass(frozen=True)
 class _LookedUp:
-    """What the tables hold of a batch of rows, by the first 8 bytes of their digests."""
+    """What the tables hold of a batch of rows, by the first bytes of their digests."""
 
     ids: set[bytes]
     to_render: set[bytes]
@@ -201,8 +201,8 @@ class Plan:
         self._templates = Templates(self.rules, self.book.item)
         # 96 bits of each id met and 32 of the item it stands for
         self._ids = Records(16)
-        # 64 bits of each item to render: they are only counted
-        self._to_render = Records(8)
+        # 48 bits of each item to render: they are only counted, a few in fifty million may be missed
+        self._to_render = Records(6, head=4)
 
     @property
     def complete(self) -> bool:
@@ -278,11 +278,10 @@ class Plan:
     def _look_up(self, rows: Sequence[PlannedRow]) -> _LookedUp:
         self._ids.settle()
         self._to_render.settle()
-        items = [row.head for row in rows]
         return _LookedUp(
             self._ids.settled([row.id_head for row in rows]),
-            self._to_render.settled(items),
-            self.done.known(items),
+            self._to_render.settled([row.digest[:4] for row in rows]),
+            self.done.known([row.head for row in rows]),
         )
 
     def _decided(self, row: PlannedRow, found: _LookedUp | None) -> PlannedRow:
@@ -291,12 +290,12 @@ class Plan:
             row = self._with_status(row, found)
         self.counts["rows"] += 1
         self.counts[row.status] += 1
-        if row.status == TODO and not self._to_render.has(
-            row.head, settled=found is None or row.head in found.to_render
-        ):
-            self._to_render.put(row.head)
-            self.counts["clips"] += 1
-            self.tflop += row.tflop(self.book.checkpoint.transformer)
+        if row.status == TODO:
+            head, rest = row.digest[:4], row.digest[4:6]
+            if not self._to_render.has(head, rest, settled=found is None or head in found.to_render):
+                self._to_render.put(head, rest)
+                self.counts["clips"] += 1
+                self.tflop += row.tflop(self.book.checkpoint.transformer)
         return row
 
     def _with_status(self, row: PlannedRow, found: _LookedUp | None) -> PlannedRow:

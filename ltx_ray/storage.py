@@ -25,6 +25,8 @@ _CONNECT_SECONDS, _SILENCE_SECONDS = 10.0, 20.0
 #: Its own default would be 31 tries every 200 ms, which a store that throttles is the worse for.
 _REQUEST_TRIES = 3
 _CHECK_PATIENCE = 10.0
+#: Bytes below which an object goes up in one request; less than a part of any pyarrow's uploads.
+_SMALL = 4 * 2**20
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}")
 
 
@@ -62,8 +64,9 @@ class Store:
             self._fs, self.root = self._patiently("opening", "", lambda: pafs.FileSystem.from_uri(plain))
         else:
             self._fs, self.root = pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
+        self._small = self._fs
         if isinstance(self._fs, pafs.S3FileSystem):
-            self._fs = _tuned(self._fs, patience)
+            self._small, self._fs = (_tuned(self._fs, patience, delayed) for delayed in (True, False))
         self.is_local = isinstance(self._fs, pafs.LocalFileSystem)
         self.fs = self._fs if self.is_local else patient_reader(self._fs, self._patiently)
 
@@ -159,8 +162,10 @@ class Store:
         return True
 
     def _put(self, target: str, data: bytes) -> None:
-        # in one call: a stream that is given half of it and then let go uploads the half as the object
-        with self._fs.open_output_stream(target) as file:
+        # in one call: a stream that is given half of it and then let go uploads the half as the object. For the same
+        # reason an upload of several parts is begun before anything is written: one that could not be begun by a
+        # write would leave an empty object in the place of an older one
+        with (self._small if len(data) < _SMALL else self._fs).open_output_stream(target) as file:
             file.write(data)
 
     def append_text(self, relative: str, text: str) -> None:
@@ -277,17 +282,17 @@ def _temporaries(root: str) -> Iterator[str]:
             continue
 
 
-def _tuned(fs: pafs.S3FileSystem, patience: float) -> pafs.S3FileSystem:
-    """The same with timeouts, few tries of its own, and small objects in one request where it makes three."""
+def _tuned(fs: pafs.S3FileSystem, patience: float, delayed: bool) -> pafs.S3FileSystem:
+    """The same with timeouts and few tries of its own. delayed: a small object takes one request, not three."""
     _, (options,) = fs.__reduce__()
+    changes = {
+        "connect_timeout": min(_CONNECT_SECONDS, max(1.0, patience)),
+        "request_timeout": min(_SILENCE_SECONDS, max(1.0, patience)),
+        "allow_delayed_open": delayed,
+    }
+    changes = {name: value for name, value in changes.items() if name in options}  # older pyarrows have fewer
     return pafs.S3FileSystem(
-        **{
-            **options,
-            "connect_timeout": min(_CONNECT_SECONDS, max(1.0, patience)),
-            "request_timeout": min(_SILENCE_SECONDS, max(1.0, patience)),
-            "allow_delayed_open": True,
-        },
-        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=_REQUEST_TRIES),
+        **{**options, **changes}, retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=_REQUEST_TRIES)
     )
 
 

@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 #: Records that stay in a dict before they become a run.
 _NEWEST = 8192
-#: Bytes of a record that it is searched by.
-_HEAD = 8
 
 
 class Records:
-    """Records of `width` bytes, looked up by their first 8 (the head), which should be spread evenly.
+    """Records of `width` bytes, looked up by their first 8 or 4 (the `head`), which should be spread evenly.
 
     Several may have one head. The newest are in a dict; `settle` makes them a run, sorted by head, and merges
     runs of like sizes up to `cap` rows: merging takes as much memory again as the runs that it merges, so the
     cap bounds what a table needs beyond its `width` bytes a record (None: no bound, fewest runs to search).
     """
 
-    def __init__(self, width: int, cap: int | None = 1 << 20):
-        assert width >= _HEAD
+    def __init__(self, width: int, head: int = 8, cap: int | None = 1 << 20):
+        assert head in (4, 8) and width >= head
         self._cap = cap
         self._newest: dict[bytes, tuple[bytes, ...]] = {}
         self._waiting = 0
         self._runs: list[dict[str, np.ndarray]] = []
-        rest = [("rest", f"V{width - _HEAD}")] if width > _HEAD else []
-        self._type = np.dtype([("head", ">u8"), *rest])
+        rest = [("rest", f"V{width - head}")] if width > head else []
+        self._type = np.dtype([("head", f">u{head}"), *rest])
+        self._number = np.dtype(f"u{head}").type
         #: Counts the runs made: what `settled` said is out of date when it has changed.
         self.version = 0
 
@@ -53,7 +53,7 @@ class Records:
         return rest in self.rests(head, settled)
 
     def _settled_rests(self, head: bytes) -> Iterator[bytes]:
-        number = np.uint64(int.from_bytes(head, "big"))
+        number = self._number(int.from_bytes(head, "big"))
         for run in self._runs:
             heads = run["head"]
             at = int(heads.searchsorted(number))
@@ -65,7 +65,7 @@ class Records:
         """Those of `heads` that a run has: one search for many is cheap, one for each is not."""
         if not self._runs or not heads:
             return set()
-        numbers = np.frombuffer(b"".join(heads), ">u8").astype(np.uint64)
+        numbers = np.frombuffer(b"".join(heads), self._type["head"]).astype(self._number)
         order = numbers.argsort()
         numbers = numbers[order]
         found = np.zeros(len(numbers), bool)
@@ -83,7 +83,7 @@ class Records:
     def extend(self, data: bytes) -> None:
         """Add many records at once, as they stand one behind the other in `data`."""
         records = np.frombuffer(data, self._type)
-        run = {"head": records["head"].astype(np.uint64)}
+        run = {"head": records["head"].astype(self._number)}
         if "rest" in self._type.names:
             run["rest"] = records["rest"]
         self._runs.append(_sorted(run))
@@ -91,17 +91,29 @@ class Records:
         while len(self._runs) > 1 and self._alike(*(len(run["head"]) for run in self._runs[-2:])):
             self._runs[-2:] = [_sorted(*self._runs[-2:])]
 
+    def merge(self) -> None:
+        """Make one run of all, whatever the cap: the fewest to search, for a table that will hardly grow."""
+        if len(self._runs) > 1:
+            self._runs = [_sorted(*self._runs)]
+
     def _alike(self, older: int, newer: int) -> bool:
         return older < 2 * newer and (self._cap is None or older + newer <= self._cap)
 
 
 def _sorted(*runs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """One run of several, in memory of its own: what goes back to the heap would leave holes there."""
-    heads = np.concatenate([run["head"] for run in runs])
-    order = heads.argsort(kind="stable")  # linear where runs are sorted
-    merged = {}
-    for name in runs[0]:
-        words = heads if name == "head" else np.concatenate([run[name] for run in runs])
-        merged[name] = np.frombuffer(mmap.mmap(-1, words.nbytes), words.dtype)
-        words.take(order, mode="clip", out=merged[name])
-    return merged
+    """One run of several."""
+    joined = {name: _memory([run[name] for run in runs], np.concatenate) for name in runs[0]}
+    order = joined["head"].argsort(kind="stable")  # linear where runs are sorted
+    return {
+        name: _memory([words], lambda w, out: w[0].take(order, mode="clip", out=out)) for name, words in joined.items()
+    }
+
+
+def _memory(words: list[np.ndarray], fill: Callable[..., Any]) -> np.ndarray:
+    """An array filled from `words`, as long as all of them, in memory of its own.
+
+    It goes back to the system with the array; from the heap, holes would be left behind.
+    """
+    array = np.frombuffer(mmap.mmap(-1, sum(part.nbytes for part in words)), words[0].dtype)
+    fill(words, out=array)
+    return array

@@ -21,6 +21,7 @@ _PROMPT, _SEED, _ID = (COLUMNS[name] for name in ("prompt", "seed", "id"))
 _FREE = frozenset({"prompt", "seed", "id"})
 #: Templates, and sets of columns, that are kept; beyond it they are made anew.
 _KEPT = 1024
+_UNKNOWN: Any = object()
 
 
 class Template:
@@ -37,9 +38,8 @@ class Template:
 
     def fill(self, raw: RawRow, item_id: str, row_id: str, seed: int) -> WorkItem:
         """The work item of a legal row."""
-        request = dataclasses.replace(
-            self.item.request, prompt=raw.values["prompt"], seed=seed, id=row_id, extra=extra_json(raw)
-        )
+        own = {"prompt": raw.values["prompt"], "seed": seed, "id": row_id, "extra": extra_json(raw)}
+        request = RenderRequest(**{**vars(self.item.request), **own})
         return dataclasses.replace(self.item, item_id=item_id, request=request)
 
 
@@ -88,14 +88,14 @@ class Templates:
         # 1, 1.0 and True are equal, but the last is no number
         key: tuple = shared, values, tuple(map(type, values))
         try:
-            known = key in self._templates
+            template = self._templates.get(key, _UNKNOWN)
         except TypeError:  # a list among the values
             key = shared, repr(values)
-            known = key in self._templates
-        if not known:
+            template = self._templates.get(key, _UNKNOWN)
+        if template is _UNKNOWN:
             _make_room(self._templates)
-            self._templates[key] = self._made(raw, shared)
-        return self._templates[key]
+            template = self._templates[key] = self._made(raw, shared)
+        return template
 
     def _made(self, raw: RawRow, shared: tuple[str, ...]) -> Template | None:
         values: dict[str, Any] = {name: raw.values[name] for name in shared}

@@ -31,7 +31,6 @@ from ltx_ray.storage import Store, parent
 
 _THREADS = 8
 _AGAIN = "run ltx-ray verify --repair, then ltx-ray render: it is rendered again"
-_SUBFOLDERS = [f"{n:02x}" for n in range(256)]
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ def _check_index(store: Store, found: _Found, sample: int) -> Iterator[Problem]:
     names = [name for name in store.list("index") if not name.startswith(("_", "."))]
     by_folder = {key: list(group) for key, group in itertools.groupby(names, lambda name: name[5:7])}
     with ThreadPoolExecutor(_THREADS) as pool:
-        for folder in sorted({*by_folder, *_SUBFOLDERS}):
+        for folder in sorted({*by_folder, *store.folders("clips")}):
             parts = by_folder.pop(folder, [])
             items = set()
             # a window, so that not all clips of a folder are under way at once
@@ -127,9 +126,8 @@ def _check_index(store: Store, found: _Found, sample: int) -> Iterator[Problem]:
                     for row in rows:
                         items.add(row["item_id"])
                         yield from _count(row, name, found, good=not problems, sample=sample)
-            if folder in _SUBFOLDERS:
-                clips = {name.removesuffix(".mp4") for name in store.list(f"clips/{folder}") if name.endswith(".mp4")}
-                found.counts["stray"] += len(clips - items)
+            clips = {name.removesuffix(".mp4") for name in store.list(f"clips/{folder}") if name.endswith(".mp4")}
+            found.counts["stray"] += len(clips - items)
 
 
 def _batched(names: list[str]) -> Iterator[list[str]]:

@@ -36,11 +36,11 @@ def pause(seconds: float) -> None:
         time.sleep(seconds / speedup)
 
 
-def call(store: Store, stage: str, name: str, made: str) -> str:
-    """One stage of row `name`, from and to a hash; decode leaves a small file."""
+def call(store: Store | None, stage: str, name: str, made: str) -> str:
+    """One stage of row `name`, from and to a hash; decode leaves a small file in `store`, if there is one."""
     pause(STAGE_SECONDS[stage])
     made = hashlib.sha256(f"{stage}:{name}:{made}".encode()).hexdigest()
-    if stage == "decode":
+    if stage == "decode" and store is not None:
         store.write_bytes(f"clips/{name[:2]}/{name}.mp4", made.encode())
     return made
 
@@ -81,10 +81,12 @@ class SleepingEngine:
             pause(SWITCH_SECONDS)
             self.switches, self.switch_seconds = self.switches + 1, self.switch_seconds + time.perf_counter() - began
         self._phase = stage
-        made = call(self._store, stage, item.item_id, inputs[-1] if inputs else item.request.prompt)
+        store = None if item.preflight else self._store
+        made = call(store, stage, item.item_id, inputs[-1] if inputs else item.request.prompt)
         if stage != "decode":
             return made
-        return Clip(f"clips/{item.item_id[:2]}/{item.item_id}.mp4", made, made, (), "stage_1")
+        path = f"clips/{item.item_id[:2]}/{item.item_id}.mp4"
+        return Clip(None if item.preflight else path, made, made, (), "stage_1")
 
 
 def run_ours(

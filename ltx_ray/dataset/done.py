@@ -40,6 +40,7 @@ class _Pairs:
                 waiting.clear()
         if waiting:
             self.records.extend(bytes.fromhex("".join(waiting)))
+        self.records.merge()
 
     def has(self, item_id: str, key: str = "") -> bool:
         name = bytes.fromhex(item_id + key)

@@ -110,8 +110,9 @@ def is_whole_mp4(path: str) -> bool | None:
         return None
     try:
         end, offset, kinds = os.fstat(handle).st_size, 0, []
+        first = os.pread(handle, 64, 0)  # mostly two boxes: a million clips are looked at
         while offset < end:
-            head = os.pread(handle, 16, offset)
+            head = first[offset : offset + 16] if offset < 48 else os.pread(handle, 16, offset)
             size, kind = int.from_bytes(head[:4]), head[4:8]
             if size == 1:
                 size = int.from_bytes(head[8:16])

@@ -67,8 +67,9 @@ class DecodeEngine:
     def run(self, stage: str, item: WorkItem, *stages: StageLatents) -> Clip | StageLatents | str:
         """Serve one of three stages for `item`.
 
-        "decode": publish the clip (or the preview, when the run stops after stage 1) and, where wanted, before it
-        the latents; returns the Clip. Of a preflight item nothing is published. Raises OutOfMemoryError when not even the smallest tiles fit.
+        "decode": publish the clip (or the preview, when the run stops after stage 1), before it the latents where
+        they are wanted, and of a preflight item nothing; returns the Clip. Raises RowError when it is not finite,
+        OutOfMemoryError when not even the smallest tiles fit.
         "stored": the stored latents of stage 1. Raises StoredLatentsGone.
         "keep": store the latents of `stages`, on this node when the output refuses; returns where.
         """

@@ -1,13 +1,17 @@
 """An engine for tests of scheduling and failure: the same protocol, deterministic, no model and no torch.
 
 A prompt may carry orders such as `[[stage1:crash]]`, `[[stage2:crash:2]]` (the first two tries only),
-`[[decode:hang]]`, `[[text:slow:0.5]]` (seconds), `[[stage1:row]]` (the row is at fault), `[[stage1:error]]`
-(any other exception), `[[stage1:store]]` (a store that does not answer), `[[stage1:lone]]` (one rank of
-several fails). Tries are counted by files under the output, so that they outlive the process.
+`[[decode:hang]]`, `[[text:slow:0.5]]` (seconds), `[[text:slow:60:1]]` (the first try only), `[[stage1:row]]` (the row
+is at fault), `[[stage1:error]]` (any other exception), `[[stage1:store]]` (a store that does not answer),
+`[[stage1:full]]` (its disk is full), `[[stage1:memory]]` (out of memory), `[[stored:gone]]` (no stored latents),
+`[[stage1:lone]]` (one rank of several fails), `[[stage1:stuck]]` (one rank of several hangs), `[[stage1:big]]` (a
+result of 1 MB, too large to travel with the report). Tries are counted by files under the output, so that they
+outlive the process.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -17,9 +21,18 @@ from typing import Any
 from ltx_ray.config import EngineSpec
 from ltx_ray.engine.base import Rank
 from ltx_ray.records import Clip, RowError, WorkItem
-from ltx_ray.storage import Store
+from ltx_ray.storage import Store, join
 
-_ORDER = re.compile(r"\[\[(\w+):(\w+)(?::([\d.]+))?\]\]")
+_ORDER = re.compile(r"\[\[(\w+):(\w+)(?::([\d.]+))?(?::(\d+))?\]\]")
+_BIG = 2**20
+
+
+class OutOfMemoryError(RuntimeError):
+    """As torch calls it."""
+
+
+class StoredLatentsGone(Exception):
+    """As engine.latents calls it."""
 
 
 class FakeEngine:
@@ -44,20 +57,48 @@ class FakeEngine:
         self._obey(stage, item)
         if stage in ("stage1", "stage2") and stage != self._phase:
             self._phase, self.switches = stage, self.switches + 1
+        inputs = tuple(made.strip() for made in inputs)
+        if stage == "stored":
+            return self._stored(item)
+        if stage == "keep":
+            return join(self.store.uri, self._keep(item, inputs))
         made = hashlib.sha256(f"{stage}:{item.item_id}:{inputs}".encode()).hexdigest()
-        if stage != "decode":
-            return made if self.rank.rank == 0 else None
-        path = f"clips/{item.item_id[:2]}/{item.item_id}.mp4"
+        if stage == "decode":
+            return self._publish(item, made, inputs)
+        if f"[[{stage}:big]]" in item.request.prompt:
+            made = made.ljust(_BIG)
+        return made if self.rank.rank == 0 else None
+
+    def _publish(self, item: WorkItem, made: str, inputs: tuple[str, ...]) -> Clip:
         clip = _boxes(item.item_id, made)
+        sha256 = hashlib.sha256(clip).hexdigest()
+        if item.preflight:
+            return Clip(None, sha256, made, (), "stage_1")
+        if self.spec.save_latents or self.spec.stop_after:
+            self._keep(item, inputs)
+        path = f"{'previews' if self.spec.stop_after else 'clips'}/{item.item_id[:2]}/{item.item_id}.mp4"
         self.store.write_bytes(path, clip)
-        return Clip(path, hashlib.sha256(clip).hexdigest(), made, (), "stage_1")
+        return Clip(path, sha256, made, (), "stage_1")
+
+    def _keep(self, item: WorkItem, stages: tuple[str, ...]) -> str:
+        """Store what the stages made where the real latents would be; returns the path in the output."""
+        path = _latents(item)
+        self.store.write_bytes(path, "\n".join(stages).encode())
+        return path
+
+    def _stored(self, item: WorkItem) -> str:
+        try:
+            return self.store.read_bytes(_latents(item)).decode().splitlines()[0]
+        except FileNotFoundError as error:
+            raise StoredLatentsGone(f"{_latents(item)}: no such file") from error
 
     def _obey(self, stage: str, item: WorkItem) -> None:
-        for where, order, number in _ORDER.findall(item.request.prompt):
+        for where, order, number, slow_tries in _ORDER.findall(item.request.prompt):
             if where != stage:
                 continue
             if order == "slow":
-                time.sleep(float(number or 0.2))
+                if not slow_tries or self._tries(stage, item) <= int(slow_tries):
+                    time.sleep(float(number or 0.2))
             elif number and self._tries(stage, item) > int(number):
                 continue
             elif order == "crash":
@@ -68,16 +109,28 @@ class FakeEngine:
                 raise RowError(f"{stage}: this row was told to fail")
             elif order == "store":
                 raise OSError(f"{stage}: this call was told that the store is gone")
+            elif order == "full":
+                raise OSError(errno.ENOSPC, f"{stage}: this call was told that the disk is full")
+            elif order == "memory":
+                raise OutOfMemoryError(f"{stage}: this call was told that memory is out")
+            elif order == "gone":
+                raise StoredLatentsGone(f"{stage}: this call was told that there are none")
             elif order == "error":
                 raise RuntimeError(f"{stage}: this call was told to fail")
             elif order == "lone" and self.rank.rank == self.rank.world - 1:
                 raise RuntimeError(f"{stage}: this rank was told to fail alone")
+            elif order == "stuck" and self.rank.rank == self.rank.world - 1:
+                time.sleep(3600)
 
     def _tries(self, stage: str, item: WorkItem) -> int:
         name = f"_fake/{item.item_id}-{stage}-{self.rank.rank}"
         tries = 1 + (int(self.store.read_bytes(name)) if self.store.exists(name) else 0)
         self.store.write_bytes(name, str(tries).encode())
         return tries
+
+
+def _latents(item: WorkItem) -> str:
+    return f"latents/{item.item_id[:2]}/{item.item_id}.safetensors"
 
 
 def _boxes(item_id: str, made: str) -> bytes:

@@ -24,14 +24,14 @@ class Tiling:
     frames_overlap: int
 
 
-#: From the reference's tiles to the smallest that still overlap: shorter ones first, which also shortens the
-#: whole pictures that are held, then narrower ones.
+#: From the reference's tiles down: shorter ones first, which also shortens the stretch of whole pictures that is
+#: held, then narrower ones. Beyond the last, those pictures take more memory than the tiles.
 LADDER = (
     Tiling(768, 64, 80, 24),
     Tiling(768, 64, 40, 16),
     Tiling(768, 64, 24, 8),
     Tiling(512, 64, 24, 8),
-    Tiling(256, 64, 24, 8),
+    Tiling(384, 64, 24, 8),
 )
 
 

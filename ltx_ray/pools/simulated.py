@@ -2,7 +2,7 @@
 
 Calls take the seconds that `times` says; replicas crash, hang, run out of memory or fail alike on all
 ranks, nodes vanish with everything on them, all drawn from one seed. Results are made by an engine such as
-`engine.fake`, in this process, when a call has gone well.
+`engine.fake`, in this process, when a call has gone well; what they raise is reported as a rank would.
 """
 
 from __future__ import annotations
@@ -10,18 +10,22 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ltx_ray.config import PoolSpec
 from ltx_ray.pools.news import Answered, InputsLost, Lost, News, Started
-from ltx_ray.records import CallReport, WorkItem
+from ltx_ray.records import CallReport, RowError, WorkItem
 
 #: (stage, item, dice) -> seconds of a call.
 Times = Callable[[str, WorkItem, random.Random], float]
 #: (stage, item, *results of earlier stages) -> result.
 Make = Callable[..., Any]
+
+#: Faults that are answered with an exception, and its type.
+_ERRORS = {"out_of_memory": "OutOfMemoryError", "error": "RuntimeError", "store": "OSError"}
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Faults:
     crash: float = 0.0
     hang: float = 0.0
     out_of_memory: float = 0.0
-    #: An exception that is alike on all ranks; of them `store` is the output store's.
+    #: An exception that is alike on all ranks; `store` is the output store's.
     error: float = 0.0
     store: float = 0.0
     #: Of a start.
@@ -84,6 +88,7 @@ class SimulatedCrew:
         self._numbers = itertools.count()
         self._replicas: dict[str, _Replica] = {}
         self._lives = [0] * self.nodes
+        self._silent = 0
         if self.faults.node_seconds:
             self._plan_node_loss()
 
@@ -111,23 +116,38 @@ class SimulatedCrew:
         if stage in ("stage1", "stage2") and state.phase != stage:
             switch = self.switch_seconds if state.phase is not None else 0.0
             state.phase = stage
-        fate = self._dice.random()
-        for name, happens in (
-            ("crash", lambda: self._gone(replica, number, "rank 0 died")),
-            ("hang", lambda: self._gone(replica, number, f"{stage} took longer than {self.call_timeout:g} s")),
-            ("out_of_memory", lambda: self._fails(replica, number, "OutOfMemoryError", seconds)),
-            ("error", lambda: self._fails(replica, number, "RuntimeError", seconds)),
-            ("store", lambda: self._fails(replica, number, "OSError", seconds)),
-        ):
-            fate -= getattr(self.faults, name)
-            if fate < 0:
-                after = self.call_timeout if name == "hang" else seconds * self._dice.random()
-                self._after(after, happens)
-                return
+        fault = self.fault(stage, item)
+        if fault == "hang":
+            reason = f"{stage} took longer than {self.call_timeout:g} s"
+            self._after(self.call_timeout, lambda: self._gone(replica, number, reason))
+            return
+        if fault is not None:
+            after = seconds * self._dice.random()
+            error = _ERRORS.get(fault)
+            if error is None:
+                self._after(after, lambda: self._gone(replica, number, "rank 0 died"))
+            else:
+                by_chance = {"error_type": error, "message": f"{error} by chance"}
+                self._after(after, lambda: self._fails(replica, number, seconds, by_chance))
+            return
         self._after(seconds + switch, lambda: self._answers(replica, number, seconds, switch))
 
+    def fault(self, stage: str, item: WorkItem) -> str | None:
+        """Which of the faults of a call befalls this one, by its name in `Faults`."""
+        fate = self._dice.random()
+        for name in ("crash", "hang", *_ERRORS):
+            fate -= getattr(self.faults, name)
+            if fate < 0:
+                return name
+        return None
+
     def wait(self, timeout: float) -> list[News]:
-        assert self._events, "nothing will ever happen again"
+        if not self._events:
+            # a driver that has just begun to drain looks once more
+            self._silent += 1
+            assert self._silent < 3, "nothing will ever happen again"
+            return []
+        self._silent = 0
         self.now, _, happens = heapq.heappop(self._events)
         return happens()
 
@@ -183,23 +203,24 @@ class SimulatedCrew:
         replica.call = None
         return [InputsLost(name, "rank 0 has no inputs")]
 
-    def _fails(self, name: str, number: int, error: str, seconds: float) -> list[News]:
+    def _fails(self, name: str, number: int, seconds: float, failure: Mapping[str, Any]) -> list[News]:
         replica = self._current(name, number)
         if replica is None:
             return []
         replica.call = None
-        report = CallReport(False, seconds, self.now, error_type=error, message=f"{error} by chance", traceback="")
-        return [Answered(name, report, None)]
+        return [Answered(name, CallReport(False, seconds, self.now, **{"traceback": "", **failure}), None)]
 
     def _answers(self, name: str, number: int, seconds: float, switch: float) -> list[News]:
         replica = self._current(name, number)
         if replica is None:
             return []
         stage, item, inputs = replica.call
+        try:
+            value = self.make(stage, item, *(p.value for p in inputs))
+        except Exception as error:
+            return self._fails(name, number, seconds, _told(error))
         replica.call = None
-        payload = _Payload(
-            self.make(stage, item, *(p.value for p in inputs)), replica.node, self._lives[replica.node]
-        )
+        payload = _Payload(value, replica.node, self._lives[replica.node])
         self.busy[stage] = self.busy.get(stage, 0.0) + seconds
         self.busy["switch"] = self.busy.get("switch", 0.0) + switch
         if self.watch is not None:
@@ -224,3 +245,13 @@ class SimulatedCrew:
                 news.append(Lost(name, "its node was lost", served=True))
         self._plan_node_loss()
         return news
+
+
+def _told(error: Exception) -> dict[str, Any]:
+    """What a rank's report says of an exception."""
+    return {
+        "error_type": type(error).__name__,
+        "message": str(error),
+        "traceback": "".join(traceback.format_exception(error)),
+        "row_error": isinstance(error, RowError),
+    }

@@ -13,13 +13,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ltx_ray.config import EngineSpec, LoraFile, ModelFiles, Numerics, Selection
+from ltx_ray.dataset.chosen import chosen_ids, parse_condition
 from ltx_ray.engine.base import Rank
-from ltx_ray.engine.decode import latents_sha256, named_latents
+from ltx_ray.engine.latents import latents_sha256, named_latents
 from ltx_ray.engine.diffusion import DiffusionEngine
 from ltx_ray.engine.text import TextEngine
 from ltx_ray.manifest import RawRow, RowRules, judge
 from ltx_ray.plan import RecipeBook
 from ltx_ray.records import AV, NoiseLedger, StageLatents
+from ltx_ray.storage import Store
+from tests.integration.conftest import _rows
 from tests.parity.line import Line
 
 ROWS = [
@@ -93,6 +96,38 @@ def test_same_latents_in_other_pools_in_another_order_and_after_a_resume(split, 
     calls = [e["id"] for e in split.events(output) if e["event"] == "call" and e["stage"] == "stage1"]
     assert sorted(calls) == sorted(row["id"] for row in ROWS[:-1])
     assert hashes(split.index(output)) == hashes(split.index())
+
+
+def test_previews_are_promoted_to_the_clips_of_the_whole_line(split, tmp_path):
+    """Trial in one run, the chosen rows finished by another: the same bits, and stage 1 is not rendered again."""
+    output = tmp_path / "out"
+    options = {"fake": False, "dtype": "float32"}
+    manifest = split.manifest(ROWS[:3], name="trial.jsonl")
+    assert split.render(manifest, output, stop_after="stage1", stage1=1, **options) == 0
+    assert not (output / "index").exists()
+    previews = _rows(output / "previews")
+    assert set(previews) == {"wide", "tall", "image"}
+    with av.open(str(output / previews["tall"]["clip"])) as clip:
+        video = clip.streams.video[0]
+        assert (video.width, video.height, len(list(clip.decode(video)))) == (32, 64, 17)
+    # the same command finds nothing to do
+    assert split.render(manifest, output, stop_after="stage1", stage1=1, **options) == 0
+    assert not [e for e in split.events(output) if e["event"] == "call"]
+
+    promote = {"promote": True, "stage1": 1, "stage2": 0, **options}
+    chosen = chosen_ids(Store(str(output)), None, [parse_condition("id ~ a"), parse_condition("num_frames < 17")])
+    assert chosen == {"image"}
+    assert split.render(str(output / "previews"), output, selection=Selection(ids=chosen), **promote) == 0
+    assert split.render(str(output / "previews"), output, selection=Selection(ids=frozenset({"tall"})), **promote) == 0
+    assert {e["stage"] for e in split.events(output) if e["event"] == "call"} == {"text", "stored", "stage2", "decode"}
+    whole = hashes(split.index())
+    assert hashes(split.index(output)) == {name: whole[name] for name in ("image", "tall")}
+
+    # with another recipe it would be another clip: refused
+    options["dtype"] = "bfloat16"
+    chosen = Selection(ids=frozenset({"wide"}))
+    assert split.render(str(output / "previews"), output, selection=chosen, **{**promote, **options}) == 3
+    assert "that its preview was made with" in split.failed(output)["wide"]["message"]
 
 
 def test_tensor_parallel_latents_agree(split, tmp_path):

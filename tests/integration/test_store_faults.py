@@ -10,8 +10,10 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
 from ltx_ray import storage
+from ltx_ray.cli import app
 from ltx_ray.dataset.done import list_done
 from ltx_ray.dataset.repair import repair
 from ltx_ray.imagefiles import read_image
@@ -24,7 +26,7 @@ from tests.unit.damaged import build
 
 PASSING = ("slow_down", "error", "cut_request", "cut_response", "lost_response")
 #: More than one part of an upload (pyarrow's are 10 MB, S3's least is 5).
-LARGE = os.urandom(2**20) * 23
+LARGE = os.urandom(2**20) * 12
 
 
 @pytest.fixture
@@ -103,13 +105,15 @@ def test_every_operation_comes_through_what_passes(proxy, hasty, s3, bucket, tmp
         "missing": missing,
         "through fs": lambda: store.fs.open_input_file(store.path("d/old")).read() == b"old" or pytest.fail("fs"),
     }
+    if kind == "stall":  # each takes seconds
+        checks = {name: checks[name] for name in ("read", "list", "write")}
     for name, check in checks.items():
         with proxy.misbehaving(kinds=(kind,), first=3 if kind != "stall" else 1, seconds=30) as faults:
             check()
         # curl tries a connection that was closed between requests once more by itself
         met = sum(count for (_, met), count in faults.met.items() if met == kind)
         assert met == (1 if kind == "stall" else 3), name
-    assert objects(s3, bucket) == {"d/old": 3, "d/new": 3}
+    assert {"d/old": 3, "d/new": 3}.items() == objects(s3, bucket).items()
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -131,8 +135,8 @@ def test_a_store_that_fails_half_of_the_time(proxy, hasty, s3, bucket, tmp_path,
     assert objects(s3, bucket) == {name: len(data) for name, data in list(contents.items())[4:]}
 
 
-@pytest.mark.parametrize("kind", PASSING)
-@pytest.mark.parametrize("pattern", ["partNumber=1", "partNumber=2", "partNumber=3", r"uploads", r"\?uploadId"])
+@pytest.mark.parametrize("kind", ["slow_down", "cut_request", "lost_response"])
+@pytest.mark.parametrize("pattern", ["partNumber=1", "partNumber=2", "uploads", r"\?uploadId"])
 def test_a_large_upload_that_breaks_off_shows_nothing_and_is_made_again(proxy, hasty, s3, bucket, kind, pattern):
     put(s3, bucket, "clip", b"the older one")
     store = impatient(bucket, patience=0)
@@ -140,7 +144,7 @@ def test_a_large_upload_that_breaks_off_shows_nothing_and_is_made_again(proxy, h
         with pytest.raises(OSError, match="writing clip failed"):
             store.write_bytes("clip", LARGE)
     assert any(met == kind for _, met in faults.met)
-    whole = kind in ("cut_response", "lost_response") and pattern == r"\?uploadId"  # carried out, and not told so
+    whole = kind == "lost_response" and pattern == r"\?uploadId"  # carried out, and not told so
     assert objects(s3, bucket) == {"clip": len(LARGE) if whole else 13}
     with proxy.misbehaving(kinds=(kind,), methods=("PUT", "POST"), pattern=pattern, first=2):
         impatient(bucket).write_bytes("clip", LARGE)
@@ -159,6 +163,8 @@ def test_a_store_that_stays_broken_ends_in_an_error_in_time(proxy, hasty, s3, bu
         "writing y": lambda: store.publish(str(tmp_path / "clip"), "y"),
         "deleting x": lambda: store.delete("x"),
     }
+    if kind == "stall":
+        calls = {what: calls[what] for what in ("reading x", "writing y")}
     for what, call in calls.items():
         began = time.monotonic()
         with proxy.misbehaving(kinds=(kind,), first=10**6, seconds=30):
@@ -172,7 +178,8 @@ def test_a_store_that_stays_broken_ends_in_an_error_in_time(proxy, hasty, s3, bu
 def test_what_is_forbidden_is_said_at_once(proxy, bucket):
     store = Store(bucket, wait=pytest.fail)
     with proxy.misbehaving(kinds=("denied",), first=10**6):
-        for call in (store.read_bytes, store.exists, store.list, store.delete, lambda name: store.write_bytes(name, b"")):
+        calls = store.read_bytes, store.exists, store.list, store.delete, lambda name: store.write_bytes(name, b"")
+        for call in calls:
             with pytest.raises(OSError, match="ACCESS_DENIED"):
                 call("x")
         with pytest.raises(ValueError, match=f"--output: {bucket}, cannot be written .*ACCESS_DENIED"):
@@ -184,7 +191,7 @@ def test_pyarrow_s_own_tries_come_first(proxy, bucket):
     store = Store(bucket, patience=0)
     with proxy.misbehaving(kinds=("slow_down",), methods=("PUT",), pattern="partNumber=2", first=2) as faults:
         store.write_bytes("clip", LARGE)
-    assert faults.met["PUT", "ok"] == 3 and faults.met["PUT", "slow_down"] == 2
+    assert faults.met["PUT", "ok"] == 2 and faults.met["PUT", "slow_down"] == 2
 
 
 def test_a_small_object_is_one_request(proxy, bucket):
@@ -232,6 +239,21 @@ def test_a_dataset_is_listed_repaired_and_verified_through_faults(proxy, hasty, 
         assert done.row_count == 4 and len(repaired.published) == 1 and not repaired.lost
         assert verify(bucket, said.append) == 0, said
     assert sum(count for (_, kind), count in faults.met.items() if kind != "ok") > 20
+
+
+def test_a_report_is_written_through_faults(proxy, hasty, bucket):
+    store = build(impatient(bucket))
+    with proxy.misbehaving(kinds=PASSING, probability=0.2, seed=6):
+        result = CliRunner().invoke(app, ["report", bucket])
+    assert (result.exit_code, result.output) == (0, f"{bucket}/report.html\n")
+    page = store.read_bytes("report.html").decode()
+    assert "4 clips rendered, none failed" in page and "cannot be read: s3" not in page
+
+
+def test_an_endpoint_where_nobody_listens_is_said_before_the_run(bucket):
+    place = "s3://b/out?scheme=http&endpoint_override=127.0.0.1:9&region=us-east-1"
+    with pytest.raises(ValueError, match=r"cannot be written .*s3://b/out: writing _probe-.* failed .*NETWORK_CONN"):
+        Store(place, patience=0).check_writable()
 
 
 def test_a_lease_is_taken_and_kept_through_faults(proxy, hasty, bucket, monkeypatch):

@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from ltx_ray.config import EngineSpec, ModelFiles, Numerics
-from ltx_ray.pools.pool import Resources, Wanted, check_schedulable, choose_replicas, lay_out, slots_needed
+from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec
+from ltx_ray.pools.pool import (
+    Pool,
+    Replicas,
+    Resources,
+    StartFailed,
+    Wanted,
+    check_schedulable,
+    choose_replicas,
+    lay_out,
+    slots_needed,
+)
 
 ENGINES = {
     name: EngineSpec(name, ModelFiles("c", "g", "u"), Numerics(), "out") for name in ("text", "diffusion", "decode")
@@ -15,27 +25,63 @@ ENGINES = {
 @pytest.mark.parametrize(
     "wanted, gpus, replicas",
     [
-        (Wanted(), 0, (1, 1, False)),
-        (Wanted(), 1, (1, 0, True)),
-        (Wanted(), 2, (1, 0, False)),
-        (Wanted(), 3, (2, 0, False)),
-        (Wanted(), 4, (2, 1, False)),
-        (Wanted(), 8, (5, 2, False)),
-        (Wanted(tp=2), 8, (2, 1, False)),
-        (Wanted(tp=8), 8, (1, 0, True)),
-        (Wanted(stage1=1), 8, (1, 1, False)),
-        (Wanted(stage2=1), 8, (3, 1, False)),
-        (Wanted(stage2=0), 8, (7, 0, False)),
-        (Wanted(stage1=2, stage2=3), 8, (2, 3, False)),
-        (Wanted(with_stage2=False), 8, (7, 0, False)),
-        (Wanted(guidance_parallel=3, sequence_parallel=2), 8, (1, 1, False)),
-        (Wanted(guidance_parallel=3, sequence_parallel=2), 5, (1, 1, True)),
-        (Wanted(guidance_parallel=3), 3, (1, 0, True)),
-        (Wanted(sequence_parallel=4), 17, (10, 1, False)),
+        (Wanted(), 0, Replicas(1, 1)),
+        (Wanted(), 1, Replicas(1, 0, shared_card=True)),
+        (Wanted(), 2, Replicas(1, 0)),
+        (Wanted(), 3, Replicas(1, 1)),
+        (Wanted(), 4, Replicas(2, 1)),
+        (Wanted(), 8, Replicas(5, 2)),
+        (Wanted(), 32, Replicas(22, 9)),
+        (Wanted(), 1000, Replicas(675, 293, aside=32)),
+        (Wanted(tp=2), 8, Replicas(2, 1)),
+        (Wanted(tp=8), 8, Replicas(1, 0, shared_card=True)),
+        (Wanted(stage1=1), 8, Replicas(1, 1)),
+        (Wanted(stage2=1), 8, Replicas(3, 1)),
+        (Wanted(stage2=0), 8, Replicas(7, 0)),
+        (Wanted(stage1=2, stage2=3), 8, Replicas(2, 3)),
+        (Wanted(with_stage2=False), 8, Replicas(7, 0)),
+        (Wanted(guidance_parallel=3, sequence_parallel=2), 8, Replicas(1, 1)),
+        (Wanted(guidance_parallel=3, sequence_parallel=2), 5, Replicas(1, 1, shared_card=True)),
+        (Wanted(guidance_parallel=3), 3, Replicas(1, 0, shared_card=True)),
+        (Wanted(sequence_parallel=4), 17, Replicas(10, 1)),
     ],
 )
 def test_replicas_for_the_most_clips_an_hour(wanted, gpus, replicas):
     assert choose_replicas(wanted, gpus) == replicas
+
+
+@pytest.mark.parametrize(
+    "wanted, gpus, replicas",
+    [
+        (Wanted(max_replicas=100), 0, Replicas(70, 30)),
+        (Wanted(max_replicas=100), 1, Replicas(70, 30, aside=4)),
+        (Wanted(max_replicas=100), 8, Replicas(70, 30, aside=4)),
+        (Wanted(max_replicas=1), 1, Replicas(1, 0, shared_card=True)),
+        (Wanted(max_replicas=4, tp=2), 2, Replicas(3, 1)),
+        (Wanted(max_replicas=6, stage2=0), 8, Replicas(6, 0)),
+        (Wanted(max_replicas=6, with_stage2=False), 8, Replicas(6, 0)),
+    ],
+)
+def test_a_growing_cluster_is_asked_for_the_replicas_that_were_named(wanted, gpus, replicas):
+    assert choose_replicas(wanted, gpus) == replicas
+
+
+def test_who_may_move_says_so_in_the_order_of_its_roles():
+    pools = {pool.name: pool.roles for pool in lay_out(Wanted(), 8, ENGINES)}
+    assert pools == {
+        "text": ("text",), "stage1": ("stage1", "stage2"), "stage2": ("stage2", "stage1"),
+        "decode": ("decode", "keep", "stored"),
+    }  # fmt: skip
+    pools = {pool.name: pool.roles for pool in lay_out(Wanted(stage1=2, stage2=2), 8, ENGINES)}
+    assert (pools["stage1"], pools["stage2"]) == (("stage1",), ("stage2",))
+
+
+def test_a_number_of_replicas_and_their_maximum_exclude_each_other():
+    with pytest.raises(ValueError, match="--max-replicas and a number of --stage1-replicas"):
+        Wanted(stage1=2, max_replicas=4).check(distilled=False)
+    with pytest.raises(ValueError, match=r"--max-replicas: 4, but .* at --tp 2"):
+        Wanted(tp=2, stage2_tp=1, max_replicas=4).check(distilled=False)
+    Wanted(stage2=0, max_replicas=4).check(distilled=False)
 
 
 @pytest.mark.parametrize("gpus", range(1, 40))
@@ -81,3 +127,53 @@ def test_guidance_passes_are_shared_over_as_many_ranks_as_there_are_passes():
         Wanted(guidance_parallel=5).check(distilled=False)
     with pytest.raises(ValueError, match=r"--guidance-parallel: 2, legal: \[1\] \(the distilled pipeline has no"):
         Wanted(guidance_parallel=2).check(distilled=True)
+
+
+# --- a pool's replicas ---------------------------------------------------------------------------
+
+
+def pool(replicas: int, most_failed: int = 3) -> Pool:
+    return Pool(PoolSpec("stage1", ("stage1",), replicas, 1, ENGINES["diffusion"]), most_failed)
+
+
+def test_what_is_missing_is_started_under_new_names():
+    a_pool = pool(2)
+    assert a_pool.missing() == ["stage1-0", "stage1-1"]
+    assert a_pool.missing() == []
+    a_pool.started("stage1-0")
+    a_pool.lost("stage1-0", served=True, reason="gone")
+    assert a_pool.missing() == ["stage1-2"]
+    assert pool(5).missing(at_most=1) == ["stage1-0"]
+
+
+def test_a_large_pool_doubles_as_its_replicas_come_up():
+    a_pool, asked = pool(100), []
+    while len(a_pool.replicas) < 100:
+        names = a_pool.missing()
+        asked.append(len(names))
+        for name in names:
+            a_pool.started(name)
+    assert asked == [16, 16, 32, 36]
+
+
+def test_starts_that_keep_failing_end_the_run():
+    a_pool = pool(1, most_failed=3)
+    for fails in (True, True, False, True, True):
+        (name,) = a_pool.missing()
+        if fails:
+            a_pool.lost(name, served=False, reason="no such file")
+        else:
+            a_pool.started(name)
+            a_pool.lost(name, served=True, reason="killed")
+    (name,) = a_pool.missing()
+    with pytest.raises(StartFailed, match="pool stage1: 3 gangs failed to start; the last: no such file"):
+        a_pool.lost(name, served=False, reason="no such file")
+
+
+def test_gangs_that_break_with_no_good_call_in_between_end_the_run():
+    a_pool = pool(1, most_failed=2)
+    a_pool.faulted("half merged")
+    a_pool.worked()
+    a_pool.faulted("half merged")
+    with pytest.raises(StartFailed, match="pool stage1: 2 gangs broke in a row; the last: half merged"):
+        a_pool.faulted("half merged")

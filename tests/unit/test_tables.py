@@ -18,17 +18,18 @@ def digest(n: int) -> bytes:
 @given(
     st.lists(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 3)), max_size=8), max_size=12),
     st.sampled_from([None, 4, 16]),
+    st.sampled_from([4, 8]),
 )
-def test_a_table_is_a_multimap(batches, cap):
+def test_a_table_is_a_multimap(batches, cap, width):
     """Few heads, so that many are shared; small caps, so that some runs are merged and some are not."""
-    table, expected = Records(9, cap=cap), {}
+    table, expected = Records(width + 1, head=width, cap=cap), {}
     for batch in batches:
         for head, rest in batch:
-            table.put(digest(head)[:8], bytes([rest]))
-            expected.setdefault(digest(head)[:8], []).append(bytes([rest]))
+            table.put(digest(head)[:width], bytes([rest]))
+            expected.setdefault(digest(head)[:width], []).append(bytes([rest]))
         table.settle(5)
     assert len(table) == sum(map(len, expected.values()))
-    heads = [digest(n)[:8] for n in range(13)]
+    heads = [digest(n)[:width] for n in range(13)]
     settled = table.settled(heads)
     for head in heads:
         assert sorted(table.rests(head)) == sorted(expected.get(head, []))
@@ -59,6 +60,10 @@ def test_runs_are_few_and_none_is_merged_beyond_the_cap():
     assert sum(sizes) == 50_000 and max(sizes) <= 4000
     assert len(sizes) <= 50_000 / 4000 + 4
     assert sum(words.nbytes for run in table._runs for words in run.values()) == 16 * 50_000
+    table.merge()
+    table.merge()
+    assert [len(run["head"]) for run in table._runs] == [50_000]
+    assert all(table.has(digest(n)[:8], digest(n)[8:16]) for n in range(0, 50_000, 99))
     one = Records(16, cap=None)
     one.extend(b"".join(digest(n)[:16] for n in range(1000)))
     one.extend(b"".join(digest(n)[:16] for n in range(1000, 2000)))

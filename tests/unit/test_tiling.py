@@ -90,7 +90,7 @@ def largest_tile(latent_size, tiling: Tiling) -> int:
 
 def test_every_rung_of_an_hq_clip_needs_at_most_two_thirds_of_the_one_before():
     sizes = [largest_tile((16, 34, 60), tiling) for tiling in LADDER]
-    assert sizes == [10 * 14 * 24, 6 * 14 * 24, 4 * 14 * 24, 4 * 9 * 16, 4 * 5 * 8]
+    assert sizes == [10 * 14 * 24, 6 * 14 * 24, 4 * 14 * 24, 4 * 9 * 16, 4 * 7 * 12]
     assert all(after <= before * 2 / 3 for before, after in itertools.pairwise(sizes))
 
 

@@ -1,0 +1,251 @@
+"""Ranks, nodes, drivers and disks fail on a cluster of several nodes: every row once, with its own bits."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import time
+from collections import Counter
+
+import pytest
+
+from ltx_ray.config import RunLimits
+from ltx_ray.pools.pool import Wanted
+from tests.chaos.world import Job, rows, undisturbed, wait_for
+
+pytestmark = pytest.mark.slow
+
+SHARED = Wanted(tp=2, stage1=1, stage2=0)
+
+
+def whole(job: Job, count: int, killed: bool = False) -> dict[str, dict]:
+    """The index, when nothing is wrong and all `count` rows are in it."""
+    index = job.out.index()
+    wrong = job.check([f"r{n}" for n in range(count)], undisturbed(index, job.folder / "alone"), killed)
+    assert wrong == [] and len(index) == count
+    return index
+
+
+def pid(gang: dict, rank: int) -> int:
+    return gang["ranks"][rank]["pid"]
+
+
+def node(gang: dict) -> str:
+    return gang["ranks"][0]["node"]
+
+
+def test_ranks_are_killed_one_hangs_one_raises_alone_and_memory_runs_out(job):
+    slow = "[[stage1:slow:0.4]]"
+    orders = ["[[stage2:stuck:1]]", "[[stage1:lone:1]]", "[[stage2:memory:1]]"]
+    manifest = rows(*[slow] * 5, *[slow + order for order in orders])
+    driver = job.start(manifest, limits=RunLimits(call_timeout=6))
+    first = wait_for(lambda: job.out.gangs("stage1"), "stage 1")[0]
+    wait_for(lambda: job.out.events("item_finished"), "a row")
+    os.kill(pid(first, 1), signal.SIGKILL)
+    second = wait_for(lambda: job.out.gangs("stage1")[1:], "another gang")[0]
+    os.kill(pid(second, 0), signal.SIGKILL)
+    driver.ends(0)
+    index = whole(job, 8)
+    lost = Counter(event["role"] for event in job.out.events("gang_lost"))
+    assert lost == {"stage1": 3, "stage2": 2}
+    reasons = " ".join(event["reason"] for event in job.out.events("gang_lost"))
+    for what in ("stage2 took longer than 6 s", "told to fail alone", "OutOfMemoryError"):
+        assert what in reasons
+    assert all(index[name]["attempts"] >= 2 for name in ("r5", "r6", "r7"))
+    # the two kills cost one row each at most
+    assert sum(row["attempts"] - 1 for row in index.values()) <= 5
+
+
+def test_a_stopped_process_is_a_hanging_rank(job):
+    """SIGSTOP: it neither answers nor ends when it is asked to."""
+    driver = job.start(rows(*["[[stage1:slow:0.5]]"] * 3), wanted=SHARED, limits=RunLimits(call_timeout=5))
+    gang = wait_for(lambda: job.out.gangs("diffusion"), "the gang")[0]
+    os.kill(pid(gang, 1), signal.SIGSTOP)
+    driver.ends(0)
+    whole(job, 3)
+    assert len(job.out.events("gang_lost")) == 1
+
+
+def test_the_death_of_an_idle_rank_costs_no_row_an_attempt(job):
+    driver = job.start(rows(*["[[stage1:slow:2]]"] * 3))
+    gang = wait_for(lambda: job.out.gangs("stage2"), "stage 2")[0]
+    assert not [event for event in job.out.events("call") if event["stage"] == "stage1"]
+    os.kill(pid(gang, 1), signal.SIGKILL)
+    driver.ends(0)
+    assert {row["attempts"] for row in whole(job, 3).values()} == {1}
+    (lost,) = job.out.events("gang_lost")
+    assert lost["role"] == "stage2" and "died while idle" in lost["reason"]
+
+
+def test_latents_that_die_with_their_node_are_made_again(job):
+    # stage 2 is busy with the first row while stage 1 has done the others
+    prompts = ["[[stage1:big]] [[stage2:slow:8:1]]", *["[[stage1:big]]"] * 3]
+    driver = job.start(rows(*prompts))
+    (gang,) = wait_for(lambda: job.out.gangs("stage1"), "stage 1")
+    (other,) = wait_for(lambda: job.out.gangs("stage2"), "stage 2")
+    assert node(gang) != node(other)
+    wait_for(lambda: len([e for e in job.out.events("call") if e["stage"] == "stage1"]) == 4, "stage 1 of every row")
+    job.world.remove_node(node(gang))
+    job.world.add_node()
+    driver.ends(0)
+    index = whole(job, 4, killed=True)
+    again = Counter(event["id"] for event in job.out.events("call") if event["stage"] == "stage1")
+    assert all(again[f"r{n}"] >= 2 for n in (1, 2, 3))
+    assert all(index[f"r{n}"]["attempts"] == 1 for n in (1, 2, 3))
+
+
+def test_a_node_that_never_comes_back_does_not_end_the_run(job):
+    wanted = Wanted(tp=3, stage1=2, stage2=0)
+    driver = job.start(rows(*["[[stage1:slow:1.5]]"] * 12), wanted=wanted, limits=RunLimits(start_timeout=10))
+    gangs = wait_for(lambda: len(found := job.out.gangs("diffusion")) == 2 and found, "both gangs")
+    assert node(gangs[0]) != node(gangs[1])
+    wait_for(lambda: job.out.events("item_finished"), "a row")
+    job.world.remove_node(node(gangs[1]))
+    lost = time.time()
+    driver.ends(0)
+    assert time.time() - lost > 10, "over before anybody could have been impatient"
+    index = whole(job, 12, killed=True)
+    assert {row["stage1_replica"] for row in index.values()} == {"diffusion-0", "diffusion-1"}
+    assert len(job.out.gangs("diffusion")) == 2
+
+
+def test_a_pool_larger_than_any_node_is_refused_after_the_start_timeout(job):
+    driver = job.start(rows("one"), wanted=Wanted(tp=4, stage1=1, stage2=0), limits=RunLimits(start_timeout=4))
+    log = driver.ends(1)
+    assert "pool diffusion: no place for a replica in 4 s; it needs 4 x (1 CPU, 0 GPU) on one node" in log
+    assert "Traceback" not in log
+    assert job.out.index() == {} and job.out.failed() == {}
+    assert job.check([], {}) == []
+
+
+def test_replicas_come_up_on_a_node_that_joins(job):
+    driver = job.start(rows(*["[[stage1:slow:1]]"] * 16), wanted=Wanted(tp=2, max_replicas=5))
+    wait_for(lambda: job.out.events("item_finished"), "a row")
+    before = job.world.nodes()
+    assert {node(gang) for gang in job.out.events("gang_started")} <= set(before)
+    added = job.world.add_node()
+    driver.ends(0)
+    whole(job, 16)
+    assert added in {node(gang) for gang in job.out.events("gang_started")}
+    assert not job.out.events("gang_lost")
+
+
+def test_a_killed_driver_is_followed_by_one_that_goes_on(job):
+    manifest = rows(*["[[stage1:slow:0.4]]"] * 8)
+    first = job.start(manifest, wanted=SHARED)
+    wait_for(lambda: len(job.out.events("item_finished")) >= 3, "three rows")
+    first.kill()
+    assert job.world.leaks() == []
+    before = job.out.index()
+    assert 3 <= len(before) < 8
+    job.start(manifest, wanted=SHARED).ends(0)
+    after = whole(job, 8, killed=True)
+    assert all(after[name] == row for name, row in before.items())
+    assert not {event["id"] for event in job.out.events("call")} & set(before)
+
+
+def test_two_drivers_on_one_output_take_turns(job):
+    manifest = rows(*["[[stage1:slow:0.4]]"] * 5)
+    drivers = [job.start(manifest, wanted=SHARED) for _ in range(2)]
+    logs = [driver.ends(0) for driver in drivers]
+    whole(job, 5)
+    assert sum("is in use by run" in log for log in logs) == 1
+    assert any("0 rendered, 5 done before" in log for log in logs)
+
+
+def test_a_sigterm_drains_in_time_though_calls_of_minutes_are_under_way(job):
+    manifest = rows("", *["[[stage1:slow:300:1]]"] * 4)
+    driver = job.start(manifest, wanted=SHARED, limits=RunLimits(grace=20))
+    wait_for(lambda: job.out.events("item_finished"), "the first row")
+    asked = time.monotonic()
+    driver.signal(signal.SIGTERM)
+    assert "draining: SIGTERM" in driver.ends(4, seconds=25)
+    assert time.monotonic() - asked < 20
+    before = job.out.index()
+    assert set(before) == {"r0"}
+    assert not (job.out.folder / "_lease.json").exists()
+    job.start(manifest, wanted=SHARED).ends(0)
+    after = whole(job, 5)
+    assert after["r0"] == before["r0"]
+
+
+def test_a_sigterm_lets_the_decode_pool_finish(job):
+    manifest = rows("[[decode:slow:4]]", *["[[stage1:slow:300:1]]"] * 2)
+    driver = job.start(manifest, wanted=SHARED)
+    wait_for(lambda: [e for e in job.out.events("call") if e["stage"] == "stage2"], "the first row to be decoded")
+    driver.signal(signal.SIGTERM)
+    driver.ends(4)
+    assert set(job.out.index()) == {"r0"}
+    assert job.check(["r0"], undisturbed(job.out.index(), job.folder / "alone")) == []
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGKILL])
+def test_who_insists_is_obeyed_and_nothing_is_lost(job, second):
+    """A second SIGTERM ends the driver at once; `ray job stop` sends SIGKILL three seconds after SIGTERM."""
+    manifest = rows("", "[[decode:slow:60:1]]", "[[stage1:slow:300:1]]", "")
+    driver = job.start(manifest, wanted=SHARED, limits=RunLimits(grace=120))
+    wait_for(lambda: [e for e in job.out.events("call") if e["stage"] == "stage2" and e["id"] == "r1"], "a decoding")
+    driver.signal(signal.SIGTERM)
+    wait_for(lambda: "draining: SIGTERM" in driver.log, "the drain")
+    time.sleep(3 if second == signal.SIGKILL else 0.5)
+    assert driver.running
+    asked = time.monotonic()
+    driver.signal(second)
+    assert driver.wait(5) == (-9 if second == signal.SIGKILL else 143)
+    assert time.monotonic() - asked < 2
+    assert job.world.leaks() == []
+    before = job.out.index()
+    assert set(before) == {"r0"}
+    job.start(manifest, wanted=SHARED).ends(0)
+    assert whole(job, 4, killed=True)["r0"] == before["r0"]
+
+
+@pytest.fixture(params=["told", "real"])
+def full_disk(request, job):
+    """The disk for clips is full: the engine says so, or a file system of four pages is. Prompt, options, and how to
+    make room."""
+    if request.param == "told":
+        yield "[[decode:full:3]]", {}, lambda: None
+        return
+    clips = job.out.folder / "clips"
+    clips.mkdir(parents=True)
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=16k", "none", str(clips)], capture_output=True, text=True
+    )
+    if mount.returncode:
+        pytest.skip(f"no tmpfs can be mounted here: {mount.stderr.strip() or mount.returncode}")
+    (clips / "filler").write_bytes(bytes(16384))
+    hasty = dict.fromkeys(("text", "diffusion", "decode"), "tests.chaos.engines:Hasty")
+    yield "", {"engines": hasty}, (clips / "filler").unlink
+    subprocess.run(["umount", str(clips)], check=True)
+
+
+def test_a_full_disk_costs_no_latents_and_retry_goes_on_from_them(job, full_disk):
+    prompt, options, clean_up = full_disk
+    assert job.start(rows(prompt, prompt), wanted=SHARED, **options).ends(3)
+    failed = job.out.failed()
+    assert set(failed) == {"r0", "r1"} and not job.out.index()
+    for row in failed.values():
+        assert (row["stage"], row["attempts"], row["error_class"]) == ("decode", 3, "infrastructure")
+        kept = job.out.folder / "latents" / row["item_id"][:2] / f"{row['item_id']}.safetensors"
+        assert os.strerror(errno.ENOSPC) in row["message"] or "disk is full" in row["message"]
+        assert f"(latents kept in {kept})" in row["message"]
+    clean_up()
+    job.start(str(job.out.folder / "failed"), wanted=SHARED, retry_failed=True, **options).ends(0)
+    whole(job, 2)
+    stages = Counter(event["stage"] for event in job.out.events("call"))
+    assert stages == {"text": 2, "stored": 2, "stage2": 2, "decode": 2}
+
+
+def test_no_process_outlives_a_killed_driver_with_a_cluster_of_its_own(job):
+    manifest = rows(*["[[stage1:slow:0.4]]"] * 4)
+    alone = {"wanted": Wanted(stage1=1, stage2=0), "ray_address": None}
+    driver = job.start(manifest, **alone)
+    wait_for(lambda: job.out.events("item_finished"), "a row")
+    assert len(driver.processes()) > 5
+    driver.kill()
+    wait_for(lambda: not driver.processes(), "the cluster to end", 30)
+    job.start(manifest, **alone).ends(0)
+    whole(job, 4, killed=True)

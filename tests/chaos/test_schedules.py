@@ -1,0 +1,48 @@
+"""A hundred random schedules of faults and interruptions: every row once, with the bits of an undisturbed run."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from ltx_ray import storage
+from tests.chaos.schedules import Schedule
+from tests.unit.samples import write_jsonl
+
+SEEDS = range(100)
+seen: Counter[str] = Counter()
+done: set[int] = set()
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch):
+    """Nobody pulls the plug here."""
+    monkeypatch.setattr(storage, "_sync", lambda handle: None)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_whatever_happens_every_row_is_there_once(seed, tmp_path):
+    schedule = Schedule(seed, tmp_path, seen)
+    schedule.run_to_the_end()
+    schedule.check()
+    if seed % 5 == 0:
+        # the same rows under other names, behind those that are there
+        twins = [{**row, "id": f"{row['id']}-again"} for row in schedule.rows if row["prompt"]]
+        rendered = {row["item_id"] for row in schedule.index()}
+        while not schedule.run(manifest=write_jsonl(tmp_path / "twins.jsonl", twins)):
+            pass
+        copied = {row["id"] for row in schedule.index() if row["item_id"] in rendered}
+        assert {i for i in copied if i.endswith("-again")} == {f"{i}-again" for i in copied if not i.endswith("-again")}
+    done.add(seed)
+
+
+def test_all_of_it_has_happened():
+    if done != set(SEEDS):
+        pytest.skip("not every schedule was run")
+    least = {
+        "split", "mobile", "shared", "twin", "poison", "illegal", "repeated", "crash", "hang", "out_of_memory", "error",
+        "store", "node lost", "died idle", "inputs lost", "failed start", "gave up starting", "RowError",
+        "StoredLatentsGone", "killed", "drained", "too many failed", "preflight",
+    }  # fmt: skip
+    assert not {what for what in least if seen[what] < 5}, seen

@@ -1,0 +1,24 @@
+"""Verify on a dataset that a run made: a sample rendered again on real Ray."""
+
+from __future__ import annotations
+
+from ltx_ray.config import ModelFiles
+from ltx_ray.run import Options
+from ltx_ray.verify import verify
+from tests.integration.conftest import FAKE
+
+TOY = ModelFiles("", "", "", provider="ltx_ray.toy:ensure_toy_model")
+
+
+def test_a_sample_of_a_run_has_the_same_latents_when_rendered_again(runner):
+    rows = [{"id": f"r{n}", "prompt": f"tree {n}", "seed": n, "num_inference_steps": 3, "note": n} for n in range(4)]
+    rows.append({**rows[0], "id": "same-clip"})
+    assert runner.render(rows) == 0
+
+    def options(manifest: str, output: str) -> Options:
+        return Options(manifest, output, TOY, ray_address=runner.cluster, engines=FAKE)
+
+    said: list[str] = []
+    assert verify(str(runner.output), said.append, sample=3, options=options) == 0
+    assert sum("rendered again, the same latents" in line for line in said) == 3, said
+    assert said[-1] == "5 rows and 5 clips checked, 0 rows in failed/: all well"

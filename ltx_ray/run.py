@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -17,6 +18,7 @@ import ltx_ray
 from ltx_ray.cluster import Cluster
 from ltx_ray.config import LoraFile, ModelFiles, Numerics, PoolSpec, RunLimits, Selection
 from ltx_ray.dataset.done import Done, list_done
+from ltx_ray.dataset.repair import repair
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.driver.policy import STAGES
 from ltx_ray.driver.progress import Progress
@@ -37,7 +39,14 @@ from ltx_ray.plan import TODO, Plan, PlannedRow, RecipeBook
 from ltx_ray.pools.pool import StartFailed, Wanted
 from ltx_ray.recipe import served_pipelines
 from ltx_ray.records import LoraUse, WorkItem, canonical_json
-from ltx_ray.storage import Store
+from ltx_ray.storage import Store, clean_stale
+
+#: A temporary file this old has no process that is still writing it.
+_STALE_SECONDS = 3600.0
+#: Seconds for which the output may stay away before a run ends, and for which its own record is worth waiting.
+_INDEX_PATIENCE, _RECORD_PATIENCE = 600.0, 10.0
+#: Rows up to which a run into an object store ends with a report.
+_REMOTE_REPORT_ROWS = 500
 
 EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_FAILED_ROWS, EXIT_DRAINED = 0, 1, 2, 3, 4
 
@@ -164,13 +173,20 @@ def render(options: Options) -> int:
         stop_after=options.stop_after,
     )
     try:
-        # listed under the lease: what another run finished while this one waited is done
+        # under the lease: what another run finished while this one waited is done, and nobody else mends
+        clean_stale(store, _STALE_SECONDS)
         prepared.plan.done = list_done(store)
+        repair(store, prepared.plan.done, progress.say)
         if options.promote:
             rows = _with_latents(rows, prepared.plan.done)
-        return _drive(prepared, rows, cluster, store, run_id, progress)
+        return _drive(prepared, rows, cluster, store, run_id, progress, lease)
     finally:
         cluster.leave()
+        if not lease.lost:
+            # its workers are gone: what they left half-written nobody will finish
+            with contextlib.suppress(OSError):
+                clean_stale(store, 0)
+                store.remove_scratch()
         lease.release()
 
 
@@ -181,6 +197,7 @@ def _drive(
     store: Store,
     run_id: str,
     progress: Progress,
+    lease: Lease,
 ) -> int:
     from ltx_ray.driver.books import Books
     from ltx_ray.driver.loop import Driver, Joined
@@ -189,7 +206,7 @@ def _drive(
     options = prepared.options
     _keep_older_run(store)
     events = EventLog(store)
-    record = _RunRecord(store, run_id, prepared)
+    record = _RunRecord(store.hurried(_RECORD_PATIENCE), run_id, prepared)
     record.write("running", Counter())
     events.emit("run_started", run_id=run_id)
 
@@ -211,12 +228,13 @@ def _drive(
         )
 
     def note_drain() -> None:
-        events.flush()
-        record.write("draining", books.counts)
+        with contextlib.suppress(OSError):
+            record.write("draining", books.counts)
 
     # an object store answers each write late, but many at once
     publisher = Publisher(threads=2 if store.is_local else 16)
-    books = Books(prepared.plan, DatasetWriter(store), publisher, events, progress, canonical_json(record.versions))
+    writer = DatasetWriter(store.hurried(_INDEX_PATIENCE))
+    books = Books(prepared.plan, writer, publisher, events, progress, canonical_json(record.versions))
     driver = Driver(
         books=books,
         join_cluster=join_cluster,
@@ -225,6 +243,7 @@ def _drive(
         noise_device=options.noise_device,
         use_stored=not options.stop_after,
         on_drain=note_drain,
+        should_stop=lambda: f"another run has taken over {store.uri}" if lease.lost else None,
     )
     state, code = "failed", EXIT_ERROR
     handlers = _drain_on_signals(driver)
@@ -235,16 +254,20 @@ def _drive(
         code = EXIT_DRAINED if drained else EXIT_FAILED_ROWS if bad else EXIT_OK
         if driver.too_many_failed:
             code = EXIT_FAILED_ROWS
-    except StartFailed as error:
+    except ConnectionError:
+        raise  # the cluster's
+    except (StartFailed, OSError) as error:
+        # an OSError is the output store's: it has been tried for as long as its patience lasts
         progress.say(str(error))
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        record.write(state, books.counts)
+        with contextlib.suppress(OSError):
+            record.write(state, books.counts)
         events.emit("run_finished", state=state, counts=record.counts(books.counts))
         events.flush()
         if not driver.drain_requested:  # who asked to stop does not want to wait for a page of pictures
-            _write_report(store, progress)
+            _write_report(store, books.counts["rows"], progress)
     progress.say(_summary(state, record.counts(books.counts), options.output))
     return code
 
@@ -282,13 +305,14 @@ def _drain_on_signals(driver) -> dict[int, Any]:
         return {}
 
 
-def _write_report(store: Store, progress: Progress) -> None:
+def _write_report(store: Store, rows: int, progress: Progress) -> None:
     from ltx_ray.dataset.report import write_report
 
-    if not store.is_local:
+    if not store.is_local and rows > _REMOTE_REPORT_ROWS:
+        progress.say(f"report.html is left to `ltx-ray report {store.uri}`: it reads every row of the index")
         return
     try:
-        write_report(store.root)
+        write_report(store.root if store.is_local else store.uri)
     except Exception as error:  # a page of pictures must never cost a run its exit code
         progress.say(f"report.html was not written: {error}")
 

@@ -62,7 +62,10 @@ class Driver:
         noise_device: str,
         use_stored: bool = False,
         on_drain: Callable[[], None] = lambda: None,
+        should_stop: Callable[[], str | None] = lambda: None,
     ):
+        """`use_stored`: begin with the stored latents of stage 1 where there are some. `on_drain` is called once when
+        the run begins to drain, `should_stop` at every turn: a reason to drain, or None."""
         self.books, self.limits, self.noise_device = books, limits, noise_device
         self.events, self.progress, self.counts = books.events, books.progress, books.counts
         self.policy = Policy(queue_depth=limits.queue_depth, max_attempts=limits.max_attempts, stages=stages)
@@ -70,6 +73,7 @@ class Driver:
         self.too_many_failed = False
         self.drain_requested: str | None = None
         self._join_cluster, self._on_drain, self._use_stored = join_cluster, on_drain, use_stored
+        self._should_stop = should_stop
         self._joined: Joined | None = None
         self._preflight: str | None = None
         self._gpu_seconds = 0.0
@@ -90,8 +94,8 @@ class Driver:
         publisher, ended = self.books.publisher, False
         try:
             while True:
-                if self.drain_requested:
-                    self._drain(self.drain_requested, haste=True)
+                if reason := self.drain_requested or self._should_stop():
+                    self._drain(reason, haste=True)
                 self._admit(rows)
                 if self.policy.busy:
                     self._bring_up()
@@ -302,7 +306,8 @@ class Driver:
         work.replicas[stage] = replica
         work.switches += report.switches
         self.events.emit(
-            "call", role=pool.spec.name, replica=replica, stage=stage, item_id=work.item.item_id, id=work.name,
+            "preflight_call" if work.item.preflight else "call",
+            role=pool.spec.name, replica=replica, stage=stage, item_id=work.item.item_id, id=work.name,
             start=round(report.started, 3), seconds=round(report.seconds, 3), ok=report.ok,
         )  # fmt: skip
         if report.switches:

@@ -4,9 +4,9 @@ A prompt may carry orders such as `[[stage1:crash]]`, `[[stage2:crash:2]]` (the 
 `[[decode:hang]]`, `[[text:slow:0.5]]` (seconds), `[[text:slow:60:1]]` (the first try only), `[[stage1:row]]` (the row
 is at fault), `[[stage1:error]]` (any other exception), `[[stage1:store]]` (a store that does not answer),
 `[[stage1:full]]` (its disk is full), `[[stage1:memory]]` (out of memory), `[[stored:gone]]` (no stored latents),
-`[[stage1:lone]]` (one rank of several fails), `[[stage1:stuck]]` (one rank of several hangs), `[[stage1:big]]` (a
-result of 1 MB, too large to travel with the report). Tries are counted by files under the output, so that they
-outlive the process.
+`[[stage1:lone]]` (one rank of several fails), `[[stage1:stuck]]` (one rank of several hangs), `[[stage1:gate]]` (waits
+for `open_gate`), `[[stage1:big]]` (a result of 1 MB, too large to travel with the report). Tries are counted by files
+under the output, so that they outlive the process.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from ltx_ray.storage import Store, join
 
 _ORDER = re.compile(r"\[\[(\w+):(\w+)(?::([\d.]+))?(?::(\d+))?\]\]")
 _BIG = 2**20
+_GATE = "_fake/open"
 
 
 class OutOfMemoryError(RuntimeError):
@@ -99,6 +100,9 @@ class FakeEngine:
             if order == "slow":
                 if not slow_tries or self._tries(stage, item) <= int(slow_tries):
                     time.sleep(float(number or 0.2))
+            elif order == "gate":
+                while not self.store.exists(_GATE):
+                    time.sleep(0.05)
             elif number and self._tries(stage, item) > int(number):
                 continue
             elif order == "crash":
@@ -127,6 +131,11 @@ class FakeEngine:
         tries = 1 + (int(self.store.read_bytes(name)) if self.store.exists(name) else 0)
         self.store.write_bytes(name, str(tries).encode())
         return tries
+
+
+def open_gate(output: str) -> None:
+    """Let every call pass that waits, or will, at the gate of a run into `output`."""
+    Store(output).write_bytes(_GATE, b"")
 
 
 def _latents(item: WorkItem) -> str:

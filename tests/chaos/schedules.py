@@ -43,6 +43,9 @@ SECONDS = {"text": 0.1, "stage1": 46.0, "stored": 0.2, "stage2": 17.0, "decode":
 ENDLESS = 30_000
 POISON = re.compile(r"\[\[(\w+):(\w+)\]\]")
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}")
+#: What a row may fail for here; `_TOLD` came as an exception of the engine's.
+_TOLD = re.compile("told to fail")
+_REASONS = re.compile("told to fail|by chance|rank 0 died|took longer than|node was lost|no inputs|legal")
 _SPEC = EngineSpec("", ModelFiles("", "", ""), Numerics(), "")
 
 
@@ -80,7 +83,7 @@ class Stages:
     """What the replicas do: hashes of the item and of what the stage before made; decode writes a file."""
 
     def __init__(self, store: Store):
-        self.store = store
+        self.store, self.decoded = store, Counter()
 
     def __call__(self, stage: str, item: WorkItem, *inputs: str) -> Any:
         name = item.item_id
@@ -100,10 +103,11 @@ class Stages:
             self.store.write_bytes(latents, inputs[0].encode())
             return latents
         if stage == "stored":
-            if name[0] < "4":
+            if name[0] < "8":
                 raise StoredLatentsGone(f"{latents}: not there")
             return self.store.read_bytes(latents).decode()
         _, stage2 = inputs
+        self.decoded[name] += 1
         path = f"clips/{name[:2]}/{name}.mp4"
         self.store.write_bytes(path, stage2.encode())
         return Clip(path, hashlib.sha256(stage2.encode()).hexdigest(), stage2, (), "stage_1")
@@ -146,7 +150,7 @@ class Crew(SimulatedCrew):
             if isinstance(one, InputsLost) or (isinstance(one, Lost) and one.inputs_lost):
                 self.seen["inputs lost"] += 1
             elif isinstance(one, Lost):
-                kind = "died idle" if one.idle else "node lost" if "node" in one.reason else ""
+                kind = "died idle" if one.idle else "node lost" if "node" in one.reason else "gang lost"
                 self.seen[kind if one.served else "failed start"] += 1
             elif isinstance(one, Answered) and one.report.error_type in ("RowError", "StoredLatentsGone"):
                 self.seen[one.report.error_type] += 1
@@ -267,6 +271,7 @@ class Schedule:
             ended = False
         assert crew.alive == 0, "a replica outlives its run"
         assert not before & set(crew.called), "rendered again"
+        assert not [name for name, times in crew.make.decoded.items() if times > 1], "rendered twice"
         if ended and interruption == "none" and driver.drain_requested is None:
             assert not self.books.work, "items are left in the books"
         return ended
@@ -314,7 +319,8 @@ class Schedule:
         assert not left, "temporary files"
 
     def _check_failure(self, row: dict) -> None:
-        assert row["message"]
+        assert row["traceback"] or not _TOLD.search(row["message"])
+        assert _REASONS.search(row["message"]), "it failed for a reason of its own"
         if not row["prompt"]:
             assert (row["stage"], row["attempts"]) == ("plan", 0)
             return

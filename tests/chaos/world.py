@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics, RunLimits
 from ltx_ray.engine.base import Rank
-from ltx_ray.engine.fake import FakeEngine
+from ltx_ray.engine.fake import FakeEngine, open_gate
 from ltx_ray.pools.pool import Wanted
 from ltx_ray.run import Options
 from ltx_ray.storage import Store, clean_stale
@@ -53,11 +53,12 @@ _KEPT = re.compile(
 )
 
 
-def wait_for(condition: Callable[[], T], what: str, seconds: float = 90) -> T:
+def wait_for(condition: Callable[[], T], what: str | Callable[[], str], seconds: float = 90) -> T:
     """The first true value of `condition`."""
     end = time.monotonic() + seconds
     while not (value := condition()):
-        assert time.monotonic() < end, f"waited {seconds:g} s for {what}"
+        if time.monotonic() > end:
+            raise AssertionError(f"waited {seconds:g} s for {what if isinstance(what, str) else what()}")
         time.sleep(0.05)
     return value
 
@@ -206,6 +207,17 @@ class Job:
         )  # fmt: skip
         self._drivers.append(driver)
         return driver
+
+    def until(self, condition: Callable[[], T], what: str) -> T:
+        """The first true value of `condition`, which is to come while the newest driver runs."""
+        driver = self._drivers[-1]
+        wait_for(lambda: condition() or not driver.running, lambda: f"{what}; the driver says:\n{driver.log}")
+        value = condition()
+        assert value, f"no {what}, and the driver has ended:\n{driver.log}"
+        return value
+
+    def open_gate(self) -> None:
+        open_gate(str(self.out.folder))
 
     def check(self, names: Iterable[str], expected: dict[str, str], killed: bool = False) -> list[str]:
         """What is wrong after the last run: rows, bits, processes, files. `expected`: latents_sha256 by id.

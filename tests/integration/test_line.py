@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from ltx_ray.config import EngineSpec, LoraFile, ModelFiles, Numerics, Selection
 from ltx_ray.dataset.chosen import chosen_ids, parse_condition
 from ltx_ray.engine.base import Rank
-from ltx_ray.engine.latents import latents_sha256, named_latents
 from ltx_ray.engine.diffusion import DiffusionEngine
+from ltx_ray.engine.latents import latents_sha256, named_latents
 from ltx_ray.engine.text import TextEngine
 from ltx_ray.manifest import RawRow, RowRules, judge
 from ltx_ray.plan import RecipeBook

@@ -9,7 +9,7 @@ import pytest
 import ray
 import yaml
 
-from ltx_ray import cli, run
+from ltx_ray import cli, options, run
 from ltx_ray.cli import main
 from ltx_ray.config import LoraFile
 from ltx_ray.dataset.writer import DatasetWriter
@@ -255,7 +255,7 @@ def test_plan_against_a_dataset(cmd, manifest, out, toy):
 
 
 def _options(manifest: str, out: str) -> run.Options:
-    files = cli._model_files({**dict.fromkeys(cli._model_options()), "model": "toy"})
+    files = options._model_files({**dict.fromkeys(options.model_options()), "model": "toy"})
     return run.Options(manifest=manifest, output=out, model=files)
 
 

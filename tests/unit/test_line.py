@@ -15,7 +15,7 @@ KINDS = "abc"
     st.lists(
         st.one_of(
             st.tuples(st.just("push"), st.integers(0, 99), st.sampled_from(KINDS)),
-            st.tuples(st.just("pop"), st.permutations(KINDS)),
+            st.tuples(st.just("pop"), st.lists(st.integers(0, 2), min_size=3, max_size=3)),
         ),
         max_size=60,
     )
@@ -30,7 +30,7 @@ def test_it_serves_as_a_sorted_list_would(steps):
             line.push(f"i{order}", order, kind)
             waiting[order], passed[order] = kind, 0
         elif waiting:
-            rank = {kind: number for number, kind in enumerate(step[1])}
+            rank = dict(zip(KINDS, step[1]))
             expected = min(waiting, key=lambda order: (rank[waiting[order]], order))
             assert line.best(rank.__getitem__) == (rank[waiting[expected]], expected, waiting[expected])
             assert line.pop(waiting.pop(expected)) == f"i{expected}"

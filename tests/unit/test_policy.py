@@ -65,6 +65,14 @@ def test_upstream_stops_when_the_queue_behind_it_is_full():
     assert calls(policy) == [("i0", "stage1", "a"), ("i2", "text", "t")]
 
 
+def test_the_queue_before_decode_is_bounded_too():
+    policy = make({"t": TEXT, "a": ("stage1",), "b": ("stage2",)}, items=3, queue_depth=1)
+    while made := calls(policy):
+        for item, _, _ in made:
+            policy.finished(item)
+    assert [policy.waiting(stage) for stage in STAGES[1:]] == [1, 1, 1]
+
+
 def test_a_retried_item_goes_before_younger_ones():
     policy = make({"t": TEXT}, items=3)
     assert calls(policy) == [("i0", "text", "t")]
@@ -100,6 +108,39 @@ def test_rows_that_need_the_same_weights_stay_together():
 def test_each_replica_keeps_to_its_kind():
     _, switched = run_all(one_stage(2, queue_depth=4), ["a", "b"] * 40)
     assert switched <= 2
+
+
+def merged(*kinds: str) -> Policy:
+    """Idle replicas a0, a1, ... that have these merged."""
+    policy = one_stage(len(kinds))
+    for n, kind in enumerate(kinds):
+        policy.admit(f"w{n}", {"stage1": kind})
+    for item, _, _ in calls(policy):
+        policy.finished(item)
+    return policy
+
+
+def test_an_item_goes_to_the_replica_that_has_its_weights():
+    policy = merged("a", "b")
+    policy.admit("x", {"stage1": "b"})
+    assert calls(policy) == [("x", "stage1", "a1")]
+
+
+def test_what_another_replica_has_merged_is_left_to_it():
+    policy = merged("a", "b")
+    policy.admit("first", {"stage1": "b"})
+    calls(policy)
+    policy.admit("x", {"stage1": "b"})
+    policy.admit("y", {"stage1": "c"})
+    assert calls(policy) == [("y", "stage1", "a0")], "x is older, but a1 is soon there for it"
+
+
+def test_a_replica_that_is_gone_has_nothing_merged():
+    policy = merged("a", "b")
+    policy.leave("a1")
+    policy.admit("x", {"stage1": "b"})
+    policy.admit("y", {"stage1": "c"})
+    assert calls(policy) == [("x", "stage1", "a0")]
 
 
 def test_a_lone_row_of_its_kind_is_not_passed_over_for_ever():
@@ -227,6 +268,9 @@ def test_only_idle_replicas_beyond_the_items_in_flight_are_spare():
     policy.finished("i0")
     assert calls(policy) == [("i0", "stage1", "a")]
     assert policy.spare() == ["t1", "b"], "of a kind, one stays; what runs stays"
+    policy.leave("t1")
+    policy.finished("i1")
+    assert policy.spare() == ["b"], "nobody needs text, but something may come back"
 
 
 def test_results_in_flight_stay_within_memory():

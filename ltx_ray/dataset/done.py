@@ -120,6 +120,9 @@ class Done:
     def has_preview(self, item_id: str, key: str) -> bool:
         return self._previews.has(item_id, key)
 
+    def add_preview(self, item_id: str, key: str) -> None:
+        self._previews.add(item_id, key)
+
     def preview_of(self, item_id: str) -> str | None:
         """The key of some row of the item that has a preview."""
         return self._previews.key_of(item_id)

@@ -125,11 +125,19 @@ class DatasetWriter:
 
     def copy_index_row(self, item_id: str, from_key: str, request: RenderRequest) -> None:
         """Give another manifest row the clip of an item that is done already."""
-        table = pq.read_table(io.BytesIO(self.store.read_bytes(f"index/{index_part(item_id, from_key)}")))
-        row = {**table.to_pylist()[0], "id": request.id, "extra": request.extra}
+        row = {**self._row("index", item_id, from_key), "id": request.id, "extra": request.extra}
         key = row_key(request.id)
         self.store.write_bytes(f"index/{index_part(item_id, key)}", one_row(row, INDEX_SCHEMA))
         self.forget_failure(item_id, key)
+
+    def copy_preview_row(self, item_id: str, from_key: str, request: RenderRequest, raw: RawRow) -> None:
+        """Give another manifest row the preview of an item that has one already."""
+        own = {"id": request.id, "extra": request.extra, "source": raw.source, FAILED_ROW_COLUMN: _resolved_row(request)}
+        row = {**self._row("previews", item_id, from_key), **own}
+        self.store.write_bytes(f"previews/{index_part(item_id, row_key(request.id))}", one_row(row, PREVIEW_SCHEMA))
+
+    def _row(self, folder: str, item_id: str, key: str) -> dict[str, Any]:
+        return pq.read_table(io.BytesIO(self.store.read_bytes(f"{folder}/{index_part(item_id, key)}"))).to_pylist()[0]
 
     def write_failed(self, item_id: str, request: RenderRequest, raw: RawRow, failure: Failure) -> None:
         """Publish the failure of a legal row."""

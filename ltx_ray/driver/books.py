@@ -19,6 +19,10 @@ from ltx_ray.plan import COPY, DONE, FAILED, ILLEGAL, REPEATED, Plan, PlannedRow
 from ltx_ray.records import Clip, WorkItem, canonical_json
 
 
+#: Failures that are kept for rows that ask for the same clip later.
+_REMEMBERED = 10_000
+
+
 @dataclass
 class Work:
     """An item in the pools: the manifest rows that want it, and what its stages have made so far."""
@@ -64,9 +68,12 @@ class Books:
         self.work: dict[str, Work] = {}
         self.exhausted = False
         self._illegal: set[str] = set()
+        #: A row that comes late and asks for what has failed in this run fails the same way.
+        self._given_up: dict[str, Failure] = {}
 
     def take(self, rows: Iterator[PlannedRow], at_most: int) -> Iterator[Work]:
         """Read up to `at_most` rows and yield the items among them that are new work."""
+        done = self.plan.done
         for _ in range(at_most):
             planned = next(rows, None)
             if planned is None:
@@ -76,6 +83,9 @@ class Books:
                 self.counts["rows"] += 1
             if planned.status == DONE:
                 self.counts["already_done"] += 1
+                if done.failed_count and done.failure(planned.item_id, planned.key):
+                    # the run that finished it was killed before it could say so here
+                    self._forget_failure(planned)
             elif planned.status == FAILED:
                 self.counts["failed"] += 1
             elif planned.status == ILLEGAL:
@@ -90,7 +100,9 @@ class Books:
                     work.rows.append(planned)
                     if work.outcome is not None:
                         self._write(work, planned)
-                elif self.plan.done.key_of(item.item_id) is not None:
+                elif item.item_id in self._given_up:
+                    self._write(Work(item, [planned], outcome=self._given_up[item.item_id]), planned)
+                elif self._first_key(item.item_id) is not None:
                     self._take_copy(planned)  # finished since the row was planned
                 else:
                     work = self.work[item.item_id] = Work(item, [planned])
@@ -107,9 +119,25 @@ class Books:
     def _take_copy(self, planned: PlannedRow) -> None:
         assert planned.item is not None
         name = planned.item.item_id
-        from_key = self.plan.done.key_of(name)
-        self.publisher.submit(lambda: self.writer.copy_index_row(name, from_key, planned.request), _nothing)
+        from_key = self._first_key(name)
+        older = self._older_failures(name, planned.key)
+
+        def copy() -> None:
+            if self.plan.latents_only:
+                self.writer.copy_preview_row(name, from_key, planned.request, planned.row.raw)
+                return
+            self.writer.copy_index_row(name, from_key, planned.request)
+            self.writer.forget_older_failures(older, planned.row.raw.source)
+
+        self.publisher.submit(copy, _nothing)
         self.counts["rendered"] += 1
+
+    def _first_key(self, name: str) -> str | None:
+        """The key of a row for which the item is finished (or has its preview, where that is all there will be)."""
+        return self.plan.done.preview_of(name) if self.plan.latents_only else self.plan.done.key_of(name)
+
+    def _forget_failure(self, planned: PlannedRow) -> None:
+        self.publisher.submit(lambda: self.writer.forget_failure(planned.item_id, planned.key), _nothing)
 
     # --- outcomes --------------------------------------------------------------------------------
 
@@ -135,6 +163,8 @@ class Books:
 
     def fail(self, work: Work, failure: Failure) -> None:
         """The item is given up."""
+        if len(self._given_up) < _REMEMBERED:
+            self._given_up[work.item.item_id] = failure
         self._end(work, failure)
 
     def _end(self, work: Work, outcome: Rendered | Failure) -> None:
@@ -146,13 +176,13 @@ class Books:
     def _write(self, work: Work, planned: PlannedRow) -> None:
         work.writing += 1
         name, outcome = work.item.item_id, work.outcome
+        older = [] if self.plan.latents_only else self._older_failures(name, planned.key)
         if isinstance(outcome, Failure):
             self.publisher.submit(
-                lambda: self.writer.write_failed(name, planned.request, planned.row.raw, outcome),
+                lambda: self._write_failed(name, planned, outcome, older),
                 lambda: self._failed(work, planned, outcome),
             )
         else:
-            older = [] if self.plan.latents_only else self._older_failures(name, planned.key)
             self.publisher.submit(
                 lambda: self._write_rendered(name, planned, outcome, older), lambda: self._rendered(work, planned)
             )
@@ -164,9 +194,13 @@ class Books:
         self.writer.write_index(name, planned.request, rendered)
         self.writer.forget_older_failures(older, planned.row.raw.source)
 
+    def _write_failed(self, name: str, planned: PlannedRow, failure: Failure, older: list[str]) -> None:
+        self.writer.write_failed(name, planned.request, planned.row.raw, failure)
+        self.writer.forget_older_failures(older, planned.row.raw.source)
+
     def _rendered(self, work: Work, planned: PlannedRow) -> None:
-        if not self.plan.latents_only:
-            self.plan.done.add_row(work.item.item_id, planned.key)
+        finished = self.plan.done.add_preview if self.plan.latents_only else self.plan.done.add_row
+        finished(work.item.item_id, planned.key)
         self._count(work, "rendered")
         self.events.emit("item_finished", item_id=work.item.item_id, id=planned.request.id)
 
@@ -181,7 +215,7 @@ class Books:
         self.metrics.item(outcome)
         work.writing -= 1
         if not work.writing:
-            del self.work[work.item.item_id]
+            self.work.pop(work.item.item_id, None)
 
     def _older_failures(self, name: str, key: str) -> list[str]:
         """Parts in which the row failed as another item: with other weights, or before it was edited."""

@@ -110,6 +110,11 @@ class Driver:
                     break
             publisher.close(finish=True)
             ended = True
+        except StartFailed:
+            # what is finished is finished
+            publisher.close(finish=True)
+            ended = True
+            raise
         finally:
             if not ended:
                 publisher.close(finish=False)
@@ -132,7 +137,8 @@ class Driver:
         if self.policy.idle_when_drained() or time.monotonic() > self._drain_until:
             return True
         # what waits for the decode pool has nobody to wait for
-        return self.policy.draining and bool(self.pools) and not any(pool.replicas for pool in self.pools)
+        decoding = any(pool.replicas for pool in self.pools if "decode" in pool.spec.roles)
+        return self.policy.draining and bool(self.pools) and not decoding and not self.policy.running
 
     @property
     def _crew(self) -> Crew:
@@ -165,9 +171,11 @@ class Driver:
             self.pools = [Pool(spec, max_starts_failed=self.limits.max_attempts + 1) for spec in joined.pools]
             self.policy.max_bytes = joined.max_bytes
             if joined.preflight is not None:
-                self._preflight = joined.preflight.item_id
-                self.books.work[self._preflight] = Work(joined.preflight, [])
-                self.policy.admit(self._preflight, merged_for(joined.preflight.request))
+                # under a name of its own: a row may ask for the very same clip
+                item = replace(joined.preflight, item_id="preflight")
+                self._preflight = item.item_id
+                self.books.work[self._preflight] = Work(item, [])
+                self.policy.admit(self._preflight, merged_for(item.request), first=True)
         if self.policy.draining:
             return
         for pool in self.pools:
@@ -234,8 +242,10 @@ class Driver:
             assert item is not None
             self.events.emit("inputs_lost", replica=news.replica, item_id=item, reason=news.reason)
             stage = self.policy.stage_of(item)
-            self._judge(self.policy.inputs_lost(item), stage, news.reason, "")
+            # what was to be kept is gone
+            verdict = self.policy.row_failed(item) if stage == "keep" else self.policy.inputs_lost(item)
             self._forget_results(item)
+            self._judge(verdict, stage, news.reason, "")
 
     def _check_device(self, news: Started) -> None:
         """Noise drawn on a GPU depends on its model, so the stages of a run must not span several."""
@@ -259,10 +269,12 @@ class Driver:
         stage = self.policy.stage_of(item) if item else ""
         verdict = self.policy.leave(news.replica, charged=not news.idle, inputs_lost=news.inputs_lost)
         if verdict is not None:
-            self._judge(verdict, stage, news.reason, traceback)
             if news.inputs_lost:
                 self._forget_results(verdict.item)
+            self._judge(verdict, stage, news.reason, traceback)
         pool.lost(news.replica, news.served, news.reason)
+        if news.idle:
+            pool.died_idle(news.reason)
 
     def _answered(self, news: Answered) -> None:
         report, pool = news.report, self._pool(news.replica)
@@ -279,8 +291,8 @@ class Driver:
                 pool.faulted(reason)
         elif report.error_type == "StoredLatentsGone":
             self.events.emit("stored_latents_gone", item_id=name, id=work.name, message=report.message)
-            self._judge(self.policy.inputs_lost(name, self.policy.stages), stage, report.message or "", "")
             self._forget_results(name)
+            self._judge(self.policy.inputs_lost(name, self.policy.stages), stage, report.message or "", "")
         elif not report.ok:
             # every rank said the same: the row is at fault at once if the engine says so, else when the same
             # thing has happened at every attempt
@@ -293,7 +305,9 @@ class Driver:
             work.payloads["stage1" if stage == "stored" else stage] = news.payload
             if stage in ("stage1", "stage2"):
                 work.device = report.device
-            if self.policy.finished(name, report.seconds, report.switch_seconds, report.nbytes):
+            # a tiny clip says nothing of how long the others take
+            measured = (None,) if work.item.preflight else (report.seconds, report.switch_seconds, report.nbytes)
+            if self.policy.finished(name, *measured):
                 self._finish(work, stage, news)
             elif self.policy.stage_of(name) == "decode":
                 work.payloads.pop("text")  # only the stages themselves read the contexts

@@ -35,6 +35,8 @@ _LAST = ("decode", "keep")
 #: Seconds a call takes until some have been measured: one H100, an HQ clip (ltx-facts.md). Only ratios count.
 _SECONDS = {"text": 0.1, "stage1": 46.0, "stored": 0.1, "stage2": 17.0, "decode": 1.75, "keep": 0.1}
 _SWITCH_SECONDS = 1.5
+#: The same of results, in bytes: contexts of two prompts, latents of either size.
+_BYTES = {"text": 25e6, "stage1": 2e6, "stored": 2e6, "stage2": 8e6, "decode": 0.0, "keep": 0.0}
 #: Weight of the newest measurement in a running mean.
 _NEWEST = 0.1
 
@@ -136,7 +138,7 @@ class Policy:
     _held: float = 0.0
     _admitted: int = 0
     _seconds: dict[str, _Mean] = field(default_factory=lambda: {s: _Mean(v) for s, v in _SECONDS.items()})
-    _bytes: dict[str, _Mean] = field(default_factory=lambda: {stage: _Mean(0.0) for stage in ORDER})
+    _bytes: dict[str, _Mean] = field(default_factory=lambda: {s: _Mean(v) for s, v in _BYTES.items()})
     _switch: _Mean = field(default_factory=lambda: _Mean(_SWITCH_SECONDS))
 
     # --- what happened ---------------------------------------------------------------------------
@@ -174,25 +176,27 @@ class Policy:
         kinds: Mapping[str, Hashable] | None = None,
         path: tuple[str, ...] | None = None,
         attempts: int = 1,
+        first: bool = False,
     ) -> None:
-        """Take an item in, at the end of the line. `kinds`: by stage, what a replica must have merged for it; `path`:
-        its stages, where they are not those of every item; `attempts`: which try its first one counts as."""
+        """Take an item in, at the end of the line, or `first`. `kinds`: by stage, what a replica must have merged for it;
+        `path`: its stages, where they are not those of every item; `attempts`: which try its first one counts as."""
         assert item not in self._items
-        self._items[item] = _Item(self._admitted, path or self.stages, kinds or {}, attempts)
+        self._items[item] = _Item(-1 if first else self._admitted, path or self.stages, kinds or {}, attempts)
         self._admitted += 1
         self._waits(item)
 
     def finished(self, item: str, seconds: float | None = None, switch_seconds: float = 0.0, nbytes: float = 0) -> bool:
         """The item's call came back well. True when that was its last stage.
 
-        `seconds`: what it took, of which `switch_seconds` for merging; `nbytes`: size of its result.
+        `seconds`: what it took, of which `switch_seconds` for merging, None for a call that is not like others;
+        `nbytes`: size of its result.
         """
         state = self._release(item)
         if seconds is not None:
             self._seconds[state.stage].see(max(seconds - switch_seconds, 1e-6))
+            self._bytes[state.stage].see(nbytes)
         if switch_seconds:
             self._switch.see(switch_seconds)
-        self._bytes[state.stage].see(nbytes)
         if state.following is None:
             self._forget(item)
             return True
@@ -243,13 +247,18 @@ class Policy:
         return None
 
     def spare(self) -> list[str]:
-        """Idle replicas that the items in flight leave without work, when no more are admitted; one of a kind stays."""
+        """Idle replicas that the items in flight leave without work, when no more are admitted; each role keeps one."""
         spare = []
-        for stages in (("text",), _MERGED, ("decode", "keep", "stored")):
-            able = [name for name, r in self._replicas.items() if set(r.roles) & set(stages)]
-            needed = max(1, sum(1 for item in self._items.values() if set(item.path[item.at :]) & set(stages)))
-            idle = [name for name in able if self._replicas[name].item is None]
-            spare += idle[: max(0, len(able) - needed)]
+        serving = Counter(role for replica in self._replicas.values() for role in replica.roles)
+        alike = Counter(frozenset(replica.roles) for replica in self._replicas.values())
+        ahead = [set(item.path[item.at :]) for item in self._items.values()]
+        needed = {roles: sum(1 for stages in ahead if stages & roles) for roles in alike}
+        for name, replica in self._replicas.items():
+            roles = frozenset(replica.roles)
+            if replica.item is None and alike[roles] > needed[roles] and all(serving[role] > 1 for role in roles):
+                spare.append(name)
+                alike[roles] -= 1
+                serving.subtract(roles)
         return spare
 
     @property

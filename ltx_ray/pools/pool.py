@@ -119,14 +119,14 @@ def choose_replicas(wanted: Wanted, gpus: float) -> Replicas:
     if not wanted.with_stage2:
         least = ranks1
     if most is not None and gpus:
-        gpus = most * ranks1 + math.ceil(most * ranks1 / _CARDS_A_PAIR) if most > 1 else max(gpus, ranks1)
+        gpus = most * ranks1 + math.ceil(most * ranks1 / _CARDS_A_PAIR) if most > 1 else min(max(gpus, ranks1), ranks1 + 1)
     shared_card = gpus > 0 and gpus < least + 1
     aside = 1 if gpus == 0 or shared_card else math.ceil(gpus / (_CARDS_A_PAIR + 1))
     cards = int(gpus if shared_card else gpus - aside)
     if gpus == 0:
         stage1, stage2 = 1, 1
         if most is not None:
-            stage1, stage2 = _parted(most) if wanted.with_stage2 else (most, 0)
+            stage1, stage2 = _parted(most) if wanted.mobile else (most, 0)
     elif wanted.mobile:
         stage1, stage2 = _parted(max(1, cards // ranks1))
     else:
@@ -250,6 +250,8 @@ class Pool:
     failures: int = 0
     #: Replicas lost one after the other to a fault of their own, with no good call in between.
     faults: int = 0
+    #: Replicas lost before their first call had reached them, with no good call in between.
+    idle_deaths: int = 0
     _numbers: itertools.count = field(default_factory=itertools.count)
 
     @property
@@ -287,6 +289,12 @@ class Pool:
         if self.faults >= self.max_starts_failed:
             raise StartFailed(f"pool {self.spec.name}: {self.faults} gangs broke in a row; the last: {reason}")
 
+    def died_idle(self, reason: str) -> None:
+        """A replica died with no row to charge. Raises StartFailed when all have done so, and their successors."""
+        self.idle_deaths += 1
+        if self.idle_deaths >= self.max_starts_failed + self.spec.replicas:
+            raise StartFailed(f"pool {self.spec.name}: {self.idle_deaths} gangs died idle in a row; the last: {reason}")
+
     def worked(self) -> None:
         """A call came back well."""
-        self.faults = 0
+        self.faults = self.idle_deaths = 0

@@ -106,7 +106,7 @@ class Stages:
             if name[0] < "8":
                 raise StoredLatentsGone(f"{latents}: not there")
             return self.store.read_bytes(latents).decode()
-        _, stage2 = inputs
+        *_, stage2 = inputs
         self.decoded[name] += 1
         path = f"clips/{name[:2]}/{name}.mp4"
         self.store.write_bytes(path, stage2.encode())

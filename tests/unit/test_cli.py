@@ -9,10 +9,11 @@ import pytest
 import ray
 import yaml
 
-from ltx_ray import cli, options, run
+from ltx_ray import cli, run
 from ltx_ray.cli import main
 from ltx_ray.config import LoraFile
 from ltx_ray.dataset.writer import DatasetWriter
+from ltx_ray.options import _model_files, model_options
 from ltx_ray.storage import Store
 from tests.unit.samples import write_jsonl, write_safetensors
 from tests.unit.test_modelfiles import BLOCK, checkpoint
@@ -255,7 +256,7 @@ def test_plan_against_a_dataset(cmd, manifest, out, toy):
 
 
 def _options(manifest: str, out: str) -> run.Options:
-    files = options._model_files({**dict.fromkeys(options.model_options()), "model": "toy"})
+    files = _model_files({**dict.fromkeys(model_options()), "model": "toy"})
     return run.Options(manifest=manifest, output=out, model=files)
 
 

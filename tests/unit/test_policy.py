@@ -415,3 +415,28 @@ def test_moving_has_to_pay():
     quick = {"text": 0.1, "stage1": 0.5, "stage2": 0.5, "decode": 0.01}
     flow = flow_of(4, 4, seconds=quick, switch=30.0).run(100)
     assert flow.measured(400)[1] <= 1
+
+
+@pytest.mark.parametrize("replicas, moves", [(40, True), (28, True), (27, False)])
+def test_a_replica_more_than_its_stage_has_work_for_moves_however_short_the_wait(replicas, moves):
+    """100 replicas at 46 and 17 s a clip: stage 2 has work for 27 of them; here its last one is idle for under a second."""
+    path = ("stage1", "stage2", "decode")
+    policy = Policy()
+    for n in range(100 - replicas):
+        policy.join(f"a{n}", ("stage1", "stage2"))
+    for n in range(400):
+        policy.admit(f"i{n}", path=path)
+    while (call := policy.next_dispatch()) is not None:
+        assert call.stage == "stage1"
+    for n in range(replicas - 1):
+        policy.finished(f"i{n}", 46.0)
+    for n in range(replicas):
+        policy.join(f"b{n}", ("stage2", "stage1"))
+    started = []
+    while (call := policy.next_dispatch()) is not None:
+        started.append(call)
+    # one clip is through, so that both stages have been measured, and its replica is idle again
+    first = next(call for call in started if call.stage == "stage2")
+    policy.finished(first.item, 17.0)
+    after = policy.next_dispatch()
+    assert [call.moved for call in ([after] if after else [])] == ([True] if moves else [])

@@ -1,0 +1,230 @@
+"""The driver with fake pools, one situation at a time: what a review of it once found."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from ltx_ray.config import PoolSpec, RunLimits
+from ltx_ray.dataset.done import list_done
+from ltx_ray.dataset.writer import DatasetWriter
+from ltx_ray.driver.books import Books
+from ltx_ray.driver.loop import Driver, Joined
+from ltx_ray.driver.policy import STAGES, Policy
+from ltx_ray.driver.progress import Progress
+from ltx_ray.driver.publisher import Publisher
+from ltx_ray.manifest import RowRules
+from ltx_ray.metrics import EventLog
+from ltx_ray.plan import Plan
+from ltx_ray.pools.pool import StartFailed
+from ltx_ray.storage import Store
+from tests.chaos.schedules import _SPEC, SECONDS, Book, Crew, Stages
+from tests.unit.samples import request, write_jsonl
+
+
+def pools(n=1):
+    return [
+        PoolSpec(name, roles, k, 1, _SPEC)
+        for name, roles, k in (
+            ("text", ("text",), 1),
+            ("stage1", ("stage1",), n),
+            ("stage2", ("stage2",), n),
+            ("decode", ("decode", "keep", "stored"), 1),
+        )
+    ]
+
+
+def run(
+    tmp_path, rows, crew_class=Crew, *, preflight=None, the_pools=None, latents_only=False, publisher=None, **limits
+):
+    """A driver that is about to render `rows` into tmp_path/out, and its output."""
+    store = Store(str(tmp_path / "out"))
+    manifest = write_jsonl(tmp_path / "m.jsonl", rows)
+    plan = Plan(manifest, RowRules(), Book(), list_done(store), latents_only=latents_only)
+    books = Books(plan, DatasetWriter(store), publisher or Publisher(2), EventLog(store), Progress(io.StringIO()), "{}")
+    books.metrics = SimpleNamespace(item=lambda outcome: None, call=lambda stage, seconds: None)
+    crew = crew_class(times=lambda stage, item, dice: SECONDS[stage], make=Stages(store)).watched(Counter())
+    crew.limit = 3000
+    item = replace(Book().item(request(**preflight)), preflight=True) if preflight else None
+    crew.driver = driver = Driver(
+        books=books,
+        join_cluster=lambda: Joined(crew, the_pools or pools(), "{}", preflight=item),
+        stages=("text", "stage1", "decode") if latents_only else STAGES,
+        limits=RunLimits(**limits),
+        noise_device="cpu",
+        use_stored=not latents_only,
+    )
+    return driver, store
+
+
+def rows(n, what="clip"):
+    return [{"id": f"r{i}", "prompt": f"{what} {i}"} for i in range(n)]
+
+
+def test_a_drain_without_haste_ends_when_the_decode_pool_is_gone(tmp_path):
+    """As --max-failed-fraction and --max-gpu-hours drain: nothing is killed, and no gang is started again."""
+
+    class C(Crew):
+        def submit(self, replica, stage, item, inputs):
+            if stage == "decode":
+                self.driver._drain("enough")
+            super().submit(replica, stage, item, inputs)
+
+        def fault(self, stage, item):
+            return "crash" if stage == "decode" and self.driver.policy.draining else super().fault(stage, item)
+
+    driver, _ = run(tmp_path, rows(3), C)
+    assert driver.run(driver.books.plan.open())
+
+
+def test_the_preflight_goes_first(tmp_path):
+    order = []
+
+    class C(Crew):
+        def submit(self, replica, stage, item, inputs):
+            order.append((stage, item.preflight))
+            super().submit(replica, stage, item, inputs)
+
+    driver, _ = run(tmp_path, rows(8), C, preflight={"prompt": "preflight"}, the_pools=pools(4))
+    driver.run(driver.books.plan.open())
+    assert [p for s, p in order if s == "stage1"].index(True) == 0
+
+
+def test_a_row_like_the_preflight_is_not_lost(tmp_path):
+    driver, store = run(
+        tmp_path,
+        [{"id": "z", "prompt": "other"}] * 1
+        + [{"id": f"q{i}", "prompt": f"q {i}"} for i in range(6)]
+        + [{"id": "a", "prompt": "preflight"}],
+        preflight={"prompt": "preflight"},
+        queue_depth=1,
+    )
+    driver.run(driver.books.plan.open())
+    assert len(store.list("index")) == 8
+
+
+def test_a_row_like_the_preflight_admitted_before_it(tmp_path):
+    driver, store = run(tmp_path, [{"id": "a", "prompt": "preflight"}], preflight={"prompt": "preflight"})
+    driver.run(driver.books.plan.open())
+    assert len(store.list("index")) == 1
+
+
+def test_gangs_that_die_idle_one_after_the_other_end_the_run(tmp_path):
+    class C(Crew):
+        def _started(self, name, replica, fails):
+            news = super()._started(name, replica, fails)
+            if name.startswith("stage1"):
+                replica.dead = True
+            return news
+
+        def wait(self, timeout):
+            assert self.waits < 3000, "for ever"
+            return super().wait(timeout)
+
+    driver, _ = run(tmp_path, rows(2), C)
+    with pytest.raises(StartFailed):
+        driver.run(driver.books.plan.open())
+
+
+def test_an_edited_row_that_fails_again_or_is_a_copy_has_one_failure(tmp_path):
+    def failed(store):
+        return store.list("failed")
+
+    for what in ("one", "two"):
+        driver, store = run(tmp_path, [{"id": "a", "prompt": f"{what} [[stage1:crash]]"}])
+        driver.run(driver.books.plan.open())
+    assert len(failed(store)) == 1
+
+
+def test_an_edited_row_that_becomes_a_copy(tmp_path):
+    driver, store = run(tmp_path, [{"id": "a", "prompt": "x [[stage1:crash]]"}, {"id": "b", "prompt": "fine"}])
+    driver.run(driver.books.plan.open())
+    driver, store = run(tmp_path, [{"id": "a", "prompt": "fine"}, {"id": "b", "prompt": "fine"}])
+    driver.run(driver.books.plan.open())
+    assert len(store.list("index")) == 2 and not store.list("failed")
+
+
+def test_spare_leaves_a_server_for_each_stage():
+    policy = Policy()
+    for name, roles in {"t": ("text",), "a": ("stage1",), "b": ("stage2",), "d": ("decode",)}.items():
+        policy.join(name, roles)
+    policy.admit("x")
+    policy.next_dispatch()
+    assert policy.spare() == []
+
+
+def test_spare_names_each_once():
+    policy = Policy()
+    for name in "xy":
+        policy.join(name, STAGES)
+    policy.admit("i")
+    policy.next_dispatch()
+    spare = policy.spare()
+    assert len(spare) == len(set(spare))
+
+
+def test_clips_that_are_finished_are_indexed_when_a_pool_gives_up(tmp_path):
+    class Slow(Publisher):
+        def submit(self, write, then):
+            super().submit(lambda: (time.sleep(0.3), write()), then)
+
+    class C(Crew):
+        def submit(self, replica, stage, item, inputs):
+            if item.request.id == "r5" and stage == "text":
+                raise StartFailed("gave up")
+            super().submit(replica, stage, item, inputs)
+
+    driver, store = run(tmp_path, rows(9), C, publisher=Slow(1), queue_depth=1)
+    with pytest.raises(StartFailed):
+        driver.run(driver.books.plan.open())
+    clips = store.list("clips", recursive=True)
+    assert len(clips) >= 2
+    assert len(store.list("index")) == len(clips)
+
+
+def test_lost_inputs_do_not_keep_what_is_gone(tmp_path):
+    """Over max_restarts at the last attempt the item is given up: its results are gone, so there is nothing to keep."""
+    called = []
+
+    class C(Crew):
+        def submit(self, replica, stage, item, inputs):
+            called.append((stage, len(inputs)))
+            if stage == "decode":
+                inputs = [replace(payload, life=-1) for payload in inputs]  # their node was lost meanwhile
+            super().submit(replica, stage, item, inputs)
+
+    driver, _ = run(tmp_path, rows(1), C, max_attempts=1)
+    driver.run(driver.books.plan.open())
+    assert called and ("keep", 0) not in called
+
+
+def test_a_late_twin_of_a_preview_is_rendered_once(tmp_path):
+    stages = Counter()
+
+    class C(Crew):
+        def submit(self, replica, stage, item, inputs):
+            stages[stage] += 1
+            super().submit(replica, stage, item, inputs)
+
+    twins = [{"id": name, "prompt": "x"} for name in "ab"]
+    manifest = [twins[0], *rows(12), twins[1]]
+    driver, store = run(tmp_path, manifest, C, latents_only=True, queue_depth=1)
+    driver.run(driver.books.plan.open())
+    assert stages["stage1"] == 13 and len(store.list("previews")) == 14
+
+
+def test_first_calls_keep_to_the_memory_too():
+    """Before any has been measured, what a large clip's take is reckoned with."""
+    policy = Policy(max_bytes=60e6)
+    for n in range(4):
+        policy.join(f"t{n}", ("text",))
+        policy.admit(f"i{n}")
+    made = 0
+    while policy.next_dispatch() is not None:
+        made += 1
+    assert made == 2

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import mmap
+import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+#: Arrays of this size and more are kept in a file.
+_SPILLED_BYTES = 2**22
 #: Records that stay in a dict before they become a run.
 _NEWEST = 8192
 
@@ -110,10 +114,22 @@ def _sorted(*runs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _memory(words: list[np.ndarray], fill: Callable[..., Any]) -> np.ndarray:
-    """An array filled from `words`, as long as all of them, in memory of its own.
+    """An array filled from `words`, as long as all of them, in memory of its own; a large one in a temporary file.
 
-    It goes back to the system with the array; from the heap, holes would be left behind.
+    It goes back to the system with the array; from the heap, holes would be left behind. What is in a file the
+    system may write out and drop when memory is short: that is how tables of fifty million rows fit.
     """
-    array = np.frombuffer(mmap.mmap(-1, sum(part.nbytes for part in words)), words[0].dtype)
+    size = sum(part.nbytes for part in words)
+    array = np.frombuffer(_spilled(size) if size >= _SPILLED_BYTES else mmap.mmap(-1, size), words[0].dtype)
     fill(words, out=array)
     return array
+
+
+def _spilled(size: int) -> mmap.mmap:
+    try:
+        with tempfile.TemporaryFile(prefix="ltx-ray-") as file:
+            # now or never: a disk that is full later would kill the process
+            os.posix_fallocate(file.fileno(), 0, size)
+            return mmap.mmap(file.fileno(), size)
+    except OSError:
+        return mmap.mmap(-1, size)

@@ -1,12 +1,19 @@
 #!/usr/bin/env python
 """The driver without GPUs: planning, memory, and the same fake work through it and through Ray Data.
 
-    scripts/bench_driver.py [--only planning,memory,ray-data] [--rows 1000000] ...
+    scripts/bench_driver.py [--only planning,memory,policy,simulation,ray-data] [--rows 1000000] ...
 
 planning   rows a second from a Parquet manifest to planned rows, `Plan.open` to its end. Held to 50,000.
 memory     what planning holds above the start at --rows rows and what each row adds from there to twice as many,
            anonymous and shared memory of the process and of those it started, after collection and trimming. Held
            to 300 MB at a million rows and 24 bytes a row beyond.
+policy     rows a second that the real driver takes from a plan through four stages to the end, with replicas in
+           virtual time and nothing written but its log (scripts/fakedrive.py), and what it holds on to for each
+           finished row. Held to 1,000 rows a second, and to the same 24 bytes.
+simulation --simulated replicas in virtual time, with an H100's seconds, clips of three sizes, twice the steps in the
+           second half of the manifest, and crashes and lost nodes: the part of the time of the replicas of the
+           diffusion stages that is useful, with replicas that move, against every fixed split. Held to 97 %, and to
+           the best fixed split.
 ray-data   rows a second of `ltx_ray.run.render` and of a Ray Data pipeline of `map_batches` actor stages, one after the
            other, on private clusters of the same logical slots; stages sleep an HQ clip's seconds on an H100,
            divided by --speedup, and turning one of our replicas sleeps too (scripts/fakework.py). Ray Data has the
@@ -44,6 +51,7 @@ from scripts import fakework
 
 MB = 10**6
 TARGET_ROWS, TARGET_PLANNING, TARGET_MEMORY, TARGET_SLOPE, TARGET_RATIO = 10**6, 50_000, 300 * MB, 24, 1.0
+TARGET_COMPLETIONS, TARGET_USEFUL = 1000, 0.97
 _REQUIREMENTS = ROOT / "scripts" / "requirements-bench.txt"
 _CALL = """
 import importlib, json, sys
@@ -155,6 +163,74 @@ def memory(arguments: argparse.Namespace, folder: Path) -> None:
     print(f"memory    {slope:.1f} bytes a row from there, target {TARGET_SLOPE}: {judged(slope <= TARGET_SLOPE)}")
 
 
+# --- the driver in virtual time ------------------------------------------------------------------
+
+
+def complete(manifest: str, rows: int) -> dict[str, Any]:
+    """The driver over the first `rows` rows with 40 replicas, and bytes above the start at a half and at the end."""
+    from ltx_ray.config import Selection
+    from scripts import fakedrive
+
+    plan = prepared(manifest).plan
+    plan.selection = Selection(limit=rows)
+    start, held = held_bytes(), {}
+
+    def weigh(number: int) -> None:
+        if number in (rows // 2, rows - 5000):
+            held[number] = held_bytes() - start
+
+    figures = fakedrive.drive(plan, fakedrive.lay_out(40, None), weigh=weigh)
+    (first, low), (last, high) = sorted(held.items())
+    return figures | {"held": high, "slope": (high - low) / (last - first)}
+
+
+def policy(arguments: argparse.Namespace, folder: Path) -> None:
+    rows = arguments.completions
+    figures = alone("scripts.bench_driver:complete", manifest=_manifest(folder, rows), rows=rows)
+    assert figures["counts"]["rendered"] == rows, figures
+    rate, slope = rows / figures["seconds"], figures["slope"]
+    print(
+        f"policy    {rows:,} rows through four stages in {figures['seconds']:.1f} s ({figures['cpu']:.1f} s of CPU): "
+        f"{rate:,.0f} rows/s, target {TARGET_COMPLETIONS:,}: {judged(rate >= TARGET_COMPLETIONS)}; "
+        f"{figures['held'] / MB:.0f} MB above the start, {slope:.1f} bytes a finished row, planning included, "
+        f"target {TARGET_SLOPE}: {judged(slope <= TARGET_SLOPE)}"
+    )
+
+
+def simulate(manifest: str, replicas: int, split: tuple[int, int] | None) -> dict[str, Any]:
+    from ltx_ray.pools.simulated import Faults
+    from scripts import fakedrive
+
+    # a node of eight is lost every quarter of an hour, a call in a thousand kills its gang or fails
+    faults = Faults(crash=0.0005, error=0.0003, out_of_memory=0.0002, node_seconds=900.0)
+    return fakedrive.drive(prepared(manifest).plan, fakedrive.lay_out(replicas, split), faults=faults, mixed=True)
+
+
+def simulation(arguments: argparse.Namespace, folder: Path) -> None:
+    replicas = arguments.simulated
+    manifest = _manifest(folder, replicas * 40)
+    parts: dict[str, float] = {}
+    print(f"simulation  {replicas:,} replicas, {replicas * 40:,} clips, in virtual time")
+    for stage2 in (None, *(round(replicas * part) for part in (0.15, 0.19, 0.23, 0.27))):
+        split = None if stage2 is None else (replicas - stage2, stage2)
+        figures = alone("scripts.bench_driver:simulate", manifest=manifest, replicas=replicas, split=split)
+        window = figures["window"]
+        name = "replicas that move" if split is None else "fixed split {} + {}".format(*split)
+        parts[name] = window["useful"] / window["there"]
+        print(
+            f"  {name:24}{parts[name]:8.1%} useful, {window.get('switching', 0) / window['there']:.2%} switching, "
+            f"{window.get('lost', 0) / window['there']:.2%} lost with replicas; {figures['counts']['rendered']:,} rendered, "
+            f"{figures['counts'].get('failed', 0)} failed in {figures['virtual'] / 3600:.2f} virtual hours "
+            f"({figures['seconds']:.0f} s)",
+            flush=True,
+        )
+    own, *fixed = parts.values()
+    print(
+        f"simulation  {own:.1%} useful, target {TARGET_USEFUL:.0%}: {judged(own >= TARGET_USEFUL)}; against the best "
+        f"fixed split {own / max(fixed):.3f}: {judged(own >= max(fixed))}"
+    )
+
+
 # --- against Ray Data ----------------------------------------------------------------------------
 
 
@@ -261,7 +337,9 @@ def _pairs(text: str) -> list[tuple[int, int]]:
 
 
 #: What --only takes; each section prints its own lines, from (arguments, folder for manifests and outputs).
-SECTIONS = {"planning": planning, "memory": memory, "ray-data": ray_data}
+SECTIONS = {
+    "planning": planning, "memory": memory, "policy": policy, "simulation": simulation, "ray-data": ray_data,
+}  # fmt: skip
 
 
 def main() -> None:
@@ -269,6 +347,8 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(SECTIONS), help=f"some of {', '.join(SECTIONS)}")
     parser.add_argument("--folder", type=Path, help="where manifests and outputs go (default: a temporary folder)")
     parser.add_argument("--rows", type=int, default=TARGET_ROWS, help="rows of planning and memory")
+    parser.add_argument("--completions", type=int, default=100_000, help="rows of policy")
+    parser.add_argument("--simulated", type=int, default=1000, help="replicas of simulation")
     parser.add_argument("--clips", type=int, default=1000, help="rows of ray-data")
     parser.add_argument("--replicas", type=int, default=10, help="replicas of the diffusion model in ray-data")
     parser.add_argument("--speedup", type=float, default=100.0)

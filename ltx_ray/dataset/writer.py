@@ -132,8 +132,13 @@ class DatasetWriter:
 
     def copy_preview_row(self, item_id: str, from_key: str, request: RenderRequest, raw: RawRow) -> None:
         """Give another manifest row the preview of an item that has one already."""
-        own = {"id": request.id, "extra": request.extra, "source": raw.source, FAILED_ROW_COLUMN: _resolved_row(request)}
-        row = {**self._row("previews", item_id, from_key), **own}
+        row = {
+            **self._row("previews", item_id, from_key),
+            "id": request.id,
+            "extra": request.extra,
+            "source": raw.source,
+            FAILED_ROW_COLUMN: _resolved_row(request),
+        }
         self.store.write_bytes(f"previews/{index_part(item_id, row_key(request.id))}", one_row(row, PREVIEW_SCHEMA))
 
     def _row(self, folder: str, item_id: str, key: str) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from ltx_ray.metrics import EventLog, RunMetrics
 from ltx_ray.plan import COPY, DONE, FAILED, ILLEGAL, REPEATED, Plan, PlannedRow
 from ltx_ray.records import Clip, WorkItem, canonical_json
 
-
 #: Failures that are kept for rows that ask for the same clip later.
 _REMEMBERED = 10_000
 

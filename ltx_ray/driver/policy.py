@@ -178,8 +178,9 @@ class Policy:
         attempts: int = 1,
         first: bool = False,
     ) -> None:
-        """Take an item in, at the end of the line, or `first`. `kinds`: by stage, what a replica must have merged for it;
-        `path`: its stages, where they are not those of every item; `attempts`: which try its first one counts as."""
+        """Take an item in, at the end of the line, or `first`. `kinds`: by stage, what a replica must have merged for
+        it; `path`: its stages, where they are not those of every item; `attempts`: which try its first one counts as.
+        """
         assert item not in self._items
         self._items[item] = _Item(-1 if first else self._admitted, path or self.stages, kinds or {}, attempts)
         self._admitted += 1

@@ -119,7 +119,10 @@ def choose_replicas(wanted: Wanted, gpus: float) -> Replicas:
     if not wanted.with_stage2:
         least = ranks1
     if most is not None and gpus:
-        gpus = most * ranks1 + math.ceil(most * ranks1 / _CARDS_A_PAIR) if most > 1 else min(max(gpus, ranks1), ranks1 + 1)
+        # one may share its cards with text and decode; more get them a card of their own, as below
+        gpus = min(max(gpus, ranks1), ranks1 + 1)
+        if most > 1:
+            gpus = most * ranks1 + math.ceil(most * ranks1 / _CARDS_A_PAIR)
     shared_card = gpus > 0 and gpus < least + 1
     aside = 1 if gpus == 0 or shared_card else math.ceil(gpus / (_CARDS_A_PAIR + 1))
     cards = int(gpus if shared_card else gpus - aside)

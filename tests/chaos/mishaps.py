@@ -19,6 +19,12 @@ from tests.chaos.world import SIZE, Driver, Job, World, wait_for
 KINDS = ("rank", "leader", "raylet", "driver", "sigterm")
 ENGINES = ("toy", "fake")
 _ROWS = 6
+_NO_GUIDANCE = {"cfg": 1.0, "stg": 0.0, "modality": 1.0}
+#: Two steps, and one pass of the model a step instead of four.
+_QUICK = {
+    "num_inference_steps": 2,
+    **{f"{av}_{what}_scale": value for av in ("video", "audio") for what, value in _NO_GUIDANCE.items()},
+}
 #: Calls of the shortest schedule: text, stage 1, stage 2 and decode of five rows.
 _CALLS = 20
 
@@ -43,8 +49,8 @@ class Trials:
         assert engine in ENGINES, engine
         self._world, self._fake, self._folder = world, engine == "fake", folder
         orders = "[[stage1:big]] [[stage1:slow:0.3]] [[stage2:slow:0.2]]" if self._fake else "a ball, take"
-        steps = {} if self._fake else {"num_inference_steps": 2}
-        self._rows = [{"id": f"r{n}", "prompt": f"{orders} {n}", "seed": n, **SIZE, **steps} for n in range(_ROWS)]
+        quick = {} if self._fake else _QUICK
+        self._rows = [{"id": f"r{n}", "prompt": f"{orders} {n}", "seed": n, **SIZE, **quick} for n in range(_ROWS)]
         quiet = Job(world, folder / "quiet")
         self._start(quiet, self._rows).ends(0, 300)
         index = quiet.out.index()

@@ -419,7 +419,7 @@ def test_moving_has_to_pay():
 
 @pytest.mark.parametrize("replicas, moves", [(40, True), (28, True), (27, False)])
 def test_a_replica_more_than_its_stage_has_work_for_moves_however_short_the_wait(replicas, moves):
-    """100 replicas at 46 and 17 s a clip: stage 2 has work for 27 of them; here its last one is idle for under a second."""
+    """100 replicas at 46 and 17 s a clip: stage 2 has work for 27; the last of more would wait for under a second."""
     path = ("stage1", "stage2", "decode")
     policy = Policy()
     for n in range(100 - replicas):

@@ -27,6 +27,23 @@ def _short_settling(monkeypatch):
     monkeypatch.setattr(lease_module, "_SETTLE_SECONDS", 0.2)
 
 
+@pytest.fixture(autouse=True)
+def _none_is_renewed_after_its_test(monkeypatch):
+    made: list[Lease] = []
+    init = Lease.__init__
+
+    def remembered(self, *arguments) -> None:
+        init(self, *arguments)
+        made.append(self)
+
+    monkeypatch.setattr(Lease, "__init__", remembered)
+    yield
+    for lease in made:
+        lease._released.set()
+        if lease._thread is not None:
+            lease._thread.join(timeout=10)
+
+
 def leave_lease(store: Store, **changes) -> None:
     entry = {"run_id": "other", "host": "elsewhere", "pid": 1, "expires": time.time() + 60, **changes}
     store.write_bytes("_lease.json", json.dumps(entry).encode())

@@ -42,7 +42,7 @@ def normal(text: str) -> str:
 
 def worded(template: str) -> bool:
     """Whether it says something besides what it fills in and passes on."""
-    return len(re.sub(r"[^a-z]", "", template.replace("error:", ""))) >= 4
+    return len(re.sub(r"[^A-Za-z]", "", template.removeprefix("error: "))) >= 3
 
 
 class Finder(ast.NodeVisitor):
@@ -63,10 +63,13 @@ class Finder(ast.NodeVisitor):
         self._functions.append(node)
         if node.name in RETURNED:
             for inner in ast.walk(node):
-                if isinstance(inner, ast.Return | ast.Dict) or (isinstance(inner, ast.Tuple) and len(inner.elts) == 3):
-                    # a dictionary of messages has them as keys
-                    values = inner.keys if isinstance(inner, ast.Dict) else [getattr(inner, "value", None)]
-                    self._take(values if not isinstance(inner, ast.Tuple) else inner.elts[2:])
+                # a dictionary has its messages as keys, a pair as the last, a triple of a problem too
+                if isinstance(inner, ast.Dict):
+                    self._take(inner.keys)
+                elif isinstance(inner, ast.Tuple) and len(inner.elts) in (2, 3):
+                    self._take(inner.elts[-1:])
+                elif isinstance(inner, ast.Return) and not isinstance(inner.value, ast.Tuple):
+                    self._take([inner.value])
         self.generic_visit(node)
         self._functions.pop()
 

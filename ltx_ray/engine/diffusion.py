@@ -222,9 +222,11 @@ class DiffusionEngine:
         began, first = time.perf_counter(), not self._merged
         try:
             setting = LoraSetting(tuple(uses))
-            if not first and not self._near and self.merger.would_change(setting):
-                self._keep_near()  # this replica does switch
-            switched = self.merger.switch(setting)
+            # buffers are filled by threads, which know nothing of the inference mode that they would belong to
+            with torch.inference_mode(False), torch.no_grad():
+                if not first and not self._near and self.merger.would_change(setting):
+                    self._keep_near()  # this replica does switch
+                switched = self.merger.switch(setting)
             if switched and self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
         except Exception as error:

@@ -22,7 +22,6 @@ from ltx_ray.engine.base import Rank
 from ltx_ray.engine.fake import FakeEngine, open_gate
 from ltx_ray.pools.pool import Wanted
 from ltx_ray.run import Options
-from ltx_ray.storage import Store, clean_stale
 
 T = TypeVar("T")
 
@@ -219,11 +218,8 @@ class Job:
     def open_gate(self) -> None:
         open_gate(str(self.out.folder))
 
-    def check(self, names: Iterable[str], expected: dict[str, str], killed: bool = False) -> list[str]:
-        """What is wrong after the last run: rows, bits, processes, files. `expected`: latents_sha256 by id.
-
-        `killed`: some process was killed and may have left a temporary file, which the dataset's own broom must find.
-        """
+    def check(self, names: Iterable[str], expected: dict[str, str]) -> list[str]:
+        """What is wrong after the last run: rows, bits, processes, files. `expected`: latents_sha256 by id."""
         index, failed, wrong = self.out.index(), self.out.failed(), []
         if set(index) | set(failed) != set(names) or set(index) & set(failed):
             wrong.append(f"rows: {sorted(names)} in, index has {sorted(index)} and failed {sorted(failed)}")
@@ -234,8 +230,6 @@ class Job:
                 wrong.append(f"{name}: its clip is not the one in the index")
         wrong += self.world.leaks()
         wrong += [f"process {pid} is still there" for pid in _alive(self.out.pids())]
-        if killed:
-            clean_stale(Store(str(self.out.folder)), 0)
         wrong += [f"file {name}" for name in self.out.leftovers()]
         return wrong
 

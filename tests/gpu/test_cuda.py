@@ -211,3 +211,23 @@ def test_one_card_serves_all_pools_through_ray(toy, tmp_path):
     events = [json.loads(line) for line in (tmp_path / "out" / "events.jsonl").read_text().splitlines()]
     devices = {e["role"]: e["ranks"][0]["device"] for e in events if e["event"] == "gang_started"}
     assert set(devices.values()) == {"cuda:0"}
+
+
+def test_replicas_of_one_stage_and_those_that_seldom_turn_give_the_same_bits(toy):
+    """Weights that are merged in the first call, and again when a replica turns, in place of while it loads."""
+    engines = Engines(toy, DEVICE, "bfloat16", noise_device="model")
+    expected = latents_sha256(named_latents(*engines.stages(ROW)))
+
+    def engine(*roles: str) -> DiffusionEngine:
+        options = {"roles": roles, "turns": False}
+        made = DiffusionEngine(EngineSpec("", engines.model, engines.numerics, "", options=options), engines.rank)
+        made.load()
+        return made
+
+    item = engines.item(ROW)
+    contexts = engines.text.run("text", item)
+    for first, second in ((engine("stage1"), engine("stage2")), (engine("stage1", "stage2"),) * 2):
+        for _ in range(2):
+            latents = first.run("stage1", item, contexts)
+            after = second.run("stage2", item, contexts, latents)
+            assert latents_sha256(named_latents(latents, after)) == expected

@@ -27,7 +27,7 @@ from ltx_ray.options import (
     run_options,
 )
 from ltx_ray.records import canonical_json
-from ltx_ray.run import EXIT_FAILED_ROWS, EXIT_OK, EXIT_USAGE, Options, prepare, render
+from ltx_ray.run import EXIT_FAILED_ROWS, EXIT_OK, EXIT_USAGE, Options, missing_ids, prepare, render
 from ltx_ray.storage import Store, join
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -86,6 +86,7 @@ def render_command(
 def retry_command(output: str = typer.Argument(help="a dataset; its failed rows are rendered again"), **values: Any):
     """Render the rows that failed in OUTPUT again, also those that were themselves at fault."""
     manifest = join(output, "failed")
+    _check_dataset(output)
     if not list_done(Store(output)).failed_count:
         typer.echo(f"nothing failed in {output}")
         return EXIT_OK
@@ -110,6 +111,7 @@ def promote_command(
 
     if not ids and not where:
         raise ValueError("promote: nothing is chosen; legal: --ids FILE, --where 'COLUMN OP VALUE', or both")
+    _check_dataset(output)
     if values.get("stop_after"):
         raise ValueError("promote: --stop-after has no place here: the clips are finished")
     conditions = [parse_condition(text) for text in where or ()]
@@ -153,6 +155,8 @@ def plan_command(
         elif listed == _PLAN_ROWS:
             listed += 1
             typer.echo("... (more rows with --all)")
+    if plan.unmet:
+        typer.echo(missing_ids(plan), err=True)
     counts: Counter[str] = plan.counts
     names = {
         "todo": "to render", "done": "done", "copy": "done under another id", "repeated": "repeated",
@@ -181,9 +185,8 @@ def report_command(output: str = typer.Argument(help="a dataset")) -> int:
     """Write OUTPUT/report.html, one page with every clip, its pictures and its timings."""
     from ltx_ray.dataset.report import write_report
 
+    _check_dataset(output)
     store = Store(output)
-    if not any(store.exists(name) for name in ("run.json", "index")):
-        raise ValueError(f"{output}: no dataset; legal: the --output of a run")
     path = write_report(output)
     typer.echo(path if store.is_local else join(store.uri, "report.html"))
     return EXIT_OK
@@ -222,6 +225,12 @@ def inspect_command(file: str = typer.Argument(help="a safetensors file, or a di
     for line in inspect_lines(file):
         typer.echo(line)
     return EXIT_OK
+
+
+def _check_dataset(output: str) -> None:
+    store = Store(output)
+    if not any(store.exists(name) for name in ("run.json", "index", "failed", "previews")):
+        raise ValueError(f"{output}: no dataset; legal: the --output of a run")
 
 
 def _plan_line(planned: Any) -> str:

@@ -159,7 +159,7 @@ def build_options(manifest: str, output: str | None, values: dict[str, Any], ret
             sequence_parallel=at_least("sequence_parallel", values.get("sequence_parallel", 1), 1),
             stage1=_replicas("stage1_replicas", values, least=1),
             stage2=_replicas("stage2_replicas", values, least=0),
-            max_replicas=values.get("max_replicas") and at_least("max_replicas", values["max_replicas"], 1),
+            max_replicas=_optional("max_replicas", values, 1),
         ),
         device=values.get("device", "auto"),
         ray_address=values.get("ray_address"),
@@ -171,11 +171,11 @@ def build_options(manifest: str, output: str | None, values: dict[str, Any], ret
         limits=RunLimits(
             max_attempts=at_least("max_attempts", values.get("max_attempts", 3), 1),
             queue_depth=at_least("queue_depth", values.get("queue_depth", 4), 1),
-            start_timeout=values.get("start_timeout", 1800.0),
-            call_timeout=values.get("call_timeout", 7200.0),
-            max_failed_fraction=values.get("max_failed_fraction"),
-            max_gpu_hours=values.get("max_gpu_hours"),
-            grace=values.get("grace", 20.0),
+            start_timeout=at_least("start_timeout", values.get("start_timeout", 1800.0), 1),
+            call_timeout=at_least("call_timeout", values.get("call_timeout", 7200.0), 1),
+            max_failed_fraction=_fraction("max_failed_fraction", values),
+            max_gpu_hours=_optional("max_gpu_hours", values, 0),
+            grace=at_least("grace", values.get("grace", 20.0), 0),
         ),
         preflight=values.get("preflight", True),
         retry_failed=retry_failed,
@@ -245,9 +245,21 @@ def _replicas(name: str, values: dict[str, Any], least: int) -> int | None:
     return int(text)
 
 
-def at_least(name: str, value: int, least: int) -> int:
-    if value < least:
+def at_least(name: str, value: Any, least: float) -> Any:
+    if not value >= least:
         raise ValueError(f"--{name.replace('_', '-')}: {value}, legal: a number from {least}")
+    return value
+
+
+def _optional(name: str, values: dict[str, Any], least: float) -> Any:
+    value = values.get(name)
+    return None if value is None else at_least(name, value, least)
+
+
+def _fraction(name: str, values: dict[str, Any]) -> float | None:
+    value = values.get(name)
+    if value is not None and not 0 <= value <= 1:
+        raise ValueError(f"--{name.replace('_', '-')}: {value}, legal: a part of the rows, from 0 to 1")
     return value
 
 

@@ -198,6 +198,8 @@ class Plan:
     tflop: float = 0.0
 
     def __post_init__(self) -> None:
+        #: Ids that are selected and that no row has had so far.
+        self.unmet: set[str | None] = set(self.selection.ids or ())
         self._templates = Templates(self.rules, self.book.item)
         # 96 bits of each id met and 32 of the item it stands for
         self._ids = Records(16)
@@ -269,6 +271,8 @@ class Plan:
 
     def _wanted(self, rows: Sequence[PlannedRow]) -> Sequence[PlannedRow]:
         wanted = self.selection.ids
+        if wanted is not None:
+            self.unmet.difference_update(row.id for row in rows)
         if wanted is None or rows[0].id in wanted:
             return rows
         return [row for row in rows if row.id in wanted]

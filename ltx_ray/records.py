@@ -18,6 +18,10 @@ class RowError(Exception):
     """A row cannot be rendered, whoever tries: it fails without another attempt, and nothing else does."""
 
 
+class WrongDevice(Exception):
+    """This replica's device cannot go on where another one began; one like that could."""
+
+
 class ReplicaError(Exception):
     """The replica itself is broken and must not serve another row."""
 
@@ -227,6 +231,8 @@ class CallReport:
     row_error: bool = False
     #: True when the replica is of no more use, whatever the row: its weights are half merged.
     replica_error: bool = False
+    #: True for what memory, a disk, the network or a store did: no row is to blame.
+    infrastructure: bool = False
     #: Size of the payload.
     nbytes: int = 0
     info: dict[str, Any] = field(default_factory=dict)

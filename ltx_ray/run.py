@@ -228,8 +228,7 @@ def _drive(
         )
 
     def note_drain() -> None:
-        with contextlib.suppress(OSError):
-            record.write("draining", books.counts)
+        record.write("draining", books.counts)
 
     # an object store answers each write late, but many at once
     publisher = Publisher(threads=2 if store.is_local else 16)
@@ -245,6 +244,8 @@ def _drive(
         on_drain=note_drain,
         should_stop=lambda: f"another run has taken over {store.uri}" if lease.lost else None,
     )
+    if options.selection.ids:
+        rows = _saying_what_is_missing(rows, prepared.plan, progress)
     state, code = "failed", EXIT_ERROR
     handlers = _drain_on_signals(driver)
     try:
@@ -262,14 +263,26 @@ def _drive(
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        with contextlib.suppress(OSError):
+        if not lease.lost:  # the records are another run's by now
             record.write(state, books.counts)
-        events.emit("run_finished", state=state, counts=record.counts(books.counts))
-        events.flush()
-        if not driver.drain_requested:  # who asked to stop does not want to wait for a page of pictures
-            _write_report(store, books.counts["rows"], progress)
+            events.emit("run_finished", state=state, counts=record.counts(books.counts))
+            events.flush()
+            if not driver.drain_requested:  # who asked to stop does not want to wait for a page of pictures
+                _write_report(store, books.counts["rows"], progress)
     progress.say(_summary(state, record.counts(books.counts), options.output))
     return code
+
+
+def _saying_what_is_missing(rows: Iterator[PlannedRow], plan: Plan, progress: Progress) -> Iterator[PlannedRow]:
+    yield from rows
+    if plan.unmet:
+        progress.say(missing_ids(plan))
+
+
+def missing_ids(plan: Plan) -> str:
+    """What to say of ids that were selected and that the manifest, read to its end, does not have."""
+    shown = ", ".join(sorted(str(row_id) for row_id in plan.unmet)[:10])
+    return f"--ids: {len(plan.unmet)} ids are not in {plan.manifest}, such as {shown}"
 
 
 def _with_latents(rows: Iterator[PlannedRow], done: Done) -> Iterator[PlannedRow]:
@@ -350,7 +363,9 @@ class _RunRecord:
             "counts": self.counts(counts),
             "versions": self.versions,
         }
-        self._store.write_bytes("run.json", json.dumps(record, indent=2, ensure_ascii=False).encode())
+        # it informs people; the dataset does without
+        with contextlib.suppress(OSError):
+            self._store.write_bytes("run.json", json.dumps(record, indent=2, ensure_ascii=False).encode())
 
 
 def _keep_older_run(store: Store) -> None:

@@ -30,6 +30,10 @@ _SMALL = 4 * 2**20
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}")
 
 
+#: What pyarrow opens by URI and we have tried or have a reason to trust.
+_SCHEMES = ("s3", "gs", "gcs", "file")
+
+
 class Store:
     """A root folder on a local disk or in an object store; paths are relative to it, with '/'.
 
@@ -61,6 +65,8 @@ class Store:
                 # its own loop, which would go on for a quarter of an hour
                 options += f"{'&' if options else '?'}retry_limit_seconds={max(1.0, min(patience, _SILENCE_SECONDS))}"
             plain = f"{scheme}://{host}{slash}{quote(key)}{options}"
+            if scheme not in _SCHEMES:
+                raise ValueError(f"{uri}: no place that can be read or written; legal: a folder, s3:// or gs://")
             self._fs, self.root = self._patiently("opening", "", lambda: pafs.FileSystem.from_uri(plain))
         else:
             self._fs, self.root = pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))

@@ -24,10 +24,6 @@ from ltx_ray.records import CallReport, WorkItem
 _TICK_SECONDS = 0.5
 #: Rows judged between two looks at the pools: a long stretch of finished rows must not keep them waiting.
 _ROWS_A_TURN = 500
-#: Exceptions that no row is to blame for: memory, and stores that do not answer or refuse a node.
-_INFRASTRUCTURE = {
-    "OutOfMemoryError", "MemoryError", "OSError", "PermissionError", "ConnectionError", "TimeoutError",
-}  # fmt: skip
 #: Exceptions after which nobody can say what state a replica's processes are in.
 _BREAKS_THE_GANG = {"OutOfMemoryError", "MemoryError", "AcceleratorError", "DistBackendError", "DistNetworkError"}
 #: An item's stages when the latents of stage 1 are stored already.
@@ -78,6 +74,8 @@ class Driver:
         self._preflight: str | None = None
         self._gpu_seconds = 0.0
         self._drain_until = float("inf")
+        #: Items whose latents are stored, because the run was told to stop, for the next one.
+        self._saved: set[str] = set()
         self._device_name: str | None = None
 
     def request_drain(self, reason: str) -> None:
@@ -103,6 +101,9 @@ class Driver:
                     for news in self._crew.wait(self._patience()):
                         self._attend(news)
                     self._check_placing()
+                    if self.policy.draining and self._preflight is None:
+                        # a stage 1 that is done need not be done again
+                        self._saved.update(self.policy.keep("stage2"))
                 publisher.poll(0.0 if self.policy.busy else _TICK_SECONDS)
                 self._check_limits()
                 self._show()
@@ -120,7 +121,7 @@ class Driver:
                 publisher.close(finish=False)
             if self._joined is not None:
                 self._joined.crew.close()
-        left = bool(self.policy.busy) or not self.books.exhausted
+        left = bool(self.policy.busy) or not self.books.exhausted or bool(self._saved)
         self.books.close(complete=self.books.exhausted and not left)
         self._show(force=True)
         return self.policy.draining and left
@@ -160,7 +161,11 @@ class Driver:
 
     def _admit_item(self, work: Work) -> None:
         item = work.item
-        stored = self._use_stored and self.books.plan.done.has_latents(item.item_id)
+        done = self.books.plan.done
+        # a row that failed by no fault of its own may have its latents on the node that kept them
+        stored = self._use_stored and (
+            done.has_latents(item.item_id) or done.failure(item.item_id, work.rows[0].key) == "infra"
+        )
         self.policy.admit(item.item_id, merged_for(item.request), _FROM_STORED if stored else None)
 
     # --- replicas --------------------------------------------------------------------------------
@@ -267,7 +272,8 @@ class Driver:
         self.events.emit("gang_lost", role=pool.spec.name, replica=news.replica, reason=news.reason)
         item = self.policy.item_of(news.replica)
         stage = self.policy.stage_of(item) if item else ""
-        verdict = self.policy.leave(news.replica, charged=not news.idle, inputs_lost=news.inputs_lost)
+        charged = not (news.idle or news.node_lost)
+        verdict = self.policy.leave(news.replica, charged, news.inputs_lost)
         if verdict is not None:
             if news.inputs_lost:
                 self._forget_results(verdict.item)
@@ -297,7 +303,7 @@ class Driver:
             # every rank said the same: the row is at fault at once if the engine says so, else when the same
             # thing has happened at every attempt
             verdict = self.policy.row_failed(name) if report.row_error else self.policy.call_failed(name)
-            kind = "infrastructure" if report.error_type in _INFRASTRUCTURE else "row"
+            kind = "infrastructure" if report.infrastructure else "row"
             self._judge(verdict, stage, report.message or "", report.traceback or "", kind)
         else:
             pool.worked()
@@ -333,9 +339,11 @@ class Driver:
 
     def _finish(self, work: Work, stage: str, news: Answered) -> None:
         result = self._crew.result(news.payload)
-        if stage == "keep":
+        if stage == "keep" and work.failure is None:
+            del self.books.work[work.item.item_id]
+            self.events.emit("latents_saved", item_id=work.item.item_id, id=work.name, place=result)
+        elif stage == "keep":
             failure = work.failure
-            assert failure is not None
             self.books.fail(work, replace(failure, message=f"{failure.message} (latents kept in {result})"))
         elif work.item.preflight:
             del self.books.work[work.item.item_id]
@@ -355,7 +363,7 @@ class Driver:
     def _judge(self, verdict: Verdict, stage: str, message: str, traceback: str, kind: str = "infrastructure") -> None:
         work = self.books.work[verdict.item]
         if stage == "keep":
-            if not verdict.retry:
+            if not verdict.retry and work.failure is not None:
                 self.books.fail(work, work.failure)
             return
         work.attempts = verdict.attempts

@@ -153,8 +153,8 @@ class Policy:
         self._rests(replica)
 
     def leave(self, replica: str, charged: bool = True, inputs_lost: bool = False) -> Verdict | None:
-        """A replica is gone, and with it the call it was in. The item it held is charged an attempt unless the
-        replica had died before; with `inputs_lost` it starts over as in `inputs_lost`."""
+        """A replica is gone, and with it the call it was in. The item it held is charged an attempt; one that is not
+        to be `charged` is when that happens too often. With `inputs_lost` it starts over as in `inputs_lost`."""
         gone = self._replicas.get(replica)
         if gone is None:
             return None
@@ -168,7 +168,11 @@ class Policy:
         del self._replicas[replica]
         if item is None:
             return None
-        return self._starts_over(item) if inputs_lost else self._failed(item, charged)
+        if inputs_lost:
+            return self._starts_over(item)
+        if not charged:
+            self._items[item].restarts += 1
+        return self._failed(item, charged or self._items[item].restarts > self.max_restarts)
 
     def admit(
         self,
@@ -226,6 +230,18 @@ class Policy:
         only when it happens too often."""
         self._release(item)
         return self._starts_over(item, path)
+
+    def keep(self, stage: str) -> list[str]:
+        """Have the results of every item that waits for `stage` stored, in place of going on. Returns the items."""
+        kept = []
+        for line in self._lines[stage].values():
+            while line:
+                _, kind, _ = line.oldest()
+                item = line.pop(kind)
+                self._items[item].path, self._items[item].at = ("keep",), 0
+                self._waits(item)
+                kept.append(item)
+        return kept
 
     # --- what to do ------------------------------------------------------------------------------
 

@@ -15,6 +15,21 @@ if TYPE_CHECKING:
     import torch
 
 
+#: How a lack of memory reads where torch does not raise its OutOfMemoryError: on a CPU, in the CUDA driver, in
+#: cuDNN, and when none of cuDNN's algorithms finds room for its workspace.
+_NO_MEMORY = (
+    "DefaultCPUAllocator", "not enough memory", "CUDA error: out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED",
+    "unable to find an engine",
+)  # fmt: skip
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory did not suffice, the device's or the host's."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+
+
 @dataclass(frozen=True)
 class Rank:
     """This process within its gang, and the device it computes on."""

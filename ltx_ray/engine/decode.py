@@ -20,7 +20,7 @@ import torch
 from ltx_ray.config import EngineSpec
 from ltx_ray.dataset.mux import write_mp4
 from ltx_ray.engine import apply, components
-from ltx_ray.engine.base import Rank, resolve_dtype
+from ltx_ray.engine.base import Rank, is_out_of_memory, resolve_dtype
 from ltx_ray.engine.frames import PictureCheck, decode_tiled, to_yuv420
 from ltx_ray.engine.latents import LatentStore, latents_sha256, named_latents
 from ltx_ray.engine.tiling import LADDER, Tiling, distinct_rungs
@@ -31,12 +31,6 @@ from ltx_ray.storage import Store
 
 #: A clip whose loudest sample is below this (-60 dBFS) is flagged.
 _SILENT_PEAK = 1e-3
-#: How a lack of memory reads where torch does not raise its OutOfMemoryError: on a CPU, in the CUDA driver, in
-#: cuDNN, and when none of cuDNN's algorithms finds room for its workspace.
-_NO_MEMORY = (
-    "DefaultCPUAllocator", "not enough memory", "CUDA error: out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED",
-    "unable to find an engine",
-)  # fmt: skip
 _log = logging.getLogger(__name__)
 
 
@@ -141,7 +135,7 @@ class DecodeEngine:
                     metadata=metadata,
                 )
             except Exception as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 reason = str(error)
             else:
@@ -179,12 +173,6 @@ class DecodeEngine:
             raise RowError("the decoded sound is not finite")
         sound = waveform.float().cpu().numpy()[:, :samples]
         return np.pad(sound, ((0, 0), (0, samples - sound.shape[1])))
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
 
 
 def _file_sha256(path: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import ray
 
 from ltx_ray.config import EngineSpec
-from ltx_ray.records import CallReport, ReplicaError, RowError
+from ltx_ray.records import CallReport, ReplicaError, RowError, WrongDevice
 
 
 class RankActor:
@@ -75,9 +75,11 @@ class RankActor:
         try:
             payload = call()
         except Exception as error:
+            memory = importlib.import_module("ltx_ray.engine.base").is_out_of_memory(error)
             failure = {
                 "ok": False,
-                "error_type": type(error).__name__,
+                "error_type": "OutOfMemoryError" if memory else type(error).__name__,
+                "infrastructure": memory or isinstance(error, OSError | WrongDevice),
                 "message": str(error) or type(error).__name__,
                 "traceback": traceback.format_exc(),
                 "row_error": isinstance(error, RowError),

@@ -32,6 +32,9 @@ class RayCrew:
         self._gangs[replica].submit(stage, item, inputs)
 
     def wait(self, timeout: float) -> list[News]:
+        now = time.time()
+        for gang in self._gangs.values():
+            gang.probe(now)
         waiting = {ref: gang for gang in self._gangs.values() for ref in gang.waits_for()}
         if not waiting:
             time.sleep(timeout)
@@ -56,12 +59,15 @@ class RayCrew:
                 ready = gang.advance(arrived)
                 return [Started(gang.name, gang.ranks, time.time() - gang.created)] if ready else []
             call = gang.call
+            if call is None or not call.reports:
+                gang.pinged(arrived)
+                return []
             reports = gang.collect(arrived)
             if reports is None:
                 return []
             return [Answered(gang.name, reports[0], call.payload, gang.where(0))]
         except GangLost as lost:
-            return [self._lose(gang, str(lost), idle=lost.idle)]
+            return [self._lose(gang, str(lost), idle=lost.idle, node_lost=lost.node_lost)]
         except InputsMissing as lost:
             if len(gang.ranks) > 1:
                 # the other ranks have begun, and wait for this one
@@ -69,10 +75,10 @@ class RayCrew:
             gang.call = None
             return [InputsLost(gang.name, str(lost))]
 
-    def _lose(self, gang: Gang, reason: str, inputs_lost: bool = False, idle: bool = False) -> Lost:
+    def _lose(self, gang: Gang, reason: str, **why: bool) -> Lost:
         served = gang.state == "ready"
         self.kill(gang.name)
-        return Lost(gang.name, reason, served, inputs_lost, idle)
+        return Lost(gang.name, reason, served, **why)
 
     def placing(self) -> Mapping[str, float]:
         now = time.time()

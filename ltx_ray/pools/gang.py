@@ -21,6 +21,10 @@ from ltx_ray.records import CallReport
 _RENDEZVOUS_TIMEOUT = 300.0
 #: Seconds that the other ranks have to report the same failure, if it is the row's.
 _LONE_FAILURE_GRACE = 10.0
+#: Seconds after which an idle gang is asked whether it lives.
+_PROBE_SECONDS = 10.0
+#: How Ray puts it.
+_NODE_LOST = "its node has died"
 #: Seconds after an answer in which a gang is not asked whether it lives before it gets its next call.
 _SURELY_ALIVE = 0.05
 
@@ -28,12 +32,12 @@ _SURELY_ALIVE = 0.05
 class GangLost(Exception):
     """The gang is of no more use: a rank died, failed to start, or disagreed with the others.
 
-    `idle`: it had died before the call under way began.
+    `idle`: it had died before the call under way began; `node_lost`: its node is gone.
     """
 
-    def __init__(self, reason: str, idle: bool = False):
+    def __init__(self, reason: str, idle: bool = False, node_lost: bool = False):
         super().__init__(reason)
-        self.idle = idle
+        self.idle, self.node_lost = idle, node_lost
 
 
 class InputsMissing(Exception):
@@ -44,14 +48,13 @@ class InputsMissing(Exception):
 class Call:
     """A call under way on all ranks: `reports` by rank, `payload` of rank 0.
 
-    A gang that has been idle is asked first whether it still lives (`pings`): what had died before is no fault of
-    the item that it should have rendered.
+    A gang that has been idle is asked first whether it still lives; what had died before is no fault of the item that
+    it should have rendered. There are no `reports` to wait for until it has answered.
     """
 
     stage: str
     item: Any
     inputs: list[Any]
-    pings: list[ray.ObjectRef] = field(default_factory=list)
     reports: list[ray.ObjectRef] = field(default_factory=list)
     payload: ray.ObjectRef | None = None
     started: float = field(default_factory=time.time)
@@ -70,6 +73,7 @@ class Gang:
         self.ranks: list[dict[str, Any]] = []
         self.device = ""
         self.call: Call | None = None
+        self._pings: list[ray.ObjectRef] = []
         self._answered = 0.0
         bundle = {"CPU": pool.cpus_per_rank}
         if pool.gpus_per_rank:
@@ -81,11 +85,11 @@ class Gang:
 
     def waits_for(self) -> list[ray.ObjectRef]:
         """References whose readiness moves this gang on."""
-        if self.call is not None and self.call.pings:
-            return self.call.pings
-        if self.call is not None:
+        if self.state != "ready":
+            return self._pending
+        if self.call is not None and self.call.reports:
             return [ref for rank, ref in enumerate(self.call.reports) if rank not in self.call.done]
-        return self._pending
+        return self._pings
 
     def advance(self, ready: set[ray.ObjectRef]) -> bool:
         """Take the next step of the start if all it waits for is in `ready`; True when that makes it ready.
@@ -107,7 +111,7 @@ class Gang:
                 self._load()
             elif self.state == "loading":
                 self.device = self.ranks[0]["device"]
-                self.state = "ready"
+                self.state, self._answered = "ready", time.time()
                 return True
         except ray.exceptions.RayError as error:
             raise GangLost(f"{self.state}: {_first_line(error)}") from error
@@ -157,26 +161,40 @@ class Gang:
         assert self.state == "ready" and self.call is None
         self.call = Call(stage, item, inputs)
         if time.time() - self._answered > _SURELY_ALIVE:
-            self.call.pings = [a.ping.remote() for a in self._actors]
+            self._ask()
         else:
             self._run(self.call)
+
+    def probe(self, now: float) -> None:
+        """Ask an idle gang now and then whether it lives, so that a dead one does not hold its place for hours."""
+        if self.state == "ready" and self.call is None and now - self._answered > _PROBE_SECONDS:
+            self._ask()
+
+    def _ask(self) -> None:
+        if not self._pings:
+            self._pings = [a.ping.remote() for a in self._actors]
 
     def _run(self, call: Call) -> None:
         pairs = [a.run.options(num_returns=2).remote(call.stage, call.item, *call.inputs) for a in self._actors]
         call.reports, call.payload = [report for report, _ in pairs], pairs[0][1]
         call.inputs = []
 
-    def _reach(self, call: Call, ready: set[ray.ObjectRef]) -> None:
-        """Start the call once every rank has said that it lives."""
-        for rank, ref in enumerate(call.pings):
+    def pinged(self, ready: set[ray.ObjectRef]) -> None:
+        """Take in who has said that it lives; when every rank has, the call that waits for that begins.
+
+        Raises GangLost when one is dead.
+        """
+        for ref in self._pings:
             if ref in ready:
                 try:
                     ray.get(ref)
                 except ray.exceptions.RayError as error:
-                    raise GangLost(f"rank {rank} died while idle: {_first_line(error)}", idle=True) from error
-        call.pings = [ref for ref in call.pings if ref not in ready]
-        if not call.pings:
-            self._run(call)
+                    raise GangLost(f"a rank died while idle: {_first_line(error)}", idle=True) from error
+        self._pings = [ref for ref in self._pings if ref not in ready]
+        if not self._pings:
+            self._answered = time.time()
+            if self.call is not None:
+                self._run(self.call)
 
     def collect(self, ready: set[ray.ObjectRef]) -> list[CallReport] | None:
         """The reports of the call under way once every rank has answered, else None.
@@ -186,15 +204,13 @@ class Gang:
         """
         call = self.call
         assert call is not None
-        if not call.reports:
-            self._reach(call, ready)
-            return None
         for rank, ref in enumerate(call.reports):
             if rank not in call.done and ref in ready:
                 try:
                     call.done[rank] = ray.get(ref)
                 except ray.exceptions.RayActorError as error:
-                    raise GangLost(f"rank {rank} died during {call.stage}: {_first_line(error)}") from error
+                    reason = f"rank {rank} died during {call.stage}: {_first_line(error)}"
+                    raise GangLost(reason, node_lost=_NODE_LOST in str(error)) from error
                 except ray.exceptions.RayError as error:
                     # the call never began on this rank: its inputs could not be had
                     raise InputsMissing(f"rank {rank} has no inputs for {call.stage}: {_first_line(error)}") from error

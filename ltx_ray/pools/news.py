@@ -44,6 +44,8 @@ class Lost:
     inputs_lost: bool = False
     #: Whether it died before the call under way had reached it, so that the item is not to blame.
     idle: bool = False
+    #: Whether its node is gone: most often taken away, with whatever ran there.
+    node_lost: bool = False
 
 
 @dataclass(frozen=True)

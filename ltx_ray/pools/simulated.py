@@ -127,7 +127,9 @@ class SimulatedCrew:
             if error is None:
                 self._after(after, lambda: self._gone(replica, number, "rank 0 died"))
             else:
-                by_chance = {"error_type": error, "message": f"{error} by chance"}
+                by_chance = {
+                    "error_type": error, "message": f"{error} by chance", "infrastructure": error != "RuntimeError",
+                }  # fmt: skip
                 self._after(after, lambda: self._fails(replica, number, seconds, by_chance))
             return
         self._after(seconds + switch, lambda: self._answers(replica, number, seconds, switch))
@@ -254,4 +256,5 @@ def _told(error: Exception) -> dict[str, Any]:
         "message": str(error),
         "traceback": "".join(traceback.format_exception(error)),
         "row_error": isinstance(error, RowError),
+        "infrastructure": isinstance(error, OSError),
     }

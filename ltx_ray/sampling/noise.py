@@ -9,16 +9,16 @@ from typing import Protocol
 
 import torch
 
-from ltx_ray.records import AV, NoiseLedger, RowError
+from ltx_ray.records import AV, NoiseLedger, WrongDevice
 
 STEP_SEED = -1
 SUBSTEP_SEED = 9999
 
 
 def check_drawable(ledger: NoiseLedger, device_name: str) -> None:
-    """Raise RowError when the device of this name (a GPU's model, or "cpu") cannot draw the ledger's numbers again."""
+    """Raise WrongDevice when the device of this name (a GPU's model, or "cpu") cannot draw the ledger's numbers."""
     if ledger.device == "cuda" and ledger.device_model != device_name:
-        raise RowError(
+        raise WrongDevice(
             f"stage 1 drew its noise on {ledger.device_model}, and this replica runs on {device_name}; "
             "legal: GPUs of one model, or --noise-device cpu"
         )

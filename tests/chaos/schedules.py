@@ -103,7 +103,7 @@ class Stages:
             self.store.write_bytes(latents, inputs[0].encode())
             return latents
         if stage == "stored":
-            if name[0] < "8":
+            if name[0] < "8" or not self.store.exists(latents):
                 raise StoredLatentsGone(f"{latents}: not there")
             return self.store.read_bytes(latents).decode()
         *_, stage2 = inputs

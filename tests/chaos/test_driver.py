@@ -228,3 +228,34 @@ def test_first_calls_keep_to_the_memory_too():
     while policy.next_dispatch() is not None:
         made += 1
     assert made == 2
+
+
+@pytest.mark.parametrize("haste", [True, False])
+def test_what_has_passed_stage_1_when_a_run_is_told_to_stop_goes_on_from_there(tmp_path, haste):
+    asked: list[tuple[str, str]] = []
+
+    class Watched(Crew):
+        stops = True
+
+        def submit(self, replica, stage, item, inputs):
+            asked.append((stage, item.item_id))
+            if stage == "decode" and self.stops:
+                self.driver.request_drain("asked") if haste else self.driver._drain("enough")
+            super().submit(replica, stage, item, inputs)
+
+    class GoesOn(Watched):
+        stops = False
+
+    three = [replace(pool, replicas=3 if pool.name == "stage1" else 1) for pool in pools()]
+    driver, store = run(tmp_path, rows(6), Watched, the_pools=three)
+    assert driver.run(driver.books.plan.open())
+    saved = {name.removesuffix(".safetensors") for name in store.list("latents", recursive=True)}
+    assert saved and not store.list("failed") and len(store.list("index")) == 1
+    asked.clear()
+    driver, store = run(tmp_path, rows(6), GoesOn)
+    assert not driver.run(driver.books.plan.open())
+    assert len(store.list("index")) == 6
+    assert {item for stage, item in asked if stage == "stored"} == saved
+    # the fake store has lost those whose name begins with a small digit
+    again = {item for stage, item in asked if stage == "stage1"} & saved
+    assert again == {item for item in saved if item[0] < "8"}

@@ -428,6 +428,9 @@ def test_status_of_a_killed_run(cmd, tmp_path, lease):
 
 
 def test_retry_without_failures(cmd, out):
+    code, _, err = cmd("retry", out, "--model", "toy")
+    assert code == 2 and f"{out}: no dataset; legal: the --output of a run" in err
+    Path(out, "index").mkdir(parents=True)
     code, stdout, _ = cmd("retry", out, "--model", "toy")
     assert code == 0 and f"nothing failed in {out}" in stdout
 

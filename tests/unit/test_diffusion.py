@@ -15,7 +15,7 @@ from ltx_ray.engine.diffusion import DiffusionEngine
 from ltx_ray.engine.latents import LatentStore, latents_sha256, named_latents
 from ltx_ray.parallel.lora import LoraMerger
 from ltx_ray.pools.actors import RankActor
-from ltx_ray.records import RowError, StageLatents
+from ltx_ray.records import RowError, StageLatents, WrongDevice
 from ltx_ray.storage import Store
 from tests.parity.line import Line, one_thread, toy_line
 
@@ -59,7 +59,7 @@ def test_noise_of_a_gpu_is_not_drawn_on_a_cpu(line, rendered):
     line.diffusion._merge(item, item.request.distilled_lora_strength_stage_1)
     switches = line.diffusion.switches
     elsewhere = dataclasses.replace(first.ledger, device="cuda", device_model="NVIDIA H100 80GB HBM3")
-    with pytest.raises(RowError, match=r"NVIDIA H100 80GB HBM3.* cpu; legal: .*--noise-device cpu"):
+    with pytest.raises(WrongDevice, match=r"NVIDIA H100 80GB HBM3.* cpu; legal: .*--noise-device cpu"):
         line.diffusion.run("stage2", item, conditions, StageLatents(first.latents, elsewhere))
     assert line.diffusion.switches == switches
 

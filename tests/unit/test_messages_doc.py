@@ -17,7 +17,7 @@ TEXT = (ROOT / "docs" / "messages.md").read_text()
 #: Stands for what a message fills in.
 HOLE = "\x00"
 RAISED = {
-    "ValueError", "RowError", "ReplicaError", "StartFailed", "OSError", "ConnectionError", "FileNotFoundError",
+    "ValueError", "RowError", "WrongDevice", "ReplicaError", "StartFailed", "OSError", "ConnectionError", "FileNotFoundError",
     "RuntimeError", "OutOfMemoryError", "NoPicture", "StoredLatentsGone", "GangLost", "InputsMissing",
 }  # fmt: skip
 #: What is called with texts that people read, and where these stand among its arguments.

@@ -79,7 +79,8 @@ class PolicyMachine(RuleBasedStateMachine):
         elif inputs_lost:
             self._started_over(call.item, None, verdict)
         else:
-            self._judged(call.item, verdict, charged)
+            self.losses[call.item] += not charged
+            self._judged(call.item, verdict, charged or self.losses[call.item] > self.restarts)
 
     @rule(
         wanted=st.integers(1, 6),

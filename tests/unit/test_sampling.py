@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from ltx_ray.records import AV, Guidance, NoiseLedger, RowError
+from ltx_ray.records import AV, Guidance, NoiseLedger, WrongDevice
 from ltx_ray.sampling.guidance import GuidedDenoiser, combine, skips
 from ltx_ray.sampling.noise import ClipNoise, SamplerNoise, check_drawable, noised
 from ltx_ray.sampling.passes import passes_for
@@ -113,7 +113,7 @@ def test_noise_can_be_drawn_again_on_the_same_kind_of_device(device, model, here
     if legal:
         check_drawable(ledger, here)
         return
-    with pytest.raises(RowError, match=rf"{model}.*{here}; legal: GPUs of one model, or --noise-device cpu"):
+    with pytest.raises(WrongDevice, match=rf"{model}.*{here}; legal: GPUs of one model, or --noise-device cpu"):
         check_drawable(ledger, here)
 
 

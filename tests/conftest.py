@@ -38,6 +38,8 @@ else:
     settings.load_profile("ltx-ray")
 
 FOLDER_MARKS = ("gpu", "parity")
+#: Tests that share a cluster stay in one process when several run tests (scripts/test without arguments).
+TOGETHER = ("integration", "chaos", "gpu")
 ORDER = ("unit", "parity", "integration", "gpu", "chaos")
 
 
@@ -53,6 +55,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if _folder(item) in FOLDER_MARKS:
             item.add_marker(_folder(item))
+        if _folder(item) in TOGETHER:
+            item.add_marker(pytest.mark.xdist_group(_folder(item)))
     # tests that must not find a cluster come before those that start one for the session
     items.sort(key=lambda item: ORDER.index(_folder(item)) if _folder(item) in ORDER else len(ORDER))
 

@@ -45,9 +45,9 @@ class Outcome:
 class Trials:
     """Schedules with one engine on one cluster, each held against the bits of a run that nothing disturbed."""
 
-    def __init__(self, world: World, engine: str, folder: Path):
+    def __init__(self, world: World, engine: str, folder: Path, tp: int = 2):
         assert engine in ENGINES, engine
-        self._world, self._fake, self._folder = world, engine == "fake", folder
+        self._world, self._fake, self._folder, self._tp = world, engine == "fake", folder, tp
         orders = "[[stage1:big]] [[stage1:slow:0.3]] [[stage2:slow:0.2]]" if self._fake else "a ball, take"
         quick = {} if self._fake else _QUICK
         self._rows = [{"id": f"r{n}", "prompt": f"{orders} {n}", "seed": n, **SIZE, **quick} for n in range(_ROWS)]
@@ -58,9 +58,12 @@ class Trials:
         assert len(set(self.expected.values())) == _ROWS
         assert quiet.check(self.expected, self.expected) == []
 
+    def _mishaps(self, draw: random.Random) -> int:
+        return draw.randint(2, 3) if self._tp > 1 else 2
+
     def _start(self, job: Job, rows: list[dict]) -> Driver:
         # with the toy model torch loads in every rank: stages that share them load it half as often
-        wanted = Wanted(tp=2) if self._fake else Wanted(tp=2, stage1=1, stage2=0)
+        wanted = Wanted(tp=self._tp) if self._fake else Wanted(tp=self._tp, stage1=1, stage2=0)
         return job.start(
             rows, wanted=wanted, fake=self._fake, dtype="float32", limits=RunLimits(max_attempts=6, call_timeout=60)
         )
@@ -70,7 +73,7 @@ class Trials:
         self._world.heal()
         draw, began = random.Random(seed), time.monotonic()
         rows = self._rows[: draw.randint(_ROWS - 1, _ROWS)]
-        moments = sorted((draw.randrange(_CALLS), draw.random() / 2) for _ in range(draw.randint(2, 3)))
+        moments = sorted((draw.randrange(_CALLS), draw.random() / 2) for _ in range(self._mishaps(draw)))
         # drawn before anything runs, so that a seed is the same mishaps whatever there is to strike
         mishaps = [(*moment, draw.choice(KINDS), draw.random()) for moment in moments]
         job, outcome = Job(self._world, self._folder / f"seed-{seed}"), Outcome(seed)
@@ -105,10 +108,10 @@ class Trials:
         return driver.running
 
     def _targets(self, job: Job, kind: str) -> list[dict]:
-        """Ranks of gangs that are up: leaders are those of gangs of several."""
+        """Ranks of gangs that are up: leaders are those of gangs of several, where there are such."""
         gone = {e["replica"] for what in ("gang_lost", "gang_given_back") for e in job.out.events(what)}
         gangs = [e for e in job.out.events("gang_started") if e["replica"] not in gone]
-        if kind == "leader":
+        if kind == "leader" and self._tp > 1:
             return [gang["ranks"][0] for gang in gangs if len(gang["ranks"]) > 1]
         nodes = set(self._world.nodes())
         return [rank for gang in gangs for rank in gang["ranks"] if rank["node"] in nodes]
@@ -146,11 +149,12 @@ def main() -> int:
     parser.add_argument("--schedules", type=int, default=20, help="how many (default: 20)")
     parser.add_argument("--seed", type=int, default=0, help="of the first; the others count on from it (default: 0)")
     parser.add_argument("--engine", choices=ENGINES, default="toy", help="the toy model, or none (default: toy)")
+    parser.add_argument("--tp", type=int, default=2, help="ranks of a replica (default: 2)")
     asked = parser.parse_args()
     world, violations = World(), 0
     try:
         with tempfile.TemporaryDirectory(prefix="ltx-ray-chaos-") as folder:
-            trials = Trials(world, asked.engine, Path(folder))
+            trials = Trials(world, asked.engine, Path(folder), asked.tp)
             print(_ROW.format("seed", "events (at call)", "lost", "retries", "rows", "equal bits", "leaks", "seconds"))
             for seed in range(asked.seed, asked.seed + asked.schedules):
                 outcome = trials.run(seed)

@@ -16,7 +16,8 @@ FIRST = int(os.environ.get("LTX_RAY_CHAOS_SEED", "0"))
 @pytest.fixture(scope="module")
 def trials(shared_world, tmp_path_factory) -> Trials:
     shared_world.heal()
-    return Trials(shared_world, "toy", tmp_path_factory.mktemp("trials"))
+    # one rank a replica and two mishaps, for the time it takes; scripts/chaos has two and more
+    return Trials(shared_world, "toy", tmp_path_factory.mktemp("trials"), tp=1)
 
 
 @pytest.mark.parametrize("seed", range(FIRST, FIRST + 5))

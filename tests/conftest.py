@@ -20,6 +20,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Drawn once: processes that run tests side by side must find the same ones.
+os.environ.setdefault("LTX_RAY_PARITY_SEED", str(secrets.randbelow(10**9)))
 # A test never joins a cluster that happens to be there.
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.pop("RAY_API_SERVER_ADDRESS", None)
@@ -38,7 +40,8 @@ else:
     settings.load_profile("ltx-ray")
 
 FOLDER_MARKS = ("gpu", "parity")
-#: Tests that share a cluster stay in one process when several run tests (scripts/test without arguments).
+#: Folders whose tests share a cluster stay in one process when several run tests (scripts/test without arguments);
+#: of the others each file does.
 TOGETHER = ("integration", "chaos", "gpu")
 ORDER = ("unit", "parity", "integration", "gpu", "chaos")
 
@@ -55,8 +58,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if _folder(item) in FOLDER_MARKS:
             item.add_marker(_folder(item))
-        if _folder(item) in TOGETHER:
-            item.add_marker(pytest.mark.xdist_group(_folder(item)))
+        item.add_marker(pytest.mark.xdist_group(_folder(item) if _folder(item) in TOGETHER else item.path.name))
     # tests that must not find a cluster come before those that start one for the session
     items.sort(key=lambda item: ORDER.index(_folder(item)) if _folder(item) in ORDER else len(ORDER))
 

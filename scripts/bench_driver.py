@@ -219,7 +219,8 @@ def simulation(arguments: argparse.Namespace, folder: Path) -> None:
         parts[name] = window["useful"] / window["there"]
         print(
             f"  {name:24}{parts[name]:8.1%} useful, {window.get('switching', 0) / window['there']:.2%} switching, "
-            f"{window.get('lost', 0) / window['there']:.2%} lost with replicas; {figures['counts']['rendered']:,} rendered, "
+            f"{window.get('lost', 0) / window['there']:.2%} lost with replicas; "
+            f"{figures['counts']['rendered']:,} rendered, "
             f"{figures['counts'].get('failed', 0)} failed in {figures['virtual'] / 3600:.2f} virtual hours "
             f"({figures['seconds']:.0f} s)",
             flush=True,

@@ -27,7 +27,7 @@ from ltx_ray.options import (
     run_options,
 )
 from ltx_ray.records import canonical_json
-from ltx_ray.run import EXIT_FAILED_ROWS, EXIT_OK, EXIT_USAGE, Options, missing_ids, prepare, render
+from ltx_ray.run import EXIT_FAILED_ROWS, EXIT_OK, EXIT_USAGE, Options, prepare, render, say_missing_ids
 from ltx_ray.storage import Store, join
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -107,7 +107,7 @@ def promote_command(
 
     The clips are those that the whole line would have given. Exit codes as those of render.
     """
-    from ltx_ray.dataset.chosen import chosen_ids, parse_condition
+    from ltx_ray.dataset.chosen import chosen_items, parse_condition
 
     if not ids and not where:
         raise ValueError("promote: nothing is chosen; legal: --ids FILE, --where 'COLUMN OP VALUE', or both")
@@ -115,12 +115,12 @@ def promote_command(
     if values.get("stop_after"):
         raise ValueError("promote: --stop-after has no place here: the clips are finished")
     conditions = [parse_condition(text) for text in where or ()]
-    chosen = chosen_ids(Store(output), read_selection({"ids": ids}).ids, conditions)
+    chosen = chosen_items(Store(output), read_selection({"ids": ids}).ids, conditions)
     if not chosen:
         typer.echo(f"no preview in {output} is chosen")
         return EXIT_OK
     options = build_options(join(output, "previews"), output, values)
-    return render(replace(options, promote=True, selection=Selection(ids=chosen)))
+    return render(replace(options, promote=frozenset(chosen.values()), selection=Selection(ids=frozenset(chosen))))
 
 
 @app.command(name="plan")
@@ -155,8 +155,7 @@ def plan_command(
         elif listed == _PLAN_ROWS:
             listed += 1
             typer.echo("... (more rows with --all)")
-    if plan.unmet:
-        typer.echo(missing_ids(plan), err=True)
+    say_missing_ids(plan, lambda message: typer.echo(message, err=True))
     counts: Counter[str] = plan.counts
     names = {
         "todo": "to render", "done": "done", "copy": "done under another id", "repeated": "repeated",

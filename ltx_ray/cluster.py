@@ -48,14 +48,16 @@ class Cluster:
     def join(self) -> tuple[list[PoolSpec], Numerics]:
         """Join or start the cluster and lay the pools out on it. Raises ValueError when they do not fit."""
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        # a signal in the middle of joining should end us, not abort us with a stack of Ray's
+        os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
         import ray
 
         common = {"logging_level": "error", "log_to_driver": False}
         if self._address:
             if not ray.is_initialized():
                 _check_reachable(self._address)
-                ray.init(address=self._address, **common)
                 self._joined = True
+                ray.init(address=self._address, **common)
             free = Resources.of(ray.available_resources())
             # auto takes what is free, so that a run fits beside others
             pools, numerics = self._lay_out(free.gpus)
@@ -66,6 +68,7 @@ class Cluster:
             pools, numerics = self._lay_out(gpus)
             free = Resources(slots_needed(pools).cpus, gpus)
             check_schedulable(pools, free)
+            self._joined = True
             ray.init(
                 address="local",
                 num_cpus=int(free.cpus) + 1,
@@ -73,7 +76,6 @@ class Cluster:
                 object_store_memory=None if gpus else _LOCAL_STORE_BYTES,
                 **common,
             )
-            self._joined = True
         self.max_bytes = _STORE_SHARE * ray.cluster_resources().get("object_store_memory", float("inf"))
         return pools, numerics
 

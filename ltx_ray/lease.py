@@ -104,6 +104,7 @@ class Lease:
             "run_id": self._run_id,
             "host": socket.gethostname(),
             "pid": os.getpid(),
+            "pids": _pid_space(),
             "expires": time.time() + _TTL_SECONDS,
         }
         return json.dumps(entry).encode().ljust(_BYTES)
@@ -119,8 +120,20 @@ def holder(store: Store) -> dict | None:
 
 
 def _is_live(entry: dict) -> bool:
-    # a run that was killed on this machine need not be waited for
-    return entry["expires"] >= time.time() and (entry["host"] != socket.gethostname() or _alive(entry["pid"]))
+    if entry["expires"] < time.time():
+        return False
+    # a run that was killed on this machine need not be waited for; containers may share its name, not its processes
+    ours = entry["host"] == socket.gethostname() and entry["pids"] == _pid_space()
+    return not ours or _alive(entry["pid"])
+
+
+def _pid_space() -> str:
+    """Names the processes that a pid here is one of."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
 
 
 def _read(store: Store) -> dict | None:
@@ -131,6 +144,7 @@ def _read(store: Store) -> dict | None:
             "run_id": str(entry["run_id"]),
             "host": str(entry["host"]),
             "pid": int(entry["pid"]),
+            "pids": str(entry.get("pids", "")),
             "expires": float(entry["expires"]),
         }
     except FileNotFoundError:

@@ -224,8 +224,8 @@ def read_selection(values: dict[str, Any]) -> Selection:
     if values.get("ids"):
         try:
             ids = frozenset(line.strip() for line in Path(values["ids"]).read_text().splitlines() if line.strip())
-        except OSError as error:
-            raise ValueError(f"--ids: {values['ids']}, cannot be read ({error.strerror})") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--ids: {values['ids']}, cannot be read ({error})") from None
     if values.get("shard"):
         index, _, count = values["shard"].partition("/")
         if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
@@ -298,7 +298,7 @@ def config_defaults(argv: list[str]) -> dict[str, Any]:
         return {}
     try:
         content = yaml.safe_load(Path(path).read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"--config: {path}, cannot be read ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict):
         raise ValueError(f"--config: {path}, holds no mapping; legal: option names and their values")

@@ -81,6 +81,11 @@ class PlannedRow:
         return self.id_digest[:4].hex()
 
     @property
+    def from_failed(self) -> bool:
+        """Whether it stands in a table of the dataset (failed/ or previews/), as it was resolved."""
+        return self._raw.from_failed
+
+    @property
     def item(self) -> WorkItem | None:
         if self._item is None and self._template is not None:
             self._item = self._template.fill(self._raw, self.item_id, self.id, self._seed)
@@ -309,6 +314,8 @@ class Plan:
                 if rest[4:] == item:
                     row.status = REPEATED
                     return row
+                if row.from_failed:
+                    continue  # rows of several manifests, each judged beside its own
                 raw = row.row.raw._replace(duplicate=True)
                 return PlannedRow.illegal(Row(raw, None, (duplicate_id(row.id),)))
         self._ids.put(head, more + item)

@@ -10,7 +10,7 @@ import os
 import secrets
 import signal
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -79,8 +79,8 @@ class Options:
     image_roots: tuple[str, ...] = ()
     limits: RunLimits = RunLimits()  # noqa: RUF009 (frozen)
     retry_failed: bool = False
-    #: Whether the rows are previews, which go on from their stored latents or not at all.
-    promote: bool = False
+    #: The rows are previews, of which these items go on from their stored latents or not at all.
+    promote: frozenset[str] | None = None
     #: Whether a tiny clip goes through the line before pools grow beyond one replica.
     preflight: bool = True
     command: tuple[str, ...] = ()
@@ -126,7 +126,7 @@ def prepare(options: Options) -> Prepared:
         sequence_parallel=wanted.sequence_parallel,
     )
     # rows that are retried or promoted stand in another file than the one their paths count from
-    elsewhere = options.retry_failed or options.promote
+    elsewhere = options.retry_failed or options.promote is not None
     rules = RowRules(
         defaults=defaults,
         num_layers=checkpoint.num_layers,
@@ -177,8 +177,8 @@ def render(options: Options) -> int:
         clean_stale(store, _STALE_SECONDS)
         prepared.plan.done = list_done(store)
         repair(store, prepared.plan.done, progress.say)
-        if options.promote:
-            rows = _with_latents(rows, prepared.plan.done)
+        if options.promote is not None:
+            rows = _promoted(rows, options.promote, prepared.plan.done)
         return _drive(prepared, rows, cluster, store, run_id, progress, lease)
     finally:
         cluster.leave()
@@ -209,6 +209,7 @@ def _drive(
     record = _RunRecord(store.hurried(_RECORD_PATIENCE), run_id, prepared)
     record.write("running", Counter())
     events.emit("run_started", run_id=run_id)
+    events.flush()
 
     def join_cluster() -> Joined:
         from ltx_ray.pools.crew import RayCrew
@@ -257,6 +258,9 @@ def _drive(
             code = EXIT_FAILED_ROWS
     except ConnectionError:
         raise  # the cluster's
+    except SystemExit:
+        # told to stop while the cluster was being joined, when Ray's handler of signals is in the place of ours
+        state, code = "drained", EXIT_DRAINED
     except (StartFailed, OSError) as error:
         # an OSError is the output store's: it has been tried for as long as its patience lasts
         progress.say(str(error))
@@ -275,20 +279,22 @@ def _drive(
 
 def _saying_what_is_missing(rows: Iterator[PlannedRow], plan: Plan, progress: Progress) -> Iterator[PlannedRow]:
     yield from rows
+    say_missing_ids(plan, progress.say)
+
+
+def say_missing_ids(plan: Plan, say: Callable[[str], None]) -> None:
+    """Name ids that were selected and that the manifest, read to its end, does not have."""
     if plan.unmet:
-        progress.say(missing_ids(plan))
+        shown = ", ".join(sorted(str(row_id) for row_id in plan.unmet)[:10])
+        say(f"--ids: {len(plan.unmet)} ids are not in {plan.manifest}, such as {shown}")
 
 
-def missing_ids(plan: Plan) -> str:
-    """What to say of ids that were selected and that the manifest, read to its end, does not have."""
-    shown = ", ".join(sorted(str(row_id) for row_id in plan.unmet)[:10])
-    return f"--ids: {len(plan.unmet)} ids are not in {plan.manifest}, such as {shown}"
-
-
-def _with_latents(rows: Iterator[PlannedRow], done: Done) -> Iterator[PlannedRow]:
-    """The rows, those illegal that would be other clips than their previews."""
+def _promoted(rows: Iterator[PlannedRow], items: frozenset[str], done: Done) -> Iterator[PlannedRow]:
+    """The rows of these items; one that would now be another item than its preview, or has no latents, is illegal."""
     for planned in rows:
-        if planned.status == TODO and not done.has_latents(planned.item_id):
+        if planned.status == TODO and planned.item_id not in items and done.has_preview(planned.item_id, planned.key):
+            continue  # an older preview of the same id
+        if planned.status == TODO and not (planned.item_id in items and done.has_latents(planned.item_id)):
             legal = "the model, LoRAs, --dtype and --noise-device that its preview was made with (or it has no latents)"
             row = planned.row
             planned = PlannedRow.illegal(Row(row.raw, None, (Problem("preview", planned.id, legal),)))

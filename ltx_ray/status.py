@@ -37,6 +37,8 @@ def status_lines(output: str) -> list[str]:
         raise ValueError(f"{output}: no run.json; legal: the --output of a run") from None
     except ValueError:
         run = {}
+    if not isinstance(run, dict):
+        run = {}
     done = list_done(store)
     kinds = done.failed_kinds
     lines = [
@@ -44,7 +46,8 @@ def status_lines(output: str) -> list[str]:
         f"manifest {run.get('manifest', '?')}, started {run.get('started_at', '?')}",
         f"{done.row_count} rows in the index, {done.failed_count} in failed/"
         + (f" ({kinds['illegal']} illegal, {kinds['row']} of their own fault, {kinds['infra']} of infrastructure's)"
-           if done.failed_count else ""),
+           if done.failed_count else "")
+        + (f", {done.preview_count} previews" if done.preview_count else ""),
     ]  # fmt: skip
     events = _events(store)
     if events:
@@ -65,7 +68,7 @@ def status_lines(output: str) -> list[str]:
 
 def _state(run: dict, store: Store) -> str:
     state = run.get("state", "unknown")
-    if state == "running" and holder(store) is None:
+    if state in ("running", "draining") and holder(store) is None:
         return "interrupted (run the same command to go on)"
     return state
 

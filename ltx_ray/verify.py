@@ -31,6 +31,7 @@ from ltx_ray.storage import Store, parent
 
 _THREADS = 8
 _AGAIN = "run ltx-ray verify --repair, then ltx-ray render: it is rendered again"
+_ASIDE = "run ltx-ray verify --repair: it is set aside, and its row has a part of its own"
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def _check_part(store: Store, name: str) -> tuple[str, list[dict[str, Any]], lis
         return name, [], [Problem(file, row["id"], "its row has no id or no item_id", _AGAIN, "unreadable")]
     if name != (due := index_part(row["item_id"], row_key(row["id"]))):
         what = f"is not named after its row (that would be {due})"
-        return name, rows, [Problem(file, row["id"], what, _AGAIN, "duplicate")]
+        return name, rows, [Problem(file, row["id"], what, _ASIDE, "duplicate")]
     if (what := _wrong_clip(store, row)) is not None:
         return name, rows, [Problem(file, row["id"], what, _AGAIN, "lost")]
     return name, rows, []
@@ -184,7 +185,7 @@ def _count(row: dict[str, Any], name: str, found: _Found, good: bool, sample: in
     found.counts["clips"] += row["clip"] is not None
     both = _short_hash(f"{row['item_id']} {row['id']}")
     if both in found.ids and good:
-        yield Problem(f"index/{name}", row["id"], "the row is in another part too", _AGAIN, "duplicate")
+        yield Problem(f"index/{name}", row["id"], "the row is in another part too", _ASIDE, "duplicate")
     alone = _short_hash(row["id"])
     found.counts["shared"] += alone in found.ids and both not in found.ids
     found.ids |= {both, alone}

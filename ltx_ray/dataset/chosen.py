@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import operator
 import re
@@ -10,9 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from ltx_ray.dataset.writer import INDEX_SCHEMA
+from ltx_ray.dataset.writer import INDEX_SCHEMA, read_part
 from ltx_ray.storage import Store
 
 _CONDITION = re.compile(r"\s*(\w+)\s*(!=|<=|>=|!~|=|<|>|~)\s*(.*?)\s*", re.DOTALL)
@@ -62,22 +60,22 @@ def preview_rows(store: Store) -> Iterator[dict[str, Any]]:
     """Rows of `previews/`, one a clip that stopped after stage 1."""
     for name in store.list("previews"):
         if name.startswith("part-") and name.endswith(".parquet"):
-            yield from pq.read_table(io.BytesIO(store.read_bytes(f"previews/{name}"))).to_pylist()
+            yield from read_part(store, f"previews/{name}").to_pylist()
 
 
-def chosen_ids(store: Store, ids: frozenset[str] | None, conditions: Iterable[Condition]) -> frozenset[str]:
-    """Ids of the previews that are among `ids` (None: all) and meet every condition.
+def chosen_items(store: Store, ids: frozenset[str] | None, conditions: Iterable[Condition]) -> dict[str, str]:
+    """By id, the item of each preview that is among `ids` (None: all) and meets every condition.
 
-    Raises ValueError when `ids` names one that has no preview.
+    A row that was tried again after it had been edited has several previews: the newest counts. Raises ValueError
+    when `ids` names one that has no preview.
     """
     conditions = list(conditions)
-    there = set()
-    chosen = set()
+    newest: dict[str, tuple[Any, str, bool]] = {}
     for row in preview_rows(store):
-        there.add(row["id"])
-        if (ids is None or row["id"] in ids) and all(meets(row) for meets in conditions):
-            chosen.add(row["id"])
-    if unknown := sorted((ids or frozenset()) - there):
+        meets = (ids is None or row["id"] in ids) and all(met(row) for met in conditions)
+        found = row["finished_at"], row["item_id"], meets
+        newest[row["id"]] = max(newest.get(row["id"], found), found)
+    if unknown := sorted((ids or frozenset()) - newest.keys()):
         shown = ", ".join(unknown[:10])
         raise ValueError(f"--ids: {len(unknown)} ids have no preview in {store.uri}, such as {shown}")
-    return frozenset(chosen)
+    return {row_id: item for row_id, (_, item, meets) in newest.items() if meets}

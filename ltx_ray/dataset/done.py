@@ -89,6 +89,10 @@ class Done:
         return len(self._failed)
 
     @property
+    def preview_count(self) -> int:
+        return len(self._previews)
+
+    @property
     def latents_count(self) -> int:
         return len(self._latents)
 

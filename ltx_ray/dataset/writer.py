@@ -142,7 +142,7 @@ class DatasetWriter:
         self.store.write_bytes(f"previews/{index_part(item_id, row_key(request.id))}", one_row(row, PREVIEW_SCHEMA))
 
     def _row(self, folder: str, item_id: str, key: str) -> dict[str, Any]:
-        return pq.read_table(io.BytesIO(self.store.read_bytes(f"{folder}/{index_part(item_id, key)}"))).to_pylist()[0]
+        return read_part(self.store, f"{folder}/{index_part(item_id, key)}").to_pylist()[0]
 
     def write_failed(self, item_id: str, request: RenderRequest, raw: RawRow, failure: Failure) -> None:
         """Publish the failure of a legal row."""
@@ -182,7 +182,10 @@ class DatasetWriter:
         every = Store(manifest).root == self.store.path("failed")
         for name in self.store.list("failed"):
             if name.startswith("part-illegal-") and name not in keep:
-                table = pq.read_table(io.BytesIO(self.store.read_bytes(f"failed/{name}")), columns=["source"])
+                try:
+                    table = read_part(self.store, f"failed/{name}", ["source"])
+                except (FileNotFoundError, UnreadablePart):
+                    continue
                 file = (table.column(0)[0].as_py() or "").rpartition(":")[0]
                 file = split_options(file)[0]
                 if every or file == files or file.startswith(files + "/"):
@@ -192,8 +195,8 @@ class DatasetWriter:
         """Remove those parts of `failed/` that are about the manifest row at `source`."""
         for name in names:
             try:
-                table = pq.read_table(io.BytesIO(self.store.read_bytes(f"failed/{name}")), columns=["source"])
-            except FileNotFoundError:
+                table = read_part(self.store, f"failed/{name}", ["source"])
+            except (FileNotFoundError, UnreadablePart):
                 continue
             if table.column(0)[0].as_py() == source:
                 self.store.delete(f"failed/{name}")
@@ -206,6 +209,21 @@ class DatasetWriter:
 def index_part(item_id: str, key: str) -> str:
     """Name of the part of `index/` that holds the row with this key of the item."""
     return f"part-{item_id}-{key}.parquet"
+
+
+class UnreadablePart(OSError):
+    """A part of the dataset that is no Parquet file; the message names it."""
+
+
+def read_part(store: Store, name: str, columns: list[str] | None = None) -> pa.Table:
+    """A part of the dataset. Raises FileNotFoundError, and UnreadablePart for one that is damaged."""
+    data = store.read_bytes(name)
+    try:
+        return pq.read_table(io.BytesIO(data), columns=columns)
+    except pa.ArrowException as error:
+        raise UnreadablePart(
+            f"{store.uri}/{name} is damaged ({error}); ltx-ray verify --repair sets it aside"
+        ) from None
 
 
 def row_key(row_id: str | None) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ltx_ray.dataset.writer import DatasetWriter, Failure, Rendered
+from ltx_ray.dataset.writer import DatasetWriter, Failure, Rendered, UnreadablePart
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
 from ltx_ray.metrics import EventLog, RunMetrics
@@ -121,15 +121,25 @@ class Books:
         from_key = self._first_key(name)
         older = self._older_failures(name, planned.key)
 
-        def copy() -> None:
-            if self.plan.latents_only:
-                self.writer.copy_preview_row(name, from_key, planned.request, planned.row.raw)
-                return
-            self.writer.copy_index_row(name, from_key, planned.request)
-            self.writer.forget_older_failures(older, planned.row.raw.source)
+        request, raw, failures = planned.request, planned.row.raw, []
 
-        self.publisher.submit(copy, _nothing)
-        self.counts["rendered"] += 1
+        def copy() -> None:
+            try:
+                if self.plan.latents_only:
+                    self.writer.copy_preview_row(name, from_key, request, raw)
+                    return
+                self.writer.copy_index_row(name, from_key, request)
+                self.writer.forget_older_failures(older, raw.source)
+            except UnreadablePart as damage:
+                failures.append(Failure("plan", 0, "infrastructure", str(damage)))
+                self.writer.write_failed(name, request, raw, failures[0])
+
+        def copied() -> None:
+            if failures:
+                self._say_failed(planned, failures[0])
+            self.counts["failed" if failures else "rendered"] += 1
+
+        self.publisher.submit(copy, copied)
 
     def _first_key(self, name: str) -> str | None:
         """The key of a row for which the item is finished (or has its preview, where that is all there will be)."""
@@ -205,9 +215,12 @@ class Books:
 
     def _failed(self, work: Work, planned: PlannedRow, failure: Failure) -> None:
         self._count(work, "failed")
+        self._say_failed(planned, failure)
+
+    def _say_failed(self, planned: PlannedRow, failure: Failure) -> None:
         row_id, stage, message = planned.request.id, failure.stage, failure.message
         self.progress.say(f"{row_id}: failed in {stage}: {first_line(message)}")
-        self.events.emit("item_failed", item_id=work.item.item_id, id=row_id, stage=stage, message=message)
+        self.events.emit("item_failed", item_id=planned.item_id, id=row_id, stage=stage, message=message)
 
     def _count(self, work: Work, outcome: str) -> None:
         self.counts[outcome] += 1

@@ -73,6 +73,8 @@ class Driver:
         self._joined: Joined | None = None
         self._preflight: str | None = None
         self._gpu_seconds = 0.0
+        #: When the call of each busy replica began.
+        self._began: dict[str, float] = {}
         self._drain_until = float("inf")
         #: Items whose latents are stored, because the run was told to stop, for the next one.
         self._saved: set[str] = set()
@@ -183,8 +185,16 @@ class Driver:
                 self.policy.admit(self._preflight, merged_for(item.request), first=True)
         if self.policy.draining:
             return
+        served = {role for pool in self.pools if pool.ready for role in pool.spec.roles}
+        everywhere = all(served.issuperset(pool.spec.roles) for pool in self.pools)
+        if self._joined.elastic and not everywhere:
+            # who waits for a second place must not have the one that a first replica waits for
+            for name in self._crew.placing():
+                if (pool := self._pool(name)).ready:
+                    self._give_back(pool, name, "another pool has none")
+        first = self._preflight is not None or (self._joined.elastic and not everywhere)
         for pool in self.pools:
-            for name in pool.missing(at_most=1 if self._preflight else None):
+            for name in pool.missing(at_most=1 if first else None):
                 self._crew.start(name, pool.spec)
                 self.events.emit("gang_starting", role=pool.spec.name, replica=name)
         if self._joined.elastic and self.books.exhausted:
@@ -195,7 +205,8 @@ class Driver:
 
     def _give_back(self, pool: Pool, name: str, why: str) -> None:
         """End a replica that is not at fault; what it was doing costs nobody an attempt."""
-        self.policy.leave(name, charged=False)
+        self._account_for(pool, name)
+        self.policy.leave(name, given_back=True)
         del pool.replicas[name]
         self._crew.kill(name)
         self.events.emit("gang_given_back", role=pool.spec.name, replica=name, reason=why)
@@ -211,15 +222,17 @@ class Driver:
             made = [work.payloads.get(stage) for stage in ("stage1", "stage2")]
             if dispatch.stage not in ("decode", "keep"):
                 made = [work.payloads.get("text"), *made] if dispatch.stage in ("stage1", "stage2") else []
+            self._began[dispatch.replica] = time.monotonic()
             self._crew.submit(
                 dispatch.replica, dispatch.stage, work.item, [handle for handle in made if handle is not None]
             )
 
     def _check_placing(self) -> None:
-        """A replica may wait for a place as long as another of its pool does the work meanwhile."""
+        """A replica may wait for a place as long as others do the work meanwhile."""
+        served = {role for pool in self.pools if pool.ready for role in pool.spec.roles}
         for name, seconds in self._crew.placing().items():
             pool = self._pool(name)
-            if seconds > self.limits.start_timeout and not pool.ready:
+            if seconds > self.limits.start_timeout and not served.issuperset(pool.spec.roles):
                 spec = pool.spec
                 needs = f"{spec.ranks} x ({spec.cpus_per_rank:g} CPU, {spec.gpus_per_rank:g} GPU) on one node"
                 raise StartFailed(
@@ -270,6 +283,7 @@ class Driver:
         pool = self._pool(news.replica)
         self.progress.say(f"{news.replica} lost: {news.reason}")
         self.events.emit("gang_lost", role=pool.spec.name, replica=news.replica, reason=news.reason)
+        self._account_for(pool, news.replica)
         item = self.policy.item_of(news.replica)
         stage = self.policy.stage_of(item) if item else ""
         charged = not (news.idle or news.node_lost)
@@ -319,6 +333,7 @@ class Driver:
                 work.payloads.pop("text")  # only the stages themselves read the contexts
 
     def _note(self, pool: Pool, replica: str, work: Work, stage: str, report: CallReport) -> None:
+        self._began.pop(replica, None)
         card_seconds = report.seconds * pool.spec.gpus_per_rank * pool.spec.ranks
         self._gpu_seconds += card_seconds
         work.gpu_seconds += card_seconds
@@ -336,6 +351,11 @@ class Driver:
                 seconds=round(report.switch_seconds, 3), clean_weights=report.info.get("clean_weights"),
             )  # fmt: skip
         self.books.metrics.call(stage, report.seconds)
+
+    def _account_for(self, pool: Pool, replica: str) -> None:
+        """A call that never came back has used its cards, too."""
+        if (began := self._began.pop(replica, None)) is not None:
+            self._gpu_seconds += (time.monotonic() - began) * pool.spec.gpus_per_rank * pool.spec.ranks
 
     def _finish(self, work: Work, stage: str, news: Answered) -> None:
         result = self._crew.result(news.payload)

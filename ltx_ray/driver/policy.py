@@ -152,9 +152,12 @@ class Policy:
         self._lives(state, 1)
         self._rests(replica)
 
-    def leave(self, replica: str, charged: bool = True, inputs_lost: bool = False) -> Verdict | None:
+    def leave(
+        self, replica: str, charged: bool = True, inputs_lost: bool = False, given_back: bool = False
+    ) -> Verdict | None:
         """A replica is gone, and with it the call it was in. The item it held is charged an attempt; one that is not
-        to be `charged` is when that happens too often. With `inputs_lost` it starts over as in `inputs_lost`."""
+        to be `charged` is when that happens too often, unless we have `given_back` the replica ourselves. With
+        `inputs_lost` it starts over as in `inputs_lost`."""
         gone = self._replicas.get(replica)
         if gone is None:
             return None
@@ -170,6 +173,8 @@ class Policy:
             return None
         if inputs_lost:
             return self._starts_over(item)
+        if given_back:
+            return self._failed(item, charged=False)
         if not charged:
             self._items[item].restarts += 1
         return self._failed(item, charged or self._items[item].restarts > self.max_restarts)

@@ -51,6 +51,8 @@ class RayCrew:
         for gang in list(self._gangs.values()):
             if (reason := gang.overdue(now, self._start_timeout, self._call_timeout)) is not None:
                 news.append(self._lose(gang, reason))
+            elif gang.silent(now):
+                news.append(self._lose(gang, "a rank does not answer", idle=True))
         return news
 
     def _attend(self, gang: Gang, arrived: set[ray.ObjectRef]) -> list[News]:

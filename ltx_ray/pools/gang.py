@@ -23,6 +23,8 @@ _RENDEZVOUS_TIMEOUT = 300.0
 _LONE_FAILURE_GRACE = 10.0
 #: Seconds after which an idle gang is asked whether it lives.
 _PROBE_SECONDS = 10.0
+#: Seconds that it has for the answer.
+_SILENCE_SECONDS = 60.0
 #: How Ray puts it.
 _NODE_LOST = "its node has died"
 #: Seconds after an answer in which a gang is not asked whether it lives before it gets its next call.
@@ -170,14 +172,19 @@ class Gang:
         if self.state == "ready" and self.call is None and now - self._answered > _PROBE_SECONDS:
             self._ask()
 
+    def silent(self, now: float) -> bool:
+        """Whether a gang that was asked whether it lives has not answered for a minute."""
+        return bool(self._pings) and now - self._asked > _SILENCE_SECONDS
+
     def _ask(self) -> None:
         if not self._pings:
+            self._asked = time.time()
             self._pings = [a.ping.remote() for a in self._actors]
 
     def _run(self, call: Call) -> None:
         pairs = [a.run.options(num_returns=2).remote(call.stage, call.item, *call.inputs) for a in self._actors]
         call.reports, call.payload = [report for report, _ in pairs], pairs[0][1]
-        call.inputs = []
+        call.inputs, call.started = [], time.time()
 
     def pinged(self, ready: set[ray.ObjectRef]) -> None:
         """Take in who has said that it lives; when every rank has, the call that waits for that begins.
@@ -237,7 +244,7 @@ class Gang:
             slow = self.state != "placing" and now - self._placed > start_timeout
             return f"not ready after {start_timeout:g} s ({self.state})" if slow else None
         call = self.call
-        if call is None:
+        if call is None or not call.reports:
             return None
         if call.failed_at is not None and now - call.failed_at > _LONE_FAILURE_GRACE:
             # the other ranks wait for it in a collective, for ever

@@ -259,3 +259,20 @@ def test_what_has_passed_stage_1_when_a_run_is_told_to_stop_goes_on_from_there(t
     # the fake store has lost those whose name begins with a small digit
     again = {item for stage, item in asked if stage == "stage1"} & saved
     assert again == {item for item in saved if item[0] < "8"}
+
+
+def test_a_pool_without_a_place_does_not_end_a_run_that_others_can_carry(tmp_path):
+    """Mobile replicas of stage 1 serve stage 2 as well, so that its pool may wait for a place."""
+
+    class Placeless(Crew):
+        def _started(self, name, replica, fails):
+            return [] if name.startswith("stage2") else super()._started(name, replica, fails)
+
+        def placing(self):
+            return {"stage2-0": 9999.0}
+
+    text, stage1, stage2, decode = pools()
+    mobile = [text, replace(stage1, roles=("stage1", "stage2")), replace(stage2, roles=("stage2", "stage1")), decode]
+    driver, store = run(tmp_path, rows(3), Placeless, the_pools=mobile, start_timeout=10.0)
+    assert not driver.run(driver.books.plan.open())
+    assert len(store.list("index")) == 3

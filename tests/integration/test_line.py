@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ltx_ray.config import EngineSpec, LoraFile, ModelFiles, Numerics, Selection
-from ltx_ray.dataset.chosen import chosen_ids, parse_condition
+from ltx_ray.dataset.chosen import chosen_items, parse_condition
 from ltx_ray.engine.base import Rank
 from ltx_ray.engine.diffusion import DiffusionEngine
 from ltx_ray.engine.latents import latents_sha256, named_latents
@@ -114,19 +114,19 @@ def test_previews_are_promoted_to_the_clips_of_the_whole_line(split, tmp_path):
     assert split.render(manifest, output, stop_after="stage1", stage1=1, **options) == 0
     assert not [e for e in split.events(output) if e["event"] == "call"]
 
-    promote = {"promote": True, "stage1": 1, "stage2": 0, **options}
-    chosen = chosen_ids(Store(str(output)), None, [parse_condition("id ~ a"), parse_condition("num_frames < 17")])
-    assert chosen == {"image"}
-    assert split.render(str(output / "previews"), output, selection=Selection(ids=chosen), **promote) == 0
-    assert split.render(str(output / "previews"), output, selection=Selection(ids=frozenset({"tall"})), **promote) == 0
+    def promote(*conditions: str, **changed) -> int:
+        items = chosen_items(Store(str(output)), None, map(parse_condition, conditions))
+        asked = {"promote": frozenset(items.values()), "selection": Selection(ids=frozenset(items))}
+        return split.render(str(output / "previews"), output, stage1=1, stage2=0, **{**options, **asked, **changed})
+
+    assert promote("id ~ a", "num_frames < 17") == 0
+    assert promote("id = tall") == 0
     assert {e["stage"] for e in split.events(output) if e["event"] == "call"} == {"text", "stored", "stage2", "decode"}
     whole = hashes(split.index())
     assert hashes(split.index(output)) == {name: whole[name] for name in ("image", "tall")}
 
     # with another recipe it would be another clip: refused
-    options["dtype"] = "bfloat16"
-    chosen = Selection(ids=frozenset({"wide"}))
-    assert split.render(str(output / "previews"), output, selection=chosen, **{**promote, **options}) == 3
+    assert promote("id = wide", dtype="bfloat16") == 3
     assert "that its preview was made with" in split.failed(output)["wide"]["message"]
 
 

@@ -148,7 +148,7 @@ def test_a_rank_that_failed_alone_is_not_waited_for():
     gang = object.__new__(Gang)
     gang.state, gang.ranks = "ready", [{"address": "1.2.3.4", "device": "cpu"}] * 2
     failed = CallReport(False, 0.0, 0.0, error_type="RuntimeError", message="no kernel")
-    gang.call = Call("stage1", None, [], started=100.0, done={1: failed}, failed_at=105.0)
+    gang.call = Call("stage1", None, [], reports=[None, None], started=100.0, done={1: failed}, failed_at=105.0)
     assert gang.overdue(114.0, 1.0, 1000.0) is None
     reason = gang.overdue(116.0, 1.0, 1000.0)
     assert reason == "rank 1 on node 1.2.3.4 (cpu) failed alone during stage1: RuntimeError: no kernel"

@@ -45,7 +45,8 @@ def _none_is_renewed_after_its_test(monkeypatch):
 
 
 def leave_lease(store: Store, **changes) -> None:
-    entry = {"run_id": "other", "host": "elsewhere", "pid": 1, "expires": time.time() + 60, **changes}
+    space = lease_module._pid_space()
+    entry = {"run_id": "other", "host": "elsewhere", "pid": 1, "pids": space, "expires": time.time() + 60, **changes}
     store.write_bytes("_lease.json", json.dumps(entry).encode())
 
 
@@ -248,3 +249,11 @@ def test_every_lease_is_as_long_so_that_none_is_read_in_part(store):
         sizes.add(store.size("_lease.json"))
         lease.release()
     assert len(sizes) == 1
+
+
+def test_a_process_of_another_container_is_not_taken_for_dead(store, waits):
+    """It has our host's name and a pid that means nothing here."""
+    leave_lease(store, host=socket.gethostname(), pid=dead_pid(), pids="another boot pid:[1]")
+    said = []
+    Lease(store, "mine").acquire(said.append)
+    assert len(said) == 1 and len(waits) == 3

@@ -18,7 +18,8 @@ TEXT = (ROOT / "docs" / "messages.md").read_text()
 HOLE = "\x00"
 RAISED = {
     "ValueError", "RowError", "WrongDevice", "ReplicaError", "StartFailed", "OSError", "ConnectionError",
-    "FileNotFoundError", "RuntimeError", "OutOfMemoryError", "NoPicture", "StoredLatentsGone", "GangLost", "InputsMissing",
+    "FileNotFoundError", "RuntimeError", "OutOfMemoryError", "NoPicture", "StoredLatentsGone", "GangLost",
+    "InputsMissing", "UnreadablePart",
 }  # fmt: skip
 #: What is called with texts that people read, and where these stand among its arguments.
 SAID = {name: slice(0, 1) for name in (*RAISED, "say", "echo", "print", "warning", "_drain")} | {

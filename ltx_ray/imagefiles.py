@@ -24,7 +24,7 @@ def check_roots(roots: Iterable[str]) -> None:
             bucket = split_options(root)[0].partition("://")[2].partition("/")[0]
             try:
                 legal = bool(bucket) and bool(Store(root).fs)
-            except (OSError, pa.ArrowException):
+            except (OSError, ValueError):
                 legal = False
         else:
             legal = os.path.isdir(os.path.expanduser(local))

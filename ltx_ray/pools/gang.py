@@ -113,7 +113,8 @@ class Gang:
                 self._load()
             elif self.state == "loading":
                 self.device = self.ranks[0]["device"]
-                self.state, self._answered = "ready", time.time()
+                # its first call asks first, too: loading ended a while before we heard of it
+                self.state, self._answered = "ready", time.time() - _SURELY_ALIVE
                 return True
         except ray.exceptions.RayError as error:
             raise GangLost(f"{self.state}: {_first_line(error)}") from error

@@ -28,7 +28,8 @@ class Modality:
     """Input of one stream.
 
     latent (B, T, C); sigma (B,), the stream's noise level; timesteps (B, 1) when all tokens are at
-    one level, else (B, T); context (B, S, D); ropes from `Transformer.ropes`.
+    one level, else (B, T); context (B, S, D); ropes from `Transformer.ropes`. With `level_of` (T,) int32,
+    which only the fused path reads, timesteps are (B, L) levels and it says which of them a token has.
     """
 
     latent: torch.Tensor
@@ -38,6 +39,7 @@ class Modality:
     rope: RopeTable
     cross_rope: RopeTable
     enabled: bool = True
+    level_of: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,15 @@ import torch
 from torch import nn
 
 from ltx_ray.headers import TensorInfo, listed
+from ltx_ray.parallel.fp8 import row_scale_of, store
 from ltx_ray.parallel.layers import TPGroup
 
 #: Bytes read at once, and threads that read. Each has two pinned buffers, so a rank pins at most 256 MiB.
 PIECE_BYTES = 16 * 2**20
 LANES = 8
 _SCRATCH_BYTES = 2 * 2**20
+#: Bytes of weights that exist unquantized at once on their way to fp8.
+_QUANTIZED_BATCH_BYTES = 2**30
 
 TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -283,10 +286,11 @@ def named(error: BaseException, what: str) -> BaseException:
 def load_shard(
     module: nn.Module, tensors: Mapping[str, TensorInfo], tp: TPGroup, *, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Fill `module` (built on the meta device) with this rank's slices of `tensors`, as `dtype` on `device`.
+    """Fill `module` with this rank's slices of `tensors`, as `dtype` on `device`.
 
-    Raises ValueError naming the file and the first ten keys when names or shapes do not match, and the
-    tensor when the device's memory is too small.
+    Parameters on the meta device are allocated; others, which `packing.pack` laid out, are filled where they are,
+    those in fp8 from values that exist in `dtype` for a moment only. Raises ValueError naming the file and the
+    first ten keys when names or shapes do not match, and the tensor when the device's memory is too small.
     """
     expected = dict(module.named_parameters())
     problems = listed("missing", expected.keys() - tensors.keys()) + listed(
@@ -295,7 +299,7 @@ def load_shard(
     if problems:
         where = next(iter(tensors.values())).path if tensors else "the checkpoint"
         raise ValueError(f"{where}: the transformer's keys do not fit the model: {'; '.join(problems)}")
-    wanted = []
+    wanted, quantized = [], []
     for name, parameter in expected.items():
         info, dim = tensors[name], parameter.shard_dim
         if len(info.shape) != parameter.dim() or shard_shape(info, dim, tp) != tuple(parameter.shape):
@@ -303,13 +307,39 @@ def load_shard(
                 f"{info.path}: {info.key} has shape {info.shape}; legal: one of which rank {tp.rank} of "
                 f"{tp.size} gets {tuple(parameter.shape)}"
             )
-        try:
-            loaded = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device), requires_grad=False)
-        except RuntimeError as error:
-            raise named(error, f"{info.path}: {info.key}") from error
-        loaded.shard_dim = dim
-        owner, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(owner), leaf, loaded)
-        wanted.append(Slice(info, dim, loaded.data))
+        if row_scale_of(parameter) is not None:
+            quantized.append((info, dim, parameter))
+            continue
+        if parameter.is_meta:
+            parameter = _allocated(parameter, info, dtype, device)
+            owner, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(owner), leaf, parameter)
+        wanted.append(Slice(info, dim, parameter.data))
     for _ in fill(wanted, tp):
         pass
+    _load_quantized(quantized, tp, dtype, device)
+
+
+def _allocated(parameter: nn.Parameter, info: TensorInfo, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    try:
+        loaded = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device), requires_grad=False)
+    except RuntimeError as error:
+        raise named(error, f"{info.path}: {info.key}") from error
+    loaded.shard_dim = parameter.shard_dim
+    return loaded
+
+
+def _load_quantized(
+    parts: list[tuple[TensorInfo, int | None, nn.Parameter]], tp: TPGroup, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Fill parameters in fp8, a batch of them at a time, so that few exist in `dtype` at once."""
+    parts = sorted(parts, key=lambda part: (part[0].path, part[0].start))
+    while parts:
+        batch, size = [], 0
+        while parts and (not batch or size + parts[0][2].numel() * dtype.itemsize <= _QUANTIZED_BATCH_BYTES):
+            batch.append(parts.pop(0))
+            size += batch[-1][2].numel() * dtype.itemsize
+        values = [torch.empty(parameter.shape, dtype=dtype, device=device) for _, _, parameter in batch]
+        wanted = [Slice(info, dim, plain) for (info, dim, _), plain in zip(batch, values, strict=True)]
+        for index in fill(wanted, tp):
+            store(batch[index][2], values[index])

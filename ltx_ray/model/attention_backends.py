@@ -1,0 +1,69 @@
+"""Attention without masks by several implementations, chosen once a run by the driver.
+
+All take queries (B, T, H, D), keys and values (B, S, H, D), any strides whose last axis is contiguous, and give
+(B, T, H, D). They round differently, each within its documented error; the run's numerics name the one in use.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+#: The module of FlashAttention-3, by the packages that have it: fa3-fwd from PyPI, and a build from its source.
+_FA3_MODULES = ("fa3_fwd_interface", "flash_attn_interface")
+_SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+BACKENDS = ("fa3", "cudnn", "flash", "sdpa")
+
+
+def has_fa3() -> bool:
+    """Whether this Python has FlashAttention-3 installed; imports nothing."""
+    return any(importlib.util.find_spec(name) for name in _FA3_MODULES)
+
+
+def backend(name: str, device: torch.device | None = None) -> Attend:
+    """The implementation called `name`. Raises RuntimeError saying what is missing when `device` cannot run it."""
+    assert name in BACKENDS, name
+    if name == "sdpa":
+        return _sdpa
+    if device is not None and device.type != "cuda":
+        raise RuntimeError(f"attention {name!r} needs CUDA, and this replica runs on {device.type}")
+    if name == "fa3":
+        return _fa3(device)
+    chosen = _SDPA[name]
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        with sdpa_kernel(chosen):
+            return _sdpa(q, k, v)
+
+    return attend
+
+
+def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
+def _fa3(device: torch.device | None) -> Attend:
+    if device is not None and torch.cuda.get_device_capability(device)[0] != 9:
+        raise RuntimeError(
+            f"attention 'fa3' needs a Hopper GPU, and this replica has {torch.cuda.get_device_name(device)}; "
+            "legal: --attention cudnn"
+        )
+    for name in _FA3_MODULES:
+        if importlib.util.find_spec(name):
+            function = importlib.import_module(name).flash_attn_func
+            break
+    else:
+        raise RuntimeError("attention 'fa3' needs the package fa3-fwd on every GPU node; legal: --attention cudnn")
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out = function(q, k, v)
+        # older versions give the log-sum-exp beside it
+        return out[0] if isinstance(out, tuple) else out
+
+    return attend

@@ -1,0 +1,290 @@
+"""The DiT in few passes over memory: packed products, fused steps between them, one noise level for many tokens.
+
+The same function as `Transformer.forward` on the same parameters, for whole weights (one tensor-parallel rank) that
+`packing.pack` has laid out. A residual is not added where it arises but by the step that next reads the stream, and
+modulations are made once for every noise level of a call, not for every token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+
+from ltx_ray.model import steps
+from ltx_ray.model.attention_backends import backend
+from ltx_ray.model.block import AVBlock
+from ltx_ray.model.packing import Product
+from ltx_ray.model.rope import RopeTable
+from ltx_ray.model.steps import Levels, Modulation, Residual, Rows
+from ltx_ray.model.transformer import NO_PERTURBATION, AdaLayerNorm, Modality, Perturbation, Transformer
+from ltx_ray.records import AV
+
+
+@dataclass(frozen=True)
+class _Names:
+    """What a stream's parts are called in a block and in the transformer."""
+
+    attn: str
+    text: str
+    bridge: str
+    ff: str
+    table: str
+    prompt_table: str
+    cross_table: str
+    adaln: str
+    prompt_adaln: str
+    cross_adaln: str
+    gate_adaln: str
+    patchify: str
+    project: str
+
+
+_NAMES = AV(
+    _Names(
+        "attn1", "attn2", "audio_to_video_attn", "ff", "scale_shift_table", "prompt_scale_shift_table",
+        "scale_shift_table_a2v_ca_video", "adaln_single", "prompt_adaln_single",
+        "av_ca_video_scale_shift_adaln_single", "av_ca_a2v_gate_adaln_single", "patchify_proj", "proj_out",
+    ),
+    _Names(
+        "audio_attn1", "audio_attn2", "video_to_audio_attn", "audio_ff", "audio_scale_shift_table",
+        "audio_prompt_scale_shift_table", "scale_shift_table_a2v_ca_audio", "audio_adaln_single",
+        "audio_prompt_adaln_single", "av_ca_audio_scale_shift_adaln_single", "av_ca_v2a_gate_adaln_single",
+        "audio_patchify_proj", "audio_proj_out",
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """Modulations of a stream in all blocks at L levels: main (n, L, 9, D), prompt (n, 1, 2, D), cross (n, L, 4, D),
+    cross_gate (n, 1, 1, D), and of its way out (1, L, 2, D)."""
+
+    main: torch.Tensor
+    prompt: torch.Tensor
+    cross: torch.Tensor
+    cross_gate: torch.Tensor
+    leave: torch.Tensor
+
+
+@dataclass
+class _Stream:
+    """A modality on its way through the blocks: x (R, D), to which `residual` is still to be added."""
+
+    x: torch.Tensor
+    context: torch.Tensor
+    rope: RopeTable
+    cross_rope: RopeTable
+    levels: Levels | None
+    tables: _Tables
+    enabled: bool
+    residual: Residual | None = None
+
+
+class FusedTransformer:
+    """Velocities from a packed Transformer, as `Transformer.forward` gives them.
+
+    `attention` names a backend. Raises RuntimeError when the device has not what that needs.
+    """
+
+    def __init__(self, model: Transformer, attention: str = "sdpa"):
+        self.model = model
+        self._eps = model.config.norm_eps
+        device = model.proj_out.weight.device
+        self._attend = backend(attention, device)
+        self._steps = _steps(device)
+
+        def stacked(names: _Names) -> dict[str, torch.Tensor]:
+            def of_blocks(table: str) -> torch.Tensor:
+                return torch.stack([block.get_parameter(table).data for block in model.transformer_blocks])
+
+            return {kind: of_blocks(getattr(names, kind)) for kind in ("table", "prompt_table", "cross_table")}
+
+        self._stacked = _NAMES.map(stacked)
+        self._last: tuple[AV[Modality], AV[_Tables]] | None = None
+
+    def ropes(self, positions: AV[torch.Tensor], dtype: torch.dtype) -> AV[tuple[RopeTable, RopeTable]]:
+        """As `Transformer.ropes`, with the heads of a token side by side: cos and sin (T, heads * head_dim / 2)."""
+
+        def flat(table: torch.Tensor) -> torch.Tensor:
+            assert len(table) == 1, table.shape
+            return table[0].transpose(0, 1).flatten(1).contiguous()
+
+        def both(tables: tuple[RopeTable, RopeTable]) -> tuple[RopeTable, ...]:
+            return tuple(RopeTable(flat(table.cos), flat(table.sin)) for table in tables)
+
+        return self.model.ropes(positions, dtype).map(both)
+
+    def __call__(
+        self, inputs: AV[Modality], perturbation: Perturbation = NO_PERTURBATION
+    ) -> AV[torch.Tensor]:
+        """Velocities (B, T, C_out) of both streams; batch entries share their timesteps and noise levels."""
+        streams = inputs.map(self._enter, self._tables_of(inputs), _NAMES)
+        batch = inputs.video.latent.shape[0]
+        for index, block in enumerate(self.model.transformer_blocks):
+            self._block(streams, block, index, batch, perturbation)
+        return streams.map(lambda s, names: self._leave(s, names).unflatten(0, (batch, -1)), _NAMES)
+
+    def _tables_of(self, inputs: AV[Modality]) -> AV[_Tables]:
+        """The modulations of a call; its passes have the very same levels, so they are made for the first of them."""
+        if self._last is not None and all(
+            old.timesteps is new.timesteps and old.sigma is new.sigma
+            for old, new in zip(self._last[0], inputs, strict=True)
+        ):
+            return self._last[1]
+        tables = inputs.map(self._make_tables, AV(inputs.audio, inputs.video), _NAMES, self._stacked)
+        self._last = inputs, tables
+        return tables
+
+    def _make_tables(self, own: Modality, other: Modality, names: _Names, stacked: dict) -> _Tables:
+        model, dtype = self.model, own.latent.dtype
+        scale = model.config.timestep_scale
+        # every batch entry has the timesteps of the first
+        levels = own.timesteps[0] * scale
+
+        def made(adaln: str, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            layer: AdaLayerNorm = model.get_submodule(adaln)
+            rows, embedded = layer(timesteps.flatten(), dtype)
+            return rows.unflatten(1, (-1, embedded.shape[1])), embedded
+
+        def added(table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+            return table[:, None].to(dtype) + rows[None]
+
+        rows, embedded = made(names.adaln, levels)
+        prompt, _ = made(names.prompt_adaln, own.sigma[:1] * scale)
+        cross, _ = made(names.cross_adaln, levels)
+        gate_factor = model.config.av_timestep_scale / scale
+        cross_gate, _ = made(names.gate_adaln, other.sigma[:1] * scale * gate_factor)
+        leave = model.get_parameter(names.table)[None, None].to(dtype) + embedded[None, :, None]
+        return _Tables(
+            main=added(stacked["table"], rows),
+            prompt=added(stacked["prompt_table"], prompt),
+            cross=added(stacked["cross_table"][:, :4], cross),
+            cross_gate=added(stacked["cross_table"][:, 4:], cross_gate),
+            leave=leave,
+        )
+
+    def _enter(self, own: Modality, tables: _Tables, names: _Names) -> _Stream:
+        patchify = self.model.get_submodule(names.patchify)
+        x = F.linear(own.latent.flatten(0, 1), patchify.weight, patchify.bias)
+        levels = None if own.level_of is None else Levels(own.level_of)
+        return _Stream(
+            x, own.context.flatten(0, 1).contiguous(), own.rope, own.cross_rope, levels, tables, own.enabled
+        )
+
+    def _leave(self, s: _Stream, names: _Names) -> torch.Tensor:
+        project = self.model.get_submodule(names.project)
+        shift, scale = s.tables.leave[0].unbind(1)
+        (h,) = self._read(s, [Modulation(shift, scale)], norm="layer")
+        return F.linear(h, project.weight, project.bias)
+
+    def _read(self, s: _Stream, modulations: Iterable[Modulation], norm: str = "rms") -> list[Rows]:
+        """The stream, normed and modulated; its residual is added on the way."""
+        residual, s.residual = s.residual, None
+        return self._steps.modulated(s.x, residual, list(modulations), s.levels, norm, self._eps)
+
+    def _block(self, streams: AV[_Stream], block: AVBlock, index: int, batch: int, perturbation: Perturbation) -> None:
+        for s, names, perturbed in zip(streams, _NAMES, perturbation.values_only, strict=True):
+            if s.enabled:
+                self._attend_self(s, block, names, index, batch, index in perturbed)
+                self._attend_text(s, block, names, index, batch)
+        if not perturbation.isolated:
+            self._attend_across(streams, block, index, batch)
+        for s, names in zip(streams, _NAMES, strict=True):
+            if s.enabled:
+                self._feed_forward(s, block, names, index)
+
+    def _attend_self(
+        self, s: _Stream, block: AVBlock, names: _Names, index: int, batch: int, values_only: bool
+    ) -> None:
+        attention, product = getattr(block, names.attn), block.products[names.attn, "qkv_gates"]
+        shift, scale, gate = (s.tables.main[index, :, row] for row in (0, 1, 2))
+        (h,) = self._read(s, [Modulation(shift, scale, product.quantized)])
+        q, k, v, logits = steps.product(h, product).split(product.sizes, dim=1)
+        if values_only:
+            heads_out = v.unflatten(1, (attention.heads, -1))
+        else:
+            norms = attention.q_norm.weight, attention.k_norm.weight
+            self._steps.norm_heads_(list(zip((q, k), norms, strict=True)), attention.heads, self._eps, s.rope)
+            heads_out = self._heads_out(q, k, v, attention.heads, batch)
+        s.residual = Residual(self._out(heads_out, logits, block.products[names.attn, "out"]), gate)
+
+    def _attend_text(self, s: _Stream, block: AVBlock, names: _Names, index: int, batch: int) -> None:
+        q_gates, kv = block.products[names.text, "q_gates"], block.products[names.text, "kv"]
+        shift, scale, gate = (s.tables.main[index, :, row] for row in (6, 7, 8))
+        (h,) = self._read(s, [Modulation(shift, scale, q_gates.quantized)])
+        shift, scale = (s.tables.prompt[index, :, row] for row in (0, 1))
+        (context,) = self._steps.modulated(
+            s.context, None, [Modulation(shift, scale, kv.quantized)], None, None, self._eps
+        )
+        y = self._attend_other(h, context, block, names.text, batch, None, None)
+        s.residual = Residual(y, gate)
+
+    def _attend_across(self, streams: AV[_Stream], block: AVBlock, index: int, batch: int) -> None:
+        def modulation(s: _Stream, row: int, product: Product) -> Modulation:
+            scale, shift = s.tables.cross[index, :, row], s.tables.cross[index, :, row + 1]
+            return Modulation(shift, scale, product.quantized)
+
+        # rows 0 and 1 belong to what the video asks of the audio, 2 and 3 to the way back; both directions read the
+        # streams as they were before either wrote
+        rows = AV(0, 2)
+        asked = [
+            (names.bridge, row, to)
+            for names, row, to, stream in zip(_NAMES, rows, ("video", "audio"), streams, strict=True)
+            if stream.enabled
+        ]
+
+        def read(s: _Stream, own: str) -> list[Rows]:
+            def of(bridge: str, row: int, to: str) -> Modulation:
+                return modulation(s, row, block.products[bridge, "q_gates" if to == own else "kv"])
+
+            return self._read(s, [of(*one) for one in asked])
+
+        video, audio = streams.map(read, AV("video", "audio"))
+        for number, (bridge, _, to) in enumerate(asked):
+            s, other = (streams.video, streams.audio) if to == "video" else (streams.audio, streams.video)
+            h, context = (video, audio) if to == "video" else (audio, video)
+            y = self._attend_other(h[number], context[number], block, bridge, batch, s.cross_rope, other.cross_rope)
+            s.residual = Residual(y, s.tables.cross_gate[index, :, 0])
+
+    def _attend_other(
+        self, h: Rows, context: Rows, block: AVBlock, name: str, batch: int, q_rope: RopeTable | None,
+        k_rope: RopeTable | None,
+    ) -> torch.Tensor:  # fmt: skip
+        attention, products = getattr(block, name), block.products
+        q, logits = steps.product(h, products[name, "q_gates"]).split(products[name, "q_gates"].sizes, dim=1)
+        k, v = steps.product(context, products[name, "kv"]).split(products[name, "kv"].sizes, dim=1)
+        self._steps.norm_heads_([(q, attention.q_norm.weight)], attention.heads, self._eps, q_rope)
+        self._steps.norm_heads_([(k, attention.k_norm.weight)], attention.heads, self._eps, k_rope)
+        return self._out(self._heads_out(q, k, v, attention.heads, batch), logits, products[name, "out"])
+
+    def _heads_out(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, batch: int) -> torch.Tensor:
+        """Attention over rows of heads side by side: (R, heads, D)."""
+        by_head = (x.unflatten(0, (batch, -1)).unflatten(2, (heads, -1)) for x in (q, k, v))
+        return self._attend(*by_head).flatten(0, 1)
+
+    def _out(self, heads_out: torch.Tensor, logits: torch.Tensor, out: Product) -> torch.Tensor:
+        if heads_out.stride(1) != heads_out.shape[2] or heads_out.stride(2) != 1:
+            heads_out = heads_out.contiguous()
+        return steps.product(self._steps.gated(heads_out, logits, out.quantized), out)
+
+    def _feed_forward(self, s: _Stream, block: AVBlock, names: _Names, index: int) -> None:
+        up, down = block.products[names.ff, "up"], block.products[names.ff, "down"]
+        shift, scale, gate = (s.tables.main[index, :, row] for row in (3, 4, 5))
+        (h,) = self._read(s, [Modulation(shift, scale, up.quantized)])
+        if up.quantized or down.quantized:
+            hidden = self._steps.gelu(steps.product(h, up), down.quantized)
+        else:
+            hidden = self._steps.gelu_product(h, up)
+        s.residual = Residual(steps.product(hidden, down), gate)
+
+
+def _steps(device: torch.device) -> ModuleType:
+    if device.type != "cuda":
+        return steps
+    from ltx_ray.model import kernels  # needs Triton, which is not everywhere
+
+    return kernels

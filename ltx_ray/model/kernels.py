@@ -1,0 +1,237 @@
+"""The steps of `steps.py` as Triton kernels: one pass over the data each, a row of all channels at a time.
+
+A row fits in the registers of a program, so norms need no second read. Modulations are read again by every
+program, but lie in the caches: a stage has a handful of noise levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from ltx_ray.model.packing import Product
+from ltx_ray.model.rope import RopeTable
+from ltx_ray.model.steps import Levels, Modulation, Quantized, Residual, Rows
+from ltx_ray.parallel.fp8 import FP8, FP8_MAX, SMALLEST_SCALE
+
+_NORMS = {None: 0, "rms": 1, "layer": 2}
+
+
+@triton.jit
+def _store_row(out, row_scale, row, columns, inside, width, wide, QUANTIZE: tl.constexpr, MAX: tl.constexpr,
+               SMALLEST: tl.constexpr):  # fmt: skip
+    if QUANTIZE:
+        peak = tl.max(tl.where(inside, tl.abs(wide), 0.0), axis=0)
+        scale = tl.maximum(peak / MAX, SMALLEST)
+        tl.store(row_scale + row, scale)
+        wide = tl.minimum(tl.maximum(wide / scale, -MAX), MAX)
+    tl.store(out + row * width + columns, wide.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _modulated_kernel(
+    x, value, gate, level_of, tokens, shift_0, scale_0, out_0, row_scale_0, shift_1, scale_1, out_1, row_scale_1,
+    gate_stride, stride_0, stride_1, eps, rows,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, RESIDUAL: tl.constexpr, INDEXED: tl.constexpr, NORM: tl.constexpr,
+    OUTS: tl.constexpr, QUANTIZE_0: tl.constexpr, QUANTIZE_1: tl.constexpr, MAX: tl.constexpr,
+    SMALLEST: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < WIDTH
+    level = tl.load(level_of + row % tokens).to(tl.int64) if INDEXED else tl.zeros((), tl.int64)
+    at = row * WIDTH + columns
+    wide = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    if RESIDUAL:
+        added = tl.load(value + at, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        wide += added * tl.load(gate + level * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)
+        kept = wide.to(x.dtype.element_ty)
+        tl.store(x + at, kept, mask=inside)
+        wide = kept.to(tl.float32)
+    if NORM == 2:
+        wide = tl.where(inside, wide - tl.sum(wide, axis=0) / WIDTH, 0.0)
+    if NORM > 0:
+        wide *= tl.rsqrt(tl.sum(wide * wide, axis=0) / WIDTH + eps)
+    if OUTS > 0:
+        scale = tl.load(scale_0 + level * stride_0 + columns, mask=inside, other=0.0).to(tl.float32)
+        shift = tl.load(shift_0 + level * stride_0 + columns, mask=inside, other=0.0).to(tl.float32)
+        _store_row(out_0, row_scale_0, row, columns, inside, WIDTH, wide * (1 + scale) + shift, QUANTIZE_0, MAX,
+                   SMALLEST)  # fmt: skip
+    if OUTS > 1:
+        scale = tl.load(scale_1 + level * stride_1 + columns, mask=inside, other=0.0).to(tl.float32)
+        shift = tl.load(shift_1 + level * stride_1 + columns, mask=inside, other=0.0).to(tl.float32)
+        _store_row(out_1, row_scale_1, row, columns, inside, WIDTH, wide * (1 + scale) + shift, QUANTIZE_1, MAX,
+                   SMALLEST)  # fmt: skip
+
+
+def modulated(
+    x: torch.Tensor,
+    residual: Residual | None,
+    modulations: Sequence[Modulation],
+    levels: Levels | None,
+    norm: str | None,
+    eps: float,
+) -> list[Rows]:
+    """As `steps.modulated`, for at most two modulations."""
+    rows, width = x.shape
+    assert x.is_contiguous() and len(modulations) <= 2, (x.shape, x.stride(), len(modulations))
+    assert residual is None or residual.value.is_contiguous(), residual.value.stride()
+    outs = [_empty_rows(rows, width, x, m.quantize) for m in modulations]
+    first, second = ([*zip(modulations, outs, strict=True), (None, None), (None, None)])[:2]
+    _modulated_kernel[(rows,)](
+        x, x if residual is None else residual.value, x if residual is None else residual.gate,
+        x if levels is None else levels.of_token, 1 if levels is None else len(levels.of_token),
+        *_pointers(*first, x), *_pointers(*second, x),
+        0 if residual is None else _level_stride(residual.gate), _stride_of(first[0]), _stride_of(second[0]), eps, rows,
+        WIDTH=width, BLOCK=triton.next_power_of_2(width), RESIDUAL=residual is not None, INDEXED=levels is not None,
+        NORM=_NORMS[norm], OUTS=len(modulations), QUANTIZE_0=_quantizes(first[0]), QUANTIZE_1=_quantizes(second[0]),
+        MAX=FP8_MAX, SMALLEST=SMALLEST_SCALE, num_warps=8,
+    )  # fmt: skip
+    return outs
+
+
+def _pointers(m: Modulation | None, out: Rows | None, unused: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    if m is None:
+        return unused, unused, unused, unused
+    if isinstance(out, Quantized):
+        return m.shift, m.scale, out.values, out.scale
+    return m.shift, m.scale, out, unused
+
+
+def _quantizes(m: Modulation | None) -> bool:
+    return m is not None and m.quantize
+
+
+def _stride_of(m: Modulation | None) -> int:
+    if m is None:
+        return 0
+    assert _level_stride(m.shift) == _level_stride(m.scale)
+    return _level_stride(m.shift)
+
+
+def _level_stride(table: torch.Tensor) -> int:
+    assert table.stride(-1) == 1, table.stride()
+    return table.stride(0) if len(table) > 1 else 0
+
+
+def _empty_rows(rows: int, width: int, like: torch.Tensor, quantize: bool) -> Rows:
+    if not quantize:
+        return torch.empty((rows, width), dtype=like.dtype, device=like.device)
+    values = torch.empty((rows, width), dtype=FP8, device=like.device)
+    return Quantized(values, torch.empty((rows, 1), dtype=torch.float32, device=like.device))
+
+
+@triton.jit
+def _norm_one(x, weight, stride, row, first, second, inside, cos, sin, eps, WIDTH: tl.constexpr, ROPE: tl.constexpr):
+    a = tl.load(x + row * stride + first, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(x + row * stride + second, mask=inside, other=0.0).to(tl.float32)
+    inverse = tl.rsqrt((tl.sum(a * a, axis=0) + tl.sum(b * b, axis=0)) / WIDTH + eps)
+    a *= inverse * tl.load(weight + first, mask=inside, other=0.0).to(tl.float32)
+    b *= inverse * tl.load(weight + second, mask=inside, other=0.0).to(tl.float32)
+    if ROPE:
+        turned = a * cos - b * sin
+        b = b * cos + a * sin
+        a = turned
+    tl.store(x + row * stride + first, a.to(x.dtype.element_ty), mask=inside)
+    tl.store(x + row * stride + second, b.to(x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _norm_heads_kernel(
+    x_0, weight_0, stride_0, x_1, weight_1, stride_1, cos, sin, tokens, eps,
+    WIDTH: tl.constexpr, HALF_HEAD: tl.constexpr, BLOCK: tl.constexpr, PAIR: tl.constexpr, ROPE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    # a pair of channels that turn together: one from the first half of a head, its partner from the second
+    pair = tl.arange(0, BLOCK)
+    inside = pair < WIDTH // 2
+    first = pair // HALF_HEAD * (2 * HALF_HEAD) + pair % HALF_HEAD
+    second = first + HALF_HEAD
+    c = tl.zeros((BLOCK,), tl.float32)
+    s = tl.zeros((BLOCK,), tl.float32)
+    if ROPE:
+        place = row % tokens * (WIDTH // 2) + pair
+        c = tl.load(cos + place, mask=inside, other=0.0).to(tl.float32)
+        s = tl.load(sin + place, mask=inside, other=0.0).to(tl.float32)
+    _norm_one(x_0, weight_0, stride_0, row, first, second, inside, c, s, eps, WIDTH, ROPE)
+    if PAIR:
+        _norm_one(x_1, weight_1, stride_1, row, first, second, inside, c, s, eps, WIDTH, ROPE)
+
+
+def norm_heads_(
+    parts: Sequence[tuple[torch.Tensor, torch.Tensor]], heads: int, eps: float, table: RopeTable | None
+) -> None:
+    """As `steps.norm_heads_`, for one tensor or two of as many rows."""
+    (x, weight), (other, other_weight) = parts[0], parts[-1]
+    rows, width = x.shape
+    assert len(parts) <= 2 and other.shape == x.shape and x.stride(1) == other.stride(1) == 1, (x.shape, other.shape)
+    half = width // heads // 2
+    _norm_heads_kernel[(rows,)](
+        x, weight, x.stride(0), other, other_weight, other.stride(0),
+        x if table is None else table.cos, x if table is None else table.sin, 1 if table is None else len(table.cos),
+        eps, WIDTH=width, HALF_HEAD=half, BLOCK=triton.next_power_of_2(width // 2), PAIR=len(parts) == 2,
+        ROPE=table is not None, num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _gated_kernel(
+    values, logits, out, row_scale, value_stride, logit_stride,
+    WIDTH: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr, QUANTIZE: tl.constexpr, MAX: tl.constexpr,
+    SMALLEST: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < WIDTH
+    wide = tl.load(values + row * value_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    logit = tl.load(logits + row * logit_stride + columns // HEAD, mask=inside, other=0.0).to(tl.float32)
+    _store_row(out, row_scale, row, columns, inside, WIDTH, wide * (2 * tl.sigmoid(logit)), QUANTIZE, MAX, SMALLEST)
+
+
+def gated(values: torch.Tensor, logits: torch.Tensor, quantize: bool) -> Rows:
+    """As `steps.gated`; heads lie side by side in every row of `values`."""
+    rows, heads, head = values.shape
+    assert values.stride()[1:] == (head, 1) and logits.stride(1) == 1, (values.stride(), logits.stride())
+    out = _empty_rows(rows, heads * head, values, quantize)
+    target, row_scale = (out.values, out.scale) if isinstance(out, Quantized) else (out, out)
+    _gated_kernel[(rows,)](
+        values, logits, target, row_scale, values.stride(0), logits.stride(0),
+        WIDTH=heads * head, HEAD=head, BLOCK=triton.next_power_of_2(heads * head), QUANTIZE=quantize, MAX=FP8_MAX,
+        SMALLEST=SMALLEST_SCALE, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _gelu_kernel(
+    x, out, row_scale, WIDTH: tl.constexpr, BLOCK: tl.constexpr, QUANTIZE: tl.constexpr, MAX: tl.constexpr,
+    SMALLEST: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < WIDTH
+    wide = tl.load(x + row * WIDTH + columns, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    # 0.5 (1 + tanh(z)) is the sigmoid of 2 z
+    wide *= tl.sigmoid(2 * 0.7978845608028654 * (wide + 0.044715 * wide * wide * wide))
+    _store_row(out, row_scale, row, columns, inside, WIDTH, wide, QUANTIZE, MAX, SMALLEST)
+
+
+def gelu(x: torch.Tensor, quantize: bool) -> Rows:
+    """As `steps.gelu`."""
+    rows, width = x.shape
+    assert x.is_contiguous(), x.stride()
+    out = _empty_rows(rows, width, x, quantize)
+    target, row_scale = (out.values, out.scale) if isinstance(out, Quantized) else (out, out)
+    _gelu_kernel[(rows,)](
+        x, target, row_scale, WIDTH=width, BLOCK=triton.next_power_of_2(width), QUANTIZE=quantize, MAX=FP8_MAX,
+        SMALLEST=SMALLEST_SCALE, num_warps=16 if width > 4096 else 8,
+    )  # fmt: skip
+    return out
+
+
+def gelu_product(x: torch.Tensor, layer: Product) -> torch.Tensor:
+    """As `steps.gelu_product`: the product's epilogue applies it, which costs no pass over the hidden rows."""
+    return torch._addmm_activation(layer.bias, x, layer.weight.t(), use_gelu=True)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec
+from ltx_ray.numerics import has_fa3, resolve
 from ltx_ray.pools.pool import Resources, Wanted, check_schedulable, lay_out, slots_needed
 from ltx_ray.storage import Store
 
@@ -17,6 +18,8 @@ _CPU_MODEL_BYTES = 4 * 2**30
 _LOCAL_STORE_BYTES = 512 * 2**20
 #: How much of the cluster's object store the results of a run may fill; the rest is for what is being passed on.
 _STORE_SHARE = 0.5
+#: How Ray's resources name a node's GPU model.
+_MODEL_PREFIX = "accelerator_type:"
 
 
 class Cluster:
@@ -60,12 +63,12 @@ class Cluster:
                 ray.init(address=self._address, **common)
             free = Resources.of(ray.available_resources())
             # auto takes what is free, so that a run fits beside others
-            pools, numerics = self._lay_out(free.gpus)
+            pools, numerics = self._lay_out(free.gpus, _gpu_models(ray.cluster_resources()))
             if not self._wanted.max_replicas:
                 check_schedulable(pools, free)
         else:
             gpus = float(_local_gpus())
-            pools, numerics = self._lay_out(gpus)
+            pools, numerics = self._lay_out(gpus, _local_gpu_models() if gpus else ())
             free = Resources(slots_needed(pools).cpus, gpus)
             check_schedulable(pools, free)
             self._joined = True
@@ -79,7 +82,7 @@ class Cluster:
         self.max_bytes = _STORE_SHARE * ray.cluster_resources().get("object_store_memory", float("inf"))
         return pools, numerics
 
-    def _lay_out(self, gpus: float) -> tuple[list[PoolSpec], Numerics]:
+    def _lay_out(self, gpus: float, gpu_models: Collection[str] = ()) -> tuple[list[PoolSpec], Numerics]:
         wants_gpus = self._device == "cuda" or self._model_bytes > _CPU_MODEL_BYTES
         if self._device == "cpu":
             gpus = 0.0
@@ -87,7 +90,7 @@ class Cluster:
             if not self._wanted.max_replicas:
                 raise ValueError("GPUs: at least 1 needed, 0 free; legal: a cluster with GPUs now, or --device cpu")
             gpus = float(self._wanted.max_replicas)  # those that the autoscaler is going to bring
-        numerics = replace(self._numerics, device="cuda" if gpus else "cpu")
+        numerics = resolve(replace(self._numerics, device="cuda" if gpus else "cpu"), gpu_models, has_fa3())
         engines = {
             name: EngineSpec(
                 engine=path,
@@ -126,3 +129,16 @@ def _local_gpus() -> int:
     from ray._private.accelerators import NvidiaGPUAcceleratorManager
 
     return NvidiaGPUAcceleratorManager.get_current_node_num_accelerators()
+
+
+def _local_gpu_models() -> tuple[str, ...]:
+    """Ray's name of this machine's GPUs; none when it does not know them."""
+    from ray._private.accelerators import NvidiaGPUAcceleratorManager
+
+    model = NvidiaGPUAcceleratorManager.get_current_node_accelerator_type()
+    return (model,) if model else ()
+
+
+def _gpu_models(resources: Iterable[str]) -> tuple[str, ...]:
+    """The GPU models that a cluster's resources name."""
+    return tuple(name.removeprefix(_MODEL_PREFIX) for name in resources if name.startswith(_MODEL_PREFIX))

@@ -23,7 +23,10 @@ ITEM_BYTES = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a safetensors file: its file and key, dtype in the file's spelling, shape, bytes [start, end)."""
+    """One tensor of a safetensors file: its file and key, dtype in the file's spelling, shape, bytes [start, end).
+
+    `scale` is the tensor of one number to multiply its values with, if it is quantized.
+    """
 
     path: str
     key: str
@@ -31,6 +34,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     start: int
     end: int
+    scale: TensorInfo | None = None
 
     @property
     def nbytes(self) -> int:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,10 @@ SUPPORTED_GENERATION = (2, 3)
 _LEGAL_GENERATION = "legal: 2.3.x (LTX-2.0 and LTX-2.5 are other architectures)"
 #: What a transformer's tensors may be stored as.
 _PLAIN_DTYPES = ("BF16", "F16", "F32", "F64")
+#: Of prequantized files: their values times the tensor `<name>_scale`, if there is one.
+_QUANTIZED_DTYPES = ("F8_E4M3", "F8_E5M2")
+_INPUT_SCALE = ".input_scale"
+_SCALES = (".weight_scale", ".bias_scale", _INPUT_SCALE)
 #: What a single file must hold, by the prefix of its keys.
 PIECES = {
     "model.diffusion_model.transformer_blocks.": "transformer",
@@ -92,11 +97,12 @@ def open_checkpoint(path: str) -> Checkpoint:
     Raises ValueError when it is not of the supported generation, not whole, or quantized.
     """
     checkpoint = _open_directory(path) if os.path.isdir(path) else _open_file(path)
-    quantized = [info for info in checkpoint.tensors.values() if info.dtype not in _PLAIN_DTYPES]
+    legal = (*_PLAIN_DTYPES, *_QUANTIZED_DTYPES)
+    quantized = [info for info in checkpoint.tensors.values() if info.dtype not in legal]
     if quantized:
         raise ValueError(
             f"{path}: {len(quantized)} of the transformer's tensors are quantized, such as {quantized[0].key} "
-            f"({quantized[0].dtype}); legal: {', '.join(_PLAIN_DTYPES)}"
+            f"({quantized[0].dtype}); legal: {', '.join(legal)}"
         )
     return checkpoint
 
@@ -143,11 +149,25 @@ def _open_directory(path: str) -> Checkpoint:
 
 
 def _transformer_tensors(header: SafetensorsHeader) -> dict[str, TensorInfo]:
-    return {
+    tensors = {
         name[len(TRANSFORMER_PREFIX) :]: info
         for name, info in header.tensors.items()
         if name.startswith(TRANSFORMER_PREFIX) and not name.startswith(CONNECTOR_PREFIXES)
     }
+    scales = {name for name in tensors if name.endswith(_SCALES)}
+    for name in scales:
+        scale = tensors.pop(name)
+        if name.endswith(_INPUT_SCALE):
+            continue  # a guess of how large inputs get; ours are measured row by row
+        quantized = name[: -len("_scale")]
+        if quantized not in tensors or math.prod(scale.shape) != 1:
+            raise ValueError(
+                f"{header.path}: {scale.key} has shape {scale.shape} and belongs to {quantized}; legal: one number "
+                f"beside a tensor that is there"
+            )
+        tensors[quantized] = replace(tensors[quantized], scale=scale)
+    return tensors
+
 
 
 def check_upsampler(path: str) -> None:

@@ -14,6 +14,7 @@ import yaml
 from ltx_ray.columns import COLUMNS
 from ltx_ray.config import ModelFiles, RunLimits, Selection
 from ltx_ray.modelfiles import held_by
+from ltx_ray.numerics import ATTENTION, COMPILE
 from ltx_ray.pools.pool import Wanted
 from ltx_ray.run import Options, lora_files
 
@@ -24,7 +25,9 @@ _JOINT = "\x1f"
 _CHOICES = {
     "device": ("auto", "cuda", "cpu"),
     "dtype": ("bfloat16", "float32"),
-    "precision": ("bf16",),
+    "precision": ("bf16", "fp8"),
+    "attention": ATTENTION,
+    "compile": COMPILE,
     "noise_device": ("model", "cpu"),
 }
 
@@ -52,7 +55,9 @@ def model_options() -> dict[str, tuple[Any, Any]]:
             list[str] | None, "a user LoRA and its default strength (repeatable): --lora PATH [STRENGTH]", panel=p
         ),
         "dtype": _option(str, "bfloat16 or float32", default="bfloat16", panel=p),
-        "precision": _option(str, "precision of the linear layers: bf16", default="bf16", panel=p),
+        "precision": _option(
+            str, "linear layers of the DiT: bf16, or fp8 (faster, half the memory)", default="bf16", panel=p
+        ),
         "noise_device": _option(str, "where noise is drawn: model or cpu", default="model", panel=p),
     }
 
@@ -105,6 +110,10 @@ def run_options() -> dict[str, tuple[Any, Any]]:
         "max_replicas": _option(
             int | None, "let a growing cluster have up to N replicas, asked for as they are needed", panel=p
         ),
+        "attention": _option(
+            str, "auto, fa3 (FlashAttention-3, the package fa3-fwd), cudnn, flash or sdpa", default="auto", panel=p
+        ),
+        "compile": _option(str, "auto, fused (kernels of ours, on GPUs) or off", default="auto", panel=p),
         "device": _option(str, "auto (GPUs where the cluster has some), cuda or cpu", default="auto", panel=p),
         "ray_address": _option(
             str | None, "cluster to run on (default $RAY_ADDRESS, else a private local one)", panel=p
@@ -150,6 +159,8 @@ def build_options(manifest: str, output: str | None, values: dict[str, Any], ret
         model=_model_files(values),
         dtype=values["dtype"],
         precision=values["precision"],
+        attention=values.get("attention", "auto"),
+        compile=values.get("compile", "auto"),
         noise_device=values["noise_device"],
         row_defaults=defaults,
         wanted=Wanted(

@@ -35,6 +35,7 @@ from ltx_ray.modelfiles import (
     check_upsampler,
     open_checkpoint,
 )
+from ltx_ray.numerics import check as check_numerics
 from ltx_ray.plan import TODO, Plan, PlannedRow, RecipeBook
 from ltx_ray.pools.pool import StartFailed, Wanted
 from ltx_ray.recipe import served_pipelines
@@ -67,6 +68,8 @@ class Options:
     model: ModelFiles
     dtype: str = "bfloat16"
     precision: str = "bf16"
+    attention: str = "auto"
+    compile: str = "auto"
     noise_device: str = "model"
     row_defaults: Mapping[str, Any] = field(default_factory=dict)
     wanted: Wanted = Wanted()  # noqa: RUF009 (frozen)
@@ -120,11 +123,14 @@ def prepare(options: Options) -> Prepared:
         dtype=options.dtype,
         precision=options.precision,
         noise_device=options.noise_device,
+        attention=options.attention,
+        compile=options.compile,
         tp=wanted.tp,
         stage2_tp=wanted.tp_of_stage2,
         guidance_parallel=wanted.guidance_parallel,
         sequence_parallel=wanted.sequence_parallel,
     )
+    check_numerics(numerics)
     # rows that are retried or promoted stand in another file than the one their paths count from
     elsewhere = options.retry_failed or options.promote is not None
     rules = RowRules(

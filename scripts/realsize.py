@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from ltx_ray.headers import TensorInfo, read_header
 from ltx_ray.lorafiles import Factor, LoraPair
@@ -20,16 +23,70 @@ LORA_RANK = 384
 _BLOCK_BYTES = 64 * 2**20
 
 
-def config(layers: int = 48) -> TransformerConfig:
-    """The released widths (shared facts: 32 heads of 128 and of 64), with `layers` blocks."""
-    shape = ToyShape(layers=layers, heads=32, head_dim=128, audio_head_dim=64)
-    return TransformerConfig.from_metadata(checkpoint_config(shape)["transformer"])
+def metadata(layers: int = 48, tiny: bool = False) -> dict[str, Any]:
+    """The `config` of a checkpoint of the released widths (shared facts: 32 heads of 128 and of 64), `layers` blocks.
+
+    `tiny` widths are for trying a script out; they are multiples of what fp8 products need.
+    """
+    heads, head_dim = (16, 32) if tiny else (32, 128)
+    return checkpoint_config(ToyShape(layers=layers, heads=heads, head_dim=head_dim, audio_head_dim=head_dim // 2))
+
+
+def config(layers: int = 48, tiny: bool = False) -> TransformerConfig:
+    """The architecture of `metadata`."""
+    return TransformerConfig.from_metadata(metadata(layers, tiny)["transformer"])
 
 
 def build(layers: int, tp: TPGroup = TPGroup()) -> Transformer:  # noqa: B008 (frozen)
     """The transformer on the meta device."""
     with torch.device("meta"):
         return Transformer(config(layers), tp)
+
+
+def values(name: str, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Random values of the parameter that a checkpoint calls `name`: always the same on one device model.
+
+    Products keep the scale of what they are given, norms and modulations do something, and no bias is zero, so that
+    leaving any of them out shows in the result.
+    """
+    rng = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
+    # bfloat16 whatever is asked for: all dtypes shall hold the same model
+    noise = torch.randn(shape, generator=rng, device=device, dtype=torch.bfloat16)
+    if "scale_shift_table" in name:
+        noise.mul_(0.1)
+    elif len(shape) == 2:
+        noise.mul_(max(0.02, shape[1] ** -0.5))
+    elif "norm" in name:
+        noise.mul_(0.1).add_(1)
+    else:
+        noise.mul_(0.02)
+    return noise.to(dtype)
+
+
+def fill(
+    model: nn.Module,
+    device: torch.device,
+    dtype: torch.dtype,
+    store: Callable[[nn.Parameter, torch.Tensor], None] | None = None,
+    official: Callable[[str], str] = lambda name: name,
+) -> None:
+    """Give every parameter of `model` its `values`; those on the meta device get memory on `device`.
+
+    `store` writes into a parameter that has memory (default: a copy), `official` turns the model's names into the
+    checkpoint's.
+    """
+    for path, module in model.named_modules():
+        for key, old in module.named_parameters(recurse=False):
+            new = values(official(f"{path}.{key}" if path else key), tuple(old.shape), device, dtype)
+            if not old.is_meta:
+                (store or (lambda parameter, what: parameter.data.copy_(what)))(old, new)
+                continue
+            parameter = nn.Parameter(new, requires_grad=False)
+            if hasattr(old, "shard_dim"):
+                parameter.shard_dim = old.shard_dim
+            setattr(module, key, parameter)
+    left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    assert not left, f"buffers without memory: {left}"
 
 
 def lora_modules(model: Transformer) -> list[str]:

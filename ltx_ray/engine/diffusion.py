@@ -20,6 +20,9 @@ from ltx_ray.engine.base import Rank, resolve_dtype
 from ltx_ray.engine.start import PlacedImage, Start, begin, latent_sizes
 from ltx_ray.lorafiles import open_lora
 from ltx_ray.model.config import TransformerConfig
+from ltx_ray.model.fused import FusedTransformer
+from ltx_ray.model.graphs import GraphedTransformer
+from ltx_ray.model.packing import pack
 from ltx_ray.model.transformer import NO_PERTURBATION, Modality, Perturbation, Transformer
 from ltx_ray.modelfiles import open_checkpoint
 from ltx_ray.parallel.layers import TPGroup
@@ -81,7 +84,11 @@ class DiffusionEngine:
         tp = self.mesh.tp
         with torch.device("meta"):
             self.transformer = Transformer(config, tp)
+        fused = self.spec.numerics.compile == "fused"
+        if fused:
+            pack(self.transformer, self.device, self.dtype, self.spec.numerics.precision)
         load_shard(self.transformer, checkpoint.tensors, tp, dtype=self.dtype, device=self.device)
+        self._dit = self._fused_dit() if fused else self.transformer
         self._lora_names = [lora.name for lora in model.loras]
         paths = [lora.path for lora in model.loras] + ([model.distilled_lora] if model.distilled_lora else [])
         self._has_distilled = model.distilled_lora is not None
@@ -94,6 +101,11 @@ class DiffusionEngine:
             self.upsampler = components.load_upsampler(model.spatial_upsampler_path, self.dtype, self.device)
             mean, std = components.latent_stats(model.checkpoint_path, "video")
             self.latent_stats = mean.to(self.device, self.dtype), std.to(self.device, self.dtype)
+
+    def _fused_dit(self) -> FusedTransformer | GraphedTransformer:
+        """Raises RuntimeError when this replica cannot compute as the run's numerics say."""
+        dit = FusedTransformer(self.transformer, self.spec.numerics.attention)
+        return GraphedTransformer(dit) if self.device.type == "cuda" else dit
 
     @torch.inference_mode()
     def run(self, stage: str, item: WorkItem, conditions: Conditions, *latents: StageLatents) -> StageLatents | None:
@@ -181,7 +193,7 @@ class DiffusionEngine:
         spread: TPGroup = TPGroup(),  # noqa: B008 (frozen)
     ) -> RunPass:
         """The model as (pass name, latents, sigma, enabled) -> x0; `spread` shares the tokens out."""
-        ropes = self.transformer.ropes(start.positions, self.dtype)
+        ropes = self._dit.ropes(start.positions, self.dtype)
 
         def on_device(prompt: PromptContext) -> AV[torch.Tensor]:
             return prompt.context.map(lambda t: t.to(self.device, self.dtype))
@@ -192,20 +204,23 @@ class DiffusionEngine:
         guidance = item.request.guidance
         blocks = guidance.map(lambda g: frozenset(g.stg_blocks) if wants_perturbed(g) else frozenset())
         perturbations = {"perturbed": Perturbation(values_only=blocks), "isolated": Perturbation(isolated=True)}
+        fused = self._dit is not self.transformer
+        noise_levels = _NoiseLevels(start, self.device, by_level=fused)
+        # ranks that share the tokens out compute with the plain path
+        options = () if fused else (spread,)
 
         def run_pass(name: str, latents: AV, sigma: torch.Tensor, enabled: AV[bool]) -> AV[torch.Tensor]:
-            level = sigma.to(self.device).reshape(1)
-            levels = start.timesteps(level)
+            level, levels, timesteps = noise_levels.at(sigma)
             context = contexts.get(name, contexts["cond"])
 
-            def entering(x: torch.Tensor, t: torch.Tensor, c: torch.Tensor, tables: tuple, on: bool) -> Modality:
-                return Modality(x, level, t, c, *tables, enabled=on)
+            def entering(x: torch.Tensor, t: torch.Tensor, c: torch.Tensor, tables: tuple, on: bool, of: Any):
+                return Modality(x, level, t, c, *tables, enabled=on, level_of=of)
 
             def denoised(x: torch.Tensor, v: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
                 return (x.float() - v.float() * t.float()[..., None]).to(x.dtype)
 
-            inputs = latents.map(entering, levels, context, ropes, enabled)
-            velocities = self.transformer(inputs, perturbations.get(name, NO_PERTURBATION), spread)
+            inputs = latents.map(entering, timesteps, context, ropes, enabled, noise_levels.of_token)
+            velocities = self._dit(inputs, perturbations.get(name, NO_PERTURBATION), *options)
             return latents.map(denoised, velocities, levels)
 
         return run_pass
@@ -248,6 +263,30 @@ class DiffusionEngine:
     def _new_ledger(self, seed: int) -> NoiseLedger:
         device = torch.device("cpu") if self.spec.numerics.noise_device == "cpu" else self.device
         return NoiseLedger(seed, device.type, _device_name(device))
+
+
+class _NoiseLevels:
+    """The noise levels of a stage's calls: made once a call for all its passes, and without a wait for the device."""
+
+    def __init__(self, start: Start, device: torch.device, by_level: bool):
+        self._start, self._device = start, device
+        self._last: tuple[torch.Tensor, tuple[torch.Tensor, AV[torch.Tensor], AV[torch.Tensor]]] | None = None
+        #: Which of the levels a token has, where the model is given those and not one for every token.
+        self.of_token: AV[torch.Tensor | None] = AV(None, None)
+        if by_level and start.mask is not None:
+            self._parts, index = torch.unique(start.mask[0, :, 0], return_inverse=True)
+            self.of_token = AV(index.int(), None)
+
+    def at(self, sigma: torch.Tensor) -> tuple[torch.Tensor, AV[torch.Tensor], AV[torch.Tensor]]:
+        """The call's level (1,), that of every token (1, T) or (1, 1), and the timesteps that the model is given."""
+        if self._last is None or self._last[0] is not sigma:
+            level = torch.full((1,), sigma.item(), dtype=sigma.dtype, device=self._device)
+            levels = self._start.timesteps(level)
+            by_level = levels
+            if self.of_token.video is not None:
+                by_level = AV(self._parts[None] * level, levels.audio)
+            self._last = sigma, (level, levels, by_level)
+        return self._last[1]
 
 
 def _unguided(run_pass: RunPass) -> Denoise:

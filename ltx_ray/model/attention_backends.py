@@ -6,6 +6,7 @@ All take queries (B, T, H, D), keys and values (B, S, H, D), any strides whose l
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 
@@ -13,17 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ltx_ray.numerics import FA3_MODULES
+
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
-#: The module of FlashAttention-3, by the packages that have it: fa3-fwd from PyPI, and a build from its source.
-_FA3_MODULES = ("fa3_fwd_interface", "flash_attn_interface")
 _SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+#: Queries that FlashAttention-3 works on at once; keys from which splitting them pays, and into how many at most.
+_QUERY_TILE = 128
+_MANY_KEYS = 4096
+_MOST_SPLITS = 8
 BACKENDS = ("fa3", "cudnn", "flash", "sdpa")
-
-
-def has_fa3() -> bool:
-    """Whether this Python has FlashAttention-3 installed; imports nothing."""
-    return any(importlib.util.find_spec(name) for name in _FA3_MODULES)
 
 
 def backend(name: str, device: torch.device | None = None) -> Attend:
@@ -54,16 +54,25 @@ def _fa3(device: torch.device | None) -> Attend:
             f"attention 'fa3' needs a Hopper GPU, and this replica has {torch.cuda.get_device_name(device)}; "
             "legal: --attention cudnn"
         )
-    for name in _FA3_MODULES:
+    for name in FA3_MODULES:
         if importlib.util.find_spec(name):
             function = importlib.import_module(name).flash_attn_func
             break
     else:
         raise RuntimeError("attention 'fa3' needs the package fa3-fwd on every GPU node; legal: --attention cudnn")
 
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        out = function(q, k, v)
+        out = function(q, k, v, num_splits=_splits(q, k, processors))
         # older versions give the log-sum-exp beside it
         return out[0] if isinstance(out, tuple) else out
 
     return attend
+
+
+def _splits(q: torch.Tensor, k: torch.Tensor, processors: int) -> int:
+    """Parts into which the keys are split: more than one where few queries meet many keys, as sound meets picture."""
+    batch, tokens, heads, _ = q.shape
+    tiles = batch * heads * -(-tokens // _QUERY_TILE)
+    return 1 if k.shape[1] < _MANY_KEYS else max(1, min(_MOST_SPLITS, processors // tiles))

@@ -59,7 +59,7 @@ _NAMES = AV(
 
 
 @dataclass(frozen=True)
-class _Tables:
+class Tables:
     """Modulations of a stream in all blocks at L levels: main (n, L, 9, D), prompt (n, 1, 2, D), cross (n, L, 4, D),
     cross_gate (n, 1, 1, D), and of its way out (1, L, 2, D)."""
 
@@ -79,7 +79,7 @@ class _Stream:
     rope: RopeTable
     cross_rope: RopeTable
     levels: Levels | None
-    tables: _Tables
+    tables: Tables
     enabled: bool
     residual: Residual | None = None
 
@@ -104,7 +104,7 @@ class FusedTransformer:
             return {kind: of_blocks(getattr(names, kind)) for kind in ("table", "prompt_table", "cross_table")}
 
         self._stacked = _NAMES.map(stacked)
-        self._last: tuple[AV[Modality], AV[_Tables]] | None = None
+        self._last: tuple[tuple[torch.Tensor, ...], AV[Tables]] | None = None
 
     def ropes(self, positions: AV[torch.Tensor], dtype: torch.dtype) -> AV[tuple[RopeTable, RopeTable]]:
         """As `Transformer.ropes`, with the heads of a token side by side: cos and sin (T, heads * head_dim / 2)."""
@@ -118,28 +118,27 @@ class FusedTransformer:
 
         return self.model.ropes(positions, dtype).map(both)
 
-    def __call__(
-        self, inputs: AV[Modality], perturbation: Perturbation = NO_PERTURBATION
-    ) -> AV[torch.Tensor]:
+    def __call__(self, inputs: AV[Modality], perturbation: Perturbation = NO_PERTURBATION) -> AV[torch.Tensor]:
         """Velocities (B, T, C_out) of both streams; batch entries share their timesteps and noise levels."""
-        streams = inputs.map(self._enter, self._tables_of(inputs), _NAMES)
+        return self.run(inputs, self.tables(inputs), perturbation)
+
+    def tables(self, inputs: AV[Modality]) -> AV[Tables]:
+        """The modulations of a call; its passes have the very same levels, so they are made for the first of them."""
+        levels = tuple(tensor for modality in inputs for tensor in (modality.timesteps, modality.sigma))
+        if self._last is None or any(old is not new for old, new in zip(self._last[0], levels, strict=True)):
+            made = inputs.map(self._make_tables, AV(inputs.audio, inputs.video), _NAMES, self._stacked)
+            self._last = levels, made
+        return self._last[1]
+
+    def run(self, inputs: AV[Modality], tables: AV[Tables], perturbation: Perturbation) -> AV[torch.Tensor]:
+        """A pass with `tables` for modulations. All that depends on values happens on the device."""
+        streams = inputs.map(self._enter, tables, _NAMES)
         batch = inputs.video.latent.shape[0]
         for index, block in enumerate(self.model.transformer_blocks):
             self._block(streams, block, index, batch, perturbation)
         return streams.map(lambda s, names: self._leave(s, names).unflatten(0, (batch, -1)), _NAMES)
 
-    def _tables_of(self, inputs: AV[Modality]) -> AV[_Tables]:
-        """The modulations of a call; its passes have the very same levels, so they are made for the first of them."""
-        if self._last is not None and all(
-            old.timesteps is new.timesteps and old.sigma is new.sigma
-            for old, new in zip(self._last[0], inputs, strict=True)
-        ):
-            return self._last[1]
-        tables = inputs.map(self._make_tables, AV(inputs.audio, inputs.video), _NAMES, self._stacked)
-        self._last = inputs, tables
-        return tables
-
-    def _make_tables(self, own: Modality, other: Modality, names: _Names, stacked: dict) -> _Tables:
+    def _make_tables(self, own: Modality, other: Modality, names: _Names, stacked: dict) -> Tables:
         model, dtype = self.model, own.latent.dtype
         scale = model.config.timestep_scale
         # every batch entry has the timesteps of the first
@@ -159,7 +158,7 @@ class FusedTransformer:
         gate_factor = model.config.av_timestep_scale / scale
         cross_gate, _ = made(names.gate_adaln, other.sigma[:1] * scale * gate_factor)
         leave = model.get_parameter(names.table)[None, None].to(dtype) + embedded[None, :, None]
-        return _Tables(
+        return Tables(
             main=added(stacked["table"], rows),
             prompt=added(stacked["prompt_table"], prompt),
             cross=added(stacked["cross_table"][:, :4], cross),
@@ -167,7 +166,7 @@ class FusedTransformer:
             leave=leave,
         )
 
-    def _enter(self, own: Modality, tables: _Tables, names: _Names) -> _Stream:
+    def _enter(self, own: Modality, tables: Tables, names: _Names) -> _Stream:
         patchify = self.model.get_submodule(names.patchify)
         x = F.linear(own.latent.flatten(0, 1), patchify.weight, patchify.bias)
         levels = None if own.level_of is None else Levels(own.level_of)
@@ -285,6 +284,13 @@ class FusedTransformer:
 def _steps(device: torch.device) -> ModuleType:
     if device.type != "cuda":
         return steps
-    from ltx_ray.model import kernels  # needs Triton, which is not everywhere
+    try:
+        from ltx_ray.model import kernels  # needs Triton, which is not everywhere
 
+        kernels.gelu(torch.zeros((1, 16), dtype=torch.bfloat16, device=device), False)
+    except Exception as error:
+        raise RuntimeError(
+            f"the fused path needs Triton and a C compiler on every GPU node ({type(error).__name__}: {error}); "
+            "legal: --compile off"
+        ) from error
     return kernels

@@ -34,7 +34,7 @@ def _store_row(out, row_scale, row, columns, inside, width, wide, QUANTIZE: tl.c
 @triton.jit
 def _modulated_kernel(
     x, value, gate, level_of, tokens, shift_0, scale_0, out_0, row_scale_0, shift_1, scale_1, out_1, row_scale_1,
-    gate_stride, stride_0, stride_1, eps, rows,
+    gate_stride, stride_0, stride_1, eps,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, RESIDUAL: tl.constexpr, INDEXED: tl.constexpr, NORM: tl.constexpr,
     OUTS: tl.constexpr, QUANTIZE_0: tl.constexpr, QUANTIZE_1: tl.constexpr, MAX: tl.constexpr,
     SMALLEST: tl.constexpr,
@@ -85,7 +85,7 @@ def modulated(
         x, x if residual is None else residual.value, x if residual is None else residual.gate,
         x if levels is None else levels.of_token, 1 if levels is None else len(levels.of_token),
         *_pointers(*first, x), *_pointers(*second, x),
-        0 if residual is None else _level_stride(residual.gate), _stride_of(first[0]), _stride_of(second[0]), eps, rows,
+        0 if residual is None else _level_stride(residual.gate), _stride_of(first[0]), _stride_of(second[0]), eps,
         WIDTH=width, BLOCK=triton.next_power_of_2(width), RESIDUAL=residual is not None, INDEXED=levels is not None,
         NORM=_NORMS[norm], OUTS=len(modulations), QUANTIZE_0=_quantizes(first[0]), QUANTIZE_1=_quantizes(second[0]),
         MAX=FP8_MAX, SMALLEST=SMALLEST_SCALE, num_warps=8,

@@ -79,7 +79,7 @@ def fill(wanted: Sequence[Slice], tp: TPGroup) -> Iterator[int]:
                         if buffer.numel() < piece.nbytes:
                             buffer = torch.empty(PIECE_BYTES, dtype=torch.uint8)
                         files.read(piece, buffer[: piece.nbytes])
-                        piece.target.copy_(buffer[: piece.nbytes].view(piece.dtype))
+                        piece.target.copy_(piece.scaled(buffer[: piece.nbytes].view(piece.dtype)))
                 left[piece.index] -= 1
                 if not left[piece.index]:
                     yield piece.index
@@ -98,6 +98,7 @@ class _Piece:
     run: int
     pitch: int
     target: torch.Tensor
+    scale: float | None = None
 
     @property
     def nbytes(self) -> int:
@@ -109,7 +110,11 @@ class _Piece:
 
     @property
     def converts(self) -> bool:
-        return self.target.dtype != self.dtype
+        return self.target.dtype != self.dtype or self.scale is not None
+
+    def scaled(self, values: torch.Tensor) -> torch.Tensor:
+        """The values that the file means: quantized ones are multiplied in float32."""
+        return values if self.scale is None else values.float().mul_(self.scale)
 
 
 def _pieces(index: int, want: Slice, tp: TPGroup) -> Iterator[_Piece]:
@@ -118,6 +123,7 @@ def _pieces(index: int, want: Slice, tp: TPGroup) -> Iterator[_Piece]:
         raise ValueError(f"{info.path}: {info.key} has dtype {info.dtype}; legal: {', '.join(TORCH_DTYPES)}")
     assert tuple(want.into.shape) == shard_shape(info, want.shard_dim, tp), (info.key, want.into.shape)
     item = TORCH_DTYPES[info.dtype].itemsize
+    scale = None if info.scale is None else info.scale.scalar()
     if not flat.numel():
         return
     if want.shard_dim is None or want.shard_dim == 0 or tp.size == 1:
@@ -126,7 +132,7 @@ def _pieces(index: int, want: Slice, tp: TPGroup) -> Iterator[_Piece]:
         step = PIECE_BYTES // item
         for at in range(0, flat.numel(), step):
             count = min(step, flat.numel() - at)
-            yield _Piece(index, info, start + at * item, 1, count * item, 0, flat[at : at + count])
+            yield _Piece(index, info, start + at * item, 1, count * item, 0, flat[at : at + count], scale)
         return
     assert want.shard_dim == 1 and len(info.shape) == 2, (info.key, want.shard_dim)
     part = tp.slice(info.shape[1])
@@ -135,7 +141,8 @@ def _pieces(index: int, want: Slice, tp: TPGroup) -> Iterator[_Piece]:
     for row in range(0, info.shape[0], step):
         rows = min(step, info.shape[0] - row)
         target = flat[row * width : (row + rows) * width]
-        yield _Piece(index, info, info.start + row * pitch + part.start * item, rows, width * item, pitch, target)
+        offset = info.start + row * pitch + part.start * item
+        yield _Piece(index, info, offset, rows, width * item, pitch, target, scale)
 
 
 class _Files:
@@ -225,7 +232,7 @@ def _fill_gpu(pieces: list[_Piece], count: int, files: _Files, device: torch.dev
                 with torch.cuda.stream(stream):
                     source = buffer.view(piece.dtype)
                     if piece.converts:
-                        source = source.to(device, non_blocking=True)
+                        source = piece.scaled(source.to(device, non_blocking=True))
                     piece.target.copy_(source, non_blocking=True)
                     busy[turn] = stream.record_event()
             sent.put((piece.index, busy[turn]))

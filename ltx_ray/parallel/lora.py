@@ -16,6 +16,7 @@ from torch import nn
 
 from ltx_ray.headers import TensorInfo
 from ltx_ray.lorafiles import Factor, LoraPair
+from ltx_ray.parallel.fp8 import row_scale_of, store
 from ltx_ray.parallel.layers import TPGroup
 from ltx_ray.parallel.loading import named
 from ltx_ray.parallel.merging import Product, merge_
@@ -66,10 +67,12 @@ class LoraMerger:
         self._tensors = tensors
         first = next((self._weight(stem) for stem in self._modules), None)
         self._device = first.device if first is not None else torch.device("cpu")
-        self._dtype = first.dtype if first is not None else torch.float32
+        self._dtype = next((p.dtype for p in module.parameters() if row_scale_of(p) is None), torch.float32)
         weights = {stem: Part(tensors[f"{stem}.weight"], self._weight(stem).shard_dim) for stem in self._modules}
         self._clean = Residence(weights, tp, self._device, self._dtype, group)
         self._group = group
+        #: Those in fp8: nothing can be merged into what is left of them, so every merge starts from the clean weight.
+        self._quantized = {stem for stem in self._modules if row_scale_of(self._weight(stem)) is not None}
         self._factors = Residence(dict(self._factor_parts()), tp, self._device)
         #: What is merged now; None after a merge that failed half-way.
         self._current: dict[str, Uses] | None = self._by_module(LoraSetting())
@@ -100,10 +103,13 @@ class LoraMerger:
             share = self._clean.total // self._group.size
             if clean != "device" and self._group.size > 1 and share + reserve <= device:
                 clean = "gang"
-        self.switch(LoraSetting())
+        source = None
+        if not self._quantized:
+            self.switch(LoraSetting())
+            source = {stem: self._weight(stem).data for stem in self._modules}
         self._factors.keep(factors)
         try:
-            self._clean.keep(clean, {stem: self._weight(stem).data for stem in self._modules})
+            self._clean.keep(clean, source)
         except RuntimeError as error:
             if not chosen or clean != "host":
                 raise
@@ -141,23 +147,37 @@ class LoraMerger:
     def _merge(self, modules: list[str], stale: set[str], uses: Mapping[str, Uses]) -> None:
         """Merge `uses` into `modules`; those in `stale` are not clean now."""
         into = {m: self._weight(m).data for m in modules}
-        clean = self._clean.fetch_into([m for m in modules if m in stale], into)
+        clean = self._clean.fetch_into([m for m in modules if m in stale and m not in self._quantized], into)
+        originals = self._clean.fetch([[m] for m in modules if m in self._quantized])
         groups = [self._names(m, uses[m]) for m in modules]
         factors = self._factors.fetch(groups)
         stem = "the LoRA"
         try:
             for stem, names, tensors in zip(modules, groups, factors, strict=True):
                 weight = self._weight(stem)
-                source = next(clean)[1] if stem in stale else weight.data
                 values = dict(zip(names, tensors, strict=True))
                 products = [self._product(index, stem, strength, values) for index, strength in uses[stem]]
-                self._merge_one(weight, source, products, self._tensors[f"{stem}.weight"])
+                if stem in self._quantized:
+                    (source,) = next(originals)
+                    merged = torch.empty_like(source)
+                    self._merge_one(merged, weight.shard_dim, source, products, self._tensors[f"{stem}.weight"])
+                    store(weight, merged)
+                    continue
+                source = next(clean)[1] if stem in stale else weight.data
+                self._merge_one(weight.data, weight.shard_dim, source, products, self._tensors[f"{stem}.weight"])
         except RuntimeError as error:
             raise named(error, f"merging into {stem}.weight") from error
 
-    def _merge_one(self, weight: nn.Parameter, source: torch.Tensor, products: list[Product], info: TensorInfo) -> None:
-        offset = self._tp.slice(info.shape[0]).start if weight.shard_dim == 0 else 0
-        merge_(weight.data, source, products, first_row=offset, full_columns=info.shape[1])
+    def _merge_one(
+        self,
+        target: torch.Tensor,
+        shard_dim: int | None,
+        source: torch.Tensor,
+        products: list[Product],
+        info: TensorInfo,
+    ) -> None:
+        offset = self._tp.slice(info.shape[0]).start if shard_dim == 0 else 0
+        merge_(target, source, products, first_row=offset, full_columns=info.shape[1])
 
     def _product(self, index: int, stem: str, strength: float, values: Mapping[str, torch.Tensor]) -> Product:
         pair = self._loras[index][stem]

@@ -15,6 +15,7 @@ from ltx_ray.engine.decode import DecodeEngine, latents_sha256, named_latents
 from ltx_ray.engine.diffusion import DiffusionEngine
 from ltx_ray.engine.text import TextEngine
 from ltx_ray.manifest import RawRow, RowRules, judge
+from ltx_ray.numerics import resolve
 from ltx_ray.plan import RecipeBook
 from ltx_ray.recipe import served_pipelines
 from ltx_ray.records import StageLatents, WorkItem
@@ -47,10 +48,15 @@ BF16_FLOOR = {"stage_1": 5e-2, "stage_2": 1e-2}
 class Engines:
     """Text and diffusion of one model on one device, in this process."""
 
-    def __init__(self, toy, device: str, dtype: str, noise_device: str = "cpu", distilled: bool = False):
+    def __init__(
+        self, toy, device: str, dtype: str, noise_device: str = "cpu", distilled: bool = False, precision: str = "bf16"
+    ):
         files = {**toy, "distilled_lora": None} if distilled else toy
         self.model = ModelFiles(**files, distilled=distilled)
-        self.numerics = Numerics(dtype=dtype, noise_device=noise_device, device=device)
+        asked = Numerics(
+            dtype=dtype, noise_device=noise_device, device=device, precision=precision, attention="auto", compile="auto"
+        )
+        self.numerics = resolve(asked, (), False)
         self.rank = base.Rank(0, 1, base.join(device, 0, 1, None, 60))
         self.text, self.diffusion = TextEngine(self.spec(), self.rank), DiffusionEngine(self.spec(), self.rank)
         self.text.load()
@@ -137,6 +143,15 @@ def test_bfloat16_is_repeatable_and_within_its_noise_floor(latents, case):
     for name, error in distances(first, latents(case, "cpu", dtype)).items():
         floor = BF16_FLOOR[name.partition(".")[0]]
         assert error <= floor * slack, f"{name}: {error:.1e}"
+
+
+def test_fp8_is_repeatable_and_near_bf16(toy, latents):
+    """Where it is not bf16 itself, over two samplers' steps and a switch of the LoRA."""
+    engines = Engines(toy, DEVICE, "bfloat16", precision="fp8")
+    first, again = (named_latents(*engines.stages(ROW)) for _ in range(2))
+    assert latents_sha256(first) == latents_sha256(again)
+    for name, error in distances(first, latents("hq-text", DEVICE, "bfloat16")).items():
+        assert 1e-3 <= error <= 0.5, f"{name}: {error:.1e}"
 
 
 @pytest.mark.parametrize("noise_device", ["cpu", "model"])

@@ -12,7 +12,7 @@ from typing import Any
 from ltx_ray.manifest import RawRow, Row, RowRules, judge
 from ltx_ray.records import Recipe, RenderRequest
 
-_BYTES = {"F32": 4, "BF16": 2, "F8_E4M3": 1}
+_BYTES = {"F32": 4, "BF16": 2, "F8_E4M3": 1, "I8": 1}
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any] | str]) -> str:

@@ -157,7 +157,7 @@ def test_tp_that_does_not_divide_the_heads(cmd, manifest, out):
         (["--model", "huge"], "--model: 'huge', legal: toy"),
         (["--model", "toy", "--gemma-root", "g"], "--gemma-root exclude each other"),
         (["--model", "toy", "--dtype", "fp16"], "--dtype: 'fp16', legal: bfloat16 or float32"),
-        (["--model", "toy", "--precision", "fp8"], "--precision: 'fp8', legal: bf16"),
+        (["--model", "toy", "--precision", "fp4"], "--precision: 'fp4', legal: bf16 or fp8"),
         (["--model", "toy", "--noise-device", "gpu"], "--noise-device: 'gpu', legal: model or cpu"),
         (["--model", "toy", "--stop-after", "stage2"], "--stop-after: 'stage2', legal: stage1"),
         (["--model", "toy", "--num-inference-steps", "1"], "--num-inference-steps: 1, legal: a whole number from 2"),

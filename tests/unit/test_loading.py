@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -44,6 +46,23 @@ def test_a_rank_reads_its_slices(file, size, dtype):
                 part = tensor.shape[dim] // size if dim is not None else 0
                 expected = tensor if dim is None else tensor.narrow(dim, rank * part, part)
                 assert torch.equal(into, expected.to(dtype)), (name, dim, rank)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", [1, 4])
+def test_prequantized_weights_are_scaled(tmp_path, size, dtype):
+    """In float32, and rounded once: as the reference folds a scale into its weight."""
+    values = torch.randn(16, 24).to(torch.float8_e4m3fn)
+    save_file({"w": values, "w_scale": torch.tensor(0.0371)}, tmp_path / "fp8.safetensors")
+    infos = read_header(tmp_path / "fp8.safetensors").tensors
+    info = replace(infos["w"], scale=infos["w_scale"])
+    whole = (values.float() * torch.tensor(0.0371)).to(dtype)
+    for rank in range(size):
+        tp = TPGroup(rank, size)
+        for dim in (0, 1):
+            into = torch.empty(shard_shape(info, dim, tp), dtype=dtype)
+            assert list(fill([Slice(info, dim, into)], tp)) == [0]
+            assert torch.equal(into, whole.narrow(dim, rank * into.shape[dim], into.shape[dim]))
 
 
 def test_everything_wanted_comes_once(file):

@@ -7,14 +7,17 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from ltx_ray.headers import read_header
 from ltx_ray.lorafiles import open_lora
+from ltx_ray.parallel.fp8 import FP8, loaded, row_scale_of, store
 from ltx_ray.parallel.layers import TPGroup
+from ltx_ray.parallel.loading import load_shard
 from ltx_ray.parallel.lora import LoraMerger, LoraSetting
 from ltx_ray.parallel.merging import merge_
 from ltx_ray.parallel.residence import GIB, Memory, choose
-from tests.unit.merging_data import SHAPES, USES, assert_same, expected, merger
+from tests.unit.merging_data import SHAPES, USES, Model, assert_same, expected, merger
 from tests.unit.merging_data import files as files
 
 
@@ -95,7 +98,7 @@ def test_only_layers_that_change_are_touched(files, monkeypatch):
     _, merging = merger(files)
     merging.switch(LoraSetting(((0, 0.25),)))
     touched = []
-    monkeypatch.setattr(merging, "_merge_one", lambda weight, source, products, info: touched.append(info.key))
+    monkeypatch.setattr(merging, "_merge_one", lambda *arguments: touched.append(arguments[-1].key))
     merging.switch(LoraSetting(((0, 0.25), (2, 0.5))))
     assert sorted(touched) == ["down.weight", "gate.weight"]
 
@@ -145,3 +148,37 @@ def test_chunks_do_not_show(chunk_bytes):
 )
 def test_what_every_switch_needs_is_kept_where_there_is_room(nbytes, device, host, reserve, where):
     assert choose(nbytes * GIB, Memory(device * GIB, host * GIB), reserve * GIB) == where
+
+
+def fp8_merger(files):
+    """The same model with its column-parallel and row-parallel weights in fp8."""
+    tensors = read_header(files / "model.safetensors").tensors
+    with torch.device("meta"):
+        model = Model(TPGroup())
+    for layer in (model.up, model.down):
+        old = layer.weight
+        layer.weight = nn.Parameter(torch.empty(old.shape, dtype=FP8), requires_grad=False)
+        layer.weight.shard_dim, layer.weight.row_scale = old.shard_dim, torch.empty(len(old))
+    load_shard(model, tensors, TPGroup(), dtype=torch.bfloat16, device=torch.device("cpu"))
+    loras = [open_lora(str(files / f"lora{i}.safetensors")).fit(SHAPES, "model") for i in range(3)]
+    return model, LoraMerger(model, tensors, loras, TPGroup())
+
+
+@pytest.mark.parametrize("keep", [None, "file", "host", "device"])
+def test_fp8_weights_are_those_of_the_merged_ones_whatever_was_merged_before(files, keep):
+    model, merging = fp8_merger(files)
+    for number, uses in enumerate((*USES, USES[1], (), USES[3])):
+        if number == 2 and keep is not None:
+            merging.keep(0, Memory(0, 0), keep, keep)
+        merging.switch(LoraSetting(uses))
+        for name, values in expected(files, uses).items():
+            parameter = model.get_parameter(name)
+            again = nn.Parameter(torch.empty_like(parameter), requires_grad=False)
+            if row_scale_of(parameter) is None:
+                assert torch.equal(parameter, values), (name, uses)
+                continue
+            again.row_scale = torch.empty_like(parameter.row_scale)
+            store(again, values)
+            assert torch.equal(loaded(parameter), loaded(again)), (name, uses)
+            wide = values.float()
+            assert ((loaded(parameter) - wide).abs() <= wide.abs() / 16 + again.row_scale[:, None]).all()

@@ -14,6 +14,7 @@ import torch
 from ltx_ray.headers import read_header
 from ltx_ray.modelfiles import (
     PIECES,
+    TRANSFORMER_PREFIX,
     cached_digest,
     check_parallel,
     check_transformer,
@@ -131,13 +132,28 @@ def test_a_file_that_lacks_a_piece_is_refused(tmp_path, prefix):
         open_checkpoint(path)
 
 
-def test_fp8_weights_are_refused(tmp_path):
+def test_fp8_weights_bring_their_scales(tmp_path):
     metadata = {"model_version": "2.3", "config": CONFIG}
-    path = write_safetensors(tmp_path / "fp8.safetensors", CHECKPOINT, metadata, dtype="F8_E4M3")
+    weight = f"{TRANSFORMER_PREFIX}{BLOCK}.weight"
+    tensors = {**CHECKPOINT, f"{weight}_scale": (), weight.replace(".weight", ".input_scale"): ()}
+    path = write_safetensors(tmp_path / "fp8.safetensors", tensors, metadata, dtype="F8_E4M3")
+    found = open_checkpoint(path)
+    assert found.tensors.keys() == open_checkpoint(checkpoint(tmp_path)).tensors.keys()
+    assert found.tensors[f"{BLOCK}.weight"].scale.key == f"{weight}_scale"
+    assert found.tensors[f"{BLOCK}.bias"].scale is None
+    for name, shape in ((f"{weight}_scale", (8,)), (f"{TRANSFORMER_PREFIX}other.weight_scale", ())):
+        path = write_safetensors(tmp_path / "fp8.safetensors", {**CHECKPOINT, name: shape}, metadata, dtype="F8_E4M3")
+        with pytest.raises(ValueError, match="legal: one number beside a tensor that is there"):
+            open_checkpoint(path)
+
+
+def test_weights_of_other_small_kinds_are_refused(tmp_path):
+    metadata = {"model_version": "2.3", "config": CONFIG}
+    path = write_safetensors(tmp_path / "int8.safetensors", CHECKPOINT, metadata, dtype="I8")
     with pytest.raises(ValueError) as caught:
         open_checkpoint(path)
     assert str(caught.value).startswith(f"{path}: 3 of the transformer's tensors are quantized, such as model.diff")
-    assert str(caught.value).endswith(" (F8_E4M3); legal: BF16, F16, F32, F64")
+    assert str(caught.value).endswith(" (I8); legal: BF16, F16, F32, F64, F8_E4M3, F8_E5M2")
 
 
 def test_what_is_no_upsampler_is_refused(tmp_path, toy):

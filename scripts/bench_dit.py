@@ -1,0 +1,375 @@
+#!/usr/bin/env python
+"""A pass of the DiT against ltx_core and diffusers, and against its own matrix products and attention, in one run.
+
+    scripts/bench_dit.py --stage 2 --against ltx-core,diffusers --compile-peers [--precision fp8] [--graphs]
+
+One CUDA GPU; random weights at real widths, the same for every side, made anew from the parameters' names, so that only
+one side's are there at a time. Passes are text-to-video at sigma 0.7, batch 1, 1,024 text tokens. Stage 1 has half the
+height and width of --shape and is measured twice: the full pass ("cond") and the one whose streams do not see each
+other ("isolated"). Medians of CUDA events between passes that follow one another without a pause. The skeleton
+(scripts/skeleton.py) runs before and after ours, so that drifting clocks show. ltx_core is the reference v1.2.0
+from PYTHONPATH, called as its pipelines call it (a timestep for every token; --peer-levels one: one for all) with
+the attention that it chooses itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import importlib.util
+import itertools
+import json
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ltx_ray.model.attention_backends import BACKENDS, backend
+from ltx_ray.model.fused import FusedTransformer
+from ltx_ray.model.packing import pack
+from ltx_ray.model.transformer import Modality, Perturbation, Transformer
+from ltx_ray.parallel.fp8 import row_scale_of, store
+from ltx_ray.records import AV
+from ltx_ray.shapes import ClipShape
+from scripts import dit_peers, realsize
+from scripts.baselines import Baselines, check
+from scripts.dit_peers import Case
+from scripts.skeleton import Lengths, Skeleton, flops, plan
+
+GIB = 2**30
+TEXT = 1024
+Call = Callable[[], object]
+Velocities = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass
+class Row:
+    """What one side took for a pass; `passes` are milliseconds, memory is above the weights, in GiB."""
+
+    side: str
+    passes: list[float]
+    pass_gib: float | None = None
+    weights_gib: float | None = None
+    error: tuple[float, float] | None = None
+
+    @property
+    def ms(self) -> float:
+        return statistics.median(self.passes)
+
+
+def measure(side: str, call: Call, device: torch.device, repeat: int, warm: float) -> Row:
+    """Time of `repeat` passes one after the other, after `warm` seconds of them; the first may compile."""
+    memory = _memory_of(call, device)
+    if device.type != "cuda":
+        marks = [time.perf_counter() for _ in range(repeat + 1) if call() or True]
+        return Row(side, [1e3 * (b - a) for a, b in itertools.pairwise(marks)], memory)
+    began = time.perf_counter()
+    while time.perf_counter() - began < warm:
+        call()
+        torch.cuda.synchronize(device)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeat + 1)]
+    events[0].record()
+    for event in events[1:]:
+        call()
+        event.record()
+    torch.cuda.synchronize(device)
+    return Row(side, [a.elapsed_time(b) for a, b in itertools.pairwise(events)], memory)
+
+
+def _memory_of(call: Call, device: torch.device) -> float | None:
+    """GiB at the peak of a pass beyond what was there, once whatever the first pass sets up is there."""
+    call()
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - before) / GIB
+
+
+def graphed(call: Call) -> Call:
+    """The call as the replay of a CUDA graph; its result keeps its place."""
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+
+    def replay() -> object:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def on_host(velocities) -> Velocities:
+    return tuple(v.float().cpu() for v in velocities)
+
+
+def errors(found: Velocities, expected: Velocities) -> tuple[float, float]:
+    """Relative L2 of video and of audio."""
+    return tuple(((f - e).norm() / e.norm()).item() for f, e in zip(found, expected, strict=True))
+
+
+def build_ours(case: Case, precision: str) -> Transformer:
+    with torch.device("meta"):
+        model = Transformer(case.config)
+    pack(model, case.device, case.dtype, precision)
+    realsize.fill(model, case.device, case.dtype, store)
+    return model
+
+
+def call_ours(case: Case, model: Transformer, attention: str, plain: bool) -> Callable[[bool], AV[torch.Tensor]]:
+    """isolated -> velocities. Every call has a noise level of its own: nothing is kept from the last."""
+    dit = model if plain else FusedTransformer(model, attention=attention)
+    ropes = dit.ropes(case.positions, case.dtype)
+
+    def modality(latent: torch.Tensor, context: torch.Tensor, tables: tuple) -> Modality:
+        return Modality(latent, case.sigma.clone(), case.sigma.reshape(1, 1).clone(), context, *tables)
+
+    def call(isolated: bool) -> AV[torch.Tensor]:
+        return dit(case.latents.map(modality, case.contexts, ropes), Perturbation(isolated=isolated))
+
+    return call
+
+
+def weights_gib(model: nn.Module) -> float:
+    return sum(p.numel() * p.element_size() for p in model.parameters()) / GIB
+
+
+class Bench:
+    """The rows of each pass, and what each side computed."""
+
+    def __init__(self, case: Case, arguments: argparse.Namespace):
+        self.case, self.arguments = case, arguments
+        self.passes = ("cond", "isolated") if arguments.stage == 1 else ("cond",)
+        self.rows: dict[str, list[Row]] = {name: [] for name in self.passes}
+        self.outputs: dict[str, dict[str, Velocities]] = {name: {} for name in self.passes}
+        self.flops: dict[str, int] = {}
+        self.failed = False
+
+    def run_ours(self) -> frozenset[str]:
+        """Skeleton, ours, skeleton; the names of the layers that are held in fp8."""
+        fp8 = self._run_ours()
+        self._free()
+        return fp8
+
+    def _run_ours(self) -> frozenset[str]:
+        case, a = self.case, self.arguments
+        model = build_ours(case, a.precision)
+        attend = backend(a.attention, case.device)
+        lengths = Lengths(case.shape.video_tokens, case.shape.audio_latents, TEXT)
+        call = call_ours(case, model, a.attention, a.plain)
+        for name in self.passes:
+            calls = plan(model, lengths, name == "isolated")
+            self.flops[name] = flops(calls)
+            skeleton, ours = Skeleton(calls, attend), partial(call, name == "isolated")
+            self._time(name, "skeleton", skeleton)
+            self.outputs[name]["ours"] = on_host(ours())
+            self._time(name, "ours", ours).weights_gib = weights_gib(model)
+            if a.graphs:
+                with self._going_on("the CUDA graph"):
+                    replay = graphed(ours)
+                    self._time(name, "ours, graph", replay)
+                    self.outputs[name]["ours, graph"] = on_host(replay())
+                    self._time(name, "skeleton, graph", graphed(skeleton))
+                    del replay
+            self._time(name, "skeleton again", skeleton)
+        return frozenset(k.removesuffix(".weight") for k, p in model.named_parameters() if row_scale_of(p) is not None)
+
+    def run_peer(self, name: str, fp8: frozenset[str]) -> None:
+        missing = [module for module in dit_peers.NEEDS[name] if importlib.util.find_spec(module) is None]
+        if missing:
+            print(f"{name}: SKIPPED, this Python has no {', '.join(missing)}")
+            return
+        with self._going_on(name):
+            self._run_peer(name, fp8)
+        self._free()
+
+    def _run_peer(self, name: str, fp8: frozenset[str]) -> None:
+        a = self.arguments
+        peer = dit_peers.BUILDERS[name](self.case, fp8=fp8, compiled=a.compile_peers, levels=a.peer_levels)
+        print(f"{name}: {peer.note}", flush=True)
+        for which in self.passes:
+            isolated = which == "isolated"
+            if isolated in peer.exact:
+                self.outputs[which][f"{name} in bf16"] = on_host(peer.exact[isolated])
+            self.outputs[which][peer.side] = on_host(peer.call(isolated))
+            row = self._time(which, peer.side, partial(peer.call, isolated))
+            row.weights_gib = weights_gib(peer.model)
+            row.error = errors(self.outputs[which]["ours"], self.outputs[which][peer.side])
+
+    @contextlib.contextmanager
+    def _going_on(self, what: str) -> Iterator[None]:
+        """Whatever goes wrong in here is told and makes the exit code 1, but the other sides are still measured."""
+        try:
+            yield
+        except Exception:
+            traceback.print_exc()
+            print(f"{what}: FAILED, see above", flush=True)
+            self.failed = True
+
+    def _free(self) -> None:
+        torch.compiler.reset()
+        gc.collect()
+        if self.case.device.type == "cuda":
+            torch.cuda.empty_cache()
+            held = torch.cuda.memory_allocated(self.case.device) / GIB
+            if held > 1:
+                print(f"note: {held:.1f} GiB are still in use between two sides")
+
+    def _time(self, name: str, side: str, call: Call) -> Row:
+        a = self.arguments
+        row = measure(side, call, self.case.device, a.repeat, a.warm)
+        self.rows[name].append(row)
+        print(f"  {name:8} {side:18} {row.ms:9.2f} ms  ({min(row.passes):.2f} to {max(row.passes):.2f})", flush=True)
+        return row
+
+    def ms(self, name: str, side: str) -> float | None:
+        return next((row.ms for row in self.rows[name] if row.side == side), None)
+
+    def floor(self, name: str) -> float:
+        """The skeleton's time: of both its runs, or of its graph where that is faster."""
+        both = [ms for row in self.rows[name] if row.side in ("skeleton", "skeleton again") for ms in row.passes]
+        return min([statistics.median(both), *(row.ms for row in self.rows[name] if row.side == "skeleton, graph")])
+
+    def figures(self) -> dict[str, float]:
+        """Case -> figure of our side, for the baselines; lower is better in all."""
+        found = {}
+        for name in self.passes:
+            key = self.arguments.key + ("" if name == "cond" else f".{name}")
+            ours = next(row for row in self.rows[name] if row.side == "ours")
+            found |= {f"{key}.ms": ours.ms, f"{key}.x_skeleton": ours.ms / self.floor(name)}
+            if ours.pass_gib is not None:
+                found[f"{key}.pass_gib"] = ours.pass_gib
+            if graph := self.ms(name, "ours, graph"):
+                found[f"{key}.graph_ms"] = graph
+        return found
+
+    def table(self) -> str:
+        lines = []
+        for name in self.passes:
+            ours, floor = self.ms(name, "ours"), self.floor(name)
+            lines += [
+                "", f"stage {self.arguments.stage}, {name}: {self.flops[name] / 1e12:.5g} TFLOP",
+                f"{'side':20} {'ms':>9} {'TFLOP/s':>8} {'/skeleton':>9} {'/ours':>6} "
+                f"{'weights':>8} {'pass':>8} {'our error':>19}",
+            ]  # fmt: skip
+            for row in self.rows[name]:
+                error = "/".join(f"{e:.2e}" for e in row.error) if row.error else ""
+                gib = ["" if g is None else f"{g:.2f}" for g in (row.weights_gib, row.pass_gib)]
+                lines.append(
+                    f"{row.side:20} {row.ms:9.2f} {self.flops[name] / row.ms / 1e9:8.0f} {row.ms / floor:9.3f} "
+                    f"{row.ms / ours:6.3f} {gib[0]:>8} {gib[1]:>8} {error:>19}"
+                )
+        return "\n".join(lines)
+
+    def distances(self) -> dict[str, tuple[float, float]]:
+        """Relative L2 (video, audio) between any two sides, so that ours can be held against that of the peers."""
+        return {
+            f"{name}: {found} against {expected}": errors(self.outputs[name][found], self.outputs[name][expected])
+            for name in self.passes
+            for found, expected in itertools.combinations(self.outputs[name], 2)
+        }
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", type=int, choices=(1, 2), required=True)
+    parser.add_argument("--against", default="", help="ltx-core, diffusers, or both with a comma between")
+    parser.add_argument("--layers", type=int, default=48)
+    parser.add_argument("--precision", default="bf16", choices=("bf16", "fp8"))
+    parser.add_argument("--attention", default="auto", choices=(*BACKENDS, "auto"))
+    parser.add_argument("--shape", help="HxWxFRAMES, pixels of the final clip (1088x1920x121)")
+    parser.add_argument("--compile-peers", action="store_true")
+    parser.add_argument("--peer-levels", default="token", choices=("token", "one"))
+    parser.add_argument("--repeat", type=int, default=10)
+    parser.add_argument("--warm", type=float, default=2.0, help="seconds of passes before those that count")
+    parser.add_argument("--graphs", action="store_true", help="ours and the skeleton as CUDA graphs, too")
+    parser.add_argument("--check", action="store_true", help="exit 1 when a figure is 5 %% worse than its baseline")
+    parser.add_argument("--record", action="store_true", help="write the figures to scripts/baselines.json")
+    parser.add_argument("--json", type=Path)
+    # for trying the script out: any device, widths of a sixteenth, and our plain forward in place of the fused one
+    parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help=argparse.SUPPRESS)
+    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--plain", action="store_true", help="our plain forward in place of the fused one")
+    a = parser.parse_args()
+    a.against = [name for name in a.against.split(",") if name]
+    if unknown := set(a.against) - set(dit_peers.BUILDERS):
+        parser.error(f"--against {','.join(sorted(unknown))}; legal: {', '.join(dit_peers.BUILDERS)}")
+    a.shape = a.shape or ("128x192x17" if a.tiny else "1088x1920x121")
+    if a.plain and a.precision == "fp8":
+        parser.error("--plain has no fp8")
+    on_cuda = torch.device(a.device).type == "cuda"
+    if on_cuda and not torch.cuda.is_available():
+        print("bench_dit needs a CUDA GPU, and this Python sees none", file=sys.stderr)
+        raise SystemExit(2)
+    best = _best_attention(torch.device(a.device))
+    chosen = best if a.attention == "auto" else a.attention
+    a.key = f"dit.stage{a.stage}.{a.precision}.{a.shape}.layers{a.layers}"
+    # whatever makes a run another case than the one that is held to its figures
+    apart = {chosen: chosen != best, "plain": a.plain, "tiny": a.tiny, a.dtype: a.dtype != "bfloat16"}
+    a.key += "".join(f".{word}" for word, holds in apart.items() if holds)
+    a.attention = chosen
+    return a
+
+
+def _best_attention(device: torch.device) -> str:
+    """The first backend, in the order of their speed, that this machine has."""
+    for name in BACKENDS:
+        with contextlib.suppress(RuntimeError, ImportError):
+            backend(name, device)
+            return name
+    raise AssertionError("sdpa is everywhere")
+
+
+@torch.inference_mode()
+def main() -> int:
+    a = parse()
+    device = torch.device(a.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    height, width, frames = (int(n) for n in a.shape.split("x"))
+    clip = ClipShape(frames, height, width, 24.0)
+    metadata = realsize.metadata(a.layers, a.tiny)
+    case = Case.random(metadata, clip.half() if a.stage == 1 else clip, TEXT, device, getattr(torch, a.dtype))
+    tokens = f"{case.shape.video_tokens} video, {case.shape.audio_latents} audio and {TEXT} text tokens"
+    print(f"{name}, torch {torch.__version__}: {tokens}, {a.key}, attention {a.attention}")
+    bench = Bench(case, a)
+    fp8 = bench.run_ours()
+    for peer in a.against:
+        bench.run_peer(peer, fp8)
+    print("\nrelative L2 (video, audio), ours against the peers and the peers against each other:")
+    distances = bench.distances()
+    for pair, (video, audio) in distances.items():
+        print(f"  {pair:60} {video:.3e} {audio:.3e}")
+    figures, baselines = bench.figures(), Baselines(name)
+    code = check(baselines, figures) if a.check else 0
+    if a.record:
+        baselines.record(figures)
+    if a.json:
+        rows = {which: [asdict(row) | {"ms": row.ms} for row in rows] for which, rows in bench.rows.items()}
+        found = {"device": name, "torch": torch.__version__, "case": a.key, "attention": a.attention, "rows": rows}
+        found |= {"flops": bench.flops, "figures": figures, "distances": distances}
+        a.json.write_text(json.dumps(found, indent=1))
+    print(bench.table())
+    return 1 if bench.failed else code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

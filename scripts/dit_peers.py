@@ -1,0 +1,232 @@
+"""The transformers that ours is measured against, with the same weights and inputs: ltx_core's and diffusers'."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ltx_ray.diffusersnames import to_official
+from ltx_ray.model.config import TransformerConfig
+from ltx_ray.model.rope import audio_positions, video_positions
+from ltx_ray.parallel.fp8 import FP8_MAX
+from ltx_ray.records import AV
+from ltx_ray.shapes import ClipShape
+from scripts import realsize
+
+SIGMA = 0.7
+#: What each peer cannot do without.
+NEEDS = {"ltx-core": ("ltx_core", "einops"), "diffusers": ("diffusers",)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pass: of what model (its checkpoint's `config`), at what size, of what inputs; sigma (1,) float32."""
+
+    metadata: Mapping[str, Any]
+    shape: ClipShape
+    device: torch.device
+    dtype: torch.dtype
+    latents: AV[torch.Tensor]
+    contexts: AV[torch.Tensor]
+    sigma: torch.Tensor
+
+    @classmethod
+    def random(
+        cls, metadata: Mapping[str, Any], shape: ClipShape, text: int, device: torch.device, dtype: torch.dtype
+    ) -> Case:
+        rng = torch.Generator(device).manual_seed(1)
+        config = TransformerConfig.from_metadata(metadata["transformer"])
+
+        def normal(tokens: int, width: int) -> torch.Tensor:
+            return torch.randn((1, tokens, width), generator=rng, device=device, dtype=torch.bfloat16).to(dtype)
+
+        streams, tokens = AV(config.video, config.audio), AV(shape.video_tokens, shape.audio_latents)
+        return cls(
+            metadata, shape, device, dtype,
+            latents=streams.map(lambda s, n: normal(n, s.in_channels), tokens),
+            contexts=streams.map(lambda s: normal(text, s.context_dim)),
+            sigma=torch.tensor([SIGMA], device=device),
+        )  # fmt: skip
+
+    @property
+    def config(self) -> TransformerConfig:
+        return TransformerConfig.from_metadata(self.metadata["transformer"])
+
+    @property
+    def positions(self) -> AV[torch.Tensor]:
+        return AV(video_positions(self.shape, self.device), audio_positions(self.shape.audio_latents, self.device))
+
+
+@dataclass(frozen=True)
+class Peer:
+    """`call(isolated)` gives the velocities of video and audio; `exact` has them in bfloat16 where `call` is in fp8."""
+
+    side: str
+    note: str
+    model: nn.Module
+    call: Callable[[bool], tuple[torch.Tensor, torch.Tensor]]
+    exact: Mapping[bool, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+
+def ltx_core(case: Case, fp8: frozenset[str], compiled: bool, levels: str) -> Peer:
+    """The reference's LTXModel. `fp8` names the layers that are to be its FP8Linear; none: all in `case.dtype`."""
+    if case.device.type == "cuda":
+        _name_fa3()
+    from ltx_core.guidance import perturbations as p
+    from ltx_core.model.transformer import LTXModelConfigurator, Modality
+    from ltx_core.model.transformer.attention import attention_label
+    from ltx_core.model.transformer.compiling import CompilationConfig, compile_transformer
+
+    with torch.device("meta"):
+        model = LTXModelConfigurator.from_metadata({"config": dict(case.metadata)}).eval()
+    realsize.fill(model, case.device, case.dtype)
+    label = attention_label(model.transformer_blocks[0].attn1.attention_function)
+    shown = {"token": case.latents.map(lambda x: (1, x.shape[1], 1)), "one": AV((1, 1, 1), (1, 1, 1))}[levels]
+
+    def modality(latent: torch.Tensor, context: torch.Tensor, positions: torch.Tensor, rows: tuple) -> Modality:
+        timesteps = torch.ones(rows, device=case.device) * case.sigma
+        return Modality(latent=latent, sigma=case.sigma, timesteps=timesteps, positions=positions, context=context)
+
+    streams = case.latents.map(modality, case.contexts, case.positions, shown)
+    bridge = (p.PerturbationType.SKIP_A2V_CROSS_ATTN, p.PerturbationType.SKIP_V2A_CROSS_ATTN)
+    configs = {
+        isolated: p.BatchedPerturbationConfig(
+            [p.PerturbationConfig([p.Perturbation(kind, None) for kind in bridge] if isolated else [])],
+            model.num_blocks, case.device, case.dtype,
+        )
+        for isolated in (False, True)
+    }  # fmt: skip
+
+    def call(isolated: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        return model(streams.video, streams.audio, configs[isolated])
+
+    exact = {}
+    if fp8:
+        with _largest_inputs(model, _scaled(model, fp8)) as largest:
+            exact = {isolated: tuple(v.cpu() for v in call(isolated)) for isolated in (False, True)}
+        _to_fp8(model, largest)
+    if compiled:
+        compile_transformer(model, CompilationConfig())
+    kind = f"{f'{len(largest)} layers FP8Linear' if fp8 else case.dtype}, {'compiled blocks' if compiled else 'eager'}"
+    side = "ltx-core" + (" fp8" if fp8 else "") + (" compiled" if compiled else "")
+    return Peer(side, f"{kind}, attention {label}, timesteps by {levels}", model, call, exact)
+
+
+def _scaled(model: nn.Module, fp8: frozenset[str]) -> dict[str, nn.Linear]:
+    """The layers that the peer is to hold in fp8: ours, without the gates, whose inputs would cost it one more cast."""
+    return {n: m for n, m in model.named_modules() if n in fp8 and not n.endswith("to_gate_logits")}
+
+
+class _largest_inputs:
+    """Layer -> the largest magnitude that went into it while this was open."""
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Linear]):
+        self.layers = layers
+
+    def __enter__(self) -> dict[str, torch.Tensor]:
+        self.found: dict[str, torch.Tensor] = {}
+
+        def watch(name: str) -> Callable:
+            def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+                largest = inputs[0].abs().amax()
+                self.found[name] = torch.maximum(self.found.get(name, largest), largest)
+
+            return hook
+
+        self.hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in self.layers.items()]
+        return self.found
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+def _to_fp8(model: nn.Module, largest: Mapping[str, torch.Tensor]) -> None:
+    """Put the reference's FP8Linear in place of these layers, with scales for what was seen to go into them."""
+    from ltx_core.quantization.fp8_scaled_mm import _linear_to_fp8linear, quantize_weight_to_fp8_per_tensor
+
+    for name, seen in largest.items():
+        parent, _, key = name.rpartition(".")
+        layer = model.get_submodule(name)
+        quantized = _linear_to_fp8linear(layer)
+        weight, scale = quantize_weight_to_fp8_per_tensor(layer.weight.data)
+        values = {"weight": weight, "weight_scale": scale, "input_scale": seen.float() / FP8_MAX, "bias": layer.bias}
+        for what, value in values.items():
+            setattr(quantized, what, nn.Parameter(value.data, requires_grad=False))
+        setattr(model.get_submodule(parent), key, quantized)
+
+
+def diffusers(case: Case, fp8: frozenset[str], compiled: bool, levels: str) -> Peer:
+    """diffusers' LTX2VideoTransformer3DModel, in `case.dtype` always; it has one timestep for all tokens."""
+    from diffusers import LTX2VideoTransformer3DModel
+
+    c = case.metadata["transformer"]
+    same = (
+        "in_channels", "out_channels", "num_attention_heads", "attention_head_dim", "cross_attention_dim",
+        "audio_in_channels", "audio_out_channels", "audio_num_attention_heads", "audio_attention_head_dim",
+        "audio_cross_attention_dim", "num_layers",
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = LTX2VideoTransformer3DModel(
+            **{name: c[name] for name in same},
+            gated_attn=True, cross_attn_mod=True, audio_gated_attn=True, audio_cross_attn_mod=True,
+            rope_double_precision=True, rope_type="split", timestep_scale_multiplier=1000,
+            cross_attn_timestep_scale_multiplier=1000, use_prompt_embeddings=False, perturbed_attn=True,
+        ).eval()  # fmt: skip
+    realsize.fill(model, case.device, case.dtype, official=to_official)
+    attention = _diffusers_attention(model) if case.device.type == "cuda" else "native"
+    if compiled:
+        model.compile_repeated_blocks()
+    sigma, shape = case.sigma * 1000.0, case.shape
+
+    def call(isolated: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        return model(
+            hidden_states=case.latents.video, audio_hidden_states=case.latents.audio,
+            encoder_hidden_states=case.contexts.video, audio_encoder_hidden_states=case.contexts.audio,
+            timestep=sigma, audio_timestep=sigma, sigma=sigma, audio_sigma=sigma, use_cross_timestep=True,
+            num_frames=shape.latent_frames, height=shape.latent_height, width=shape.latent_width,
+            fps=shape.frame_rate, audio_num_frames=shape.audio_latents, isolate_modalities=isolated,
+            return_dict=False,
+        )  # fmt: skip
+
+    kind = f"{case.dtype}, {'compiled blocks' if compiled else 'eager'}"
+    return Peer("diffusers" + (" compiled" if compiled else ""), f"{kind}, attention {attention}", model, call)
+
+
+def _diffusers_attention(model: nn.Module) -> str:
+    """Choose FlashAttention-3 where it is, else cuDNN's."""
+    _name_fa3()
+    from diffusers.models import attention_dispatch
+
+    if "flash_attn_interface" in sys.modules:
+        # diffusers looks for the package flash_attn_3, of which PyPI's fa3-fwd has all that it calls
+        attention_dispatch._CAN_USE_FLASH_ATTN_3 = True
+        attention_dispatch.flash_attn_3_func = sys.modules["flash_attn_interface"].flash_attn_func
+        name = "_flash_3"
+    else:
+        name = "_native_cudnn"
+    model.set_attention_backend(name)
+    return name
+
+
+def _name_fa3() -> None:
+    """Let PyPI's fa3-fwd be found under the name that FlashAttention-3 has when it is built from source."""
+    for name in _fa3_names():
+        if importlib.util.find_spec(name):
+            sys.modules["flash_attn_interface"] = importlib.import_module(name)
+            return
+
+
+def _fa3_names() -> Iterator[str]:
+    # its kernels are Hopper's
+    if torch.cuda.get_device_capability()[0] == 9:
+        yield from ("flash_attn_interface", "fa3_fwd_interface")
+
+
+BUILDERS: Mapping[str, Callable[..., Peer]] = {"ltx-core": ltx_core, "diffusers": diffusers}

@@ -1,0 +1,180 @@
+"""The fused path on a GPU: its kernels against plain PyTorch, and its passes against float32 on a CPU."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ltx_ray.model import steps
+from ltx_ray.model.config import TransformerConfig
+from ltx_ray.model.fused import FusedTransformer
+from ltx_ray.model.graphs import GraphedTransformer
+from ltx_ray.model.packing import pack
+from ltx_ray.model.rope import RopeTable, audio_positions, video_positions
+from ltx_ray.model.steps import Levels, Modulation, Residual
+from ltx_ray.model.transformer import NO_PERTURBATION, Modality, Perturbation, Transformer
+from ltx_ray.modelfiles import open_checkpoint
+from ltx_ray.numerics import has_fa3
+from ltx_ray.parallel.layers import TPGroup
+from ltx_ray.parallel.loading import load_shard
+from ltx_ray.records import AV
+from tests.parity.dit import SHAPE, Inputs, load_ours, relative
+
+DEVICE = torch.device("cuda")
+BACKENDS = ["cudnn", "flash", "sdpa", *(["fa3"] if has_fa3() else [])]
+PASSES = {
+    "plain": NO_PERTURBATION,
+    "isolated": Perturbation(isolated=True),
+    "stg": Perturbation(values_only=AV(frozenset({0}), frozenset({1}))),
+}
+#: Relative error of a kernel against the same arithmetic in float32, rounded once at the end.
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 1e-3}
+#: The same where both sides round to e4m3: some values lie between two of its numbers.
+FP8_ROUNDING = 1e-2
+
+
+def values(rows) -> torch.Tensor:
+    return rows if isinstance(rows, torch.Tensor) else rows.values.float() * rows.scale
+
+
+@pytest.fixture
+def normal():
+    rng = torch.Generator(DEVICE).manual_seed(0)
+    return lambda *size: torch.randn(size, generator=rng, device=DEVICE)
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize(("rows", "tokens", "width"), [(6, 3, 96), (1024, 512, 4096)])
+def test_modulation_kernel(normal, rows, tokens, width, dtype):
+    from ltx_ray.model import kernels
+
+    indexed = Levels(torch.arange(tokens, dtype=torch.int32, device=DEVICE) % 2)
+    for norm, added, levels, quantize in itertools.product(
+        (None, "rms", "layer"), (False, True), (None, indexed), (False, True)
+    ):
+        x, y = normal(rows, width).to(dtype), normal(rows, width).to(dtype)
+        table = normal(2 if levels else 1, 9, width).to(dtype)
+        wanted = [Modulation(table[:, 0], table[:, 1], quantize), Modulation(table[:, 3], table[:, 4])]
+        residual = Residual(y, table[:, 2]) if added else None
+        ours, expected = x.clone(), x.clone()
+        found = kernels.modulated(ours, residual, wanted, levels, norm, 1e-6)
+        right = steps.modulated(expected, residual, wanted, levels, norm, 1e-6)
+        assert relative(ours, expected) <= ROUNDING[dtype]
+        assert relative(values(found[0]), values(right[0])) <= (FP8_ROUNDING if quantize else ROUNDING[dtype])
+        assert relative(values(found[1]).float(), values(right[1]).float()) <= ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize(("rows", "tokens", "heads", "head"), [(6, 3, 4, 24), (1024, 512, 32, 128)])
+def test_head_kernels(normal, rows, tokens, heads, head, dtype):
+    from ltx_ray.model import kernels
+
+    width = heads * head
+    packed = normal(rows, 3 * width + heads).to(dtype)
+    weights = [normal(width).to(dtype) for _ in range(2)]
+    table = RopeTable(*(normal(tokens, width // 2).to(dtype) for _ in range(2)))
+    for rope, parts in itertools.product((None, table), (1, 2)):
+        both = packed.clone(), packed.clone()
+        for module, copy in zip((kernels, steps), both, strict=True):
+            columns = copy.split((width, width, width, heads), dim=1)
+            module.norm_heads_(list(zip(columns[:parts], weights[:parts], strict=True)), heads, 1e-6, rope)
+        assert relative(both[0].float(), both[1].float()) <= ROUNDING[dtype]
+        assert torch.equal(both[0][:, parts * width :], packed[:, parts * width :])
+    heads_out, logits = packed[:, 2 * width : 3 * width].unflatten(1, (heads, -1)), packed[:, 3 * width :]
+    for quantize in (False, True):
+        limit = FP8_ROUNDING if quantize else ROUNDING[dtype]
+        found, right = kernels.gated(heads_out, logits, quantize), steps.gated(heads_out, logits, quantize)
+        assert relative(values(found).float(), values(right).float()) <= limit
+        found, right = kernels.gelu(packed, quantize), steps.gelu(packed, quantize)
+        assert relative(values(found).float(), values(right).float()) <= limit
+
+
+def packed_model(path: str, precision: str = "bf16") -> Transformer:
+    checkpoint = open_checkpoint(path)
+    with torch.device("meta"):
+        model = Transformer(TransformerConfig.from_metadata(checkpoint.transformer))
+    pack(model, DEVICE, torch.bfloat16, precision)
+    load_shard(model, checkpoint.tensors, TPGroup(), dtype=torch.bfloat16, device=DEVICE)
+    return model
+
+
+def call(run, ropes, inputs: Inputs, perturbation: Perturbation, sigma: float = 0.7, levels: int = 1):
+    """One pass in bfloat16 on the GPU, with `levels` noise levels among the video's tokens."""
+    at = torch.full((1,), sigma, device=DEVICE)
+    parts = at[:, None] * torch.tensor([[1.0, 0.4, 0.0]], device=DEVICE)[:, :levels]
+    of = torch.arange(SHAPE.video_tokens, dtype=torch.int32, device=DEVICE) % levels
+    fused = not isinstance(run, Transformer)
+    if levels > 1 and not fused:
+        parts = parts[:, of.long()]
+    index = AV(of if fused and levels > 1 else None, None)
+
+    def modality(x, c, tables, times, of_token) -> Modality:
+        return Modality(x.to(DEVICE, torch.bfloat16), at, times, c.to(DEVICE, torch.bfloat16), *tables,
+                        level_of=of_token)  # fmt: skip
+
+    with torch.inference_mode():
+        return run(
+            inputs.latents.map(modality, inputs.contexts, ropes, AV(parts, at[:, None]), index), perturbation
+        ).map(lambda t: t.float().cpu())
+
+
+def positions() -> AV[torch.Tensor]:
+    return AV(video_positions(SHAPE, DEVICE), audio_positions(SHAPE.audio_latents, DEVICE))
+
+
+def exact(plain: Transformer, inputs: Inputs, perturbation: Perturbation, levels: int) -> AV[torch.Tensor]:
+    """The pass in float32 on a CPU, on the inputs that bfloat16 gets."""
+    rounded = replace(
+        inputs,
+        latents=inputs.latents.map(lambda t: t.bfloat16().float()),
+        contexts=inputs.contexts.map(lambda t: t.bfloat16().float()),
+    )
+    if levels > 1:
+        of = torch.arange(SHAPE.video_tokens) % levels
+        rounded = replace(rounded, video_mask=torch.tensor([[1.0, 0.4, 0.0]])[:, of])
+    return rounded.ours(plain, perturbation)
+
+
+@pytest.mark.parametrize("levels", [1, 3])
+@pytest.mark.parametrize("name", PASSES)
+@pytest.mark.parametrize("attention", BACKENDS)
+def test_a_pass_is_as_exact_as_the_references_own_bf16(toy, attention, name, levels):
+    """The plain path rounds where the reference does; the fused one rounds less often."""
+    inputs = Inputs.random(load_ours(toy["checkpoint_path"]), seed=3)
+    right = exact(load_ours(toy["checkpoint_path"]), inputs, PASSES[name], levels)
+    model = packed_model(toy["checkpoint_path"])
+    fused = FusedTransformer(model, attention)
+    found = call(fused, fused.ropes(positions(), torch.bfloat16), inputs, PASSES[name], levels=levels)
+    plain = call(model, model.ropes(positions(), torch.bfloat16), inputs, PASSES[name], levels=levels)
+    for ours, rounded, expected in zip(found, plain, right, strict=True):
+        assert relative(ours, expected) <= 1.05 * relative(rounded, expected)
+
+
+def test_graphs_give_the_bits_of_the_passes_that_they_were_made_from(toy):
+    """For every pass of a call, at several noise levels, and after the weights have changed in their places."""
+    model = packed_model(toy["checkpoint_path"])
+    inputs = Inputs.random(load_ours(toy["checkpoint_path"]), seed=4)
+    eager, graphed = FusedTransformer(model, "cudnn"), GraphedTransformer(FusedTransformer(model, "cudnn"))
+    ropes = eager.ropes(positions(), torch.bfloat16)
+    for number, sigma in enumerate((0.9, 0.5, 0.5, 0.2)):
+        for perturbation in PASSES.values():
+            expected = call(eager, ropes, inputs, perturbation, sigma)
+            for _ in range(2):
+                found = call(graphed, ropes, inputs, perturbation, sigma)
+                assert all(torch.equal(ours, right) for ours, right in zip(found, expected, strict=True))
+        if number == 1:
+            before = call(eager, ropes, inputs, NO_PERTURBATION, 0.5)
+            model.transformer_blocks[0].attn1.to_q.weight.data.mul_(1.5)
+            assert not torch.equal(call(eager, ropes, inputs, NO_PERTURBATION, 0.5).video, before.video)
+
+
+def test_fp8_is_near(toy):
+    inputs = Inputs.random(load_ours(toy["checkpoint_path"]), seed=5)
+    right = exact(load_ours(toy["checkpoint_path"]), inputs, NO_PERTURBATION, 1)
+    fused = FusedTransformer(packed_model(toy["checkpoint_path"], "fp8"), "cudnn")
+    found = call(fused, fused.ropes(positions(), torch.bfloat16), inputs, NO_PERTURBATION)
+    for ours, expected in zip(found, right, strict=True):
+        assert 1e-3 <= relative(ours, expected) <= 0.1

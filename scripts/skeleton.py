@@ -79,7 +79,8 @@ def _calls(model: Transformer, lengths: Lengths, isolated: bool) -> Iterator[Gem
         products = block.products
 
         def to_self(name: str, stream: StreamConfig, rows: int, products=products) -> Iterator[Gemm | Attention]:
-            yield Gemm(products[name, "qkv_gates"], rows)
+            yield Gemm(products[name, "qkv"], rows)
+            yield Gemm(products[name, "gates"], rows)
             yield Attention(rows, rows, stream.heads, stream.dim)
             yield Gemm(products[name, "out"], rows)
 

@@ -7,6 +7,7 @@ order of things: `ti2vid_two_stages_hq.py` and `blocks.py` of the reference v1.2
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,7 +25,7 @@ from ltx_ray.model.fused import FusedTransformer
 from ltx_ray.model.graphs import GraphedTransformer
 from ltx_ray.model.packing import pack
 from ltx_ray.model.transformer import NO_PERTURBATION, Modality, Perturbation, Transformer
-from ltx_ray.modelfiles import open_checkpoint
+from ltx_ray.modelfiles import cache_root, open_checkpoint
 from ltx_ray.parallel.layers import TPGroup
 from ltx_ray.parallel.loading import load_shard
 from ltx_ray.parallel.lora import LoraMerger, LoraSetting
@@ -73,6 +74,8 @@ class DiffusionEngine:
 
     def load(self) -> None:
         """Read this rank's slices; the LoRA is merged when the first call says at which strength."""
+        # built once for all processes, and for all nodes where the cache is shared
+        os.environ.setdefault("TRITON_CACHE_DIR", str(cache_root() / "triton"))
         model = self.spec.model.local()
         checkpoint = open_checkpoint(model.checkpoint_path)
         config = TransformerConfig.from_metadata(checkpoint.transformer, checkpoint.path)
@@ -105,7 +108,10 @@ class DiffusionEngine:
     def _fused_dit(self) -> FusedTransformer | GraphedTransformer:
         """Raises RuntimeError when this replica cannot compute as the run's numerics say."""
         dit = FusedTransformer(self.transformer, self.spec.numerics.attention)
-        return GraphedTransformer(dit) if self.device.type == "cuda" else dit
+        if self.device.type != "cuda":
+            return dit
+        dit.warm_up()
+        return GraphedTransformer(dit)
 
     @torch.inference_mode()
     def run(self, stage: str, item: WorkItem, conditions: Conditions, *latents: StageLatents) -> StageLatents | None:

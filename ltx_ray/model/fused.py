@@ -17,11 +17,13 @@ import torch.nn.functional as F
 from ltx_ray.model import steps
 from ltx_ray.model.attention_backends import backend
 from ltx_ray.model.block import AVBlock
+from ltx_ray.model.config import StreamConfig
 from ltx_ray.model.packing import Product
-from ltx_ray.model.rope import RopeTable
+from ltx_ray.model.rope import RopeTable, audio_positions, video_positions
 from ltx_ray.model.steps import Levels, Modulation, Residual, Rows
 from ltx_ray.model.transformer import NO_PERTURBATION, AdaLayerNorm, Modality, Perturbation, Transformer
 from ltx_ray.records import AV
+from ltx_ray.shapes import ClipShape
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,27 @@ class FusedTransformer:
 
         return self.model.ropes(positions, dtype).map(both)
 
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Passes over a few tokens, so that the kernels are built before the first clip needs them."""
+        weight = self.model.proj_out.weight
+        shape, config = ClipShape(num_frames=9, height=64, width=64, frame_rate=24.0), self.model.config
+
+        def zeros(*size: int) -> torch.Tensor:
+            return torch.zeros(size, dtype=weight.dtype, device=weight.device)
+
+        def modality(stream: StreamConfig, tokens: int, tables: tuple[RopeTable, RopeTable], of: torch.Tensor | None):
+            level = torch.ones(1, device=weight.device)
+            times = level.reshape(1, 1).expand(1, 1 if of is None else 2)
+            latent, context = zeros(1, tokens, stream.in_channels), zeros(1, 16, stream.context_dim)
+            return Modality(latent, level, times, context, *tables, level_of=of)
+
+        positions = AV(video_positions(shape, weight.device), audio_positions(shape.audio_latents, weight.device))
+        tokens = AV(shape.video_tokens, shape.audio_latents)
+        ropes = self.ropes(positions, weight.dtype)
+        for of in (None, torch.zeros(shape.video_tokens, dtype=torch.int32, device=weight.device)):
+            self(AV(config.video, config.audio).map(modality, tokens, ropes, AV(of, None)))
+
     def __call__(self, inputs: AV[Modality], perturbation: Perturbation = NO_PERTURBATION) -> AV[torch.Tensor]:
         """Velocities (B, T, C_out) of both streams; batch entries share their timesteps and noise levels."""
         return self.run(inputs, self.tables(inputs), perturbation)
@@ -199,10 +222,12 @@ class FusedTransformer:
     def _attend_self(
         self, s: _Stream, block: AVBlock, names: _Names, index: int, batch: int, values_only: bool
     ) -> None:
-        attention, product = getattr(block, names.attn), block.products[names.attn, "qkv_gates"]
+        attention, qkv = getattr(block, names.attn), block.products[names.attn, "qkv"]
+        gates = block.products[names.attn, "gates"]
         shift, scale, gate = (s.tables.main[index, :, row] for row in (0, 1, 2))
-        (h,) = self._read(s, [Modulation(shift, scale, product.quantized)])
-        q, k, v, logits = steps.product(h, product).split(product.sizes, dim=1)
+        (h,) = self._read(s, [Modulation(shift, scale, qkv.quantized)])
+        q, k, v = qkv.split(steps.product(h, qkv))
+        (logits,) = gates.split(steps.product(h, gates))
         if values_only:
             heads_out = v.unflatten(1, (attention.heads, -1))
         else:
@@ -254,8 +279,8 @@ class FusedTransformer:
         k_rope: RopeTable | None,
     ) -> torch.Tensor:  # fmt: skip
         attention, products = getattr(block, name), block.products
-        q, logits = steps.product(h, products[name, "q_gates"]).split(products[name, "q_gates"].sizes, dim=1)
-        k, v = steps.product(context, products[name, "kv"]).split(products[name, "kv"].sizes, dim=1)
+        q, logits = products[name, "q_gates"].split(steps.product(h, products[name, "q_gates"]))
+        k, v = products[name, "kv"].split(steps.product(context, products[name, "kv"]))
         self._steps.norm_heads_([(q, attention.q_norm.weight)], attention.heads, self._eps, q_rope)
         self._steps.norm_heads_([(k, attention.k_norm.weight)], attention.heads, self._eps, k_rope)
         return self._out(self._heads_out(q, k, v, attention.heads, batch), logits, products[name, "out"])

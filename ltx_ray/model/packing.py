@@ -20,7 +20,8 @@ from ltx_ray.parallel.fp8 import FP8
 
 @dataclass(frozen=True)
 class Product:
-    """x -> x @ weight.T + bias: weight (N, K), bias (N,); `sizes` are the parts of N. fp8: row_scale (N,) float32."""
+    """x -> x @ weight.T + bias: weight (N, K), bias (N,), of which `sizes` are the layers' parts and what is left is
+    padding. In fp8: row_scale (N,) float32."""
 
     weight: torch.Tensor
     bias: torch.Tensor
@@ -31,9 +32,16 @@ class Product:
     def quantized(self) -> bool:
         return self.row_scale is not None
 
+    def split(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The layers' parts of what the product gave, (R, N)."""
+        return rows[:, : sum(self.sizes)].split(self.sizes, dim=1)
 
-#: Products of an attention by what feeds them, and the layers that each is made of.
-_OF_SELF = {"qkv_gates": ("to_q", "to_k", "to_v", "to_gate_logits"), "out": ("to_out.0",)}
+
+#: Output features come in multiples of this: rows of a product start where vector loads may, and fp8 demands it.
+_MULTIPLE = 16
+#: Products of an attention by what feeds them, and the layers that each is made of. The gates ride along with the
+#: queries of a cross-attention for nothing; beside queries, keys and values they break the GEMM's tiling.
+_OF_SELF = {"qkv": ("to_q", "to_k", "to_v"), "gates": ("to_gate_logits",), "out": ("to_out.0",)}
 _OF_CROSS = {"q_gates": ("to_q", "to_gate_logits"), "kv": ("to_k", "to_v"), "out": ("to_out.0",)}
 _OF_FEED_FORWARD = {"up": ("net.0.proj",), "down": ("net.2",)}
 _SELF_ATTENTIONS = ("attn1", "audio_attn1")
@@ -73,11 +81,14 @@ def _pack_block(block: AVBlock, device: torch.device, dtype: torch.dtype, precis
     for name, kind, layers in layers_of_products():
         modules = [block.get_submodule(f"{name}.{layer}") for layer in layers]
         sizes = tuple(module.weight.shape[0] for module in modules)
-        total, inputs = sum(sizes), modules[0].weight.shape[1]
+        total, inputs = -(-sum(sizes) // _MULTIPLE) * _MULTIPLE, modules[0].weight.shape[1]
         fp8 = precision == "fp8" and (name, kind) not in _AUDIO_ROWS
         weight = torch.empty((total, inputs), dtype=FP8 if fp8 else dtype, device=device)
         bias = torch.empty(total, dtype=dtype, device=device)
         row_scale = torch.empty(total, dtype=torch.float32, device=device) if fp8 else None
+        for padded in (weight.view(torch.uint8) if fp8 else weight, bias, row_scale):
+            if padded is not None:
+                padded[sum(sizes) :] = 0
         products[name, kind] = Product(weight, bias, sizes, row_scale)
         start = 0
         for module, size in zip(modules, sizes, strict=True):

@@ -12,7 +12,7 @@ import itertools
 import random
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ltx_ray.config import PoolSpec
@@ -77,10 +77,6 @@ class SimulatedCrew:
     switch_seconds: float = 1.5
     call_timeout: float = 7200.0
     now: float = 0.0
-    #: Seconds that replicas were busy, by stage and in switches.
-    busy: dict[str, float] = field(default_factory=dict)
-    #: Called with (time, replica, stage, seconds) after each good call.
-    watch: Callable[[float, str, str, float], None] | None = None
 
     def __post_init__(self) -> None:
         self._dice = random.Random(self.seed)
@@ -223,10 +219,6 @@ class SimulatedCrew:
             return self._fails(name, number, seconds, _told(error))
         replica.call = None
         payload = _Payload(value, replica.node, self._lives[replica.node])
-        self.busy[stage] = self.busy.get(stage, 0.0) + seconds
-        self.busy["switch"] = self.busy.get("switch", 0.0) + switch
-        if self.watch is not None:
-            self.watch(self.now, name, stage, seconds)
         report = CallReport(True, seconds + switch, self.now - seconds - switch, switch, int(switch > 0), nbytes=1)
         return [Answered(name, report, payload)]
 

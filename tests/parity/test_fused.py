@@ -114,6 +114,13 @@ def test_packed_parameters_are_views_under_the_checkpoint_s_names(toy):
     plain, packed = load_ours(toy["checkpoint_path"]), _packed(toy["checkpoint_path"])
     assert [name for name, _ in plain.named_parameters()] == [name for name, _ in packed.named_parameters()]
     attention = packed.transformer_blocks[0].attn1
-    whole = packed.transformer_blocks[0].products["attn1", "qkv_gates"].weight
+    whole = packed.transformer_blocks[0].products["attn1", "qkv"].weight
     store(attention.to_k.weight, torch.full_like(attention.to_k.weight, 2.0))
     assert int((whole == 2.0).all(dim=1).sum()) == len(attention.to_k.weight)
+
+
+def test_warming_up_leaves_no_trace(toy):
+    packed = _packed(toy["checkpoint_path"])
+    before = {name: parameter.clone() for name, parameter in packed.named_parameters()}
+    FusedTransformer(packed).warm_up()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in packed.named_parameters())

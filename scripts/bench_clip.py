@@ -1,0 +1,237 @@
+#!/usr/bin/env python
+"""Clips an hour on one GPU, from the command to the mp4, against the reference's own command on the same files.
+
+    scripts/bench_clip.py [--layers 6,12] [--clips 4] [--shape 1088x1920x121] [--steps 15] [--precision bf16]
+                          [--folder /tmp/ltx-ray-clip] [--against reference] [--reference .ref] [--check] [--record]
+
+Random weights at the released widths (scripts/realfiles.py), with as many blocks as --layers says, since 48 fit neither
+the disk nor the time. At each number of layers (scripts/cliprun.py):
+
+ours       `ltx_ray.run.render` of --clips rows in a process of its own, on a private Ray cluster, laid out as the
+           product does it: on one card, text, decode and a replica that serves both stages in turns share it.
+reference  `python -m ltx_pipelines.ti2vid_two_stages_hq` (v1.2.0) of one clip, a process a clip as its users run it:
+           eager bfloat16, FlashAttention-3 where fa3_fwd is installed. --reference: a folder with ltx-core and
+           ltx-pipelines below packages/.
+
+From two numbers of layers n follow a and b of seconds = a + b * n for the parts that depend on it (both stages, their
+loading), and with the rest as measured, the smaller of the two, what 48 layers would take: EXTRAPOLATED, and printed as
+such. Files are in the page cache for both sides. Gemma has --gemma-layers blocks at every number of layers; loading the
+other 42, which the reference does for every clip and we do once a run, is left out. At 48 layers our clean weights do
+not fit beside text and decode on an 80 GB card, so there merging again counts what it took from pinned host memory.
+
+clip, line full  from the first stage-1 call to the last stage-2 call over the clips, without what the first call of
+                 each stage took longer than the middle one, and with the turn back to stage 1; decoding runs beside it
+start            from the command to the first stage-1 call
+cold             from weights loaded and text there to the end of the first stage-1 call, above a steady call
+idle             the DiT's replica did nothing though a clip waited for it
+aside            the part of all calls' seconds that is not the two stages: text, decoding, merging again
+first to last    between the first and the last finished clip; with few clips these are stage-2 calls only, since a
+                 replica takes several clips through stage 1 before it turns: no steady rate
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from scripts import cliprun
+from scripts.baselines import Baselines, check
+
+RELEASED_LAYERS = 48
+#: Seconds of merging again at 48 layers, clean weights and factors in pinned host memory (docs/benchmarks.md).
+_MERGE_FROM_HOST = 0.844
+#: Parts that depend on the number of layers; what else there is counts as measured.
+_LAYERED = ("stage 1", "stage 2", "load for stage 1", "load for stage 2", "merging again, a clip")
+_TOTALS = {"ours": "clip, line full", "reference": "clip, its command"}
+#: What --check holds to the baselines; starting up depends on the machine's disk and caches.
+_HELD = ("clip, line full", "stage 1", "stage 2", "decode")
+_NOTED = (*_HELD, "start", "cold", "aside")
+Runs = Mapping[int, Mapping[str, Any]]
+
+
+def fit(seconds: Mapping[int, float]) -> tuple[float, float] | None:
+    """(a, b) of seconds = a + b * layers by least squares; None with fewer than two numbers of layers."""
+    if len(seconds) < 2:
+        return None
+    middle, level = mean(seconds), mean(seconds.values())
+    b = sum((n - middle) * (s - level) for n, s in seconds.items()) / sum((n - middle) ** 2 for n in seconds)
+    return level - b * middle, b
+
+
+def extrapolate(runs: Runs, total: str) -> dict[str, float]:
+    """Seconds by part at 48 layers, and their `total`; empty with fewer than two numbers of layers."""
+    if len(runs) < 2:
+        return {}
+    some = next(iter(runs.values()))
+    parts = {}
+    for name in _LAYERED:
+        if name in some:
+            line = fit({n: figures[name] for n, figures in runs.items()})
+            assert line is not None
+            parts[name] = line[0] + RELEASED_LAYERS * line[1]
+    if "turns" in some:
+        turns = max(figures["turns"] / figures["clips"] for figures in runs.values())
+        parts["merging again, a clip"] = max(parts["merging again, a clip"], turns * _MERGE_FROM_HOST)
+    rest = min(figures[total] - sum(figures[name] for name in parts) for figures in runs.values())
+    return {**parts, total: sum(parts.values()) + rest}
+
+
+def _table(title: str, runs: Runs, total: str) -> None:
+    layers, told = sorted(runs), extrapolate(runs, total)
+    print(f"\n{title}")
+    print(f"{'seconds':28}" + "".join(f"{f'{n} layers':>11}" for n in layers)
+          + (f"{'a':>9}{'b a layer':>11}{'48, EXTRAPOLATED':>18}" if told else ""))  # fmt: skip
+    for name, value in runs[layers[0]].items():
+        if not isinstance(value, float):
+            print(f"{name:28}" + "; ".join(f"{n} layers: {runs[n][name]}" for n in layers))
+            continue
+        line = f"{name:28}" + "".join(f"{runs[n][name]:11.3f}" for n in layers)
+        if name in told and (fitted := fit({n: runs[n][name] for n in layers})) is not None:
+            shown = ("", "") if name == total else (f"{fitted[0]:.3f}", f"{fitted[1]:.4f}")
+            line += f"{shown[0]:>9}{shown[1]:>11}{told[name]:18.2f}"
+        print(line)
+
+
+def _rates(arguments: argparse.Namespace, found: Mapping[str, Runs]) -> dict[str, float]:
+    """Print clips an hour of both sides and their ratios; returns the ratios by case."""
+    seconds: dict[str, dict[int, tuple[float, float]]] = {}
+    for side, runs in found.items():
+        measured = dict(runs)
+        if told := extrapolate(runs, _TOTALS[side]):
+            measured[RELEASED_LAYERS] = told
+        seconds[side] = {n: (f[_TOTALS[side]], f["stage 1"] + f["stage 2"]) for n, f in measured.items()}
+    print("\nclips an hour on one GPU: ours with the line full, the reference one command a clip")
+    ratios = {}
+    for n in sorted({n for runs in seconds.values() for n in runs}):
+        parts = [f"{side} {3600 / runs[n][0]:8.1f} ({runs[n][0]:.2f} s a clip)" for side, runs in seconds.items()
+                 if n in runs]  # fmt: skip
+        if all(n in seconds.get(side, {}) for side in _TOTALS):
+            whole, stages = (seconds["reference"][n][i] / seconds["ours"][n][i] for i in (0, 1))
+            parts.append(f"ratio {whole:.2f}, of the two stages alone {stages:.2f}")
+            ratios[f"clip {arguments.case} {n} layers: rate over the reference's"] = whole
+            ratios[f"clip {arguments.case} {n} layers: the two stages' rate over the reference's"] = stages
+        extrapolated = n not in found["ours"] and n not in found.get("reference", {})
+        print(f"{n:3} layers  {'   '.join(parts)}{'   EXTRAPOLATED' if extrapolated else ''}")
+    for n, figures in found["ours"].items():
+        whole = figures["command to last mp4"]
+        print(f"{n:3} layers  ours {3600 * arguments.clips / whole:8.1f} from the command on: {arguments.clips} clips "
+              f"in {whole:.1f} s, start-up and the last decoding with them")  # fmt: skip
+    return ratios
+
+
+def _judge(arguments: argparse.Namespace, found: Mapping[str, Runs]) -> int:
+    ratios = _rates(arguments, found)
+    named = {
+        name: {f"clip {arguments.case} {n} layers: {name}": figures[name] for n, figures in found["ours"].items()}
+        for name in _NOTED
+    }
+    baselines, code = Baselines(_device_name(arguments)), 0
+    if arguments.check:
+        code = check(baselines, {case: value for name in _HELD for case, value in named[name].items()})
+        code |= check(baselines, ratios, lower_is_better=False) if ratios else 0
+    if arguments.record:
+        noted = {case: value for cases in named.values() for case, value in cases.items()}
+        baselines.record({case: round(value, 4) for case, value in {**noted, **ratios}.items()})
+    return code
+
+
+def _device_name(arguments: argparse.Namespace) -> str:
+    if arguments.device == "cpu":
+        return "cpu"
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+
+
+def _files(arguments: argparse.Namespace, folder: Path, layers: int) -> dict[str, str]:
+    if arguments.model == "toy":
+        from ltx_ray.toy import ToyShape, make_toy_model
+
+        return make_toy_model(folder / "model", shape=ToyShape(layers=layers))
+    from scripts import realfiles
+
+    return realfiles.write_model(folder / "model", layers, arguments.gemma_layers, arguments.connector_layers)
+
+
+def main() -> int:
+    arguments = _arguments()
+    shutil.rmtree(arguments.folder / "caches", ignore_errors=True)
+    began = time.monotonic()
+    found: dict[str, dict[int, dict[str, Any]]] = {"ours": {}}
+    sides = (
+        {"ours": cliprun.ours}
+        if arguments.against == "none"
+        else {"ours": cliprun.ours, "reference": cliprun.reference}
+    )
+    print(f"{_device_name(arguments)}, {arguments.case}, {arguments.clips} clips, {arguments.model} model")
+    wrong = 0
+    for layers in arguments.layers:
+        folder = arguments.folder / f"layers-{layers}"
+        folder.mkdir(parents=True, exist_ok=True)
+        since = time.monotonic()
+        files = _files(arguments, folder, layers)
+        print(f"{layers} layers: files in {time.monotonic() - since:.0f} s", flush=True)
+        for side, measure in sides.items():
+            since = time.monotonic()
+            # what is measured already is worth more than what would be cut off
+            limit = min(arguments.limit, began + arguments.budget - since)
+            try:
+                if limit <= 0:
+                    raise RuntimeError(f"the {arguments.budget:.0f} s of --budget are used up")
+                found.setdefault(side, {})[layers] = measure(arguments, files, folder, limit)
+                print(f"{layers} layers: {side} in {time.monotonic() - since:.0f} s", flush=True)
+            except (RuntimeError, AssertionError, OSError) as error:
+                print(f"{layers} layers: {side} FAILED after {time.monotonic() - since:.0f} s: {error}", flush=True)
+                wrong = 1
+        if not arguments.keep:
+            shutil.rmtree(folder)
+    for side, runs in found.items():
+        if runs:
+            _table({"ours": "ours", "reference": "the reference's command"}[side], runs, _TOTALS[side])
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=2))
+    return _judge(arguments, found) | wrong
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", default="6,12", help="numbers of blocks, with commas; two extrapolate to 48")
+    parser.add_argument("--clips", type=int, default=4, help="clips of a run of ours, at least 3 for a middle one")
+    parser.add_argument("--shape", default="1088x1920x121", help="height x width x frames")
+    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--precision", choices=["bf16", "fp8"], default="bf16", help="of ours; the reference has bf16")
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/ltx-ray-clip"), help="22 GB at 12 layers, 57 at 48")
+    parser.add_argument("--against", choices=["reference", "none"], default="reference")
+    parser.add_argument("--reference", type=Path, default=ROOT / ".ref", help="its sources: packages/ltx-core/src …")
+    parser.add_argument("--model", choices=["real", "toy"], default="real", help="toy: the benchmark itself is tried")
+    parser.add_argument("--gemma-layers", type=int, default=6)
+    parser.add_argument("--connector-layers", type=int, default=8)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds that one process may take")
+    parser.add_argument("--budget", type=float, default=560.0, help="seconds for everything; the table is printed then")
+    parser.add_argument("--keep", action="store_true", help="leave files, clips and logs in --folder")
+    parser.add_argument("--json", type=Path, help="write all figures there")
+    parser.add_argument("--check", action="store_true", help="exit 1 when a figure is worse than its baseline")
+    parser.add_argument("--record", action="store_true", help="make the figures the baselines of this GPU model")
+    arguments = parser.parse_args()
+    arguments.layers = sorted({int(n) for n in arguments.layers.split(",")})
+    arguments.size = tuple(int(n) for n in arguments.shape.split("x"))
+    arguments.reference, arguments.folder = arguments.reference.resolve(), arguments.folder.resolve()
+    if arguments.against == "reference" and not (arguments.reference / "packages" / "ltx-core" / "src").is_dir():
+        parser.error(f"--reference: {arguments.reference}, has no packages/ltx-core/src; or give --against none")
+    arguments.case = f"{arguments.precision} {arguments.shape} {arguments.steps} steps"
+    return arguments
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec
+from ltx_ray.memory import Gpu, least_gpu
 from ltx_ray.numerics import has_fa3, resolve
 from ltx_ray.pools.pool import Resources, Wanted, check_schedulable, lay_out, slots_needed
 from ltx_ray.storage import Store
@@ -47,6 +48,8 @@ class Cluster:
         self._joined = False
         #: What the results of a run's items in flight may take together.
         self.max_bytes = float("inf")
+        #: The smallest GPU that a rank may get; None where none is known.
+        self.gpu: Gpu | None = None
 
     def join(self) -> tuple[list[PoolSpec], Numerics]:
         """Join or start the cluster and lay the pools out on it. Raises ValueError when they do not fit."""
@@ -62,13 +65,17 @@ class Cluster:
                 self._joined = True
                 ray.init(address=self._address, **common)
             free = Resources.of(ray.available_resources())
+            models = _gpu_models(ray.cluster_resources())
+            self.gpu = least_gpu(models)
             # auto takes what is free, so that a run fits beside others
-            pools, numerics = self._lay_out(free.gpus, _gpu_models(ray.cluster_resources()))
+            pools, numerics = self._lay_out(free.gpus, models)
             if not self._wanted.max_replicas:
                 check_schedulable(pools, free)
         else:
             gpus = float(_local_gpus())
-            pools, numerics = self._lay_out(gpus, _local_gpu_models() if gpus else ())
+            models = _local_gpu_models() if gpus else ()
+            self.gpu = _local_gpu(models) if gpus else None
+            pools, numerics = self._lay_out(gpus, models)
             free = Resources(slots_needed(pools).cpus, gpus)
             check_schedulable(pools, free)
             self._joined = True
@@ -137,6 +144,19 @@ def _local_gpu_models() -> tuple[str, ...]:
 
     model = NvidiaGPUAcceleratorManager.get_current_node_accelerator_type()
     return (model,) if model else ()
+
+
+def _local_gpu(models: Sequence[str]) -> Gpu | None:
+    """This machine's largest GPU as its driver says: which of several CUDA_VISIBLE_DEVICES means is CUDA's to know."""
+    from ray._private.thirdparty import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        handles = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
+        nbytes = max(pynvml.nvmlDeviceGetMemoryInfo(handle).total for handle in handles)
+    except (pynvml.NVMLError, ValueError):
+        return least_gpu(models)
+    return Gpu(next(iter(models), "this machine's GPU"), nbytes)
 
 
 def _gpu_models(resources: Iterable[str]) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ from ltx_ray.imagefiles import check_roots
 from ltx_ray.lease import Lease
 from ltx_ray.lorafiles import check_lora
 from ltx_ray.manifest import Problem, RawRow, Row, RowRules, check_defaults, judge, manifest_folder
+from ltx_ray.memory import Room
 from ltx_ray.metrics import EventLog
 from ltx_ray.modelfiles import (
     Checkpoint,
@@ -221,6 +222,11 @@ def _drive(
         from ltx_ray.pools.crew import RayCrew
 
         record.pools, record.numerics = cluster.join()
+        room = None
+        if cluster.gpu is not None and record.numerics.device == "cuda":
+            model = options.model.local()
+            room = Room(prepared.checkpoint, model, record.pools, record.numerics, cluster.gpu)
+            room.check()
         _drain_on_signals(driver)  # Ray has put a handler of its own in the way
         record.write("running", books.counts)
         replicas = {pool.name: pool.replicas for pool in record.pools}
@@ -232,6 +238,7 @@ def _drive(
             cluster.max_bytes,
             _preflight_item(prepared) if options.preflight and max(replicas.values()) > 1 else None,
             elastic=options.wanted.max_replicas is not None,
+            problem=room.problem if room is not None else lambda request: None,
         )
 
     def note_drain() -> None:

@@ -76,17 +76,47 @@ class Peer:
 
 def ltx_core(case: Case, fp8: frozenset[str], compiled: bool, levels: str) -> Peer:
     """The reference's LTXModel. `fp8` names the layers that are to be its FP8Linear; none: all in `case.dtype`."""
+    model = ltx_core_model(case)
+    from ltx_core.model.transformer.attention import attention_label
+
+    label = attention_label(model.transformer_blocks[0].attn1.attention_function)
+    call = ltx_core_call(model, case, levels)
+    exact = {}
+    if fp8:
+        with _largest_inputs(model, _scaled(model, fp8)) as largest:
+            exact = {isolated: tuple(v.cpu() for v in call(isolated)) for isolated in (False, True)}
+        _to_fp8(model, largest)
+    if compiled:
+        ltx_core_compiled(model)
+    kind = f"{f'{len(largest)} layers FP8Linear' if fp8 else case.dtype}, {'compiled blocks' if compiled else 'eager'}"
+    side = "ltx-core" + (" fp8" if fp8 else "") + (" compiled" if compiled else "")
+    return Peer(side, f"{kind}, attention {label}, timesteps by {levels}", model, call, exact)
+
+
+def ltx_core_model(case: Case) -> nn.Module:
+    """The reference's transformer with the case's weights, eager."""
     if case.device.type == "cuda":
         _name_fa3()
-    from ltx_core.guidance import perturbations as p
-    from ltx_core.model.transformer import LTXModelConfigurator, Modality
-    from ltx_core.model.transformer.attention import attention_label
-    from ltx_core.model.transformer.compiling import CompilationConfig, compile_transformer
+    from ltx_core.model.transformer import LTXModelConfigurator
 
     with torch.device("meta"):
         model = LTXModelConfigurator.from_metadata({"config": dict(case.metadata)}).eval()
     realsize.fill(model, case.device, case.dtype)
-    label = attention_label(model.transformer_blocks[0].attn1.attention_function)
+    return model
+
+
+def ltx_core_compiled(model: nn.Module) -> None:
+    """Its blocks compiled, as its own pipelines do it."""
+    from ltx_core.model.transformer.compiling import CompilationConfig, compile_transformer
+
+    compile_transformer(model, CompilationConfig())
+
+
+def ltx_core_call(model: nn.Module, case: Case, levels: str) -> Callable[[bool], tuple[torch.Tensor, torch.Tensor]]:
+    """isolated -> velocities, with a timestep for every "token" or "one" for all."""
+    from ltx_core.guidance import perturbations as p
+    from ltx_core.model.transformer import Modality
+
     shown = {"token": case.latents.map(lambda x: (1, x.shape[1], 1)), "one": AV((1, 1, 1), (1, 1, 1))}[levels]
 
     def modality(latent: torch.Tensor, context: torch.Tensor, positions: torch.Tensor, rows: tuple) -> Modality:
@@ -106,16 +136,7 @@ def ltx_core(case: Case, fp8: frozenset[str], compiled: bool, levels: str) -> Pe
     def call(isolated: bool) -> tuple[torch.Tensor, torch.Tensor]:
         return model(streams.video, streams.audio, configs[isolated])
 
-    exact = {}
-    if fp8:
-        with _largest_inputs(model, _scaled(model, fp8)) as largest:
-            exact = {isolated: tuple(v.cpu() for v in call(isolated)) for isolated in (False, True)}
-        _to_fp8(model, largest)
-    if compiled:
-        compile_transformer(model, CompilationConfig())
-    kind = f"{f'{len(largest)} layers FP8Linear' if fp8 else case.dtype}, {'compiled blocks' if compiled else 'eager'}"
-    side = "ltx-core" + (" fp8" if fp8 else "") + (" compiled" if compiled else "")
-    return Peer(side, f"{kind}, attention {label}, timesteps by {levels}", model, call, exact)
+    return call
 
 
 def _scaled(model: nn.Module, fp8: frozenset[str]) -> dict[str, nn.Linear]:

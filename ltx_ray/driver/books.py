@@ -6,6 +6,7 @@ or done before. Nothing here decides anything.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import Any
 from ltx_ray.dataset.writer import DatasetWriter, Failure, Rendered, UnreadablePart
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
+from ltx_ray.manifest import Problem, Row
 from ltx_ray.metrics import EventLog, RunMetrics
 from ltx_ray.plan import COPY, DONE, FAILED, ILLEGAL, REPEATED, Plan, PlannedRow
 from ltx_ray.records import Clip, WorkItem, canonical_json
@@ -106,6 +108,17 @@ class Books:
                 else:
                     work = self.work[item.item_id] = Work(item, [planned])
                     yield work
+
+    def refuse(self, work: Work, problem: Problem) -> None:
+        """The run cannot render the item, which was just taken: its rows are illegal here."""
+        del self.work[work.item.item_id]
+        for planned in work.rows:
+            request = planned.request
+            resolved = {name: value for name, value in request.row().items() if name != "extra"}
+            # as it was resolved: a retry must ask for the very same clip
+            raw = planned.row.raw._replace(values={**json.loads(request.extra or "{}"), **resolved})
+            self._take_illegal(PlannedRow.illegal(Row(raw, None, (problem,))))
+            self._forget_failure(planned)
 
     def _take_illegal(self, planned: PlannedRow) -> None:
         raw, messages = planned.row.raw, list(planned.messages)

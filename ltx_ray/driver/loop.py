@@ -15,11 +15,12 @@ from ltx_ray.dataset.writer import Failure
 from ltx_ray.driver.books import Books, Work, first_line
 from ltx_ray.driver.policy import Policy, Verdict
 from ltx_ray.driver.publisher import Publisher
+from ltx_ray.manifest import Problem
 from ltx_ray.plan import PlannedRow
 from ltx_ray.pools.news import Answered, Crew, InputsLost, Lost, News, Started
 from ltx_ray.pools.pool import Pool, StartFailed
 from ltx_ray.recipe import merged_for
-from ltx_ray.records import CallReport, WorkItem
+from ltx_ray.records import CallReport, RenderRequest, WorkItem
 
 _TICK_SECONDS = 0.5
 #: Rows judged between two looks at the pools: a long stretch of finished rows must not keep them waiting.
@@ -43,6 +44,8 @@ class Joined:
     preflight: WorkItem | None = None
     #: The cluster grows and shrinks with what is asked of it: replicas are given back when no row needs them.
     elastic: bool = False
+    #: Why none of the replicas can render a row; None when one can.
+    problem: Callable[[RenderRequest], Problem | None] = lambda request: None
 
 
 class Driver:
@@ -71,6 +74,7 @@ class Driver:
         self._join_cluster, self._on_drain, self._use_stored = join_cluster, on_drain, use_stored
         self._should_stop = should_stop
         self._joined: Joined | None = None
+        self._brought_up = False
         self._preflight: str | None = None
         self._gpu_seconds = 0.0
         #: When the call of each busy replica began.
@@ -89,7 +93,8 @@ class Driver:
 
         Raises pools.pool.StartFailed when a pool cannot be brought up, OSError when the output store stays away.
 
-        The cluster is joined when the first row is to be rendered, so that a run without work needs none.
+        The cluster is joined when the first row is to be rendered, so that a run without work needs none. Rows that
+        have no room on its GPUs are refused as illegal ones are, before any replica starts.
         """
         publisher, ended = self.books.publisher, False
         try:
@@ -163,6 +168,10 @@ class Driver:
 
     def _admit_item(self, work: Work) -> None:
         item = work.item
+        problem = self._join().problem(item.request)
+        if problem is not None:
+            self.books.refuse(work, problem)
+            return
         done = self.books.plan.done
         # a row that failed by no fault of its own may have its latents on the node that kept them
         stored = self._use_stored and (
@@ -172,11 +181,17 @@ class Driver:
 
     # --- replicas --------------------------------------------------------------------------------
 
-    def _bring_up(self) -> None:
+    def _join(self) -> Joined:
         if self._joined is None:
             joined = self._joined = self._join_cluster()
             self.pools = [Pool(spec, max_starts_failed=self.limits.max_attempts + 1) for spec in joined.pools]
             self.policy.max_bytes = joined.max_bytes
+        return self._joined
+
+    def _bring_up(self) -> None:
+        joined = self._join()
+        if not self._brought_up:
+            self._brought_up = True
             if joined.preflight is not None:
                 # under a name of its own: a row may ask for the very same clip
                 item = replace(joined.preflight, item_id="preflight")
@@ -187,17 +202,17 @@ class Driver:
             return
         served = {role for pool in self.pools if pool.ready for role in pool.spec.roles}
         everywhere = all(served.issuperset(pool.spec.roles) for pool in self.pools)
-        if self._joined.elastic and not everywhere:
+        if joined.elastic and not everywhere:
             # who waits for a second place must not have the one that a first replica waits for
             for name in self._crew.placing():
                 if (pool := self._pool(name)).ready:
                     self._give_back(pool, name, "another pool has none")
-        first = self._preflight is not None or (self._joined.elastic and not everywhere)
+        first = self._preflight is not None or (joined.elastic and not everywhere)
         for pool in self.pools:
             for name in pool.missing(at_most=1 if first else None):
                 self._crew.start(name, pool.spec)
                 self.events.emit("gang_starting", role=pool.spec.name, replica=name)
-        if self._joined.elastic and self.books.exhausted:
+        if joined.elastic and self.books.exhausted:
             for name in self.policy.spare():
                 pool = self._pool(name)
                 pool.spec = replace(pool.spec, replicas=pool.spec.replicas - 1)

@@ -45,7 +45,7 @@ from ltx_ray.records import (
     plain,
 )
 from ltx_ray.sampling.euler import sample_euler
-from ltx_ray.sampling.guidance import GuidedDenoiser, RunPass, make_all
+from ltx_ray.sampling.guidance import PAIR, PAIRED, GuidedDenoiser, RunPass, make_all, make_pair
 from ltx_ray.sampling.noise import ClipNoise, SamplerNoise, check_drawable
 from ltx_ray.sampling.passes import wants_perturbed
 from ltx_ray.sampling.res2s import Denoise, sample_res2s
@@ -144,7 +144,8 @@ class DiffusionEngine:
             return run_pass(name, latents.map(lambda t: t.contiguous()), sigma, enabled)
 
         guidance = request.guidance.map(self._within_model)
-        share = self._share_passes if self._guidance_parallel else make_all
+        alone = make_pair if self.spec.numerics.guidance_batching > 1 else make_all
+        share = self._share_passes if self._guidance_parallel else alone
         denoise = _unguided(run_pass) if pipeline.distilled else GuidedDenoiser(run_guided, guidance, share)
         if pipeline.sigmas is not None:
             sigmas = torch.tensor(pipeline.sigmas)
@@ -207,6 +208,9 @@ class DiffusionEngine:
         contexts = {"cond": on_device(conditions.positive)}
         if conditions.negative is not None:
             contexts["uncond"] = on_device(conditions.negative)
+            if self.spec.numerics.guidance_batching > 1:
+                both = (contexts[name] for name in PAIR)
+                contexts[PAIRED] = next(both).map(lambda a, b: torch.cat((a, b)), *both)
         guidance = item.request.guidance
         blocks = guidance.map(lambda g: frozenset(g.stg_blocks) if wants_perturbed(g) else frozenset())
         perturbations = {"perturbed": Perturbation(values_only=blocks), "isolated": Perturbation(isolated=True)}
@@ -220,7 +224,7 @@ class DiffusionEngine:
             context = contexts.get(name, contexts["cond"])
 
             def entering(x: torch.Tensor, t: torch.Tensor, c: torch.Tensor, tables: tuple, on: bool, of: Any):
-                return Modality(x, level, t, c, *tables, enabled=on, level_of=of)
+                return Modality(x.expand(len(c), -1, -1), level, t, c, *tables, enabled=on, level_of=of)
 
             def denoised(x: torch.Tensor, v: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
                 return (x.float() - v.float() * t.float()[..., None]).to(x.dtype)

@@ -57,6 +57,22 @@ def make_all(
     return {name: make(name) for name in names}
 
 
+#: The passes that differ in their prompt alone, and what both are called as one pass of two batch entries.
+PAIR = ("cond", "uncond")
+PAIRED = "+".join(PAIR)
+
+
+def make_pair(
+    names: tuple[str, ...], make: Callable[[str], AV[torch.Tensor]], like: AV[torch.Tensor]
+) -> dict[str, AV[torch.Tensor]]:
+    """All passes on this rank, the pair of them in one."""
+    if not set(PAIR) <= set(names):
+        return make_all(names, make, like)
+    both = make(PAIRED)
+    paired = {name: both.map(lambda x, n=number: x[n : n + 1]) for number, name in enumerate(PAIR)}
+    return {name: paired[name] if name in paired else make(name) for name in names}
+
+
 @dataclass
 class GuidedDenoiser:
     """A denoiser for the samplers: all passes of one call, combined for each stream.

@@ -14,6 +14,7 @@ from ltx_ray.engine.decode import named_latents
 from ltx_ray.engine.diffusion import DiffusionEngine
 from ltx_ray.engine.text import TextEngine
 from ltx_ray.manifest import RawRow, RowRules, judge
+from ltx_ray.numerics import resolve
 from ltx_ray.plan import RecipeBook
 from ltx_ray.recipe import served_pipelines
 from ltx_ray.records import LoraUse, WorkItem
@@ -34,8 +35,9 @@ def one_thread():
 class Line:
     """Text and diffusion engines of one model, kept for many requests."""
 
-    def __init__(self, model: ModelFiles, dtype: str = "float32"):
-        self.model, self.numerics = model, Numerics(dtype=dtype)
+    def __init__(self, model: ModelFiles, dtype: str = "float32", compiled: str = "off"):
+        self.model = model
+        self.numerics = resolve(Numerics(dtype=dtype, attention="auto", compile=compiled), (), False)
         spec = EngineSpec("", model, self.numerics, "", options={"roles": ("stage1", "stage2")})
         self.text, self.diffusion = TextEngine(spec, Rank()), DiffusionEngine(spec, Rank())
         self.text.load()
@@ -59,11 +61,11 @@ class Line:
 
 
 @cache
-def toy_line(distilled: bool = False, dtype: str = "float32") -> Line:
+def toy_line(distilled: bool = False, dtype: str = "float32", compiled: str = "off") -> Line:
     """The default toy model's line; the distilled pipeline runs on the same weights without a LoRA."""
     from ltx_ray.toy import ensure_toy_model
 
     files = ensure_toy_model()
     if distilled:
         files = {**files, "distilled_lora": None}
-    return Line(ModelFiles(**files, distilled=distilled), dtype)
+    return Line(ModelFiles(**files, distilled=distilled), dtype, compiled)

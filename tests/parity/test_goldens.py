@@ -31,10 +31,10 @@ def load(name: str) -> tuple[dict, dict[str, torch.Tensor]]:
         return json.loads(file.metadata()["request"]), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
 
 
-def distance(name: str, **changes) -> float:
+def distance(name: str, compiled: str = "off", **changes) -> float:
     """The largest relative L2 over the four latents of a golden, with `changes` made to its request."""
     request, expected = load(name)
-    found = toy_line(request["pipeline"] == "distilled").latents({**request, **changes})
+    found = toy_line(request["pipeline"] == "distilled", compiled=compiled).latents({**request, **changes})
     return max(relative(found[key], value) for key, value in expected.items())
 
 
@@ -42,9 +42,11 @@ def test_there_is_one_for_every_pipeline():
     assert {load(name)[0]["pipeline"] for name in RECORDED} == {"hq", "base", "distilled"}
 
 
+@pytest.mark.parametrize("compiled", ["off", "fused"])
 @pytest.mark.parametrize("name", RECORDED)
-def test_latents_are_the_references(name):
-    assert distance(name) <= TOLERANCE
+def test_latents_are_the_references(name, compiled):
+    """Of the path that rounds where the reference does, and of the fused one with two guidance passes in one."""
+    assert distance(name, compiled) <= TOLERANCE
 
 
 def test_other_widths_and_a_users_lora(tmp_path):

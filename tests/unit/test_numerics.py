@@ -36,6 +36,7 @@ def test_auto(numerics, gpus, fa3, attention, compiled):
     check(numerics)
     found = resolve(numerics, gpus, fa3)
     assert (found.attention, found.compile) == (attention, compiled)
+    assert found.guidance_batching == (2 if compiled == "fused" and numerics.guidance_parallel == 1 else 1)
     assert resolve(found, gpus, fa3) == found
 
 

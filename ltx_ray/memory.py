@@ -133,8 +133,8 @@ class Room:
             if not self._fits(self.standing(rank)):
                 beside = ", with text and decode beside them," if rank.beside else ""
                 raise ValueError(
-                    f"{self.gpu.name}: {_gib(self.gpu.nbytes)} GiB a GPU, and the weights{beside} need "
-                    f"{_gib(self.standing(rank))} GiB of each; "
+                    f"{self.gpu.name}: the weights{beside} need {_gib(self.standing(rank))} GiB of a GPU, and it has "
+                    f"{_gib(self.gpu.nbytes)} GiB; "
                     f"legal: {self._ways_out(rank, lambda other: self._fits(self.standing(other)))}"
                 )
 
@@ -145,7 +145,8 @@ class Room:
         if self._fits(need):
             return None
         size = f"{shape.height}x{shape.width}"
-        why = f"{size}x{shape.num_frames} needs {_gib(need)} GiB of the {_gib(self.gpu.nbytes)} GiB of {self.gpu.name}"
+        have = f"{self.gpu.name} has {_gib(self.gpu.nbytes)}"
+        why = f"{size}x{shape.num_frames} needs {_gib(need)} GiB of a GPU, and {have}"
         ways = self._ways_out(rank, lambda other: self._fits(self.needed(other, request)))
         frames = self._most_frames(request)
         if frames is None:
@@ -233,7 +234,7 @@ class Room:
 
 
 def transformer_bytes(tensors: Mapping[str, TensorInfo], tp: int, item_bytes: int, fp8: bool) -> int:
-    """What a rank's shard of the transformer takes in `item_bytes` a number; with `fp8`, one byte where that is used."""
+    """What a rank's shard of the transformer takes at `item_bytes` a number, or at one byte where `fp8` is used."""
     total = 0
     for name, info in tensors.items():
         count = math.prod(info.shape)

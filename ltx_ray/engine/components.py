@@ -8,6 +8,7 @@ in either. What does not fit is a ValueError that names the file. apply.py runs 
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from types import ModuleType
@@ -18,12 +19,14 @@ import torch
 from ltx_ray.diffusersfiles import Component, refuse_unknown
 from ltx_ray.engine import directory, singlefile
 from ltx_ray.engine.apply import ConnectorAttention, RoundedRope
+from ltx_ray.engine.fused_decoder import fuse_decoder
 from ltx_ray.headers import TensorInfo
 
 Path = str | os.PathLike[str]
 Device = str | torch.device
 
 _HALVES = ("encoder", "decoder")
+_log = logging.getLogger(__name__)
 
 
 def _source(path: Path) -> ModuleType:
@@ -47,7 +50,8 @@ def load_connectors(path: Path, dtype: torch.dtype, device: Device) -> torch.nn.
 def load_video_vae(path: Path, dtype: torch.dtype, device: Device, part: str = "decoder") -> torch.nn.Module:
     """The video VAE as diffusers' AutoencoderKLLTX2Video; `part` is "decoder", "encoder" or "both".
 
-    Only the wanted half is read; the other is None in the module. Either has latents_mean and latents_std.
+    Only the wanted half is read; the other is None in the module. Either has latents_mean and latents_std. A decoder
+    in bfloat16 on a GPU runs fused (fused_decoder.py).
     """
     from diffusers import AutoencoderKLLTX2Video
 
@@ -55,7 +59,13 @@ def load_video_vae(path: Path, dtype: torch.dtype, device: Device, part: str = "
         raise ValueError(f"part is {part!r}; legal is 'decoder', 'encoder' or 'both'")
     without = [half for half in _HALVES if part not in (half, "both")]
     component = _source(path).video_vae(str(path))
-    return _real(_load(AutoencoderKLLTX2Video, component, f"video VAE ({part})", dtype, device, without))
+    vae = _real(_load(AutoencoderKLLTX2Video, component, f"video VAE ({part})", dtype, device, without))
+    if vae.decoder is not None and torch.device(device).type == "cuda" and dtype == torch.bfloat16:
+        try:
+            fuse_decoder(vae.decoder)
+        except Exception as error:
+            _log.warning("decoding unfused, which takes longer: it needs Triton and a C compiler (%s)", error)
+    return vae
 
 
 def latent_stats(path: Path, which: str = "video") -> tuple[torch.Tensor, torch.Tensor]:

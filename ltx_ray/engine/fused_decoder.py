@@ -136,16 +136,19 @@ def fuse_decoder(decoder: torch.nn.Module, channels_last: bool = True) -> bool:
     """Let diffusers' LTX2VideoDecoder3d decode as above, in place; False, and nothing is changed, when it has parts
     that the steps above do not know.
 
-    On CUDA with the kernel. Weights keep their names and values; they are laid out as the activations are.
+    On CUDA with the kernel, and what importing or building it raises. Weights keep their names and values; they are
+    laid out as the activations are.
     """
     if not _known(decoder):
         return False
     step: Read = read
-    if next(decoder.parameters()).is_cuda:
+    layout = torch.channels_last_3d if channels_last else torch.contiguous_format
+    weight = decoder.conv_in.conv.weight
+    if weight.is_cuda:
         from ltx_ray.engine import decode_kernels  # needs Triton, which is not everywhere
 
         step = decode_kernels.read
-    layout = torch.channels_last_3d if channels_last else torch.contiguous_format
+        step(Sum(weight.new_zeros((1, 1, 1, 1, 1))), Wanted(layout, pads=(1, 1)))
     decoder.to(memory_format=layout)
     decoder.forward = _Forward(decoder, step, layout)
     return True

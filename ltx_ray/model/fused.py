@@ -8,6 +8,7 @@ modulations are made once for every noise level of a call, not for every token.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -86,6 +87,37 @@ class _Stream:
     residual: Residual | None = None
 
 
+class _Lanes:
+    """The video's work in the current CUDA stream, and the audio's beside it: its kernels are too small for a GPU.
+
+    What one lane made and the other reads must live until they `meet` again: the memory goes back to the lane that
+    took it, which knows nothing of the other's readers.
+    """
+
+    def __init__(self, device: torch.device):
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def fork(self) -> None:
+        """The audio's lane waits for all that the video's has been given so far."""
+        if self._side is not None:
+            self._side.wait_stream(torch.cuda.current_stream(self._side.device))
+
+    def join(self) -> None:
+        """The other way round; a pass ends with it, as the capture of a graph has to."""
+        if self._side is not None:
+            torch.cuda.current_stream(self._side.device).wait_stream(self._side)
+
+    def meet(self) -> None:
+        """Each lane waits for the other."""
+        self.join()
+        self.fork()
+
+    def of(self, names: _Names) -> AbstractContextManager:
+        """Work in here belongs to the lane of the stream with these names."""
+        aside = self._side is not None and names is _NAMES.audio
+        return torch.cuda.stream(self._side) if aside else nullcontext()
+
+
 class FusedTransformer:
     """Velocities from a packed Transformer, as `Transformer.forward` gives them.
 
@@ -98,6 +130,7 @@ class FusedTransformer:
         device = model.proj_out.weight.device
         self._attend = backend(attention, device)
         self._steps = _steps(device)
+        self._lanes = _Lanes(device)
 
         def stacked(names: _Names) -> dict[str, torch.Tensor]:
             def of_blocks(table: str) -> torch.Tensor:
@@ -155,11 +188,14 @@ class FusedTransformer:
 
     def run(self, inputs: AV[Modality], tables: AV[Tables], perturbation: Perturbation) -> AV[torch.Tensor]:
         """A pass with `tables` for modulations. All that depends on values happens on the device."""
+        self._lanes.fork()
         streams = inputs.map(self._enter, tables, _NAMES)
         batch = inputs.video.latent.shape[0]
         for index, block in enumerate(self.model.transformer_blocks):
             self._block(streams, block, index, batch, perturbation)
-        return streams.map(lambda s, names: self._leave(s, names).unflatten(0, (batch, -1)), _NAMES)
+        left = streams.map(lambda s, names: self._leave(s, names).unflatten(0, (batch, -1)), _NAMES)
+        self._lanes.join()
+        return left
 
     def _make_tables(self, own: Modality, other: Modality, names: _Names, stacked: dict) -> Tables:
         model, dtype = self.model, own.latent.dtype
@@ -191,17 +227,18 @@ class FusedTransformer:
 
     def _enter(self, own: Modality, tables: Tables, names: _Names) -> _Stream:
         patchify = self.model.get_submodule(names.patchify)
-        x = F.linear(own.latent.flatten(0, 1), patchify.weight, patchify.bias)
         levels = None if own.level_of is None else Levels(own.level_of)
-        return _Stream(
-            x, own.context.flatten(0, 1).contiguous(), own.rope, own.cross_rope, levels, tables, own.enabled
-        )
+        with self._lanes.of(names):
+            x = F.linear(own.latent.flatten(0, 1), patchify.weight, patchify.bias)
+            context = own.context.flatten(0, 1).contiguous()
+        return _Stream(x, context, own.rope, own.cross_rope, levels, tables, own.enabled)
 
     def _leave(self, s: _Stream, names: _Names) -> torch.Tensor:
         project = self.model.get_submodule(names.project)
         shift, scale = s.tables.leave[0].unbind(1)
-        (h,) = self._read(s, [Modulation(shift, scale)], norm="layer")
-        return F.linear(h, project.weight, project.bias)
+        with self._lanes.of(names):
+            (h,) = self._read(s, [Modulation(shift, scale)], norm="layer")
+            return F.linear(h, project.weight, project.bias)
 
     def _read(self, s: _Stream, modulations: Iterable[Modulation], norm: str = "rms") -> list[Rows]:
         """The stream, normed and modulated; its residual is added on the way."""
@@ -211,13 +248,15 @@ class FusedTransformer:
     def _block(self, streams: AV[_Stream], block: AVBlock, index: int, batch: int, perturbation: Perturbation) -> None:
         for s, names, perturbed in zip(streams, _NAMES, perturbation.values_only, strict=True):
             if s.enabled:
-                self._attend_self(s, block, names, index, batch, index in perturbed)
-                self._attend_text(s, block, names, index, batch)
+                with self._lanes.of(names):
+                    self._attend_self(s, block, names, index, batch, index in perturbed)
+                    self._attend_text(s, block, names, index, batch)
         if not perturbation.isolated:
             self._attend_across(streams, block, index, batch)
         for s, names in zip(streams, _NAMES, strict=True):
             if s.enabled:
-                self._feed_forward(s, block, names, index)
+                with self._lanes.of(names):
+                    self._feed_forward(s, block, names, index)
 
     def _attend_self(
         self, s: _Stream, block: AVBlock, names: _Names, index: int, batch: int, values_only: bool
@@ -261,18 +300,23 @@ class FusedTransformer:
             if stream.enabled
         ]
 
-        def read(s: _Stream, own: str) -> list[Rows]:
+        def read(s: _Stream, own: str, names: _Names) -> list[Rows]:
             def of(bridge: str, row: int, to: str) -> Modulation:
                 return modulation(s, row, block.products[bridge, "q_gates" if to == own else "kv"])
 
-            return self._read(s, [of(*one) for one in asked])
+            with self._lanes.of(names):
+                return self._read(s, [of(*one) for one in asked])
 
-        video, audio = streams.map(read, AV("video", "audio"))
+        video, audio = streams.map(read, AV("video", "audio"), _NAMES)
+        self._lanes.meet()
         for number, (bridge, _, to) in enumerate(asked):
             s, other = (streams.video, streams.audio) if to == "video" else (streams.audio, streams.video)
             h, context = (video, audio) if to == "video" else (audio, video)
-            y = self._attend_other(h[number], context[number], block, bridge, batch, s.cross_rope, other.cross_rope)
+            with self._lanes.of(_NAMES.video if to == "video" else _NAMES.audio):
+                y = self._attend_other(h[number], context[number], block, bridge, batch, s.cross_rope, other.cross_rope)
             s.residual = Residual(y, s.tables.cross_gate[index, :, 0])
+        # `video` and `audio` were read by both lanes, and end here
+        self._lanes.meet()
 
     def _attend_other(
         self, h: Rows, context: Rows, block: AVBlock, name: str, batch: int, q_rope: RopeTable | None,

@@ -48,6 +48,8 @@ class Wanted:
     sequence_parallel: int = 1
     #: Replicas of the DiT that a growing cluster may be asked for, of both stages together; None: what is there.
     max_replicas: int | None = None
+    #: Whether a card has the memory for a rank of the DiT beside text and decode, found out by the cluster.
+    share_cards: bool = False
 
     @property
     def mobile(self) -> bool:
@@ -110,9 +112,21 @@ class Replicas:
 def choose_replicas(wanted: Wanted, gpus: float) -> Replicas:
     """What a cluster of `gpus` cards gets. Without GPUs: one each.
 
-    Text and decode together take a card of their own for every 31 of the DiT, unless only one gang fits. What a user
-    left open is chosen for throughput: a replica's speed counts as its ranks.
+    Text and decode together would fill a card of their own for every 31 of the DiT. With fewer they share the DiT's
+    cards where the memory allows it (`wanted.share_cards`), or where only one gang fits. What a user left open is
+    chosen for throughput: a replica's speed counts as its ranks.
     """
+    if wanted.share_cards and wanted.max_replicas is None and 0 < gpus <= _CARDS_A_PAIR:
+        chosen = _choose(wanted, gpus, gpus)
+        ranks1, ranks2 = wanted.ranks
+        if chosen.stage1 * ranks1 + chosen.stage2 * ranks2 > gpus - 1:
+            return replace(chosen, aside=1, shared_card=True)
+        # a card is left over in any case
+    return _choose(wanted, gpus, None)
+
+
+def _choose(wanted: Wanted, gpus: float, for_dit: float | None) -> Replicas:
+    """`for_dit`: the cards that the DiT may take, None: all but those of text and decode."""
     ranks1, ranks2 = wanted.ranks
     most = wanted.max_replicas
     least = wanted.shared_ranks or ranks1 + ranks2
@@ -125,7 +139,7 @@ def choose_replicas(wanted: Wanted, gpus: float) -> Replicas:
             gpus = most * ranks1 + math.ceil(most * ranks1 / _CARDS_A_PAIR)
     shared_card = gpus > 0 and gpus < least + 1
     aside = 1 if gpus == 0 or shared_card else math.ceil(gpus / (_CARDS_A_PAIR + 1))
-    cards = int(gpus if shared_card else gpus - aside)
+    cards = int(for_dit if for_dit is not None else gpus if shared_card else gpus - aside)
     if gpus == 0:
         stage1, stage2 = 1, 1
         if most is not None:

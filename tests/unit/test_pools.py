@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec
@@ -48,6 +50,30 @@ ENGINES = {
 )
 def test_replicas_for_the_most_clips_an_hour(wanted, gpus, replicas):
     assert choose_replicas(wanted, gpus) == replicas
+
+
+@pytest.mark.parametrize(
+    "wanted, gpus, replicas",
+    [
+        (Wanted(), 0, Replicas(1, 1)),
+        (Wanted(), 1, Replicas(1, 0, shared_card=True)),
+        (Wanted(), 2, Replicas(1, 1, shared_card=True)),
+        (Wanted(), 8, Replicas(6, 2, shared_card=True)),
+        (Wanted(), 31, Replicas(22, 9, shared_card=True)),
+        # from here on a card of their own is busy enough
+        (Wanted(), 32, Replicas(22, 9)),
+        # a card is left over
+        (Wanted(tp=2), 3, Replicas(1, 0)),
+        (Wanted(stage1=1), 8, Replicas(1, 1)),
+        (Wanted(stage1=2, stage2=3), 8, Replicas(2, 3)),
+        (Wanted(stage1=4, stage2=4), 8, Replicas(4, 4, shared_card=True)),
+        (Wanted(with_stage2=False), 8, Replicas(8, 0, shared_card=True)),
+    ],
+)
+def test_text_and_decode_share_cards_where_memory_allows(wanted, gpus, replicas):
+    sharing = dataclasses.replace(wanted, share_cards=True)
+    assert choose_replicas(sharing, gpus) == replicas
+    check_schedulable(lay_out(sharing, gpus, ENGINES), Resources(1000, gpus))
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ltx_ray.engine.fake import FakeEngine
 from ltx_ray.storage import Store
 
 #: Seconds a call of an HQ clip takes on an H100 (shared/ltx-facts.md), and of turning a replica (docs/benchmarks.md).
@@ -58,20 +59,8 @@ def best_split(replicas: int) -> tuple[int, int]:
 # --- ours ----------------------------------------------------------------------------------------
 
 
-class SleepingEngine:
+class SleepingEngine(FakeEngine):
     """Serves every stage of our pools (protocol: engine/base.py)."""
-
-    def __init__(self, spec: Any, rank: Any):
-        self.spec, self.info = spec, {}
-        self.switches, self.switch_seconds = 0, 0.0
-        self._phase: str | None = None
-
-    @staticmethod
-    def join(device: str, rank: int, world: int, rendezvous: tuple[str, int] | None, timeout: float) -> str:
-        return "cpu"
-
-    def load(self) -> None:
-        self._store = Store(self.spec.output)
 
     def run(self, stage: str, item: Any, *inputs: Any) -> Any:
         from ltx_ray.records import Clip
@@ -81,7 +70,7 @@ class SleepingEngine:
             pause(SWITCH_SECONDS)
             self.switches, self.switch_seconds = self.switches + 1, self.switch_seconds + time.perf_counter() - began
         self._phase = stage
-        store = None if item.preflight else self._store
+        store = None if item.preflight else self.store
         made = call(store, stage, item.item_id, inputs[-1] if inputs else item.request.prompt)
         if stage != "decode":
             return made

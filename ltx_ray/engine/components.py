@@ -8,7 +8,6 @@ in either. What does not fit is a ValueError that names the file. apply.py runs 
 from __future__ import annotations
 
 import inspect
-import logging
 import os
 from collections.abc import Iterable, Mapping
 from types import ModuleType
@@ -26,7 +25,6 @@ Path = str | os.PathLike[str]
 Device = str | torch.device
 
 _HALVES = ("encoder", "decoder")
-_log = logging.getLogger(__name__)
 
 
 def _source(path: Path) -> ModuleType:
@@ -47,11 +45,13 @@ def load_connectors(path: Path, dtype: torch.dtype, device: Device) -> torch.nn.
     return _real(module)
 
 
-def load_video_vae(path: Path, dtype: torch.dtype, device: Device, part: str = "decoder") -> torch.nn.Module:
+def load_video_vae(
+    path: Path, dtype: torch.dtype, device: Device, part: str = "decoder", fused: bool = False
+) -> torch.nn.Module:
     """The video VAE as diffusers' AutoencoderKLLTX2Video; `part` is "decoder", "encoder" or "both".
 
-    Only the wanted half is read; the other is None in the module. Either has latents_mean and latents_std. A decoder
-    in bfloat16 on a GPU runs fused (fused_decoder.py).
+    Only the wanted half is read; the other is None in the module. Either has latents_mean and latents_std. `fused`:
+    the decoder computes as fused_decoder.py has it. Raises RuntimeError when that cannot be.
     """
     from diffusers import AutoencoderKLLTX2Video
 
@@ -60,11 +60,14 @@ def load_video_vae(path: Path, dtype: torch.dtype, device: Device, part: str = "
     without = [half for half in _HALVES if part not in (half, "both")]
     component = _source(path).video_vae(str(path))
     vae = _real(_load(AutoencoderKLLTX2Video, component, f"video VAE ({part})", dtype, device, without))
-    if vae.decoder is not None and torch.device(device).type == "cuda" and dtype == torch.bfloat16:
+    if fused and vae.decoder is not None:
         try:
             fuse_decoder(vae.decoder)
         except Exception as error:
-            _log.warning("decoding unfused, which takes longer: it needs Triton and a C compiler (%s)", error)
+            raise RuntimeError(
+                f"decoding in fused steps needs Triton and a C compiler on every GPU node "
+                f"({type(error).__name__}: {error}); legal: --compile off"
+            ) from error
     return vae
 
 

@@ -24,6 +24,7 @@ from ltx_ray.engine.base import Rank, is_out_of_memory, resolve_dtype
 from ltx_ray.engine.frames import PictureCheck, decode_tiled, to_yuv420
 from ltx_ray.engine.latents import LatentStore, latents_sha256, named_latents
 from ltx_ray.engine.tiling import LADDER, Tiling, distinct_rungs
+from ltx_ray.modelfiles import cache_root
 from ltx_ray.recipe import PIPELINES
 from ltx_ray.records import Clip, RowError, StageLatents, WorkItem
 from ltx_ray.shapes import AUDIO_SAMPLE_RATE, ClipShape, frame_rate_fraction
@@ -49,10 +50,13 @@ class DecodeEngine:
         path = self.spec.model.local().checkpoint_path
         self.store = Store(self.spec.output)
         self.latents = LatentStore(self.store)
-        self.video_vae = components.load_video_vae(path, self.dtype, self.device, part="decoder")
+        # built once for all processes, and for all nodes where the cache is shared
+        os.environ.setdefault("TRITON_CACHE_DIR", str(cache_root() / "triton"))
+        fused = self.spec.numerics.compile == "fused" and self.device.type == "cuda"
+        self.video_vae = components.load_video_vae(path, self.dtype, self.device, part="decoder", fused=fused)
         if self.device.type == "cpu" and self.dtype == torch.bfloat16:
-            # where the reference has its weights: a CPU rounds bf16 convolutions by the memory order. A GPU gives
-            # the same frames either way and is slower so, float32 on a CPU too
+            # where the reference has its weights: a CPU rounds bf16 convolutions by the memory order. Float32 there is
+            # slower so, and so is a GPU that decodes unfused
             self.video_vae.decoder.to(memory_format=torch.channels_last_3d)
         self.audio_vae = components.load_audio_decoder(path, self.dtype, self.device)
         self.vocoder = components.load_vocoder(path, self.dtype, self.device)

@@ -1,7 +1,8 @@
-"""Decoding on a card without room for the reference's tiles."""
+"""Decoding on a card: without room for the reference's tiles, and fused."""
 
 from __future__ import annotations
 
+import copy
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,11 +11,17 @@ import pytest
 import torch
 
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics
-from ltx_ray.engine import base
+from ltx_ray.engine import base, components, fused_decoder
 from ltx_ray.engine.decode import DecodeEngine
+from ltx_ray.engine.fused_decoder import Sum, Wanted, fuse_decoder
 from ltx_ray.engine.start import latent_sizes
 from ltx_ray.records import NoiseLedger, StageLatents, WorkItem
+from tests.unit.decoder_data import small_decoder
 from tests.unit.samples import recipe, request
+
+LAYOUTS = (torch.channels_last_3d, torch.contiguous_format)
+#: Relative error of the kernel against the same arithmetic in float32, rounded once at the end.
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 1e-3}
 
 
 @contextmanager
@@ -30,7 +37,7 @@ def memory(nbytes: float):
 
 @pytest.fixture
 def engine(toy, tmp_path):
-    spec = EngineSpec("", ModelFiles(**toy), Numerics(dtype="bfloat16", device="cuda"), str(tmp_path))
+    spec = EngineSpec("", ModelFiles(**toy), Numerics(dtype="bfloat16", device="cuda", compile="fused"), str(tmp_path))
     made = DecodeEngine(spec, base.Rank(0, 1, base.join("cuda", 0, 1, None, 60)))
     made.load()
     return made
@@ -83,3 +90,83 @@ def test_when_nothing_fits_the_error_goes_up_and_nothing_stays(engine):
             engine.run("decode", item, *stages)
         assert torch.cuda.memory_allocated() <= before
     assert engine.run("decode", item, *stages).flags == ()
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["last", "first"])
+@pytest.mark.parametrize("factors", [(1, 1, 1), (1, 2, 2), (2, 1, 1), (2, 2, 2), (1, 4, 4)])
+@pytest.mark.parametrize("channels", [3, 40, 128, 512])
+@pytest.mark.parametrize("size", [(1, 1, 1, 1), (2, 3, 7, 9), (1, 4, 16, 24)])
+def test_decode_kernel(size, channels, factors, layout, dtype):
+    from ltx_ray.engine import decode_kernels
+
+    rng = torch.Generator("cuda").manual_seed(0)
+    spread = factors[0] * factors[1] * factors[2]
+
+    def normal(channels: int) -> torch.Tensor:
+        x = torch.randn((size[0], channels, *size[1:]), generator=rng, device="cuda").to(dtype)
+        return x.contiguous(memory_format=layout)
+
+    bias = torch.randn(channels * spread, generator=rng, device="cuda").to(dtype)
+    for add, wanted, width_first in (
+        (True, Wanted(layout, layout, (1, 1), 1e-8), False),
+        (False, Wanted(layout, layout, (1, 1), 1e-8), False),
+        (False, Wanted(layout, None, (2, 0), 1e-8), False),
+        (False, Wanted(layout, None, (1, 1)), False),
+        (False, Wanted(layout, torch.contiguous_format), True),
+    ):
+        y, x = normal(channels * spread), normal(channels) if add and spread == 1 else None
+        expected = fused_decoder.read(Sum(y, bias, x, factors, width_first), wanted)
+        given = [Sum(y.clone(), bias, x, factors, width_first) for _ in range(2)]  # the sum may go where y is
+        first, second = (decode_kernels.read(total, wanted) for total in given)
+        for e, a, b in zip(expected, first, second, strict=True):
+            assert (e is None) == (a is None)
+            if e is not None:
+                assert a.shape == e.shape and a.dtype == e.dtype and torch.equal(a, b)
+                assert relative(a, e) < ROUNDING[dtype], (add, wanted)
+
+
+@pytest.mark.parametrize("kind", ["toy", "random", "narrow"])
+def test_fused_pixels_are_no_further_from_exact(kind, toy):
+    """Against float32 on a CPU, both in bfloat16 on the card."""
+    if kind == "toy":
+        decoder = components.load_video_vae(toy["checkpoint_path"], torch.bfloat16, "cpu").decoder
+    else:
+        decoder = small_decoder((32, 64, 64, 128) if kind == "random" else (6, 12, 12, 24)).bfloat16()
+    exact, plain = copy.deepcopy(decoder).float(), copy.deepcopy(decoder).cuda()
+    fused = decoder.cuda()
+    assert fuse_decoder(fused)
+    pixels: dict[str, list[torch.Tensor]] = {"exact": [], "plain": [], "fused": []}
+    with torch.inference_mode():
+        for seed, size in enumerate([(1, 1, 1), (3, 4, 5), (2, 7, 3), (4, 6, 6)]):
+            latents = torch.randn((1, 128, *size), generator=torch.Generator().manual_seed(seed)).bfloat16()
+            pixels["exact"].append(exact(latents.float()).flatten())
+            pixels["plain"].append(plain(latents.cuda()).flatten().cpu())
+            again = [fused(latents.cuda()) for _ in range(2)]
+            assert torch.equal(*again)
+            pixels["fused"].append(again[0].flatten().cpu())
+    errors = {name: relative(torch.cat(pixels[name]), torch.cat(pixels["exact"])) for name in ("plain", "fused")}
+    assert errors["fused"] <= 1.05 * errors["plain"], errors
+
+
+def test_fused_takes_no_more_memory():
+    latents = torch.randn((1, 128, 4, 12, 16), dtype=torch.bfloat16, device="cuda")
+    decoder, peaks = small_decoder((64, 128, 128, 256)).bfloat16().cuda(), []
+    with torch.inference_mode():
+        for fuse in (False, True):
+            if fuse:
+                assert fuse_decoder(decoder)
+            decoder(latents)  # what libraries keep for themselves is there now
+            idle = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            decoder(latents)
+            peaks.append(torch.cuda.max_memory_allocated() - idle)
+    assert peaks[1] <= peaks[0], peaks
+
+
+def test_the_engine_decodes_fused(engine):
+    assert "forward" in vars(engine.video_vae.decoder)

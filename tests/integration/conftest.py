@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -24,9 +25,18 @@ def cluster(s3):
     ray.init(
         address="local", num_cpus=16, num_gpus=0, include_dashboard=False, log_to_driver=False,
         logging_level="error", object_store_memory=256 * 2**20,
+        # workers without the environment of a rank serve nobody here
+        _system_config={"enable_worker_prestart": False, "prestart_worker_first_driver": False},
     )  # fmt: skip
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """The cluster ends with this folder's last test: others that come later in the process must not find one."""
+    folder = Path(__file__).parent
+    if "ray" in sys.modules and (nextitem is None or folder not in nextitem.path.parents):
+        sys.modules["ray"].shutdown()
 
 
 class Runner:

@@ -12,6 +12,8 @@ from typing import Any
 from ltx_ray.manifest import RawRow, Row, RowRules, judge
 from ltx_ray.records import Recipe, RenderRequest
 
+#: Columns of the smallest clip in the fewest steps.
+SMALL = {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 2}
 _BYTES = {"F32": 4, "BF16": 2, "F8_E4M3": 1, "I8": 1}
 
 

@@ -31,8 +31,8 @@ CPU_MESSAGE = (
 
 
 def work(number: int = 0, **values) -> WorkItem:
-    """A small clip; 89 frames are cut in time at the first three rungs, in three ways."""
-    row = {"height": 64, "width": 64, "num_frames": 89, "frame_rate": 100.0, "seed": number, **values}
+    """A small clip with little sound; 89 frames are cut in time at the first three rungs, in three ways."""
+    row = {"height": 64, "width": 64, "num_frames": 89, "frame_rate": 250.0, "seed": number, **values}
     return WorkItem(f"{number:032x}", request(**row), recipe(dtype="float32"), "r" * 16)
 
 
@@ -132,7 +132,7 @@ CUTS = [10, 6], [5, 6, 6, 4], [3, 4, 4, 4, 4, 3]
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), RuntimeError(CPU_MESSAGE), MemoryError()])
 def test_smaller_tiles_when_memory_runs_out(made, out, tiles, error):
     """At the first tile of rung 0, and at rung 1 when some frames are in the file already."""
-    engine, item = made(), work()
+    engine, item = made(), work(frame_rate=100.0)
     tiles.failing = {0: error, 3: error}
     clip = engine.run("decode", item, *stages(item))
     assert tiles.frames() == [10, 5, 6, 6, *CUTS[2]]
@@ -255,7 +255,7 @@ def test_the_sound_has_no_ladder(made, tiles, monkeypatch):
 
 
 def test_a_preview_of_half_the_size_beside_the_latents(made, out):
-    engine, item = made(stop_after="stage1"), work(height=128, width=192)
+    engine, item = made(stop_after="stage1"), work(height=128, width=192, frame_rate=100.0)
     first = stages(item)[0]
     clip = engine.run("decode", item, first)
     assert clip.path == f"previews/00/{item.item_id}.mp4" and clip.audio_stage == "stage_1"

@@ -24,7 +24,7 @@ def store(request, tmp_path) -> Store:
 
 @pytest.fixture(autouse=True)
 def _short_settling(monkeypatch):
-    monkeypatch.setattr(lease_module, "_SETTLE_SECONDS", 0.2)
+    monkeypatch.setattr(lease_module, "_SETTLE_SECONDS", 0.01)
 
 
 @pytest.fixture(autouse=True)
@@ -150,6 +150,7 @@ def eventually(true, seconds: float = 10.0) -> None:
 def test_of_runs_that_start_at_the_same_moment_one_holds_the_lease(store, stale, monkeypatch):
     """All find it free before any of them writes; each holds it in turn, and never two at once."""
     monkeypatch.setattr(lease_module, "_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(lease_module, "_SETTLE_SECONDS", 0.2)
     if stale:
         leave_lease(store, expires=time.time() - 1)
     count = 3

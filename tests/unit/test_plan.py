@@ -16,15 +16,8 @@ from ltx_ray.plan import COPY, DONE, FAILED, ILLEGAL, REPEATED, TODO, Plan, Plan
 from ltx_ray.records import LoraUse
 from ltx_ray.shapes import ClipShape
 from ltx_ray.storage import Store
-from tests.unit.samples import request, write_jsonl
+from tests.unit.samples import SMALL, request, write_jsonl
 from tests.unit.test_writer import RENDERED
-
-SMALL = {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 2}
-
-
-@pytest.fixture(scope="module")
-def book(toy) -> RecipeBook:
-    return RecipeBook(ModelFiles(**toy), Numerics())
 
 
 @pytest.fixture

@@ -10,22 +10,15 @@ import pytest
 from ltx_ray import cli
 from ltx_ray.cli import main
 from ltx_ray.columns import MAX_SEED
-from ltx_ray.config import ModelFiles, Numerics, Selection
+from ltx_ray.config import Selection
 from ltx_ray.dataset.done import Done, list_done
 from ltx_ray.dataset.writer import DatasetWriter, Failure
 from ltx_ray.manifest import RowRules
 from ltx_ray.plan import FAILED, ILLEGAL, REPEATED, TODO, Plan, PlannedRow, RecipeBook
 from ltx_ray.storage import Store
-from tests.unit.samples import write_jsonl
+from tests.unit.samples import SMALL, write_jsonl
 from tests.unit.test_images import encoded, gradient
 from tests.unit.test_writer import RENDERED
-
-SMALL = {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 2}
-
-
-@pytest.fixture(scope="module")
-def book(toy) -> RecipeBook:
-    return RecipeBook(ModelFiles(**toy), Numerics())
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
+from ltx_ray import lease as lease_module
 from ltx_ray import verify as verify_module
 from ltx_ray.cli import app
 from ltx_ray.config import ModelFiles
@@ -25,6 +26,12 @@ from tests.unit.samples import request
 @pytest.fixture(params=["local", "s3"])
 def store(request, tmp_path) -> Store:
     return build(Store(str(tmp_path / "out") if request.param == "local" else request.getfixturevalue("bucket")))
+
+
+@pytest.fixture(autouse=True)
+def _no_settling(monkeypatch):
+    """Nobody else writes a lease at the same moment."""
+    monkeypatch.setattr(lease_module, "_SETTLE_SECONDS", 0.0)
 
 
 def check(store: Store, **options) -> tuple[int, list[str]]:

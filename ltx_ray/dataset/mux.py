@@ -15,7 +15,7 @@ import numpy as np
 CRF = 19
 PRESET = "veryfast"
 #: x264 encodes other bytes with another number of threads, so it is fixed.
-THREADS = 4
+THREADS = 8
 _BT709 = 1
 _LIMITED_RANGE = 1
 _AUDIO_BLOCK = 1024

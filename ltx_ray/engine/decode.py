@@ -10,7 +10,7 @@ import hashlib
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import asdict
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from ltx_ray.config import EngineSpec
 from ltx_ray.dataset.mux import write_mp4
 from ltx_ray.engine import apply, components
+from ltx_ray.engine.ahead import ahead
 from ltx_ray.engine.base import Rank, is_out_of_memory, resolve_dtype
 from ltx_ray.engine.frames import PictureCheck, decode_tiled, to_yuv420
 from ltx_ray.engine.latents import LatentStore, latents_sha256, named_latents
@@ -130,7 +131,8 @@ class DecodeEngine:
             try:
                 write_mp4(
                     target,
-                    self._frames(latent, LADDER[rung], check),
+                    # the GPU makes the next frames while the CPU encodes the last
+                    ahead(self._frames(latent, LADDER[rung], check)),
                     width=shape.width,
                     height=shape.height,
                     frame_rate=frame_rate_fraction(shape.frame_rate),
@@ -157,7 +159,9 @@ class DecodeEngine:
             f"decoding {shape.num_frames} frames of {shape.width}x{shape.height} in the smallest tiles: {reason}"
         )
 
-    def _frames(self, latent: torch.Tensor, tiling: Tiling, check: PictureCheck) -> Iterator[np.ndarray]:
+    def _frames(
+        self, latent: torch.Tensor, tiling: Tiling, check: PictureCheck
+    ) -> Generator[np.ndarray, None, None]:
         def decode(tile: torch.Tensor) -> torch.Tensor:
             return apply.decode_video_tile(self.video_vae, tile)
 

@@ -125,15 +125,20 @@ class PictureCheck:
     _previous: torch.Tensor | None = None
 
     def see(self, frames: torch.Tensor) -> None:
-        """`frames`: I420 bytes (f, 3h/2, w)."""
-        luma = frames[:, : frames.shape[1] * 2 // 3].cpu()
-        self._brightest_mean = max(self._brightest_mean, luma.float().mean(dim=(1, 2)).max().item())
+        """`frames`: I420 bytes (f, 3h/2, w), looked at where they are."""
+        luma = frames[:, : frames.shape[1] * 2 // 3]
+        pixels = luma[0].numel()
+        sums, changes = [], []
+        for picture in luma:
+            sums.append(picture.sum(dtype=torch.int64))
+            if self._previous is not None:
+                changes.append((picture.short() - self._previous.short()).abs_().sum(dtype=torch.int64))
+            self._previous = picture
+        self._previous = luma[-1].clone()  # and not the whole chunk with it
+        self._brightest_mean = max(self._brightest_mean, *(torch.stack(sums) / pixels).tolist())
         self._brightest = max(self._brightest, int(luma.max()))
-        joined = luma if self._previous is None else torch.cat((self._previous[None], luma))
-        if len(joined) > 1:
-            change = (joined[1:].short() - joined[:-1].short()).abs().float().mean(dim=(1, 2))
-            self._change = max(self._change, change.max().item())
-        self._previous = luma[-1].clone()
+        if changes:
+            self._change = max(self._change, *(torch.stack(changes) / pixels).tolist())
         self._frames += len(luma)
 
     def flags(self) -> tuple[str, ...]:

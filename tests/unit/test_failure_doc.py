@@ -114,7 +114,7 @@ def test_sound_that_is_not_finite_is_the_rows_fault(decoder, monkeypatch):
 
 @pytest.mark.parametrize("peak, silent", [(0.9e-3, True), (1.1e-3, False)])
 def test_a_silent_clip_is_flagged(decoder, monkeypatch, peak, silent):
-    monkeypatch.setattr(decoder, "_frames", lambda *_: iter(()))
+    monkeypatch.setattr(decoder, "_frames", lambda *_: (x for x in ()))
     sound, shape = np.full((2, 9), peak, np.float32), ClipShape(9, 64, 64, 24.0)
     assert ("silent" in decoder._write("x", torch.zeros(1, 128, 2, 2, 2), shape, sound, {"item_id": ""})) == silent
 

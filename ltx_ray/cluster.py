@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec
@@ -24,7 +24,8 @@ _MODEL_PREFIX = "accelerator_type:"
 
 
 class Cluster:
-    """`address`: of a running cluster, None for a private one. `engines`: dotted paths by pool kind."""
+    """`address`: of a running cluster, None for a private one. `engines`: dotted paths by pool kind. `can_share`:
+    whether a GPU has room for text or decode beside a rank of the DiT."""
 
     def __init__(
         self,
@@ -39,12 +40,14 @@ class Cluster:
         output: str,
         save_latents: bool,
         stop_after: str | None,
+        can_share: Callable[[Numerics, Gpu], bool] = lambda numerics, gpu: False,
     ):
         self._address = address or os.environ.get("RAY_ADDRESS")
         self._device, self._wanted, self._numerics = device, wanted, numerics
         self._model, self._model_bytes, self._engines = model, model_bytes, engines
         self._output = Store(output).uri if "://" in output else os.path.abspath(output)
         self._save_latents, self._stop_after = save_latents, stop_after
+        self._can_share = can_share
         self._joined = False
         #: What the results of a run's items in flight may take together.
         self.max_bytes = float("inf")
@@ -109,7 +112,9 @@ class Cluster:
             )
             for name, path in self._engines.items()
         }
-        return lay_out(replace(self._wanted, with_stage2=self._stop_after is None), gpus, engines), numerics
+        share = self._wanted.share_cards and self.gpu is not None and self._can_share(numerics, self.gpu)
+        wanted = replace(self._wanted, with_stage2=self._stop_after is None, share_cards=share)
+        return lay_out(wanted, gpus, engines), numerics
 
     def leave(self) -> None:
         if self._joined:

@@ -36,6 +36,11 @@ _RESERVE = int(1.5 * GIB)
 #: The decode engine in its smallest tiles: 2.5 GiB of weights, 1 GiB of tiles, the context.
 _DECODE_BYTES = 4 * GIB
 _CONTEXT_BYTES = GIB // 2
+#: For the decision to share a card, which has to be right for certain: the text connectors and projections of the
+#: released model, the decoder in the tiles that it begins with, and activations of a clip with room to spare.
+_CONNECTOR_BYTES = 6 * GIB
+_WHOLE_DECODE_BYTES = 10 * GIB
+_SHARED_MARGIN = 6 * GIB
 #: Activations at the peak of a pass, in widths of the stream a token: 2.00 GiB at 32,640 tokens and 0.50 at 8,160
 #: in the fused path, about 7 GiB in the plain one, where ranks divide the heads and the feed-forward's hidden part.
 _FUSED_WIDTHS, _WHOLE_WIDTHS, _SHARDED_WIDTHS = 8, 6, 22
@@ -102,7 +107,7 @@ class Room:
         self._audio_width = checkpoint.num_heads * int(config.get("audio_attention_head_dim", 64))
         self._context_width = int(config.get("cross_attention_dim", 4096))
         self._audio_context_width = int(config.get("audio_cross_attention_dim", 2048))
-        self._item_bytes = 4 if numerics.dtype == "float32" else 2
+        self.item_bytes = 4 if numerics.dtype == "float32" else 2
         self._shards = cache(self._shard_bytes)
         pools = [pool for pool in pools if {"stage1", "stage2"} & set(pool.roles)]
         ranks = sum(pool.replicas * pool.ranks for pool in pools)
@@ -113,13 +118,13 @@ class Room:
         beside = 0
         if options.get("shared_card", False):
             # on several cards, nobody knows whether both are on one
-            both = self._text_bytes + _CONTEXT_BYTES, _DECODE_BYTES
+            both = self.text_bytes + _CONTEXT_BYTES, _DECODE_BYTES
             beside = sum(both) if ranks == 1 else max(both)
         return Rank(
             stages=tuple(role for role in pool.roles if role in ("stage1", "stage2")),
             tp=options.get("tp", pool.ranks),
             token_ranks=options.get("sequence_parallel", 1),
-            item_bytes=self._item_bytes,
+            item_bytes=self.item_bytes,
             fp8=numerics.precision == "fp8",
             fused=numerics.compile == "fused",
             beside=beside,
@@ -175,7 +180,7 @@ class Room:
         """What of the run's options would help, each by itself."""
         ways = []
         if rank.beside and fits(replace(rank, beside=0)):
-            ways.append("text and decode on another GPU")
+            ways.append("text and decode on another GPU (--share-cards off where there are several)")
         whole = not any(other.divided for other in self.ranks)
         if not rank.fp8 and whole and rank.item_bytes == 2 and fits(replace(rank, fp8=True, fused=True)):
             ways.append("--precision fp8")
@@ -216,21 +221,35 @@ class Room:
         return int(rank.item_bytes * (activations + tables / rank.tp + contexts) + state)
 
     def _shard_bytes(self, tp: int, fp8: bool) -> int:
-        return transformer_bytes(self._checkpoint.tensors, tp, self._item_bytes, fp8)
+        return transformer_bytes(self._checkpoint.tensors, tp, self.item_bytes, fp8)
 
     @cached_property
     def _upsampler_bytes(self) -> int:
         path = self._model.spatial_upsampler_path
         tensors = diffusersfiles.read_upsampler(path).tensors if os.path.isdir(path) else read_header(path).tensors
-        return self._item_bytes * _elements(tensors)
+        return self.item_bytes * _elements(tensors)
 
     @cached_property
-    def _text_bytes(self) -> int:
+    def text_bytes(self) -> int:
         """Of Gemma's text model."""
         folder = gemma_folders(self._model.gemma_root)[0]
         tensors = diffusersfiles.read_weights(folder, "model.safetensors")
         text = {name: info for name, info in tensors.items() if "vision" not in name and "projector" not in name}
-        return self._item_bytes * _elements(text)
+        return self.item_bytes * _elements(text)
+
+
+def can_share(checkpoint: Checkpoint, model: ModelFiles, numerics: Numerics, gpu: Gpu) -> bool:
+    """Whether a rank of the DiT finds room beside either of text and decode for certain, for clips of the HQ size."""
+    room = Room(checkpoint, model, (), numerics, gpu)
+    rank = Rank(
+        stages=("stage1", "stage2"),
+        tp=numerics.tp,
+        item_bytes=room.item_bytes,
+        fp8=numerics.precision == "fp8",
+        fused=numerics.compile == "fused",
+        beside=max(room.text_bytes + _CONNECTOR_BYTES, _WHOLE_DECODE_BYTES) + _CONTEXT_BYTES,
+    )
+    return room.standing(rank) + _SHARED_MARGIN <= gpu.nbytes
 
 
 def transformer_bytes(tensors: Mapping[str, TensorInfo], tp: int, item_bytes: int, fp8: bool) -> int:

@@ -26,7 +26,7 @@ from ltx_ray.imagefiles import check_roots
 from ltx_ray.lease import Lease
 from ltx_ray.lorafiles import check_lora
 from ltx_ray.manifest import Problem, RawRow, Row, RowRules, check_defaults, judge, manifest_folder
-from ltx_ray.memory import Room
+from ltx_ray.memory import Room, can_share
 from ltx_ray.metrics import EventLog
 from ltx_ray.modelfiles import (
     Checkpoint,
@@ -178,6 +178,7 @@ def render(options: Options) -> int:
         output=options.output,
         save_latents=options.save_latents,
         stop_after=options.stop_after,
+        can_share=lambda numerics, gpu: can_share(prepared.checkpoint, options.model.local(), numerics, gpu),
     )
     try:
         # under the lease: what another run finished while this one waited is done, and nobody else mends

@@ -48,7 +48,8 @@ class Wanted:
     sequence_parallel: int = 1
     #: Replicas of the DiT that a growing cluster may be asked for, of both stages together; None: what is there.
     max_replicas: int | None = None
-    #: Whether a card has the memory for a rank of the DiT beside text and decode, found out by the cluster.
+    #: Whether text and decode may share cards with ranks of the DiT where there are several; the cluster takes it back
+    #: when their memory is too small for certain, or not known.
     share_cards: bool = False
 
     @property
@@ -189,7 +190,8 @@ def lay_out(wanted: Wanted, gpus: float, engines: Mapping[str, EngineSpec]) -> l
     count = choose_replicas(wanted, gpus)
     # more than half a card, so that two ranks of a gang never land on one
     card = 0.0 if gpus == 0 else 0.6 if count.shared_card else 1.0
-    aside = 0.0 if gpus == 0 else 0.2 if count.shared_card else 0.5
+    # text and decode both fit beside the one rank that there is; beside one of several, only either of them does
+    aside = 0.0 if gpus == 0 else 0.5 if not count.shared_card else 0.2 if gpus < 2 else 0.3
 
     def stage_pool(name: str, roles: tuple[str, ...], replicas: int, tp: int, ranks: int, turns: bool) -> PoolSpec:
         spec = engines["diffusion"]

@@ -98,9 +98,9 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["last", "first"])
-@pytest.mark.parametrize("factors", [(1, 1, 1), (1, 2, 2), (2, 1, 1), (2, 2, 2), (1, 4, 4)])
-@pytest.mark.parametrize("channels", [3, 40, 128, 512])
-@pytest.mark.parametrize("size", [(1, 1, 1, 1), (2, 3, 7, 9), (1, 4, 16, 24)])
+@pytest.mark.parametrize("factors", [(1, 1, 1), (2, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("channels", [3, 128])
+@pytest.mark.parametrize("size", [(1, 1, 1, 1), (2, 3, 7, 9)])
 def test_decode_kernel(size, channels, factors, layout, dtype):
     from ltx_ray.engine import decode_kernels
 

@@ -35,9 +35,12 @@ def one_thread():
 class Line:
     """Text and diffusion engines of one model, kept for many requests."""
 
-    def __init__(self, model: ModelFiles, dtype: str = "float32", compiled: str = "off"):
+    def __init__(
+        self, model: ModelFiles, dtype: str = "float32", compiled: str = "off", precision: str = "bf16"
+    ):
         self.model = model
-        self.numerics = resolve(Numerics(dtype=dtype, attention="auto", compile=compiled), (), False)
+        asked = Numerics(dtype=dtype, attention="auto", compile=compiled, precision=precision)
+        self.numerics = resolve(asked, (), False)
         spec = EngineSpec("", model, self.numerics, "", options={"roles": ("stage1", "stage2")})
         self.text, self.diffusion = TextEngine(spec, Rank()), DiffusionEngine(spec, Rank())
         self.text.load()
@@ -61,11 +64,13 @@ class Line:
 
 
 @cache
-def toy_line(distilled: bool = False, dtype: str = "float32", compiled: str = "off") -> Line:
+def toy_line(
+    distilled: bool = False, dtype: str = "float32", compiled: str = "off", precision: str = "bf16"
+) -> Line:
     """The default toy model's line; the distilled pipeline runs on the same weights without a LoRA."""
     from ltx_ray.toy import ensure_toy_model
 
     files = ensure_toy_model()
     if distilled:
         files = {**files, "distilled_lora": None}
-    return Line(ModelFiles(**files, distilled=distilled), dtype, compiled)
+    return Line(ModelFiles(**files, distilled=distilled), dtype, compiled, precision)

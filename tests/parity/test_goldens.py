@@ -73,6 +73,16 @@ def test_bfloat16_stays_within_its_noise_floor(name):
         assert floor / 100 < relative(found[key].float(), value) <= floor * 1.5, key
 
 
+def test_fp8_is_near_whatever_was_merged_before():
+    """Both stages with their switch of the LoRA: twice the same bits, off the exact latents by the rounding of fp8."""
+    request, expected = load("hq")
+    line = toy_line(dtype="bfloat16", compiled="fused", precision="fp8")
+    found, again = (line.latents(request) for _ in range(2))
+    for key, value in expected.items():
+        assert torch.equal(found[key], again[key])
+        assert 1e-2 < relative(found[key].float(), value) <= 0.5, key
+
+
 @pytest.mark.parametrize(
     "golden, changes",
     [

@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from ltx_ray import run as runs
+from ltx_ray.cluster import Cluster
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics
 from ltx_ray.driver.loop import Joined
 from ltx_ray.headers import TensorInfo
 from ltx_ray.manifest import Problem
-from ltx_ray.memory import GIB, Gpu, Room, least_gpu, transformer_bytes
+from ltx_ray.memory import GIB, Gpu, Room, can_share, least_gpu, transformer_bytes
 from ltx_ray.model.config import TransformerConfig
 from ltx_ray.model.packing import pack
 from ltx_ray.model.transformer import Transformer
@@ -63,7 +64,7 @@ def room(gpu: str | Gpu, gpus: float = 2, wanted: Wanted = Wanted(), **numerics)
 def real_files(monkeypatch):
     """Sizes of the released upsampler and of Gemma 3 12B's text model, in bfloat16."""
     monkeypatch.setattr(Room, "_upsampler_bytes", int(1.0e9))
-    monkeypatch.setattr(Room, "_text_bytes", int(23.5e9))
+    monkeypatch.setattr(Room, "text_bytes", int(23.5e9))
 
 
 HD = {"height": 1088, "width": 1920}
@@ -148,7 +149,7 @@ def test_files_beside_the_transformer(toy, monkeypatch):
     laid_out = lay_out(Wanted(), 1, dict.fromkeys(("text", "diffusion", "decode"), spec))
     there = Room(checkpoint, model, laid_out, Numerics(device="cuda"), Gpu("small", 8 * GIB))
     assert 0 < there._upsampler_bytes < 2**20 < 2 * GIB
-    assert 0 < there._text_bytes < 2**24
+    assert 0 < there.text_bytes < 2**24
     there.check()
     assert there.problem(request()) is None
 
@@ -199,7 +200,7 @@ def test_40_gb_in_turns_have_no_room_for_bf16_weights():
         room("A100-40G", 1).check()
     assert re.fullmatch(
         r"A100-40G: the weights, with text and decode beside them, need 6\d\.\d GiB of a GPU, and it has 40\.0 GiB; "
-        r"legal: text and decode on another GPU, --tp 4 or a larger GPU",
+        r"legal: text and decode on another GPU \(--share-cards off where there are several\), --tp 4 or a larger GPU",
         str(error.value),
     )
     with pytest.raises(ValueError, match=r"L4: the weights need 3\d\.\d GiB .* 22.5 GiB; legal: --tp 2 or a larger"):
@@ -357,3 +358,37 @@ def test_only_gpus_of_known_memory_are_asked(toy, tmp_path, monkeypatch, device,
     with pytest.raises(ValueError if refused else Reached) as error:
         runs.render(options)
     assert not refused or str(error.value).startswith("tiny: the weights need 1.5 GiB of a GPU, and it has 1.0 GiB; ")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "changes", "shares"),
+    [
+        ("H100", {}, True),
+        ("H200", {}, True),
+        ("A100-40G", {}, False),
+        ("A100-40G", {"precision": "fp8"}, False),
+        ("A100-40G", {"tp": 4}, False),
+        ("L40S", {"precision": "fp8"}, False),
+        ("H100", {"dtype": "float32"}, False),
+    ],
+)
+def test_cards_are_shared_only_where_there_is_room_for_certain(gpu, changes, shares):
+    numerics = resolve(Numerics(device="cuda", attention="auto", compile="auto", **changes), (), False)
+    assert can_share(CHECKPOINT, ModelFiles("c", "g", "u"), numerics, least_gpu([gpu])) == shares
+
+
+@pytest.mark.parametrize(("wanted", "room", "dit"), [(True, True, 8), (True, False, 7), (False, True, 7)])
+def test_a_cluster_shares_cards_when_it_may_and_can(wanted, room, dit):
+    cluster = Cluster(
+        address=None, device="cuda", wanted=Wanted(share_cards=wanted), numerics=Numerics(),
+        model=ModelFiles("c", "g", "u"), model_bytes=1, output="out",
+        engines=dict.fromkeys(("text", "diffusion", "decode"), "m:E"),
+        save_latents=False, stop_after=None, can_share=lambda numerics, gpu: room,
+    )  # fmt: skip
+    cluster.gpu = least_gpu(["H100"])
+    pools, _ = cluster._lay_out(8.0, ("H100",))
+    by_name = {pool.name: pool for pool in pools}
+    assert by_name["stage1"].replicas + by_name["stage2"].replicas == dit
+    # never text and decode beside the same rank of the DiT
+    shares = [by_name[name].gpus_per_rank for name in ("text", "stage1", "decode")]
+    assert sum(shares) > 1 and (dit == 7 or max(shares[0], shares[2]) + shares[1] <= 1)

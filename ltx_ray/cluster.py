@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec
-from ltx_ray.memory import Gpu, least_gpu
+from ltx_ray.memory import Gpu, known_gpus
 from ltx_ray.numerics import has_fa3, resolve
 from ltx_ray.pools.pool import Resources, Wanted, check_schedulable, lay_out, slots_needed
 from ltx_ray.storage import Store
@@ -24,8 +24,8 @@ _MODEL_PREFIX = "accelerator_type:"
 
 
 class Cluster:
-    """`address`: of a running cluster, None for a private one. `engines`: dotted paths by pool kind. `can_share`:
-    whether a GPU has room for text or decode beside a rank of the DiT."""
+    """`address`: of a running cluster, None for a private one. `engines`: dotted paths by pool kind. `share_cards`:
+    "on", "off", or "auto" for private clusters only; `can_share`: whether a GPU has room for that."""
 
     def __init__(
         self,
@@ -40,6 +40,7 @@ class Cluster:
         output: str,
         save_latents: bool,
         stop_after: str | None,
+        share_cards: str = "off",
         can_share: Callable[[Numerics, Gpu], bool] = lambda numerics, gpu: False,
     ):
         self._address = address or os.environ.get("RAY_ADDRESS")
@@ -47,12 +48,13 @@ class Cluster:
         self._model, self._model_bytes, self._engines = model, model_bytes, engines
         self._output = Store(output).uri if "://" in output else os.path.abspath(output)
         self._save_latents, self._stop_after = save_latents, stop_after
-        self._can_share = can_share
+        self._share_cards, self._can_share = share_cards, can_share
         self._joined = False
         #: What the results of a run's items in flight may take together.
         self.max_bytes = float("inf")
-        #: The smallest GPU that a rank may get; None where none is known.
+        #: The largest GPU that a rank may get, and the smallest; None where none is known.
         self.gpu: Gpu | None = None
+        self._smallest: Gpu | None = None
 
     def join(self) -> tuple[list[PoolSpec], Numerics]:
         """Join or start the cluster and lay the pools out on it. Raises ValueError when they do not fit."""
@@ -68,8 +70,9 @@ class Cluster:
                 self._joined = True
                 ray.init(address=self._address, **common)
             free = Resources.of(ray.available_resources())
-            models = _gpu_models(ray.cluster_resources())
-            self.gpu = least_gpu(models)
+            models = _free_gpu_models()
+            known = known_gpus(models)
+            self.gpu, self._smallest = (known[-1], known[0]) if known else (None, None)
             # auto takes what is free, so that a run fits beside others
             pools, numerics = self._lay_out(free.gpus, models)
             if not self._wanted.max_replicas:
@@ -77,7 +80,8 @@ class Cluster:
         else:
             gpus = float(_local_gpus())
             models = _local_gpu_models() if gpus else ()
-            self.gpu = _local_gpu(models) if gpus else None
+            if gpus:
+                self.gpu, self._smallest = _local_gpus_of(models)
             pools, numerics = self._lay_out(gpus, models)
             free = Resources(slots_needed(pools).cpus, gpus)
             check_schedulable(pools, free)
@@ -112,7 +116,9 @@ class Cluster:
             )
             for name, path in self._engines.items()
         }
-        share = self._wanted.share_cards and self.gpu is not None and self._can_share(numerics, self.gpu)
+        # others would take what is left of a shared card for free: a cluster that is not ours is shared on request only
+        allowed = self._share_cards == "on" or (self._share_cards == "auto" and not self._address)
+        share = allowed and self._smallest is not None and self._can_share(numerics, self._smallest)
         wanted = replace(self._wanted, with_stage2=self._stop_after is None, share_cards=share)
         return lay_out(wanted, gpus, engines), numerics
 
@@ -151,17 +157,29 @@ def _local_gpu_models() -> tuple[str, ...]:
     return (model,) if model else ()
 
 
-def _local_gpu(models: Sequence[str]) -> Gpu | None:
-    """This machine's largest GPU as its driver says: which of several CUDA_VISIBLE_DEVICES means is CUDA's to know."""
+def _local_gpus_of(models: Sequence[str]) -> tuple[Gpu | None, Gpu | None]:
+    """This machine's largest and its smallest GPU as the driver says: which of several CUDA_VISIBLE_DEVICES means is
+    CUDA's to know."""
     from ray._private.thirdparty import pynvml
 
     try:
         pynvml.nvmlInit()
         handles = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
-        nbytes = max(pynvml.nvmlDeviceGetMemoryInfo(handle).total for handle in handles)
+        sizes = [pynvml.nvmlDeviceGetMemoryInfo(handle).total for handle in handles]
+        name = next(iter(models), "this machine's GPU")
+        return Gpu(name, max(sizes)), Gpu(name, min(sizes))
     except (pynvml.NVMLError, ValueError):
-        return least_gpu(models)
-    return Gpu(next(iter(models), "this machine's GPU"), nbytes)
+        known = known_gpus(models)
+        return (known[-1], known[0]) if known else (None, None)
+
+
+def _free_gpu_models() -> tuple[str, ...]:
+    """The GPU models of the nodes that have some of a GPU free; of all nodes when none has."""
+    import ray
+    from ray._private.state import available_resources_per_node
+
+    free = [node for node in available_resources_per_node().values() if node.get("GPU", 0.0) > 0]
+    return _gpu_models({name for node in free for name in node}) or _gpu_models(ray.cluster_resources())
 
 
 def _gpu_models(resources: Iterable[str]) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from ltx_ray.config import ModelFiles, Numerics, PoolSpec
 from ltx_ray.headers import TensorInfo, read_header
 from ltx_ray.manifest import Problem
 from ltx_ray.modelfiles import Checkpoint, gemma_folders
+from ltx_ray.numerics import WITHOUT_FP8
 from ltx_ray.recipe import PIPELINES
 from ltx_ray.records import RenderRequest
 from ltx_ray.shapes import TIME_FACTOR, VIDEO_CHANNELS, ClipShape
@@ -69,10 +70,10 @@ class Gpu:
     nbytes: int
 
 
-def least_gpu(models: Collection[str]) -> Gpu | None:
-    """The smallest of these models (Ray's names) whose memory is known; None when that is none of them."""
-    known = [Gpu(name, int(_GPU_GIB[name] * GIB)) for name in models if name in _GPU_GIB]
-    return min(known, key=lambda gpu: (gpu.nbytes, gpu.name), default=None)
+def known_gpus(models: Collection[str]) -> list[Gpu]:
+    """Those of these models (Ray's names) whose memory is known, the smallest first."""
+    known = {Gpu(name, int(_GPU_GIB[name] * GIB)) for name in models if name in _GPU_GIB}
+    return sorted(known, key=lambda gpu: (gpu.nbytes, gpu.name))
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Room:
     def __init__(
         self, checkpoint: Checkpoint, model: ModelFiles, pools: Iterable[PoolSpec], numerics: Numerics, gpu: Gpu
     ):
-        """`model` as paths on this node, `gpu` the smallest that a rank may get."""
+        """`model` as paths on this node, `gpu` the largest that a rank may get: what that has no room for has none."""
         self.gpu = gpu
         self._checkpoint, self._model, self._numerics = checkpoint, model, numerics
         config = checkpoint.transformer
@@ -133,7 +134,7 @@ class Room:
     # --- judgements ------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Raise ValueError when the smallest GPU cannot hold what is there before any row."""
+        """Raise ValueError when the GPU cannot hold what is there before any row."""
         for rank in self.ranks:
             if not self._fits(self.standing(rank)):
                 beside = ", with text and decode beside them," if rank.beside else ""
@@ -182,7 +183,8 @@ class Room:
         if rank.beside and fits(replace(rank, beside=0)):
             ways.append("text and decode on another GPU (--share-cards off where there are several)")
         whole = not any(other.divided for other in self.ranks)
-        if not rank.fp8 and whole and rank.item_bytes == 2 and fits(replace(rank, fp8=True, fused=True)):
+        able = self.gpu.name not in WITHOUT_FP8
+        if able and not rank.fp8 and whole and rank.item_bytes == 2 and fits(replace(rank, fp8=True, fused=True)):
             ways.append("--precision fp8")
         heads = self._checkpoint.num_heads
         for tp in (n for n in range(rank.tp + 1, heads + 1) if heads % n == 0):
@@ -243,7 +245,7 @@ def can_share(checkpoint: Checkpoint, model: ModelFiles, numerics: Numerics, gpu
     room = Room(checkpoint, model, (), numerics, gpu)
     rank = Rank(
         stages=("stage1", "stage2"),
-        tp=numerics.tp,
+        tp=min(numerics.tp, numerics.stage2_tp),
         item_bytes=room.item_bytes,
         fp8=numerics.precision == "fp8",
         fused=numerics.compile == "fused",

@@ -169,7 +169,6 @@ def _transformer_tensors(header: SafetensorsHeader) -> dict[str, TensorInfo]:
     return tensors
 
 
-
 def check_upsampler(path: str) -> None:
     """Raise ValueError unless `path` is a spatial latent upsampler x2: the file, or a directory of diffusers."""
     if os.path.isdir(path):

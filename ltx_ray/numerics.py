@@ -12,6 +12,9 @@ ATTENTION = ("auto", "fa3", "cudnn", "flash", "sdpa")
 COMPILE = ("auto", "fused", "off")
 #: Ray's names of the GPUs that FlashAttention-3 is made for.
 _HOPPER = ("H100", "H200", "H800", "H20", "GH200")
+#: GPUs, by Ray's names, whose tensor cores know no e4m3, and those among them that know no bfloat16 either.
+WITHOUT_FP8 = ("A100", "A100-40G", "A100-80G", "A10", "A10G", "A30", "A40", "T4", "V100", "P100")
+_WITHOUT_BF16 = ("T4", "V100", "P100")
 #: FlashAttention-3 by the modules that have it: the package fa3-fwd, and a build from its source.
 FA3_MODULES = ("fa3_fwd_interface", "flash_attn_interface")
 
@@ -23,7 +26,7 @@ def has_fa3() -> bool:
 
 def check(numerics: Numerics) -> None:
     """Raise ValueError when what was asked for cannot go together, on any device."""
-    shared = _shared_by(numerics)
+    shared = _ranks_share(numerics)
     if numerics.precision == "fp8":
         if numerics.dtype != "bfloat16":
             raise ValueError(f"--precision: 'fp8' with --dtype {numerics.dtype}, legal: --dtype bfloat16")
@@ -49,9 +52,12 @@ def resolve(numerics: Numerics, gpu_models: Collection[str], fa3: bool) -> Numer
     on_gpu = numerics.device == "cuda"
     if numerics.attention in ("fa3", "cudnn", "flash") and not on_gpu:
         raise ValueError(f"--attention: {numerics.attention!r} without a GPU, legal: auto or sdpa")
+    if on_gpu and numerics.precision == "fp8" and (old := [model for model in gpu_models if model in WITHOUT_FP8]):
+        raise ValueError(f"--precision: 'fp8' on {old[0]}, legal: bf16, or GPUs that know fp8 (Ada, Hopper and later)")
     kind = numerics.compile
     if kind == "auto":
-        able = on_gpu and numerics.dtype == "bfloat16" and not _shared_by(numerics)
+        old_cards = any(model in _WITHOUT_BF16 for model in gpu_models)
+        able = on_gpu and numerics.dtype == "bfloat16" and not _ranks_share(numerics) and not old_cards
         kind = "fused" if able or numerics.precision == "fp8" else "off"
     attention = numerics.attention
     if attention == "auto":
@@ -63,7 +69,7 @@ def resolve(numerics: Numerics, gpu_models: Collection[str], fa3: bool) -> Numer
     return replace(numerics, compile=kind, attention=attention, guidance_batching=batching)
 
 
-def _shared_by(numerics: Numerics) -> str:
+def _ranks_share(numerics: Numerics) -> str:
     """The option by which ranks share weights or tokens, which the fused path does not do; "" for none."""
     for name, value in (
         ("--tp", numerics.tp), ("--stage2-tp", numerics.stage2_tp), ("--sequence-parallel", numerics.sequence_parallel),

@@ -28,7 +28,7 @@ _CHOICES = {
     "precision": ("bf16", "fp8"),
     "attention": ATTENTION,
     "compile": COMPILE,
-    "share_cards": ("auto", "off"),
+    "share_cards": ("auto", "on", "off"),
     "noise_device": ("model", "cpu"),
 }
 
@@ -109,7 +109,10 @@ def run_options() -> dict[str, tuple[Any, Any]]:
             str, "auto or a number; 0: the stage-1 replicas serve both stages in turns", default="auto", panel=p
         ),
         "share_cards": _option(
-            str, "auto: text and decode share the DiT's cards while these are few; off: never", default="auto", panel=p
+            str,
+            "text and decode share the DiT's cards while these are few: on, off, or auto (on private clusters)",
+            default="auto",
+            panel=p,
         ),
         "max_replicas": _option(
             int | None, "let a growing cluster have up to N replicas, asked for as they are needed", panel=p
@@ -165,6 +168,7 @@ def build_options(manifest: str, output: str | None, values: dict[str, Any], ret
         precision=values["precision"],
         attention=values.get("attention", "auto"),
         compile=values.get("compile", "auto"),
+        share_cards=values.get("share_cards", "auto"),
         noise_device=values["noise_device"],
         row_defaults=defaults,
         wanted=Wanted(
@@ -175,7 +179,6 @@ def build_options(manifest: str, output: str | None, values: dict[str, Any], ret
             stage1=_replicas("stage1_replicas", values, least=1),
             stage2=_replicas("stage2_replicas", values, least=0),
             max_replicas=_optional("max_replicas", values, 1),
-            share_cards=values.get("share_cards", "auto") == "auto",
         ),
         device=values.get("device", "auto"),
         ray_address=values.get("ray_address"),

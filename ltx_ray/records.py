@@ -197,10 +197,12 @@ class NoiseLedger:
 
 @dataclass(frozen=True)
 class StageLatents:
-    """What a stage hands on: unpacked latents (1, C, F, H, W) and (1, 8, T, 16) on the host."""
+    """What a stage hands on: unpacked latents (1, C, F, H, W) and (1, 8, T, 16) on the host, and how they were made
+    (the run's numerics as JSON, "" where that is not known)."""
 
     latents: AV[Any]
     ledger: NoiseLedger
+    numerics: str = ""
 
 
 @dataclass(frozen=True)

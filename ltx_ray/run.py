@@ -71,6 +71,7 @@ class Options:
     precision: str = "bf16"
     attention: str = "auto"
     compile: str = "auto"
+    share_cards: str = "auto"
     noise_device: str = "model"
     row_defaults: Mapping[str, Any] = field(default_factory=dict)
     wanted: Wanted = Wanted()  # noqa: RUF009 (frozen)
@@ -178,6 +179,7 @@ def render(options: Options) -> int:
         output=options.output,
         save_latents=options.save_latents,
         stop_after=options.stop_after,
+        share_cards=options.share_cards,
         can_share=lambda numerics, gpu: can_share(prepared.checkpoint, options.model.local(), numerics, gpu),
     )
     try:
@@ -309,7 +311,7 @@ def _promoted(rows: Iterator[PlannedRow], items: frozenset[str], done: Done) -> 
         if planned.status == TODO and planned.item_id not in items and done.has_preview(planned.item_id, planned.key):
             continue  # an older preview of the same id
         if planned.status == TODO and not (planned.item_id in items and done.has_latents(planned.item_id)):
-            legal = "the model, LoRAs, --dtype and --noise-device that its preview was made with (or it has no latents)"
+            legal = "the model, LoRAs, --dtype, --precision and --noise-device that its preview was made with (or it has no latents)"
             row = planned.row
             planned = PlannedRow.illegal(Row(row.raw, None, (Problem("preview", planned.id, legal),)))
         yield planned

@@ -166,6 +166,9 @@ class Books:
     def finish(self, work: Work, clip: Clip, numerics: str) -> None:
         """The item's last stage came back with `clip`."""
         flags = ("prompt_truncated",) if work.info.get("prompt_truncated") else ()
+        if before := work.info.get("stage_1_numerics"):
+            # its stored stage 1 was computed otherwise, in an earlier run
+            numerics = canonical_json({**json.loads(numerics), "stage_1": json.loads(before)})
         rendered = Rendered(
             clip=clip,
             attempts=work.attempts,

@@ -94,7 +94,7 @@ class Driver:
         Raises pools.pool.StartFailed when a pool cannot be brought up, OSError when the output store stays away.
 
         The cluster is joined when the first row is to be rendered, so that a run without work needs none. Rows that
-        have no room on its GPUs are refused as illegal ones are, before any replica starts.
+        have no room on its GPUs are refused as illegal ones are, before they are dispatched.
         """
         publisher, ended = self.books.publisher, False
         try:

@@ -42,6 +42,7 @@ from ltx_ray.records import (
     RowError,
     StageLatents,
     WorkItem,
+    canonical_json,
     plain,
 )
 from ltx_ray.sampling.euler import sample_euler
@@ -125,9 +126,12 @@ class DiffusionEngine:
             if bad:
                 raise RowError(f"{bad} of {tensor.numel()} {name} latents are not finite")
         self.info = {"noise_ledger": plain(result.ledger), **self.merger.residence}
+        numerics = canonical_json(self.spec.numerics)
+        if latents and latents[0].numerics not in ("", numerics):
+            self.info["stage_1_numerics"] = latents[0].numerics
         if self.rank.rank != 0:
             return None
-        return StageLatents(result.latents.map(lambda t: t.cpu()), result.ledger)
+        return StageLatents(result.latents.map(lambda t: t.cpu()), result.ledger, numerics)
 
     def _stage1(self, item: WorkItem, conditions: Conditions) -> StageLatents:
         request, pipeline = item.request, PIPELINES[item.request.pipeline]
@@ -224,6 +228,8 @@ class DiffusionEngine:
             context = contexts.get(name, contexts["cond"])
 
             def entering(x: torch.Tensor, t: torch.Tensor, c: torch.Tensor, tables: tuple, on: bool, of: Any):
+                # a graph reads contiguous copies, and what comes before it must round alike
+                x = x.contiguous() if fused else x
                 return Modality(x.expand(len(c), -1, -1), level, t, c, *tables, enabled=on, level_of=of)
 
             def denoised(x: torch.Tensor, v: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """A clip's latents outside the pools: their names and digest, and their file, from which a later run can go on.
 
 `latents/<2 hex>/<item_id>.safetensors` holds stage_1.video, stage_1.audio and, where there is a second stage, its
-two; the metadata has the item_id and the noise ledger as it was after stage 1.
+two; the metadata has the item_id, the noise ledger as it was after stage 1, and the numerics that made it.
 """
 
 from __future__ import annotations
@@ -103,7 +103,9 @@ def _put(store: Store, item: WorkItem, stages: Sequence[StageLatents]) -> str:
     if len(stages) == 1 and _stages_there(store, item) > 1:
         return place
     named = {name: tensor.contiguous() for name, tensor in named_latents(*stages).items()}
-    metadata = {"item_id": item.item_id, "noise_ledger": canonical_json(stages[0].ledger)}
+    metadata = {
+        "item_id": item.item_id, "noise_ledger": canonical_json(stages[0].ledger), "numerics": stages[0].numerics,
+    }  # fmt: skip
     store.write_bytes(_path(item), save(named, metadata))
     return place
 
@@ -146,7 +148,8 @@ def _stage_1(store: Store, item: WorkItem, dtype: torch.dtype) -> StageLatents:
     draws = stage_1_draws(item.request, str(dtype).removeprefix("torch."))
     if (ledger.seed, ledger.draws) != (item.request.seed, draws):
         raise ValueError("its noise ledger is not that of the item after stage 1")
-    return StageLatents(AV(tensors["stage_1.video"], tensors["stage_1.audio"]), ledger)
+    latents = AV(tensors["stage_1.video"], tensors["stage_1.audio"])
+    return StageLatents(latents, ledger, metadata.get("numerics", ""))
 
 
 def _ledger(text: str | None) -> NoiseLedger:

@@ -26,6 +26,9 @@ from ltx_ray.model.transformer import NO_PERTURBATION, AdaLayerNorm, Modality, P
 from ltx_ray.records import AV
 from ltx_ray.shapes import ClipShape
 
+#: Compute capability (Ada) from which tensor cores know e4m3.
+_FIRST_FP8 = (8, 9)
+
 
 @dataclass(frozen=True)
 class _Names:
@@ -128,6 +131,10 @@ class FusedTransformer:
         self.model = model
         self._eps = model.config.norm_eps
         device = model.proj_out.weight.device
+        fp8 = any(product.quantized for block in model.transformer_blocks for product in block.products.values())
+        if fp8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < _FIRST_FP8:
+            name = torch.cuda.get_device_name(device)
+            raise RuntimeError(f"precision fp8 needs a GPU that knows it, and {name} does not")
         self._attend = backend(attention, device)
         self._steps = _steps(device)
         self._lanes = _Lanes(device)

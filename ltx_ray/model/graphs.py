@@ -20,8 +20,9 @@ from ltx_ray.records import AV
 
 #: Video tokens (of all batch entries) up to which a pass is launch-bound; above, its kernels outlast their launches.
 LAUNCH_BOUND_TOKENS = 20_000
-#: Shapes whose graphs are kept; each holds its inputs and its results, and all share one pool for what is between.
-_KEPT_SHAPES = 6
+#: Input sizes whose graphs are kept, at most three for a size of clips; each holds its inputs and its results, and all
+#: share one pool for what is between.
+_KEPT_SHAPES = 9
 _log = logging.getLogger(__name__)
 
 
@@ -43,7 +44,7 @@ class GraphedTransformer:
         self.ropes = dit.ropes
         self._shapes: OrderedDict[Any, _Shape] = OrderedDict()
         self._seen: set[Any] = set()
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: tuple[int, int] | None = None
 
     def __call__(self, inputs: AV[Modality], perturbation: Perturbation = NO_PERTURBATION) -> AV[torch.Tensor]:
         """As `FusedTransformer.__call__`."""
@@ -85,6 +86,9 @@ class GraphedTransformer:
         perturbation, enabled = key
         inputs = shape.inputs.map(lambda m, on: replace(m, enabled=on), enabled)
         graph = torch.cuda.CUDAGraph()
+        if not any(kept.graphs for kept in self._shapes.values()):
+            # a pool that no graph is left of is gone
+            self._pool = torch.cuda.graph_pool_handle()
         torch.cuda.synchronize()
         # other threads of the process may go on with the device meanwhile
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):

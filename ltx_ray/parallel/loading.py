@@ -350,3 +350,4 @@ def _load_quantized(
         wanted = [Slice(info, dim, plain) for (info, dim, _), plain in zip(batch, values, strict=True)]
         for index in fill(wanted, tp):
             store(batch[index][2], values[index])
+        del values, wanted  # before the next batch takes as much

@@ -177,6 +177,10 @@ class Residence:
         if self.where == "device":
             for names in groups:
                 yield [self._kept[name] for name in names]
+        elif self.where == "gang":
+            for names in groups:
+                into = {n: torch.empty(self.shape(n), dtype=self._dtype_of(n), device=self._device) for n in names}
+                yield [tensor for _, tensor in self.fetch_into(names, into)]
         elif self.where == "host" and self._device.type == "cuda":
             yield from self._ring(groups)
         elif self.where == "host":

@@ -48,8 +48,8 @@ class Wanted:
     sequence_parallel: int = 1
     #: Replicas of the DiT that a growing cluster may be asked for, of both stages together; None: what is there.
     max_replicas: int | None = None
-    #: Whether text and decode may share cards with ranks of the DiT where there are several; the cluster takes it back
-    #: when their memory is too small for certain, or not known.
+    #: Whether text and decode share cards with ranks of the DiT where there are several gangs. The cluster decides: the
+    #: rest of a shared card looks free to others, and its memory must suffice for certain.
     share_cards: bool = False
 
     @property
@@ -108,6 +108,8 @@ class Replicas:
     stage2: int
     aside: int = 1
     shared_card: bool = False
+    #: Whether of text and decode only one may be beside the same rank: there are several gangs to share with.
+    apart: bool = False
 
 
 def choose_replicas(wanted: Wanted, gpus: float) -> Replicas:
@@ -120,9 +122,9 @@ def choose_replicas(wanted: Wanted, gpus: float) -> Replicas:
     if wanted.share_cards and wanted.max_replicas is None and 0 < gpus <= _CARDS_A_PAIR:
         chosen = _choose(wanted, gpus, gpus)
         ranks1, ranks2 = wanted.ranks
-        if chosen.stage1 * ranks1 + chosen.stage2 * ranks2 > gpus - 1:
-            return replace(chosen, aside=1, shared_card=True)
-        # a card is left over in any case
+        if gpus - 1 < chosen.stage1 * ranks1 + chosen.stage2 * ranks2 <= int(gpus):
+            return replace(chosen, aside=1, shared_card=True, apart=chosen.stage1 + chosen.stage2 > 1)
+        # a card is left over in any case, or there are too few for what was asked for
     return _choose(wanted, gpus, None)
 
 
@@ -190,8 +192,7 @@ def lay_out(wanted: Wanted, gpus: float, engines: Mapping[str, EngineSpec]) -> l
     count = choose_replicas(wanted, gpus)
     # more than half a card, so that two ranks of a gang never land on one
     card = 0.0 if gpus == 0 else 0.6 if count.shared_card else 1.0
-    # text and decode both fit beside the one rank that there is; beside one of several, only either of them does
-    aside = 0.0 if gpus == 0 else 0.5 if not count.shared_card else 0.2 if gpus < 2 else 0.3
+    aside = 0.0 if gpus == 0 else 0.5 if not count.shared_card else 0.3 if count.apart else 0.2
 
     def stage_pool(name: str, roles: tuple[str, ...], replicas: int, tp: int, ranks: int, turns: bool) -> PoolSpec:
         spec = engines["diffusion"]
@@ -235,6 +236,9 @@ def slots_needed(pools: list[PoolSpec]) -> Resources:
 def check_schedulable(pools: list[PoolSpec], free: Resources) -> None:
     """Raise ValueError naming what is needed and what is free when the pools do not fit."""
     needed = slots_needed(pools)
+    # two of them never share a card
+    whole = sum(pool.replicas * pool.ranks for pool in pools if pool.gpus_per_rank > 0.5)
+    needed = replace(needed, gpus=max(needed.gpus, float(whole)))
     short = [
         f"{what}: {need:g} needed, {have:g} free"
         for what, need, have in (("CPU slots", needed.cpus, free.cpus), ("GPUs", needed.gpus, free.gpus))

@@ -109,6 +109,18 @@ def test_rows_that_share_an_item_are_one_work_and_each_is_written(desk):
     assert "c: failed in stage2: the gang died\n" in desk.said.getvalue()
 
 
+def test_a_stage_1_of_other_numerics_stands_beside_those_of_the_run(desk):
+    desk.open([*rows("a"), *rows("b", prompt="a dog")])
+    cat, dog = desk.take()
+    cat.info["stage_1_numerics"] = '{"attention":"cudnn"}'
+    for work in (cat, dog):
+        desk.books.finish(work, CLIP, '{"attention":"fa3"}')
+    desk.settle()
+    parts = [desk.store.read_bytes(f"index/{name}") for name in desk.store.list("index")]
+    found = {row["id"]: row["numerics"] for part in parts for row in pq.read_table(io.BytesIO(part)).to_pylist()}
+    assert found == {"a": '{"attention":"fa3","stage_1":{"attention":"cudnn"}}', "b": '{"attention":"fa3"}'}
+
+
 def test_rows_are_taken_a_few_at_a_time(desk):
     desk.open([{"id": f"r{n}", "prompt": f"clip {n}"} for n in range(5)])
     assert [work.name for work in desk.take(3)] == ["r0", "r1", "r2"]

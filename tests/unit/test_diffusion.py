@@ -15,7 +15,7 @@ from ltx_ray.engine.diffusion import DiffusionEngine
 from ltx_ray.engine.latents import LatentStore, latents_sha256, named_latents
 from ltx_ray.parallel.lora import LoraMerger
 from ltx_ray.pools.actors import RankActor
-from ltx_ray.records import RowError, StageLatents, WrongDevice
+from ltx_ray.records import RowError, StageLatents, WrongDevice, canonical_json
 from ltx_ray.storage import Store
 from tests.parity.line import Line, one_thread, toy_line
 
@@ -51,6 +51,22 @@ def test_stored_latents_lead_to_the_bits_of_the_whole_line(line, rendered, tmp_p
     with one_thread():
         again = line.diffusion.run("stage2", item, conditions, stored)
     assert latents_sha256(named_latents(stored, again)) == latents_sha256(named_latents(first, second))
+
+
+def test_stored_latents_say_how_they_were_computed(line, rendered, tmp_path, monkeypatch):
+    """And stage 2 tells the driver when that was otherwise than now."""
+    monkeypatch.setenv("LTX_RAY_CACHE", str(tmp_path / "cache"))
+    item, conditions, first, _ = rendered
+    now = canonical_json(line.diffusion.spec.numerics)
+    assert first.numerics == now
+    for numerics in (now, '{"attention":"another"}'):
+        store = LatentStore(Store(str(tmp_path / f"out{len(numerics)}")))
+        store.publish(item, [dataclasses.replace(first, numerics=numerics)])
+        stored, _ = store.stage_1(item, torch.float32)
+        assert stored.numerics == numerics
+        with one_thread():
+            line.diffusion.run("stage2", item, conditions, stored)
+        assert line.diffusion.info.get("stage_1_numerics") == (None if numerics == now else numerics)
 
 
 def test_noise_of_a_gpu_is_not_drawn_on_a_cpu(line, rendered):

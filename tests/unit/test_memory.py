@@ -18,7 +18,7 @@ from ltx_ray.config import EngineSpec, ModelFiles, Numerics
 from ltx_ray.driver.loop import Joined
 from ltx_ray.headers import TensorInfo
 from ltx_ray.manifest import Problem
-from ltx_ray.memory import GIB, Gpu, Room, can_share, least_gpu, transformer_bytes
+from ltx_ray.memory import GIB, Gpu, Room, can_share, known_gpus, transformer_bytes
 from ltx_ray.model.config import TransformerConfig
 from ltx_ray.model.packing import pack
 from ltx_ray.model.transformer import Transformer
@@ -55,8 +55,7 @@ def room(gpu: str | Gpu, gpus: float = 2, wanted: Wanted = Wanted(), **numerics)
     resolved = resolve(asked, (), False)
     spec = EngineSpec("m:E", ModelFiles("c", "g", "u"), resolved, "out")
     laid_out = lay_out(wanted, gpus, dict.fromkeys(("text", "diffusion", "decode"), spec))
-    found = least_gpu([gpu]) if isinstance(gpu, str) else gpu
-    assert found is not None
+    found = known_gpus([gpu])[0] if isinstance(gpu, str) else gpu
     return Room(CHECKPOINT, spec.model, laid_out, resolved, found)
 
 
@@ -157,17 +156,17 @@ def test_files_beside_the_transformer(toy, monkeypatch):
 # --- GPUs --------------------------------------------------------------------------------------------
 
 
-def test_the_least_gpu_counts_and_unknown_ones_do_not():
-    assert least_gpu(["H200", "H100"]).name == "H100"
-    assert least_gpu(["A100"]).nbytes == 80 * GIB, "a name of two sizes is the larger"
-    assert least_gpu(["A100", "A100-40G"]).nbytes == 40 * GIB
-    assert least_gpu(["A100", "Intel-GAUDI"]).name == "A100"
-    assert least_gpu(["Intel-GAUDI"]) is None and least_gpu([]) is None
+def test_known_gpus_come_by_size_and_others_not_at_all():
+    assert [gpu.name for gpu in known_gpus(["H200", "L4", "H100"])] == ["L4", "H100", "H200"]
+    assert known_gpus(["A100"])[0].nbytes == 80 * GIB, "a name of two sizes is the larger"
+    assert known_gpus(["A100", "A100-40G"])[0].nbytes == 40 * GIB
+    assert [gpu.name for gpu in known_gpus(["A100", "Intel-GAUDI"])] == ["A100"]
+    assert known_gpus(["Intel-GAUDI"]) == known_gpus([]) == []
 
 
 def test_the_gpus_of_this_machine_by_their_own_account(monkeypatch):
     pynvml = pytest.importorskip("ray._private.thirdparty.pynvml")
-    from ltx_ray.cluster import _local_gpu
+    from ltx_ray.cluster import _local_gpus_of
 
     def refuse():
         raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
@@ -177,10 +176,10 @@ def test_the_gpus_of_this_machine_by_their_own_account(monkeypatch):
     monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: len(sizes))
     monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda index: index)
     monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda handle: SimpleNamespace(total=sizes[handle]))
-    assert _local_gpu(("H100",)) == Gpu("H100", 94 * GIB)
-    assert _local_gpu(()) == Gpu("this machine's GPU", 94 * GIB)
+    assert _local_gpus_of(("H100",)) == (Gpu("H100", 94 * GIB), Gpu("H100", 8 * GIB))
+    assert _local_gpus_of(())[0] == Gpu("this machine's GPU", 94 * GIB)
     monkeypatch.setattr(pynvml, "nvmlInit", refuse)
-    assert _local_gpu(("H100",)) == least_gpu(["H100"]) and _local_gpu(()) is None
+    assert _local_gpus_of(("H100",)) == (known_gpus(["H100"])[0],) * 2 and _local_gpus_of(()) == (None, None)
 
 
 # --- judgements --------------------------------------------------------------------------------------
@@ -207,7 +206,7 @@ def test_40_gb_in_turns_have_no_room_for_bf16_weights():
         room("L4").check()
     with pytest.raises(ValueError, match=r"A30: the weights need 37.8 GiB .*; legal: --tp 2 or a larger GPU"):
         room("A30").check()
-    with pytest.raises(ValueError, match=r"V100: .*; legal: --precision fp8, --tp 2 or a larger GPU"):
+    with pytest.raises(ValueError, match=r"V100: .*; legal: --tp 2 or a larger GPU"):
         room("V100").check()
 
 
@@ -217,7 +216,9 @@ def test_40_gb_of_its_own_have_room_in_fp8():
     bf16.check()  # a small clip would do
     problem = bf16.problem(hd)
     assert problem.column == "num_frames" and problem.value == 121
-    assert "or --precision fp8, --tp 2 or a larger GPU" in problem.legal
+    assert "or --tp 2 or a larger GPU" in problem.legal
+    newer = room(Gpu("RTX-5000-ADA", 40 * GIB)).problem(hd)
+    assert "or --precision fp8, --tp 2 or a larger GPU" in newer.legal
     fp8.check()
     assert fp8.problem(hd) is None and fp8.problem(replace(hd, num_frames=257)) is None
 
@@ -374,21 +375,35 @@ def test_only_gpus_of_known_memory_are_asked(toy, tmp_path, monkeypatch, device,
 )
 def test_cards_are_shared_only_where_there_is_room_for_certain(gpu, changes, shares):
     numerics = resolve(Numerics(device="cuda", attention="auto", compile="auto", **changes), (), False)
-    assert can_share(CHECKPOINT, ModelFiles("c", "g", "u"), numerics, least_gpu([gpu])) == shares
+    assert can_share(CHECKPOINT, ModelFiles("c", "g", "u"), numerics, known_gpus([gpu])[0]) == shares
 
 
-@pytest.mark.parametrize(("wanted", "room", "dit"), [(True, True, 8), (True, False, 7), (False, True, 7)])
-def test_a_cluster_shares_cards_when_it_may_and_can(wanted, room, dit):
+@pytest.mark.parametrize(
+    ("mode", "address", "room", "dit"),
+    [
+        ("auto", None, True, 8), ("auto", "other:6379", True, 7), ("on", "other:6379", True, 8),
+        ("on", None, False, 7), ("off", None, True, 7),
+    ],
+)  # fmt: skip
+def test_a_cluster_shares_cards_when_it_may_and_can(mode, address, room, dit):
+    """What is left of a shared card looks free to others, so a cluster of others is shared on request only."""
     cluster = Cluster(
-        address=None, device="cuda", wanted=Wanted(share_cards=wanted), numerics=Numerics(),
-        model=ModelFiles("c", "g", "u"), model_bytes=1, output="out",
-        engines=dict.fromkeys(("text", "diffusion", "decode"), "m:E"),
-        save_latents=False, stop_after=None, can_share=lambda numerics, gpu: room,
+        address=address, device="cuda", wanted=Wanted(), numerics=Numerics(), model=ModelFiles("c", "g", "u"),
+        model_bytes=1, engines=dict.fromkeys(("text", "diffusion", "decode"), "m:E"), output="out",
+        save_latents=False, stop_after=None, share_cards=mode, can_share=lambda numerics, gpu: room,
     )  # fmt: skip
-    cluster.gpu = least_gpu(["H100"])
+    cluster._smallest = known_gpus(["H100"])[0]
     pools, _ = cluster._lay_out(8.0, ("H100",))
     by_name = {pool.name: pool for pool in pools}
     assert by_name["stage1"].replicas + by_name["stage2"].replicas == dit
-    # never text and decode beside the same rank of the DiT
-    shares = [by_name[name].gpus_per_rank for name in ("text", "stage1", "decode")]
-    assert sum(shares) > 1 and (dit == 7 or max(shares[0], shares[2]) + shares[1] <= 1)
+    if dit == 8:
+        # never text and decode beside the same rank of the DiT
+        shares = [by_name[name].gpus_per_rank for name in ("text", "stage1", "decode")]
+        assert sum(shares) > 1 and max(shares[0], shares[2]) + shares[1] <= 1
+
+
+def test_fp8_is_no_way_out_for_gpus_that_do_not_know_it():
+    with pytest.raises(ValueError, match="--precision: 'fp8' on A100-40G, legal: bf16, or GPUs that know fp8"):
+        resolve(Numerics(device="cuda", precision="fp8"), ("H100", "A100-40G"), False)
+    assert "fp8" not in room("A100-40G").problem(LONG).legal
+    assert "fp8" in room("L40S").problem(request(**HD, num_frames=401)).legal

@@ -57,17 +57,19 @@ def test_replicas_for_the_most_clips_an_hour(wanted, gpus, replicas):
     [
         (Wanted(), 0, Replicas(1, 1)),
         (Wanted(), 1, Replicas(1, 0, shared_card=True)),
-        (Wanted(), 2, Replicas(1, 1, shared_card=True)),
-        (Wanted(), 8, Replicas(6, 2, shared_card=True)),
-        (Wanted(), 31, Replicas(22, 9, shared_card=True)),
+        (Wanted(), 2, Replicas(1, 1, shared_card=True, apart=True)),
+        (Wanted(), 8, Replicas(6, 2, shared_card=True, apart=True)),
+        (Wanted(), 31, Replicas(22, 9, shared_card=True, apart=True)),
         # from here on a card of their own is busy enough
         (Wanted(), 32, Replicas(22, 9)),
         # a card is left over
         (Wanted(tp=2), 3, Replicas(1, 0)),
         (Wanted(stage1=1), 8, Replicas(1, 1)),
         (Wanted(stage1=2, stage2=3), 8, Replicas(2, 3)),
-        (Wanted(stage1=4, stage2=4), 8, Replicas(4, 4, shared_card=True)),
-        (Wanted(with_stage2=False), 8, Replicas(8, 0, shared_card=True)),
+        (Wanted(stage1=4, stage2=4), 8, Replicas(4, 4, shared_card=True, apart=True)),
+        (Wanted(with_stage2=False), 8, Replicas(8, 0, shared_card=True, apart=True)),
+        (Wanted(tp=2), 4, Replicas(1, 1, shared_card=True, apart=True)),
+        (Wanted(tp=8), 8, Replicas(1, 0, shared_card=True)),
     ],
 )
 def test_text_and_decode_share_cards_where_memory_allows(wanted, gpus, replicas):
@@ -203,3 +205,12 @@ def test_gangs_that_break_with_no_good_call_in_between_end_the_run():
     a_pool.faulted("half merged")
     with pytest.raises(StartFailed, match="pool stage1: 2 gangs broke in a row; the last: half merged"):
         a_pool.faulted("half merged")
+
+
+@pytest.mark.parametrize(("wanted", "gpus"), [(Wanted(stage1=3, stage2=1), 3), (Wanted(stage1=8, stage2=4), 8)])
+@pytest.mark.parametrize("share", [True, False])
+def test_ranks_of_the_dit_want_a_card_each(wanted, gpus, share):
+    """Fractions that add up to the cards there are do not fit on them."""
+    pools = lay_out(dataclasses.replace(wanted, share_cards=share), gpus, ENGINES)
+    with pytest.raises(ValueError, match=rf"GPUs: \d+ needed, {gpus} free"):
+        check_schedulable(pools, Resources(1000, gpus))

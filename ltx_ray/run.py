@@ -311,7 +311,10 @@ def _promoted(rows: Iterator[PlannedRow], items: frozenset[str], done: Done) -> 
         if planned.status == TODO and planned.item_id not in items and done.has_preview(planned.item_id, planned.key):
             continue  # an older preview of the same id
         if planned.status == TODO and not (planned.item_id in items and done.has_latents(planned.item_id)):
-            legal = "the model, LoRAs, --dtype, --precision and --noise-device that its preview was made with (or it has no latents)"
+            legal = (
+                "the model, LoRAs, --dtype, --precision and --noise-device that its preview was made with "
+                "(or it has no latents)"
+            )
             row = planned.row
             planned = PlannedRow.illegal(Row(row.raw, None, (Problem("preview", planned.id, legal),)))
         yield planned

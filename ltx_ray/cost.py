@@ -11,8 +11,8 @@ from ltx_ray.sampling.passes import passes_for
 from ltx_ray.shapes import ClipShape
 
 TEXT_TOKENS = 1024
-#: Sustained by the compiled reference on an H100 80GB in bf16 (ltx-facts.md: 275 TFLOP in 0.524 s).
-H100_TFLOPS = 525.0
+#: Sustained over a clip on an H100 80GB in bf16 (docs/benchmarks.md: 36,800 TFLOP in 59.5 s).
+H100_TFLOPS = 618.0
 
 
 def pass_tflop(config: Mapping[str, Any], shape: ClipShape, isolated: bool = False) -> float:

@@ -223,7 +223,7 @@ def test_an_hq_clip_is_93_passes_and_7():
 
 
 def test_the_cost_in_words():
-    on = "of an H100 at 525 TFLOP/s"
-    assert cost_line({"clips": 3}, 36_736 * 3) == f"about 110,208 TFLOP in 3 clips, 0.058 hours {on}"
-    assert cost_line({"clips": 1}, 0.0123) == f"about 0.0123 TFLOP in 1 clip, 6.5e-09 hours {on}"
+    on = "of an H100 at 618 TFLOP/s"
+    assert cost_line({"clips": 3}, 36_736 * 3) == f"about 110,208 TFLOP in 3 clips, 0.05 hours {on}"
+    assert cost_line({"clips": 1}, 0.0123) == f"about 0.0123 TFLOP in 1 clip, 5.5e-09 hours {on}"
     assert cost_line({}, 0.0) == "nothing to render"

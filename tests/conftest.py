@@ -41,9 +41,11 @@ else:
 
 FOLDER_MARKS = ("gpu", "parity")
 #: Folders whose tests share a cluster stay in one process when several run tests (scripts/test without arguments), but
-#: for files that need none; of the other folders each file does.
+#: for files that need none, or that make one of their own for long; of the other folders each file does.
 TOGETHER = ("integration", "chaos", "gpu")
-ALONE = ("integration/test_store_faults.py", "chaos/test_driver.py", "chaos/test_schedules.py")
+ALONE = ("integration/test_store_faults.py", "chaos/test_driver.py", "chaos/test_schedules.py", "chaos/test_random.py")
+#: What waits on a cluster of its own for minutes: each begins in a process of its own, what is small fills up the end.
+LONG = ("integration", "chaos", "tests/chaos/test_random.py")
 ORDER = ("unit", "parity", "integration", "gpu", "chaos")
 
 
@@ -60,8 +62,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if _folder(item) in FOLDER_MARKS:
             item.add_marker(_folder(item))
     if hasattr(config, "workerinput"):
-        # the two clusters take longest: each begins in a process of its own, and what is small fills up the end
-        items.sort(key=lambda item: _group(item.path.relative_to(ROOT).as_posix()) not in TOGETHER)
+        items.sort(key=lambda item: _group(item.path.relative_to(ROOT).as_posix()) not in LONG)
     else:
         # tests that must not find a cluster come before those that start one for the session
         items.sort(key=lambda item: ORDER.index(_folder(item)) if _folder(item) in ORDER else len(ORDER))

@@ -129,6 +129,7 @@ def files(folder: Path) -> list[str]:
 CUTS = [10, 6], [5, 6, 6, 4], [3, 4, 4, 4, 4, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), RuntimeError(CPU_MESSAGE), MemoryError()])
 def test_smaller_tiles_when_memory_runs_out(made, out, tiles, error):
     """At the first tile of rung 0, and at rung 1 when some frames are in the file already."""
@@ -180,6 +181,7 @@ def test_the_references_tiles_otherwise(made, out, tiles):
     assert probe(out / clip.path)[0] == 89
 
 
+@pytest.mark.slow
 def test_the_pictures_of_all_rungs_are_close(made, out, tiles):
     """The decoder looks beyond its tiles, so they differ, by a small part of what is in the picture."""
     engine, item = made(), work()
@@ -193,6 +195,7 @@ def test_the_pictures_of_all_rungs_are_close(made, out, tiles):
         assert 0.1 < np.abs(other - shown[0]).mean() < 0.35 * shown[0].std()
 
 
+@pytest.mark.slow
 def test_only_clips_of_at_least_that_size_start_lower(made, tiles):
     engine, item = made(), work()
     tiles.failing = {0: torch.OutOfMemoryError("no room")}

@@ -92,6 +92,7 @@ def test_a_run_waits_for_another_and_says_so_once(store, waits):
     assert holder(store)["run_id"] == "mine"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stale", ["expired", "own", "dead"])
 def test_a_stale_lease_is_taken_over(store, stale):
     changes = {

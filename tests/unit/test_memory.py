@@ -311,6 +311,7 @@ def test_a_row_without_room_fails_as_an_illegal_one_and_the_others_render(tmp_pa
     assert len(store.list("index")) == 7 and not store.list("failed")
 
 
+@pytest.mark.slow
 def test_a_run_of_rows_without_room_starts_no_replica(tmp_path):
     class Idle(Crew):
         def start(self, name, spec):

@@ -260,6 +260,7 @@ def test_timeline_lanes_are_in_order_of_the_line_and_counted_naturally():
     assert lanes == ["text-0", *(f"stage1-{k}" for k in range(11)), "stage2-0", "stage2-1", "decode-0"]
 
 
+@pytest.mark.slow
 def test_ten_thousand_events_and_many_replicas_stay_small(tmp_path):
     events = data.run_events(40_000, replicas=(2, 60, 50, 12))
     assert len(events) > 10_000

@@ -37,6 +37,7 @@ def toy(tmp_path_factory):
     return make_toy_model(tmp_path_factory.mktemp("toy"))
 
 
+@pytest.mark.slow
 def test_same_seed_same_bytes_in_another_process(toy, tmp_path):
     # another process, because save_file orders its metadata by a hash seeded once a process
     command = [sys.executable, str(ROOT / "scripts" / "make_toy_model.py"), str(tmp_path / "again")]

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ltx_ray.model import steps
+from ltx_ray.model import graphs, steps
 from ltx_ray.model.config import TransformerConfig
 from ltx_ray.model.fused import FusedTransformer
 from ltx_ray.model.graphs import GraphedTransformer
@@ -169,6 +169,37 @@ def test_graphs_give_the_bits_of_the_passes_that_they_were_made_from(toy):
             before = call(eager, ropes, inputs, NO_PERTURBATION, 0.5)
             model.transformer_blocks[0].attn1.to_q.weight.data.mul_(1.5)
             assert not torch.equal(call(eager, ropes, inputs, NO_PERTURBATION, 0.5).video, before.video)
+
+
+@pytest.mark.parametrize("attention", ["cudnn", *(["fa3"] if has_fa3() else [])])
+def test_graphs_of_many_kinds_of_passes_do_not_mix(toy, monkeypatch, attention):
+    """Two prompts in turns from the same tensors, both in one call, images' levels, a stream that sits out; and more
+    kinds than are kept."""
+    monkeypatch.setattr(graphs, "_KEPT_SHAPES", 2)
+    model = packed_model(toy["checkpoint_path"])
+    eager = FusedTransformer(model, attention)
+    graphed = GraphedTransformer(FusedTransformer(model, attention))
+    ropes = eager.ropes(positions(), torch.bfloat16)
+    prompts = [
+        Inputs.random(load_ours(toy["checkpoint_path"]), seed).contexts.map(lambda t: t.to(DEVICE, torch.bfloat16))
+        for seed in (6, 7)
+    ]
+    pair = AV(*(torch.cat(both) for both in zip(*prompts, strict=True)))
+    of = torch.arange(SHAPE.video_tokens, dtype=torch.int32, device=DEVICE) % 3
+    kinds = [(prompts[0], 1, True), (prompts[1], 1, True), (pair, 1, True), (prompts[0], 3, True), (pair, 1, False)]
+    with torch.inference_mode():
+        for number, (contexts, levels, sound) in enumerate(kinds * 4):
+            latents = Inputs.random(model, seed=number).latents.map(lambda t: t.to(DEVICE, torch.bfloat16))
+            at = torch.full((1,), 0.1 + 0.04 * number, device=DEVICE)
+            times = at[:, None] * torch.tensor([[1.0, 0.4, 0.0]], device=DEVICE)[:, :levels]
+
+            def modality(x, c, tables, times, of, on, at=at) -> Modality:
+                return Modality(x.expand(len(c), -1, -1), at, times, c, *tables, enabled=on, level_of=of)
+
+            index = AV(of if levels > 1 else None, None)
+            inputs = latents.map(modality, contexts, ropes, AV(times, at[:, None]), index, AV(True, sound))
+            for ours, right in zip(graphed(inputs), eager(inputs), strict=True):
+                assert torch.equal(ours, right), number
 
 
 def test_fp8_is_near(toy):

@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 from ltx_ray.engine import apply, components
 from ltx_ray.toy import ToyShape, make_toy_model
 
+pytestmark = pytest.mark.slow  # every test builds modules of diffusers
+
 CPU = "cpu"
 
 
@@ -50,8 +52,6 @@ def changed(path, tmp_path, edit=None, edit_config=None):
     return copy
 
 
-@pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_connectors(path, dtype):
     connectors = components.load_connectors(path, dtype, CPU)
@@ -201,7 +201,6 @@ def test_wrong_shapes_are_named(path, tmp_path):
         components.load_video_vae(copy, torch.float32, CPU)
 
 
-@pytest.mark.slow
 def test_extra_statistics_of_older_files_are_ignored(path, tmp_path):
     extra = {
         f"{vae}.per_channel_statistics.{name}": torch.zeros(128)
@@ -240,7 +239,6 @@ def test_a_file_without_config(toy, tmp_path):
         components.load_video_vae(copy, torch.float32, CPU)
 
 
-@pytest.mark.slow
 def test_other_widths(tmp_path):
     shape = ToyShape(
         layers=1, connector_layers=1, gemma_hidden=32, gemma_layers=2, encoder_layers=(1, 1, 2, 1, 1),

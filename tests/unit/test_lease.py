@@ -16,7 +16,7 @@ from ltx_ray.lease import Lease, holder
 from ltx_ray.storage import Store
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.slow)])
 def store(request, tmp_path) -> Store:
     """An empty store, on a disk and in a bucket."""
     return Store(str(tmp_path) if request.param == "local" else request.getfixturevalue("bucket"))

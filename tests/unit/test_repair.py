@@ -21,7 +21,7 @@ from ltx_ray.storage import Store
 from tests.unit.damaged import ITEMS, boxes, build, clip_of, part_of, rows_of
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.slow)])
 def store(request, tmp_path) -> Store:
     """A dataset of three items; the first has two rows."""
     return build(Store(str(tmp_path / "out") if request.param == "local" else request.getfixturevalue("bucket")))

@@ -23,7 +23,7 @@ from tests.unit.damaged import ITEMS, build, clip_of, part_of, rows_of
 from tests.unit.samples import request
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.slow)])
 def store(request, tmp_path) -> Store:
     return build(Store(str(tmp_path / "out") if request.param == "local" else request.getfixturevalue("bucket")))
 

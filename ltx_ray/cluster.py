@@ -71,8 +71,7 @@ class Cluster:
                 ray.init(address=self._address, **common)
             free = Resources.of(ray.available_resources())
             models = _free_gpu_models()
-            known = known_gpus(models)
-            self.gpu, self._smallest = (known[-1], known[0]) if known else (None, None)
+            self.gpu, self._smallest = _known_ends(models)
             # auto takes what is free, so that a run fits beside others
             pools, numerics = self._lay_out(free.gpus, models)
             if not self._wanted.max_replicas:
@@ -169,8 +168,13 @@ def _local_gpus_of(models: Sequence[str]) -> tuple[Gpu | None, Gpu | None]:
         name = next(iter(models), "this machine's GPU")
         return Gpu(name, max(sizes)), Gpu(name, min(sizes))
     except (pynvml.NVMLError, ValueError):
-        known = known_gpus(models)
-        return (known[-1], known[0]) if known else (None, None)
+        return _known_ends(models)
+
+
+def _known_ends(models: Collection[str]) -> tuple[Gpu | None, Gpu | None]:
+    """The largest and the smallest of these models whose memory is known."""
+    known = known_gpus(models)
+    return (known[-1], known[0]) if known else (None, None)
 
 
 def _free_gpu_models() -> tuple[str, ...]:

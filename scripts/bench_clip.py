@@ -1,11 +1,12 @@
 #!/usr/bin/env python
 """Clips an hour on one GPU, from the command to the mp4, against the reference's own command on the same files.
 
-    scripts/bench_clip.py [--layers 6,12] [--clips 4] [--shape 1088x1920x121] [--steps 15] [--precision bf16]
-                          [--folder /tmp/ltx-ray-clip] [--against reference] [--reference .ref] [--check] [--record]
+    scripts/bench_clip.py [--layers 6,12] [--clips 4] [--shape 1088x1920x121] [--steps 15] [--precision bf16,fp8]
+                          [--folder /tmp/ltx-ray-clip] [--against reference] [--reference .ref]
+                          [--json figures.json] [--check] [--record]
 
-Random weights at the released widths (scripts/realfiles.py), with as many blocks as --layers says, since 48 fit neither
-the disk nor the time. At each number of layers (scripts/cliprun.py):
+Random weights at the released widths (scripts/realfiles.py), with as many blocks as --layers says: 48 are the release,
+fewer take less disk and time. At each number of layers (scripts/cliprun.py), one after the other on the same files:
 
 ours       `ltx_ray.run.render` of --clips rows in a process of its own, on a private Ray cluster, laid out as the
            product does it: on one card, text, decode and a replica that serves both stages in turns share it.
@@ -13,11 +14,12 @@ reference  `python -m ltx_pipelines.ti2vid_two_stages_hq` (v1.2.0) of one clip, 
            eager bfloat16, FlashAttention-3 where fa3_fwd is installed. --reference: a folder with ltx-core and
            ltx-pipelines below packages/.
 
-From two numbers of layers n follow a and b of seconds = a + b * n for the parts that depend on it (both stages, their
-loading), and with the rest as measured, the smaller of the two, what 48 layers would take: EXTRAPOLATED, and printed as
-such. Files are in the page cache for both sides. Gemma has --gemma-layers blocks at every number of layers; loading the
-other 42, which the reference does for every clip and we do once a run, is left out. At 48 layers our clean weights do
-not fit beside text and decode on an 80 GB card, so there merging again counts what it took from pinned host memory.
+From two numbers of layers n, where 48 is not among them, follow a and b of seconds = a + b * n for the parts that
+depend on it (both stages, their loading), and with the rest as measured, the smaller of the two, what 48 layers would
+take: EXTRAPOLATED, and printed as such. Files are in the page cache for both sides. Gemma has --gemma-layers blocks at
+every number of layers; loading the other 42, which the reference does for every clip and we do once a run, is left out.
+At 48 layers our clean weights do not fit beside text and decode on an 80 GB card, so there merging again counts what
+it took from pinned host memory.
 
 clip, line full  from the first stage-1 call to the last stage-2 call over the clips, without what the first call of
                  each stage took longer than the middle one, and with the turn back to stage 1; decoding runs beside it
@@ -53,11 +55,16 @@ RELEASED_LAYERS = 48
 _MERGE_FROM_HOST = 0.844
 #: Parts that depend on the number of layers; what else there is counts as measured.
 _LAYERED = ("stage 1", "stage 2", "load for stage 1", "load for stage 2", "merging again, a clip")
-_TOTALS = {"ours": "clip, line full", "reference": "clip, its command"}
+_REFERENCE = "reference"
 #: What --check holds to the baselines; starting up depends on the machine's disk and caches.
 _HELD = ("clip, line full", "stage 1", "stage 2", "decode")
 _NOTED = (*_HELD, "start", "cold", "aside")
 Runs = Mapping[int, Mapping[str, Any]]
+
+
+def total_of(side: str) -> str:
+    """The part that stands for a whole clip: of "reference", or of "ours" in one of its precisions."""
+    return "clip, its command" if side == _REFERENCE else "clip, line full"
 
 
 def fit(seconds: Mapping[int, float]) -> tuple[float, float] | None:
@@ -70,8 +77,8 @@ def fit(seconds: Mapping[int, float]) -> tuple[float, float] | None:
 
 
 def extrapolate(runs: Runs, total: str) -> dict[str, float]:
-    """Seconds by part at 48 layers, and their `total`; empty with fewer than two numbers of layers."""
-    if len(runs) < 2:
+    """Seconds by part at 48 layers, and their `total`; empty where 48 were measured, or fewer than two numbers."""
+    if len(runs) < 2 or RELEASED_LAYERS in runs:
         return {}
     some = next(iter(runs.values()))
     parts = {}
@@ -104,36 +111,47 @@ def _table(title: str, runs: Runs, total: str) -> None:
 
 
 def _rates(arguments: argparse.Namespace, found: Mapping[str, Runs]) -> dict[str, float]:
-    """Print clips an hour of both sides and their ratios; returns the ratios by case."""
-    seconds: dict[str, dict[int, tuple[float, float]]] = {}
-    for side, runs in found.items():
-        measured = dict(runs)
-        if told := extrapolate(runs, _TOTALS[side]):
-            measured[RELEASED_LAYERS] = told
-        seconds[side] = {n: (f[_TOTALS[side]], f["stage 1"] + f["stage 2"]) for n, f in measured.items()}
+    """Print clips an hour of all sides and ours over the reference's; returns these ratios by case."""
     print("\nclips an hour on one GPU: ours with the line full, the reference one command a clip")
-    ratios = {}
-    for n in sorted({n for runs in seconds.values() for n in runs}):
-        parts = [f"{side} {3600 / runs[n][0]:8.1f} ({runs[n][0]:.2f} s a clip)" for side, runs in seconds.items()
-                 if n in runs]  # fmt: skip
-        if all(n in seconds.get(side, {}) for side in _TOTALS):
-            whole, stages = (seconds["reference"][n][i] / seconds["ours"][n][i] for i in (0, 1))
-            parts.append(f"ratio {whole:.2f}, of the two stages alone {stages:.2f}")
-            ratios[f"clip {arguments.case} {n} layers: rate over the reference's"] = whole
-            ratios[f"clip {arguments.case} {n} layers: the two stages' rate over the reference's"] = stages
-        extrapolated = n not in found["ours"] and n not in found.get("reference", {})
-        print(f"{n:3} layers  {'   '.join(parts)}{'   EXTRAPOLATED' if extrapolated else ''}")
-    for n, figures in found["ours"].items():
-        whole = figures["command to last mp4"]
-        print(f"{n:3} layers  ours {3600 * arguments.clips / whole:8.1f} from the command on: {arguments.clips} clips "
-              f"in {whole:.1f} s, start-up and the last decoding with them")  # fmt: skip
+    ratios: dict[str, float] = {}
+    theirs = _with_extrapolated(_REFERENCE, found.get(_REFERENCE, {}))
+    for side, runs in found.items():
+        for n, figures in sorted(_with_extrapolated(side, runs).items()):
+            seconds = figures[total_of(side)]
+            line = f"{n:3} layers  {side:10} {3600 / seconds:8.1f} ({seconds:.2f} s a clip)"
+            if side != _REFERENCE and n in theirs:
+                whole = theirs[n][total_of(_REFERENCE)] / seconds
+                stages = _stages(theirs[n]) / _stages(figures)
+                line += f"   ratio {whole:.2f}, of the two stages alone {stages:.2f}"
+                case = f"clip {side.split()[1]} {arguments.case} {n} layers"
+                ratios[f"{case}: rate over the reference's"] = whole
+                ratios[f"{case}: the two stages' rate over the reference's"] = stages
+            print(line + ("" if n in runs else "   EXTRAPOLATED"))
+            if side != _REFERENCE and n in runs:
+                took = figures["command to last mp4"]
+                print(f"{'':22}{3600 * figures['clips'] / took:8.1f} from the command on: {figures['clips']} clips in "
+                      f"{took:.1f} s, start-up and the last decoding with them")  # fmt: skip
     return ratios
+
+
+def _with_extrapolated(side: str, runs: Runs) -> dict[int, Mapping[str, Any]]:
+    told = extrapolate(runs, total_of(side))
+    return {**runs, RELEASED_LAYERS: told} if told else dict(runs)
+
+
+def _stages(figures: Mapping[str, Any]) -> float:
+    return figures["stage 1"] + figures["stage 2"]
 
 
 def _judge(arguments: argparse.Namespace, found: Mapping[str, Runs]) -> int:
     ratios = _rates(arguments, found)
     named = {
-        name: {f"clip {arguments.case} {n} layers: {name}": figures[name] for n, figures in found["ours"].items()}
+        name: {
+            f"clip {side.split()[1]} {arguments.case} {n} layers: {name}": figures[name]
+            for side, runs in found.items()
+            if side != _REFERENCE
+            for n, figures in runs.items()
+        }
         for name in _NOTED
     }
     baselines, code = Baselines(_device_name(arguments)), 0
@@ -165,42 +183,67 @@ def _files(arguments: argparse.Namespace, folder: Path, layers: int) -> dict[str
 
 def main() -> int:
     arguments = _arguments()
-    shutil.rmtree(arguments.folder / "caches", ignore_errors=True)
-    began = time.monotonic()
-    found: dict[str, dict[int, dict[str, Any]]] = {"ours": {}}
-    sides = (
-        {"ours": cliprun.ours}
-        if arguments.against == "none"
-        else {"ours": cliprun.ours, "reference": cliprun.reference}
-    )
+    found = _known(arguments)
+    if not any(found.values()):
+        shutil.rmtree(arguments.folder / "caches", ignore_errors=True)
+    began, wrong = time.monotonic(), 0
     print(f"{_device_name(arguments)}, {arguments.case}, {arguments.clips} clips, {arguments.model} model")
-    wrong = 0
     for layers in arguments.layers:
         folder = arguments.folder / f"layers-{layers}"
-        folder.mkdir(parents=True, exist_ok=True)
-        since = time.monotonic()
-        files = _files(arguments, folder, layers)
-        print(f"{layers} layers: files in {time.monotonic() - since:.0f} s", flush=True)
-        for side, measure in sides.items():
+        missing = [side for side in arguments.sides if layers not in found.get(side, {})]
+        if missing:
+            folder.mkdir(parents=True, exist_ok=True)
+            since = time.monotonic()
+            files = _files(arguments, folder, layers)
+            print(f"{layers} layers: files in {time.monotonic() - since:.0f} s", flush=True)
+        for side in missing:
             since = time.monotonic()
             # what is measured already is worth more than what would be cut off
             limit = min(arguments.limit, began + arguments.budget - since)
             try:
                 if limit <= 0:
                     raise RuntimeError(f"the {arguments.budget:.0f} s of --budget are used up")
-                found.setdefault(side, {})[layers] = measure(arguments, files, folder, limit)
+                if side == _REFERENCE:
+                    figures = cliprun.reference(arguments, files, folder, limit)
+                else:
+                    figures = cliprun.ours(arguments, files, folder, limit, precision=side.split()[1])
+                found.setdefault(side, {})[layers] = figures
                 print(f"{layers} layers: {side} in {time.monotonic() - since:.0f} s", flush=True)
+                _note(arguments, found)
             except (RuntimeError, AssertionError, OSError) as error:
                 print(f"{layers} layers: {side} FAILED after {time.monotonic() - since:.0f} s: {error}", flush=True)
                 wrong = 1
         if not arguments.keep:
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
     for side, runs in found.items():
-        if runs:
-            _table({"ours": "ours", "reference": "the reference's command"}[side], runs, _TOTALS[side])
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=2))
+        _table("the reference's command" if side == _REFERENCE else side, runs, total_of(side))
     return _judge(arguments, found) | wrong
+
+
+def _known(arguments: argparse.Namespace) -> dict[str, dict[int, dict[str, Any]]]:
+    """Side -> layers -> figures as --json has them from before, of the sides and numbers of layers asked for."""
+    if not (arguments.json and arguments.json.exists()):
+        return {}
+    before = json.loads(arguments.json.read_text())
+    if before["of"] != _identity(arguments):
+        raise SystemExit(f"--json: {arguments.json}, has figures of {before['of']}; these are {_identity(arguments)}")
+    known = {
+        side: {n: before["figures"][side][str(n)] for n in arguments.layers if str(n) in before["figures"][side]}
+        for side in arguments.sides
+        if side in before["figures"]
+    }
+    return {side: runs for side, runs in known.items() if runs}
+
+
+def _note(arguments: argparse.Namespace, found: Mapping[str, Runs]) -> None:
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"of": _identity(arguments), "figures": found}, indent=2))
+
+
+def _identity(arguments: argparse.Namespace) -> str:
+    """What must be the same for figures to be compared."""
+    depths = f"{arguments.gemma_layers} layers of Gemma, {arguments.connector_layers} of the connectors"
+    return f"{_device_name(arguments)}, {arguments.case}, {arguments.clips} clips, {arguments.model} model, {depths}"
 
 
 def _arguments() -> argparse.Namespace:
@@ -209,7 +252,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--clips", type=int, default=4, help="clips of a run of ours, at least 3 for a middle one")
     parser.add_argument("--shape", default="1088x1920x121", help="height x width x frames")
     parser.add_argument("--steps", type=int, default=15)
-    parser.add_argument("--precision", choices=["bf16", "fp8"], default="bf16", help="of ours; the reference has bf16")
+    parser.add_argument("--precision", default="bf16", help="of ours, with commas: bf16, fp8; the reference has bf16")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/ltx-ray-clip"), help="22 GB at 12 layers, 57 at 48")
     parser.add_argument("--against", choices=["reference", "none"], default="reference")
     parser.add_argument("--reference", type=Path, default=ROOT / ".ref", help="its sources: packages/ltx-core/src …")
@@ -220,16 +263,21 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=300.0, help="seconds that one process may take")
     parser.add_argument("--budget", type=float, default=560.0, help="seconds for everything; the table is printed then")
     parser.add_argument("--keep", action="store_true", help="leave files, clips and logs in --folder")
-    parser.add_argument("--json", type=Path, help="write all figures there")
+    parser.add_argument("--json", type=Path, help="figures go there; those in it are not measured again")
     parser.add_argument("--check", action="store_true", help="exit 1 when a figure is worse than its baseline")
     parser.add_argument("--record", action="store_true", help="make the figures the baselines of this GPU model")
     arguments = parser.parse_args()
     arguments.layers = sorted({int(n) for n in arguments.layers.split(",")})
+    precisions = arguments.precision.split(",")
+    if not set(precisions) <= {"bf16", "fp8"}:
+        parser.error(f"--precision: {arguments.precision}, legal are bf16, fp8, and both with a comma")
+    arguments.sides = [f"ours {name}" for name in precisions]
+    arguments.sides += [_REFERENCE] if arguments.against == "reference" else []
     arguments.size = tuple(int(n) for n in arguments.shape.split("x"))
     arguments.reference, arguments.folder = arguments.reference.resolve(), arguments.folder.resolve()
     if arguments.against == "reference" and not (arguments.reference / "packages" / "ltx-core" / "src").is_dir():
         parser.error(f"--reference: {arguments.reference}, has no packages/ltx-core/src; or give --against none")
-    arguments.case = f"{arguments.precision} {arguments.shape} {arguments.steps} steps"
+    arguments.case = f"{arguments.shape} {arguments.steps} steps"
     return arguments
 
 

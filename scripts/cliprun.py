@@ -61,7 +61,9 @@ sys.exit(render(Options(model=model, wanted=wanted, limits=limits, command=("ben
 # --- ours --------------------------------------------------------------------------------------------------------
 
 
-def ours(arguments: argparse.Namespace, files: dict[str, str], folder: Path, limit: float) -> dict[str, Any]:
+def ours(
+    arguments: argparse.Namespace, files: dict[str, str], folder: Path, limit: float, precision: str
+) -> dict[str, Any]:
     """Seconds of the parts of a run of ours, those of clips as means or medians over them."""
     height, width, frames = arguments.size
     manifest, out = folder / "manifest.jsonl", folder / "ours"
@@ -69,7 +71,7 @@ def ours(arguments: argparse.Namespace, files: dict[str, str], folder: Path, lim
     rows = [{"id": f"clip-{i}", "prompt": _PROMPTS[i % len(_PROMPTS)], "seed": i} for i in range(arguments.clips)]
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
     spec = {
-        "manifest": str(manifest), "output": str(out), "model": files, "precision": arguments.precision,
+        "manifest": str(manifest), "output": str(out), "model": files, "precision": precision,
         "device": arguments.device, "row_defaults": {
             "height": height, "width": width, "num_frames": frames, "num_inference_steps": arguments.steps,
         },

@@ -16,9 +16,9 @@ reference  `python -m ltx_pipelines.ti2vid_two_stages_hq` (v1.2.0) of one clip, 
 
 From two numbers of layers n, where 48 is not among them, follow a and b of seconds = a + b * n for the parts that
 depend on it (both stages, their loading), and with the rest as measured, the smaller of the two, what 48 layers would
-take: EXTRAPOLATED, and printed as such. Files are in the page cache for both sides. Gemma has --gemma-layers blocks at
-every number of layers; loading the other 42, which the reference does for every clip and we do once a run, is left out.
-At 48 layers our clean weights do not fit beside text and decode on an 80 GB card, so there merging again counts what
+take: EXTRAPOLATED, and printed as such. Files are in the page cache for both sides. Gemma, which the reference loads
+for every clip and we once a run, has as many blocks as the DiT, unless --gemma-layers says another number: the release
+has 48 of both. At 48 layers our clean weights do not fit beside text and decode on an 80 GB card, so there merging again counts what
 it took from pinned host memory.
 
 clip, line full  from the first stage-1 call to the last stage-2 call over the clips, without what the first call of
@@ -54,8 +54,11 @@ RELEASED_LAYERS = 48
 #: Seconds of merging again at 48 layers, clean weights and factors in pinned host memory (docs/benchmarks.md).
 _MERGE_FROM_HOST = 0.844
 #: Parts that depend on the number of layers; what else there is counts as measured.
-_LAYERED = ("stage 1", "stage 2", "load for stage 1", "load for stage 2", "merging again, a clip")
 _REFERENCE = "reference"
+_LAYERED = {
+    "ours": ("stage 1", "stage 2", "merging again, a clip"),
+    _REFERENCE: ("text", "load for stage 1", "stage 1", "load for stage 2", "stage 2"),
+}
 #: What --check holds to the baselines; starting up depends on the machine's disk and caches.
 _HELD = ("clip, line full", "stage 1", "stage 2", "decode")
 _NOTED = (*_HELD, "start", "cold", "aside")
@@ -76,27 +79,25 @@ def fit(seconds: Mapping[int, float]) -> tuple[float, float] | None:
     return level - b * middle, b
 
 
-def extrapolate(runs: Runs, total: str) -> dict[str, float]:
-    """Seconds by part at 48 layers, and their `total`; empty where 48 were measured, or fewer than two numbers."""
+def extrapolate(side: str, runs: Runs) -> dict[str, float]:
+    """Seconds by part at 48 layers, and their total; empty where 48 were measured, or fewer than two numbers."""
     if len(runs) < 2 or RELEASED_LAYERS in runs:
         return {}
-    some = next(iter(runs.values()))
-    parts = {}
-    for name in _LAYERED:
-        if name in some:
-            line = fit({n: figures[name] for n, figures in runs.items()})
-            assert line is not None
-            parts[name] = line[0] + RELEASED_LAYERS * line[1]
-    if "turns" in some:
+    total, parts = total_of(side), {}
+    for name in _LAYERED[side.split()[0]]:
+        line = fit({n: figures[name] for n, figures in runs.items()})
+        assert line is not None
+        parts[name] = line[0] + RELEASED_LAYERS * line[1]
+    if side != _REFERENCE:
         turns = max(figures["turns"] / figures["clips"] for figures in runs.values())
         parts["merging again, a clip"] = max(parts["merging again, a clip"], turns * _MERGE_FROM_HOST)
     rest = min(figures[total] - sum(figures[name] for name in parts) for figures in runs.values())
     return {**parts, total: sum(parts.values()) + rest}
 
 
-def _table(title: str, runs: Runs, total: str) -> None:
-    layers, told = sorted(runs), extrapolate(runs, total)
-    print(f"\n{title}")
+def _table(side: str, runs: Runs) -> None:
+    layers, told, total = sorted(runs), extrapolate(side, runs), total_of(side)
+    print("\nthe reference's command" if side == _REFERENCE else f"\n{side}")
     print(f"{'seconds':28}" + "".join(f"{f'{n} layers':>11}" for n in layers)
           + (f"{'a':>9}{'b a layer':>11}{'48, EXTRAPOLATED':>18}" if told else ""))  # fmt: skip
     for name, value in runs[layers[0]].items():
@@ -135,7 +136,7 @@ def _rates(arguments: argparse.Namespace, found: Mapping[str, Runs]) -> dict[str
 
 
 def _with_extrapolated(side: str, runs: Runs) -> dict[int, Mapping[str, Any]]:
-    told = extrapolate(runs, total_of(side))
+    told = extrapolate(side, runs)
     return {**runs, RELEASED_LAYERS: told} if told else dict(runs)
 
 
@@ -178,7 +179,8 @@ def _files(arguments: argparse.Namespace, folder: Path, layers: int) -> dict[str
         return make_toy_model(folder / "model", shape=ToyShape(layers=layers))
     from scripts import realfiles
 
-    return realfiles.write_model(folder / "model", layers, arguments.gemma_layers, arguments.connector_layers)
+    gemma_layers = arguments.gemma_layers or layers
+    return realfiles.write_model(folder / "model", layers, gemma_layers, arguments.connector_layers)
 
 
 def main() -> int:
@@ -216,7 +218,7 @@ def main() -> int:
         if not arguments.keep:
             shutil.rmtree(folder, ignore_errors=True)
     for side, runs in found.items():
-        _table("the reference's command" if side == _REFERENCE else side, runs, total_of(side))
+        _table(side, runs)
     return _judge(arguments, found) | wrong
 
 
@@ -242,7 +244,7 @@ def _note(arguments: argparse.Namespace, found: Mapping[str, Runs]) -> None:
 
 def _identity(arguments: argparse.Namespace) -> str:
     """What must be the same for figures to be compared."""
-    depths = f"{arguments.gemma_layers} layers of Gemma, {arguments.connector_layers} of the connectors"
+    depths = f"{arguments.gemma_layers or 'as many'} layers of Gemma, {arguments.connector_layers} of the connectors"
     return f"{_device_name(arguments)}, {arguments.case}, {arguments.clips} clips, {arguments.model} model, {depths}"
 
 
@@ -253,11 +255,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--shape", default="1088x1920x121", help="height x width x frames")
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--precision", default="bf16", help="of ours, with commas: bf16, fp8; the reference has bf16")
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/ltx-ray-clip"), help="22 GB at 12 layers, 57 at 48")
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/ltx-ray-clip"), help="24 GB at 12 layers, 77 at 48")
     parser.add_argument("--against", choices=["reference", "none"], default="reference")
     parser.add_argument("--reference", type=Path, default=ROOT / ".ref", help="its sources: packages/ltx-core/src …")
     parser.add_argument("--model", choices=["real", "toy"], default="real", help="toy: the benchmark itself is tried")
-    parser.add_argument("--gemma-layers", type=int, default=6)
+    parser.add_argument("--gemma-layers", type=int, help="blocks of Gemma (as many as --layers says)")
     parser.add_argument("--connector-layers", type=int, default=8)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds that one process may take")

@@ -18,8 +18,8 @@ From two numbers of layers n, where 48 is not among them, follow a and b of seco
 depend on it (both stages, their loading), and with the rest as measured, the smaller of the two, what 48 layers would
 take: EXTRAPOLATED, and printed as such. Files are in the page cache for both sides. Gemma, which the reference loads
 for every clip and we once a run, has as many blocks as the DiT, unless --gemma-layers says another number: the release
-has 48 of both. At 48 layers our clean weights do not fit beside text and decode on an 80 GB card, so there merging again counts what
-it took from pinned host memory.
+has 48 of both. At 48 layers our clean weights do not fit beside text and decode on an 80 GB card, so there merging
+again counts what it took from pinned host memory.
 
 clip, line full  from the first stage-1 call to the last stage-2 call over the clips, without what the first call of
                  each stage took longer than the middle one, and with the turn back to stage 1; decoding runs beside it

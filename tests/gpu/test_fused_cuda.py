@@ -12,12 +12,13 @@ from ltx_ray.model import graphs, steps
 from ltx_ray.model.config import TransformerConfig
 from ltx_ray.model.fused import FusedTransformer
 from ltx_ray.model.graphs import GraphedTransformer
-from ltx_ray.model.packing import pack
+from ltx_ray.model.packing import Product, pack
 from ltx_ray.model.rope import RopeTable, audio_positions, video_positions
-from ltx_ray.model.steps import Levels, Modulation, Residual
+from ltx_ray.model.steps import Levels, Modulation, Quantized, Residual
 from ltx_ray.model.transformer import NO_PERTURBATION, Modality, Perturbation, Transformer
 from ltx_ray.modelfiles import open_checkpoint
 from ltx_ray.numerics import has_fa3
+from ltx_ray.parallel.fp8 import FP8
 from ltx_ray.parallel.layers import TPGroup
 from ltx_ray.parallel.loading import load_shard
 from ltx_ray.records import AV
@@ -90,6 +91,20 @@ def test_head_kernels(normal, rows, tokens, heads, head, dtype):
         assert relative(values(found).float(), values(right).float()) <= limit
         found, right = kernels.gelu(packed, quantize), steps.gelu(packed, quantize)
         assert relative(values(found).float(), values(right).float()) <= limit
+
+
+@pytest.mark.parametrize("features", [(16384, 4096), (4096, 16384), (4160, 4096), (4096, 2048)])
+def test_fp8_products_of_any_number_of_rows(normal, features):
+    """At the released widths: there cuBLAS has kernels for some numbers of rows only."""
+    n_out, n_in = features
+    wide, scale = normal(n_out, n_in), normal(n_out).abs() / 100
+    bias = normal(n_out).bfloat16()
+    layer = Product(wide.to(FP8), bias, (n_out,), scale)
+    for rows in (1, 8, 31, 32, 63, 64, 65, 100, 129, 4590):
+        x = Quantized(normal(rows, n_in).to(FP8), normal(rows, 1).abs() / 100)
+        right = values(x) @ (layer.weight.float() * scale[:, None]).T + bias.float()
+        found = steps.product(x, layer)
+        assert found.shape == (rows, n_out) and relative(found.float(), right) <= FP8_ROUNDING, rows
 
 
 def packed_model(path: str, precision: str = "bf16") -> Transformer:

@@ -20,6 +20,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Ray's agents look at every process of their node each five seconds, for a dashboard that nobody opens.
+os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "60000")
 # Drawn once: processes that run tests side by side must find the same ones.
 os.environ.setdefault("LTX_RAY_PARITY_SEED", str(secrets.randbelow(10**9)))
 # A test never joins a cluster that happens to be there.
@@ -43,9 +45,16 @@ FOLDER_MARKS = ("gpu", "parity")
 #: Folders whose tests share a cluster stay in one process when several run tests (scripts/test without arguments), but
 #: for files that need none, or that make one of their own for long; of the other folders each file does.
 TOGETHER = ("integration", "chaos", "gpu")
-ALONE = ("integration/test_store_faults.py", "chaos/test_driver.py", "chaos/test_schedules.py", "chaos/test_random.py")
-#: What waits on a cluster of its own for minutes: each begins in a process of its own, what is small fills up the end.
-LONG = ("integration", "chaos", "tests/chaos/test_random.py")
+ALONE = (
+    "integration/test_store_faults.py", "integration/test_schedule_submit.py", "integration/test_jobs.py",
+    "chaos/test_driver.py", "chaos/test_schedules.py", "chaos/test_random.py",
+)  # fmt: skip
+#: What takes minutes, longest first, above all on clusters of its own: each of the first begins in a process of its
+#: own, what is small fills up the end.
+LONG = (
+    "chaos", "integration", "tests/chaos/test_random.py",
+    "tests/integration/test_schedule_submit.py", "tests/integration/test_jobs.py", "tests/parity/test_layouts.py",
+)  # fmt: skip
 ORDER = ("unit", "parity", "integration", "gpu", "chaos")
 
 
@@ -62,7 +71,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if _folder(item) in FOLDER_MARKS:
             item.add_marker(_folder(item))
     if hasattr(config, "workerinput"):
-        items.sort(key=lambda item: _group(item.path.relative_to(ROOT).as_posix()) not in LONG)
+        groups = {group: place for place, group in enumerate(LONG)}
+        items.sort(key=lambda item: groups.get(_group(item.path.relative_to(ROOT).as_posix()), len(LONG)))
     else:
         # tests that must not find a cluster come before those that start one for the session
         items.sort(key=lambda item: ORDER.index(_folder(item)) if _folder(item) in ORDER else len(ORDER))

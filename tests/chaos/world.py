@@ -22,6 +22,7 @@ from ltx_ray.engine.base import Rank
 from ltx_ray.engine.fake import FakeEngine, open_gate
 from ltx_ray.pools.pool import Wanted
 from ltx_ray.run import Options
+from tests.clusters import QUICK, SYSTEM
 
 T = TypeVar("T")
 
@@ -38,10 +39,9 @@ with open(sys.argv[1], "rb") as file:
 sys.exit(run.render(options))
 """
 _SYSTEM = {
+    **SYSTEM,
     # a raylet that is gone is missed within two seconds, not fifteen
     "health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4,
-    # workers without the environment of a rank serve nobody here
-    "enable_worker_prestart": False, "prestart_worker_first_driver": False,
     # the toy model's latents are to lie on the node that made them, as those of a real clip do
     "max_direct_call_object_size": 4096,
 }  # fmt: skip
@@ -77,8 +77,9 @@ class World:
         from ray.cluster_utils import Cluster
 
         self.workers, self.slots = workers, slots
-        head = {"num_cpus": 0, "num_gpus": 0, "include_dashboard": False, "object_store_memory": 80 * 2**20}
-        self._cluster = Cluster(initialize_head=True, head_node_args={**head, "_system_config": _SYSTEM})
+        self._node = {**QUICK, "object_store_memory": 80 * 2**20}
+        head = {**self._node, "num_cpus": 0, "include_dashboard": False, "_system_config": _SYSTEM}
+        self._cluster = Cluster(initialize_head=True, head_node_args=head)
         self.address: str = self._cluster.address
         self.heal()
 
@@ -88,8 +89,7 @@ class World:
         return sorted(node.node_id for node in self._cluster.worker_nodes if node.node_id not in dead)
 
     def add_node(self) -> str:
-        node = self._cluster.add_node(num_cpus=self.slots, num_gpus=0, object_store_memory=80 * 2**20)
-        return node.node_id
+        return self._cluster.add_node(num_cpus=self.slots, **self._node).node_id
 
     def remove_node(self, node_id: str) -> None:
         """SIGKILL the node's raylet; returns when the cluster has noticed."""

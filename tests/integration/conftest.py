@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from ltx_ray.config import ModelFiles, RunLimits
 from ltx_ray.pools.pool import Wanted
 from ltx_ray.run import Options, render
+from tests.clusters import QUICK, SYSTEM
 
 FAKE = {name: "ltx_ray.engine.fake:FakeEngine" for name in ("text", "diffusion", "decode")}
 
@@ -21,22 +23,31 @@ FAKE = {name: "ltx_ray.engine.fake:FakeEngine" for name in ("text", "diffusion",
 def cluster(s3):
     """Address of a cluster of 16 logical CPU slots, shared by the tests of a session; its workers know `s3`."""
     ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
     os.environ["OMP_NUM_THREADS"] = "1"
-    ray.init(
-        address="local", num_cpus=16, num_gpus=0, include_dashboard=False, log_to_driver=False,
-        logging_level="error", object_store_memory=256 * 2**20,
-        # workers without the environment of a rank serve nobody here
-        _system_config={"enable_worker_prestart": False, "prestart_worker_first_driver": False},
-    )  # fmt: skip
-    yield ray.get_runtime_context().gcs_address
-    ray.shutdown()
+    node = {**QUICK, "num_cpus": 16, "include_dashboard": False, "object_store_memory": 256 * 2**20}
+    clusters.append(Cluster(initialize_head=True, head_node_args={**node, "_system_config": SYSTEM}))
+    ray.init(address=clusters[0].address, log_to_driver=False, logging_level="error")
+    yield clusters[0].address
+    end_cluster()
+
+
+#: The cluster while there is one.
+clusters: list[Any] = []
+
+
+def end_cluster() -> None:
+    if clusters:
+        sys.modules["ray"].shutdown()
+        clusters.pop().shutdown()
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     """The cluster ends with this folder's last test: others that come later in the process must not find one."""
     folder = Path(__file__).parent
-    if "ray" in sys.modules and (nextitem is None or folder not in nextitem.path.parents):
-        sys.modules["ray"].shutdown()
+    if nextitem is None or folder not in nextitem.path.parents:
+        end_cluster()
 
 
 class Runner:

@@ -23,6 +23,7 @@ from ltx_ray.model.packing import Product
 from ltx_ray.model.rope import RopeTable, audio_positions, video_positions
 from ltx_ray.model.steps import Levels, Modulation, Residual, Rows
 from ltx_ray.model.transformer import NO_PERTURBATION, AdaLayerNorm, Modality, Perturbation, Transformer
+from ltx_ray.parallel.fp8 import FP8
 from ltx_ray.records import AV
 from ltx_ray.shapes import ClipShape
 
@@ -131,10 +132,14 @@ class FusedTransformer:
         self.model = model
         self._eps = model.config.norm_eps
         device = model.proj_out.weight.device
-        fp8 = any(product.quantized for block in model.transformer_blocks for product in block.products.values())
-        if fp8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < _FIRST_FP8:
+        fp8 = [
+            product for block in model.transformer_blocks for product in block.products.values() if product.quantized
+        ]
+        if fp8 and device.type == "cuda":
             name = torch.cuda.get_device_name(device)
-            raise RuntimeError(f"precision fp8 needs a GPU that knows it, and {name} does not")
+            if torch.cuda.get_device_capability(device) < _FIRST_FP8:
+                raise RuntimeError(f"precision fp8 needs a GPU that knows it, and {name} does not")
+            try_fp8(fp8[0], name)
         self._attend = backend(attention, device)
         self._steps = _steps(device)
         self._lanes = _Lanes(device)
@@ -355,6 +360,18 @@ class FusedTransformer:
         else:
             hidden = self._steps.gelu_product(h, up)
         s.residual = Residual(steps.product(hidden, down), gate)
+
+
+def try_fp8(product: Product, device_name: str) -> None:
+    """Raise RuntimeError where PyTorch has no products in fp8 with a scale a row for the device of `product`."""
+    rows = torch.zeros((steps.FP8_ROWS, product.weight.shape[1]), device=product.weight.device)
+    try:
+        steps.product(steps.Quantized(rows.to(FP8), torch.ones_like(rows[:, :1])), product)
+    except RuntimeError as error:
+        why = str(error).partition("\n")[0]
+        raise RuntimeError(
+            f"precision fp8 needs a PyTorch with its products for {device_name} ({why}); legal: --precision bf16"
+        ) from error
 
 
 def _steps(device: torch.device) -> ModuleType:

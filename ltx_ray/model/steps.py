@@ -18,7 +18,7 @@ from ltx_ray.parallel.fp8 import FP8, FP8_MAX, SMALLEST_SCALE
 
 #: Fewer rows go through an fp8 product with rows of zeros: cuBLAS 13.0 has no kernel for under 32 rows of 16,384
 #: features on an H100, and works on 64 or more at a time anyway.
-_FP8_ROWS = 64
+FP8_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,8 @@ def product(x: Rows, layer: Product) -> torch.Tensor:
         return F.linear(x, layer.weight, layer.bias)
     if x.values.is_cuda:
         rows = len(x.values)
-        if rows < _FP8_ROWS:
-            more = (0, 0, 0, _FP8_ROWS - rows)
+        if rows < FP8_ROWS:
+            more = (0, 0, 0, FP8_ROWS - rows)
             x = Quantized(F.pad(x.values.view(torch.uint8), more).view(FP8), F.pad(x.scale, more))
         return torch._scaled_mm(
             x.values, layer.weight.t(), x.scale, layer.row_scale[None], layer.bias,

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from ltx_ray.model import steps
 from ltx_ray.model.config import TransformerConfig
-from ltx_ray.model.fused import FusedTransformer
+from ltx_ray.model.fused import FusedTransformer, try_fp8
 from ltx_ray.model.packing import pack
 from ltx_ray.model.rope import audio_positions, video_positions
 from ltx_ray.model.transformer import NO_PERTURBATION, Modality, Perturbation, Transformer
@@ -108,6 +109,19 @@ def test_fp8_weights_are_near_and_the_arithmetic_is_theirs(toy):
     found, expected = _both(plain, packed, Inputs.random(plain, seed=5), "plain", 1)
     for ours, theirs in zip(found, expected, strict=True):
         assert 1e-4 <= relative(ours, theirs) <= 0.1
+
+
+def test_products_in_fp8_that_a_device_has_not_are_named(toy, monkeypatch):
+    product = _packed(toy["checkpoint_path"], "fp8").transformer_blocks[0].products["attn1", "qkv"]
+    try_fp8(product, "a card")
+
+    def refuse(rows, layer):
+        assert rows.values.shape[1] == layer.weight.shape[1]
+        raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED\nand more")
+
+    monkeypatch.setattr(steps, "product", refuse)
+    with pytest.raises(RuntimeError, match=r"for a card \(CUBLAS_STATUS_NOT_SUPPORTED\); legal: --precision bf16"):
+        try_fp8(product, "a card")
 
 
 def test_packed_parameters_are_views_under_the_checkpoint_s_names(toy):

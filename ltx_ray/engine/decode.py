@@ -74,7 +74,10 @@ class DecodeEngine:
         """
         self.info = {}
         if stage == "decode":
-            return self._decode(item, stages)
+            try:
+                return self._decode(item, stages)
+            finally:
+                self._give_back()
         if stage == "stored":
             latents, place = self.latents.stage_1(item, self.dtype)
             self.info = {"latents": place}
@@ -114,6 +117,11 @@ class DecodeEngine:
             self.latents.forget(item)  # kept when an earlier attempt failed; the clip needs them no more
         return Clip(path, sha256, digest, flags, audio_stage)
 
+    def _give_back(self) -> None:
+        """What PyTorch keeps of the frames' memory, some 10 GiB, is needed by those who share the card."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def _write(
         self, target: str, latent: torch.Tensor, shape: ClipShape, sound: np.ndarray, metadata: dict[str, str]
     ) -> tuple[str, ...]:
@@ -152,8 +160,7 @@ class DecodeEngine:
                 # pixels differ a little from those in the reference's tiles
                 return check.flags() + silent + (("tiled_smaller",) if rung else ())
             # here, where the error and with it the frames' tensors are gone
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            self._give_back()
             _log.warning("%s: no memory to decode in %s (%s)", metadata["item_id"], LADDER[rung], reason)
         raise torch.OutOfMemoryError(
             f"decoding {shape.num_frames} frames of {shape.width}x{shape.height} in the smallest tiles: {reason}"

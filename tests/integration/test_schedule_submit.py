@@ -39,6 +39,8 @@ def start(command, *options):
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        # a shell's background job, which the tests may be part of, ignores it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

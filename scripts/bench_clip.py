@@ -14,16 +14,18 @@ reference  `python -m ltx_pipelines.ti2vid_two_stages_hq` (v1.2.0) of one clip, 
            eager bfloat16, FlashAttention-3 where fa3_fwd is installed. --reference: a folder with ltx-core and
            ltx-pipelines below packages/.
 
-From two numbers of layers n, where 48 is not among them, follow a and b of seconds = a + b * n for the parts that
-depend on it (both stages, their loading), and with the rest as measured, the smaller of the two, what 48 layers would
-take: EXTRAPOLATED, and printed as such. Files are in the page cache for both sides. Gemma, which the reference loads
-for every clip and we once a run, has as many blocks as the DiT, unless --gemma-layers says another number: the release
-has 48 of both. At 48 layers our clean weights do not fit beside text and decode on an 80 GB card, so there merging
-again counts what it took from pinned host memory.
+What 48 layers would take, where they were not measured, is EXTRAPOLATED, and printed as such, on the careful side for
+every part that depends on the layers: from two numbers of layers by the line through them; of ours from one number as
+its 48/n-fold, which takes what does not grow for growing. The rest is the smallest that was measured of the reference
+and the largest of ours. Merging again counts what it took at 48 layers (in bf16) with clean weights in pinned host
+memory, as they do not fit beside text and decode on an 80 GB card. Gemma, which the reference loads for every clip and
+we once a run, has as many blocks as the DiT, unless --gemma-layers says another number: the release has 48 of both.
+Files are in the page cache for both sides.
 
-clip, line full  from the first stage-1 call to the last stage-2 call over the clips, without what the first call of
-                 each stage took longer than the middle one, and with the turn back to stage 1; decoding runs beside it
+clip, line full  the sum of the five parts before it: medians of stage 1 and of stage 2 without decoding beside it, what
+                 the decoding of another clip costs it, merging again (the turn back to stage 1, too), and idle
 start            from the command to the first stage-1 call
+                 (compiled kernels are cached from the first run of ours on)
 cold             from weights loaded and text there to the end of the first stage-1 call, above a steady call
 idle             the DiT's replica did nothing though a clip waited for it
 aside            the part of all calls' seconds that is not the two stages: text, decoding, merging again
@@ -35,6 +37,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -53,8 +56,8 @@ from scripts.baselines import Baselines, check
 RELEASED_LAYERS = 48
 #: Seconds of merging again at 48 layers, clean weights and factors in pinned host memory (docs/benchmarks.md).
 _MERGE_FROM_HOST = 0.844
-#: Parts that depend on the number of layers; what else there is counts as measured.
 _REFERENCE = "reference"
+#: Parts of a clip that depend on the number of layers.
 _LAYERED = {
     "ours": ("stage 1", "stage 2", "merging again, a clip"),
     _REFERENCE: ("text", "load for stage 1", "stage 1", "load for stage 2", "stage 2"),
@@ -80,19 +83,19 @@ def fit(seconds: Mapping[int, float]) -> tuple[float, float] | None:
 
 
 def extrapolate(side: str, runs: Runs) -> dict[str, float]:
-    """Seconds by part at 48 layers, and their total; empty where 48 were measured, or fewer than two numbers."""
-    if len(runs) < 2 or RELEASED_LAYERS in runs:
+    """Seconds by part at 48 layers, and their total; empty where they were measured, or nothing follows."""
+    if not runs or RELEASED_LAYERS in runs or (side == _REFERENCE and len(runs) < 2):
         return {}
     total, parts = total_of(side), {}
     for name in _LAYERED[side.split()[0]]:
         line = fit({n: figures[name] for n, figures in runs.items()})
-        assert line is not None
-        parts[name] = line[0] + RELEASED_LAYERS * line[1]
+        largest = max(runs)
+        parts[name] = line[0] + RELEASED_LAYERS * line[1] if line else runs[largest][name] * RELEASED_LAYERS / largest
+    rests = [figures[total] - sum(figures[name] for name in parts) for figures in runs.values()]
     if side != _REFERENCE:
         turns = max(figures["turns"] / figures["clips"] for figures in runs.values())
         parts["merging again, a clip"] = max(parts["merging again, a clip"], turns * _MERGE_FROM_HOST)
-    rest = min(figures[total] - sum(figures[name] for name in parts) for figures in runs.values())
-    return {**parts, total: sum(parts.values()) + rest}
+    return {**parts, total: sum(parts.values()) + (min if side == _REFERENCE else max)(rests)}
 
 
 def _table(side: str, runs: Runs) -> None:
@@ -105,9 +108,10 @@ def _table(side: str, runs: Runs) -> None:
             print(f"{name:28}" + "; ".join(f"{n} layers: {runs[n][name]}" for n in layers))
             continue
         line = f"{name:28}" + "".join(f"{runs[n][name]:11.3f}" for n in layers)
-        if name in told and (fitted := fit({n: runs[n][name] for n in layers})) is not None:
-            shown = ("", "") if name == total else (f"{fitted[0]:.3f}", f"{fitted[1]:.4f}")
-            line += f"{shown[0]:>9}{shown[1]:>11}{told[name]:18.2f}"
+        if name in told:
+            fitted = fit({n: runs[n][name] for n in layers}) if name != total else None
+            line += f"{fitted[0]:9.3f}{fitted[1]:11.4f}" if fitted else " " * 20
+            line += f"{told[name]:18.2f}"
         print(line)
 
 
@@ -123,11 +127,17 @@ def _rates(arguments: argparse.Namespace, found: Mapping[str, Runs]) -> dict[str
             if side != _REFERENCE and n in theirs:
                 whole = theirs[n][total_of(_REFERENCE)] / seconds
                 stages = _stages(theirs[n]) / _stages(figures)
-                line += f"   ratio {whole:.2f}, of the two stages alone {stages:.2f}"
+                line += f"   ratio {whole:.2f}, of the two stages {stages:.2f}"
                 case = f"clip {side.split()[1]} {arguments.case} {n} layers"
+                if n not in runs or n not in found[_REFERENCE]:
+                    used = sorted({*runs, *found[_REFERENCE]})
+                    case += f" extrapolated from {','.join(map(str, used))}"
+                    line += "   EXTRAPOLATED"
                 ratios[f"{case}: rate over the reference's"] = whole
                 ratios[f"{case}: the two stages' rate over the reference's"] = stages
-            print(line + ("" if n in runs else "   EXTRAPOLATED"))
+            elif n not in runs:
+                line += "   EXTRAPOLATED"
+            print(line)
             if side != _REFERENCE and n in runs:
                 took = figures["command to last mp4"]
                 print(f"{'':22}{3600 * figures['clips'] / took:8.1f} from the command on: {figures['clips']} clips in "
@@ -141,7 +151,7 @@ def _with_extrapolated(side: str, runs: Runs) -> dict[int, Mapping[str, Any]]:
 
 
 def _stages(figures: Mapping[str, Any]) -> float:
-    return figures["stage 1"] + figures["stage 2"]
+    return figures["stage 1"] + figures["stage 2"] + figures.get("slower beside decoding", 0.0)
 
 
 def _judge(arguments: argparse.Namespace, found: Mapping[str, Runs]) -> int:
@@ -185,14 +195,17 @@ def _files(arguments: argparse.Namespace, folder: Path, layers: int) -> dict[str
 
 def main() -> int:
     arguments = _arguments()
-    found = _known(arguments)
-    if not any(found.values()):
+    known = _known(arguments)
+    if not known:
         shutil.rmtree(arguments.folder / "caches", ignore_errors=True)
     began, wrong = time.monotonic(), 0
     print(f"{_device_name(arguments)}, {arguments.case}, {arguments.clips} clips, {arguments.model} model")
     for layers in arguments.layers:
         folder = arguments.folder / f"layers-{layers}"
-        missing = [side for side in arguments.sides if layers not in found.get(side, {})]
+        for side in arguments.sides:
+            if layers in known.get(side, {}):
+                print(f"{layers} layers: {side} as {arguments.json} has it, measured {known[side][layers]['measured']}")
+        missing = [side for side in arguments.sides if layers not in known.get(side, {})]
         if missing:
             folder.mkdir(parents=True, exist_ok=True)
             since = time.monotonic()
@@ -209,37 +222,52 @@ def main() -> int:
                     figures = cliprun.reference(arguments, files, folder, limit)
                 else:
                     figures = cliprun.ours(arguments, files, folder, limit, precision=side.split()[1])
-                found.setdefault(side, {})[layers] = figures
-                print(f"{layers} layers: {side} in {time.monotonic() - since:.0f} s", flush=True)
-                _note(arguments, found)
             except (RuntimeError, AssertionError, OSError) as error:
                 print(f"{layers} layers: {side} FAILED after {time.monotonic() - since:.0f} s: {error}", flush=True)
                 wrong = 1
+                continue
+            known.setdefault(side, {})[layers] = {**figures, "measured": _when_and_what()}
+            print(f"{layers} layers: {side} in {time.monotonic() - since:.0f} s", flush=True)
+            _note(arguments, known)
         if not arguments.keep:
             shutil.rmtree(folder, ignore_errors=True)
+    asked = {side: {n: known[side][n] for n in arguments.layers if n in known[side]}
+             for side in arguments.sides if side in known}  # fmt: skip
+    found = {side: runs for side, runs in asked.items() if runs}
     for side, runs in found.items():
         _table(side, runs)
     return _judge(arguments, found) | wrong
 
 
 def _known(arguments: argparse.Namespace) -> dict[str, dict[int, dict[str, Any]]]:
-    """Side -> layers -> figures as --json has them from before, of the sides and numbers of layers asked for."""
+    """Side -> layers -> figures, all that --json has from before."""
     if not (arguments.json and arguments.json.exists()):
         return {}
-    before = json.loads(arguments.json.read_text())
-    if before["of"] != _identity(arguments):
-        raise SystemExit(f"--json: {arguments.json}, has figures of {before['of']}; these are {_identity(arguments)}")
-    known = {
-        side: {n: before["figures"][side][str(n)] for n in arguments.layers if str(n) in before["figures"][side]}
-        for side in arguments.sides
-        if side in before["figures"]
-    }
-    return {side: runs for side, runs in known.items() if runs}
+    try:
+        before = json.loads(arguments.json.read_text())
+        of, figures = before["of"], before["figures"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"--json: {arguments.json}, is no file of this script ({type(error).__name__})") from error
+    if of != _identity(arguments):
+        raise SystemExit(f"--json: {arguments.json}, has figures of {of}; these are of {_identity(arguments)}")
+    return {side: {int(n): run for n, run in runs.items()} for side, runs in figures.items()}
 
 
-def _note(arguments: argparse.Namespace, found: Mapping[str, Runs]) -> None:
+def _note(arguments: argparse.Namespace, known: Mapping[str, Runs]) -> None:
     if arguments.json:
-        arguments.json.write_text(json.dumps({"of": _identity(arguments), "figures": found}, indent=2))
+        beside = arguments.json.with_name(arguments.json.name + ".new")
+        beside.write_text(json.dumps({"of": _identity(arguments), "figures": known}, indent=2))
+        os.replace(beside, arguments.json)
+
+
+def _when_and_what() -> str:
+    """When a figure was measured, and of which commit, where git can say it."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "a commit that git cannot tell"
+    return f"{time.strftime('%Y-%m-%d %H:%M')} at {commit}"
 
 
 def _identity(arguments: argparse.Namespace) -> str:
@@ -262,7 +290,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--gemma-layers", type=int, help="blocks of Gemma (as many as --layers says)")
     parser.add_argument("--connector-layers", type=int, default=8)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--limit", type=float, default=300.0, help="seconds that one process may take")
+    parser.add_argument("--limit", type=float, default=400.0, help="seconds that one process may take")
     parser.add_argument("--budget", type=float, default=560.0, help="seconds for everything; the table is printed then")
     parser.add_argument("--keep", action="store_true", help="leave files, clips and logs in --folder")
     parser.add_argument("--json", type=Path, help="figures go there; those in it are not measured again")
@@ -270,7 +298,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--record", action="store_true", help="make the figures the baselines of this GPU model")
     arguments = parser.parse_args()
     arguments.layers = sorted({int(n) for n in arguments.layers.split(",")})
-    precisions = arguments.precision.split(",")
+    precisions = list(dict.fromkeys(name.strip() for name in arguments.precision.split(",")))
+    if arguments.json and not arguments.json.parent.is_dir():
+        parser.error(f"--json: {arguments.json}, its folder does not exist")
     if not set(precisions) <= {"bf16", "fp8"}:
         parser.error(f"--precision: {arguments.precision}, legal are bf16, fp8, and both with a comma")
     arguments.sides = [f"ours {name}" for name in precisions]

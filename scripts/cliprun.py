@@ -109,8 +109,8 @@ def read_events(events: list[dict[str, Any]], began: float, clips: int) -> dict[
         made.sort(key=lambda call: call["start"])
     first, dit = calls["stage1"][0], sorted(calls["stage1"] + calls["stage2"], key=lambda call: call["start"])
     ends = sorted(call["end"] for call in calls["decode"])
-    steady = {stage: median(call["work"] for call in made) for stage, made in calls.items()}
-    later = {stage: max(0.0, calls[stage][0]["work"] - steady[stage]) for stage in ("stage1", "stage2")}
+    steady = {stage: median(call["work"] for call in calls[stage]) for stage in ("text", "stage1", "decode")}
+    alone, beside = split_by_overlap(calls["stage2"], calls["decode"])
     loaded = max(e["t"] for e in events if e["event"] == "gang_started" and e["replica"] == first["replica"])
     text = next(call["end"] for call in calls["text"] if call["item_id"] == first["item_id"])
     # back to stage 1, too: in a longer run every turn to stage 2 has one
@@ -118,15 +118,18 @@ def read_events(events: list[dict[str, Any]], began: float, clips: int) -> dict[
     merging = mean(event["seconds"] for event in switches) * turns if switches else 0.0
     work = {stage: sum(call["work"] for call in made) for stage, made in calls.items()}
     aside = work["text"] + work["decode"] + merging
-    window = dit[-1]["end"] - first["start"] - sum(event["seconds"] for event in switches) + merging
-    return {
-        "text": mean(call["work"] for call in calls["text"]),
+    parts = {
         "stage 1": steady["stage1"],
-        "stage 2": steady["stage2"],
-        "decode": steady["decode"],
+        "stage 2": alone,
+        "slower beside decoding": max(0.0, beside - alone),
         "merging again, a clip": merging / clips,
         "idle, a clip": idle_seconds(calls, dit) / clips,
-        "clip, line full": (window - sum(later.values())) / clips,
+    }
+    return {
+        **parts,
+        "clip, line full": sum(parts.values()),
+        "text": mean(call["work"] for call in calls["text"]),
+        "decode": steady["decode"],
         "start": first["start"] - began,
         "cold": first["end"] - max(loaded, text) - steady["stage1"],
         "first to last clip, a clip": (ends[-1] - ends[0]) / (clips - 1) if clips > 1 else float("nan"),
@@ -136,6 +139,17 @@ def read_events(events: list[dict[str, Any]], began: float, clips: int) -> dict[
         "turns": turns,
         "clean weights": sorted({str(event.get("clean_weights")) for event in switches}),
     }
+
+
+def split_by_overlap(calls: list[dict[str, Any]], others: list[dict[str, Any]]) -> tuple[float, float]:
+    """Medians of the work of `calls` that none of `others` ran beside, and of the rest; where there are none of a
+    kind, of all. The first stage-2 call of a run is never beside decoding."""
+    kinds: tuple[list[float], list[float]] = ([], [])
+    for call in calls:
+        met = any(other["start"] < call["end"] and other["end"] > call["start"] for other in others)
+        kinds[met].append(call["work"])
+    alone, beside = (median(kind or [call["work"] for call in calls]) for kind in kinds)
+    return alone, beside
 
 
 def idle_seconds(calls: Mapping[str, list[dict[str, Any]]], dit: list[dict[str, Any]]) -> float:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """A whole model at the released widths with random bfloat16 weights, for the benchmarks that render clips.
 
-    scripts/realfiles.py FOLDER [--layers 12] [--gemma-layers 6] [--connector-layers 8]
+    scripts/realfiles.py FOLDER [--layers 12] [--gemma-layers 12] [--connector-layers 8]
 
 Writes what a user downloads: the single file, the distilled LoRA of rank 384, the spatial upsampler and a Gemma
 directory. Smaller than the release are only the depths given, Gemma's vocabulary (the toy's tokenizer, 1,024 words
@@ -98,7 +98,7 @@ class Plan(weights.Draw):
         self.spread[key] = (std, mean)
 
 
-def write_model(folder: Path, layers: int, gemma_layers: int = 6, connector_layers: int = 8) -> dict[str, str]:
+def write_model(folder: Path, layers: int, gemma_layers: int, connector_layers: int = 8) -> dict[str, str]:
     """Write the model into `folder` and return its paths by option name. What is there already, of its size, stays."""
     size = shape(layers, gemma_layers, connector_layers)
     paths = {name: folder / file for name, file in FILES.items()}
@@ -244,7 +244,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=12, help="blocks of the transformer, 48 in the release")
-    parser.add_argument("--gemma-layers", type=int, default=6, help="48 in the release, where text is 0.1 %% of a clip")
+    parser.add_argument("--gemma-layers", type=int, default=12, help="48 in the release")
     parser.add_argument("--connector-layers", type=int, default=8, help="8 in the release")
     arguments = parser.parse_args()
     began = time.perf_counter()

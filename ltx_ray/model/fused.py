@@ -367,6 +367,8 @@ def try_fp8(product: Product, device_name: str) -> None:
     rows = torch.zeros((steps.FP8_ROWS, product.weight.shape[1]), device=product.weight.device)
     try:
         steps.product(steps.Quantized(rows.to(FP8), torch.ones_like(rows[:, :1])), product)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         why = str(error).partition("\n")[0]
         raise RuntimeError(

@@ -98,13 +98,15 @@ def test_fp8_products_of_any_number_of_rows(normal, features):
     """At the released widths: there cuBLAS has kernels for some numbers of rows only."""
     n_out, n_in = features
     wide, scale = normal(n_out, n_in), normal(n_out).abs() / 100
-    bias = normal(n_out).bfloat16()
+    bias = (normal(n_out) / 100).bfloat16()
     layer = Product(wide.to(FP8), bias, (n_out,), scale)
     for rows in (1, 8, 31, 32, 63, 64, 65, 100, 129, 4590):
         x = Quantized(normal(rows, n_in).to(FP8), normal(rows, 1).abs() / 100)
         right = values(x) @ (layer.weight.float() * scale[:, None]).T + bias.float()
         found = steps.product(x, layer)
-        assert found.shape == (rows, n_out) and relative(found.float(), right) <= FP8_ROUNDING, rows
+        assert found.shape == (rows, n_out) and found.dtype == torch.bfloat16
+        errors = (found.float() - right).norm(dim=1) / right.norm(dim=1)
+        assert errors.max() <= FP8_ROUNDING, rows
 
 
 def packed_model(path: str, precision: str = "bf16") -> Transformer:

@@ -115,11 +115,17 @@ def test_products_in_fp8_that_a_device_has_not_are_named(toy, monkeypatch):
     product = _packed(toy["checkpoint_path"], "fp8").transformer_blocks[0].products["attn1", "qkv"]
     try_fp8(product, "a card")
 
+    reason: Exception
+
     def refuse(rows, layer):
         assert rows.values.shape[1] == layer.weight.shape[1]
-        raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED\nand more")
+        raise reason
 
     monkeypatch.setattr(steps, "product", refuse)
+    reason = torch.OutOfMemoryError("20 MiB")
+    with pytest.raises(torch.OutOfMemoryError, match=r"^20 MiB$"):
+        try_fp8(product, "a card")
+    reason = RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED\nand more")
     with pytest.raises(RuntimeError, match=r"for a card \(CUBLAS_STATUS_NOT_SUPPORTED\); legal: --precision bf16"):
         try_fp8(product, "a card")
 

@@ -11,7 +11,7 @@ from ltx_ray.sampling.passes import passes_for
 from ltx_ray.shapes import ClipShape
 
 TEXT_TOKENS = 1024
-#: Sustained over a clip on an H100 80GB in bf16 (docs/benchmarks.md: 36,800 TFLOP in 59.5 s).
+#: Sustained over a clip on an H100 80GB in bf16 (36,800 TFLOP in 59 to 60 s, docs/benchmarks.md).
 H100_TFLOPS = 618.0
 
 

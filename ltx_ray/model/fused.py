@@ -132,14 +132,13 @@ class FusedTransformer:
         self.model = model
         self._eps = model.config.norm_eps
         device = model.proj_out.weight.device
-        fp8 = [
-            product for block in model.transformer_blocks for product in block.products.values() if product.quantized
-        ]
-        if fp8 and device.type == "cuda":
+        products = (product for block in model.transformer_blocks for product in block.products.values())
+        quantized = next((product for product in products if product.quantized), None)
+        if quantized is not None and device.type == "cuda":
             name = torch.cuda.get_device_name(device)
             if torch.cuda.get_device_capability(device) < _FIRST_FP8:
                 raise RuntimeError(f"precision fp8 needs a GPU that knows it, and {name} does not")
-            try_fp8(fp8[0], name)
+            try_fp8(quantized, name)
         self._attend = backend(attention, device)
         self._steps = _steps(device)
         self._lanes = _Lanes(device)

@@ -227,12 +227,8 @@ def parser() -> argparse.ArgumentParser:
         help="what the job runs, in shell words for the cluster's head; the manifest and the render's "
         "options are put after it, so that a wrapper can go around the render (default: %(default)s)",
     )
-    p.add_argument(
-        "--dry-run", action="store_true", help="print what would be submitted; write and submit nothing"
-    )
-    p.add_argument(
-        "--wait", action="store_true", help="follow the job to its end and exit with its exit code"
-    )
+    p.add_argument("--dry-run", action="store_true", help="print what would be submitted; write and submit nothing")
+    p.add_argument("--wait", action="store_true", help="follow the job to its end and exit with its exit code")
     return p
 
 
@@ -252,9 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         date = parse_date(args.date)
         try:
-            recipe = parse_recipe(
-                Path(args.recipe).read_text(encoding="utf-8"), os.path.dirname(args.recipe) or "."
-            )
+            recipe = parse_recipe(Path(args.recipe).read_text(encoding="utf-8"), os.path.dirname(args.recipe) or ".")
         except (OSError, ValueError) as error:
             raise ValueError(f"{args.recipe}: {error}") from None
         job = plan(recipe, date, args.out_dir, args.entrypoint)

@@ -128,15 +128,11 @@ def parse_recipe(text: str, folder: str = ".") -> Recipe:
     variables = data.get("variables") or {}
     need("variables", variables, isinstance(variables, dict), "a mapping of name to list")
     for key, values in variables.items():
-        need(
-            "variables", key, isinstance(key, str) and key.isidentifier(), "a name like animal or time_of_day"
-        )
+        need("variables", key, isinstance(key, str) and key.isidentifier(), "a name like animal or time_of_day")
         need(
             f"variables.{key}",
             values,
-            isinstance(values, list)
-            and bool(values)
-            and all(isinstance(v, str) or _is_int(v) for v in values),
+            isinstance(values, list) and bool(values) and all(isinstance(v, str) or _is_int(v) for v in values),
             "a list of at least one text or whole number",
         )
     prompts = data.get("prompts") or []
@@ -146,9 +142,7 @@ def parse_recipe(text: str, folder: str = ".") -> Recipe:
         isinstance(prompts, list) and all(isinstance(p, str) and p.strip() for p in prompts),
         "a list of texts that are not blank",
     )
-    templates = tuple(
-        Template(p, _placeholders(f"prompts[{i}]", p, tuple(variables))) for i, p in enumerate(prompts)
-    )
+    templates = tuple(Template(p, _placeholders(f"prompts[{i}]", p, tuple(variables))) for i, p in enumerate(prompts))
     used = {name for template in templates for name in template.names}
     for key in variables:
         need("variables", key, key in used, "used as {" + key + "} by one of the prompts")
@@ -189,9 +183,7 @@ def parse_recipe(text: str, folder: str = ".") -> Recipe:
             option.split("=")[0] != "--output",
             "without --output: the recipe has `output`",
         )
-    return Recipe(
-        name, output, templates, variables_as_text(variables), manifest, count, seed or 0, defaults, options
-    )
+    return Recipe(name, output, templates, variables_as_text(variables), manifest, count, seed or 0, defaults, options)
 
 
 def variables_as_text(variables: Mapping[str, Sequence[Any]]) -> dict[str, tuple[str, ...]]:
@@ -295,9 +287,7 @@ class Source:
 
         self.uri = uri
         try:
-            self._fs, self._path = (
-                fs.FileSystem.from_uri(uri) if "://" in uri else (fs.LocalFileSystem(), uri)
-            )
+            self._fs, self._path = fs.FileSystem.from_uri(uri) if "://" in uri else (fs.LocalFileSystem(), uri)
             self._parquet = None
             if uri.endswith((".jsonl", ".json")):
                 self._length = sum(1 for _ in self._lines())
@@ -305,9 +295,7 @@ class Source:
                 self._parquet = dataset.dataset(self._path, filesystem=self._fs, format="parquet")
                 self._length = self._parquet.count_rows()
         except (OSError, ValueError) as error:
-            raise ValueError(
-                f"manifest: {uri!r}, must be JSONL or Parquet that can be read ({error})"
-            ) from None
+            raise ValueError(f"manifest: {uri!r}, must be JSONL or Parquet that can be read ({error})") from None
         self.has_images = False
 
     def __len__(self) -> int:
@@ -329,9 +317,7 @@ class Source:
         """The rows at these ascending places, with relative image paths made absolute, as the dated
         manifest lies elsewhere."""
         if self._parquet is not None:
-            rows: Iterator[dict[str, Any]] = (
-                iter(self._parquet.take(indices).to_pylist()) if indices else iter(())
-            )
+            rows: Iterator[dict[str, Any]] = iter(self._parquet.take(indices).to_pylist()) if indices else iter(())
         else:
             rows = self._json_rows(set(indices))
         for row in rows:

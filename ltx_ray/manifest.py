@@ -93,9 +93,7 @@ class Row:
     def messages(self) -> list[str]:
         """`file:row:column (id): value, what is legal`, one for each problem."""
         named = f" ({self._shown_id})" if self.id else ""
-        return [
-            f"{self.raw.source}:{p.column}{named}: {_shown(p.value)}, legal: {p.legal}" for p in self.problems
-        ]
+        return [f"{self.raw.source}:{p.column}{named}: {_shown(p.value)}, legal: {p.legal}" for p in self.problems]
 
 
 @dataclass(frozen=True)

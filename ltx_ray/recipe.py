@@ -145,7 +145,6 @@ PIPELINES: Mapping[str, Pipeline] = MappingProxyType(
 )
 
 
-
 def served_pipelines(distilled: bool) -> tuple[str, ...]:
     """Names of the pipelines that a checkpoint serves; the first is the default of its rows."""
     return tuple(name for name, pipeline in PIPELINES.items() if pipeline.distilled == distilled)

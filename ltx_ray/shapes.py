@@ -105,7 +105,11 @@ def size_problems(shape: ClipShape) -> list[tuple[str, object, str]]:
         problems.append(("frame_rate", shape.frame_rate, FRAME_RATES_LEGAL))
     elif not problems and shape.audio_latents < 1:
         problems.append(
-            ("num_frames", shape.num_frames, f"long enough for one audio latent (1/{AUDIO_LATENTS_PER_SECOND:g} s)"
-             f" at frame_rate {shape.frame_rate:g}")
+            (
+                "num_frames",
+                shape.num_frames,
+                f"long enough for one audio latent (1/{AUDIO_LATENTS_PER_SECOND:g} s)"
+                f" at frame_rate {shape.frame_rate:g}",
+            )
         )
     return problems

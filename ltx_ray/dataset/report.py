@@ -312,8 +312,7 @@ def _gallery(data: _Data, strips: list[Strip]) -> str:
         hidden = " shown here" if data.rendered else " yet. Finished clips appear here"
         return f'<section id="clips">{head}<p class="empty">No clips{hidden}.</p></section>'
     flags = "".join(
-        f'<option value="={esc(flag)}">{esc(_words(flag))} ({n:,})</option>'
-        for flag, n in data.flags.most_common(40)
+        f'<option value="={esc(flag)}">{esc(_words(flag))} ({n:,})</option>' for flag, n in data.flags.most_common(40)
     )
     orders = {"": "Flagged first", "new": "Newest first", "slow": "Slowest first", "id": "By id"}
     orders = "".join(f'<option value="{value}">{name}</option>' for value, name in orders.items())

@@ -110,8 +110,7 @@ def make_timeline(events: list[dict[str, Any]]) -> str:
     legend = "".join(f'<li><i class="k-{k}"></i>{name}</li>' for k, name in _KINDS.items() if k in seen)
     seen = {mark[1] for lane in lanes.values() for mark in lane.marks} | ({"failed"} if failed else set())
     legend += "".join(
-        '<li><svg width="16" height="12" viewBox="-8 -6 16 12" aria-hidden="true">'
-        f"{_SIGNS[k]}</path></svg>{name}</li>"
+        f'<li><svg width="16" height="12" viewBox="-8 -6 16 12" aria-hidden="true">{_SIGNS[k]}</path></svg>{name}</li>'
         for k, name in (("failed", "failed call"), ("lost", "replica lost"))
         if k in seen
     )

@@ -166,9 +166,7 @@ class DecodeEngine:
             f"decoding {shape.num_frames} frames of {shape.width}x{shape.height} in the smallest tiles: {reason}"
         )
 
-    def _frames(
-        self, latent: torch.Tensor, tiling: Tiling, check: PictureCheck
-    ) -> Generator[np.ndarray, None, None]:
+    def _frames(self, latent: torch.Tensor, tiling: Tiling, check: PictureCheck) -> Generator[np.ndarray, None, None]:
         def decode(tile: torch.Tensor) -> torch.Tensor:
             return apply.decode_video_tile(self.video_vae, tile)
 

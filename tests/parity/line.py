@@ -35,9 +35,7 @@ def one_thread():
 class Line:
     """Text and diffusion engines of one model, kept for many requests."""
 
-    def __init__(
-        self, model: ModelFiles, dtype: str = "float32", compiled: str = "off", precision: str = "bf16"
-    ):
+    def __init__(self, model: ModelFiles, dtype: str = "float32", compiled: str = "off", precision: str = "bf16"):
         self.model = model
         asked = Numerics(dtype=dtype, attention="auto", compile=compiled, precision=precision)
         self.numerics = resolve(asked, (), False)
@@ -64,9 +62,7 @@ class Line:
 
 
 @cache
-def toy_line(
-    distilled: bool = False, dtype: str = "float32", compiled: str = "off", precision: str = "bf16"
-) -> Line:
+def toy_line(distilled: bool = False, dtype: str = "float32", compiled: str = "off", precision: str = "bf16") -> Line:
     """The default toy model's line; the distilled pipeline runs on the same weights without a LoRA."""
     from ltx_ray.toy import ensure_toy_model
 

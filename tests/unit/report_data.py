@@ -20,10 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 T0 = datetime(2026, 5, 12, 21, 4, 7, tzinfo=UTC)
-HOSTILE = (
-    "</script><img src=x onerror=alert(1)><script>alert(2)</script>"
-    "\"' onmouseover=\"alert(3) {{title}} \x00 &amp;"
-)
+HOSTILE = '</script><img src=x onerror=alert(1)><script>alert(2)</script>"\' onmouseover="alert(3) {{title}} \x00 &amp;'
 PROMPTS = (
     "A lighthouse on a basalt cliff at dusk; waves break below, gulls call, the lamp sweeps left.",
     "一只橘猫坐在窗台上看雨，雨滴顺着玻璃滑落，远处传来低沉的雷声。镜头缓慢推近。",
@@ -98,9 +95,7 @@ def write_mp4(path: Path, width: int, height: int, frames: int, rate: float = 24
         out.mux(audio.encode())
 
 
-def index_row(
-    i: int, width: int = 64, height: int = 64, frames: int = 9, rate: float = 24.0, **changes
-) -> dict:
+def index_row(i: int, width: int = 64, height: int = 64, frames: int = 9, rate: float = 24.0, **changes) -> dict:
     item = f"{i * 2654435761 % 2**32:08x}" * 4
     rng = random.Random(i)
     work = width * height * frames / 1e6
@@ -307,9 +302,7 @@ def main(out: Path, kind: str = "full") -> None:
             traceback=None,
             message="prompts.parquet:17:num_frames (bad-001): 100, must be 8k+1: 97 or 105",
         ),
-        failed_row(
-            4, stage="stage1", error_class="row", attempts=1, message=f"latents are not finite {HOSTILE}"
-        ),
+        failed_row(4, stage="stage1", error_class="row", attempts=1, message=f"latents are not finite {HOSTILE}"),
     ]
     sizes = (
         (768, 512, 49, 24.0),

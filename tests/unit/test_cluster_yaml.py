@@ -35,9 +35,7 @@ def strict(schema):
     if not isinstance(schema, dict):
         return schema
     if schema.get("x-kubernetes-int-or-string"):
-        schema = {k: v for k, v in schema.items() if k not in ("anyOf", "type")} | {
-            "type": ["integer", "string"]
-        }
+        schema = {k: v for k, v in schema.items() if k not in ("anyOf", "type")} | {"type": ["integer", "string"]}
     out = dict(schema)
     if "properties" in out:
         out["properties"] = {key: strict(value) for key, value in out["properties"].items()}

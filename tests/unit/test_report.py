@@ -40,9 +40,7 @@ class Page(HTMLParser):
             self.text += text
 
     def all(self, tag, kind=None):
-        return [
-            a for t, a in self.tags if t == tag and (kind is None or kind in (a.get("class") or "").split())
-        ]
+        return [a for t, a in self.tags if t == tag and (kind is None or kind in (a.get("class") or "").split())]
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +59,7 @@ def out(tmp_path_factory):
     rows[5].update(width=96, num_frames=57, frame_rate=29.97)
     data.write_parts(root, "index", rows, size=4)
     failures = [data.failed_row(i) for i in range(1, 3)]
-    failures.append(
-        data.failed_row(3, id=data.HOSTILE, message=data.HOSTILE, traceback=data.HOSTILE, item_id=None)
-    )
+    failures.append(data.failed_row(3, id=data.HOSTILE, message=data.HOSTILE, traceback=data.HOSTILE, item_id=None))
     data.write_parts(root, "failed", failures)
     data.write_events(root, data.run_events())
     data.write_run(root, rows=9, rendered=6, failed=3)
@@ -107,11 +103,7 @@ def test_the_policy_allows_the_one_script_and_nothing_else(page):
 
 
 def test_failures_come_first_and_tell_all(page):
-    assert (
-        page.source.index('id="failures"')
-        < page.source.index('id="timeline"')
-        < page.source.index('id="clips"')
-    )
+    assert page.source.index('id="failures"') < page.source.index('id="timeline"') < page.source.index('id="clips"')
     assert len(page.all("ol", "failures")) == 1
     for text in (
         "bad-001",
@@ -129,11 +121,7 @@ def test_every_clip_has_a_card_with_a_strip_or_a_reason(page):
     strips = [a for t, a in page.tags if "strip" in (a.get("class") or "").split()]
     assert len(strips) == 6
     assert len([a for a in strips if "none" in a["class"].split()]) == 3
-    assert (
-        "cannot be decoded" in page.text
-        and "is missing" in page.text
-        and "stopped after stage 1" in page.text
-    )
+    assert "cannot be decoded" in page.text and "is missing" in page.text and "stopped after stage 1" in page.text
     images = page.all("img")
     assert len(images) == 3 * 6 and all(a["alt"] and a["loading"] == "lazy" for a in images)
     assert "2 clips of the index missing or damaged" in page.text
@@ -165,17 +153,13 @@ def test_flagged_clips_lead_and_the_rest_beyond_the_cap_are_counted(out):
 def test_empty_dataset(tmp_path):
     page = Page(tmp_path)
     assert "Nothing rendered" in page.text and "No clips yet" in page.text
-    assert (
-        not page.all("article") and 'id="failures"' not in page.source and 'id="timeline"' not in page.source
-    )
+    assert not page.all("article") and 'id="failures"' not in page.source and 'id="timeline"' not in page.source
     with pytest.raises(FileNotFoundError, match="no dataset"):
         write_report(str(tmp_path / "typo"))
 
 
 def test_failures_only_and_many_of_them(tmp_path):
-    data.write_parts(
-        tmp_path, "failed", [data.failed_row(i) for i in range(report.MAX_FAILURES + 40)], size=100
-    )
+    data.write_parts(tmp_path, "failed", [data.failed_row(i) for i in range(report.MAX_FAILURES + 40)], size=100)
     page = Page(tmp_path)
     assert "0 clips rendered, 340 failed" in page.text and "40 more are not shown" in page.text
     assert len(page.source) < 500_000
@@ -186,11 +170,7 @@ def test_a_failure_that_was_rendered_since_is_not_listed(tmp_path):
     data.write_parts(tmp_path, "index", [row])
     data.write_parts(tmp_path, "failed", [data.failed_row(1, item_id=row["item_id"]), data.failed_row(2)])
     page = Page(tmp_path)
-    assert (
-        "1 failed" in page.text
-        and "bad-001" not in page.text
-        and "1 earlier failure rendered since" in page.text
-    )
+    assert "1 failed" in page.text and "bad-001" not in page.text and "1 earlier failure rendered since" in page.text
 
 
 def test_damaged_records_are_said_not_fatal(tmp_path):
@@ -215,9 +195,7 @@ def test_damaged_records_are_said_not_fatal(tmp_path):
         '{"t": NaN, "event": "call"}',
         '{"t": 2, "event": "switch", "role": "a", "replica": {}, "seconds": -1}',
     ]
-    lines += [
-        '{"t": 3, "event": "call", "role": "x", "replica": 1, "stage": ["y"], "start": 1, "seconds": 1}'
-    ]
+    lines += ['{"t": 3, "event": "call", "role": "x", "replica": 1, "stage": ["y"], "start": 1, "seconds": 1}']
     (tmp_path / "events.jsonl").write_text("\n".join(lines))
     page = Page(tmp_path)
     assert "part-zzz.parquet cannot be read" in page.text and "3 malformed lines skipped" in page.text
@@ -248,9 +226,7 @@ def test_timeline_tells_loading_switches_losses_and_failures():
         "stage 1 + 2",
     ):
         assert text in chart
-    assert chart.count('<rect class="k-') == sum(
-        e["event"] in ("call", "switch", "gang_started") for e in events
-    )
+    assert chart.count('<rect class="k-') == sum(e["event"] in ("call", "switch", "gang_started") for e in events)
     assert make_timeline([]) == "" and make_timeline([{"t": 1.0, "event": "run_started"}]) == ""
 
 
@@ -299,15 +275,9 @@ def test_strips_fit_their_budget_and_keep_what_decodes(tmp_path):
     with path.open("rb") as file:
         small = make_strip(file, seconds=57 / 24, budget=4_000)
     assert full.size == (320, 192) and full.problem is None and len(full.frames) == len(small.frames) == 6
-    assert (
-        sum(len(picture) for _, picture in small.frames)
-        <= 4_000
-        < sum(len(picture) for _, picture in full.frames)
-    )
+    assert sum(len(picture) for _, picture in small.frames) <= 4_000 < sum(len(picture) for _, picture in full.frames)
     times = [time for time, _ in full.frames]
-    assert times == sorted(times) and times == pytest.approx(
-        [57 / 24 * (i + 0.5) / 6 for i in range(6)], abs=0.15
-    )
+    assert times == sorted(times) and times == pytest.approx([57 / 24 * (i + 0.5) / 6 for i in range(6)], abs=0.15)
     with path.open("rb") as file:
         short = make_strip(file, seconds=20.0)
     assert short.frames and "breaks off" in short.problem

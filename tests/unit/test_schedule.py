@@ -218,9 +218,7 @@ def test_bad_recipes_say_what_is_wrong(text, message):
 
 def test_a_product_out_of_hand_needs_a_count():
     values = "[" + ", ".join(map(str, range(50))) + "]"
-    text = "name: n\noutput: /o\nprompts: ['{a}{b}{c}']\nvariables:\n" + "".join(
-        f"  {k}: {values}\n" for k in "abc"
-    )
+    text = "name: n\noutput: /o\nprompts: ['{a}{b}{c}']\nvariables:\n" + "".join(f"  {k}: {values}\n" for k in "abc")
     with pytest.raises(ValueError, match=r"count: None.*125000"):
         rows(text)
     assert len(rows(text + "count: 9")) == 9

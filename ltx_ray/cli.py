@@ -28,7 +28,7 @@ from ltx_ray.options import (
 )
 from ltx_ray.records import canonical_json
 from ltx_ray.run import EXIT_FAILED_ROWS, EXIT_OK, EXIT_USAGE, Options, prepare, render, say_missing_ids
-from ltx_ray.storage import Store, join
+from ltx_ray.storage.store import Store, join
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 

@@ -20,11 +20,11 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from ltx_ray.columns import COLUMNS, Mistyped, arrow_type_fits
-from ltx_ray.imagefiles import locate
 from ltx_ray.recipe import DEFAULT_IMAGE_CRF, PIPELINES, served_pipelines
 from ltx_ray.records import Guidance, ImageCondition, LoraUse, RenderRequest
 from ltx_ray.shapes import ClipShape, size_problems
-from ltx_ray.storage import Store, join, parent
+from ltx_ray.storage.images import locate
+from ltx_ray.storage.store import Store, join, parent
 
 #: Rows of a JSONL file that decide whether a column as a whole has the wrong type.
 _PEEK_ROWS = 1000

@@ -10,7 +10,7 @@ import time
 from functools import cached_property
 from typing import Any
 
-from ltx_ray.storage import Store
+from ltx_ray.storage.store import Store
 
 _FLUSH_SECONDS = 2.0
 _REMOTE_FLUSH_SECONDS = 60.0

@@ -22,8 +22,6 @@ from ltx_ray.dataset.repair import repair
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.driver.policy import STAGES
 from ltx_ray.driver.progress import Progress
-from ltx_ray.imagefiles import check_roots
-from ltx_ray.lease import Lease
 from ltx_ray.lorafiles import check_lora
 from ltx_ray.manifest import Problem, RawRow, Row, RowRules, check_defaults, judge, manifest_folder
 from ltx_ray.memory import Room, can_share
@@ -41,7 +39,9 @@ from ltx_ray.plan import TODO, Plan, PlannedRow, RecipeBook
 from ltx_ray.pools.pool import StartFailed, Wanted
 from ltx_ray.recipe import served_pipelines
 from ltx_ray.records import LoraUse, WorkItem, canonical_json
-from ltx_ray.storage import Store, clean_stale
+from ltx_ray.storage.images import check_roots
+from ltx_ray.storage.lease import Lease
+from ltx_ray.storage.store import Store, clean_stale
 
 #: A temporary file this old has no process that is still writing it.
 _STALE_SECONDS = 3600.0

@@ -13,9 +13,9 @@ from ltx_ray.dataset.done import list_done
 from ltx_ray.diffusersfiles import COMPONENTS, generation, read_config
 from ltx_ray.driver.progress import duration
 from ltx_ray.headers import TensorInfo, read_header
-from ltx_ray.lease import holder
 from ltx_ray.lorafiles import open_lora
-from ltx_ray.storage import Store
+from ltx_ray.storage.lease import holder
+from ltx_ray.storage.store import Store
 
 _PARTS = {
     "model.diffusion_model.video_embeddings_connector.": "video connector",

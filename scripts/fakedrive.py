@@ -23,7 +23,7 @@ from ltx_ray.pools.news import Answered, Lost, News, Started
 from ltx_ray.pools.pool import Replicas
 from ltx_ray.pools.simulated import Faults, SimulatedCrew
 from ltx_ray.records import Clip, WorkItem
-from ltx_ray.storage import Store
+from ltx_ray.storage.store import Store
 
 #: Seconds of an HQ clip on one H100 (ltx-facts.md).
 SECONDS = {"text": 0.1, "stage1": 46.0, "stage2": 17.0, "decode": 1.75, "keep": 0.1, "stored": 0.1}

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ltx_ray.engine.fake import FakeEngine
-from ltx_ray.storage import Store
+from ltx_ray.storage.store import Store
 
 #: Seconds a call of an HQ clip takes on an H100 (shared/ltx-facts.md), and of turning a replica (docs/benchmarks.md).
 STAGE_SECONDS = {"text": 0.07, "stage1": 46.0, "stage2": 17.0, "decode": 1.75}

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from ltx_ray.dataset.writer import INDEX_SCHEMA, read_part
-from ltx_ray.storage import Store
+from ltx_ray.storage.store import Store
 
 _CONDITION = re.compile(r"\s*(\w+)\s*(!=|<=|>=|!~|=|<|>|~)\s*(.*?)\s*", re.DOTALL)
 _COMPARE: dict[str, Callable[[Any, Any], bool]] = {

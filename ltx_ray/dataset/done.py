@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import pyarrow.fs as pafs
 
-from ltx_ray.storage import Store
-from ltx_ray.tables import Records
+from ltx_ray.storage.id_table import Records
+from ltx_ray.storage.store import Store
 
 _ITEM, _KEY = "([0-9a-f]{32})", "([0-9a-f]{8})"
 _PART = re.compile(rf"part-{_ITEM}-{_KEY}\.parquet")

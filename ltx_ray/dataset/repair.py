@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from ltx_ray.dataset.done import Done
 from ltx_ray.dataset.writer import INDEX_SCHEMA, index_part, one_row, row_key
-from ltx_ray.storage import Store
+from ltx_ray.storage.store import Store
 
 PART = re.compile(r"part-([0-9a-f]{32})-([0-9a-f]{8})\.parquet")
 _ITEM = re.compile(r"[0-9a-f]{32}")

@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 
 from ltx_ray.dataset.thumbnails import Strip, make_strip
 from ltx_ray.dataset.timeline import STAGES, esc, human, make_timeline
-from ltx_ray.storage import Store
+from ltx_ray.storage.store import Store
 
 MAX_FAILURES = 300
 STRIP_BYTES = 72_000  # of one clip, at most

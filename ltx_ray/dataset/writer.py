@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from ltx_ray.columns import COLUMNS
 from ltx_ray.manifest import DUPLICATE, FAILED_ROW_COLUMN, UNREADABLE, RawRow
 from ltx_ray.records import Clip, RenderRequest, plain
-from ltx_ray.storage import Store, split_options
+from ltx_ray.storage.store import Store, split_options
 
 _SECONDS = ("text_seconds", "stage1_seconds", "stage2_seconds", "decode_seconds", "gpu_seconds")
 

@@ -29,7 +29,7 @@ from ltx_ray.modelfiles import cache_root
 from ltx_ray.recipe import PIPELINES
 from ltx_ray.records import Clip, RowError, StageLatents, WorkItem
 from ltx_ray.shapes import AUDIO_SAMPLE_RATE, ClipShape, frame_rate_fraction
-from ltx_ray.storage import Store
+from ltx_ray.storage.store import Store
 
 #: A clip whose loudest sample is below this (-60 dBFS) is flagged.
 _SILENT_PEAK = 1e-3

@@ -21,7 +21,7 @@ from typing import Any
 from ltx_ray.config import EngineSpec
 from ltx_ray.engine.base import Rank
 from ltx_ray.records import Clip, RowError, WorkItem
-from ltx_ray.storage import Store, join
+from ltx_ray.storage.store import Store, join
 
 _ORDER = re.compile(r"\[\[(\w+):(\w+)(?::([\d.]+))?(?::(\d+))?\]\]")
 _BIG = 2**20

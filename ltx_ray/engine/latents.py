@@ -18,7 +18,7 @@ from safetensors.torch import load, save
 from ltx_ray.engine.start import latent_sizes, stage_1_draws
 from ltx_ray.modelfiles import cache_root
 from ltx_ray.records import AV, NoiseLedger, StageLatents, WorkItem, canonical_json
-from ltx_ray.storage import Store, join
+from ltx_ray.storage.store import Store, join
 
 _log = logging.getLogger(__name__)
 

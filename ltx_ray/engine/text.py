@@ -15,11 +15,11 @@ from ltx_ray.config import EngineSpec
 from ltx_ray.engine import apply, components
 from ltx_ray.engine.base import Rank, resolve_dtype
 from ltx_ray.engine.images import NoPicture, image_pixels
-from ltx_ray.imagefiles import read_image
 from ltx_ray.modelfiles import gemma_folders
 from ltx_ray.records import AV, Conditions, ImageLatents, PromptContext, RowError, WorkItem
 from ltx_ray.sampling.passes import passes_for
 from ltx_ray.shapes import ClipShape
+from ltx_ray.storage.images import read_image
 
 #: Contexts kept: the negative prompt is usually the same for all rows.
 _KEPT = 16

@@ -35,7 +35,7 @@ from ltx_ray.pools.pool import StartFailed
 from ltx_ray.pools.simulated import Faults, SimulatedCrew
 from ltx_ray.recipe import item_id, recipe_digest
 from ltx_ray.records import Clip, RenderRequest, RowError, WorkItem
-from ltx_ray.storage import Store
+from ltx_ray.storage.store import Store
 from tests.unit.samples import recipe, request, write_jsonl
 
 SECONDS = {"text": 0.1, "stage1": 46.0, "stored": 0.2, "stage2": 17.0, "decode": 1.75, "keep": 0.3}

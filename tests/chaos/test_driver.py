@@ -22,7 +22,7 @@ from ltx_ray.manifest import RowRules
 from ltx_ray.metrics import EventLog
 from ltx_ray.plan import Plan
 from ltx_ray.pools.pool import StartFailed
-from ltx_ray.storage import Store
+from ltx_ray.storage.store import Store
 from tests.chaos.schedules import _SPEC, SECONDS, Book, Crew, Stages
 from tests.unit.samples import request, write_jsonl
 

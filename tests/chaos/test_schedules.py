@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from ltx_ray import storage
+from ltx_ray.storage import store
 from tests.chaos.schedules import Schedule
 from tests.unit.samples import write_jsonl
 
@@ -18,7 +18,7 @@ done: set[int] = set()
 @pytest.fixture(autouse=True)
 def no_waiting_for_the_disk(monkeypatch):
     """Nobody pulls the plug here."""
-    monkeypatch.setattr(storage, "_sync", lambda handle: None)
+    monkeypatch.setattr(store, "_sync", lambda handle: None)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

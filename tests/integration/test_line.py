@@ -21,7 +21,7 @@ from ltx_ray.engine.text import TextEngine
 from ltx_ray.manifest import RawRow, RowRules, judge
 from ltx_ray.plan import RecipeBook
 from ltx_ray.records import AV, NoiseLedger, StageLatents
-from ltx_ray.storage import Store
+from ltx_ray.storage.store import Store
 from tests.integration.conftest import _rows
 from tests.parity.line import Line
 

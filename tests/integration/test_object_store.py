@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from ltx_ray.status import status_lines
-from ltx_ray.storage import Store
+from ltx_ray.storage.store import Store
 
 IMAGE = (Path(__file__).parents[1] / "parity" / "goldens" / "a.png").read_bytes()
 

@@ -12,14 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from ltx_ray import storage
 from ltx_ray.cli import app
 from ltx_ray.dataset.done import list_done
 from ltx_ray.dataset.repair import repair
-from ltx_ray.imagefiles import read_image
-from ltx_ray.lease import Lease, holder
 from ltx_ray.manifest import read_manifest
-from ltx_ray.storage import Store
+from ltx_ray.storage import store
+from ltx_ray.storage.images import read_image
+from ltx_ray.storage.lease import Lease, holder
+from ltx_ray.storage.store import Store
 from ltx_ray.verify import verify
 from tests.s3faults import Proxy
 from tests.unit.damaged import build
@@ -41,8 +41,8 @@ def proxy(s3, monkeypatch):
 @pytest.fixture
 def hasty(monkeypatch):
     """pyarrow tries a request once, so that what comes through is our doing; and silence is short."""
-    monkeypatch.setattr(storage, "_REQUEST_TRIES", 1)
-    monkeypatch.setattr(storage, "_SILENCE_SECONDS", 1.0)
+    monkeypatch.setattr(store, "_REQUEST_TRIES", 1)
+    monkeypatch.setattr(store, "_SILENCE_SECONDS", 1.0)
 
 
 def impatient(uri: str, patience: float = 30.0) -> Store:
@@ -203,7 +203,7 @@ def test_a_small_object_is_one_request(proxy, bucket):
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
 def test_a_manifest_is_read_through_faults(proxy, hasty, s3, bucket, tmp_path, form, monkeypatch):
-    monkeypatch.setattr(storage, "PATIENCE", 60.0)
+    monkeypatch.setattr(store, "PATIENCE", 60.0)
     rows = 30_000
     if form == "jsonl":
         data = "".join(f'{{"prompt": "row {n} {"x" * 60}"}}\n' for n in range(rows)).encode()
@@ -257,7 +257,7 @@ def test_an_endpoint_where_nobody_listens_is_said_before_the_run(bucket):
 
 
 def test_a_lease_is_taken_and_kept_through_faults(proxy, hasty, bucket, monkeypatch):
-    monkeypatch.setattr("ltx_ray.lease._RENEW_SECONDS", 0.1)
+    monkeypatch.setattr("ltx_ray.storage.lease._RENEW_SECONDS", 0.1)
     store = impatient(bucket)
     with proxy.misbehaving(kinds=PASSING, probability=0.3, seed=4):
         lease = Lease(store, "mine")

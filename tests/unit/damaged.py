@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from ltx_ray.dataset.writer import DatasetWriter, Rendered, index_part, row_key
 from ltx_ray.engine.fake import _boxes
 from ltx_ray.records import Clip, canonical_json
-from ltx_ray.storage import Store
+from ltx_ray.storage.store import Store
 from tests.unit.samples import recipe, request
 
 ITEMS = ("0a" + "1" * 30, "0a" + "2" * 30, "fe" + "3" * 30)

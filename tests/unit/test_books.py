@@ -19,7 +19,7 @@ from ltx_ray.metrics import EventLog
 from ltx_ray.plan import Plan
 from ltx_ray.recipe import item_id
 from ltx_ray.records import Clip, Recipe, RenderRequest, WorkItem
-from ltx_ray.storage import Store
+from ltx_ray.storage.store import Store
 from tests.unit.samples import recipe, write_jsonl
 
 CLIP = Clip("clips/aa/a.mp4", "c" * 64, "d" * 64, (), "stage_1")

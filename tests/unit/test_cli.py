@@ -14,7 +14,7 @@ from ltx_ray.cli import main
 from ltx_ray.config import LoraFile
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.options import _model_files, model_options
-from ltx_ray.storage import Store
+from ltx_ray.storage.store import Store
 from tests.unit.samples import write_jsonl, write_safetensors
 from tests.unit.test_modelfiles import BLOCK, checkpoint
 from tests.unit.test_writer import RENDERED

@@ -21,7 +21,7 @@ from ltx_ray.engine.latents import StoredLatentsGone, latents_sha256, named_late
 from ltx_ray.engine.start import latent_sizes, stage_1_draws
 from ltx_ray.engine.tiling import LADDER
 from ltx_ray.records import AV, ImageCondition, NoiseLedger, RowError, StageLatents, WorkItem
-from ltx_ray.storage import Store
+from ltx_ray.storage.store import Store
 from tests.unit.samples import recipe, request
 
 CPU_MESSAGE = (

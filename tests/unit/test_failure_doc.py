@@ -26,7 +26,7 @@ from ltx_ray.pools.gang import Call, Gang
 from ltx_ray.pools.pool import StartFailed
 from ltx_ray.records import AV, CallReport, NoiseLedger, RowError, StageLatents
 from ltx_ray.shapes import AUDIO_SAMPLE_RATE, ClipShape
-from ltx_ray.storage import Store
+from ltx_ray.storage.store import Store
 from tests.chaos.schedules import _SPEC, Crew, Stages
 from tests.chaos.test_driver import pools, rows, run
 

@@ -13,15 +13,15 @@ import pytest
 import torch
 from PIL import Image
 
-from ltx_ray import imagefiles
 from ltx_ray.dataset.done import Done
 from ltx_ray.engine.images import NoPicture, cover, decode_rgb, image_pixels, through_h264
 from ltx_ray.engine.text import _read
-from ltx_ray.imagefiles import check_roots, image_digest, locate, read_image
 from ltx_ray.manifest import RawRow, RowRules, judge
 from ltx_ray.plan import ILLEGAL, TODO, Plan
 from ltx_ray.recipe import item_id
 from ltx_ray.records import Recipe, RowError, WorkItem
+from ltx_ray.storage import images
+from ltx_ray.storage.images import check_roots, image_digest, locate, read_image
 
 
 def encoded(array: np.ndarray, format_: str = "PNG", **options) -> bytes:
@@ -166,7 +166,7 @@ def test_why_an_image_in_an_object_store_makes_its_row_illegal(s3, bucket, monke
     put(s3, f"{bucket}/m/secret/a.png")
     deny(bucket, "m/secret/")
     put(s3, f"{bucket}/m/large.png", b"12")
-    monkeypatch.setattr(imagefiles, "MAX_BYTES", 1)
+    monkeypatch.setattr(images, "MAX_BYTES", 1)
     paths = ["none.png", "secret/a.png", "large.png", f"{bucket}none/a.png", "secret"]
     plan = Plan("", RowRules(image_roots=(bucket, f"{bucket}none")), _Book(), Done())
     rows = [{"prompt": "x", "images": [{"path": path}]} for path in paths]

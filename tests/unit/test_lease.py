@@ -11,9 +11,9 @@ import time
 
 import pytest
 
-from ltx_ray import lease as lease_module
-from ltx_ray.lease import Lease, holder
-from ltx_ray.storage import Store
+from ltx_ray.storage import lease as lease_module
+from ltx_ray.storage.lease import Lease, holder
+from ltx_ray.storage.store import Store
 
 
 @pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.slow)])

@@ -10,7 +10,7 @@ import pytest
 
 from ltx_ray import metrics
 from ltx_ray.metrics import EventLog
-from ltx_ray.storage import Store
+from ltx_ray.storage.store import Store
 
 
 @pytest.fixture(params=["local", "s3"])

@@ -15,7 +15,7 @@ from ltx_ray.manifest import RawRow, RowRules
 from ltx_ray.plan import COPY, DONE, FAILED, ILLEGAL, REPEATED, TODO, Plan, PlannedRow, RecipeBook, cost_line
 from ltx_ray.records import LoraUse
 from ltx_ray.shapes import ClipShape
-from ltx_ray.storage import Store
+from ltx_ray.storage.store import Store
 from tests.unit.samples import SMALL, request, write_jsonl
 from tests.unit.test_writer import RENDERED
 

@@ -17,7 +17,7 @@ from ltx_ray.dataset.done import list_done
 from ltx_ray.dataset.mux import write_mp4
 from ltx_ray.dataset.repair import is_whole_mp4, repair
 from ltx_ray.dataset.writer import INDEX_SCHEMA, index_part, row_key
-from ltx_ray.storage import Store
+from ltx_ray.storage.store import Store
 from tests.unit.damaged import ITEMS, boxes, build, clip_of, part_of, rows_of
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from ltx_ray.patience import Patience, is_permanent
-from ltx_ray.storage import Store, clean_stale, join, parent
+from ltx_ray.storage.retry import Patience, is_permanent
+from ltx_ray.storage.store import Store, clean_stale, join, parent
 
 
 @pytest.fixture(params=["local", "s3"])

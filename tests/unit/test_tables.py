@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ltx_ray.tables import Records
+from ltx_ray.storage.id_table import Records
 
 
 def digest(n: int) -> bytes:

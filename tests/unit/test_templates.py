@@ -147,7 +147,7 @@ def test_parquet_batches_and_row_groups_lose_no_row(book, tmp_path, monkeypatch)
     monkeypatch.setattr("ltx_ray.manifest._PARQUET_ROWS", 7)
     monkeypatch.setattr("ltx_ray.plan._CHUNK_STEP", 3)
     monkeypatch.setattr("ltx_ray.plan._CHUNK_ROWS", 5)
-    monkeypatch.setattr("ltx_ray.tables._NEWEST", 4)
+    monkeypatch.setattr("ltx_ray.storage.id_table._NEWEST", 4)
     count, path = 100, str(tmp_path / "m.parquet")
     prompts = [f"clip {n % 80}" for n in range(count)]
     table = pa.table({"prompt": prompts, "seed": pa.array([None if n % 3 else n % 80 for n in range(count)])})

@@ -9,15 +9,15 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from ltx_ray import lease as lease_module
 from ltx_ray import verify as verify_module
 from ltx_ray.cli import app
 from ltx_ray.config import ModelFiles
 from ltx_ray.dataset.writer import INDEX_SCHEMA, DatasetWriter, Failure, index_part, one_row, row_key
-from ltx_ray.lease import holder
 from ltx_ray.manifest import RawRow, RowRules, judge, read_manifest
 from ltx_ray.run import Options
-from ltx_ray.storage import Store
+from ltx_ray.storage import lease as lease_module
+from ltx_ray.storage.lease import holder
+from ltx_ray.storage.store import Store
 from ltx_ray.verify import verify
 from tests.unit.damaged import ITEMS, build, clip_of, part_of, rows_of
 from tests.unit.samples import request

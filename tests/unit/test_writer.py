@@ -21,7 +21,7 @@ from ltx_ray.dataset.writer import (
 )
 from ltx_ray.manifest import RawRow, RowRules, judge, read_manifest
 from ltx_ray.records import Clip, LoraUse, RenderRequest
-from ltx_ray.storage import Store
+from ltx_ray.storage.store import Store
 from tests.unit.samples import request, write_jsonl
 
 ITEM, OTHER = "a" * 32, "b" * 32

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from ltx_ray.storage import Store
+from ltx_ray.storage.store import Store
 
 _NAME = "_lease.json"
 _TTL_SECONDS = 60.0

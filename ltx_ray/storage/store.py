@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 import pyarrow.fs as pafs
 
-from ltx_ray.patience import Patience, patient_reader
+from ltx_ray.storage.retry import Patience, patient_reader
 
 #: Seconds for which an operation is tried; a restarted or throttled store is back sooner.
 PATIENCE = 60.0

@@ -10,7 +10,7 @@ from functools import lru_cache
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from ltx_ray.storage import Store, join, split_options
+from ltx_ray.storage.store import Store, join, split_options
 
 #: An image larger than this is refused before it is decoded (bytes).
 MAX_BYTES = 256 * 2**20

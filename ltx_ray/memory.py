@@ -13,11 +13,11 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
-from ltx_ray import diffusersfiles
+from ltx_ray.checkpoints import diffusers_layout
+from ltx_ray.checkpoints.checkpoint import Checkpoint, gemma_folders
+from ltx_ray.checkpoints.safetensors import TensorInfo, read_header
 from ltx_ray.config import ModelFiles, Numerics, PoolSpec
-from ltx_ray.headers import TensorInfo, read_header
 from ltx_ray.manifest import Problem
-from ltx_ray.modelfiles import Checkpoint, gemma_folders
 from ltx_ray.numerics import WITHOUT_FP8
 from ltx_ray.recipe import PIPELINES
 from ltx_ray.records import RenderRequest
@@ -228,14 +228,14 @@ class Room:
     @cached_property
     def _upsampler_bytes(self) -> int:
         path = self._model.spatial_upsampler_path
-        tensors = diffusersfiles.read_upsampler(path).tensors if os.path.isdir(path) else read_header(path).tensors
+        tensors = diffusers_layout.read_upsampler(path).tensors if os.path.isdir(path) else read_header(path).tensors
         return self.item_bytes * _elements(tensors)
 
     @cached_property
     def text_bytes(self) -> int:
         """Of Gemma's text model."""
         folder = gemma_folders(self._model.gemma_root)[0]
-        tensors = diffusersfiles.read_weights(folder, "model.safetensors")
+        tensors = diffusers_layout.read_weights(folder, "model.safetensors")
         text = {name: info for name, info in tensors.items() if "vision" not in name and "projector" not in name}
         return self.item_bytes * _elements(text)
 

@@ -11,9 +11,9 @@ from typing import Any
 import typer
 import yaml
 
+from ltx_ray.checkpoints.checkpoint import held_by
 from ltx_ray.columns import COLUMNS
 from ltx_ray.config import ModelFiles, RunLimits, Selection
-from ltx_ray.modelfiles import held_by
 from ltx_ray.numerics import ATTENTION, COMPILE
 from ltx_ray.pools.pool import Wanted
 from ltx_ray.run import Options, lora_files

@@ -15,18 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ltx_ray
-from ltx_ray.cluster import Cluster
-from ltx_ray.config import LoraFile, ModelFiles, Numerics, PoolSpec, RunLimits, Selection
-from ltx_ray.dataset.done import Done, list_done
-from ltx_ray.dataset.repair import repair
-from ltx_ray.dataset.writer import DatasetWriter
-from ltx_ray.driver.policy import STAGES
-from ltx_ray.driver.progress import Progress
-from ltx_ray.lorafiles import check_lora
-from ltx_ray.manifest import Problem, RawRow, Row, RowRules, check_defaults, judge, manifest_folder
-from ltx_ray.memory import Room, can_share
-from ltx_ray.metrics import EventLog
-from ltx_ray.modelfiles import (
+from ltx_ray.checkpoints.checkpoint import (
     Checkpoint,
     check_gemma,
     check_parallel,
@@ -34,6 +23,17 @@ from ltx_ray.modelfiles import (
     check_upsampler,
     open_checkpoint,
 )
+from ltx_ray.checkpoints.lora import check_lora
+from ltx_ray.cluster import Cluster
+from ltx_ray.config import LoraFile, ModelFiles, Numerics, PoolSpec, RunLimits, Selection
+from ltx_ray.dataset.done import Done, list_done
+from ltx_ray.dataset.repair import repair
+from ltx_ray.dataset.writer import DatasetWriter
+from ltx_ray.driver.policy import STAGES
+from ltx_ray.driver.progress import Progress
+from ltx_ray.manifest import Problem, RawRow, Row, RowRules, check_defaults, judge, manifest_folder
+from ltx_ray.memory import Room, can_share
+from ltx_ray.metrics import EventLog
 from ltx_ray.numerics import check as check_numerics
 from ltx_ray.plan import TODO, Plan, PlannedRow, RecipeBook
 from ltx_ray.pools.pool import StartFailed, Wanted

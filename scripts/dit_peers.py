@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ltx_ray.diffusersnames import to_official
-from ltx_ray.model.config import TransformerConfig
+from ltx_ray.checkpoints.diffusers_names import to_official
+from ltx_ray.checkpoints.transformer_config import TransformerConfig
 from ltx_ray.model.rope import audio_positions, video_positions
 from ltx_ray.parallel.fp8 import FP8_MAX
 from ltx_ray.records import AV

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ltx_ray.headers import TensorInfo, read_header
-from ltx_ray.lorafiles import Factor, LoraPair
-from ltx_ray.model.config import TransformerConfig
+from ltx_ray.checkpoints.lora import Factor, LoraPair
+from ltx_ray.checkpoints.safetensors import TensorInfo, read_header
+from ltx_ray.checkpoints.transformer_config import TransformerConfig
 from ltx_ray.model.transformer import Transformer
 from ltx_ray.parallel.layers import TPGroup
 from ltx_ray.toy.config import ToyShape, checkpoint_config

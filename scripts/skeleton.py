@@ -14,8 +14,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from ltx_ray.checkpoints.transformer_config import StreamConfig
 from ltx_ray.model.attention_backends import Attend
-from ltx_ray.model.config import StreamConfig
 from ltx_ray.model.packing import Product
 from ltx_ray.model.steps import Quantized, product
 from ltx_ray.model.transformer import Transformer

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
-from ltx_ray.diffusersfiles import Component, refuse_unknown
-from ltx_ray.engine import directory, singlefile
+from ltx_ray.checkpoints import single_file
+from ltx_ray.checkpoints.diffusers_layout import Component, refuse_unknown
+from ltx_ray.checkpoints.safetensors import TensorInfo
+from ltx_ray.engine import directory
 from ltx_ray.engine.apply import ConnectorAttention, RoundedRope
 from ltx_ray.engine.fused_decoder import fuse_decoder
-from ltx_ray.headers import TensorInfo
 
 Path = str | os.PathLike[str]
 Device = str | torch.device
@@ -29,7 +30,7 @@ _HALVES = ("encoder", "decoder")
 
 def _source(path: Path) -> ModuleType:
     """Who knows what is at `path`."""
-    return directory if os.path.isdir(path) else singlefile
+    return directory if os.path.isdir(path) else single_file
 
 
 def load_connectors(path: Path, dtype: torch.dtype, device: Device) -> torch.nn.Module:

@@ -15,17 +15,18 @@ from typing import Any
 
 import torch
 
+from ltx_ray.checkpoints.checkpoint import open_checkpoint
+from ltx_ray.checkpoints.digests import cache_root
+from ltx_ray.checkpoints.lora import open_lora
+from ltx_ray.checkpoints.transformer_config import TransformerConfig
 from ltx_ray.config import EngineSpec
 from ltx_ray.engine import apply, components
 from ltx_ray.engine.base import Rank, resolve_dtype
 from ltx_ray.engine.start import PlacedImage, Start, begin, latent_sizes
-from ltx_ray.lorafiles import open_lora
-from ltx_ray.model.config import TransformerConfig
 from ltx_ray.model.fused import FusedTransformer
 from ltx_ray.model.graphs import GraphedTransformer
 from ltx_ray.model.packing import pack
 from ltx_ray.model.transformer import NO_PERTURBATION, Modality, Perturbation, Transformer
-from ltx_ray.modelfiles import cache_root, open_checkpoint
 from ltx_ray.parallel.layers import TPGroup
 from ltx_ray.parallel.loading import load_shard
 from ltx_ray.parallel.lora import LoraMerger, LoraSetting

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 
-from ltx_ray.diffusersfiles import COMPONENTS, Component, read_component, read_upsampler
+from ltx_ray.checkpoints.diffusers_layout import COMPONENTS, Component, read_component, read_upsampler
 
 
 def _part(path: str, name: str) -> Component:

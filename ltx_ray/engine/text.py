@@ -11,11 +11,11 @@ from collections import OrderedDict
 
 import torch
 
+from ltx_ray.checkpoints.checkpoint import gemma_folders
 from ltx_ray.config import EngineSpec
 from ltx_ray.engine import apply, components
 from ltx_ray.engine.base import Rank, resolve_dtype
 from ltx_ray.engine.images import NoPicture, image_pixels
-from ltx_ray.modelfiles import gemma_folders
 from ltx_ray.records import AV, Conditions, ImageLatents, PromptContext, RowError, WorkItem
 from ltx_ray.sampling.passes import passes_for
 from ltx_ray.shapes import ClipShape

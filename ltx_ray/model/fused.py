@@ -15,10 +15,10 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 
+from ltx_ray.checkpoints.transformer_config import StreamConfig
 from ltx_ray.model import steps
 from ltx_ray.model.attention_backends import backend
 from ltx_ray.model.block import AVBlock
-from ltx_ray.model.config import StreamConfig
 from ltx_ray.model.packing import Product
 from ltx_ray.model.rope import RopeTable, audio_positions, video_positions
 from ltx_ray.model.steps import Levels, Modulation, Residual, Rows

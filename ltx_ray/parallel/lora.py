@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ltx_ray.headers import TensorInfo
-from ltx_ray.lorafiles import Factor, LoraPair
+from ltx_ray.checkpoints.lora import Factor, LoraPair
+from ltx_ray.checkpoints.safetensors import TensorInfo
 from ltx_ray.parallel.fp8 import row_scale_of, store
 from ltx_ray.parallel.layers import TPGroup
 from ltx_ray.parallel.loading import named

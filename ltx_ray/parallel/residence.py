@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from ltx_ray.headers import TensorInfo
+from ltx_ray.checkpoints.safetensors import TensorInfo
 from ltx_ray.parallel.layers import TPGroup
 from ltx_ray.parallel.loading import TORCH_DTYPES, Slice, fill, named, shard_shape
 

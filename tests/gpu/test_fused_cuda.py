@@ -8,15 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 
+from ltx_ray.checkpoints.checkpoint import open_checkpoint
+from ltx_ray.checkpoints.transformer_config import TransformerConfig
 from ltx_ray.model import graphs, steps
-from ltx_ray.model.config import TransformerConfig
 from ltx_ray.model.fused import FusedTransformer
 from ltx_ray.model.graphs import GraphedTransformer
 from ltx_ray.model.packing import Product, pack
 from ltx_ray.model.rope import RopeTable, audio_positions, video_positions
 from ltx_ray.model.steps import Levels, Modulation, Quantized, Residual
 from ltx_ray.model.transformer import NO_PERTURBATION, Modality, Perturbation, Transformer
-from ltx_ray.modelfiles import open_checkpoint
 from ltx_ray.numerics import has_fa3
 from ltx_ray.parallel.fp8 import FP8
 from ltx_ray.parallel.layers import TPGroup

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ltx_ray.headers import read_header
+from ltx_ray.checkpoints.safetensors import read_header
 from ltx_ray.parallel.layers import TPGroup
 from ltx_ray.parallel.loading import Slice, fill, shard_shape
 from ltx_ray.parallel.lora import LoraSetting

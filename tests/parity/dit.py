@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 import torch
 from safetensors.torch import load_file
 
-from ltx_ray.diffusersnames import to_diffusers
-from ltx_ray.model.config import TransformerConfig
+from ltx_ray.checkpoints.checkpoint import CONNECTOR_PREFIXES, TRANSFORMER_PREFIX, open_checkpoint
+from ltx_ray.checkpoints.diffusers_names import to_diffusers
+from ltx_ray.checkpoints.transformer_config import TransformerConfig
 from ltx_ray.model.rope import audio_positions, video_positions
 from ltx_ray.model.transformer import Modality, Transformer
-from ltx_ray.modelfiles import CONNECTOR_PREFIXES, TRANSFORMER_PREFIX, open_checkpoint
 from ltx_ray.parallel.layers import TPGroup
 from ltx_ray.parallel.loading import load_shard
 from ltx_ray.records import AV

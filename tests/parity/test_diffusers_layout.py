@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ltx_ray.checkpoints.checkpoint import held_by, open_checkpoint
+from ltx_ray.checkpoints.transformer_config import TransformerConfig
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics
 from ltx_ray.engine import apply
 from ltx_ray.engine.base import Rank
 from ltx_ray.engine.decode import DecodeEngine
 from ltx_ray.engine.text import TextEngine
-from ltx_ray.model.config import TransformerConfig
-from ltx_ray.modelfiles import held_by, open_checkpoint
 from tests.parity.layout import write_directory
 from tests.parity.line import Line, one_thread, toy_line
 

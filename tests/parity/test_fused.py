@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from ltx_ray.checkpoints.checkpoint import open_checkpoint
+from ltx_ray.checkpoints.transformer_config import TransformerConfig
 from ltx_ray.model import steps
-from ltx_ray.model.config import TransformerConfig
 from ltx_ray.model.fused import FusedTransformer, try_fp8
 from ltx_ray.model.packing import pack
 from ltx_ray.model.rope import audio_positions, video_positions
 from ltx_ray.model.transformer import NO_PERTURBATION, Modality, Perturbation, Transformer
-from ltx_ray.modelfiles import open_checkpoint
 from ltx_ray.parallel.fp8 import loaded, row_scale_of, store
 from ltx_ray.parallel.layers import TPGroup
 from ltx_ray.parallel.loading import load_shard

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from ltx_ray.lorafiles import open_lora
+from ltx_ray.checkpoints.checkpoint import open_checkpoint
+from ltx_ray.checkpoints.lora import open_lora
 from ltx_ray.model.transformer import NO_PERTURBATION, Perturbation
-from ltx_ray.modelfiles import open_checkpoint
 from ltx_ray.parallel.layers import TPGroup
 from ltx_ray.parallel.lora import LoraMerger, LoraSetting
 from ltx_ray.records import AV

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ltx_ray.headers import read_header
-from ltx_ray.lorafiles import open_lora
+from ltx_ray.checkpoints.lora import open_lora
+from ltx_ray.checkpoints.safetensors import read_header
 from ltx_ray.parallel.layers import ColumnLinear, Linear, RowLinear, TPGroup
 from ltx_ray.parallel.loading import load_shard
 from ltx_ray.parallel.lora import LoraMerger

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from ltx_ray import cli
-from ltx_ray.diffusersfiles import COMPONENTS, UPSAMPLER_CLASS, WEIGHTS
-from ltx_ray.model.config import TransformerConfig
-from ltx_ray.modelfiles import cached_digest, check_gemma, check_upsampler, open_checkpoint
+from ltx_ray.checkpoints.checkpoint import check_gemma, check_upsampler, open_checkpoint
+from ltx_ray.checkpoints.diffusers_layout import COMPONENTS, UPSAMPLER_CLASS, WEIGHTS
+from ltx_ray.checkpoints.digests import cached_digest
+from ltx_ray.checkpoints.transformer_config import TransformerConfig
 from ltx_ray.status import inspect_lines
 from tests.unit.samples import write_jsonl, write_safetensors
 

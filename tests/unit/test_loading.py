@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ltx_ray.headers import read_header
+from ltx_ray.checkpoints.safetensors import read_header
 from ltx_ray.parallel import loading
 from ltx_ray.parallel.layers import ColumnLinear, RowLinear, TPGroup
 from ltx_ray.parallel.loading import Slice, fill, load_shard, shard_shape

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ltx_ray.diffusersnames import to_diffusers, to_official
-from ltx_ray.lorafiles import check_lora, lora_digest, open_lora
-from ltx_ray.modelfiles import open_checkpoint
+from ltx_ray.checkpoints.checkpoint import open_checkpoint
+from ltx_ray.checkpoints.diffusers_names import to_diffusers, to_official
+from ltx_ray.checkpoints.lora import check_lora, lora_digest, open_lora
 from ltx_ray.parallel.layers import TPGroup
 from ltx_ray.parallel.lora import LoraMerger, LoraSetting
 from ltx_ray.run import lora_files

@@ -13,20 +13,20 @@ import pytest
 import torch
 
 from ltx_ray import run as runs
+from ltx_ray.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from ltx_ray.checkpoints.safetensors import TensorInfo
+from ltx_ray.checkpoints.transformer_config import TransformerConfig
+from ltx_ray.checkpoints.transformer_keys import transformer_shapes
 from ltx_ray.cluster import Cluster
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics
 from ltx_ray.driver.loop import Joined
-from ltx_ray.headers import TensorInfo
 from ltx_ray.manifest import Problem
 from ltx_ray.memory import GIB, Gpu, Room, can_share, known_gpus, transformer_bytes
-from ltx_ray.model.config import TransformerConfig
 from ltx_ray.model.packing import pack
 from ltx_ray.model.transformer import Transformer
-from ltx_ray.modelfiles import Checkpoint, open_checkpoint
 from ltx_ray.numerics import resolve
 from ltx_ray.parallel.layers import TPGroup
 from ltx_ray.pools.pool import Wanted, lay_out
-from ltx_ray.transformerkeys import transformer_shapes
 from tests.chaos.schedules import Crew
 from tests.chaos.test_driver import rows, run
 from tests.unit.samples import request

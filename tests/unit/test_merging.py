@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ltx_ray.headers import read_header
-from ltx_ray.lorafiles import open_lora
+from ltx_ray.checkpoints.lora import open_lora
+from ltx_ray.checkpoints.safetensors import read_header
 from ltx_ray.parallel.fp8 import FP8, loaded, row_scale_of, store
 from ltx_ray.parallel.layers import TPGroup
 from ltx_ray.parallel.loading import load_shard

@@ -11,19 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from ltx_ray.headers import read_header
-from ltx_ray.modelfiles import (
+from ltx_ray.checkpoints.checkpoint import (
     PIECES,
     TRANSFORMER_PREFIX,
-    cached_digest,
     check_parallel,
     check_transformer,
     check_upsampler,
-    file_digest,
     open_checkpoint,
     parse_generation,
 )
-from ltx_ray.transformerkeys import transformer_shapes
+from ltx_ray.checkpoints.digests import cached_digest, file_digest
+from ltx_ray.checkpoints.safetensors import read_header
+from ltx_ray.checkpoints.transformer_keys import transformer_shapes
 from tests.unit.samples import write_safetensors
 
 BLOCK = "transformer_blocks.0.attn1.to_q"
@@ -212,7 +211,7 @@ def test_tp_must_divide_the_heads(tmp_path):
 
 
 def test_the_transformers_keys_follow_from_its_config(toy):
-    from ltx_ray.model.config import TransformerConfig
+    from ltx_ray.checkpoints.transformer_config import TransformerConfig
     from ltx_ray.model.transformer import Transformer
 
     found = open_checkpoint(toy["checkpoint_path"])

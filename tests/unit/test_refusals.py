@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from ltx_ray.checkpoints.checkpoint import open_checkpoint
+from ltx_ray.checkpoints.transformer_config import TransformerConfig
 from ltx_ray.config import ModelFiles, Numerics
-from ltx_ray.model.config import TransformerConfig
-from ltx_ray.modelfiles import open_checkpoint
 
 
 @pytest.mark.parametrize(

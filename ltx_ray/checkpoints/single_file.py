@@ -11,8 +11,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ltx_ray.diffusersfiles import Component
-from ltx_ray.headers import SafetensorsHeader, TensorInfo, read_header
+from ltx_ray.checkpoints.diffusers_layout import Component
+from ltx_ray.checkpoints.safetensors import SafetensorsHeader, TensorInfo, read_header
 
 #: LTX-2.0 files hold more statistics, which nothing reads.
 _STATISTICS = {"mean-of-means": "latents_mean", "std-of-means": "latents_std"}

@@ -6,21 +6,17 @@ before any actor starts.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 import re
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from ltx_ray import diffusersfiles
-from ltx_ray.headers import MAX_HEADER_BYTES, SafetensorsHeader, TensorInfo, listed, read_header
-from ltx_ray.transformerkeys import transformer_shapes
+from ltx_ray.checkpoints import diffusers_layout
+from ltx_ray.checkpoints.safetensors import SafetensorsHeader, TensorInfo, listed, read_header
+from ltx_ray.checkpoints.transformer_keys import transformer_shapes
 
 TRANSFORMER_PREFIX = "model.diffusion_model."
 CONNECTOR_PREFIXES = (
@@ -48,9 +44,6 @@ PIECES = {
     "vocoder.vocoder.": "vocoder",
     "vocoder.bwe_generator.": "bandwidth extension of the vocoder",
 }
-
-_SAMPLES = 64
-_SAMPLE_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -133,17 +126,17 @@ def _open_directory(path: str) -> Checkpoint:
             f"{path}: is a directory without transformer/config.json; legal: {instead}an LTX-2.3 directory as "
             f"diffusers writes it"
         )
-    config = diffusersfiles.read_config(transformer)
-    diffusersfiles.check_class(transformer, config, diffusersfiles.COMPONENTS["transformer"])
-    version, why = diffusersfiles.generation(config)
+    config = diffusers_layout.read_config(transformer)
+    diffusers_layout.check_class(transformer, config, diffusers_layout.COMPONENTS["transformer"])
+    version, why = diffusers_layout.generation(config)
     if parse_generation(version) != SUPPORTED_GENERATION:
         raise ValueError(f"{path}: model_version is {version!r} (transformer/config.json: {why}); {_LEGAL_GENERATION}")
-    parts = diffusersfiles.read_model(path)
+    parts = diffusers_layout.read_model(path)
     return Checkpoint(
         path,
         version,
-        diffusersfiles.official_config(parts["transformer"], parts["connectors"]),
-        diffusersfiles.official_tensors(parts["transformer"]),
+        diffusers_layout.official_config(parts["transformer"], parts["connectors"]),
+        diffusers_layout.official_tensors(parts["transformer"]),
         sum(info.nbytes for part in parts.values() for info in part.tensors.values()),
     )
 
@@ -172,7 +165,7 @@ def _transformer_tensors(header: SafetensorsHeader) -> dict[str, TensorInfo]:
 def check_upsampler(path: str) -> None:
     """Raise ValueError unless `path` is a spatial latent upsampler x2: the file, or a directory of diffusers."""
     if os.path.isdir(path):
-        part = diffusersfiles.read_upsampler(path)
+        part = diffusers_layout.read_upsampler(path)
         config, tensors, scale = part.config, part.tensors, part.config.get("rational_spatial_scale", 2.0)
     else:
         header = read_header(path)
@@ -185,9 +178,9 @@ def check_upsampler(path: str) -> None:
 
 def gemma_folders(root: str) -> tuple[str, str]:
     """Where Gemma's weights and its tokenizer are in `root`: a Gemma directory, or one of diffusers with both."""
-    inside = os.path.join(root, diffusersfiles.TEXT_ENCODER)
+    inside = os.path.join(root, diffusers_layout.TEXT_ENCODER)
     if os.path.isdir(inside) and not os.path.isfile(os.path.join(root, "config.json")):
-        return inside, os.path.join(root, diffusersfiles.TOKENIZER)
+        return inside, os.path.join(root, diffusers_layout.TOKENIZER)
     return root, root
 
 
@@ -199,22 +192,22 @@ def check_gemma(root: str) -> None:
         raise ValueError(f"--gemma-root: {model}, has no config.json; {legal}")
     if not any(os.path.isfile(os.path.join(tokenizer, name)) for name in ("tokenizer.json", "tokenizer.model")):
         raise ValueError(f"--gemma-root: {tokenizer}, has no tokenizer.json; {legal}")
-    kind = str(diffusersfiles.read_config(model).get("model_type"))
+    kind = str(diffusers_layout.read_config(model).get("model_type"))
     if not kind.startswith("gemma3"):
         raise ValueError(f"--gemma-root: {model}, is a {kind} (LTX-2.5 takes Gemma 4); {legal}")
     single = os.path.join(model, "model.safetensors")
     if os.path.isfile(single):  # transformers takes it before an index, unlike diffusers
         read_header(single)
     else:
-        diffusersfiles.read_weights(model, "model.safetensors")
+        diffusers_layout.read_weights(model, "model.safetensors")
 
 
 def held_by(checkpoint_path: str) -> dict[str, str]:
     """Paths by option name that may be left out, since a checkpoint in diffusers' layout holds their files."""
     held = {}
-    if os.path.isdir(os.path.join(checkpoint_path, diffusersfiles.TEXT_ENCODER)):
+    if os.path.isdir(os.path.join(checkpoint_path, diffusers_layout.TEXT_ENCODER)):
         held["gemma_root"] = checkpoint_path
-    if os.path.isdir(upsampler := os.path.join(checkpoint_path, diffusersfiles.UPSAMPLER)):
+    if os.path.isdir(upsampler := os.path.join(checkpoint_path, diffusers_layout.UPSAMPLER)):
         held["spatial_upsampler_path"] = upsampler
     return held
 
@@ -252,64 +245,3 @@ def check_parallel(checkpoint: Checkpoint, tp: int, stage2_tp: int | None = None
             raise ValueError(
                 f"{flag}: {value}, legal: a divisor of the {heads} attention heads of {checkpoint.path}{of}: {legal}"
             )
-
-
-def file_digest(path: str) -> str:
-    """32 hex digits for a file: its size, its head and fixed samples of the rest.
-
-    A 46 GB file takes some 4 MB of reading. Files up to that size are hashed whole.
-    """
-    size = os.path.getsize(path)
-    digest = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as file:
-        if size <= _SAMPLES * _SAMPLE_BYTES:
-            digest.update(file.read())
-        else:
-            head = file.read(8)
-            length = struct.unpack("<Q", head)[0] if path.endswith(".safetensors") else 0
-            digest.update(head + file.read(min(length, MAX_HEADER_BYTES)))
-            for i in range(_SAMPLES):
-                file.seek((size - _SAMPLE_BYTES) * i // (_SAMPLES - 1))
-                digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()[:32]
-
-
-def cached_digest(path: str, cache_dir: Path | None = None) -> str:
-    """`file_digest`, or for a directory the digest over its config, tokenizer and weight files.
-
-    Cached by path, size and mtime under `cache_dir` (default: the ltx-ray cache).
-    """
-    if os.path.isdir(path):
-        # a part of a model may be a link to a folder elsewhere
-        inside = (Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names)
-        files = sorted(p for p in inside if p.suffix in (".safetensors", ".json", ".model") and p.is_file())
-        digest = hashlib.sha256()
-        for file in files:
-            digest.update(f"{file.relative_to(path)}:{cached_digest(str(file), cache_dir)}\n".encode())
-        return digest.hexdigest()[:32]
-    stat = os.stat(path)
-    key = [os.path.realpath(path), stat.st_size, stat.st_mtime_ns]
-    folder = (cache_dir or cache_root()) / "digests"
-    entry = folder / (hashlib.sha256(key[0].encode()).hexdigest()[:32] + ".json")
-    try:
-        stored = json.loads(entry.read_text())
-        if stored["key"] == key:
-            return stored["digest"]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    digest = file_digest(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = entry.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps({"key": key, "digest": digest}))
-        temporary.replace(entry)
-    except OSError:
-        pass  # a read-only home only costs the reading again
-    return digest
-
-
-def cache_root() -> Path:
-    """$LTX_RAY_CACHE, or `ltx-ray` in the user's cache directory."""
-    if explicit := os.environ.get("LTX_RAY_CACHE"):
-        return Path(explicit)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ltx-ray"

@@ -18,9 +18,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ltx_ray.diffusersnames import to_diffusers, to_official
-from ltx_ray.headers import SafetensorsHeader, TensorInfo, read_header
-from ltx_ray.modelfiles import Checkpoint, cached_digest
+from ltx_ray.checkpoints.checkpoint import Checkpoint
+from ltx_ray.checkpoints.diffusers_names import to_diffusers, to_official
+from ltx_ray.checkpoints.digests import cached_digest
+from ltx_ray.checkpoints.safetensors import SafetensorsHeader, TensorInfo, read_header
 
 _SIDES = {
     "lora_A": "a", "lora_down": "a", "lora.down": "a", "lora_linear_layer.down": "a",

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ltx_ray.diffusersnames import to_official
-from ltx_ray.headers import TensorInfo, read_header
+from ltx_ray.checkpoints.diffusers_names import to_official
+from ltx_ray.checkpoints.safetensors import TensorInfo, read_header
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 #: The folders of an LTX-2.3 model and the classes that their config.json names.

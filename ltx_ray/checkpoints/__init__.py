@@ -1,0 +1,1 @@
+"""Weight files seen from outside: headers, names, digests, LoRA spellings. No torch here."""

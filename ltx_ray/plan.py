@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from ltx_ray.checkpoints.checkpoint import open_checkpoint
 from ltx_ray.checkpoints.digests import cached_digest
 from ltx_ray.checkpoints.lora import lora_digest
-from ltx_ray.columns import LONGEST_ID
 from ltx_ray.config import ModelFiles, Numerics, Selection
 from ltx_ray.cost import H100_TFLOPS, clip_tflop
 from ltx_ray.dataset.done import Done, Known
-from ltx_ray.manifest import Problem, RawRow, Row, RowRules, duplicate_id, judge, read_manifest
+from ltx_ray.manifest.columns import LONGEST_ID
+from ltx_ray.manifest.reader import RawRow, read_manifest
+from ltx_ray.manifest.rules import Problem, Row, RowRules, duplicate_id, judge
 from ltx_ray.recipe import item_id, recipe_digest
 from ltx_ray.records import Recipe, RenderRequest, WorkItem
 from ltx_ray.storage.id_table import Records

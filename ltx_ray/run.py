@@ -31,7 +31,8 @@ from ltx_ray.dataset.repair import repair
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.driver.policy import STAGES
 from ltx_ray.driver.progress import Progress
-from ltx_ray.manifest import Problem, RawRow, Row, RowRules, check_defaults, judge, manifest_folder
+from ltx_ray.manifest.reader import RawRow, manifest_folder
+from ltx_ray.manifest.rules import Problem, Row, RowRules, check_defaults, judge
 from ltx_ray.memory import Room, can_share
 from ltx_ray.metrics import EventLog
 from ltx_ray.numerics import check as check_numerics

@@ -12,8 +12,9 @@ from functools import cached_property
 from operator import itemgetter
 from typing import Any
 
-from ltx_ray.columns import COLUMNS, MAX_SEED, Mistyped
-from ltx_ray.manifest import RawRow, RowRules, extra_json, judge
+from ltx_ray.manifest.columns import COLUMNS, MAX_SEED, Mistyped
+from ltx_ray.manifest.reader import RawRow
+from ltx_ray.manifest.rules import RowRules, extra_json, judge
 from ltx_ray.recipe import Identity
 from ltx_ray.records import RenderRequest, WorkItem
 

@@ -11,8 +11,6 @@ from pathlib import Path
 from ltx_ray.checkpoints.safetensors import MAX_HEADER_BYTES
 
 _SAMPLES = 64
-
-
 _SAMPLE_BYTES = 64 * 1024
 
 

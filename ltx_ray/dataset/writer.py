@@ -17,8 +17,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ltx_ray.columns import COLUMNS
-from ltx_ray.manifest import DUPLICATE, FAILED_ROW_COLUMN, UNREADABLE, RawRow
+from ltx_ray.manifest.columns import COLUMNS
+from ltx_ray.manifest.reader import DUPLICATE, FAILED_ROW_COLUMN, UNREADABLE, RawRow
 from ltx_ray.records import Clip, RenderRequest, plain
 from ltx_ray.storage.store import Store, split_options
 

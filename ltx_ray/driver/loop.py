@@ -15,7 +15,7 @@ from ltx_ray.dataset.writer import Failure
 from ltx_ray.driver.books import Books, Work, first_line
 from ltx_ray.driver.policy import Policy, Verdict
 from ltx_ray.driver.publisher import Publisher
-from ltx_ray.manifest import Problem
+from ltx_ray.manifest.rules import Problem
 from ltx_ray.plan import PlannedRow
 from ltx_ray.pools.news import Answered, Crew, InputsLost, Lost, News, Started
 from ltx_ray.pools.pool import Pool, StartFailed

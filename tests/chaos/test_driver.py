@@ -18,7 +18,7 @@ from ltx_ray.driver.loop import Driver, Joined
 from ltx_ray.driver.policy import STAGES, Policy
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
-from ltx_ray.manifest import RowRules
+from ltx_ray.manifest.rules import RowRules
 from ltx_ray.metrics import EventLog
 from ltx_ray.plan import Plan
 from ltx_ray.pools.pool import StartFailed

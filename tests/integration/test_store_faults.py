@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from ltx_ray.cli import app
 from ltx_ray.dataset.done import list_done
 from ltx_ray.dataset.repair import repair
-from ltx_ray.manifest import read_manifest
+from ltx_ray.manifest.reader import read_manifest
 from ltx_ray.storage import store
 from ltx_ray.storage.images import read_image
 from ltx_ray.storage.lease import Lease, holder

@@ -13,7 +13,8 @@ from ltx_ray.engine.base import Rank
 from ltx_ray.engine.decode import named_latents
 from ltx_ray.engine.diffusion import DiffusionEngine
 from ltx_ray.engine.text import TextEngine
-from ltx_ray.manifest import RawRow, RowRules, judge
+from ltx_ray.manifest.reader import RawRow
+from ltx_ray.manifest.rules import RowRules, judge
 from ltx_ray.numerics import resolve
 from ltx_ray.plan import RecipeBook
 from ltx_ray.recipe import served_pipelines

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ltx_ray.manifest import RawRow, Row, RowRules, judge
+from ltx_ray.manifest.reader import RawRow
+from ltx_ray.manifest.rules import Row, RowRules, judge
 from ltx_ray.records import Recipe, RenderRequest
 
 #: Columns of the smallest clip in the fewest steps.

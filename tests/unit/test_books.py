@@ -14,7 +14,7 @@ from ltx_ray.dataset.writer import DatasetWriter, Failure
 from ltx_ray.driver.books import Books
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
-from ltx_ray.manifest import RowRules
+from ltx_ray.manifest.rules import RowRules
 from ltx_ray.metrics import EventLog
 from ltx_ray.plan import Plan
 from ltx_ray.recipe import item_id

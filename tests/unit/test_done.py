@@ -10,7 +10,7 @@ import pytest
 
 from ltx_ray.dataset.done import Done, list_done
 from ltx_ray.dataset.writer import DatasetWriter, row_key
-from ltx_ray.manifest import RawRow
+from ltx_ray.manifest.reader import RawRow
 from ltx_ray.storage.store import Store
 from tests.unit.samples import request
 from tests.unit.test_writer import CRASH, ITEM, NAN, OTHER, RENDERED

@@ -16,7 +16,8 @@ from PIL import Image
 from ltx_ray.dataset.done import Done
 from ltx_ray.engine.images import NoPicture, cover, decode_rgb, image_pixels, through_h264
 from ltx_ray.engine.text import _read
-from ltx_ray.manifest import RawRow, RowRules, judge
+from ltx_ray.manifest.reader import RawRow
+from ltx_ray.manifest.rules import RowRules, judge
 from ltx_ray.plan import ILLEGAL, TODO, Plan
 from ltx_ray.recipe import item_id
 from ltx_ray.records import Recipe, RowError, WorkItem

@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ltx_ray.columns import COLUMNS, arrow_type_fits
-from ltx_ray.manifest import RowRules, judge, manifest_folder, read_manifest
+from ltx_ray.manifest.columns import COLUMNS, arrow_type_fits
+from ltx_ray.manifest.reader import manifest_folder, read_manifest
+from ltx_ray.manifest.rules import RowRules, judge
 from tests.unit.samples import write_jsonl
 
 

@@ -20,7 +20,7 @@ from ltx_ray.checkpoints.transformer_keys import transformer_shapes
 from ltx_ray.cluster import Cluster
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics
 from ltx_ray.driver.loop import Joined
-from ltx_ray.manifest import Problem
+from ltx_ray.manifest.rules import Problem
 from ltx_ray.memory import GIB, Gpu, Room, can_share, known_gpus, transformer_bytes
 from ltx_ray.model.packing import pack
 from ltx_ray.model.transformer import Transformer

@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ltx_ray.columns import COLUMNS, MAX_SEED
 from ltx_ray.config import LoraFile, ModelFiles, Numerics
 from ltx_ray.dataset.done import Done
 from ltx_ray.dataset.writer import row_key
-from ltx_ray.manifest import RawRow, RowRules, check_defaults, judge
+from ltx_ray.manifest.columns import COLUMNS, MAX_SEED
+from ltx_ray.manifest.reader import RawRow
+from ltx_ray.manifest.rules import RowRules, check_defaults, judge
 from ltx_ray.plan import ILLEGAL, Plan, RecipeBook
 from ltx_ray.recipe import Identity, item_id
 from ltx_ray.records import ImageCondition, LoraUse, Recipe, RenderRequest, canonical_json, plain
@@ -144,7 +145,7 @@ def test_more_templates_than_are_kept(book, monkeypatch):
 
 
 def test_parquet_batches_and_row_groups_lose_no_row(book, tmp_path, monkeypatch):
-    monkeypatch.setattr("ltx_ray.manifest._PARQUET_ROWS", 7)
+    monkeypatch.setattr("ltx_ray.manifest.reader._PARQUET_ROWS", 7)
     monkeypatch.setattr("ltx_ray.plan._CHUNK_STEP", 3)
     monkeypatch.setattr("ltx_ray.plan._CHUNK_ROWS", 5)
     monkeypatch.setattr("ltx_ray.storage.id_table._NEWEST", 4)

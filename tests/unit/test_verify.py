@@ -13,7 +13,8 @@ from ltx_ray import verify as verify_module
 from ltx_ray.cli import app
 from ltx_ray.config import ModelFiles
 from ltx_ray.dataset.writer import INDEX_SCHEMA, DatasetWriter, Failure, index_part, one_row, row_key
-from ltx_ray.manifest import RawRow, RowRules, judge, read_manifest
+from ltx_ray.manifest.reader import RawRow, read_manifest
+from ltx_ray.manifest.rules import RowRules, judge
 from ltx_ray.run import Options
 from ltx_ray.storage import lease as lease_module
 from ltx_ray.storage.lease import holder

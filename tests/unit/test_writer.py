@@ -19,7 +19,8 @@ from ltx_ray.dataset.writer import (
     Rendered,
     row_key,
 )
-from ltx_ray.manifest import RawRow, RowRules, judge, read_manifest
+from ltx_ray.manifest.reader import RawRow, read_manifest
+from ltx_ray.manifest.rules import RowRules, judge
 from ltx_ray.records import Clip, LoraUse, RenderRequest
 from ltx_ray.storage.store import Store
 from tests.unit.samples import request, write_jsonl

@@ -18,6 +18,8 @@ from ltx_ray.records import ImageCondition, LoraUse
 from ltx_ray.shapes import FRAME_RATES_LEGAL, legal_frame_rate
 
 LONGEST_ID = 128
+#: Width of the longest value that an error message repeats.
+_SHOWN = 120
 ID_PATTERN = re.compile(rf"[A-Za-z0-9._-]{{1,{LONGEST_ID}}}")
 MAX_SEED = 2**63 - 1
 
@@ -211,3 +213,9 @@ def _field_fits(wanted: pa.DataType, type_: pa.DataType) -> bool:
     if pa.types.is_string(wanted):
         return pa.types.is_null(type_) or pa.types.is_string(type_) or pa.types.is_large_string(type_)
     return pa.types.is_null(type_) or pa.types.is_integer(type_) or pa.types.is_floating(type_)
+
+
+def shown(value: Any) -> str:
+    """`value` as an error message repeats it: its repr, cut at 120 characters."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."

@@ -1,0 +1,1 @@
+"""Parquet and JSONL manifests: reading rows, judging them."""

@@ -136,7 +136,7 @@ def plan_command(
 
     Exit code 3 when rows are illegal.
     """
-    from ltx_ray.plan import ILLEGAL, cost_line
+    from ltx_ray.planning.plan import ILLEGAL, cost_line
 
     prepared = prepare(build_options(manifest, output, values))
     plan = prepared.plan

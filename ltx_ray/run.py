@@ -36,9 +36,9 @@ from ltx_ray.manifest.rules import Problem, Row, RowRules, check_defaults, judge
 from ltx_ray.memory import Room, can_share
 from ltx_ray.metrics import EventLog
 from ltx_ray.numerics import check as check_numerics
-from ltx_ray.plan import TODO, Plan, PlannedRow, RecipeBook
+from ltx_ray.planning.plan import TODO, Plan, PlannedRow, RecipeBook
 from ltx_ray.pools.pool import StartFailed, Wanted
-from ltx_ray.recipe import served_pipelines
+from ltx_ray.presets import served_pipelines
 from ltx_ray.records import LoraUse, WorkItem, canonical_json
 from ltx_ray.storage.images import check_roots
 from ltx_ray.storage.lease import Lease

@@ -23,7 +23,7 @@ from ltx_ray.dataset.done import list_done
 from ltx_ray.dataset.repair import repair, set_aside
 from ltx_ray.dataset.writer import FAILED_SCHEMA, INDEX_SCHEMA, index_part, row_key
 from ltx_ray.manifest.columns import COLUMNS
-from ltx_ray.recipe import PIPELINES
+from ltx_ray.presets import PIPELINES
 from ltx_ray.records import plain
 from ltx_ray.run import Options, render
 from ltx_ray.storage.lease import Lease

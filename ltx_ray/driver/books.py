@@ -17,7 +17,7 @@ from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
 from ltx_ray.manifest.rules import Problem, Row
 from ltx_ray.metrics import EventLog, RunMetrics
-from ltx_ray.plan import COPY, DONE, FAILED, ILLEGAL, REPEATED, Plan, PlannedRow
+from ltx_ray.planning.plan import COPY, DONE, FAILED, ILLEGAL, REPEATED, Plan, PlannedRow
 from ltx_ray.records import Clip, WorkItem, canonical_json
 
 #: Failures that are kept for rows that ask for the same clip later.

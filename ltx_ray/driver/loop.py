@@ -16,10 +16,10 @@ from ltx_ray.driver.books import Books, Work, first_line
 from ltx_ray.driver.policy import Policy, Verdict
 from ltx_ray.driver.publisher import Publisher
 from ltx_ray.manifest.rules import Problem
-from ltx_ray.plan import PlannedRow
+from ltx_ray.planning.identity import merged_for
+from ltx_ray.planning.plan import PlannedRow
 from ltx_ray.pools.news import Answered, Crew, InputsLost, Lost, News, Started
 from ltx_ray.pools.pool import Pool, StartFailed
-from ltx_ray.recipe import merged_for
 from ltx_ray.records import CallReport, RenderRequest, WorkItem
 
 _TICK_SECONDS = 0.5

@@ -26,7 +26,7 @@ from ltx_ray.engine.base import Rank, is_out_of_memory, resolve_dtype
 from ltx_ray.engine.frames import PictureCheck, decode_tiled, to_yuv420
 from ltx_ray.engine.latents import LatentStore, latents_sha256, named_latents
 from ltx_ray.engine.tiling import LADDER, Tiling, distinct_rungs
-from ltx_ray.recipe import PIPELINES
+from ltx_ray.presets import PIPELINES
 from ltx_ray.records import Clip, RowError, StageLatents, WorkItem
 from ltx_ray.shapes import AUDIO_SAMPLE_RATE, ClipShape, frame_rate_fraction
 from ltx_ray.storage.store import Store

@@ -31,7 +31,7 @@ from ltx_ray.parallel.layers import TPGroup
 from ltx_ray.parallel.loading import load_shard
 from ltx_ray.parallel.lora import LoraMerger, LoraSetting
 from ltx_ray.parallel.mesh import make_mesh
-from ltx_ray.recipe import PIPELINES, STAGE_2_SIGMAS
+from ltx_ray.presets import PIPELINES, STAGE_2_SIGMAS
 from ltx_ray.records import (
     AV,
     Conditions,

@@ -11,7 +11,7 @@ from typing import Any
 
 from ltx_ray.manifest.columns import COLUMNS, Mistyped, shown
 from ltx_ray.manifest.reader import RawRow
-from ltx_ray.recipe import DEFAULT_IMAGE_CRF, PIPELINES, served_pipelines
+from ltx_ray.presets import DEFAULT_IMAGE_CRF, PIPELINES, served_pipelines
 from ltx_ray.records import Guidance, ImageCondition, LoraUse, RenderRequest
 from ltx_ray.shapes import ClipShape, size_problems
 from ltx_ray.storage.images import locate

@@ -20,7 +20,7 @@ from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
 from ltx_ray.manifest.rules import RowRules
 from ltx_ray.metrics import EventLog
-from ltx_ray.plan import Plan
+from ltx_ray.planning.plan import Plan
 from ltx_ray.pools.pool import StartFailed
 from ltx_ray.storage.store import Store
 from tests.chaos.schedules import _SPEC, SECONDS, Book, Crew, Stages

@@ -20,7 +20,7 @@ from ltx_ray.engine.latents import latents_sha256, named_latents
 from ltx_ray.engine.text import TextEngine
 from ltx_ray.manifest.reader import RawRow
 from ltx_ray.manifest.rules import RowRules, judge
-from ltx_ray.plan import RecipeBook
+from ltx_ray.planning.plan import RecipeBook
 from ltx_ray.records import AV, NoiseLedger, StageLatents
 from ltx_ray.storage.store import Store
 from tests.integration.conftest import _rows

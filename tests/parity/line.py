@@ -16,8 +16,8 @@ from ltx_ray.engine.text import TextEngine
 from ltx_ray.manifest.reader import RawRow
 from ltx_ray.manifest.rules import RowRules, judge
 from ltx_ray.numerics import resolve
-from ltx_ray.plan import RecipeBook
-from ltx_ray.recipe import served_pipelines
+from ltx_ray.planning.plan import RecipeBook
+from ltx_ray.presets import served_pipelines
 from ltx_ray.records import LoraUse, WorkItem
 
 GOLDENS = Path(__file__).parent / "goldens"

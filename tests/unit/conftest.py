@@ -7,7 +7,7 @@ import os
 import pytest
 
 from ltx_ray.config import ModelFiles, Numerics
-from ltx_ray.plan import RecipeBook
+from ltx_ray.planning.plan import RecipeBook
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -16,8 +16,8 @@ from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
 from ltx_ray.manifest.rules import RowRules
 from ltx_ray.metrics import EventLog
-from ltx_ray.plan import Plan
-from ltx_ray.recipe import item_id
+from ltx_ray.planning.identity import item_id
+from ltx_ray.planning.plan import Plan
 from ltx_ray.records import Clip, Recipe, RenderRequest, WorkItem
 from ltx_ray.storage.store import Store
 from tests.unit.samples import recipe, write_jsonl

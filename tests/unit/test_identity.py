@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ltx_ray.recipe import PIPELINES, item_id, recipe_digest
+from ltx_ray.planning.identity import item_id, recipe_digest
+from ltx_ray.presets import PIPELINES
 from ltx_ray.records import (
     AV,
     Guidance,

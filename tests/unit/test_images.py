@@ -18,8 +18,8 @@ from ltx_ray.engine.images import NoPicture, cover, decode_rgb, image_pixels, th
 from ltx_ray.engine.text import _read
 from ltx_ray.manifest.reader import RawRow
 from ltx_ray.manifest.rules import RowRules, judge
-from ltx_ray.plan import ILLEGAL, TODO, Plan
-from ltx_ray.recipe import item_id
+from ltx_ray.planning.identity import item_id
+from ltx_ray.planning.plan import ILLEGAL, TODO, Plan
 from ltx_ray.records import Recipe, RowError, WorkItem
 from ltx_ray.storage import images
 from ltx_ray.storage.images import check_roots, image_digest, locate, read_image
@@ -96,7 +96,7 @@ class _Book:
     checkpoint = type("C", (), {"transformer": {}})
 
     def item(self, request):
-        from ltx_ray.plan import _digest
+        from ltx_ray.planning.plan import _digest
 
         digests = tuple(_digest(image.path) for image in request.images)
         name = item_id(request, self.recipe, digests)

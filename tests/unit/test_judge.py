@@ -14,7 +14,7 @@ from ltx_ray.dataset.writer import INDEX_SCHEMA
 from ltx_ray.manifest.columns import COLUMNS
 from ltx_ray.manifest.reader import RawRow, read_manifest
 from ltx_ray.manifest.rules import RowRules, check_defaults, judge
-from ltx_ray.recipe import DEFAULT_NEGATIVE_PROMPT, served_pipelines
+from ltx_ray.presets import DEFAULT_NEGATIVE_PROMPT, served_pipelines
 from ltx_ray.records import LoraUse, canonical_json
 from tests.unit.samples import judged, request, write_jsonl
 

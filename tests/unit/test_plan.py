@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from ltx_ray.config import LoraFile, ModelFiles, Numerics, Selection
-from ltx_ray.cost import clip_tflop, pass_tflop
 from ltx_ray.dataset.done import Done, list_done
 from ltx_ray.dataset.writer import DatasetWriter, Failure
 from ltx_ray.manifest.reader import RawRow
 from ltx_ray.manifest.rules import RowRules
-from ltx_ray.plan import COPY, DONE, FAILED, ILLEGAL, REPEATED, TODO, Plan, PlannedRow, RecipeBook, cost_line
+from ltx_ray.planning.cost import clip_tflop, pass_tflop
+from ltx_ray.planning.plan import COPY, DONE, FAILED, ILLEGAL, REPEATED, TODO, Plan, PlannedRow, RecipeBook, cost_line
 from ltx_ray.records import LoraUse
 from ltx_ray.shapes import ClipShape
 from ltx_ray.storage.store import Store

@@ -14,7 +14,7 @@ from ltx_ray.dataset.done import Done, list_done
 from ltx_ray.dataset.writer import DatasetWriter, Failure
 from ltx_ray.manifest.columns import MAX_SEED
 from ltx_ray.manifest.rules import RowRules
-from ltx_ray.plan import FAILED, ILLEGAL, REPEATED, TODO, Plan, PlannedRow, RecipeBook
+from ltx_ray.planning.plan import FAILED, ILLEGAL, REPEATED, TODO, Plan, PlannedRow, RecipeBook
 from ltx_ray.storage.store import Store
 from tests.unit.samples import SMALL, write_jsonl
 from tests.unit.test_images import encoded, gradient

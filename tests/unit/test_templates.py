@@ -17,8 +17,8 @@ from ltx_ray.dataset.writer import row_key
 from ltx_ray.manifest.columns import COLUMNS, MAX_SEED
 from ltx_ray.manifest.reader import RawRow
 from ltx_ray.manifest.rules import RowRules, check_defaults, judge
-from ltx_ray.plan import ILLEGAL, Plan, RecipeBook
-from ltx_ray.recipe import Identity, item_id
+from ltx_ray.planning.identity import Identity, item_id
+from ltx_ray.planning.plan import ILLEGAL, Plan, RecipeBook
 from ltx_ray.records import ImageCondition, LoraUse, Recipe, RenderRequest, canonical_json, plain
 from tests.unit.samples import recipe, request
 
@@ -132,7 +132,7 @@ def test_rows_with_lists_share_templates_and_rows_with_images_have_none(book):
 
 
 def test_more_templates_than_are_kept(book, monkeypatch):
-    monkeypatch.setattr("ltx_ray.templates._KEPT", 3)
+    monkeypatch.setattr("ltx_ray.planning.templates._KEPT", 3)
     raws = [
         RawRow("m.jsonl", n, {"prompt": "a", "video_cfg_scale": n % 7, **({"height": 64} if n % 2 else {})})
         for n in range(28)
@@ -146,8 +146,8 @@ def test_more_templates_than_are_kept(book, monkeypatch):
 
 def test_parquet_batches_and_row_groups_lose_no_row(book, tmp_path, monkeypatch):
     monkeypatch.setattr("ltx_ray.manifest.reader._PARQUET_ROWS", 7)
-    monkeypatch.setattr("ltx_ray.plan._CHUNK_STEP", 3)
-    monkeypatch.setattr("ltx_ray.plan._CHUNK_ROWS", 5)
+    monkeypatch.setattr("ltx_ray.planning.plan._CHUNK_STEP", 3)
+    monkeypatch.setattr("ltx_ray.planning.plan._CHUNK_ROWS", 5)
     monkeypatch.setattr("ltx_ray.storage.id_table._NEWEST", 4)
     count, path = 100, str(tmp_path / "m.parquet")
     prompts = [f"clip {n % 80}" for n in range(count)]

@@ -15,7 +15,7 @@ from typing import Any
 from ltx_ray.manifest.columns import COLUMNS, MAX_SEED, Mistyped
 from ltx_ray.manifest.reader import RawRow
 from ltx_ray.manifest.rules import RowRules, extra_json, judge
-from ltx_ray.recipe import Identity
+from ltx_ray.planning.identity import Identity
 from ltx_ray.records import RenderRequest, WorkItem
 
 _PROMPT, _SEED, _ID = (COLUMNS[name] for name in ("prompt", "seed", "id"))

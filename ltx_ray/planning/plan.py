@@ -14,16 +14,16 @@ from ltx_ray.checkpoints.checkpoint import open_checkpoint
 from ltx_ray.checkpoints.digests import cached_digest
 from ltx_ray.checkpoints.lora import lora_digest
 from ltx_ray.config import ModelFiles, Numerics, Selection
-from ltx_ray.cost import H100_TFLOPS, clip_tflop
 from ltx_ray.dataset.done import Done, Known
 from ltx_ray.manifest.columns import LONGEST_ID
 from ltx_ray.manifest.reader import RawRow, read_manifest
 from ltx_ray.manifest.rules import Problem, Row, RowRules, duplicate_id, judge
-from ltx_ray.recipe import item_id, recipe_digest
+from ltx_ray.planning.cost import H100_TFLOPS, clip_tflop
+from ltx_ray.planning.identity import item_id, recipe_digest
+from ltx_ray.planning.templates import Template, Templates, sample_id, sample_seed
 from ltx_ray.records import Recipe, RenderRequest, WorkItem
 from ltx_ray.storage.id_table import Records
 from ltx_ray.storage.images import image_digest
-from ltx_ray.templates import Template, Templates, sample_id, sample_seed
 
 #: Status of a planned row.
 TODO, DONE, COPY, FAILED, ILLEGAL, REPEATED = "todo", "done", "copy", "failed", "illegal", "repeated"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ltx_ray.recipe import PIPELINES, STAGE_2_SIGMAS
+from ltx_ray.presets import PIPELINES, STAGE_2_SIGMAS
 from ltx_ray.records import RenderRequest
 from ltx_ray.sampling.passes import passes_for
 from ltx_ray.shapes import ClipShape

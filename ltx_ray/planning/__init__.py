@@ -1,0 +1,1 @@
+"""From rows to work: what is new, done, repeated or illegal, and what it costs."""

@@ -14,8 +14,8 @@ import yaml
 from ltx_ray.checkpoints.checkpoint import held_by
 from ltx_ray.config import ModelFiles, RunLimits, Selection
 from ltx_ray.manifest.columns import COLUMNS
-from ltx_ray.numerics import ATTENTION, COMPILE
-from ltx_ray.pools.pool import Wanted
+from ltx_ray.placement.numerics import ATTENTION, COMPILE
+from ltx_ray.placement.sizing import Wanted
 from ltx_ray.run import Options, lora_files
 
 #: Models that `--model` knows: functions that make the files on any node.

@@ -24,7 +24,6 @@ from ltx_ray.checkpoints.checkpoint import (
     open_checkpoint,
 )
 from ltx_ray.checkpoints.lora import check_lora
-from ltx_ray.cluster import Cluster
 from ltx_ray.config import LoraFile, ModelFiles, Numerics, PoolSpec, RunLimits, Selection
 from ltx_ray.dataset.done import Done, list_done
 from ltx_ray.dataset.repair import repair
@@ -33,11 +32,13 @@ from ltx_ray.driver.policy import STAGES
 from ltx_ray.driver.progress import Progress
 from ltx_ray.manifest.reader import RawRow, manifest_folder
 from ltx_ray.manifest.rules import Problem, Row, RowRules, check_defaults, judge
-from ltx_ray.memory import Room, can_share
 from ltx_ray.metrics import EventLog
-from ltx_ray.numerics import check as check_numerics
+from ltx_ray.placement.cluster import Cluster
+from ltx_ray.placement.memory import Room, can_share
+from ltx_ray.placement.numerics import check as check_numerics
+from ltx_ray.placement.sizing import Wanted
 from ltx_ray.planning.plan import TODO, Plan, PlannedRow, RecipeBook
-from ltx_ray.pools.pool import StartFailed, Wanted
+from ltx_ray.pools.pool import StartFailed
 from ltx_ray.presets import served_pipelines
 from ltx_ray.records import LoraUse, WorkItem, canonical_json
 from ltx_ray.storage.images import check_roots

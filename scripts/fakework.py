@@ -1,7 +1,7 @@
 """The same work without a model for two drivers, ours and Ray Data's: every stage sleeps, and decode writes a file.
 
 Both run on a private Ray cluster of logical slots: one GPU each for the replicas of the diffusion model, one for
-text and decode together, as `ltx_ray.pools.pool.lay_out` has it. `run_ours` and `run_ray_data` are each to be called
+text and decode together (`ltx_ray.placement.sizing.lay_out`). `run_ours` and `run_ray_data` are each to be called
 in a process of their own, with the stages' speed in the environment, which the cluster's workers inherit.
 """
 
@@ -83,7 +83,7 @@ def run_ours(
 ) -> dict[str, Any]:
     """`ltx_ray.run.render` on `manifest`; `split` None lets the driver move replicas between the stages."""
     from ltx_ray.config import ModelFiles, RunLimits
-    from ltx_ray.pools.pool import Wanted
+    from ltx_ray.placement.sizing import Wanted
     from ltx_ray.run import Options, render
 
     stage1, stage2 = split or (None, None)

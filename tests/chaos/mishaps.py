@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ltx_ray.config import RunLimits
-from ltx_ray.pools.pool import Wanted
+from ltx_ray.placement.sizing import Wanted
 from tests.chaos.world import SIZE, Driver, Job, World, wait_for
 
 KINDS = ("rank", "leader", "raylet", "driver", "sigterm")

@@ -13,7 +13,7 @@ from collections import Counter
 import pytest
 
 from ltx_ray.config import RunLimits
-from ltx_ray.pools.pool import Wanted
+from ltx_ray.placement.sizing import Wanted
 from tests.chaos.world import Job, rows, undisturbed, wait_for
 
 pytestmark = pytest.mark.slow

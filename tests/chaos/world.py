@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics, RunLimits
 from ltx_ray.engine.base import Rank
 from ltx_ray.engine.fake import FakeEngine, open_gate
-from ltx_ray.pools.pool import Wanted
+from ltx_ray.placement.sizing import Wanted
 from ltx_ray.run import Options
 from tests.clusters import QUICK, SYSTEM
 

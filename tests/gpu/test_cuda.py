@@ -16,7 +16,7 @@ from ltx_ray.engine.diffusion import DiffusionEngine
 from ltx_ray.engine.text import TextEngine
 from ltx_ray.manifest.reader import RawRow
 from ltx_ray.manifest.rules import RowRules, judge
-from ltx_ray.numerics import resolve
+from ltx_ray.placement.numerics import resolve
 from ltx_ray.planning.plan import RecipeBook
 from ltx_ray.presets import served_pipelines
 from ltx_ray.records import StageLatents, WorkItem
@@ -191,7 +191,7 @@ def test_two_cards_agree_with_one_over_nccl(toy, tmp_path):
     pytest.importorskip("ray")
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    from ltx_ray.pools.pool import Wanted
+    from ltx_ray.placement.sizing import Wanted
     from ltx_ray.run import Options, render
 
     manifest = tmp_path / "rows.jsonl"

@@ -17,10 +17,10 @@ from ltx_ray.model.packing import Product, pack
 from ltx_ray.model.rope import RopeTable, audio_positions, video_positions
 from ltx_ray.model.steps import Levels, Modulation, Quantized, Residual
 from ltx_ray.model.transformer import NO_PERTURBATION, Modality, Perturbation, Transformer
-from ltx_ray.numerics import has_fa3
 from ltx_ray.parallel.fp8 import FP8
 from ltx_ray.parallel.layers import TPGroup
 from ltx_ray.parallel.loading import load_shard
+from ltx_ray.placement.numerics import has_fa3
 from ltx_ray.records import AV
 from tests.parity.dit import SHAPE, Inputs, load_ours, relative
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ltx_ray.config import ModelFiles, RunLimits
-from ltx_ray.pools.pool import Wanted
+from ltx_ray.placement.sizing import Wanted
 from ltx_ray.run import Options, render
 from tests.clusters import QUICK, SYSTEM
 

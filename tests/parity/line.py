@@ -15,7 +15,7 @@ from ltx_ray.engine.diffusion import DiffusionEngine
 from ltx_ray.engine.text import TextEngine
 from ltx_ray.manifest.reader import RawRow
 from ltx_ray.manifest.rules import RowRules, judge
-from ltx_ray.numerics import resolve
+from ltx_ray.placement.numerics import resolve
 from ltx_ray.planning.plan import RecipeBook
 from ltx_ray.presets import served_pipelines
 from ltx_ray.records import LoraUse, WorkItem

@@ -17,16 +17,16 @@ from ltx_ray.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ltx_ray.checkpoints.safetensors import TensorInfo
 from ltx_ray.checkpoints.transformer_config import TransformerConfig
 from ltx_ray.checkpoints.transformer_keys import transformer_shapes
-from ltx_ray.cluster import Cluster
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics
 from ltx_ray.driver.loop import Joined
 from ltx_ray.manifest.rules import Problem
-from ltx_ray.memory import GIB, Gpu, Room, can_share, known_gpus, transformer_bytes
 from ltx_ray.model.packing import pack
 from ltx_ray.model.transformer import Transformer
-from ltx_ray.numerics import resolve
 from ltx_ray.parallel.layers import TPGroup
-from ltx_ray.pools.pool import Wanted, lay_out
+from ltx_ray.placement.cluster import Cluster
+from ltx_ray.placement.memory import GIB, Gpu, Room, can_share, known_gpus, transformer_bytes
+from ltx_ray.placement.numerics import resolve
+from ltx_ray.placement.sizing import Wanted, lay_out
 from tests.chaos.schedules import Crew
 from tests.chaos.test_driver import rows, run
 from tests.unit.samples import request
@@ -166,7 +166,7 @@ def test_known_gpus_come_by_size_and_others_not_at_all():
 
 def test_the_gpus_of_this_machine_by_their_own_account(monkeypatch):
     pynvml = pytest.importorskip("ray._private.thirdparty.pynvml")
-    from ltx_ray.cluster import _local_gpus_of
+    from ltx_ray.placement.cluster import _local_gpus_of
 
     def refuse():
         raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
@@ -351,7 +351,7 @@ def test_only_gpus_of_known_memory_are_asked(toy, tmp_path, monkeypatch, device,
         raise Reached
 
     monkeypatch.undo()
-    monkeypatch.setattr("ltx_ray.cluster.Cluster.join", join)
+    monkeypatch.setattr("ltx_ray.placement.cluster.Cluster.join", join)
     monkeypatch.setattr("ltx_ray.pools.crew.RayCrew", crew)
     manifest = tmp_path / "m.jsonl"
     manifest.write_text('{"prompt": "a cat", "height": 64, "width": 64, "num_frames": 9}\n')

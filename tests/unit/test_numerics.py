@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ltx_ray.config import Numerics
-from ltx_ray.numerics import check, resolve
+from ltx_ray.placement.numerics import check, resolve
 
 
 def asked(**changes) -> Numerics:

@@ -7,17 +7,16 @@ import dataclasses
 import pytest
 
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec
-from ltx_ray.pools.pool import (
-    Pool,
+from ltx_ray.placement.sizing import (
     Replicas,
     Resources,
-    StartFailed,
     Wanted,
     check_schedulable,
     choose_replicas,
     lay_out,
     slots_needed,
 )
+from ltx_ray.pools.pool import Pool, StartFailed
 
 ENGINES = {
     name: EngineSpec(name, ModelFiles("c", "g", "u"), Numerics(), "out") for name in ("text", "diffusion", "decode")

@@ -24,8 +24,8 @@ def test_another_architecture_under_the_same_version_is_refused(toy, field, valu
 
 def test_a_real_model_wants_gpus_unless_told_otherwise():
     pytest.importorskip("ray")
-    from ltx_ray.cluster import Cluster
-    from ltx_ray.pools.pool import Wanted
+    from ltx_ray.placement.cluster import Cluster
+    from ltx_ray.placement.sizing import Wanted
 
     def pools(size: int, device: str) -> list:
         cluster = Cluster(

@@ -8,9 +8,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec
-from ltx_ray.memory import Gpu, known_gpus
-from ltx_ray.numerics import has_fa3, resolve
-from ltx_ray.pools.pool import Resources, Wanted, check_schedulable, lay_out, slots_needed
+from ltx_ray.placement.memory import Gpu, known_gpus
+from ltx_ray.placement.numerics import has_fa3, resolve
+from ltx_ray.placement.sizing import Resources, Wanted, check_schedulable, lay_out, slots_needed
 from ltx_ray.storage.store import Store
 
 #: A larger checkpoint is not rendered on CPUs unless that is asked for: it would take days a clip.

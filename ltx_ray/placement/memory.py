@@ -18,7 +18,7 @@ from ltx_ray.checkpoints.checkpoint import Checkpoint, gemma_folders
 from ltx_ray.checkpoints.safetensors import TensorInfo, read_header
 from ltx_ray.config import ModelFiles, Numerics, PoolSpec
 from ltx_ray.manifest.rules import Problem
-from ltx_ray.numerics import WITHOUT_FP8
+from ltx_ray.placement.numerics import WITHOUT_FP8
 from ltx_ray.presets import PIPELINES
 from ltx_ray.records import RenderRequest
 from ltx_ray.shapes import TIME_FACTOR, VIDEO_CHANNELS, ClipShape

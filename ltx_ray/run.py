@@ -224,7 +224,7 @@ def _drive(
     events.flush()
 
     def join_cluster() -> Joined:
-        from ltx_ray.pools.crew import RayCrew
+        from ltx_ray.pools.ray_replicas import RayCrew
 
         record.pools, record.numerics = cluster.join()
         room = None

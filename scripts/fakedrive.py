@@ -20,7 +20,7 @@ from ltx_ray.driver.publisher import Publisher
 from ltx_ray.metrics import EventLog
 from ltx_ray.placement.sizing import Replicas
 from ltx_ray.planning.plan import Plan, PlannedRow
-from ltx_ray.pools.news import Answered, Lost, News, Started
+from ltx_ray.pools.protocol import Answered, Lost, News, Started
 from ltx_ray.pools.simulated import Faults, SimulatedCrew
 from ltx_ray.records import Clip, WorkItem
 from ltx_ray.storage.store import Store

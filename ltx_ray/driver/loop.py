@@ -18,8 +18,8 @@ from ltx_ray.driver.publisher import Publisher
 from ltx_ray.manifest.rules import Problem
 from ltx_ray.planning.identity import merged_for
 from ltx_ray.planning.plan import PlannedRow
-from ltx_ray.pools.news import Answered, Crew, InputsLost, Lost, News, Started
 from ltx_ray.pools.pool import Pool, StartFailed
+from ltx_ray.pools.protocol import Answered, Crew, InputsLost, Lost, News, Started
 from ltx_ray.records import CallReport, RenderRequest, WorkItem
 
 _TICK_SECONDS = 0.5

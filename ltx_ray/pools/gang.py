@@ -15,7 +15,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ltx_ray.config import PoolSpec
-from ltx_ray.pools.actors import RankActor
+from ltx_ray.pools.worker import RankActor
 from ltx_ray.records import CallReport
 
 _RENDEZVOUS_TIMEOUT = 300.0

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ltx_ray.config import PoolSpec
-from ltx_ray.pools.news import Answered, InputsLost, Lost, News, Started
+from ltx_ray.pools.protocol import Answered, InputsLost, Lost, News, Started
 from ltx_ray.records import CallReport, RowError, WorkItem
 
 #: (stage, item, dice) -> seconds of a call.

@@ -31,8 +31,8 @@ from ltx_ray.manifest.rules import RowRules
 from ltx_ray.metrics import EventLog
 from ltx_ray.planning.identity import item_id, recipe_digest
 from ltx_ray.planning.plan import Plan
-from ltx_ray.pools.news import Answered, InputsLost, Lost
 from ltx_ray.pools.pool import StartFailed
+from ltx_ray.pools.protocol import Answered, InputsLost, Lost
 from ltx_ray.pools.simulated import Faults, SimulatedCrew
 from ltx_ray.records import Clip, RenderRequest, RowError, WorkItem
 from ltx_ray.storage.store import Store

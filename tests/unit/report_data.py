@@ -145,7 +145,7 @@ def failed_row(i: int, **changes) -> dict:
         attempts=3,
         error_class="infrastructure",
         message="replica stage2-1 died: CUDA error: an illegal memory access was encountered",
-        traceback='Traceback (most recent call last):\n  File "ltx_ray/pools/actors.py", line 88, in call\n'
+        traceback='Traceback (most recent call last):\n  File "ltx_ray/pools/worker.py", line 88, in call\n'
         "    return engine(item)\nRuntimeError: CUDA error: an illegal memory access was encountered\n",
         source=f"prompts.parquet:{i}",
     )

@@ -14,7 +14,7 @@ from ltx_ray.engine.base import Rank
 from ltx_ray.engine.diffusion import DiffusionEngine
 from ltx_ray.engine.latents import LatentStore, latents_sha256, named_latents
 from ltx_ray.parallel.lora import LoraMerger
-from ltx_ray.pools.actors import RankActor
+from ltx_ray.pools.worker import RankActor
 from ltx_ray.records import RowError, StageLatents, WrongDevice, canonical_json
 from ltx_ray.storage.store import Store
 from tests.parity.line import Line, one_thread, toy_line

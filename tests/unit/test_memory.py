@@ -352,7 +352,7 @@ def test_only_gpus_of_known_memory_are_asked(toy, tmp_path, monkeypatch, device,
 
     monkeypatch.undo()
     monkeypatch.setattr("ltx_ray.placement.cluster.Cluster.join", join)
-    monkeypatch.setattr("ltx_ray.pools.crew.RayCrew", crew)
+    monkeypatch.setattr("ltx_ray.pools.ray_replicas.RayCrew", crew)
     manifest = tmp_path / "m.jsonl"
     manifest.write_text('{"prompt": "a cat", "height": 64, "width": 64, "num_frames": 9}\n')
     options = runs.Options(manifest=str(manifest), output=str(tmp_path / "out"), model=ModelFiles(**toy))

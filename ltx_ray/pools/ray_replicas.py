@@ -14,7 +14,7 @@ import ray
 
 from ltx_ray.config import PoolSpec
 from ltx_ray.pools.gang import Gang, GangLost, InputsMissing
-from ltx_ray.pools.news import Answered, InputsLost, Lost, News, Started
+from ltx_ray.pools.protocol import Answered, InputsLost, Lost, News, Started
 from ltx_ray.records import WorkItem
 
 

@@ -28,11 +28,11 @@ from ltx_ray.config import LoraFile, ModelFiles, Numerics, PoolSpec, RunLimits, 
 from ltx_ray.dataset.done import Done, list_done
 from ltx_ray.dataset.repair import repair
 from ltx_ray.dataset.writer import DatasetWriter
+from ltx_ray.driver.events import EventLog
 from ltx_ray.driver.policy import STAGES
 from ltx_ray.driver.progress import Progress
 from ltx_ray.manifest.reader import RawRow, manifest_folder
 from ltx_ray.manifest.rules import Problem, Row, RowRules, check_defaults, judge
-from ltx_ray.metrics import EventLog
 from ltx_ray.placement.cluster import Cluster
 from ltx_ray.placement.memory import Room, can_share
 from ltx_ray.placement.numerics import check as check_numerics
@@ -211,9 +211,9 @@ def _drive(
     progress: Progress,
     lease: Lease,
 ) -> int:
-    from ltx_ray.driver.books import Books
     from ltx_ray.driver.loop import Driver, Joined
     from ltx_ray.driver.publisher import Publisher
+    from ltx_ray.driver.tracker import Books
 
     options = prepared.options
     _keep_older_run(store)

@@ -12,12 +12,12 @@ from types import SimpleNamespace
 from typing import Any
 
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec, RunLimits
-from ltx_ray.driver.books import Books
+from ltx_ray.driver.events import EventLog
 from ltx_ray.driver.loop import Driver, Joined
 from ltx_ray.driver.policy import STAGES
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
-from ltx_ray.metrics import EventLog
+from ltx_ray.driver.tracker import Books
 from ltx_ray.placement.sizing import Replicas
 from ltx_ray.planning.plan import Plan, PlannedRow
 from ltx_ray.pools.protocol import Answered, Lost, News, Started

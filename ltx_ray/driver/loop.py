@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 
 from ltx_ray.config import PoolSpec, RunLimits
 from ltx_ray.dataset.writer import Failure
-from ltx_ray.driver.books import Books, Work, first_line
 from ltx_ray.driver.policy import Policy, Verdict
 from ltx_ray.driver.publisher import Publisher
+from ltx_ray.driver.tracker import Books, Work, first_line
 from ltx_ray.manifest.rules import Problem
 from ltx_ray.planning.identity import merged_for
 from ltx_ray.planning.plan import PlannedRow

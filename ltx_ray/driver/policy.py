@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from ltx_ray.driver.line import Line
+from ltx_ray.driver.queue import Line
 
 STAGES = ("text", "stage1", "stage2", "decode")
 #: Every stage there is, upstream first: "stored" fetches the latents of stage 1 in place of rendering them,

@@ -22,13 +22,13 @@ import pyarrow.parquet as pq
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec, RunLimits
 from ltx_ray.dataset.done import list_done
 from ltx_ray.dataset.writer import DatasetWriter
-from ltx_ray.driver.books import Books
+from ltx_ray.driver.events import EventLog
 from ltx_ray.driver.loop import Driver, Joined
 from ltx_ray.driver.policy import STAGES
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
+from ltx_ray.driver.tracker import Books
 from ltx_ray.manifest.rules import RowRules
-from ltx_ray.metrics import EventLog
 from ltx_ray.planning.identity import item_id, recipe_digest
 from ltx_ray.planning.plan import Plan
 from ltx_ray.pools.pool import StartFailed

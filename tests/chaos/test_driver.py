@@ -13,13 +13,13 @@ import pytest
 from ltx_ray.config import PoolSpec, RunLimits
 from ltx_ray.dataset.done import list_done
 from ltx_ray.dataset.writer import DatasetWriter
-from ltx_ray.driver.books import Books
+from ltx_ray.driver.events import EventLog
 from ltx_ray.driver.loop import Driver, Joined
 from ltx_ray.driver.policy import STAGES, Policy
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
+from ltx_ray.driver.tracker import Books
 from ltx_ray.manifest.rules import RowRules
-from ltx_ray.metrics import EventLog
 from ltx_ray.planning.plan import Plan
 from ltx_ray.pools.pool import StartFailed
 from ltx_ray.storage.store import Store

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ltx_ray.driver.line import Line
+from ltx_ray.driver.queue import Line
 
 KINDS = "abc"
 

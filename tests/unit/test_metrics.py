@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from ltx_ray import metrics
-from ltx_ray.metrics import EventLog
+from ltx_ray.driver import events
+from ltx_ray.driver.events import EventLog
 from ltx_ray.storage.store import Store
 
 
@@ -77,8 +77,8 @@ def test_a_log_that_could_not_be_begun_holds_no_line_of_the_older_run(store, mon
 
 
 def test_an_upload_holds_up_no_event(bucket, monkeypatch):
-    monkeypatch.setattr(metrics, "_REMOTE_FLUSH_SECONDS", 0.0)
-    monkeypatch.setattr(metrics, "_REMOTE_SHARE", 0.0)
+    monkeypatch.setattr(events, "_REMOTE_FLUSH_SECONDS", 0.0)
+    monkeypatch.setattr(events, "_REMOTE_SHARE", 0.0)
     store = Store(bucket)
     log = EventLog(store)
     gate, write, writers = threading.Event(), log._store.write_bytes, []
@@ -101,8 +101,8 @@ def test_an_upload_holds_up_no_event(bucket, monkeypatch):
 
 def test_uploads_of_a_long_log_come_less_often(bucket, monkeypatch):
     log = EventLog(Store(bucket))
-    assert log._period == metrics._REMOTE_FLUSH_SECONDS
+    assert log._period == events._REMOTE_FLUSH_SECONDS
     monkeypatch.setattr(log._store, "write_bytes", lambda name, data: time.sleep(0.2))
-    monkeypatch.setattr(metrics, "_REMOTE_FLUSH_SECONDS", 1.0)
+    monkeypatch.setattr(events, "_REMOTE_FLUSH_SECONDS", 1.0)
     log.flush()
-    assert log._period == pytest.approx(metrics._REMOTE_SHARE * 0.2, rel=0.5)
+    assert log._period == pytest.approx(events._REMOTE_SHARE * 0.2, rel=0.5)

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ltx_ray.dataset.writer import DatasetWriter, Failure, Rendered, UnreadablePart
+from ltx_ray.driver.events import EventLog, RunMetrics
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
 from ltx_ray.manifest.rules import Problem, Row
-from ltx_ray.metrics import EventLog, RunMetrics
 from ltx_ray.planning.plan import COPY, DONE, FAILED, ILLEGAL, REPEATED, Plan, PlannedRow
 from ltx_ray.records import Clip, WorkItem, canonical_json
 

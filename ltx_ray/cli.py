@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 from ltx_ray.config import Selection
-from ltx_ray.dataset.done import list_done
+from ltx_ray.dataset.existing import list_done
 from ltx_ray.options import (
     CONFIG,
     PLANNING,
@@ -107,7 +107,7 @@ def promote_command(
 
     The clips are those that the whole line would have given. Exit codes as those of render.
     """
-    from ltx_ray.dataset.chosen import chosen_items, parse_condition
+    from ltx_ray.dataset.selection import chosen_items, parse_condition
 
     if not ids and not where:
         raise ValueError("promote: nothing is chosen; legal: --ids FILE, --where 'COLUMN OP VALUE', or both")

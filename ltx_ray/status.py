@@ -12,7 +12,7 @@ from typing import Any
 from ltx_ray.checkpoints.diffusers_layout import COMPONENTS, generation, read_config
 from ltx_ray.checkpoints.lora import open_lora
 from ltx_ray.checkpoints.safetensors import TensorInfo, read_header
-from ltx_ray.dataset.done import list_done
+from ltx_ray.dataset.existing import list_done
 from ltx_ray.driver.progress import duration
 from ltx_ray.storage.lease import holder
 from ltx_ray.storage.store import Store

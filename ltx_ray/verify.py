@@ -19,9 +19,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ltx_ray.dataset.done import list_done
+from ltx_ray.dataset.existing import list_done
+from ltx_ray.dataset.layout import FAILED_SCHEMA, INDEX_SCHEMA, index_part, row_key
 from ltx_ray.dataset.repair import repair, set_aside
-from ltx_ray.dataset.writer import FAILED_SCHEMA, INDEX_SCHEMA, index_part, row_key
 from ltx_ray.manifest.columns import COLUMNS
 from ltx_ray.presets import PIPELINES
 from ltx_ray.records import plain

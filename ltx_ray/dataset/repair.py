@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ltx_ray.dataset.done import Done
-from ltx_ray.dataset.writer import INDEX_SCHEMA, index_part, one_row, row_key
+from ltx_ray.dataset.existing import Done
+from ltx_ray.dataset.layout import INDEX_SCHEMA, index_part, row_key
+from ltx_ray.dataset.writer import one_row
 from ltx_ray.storage.store import Store
 
 PART = re.compile(r"part-([0-9a-f]{32})-([0-9a-f]{8})\.parquet")

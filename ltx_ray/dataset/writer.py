@@ -17,56 +17,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ltx_ray.dataset.layout import FAILED_SCHEMA, INDEX_SCHEMA, PREVIEW_SCHEMA, SECONDS_COLUMNS, index_part, row_key
 from ltx_ray.manifest.columns import COLUMNS
 from ltx_ray.manifest.reader import DUPLICATE, FAILED_ROW_COLUMN, UNREADABLE, RawRow
 from ltx_ray.records import Clip, RenderRequest, plain
 from ltx_ray.storage.store import Store, split_options
-
-_SECONDS = ("text_seconds", "stage1_seconds", "stage2_seconds", "decode_seconds", "gpu_seconds")
-
-INDEX_SCHEMA = pa.schema(
-    [(column.name, column.type) for column in COLUMNS.values()]
-    + [
-        ("extra", pa.string()),
-        ("item_id", pa.string()),
-        ("clip", pa.string()),
-        ("clip_sha256", pa.string()),
-        ("latents_sha256", pa.string()),
-        ("audio_stage", pa.string()),
-        ("flags", pa.list_(pa.string())),
-        ("attempts", pa.int32()),
-        ("stage1_replica", pa.string()),
-        ("stage2_replica", pa.string()),
-        ("switches", pa.int32()),
-        *((name, pa.float64()) for name in _SECONDS),
-        ("device", pa.string()),
-        ("numerics", pa.string()),
-        ("recipe", pa.string()),
-        ("recipe_digest", pa.string()),
-        ("noise_ledger", pa.string()),
-        ("versions", pa.string()),
-        ("finished_at", pa.timestamp("us", tz="UTC")),
-    ]
-)
-
-#: A preview is itself a manifest row, as a failed row is.
-PREVIEW_SCHEMA = INDEX_SCHEMA.append(pa.field("source", pa.string())).append(pa.field(FAILED_ROW_COLUMN, pa.string()))
-
-FAILED_SCHEMA = pa.schema(
-    [(column.name, column.type) for column in COLUMNS.values()]
-    + [
-        ("extra", pa.string()),
-        ("item_id", pa.string()),
-        ("source", pa.string()),
-        ("stage", pa.string()),
-        ("attempts", pa.int32()),
-        ("error_class", pa.string()),
-        ("message", pa.string()),
-        ("traceback", pa.string()),
-        ("failed_at", pa.timestamp("us", tz="UTC")),
-        (FAILED_ROW_COLUMN, pa.string()),
-    ]
-)
 
 
 @dataclass
@@ -206,11 +161,6 @@ class DatasetWriter:
             self.store.delete(f"failed/part-{kind}-{item_id}-{key}.parquet")
 
 
-def index_part(item_id: str, key: str) -> str:
-    """Name of the part of `index/` that holds the row with this key of the item."""
-    return f"part-{item_id}-{key}.parquet"
-
-
 class UnreadablePart(OSError):
     """A part of the dataset that is no Parquet file; the message names it."""
 
@@ -226,11 +176,6 @@ def read_part(store: Store, name: str, columns: list[str] | None = None) -> pa.T
         ) from None
 
 
-def row_key(row_id: str | None) -> str:
-    """8 hex digits that tell apart the manifest rows of one item."""
-    return hashlib.sha256((row_id or "").encode()).hexdigest()[:8]
-
-
 def _rendered_row(item_id: str, request: RenderRequest, rendered: Rendered) -> dict[str, Any]:
     return {
         **request.row(),
@@ -244,7 +189,7 @@ def _rendered_row(item_id: str, request: RenderRequest, rendered: Rendered) -> d
         "stage1_replica": rendered.stage1_replica,
         "stage2_replica": rendered.stage2_replica,
         "switches": rendered.switches,
-        **{name: float(rendered.seconds.get(name, 0.0)) for name in _SECONDS},
+        **{name: float(rendered.seconds.get(name, 0.0)) for name in SECONDS_COLUMNS},
         "device": rendered.device,
         "numerics": rendered.numerics,
         "recipe": rendered.recipe,

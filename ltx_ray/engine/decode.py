@@ -19,12 +19,12 @@ import torch
 
 from ltx_ray.checkpoints.digests import cache_root
 from ltx_ray.config import EngineSpec
-from ltx_ray.dataset.mux import write_mp4
 from ltx_ray.engine import apply, components
 from ltx_ray.engine.ahead import ahead
 from ltx_ray.engine.base import Rank, is_out_of_memory, resolve_dtype
 from ltx_ray.engine.frames import PictureCheck, decode_tiled, to_yuv420
 from ltx_ray.engine.latents import LatentStore, latents_sha256, named_latents
+from ltx_ray.engine.mp4 import write_mp4
 from ltx_ray.engine.tiling import LADDER, Tiling, distinct_rungs
 from ltx_ray.presets import PIPELINES
 from ltx_ray.records import Clip, RowError, StageLatents, WorkItem

@@ -14,7 +14,7 @@ from ltx_ray.checkpoints.checkpoint import open_checkpoint
 from ltx_ray.checkpoints.digests import cached_digest
 from ltx_ray.checkpoints.lora import lora_digest
 from ltx_ray.config import ModelFiles, Numerics, Selection
-from ltx_ray.dataset.done import Done, Known
+from ltx_ray.dataset.existing import Done, Known
 from ltx_ray.manifest.columns import LONGEST_ID
 from ltx_ray.manifest.reader import RawRow, read_manifest
 from ltx_ray.manifest.rules import Problem, Row, RowRules, duplicate_id, judge

@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec, RunLimits
-from ltx_ray.dataset.done import list_done
+from ltx_ray.dataset.existing import list_done
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.driver.events import EventLog
 from ltx_ray.driver.loop import Driver, Joined

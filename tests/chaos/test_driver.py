@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from ltx_ray.config import PoolSpec, RunLimits
-from ltx_ray.dataset.done import list_done
+from ltx_ray.dataset.existing import list_done
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.driver.events import EventLog
 from ltx_ray.driver.loop import Driver, Joined

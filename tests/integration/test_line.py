@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ltx_ray.config import EngineSpec, LoraFile, ModelFiles, Numerics, Selection
-from ltx_ray.dataset.chosen import chosen_items, parse_condition
+from ltx_ray.dataset.selection import chosen_items, parse_condition
 from ltx_ray.engine.base import Rank
 from ltx_ray.engine.diffusion import DiffusionEngine
 from ltx_ray.engine.latents import latents_sha256, named_latents

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ltx_ray.cli import app
-from ltx_ray.dataset.done import list_done
+from ltx_ray.dataset.existing import list_done
 from ltx_ray.dataset.repair import repair
 from ltx_ray.manifest.reader import read_manifest
 from ltx_ray.storage import store

@@ -7,7 +7,8 @@ import io
 
 import pyarrow.parquet as pq
 
-from ltx_ray.dataset.writer import DatasetWriter, Rendered, index_part, row_key
+from ltx_ray.dataset.layout import index_part, row_key
+from ltx_ray.dataset.writer import DatasetWriter, Rendered
 from ltx_ray.engine.fake import _boxes
 from ltx_ray.records import Clip, canonical_json
 from ltx_ray.storage.store import Store

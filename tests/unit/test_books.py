@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pyarrow.parquet as pq
 import pytest
 
-from ltx_ray.dataset.done import list_done
+from ltx_ray.dataset.existing import list_done
 from ltx_ray.dataset.writer import DatasetWriter, Failure
 from ltx_ray.driver.events import EventLog
 from ltx_ray.driver.progress import Progress

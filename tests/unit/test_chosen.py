@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ltx_ray.dataset.chosen import parse_condition
+from ltx_ray.dataset.selection import parse_condition
 
 ROW = {
     "id": "cat-1", "seed": 7, "flags": ["frozen"], "prompt": "a cat = a dog", "negative_prompt": None,

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ltx_ray.dataset.done import Done, list_done
-from ltx_ray.dataset.writer import DatasetWriter, row_key
+from ltx_ray.dataset.existing import Done, list_done
+from ltx_ray.dataset.layout import row_key
+from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.manifest.reader import RawRow
 from ltx_ray.storage.store import Store
 from tests.unit.samples import request

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ltx_ray.dataset.done import Done
+from ltx_ray.dataset.existing import Done
 from ltx_ray.engine.images import NoPicture, cover, decode_rgb, image_pixels, through_h264
 from ltx_ray.engine.text import _read
 from ltx_ray.manifest.reader import RawRow

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ltx_ray.dataset.writer import INDEX_SCHEMA
+from ltx_ray.dataset.layout import INDEX_SCHEMA
 from ltx_ray.manifest.columns import COLUMNS
 from ltx_ray.manifest.reader import RawRow, read_manifest
 from ltx_ray.manifest.rules import RowRules, check_defaults, judge

@@ -8,7 +8,7 @@ import av
 import numpy as np
 import pytest
 
-from ltx_ray.dataset.mux import write_mp4
+from ltx_ray.engine.mp4 import write_mp4
 from ltx_ray.shapes import ClipShape, frame_rate_fraction
 
 WIDTH, HEIGHT = 128, 64

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ltx_ray.config import LoraFile, ModelFiles, Numerics, Selection
-from ltx_ray.dataset.done import Done, list_done
+from ltx_ray.dataset.existing import Done, list_done
 from ltx_ray.dataset.writer import DatasetWriter, Failure
 from ltx_ray.manifest.reader import RawRow
 from ltx_ray.manifest.rules import RowRules

@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ltx_ray.dataset.done import list_done
-from ltx_ray.dataset.mux import write_mp4
+from ltx_ray.dataset.existing import list_done
+from ltx_ray.dataset.layout import INDEX_SCHEMA, index_part, row_key
 from ltx_ray.dataset.repair import is_whole_mp4, repair
-from ltx_ray.dataset.writer import INDEX_SCHEMA, index_part, row_key
+from ltx_ray.engine.mp4 import write_mp4
 from ltx_ray.storage.store import Store
 from tests.unit.damaged import ITEMS, boxes, build, clip_of, part_of, rows_of
 

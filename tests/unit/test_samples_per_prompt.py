@@ -10,7 +10,7 @@ import pytest
 from ltx_ray import cli
 from ltx_ray.cli import main
 from ltx_ray.config import Selection
-from ltx_ray.dataset.done import Done, list_done
+from ltx_ray.dataset.existing import Done, list_done
 from ltx_ray.dataset.writer import DatasetWriter, Failure
 from ltx_ray.manifest.columns import MAX_SEED
 from ltx_ray.manifest.rules import RowRules

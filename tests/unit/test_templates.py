@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ltx_ray.config import LoraFile, ModelFiles, Numerics
-from ltx_ray.dataset.done import Done
-from ltx_ray.dataset.writer import row_key
+from ltx_ray.dataset.existing import Done
+from ltx_ray.dataset.layout import row_key
 from ltx_ray.manifest.columns import COLUMNS, MAX_SEED
 from ltx_ray.manifest.reader import RawRow
 from ltx_ray.manifest.rules import RowRules, check_defaults, judge

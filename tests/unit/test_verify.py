@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from ltx_ray import verify as verify_module
 from ltx_ray.cli import app
 from ltx_ray.config import ModelFiles
-from ltx_ray.dataset.writer import INDEX_SCHEMA, DatasetWriter, Failure, index_part, one_row, row_key
+from ltx_ray.dataset.layout import INDEX_SCHEMA, index_part, row_key
+from ltx_ray.dataset.writer import DatasetWriter, Failure, one_row
 from ltx_ray.manifest.reader import RawRow, read_manifest
 from ltx_ray.manifest.rules import RowRules, judge
 from ltx_ray.run import Options

@@ -11,14 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ltx_ray.dataset.writer import (
-    FAILED_SCHEMA,
-    INDEX_SCHEMA,
-    DatasetWriter,
-    Failure,
-    Rendered,
-    row_key,
-)
+from ltx_ray.dataset.layout import FAILED_SCHEMA, INDEX_SCHEMA, row_key
+from ltx_ray.dataset.writer import DatasetWriter, Failure, Rendered
 from ltx_ray.manifest.reader import RawRow, read_manifest
 from ltx_ray.manifest.rules import RowRules, judge
 from ltx_ray.records import Clip, LoraUse, RenderRequest

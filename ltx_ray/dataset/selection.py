@@ -10,7 +10,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from ltx_ray.dataset.writer import INDEX_SCHEMA, read_part
+from ltx_ray.dataset.layout import INDEX_SCHEMA
+from ltx_ray.dataset.writer import read_part
 from ltx_ray.storage.store import Store
 
 _CONDITION = re.compile(r"\s*(\w+)\s*(!=|<=|>=|!~|=|<|>|~)\s*(.*?)\s*", re.DOTALL)

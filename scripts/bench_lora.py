@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ltx_ray.parallel.layers import TPGroup
 from ltx_ray.parallel.loading import load_shard
 from ltx_ray.parallel.lora import LoraMerger, LoraSetting
-from ltx_ray.parallel.residence import Memory
+from ltx_ray.parallel.weight_cache import Memory
 from scripts import realsize
 
 MIB = 2**20

@@ -1,7 +1,7 @@
 """The parts around the DiT as the official files hold them, in diffusers' terms.
 
 Sizes come from the file's own metadata, names by the maps below. A file that does not fit is a ValueError that names
-it. Key names: shared/ltx-facts.md, "Checkpoint key prefixes". directory.py is the same for diffusers' layout.
+it. Key names: shared/ltx-facts.md, "Checkpoint key prefixes". diffusers_layout.py is the same for diffusers' layout.
 """
 
 from __future__ import annotations

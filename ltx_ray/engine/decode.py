@@ -19,12 +19,12 @@ import torch
 
 from ltx_ray.checkpoints.digests import cache_root
 from ltx_ray.config import EngineSpec
-from ltx_ray.engine import apply, components
-from ltx_ray.engine.ahead import ahead
+from ltx_ray.engine import codec, components
 from ltx_ray.engine.base import Rank, is_out_of_memory, resolve_dtype
 from ltx_ray.engine.frames import PictureCheck, decode_tiled, to_yuv420
 from ltx_ray.engine.latents import LatentStore, latents_sha256, named_latents
 from ltx_ray.engine.mp4 import write_mp4
+from ltx_ray.engine.prefetch import ahead
 from ltx_ray.engine.tiling import LADDER, Tiling, distinct_rungs
 from ltx_ray.presets import PIPELINES
 from ltx_ray.records import Clip, RowError, StageLatents, WorkItem
@@ -168,7 +168,7 @@ class DecodeEngine:
 
     def _frames(self, latent: torch.Tensor, tiling: Tiling, check: PictureCheck) -> Generator[np.ndarray, None, None]:
         def decode(tile: torch.Tensor) -> torch.Tensor:
-            return apply.decode_video_tile(self.video_vae, tile)
+            return codec.decode_video_tile(self.video_vae, tile)
 
         for chunk in decode_tiled(decode, latent.to(self.device, self.dtype), tiling):
             if not torch.isfinite(chunk).all():
@@ -180,7 +180,7 @@ class DecodeEngine:
     def _sound(self, latent: torch.Tensor, samples: int) -> np.ndarray:
         """Stereo float32 (2, samples): the decoded sound, cut or padded to the length of the picture."""
         latent = latent.to(self.device, self.dtype)
-        waveform, rate = apply.decode_audio(self.audio_vae, self.vocoder, latent)
+        waveform, rate = codec.decode_audio(self.audio_vae, self.vocoder, latent)
         assert rate == AUDIO_SAMPLE_RATE, rate
         if not torch.isfinite(waveform).all():
             raise RowError("the decoded sound is not finite")

@@ -20,9 +20,9 @@ from ltx_ray.checkpoints.digests import cache_root
 from ltx_ray.checkpoints.lora import open_lora
 from ltx_ray.checkpoints.transformer_config import TransformerConfig
 from ltx_ray.config import EngineSpec
-from ltx_ray.engine import apply, components
+from ltx_ray.engine import codec, components
 from ltx_ray.engine.base import Rank, resolve_dtype
-from ltx_ray.engine.start import PlacedImage, Start, begin, latent_sizes
+from ltx_ray.engine.initial_state import PlacedImage, Start, begin, latent_sizes
 from ltx_ray.model.fused import FusedTransformer
 from ltx_ray.model.graphs import GraphedTransformer
 from ltx_ray.model.packing import pack
@@ -166,7 +166,7 @@ class DiffusionEngine:
         shape = request.shape
         noise = ClipNoise(before.ledger, self.device)
         video, audio = before.latents.map(lambda t: t.to(self.device, self.dtype))
-        upscaled = apply.upsample_latents(self.upsampler, *self.latent_stats, video)
+        upscaled = codec.upsample_latents(self.upsampler, *self.latent_stats, video)
         packed = _pack(AV(upscaled, audio))
         images = [self._placed(image, image.stage_2) for image in conditions.images]
         start = begin(shape, "stage_2", noise, packed, STAGE_2_SIGMAS[0], images)

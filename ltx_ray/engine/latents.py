@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from ltx_ray.checkpoints.digests import cache_root
-from ltx_ray.engine.start import latent_sizes, stage_1_draws
+from ltx_ray.engine.initial_state import latent_sizes, stage_1_draws
 from ltx_ray.records import AV, NoiseLedger, StageLatents, WorkItem, canonical_json
 from ltx_ray.storage.store import Store, join
 

@@ -13,7 +13,7 @@ import torch
 
 from ltx_ray.checkpoints.checkpoint import gemma_folders
 from ltx_ray.config import EngineSpec
-from ltx_ray.engine import apply, components
+from ltx_ray.engine import codec, components
 from ltx_ray.engine.base import Rank, resolve_dtype
 from ltx_ray.engine.images import NoPicture, image_pixels
 from ltx_ray.records import AV, Conditions, ImageLatents, PromptContext, RowError, WorkItem
@@ -78,7 +78,7 @@ class TextEngine:
 
             def encoded(shape: ClipShape, data: bytes = data, crf: int = image.crf or 0) -> torch.Tensor:
                 pixels = image_pixels(data, crf, shape.height, shape.width, self.device).to(self.dtype)
-                return apply.encode_video(self._encoder, pixels).cpu()
+                return codec.encode_video(self._encoder, pixels).cpu()
 
             shape = item.request.shape
             try:
@@ -97,7 +97,7 @@ class TextEngine:
         hidden = self.gemma(
             input_ids=ids.to(self.device), attention_mask=mask.to(self.device), output_hidden_states=True
         ).hidden_states
-        video, audio = apply.encode_connectors(self.connectors, hidden, mask.to(self.device))
+        video, audio = codec.encode_connectors(self.connectors, hidden, mask.to(self.device))
         context = PromptContext(AV(video.cpu(), audio.cpu()), tokens=int(mask.sum()), truncated=truncated)
         self._contexts[text] = context
         if len(self._contexts) > _KEPT:

@@ -20,7 +20,7 @@ from ltx_ray.parallel.fp8 import row_scale_of, store
 from ltx_ray.parallel.layers import TPGroup
 from ltx_ray.parallel.loading import named
 from ltx_ray.parallel.merging import Product, merge_
-from ltx_ray.parallel.residence import Memory, Part, Residence, choose
+from ltx_ray.parallel.weight_cache import Memory, Part, Residence, choose
 
 _log = logging.getLogger(__name__)
 #: Float32 values of a quantized factor that exist at once.

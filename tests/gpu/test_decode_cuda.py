@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics
-from ltx_ray.engine import base, components, fused_decoder
+from ltx_ray.engine import base, components, decode_steps
 from ltx_ray.engine.decode import DecodeEngine
-from ltx_ray.engine.fused_decoder import Sum, Wanted, fuse_decoder
-from ltx_ray.engine.start import latent_sizes
+from ltx_ray.engine.decode_steps import ConvSum, SumOutputs
+from ltx_ray.engine.fused_decoder import fuse_decoder
+from ltx_ray.engine.initial_state import latent_sizes
 from ltx_ray.records import NoiseLedger, StageLatents, WorkItem
 from tests.unit.decoder_data import small_decoder
 from tests.unit.samples import recipe, request
@@ -113,16 +114,16 @@ def test_decode_kernel(size, channels, factors, layout, dtype):
 
     bias = torch.randn(channels * spread, generator=rng, device="cuda").to(dtype)
     for add, wanted, width_first in (
-        (True, Wanted(layout, layout, (1, 1), 1e-8), False),
-        (False, Wanted(layout, layout, (1, 1), 1e-8), False),
-        (False, Wanted(layout, None, (2, 0), 1e-8), False),
-        (False, Wanted(layout, None, (1, 1)), False),
-        (False, Wanted(layout, torch.contiguous_format), True),
+        (True, SumOutputs(layout, layout, (1, 1), 1e-8), False),
+        (False, SumOutputs(layout, layout, (1, 1), 1e-8), False),
+        (False, SumOutputs(layout, None, (2, 0), 1e-8), False),
+        (False, SumOutputs(layout, None, (1, 1)), False),
+        (False, SumOutputs(layout, torch.contiguous_format), True),
     ):
         y, x = normal(channels * spread), normal(channels) if add and spread == 1 else None
-        expected = fused_decoder.read(Sum(y, bias, x, factors, width_first), wanted)
-        given = [Sum(y.clone(), bias, x, factors, width_first) for _ in range(2)]  # the sum may go where y is
-        first, second = (decode_kernels.read(total, wanted) for total in given)
+        expected = decode_steps.finish_sum(ConvSum(y, bias, x, factors, width_first), wanted)
+        given = [ConvSum(y.clone(), bias, x, factors, width_first) for _ in range(2)]  # the sum may go where y is
+        first, second = (decode_kernels.finish_sum(total, wanted) for total in given)
         for e, a, b in zip(expected, first, second, strict=True):
             assert (e is None) == (a is None)
             if e is not None:

@@ -11,7 +11,7 @@ from ltx_ray.parallel.layers import TPGroup
 from ltx_ray.parallel.loading import Slice, fill, shard_shape
 from ltx_ray.parallel.lora import LoraSetting
 from ltx_ray.parallel.merging import merge_
-from ltx_ray.parallel.residence import Memory
+from ltx_ray.parallel.weight_cache import Memory
 from tests.unit.merging_data import USES, expected, merger
 from tests.unit.merging_data import files as files
 

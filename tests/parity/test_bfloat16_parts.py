@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from ltx_ray.engine.diffusion import _pack
-from ltx_ray.engine.start import PlacedImage, Start, begin
+from ltx_ray.engine.initial_state import PlacedImage, Start, begin
 from ltx_ray.records import AV, Guidance, NoiseLedger
 from ltx_ray.sampling.euler import sample_euler
 from ltx_ray.sampling.guidance import combine

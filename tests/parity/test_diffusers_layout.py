@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from ltx_ray.checkpoints.checkpoint import held_by, open_checkpoint
 from ltx_ray.checkpoints.transformer_config import TransformerConfig
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics
-from ltx_ray.engine import apply
+from ltx_ray.engine import codec
 from ltx_ray.engine.base import Rank
 from ltx_ray.engine.decode import DecodeEngine
 from ltx_ray.engine.text import TextEngine
@@ -74,6 +74,6 @@ def _rendered(line: Line) -> dict[str, torch.Tensor]:
     decode.load()
     loud = torch.randn(1, 2, 9, 64, generator=torch.Generator().manual_seed(0)) * 8
     with one_thread(), torch.inference_mode():
-        frames = apply.decode_video_tile(decode.video_vae, latents["stage_2.video"])
-        sound, _ = apply.decode_audio(decode.audio_vae, decode.vocoder, latents["stage_1.audio"])
+        frames = codec.decode_video_tile(decode.video_vae, latents["stage_2.video"])
+        sound, _ = codec.decode_audio(decode.audio_vae, decode.vocoder, latents["stage_1.audio"])
         return {**latents, "frames": frames, "sound": sound, "loud": decode.vocoder(loud)}

@@ -19,7 +19,7 @@ from ltx_ray.engine.decode import named_latents
 from ltx_ray.engine.diffusion import DiffusionEngine
 from ltx_ray.parallel.layers import TPGroup
 from ltx_ray.parallel.mesh import Tokens
-from ltx_ray.parallel.residence import Memory
+from ltx_ray.parallel.weight_cache import Memory
 from tests.parity.dit import relative
 from tests.parity.line import one_thread, toy_line
 

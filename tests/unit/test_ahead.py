@@ -10,7 +10,7 @@ import weakref
 import pytest
 import torch
 
-from ltx_ray.engine.ahead import ahead
+from ltx_ray.engine.prefetch import ahead
 
 
 def test_everything_comes_once_and_in_order():

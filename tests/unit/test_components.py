@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ltx_ray.engine import apply, components
+from ltx_ray.engine import codec, components
 from ltx_ray.toy import ToyShape, make_toy_model
 
 pytestmark = pytest.mark.slow  # every test builds modules of diffusers
@@ -60,7 +60,7 @@ def test_connectors(path, dtype):
     hidden = tuple(normal(2, 256, shape.gemma_hidden, seed=i) for i in range(shape.gemma_layers + 1))
     mask = torch.ones(2, 256, dtype=torch.int64)
     mask[0, :200] = 0  # padded on the left
-    video, audio = apply.encode_connectors(connectors, hidden, mask)
+    video, audio = codec.encode_connectors(connectors, hidden, mask)
     assert video.shape == (2, 256, shape.dim) and audio.shape == (2, 256, shape.audio_dim)
     assert video.dtype == audio.dtype == dtype
     assert torch.isfinite(video).all() and torch.isfinite(audio).all()
@@ -74,7 +74,7 @@ def test_connectors_ignore_what_is_padding(path):
     mask[0, 100:] = 1
     garbled = tuple(torch.where(mask[..., None].bool(), h, 100.0) for h in hidden)
     for a, b in zip(
-        apply.encode_connectors(connectors, hidden, mask), apply.encode_connectors(connectors, garbled, mask)
+        codec.encode_connectors(connectors, hidden, mask), codec.encode_connectors(connectors, garbled, mask)
     ):
         assert torch.equal(a, b)
 
@@ -82,7 +82,7 @@ def test_connectors_ignore_what_is_padding(path):
 def test_video_decode_shows_something(path):
     vae = components.load_video_vae(path, torch.float32, CPU)
     assert vae.encoder is None
-    pixels = apply.decode_video_tile(vae, normal(1, 128, 3, 4, 6))
+    pixels = codec.decode_video_tile(vae, normal(1, 128, 3, 4, 6))
     assert pixels.shape == (1, 3, 17, 128, 192) and torch.isfinite(pixels).all()
     assert pixels.std(dim=(1, 3, 4)).min() > 0.15  # contrast in every frame
     assert (pixels[:, :, 1:] - pixels[:, :, :-1]).abs().mean(dim=(1, 3, 4)).min() > 0.003  # no two frames alike
@@ -95,9 +95,9 @@ def test_video_halves_are_the_whole(path):
     half = components.load_video_vae(path, torch.float32, CPU, "encoder")
     assert half.decoder is None
     pixels = normal(1, 3, 9, 64, 64).clamp(-1, 1)
-    latents = apply.encode_video(half, pixels)
+    latents = codec.encode_video(half, pixels)
     assert latents.shape == (1, 128, 2, 2, 2) and torch.isfinite(latents).all() and 0.2 < latents.std() < 3
-    assert torch.equal(latents, apply.encode_video(both, pixels))
+    assert torch.equal(latents, codec.encode_video(both, pixels))
     with pytest.raises(ValueError, match="part is 'all'; legal is"):
         components.load_video_vae(path, torch.float32, CPU, "all")
 
@@ -139,9 +139,9 @@ def test_audio(path, dtype, bfloat16_vocoder):
     assert {p.dtype for p in vae.parameters()} == {dtype}
     assert {t.dtype for t in [*vocoder.parameters(), *vocoder.buffers()]} == {torch.float32}
     latents = normal(1, 8, 18, 16).to(dtype)
-    mel = apply.decode_mel(vae, latents)
+    mel = codec.decode_mel(vae, latents)
     assert mel.shape == (1, 2, 4 * 18 - 3, 64) and mel.dtype == dtype
-    waveform, rate = apply.decode_audio(vae, vocoder, latents)
+    waveform, rate = codec.decode_audio(vae, vocoder, latents)
     assert rate == 48000 and waveform.dtype == torch.float32 and waveform.shape == (2, (4 * 18 - 3) * 160 * 3)
     assert torch.isfinite(waveform).all()
     assert 0.1 < waveform.abs().max() <= 1 and waveform.std() > 0.02 and waveform.mean().abs() < 0.05
@@ -156,7 +156,7 @@ def test_vocoder_resampler_keeps_a_constant(bfloat16_vocoder):
 def test_upsampler(toy, path):
     upsampler = components.load_upsampler(toy["spatial_upsampler_path"], torch.bfloat16, CPU)
     mean, std = components.latent_stats(path)
-    out = apply.upsample_latents(upsampler, mean, std, normal(1, 128, 3, 2, 3).bfloat16())
+    out = codec.upsample_latents(upsampler, mean, std, normal(1, 128, 3, 2, 3).bfloat16())
     assert out.shape == (1, 128, 3, 4, 6) and out.dtype == torch.bfloat16
     assert torch.isfinite(out).all() and 0.2 < out.std() < 3
 
@@ -248,7 +248,7 @@ def test_other_widths(tmp_path):
     made = make_toy_model(tmp_path, shape=shape)
     path = made["checkpoint_path"]
     both = components.load_video_vae(path, torch.bfloat16, CPU, "both")
-    assert apply.encode_video(both, torch.zeros(1, 3, 1, 32, 32)).shape == (1, 128, 1, 1, 1)
+    assert codec.encode_video(both, torch.zeros(1, 3, 1, 32, 32)).shape == (1, 128, 1, 1, 1)
     components.load_audio_decoder(path, torch.bfloat16, CPU)
     components.load_vocoder(path, torch.bfloat16, CPU)
     components.load_connectors(path, torch.bfloat16, CPU)

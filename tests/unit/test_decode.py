@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics
-from ltx_ray.engine import apply
+from ltx_ray.engine import codec
 from ltx_ray.engine.base import Rank
 from ltx_ray.engine.decode import DecodeEngine
+from ltx_ray.engine.initial_state import latent_sizes, stage_1_draws
 from ltx_ray.engine.latents import StoredLatentsGone, latents_sha256, named_latents
-from ltx_ray.engine.start import latent_sizes, stage_1_draws
 from ltx_ray.engine.tiling import LADDER
 from ltx_ray.records import AV, ImageCondition, NoiseLedger, RowError, StageLatents, WorkItem
 from ltx_ray.storage.store import Store
@@ -85,8 +85,8 @@ class Tiles:
     def __init__(self, monkeypatch):
         self.seen: list[tuple[int, ...]] = []
         self.failing: dict[int, BaseException] = {}
-        self.decode = apply.decode_video_tile
-        monkeypatch.setattr("ltx_ray.engine.apply.decode_video_tile", self)
+        self.decode = codec.decode_video_tile
+        monkeypatch.setattr("ltx_ray.engine.codec.decode_video_tile", self)
 
     def __call__(self, vae, tile):
         self.seen.append(tuple(tile.shape[2:]))
@@ -153,7 +153,7 @@ def test_smaller_tiles_when_memory_runs_out(made, out, tiles, error):
 
 def test_a_rung_begins_when_the_tensors_of_the_one_before_are_gone(made, monkeypatch):
     engine, item = made(), work()
-    decode, held = apply.decode_video_tile, []
+    decode, held = codec.decode_video_tile, []
 
     def tight(vae, tile):
         alive = sum(ref() is not None for ref in held)
@@ -164,7 +164,7 @@ def test_a_rung_begins_when_the_tensors_of_the_one_before_are_gone(made, monkeyp
         held.extend((weakref.ref(tile), weakref.ref(frames)))
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr("ltx_ray.engine.apply.decode_video_tile", tight)
+    monkeypatch.setattr("ltx_ray.engine.codec.decode_video_tile", tight)
     gc.disable()  # what lives on until the collector runs takes the next rung's memory
     try:
         engine.run("decode", item, *stages(item))
@@ -248,7 +248,7 @@ def test_the_sound_has_no_ladder(made, tiles, monkeypatch):
         raise torch.OutOfMemoryError("no room for sound")
 
     engine, item = made(), work()
-    monkeypatch.setattr("ltx_ray.engine.apply.decode_audio", no_room)
+    monkeypatch.setattr("ltx_ray.engine.codec.decode_audio", no_room)
     with pytest.raises(torch.OutOfMemoryError, match="no room for sound"):
         engine.run("decode", item, *stages(item))
     assert tiles.seen == []

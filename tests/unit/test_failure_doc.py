@@ -17,7 +17,7 @@ from ltx_ray import run as runs
 from ltx_ray.config import PoolSpec
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
-from ltx_ray.engine import apply
+from ltx_ray.engine import codec
 from ltx_ray.engine.decode import DecodeEngine
 from ltx_ray.engine.diffusion import DiffusionEngine
 from ltx_ray.engine.frames import PictureCheck
@@ -107,7 +107,7 @@ def test_frames_that_are_not_finite_are_the_rows_fault(decoder, monkeypatch):
 
 
 def test_sound_that_is_not_finite_is_the_rows_fault(decoder, monkeypatch):
-    monkeypatch.setattr(apply, "decode_audio", lambda *_: (torch.full((2, 9), float("nan")), AUDIO_SAMPLE_RATE))
+    monkeypatch.setattr(codec, "decode_audio", lambda *_: (torch.full((2, 9), float("nan")), AUDIO_SAMPLE_RATE))
     with pytest.raises(RowError, match="the decoded sound is not finite"):
         decoder._sound(torch.zeros(1), 9)
 

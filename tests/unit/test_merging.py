@@ -16,7 +16,7 @@ from ltx_ray.parallel.layers import TPGroup
 from ltx_ray.parallel.loading import load_shard
 from ltx_ray.parallel.lora import LoraMerger, LoraSetting
 from ltx_ray.parallel.merging import merge_
-from ltx_ray.parallel.residence import GIB, Memory, choose
+from ltx_ray.parallel.weight_cache import GIB, Memory, choose
 from tests.unit.merging_data import SHAPES, USES, Model, assert_same, expected, merger
 from tests.unit.merging_data import files as files
 

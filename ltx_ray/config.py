@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+#: FlashAttention-3 by the modules that have it: the package fa3-fwd, and a build from its source.
+FA3_MODULES = ("fa3_fwd_interface", "flash_attn_interface")
+
 
 @dataclass(frozen=True)
 class LoraFile:

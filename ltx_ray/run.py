@@ -24,7 +24,7 @@ from ltx_ray.checkpoints.checkpoint import (
     open_checkpoint,
 )
 from ltx_ray.checkpoints.lora import check_lora
-from ltx_ray.config import LoraFile, ModelFiles, Numerics, PoolSpec, RunLimits, Selection
+from ltx_ray.config import ModelFiles, Numerics, PoolSpec, RunLimits, Selection
 from ltx_ray.dataset.existing import Done, list_done
 from ltx_ray.dataset.repair import repair
 from ltx_ray.dataset.writer import DatasetWriter
@@ -416,25 +416,6 @@ def _summary(state: str, counts: Mapping[str, int], output: str | None) -> str:
     if counts["failed"] + counts["illegal"]:
         parts.append(f"listed in {output}/failed")
     return f"{state}: {counts['rows']} rows, {', '.join(parts)}"
-
-
-def lora_files(pairs: list[tuple[str, float]]) -> tuple[LoraFile, ...]:
-    """Declared LoRAs from (path, strength); ValueError when two have one name.
-
-    A name is the file's stem, that of PEFT's adapter_model.safetensors its folder.
-    """
-
-    def name(path: str) -> str:
-        stem = os.path.splitext(os.path.basename(path))[0]
-        folder = os.path.basename(os.path.dirname(os.path.abspath(path)))
-        return folder if stem == "adapter_model" and folder else stem
-
-    files = tuple(LoraFile(name(path), path, strength) for path, strength in pairs)
-    names = [file.name for file in files]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"--lora: two files are named {name!r}; legal: file names that differ")
-    return files
 
 
 def _version(package: str) -> str | None:

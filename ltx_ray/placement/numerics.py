@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Collection
 from dataclasses import replace
 
-from ltx_ray.config import Numerics
+from ltx_ray.config import FA3_MODULES, Numerics
 
 ATTENTION = ("auto", "fa3", "cudnn", "flash", "sdpa")
 COMPILE = ("auto", "fused", "off")
@@ -15,8 +15,6 @@ _HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 #: GPUs, by Ray's names, whose tensor cores know no e4m3, and those among them that know no bfloat16 either.
 WITHOUT_FP8 = ("A100", "A100-40G", "A100-80G", "A10", "A10G", "A30", "A40", "T4", "V100", "P100")
 _WITHOUT_BF16 = ("T4", "V100", "P100")
-#: FlashAttention-3 by the modules that have it: the package fa3-fwd, and a build from its source.
-FA3_MODULES = ("fa3_fwd_interface", "flash_attn_interface")
 
 
 def has_fa3() -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from ltx_ray.status import status_lines
+from ltx_ray.cli.status import status_lines
 from ltx_ray.storage.store import Store
 
 IMAGE = (Path(__file__).parents[1] / "parity" / "goldens" / "a.png").read_bytes()

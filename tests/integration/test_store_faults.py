@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from ltx_ray.cli import app
+from ltx_ray.cli.app import app
+from ltx_ray.cli.verify import verify
 from ltx_ray.dataset.existing import list_done
 from ltx_ray.dataset.repair import repair
 from ltx_ray.manifest.reader import read_manifest
@@ -20,7 +21,6 @@ from ltx_ray.storage import store
 from ltx_ray.storage.images import read_image
 from ltx_ray.storage.lease import Lease, holder
 from ltx_ray.storage.store import Store
-from ltx_ray.verify import verify
 from tests.s3faults import Proxy
 from tests.unit.damaged import build
 

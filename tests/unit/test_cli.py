@@ -9,11 +9,12 @@ import pytest
 import ray
 import yaml
 
-from ltx_ray import cli, run
-from ltx_ray.cli import main
+from ltx_ray import run
+from ltx_ray.cli import app
+from ltx_ray.cli.app import main
+from ltx_ray.cli.options import _model_files, model_options
 from ltx_ray.config import LoraFile
 from ltx_ray.dataset.writer import DatasetWriter
-from ltx_ray.options import _model_files, model_options
 from ltx_ray.storage.store import Store
 from tests.unit.samples import write_jsonl, write_safetensors
 from tests.unit.test_modelfiles import BLOCK, checkpoint
@@ -62,7 +63,7 @@ def out(tmp_path) -> str:
 def options(monkeypatch):
     """What `render` is asked to do, in place of doing it."""
     seen = []
-    monkeypatch.setattr(cli, "render", lambda options: seen.append(options) or 0)
+    monkeypatch.setattr(app, "render", lambda options: seen.append(options) or 0)
     return seen
 
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from ltx_ray import cli
 from ltx_ray.checkpoints.checkpoint import check_gemma, check_upsampler, open_checkpoint
 from ltx_ray.checkpoints.diffusers_layout import COMPONENTS, UPSAMPLER_CLASS, WEIGHTS
 from ltx_ray.checkpoints.digests import cached_digest
 from ltx_ray.checkpoints.transformer_config import TransformerConfig
-from ltx_ray.status import inspect_lines
+from ltx_ray.cli import app
+from ltx_ray.cli.status import inspect_lines
 from tests.unit.samples import write_jsonl, write_safetensors
 
 #: As the released LTX-2.3 directories have them, which diffusers 0.37 wrote.
@@ -238,12 +238,12 @@ def test_gemma_in_two_folders(tmp_path):
 
 def test_what_the_directory_holds_need_not_be_named(model, tmp_path, monkeypatch, capsys):
     seen = []
-    monkeypatch.setattr(cli, "render", lambda options: seen.append(options.model) or 0)
+    monkeypatch.setattr(app, "render", lambda options: seen.append(options.model) or 0)
     manifest = write_jsonl(tmp_path / "m.jsonl", [{"prompt": "a cat"}])
 
     def render(*flags: str) -> int:
         with pytest.raises(SystemExit) as caught:
-            cli.main(["render", manifest, "--output", str(tmp_path / "out"), *flags])
+            app.main(["render", manifest, "--output", str(tmp_path / "out"), *flags])
         return caught.value.code
 
     (model / "text_encoder").mkdir()

@@ -66,7 +66,7 @@ def test_exit_codes_are_the_codes():
 def test_commands_and_options_exist():
     import typer
 
-    from ltx_ray.cli import app
+    from ltx_ray.cli.app import app
 
     command = typer.main.get_command(app)
     flags = {flag for sub in command.commands.values() for p in sub.params for flag in (*p.opts, *p.secondary_opts)}

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from ltx_ray.checkpoints.checkpoint import open_checkpoint
 from ltx_ray.checkpoints.diffusers_names import to_diffusers, to_official
 from ltx_ray.checkpoints.lora import check_lora, lora_digest, open_lora
+from ltx_ray.cli.options import lora_files
+from ltx_ray.cli.status import inspect_lines
 from ltx_ray.parallel.layers import TPGroup
 from ltx_ray.parallel.lora import LoraMerger, LoraSetting
-from ltx_ray.run import lora_files
-from ltx_ray.status import inspect_lines
 from tests.parity.dit import load_ours
 
 #: module -> (out, in); the names meet every rule of renaming

@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from ltx_ray import cli
-from ltx_ray.cli import main
+from ltx_ray.cli import app
+from ltx_ray.cli.app import main
 from ltx_ray.config import Selection
 from ltx_ray.dataset.existing import Done, list_done
 from ltx_ray.dataset.writer import DatasetWriter, Failure
@@ -133,7 +133,7 @@ def test_samples_are_done_and_fail_one_by_one(plan, tmp_path):
 def test_the_option(tmp_path, capfd, monkeypatch):
     manifest = write_jsonl(tmp_path / "m.jsonl", [{"prompt": "a", **SMALL}])
     seen = []
-    monkeypatch.setattr(cli, "render", lambda options: seen.append(options.samples_per_prompt) or 0)
+    monkeypatch.setattr(app, "render", lambda options: seen.append(options.samples_per_prompt) or 0)
 
     def call(*args: str) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as caught:

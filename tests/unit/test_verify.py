@@ -9,8 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from ltx_ray import verify as verify_module
-from ltx_ray.cli import app
+from ltx_ray.cli import verify as verify_module
+from ltx_ray.cli.app import app
+from ltx_ray.cli.verify import verify
 from ltx_ray.config import ModelFiles
 from ltx_ray.dataset.layout import INDEX_SCHEMA, index_part, row_key
 from ltx_ray.dataset.writer import DatasetWriter, Failure, one_row
@@ -20,7 +21,6 @@ from ltx_ray.run import Options
 from ltx_ray.storage import lease as lease_module
 from ltx_ray.storage.lease import holder
 from ltx_ray.storage.store import Store
-from ltx_ray.verify import verify
 from tests.unit.damaged import ITEMS, build, clip_of, part_of, rows_of
 from tests.unit.samples import request
 

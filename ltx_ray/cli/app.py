@@ -11,9 +11,7 @@ from typing import Any
 
 import typer
 
-from ltx_ray.config import Selection
-from ltx_ray.dataset.existing import list_done
-from ltx_ray.options import (
+from ltx_ray.cli.options import (
     CONFIG,
     PLANNING,
     at_least,
@@ -26,6 +24,8 @@ from ltx_ray.options import (
     row_options,
     run_options,
 )
+from ltx_ray.config import Selection
+from ltx_ray.dataset.existing import list_done
 from ltx_ray.records import canonical_json
 from ltx_ray.run import EXIT_FAILED_ROWS, EXIT_OK, EXIT_USAGE, Options, prepare, render, say_missing_ids
 from ltx_ray.storage.store import Store, join
@@ -171,7 +171,7 @@ def plan_command(
 @_takes()
 def status_command(output: str = typer.Argument(help="a dataset")) -> int:
     """Say how far the newest run into OUTPUT is."""
-    from ltx_ray.status import status_lines
+    from ltx_ray.cli.status import status_lines
 
     for line in status_lines(output):
         typer.echo(line)
@@ -203,7 +203,7 @@ def verify_command(
 
     Exit codes: 0 all well, 3 problems found (one a line), 2 wrong usage.
     """
-    from ltx_ray.verify import verify
+    from ltx_ray.cli.verify import verify
 
     at_least("sample", sample, 0)
 
@@ -219,7 +219,7 @@ def verify_command(
 @_takes()
 def inspect_command(file: str = typer.Argument(help="a safetensors file, or a directory of them")) -> int:
     """Say what a weight file or a model directory holds."""
-    from ltx_ray.status import inspect_lines
+    from ltx_ray.cli.status import inspect_lines
 
     for line in inspect_lines(file):
         typer.echo(line)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,11 @@ import typer
 import yaml
 
 from ltx_ray.checkpoints.checkpoint import held_by
-from ltx_ray.config import ModelFiles, RunLimits, Selection
+from ltx_ray.config import LoraFile, ModelFiles, RunLimits, Selection
 from ltx_ray.manifest.columns import COLUMNS
 from ltx_ray.placement.numerics import ATTENTION, COMPILE
 from ltx_ray.placement.sizing import Wanted
-from ltx_ray.run import Options, lora_files
+from ltx_ray.run import Options
 
 #: Models that `--model` knows: functions that make the files on any node.
 _PROVIDERS = {"toy": "ltx_ray.toy:ensure_toy_model"}
@@ -236,6 +237,25 @@ def _model_files(values: dict[str, Any]) -> ModelFiles:
         loras=lora_files(loras),
         distilled=distilled,
     )
+
+
+def lora_files(pairs: list[tuple[str, float]]) -> tuple[LoraFile, ...]:
+    """Declared LoRAs from (path, strength); ValueError when two have one name.
+
+    A name is the file's stem, that of PEFT's adapter_model.safetensors its folder.
+    """
+
+    def name(path: str) -> str:
+        stem = os.path.splitext(os.path.basename(path))[0]
+        folder = os.path.basename(os.path.dirname(os.path.abspath(path)))
+        return folder if stem == "adapter_model" and folder else stem
+
+    files = tuple(LoraFile(name(path), path, strength) for path, strength in pairs)
+    names = [file.name for file in files]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"--lora: two files are named {name!r}; legal: file names that differ")
+    return files
 
 
 def read_selection(values: dict[str, Any]) -> Selection:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.chaos.world import Job, World
+from tests.support.local_cluster import Job, World
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ import pytest
 
 from ltx_ray.config import RunLimits
 from ltx_ray.placement.sizing import Wanted
-from tests.chaos.world import Job, rows, undisturbed, wait_for
+from tests.support.local_cluster import Job, rows, undisturbed, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -212,7 +212,7 @@ def full_disk(job):
         yield "[[decode:full:3]]", {}, lambda: None
         return
     (clips / "filler").write_bytes(bytes(16384))
-    hasty = dict.fromkeys(("text", "diffusion", "decode"), "tests.chaos.engines:Hasty")
+    hasty = dict.fromkeys(("text", "diffusion", "decode"), "tests.support.engines:Hasty")
     yield "plain", {"engines": hasty}, (clips / "filler").unlink
     subprocess.run(["umount", str(clips)], check=True)
 

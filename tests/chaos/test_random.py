@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from tests.chaos.mishaps import Trials
+from tests.support.mishaps import Trials
 
 pytestmark = pytest.mark.slow
 

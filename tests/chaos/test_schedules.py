@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 
 from ltx_ray.storage import store
-from tests.chaos.schedules import Schedule
-from tests.unit.samples import write_jsonl
+from tests.support.samples import write_jsonl
+from tests.support.schedules import Schedule
 
 SEEDS = range(100)
 seen: Counter[str] = Counter()

@@ -17,8 +17,8 @@ from ltx_ray.engine.decode_steps import ConvSum, SumOutputs
 from ltx_ray.engine.fused_decoder import fuse_decoder
 from ltx_ray.engine.initial_state import latent_sizes
 from ltx_ray.records import NoiseLedger, StageLatents, WorkItem
-from tests.unit.decoder_data import small_decoder
-from tests.unit.samples import recipe, request
+from tests.support.decoders import small_decoder
+from tests.support.samples import recipe, request
 
 LAYOUTS = (torch.channels_last_3d, torch.contiguous_format)
 #: Relative error of the kernel against the same arithmetic in float32, rounded once at the end.

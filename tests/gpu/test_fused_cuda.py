@@ -22,7 +22,7 @@ from ltx_ray.parallel.layers import TPGroup
 from ltx_ray.parallel.loading import load_shard
 from ltx_ray.placement.numerics import has_fa3
 from ltx_ray.records import AV
-from tests.parity.dit import SHAPE, Inputs, load_ours, relative
+from tests.support.transformers import SHAPE, Inputs, load_ours, relative
 
 DEVICE = torch.device("cuda")
 BACKENDS = ["cudnn", "flash", "sdpa", *(["fa3"] if has_fa3() else [])]

@@ -12,8 +12,8 @@ from ltx_ray.parallel.loading import Slice, fill, shard_shape
 from ltx_ray.parallel.lora import LoraSetting
 from ltx_ray.parallel.merging import merge_
 from ltx_ray.parallel.weight_cache import Memory
-from tests.unit.merging_data import USES, expected, merger
-from tests.unit.merging_data import files as files
+from tests.support.lora_files import USES, expected, merger
+from tests.support.lora_files import files as files
 
 DEVICE = torch.device("cuda")
 

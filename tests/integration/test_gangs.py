@@ -11,9 +11,9 @@ import pytest
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec, RunLimits
 from ltx_ray.pools import gang as gangs
 from ltx_ray.pools.gang import Gang, GangLost
-from tests.integration.conftest import FAKE
+from tests.support.runner import FAKE
 
-ENGINES = "tests.integration.engines"
+ENGINES = "tests.support.engines"
 
 
 def start(engine: str, ranks: int = 2) -> Gang:

@@ -21,8 +21,8 @@ from ltx_ray.storage import store
 from ltx_ray.storage.images import read_image
 from ltx_ray.storage.lease import Lease, holder
 from ltx_ray.storage.store import Store
-from tests.s3faults import Proxy
-from tests.unit.damaged import build
+from tests.support.damaged_dataset import build
+from tests.support.s3_faults import Proxy
 
 PASSING = ("slow_down", "error", "cut_request", "cut_response", "lost_response")
 #: More than one part of an upload (pyarrow's are 10 MB, S3's least is 5).

@@ -23,8 +23,8 @@ from ltx_ray.sampling.passes import PASSES
 from ltx_ray.sampling.res2s import sample_res2s
 from ltx_ray.sampling.sigmas import shifted_sigmas
 from ltx_ray.shapes import ClipShape
-from tests.parity.dit import relative
-from tests.parity.line import GOLDENS
+from tests.support.pipeline import GOLDENS
+from tests.support.transformers import relative
 
 #: The last bit of one number in some thousand: the sums of a standard deviation may run in another order elsewhere.
 TOLERANCE = 1e-4

@@ -17,8 +17,8 @@ from ltx_ray.engine import codec
 from ltx_ray.engine.base import Rank
 from ltx_ray.engine.decode import DecodeEngine
 from ltx_ray.engine.text import TextEngine
-from tests.parity.layout import write_directory
-from tests.parity.line import Line, one_thread, toy_line
+from tests.support.diffusers_directory import write_directory
+from tests.support.pipeline import Line, one_thread, toy_line
 
 #: The image is for the video encoder.
 ROW = {

@@ -18,7 +18,7 @@ from ltx_ray.parallel.fp8 import loaded, row_scale_of, store
 from ltx_ray.parallel.layers import TPGroup
 from ltx_ray.parallel.loading import load_shard
 from ltx_ray.records import AV
-from tests.parity.dit import SHAPE, Inputs, load_ours, relative
+from tests.support.transformers import SHAPE, Inputs, load_ours, relative
 
 BOTH = AV(True, True)
 STG = Perturbation(values_only=AV(frozenset({0}), frozenset({1})))

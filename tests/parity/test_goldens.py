@@ -15,8 +15,8 @@ from safetensors import safe_open
 from ltx_ray.config import LoraFile, ModelFiles
 from ltx_ray.sampling import noise, res2s
 from ltx_ray.toy import ToyShape, make_toy_model
-from tests.parity.dit import relative
-from tests.parity.line import GOLDENS, Line, toy_line
+from tests.support.pipeline import GOLDENS, Line, toy_line
+from tests.support.transformers import relative
 
 RECORDED = {path.stem: path for path in sorted(GOLDENS.glob("*.safetensors"))}
 #: Recorded on a toy model of another shape, which its metadata gives.

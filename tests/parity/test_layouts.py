@@ -20,8 +20,8 @@ from ltx_ray.engine.diffusion import DiffusionEngine
 from ltx_ray.parallel.layers import TPGroup
 from ltx_ray.parallel.mesh import Tokens
 from ltx_ray.parallel.weight_cache import Memory
-from tests.parity.dit import relative
-from tests.parity.line import one_thread, toy_line
+from tests.support.pipeline import one_thread, toy_line
+from tests.support.transformers import relative
 
 #: name -> ranks of the gang; tp, guidance_parallel, sequence_parallel
 LAYOUTS = {

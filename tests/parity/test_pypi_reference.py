@@ -19,9 +19,9 @@ import torch
 from safetensors.torch import load_file
 
 from ltx_ray.config import ModelFiles
-from tests.parity.dit import relative
-from tests.parity.draws import Case, draw_case
-from tests.parity.line import Line
+from tests.support.drawn_cases import Case, draw_case
+from tests.support.pipeline import Line
+from tests.support.transformers import relative
 
 PARITY = Path(f"{sys.prefix}-parity")
 RUNNER = Path(__file__).with_name("pypi_runner.py")

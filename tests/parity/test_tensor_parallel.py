@@ -16,7 +16,7 @@ from ltx_ray.model.transformer import NO_PERTURBATION, Perturbation
 from ltx_ray.parallel.layers import TPGroup
 from ltx_ray.parallel.lora import LoraMerger, LoraSetting
 from ltx_ray.records import AV
-from tests.parity.dit import Inputs, load_ours, relative
+from tests.support.transformers import Inputs, load_ours, relative
 
 PASSES = (NO_PERTURBATION, Perturbation(isolated=True), Perturbation(values_only=AV(frozenset({0}), frozenset({1}))))
 

@@ -1,0 +1,337 @@
+"""Random schedules of faults, interruptions and layouts around the real driver, in virtual time: no Ray, no model.
+
+A schedule is drawn from one number. It renders a manifest into a folder, in as many runs as it takes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import json
+import random
+import re
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec, RunLimits
+from ltx_ray.dataset.existing import list_done
+from ltx_ray.dataset.writer import DatasetWriter
+from ltx_ray.driver.events import EventLog
+from ltx_ray.driver.loop import Driver, Joined
+from ltx_ray.driver.policy import STAGES
+from ltx_ray.driver.progress import Progress
+from ltx_ray.driver.publisher import Publisher
+from ltx_ray.driver.tracker import Books
+from ltx_ray.manifest.rules import RowRules
+from ltx_ray.planning.identity import item_id, recipe_digest
+from ltx_ray.planning.plan import Plan
+from ltx_ray.pools.pool import StartFailed
+from ltx_ray.pools.protocol import Answered, InputsLost, Lost
+from ltx_ray.pools.simulated import Faults, SimulatedCrew
+from ltx_ray.records import Clip, RenderRequest, RowError, WorkItem
+from ltx_ray.storage.store import Store
+from tests.support.samples import recipe, request, write_jsonl
+
+SECONDS = {"text": 0.1, "stage1": 46.0, "stored": 0.2, "stage2": 17.0, "decode": 1.75, "keep": 0.3}
+#: Events after which a run is taken for one that never ends; the longest here have about 3000.
+ENDLESS = 30_000
+POISON = re.compile(r"\[\[(\w+):(\w+)\]\]")
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}")
+#: What a row may fail for here; `_TOLD` came as an exception of the engine's.
+_TOLD = re.compile("told to fail")
+_REASONS = re.compile("told to fail|by chance|rank 0 died|took longer than|node was lost|no inputs|legal")
+SPEC = EngineSpec("", ModelFiles("", "", ""), Numerics(), "")
+
+
+class Killed(BaseException):
+    """The driver's process ends here."""
+
+
+class StoredLatentsGone(Exception):
+    """Named as the engine's."""
+
+
+class Book:
+    """Work items of requests, without a model's files."""
+
+    checkpoint = SimpleNamespace(transformer={})
+
+    def item(self, request: RenderRequest) -> WorkItem:
+        made_with = recipe()
+        return WorkItem(item_id(request, made_with), request, made_with, recipe_digest(made_with))
+
+
+def hashed(*parts: str) -> str:
+    return hashlib.sha256(":".join(parts).encode()).hexdigest()
+
+
+def undisturbed(item_id: str) -> str:
+    """The latents of an item that goes from stage to stage."""
+    made = hashed("text", item_id)
+    for stage in ("stage1", "stage2"):
+        made = hashed(stage, item_id, made)
+    return made
+
+
+class Stages:
+    """What the replicas do: hashes of the item and of what the stage before made; decode writes a file."""
+
+    def __init__(self, store: Store):
+        self.store, self.decoded = store, Counter()
+
+    def __call__(self, stage: str, item: WorkItem, *inputs: str) -> Any:
+        name = item.item_id
+        if f"[[{stage}:row]]" in item.request.prompt:
+            raise RowError(f"{stage}: this row was told to fail")
+        latents = f"latents/{name[:2]}/{name}.safetensors"
+        if stage == "text":
+            return hashed("text", name)
+        if stage == "stage1":
+            (context,) = inputs
+            return hashed("stage1", name, context)
+        if stage == "stage2":
+            context, stage1 = inputs
+            assert context == hashed("text", name)
+            return hashed("stage2", name, stage1)
+        if stage == "keep":
+            self.store.write_bytes(latents, inputs[0].encode())
+            return latents
+        if stage == "stored":
+            if name[0] < "8" or not self.store.exists(latents):
+                raise StoredLatentsGone(f"{latents}: not there")
+            return self.store.read_bytes(latents).decode()
+        *_, stage2 = inputs
+        self.decoded[name] += 1
+        path = f"clips/{name[:2]}/{name}.mp4"
+        self.store.write_bytes(path, stage2.encode())
+        return Clip(path, hashlib.sha256(stage2.encode()).hexdigest(), stage2, (), "stage_1")
+
+
+class Crew(SimulatedCrew):
+    """Poisons rows, watches what happens, and interrupts the driver after so many events."""
+
+    driver: Driver
+    drain_at = kill_at = -1
+
+    def watched(self, seen: Counter[str]) -> Crew:
+        self.seen, self.waits, self.called = seen, 0, Counter()
+        return self
+
+    def submit(self, replica, stage, item, inputs):
+        self.called[item.item_id] += 1
+        super().submit(replica, stage, item, inputs)
+
+    def fault(self, stage, item):
+        drawn = super().fault(stage, item)
+        for where, fault in POISON.findall(item.request.prompt):
+            if where == stage and fault != "row":
+                drawn = fault
+        if drawn is not None:
+            self.seen[drawn] += 1
+        return drawn
+
+    def wait(self, timeout):
+        self.waits += 1
+        assert self.waits < ENDLESS, "this never ends"
+        known = {name for pool in self.driver.pools for name in pool.replicas}
+        assert known == set(self._replicas), "the driver and its crew know other replicas"
+        if self.waits == self.kill_at:
+            raise Killed
+        if self.waits == self.drain_at:
+            self.driver.request_drain("SIGTERM")
+        news = super().wait(timeout)
+        for one in news:
+            if isinstance(one, InputsLost) or (isinstance(one, Lost) and one.inputs_lost):
+                self.seen["inputs lost"] += 1
+            elif isinstance(one, Lost):
+                kind = "died idle" if one.idle else "node lost" if "node" in one.reason else "gang lost"
+                self.seen[kind if one.served else "failed start"] += 1
+            elif isinstance(one, Answered) and one.report.error_type in ("RowError", "StoredLatentsGone"):
+                self.seen[one.report.error_type] += 1
+        return news
+
+
+class Schedule:
+    """One manifest, one output folder, and what befalls the runs that render it."""
+
+    def __init__(self, seed: int, folder: Path, seen: Counter[str]):
+        self.dice = dice = random.Random(seed)
+        self.seen, self.store = seen, Store(str(folder / "out"))
+        self.k = dice.choice([1, 2, 3, 3])
+        self.pools = self._pools()
+        scale = dice.choice([0.0, 0.3, 1.0])
+        chances = {name: scale * dice.choice([0, 0.02, 0.1]) for name in ("crash", "hang", "out_of_memory")}
+        chances |= {name: scale * dice.choice([0, 0.05]) for name in ("error", "store")}
+        self.faults = Faults(
+            no_start=scale * dice.choice([0, 0.2]), node_seconds=scale and dice.choice([0, 300, 1500]), **chances
+        )
+        self.rows = self._rows()
+        self.manifest = write_jsonl(folder / "rows.jsonl", self.rows)
+        self.runs = 0
+
+    def _pools(self) -> list[PoolSpec]:
+        dice, ranks = self.dice, self.dice.choice([1, 1, 2])
+        self.layout = dice.choice(["split", "mobile", "shared"])
+        self.seen[self.layout] += 1
+
+        def pool(name: str, roles: tuple[str, ...], replicas: int) -> PoolSpec:
+            return PoolSpec(name, roles, replicas, ranks if roles[0] in ("stage1", "stage2") else 1, SPEC)
+
+        first, second = dice.randint(1, 8), dice.randint(1, 4)
+        pools = [pool("text", ("text",), dice.randint(1, 2))]
+        if self.layout == "shared":
+            pools.append(pool("diffusion", ("stage1", "stage2"), first))
+        else:
+            mobile = self.layout == "mobile"
+            pools.append(pool("stage1", ("stage1", "stage2") if mobile else ("stage1",), first))
+            pools.append(pool("stage2", ("stage2", "stage1") if mobile else ("stage2",), second))
+        return [*pools, pool("decode", ("decode", "keep", "stored"), dice.randint(1, 2))]
+
+    def _rows(self) -> list[dict]:
+        dice, rows = self.dice, []
+        for n in range(dice.randint(10, 30)):
+            row = {"id": f"r{n}", "prompt": f"clip {n}"}
+            kind = dice.random()
+            if rows and kind < 0.12:
+                row["prompt"] = dice.choice(rows)["prompt"]
+                self.seen["twin"] += 1
+            elif kind < 0.2:
+                stage = dice.choice(STAGES)
+                fault = dice.choice(["crash", "hang", "out_of_memory", "error", "store", "row"])
+                row["prompt"] += f" [[{stage}:{fault}]]"
+                self.seen["poison"] += 1
+            elif kind < 0.24:
+                row["prompt"] = ""
+                self.seen["illegal"] += 1
+            elif rows and kind < 0.28:
+                row = dict(dice.choice(rows))
+                if not row["prompt"]:  # an illegal row is on record once for each of its places
+                    continue
+                self.seen["repeated"] += 1
+            if kind > 0.9 and row["prompt"]:
+                row["loras"] = []  # judged by itself, not by a template
+            rows.append(row)
+        return rows
+
+    # --- runs ------------------------------------------------------------------------------------
+
+    def run_to_the_end(self) -> None:
+        """Run again until a run comes to its end by itself."""
+        interruptions = [
+            self.dice.choice(["drain", "kill", "none", "fraction"]) for _ in range(self.dice.randint(0, 3))
+        ]
+        for interruption in itertools.chain(interruptions, itertools.repeat("none", 40)):
+            if self.run(interruption):
+                return
+        raise AssertionError("no run came to its end")
+
+    def run(self, interruption: str = "none", manifest: str | None = None) -> bool:
+        """True when nothing is left to do. What was in the index before is not touched."""
+        self.runs += 1
+        before = {row["item_id"] for row in self.index()}
+        crew = self._crew()
+        at = self.dice.randint(1, 150)
+        crew.drain_at, crew.kill_at = (at if interruption == how else -1 for how in ("drain", "kill"))
+        limits = RunLimits(
+            max_attempts=self.k, queue_depth=self.dice.randint(1, 4),
+            max_failed_fraction=self.dice.choice([0.0, 0.1]) if interruption == "fraction" else None,
+        )  # fmt: skip
+        plan = Plan(manifest or self.manifest, RowRules(), Book(), list_done(self.store))  # type: ignore[arg-type]
+        self.books = Books(
+            plan, DatasetWriter(self.store), Publisher(threads=2), EventLog(self.store), Progress(io.StringIO()), "{}"
+        )
+        self.books.metrics = SimpleNamespace(item=lambda outcome: None, call=lambda stage, seconds: None)  # type: ignore
+        preflight = None
+        if self.dice.random() < 0.3:
+            preflight = self._preflight(plan)
+        max_bytes = self.dice.choice([float("inf"), 3.0])
+        crew.driver = driver = Driver(
+            books=self.books,
+            join_cluster=lambda: Joined(
+                crew, self.pools, "{}", max_bytes, preflight, elastic=self.layout != "split" and self.runs % 2 == 0
+            ),
+            stages=STAGES, limits=limits, noise_device="cpu", use_stored=True,
+        )  # fmt: skip
+        try:
+            left = driver.run(plan.open())
+            self.seen["too many failed"] += driver.too_many_failed
+            self.seen["drained"] += left and driver.drain_requested is not None
+            ended = not left
+        except Killed:
+            self.seen["killed"] += 1
+            ended = False
+        except StartFailed:
+            self.seen["gave up starting"] += 1
+            ended = False
+        assert crew.alive == 0, "a replica outlives its run"
+        assert not before & set(crew.called), "rendered again"
+        assert not [name for name, times in crew.make.decoded.items() if times > 1], "rendered twice"
+        if ended and interruption == "none" and driver.drain_requested is None:
+            assert not self.books.work, "items are left in the books"
+        return ended
+
+    def _crew(self) -> Crew:
+        crew = Crew(
+            times=lambda stage, item, dice: SECONDS[stage] * dice.uniform(0.7, 1.5),
+            make=Stages(self.store),
+            seed=self.dice.randrange(2**32),
+            faults=self.faults,
+            nodes=self.dice.randint(1, 4),
+        )
+        return crew.watched(self.seen)
+
+    def _preflight(self, plan: Plan) -> WorkItem:
+        self.seen["preflight"] += 1
+        return replace(plan.book.item(request(prompt="preflight")), preflight=True)
+
+    # --- what came of it -------------------------------------------------------------------------
+
+    def index(self) -> list[dict]:
+        return self._parts("index")
+
+    def failed(self) -> list[dict]:
+        return self._parts("failed")
+
+    def _parts(self, folder: str) -> list[dict]:
+        names = [f"{folder}/{name}" for name in self.store.list(folder) if name.startswith("part-")]
+        return [row for name in names for row in pq.read_table(io.BytesIO(self.store.read_bytes(name))).to_pylist()]
+
+    def check(self) -> None:
+        index, failed = self.index(), self.failed()
+        wanted = {row["id"]: row for row in self.rows}
+        ids = [row["id"] or json.loads(row["manifest_row"])["id"] for row in failed] + [row["id"] for row in index]
+        assert sorted(ids) == sorted(wanted), "every row once, in the index or among the failures"
+        poisoned = {row["id"] for row in self.rows if POISON.search(row["prompt"])}
+        for row in index:
+            assert row["latents_sha256"] == undisturbed(row["item_id"])
+            assert self.store.read_bytes(row["clip"]).decode() == row["latents_sha256"]
+            assert 1 <= row["attempts"] <= self.k
+            assert row["id"] not in poisoned and wanted[row["id"]]["prompt"]
+        for row in failed:
+            self._check_failure(row)
+        left = [p for p in Path(self.store.root).rglob("*") if _TEMPORARY.fullmatch(p.name) or p.name == "_tmp"]
+        assert not left, "temporary files"
+
+    def _check_failure(self, row: dict) -> None:
+        assert row["traceback"] or not _TOLD.search(row["message"])
+        assert _REASONS.search(row["message"]), "it failed for a reason of its own"
+        if not row["prompt"]:
+            assert (row["stage"], row["attempts"]) == ("plan", 0)
+            return
+        assert 1 <= row["attempts"] <= self.k
+        found = POISON.search(row["prompt"])
+        if found is None:
+            assert self.faults != Faults(), f"{row['id']} failed with nothing wrong: {row['message']}"
+            return
+        stage, fault = found.groups()
+        assert STAGES.index("stage1" if row["stage"] == "stored" else row["stage"]) <= STAGES.index(stage)
+        if self.faults == Faults():
+            assert (row["stage"], row["attempts"]) == (stage, 1 if fault == "row" else self.k)
+            assert row["error_class"] == ("row" if fault in ("row", "error") else "infrastructure")
+            assert bool(row["traceback"]) == (fault == "row")

@@ -5,8 +5,8 @@
                           [--folder /tmp/ltx-ray-clip] [--against reference] [--reference .ref]
                           [--json figures.json] [--check] [--record]
 
-Random weights at the released widths (scripts/realfiles.py), with as many blocks as --layers says: 48 are the release,
-fewer take less disk and time. At each number of layers (scripts/cliprun.py), one after the other on the same files:
+Random weights at the released widths (scripts/bench/model_files.py), with as many blocks as --layers says: 48 are the release,
+fewer take less disk and time. At each number of layers (scripts/bench/clip_runs.py), one after the other on the same files:
 
 ours       `ltx_ray.run.render` of --clips rows in a process of its own, on a private Ray cluster, laid out as the
            product does it: on one card, text, decode and a replica that serves both stages in turns share it.
@@ -50,8 +50,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts import cliprun
-from scripts.baselines import Baselines, check
+from scripts.bench import clip_runs
+from scripts.bench.baselines import Baselines, check
 
 RELEASED_LAYERS = 48
 #: Seconds of merging again at 48 layers, clean weights and factors in pinned host memory (docs/benchmarks.md).
@@ -187,10 +187,10 @@ def _files(arguments: argparse.Namespace, folder: Path, layers: int) -> dict[str
         from ltx_ray.toy import ToyShape, make_toy_model
 
         return make_toy_model(folder / "model", shape=ToyShape(layers=layers))
-    from scripts import realfiles
+    from scripts.bench import model_files
 
     gemma_layers = arguments.gemma_layers or layers
-    return realfiles.write_model(folder / "model", layers, gemma_layers, arguments.connector_layers)
+    return model_files.write_model(folder / "model", layers, gemma_layers, arguments.connector_layers)
 
 
 def main() -> int:
@@ -219,9 +219,9 @@ def main() -> int:
                 if limit <= 0:
                     raise RuntimeError(f"the {arguments.budget:.0f} s of --budget are used up")
                 if side == _REFERENCE:
-                    figures = cliprun.reference(arguments, files, folder, limit)
+                    figures = clip_runs.reference(arguments, files, folder, limit)
                 else:
-                    figures = cliprun.ours(arguments, files, folder, limit, precision=side.split()[1])
+                    figures = clip_runs.ours(arguments, files, folder, limit, precision=side.split()[1])
             except (RuntimeError, AssertionError, OSError) as error:
                 print(f"{layers} layers: {side} FAILED after {time.monotonic() - since:.0f} s: {error}", flush=True)
                 wrong = 1

@@ -7,7 +7,7 @@ One CUDA GPU; random weights at real widths, the same for every side, made anew 
 one side's are there at a time. Passes are text-to-video at sigma 0.7, batch 1, 1,024 text tokens. Stage 1 has half the
 height and width of --shape and is measured twice: the full pass ("cond") and the one whose streams do not see each
 other ("isolated"). Medians of CUDA events between passes that follow one another without a pause. The skeleton
-(scripts/skeleton.py) runs before and after ours, so that drifting clocks show. ltx_core is the reference v1.2.0
+(scripts/bench/skeleton.py) runs before and after ours, so that drifting clocks show. ltx_core is the reference v1.2.0
 from PYTHONPATH, called as its pipelines call it (a timestep for every token; --peer-levels one: one for all) with
 the attention that it chooses itself.
 """
@@ -41,10 +41,10 @@ from ltx_ray.model.transformer import Modality, Perturbation, Transformer
 from ltx_ray.parallel.fp8 import row_scale_of, store
 from ltx_ray.records import AV
 from ltx_ray.shapes import ClipShape
-from scripts import dit_peers, realsize
-from scripts.baselines import Baselines, check
-from scripts.dit_peers import Case
-from scripts.skeleton import Lengths, Skeleton, flops, plan
+from scripts.bench import dit_implementations, released_widths
+from scripts.bench.baselines import Baselines, check
+from scripts.bench.dit_implementations import Case
+from scripts.bench.skeleton import Lengths, Skeleton, flops, plan
 
 GIB = 2**30
 TEXT = 1024
@@ -130,7 +130,7 @@ def build_ours(case: Case, precision: str) -> Transformer:
     with torch.device("meta"):
         model = Transformer(case.config)
     pack(model, case.device, case.dtype, precision)
-    realsize.fill(model, case.device, case.dtype, store)
+    released_widths.fill(model, case.device, case.dtype, store)
     return model
 
 
@@ -193,7 +193,7 @@ class Bench:
         return frozenset(k.removesuffix(".weight") for k, p in model.named_parameters() if row_scale_of(p) is not None)
 
     def run_peer(self, name: str, fp8: frozenset[str]) -> None:
-        missing = [module for module in dit_peers.NEEDS[name] if importlib.util.find_spec(module) is None]
+        missing = [module for module in dit_implementations.NEEDS[name] if importlib.util.find_spec(module) is None]
         if missing:
             print(f"{name}: SKIPPED, this Python has no {', '.join(missing)}")
             return
@@ -203,7 +203,7 @@ class Bench:
 
     def _run_peer(self, name: str, fp8: frozenset[str]) -> None:
         a = self.arguments
-        peer = dit_peers.BUILDERS[name](self.case, fp8=fp8, compiled=a.compile_peers, levels=a.peer_levels)
+        peer = dit_implementations.BUILDERS[name](self.case, fp8=fp8, compiled=a.compile_peers, levels=a.peer_levels)
         print(f"{name}: {peer.note}", flush=True)
         for which in self.passes:
             isolated = which == "isolated"
@@ -311,8 +311,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--plain", action="store_true", help="our plain forward in place of the fused one")
     a = parser.parse_args()
     a.against = [name for name in a.against.split(",") if name]
-    if unknown := set(a.against) - set(dit_peers.BUILDERS):
-        parser.error(f"--against {','.join(sorted(unknown))}; legal: {', '.join(dit_peers.BUILDERS)}")
+    if unknown := set(a.against) - set(dit_implementations.BUILDERS):
+        parser.error(f"--against {','.join(sorted(unknown))}; legal: {', '.join(dit_implementations.BUILDERS)}")
     a.shape = a.shape or ("128x192x17" if a.tiny else "1088x1920x121")
     if a.plain and a.precision == "fp8":
         parser.error("--plain has no fp8")
@@ -346,7 +346,7 @@ def main() -> int:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     height, width, frames = (int(n) for n in a.shape.split("x"))
     clip = ClipShape(frames, height, width, 24.0)
-    metadata = realsize.metadata(a.layers, a.tiny)
+    metadata = released_widths.metadata(a.layers, a.tiny)
     case = Case.random(metadata, clip.half() if a.stage == 1 else clip, TEXT, device, getattr(torch, a.dtype))
     tokens = f"{case.shape.video_tokens} video, {case.shape.audio_latents} audio and {TEXT} text tokens"
     print(f"{name}, torch {torch.__version__}: {tokens}, {a.key}, attention {a.attention}")

@@ -8,7 +8,7 @@ memory     what planning holds above the start at --rows rows and what each row 
            anonymous and shared memory of the process and of those it started, after collection and trimming. Held
            to 300 MB at a million rows and 24 bytes a row beyond.
 policy     rows a second that the real driver takes from a plan through four stages to the end, with replicas in
-           virtual time and nothing written but its log (scripts/fakedrive.py), and what it holds on to for each
+           virtual time and nothing written but its log (scripts/bench/simulated_driver.py), and what it holds on to for each
            finished row. Held to 1,000 rows a second, and to the same 24 bytes.
 simulation --simulated replicas in virtual time, with an H100's seconds, clips of three sizes, twice the steps in the
            second half of the manifest, and crashes and lost nodes: the part of the time of the replicas of the
@@ -16,7 +16,7 @@ simulation --simulated replicas in virtual time, with an H100's seconds, clips o
            the best fixed split.
 ray-data   rows a second of `ltx_ray.run.render` and of a Ray Data pipeline of `map_batches` actor stages, one after the
            other, on private clusters of the same logical slots; stages sleep an HQ clip's seconds on an H100,
-           divided by --speedup, and turning one of our replicas sleeps too (scripts/fakework.py). Ray Data has the
+           divided by --speedup, and turning one of our replicas sleeps too (scripts/bench/sleeping_stages.py). Ray Data has the
            best fixed split and the best of --settings; our driver chooses its own split unless --fixed. Held to a
            ratio of 1.0 with the line full: between the first and the last tenth of the clips. Then the same
            without any sleep, as information: what a row costs each driver that costs nothing itself.
@@ -47,7 +47,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts import fakework
+from scripts.bench import sleeping_stages
 
 MB = 10**6
 TARGET_ROWS, TARGET_PLANNING, TARGET_MEMORY, TARGET_SLOPE, TARGET_RATIO = 10**6, 50_000, 300 * MB, 24, 1.0
@@ -87,7 +87,7 @@ def prepared(manifest: str) -> Any:
     from ltx_ray.config import ModelFiles
     from ltx_ray.run import Options, prepare
 
-    return prepare(Options(manifest=manifest, output=None, model=ModelFiles("", "", "", provider=fakework.TOY)))
+    return prepare(Options(manifest=manifest, output=None, model=ModelFiles("", "", "", provider=sleeping_stages.TOY)))
 
 
 # --- planning ------------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ def memory(arguments: argparse.Namespace, folder: Path) -> None:
 def complete(manifest: str, rows: int) -> dict[str, Any]:
     """The driver over the first `rows` rows with 40 replicas, and bytes above the start at a half and at the end."""
     from ltx_ray.config import Selection
-    from scripts import fakedrive
+    from scripts.bench import simulated_driver
 
     plan = prepared(manifest).plan
     plan.selection = Selection(limit=rows)
@@ -179,7 +179,7 @@ def complete(manifest: str, rows: int) -> dict[str, Any]:
         if number in (rows // 2, rows - 5000):
             held[number] = held_bytes() - start
 
-    figures = fakedrive.drive(plan, fakedrive.lay_out(40, None), weigh=weigh)
+    figures = simulated_driver.drive(plan, simulated_driver.lay_out(40, None), weigh=weigh)
     (first, low), (last, high) = sorted(held.items())
     return figures | {"held": high, "slope": (high - low) / (last - first)}
 
@@ -199,11 +199,13 @@ def policy(arguments: argparse.Namespace, folder: Path) -> None:
 
 def simulate(manifest: str, replicas: int, split: tuple[int, int] | None) -> dict[str, Any]:
     from ltx_ray.pools.simulated import Faults
-    from scripts import fakedrive
+    from scripts.bench import simulated_driver
 
     # a node of eight is lost every quarter of an hour, a call in a thousand kills its gang or fails
     faults = Faults(crash=0.0005, error=0.0003, out_of_memory=0.0002, node_seconds=900.0)
-    return fakedrive.drive(prepared(manifest).plan, fakedrive.lay_out(replicas, split), faults=faults, mixed=True)
+    return simulated_driver.drive(
+        prepared(manifest).plan, simulated_driver.lay_out(replicas, split), faults=faults, mixed=True
+    )
 
 
 def simulation(arguments: argparse.Namespace, folder: Path) -> None:
@@ -237,8 +239,8 @@ def simulation(arguments: argparse.Namespace, folder: Path) -> None:
 
 def ray_data(arguments: argparse.Namespace, folder: Path) -> None:
     packages, manifest = _requirements(), _manifest(folder, arguments.clips)
-    split = fakework.best_split(arguments.replicas)
-    stage1, stage2 = fakework.STAGE_SECONDS["stage1"], fakework.STAGE_SECONDS["stage2"]
+    split = sleeping_stages.best_split(arguments.replicas)
+    stage1, stage2 = sleeping_stages.STAGE_SECONDS["stage1"], sleeping_stages.STAGE_SECONDS["stage2"]
     fixed, free = min(split[0] / stage1, split[1] / stage2), arguments.replicas / (stage1 + stage2)
     print(
         f"ray-data  {arguments.clips:,} rows; text 1, {arguments.replicas} replicas, decode 1; an H100's seconds over "
@@ -249,19 +251,19 @@ def ray_data(arguments: argparse.Namespace, folder: Path) -> None:
 
     def ours(speed: dict[str, str]) -> dict[str, float]:
         return alone(
-            "scripts.fakework:run_ours", speed, **common, output=_empty(folder / "ours"),
+            "scripts.bench.sleeping_stages:run_ours", speed, **common, output=_empty(folder / "ours"),
             split=split if arguments.fixed else None, queue_depth=arguments.queue_depth,
         )  # fmt: skip
 
     def theirs(speed: dict[str, str], rows_a_block: int, in_flight: int) -> dict[str, float]:
         return alone(
-            "scripts.fakework:run_ray_data", speed | {"PYTHONPATH": f"{ROOT}{os.pathsep}{packages}"}, **common,
+            "scripts.bench.sleeping_stages:run_ray_data", speed | {"PYTHONPATH": f"{ROOT}{os.pathsep}{packages}"}, **common,
             output=_empty(folder / "theirs"), split=split, rows_a_block=rows_a_block, in_flight=in_flight,
         )  # fmt: skip
 
     def compare(speedup: float, settings: list[tuple[int, int]]) -> tuple[float, float]:
         """Ours over the best of Ray Data's: rows a second with the line full, and of the whole run."""
-        speed = {fakework.SPEEDUP: str(speedup)}
+        speed = {sleeping_stages.SPEEDUP: str(speedup)}
         runs: dict[str, list[dict[str, float]]] = {}
         print(_COLUMNS)
         # in turns, so that whatever else the machine does is shared
@@ -320,7 +322,7 @@ def _requirements() -> str:
 def _manifest(folder: Path, rows: int) -> str:
     path = folder / f"rows-{rows}.parquet"
     if not path.exists():
-        fakework.write_manifest(str(path), rows)
+        sleeping_stages.write_manifest(str(path), rows)
     return str(path)
 
 

@@ -24,17 +24,17 @@ from ltx_ray.model.fused import FusedTransformer
 from ltx_ray.model.graphs import GraphedTransformer
 from ltx_ray.model.transformer import Modality
 from ltx_ray.shapes import ClipShape
-from scripts import dit_peers, realsize
-from scripts.baselines import Baselines, check
+from scripts.bench import dit_implementations, released_widths
+from scripts.bench.baselines import Baselines, check
+from scripts.bench.dit_implementations import Case
 from scripts.bench_dit import TEXT, _best_attention, build_ours, errors, measure, on_host
-from scripts.dit_peers import Case
 
 SHAPES = "512x768x121,704x1280x121,1920x1088x121,1088x1920x65,512x768x257"
 
 
 def cases(arguments: argparse.Namespace, device: torch.device) -> dict[str, Case]:
     """By shape and stage."""
-    metadata, found = realsize.metadata(arguments.layers), {}
+    metadata, found = released_widths.metadata(arguments.layers), {}
     for text in arguments.shapes.split(","):
         height, width, frames = (int(n) for n in text.split("x"))
         clip = ClipShape(frames, height, width, 24.0)
@@ -82,18 +82,18 @@ def main() -> int:
     gc.collect()
     torch.cuda.empty_cache()
     figures = {f"dit.{key.replace(' stage ', '.stage')}.layers{arguments.layers}.ms": ms for key, ms in times.items()}
-    missing = [module for module in dit_peers.NEEDS["ltx-core"] if importlib.util.find_spec(module) is None]
+    missing = [module for module in dit_implementations.NEEDS["ltx-core"] if importlib.util.find_spec(module) is None]
     peer = None
     if missing:
         print(f"ltx-core: SKIPPED, this Python has no {', '.join(missing)}")
     else:
-        peer = dit_peers.ltx_core_model(first)
-        dit_peers.ltx_core_compiled(peer)
+        peer = dit_implementations.ltx_core_model(first)
+        dit_implementations.ltx_core_compiled(peer)
     print(f"{'shape':28} {'tokens':>7} {'ours ms':>9} {'reference ms':>13} {'faster by':>9}  error (video, audio)")
     for key, case in todo.items():
         line = f"{key:28} {case.shape.video_tokens:7} {times[key]:9.2f}"
         if peer is not None:
-            call = partial(dit_peers.ltx_core_call(peer, case, "token"), False)
+            call = partial(dit_implementations.ltx_core_call(peer, case, "token"), False)
             found = errors(outputs[key], on_host(call()))
             theirs = measure("reference", call, device, arguments.repeat, arguments.warm).ms
             line += f" {theirs:13.2f} {theirs / times[key]:9.3f}  {found[0]:.1e} {found[1]:.1e}"

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from scripts.baselines import FILE, Baselines, check
+from scripts.bench.baselines import FILE, Baselines, check
 
 H100, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
 

@@ -96,7 +96,7 @@ def run_ours(
                 wanted=Wanted(stage1=stage1, stage2=stage2),
                 ray_address=address,
                 limits=RunLimits() if queue_depth is None else RunLimits(queue_depth=queue_depth),
-                engines=dict.fromkeys(("text", "diffusion", "decode"), "scripts.fakework:SleepingEngine"),
+                engines=dict.fromkeys(("text", "diffusion", "decode"), "scripts.bench.sleeping_stages:SleepingEngine"),
             )
         )
     assert code == 0, f"render ended with {code}"

@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 _PROMPTS = (
     "a woman walks slowly through the old market while the camera follows her in soft morning light",
     "an aerial view of the river and the forest in autumn with birds singing",

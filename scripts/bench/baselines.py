@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-FILE = Path(__file__).with_suffix(".json")
+FILE = Path(__file__).resolve().parents[1] / "baselines.json"
 #: What two runs of the same code may differ by.
 TOLERANCE = 0.05
 

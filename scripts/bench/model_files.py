@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """A whole model at the released widths with random bfloat16 weights, for the benchmarks that render clips.
 
-    scripts/realfiles.py FOLDER [--layers 12] [--gemma-layers 12] [--connector-layers 8]
+    scripts/bench/model_files.py FOLDER [--layers 12] [--gemma-layers 12] [--connector-layers 8]
 
 Writes what a user downloads: the single file, the distilled LoRA of rank 384, the spatial upsampler and a Gemma
 directory. Smaller than the release are only the depths given, Gemma's vocabulary (the toy's tokenizer, 1,024 words
@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from ltx_ray.toy import gemma, weights
 from ltx_ray.toy.config import MODEL_VERSION, ToyShape, checkpoint_config, upsampler_config

@@ -12,7 +12,7 @@ FA3_MODULES = ("fa3_fwd_interface", "flash_attn_interface")
 
 
 @dataclass(frozen=True)
-class LoraFile:
+class LoraSpec:
     """A user LoRA declared with --lora: `name` is the file's stem, `strength` the default of rows."""
 
     name: str
@@ -29,7 +29,7 @@ class ModelFiles:
     gemma_root: str
     spatial_upsampler_path: str
     distilled_lora: str | None = None
-    loras: tuple[LoraFile, ...] = ()
+    loras: tuple[LoraSpec, ...] = ()
     #: Whether the checkpoint is the distilled one, which serves the distilled pipeline alone.
     distilled: bool = False
     provider: str | None = None

@@ -25,19 +25,19 @@ from ltx_ray.checkpoints.checkpoint import (
 )
 from ltx_ray.checkpoints.lora import check_lora
 from ltx_ray.config import ModelFiles, Numerics, PoolSpec, RunLimits, Selection
-from ltx_ray.dataset.existing import Done, list_done
+from ltx_ray.dataset.existing import ExistingRows, list_existing
 from ltx_ray.dataset.repair import repair
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.driver.events import EventLog
 from ltx_ray.driver.policy import STAGES
 from ltx_ray.driver.progress import Progress
 from ltx_ray.manifest.reader import RawRow, manifest_folder
-from ltx_ray.manifest.rules import Problem, Row, RowRules, check_defaults, judge
+from ltx_ray.manifest.rules import Row, RowProblem, RowRules, check_defaults, judge
 from ltx_ray.placement.cluster import Cluster
-from ltx_ray.placement.memory import Room, can_share
+from ltx_ray.placement.memory import MemoryBudget, can_share
 from ltx_ray.placement.numerics import check as check_numerics
-from ltx_ray.placement.sizing import Wanted
-from ltx_ray.planning.plan import TODO, Plan, PlannedRow, RecipeBook
+from ltx_ray.placement.sizing import ParallelConfig
+from ltx_ray.planning.plan import TODO, ItemBuilder, Plan, PlannedRow
 from ltx_ray.pools.pool import StartFailed
 from ltx_ray.presets import served_pipelines
 from ltx_ray.records import LoraUse, WorkItem, canonical_json
@@ -76,7 +76,7 @@ class Options:
     share_cards: str = "auto"
     noise_device: str = "model"
     row_defaults: Mapping[str, Any] = field(default_factory=dict)
-    wanted: Wanted = Wanted()  # noqa: RUF009 (frozen)
+    parallel: ParallelConfig = ParallelConfig()  # noqa: RUF009 (frozen)
     device: str = "auto"
     ray_address: str | None = None
     selection: Selection = Selection()  # noqa: RUF009 (frozen)
@@ -109,14 +109,14 @@ class Prepared:
 def prepare(options: Options) -> Prepared:
     """Check everything that needs no GPU and no Ray. Raises ValueError for a user's mistake.
 
-    What the dataset has already is for the caller to list into `plan.done`: once, and when it may be read.
+    What the dataset has already is for the caller to list into `plan.existing`: once, and when it may be read.
     """
     model = options.model.local()
     checkpoint = open_checkpoint(model.checkpoint_path)
-    wanted = options.wanted
+    parallel = options.parallel
     check_transformer(checkpoint)
-    check_parallel(checkpoint, wanted.tp, wanted.stage2_tp, wanted.sequence_parallel)
-    wanted.check(model.distilled)
+    check_parallel(checkpoint, parallel.tp, parallel.stage2_tp, parallel.sequence_parallel)
+    parallel.check(model.distilled)
     check_upsampler(model.spatial_upsampler_path)
     check_gemma(model.gemma_root)
     loras = ([model.distilled_lora] if model.distilled_lora else []) + [lora.path for lora in model.loras]
@@ -129,10 +129,10 @@ def prepare(options: Options) -> Prepared:
         noise_device=options.noise_device,
         attention=options.attention,
         compile=options.compile,
-        tp=wanted.tp,
-        stage2_tp=wanted.tp_of_stage2,
-        guidance_parallel=wanted.guidance_parallel,
-        sequence_parallel=wanted.sequence_parallel,
+        tp=parallel.tp,
+        stage2_tp=parallel.tp_of_stage2,
+        guidance_parallel=parallel.guidance_parallel,
+        sequence_parallel=parallel.sequence_parallel,
     )
     check_numerics(numerics)
     # rows that are retried or promoted stand in another file than the one their paths count from
@@ -147,8 +147,8 @@ def prepare(options: Options) -> Prepared:
     plan = Plan(
         manifest=options.manifest,
         rules=rules,
-        book=RecipeBook(model, numerics),
-        done=Done(),
+        builder=ItemBuilder(model, numerics),
+        existing=ExistingRows(),
         selection=options.selection,
         samples=options.samples_per_prompt,
         retry_failed=options.retry_failed,
@@ -173,7 +173,7 @@ def render(options: Options) -> int:
     cluster = Cluster(
         address=options.ray_address,
         device=options.device,
-        wanted=options.wanted,
+        parallel=options.parallel,
         numerics=prepared.numerics,
         model=options.model,
         model_bytes=prepared.checkpoint.size,
@@ -187,10 +187,10 @@ def render(options: Options) -> int:
     try:
         # under the lease: what another run finished while this one waited is done, and nobody else mends
         clean_stale(store, _STALE_SECONDS)
-        prepared.plan.done = list_done(store)
-        repair(store, prepared.plan.done, progress.say)
+        prepared.plan.existing = list_existing(store)
+        repair(store, prepared.plan.existing, progress.say)
         if options.promote is not None:
-            rows = _promoted(rows, options.promote, prepared.plan.done)
+            rows = _promoted(rows, options.promote, prepared.plan.existing)
         return _drive(prepared, rows, cluster, store, run_id, progress, lease)
     finally:
         cluster.leave()
@@ -211,9 +211,9 @@ def _drive(
     progress: Progress,
     lease: Lease,
 ) -> int:
-    from ltx_ray.driver.loop import Driver, Joined
+    from ltx_ray.driver.loop import Driver, JoinedCluster
     from ltx_ray.driver.publisher import Publisher
-    from ltx_ray.driver.tracker import Books
+    from ltx_ray.driver.tracker import RowTracker
 
     options = prepared.options
     _keep_older_run(store)
@@ -223,38 +223,38 @@ def _drive(
     events.emit("run_started", run_id=run_id)
     events.flush()
 
-    def join_cluster() -> Joined:
-        from ltx_ray.pools.ray_replicas import RayCrew
+    def join_cluster() -> JoinedCluster:
+        from ltx_ray.pools.ray_replicas import RayReplicaSet
 
         record.pools, record.numerics = cluster.join()
         room = None
         if cluster.gpu is not None and record.numerics.device == "cuda":
             model = options.model.local()
-            room = Room(prepared.checkpoint, model, record.pools, record.numerics, cluster.gpu)
+            room = MemoryBudget(prepared.checkpoint, model, record.pools, record.numerics, cluster.gpu)
             room.check()
         _drain_on_signals(driver)  # Ray has put a handler of its own in the way
-        record.write("running", books.counts)
+        record.write("running", tracker.counts)
         replicas = {pool.name: pool.replicas for pool in record.pools}
-        events.emit("cluster_joined", pools=replicas, tp=options.wanted.tp, device=record.numerics.device)
-        return Joined(
-            RayCrew(options.limits.start_timeout, options.limits.call_timeout),
+        events.emit("cluster_joined", pools=replicas, tp=options.parallel.tp, device=record.numerics.device)
+        return JoinedCluster(
+            RayReplicaSet(options.limits.start_timeout, options.limits.call_timeout),
             record.pools,
             canonical_json(record.numerics),
             cluster.max_bytes,
             _preflight_item(prepared) if options.preflight and max(replicas.values()) > 1 else None,
-            elastic=options.wanted.max_replicas is not None,
+            elastic=options.parallel.max_replicas is not None,
             problem=room.problem if room is not None else lambda request: None,
         )
 
     def note_drain() -> None:
-        record.write("draining", books.counts)
+        record.write("draining", tracker.counts)
 
     # an object store answers each write late, but many at once
     publisher = Publisher(threads=2 if store.is_local else 16)
     writer = DatasetWriter(store.hurried(_INDEX_PATIENCE))
-    books = Books(prepared.plan, writer, publisher, events, progress, canonical_json(record.versions))
+    tracker = RowTracker(prepared.plan, writer, publisher, events, progress, canonical_json(record.versions))
     driver = Driver(
-        books=books,
+        tracker=tracker,
         join_cluster=join_cluster,
         stages=("text", "stage1", "decode") if options.stop_after else STAGES,
         limits=options.limits,
@@ -270,7 +270,7 @@ def _drive(
     try:
         drained = driver.run(rows)
         state = "drained" if drained else "finished"
-        bad = books.counts["failed"] + books.counts["illegal"]
+        bad = tracker.counts["failed"] + tracker.counts["illegal"]
         code = EXIT_DRAINED if drained else EXIT_FAILED_ROWS if bad else EXIT_OK
         if driver.too_many_failed:
             code = EXIT_FAILED_ROWS
@@ -286,12 +286,12 @@ def _drive(
         for number, handler in handlers.items():
             signal.signal(number, handler)
         if not lease.lost:  # the records are another run's by now
-            record.write(state, books.counts)
-            events.emit("run_finished", state=state, counts=record.counts(books.counts))
+            record.write(state, tracker.counts)
+            events.emit("run_finished", state=state, counts=record.counts(tracker.counts))
             events.flush()
             if not driver.drain_requested:  # who asked to stop does not want to wait for a page of pictures
-                _write_report(store, books.counts["rows"], progress)
-    progress.say(_summary(state, record.counts(books.counts), options.output))
+                _write_report(store, tracker.counts["rows"], progress)
+    progress.say(_summary(state, record.counts(tracker.counts), options.output))
     return code
 
 
@@ -307,7 +307,7 @@ def say_missing_ids(plan: Plan, say: Callable[[str], None]) -> None:
         say(f"--ids: {len(plan.unmet)} ids are not in {plan.manifest}, such as {shown}")
 
 
-def _promoted(rows: Iterator[PlannedRow], items: frozenset[str], done: Done) -> Iterator[PlannedRow]:
+def _promoted(rows: Iterator[PlannedRow], items: frozenset[str], done: ExistingRows) -> Iterator[PlannedRow]:
     """The rows of these items; one that would now be another item than its preview, or has no latents, is illegal."""
     for planned in rows:
         if planned.status == TODO and planned.item_id not in items and done.has_preview(planned.item_id, planned.key):
@@ -318,7 +318,7 @@ def _promoted(rows: Iterator[PlannedRow], items: frozenset[str], done: Done) -> 
                 "(or it has no latents)"
             )
             row = planned.row
-            planned = PlannedRow.illegal(Row(row.raw, None, (Problem("preview", planned.id, legal),)))
+            planned = PlannedRow.illegal(Row(row.raw, None, (RowProblem("preview", planned.id, legal),)))
         yield planned
 
 
@@ -328,7 +328,7 @@ def _preflight_item(prepared: Prepared) -> WorkItem | None:
     if not prepared.options.model.distilled:
         values["num_inference_steps"] = 2
     request = judge(RawRow("preflight", 1, values), prepared.plan.rules).request
-    return replace(prepared.plan.book.item(request), preflight=True) if request is not None else None
+    return replace(prepared.plan.builder.item(request), preflight=True) if request is not None else None
 
 
 def _drain_on_signals(driver) -> dict[int, Any]:
@@ -384,7 +384,7 @@ class _RunRecord:
             "checkpoint": self._prepared.checkpoint.path,
             "model_version": self._prepared.checkpoint.model_version,
             "pools": {p.name: p.replicas for p in self.pools},
-            "tp": options.wanted.tp,
+            "tp": options.parallel.tp,
             "numerics": json.loads(canonical_json(self.numerics)),
             "device": self.numerics.device,
             "counts": self.counts(counts),

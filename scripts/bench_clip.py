@@ -5,8 +5,9 @@
                           [--folder /tmp/ltx-ray-clip] [--against reference] [--reference .ref]
                           [--json figures.json] [--check] [--record]
 
-Random weights at the released widths (scripts/bench/model_files.py), with as many blocks as --layers says: 48 are the release,
-fewer take less disk and time. At each number of layers (scripts/bench/clip_runs.py), one after the other on the same files:
+Random weights at the released widths (scripts/bench/model_files.py), with as many blocks as --layers says: 48 are the
+release, fewer take less disk and time. At each number of layers, one after the other on the same files
+(scripts/bench/clip_runs.py):
 
 ours       `ltx_ray.run.render` of --clips rows in a process of its own, on a private Ray cluster, laid out as the
            product does it: on one card, text, decode and a replica that serves both stages in turns share it.

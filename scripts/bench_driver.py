@@ -8,18 +8,19 @@ memory     what planning holds above the start at --rows rows and what each row 
            anonymous and shared memory of the process and of those it started, after collection and trimming. Held
            to 300 MB at a million rows and 24 bytes a row beyond.
 policy     rows a second that the real driver takes from a plan through four stages to the end, with replicas in
-           virtual time and nothing written but its log (scripts/bench/simulated_driver.py), and what it holds on to for each
-           finished row. Held to 1,000 rows a second, and to the same 24 bytes.
+           virtual time and nothing written but its log (scripts/bench/simulated_driver.py), and what it
+           holds on to for each finished row. Held to 1,000 rows a second, and to the same 24 bytes.
 simulation --simulated replicas in virtual time, with an H100's seconds, clips of three sizes, twice the steps in the
            second half of the manifest, and crashes and lost nodes: the part of the time of the replicas of the
            diffusion stages that is useful, with replicas that move, against every fixed split. Held to 97 %, and to
            the best fixed split.
 ray-data   rows a second of `ltx_ray.run.render` and of a Ray Data pipeline of `map_batches` actor stages, one after the
            other, on private clusters of the same logical slots; stages sleep an HQ clip's seconds on an H100,
-           divided by --speedup, and turning one of our replicas sleeps too (scripts/bench/sleeping_stages.py). Ray Data has the
-           best fixed split and the best of --settings; our driver chooses its own split unless --fixed. Held to a
-           ratio of 1.0 with the line full: between the first and the last tenth of the clips. Then the same
-           without any sleep, as information: what a row costs each driver that costs nothing itself.
+           divided by --speedup, and turning one of our replicas sleeps too (scripts/bench/sleeping_stages.py).
+           Ray Data has the best fixed split and the best of --settings; our driver chooses its own split unless
+           --fixed. Held to a ratio of 1.0 with the pipeline full: between the first and the last tenth of the
+           clips. Then the same without any sleep, as information: what a row costs each driver that costs nothing
+           itself.
            "below" is the CPU time of all processes of the cluster.
 
 Every measurement runs in a process of its own. Ray Data needs pandas (scripts/requirements-bench.txt), which goes into
@@ -257,9 +258,14 @@ def ray_data(arguments: argparse.Namespace, folder: Path) -> None:
 
     def theirs(speed: dict[str, str], rows_a_block: int, in_flight: int) -> dict[str, float]:
         return alone(
-            "scripts.bench.sleeping_stages:run_ray_data", speed | {"PYTHONPATH": f"{ROOT}{os.pathsep}{packages}"}, **common,
-            output=_empty(folder / "theirs"), split=split, rows_a_block=rows_a_block, in_flight=in_flight,
-        )  # fmt: skip
+            "scripts.bench.sleeping_stages:run_ray_data",
+            speed | {"PYTHONPATH": f"{ROOT}{os.pathsep}{packages}"},
+            **common,
+            output=_empty(folder / "theirs"),
+            split=split,
+            rows_a_block=rows_a_block,
+            in_flight=in_flight,
+        )
 
     def compare(speedup: float, settings: list[tuple[int, int]]) -> tuple[float, float]:
         """Ours over the best of Ray Data's: rows a second with the line full, and of the whole run."""

@@ -25,7 +25,7 @@ from ltx_ray.cli.options import (
     run_options,
 )
 from ltx_ray.config import Selection
-from ltx_ray.dataset.existing import list_done
+from ltx_ray.dataset.existing import list_existing
 from ltx_ray.records import canonical_json
 from ltx_ray.run import EXIT_FAILED_ROWS, EXIT_OK, EXIT_USAGE, Options, prepare, render, say_missing_ids
 from ltx_ray.storage.store import Store, join
@@ -87,7 +87,7 @@ def retry_command(output: str = typer.Argument(help="a dataset; its failed rows 
     """Render the rows that failed in OUTPUT again, also those that were themselves at fault."""
     manifest = join(output, "failed")
     _check_dataset(output)
-    if not list_done(Store(output)).failed_count:
+    if not list_existing(Store(output)).failed_count:
         typer.echo(f"nothing failed in {output}")
         return EXIT_OK
     return render(build_options(manifest, output, values, retry_failed=True))
@@ -143,7 +143,7 @@ def plan_command(
     for warning in prepared.warnings:
         typer.echo(warning, err=True)
     if output:
-        plan.done = list_done(Store(output))
+        plan.existing = list_existing(Store(output))
     listed = 0
     for planned in plan.open():
         if planned.status == ILLEGAL:

@@ -13,10 +13,10 @@ import typer
 import yaml
 
 from ltx_ray.checkpoints.checkpoint import held_by
-from ltx_ray.config import LoraFile, ModelFiles, RunLimits, Selection
+from ltx_ray.config import LoraSpec, ModelFiles, RunLimits, Selection
 from ltx_ray.manifest.columns import COLUMNS
 from ltx_ray.placement.numerics import ATTENTION, COMPILE
-from ltx_ray.placement.sizing import Wanted
+from ltx_ray.placement.sizing import ParallelConfig
 from ltx_ray.run import Options
 
 #: Models that `--model` knows: functions that make the files on any node.
@@ -172,7 +172,7 @@ def build_options(manifest: str, output: str | None, values: dict[str, Any], ret
         share_cards=values.get("share_cards", "auto"),
         noise_device=values["noise_device"],
         row_defaults=defaults,
-        wanted=Wanted(
+        parallel=ParallelConfig(
             tp=values.get("tp", 1),
             stage2_tp=values.get("stage2_tp"),
             guidance_parallel=at_least("guidance_parallel", values.get("guidance_parallel", 1), 1),
@@ -239,7 +239,7 @@ def _model_files(values: dict[str, Any]) -> ModelFiles:
     )
 
 
-def lora_files(pairs: list[tuple[str, float]]) -> tuple[LoraFile, ...]:
+def lora_files(pairs: list[tuple[str, float]]) -> tuple[LoraSpec, ...]:
     """Declared LoRAs from (path, strength); ValueError when two have one name.
 
     A name is the file's stem, that of PEFT's adapter_model.safetensors its folder.
@@ -250,7 +250,7 @@ def lora_files(pairs: list[tuple[str, float]]) -> tuple[LoraFile, ...]:
         folder = os.path.basename(os.path.dirname(os.path.abspath(path)))
         return folder if stem == "adapter_model" and folder else stem
 
-    files = tuple(LoraFile(name(path), path, strength) for path, strength in pairs)
+    files = tuple(LoraSpec(name(path), path, strength) for path, strength in pairs)
     names = [file.name for file in files]
     for name in names:
         if names.count(name) > 1:

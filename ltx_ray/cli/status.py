@@ -12,7 +12,7 @@ from typing import Any
 from ltx_ray.checkpoints.diffusers_layout import COMPONENTS, generation, read_config
 from ltx_ray.checkpoints.lora import open_lora
 from ltx_ray.checkpoints.safetensors import TensorInfo, read_header
-from ltx_ray.dataset.existing import list_done
+from ltx_ray.dataset.existing import list_existing
 from ltx_ray.driver.progress import duration
 from ltx_ray.storage.lease import holder
 from ltx_ray.storage.store import Store
@@ -39,7 +39,7 @@ def status_lines(output: str) -> list[str]:
         run = {}
     if not isinstance(run, dict):
         run = {}
-    done = list_done(store)
+    done = list_existing(store)
     kinds = done.failed_kinds
     lines = [
         f"run {run.get('run_id', '?')}: {_state(run, store)}",

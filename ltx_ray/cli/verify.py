@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ltx_ray.dataset.existing import list_done
+from ltx_ray.dataset.existing import list_existing
 from ltx_ray.dataset.layout import FAILED_SCHEMA, INDEX_SCHEMA, index_part, row_key
 from ltx_ray.dataset.repair import repair, set_aside
 from ltx_ray.manifest.columns import COLUMNS
@@ -35,7 +35,7 @@ _ASIDE = "run ltx-ray verify --repair: it is set aside, and its row has a part o
 
 
 @dataclass(frozen=True)
-class Problem:
+class Finding:
     """What is wrong with a file of the dataset. `aside`: how its part is to be renamed so that it is mended."""
 
     file: str
@@ -79,7 +79,7 @@ def verify(
         lease.acquire(say)
     try:
         if mend:
-            repair(store, list_done(store), say)
+            repair(store, list_existing(store), say)
         found, problems, mended = _Found(), 0, 0
         for problem in itertools.chain(_check_index(store, found, sample), _check_failed(store, found)):
             problems += 1
@@ -113,7 +113,7 @@ def verify(
 # --- the index against the clips --------------------------------------------------------------------
 
 
-def _check_index(store: Store, found: _Found, sample: int) -> Iterator[Problem]:
+def _check_index(store: Store, found: _Found, sample: int) -> Iterator[Finding]:
     names = [name for name in store.list("index") if not name.startswith(("_", "."))]
     by_folder = {key: list(group) for key, group in itertools.groupby(names, lambda name: name[5:7])}
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -136,30 +136,30 @@ def _batched(names: list[str]) -> Iterator[list[str]]:
     return (names[start : start + size] for start in range(0, len(names), size))
 
 
-def _check_part(store: Store, name: str) -> tuple[str, list[dict[str, Any]], list[Problem]]:
+def _check_part(store: Store, name: str) -> tuple[str, list[dict[str, Any]], list[Finding]]:
     """Its rows, and what is wrong with it."""
     file = f"index/{name}"
     try:
         table = pq.read_table(io.BytesIO(store.read_bytes(file)))
     except (pa.ArrowException, ValueError) as error:
         what = f"cannot be read as Parquet ({_line(error)})"
-        return name, [], [Problem(file, None, what, _AGAIN, "unreadable")]
+        return name, [], [Finding(file, None, what, _AGAIN, "unreadable")]
     schema = table.schema.remove_metadata()
     if not schema.equals(INDEX_SCHEMA):
         wrong = [c.name for c in INDEX_SCHEMA if c.name not in schema.names or schema.field(c.name).type != c.type]
         what = f"has not the columns of an index ({', '.join(wrong) or 'more, or another order'})"
-        return name, [], [Problem(file, None, what, _AGAIN, "unreadable")]
+        return name, [], [Finding(file, None, what, _AGAIN, "unreadable")]
     rows = table.to_pylist()
     if len(rows) != 1:
-        return name, rows, [Problem(file, None, f"holds {len(rows)} rows, legal: 1", _AGAIN, "unreadable")]
+        return name, rows, [Finding(file, None, f"holds {len(rows)} rows, legal: 1", _AGAIN, "unreadable")]
     [row] = rows
     if not row["item_id"] or not row["id"]:
-        return name, [], [Problem(file, row["id"], "its row has no id or no item_id", _AGAIN, "unreadable")]
+        return name, [], [Finding(file, row["id"], "its row has no id or no item_id", _AGAIN, "unreadable")]
     if name != (due := index_part(row["item_id"], row_key(row["id"]))):
         what = f"is not named after its row (that would be {due})"
-        return name, rows, [Problem(file, row["id"], what, _ASIDE, "duplicate")]
+        return name, rows, [Finding(file, row["id"], what, _ASIDE, "duplicate")]
     if (what := _wrong_clip(store, row)) is not None:
-        return name, rows, [Problem(file, row["id"], what, _AGAIN, "lost")]
+        return name, rows, [Finding(file, row["id"], what, _AGAIN, "lost")]
     return name, rows, []
 
 
@@ -180,12 +180,12 @@ def _wrong_clip(store: Store, row: dict[str, Any]) -> str | None:
     return None
 
 
-def _count(row: dict[str, Any], name: str, found: _Found, good: bool, sample: int) -> Iterator[Problem]:
+def _count(row: dict[str, Any], name: str, found: _Found, good: bool, sample: int) -> Iterator[Finding]:
     found.counts["rows"] += 1
     found.counts["clips"] += row["clip"] is not None
     both = _short_hash(f"{row['item_id']} {row['id']}")
     if both in found.ids and good:
-        yield Problem(f"index/{name}", row["id"], "the row is in another part too", _ASIDE, "duplicate")
+        yield Finding(f"index/{name}", row["id"], "the row is in another part too", _ASIDE, "duplicate")
     alone = _short_hash(row["id"])
     found.counts["shared"] += alone in found.ids and both not in found.ids
     found.ids |= {both, alone}
@@ -196,7 +196,7 @@ def _count(row: dict[str, Any], name: str, found: _Found, good: bool, sample: in
         add(found.sample, (-_short_hash(row["item_id"]), name, row))
 
 
-def _check_failed(store: Store, found: _Found) -> Iterator[Problem]:
+def _check_failed(store: Store, found: _Found) -> Iterator[Finding]:
     for name in store.list("failed"):
         if name.startswith(("_", ".")):
             continue
@@ -208,7 +208,7 @@ def _check_failed(store: Store, found: _Found) -> Iterator[Problem]:
             continue  # rendered since
         except (pa.ArrowException, ValueError, KeyError) as error:
             what = f"cannot be read as a table of failed rows ({_line(error)})"
-            yield Problem(f"failed/{name}", None, what, "delete it; ltx-ray render of its manifest tries the row again")
+            yield Finding(f"failed/{name}", None, what, "delete it; ltx-ray render of its manifest tries the row again")
 
 
 # --- a sample rendered again ------------------------------------------------------------------------
@@ -216,7 +216,7 @@ def _check_failed(store: Store, found: _Found) -> Iterator[Problem]:
 
 def _render_again(
     rows: list[dict[str, Any]], options: Callable[[str, str], Options], say: Callable[[str], None]
-) -> Iterator[Problem]:
+) -> Iterator[Finding]:
     """Render `rows` once more, each by its own recipe's numbers, and compare what can be compared."""
 
     def numbers(row: dict[str, Any]) -> tuple[str, str, str]:
@@ -245,11 +245,11 @@ def _render_again(
 
 def _compare(
     row: dict[str, Any], made: dict[str, Any] | None, failed: dict[str, Any] | None, say: Callable[[str], None]
-) -> Iterator[Problem]:
+) -> Iterator[Finding]:
     file = f"index/{index_part(row['item_id'], row_key(row['id']))}"
     if made is None:
         why = failed["message"] if failed else "the run ended before it"
-        yield Problem(file, row["id"], f"could not be rendered again ({_line(why)})", "mend that and verify again")
+        yield Finding(file, row["id"], f"could not be rendered again ({_line(why)})", "mend that and verify again")
     elif made["item_id"] != row["item_id"]:
         what = "other weights or LoRAs" if made["recipe_digest"] != row["recipe_digest"] else "other images"
         say(f"{file} ({row['id']}): not comparable: it was rendered with {what} than are given now")
@@ -261,7 +261,7 @@ def _compare(
         say(f"{file} ({row['id']}): not comparable: it was rendered on {then}, and now on {now}, where bits may differ")
     else:
         what = f"renders to latents {made['latents_sha256']}, the index has {row['latents_sha256']}"
-        yield Problem(file, row["id"], what, "see `versions` of both: a library or a kernel has changed its bits")
+        yield Finding(file, row["id"], what, "see `versions` of both: a library or a kernel has changed its bits")
 
 
 def _manifest_row(row: dict[str, Any]) -> dict[str, Any]:

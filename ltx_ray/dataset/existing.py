@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import pyarrow.fs as pafs
 
-from ltx_ray.storage.id_table import Records
+from ltx_ray.storage.id_table import IdTable
 from ltx_ray.storage.store import Store
 
 _ITEM, _KEY = "([0-9a-f]{32})", "([0-9a-f]{8})"
@@ -24,7 +24,7 @@ class _Pairs:
     """A set of (item_id, row key), or of item ids alone (key ""): hex digits outside, bytes inside."""
 
     def __init__(self, width: int):
-        self.records = Records(width, cap=None)
+        self.records = IdTable(width, cap=None)
         self.dropped: set[tuple[str, str]] = set()
 
     def __len__(self) -> int:
@@ -66,7 +66,7 @@ class _Pairs:
             self.dropped.add((item_id, key))
 
 
-class Done:
+class ExistingRows:
     """Finished and failed rows of a dataset, and the items with stored latents or previews.
 
     An item is named by 32 hex digits, a row of it by the 8 of its key. `add_row` and `drop_row` keep the rows
@@ -145,7 +145,7 @@ class Done:
 class Known:
     """Says for a batch of items whether asking Done for rows can find any: one search in place of one for each."""
 
-    def __init__(self, rows: Records, heads: Sequence[bytes]):
+    def __init__(self, rows: IdTable, heads: Sequence[bytes]):
         self._rows, self._settled, self._version = rows, rows.settled(heads), rows.version
 
     def may_have(self, head: bytes) -> bool:
@@ -153,12 +153,12 @@ class Known:
         return head in self._settled or self._version != self._rows.version or self._rows.recent(head)
 
 
-def list_done(store: Store) -> Done:
+def list_existing(store: Store) -> ExistingRows:
     """What is done and what has failed. Names that are not ours are passed over.
 
     On a local disk names are taken one by one; an object store's listing passes through memory once.
     """
-    done = Done()
+    done = ExistingRows()
     done._rows.load(_digits(_PART, _names(store, "index")))
     done._previews.load(_digits(_PART, _names(store, "previews")))
     done._latents.load(_digits(_LATENTS, _names(store, "latents")))

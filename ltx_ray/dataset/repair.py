@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ltx_ray.dataset.existing import Done
+from ltx_ray.dataset.existing import ExistingRows
 from ltx_ray.dataset.layout import INDEX_SCHEMA, index_part, row_key
 from ltx_ray.dataset.writer import one_row
 from ltx_ray.storage.store import Store
@@ -56,7 +56,7 @@ class Repaired:
         return [f"repaired: {_names(names)} {why}" for why, names in told.items() if names]
 
 
-def repair(store: Store, done: Done, say: Callable[[str], None]) -> Repaired:
+def repair(store: Store, done: ExistingRows, say: Callable[[str], None]) -> Repaired:
     """Put right what listings (and on a local disk the first bytes of clips) show to be wrong, and `done` with it.
 
     To be called under the lease, before rows are planned. Raises OSError when the store does not answer.
@@ -144,7 +144,7 @@ def _index(store: Store) -> Iterator[tuple[str, int]]:
         yield from sorted(pair for pair in store.sizes("index").items() if not pair[0].startswith(("_", ".")))
 
 
-def _adopt(store: Store, done: Done, name: str) -> list[str] | None:
+def _adopt(store: Store, done: ExistingRows, name: str) -> list[str] | None:
     """Give the rows of an oddly named part that are in no other the parts they should have; None: unreadable."""
     try:
         table = pq.read_table(io.BytesIO(store.read_bytes(f"index/{name}"))).cast(INDEX_SCHEMA)

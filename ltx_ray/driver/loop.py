@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 
 from ltx_ray.config import PoolSpec, RunLimits
 from ltx_ray.dataset.writer import Failure
-from ltx_ray.driver.policy import Policy, Verdict
+from ltx_ray.driver.policy import Policy, RetryDecision
 from ltx_ray.driver.publisher import Publisher
-from ltx_ray.driver.tracker import Books, Work, first_line
-from ltx_ray.manifest.rules import Problem
+from ltx_ray.driver.tracker import RowTracker, TrackedItem, first_line
+from ltx_ray.manifest.rules import RowProblem
 from ltx_ray.planning.identity import merged_for
 from ltx_ray.planning.plan import PlannedRow
 from ltx_ray.pools.pool import Pool, StartFailed
-from ltx_ray.pools.protocol import Answered, Crew, InputsLost, Lost, News, Started
+from ltx_ray.pools.protocol import CallFinished, InputsLost, ReplicaEvent, ReplicaLost, ReplicaSet, ReplicaStarted
 from ltx_ray.records import CallReport, RenderRequest, WorkItem
 
 _TICK_SECONDS = 0.5
@@ -32,10 +32,10 @@ _FROM_STORED = ("text", "stored", "stage2", "decode")
 
 
 @dataclass(frozen=True)
-class Joined:
+class JoinedCluster:
     """The cluster of a run: its crew, its pools, and the numerics that they render with (JSON)."""
 
-    crew: Crew
+    replica_set: ReplicaSet
     pools: list[PoolSpec]
     numerics: str
     #: What the results of items in flight may take of the object store, in bytes.
@@ -45,7 +45,7 @@ class Joined:
     #: The cluster grows and shrinks with what is asked of it: replicas are given back when no row needs them.
     elastic: bool = False
     #: Why none of the replicas can render a row; None when one can.
-    problem: Callable[[RenderRequest], Problem | None] = lambda request: None
+    problem: Callable[[RenderRequest], RowProblem | None] = lambda request: None
 
 
 class Driver:
@@ -54,8 +54,8 @@ class Driver:
     def __init__(
         self,
         *,
-        books: Books,
-        join_cluster: Callable[[], Joined],
+        tracker: RowTracker,
+        join_cluster: Callable[[], JoinedCluster],
         stages: tuple[str, ...],
         limits: RunLimits,
         noise_device: str,
@@ -65,15 +65,15 @@ class Driver:
     ):
         """`use_stored`: begin with the stored latents of stage 1 where there are some. `on_drain` is called once when
         the run begins to drain, `should_stop` at every turn: a reason to drain, or None."""
-        self.books, self.limits, self.noise_device = books, limits, noise_device
-        self.events, self.progress, self.counts = books.events, books.progress, books.counts
+        self.tracker, self.limits, self.noise_device = tracker, limits, noise_device
+        self.events, self.progress, self.counts = tracker.events, tracker.progress, tracker.counts
         self.policy = Policy(queue_depth=limits.queue_depth, max_attempts=limits.max_attempts, stages=stages)
         self.pools: list[Pool] = []
         self.too_many_failed = False
         self.drain_requested: str | None = None
         self._join_cluster, self._on_drain, self._use_stored = join_cluster, on_drain, use_stored
         self._should_stop = should_stop
-        self._joined: Joined | None = None
+        self._joined: JoinedCluster | None = None
         self._brought_up = False
         self._preflight: str | None = None
         self._gpu_seconds = 0.0
@@ -96,7 +96,7 @@ class Driver:
         The cluster is joined when the first row is to be rendered, so that a run without work needs none. Rows that
         have no room on its GPUs are refused as illegal ones are, before they are dispatched.
         """
-        publisher, ended = self.books.publisher, False
+        publisher, ended = self.tracker.publisher, False
         try:
             while True:
                 if reason := self.drain_requested or self._should_stop():
@@ -105,8 +105,8 @@ class Driver:
                 if self.policy.busy:
                     self._bring_up()
                     self._dispatch()
-                    for news in self._crew.wait(self._patience()):
-                        self._attend(news)
+                    for event in self._replica_set.wait(self._patience()):
+                        self._attend(event)
                     self._check_placing()
                     if self.policy.draining and self._preflight is None:
                         # a stage 1 that is done need not be done again
@@ -127,20 +127,20 @@ class Driver:
             if not ended:
                 publisher.close(finish=False)
             if self._joined is not None:
-                self._joined.crew.close()
-        left = bool(self.policy.busy) or not self.books.exhausted or bool(self._saved)
-        self.books.close(complete=self.books.exhausted and not left)
+                self._joined.replica_set.close()
+        left = bool(self.policy.busy) or not self.tracker.exhausted or bool(self._saved)
+        self.tracker.close(complete=self.tracker.exhausted and not left)
         self._show(force=True)
         return self.policy.draining and left
 
     def _patience(self) -> float:
         """Seconds to wait for news: a written row, or one that may be read, wakes nobody."""
-        if self.books.publisher.pending:
+        if self.tracker.publisher.pending:
             return _TICK_SECONDS / 20
-        return 0.0 if not self.books.exhausted and self.policy.room() else _TICK_SECONDS
+        return 0.0 if not self.tracker.exhausted and self.policy.room() else _TICK_SECONDS
 
     def _at_an_end(self) -> bool:
-        if self.books.exhausted and not self.policy.busy and not self.books.publisher.pending:
+        if self.tracker.exhausted and not self.policy.busy and not self.tracker.publisher.pending:
             return True
         if self.policy.idle_when_drained() or time.monotonic() > self._drain_until:
             return True
@@ -149,30 +149,30 @@ class Driver:
         return self.policy.draining and bool(self.pools) and not decoding and not self.policy.running
 
     @property
-    def _crew(self) -> Crew:
+    def _replica_set(self) -> ReplicaSet:
         assert self._joined is not None
-        return self._joined.crew
+        return self._joined.replica_set
 
     # --- rows ------------------------------------------------------------------------------------
 
     def _admit(self, rows: Iterator[PlannedRow]) -> None:
         """Take rows while there is room for them."""
         taken = 0
-        while not self.books.exhausted and taken < _ROWS_A_TURN and self.books.publisher.pending < Publisher.FULL:
+        while not self.tracker.exhausted and taken < _ROWS_A_TURN and self.tracker.publisher.pending < Publisher.FULL:
             room = min(self.policy.room(), _ROWS_A_TURN - taken)
             if not room:
                 return
             taken += room
-            for work in self.books.take(rows, room):
+            for work in self.tracker.take(rows, room):
                 self._admit_item(work)
 
-    def _admit_item(self, work: Work) -> None:
+    def _admit_item(self, work: TrackedItem) -> None:
         item = work.item
         problem = self._join().problem(item.request)
         if problem is not None:
-            self.books.refuse(work, problem)
+            self.tracker.refuse(work, problem)
             return
-        done = self.books.plan.done
+        done = self.tracker.plan.existing
         # a row that failed by no fault of its own may have its latents on the node that kept them
         stored = self._use_stored and (
             done.has_latents(item.item_id) or done.failure(item.item_id, work.rows[0].key) == "infra"
@@ -181,7 +181,7 @@ class Driver:
 
     # --- replicas --------------------------------------------------------------------------------
 
-    def _join(self) -> Joined:
+    def _join(self) -> JoinedCluster:
         if self._joined is None:
             joined = self._joined = self._join_cluster()
             self.pools = [Pool(spec, max_starts_failed=self.limits.max_attempts + 1) for spec in joined.pools]
@@ -196,7 +196,7 @@ class Driver:
                 # under a name of its own: a row may ask for the very same clip
                 item = replace(joined.preflight, item_id="preflight")
                 self._preflight = item.item_id
-                self.books.work[self._preflight] = Work(item, [])
+                self.tracker.work[self._preflight] = TrackedItem(item, [])
                 self.policy.admit(self._preflight, merged_for(item.request), first=True)
         if self.policy.draining:
             return
@@ -204,15 +204,15 @@ class Driver:
         everywhere = all(served.issuperset(pool.spec.roles) for pool in self.pools)
         if joined.elastic and not everywhere:
             # who waits for a second place must not have the one that a first replica waits for
-            for name in self._crew.placing():
+            for name in self._replica_set.placing():
                 if (pool := self._pool(name)).ready:
                     self._give_back(pool, name, "another pool has none")
         first = self._preflight is not None or (joined.elastic and not everywhere)
         for pool in self.pools:
             for name in pool.missing(at_most=1 if first else None):
-                self._crew.start(name, pool.spec)
+                self._replica_set.start(name, pool.spec)
                 self.events.emit("gang_starting", role=pool.spec.name, replica=name)
-        if joined.elastic and self.books.exhausted:
+        if joined.elastic and self.tracker.exhausted:
             for name in self.policy.spare():
                 pool = self._pool(name)
                 pool.spec = replace(pool.spec, replicas=pool.spec.replicas - 1)
@@ -223,7 +223,7 @@ class Driver:
         self._account_for(pool, name)
         self.policy.leave(name, given_back=True)
         del pool.replicas[name]
-        self._crew.kill(name)
+        self._replica_set.kill(name)
         self.events.emit("gang_given_back", role=pool.spec.name, replica=name, reason=why)
 
     def _pool(self, replica: str) -> Pool:
@@ -231,21 +231,21 @@ class Driver:
 
     def _dispatch(self) -> None:
         while (dispatch := self.policy.next_dispatch()) is not None:
-            work = self.books.work[dispatch.item]
+            work = self.tracker.work[dispatch.item]
             if dispatch.moved:
                 self.events.emit("role_moved", replica=dispatch.replica, to=dispatch.stage)
             made = [work.payloads.get(stage) for stage in ("stage1", "stage2")]
             if dispatch.stage not in ("decode", "keep"):
                 made = [work.payloads.get("text"), *made] if dispatch.stage in ("stage1", "stage2") else []
             self._began[dispatch.replica] = time.monotonic()
-            self._crew.submit(
+            self._replica_set.submit(
                 dispatch.replica, dispatch.stage, work.item, [handle for handle in made if handle is not None]
             )
 
     def _check_placing(self) -> None:
         """A replica may wait for a place as long as others do the work meanwhile."""
         served = {role for pool in self.pools if pool.ready for role in pool.spec.roles}
-        for name, seconds in self._crew.placing().items():
+        for name, seconds in self._replica_set.placing().items():
             pool = self._pool(name)
             if seconds > self.limits.start_timeout and not served.issuperset(pool.spec.roles):
                 spec = pool.spec
@@ -256,33 +256,33 @@ class Driver:
 
     # --- news ------------------------------------------------------------------------------------
 
-    def _attend(self, news: News) -> None:
-        if isinstance(news, Answered):
-            self._answered(news)
-        elif isinstance(news, Started):
-            pool = self._pool(news.replica)
-            pool.started(news.replica)
-            self._check_device(news)
-            self.policy.join(news.replica, pool.spec.roles)
+    def _attend(self, event: ReplicaEvent) -> None:
+        if isinstance(event, CallFinished):
+            self._answered(event)
+        elif isinstance(event, ReplicaStarted):
+            pool = self._pool(event.replica)
+            pool.started(event.replica)
+            self._check_device(event)
+            self.policy.join(event.replica, pool.spec.roles)
             self.events.emit(
-                "gang_started", role=pool.spec.name, replica=news.replica, ranks=news.ranks,
-                seconds=round(news.seconds, 3),
+                "gang_started", role=pool.spec.name, replica=event.replica, ranks=event.ranks,
+                seconds=round(event.seconds, 3),
             )  # fmt: skip
-        elif isinstance(news, Lost):
-            self._lost(news)
-        elif isinstance(news, InputsLost):
-            item = self.policy.item_of(news.replica)
+        elif isinstance(event, ReplicaLost):
+            self._lost(event)
+        elif isinstance(event, InputsLost):
+            item = self.policy.item_of(event.replica)
             assert item is not None
-            self.events.emit("inputs_lost", replica=news.replica, item_id=item, reason=news.reason)
+            self.events.emit("inputs_lost", replica=event.replica, item_id=item, reason=event.reason)
             stage = self.policy.stage_of(item)
             # what was to be kept is gone
             verdict = self.policy.row_failed(item) if stage == "keep" else self.policy.inputs_lost(item)
             self._forget_results(item)
-            self._judge(verdict, stage, news.reason, "")
+            self._judge(verdict, stage, event.reason, "")
 
-    def _check_device(self, news: Started) -> None:
+    def _check_device(self, event: ReplicaStarted) -> None:
         """Noise drawn on a GPU depends on its model, so the stages of a run must not span several."""
-        for rank in news.ranks:
+        for rank in event.ranks:
             name = rank.get("device_name")
             if not name or self.noise_device == "cpu":
                 continue
@@ -293,35 +293,35 @@ class Driver:
                 )
             self._device_name = name
 
-    def _lost(self, news: Lost, traceback: str = "") -> None:
+    def _lost(self, event: ReplicaLost, traceback: str = "") -> None:
         """A replica has been killed."""
-        pool = self._pool(news.replica)
-        self.progress.say(f"{news.replica} lost: {news.reason}")
-        self.events.emit("gang_lost", role=pool.spec.name, replica=news.replica, reason=news.reason)
-        self._account_for(pool, news.replica)
-        item = self.policy.item_of(news.replica)
+        pool = self._pool(event.replica)
+        self.progress.say(f"{event.replica} lost: {event.reason}")
+        self.events.emit("gang_lost", role=pool.spec.name, replica=event.replica, reason=event.reason)
+        self._account_for(pool, event.replica)
+        item = self.policy.item_of(event.replica)
         stage = self.policy.stage_of(item) if item else ""
-        charged = not (news.idle or news.node_lost)
-        verdict = self.policy.leave(news.replica, charged, news.inputs_lost)
+        charged = not (event.idle or event.node_lost)
+        verdict = self.policy.leave(event.replica, charged, event.inputs_lost)
         if verdict is not None:
-            if news.inputs_lost:
+            if event.inputs_lost:
                 self._forget_results(verdict.item)
-            self._judge(verdict, stage, news.reason, traceback)
-        pool.lost(news.replica, news.served, news.reason)
-        if news.idle:
-            pool.died_idle(news.reason)
+            self._judge(verdict, stage, event.reason, traceback)
+        pool.lost(event.replica, event.served, event.reason)
+        if event.idle:
+            pool.died_idle(event.reason)
 
-    def _answered(self, news: Answered) -> None:
-        report, pool = news.report, self._pool(news.replica)
-        name = self.policy.item_of(news.replica)
+    def _answered(self, event: CallFinished) -> None:
+        report, pool = event.report, self._pool(event.replica)
+        name = self.policy.item_of(event.replica)
         assert name is not None
-        work, stage = self.books.work[name], self.policy.stage_of(name)
-        self._note(pool, news.replica, work, stage, report)
+        work, stage = self.tracker.work[name], self.policy.stage_of(name)
+        self._note(pool, event.replica, work, stage, report)
         if report.replica_error or report.error_type in _BREAKS_THE_GANG:
-            self._crew.kill(news.replica)
+            self._replica_set.kill(event.replica)
             kind = "" if report.replica_error else f"{report.error_type}: "
-            reason = f"{stage}: {news.where}: {kind}{report.message}"
-            self._lost(Lost(news.replica, reason, served=True), report.traceback or "")
+            reason = f"{stage}: {event.where}: {kind}{report.message}"
+            self._lost(ReplicaLost(event.replica, reason, served=True), report.traceback or "")
             if report.replica_error:
                 pool.faulted(reason)
         elif report.error_type == "StoredLatentsGone":
@@ -337,17 +337,17 @@ class Driver:
         else:
             pool.worked()
             work.info.update(report.info)
-            work.payloads["stage1" if stage == "stored" else stage] = news.payload
+            work.payloads["stage1" if stage == "stored" else stage] = event.payload
             if stage in ("stage1", "stage2"):
                 work.device = report.device
             # a tiny clip says nothing of how long the others take
             measured = (None,) if work.item.preflight else (report.seconds, report.switch_seconds, report.nbytes)
             if self.policy.finished(name, *measured):
-                self._finish(work, stage, news)
+                self._finish(work, stage, event)
             elif self.policy.stage_of(name) == "decode":
                 work.payloads.pop("text")  # only the stages themselves read the contexts
 
-    def _note(self, pool: Pool, replica: str, work: Work, stage: str, report: CallReport) -> None:
+    def _note(self, pool: Pool, replica: str, work: TrackedItem, stage: str, report: CallReport) -> None:
         self._began.pop(replica, None)
         card_seconds = report.seconds * pool.spec.gpus_per_rank * pool.spec.ranks
         self._gpu_seconds += card_seconds
@@ -365,41 +365,43 @@ class Driver:
                 "switch", role=pool.spec.name, replica=replica, to=stage,
                 seconds=round(report.switch_seconds, 3), clean_weights=report.info.get("clean_weights"),
             )  # fmt: skip
-        self.books.metrics.call(stage, report.seconds)
+        self.tracker.metrics.call(stage, report.seconds)
 
     def _account_for(self, pool: Pool, replica: str) -> None:
         """A call that never came back has used its cards, too."""
         if (began := self._began.pop(replica, None)) is not None:
             self._gpu_seconds += (time.monotonic() - began) * pool.spec.gpus_per_rank * pool.spec.ranks
 
-    def _finish(self, work: Work, stage: str, news: Answered) -> None:
-        result = self._crew.result(news.payload)
+    def _finish(self, work: TrackedItem, stage: str, event: CallFinished) -> None:
+        result = self._replica_set.result(event.payload)
         if stage == "keep" and work.failure is None:
-            del self.books.work[work.item.item_id]
+            del self.tracker.work[work.item.item_id]
             self.events.emit("latents_saved", item_id=work.item.item_id, id=work.name, place=result)
         elif stage == "keep":
             failure = work.failure
-            self.books.fail(work, replace(failure, message=f"{failure.message} (latents kept in {result})"))
+            self.tracker.fail(work, replace(failure, message=f"{failure.message} (latents kept in {result})"))
         elif work.item.preflight:
-            del self.books.work[work.item.item_id]
+            del self.tracker.work[work.item.item_id]
             self._preflight = None
             seconds = sum(work.seconds.values())
             self.events.emit("preflight", seconds=round(seconds, 3))
             self.progress.say(f"preflight: a clip of one frame group went through every pool in {seconds:.1f} s")
         else:
-            self.books.finish(work, result, self._joined.numerics)
+            self.tracker.finish(work, result, self._joined.numerics)
 
     def _forget_results(self, item: str) -> None:
-        if (work := self.books.work.get(item)) is not None:
+        if (work := self.tracker.work.get(item)) is not None:
             work.payloads.clear()
 
     # --- verdicts --------------------------------------------------------------------------------
 
-    def _judge(self, verdict: Verdict, stage: str, message: str, traceback: str, kind: str = "infrastructure") -> None:
-        work = self.books.work[verdict.item]
+    def _judge(
+        self, verdict: RetryDecision, stage: str, message: str, traceback: str, kind: str = "infrastructure"
+    ) -> None:
+        work = self.tracker.work[verdict.item]
         if stage == "keep":
             if not verdict.retry and work.failure is not None:
-                self.books.fail(work, work.failure)
+                self.tracker.fail(work, work.failure)
             return
         work.attempts = verdict.attempts
         if verdict.retry:
@@ -414,7 +416,7 @@ class Driver:
             work.failure = failure
             self.policy.admit(verdict.item, path=("keep",), attempts=self.limits.max_attempts)
         else:
-            self.books.fail(work, failure)
+            self.tracker.fail(work, failure)
 
     # --- housekeeping ----------------------------------------------------------------------------
 
@@ -450,7 +452,7 @@ class Driver:
         done = self.counts["rendered"] + self.counts["already_done"]
         if not (self.progress.due(done + failed) or force):
             return
-        total = self.counts["rows"] if self.books.exhausted else None
+        total = self.counts["rows"] if self.tracker.exhausted else None
         running = Counter(self.policy.stage_of(item) for item in self.policy.running.values())
         starting = sum(len(pool.replicas) - pool.ready for pool in self.pools)
         doing = ", ".join(f"{stage} {n}" for stage, n in sorted(running.items()))

@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from ltx_ray.driver.queue import Line
+from ltx_ray.driver.queue import FairQueue
 
 STAGES = ("text", "stage1", "stage2", "decode")
 #: Every stage there is, upstream first: "stored" fetches the latents of stage 1 in place of rendering them,
@@ -54,7 +54,7 @@ class Dispatch:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class RetryDecision:
     """What became of an item after a failure: tried again, or given up after `attempts`."""
 
     item: str
@@ -126,7 +126,7 @@ class Policy:
     _items: dict[str, _Item] = field(default_factory=dict)
     _replicas: dict[str, _Replica] = field(default_factory=dict)
     #: Items that wait for a stage, by what comes after it.
-    _lines: dict[str, dict[str | None, Line]] = field(default_factory=lambda: {stage: {} for stage in ORDER})
+    _lines: dict[str, dict[str | None, FairQueue]] = field(default_factory=lambda: {stage: {} for stage in ORDER})
     #: Idle replicas by each stage that they serve at home, in the order in which they became idle.
     _idle: dict[str, dict[str, None]] = field(default_factory=lambda: {stage: {} for stage in ORDER})
     _servers: Counter[str] = field(default_factory=Counter)
@@ -154,7 +154,7 @@ class Policy:
 
     def leave(
         self, replica: str, charged: bool = True, inputs_lost: bool = False, given_back: bool = False
-    ) -> Verdict | None:
+    ) -> RetryDecision | None:
         """A replica is gone, and with it the call it was in. The item it held is charged an attempt; one that is not
         to be `charged` is when that happens too often, unless we have `given_back` the replica ourselves. With
         `inputs_lost` it starts over as in `inputs_lost`."""
@@ -219,18 +219,18 @@ class Policy:
         self._waits(item)
         return False
 
-    def row_failed(self, item: str) -> Verdict:
+    def row_failed(self, item: str) -> RetryDecision:
         """The row itself is at fault: it is given up at once."""
         state = self._release(item)
         self._forget(item)
-        return Verdict(item, retry=False, attempts=state.attempts)
+        return RetryDecision(item, retry=False, attempts=state.attempts)
 
-    def call_failed(self, item: str) -> Verdict:
+    def call_failed(self, item: str) -> RetryDecision:
         """The call failed and the replica lives: an attempt is charged."""
         self._release(item)
         return self._failed(item, charged=True)
 
-    def inputs_lost(self, item: str, path: tuple[str, ...] | None = None) -> Verdict:
+    def inputs_lost(self, item: str, path: tuple[str, ...] | None = None) -> RetryDecision:
         """Results of earlier stages are gone: the item starts over (on `path`, when its old one leads nowhere), charged
         only when it happens too often."""
         self._release(item)
@@ -316,7 +316,7 @@ class Policy:
 
     # --- what may run ----------------------------------------------------------------------------
 
-    def _open_lines(self, stage: str) -> list[Line]:
+    def _open_lines(self, stage: str) -> list[FairQueue]:
         """Lines before `stage` of which an item may run now."""
         if self.draining and stage not in _LAST:
             return []
@@ -340,7 +340,7 @@ class Policy:
 
     # --- who runs it -----------------------------------------------------------------------------
 
-    def _suited(self, stage: str, lines: list[Line]) -> str:
+    def _suited(self, stage: str, lines: list[FairQueue]) -> str:
         """The idle replica that has merged what a waiting item needs, else the one that has been idle longest."""
         for name in self._idle[stage]:
             replica = self._replicas[name]
@@ -392,7 +392,7 @@ class Policy:
         replica.home = stage
         self._lives(replica, 1)
 
-    def _assign(self, name: str, stage: str, lines: list[Line], moved: bool = False) -> Dispatch:
+    def _assign(self, name: str, stage: str, lines: list[FairQueue], moved: bool = False) -> Dispatch:
         replica = self._replicas[name]
         same = replica.phase == stage
 
@@ -402,7 +402,7 @@ class Policy:
             # what another replica has merged is better left to it
             return 2 if self._merged[stage, kind] else 1
 
-        line = min(lines, key=Line.oldest)
+        line = min(lines, key=FairQueue.oldest)
         _, kind, passed_over = line.oldest()
         if passed_over < self.patience:
             line = min(lines, key=lambda line: line.best(preference)[:2])
@@ -431,7 +431,7 @@ class Policy:
 
     def _waits(self, item: str) -> None:
         state = self._items[item]
-        line = self._lines[state.stage].setdefault(state.following, Line())
+        line = self._lines[state.stage].setdefault(state.following, FairQueue())
         line.push(item, state.order, state.kinds.get(state.stage))
 
     def _rests(self, name: str) -> None:
@@ -454,7 +454,7 @@ class Policy:
     def _forget(self, item: str) -> None:
         self._held -= sum(self._items.pop(item).held.values())
 
-    def _starts_over(self, item: str, path: tuple[str, ...] | None = None) -> Verdict:
+    def _starts_over(self, item: str, path: tuple[str, ...] | None = None) -> RetryDecision:
         state = self._items[item]
         state.at, state.path = 0, path or state.path
         self._held -= sum(state.held.values())
@@ -462,12 +462,12 @@ class Policy:
         state.restarts += 1
         return self._failed(item, charged=state.restarts > self.max_restarts)
 
-    def _failed(self, item: str, charged: bool) -> Verdict:
+    def _failed(self, item: str, charged: bool) -> RetryDecision:
         state = self._items[item]
         if charged and state.attempts >= self.max_attempts:
             self._forget(item)
-            return Verdict(item, retry=False, attempts=state.attempts)
+            return RetryDecision(item, retry=False, attempts=state.attempts)
         if charged:
             state.attempts += 1
         self._waits(item)
-        return Verdict(item, retry=True, attempts=state.attempts)
+        return RetryDecision(item, retry=True, attempts=state.attempts)

@@ -6,7 +6,7 @@ import heapq
 from collections.abc import Callable, Hashable
 
 
-class Line:
+class FairQueue:
     """A queue that can be served out of order, and knows when its oldest item has been passed over too often."""
 
     def __init__(self) -> None:

@@ -16,7 +16,7 @@ from ltx_ray.dataset.writer import DatasetWriter, Failure, Rendered, UnreadableP
 from ltx_ray.driver.events import EventLog, RunMetrics
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
-from ltx_ray.manifest.rules import Problem, Row
+from ltx_ray.manifest.rules import Row, RowProblem
 from ltx_ray.planning.plan import COPY, DONE, FAILED, ILLEGAL, REPEATED, Plan, PlannedRow
 from ltx_ray.records import Clip, WorkItem, canonical_json
 
@@ -25,7 +25,7 @@ _REMEMBERED = 10_000
 
 
 @dataclass
-class Work:
+class TrackedItem:
     """An item in the pools: the manifest rows that want it, and what its stages have made so far."""
 
     item: WorkItem
@@ -50,7 +50,7 @@ class Work:
         return self.item.request.id or self.item.item_id
 
 
-class Books:
+class RowTracker:
     """`counts`: rows, rendered, already_done, failed, illegal."""
 
     def __init__(
@@ -66,15 +66,15 @@ class Books:
         self.events, self.progress, self.versions = events, progress, versions
         self.counts: Counter[str] = Counter()
         self.metrics = RunMetrics()
-        self.work: dict[str, Work] = {}
+        self.work: dict[str, TrackedItem] = {}
         self.exhausted = False
         self._illegal: set[str] = set()
         #: A row that comes late and asks for what has failed in this run fails the same way.
         self._given_up: dict[str, Failure] = {}
 
-    def take(self, rows: Iterator[PlannedRow], at_most: int) -> Iterator[Work]:
+    def take(self, rows: Iterator[PlannedRow], at_most: int) -> Iterator[TrackedItem]:
         """Read up to `at_most` rows and yield the items among them that are new work."""
-        done = self.plan.done
+        done = self.plan.existing
         for _ in range(at_most):
             planned = next(rows, None)
             if planned is None:
@@ -102,14 +102,14 @@ class Books:
                     if work.outcome is not None:
                         self._write(work, planned)
                 elif item.item_id in self._given_up:
-                    self._write(Work(item, [planned], outcome=self._given_up[item.item_id]), planned)
+                    self._write(TrackedItem(item, [planned], outcome=self._given_up[item.item_id]), planned)
                 elif self._first_key(item.item_id) is not None:
                     self._take_copy(planned)  # finished since the row was planned
                 else:
-                    work = self.work[item.item_id] = Work(item, [planned])
+                    work = self.work[item.item_id] = TrackedItem(item, [planned])
                     yield work
 
-    def refuse(self, work: Work, problem: Problem) -> None:
+    def refuse(self, work: TrackedItem, problem: RowProblem) -> None:
         """The run cannot render the item, which was just taken: its rows are illegal here."""
         del self.work[work.item.item_id]
         for planned in work.rows:
@@ -156,14 +156,14 @@ class Books:
 
     def _first_key(self, name: str) -> str | None:
         """The key of a row for which the item is finished (or has its preview, where that is all there will be)."""
-        return self.plan.done.preview_of(name) if self.plan.latents_only else self.plan.done.key_of(name)
+        return self.plan.existing.preview_of(name) if self.plan.latents_only else self.plan.existing.key_of(name)
 
     def _forget_failure(self, planned: PlannedRow) -> None:
         self.publisher.submit(lambda: self.writer.forget_failure(planned.item_id, planned.key), _nothing)
 
     # --- outcomes --------------------------------------------------------------------------------
 
-    def finish(self, work: Work, clip: Clip, numerics: str) -> None:
+    def finish(self, work: TrackedItem, clip: Clip, numerics: str) -> None:
         """The item's last stage came back with `clip`."""
         flags = ("prompt_truncated",) if work.info.get("prompt_truncated") else ()
         if before := work.info.get("stage_1_numerics"):
@@ -186,19 +186,19 @@ class Books:
         )
         self._end(work, rendered)
 
-    def fail(self, work: Work, failure: Failure) -> None:
+    def fail(self, work: TrackedItem, failure: Failure) -> None:
         """The item is given up."""
         if len(self._given_up) < _REMEMBERED:
             self._given_up[work.item.item_id] = failure
         self._end(work, failure)
 
-    def _end(self, work: Work, outcome: Rendered | Failure) -> None:
+    def _end(self, work: TrackedItem, outcome: Rendered | Failure) -> None:
         work.outcome = outcome
         work.payloads.clear()
         for planned in work.rows:
             self._write(work, planned)
 
-    def _write(self, work: Work, planned: PlannedRow) -> None:
+    def _write(self, work: TrackedItem, planned: PlannedRow) -> None:
         work.writing += 1
         name, outcome = work.item.item_id, work.outcome
         older = [] if self.plan.latents_only else self._older_failures(name, planned.key)
@@ -223,13 +223,13 @@ class Books:
         self.writer.write_failed(name, planned.request, planned.row.raw, failure)
         self.writer.forget_older_failures(older, planned.row.raw.source)
 
-    def _rendered(self, work: Work, planned: PlannedRow) -> None:
-        finished = self.plan.done.add_preview if self.plan.latents_only else self.plan.done.add_row
+    def _rendered(self, work: TrackedItem, planned: PlannedRow) -> None:
+        finished = self.plan.existing.add_preview if self.plan.latents_only else self.plan.existing.add_row
         finished(work.item.item_id, planned.key)
         self._count(work, "rendered")
         self.events.emit("item_finished", item_id=work.item.item_id, id=planned.request.id)
 
-    def _failed(self, work: Work, planned: PlannedRow, failure: Failure) -> None:
+    def _failed(self, work: TrackedItem, planned: PlannedRow, failure: Failure) -> None:
         self._count(work, "failed")
         self._say_failed(planned, failure)
 
@@ -238,7 +238,7 @@ class Books:
         self.progress.say(f"{row_id}: failed in {stage}: {first_line(message)}")
         self.events.emit("item_failed", item_id=planned.item_id, id=row_id, stage=stage, message=message)
 
-    def _count(self, work: Work, outcome: str) -> None:
+    def _count(self, work: TrackedItem, outcome: str) -> None:
         self.counts[outcome] += 1
         self.metrics.item(outcome)
         work.writing -= 1
@@ -247,7 +247,7 @@ class Books:
 
     def _older_failures(self, name: str, key: str) -> list[str]:
         """Parts in which the row failed as another item: with other weights, or before it was edited."""
-        failed = self.plan.done.failed_parts(key)
+        failed = self.plan.existing.failed_parts(key)
         return [f"part-{kind}-{item}-{key}.parquet" for item, kind in failed if item != name]
 
     def close(self, complete: bool) -> None:

@@ -22,7 +22,7 @@ from ltx_ray.checkpoints.transformer_config import TransformerConfig
 from ltx_ray.config import EngineSpec
 from ltx_ray.engine import codec, components
 from ltx_ray.engine.base import Rank, resolve_dtype
-from ltx_ray.engine.initial_state import PlacedImage, Start, begin, latent_sizes
+from ltx_ray.engine.initial_state import ImageConditioning, LatentState, begin, latent_sizes
 from ltx_ray.model.fused import FusedTransformer
 from ltx_ray.model.graphs import GraphedTransformer
 from ltx_ray.model.packing import pack
@@ -175,11 +175,11 @@ class DiffusionEngine:
         latents = self._sample(pipeline.sampler, denoise, start, torch.tensor(STAGE_2_SIGMAS), noise.ledger)
         return StageLatents(_unpack(latents, shape), noise.ledger)
 
-    def _placed(self, image: ImageLatents, latent: torch.Tensor) -> PlacedImage:
-        return PlacedImage(image.frame_idx, image.strength, latent.to(self.device, self.dtype))
+    def _placed(self, image: ImageLatents, latent: torch.Tensor) -> ImageConditioning:
+        return ImageConditioning(image.frame_idx, image.strength, latent.to(self.device, self.dtype))
 
     def _sample(
-        self, sampler: str, denoise: Denoise, start: Start, sigmas: torch.Tensor, ledger: NoiseLedger
+        self, sampler: str, denoise: Denoise, start: LatentState, sigmas: torch.Tensor, ledger: NoiseLedger
     ) -> AV[torch.Tensor]:
         noise = SamplerNoise(ledger.device)
         return start.trim(SAMPLERS[sampler](denoise, start.latents, sigmas, noise, start.blend))
@@ -200,7 +200,7 @@ class DiffusionEngine:
     def _passes(
         self,
         item: WorkItem,
-        start: Start,
+        start: LatentState,
         conditions: Conditions,
         spread: TPGroup = TPGroup(),  # noqa: B008 (frozen)
     ) -> RunPass:
@@ -285,7 +285,7 @@ class DiffusionEngine:
 class _NoiseLevels:
     """The noise levels of a stage's calls: made once a call for all its passes, and without a wait for the device."""
 
-    def __init__(self, start: Start, device: torch.device, by_level: bool):
+    def __init__(self, start: LatentState, device: torch.device, by_level: bool):
         self._start, self._device = start, device
         self._last: tuple[torch.Tensor, tuple[torch.Tensor, AV[torch.Tensor], AV[torch.Tensor]]] | None = None
         #: Which of the levels a token has, where the model is given those and not one for every token.

@@ -19,7 +19,7 @@ from ltx_ray.shapes import AUDIO_BINS, AUDIO_CHANNELS, SPACE_FACTOR, VIDEO_CHANN
 
 
 @dataclass(frozen=True)
-class PlacedImage:
+class ImageConditioning:
     """An image of a stage: its frame, its strength, its normalised latent (1, C, 1, H, W)."""
 
     frame_idx: int
@@ -28,7 +28,7 @@ class PlacedImage:
 
 
 @dataclass(frozen=True)
-class Start:
+class LatentState:
     """Packed state of a stage. `mask` (1, T, 1) float32 is 1 where a video token is free; None: all are."""
 
     latents: AV[torch.Tensor]
@@ -79,8 +79,8 @@ def begin(
     noise: ClipNoise,
     initial: AV[torch.Tensor],
     scale: float,
-    images: Sequence[PlacedImage] = (),
-) -> Start:
+    images: Sequence[ImageConditioning] = (),
+) -> LatentState:
     """Noise the packed `initial` latents (1, T, C) to `scale` and apply `images`, in their order."""
     device = initial.video.device
     latent, clean, tokens = initial.video, initial.video.clone(), initial.video.shape[1]
@@ -105,7 +105,7 @@ def begin(
         noised(drawn.video, latent, clean, mask, scale),
         noised(drawn.audio, initial.audio, initial.audio, None, scale),
     )
-    return Start(latents, clean, mask, AV(positions, audio_positions(shape.audio_latents, device)), tokens)
+    return LatentState(latents, clean, mask, AV(positions, audio_positions(shape.audio_latents, device)), tokens)
 
 
 def _keyframe_positions(shape: ClipShape, frame_idx: int, device: torch.device) -> torch.Tensor:

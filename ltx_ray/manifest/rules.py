@@ -25,7 +25,7 @@ FIXED_WHEN_DISTILLED = frozenset(
 
 
 @dataclass(frozen=True)
-class Problem:
+class RowProblem:
     """One reason why a row is illegal."""
 
     column: str
@@ -39,7 +39,7 @@ class Row:
 
     raw: RawRow
     request: RenderRequest | None
-    problems: tuple[Problem, ...] = ()
+    problems: tuple[RowProblem, ...] = ()
 
     @property
     def id(self) -> str | None:
@@ -77,8 +77,8 @@ class RowRules:
 def judge(raw: RawRow, rules: RowRules) -> Row:
     """Resolve the defaults of `raw` and find everything that is illegal in it."""
     if raw.unreadable is not None:
-        return Row(raw, None, (Problem("row", raw.unreadable, "one JSON object a line"),))
-    problems: list[Problem] = []
+        return Row(raw, None, (RowProblem("row", raw.unreadable, "one JSON object a line"),))
+    problems: list[RowProblem] = []
     given: dict[str, Any] = {}
     for name, column in COLUMNS.items():
         value = raw.values.get(name)
@@ -87,29 +87,29 @@ def judge(raw: RawRow, rules: RowRules) -> Row:
         try:
             parsed = column.parse(value)
         except Mistyped:
-            problems.append(Problem(name, value, column.legal))
+            problems.append(RowProblem(name, value, column.legal))
             continue
         if column.check(parsed):
             given[name] = parsed
         else:
-            problems.append(Problem(name, value, column.legal))
+            problems.append(RowProblem(name, value, column.legal))
     if raw.duplicate:
         problems.append(duplicate_id(raw.values.get("id")))
     if raw.values.get("prompt") is None:
-        problems.append(Problem("prompt", None, COLUMNS["prompt"].legal))
+        problems.append(RowProblem("prompt", None, COLUMNS["prompt"].legal))
 
     pipeline_name = given.get("pipeline", rules.pipelines[0])
     if pipeline_name not in rules.pipelines:
         served = " or ".join(rules.pipelines)
         why = "which the loaded checkpoint does not serve" if pipeline_name in PIPELINES else "which is unknown"
-        problems.append(Problem("pipeline", pipeline_name, f"{served} (not {pipeline_name!r}, {why})"))
+        problems.append(RowProblem("pipeline", pipeline_name, f"{served} (not {pipeline_name!r}, {why})"))
         pipeline_name = rules.pipelines[0]
     pipeline = PIPELINES[pipeline_name]
     defaults = {**pipeline.defaults, "loras": rules.loras}
     for name, value in {**rules.defaults, **given}.items():
         # a pipeline without guidance and with a schedule of its own has nothing to set there
         if pipeline.distilled and name in FIXED_WHEN_DISTILLED and value != defaults[name]:
-            problems.append(Problem(name, value, f"{defaults[name]!r} or nothing: the distilled pipeline fixes it"))
+            problems.append(RowProblem(name, value, f"{defaults[name]!r} or nothing: the distilled pipeline fixes it"))
     values = {**defaults, **rules.defaults, "id": None, **given, "pipeline": pipeline_name}
 
     asked = given.keys() | rules.defaults.keys()
@@ -124,8 +124,8 @@ def judge(raw: RawRow, rules: RowRules) -> Row:
     return Row(raw, RenderRequest(**values))
 
 
-def duplicate_id(row_id: Any) -> Problem:
-    return Problem("id", row_id, "an id of its own: an earlier row has it, with other content")
+def duplicate_id(row_id: Any) -> RowProblem:
+    return RowProblem("id", row_id, "an id of its own: an earlier row has it, with other content")
 
 
 def check_defaults(defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,37 +142,37 @@ def check_defaults(defaults: Mapping[str, Any]) -> dict[str, Any]:
     return parsed
 
 
-def _cross_checks(values: Mapping[str, Any], rules: RowRules, asked: set[str], bad: set[str]) -> list[Problem]:
+def _cross_checks(values: Mapping[str, Any], rules: RowRules, asked: set[str], bad: set[str]) -> list[RowProblem]:
     problems = []
     if not bad & {"height", "width", "num_frames", "frame_rate"}:
         shape = ClipShape(values["num_frames"], values["height"], values["width"], values["frame_rate"])
-        problems += [Problem(*problem) for problem in size_problems(shape)]
+        problems += [RowProblem(*problem) for problem in size_problems(shape)]
     if rules.num_layers is not None:
         for name in ("video_stg_blocks", "audio_stg_blocks"):
             # a pipeline's own default may name a block that a smaller model does not have
             if name in asked and any(block >= rules.num_layers for block in values[name]):
-                problems.append(Problem(name, list(values[name]), f"block numbers from 0 to {rules.num_layers - 1}"))
+                problems.append(RowProblem(name, list(values[name]), f"block numbers from 0 to {rules.num_layers - 1}"))
     declared = {use.name for use in rules.loras}
     for use in values["loras"]:
         if use.name not in declared:
             known = ", ".join(sorted(declared)) or "none declared; give --lora PATH"
-            problems.append(Problem("loras", use.name, f"a name declared with --lora ({known})"))
+            problems.append(RowProblem("loras", use.name, f"a name declared with --lora ({known})"))
     for image in values["images"]:
         if "num_frames" not in bad and image.frame_idx >= values["num_frames"]:
             legal = f"a frame_idx from 0 to {values['num_frames'] - 1}"
-            problems.append(Problem("images", f"frame_idx {image.frame_idx} of {image.path}", legal))
+            problems.append(RowProblem("images", f"frame_idx {image.frame_idx} of {image.path}", legal))
     return problems
 
 
 def _located(
     images: tuple[ImageCondition, ...], folder: str, roots: tuple[str, ...]
-) -> tuple[tuple[ImageCondition, ...], list[Problem]]:
+) -> tuple[tuple[ImageCondition, ...], list[RowProblem]]:
     """Images with paths that workers can open, and the crf of the model's generation where none is given."""
     found, problems, roots = [], [], roots or (folder,)
     for image in images:
         path = locate(image.path, folder, roots)
         if path is None:
-            problems.append(Problem("images", image.path, f"a path inside an --image-root ({', '.join(roots)})"))
+            problems.append(RowProblem("images", image.path, f"a path inside an --image-root ({', '.join(roots)})"))
         else:
             crf = DEFAULT_IMAGE_CRF if image.crf is None else image.crf
             found.append(dataclasses.replace(image, path=path, crf=crf))

@@ -77,7 +77,7 @@ class Part:
     shard_dim: int | None
 
 
-class Residence:
+class WeightCache:
     """This rank's slices of named tensors, kept in "file", "host", "device" or spread over the "gang".
 
     `dtype` is what they are converted to, None for the file's own. With `group`, a gang whose ranks all

@@ -10,7 +10,7 @@ from dataclasses import replace
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec
 from ltx_ray.placement.memory import Gpu, known_gpus
 from ltx_ray.placement.numerics import has_fa3, resolve
-from ltx_ray.placement.sizing import Resources, Wanted, check_schedulable, lay_out, slots_needed
+from ltx_ray.placement.sizing import ParallelConfig, Resources, check_schedulable, lay_out, slots_needed
 from ltx_ray.storage.store import Store
 
 #: A larger checkpoint is not rendered on CPUs unless that is asked for: it would take days a clip.
@@ -32,7 +32,7 @@ class Cluster:
         *,
         address: str | None,
         device: str,
-        wanted: Wanted,
+        parallel: ParallelConfig,
         numerics: Numerics,
         model: ModelFiles,
         model_bytes: int,
@@ -44,7 +44,7 @@ class Cluster:
         can_share: Callable[[Numerics, Gpu], bool] = lambda numerics, gpu: False,
     ):
         self._address = address or os.environ.get("RAY_ADDRESS")
-        self._device, self._wanted, self._numerics = device, wanted, numerics
+        self._device, self._parallel, self._numerics = device, parallel, numerics
         self._model, self._model_bytes, self._engines = model, model_bytes, engines
         self._output = Store(output).uri if "://" in output else os.path.abspath(output)
         self._save_latents, self._stop_after = save_latents, stop_after
@@ -74,7 +74,7 @@ class Cluster:
             self.gpu, self._smallest = _known_ends(models)
             # auto takes what is free, so that a run fits beside others
             pools, numerics = self._lay_out(free.gpus, models)
-            if not self._wanted.max_replicas:
+            if not self._parallel.max_replicas:
                 check_schedulable(pools, free)
         else:
             gpus = float(_local_gpus())
@@ -100,9 +100,9 @@ class Cluster:
         if self._device == "cpu":
             gpus = 0.0
         elif not gpus and wants_gpus:
-            if not self._wanted.max_replicas:
+            if not self._parallel.max_replicas:
                 raise ValueError("GPUs: at least 1 needed, 0 free; legal: a cluster with GPUs now, or --device cpu")
-            gpus = float(self._wanted.max_replicas)  # those that the autoscaler is going to bring
+            gpus = float(self._parallel.max_replicas)  # those that the autoscaler is going to bring
         numerics = resolve(replace(self._numerics, device="cuda" if gpus else "cpu"), gpu_models, has_fa3())
         engines = {
             name: EngineSpec(
@@ -118,8 +118,8 @@ class Cluster:
         # others would take what is left of a shared card for free: a cluster that is not ours is shared on request only
         allowed = self._share_cards == "on" or (self._share_cards == "auto" and not self._address)
         share = allowed and self._smallest is not None and self._can_share(numerics, self._smallest)
-        wanted = replace(self._wanted, with_stage2=self._stop_after is None, share_cards=share)
-        return lay_out(wanted, gpus, engines), numerics
+        parallel = replace(self._parallel, with_stage2=self._stop_after is None, share_cards=share)
+        return lay_out(parallel, gpus, engines), numerics
 
     def leave(self) -> None:
         if self._joined:

@@ -17,7 +17,7 @@ from ltx_ray.checkpoints import diffusers_layout
 from ltx_ray.checkpoints.checkpoint import Checkpoint, gemma_folders
 from ltx_ray.checkpoints.safetensors import TensorInfo, read_header
 from ltx_ray.config import ModelFiles, Numerics, PoolSpec
-from ltx_ray.manifest.rules import Problem
+from ltx_ray.manifest.rules import RowProblem
 from ltx_ray.placement.numerics import WITHOUT_FP8
 from ltx_ray.presets import PIPELINES
 from ltx_ray.records import RenderRequest
@@ -77,7 +77,7 @@ def known_gpus(models: Collection[str]) -> list[Gpu]:
 
 
 @dataclass(frozen=True)
-class Rank:
+class RankMemory:
     """What decides how much a rank of a pool needs: the stages it serves, in how many shards the weights are, among how
     many ranks stage 2 shares its tokens out, its arithmetic, and the bytes of text and decode on the same GPU."""
 
@@ -94,7 +94,7 @@ class Rank:
         return self.tp > 1 or self.token_ranks > 1
 
 
-class Room:
+class MemoryBudget:
     """The memory of a run's GPUs, held against the run and against its rows."""
 
     def __init__(
@@ -114,14 +114,14 @@ class Room:
         ranks = sum(pool.replicas * pool.ranks for pool in pools)
         self.ranks = [self._rank(pool, ranks) for pool in pools]
 
-    def _rank(self, pool: PoolSpec, ranks: int) -> Rank:
+    def _rank(self, pool: PoolSpec, ranks: int) -> RankMemory:
         options, numerics = pool.engine.options, self._numerics
         beside = 0
         if options.get("shared_card", False):
             # on several cards, nobody knows whether both are on one
             both = self.text_bytes + _CONTEXT_BYTES, _DECODE_BYTES
             beside = sum(both) if ranks == 1 else max(both)
-        return Rank(
+        return RankMemory(
             stages=tuple(role for role in pool.roles if role in ("stage1", "stage2")),
             tp=options.get("tp", pool.ranks),
             token_ranks=options.get("sequence_parallel", 1),
@@ -144,7 +144,7 @@ class Room:
                     f"legal: {self._ways_out(rank, lambda other: self._fits(self.standing(other)))}"
                 )
 
-    def problem(self, request: RenderRequest) -> Problem | None:
+    def problem(self, request: RenderRequest) -> RowProblem | None:
         """Why no replica of the run can render `request`; None when it seems to fit."""
         rank = max(self.ranks, key=lambda rank: self.needed(rank, request))
         need, shape = self.needed(rank, request), request.shape
@@ -156,8 +156,8 @@ class Room:
         ways = self._ways_out(rank, lambda other: self._fits(self.needed(other, request)))
         frames = self._most_frames(request)
         if frames is None:
-            return Problem("height", shape.height, f"a smaller size than {size} ({why}), or {ways}")
-        return Problem("num_frames", shape.num_frames, f"at most {frames} at {size} ({why}), or {ways}")
+            return RowProblem("height", shape.height, f"a smaller size than {size} ({why}), or {ways}")
+        return RowProblem("num_frames", shape.num_frames, f"at most {frames} at {size} ({why}), or {ways}")
 
     def _fits(self, nbytes: int) -> bool:
         return nbytes <= self.gpu.nbytes
@@ -177,7 +177,7 @@ class Room:
             low, high = (middle, high) if fits(middle) else (low, middle)
         return TIME_FACTOR * low + 1
 
-    def _ways_out(self, rank: Rank, fits: Callable[[Rank], bool]) -> str:
+    def _ways_out(self, rank: RankMemory, fits: Callable[[RankMemory], bool]) -> str:
         """What of the run's options would help, each by itself."""
         ways = []
         if rank.beside and fits(replace(rank, beside=0)):
@@ -197,16 +197,16 @@ class Room:
 
     # --- bytes -----------------------------------------------------------------------------------
 
-    def standing(self, rank: Rank) -> int:
+    def standing(self, rank: RankMemory) -> int:
         """Bytes that are taken on the GPU of `rank` before any row."""
         upsampler = self._upsampler_bytes if "stage2" in rank.stages else 0
         return self._shards(rank.tp, rank.fp8) + upsampler + rank.beside + _RESERVE
 
-    def needed(self, rank: Rank, request: RenderRequest) -> int:
+    def needed(self, rank: RankMemory, request: RenderRequest) -> int:
         """Bytes on the GPU of `rank` at the peak of the hungrier of its stages."""
         return self.standing(rank) + max(self.clip(rank, stage, request) for stage in rank.stages)
 
-    def clip(self, rank: Rank, stage: str, request: RenderRequest) -> int:
+    def clip(self, rank: RankMemory, stage: str, request: RenderRequest) -> int:
         """Bytes that `stage` of `request` takes beyond what is always there."""
         shape = request.shape.half() if stage == "stage1" else request.shape
         video, audio = _video_tokens(shape, request), shape.audio_latents
@@ -242,8 +242,8 @@ class Room:
 
 def can_share(checkpoint: Checkpoint, model: ModelFiles, numerics: Numerics, gpu: Gpu) -> bool:
     """Whether a rank of the DiT finds room beside either of text and decode for certain, for clips of the HQ size."""
-    room = Room(checkpoint, model, (), numerics, gpu)
-    rank = Rank(
+    room = MemoryBudget(checkpoint, model, (), numerics, gpu)
+    rank = RankMemory(
         stages=("stage1", "stage2"),
         tp=min(numerics.tp, numerics.stage2_tp),
         item_bytes=room.item_bytes,

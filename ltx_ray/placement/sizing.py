@@ -29,7 +29,7 @@ class Resources:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ParallelConfig:
     """The shape a user asked for; None means auto.
 
     A gang of stage 1 has `tp` times `guidance_parallel` ranks, one of stage 2 `stage2_tp` (None: as stage 1)
@@ -97,7 +97,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Replicas:
+class PoolSizes:
     """How many of each there are. No stage-2 replicas: those of stage 1 serve both stages (or there is one stage).
     `aside`: of text and of decode, each; `shared_card`: whether these share a card with the DiT."""
 
@@ -109,28 +109,28 @@ class Replicas:
     apart: bool = False
 
 
-def choose_replicas(wanted: Wanted, gpus: float) -> Replicas:
+def choose_replicas(parallel: ParallelConfig, gpus: float) -> PoolSizes:
     """What a cluster of `gpus` cards gets. Without GPUs: one each.
 
     Text and decode together would fill a card of their own for every 31 of the DiT. With fewer they share the DiT's
-    cards where the memory allows it (`wanted.share_cards`), or where only one gang fits. What a user left open is
+    cards where the memory allows it (`parallel.share_cards`), or where only one gang fits. What a user left open is
     chosen for throughput: a replica's speed counts as its ranks.
     """
-    if wanted.share_cards and wanted.max_replicas is None and 0 < gpus <= _CARDS_A_PAIR:
-        chosen = _choose(wanted, gpus, gpus)
-        ranks1, ranks2 = wanted.ranks
+    if parallel.share_cards and parallel.max_replicas is None and 0 < gpus <= _CARDS_A_PAIR:
+        chosen = _choose(parallel, gpus, gpus)
+        ranks1, ranks2 = parallel.ranks
         if gpus - 1 < chosen.stage1 * ranks1 + chosen.stage2 * ranks2 <= int(gpus):
             return replace(chosen, aside=1, shared_card=True, apart=chosen.stage1 + chosen.stage2 > 1)
         # a card is left over in any case, or there are too few for what was asked for
-    return _choose(wanted, gpus, None)
+    return _choose(parallel, gpus, None)
 
 
-def _choose(wanted: Wanted, gpus: float, for_dit: float | None) -> Replicas:
+def _choose(parallel: ParallelConfig, gpus: float, for_dit: float | None) -> PoolSizes:
     """`for_dit`: the cards that the DiT may take, None: all but those of text and decode."""
-    ranks1, ranks2 = wanted.ranks
-    most = wanted.max_replicas
-    least = wanted.shared_ranks or ranks1 + ranks2
-    if not wanted.with_stage2:
+    ranks1, ranks2 = parallel.ranks
+    most = parallel.max_replicas
+    least = parallel.shared_ranks or ranks1 + ranks2
+    if not parallel.with_stage2:
         least = ranks1
     if most is not None and gpus:
         # one may share its cards with text and decode; more get them a card of their own, as below
@@ -143,14 +143,14 @@ def _choose(wanted: Wanted, gpus: float, for_dit: float | None) -> Replicas:
     if gpus == 0:
         stage1, stage2 = 1, 1
         if most is not None:
-            stage1, stage2 = _parted(most) if wanted.mobile else (most, 0)
-    elif wanted.mobile:
+            stage1, stage2 = _parted(most) if parallel.mobile else (most, 0)
+    elif parallel.mobile:
         stage1, stage2 = _parted(max(1, cards // ranks1))
     else:
-        stage1, stage2 = _fastest(wanted, cards)
-    stage1 = stage1 if wanted.stage1 is None else wanted.stage1
-    stage2 = stage2 if wanted.stage2 is None else wanted.stage2
-    return Replicas(stage1, stage2 if wanted.with_stage2 else 0, aside, shared_card)
+        stage1, stage2 = _fastest(parallel, cards)
+    stage1 = stage1 if parallel.stage1 is None else parallel.stage1
+    stage2 = stage2 if parallel.stage2 is None else parallel.stage2
+    return PoolSizes(stage1, stage2 if parallel.with_stage2 else 0, aside, shared_card)
 
 
 def _parted(replicas: int) -> tuple[int, int]:
@@ -161,32 +161,32 @@ def _parted(replicas: int) -> tuple[int, int]:
     return replicas - stage2, stage2
 
 
-def _fastest(wanted: Wanted, gpus: int) -> tuple[int, int]:
+def _fastest(parallel: ParallelConfig, gpus: int) -> tuple[int, int]:
     """Replicas of both stages on `gpus` cards for the most clips an hour; fewer cards, then fewer gangs, break ties."""
-    ranks1, ranks2 = wanted.ranks
-    if not wanted.with_stage2:
+    ranks1, ranks2 = parallel.ranks
+    if not parallel.with_stage2:
         return max(1, gpus // ranks1), 0
-    best = (0.0, 0, 0, 1, 0 if wanted.shared_ranks else 1)
-    counts1 = range(1, gpus // ranks1 + 1) if wanted.stage1 is None else [wanted.stage1]
+    best = (0.0, 0, 0, 1, 0 if parallel.shared_ranks else 1)
+    counts1 = range(1, gpus // ranks1 + 1) if parallel.stage1 is None else [parallel.stage1]
     for stage1 in counts1:
-        counts2 = range(1, gpus // ranks2 + 1) if wanted.stage2 is None else [wanted.stage2]
+        counts2 = range(1, gpus // ranks2 + 1) if parallel.stage2 is None else [parallel.stage2]
         for stage2 in counts2:
             used = stage1 * ranks1 + stage2 * ranks2
             if stage2 and used <= gpus:
                 speed = min(stage1 * ranks1 / _STAGE_RATIO, stage2 * ranks2)
                 best = max(best, (speed, -used, -stage1 - stage2, stage1, stage2))
-    if (shared := wanted.shared_ranks) and not wanted.stage2:
-        stage1 = wanted.stage1 or max(1, gpus // shared)
+    if (shared := parallel.shared_ranks) and not parallel.stage2:
+        stage1 = parallel.stage1 or max(1, gpus // shared)
         # in the stage that does not split its work over all ranks, the others only repeat it
         speed = _SHARED_SPEED * stage1 / (_STAGE_RATIO / ranks1 + 1 / ranks2)
-        if wanted.stage2 == 0 or (stage1 * shared <= gpus and speed > best[0]) or best[0] == 0:
+        if parallel.stage2 == 0 or (stage1 * shared <= gpus and speed > best[0]) or best[0] == 0:
             best = (speed, -stage1 * shared, -stage1, stage1, 0)
     return best[3], best[4]
 
 
-def lay_out(wanted: Wanted, gpus: float, engines: Mapping[str, EngineSpec]) -> list[PoolSpec]:
+def lay_out(parallel: ParallelConfig, gpus: float, engines: Mapping[str, EngineSpec]) -> list[PoolSpec]:
     """The pools of a run. `engines` by pool name: text, diffusion, decode."""
-    count = choose_replicas(wanted, gpus)
+    count = choose_replicas(parallel, gpus)
     # more than half a card, so that two ranks of a gang never land on one
     card = 0.0 if gpus == 0 else 0.6 if count.shared_card else 1.0
     aside = 0.0 if gpus == 0 else 0.5 if not count.shared_card else 0.3 if count.apart else 0.2
@@ -195,8 +195,8 @@ def lay_out(wanted: Wanted, gpus: float, engines: Mapping[str, EngineSpec]) -> l
         spec = engines["diffusion"]
         options = {
             **spec.options, "roles": roles, "turns": turns, "tp": tp, "shared_card": count.shared_card,
-            "guidance_parallel": wanted.guidance_parallel if "stage1" in roles else 1,
-            "sequence_parallel": wanted.sequence_parallel if "stage2" in roles else 1,
+            "guidance_parallel": parallel.guidance_parallel if "stage1" in roles else 1,
+            "sequence_parallel": parallel.sequence_parallel if "stage2" in roles else 1,
         }  # fmt: skip
         return PoolSpec(
             name, roles, replicas, ranks, _with_options(spec, options), cpus_per_rank=1.0, gpus_per_rank=card
@@ -205,19 +205,19 @@ def lay_out(wanted: Wanted, gpus: float, engines: Mapping[str, EngineSpec]) -> l
     def aside_pool(name: str, roles: tuple[str, ...]) -> PoolSpec:
         return PoolSpec(name, roles, count.aside, 1, engines[name], gpus_per_rank=aside)
 
-    ranks1, ranks2 = wanted.ranks
+    ranks1, ranks2 = parallel.ranks
     pools = [aside_pool("text", ("text",))]
-    if count.stage2 or not wanted.with_stage2:
+    if count.stage2 or not parallel.with_stage2:
         # what may move is at home in the first of its roles
-        roles1 = ("stage1", "stage2") if wanted.mobile else ("stage1",)
-        roles2 = ("stage2", "stage1") if wanted.mobile else ("stage2",)
-        pools.append(stage_pool("stage1", roles1, count.stage1, wanted.tp, ranks1, turns=False))
+        roles1 = ("stage1", "stage2") if parallel.mobile else ("stage1",)
+        roles2 = ("stage2", "stage1") if parallel.mobile else ("stage2",)
+        pools.append(stage_pool("stage1", roles1, count.stage1, parallel.tp, ranks1, turns=False))
         if count.stage2:
-            pools.append(stage_pool("stage2", roles2, count.stage2, wanted.tp_of_stage2, ranks2, turns=False))
+            pools.append(stage_pool("stage2", roles2, count.stage2, parallel.tp_of_stage2, ranks2, turns=False))
     else:
-        assert wanted.shared_ranks is not None, wanted
+        assert parallel.shared_ranks is not None, parallel
         roles = ("stage1", "stage2")
-        pools.append(stage_pool("diffusion", roles, count.stage1, wanted.tp, wanted.shared_ranks, turns=True))
+        pools.append(stage_pool("diffusion", roles, count.stage1, parallel.tp, parallel.shared_ranks, turns=True))
     pools.append(aside_pool("decode", ("decode", "keep", "stored")))
     return pools
 

@@ -13,7 +13,7 @@ def recipe_digest(recipe: Recipe) -> str:
     return hashlib.sha256(canonical_json(recipe).encode()).hexdigest()[:16]
 
 
-class Identity:
+class ItemHasher:
     """The identity of requests that differ in prompt and seed only.
 
     What is hashed is canonical JSON of {"recipe", "request"}; all of it before the prompt is hashed here, once.
@@ -45,7 +45,7 @@ def item_id(request: RenderRequest, recipe: Recipe, image_digests: tuple[str, ..
     Images count by the digest of their bytes (`image_digests`, in row order), never by path, and LoRAs by
     theirs, which the recipe holds with their strengths.
     """
-    return Identity(request, recipe, image_digests).of(request.prompt, request.seed).hex()
+    return ItemHasher(request, recipe, image_digests).of(request.prompt, request.seed).hex()
 
 
 def merged_for(request: RenderRequest) -> dict[str, tuple[object, ...]]:

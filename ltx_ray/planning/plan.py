@@ -14,15 +14,15 @@ from ltx_ray.checkpoints.checkpoint import open_checkpoint
 from ltx_ray.checkpoints.digests import cached_digest
 from ltx_ray.checkpoints.lora import lora_digest
 from ltx_ray.config import ModelFiles, Numerics, Selection
-from ltx_ray.dataset.existing import Done, Known
+from ltx_ray.dataset.existing import ExistingRows, Known
 from ltx_ray.manifest.columns import LONGEST_ID
 from ltx_ray.manifest.reader import RawRow, read_manifest
-from ltx_ray.manifest.rules import Problem, Row, RowRules, duplicate_id, judge
+from ltx_ray.manifest.rules import Row, RowProblem, RowRules, duplicate_id, judge
 from ltx_ray.planning.cost import H100_TFLOPS, clip_tflop
 from ltx_ray.planning.identity import item_id, recipe_digest
 from ltx_ray.planning.templates import Template, Templates, sample_id, sample_seed
 from ltx_ray.records import Recipe, RenderRequest, WorkItem
-from ltx_ray.storage.id_table import Records
+from ltx_ray.storage.id_table import IdTable
 from ltx_ray.storage.images import image_digest
 
 #: Status of a planned row.
@@ -132,7 +132,7 @@ def _digest(path: str) -> str:
         raise UnreadableImage(path, str(error)) from None
 
 
-class RecipeBook:
+class ItemBuilder:
     """The recipe of each row: the run's weights and numbers, the row's pipeline, LoRAs and strengths."""
 
     def __init__(self, model: ModelFiles, numerics: Numerics):
@@ -194,8 +194,8 @@ class Plan:
 
     manifest: str
     rules: RowRules
-    book: RecipeBook
-    done: Done
+    builder: ItemBuilder
+    existing: ExistingRows
     selection: Selection = field(default_factory=Selection)
     retry_failed: bool = False
     #: The run stops after stage 1, so that a row with a preview is done.
@@ -207,11 +207,11 @@ class Plan:
     def __post_init__(self) -> None:
         #: Ids that are selected and that no row has had so far.
         self.unmet: set[str | None] = set(self.selection.ids or ())
-        self._templates = Templates(self.rules, self.book.item)
+        self._templates = Templates(self.rules, self.builder.item)
         # 96 bits of each id met and 32 of the item it stands for
-        self._ids = Records(16)
+        self._ids = IdTable(16)
         # 48 bits of each item to render: they are only counted, a few in fifty million may be missed
-        self._to_render = Records(6, head=4)
+        self._to_render = IdTable(6, head=4)
 
     @property
     def complete(self) -> bool:
@@ -263,12 +263,12 @@ class Plan:
         if _too_long(given_id, count):
             room = LONGEST_ID - len(sample_id("", count - 1))
             legal = f"at most {room} characters, so that {sample_id('', count - 1)} fits behind (--samples-per-prompt)"
-            return (PlannedRow.illegal(Row(raw, None, (Problem("id", given_id, legal),))),)
+            return (PlannedRow.illegal(Row(raw, None, (RowProblem("id", given_id, legal),))),)
         try:
-            item = self.book.item(row.request)
+            item = self.builder.item(row.request)
         except UnreadableImage as error:
             path, why = error.args
-            problem = Problem("images", path, f"an image that can be read ({why})")
+            problem = RowProblem("images", path, f"an image that can be read ({why})")
             return (PlannedRow.illegal(Row(raw, None, (problem,))),)
         digest = bytes.fromhex(item.item_id)
         return PlannedRow(raw, Template(item), digest, given_id, row.request.seed, item).samples(count, given_id)
@@ -292,7 +292,7 @@ class Plan:
         return _LookedUp(
             self._ids.settled([row.id_head for row in rows]),
             self._to_render.settled([row.digest[:4] for row in rows]),
-            self.done.known([row.head for row in rows]),
+            self.existing.known([row.head for row in rows]),
         )
 
     def _decided(self, row: PlannedRow, found: _LookedUp | None) -> PlannedRow:
@@ -306,7 +306,7 @@ class Plan:
             if not self._to_render.has(head, rest, settled=found is None or head in found.to_render):
                 self._to_render.put(head, rest)
                 self.counts["clips"] += 1
-                self.tflop += row.tflop(self.book.checkpoint.transformer)
+                self.tflop += row.tflop(self.builder.checkpoint.transformer)
         return row
 
     def _with_status(self, row: PlannedRow, found: _LookedUp | None) -> PlannedRow:
@@ -325,7 +325,7 @@ class Plan:
         return row
 
     def _status(self, row: PlannedRow, found: _LookedUp | None) -> str:
-        done = self.done
+        done = self.existing
         if found is None or found.done.may_have(row.head):
             if done.has_row(row.item_id, row.key):
                 return DONE

@@ -15,7 +15,7 @@ from typing import Any
 from ltx_ray.manifest.columns import COLUMNS, MAX_SEED, Mistyped
 from ltx_ray.manifest.reader import RawRow
 from ltx_ray.manifest.rules import RowRules, extra_json, judge
-from ltx_ray.planning.identity import Identity
+from ltx_ray.planning.identity import ItemHasher
 from ltx_ray.records import RenderRequest, WorkItem
 
 _PROMPT, _SEED, _ID = (COLUMNS[name] for name in ("prompt", "seed", "id"))
@@ -34,8 +34,8 @@ class Template:
         self.tflop: float | None = None
 
     @cached_property
-    def identity(self) -> Identity:
-        return Identity(self.item.request, self.item.recipe, self.item.image_digests)
+    def identity(self) -> ItemHasher:
+        return ItemHasher(self.item.request, self.item.recipe, self.item.image_digests)
 
     def fill(self, raw: RawRow, item_id: str, row_id: str, seed: int) -> WorkItem:
         """The work item of a legal row."""

@@ -14,7 +14,7 @@ from ltx_ray.records import CallReport, WorkItem
 
 
 @dataclass(frozen=True)
-class Started:
+class ReplicaStarted:
     """A replica is ready. `ranks`: a dict a rank with rank, pid, node, device and device_name."""
 
     replica: str
@@ -23,7 +23,7 @@ class Started:
 
 
 @dataclass(frozen=True)
-class Answered:
+class CallFinished:
     """A call came back from all ranks alike; `report` is that of rank 0, `payload` a handle of its result."""
 
     replica: str
@@ -34,7 +34,7 @@ class Answered:
 
 
 @dataclass(frozen=True)
-class Lost:
+class ReplicaLost:
     """A replica is of no more use; it has been killed. `inputs_lost`: because results of earlier stages are gone."""
 
     replica: str
@@ -56,19 +56,19 @@ class InputsLost:
     reason: str
 
 
-News = Started | Answered | Lost | InputsLost
+ReplicaEvent = ReplicaStarted | CallFinished | ReplicaLost | InputsLost
 
 
-class Crew(Protocol):
+class ReplicaSet(Protocol):
     """The replicas of a run, by name. Only `wait` blocks."""
 
     def start(self, name: str, spec: PoolSpec) -> None:
-        """Begin to bring a replica up; `Started` or `Lost` says how that ended."""
+        """Begin to bring a replica up; `ReplicaStarted` or `ReplicaLost` says how that ended."""
 
     def submit(self, replica: str, stage: str, item: WorkItem, inputs: list[Any]) -> None:
         """Start `stage` of `item`; `inputs` are payloads of earlier answers."""
 
-    def wait(self, timeout: float) -> list[News]:
+    def wait(self, timeout: float) -> list[ReplicaEvent]:
         """What has happened since the last call, waiting up to `timeout` seconds for something to happen."""
 
     def placing(self) -> Mapping[str, float]:

@@ -14,11 +14,11 @@ import ray
 
 from ltx_ray.config import PoolSpec
 from ltx_ray.pools.gang import Gang, GangLost, InputsMissing
-from ltx_ray.pools.protocol import Answered, InputsLost, Lost, News, Started
+from ltx_ray.pools.protocol import CallFinished, InputsLost, ReplicaEvent, ReplicaLost, ReplicaStarted
 from ltx_ray.records import WorkItem
 
 
-class RayCrew:
+class RayReplicaSet:
     """`start_timeout`: seconds that a placed gang may take until it is ready; `call_timeout`: that a call may take."""
 
     def __init__(self, start_timeout: float, call_timeout: float):
@@ -31,7 +31,7 @@ class RayCrew:
     def submit(self, replica: str, stage: str, item: WorkItem, inputs: list[Any]) -> None:
         self._gangs[replica].submit(stage, item, inputs)
 
-    def wait(self, timeout: float) -> list[News]:
+    def wait(self, timeout: float) -> list[ReplicaEvent]:
         now = time.time()
         for gang in self._gangs.values():
             gang.probe(now)
@@ -44,22 +44,22 @@ class RayCrew:
             # one reference woke us; take whatever else is there too
             ready, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0)
         arrived = set(ready)
-        news = []
+        events = []
         for gang in {id(waiting[ref]): waiting[ref] for ref in ready}.values():
-            news += self._attend(gang, arrived)
+            events += self._attend(gang, arrived)
         now = time.time()
         for gang in list(self._gangs.values()):
             if (reason := gang.overdue(now, self._start_timeout, self._call_timeout)) is not None:
-                news.append(self._lose(gang, reason))
+                events.append(self._lose(gang, reason))
             elif gang.silent(now):
-                news.append(self._lose(gang, "a rank does not answer", idle=True))
-        return news
+                events.append(self._lose(gang, "a rank does not answer", idle=True))
+        return events
 
-    def _attend(self, gang: Gang, arrived: set[ray.ObjectRef]) -> list[News]:
+    def _attend(self, gang: Gang, arrived: set[ray.ObjectRef]) -> list[ReplicaEvent]:
         try:
             if gang.state != "ready":
                 ready = gang.advance(arrived)
-                return [Started(gang.name, gang.ranks, time.time() - gang.created)] if ready else []
+                return [ReplicaStarted(gang.name, gang.ranks, time.time() - gang.created)] if ready else []
             call = gang.call
             if call is None or not call.reports:
                 gang.pinged(arrived)
@@ -67,7 +67,7 @@ class RayCrew:
             reports = gang.collect(arrived)
             if reports is None:
                 return []
-            return [Answered(gang.name, reports[0], call.payload, gang.where(0))]
+            return [CallFinished(gang.name, reports[0], call.payload, gang.where(0))]
         except GangLost as lost:
             return [self._lose(gang, str(lost), idle=lost.idle, node_lost=lost.node_lost)]
         except InputsMissing as lost:
@@ -77,10 +77,10 @@ class RayCrew:
             gang.call = None
             return [InputsLost(gang.name, str(lost))]
 
-    def _lose(self, gang: Gang, reason: str, **why: bool) -> Lost:
+    def _lose(self, gang: Gang, reason: str, **why: bool) -> ReplicaLost:
         served = gang.state == "ready"
         self.kill(gang.name)
-        return Lost(gang.name, reason, served, **why)
+        return ReplicaLost(gang.name, reason, served, **why)
 
     def placing(self) -> Mapping[str, float]:
         now = time.time()

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ltx_ray.config import PoolSpec
-from ltx_ray.pools.protocol import Answered, InputsLost, Lost, News, Started
+from ltx_ray.pools.protocol import CallFinished, InputsLost, ReplicaEvent, ReplicaLost, ReplicaStarted
 from ltx_ray.records import CallReport, RowError, WorkItem
 
 #: (stage, item, dice) -> seconds of a call.
@@ -65,7 +65,7 @@ class _Replica:
 
 
 @dataclass
-class SimulatedCrew:
+class SimulatedReplicaSet:
     """`start_seconds`, `switch_seconds`, `call_timeout`, `node_down_seconds` in virtual seconds; `now` is the time."""
 
     times: Times
@@ -80,7 +80,7 @@ class SimulatedCrew:
 
     def __post_init__(self) -> None:
         self._dice = random.Random(self.seed)
-        self._events: list[tuple[float, int, Callable[[], list[News]]]] = []
+        self._events: list[tuple[float, int, Callable[[], list[ReplicaEvent]]]] = []
         self._numbers = itertools.count()
         self._replicas: dict[str, _Replica] = {}
         self._lives = [0] * self.nodes
@@ -139,7 +139,7 @@ class SimulatedCrew:
                 return name
         return None
 
-    def wait(self, timeout: float) -> list[News]:
+    def wait(self, timeout: float) -> list[ReplicaEvent]:
         if not self._events:
             # a driver that has just begun to drain looks once more
             self._silent += 1
@@ -168,47 +168,47 @@ class SimulatedCrew:
 
     # --- what happens ----------------------------------------------------------------------------
 
-    def _after(self, seconds: float, happens: Callable[[], list[News]]) -> None:
+    def _after(self, seconds: float, happens: Callable[[], list[ReplicaEvent]]) -> None:
         heapq.heappush(self._events, (self.now + seconds, next(self._numbers), happens))
 
-    def _started(self, name: str, replica: _Replica, fails: bool) -> list[News]:
+    def _started(self, name: str, replica: _Replica, fails: bool) -> list[ReplicaEvent]:
         if self._replicas.get(name) is not replica:
             return []
         if fails or replica.dead:
             del self._replicas[name]
-            return [Lost(name, "it did not start", served=False)]
+            return [ReplicaLost(name, "it did not start", served=False)]
         replica.ready = True
-        return [Started(name, [{"rank": 0, "node": replica.node, "device_name": ""}], self.start_seconds)]
+        return [ReplicaStarted(name, [{"rank": 0, "node": replica.node, "device_name": ""}], self.start_seconds)]
 
     def _current(self, name: str, number: int) -> _Replica | None:
         """The replica, if it is still in its call of this number."""
         replica = self._replicas.get(name)
         return replica if replica is not None and replica.call is not None and replica.calls == number else None
 
-    def _gone(self, name: str, number: int, reason: str, idle: bool = False) -> list[News]:
+    def _gone(self, name: str, number: int, reason: str, idle: bool = False) -> list[ReplicaEvent]:
         if self._current(name, number) is None:
             return []
         del self._replicas[name]
-        return [Lost(name, reason, served=True, idle=idle)]
+        return [ReplicaLost(name, reason, served=True, idle=idle)]
 
-    def _no_inputs(self, name: str, number: int) -> list[News]:
+    def _no_inputs(self, name: str, number: int) -> list[ReplicaEvent]:
         replica = self._current(name, number)
         if replica is None:
             return []
         if replica.spec.ranks > 1:
             del self._replicas[name]
-            return [Lost(name, "rank 0 has no inputs", served=True, inputs_lost=True)]
+            return [ReplicaLost(name, "rank 0 has no inputs", served=True, inputs_lost=True)]
         replica.call = None
         return [InputsLost(name, "rank 0 has no inputs")]
 
-    def _fails(self, name: str, number: int, seconds: float, failure: Mapping[str, Any]) -> list[News]:
+    def _fails(self, name: str, number: int, seconds: float, failure: Mapping[str, Any]) -> list[ReplicaEvent]:
         replica = self._current(name, number)
         if replica is None:
             return []
         replica.call = None
-        return [Answered(name, CallReport(False, seconds, self.now, **{"traceback": "", **failure}), None)]
+        return [CallFinished(name, CallReport(False, seconds, self.now, **{"traceback": "", **failure}), None)]
 
-    def _answers(self, name: str, number: int, seconds: float, switch: float) -> list[News]:
+    def _answers(self, name: str, number: int, seconds: float, switch: float) -> list[ReplicaEvent]:
         replica = self._current(name, number)
         if replica is None:
             return []
@@ -220,25 +220,25 @@ class SimulatedCrew:
         replica.call = None
         payload = _Payload(value, replica.node, self._lives[replica.node])
         report = CallReport(True, seconds + switch, self.now - seconds - switch, switch, int(switch > 0), nbytes=1)
-        return [Answered(name, report, payload)]
+        return [CallFinished(name, report, payload)]
 
     def _plan_node_loss(self) -> None:
         self._after(self._dice.expovariate(1 / self.faults.node_seconds), self._node_lost)
 
-    def _node_lost(self) -> list[News]:
+    def _node_lost(self) -> list[ReplicaEvent]:
         """A node goes with its replicas and all results on it, and is back at once, empty."""
         node = self._dice.randrange(self.nodes)
         self._lives[node] += 1
-        news: list[News] = []
+        events: list[ReplicaEvent] = []
         for name, replica in list(self._replicas.items()):
             if replica.node != node:
                 continue
             replica.dead = True
             if replica.call is not None:
                 del self._replicas[name]
-                news.append(Lost(name, "its node was lost", served=True))
+                events.append(ReplicaLost(name, "its node was lost", served=True))
         self._plan_node_loss()
-        return news
+        return events
 
 
 def _told(error: Exception) -> dict[str, Any]:

@@ -16,7 +16,7 @@ _SPILLED_BYTES = 2**22
 _NEWEST = 8192
 
 
-class Records:
+class IdTable:
     """Records of `width` bytes, looked up by their first 8 or 4 (the `head`), which should be spread evenly.
 
     Several may have one head. The newest are in a dict; `settle` makes them a run, sorted by head, and merges

@@ -40,7 +40,7 @@ def is_permanent(error: OSError) -> bool:
     return error.errno in _PERMANENT or (error.errno is None and bool(_PERMANENT_WORDS.search(str(error))))
 
 
-class Patience:
+class RetryPolicy:
     """Calls that are repeated for up to `seconds`, with waits that double from 0.25 s to 10 s, jittered by half.
 
     clock, wait: monotonic seconds and sleeping, for tests.
@@ -84,7 +84,7 @@ class Patience:
 class _PatientFile(io.RawIOBase):
     """An object opened for reading, each read of which is repeated by itself."""
 
-    def __init__(self, inner: pafs.FileSystem, path: str, patience: Patience):
+    def __init__(self, inner: pafs.FileSystem, path: str, patience: RetryPolicy):
         self._patience, self._path, self._position = patience, path, 0
         self._file = patience("opening", path, lambda: inner.open_input_file(path))
         self._size = self._file.size()
@@ -119,7 +119,7 @@ class _PatientFile(io.RawIOBase):
 class _Patiently(pafs.FileSystemHandler):
     """Another filesystem for readers; writing through it is for `Store` alone."""
 
-    def __init__(self, inner: pafs.FileSystem, patience: Patience):
+    def __init__(self, inner: pafs.FileSystem, patience: RetryPolicy):
         self._inner, self._patience = inner, patience
 
     def get_type_name(self) -> str:
@@ -147,6 +147,6 @@ class _Patiently(pafs.FileSystemHandler):
     move = copy_file = open_output_stream = open_append_stream = _refuse
 
 
-def patient_reader(inner: pafs.FileSystem, patience: Patience) -> pafs.FileSystem:
+def patient_reader(inner: pafs.FileSystem, patience: RetryPolicy) -> pafs.FileSystem:
     """`inner` for reading, where every lookup, listing and read is repeated."""
     return pafs.PyFileSystem(_Patiently(inner, patience))

@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 import pyarrow.fs as pafs
 
-from ltx_ray.storage.retry import Patience, patient_reader
+from ltx_ray.storage.retry import RetryPolicy, patient_reader
 
 #: Seconds for which an operation is tried; a restarted or throttled store is back sooner.
 PATIENCE = 60.0
@@ -56,7 +56,7 @@ class Store:
         wait: Callable[[float], None] = time.sleep,
     ):
         self.uri = uri.rstrip("/") if len(uri) > 1 else uri
-        self._patiently = Patience(split_options(self.uri)[0], patience, clock, wait)
+        self._patiently = RetryPolicy(split_options(self.uri)[0], patience, clock, wait)
         if "://" in uri:
             place, options = split_options(uri)
             scheme, _, rest = place.rstrip("/").partition("://")

@@ -49,12 +49,12 @@ runpy.run_module("ltx_pipelines.ti2vid_two_stages_hq", run_name="__main__", alte
 _RENDER = """
 import json, sys
 from ltx_ray.config import ModelFiles, RunLimits
-from ltx_ray.pools.pool import Wanted
+from ltx_ray.placement.sizing import ParallelConfig
 from ltx_ray.run import Options, render
 spec = json.loads(sys.argv[1])
-model, wanted = ModelFiles(**spec.pop("model")), Wanted(**spec.pop("wanted"))
+model, parallel = ModelFiles(**spec.pop("model")), ParallelConfig(**spec.pop("parallel"))
 limits = RunLimits(max_attempts=1, start_timeout=300.0, call_timeout=300.0)
-sys.exit(render(Options(model=model, wanted=wanted, limits=limits, command=("bench_clip",), **spec)))
+sys.exit(render(Options(model=model, parallel=parallel, limits=limits, command=("bench_clip",), **spec)))
 """
 
 
@@ -76,7 +76,7 @@ def ours(
             "height": height, "width": width, "num_frames": frames, "num_inference_steps": arguments.steps,
         },
         # one GPU shares its replica between the stages by itself; a CPU would get one for each
-        "wanted": {"stage2": 0} if arguments.device == "cpu" else {},
+        "parallel": {"stage2": 0} if arguments.device == "cpu" else {},
     }  # fmt: skip
     began, log = time.time(), folder / "ours.log"
     code = _run([sys.executable, "-c", _RENDER, json.dumps(spec)], _environment(arguments, [ROOT]), log, limit)

@@ -13,15 +13,15 @@ from typing import Any
 
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec, RunLimits
 from ltx_ray.driver.events import EventLog
-from ltx_ray.driver.loop import Driver, Joined
+from ltx_ray.driver.loop import Driver, JoinedCluster
 from ltx_ray.driver.policy import STAGES
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
-from ltx_ray.driver.tracker import Books
-from ltx_ray.placement.sizing import Replicas
+from ltx_ray.driver.tracker import RowTracker
+from ltx_ray.placement.sizing import PoolSizes
 from ltx_ray.planning.plan import Plan, PlannedRow
-from ltx_ray.pools.protocol import Answered, Lost, News, Started
-from ltx_ray.pools.simulated import Faults, SimulatedCrew
+from ltx_ray.pools.protocol import CallFinished, ReplicaEvent, ReplicaLost, ReplicaStarted
+from ltx_ray.pools.simulated import Faults, SimulatedReplicaSet
 from ltx_ray.records import Clip, WorkItem
 from ltx_ray.storage.store import Store
 
@@ -34,10 +34,10 @@ _CLIP = Clip("clips/00/0.mp4", "0" * 64, "0" * 64, (), "stage_1")
 _BOTH = ("stage1", "stage2")
 
 
-class WatchedCrew(SimulatedCrew):
+class WatchedReplicas(SimulatedReplicaSet):
     """Keeps what the replicas of the diffusion stages did with their time, in seconds: `spent`."""
 
-    def watched(self) -> WatchedCrew:
+    def watched(self) -> WatchedReplicas:
         self.spent: Counter[str] = Counter()
         self._ready_at: dict[str, float] = {}
         self._began: dict[str, float] = {}
@@ -47,23 +47,23 @@ class WatchedCrew(SimulatedCrew):
         self._began[replica] = self.now
         super().submit(replica, stage, item, inputs)
 
-    def wait(self, timeout: float) -> list[News]:
-        news = super().wait(timeout)
-        for each in news:
+    def wait(self, timeout: float) -> list[ReplicaEvent]:
+        event = super().wait(timeout)
+        for each in event:
             name = each.replica
-            if isinstance(each, Started) and name.startswith(("stage", "diffusion")):
+            if isinstance(each, ReplicaStarted) and name.startswith(("stage", "diffusion")):
                 self._ready_at[name] = self.now
             elif name not in self._ready_at:
                 continue
-            elif isinstance(each, Answered):
+            elif isinstance(each, CallFinished):
                 useful = each.report.seconds - each.report.switch_seconds
                 self.spent["useful" if each.report.ok else "failed"] += useful
                 self.spent["switching"] += each.report.switch_seconds
                 del self._began[name]
-            elif isinstance(each, Lost):
+            elif isinstance(each, ReplicaLost):
                 self.spent["lost"] += self.now - self._began.pop(name, self.now)
                 self.spent["there"] += self.now - self._ready_at.pop(name)
-        return news
+        return event
 
     def so_far(self) -> Counter[str]:
         """`spent`, with the time of the replicas that are there."""
@@ -82,7 +82,7 @@ class _NoWriter:
 
 def lay_out(replicas: int, split: tuple[int, int] | None) -> list[PoolSpec]:
     """Pools of `replicas` of the diffusion stages: at home as `split` says for good, or moving when it is None."""
-    aside = Replicas(replicas, 0, aside=max(1, -(-replicas // 31))).aside
+    aside = PoolSizes(replicas, 0, aside=max(1, -(-replicas // 31))).aside
     stage1, stage2 = split or (replicas - round(replicas * 17 / 63), round(replicas * 17 / 63))
     roles = (("stage1",), ("stage2",)) if split else (_BOTH, _BOTH[::-1])
     pools = [("text", ("text",), aside), ("stage1", roles[0], stage1), ("stage2", roles[1], stage2)]
@@ -116,26 +116,29 @@ def drive(
         return seconds * size(item) * (2.0 if late else 1.0)
 
     total = mixed and sum(1 for _ in plan.open())
-    plan = Plan(plan.manifest, plan.rules, plan.book, plan.done)
-    crew = WatchedCrew(
+    plan = Plan(plan.manifest, plan.rules, plan.builder, plan.existing)
+    replica_set = WatchedReplicas(
         times, lambda stage, item, *inputs: _CLIP, seed=seed, faults=faults,
         nodes=max(1, sum(pool.replicas for pool in pools) // 8),
     ).watched()  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         events = EventLog(Store(folder))
-        books = Books(plan, _NoWriter(), Publisher(1), events, Progress(io.StringIO()), "{}")
-        books.metrics = SimpleNamespace(item=lambda outcome: None, call=lambda stage, seconds: None)
+        tracker = RowTracker(plan, _NoWriter(), Publisher(1), events, Progress(io.StringIO()), "{}")
+        tracker.metrics = SimpleNamespace(item=lambda outcome: None, call=lambda stage, seconds: None)
         driver = Driver(
-            books=books, join_cluster=lambda: Joined(crew, pools, "{}"), stages=STAGES, limits=RunLimits(),
+            tracker=tracker,
+            join_cluster=lambda: JoinedCluster(replica_set, pools, "{}"),
+            stages=STAGES,
+            limits=RunLimits(),
             noise_device="model",
-        )  # fmt: skip
+        )
         marks: list[Counter[str]] = []
 
         def rows() -> Iterator[PlannedRow]:
             for number, row in enumerate(plan.open()):
                 # with all pools at work: past the start, and while there are rows to take
                 if mixed and number in (total // 5, total - 1):
-                    marks.append(crew.so_far())
+                    marks.append(replica_set.so_far())
                 if weigh is not None and number % 5000 == 0:
                     weigh(number)
                 yield row
@@ -143,7 +146,7 @@ def drive(
         began, cpu = time.perf_counter(), time.process_time()
         driver.run(rows())
         seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
-    figures = {"counts": dict(books.counts), "seconds": seconds, "cpu": cpu, "virtual": crew.now}
+    figures = {"counts": dict(tracker.counts), "seconds": seconds, "cpu": cpu, "virtual": replica_set.now}
     if mixed:
         first, last = marks
         figures["window"] = {name: last[name] - first[name] for name in last}

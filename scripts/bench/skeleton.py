@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from ltx_ray.checkpoints.transformer_config import StreamConfig
 from ltx_ray.model.attention_backends import Attend
-from ltx_ray.model.packing import Product
+from ltx_ray.model.packing import PackedLinear
 from ltx_ray.model.steps import Quantized, product
 from ltx_ray.model.transformer import Transformer
 from ltx_ray.parallel.fp8 import FP8, FP8_MAX
@@ -36,7 +36,7 @@ class Lengths:
 class Gemm:
     """`rows` rows through a product."""
 
-    layer: Product
+    layer: PackedLinear
     rows: int
 
     @property
@@ -108,7 +108,7 @@ def _calls(model: Transformer, lengths: Lengths, isolated: bool) -> Iterator[Gem
 
 
 def _whole(layer: Linear, rows: int) -> Gemm:
-    return Gemm(Product(layer.weight, layer.bias, (layer.weight.shape[0],)), rows)
+    return Gemm(PackedLinear(layer.weight, layer.bias, (layer.weight.shape[0],)), rows)
 
 
 class Skeleton:

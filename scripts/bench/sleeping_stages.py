@@ -83,7 +83,7 @@ def run_ours(
 ) -> dict[str, Any]:
     """`ltx_ray.run.render` on `manifest`; `split` None lets the driver move replicas between the stages."""
     from ltx_ray.config import ModelFiles, RunLimits
-    from ltx_ray.placement.sizing import Wanted
+    from ltx_ray.placement.sizing import ParallelConfig
     from ltx_ray.run import Options, render
 
     stage1, stage2 = split or (None, None)
@@ -93,7 +93,7 @@ def run_ours(
                 manifest=manifest,
                 output=output,
                 model=ModelFiles("", "", "", provider=TOY),
-                wanted=Wanted(stage1=stage1, stage2=stage2),
+                parallel=ParallelConfig(stage1=stage1, stage2=stage2),
                 ray_address=address,
                 limits=RunLimits() if queue_depth is None else RunLimits(queue_depth=queue_depth),
                 engines=dict.fromkeys(("text", "diffusion", "decode"), "scripts.bench.sleeping_stages:SleepingEngine"),

@@ -11,14 +11,14 @@ import pytest
 from ltx_ray.driver.policy import STAGES, Policy
 from ltx_ray.driver.publisher import Publisher
 from ltx_ray.pools.pool import StartFailed
-from tests.support.schedules import Crew
+from tests.support.schedules import WatchedReplicas
 from tests.support.simulated_runs import pools, rows, run
 
 
 def test_a_drain_without_haste_ends_when_the_decode_pool_is_gone(tmp_path):
     """As --max-failed-fraction and --max-gpu-hours drain: nothing is killed, and no gang is started again."""
 
-    class C(Crew):
+    class C(WatchedReplicas):
         def submit(self, replica, stage, item, inputs):
             if stage == "decode":
                 self.driver._drain("enough")
@@ -28,19 +28,19 @@ def test_a_drain_without_haste_ends_when_the_decode_pool_is_gone(tmp_path):
             return "crash" if stage == "decode" and self.driver.policy.draining else super().fault(stage, item)
 
     driver, _ = run(tmp_path, rows(3), C)
-    assert driver.run(driver.books.plan.open())
+    assert driver.run(driver.tracker.plan.open())
 
 
 def test_the_preflight_goes_first(tmp_path):
     order = []
 
-    class C(Crew):
+    class C(WatchedReplicas):
         def submit(self, replica, stage, item, inputs):
             order.append((stage, item.preflight))
             super().submit(replica, stage, item, inputs)
 
     driver, _ = run(tmp_path, rows(8), C, preflight={"prompt": "preflight"}, the_pools=pools(4))
-    driver.run(driver.books.plan.open())
+    driver.run(driver.tracker.plan.open())
     assert [p for s, p in order if s == "stage1"].index(True) == 0
 
 
@@ -53,23 +53,23 @@ def test_a_row_like_the_preflight_is_not_lost(tmp_path):
         preflight={"prompt": "preflight"},
         queue_depth=1,
     )
-    driver.run(driver.books.plan.open())
+    driver.run(driver.tracker.plan.open())
     assert len(store.list("index")) == 8
 
 
 def test_a_row_like_the_preflight_admitted_before_it(tmp_path):
     driver, store = run(tmp_path, [{"id": "a", "prompt": "preflight"}], preflight={"prompt": "preflight"})
-    driver.run(driver.books.plan.open())
+    driver.run(driver.tracker.plan.open())
     assert len(store.list("index")) == 1
 
 
 def test_gangs_that_die_idle_one_after_the_other_end_the_run(tmp_path):
-    class C(Crew):
+    class C(WatchedReplicas):
         def _started(self, name, replica, fails):
-            news = super()._started(name, replica, fails)
+            event = super()._started(name, replica, fails)
             if name.startswith("stage1"):
                 replica.dead = True
-            return news
+            return event
 
         def wait(self, timeout):
             assert self.waits < 3000, "for ever"
@@ -77,7 +77,7 @@ def test_gangs_that_die_idle_one_after_the_other_end_the_run(tmp_path):
 
     driver, _ = run(tmp_path, rows(2), C)
     with pytest.raises(StartFailed):
-        driver.run(driver.books.plan.open())
+        driver.run(driver.tracker.plan.open())
 
 
 def test_an_edited_row_that_fails_again_or_is_a_copy_has_one_failure(tmp_path):
@@ -86,15 +86,15 @@ def test_an_edited_row_that_fails_again_or_is_a_copy_has_one_failure(tmp_path):
 
     for what in ("one", "two"):
         driver, store = run(tmp_path, [{"id": "a", "prompt": f"{what} [[stage1:crash]]"}])
-        driver.run(driver.books.plan.open())
+        driver.run(driver.tracker.plan.open())
     assert len(failed(store)) == 1
 
 
 def test_an_edited_row_that_becomes_a_copy(tmp_path):
     driver, store = run(tmp_path, [{"id": "a", "prompt": "x [[stage1:crash]]"}, {"id": "b", "prompt": "fine"}])
-    driver.run(driver.books.plan.open())
+    driver.run(driver.tracker.plan.open())
     driver, store = run(tmp_path, [{"id": "a", "prompt": "fine"}, {"id": "b", "prompt": "fine"}])
-    driver.run(driver.books.plan.open())
+    driver.run(driver.tracker.plan.open())
     assert len(store.list("index")) == 2 and not store.list("failed")
 
 
@@ -122,7 +122,7 @@ def test_clips_that_are_finished_are_indexed_when_a_pool_gives_up(tmp_path):
         def submit(self, write, then):
             super().submit(lambda: (time.sleep(0.3), write()), then)
 
-    class C(Crew):
+    class C(WatchedReplicas):
         def submit(self, replica, stage, item, inputs):
             if item.request.id == "r5" and stage == "text":
                 raise StartFailed("gave up")
@@ -130,7 +130,7 @@ def test_clips_that_are_finished_are_indexed_when_a_pool_gives_up(tmp_path):
 
     driver, store = run(tmp_path, rows(9), C, publisher=Slow(1), queue_depth=1)
     with pytest.raises(StartFailed):
-        driver.run(driver.books.plan.open())
+        driver.run(driver.tracker.plan.open())
     clips = store.list("clips", recursive=True)
     assert len(clips) >= 2
     assert len(store.list("index")) == len(clips)
@@ -140,7 +140,7 @@ def test_lost_inputs_do_not_keep_what_is_gone(tmp_path):
     """Over max_restarts at the last attempt the item is given up: its results are gone, so there is nothing to keep."""
     called = []
 
-    class C(Crew):
+    class C(WatchedReplicas):
         def submit(self, replica, stage, item, inputs):
             called.append((stage, len(inputs)))
             if stage == "decode":
@@ -148,14 +148,14 @@ def test_lost_inputs_do_not_keep_what_is_gone(tmp_path):
             super().submit(replica, stage, item, inputs)
 
     driver, _ = run(tmp_path, rows(1), C, max_attempts=1)
-    driver.run(driver.books.plan.open())
+    driver.run(driver.tracker.plan.open())
     assert called and ("keep", 0) not in called
 
 
 def test_a_late_twin_of_a_preview_is_rendered_once(tmp_path):
     stages = Counter()
 
-    class C(Crew):
+    class C(WatchedReplicas):
         def submit(self, replica, stage, item, inputs):
             stages[stage] += 1
             super().submit(replica, stage, item, inputs)
@@ -163,7 +163,7 @@ def test_a_late_twin_of_a_preview_is_rendered_once(tmp_path):
     twins = [{"id": name, "prompt": "x"} for name in "ab"]
     manifest = [twins[0], *rows(12), twins[1]]
     driver, store = run(tmp_path, manifest, C, latents_only=True, queue_depth=1)
-    driver.run(driver.books.plan.open())
+    driver.run(driver.tracker.plan.open())
     assert stages["stage1"] == 13 and len(store.list("previews")) == 14
 
 
@@ -183,7 +183,7 @@ def test_first_calls_keep_to_the_memory_too():
 def test_what_has_passed_stage_1_when_a_run_is_told_to_stop_goes_on_from_there(tmp_path, haste):
     asked: list[tuple[str, str]] = []
 
-    class Watched(Crew):
+    class Watched(WatchedReplicas):
         stops = True
 
         def submit(self, replica, stage, item, inputs):
@@ -197,12 +197,12 @@ def test_what_has_passed_stage_1_when_a_run_is_told_to_stop_goes_on_from_there(t
 
     three = [replace(pool, replicas=3 if pool.name == "stage1" else 1) for pool in pools()]
     driver, store = run(tmp_path, rows(6), Watched, the_pools=three)
-    assert driver.run(driver.books.plan.open())
+    assert driver.run(driver.tracker.plan.open())
     saved = {name.removesuffix(".safetensors") for name in store.list("latents", recursive=True)}
     assert saved and not store.list("failed") and len(store.list("index")) == 1
     asked.clear()
     driver, store = run(tmp_path, rows(6), GoesOn)
-    assert not driver.run(driver.books.plan.open())
+    assert not driver.run(driver.tracker.plan.open())
     assert len(store.list("index")) == 6
     assert {item for stage, item in asked if stage == "stored"} == saved
     # the fake store has lost those whose name begins with a small digit
@@ -213,7 +213,7 @@ def test_what_has_passed_stage_1_when_a_run_is_told_to_stop_goes_on_from_there(t
 def test_a_pool_without_a_place_does_not_end_a_run_that_others_can_carry(tmp_path):
     """Mobile replicas of stage 1 serve stage 2 as well, so that its pool may wait for a place."""
 
-    class Placeless(Crew):
+    class Placeless(WatchedReplicas):
         def _started(self, name, replica, fails):
             return [] if name.startswith("stage2") else super()._started(name, replica, fails)
 
@@ -223,5 +223,5 @@ def test_a_pool_without_a_place_does_not_end_a_run_that_others_can_carry(tmp_pat
     text, stage1, stage2, decode = pools()
     mobile = [text, replace(stage1, roles=("stage1", "stage2")), replace(stage2, roles=("stage2", "stage1")), decode]
     driver, store = run(tmp_path, rows(3), Placeless, the_pools=mobile, start_timeout=10.0)
-    assert not driver.run(driver.books.plan.open())
+    assert not driver.run(driver.tracker.plan.open())
     assert len(store.list("index")) == 3

@@ -13,13 +13,13 @@ from collections import Counter
 import pytest
 
 from ltx_ray.config import RunLimits
-from ltx_ray.placement.sizing import Wanted
+from ltx_ray.placement.sizing import ParallelConfig
 from tests.support.local_cluster import Job, rows, undisturbed, wait_for
 
 pytestmark = pytest.mark.slow
 
-APART = Wanted(stage1=1, stage2=1)
-SHARED = Wanted(stage1=1, stage2=0)
+APART = ParallelConfig(stage1=1, stage2=1)
+SHARED = ParallelConfig(stage1=1, stage2=0)
 
 
 def whole(job: Job, count: int) -> dict[str, dict]:
@@ -63,7 +63,9 @@ def test_ranks_are_killed_one_hangs_one_raises_alone_and_memory_runs_out(job):
 def test_a_stopped_process_is_a_hanging_rank(job):
     """SIGSTOP: it neither answers nor ends when it is asked to."""
     driver = job.start(
-        rows(*["[[stage1:slow:0.5]]"] * 3), wanted=Wanted(tp=2, stage1=1, stage2=0), limits=RunLimits(call_timeout=5)
+        rows(*["[[stage1:slow:0.5]]"] * 3),
+        wanted=ParallelConfig(tp=2, stage1=1, stage2=0),
+        limits=RunLimits(call_timeout=5),
     )
     gang = job.until(lambda: job.out.gangs("diffusion"), "the gang")[0]
     os.kill(pid(gang, 1), signal.SIGSTOP)
@@ -101,7 +103,7 @@ def test_latents_that_die_with_their_node_are_made_again(job):
 
 
 def test_a_node_that_never_comes_back_does_not_end_the_run(job):
-    wanted, limits = Wanted(guidance_parallel=3, stage1=2, stage2=0), RunLimits(start_timeout=12)
+    wanted, limits = ParallelConfig(guidance_parallel=3, stage1=2, stage2=0), RunLimits(start_timeout=12)
     driver = job.start(rows(*["[[stage1:gate]]"] * 4), wanted=wanted, limits=limits)
     gangs = job.until(lambda: len(found := job.out.gangs("diffusion")) == 2 and found, "both gangs")
     assert node(gangs[0]) != node(gangs[1])
@@ -116,7 +118,7 @@ def test_a_node_that_never_comes_back_does_not_end_the_run(job):
 
 
 def test_a_pool_larger_than_any_node_is_refused_after_the_start_timeout(job):
-    driver = job.start(rows("one"), wanted=Wanted(tp=4, stage1=1, stage2=0), limits=RunLimits(start_timeout=4))
+    driver = job.start(rows("one"), wanted=ParallelConfig(tp=4, stage1=1, stage2=0), limits=RunLimits(start_timeout=4))
     log = driver.ends(1)
     assert "pool diffusion: no place for a replica in 4 s; it needs 4 x (1 CPU, 0 GPU) on one node" in log
     assert "Traceback" not in log
@@ -125,7 +127,7 @@ def test_a_pool_larger_than_any_node_is_refused_after_the_start_timeout(job):
 
 
 def test_replicas_come_up_on_a_node_that_joins(job):
-    driver = job.start(rows(*["[[stage1:gate]]"] * 8), wanted=Wanted(tp=2, max_replicas=5))
+    driver = job.start(rows(*["[[stage1:gate]]"] * 8), wanted=ParallelConfig(tp=2, max_replicas=5))
     job.until(lambda: job.out.gangs("stage1"), "stage 1")
     added = job.world.add_node()
     job.until(lambda: added in {node(gang) for gang in job.out.events("gang_started")}, "gang on the new node")

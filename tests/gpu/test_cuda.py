@@ -17,7 +17,7 @@ from ltx_ray.engine.text import TextEngine
 from ltx_ray.manifest.reader import RawRow
 from ltx_ray.manifest.rules import RowRules, judge
 from ltx_ray.placement.numerics import resolve
-from ltx_ray.planning.plan import RecipeBook
+from ltx_ray.planning.plan import ItemBuilder
 from ltx_ray.presets import served_pipelines
 from ltx_ray.records import StageLatents, WorkItem
 
@@ -71,7 +71,7 @@ class Engines:
         rules = RowRules(num_layers=4, pipelines=served_pipelines(self.model.distilled))
         judged = judge(RawRow(str(GOLDENS / "rows.jsonl"), 1, row), rules)
         assert judged.request, judged.messages()
-        return RecipeBook(self.model, self.numerics).item(judged.request)
+        return ItemBuilder(self.model, self.numerics).item(judged.request)
 
     def stages(self, row: dict, output: str = "") -> list[StageLatents]:
         """Both stages of `row`; with `output` the clip too."""
@@ -191,7 +191,7 @@ def test_two_cards_agree_with_one_over_nccl(toy, tmp_path):
     pytest.importorskip("ray")
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    from ltx_ray.placement.sizing import Wanted
+    from ltx_ray.placement.sizing import ParallelConfig
     from ltx_ray.run import Options, render
 
     manifest = tmp_path / "rows.jsonl"
@@ -201,9 +201,13 @@ def test_two_cards_agree_with_one_over_nccl(toy, tmp_path):
     for name, layout in layouts.items():
         out = tmp_path / name
         options = Options(
-            str(manifest), str(out), ModelFiles(**toy), dtype="float32", wanted=Wanted(stage1=1, stage2=0, **layout),
+            str(manifest),
+            str(out),
+            ModelFiles(**toy),
+            dtype="float32",
+            parallel=ParallelConfig(stage1=1, stage2=0, **layout),
             save_latents=True,
-        )  # fmt: skip
+        )
         assert render(options) == 0
         found[name] = load_file(next((out / "latents").rglob("*.safetensors")))
     for layout in ("tp", "wide"):

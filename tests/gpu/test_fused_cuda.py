@@ -13,7 +13,7 @@ from ltx_ray.checkpoints.transformer_config import TransformerConfig
 from ltx_ray.model import graphs, steps
 from ltx_ray.model.fused import FusedTransformer
 from ltx_ray.model.graphs import GraphedTransformer
-from ltx_ray.model.packing import Product, pack
+from ltx_ray.model.packing import PackedLinear, pack
 from ltx_ray.model.rope import RopeTable, audio_positions, video_positions
 from ltx_ray.model.steps import Levels, Modulation, Quantized, Residual
 from ltx_ray.model.transformer import NO_PERTURBATION, Modality, Perturbation, Transformer
@@ -99,7 +99,7 @@ def test_fp8_products_of_any_number_of_rows(normal, features):
     n_out, n_in = features
     wide, scale = normal(n_out, n_in), normal(n_out).abs() / 100
     bias = (normal(n_out) / 100).bfloat16()
-    layer = Product(wide.to(FP8), bias, (n_out,), scale)
+    layer = PackedLinear(wide.to(FP8), bias, (n_out,), scale)
     for rows in (1, 8, 31, 32, 63, 64, 65, 100, 129, 4590):
         x = Quantized(normal(rows, n_in).to(FP8), normal(rows, 1).abs() / 100)
         right = values(x) @ (layer.weight.float() * scale[:, None]).T + bias.float()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ltx_ray.config import EngineSpec, LoraFile, ModelFiles, Numerics, Selection
+from ltx_ray.config import EngineSpec, LoraSpec, ModelFiles, Numerics, Selection
 from ltx_ray.dataset.selection import chosen_items, parse_condition
 from ltx_ray.engine.base import Rank
 from ltx_ray.engine.diffusion import DiffusionEngine
@@ -20,10 +20,10 @@ from ltx_ray.engine.latents import latents_sha256, named_latents
 from ltx_ray.engine.text import TextEngine
 from ltx_ray.manifest.reader import RawRow
 from ltx_ray.manifest.rules import RowRules, judge
-from ltx_ray.planning.plan import RecipeBook
+from ltx_ray.planning.plan import ItemBuilder
 from ltx_ray.records import AV, NoiseLedger, StageLatents
 from ltx_ray.storage.store import Store
-from tests.support.pipeline import Line
+from tests.support.pipeline import ToyPipeline
 from tests.support.runner import rows_by_id
 
 ROWS = [
@@ -150,7 +150,7 @@ def test_stage_2_alone_gives_the_same_bits(split, toy):
     model = ModelFiles(**toy)
     numerics = Numerics(dtype="float32")
     request = judge(RawRow("test", 1, ROWS[1]), RowRules()).request
-    item = RecipeBook(model, numerics).item(request)
+    item = ItemBuilder(model, numerics).item(request)
     assert item.item_id == row["item_id"]
     spec = EngineSpec("", model, numerics, str(split.output), options={"roles": ("stage2",)})
     threads = torch.get_num_threads()
@@ -189,7 +189,7 @@ def test_lora_sets_of_rows(cluster, tmp_path, toy):
                 renamed[key.replace("lora_A", "lora_down").replace("lora_B", "lora_up")] = tensor.flip(0).contiguous()
                 renamed[key.rpartition(".lora_")[0] + ".alpha"] = torch.tensor(4.0)
         save_file(renamed, path)
-        files.append(LoraFile(name, str(path), 1.0))
+        files.append(LoraSpec(name, str(path), 1.0))
     model = replace(ModelFiles(**toy), loras=tuple(files))
     small = {"prompt": "a boat", "height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 2}
     sets = [
@@ -205,5 +205,5 @@ def test_lora_sets_of_rows(cluster, tmp_path, toy):
     # each stage of each set once is 6 merges, of which the first belongs to loading
     assert sum(event["event"] == "switch" for event in runner.events()) <= 7
     # alone, on weights that were never merged with anything else
-    alone = Line(model, dtype="float32")
+    alone = ToyPipeline(model, dtype="float32")
     assert latents_sha256(alone.latents(rows[2])) == index["r2"]["latents_sha256"]

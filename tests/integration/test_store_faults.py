@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from ltx_ray.cli.app import app
 from ltx_ray.cli.verify import verify
-from ltx_ray.dataset.existing import list_done
+from ltx_ray.dataset.existing import list_existing
 from ltx_ray.dataset.repair import repair
 from ltx_ray.manifest.reader import read_manifest
 from ltx_ray.storage import store
@@ -233,7 +233,7 @@ def test_a_dataset_is_listed_repaired_and_verified_through_faults(proxy, hasty, 
     with proxy.misbehaving(kinds=PASSING, probability=0.3, seed=3) as faults:
         build(store)
         store.move("index/" + store.list("index")[0], "index/part-renamed.parquet")
-        done = list_done(store)
+        done = list_existing(store)
         assert done.row_count == 3
         repaired = repair(store, done, said.append)
         assert done.row_count == 4 and len(repaired.published) == 1 and not repaired.lost

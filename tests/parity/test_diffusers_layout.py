@@ -18,7 +18,7 @@ from ltx_ray.engine.base import Rank
 from ltx_ray.engine.decode import DecodeEngine
 from ltx_ray.engine.text import TextEngine
 from tests.support.diffusers_directory import write_directory
-from tests.support.pipeline import Line, one_thread, toy_line
+from tests.support.pipeline import ToyPipeline, one_thread, toy_pipeline
 
 #: The image is for the video encoder.
 ROW = {
@@ -47,8 +47,8 @@ def test_latents_frames_and_sound_are_the_single_files(toy, directory, dtype):
     files = ModelFiles(**toy)
     whole = replace(files, checkpoint_path=directory, **held_by(directory))
     assert whole.gemma_root == directory and whole.spatial_upsampler_path.startswith(directory)
-    expected = _rendered(toy_line() if dtype == "float32" else Line(files, dtype))
-    found = _rendered(Line(whole, dtype))
+    expected = _rendered(toy_pipeline() if dtype == "float32" else ToyPipeline(files, dtype))
+    found = _rendered(ToyPipeline(whole, dtype))
     assert len(expected) == 7
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
@@ -66,7 +66,7 @@ def test_a_text_encoder_that_lacks_a_tensor_is_refused(directory, tmp_path):
         TextEngine(EngineSpec("", model, Numerics(), ""), Rank()).load()
 
 
-def _rendered(line: Line) -> dict[str, torch.Tensor]:
+def _rendered(line: ToyPipeline) -> dict[str, torch.Tensor]:
     """The four latents of ROW, its frames and its sound, and one so loud that the vocoder's clamp acts, which
     diffusers' conversion forgets."""
     latents = line.latents(ROW)

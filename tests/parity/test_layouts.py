@@ -20,7 +20,7 @@ from ltx_ray.engine.diffusion import DiffusionEngine
 from ltx_ray.parallel.layers import TPGroup
 from ltx_ray.parallel.mesh import Tokens
 from ltx_ray.parallel.weight_cache import Memory
-from tests.support.pipeline import one_thread, toy_line
+from tests.support.pipeline import one_thread, toy_pipeline
 from tests.support.transformers import relative
 
 #: name -> ranks of the gang; tp, guidance_parallel, sequence_parallel
@@ -93,7 +93,7 @@ def _tokens_come_back(group: TPGroup) -> None:
 @pytest.fixture(scope="module")
 def rendered():
     """(latents of one rank, latents by layout)."""
-    line = toy_line()
+    line = toy_pipeline()
     item = line.item(ROW)
     with one_thread():
         conditions = line.text.run("text", item)

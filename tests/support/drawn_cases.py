@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ltx_ray.config import LoraFile, ModelFiles
+from ltx_ray.config import LoraSpec, ModelFiles
 from ltx_ray.toy import ToyShape, make_toy_model
 
 _WORDS = """a the old red small bright woman cat train river forest market window piano camera pans slowly across
@@ -30,7 +30,7 @@ class Case:
     def make(self, folder: Path) -> ModelFiles:
         files = make_toy_model(folder, seed=self.model_seed, shape=self.shape)
         loras = tuple(
-            LoraFile(use["name"], _user_lora(folder / f"{use['name']}.safetensors", files, self.model_seed))
+            LoraSpec(use["name"], _user_lora(folder / f"{use['name']}.safetensors", files, self.model_seed))
             for use in self.row["loras"]
         )
         return ModelFiles(**files, loras=loras)

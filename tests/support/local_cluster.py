@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics, RunLimits
 from ltx_ray.engine.base import Rank
 from ltx_ray.engine.fake import FakeEngine, open_gate
-from ltx_ray.placement.sizing import Wanted
+from ltx_ray.placement.sizing import ParallelConfig
 from ltx_ray.run import Options
 from tests.support.ray_settings import QUICK, SYSTEM
 
@@ -32,8 +32,9 @@ FAKE = {name: "ltx_ray.engine.fake:FakeEngine" for name in ("text", "diffusion",
 SIZE = {"height": 64, "width": 64, "num_frames": 9}
 DRIVER = """
 import pickle, sys
-from ltx_ray import metrics, run
-metrics._FLUSH_SECONDS = 0.0  # the tests read the events while the run goes on
+from ltx_ray import run
+from ltx_ray.driver import events
+events._FLUSH_SECONDS = 0.0  # the tests read the events while the run goes on
 with open(sys.argv[1], "rb") as file:
     options = pickle.load(file)
 sys.exit(run.render(options))
@@ -184,7 +185,7 @@ class Job:
         self,
         manifest: list[dict] | str,
         *,
-        wanted: Wanted = Wanted(tp=2, stage1=1, stage2=1),  # noqa: B008 (frozen)
+        parallel: ParallelConfig = ParallelConfig(tp=2, stage1=1, stage2=1),  # noqa: B008 (frozen)
         limits: RunLimits = RunLimits(),  # noqa: B008 (frozen)
         fake: bool = True,
         **options: Any,
@@ -198,7 +199,7 @@ class Job:
             options = {"engines": FAKE, **options}
         driver = Driver(
             Options(
-                manifest, str(self.out.folder), MODEL, wanted=wanted, limits=limits,
+                manifest, str(self.out.folder), MODEL, parallel=parallel, limits=limits,
                 ray_address=options.pop("ray_address", self.world.address), preflight=options.pop("preflight", False),
                 **options,
             ),

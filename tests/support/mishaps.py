@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ltx_ray.config import RunLimits
-from ltx_ray.placement.sizing import Wanted
+from ltx_ray.placement.sizing import ParallelConfig
 from tests.support.local_cluster import SIZE, Driver, Job, World, wait_for
 
 KINDS = ("rank", "leader", "raylet", "driver", "sigterm")
@@ -63,7 +63,7 @@ class Trials:
 
     def _start(self, job: Job, rows: list[dict]) -> Driver:
         # with the toy model torch loads in every rank: stages that share them load it half as often
-        wanted = Wanted(tp=self._tp) if self._fake else Wanted(tp=self._tp, stage1=1, stage2=0)
+        wanted = ParallelConfig(tp=self._tp) if self._fake else ParallelConfig(tp=self._tp, stage1=1, stage2=0)
         return job.start(
             rows, wanted=wanted, fake=self._fake, dtype="float32", limits=RunLimits(max_attempts=6, call_timeout=60)
         )

@@ -16,7 +16,7 @@ from ltx_ray.engine.text import TextEngine
 from ltx_ray.manifest.reader import RawRow
 from ltx_ray.manifest.rules import RowRules, judge
 from ltx_ray.placement.numerics import resolve
-from ltx_ray.planning.plan import RecipeBook
+from ltx_ray.planning.plan import ItemBuilder
 from ltx_ray.presets import served_pipelines
 from ltx_ray.records import LoraUse, WorkItem
 
@@ -33,7 +33,7 @@ def one_thread():
         torch.set_num_threads(threads)
 
 
-class Line:
+class ToyPipeline:
     """Text and diffusion engines of one model, kept for many requests."""
 
     def __init__(self, model: ModelFiles, dtype: str = "float32", compiled: str = "off", precision: str = "bf16"):
@@ -51,7 +51,7 @@ class Line:
         loras = tuple(LoraUse(file.name, file.strength) for file in self.model.loras)
         judged = judge(raw, RowRules(pipelines=served_pipelines(self.model.distilled), loras=loras))
         assert judged.request, judged.messages()
-        return RecipeBook(self.model, self.numerics).item(judged.request)
+        return ItemBuilder(self.model, self.numerics).item(judged.request)
 
     def latents(self, row: dict) -> dict[str, torch.Tensor]:
         """`stage_1.video` ... `stage_2.audio` of a manifest row."""
@@ -63,11 +63,13 @@ class Line:
 
 
 @cache
-def toy_line(distilled: bool = False, dtype: str = "float32", compiled: str = "off", precision: str = "bf16") -> Line:
+def toy_pipeline(
+    distilled: bool = False, dtype: str = "float32", compiled: str = "off", precision: str = "bf16"
+) -> ToyPipeline:
     """The default toy model's line; the distilled pipeline runs on the same weights without a LoRA."""
     from ltx_ray.toy import ensure_toy_model
 
     files = ensure_toy_model()
     if distilled:
         files = {**files, "distilled_lora": None}
-    return Line(ModelFiles(**files, distilled=distilled), dtype, compiled, precision)
+    return ToyPipeline(ModelFiles(**files, distilled=distilled), dtype, compiled, precision)

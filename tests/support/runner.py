@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from ltx_ray.config import ModelFiles, RunLimits
-from ltx_ray.placement.sizing import Wanted
+from ltx_ray.placement.sizing import ParallelConfig
 from ltx_ray.run import Options, render
 
 FAKE = {name: "ltx_ray.engine.fake:FakeEngine" for name in ("text", "diffusion", "decode")}
@@ -46,7 +46,7 @@ class Runner:
             Options(
                 manifest=manifest,
                 output=str(output or self.output),
-                wanted=Wanted(tp=tp, stage1=stage1, stage2=stage2),
+                parallel=ParallelConfig(tp=tp, stage1=stage1, stage2=stage2),
                 ray_address=self.cluster,
                 limits=limits,
                 **options,

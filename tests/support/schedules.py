@@ -20,20 +20,20 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec, RunLimits
-from ltx_ray.dataset.existing import list_done
+from ltx_ray.dataset.existing import list_existing
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.driver.events import EventLog
-from ltx_ray.driver.loop import Driver, Joined
+from ltx_ray.driver.loop import Driver, JoinedCluster
 from ltx_ray.driver.policy import STAGES
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
-from ltx_ray.driver.tracker import Books
+from ltx_ray.driver.tracker import RowTracker
 from ltx_ray.manifest.rules import RowRules
 from ltx_ray.planning.identity import item_id, recipe_digest
 from ltx_ray.planning.plan import Plan
 from ltx_ray.pools.pool import StartFailed
-from ltx_ray.pools.protocol import Answered, InputsLost, Lost
-from ltx_ray.pools.simulated import Faults, SimulatedCrew
+from ltx_ray.pools.protocol import CallFinished, InputsLost, ReplicaLost
+from ltx_ray.pools.simulated import Faults, SimulatedReplicaSet
 from ltx_ray.records import Clip, RenderRequest, RowError, WorkItem
 from ltx_ray.storage.store import Store
 from tests.support.samples import recipe, request, write_jsonl
@@ -57,7 +57,7 @@ class StoredLatentsGone(Exception):
     """Named as the engine's."""
 
 
-class Book:
+class HashingBuilder:
     """Work items of requests, without a model's files."""
 
     checkpoint = SimpleNamespace(transformer={})
@@ -113,13 +113,13 @@ class Stages:
         return Clip(path, hashlib.sha256(stage2.encode()).hexdigest(), stage2, (), "stage_1")
 
 
-class Crew(SimulatedCrew):
+class WatchedReplicas(SimulatedReplicaSet):
     """Poisons rows, watches what happens, and interrupts the driver after so many events."""
 
     driver: Driver
     drain_at = kill_at = -1
 
-    def watched(self, seen: Counter[str]) -> Crew:
+    def watched(self, seen: Counter[str]) -> WatchedReplicas:
         self.seen, self.waits, self.called = seen, 0, Counter()
         return self
 
@@ -145,16 +145,16 @@ class Crew(SimulatedCrew):
             raise Killed
         if self.waits == self.drain_at:
             self.driver.request_drain("SIGTERM")
-        news = super().wait(timeout)
-        for one in news:
-            if isinstance(one, InputsLost) or (isinstance(one, Lost) and one.inputs_lost):
+        event = super().wait(timeout)
+        for one in event:
+            if isinstance(one, InputsLost) or (isinstance(one, ReplicaLost) and one.inputs_lost):
                 self.seen["inputs lost"] += 1
-            elif isinstance(one, Lost):
+            elif isinstance(one, ReplicaLost):
                 kind = "died idle" if one.idle else "node lost" if "node" in one.reason else "gang lost"
                 self.seen[kind if one.served else "failed start"] += 1
-            elif isinstance(one, Answered) and one.report.error_type in ("RowError", "StoredLatentsGone"):
+            elif isinstance(one, CallFinished) and one.report.error_type in ("RowError", "StoredLatentsGone"):
                 self.seen[one.report.error_type] += 1
-        return news
+        return event
 
 
 class Schedule:
@@ -235,29 +235,37 @@ class Schedule:
         """True when nothing is left to do. What was in the index before is not touched."""
         self.runs += 1
         before = {row["item_id"] for row in self.index()}
-        crew = self._crew()
+        replica_set = self._replica_set()
         at = self.dice.randint(1, 150)
-        crew.drain_at, crew.kill_at = (at if interruption == how else -1 for how in ("drain", "kill"))
+        replica_set.drain_at, replica_set.kill_at = (at if interruption == how else -1 for how in ("drain", "kill"))
         limits = RunLimits(
             max_attempts=self.k, queue_depth=self.dice.randint(1, 4),
             max_failed_fraction=self.dice.choice([0.0, 0.1]) if interruption == "fraction" else None,
         )  # fmt: skip
-        plan = Plan(manifest or self.manifest, RowRules(), Book(), list_done(self.store))  # type: ignore[arg-type]
-        self.books = Books(
+        plan = Plan(manifest or self.manifest, RowRules(), HashingBuilder(), list_existing(self.store))  # type: ignore[arg-type]
+        self.tracker = RowTracker(
             plan, DatasetWriter(self.store), Publisher(threads=2), EventLog(self.store), Progress(io.StringIO()), "{}"
         )
-        self.books.metrics = SimpleNamespace(item=lambda outcome: None, call=lambda stage, seconds: None)  # type: ignore
+        self.tracker.metrics = SimpleNamespace(item=lambda outcome: None, call=lambda stage, seconds: None)  # type: ignore
         preflight = None
         if self.dice.random() < 0.3:
             preflight = self._preflight(plan)
         max_bytes = self.dice.choice([float("inf"), 3.0])
-        crew.driver = driver = Driver(
-            books=self.books,
-            join_cluster=lambda: Joined(
-                crew, self.pools, "{}", max_bytes, preflight, elastic=self.layout != "split" and self.runs % 2 == 0
+        replica_set.driver = driver = Driver(
+            tracker=self.tracker,
+            join_cluster=lambda: JoinedCluster(
+                replica_set,
+                self.pools,
+                "{}",
+                max_bytes,
+                preflight,
+                elastic=self.layout != "split" and self.runs % 2 == 0,
             ),
-            stages=STAGES, limits=limits, noise_device="cpu", use_stored=True,
-        )  # fmt: skip
+            stages=STAGES,
+            limits=limits,
+            noise_device="cpu",
+            use_stored=True,
+        )
         try:
             left = driver.run(plan.open())
             self.seen["too many failed"] += driver.too_many_failed
@@ -269,26 +277,26 @@ class Schedule:
         except StartFailed:
             self.seen["gave up starting"] += 1
             ended = False
-        assert crew.alive == 0, "a replica outlives its run"
-        assert not before & set(crew.called), "rendered again"
-        assert not [name for name, times in crew.make.decoded.items() if times > 1], "rendered twice"
+        assert replica_set.alive == 0, "a replica outlives its run"
+        assert not before & set(replica_set.called), "rendered again"
+        assert not [name for name, times in replica_set.make.decoded.items() if times > 1], "rendered twice"
         if ended and interruption == "none" and driver.drain_requested is None:
-            assert not self.books.work, "items are left in the books"
+            assert not self.tracker.work, "items are left in the books"
         return ended
 
-    def _crew(self) -> Crew:
-        crew = Crew(
+    def _replica_set(self) -> WatchedReplicas:
+        replica_set = WatchedReplicas(
             times=lambda stage, item, dice: SECONDS[stage] * dice.uniform(0.7, 1.5),
             make=Stages(self.store),
             seed=self.dice.randrange(2**32),
             faults=self.faults,
             nodes=self.dice.randint(1, 4),
         )
-        return crew.watched(self.seen)
+        return replica_set.watched(self.seen)
 
     def _preflight(self, plan: Plan) -> WorkItem:
         self.seen["preflight"] += 1
-        return replace(plan.book.item(request(prompt="preflight")), preflight=True)
+        return replace(plan.builder.item(request(prompt="preflight")), preflight=True)
 
     # --- what came of it -------------------------------------------------------------------------
 

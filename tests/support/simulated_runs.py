@@ -8,19 +8,19 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 from ltx_ray.config import PoolSpec, RunLimits
-from ltx_ray.dataset.existing import list_done
+from ltx_ray.dataset.existing import list_existing
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.driver.events import EventLog
-from ltx_ray.driver.loop import Driver, Joined
+from ltx_ray.driver.loop import Driver, JoinedCluster
 from ltx_ray.driver.policy import STAGES
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
-from ltx_ray.driver.tracker import Books
+from ltx_ray.driver.tracker import RowTracker
 from ltx_ray.manifest.rules import RowRules
 from ltx_ray.planning.plan import Plan
 from ltx_ray.storage.store import Store
 from tests.support.samples import request, write_jsonl
-from tests.support.schedules import SECONDS, SPEC, Book, Crew, Stages
+from tests.support.schedules import SECONDS, SPEC, HashingBuilder, Stages, WatchedReplicas
 
 
 def pools(n=1):
@@ -36,20 +36,32 @@ def pools(n=1):
 
 
 def run(
-    tmp_path, rows, crew_class=Crew, *, preflight=None, the_pools=None, latents_only=False, publisher=None, **limits
+    tmp_path,
+    rows,
+    replica_set_class=WatchedReplicas,
+    *,
+    preflight=None,
+    the_pools=None,
+    latents_only=False,
+    publisher=None,
+    **limits,
 ):
     """A driver that is about to render `rows` into tmp_path/out, and its output."""
     store = Store(str(tmp_path / "out"))
     manifest = write_jsonl(tmp_path / "m.jsonl", rows)
-    plan = Plan(manifest, RowRules(), Book(), list_done(store), latents_only=latents_only)
-    books = Books(plan, DatasetWriter(store), publisher or Publisher(2), EventLog(store), Progress(io.StringIO()), "{}")
-    books.metrics = SimpleNamespace(item=lambda outcome: None, call=lambda stage, seconds: None)
-    crew = crew_class(times=lambda stage, item, dice: SECONDS[stage], make=Stages(store)).watched(Counter())
-    crew.limit = 3000
-    item = replace(Book().item(request(**preflight)), preflight=True) if preflight else None
-    crew.driver = driver = Driver(
-        books=books,
-        join_cluster=lambda: Joined(crew, the_pools or pools(), "{}", preflight=item),
+    plan = Plan(manifest, RowRules(), HashingBuilder(), list_existing(store), latents_only=latents_only)
+    tracker = RowTracker(
+        plan, DatasetWriter(store), publisher or Publisher(2), EventLog(store), Progress(io.StringIO()), "{}"
+    )
+    tracker.metrics = SimpleNamespace(item=lambda outcome: None, call=lambda stage, seconds: None)
+    replica_set = replica_set_class(times=lambda stage, item, dice: SECONDS[stage], make=Stages(store)).watched(
+        Counter()
+    )
+    replica_set.limit = 3000
+    item = replace(HashingBuilder().item(request(**preflight)), preflight=True) if preflight else None
+    replica_set.driver = driver = Driver(
+        tracker=tracker,
+        join_cluster=lambda: JoinedCluster(replica_set, the_pools or pools(), "{}", preflight=item),
         stages=("text", "stage1", "decode") if latents_only else STAGES,
         limits=RunLimits(**limits),
         noise_device="cpu",

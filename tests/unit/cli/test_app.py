@@ -13,7 +13,7 @@ from ltx_ray import run
 from ltx_ray.cli import app
 from ltx_ray.cli.app import main
 from ltx_ray.cli.options import _model_files, model_options
-from ltx_ray.config import LoraFile
+from ltx_ray.config import LoraSpec
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.storage.store import Store
 from tests.support.checkpoint_files import BLOCK, checkpoint
@@ -198,7 +198,7 @@ def test_options_that_do_not_parse(cmd, manifest, out):
 def test_the_shape_of_a_run(cmd, manifest, out, options):
     code, _, _ = cmd("render", manifest, "--output", out, "--model", "toy", "--stage2-replicas", "0", "--tp", "2")
     assert code == 0
-    assert (options[0].wanted.tp, options[0].wanted.stage1, options[0].wanted.stage2) == (2, None, 0)
+    assert (options[0].parallel.tp, options[0].parallel.stage1, options[0].parallel.stage2) == (2, None, 0)
 
 
 # --- bad rows: exit code 3, the others are planned ------------------------------------------------
@@ -307,12 +307,12 @@ def test_loras_with_and_without_strength(cmd, manifest, options):
     assert code == 0, err
     assert options[0].manifest == manifest
     assert options[0].model.loras == (
-        LoraFile("one", "a/one.safetensors", 0.5),
-        LoraFile("two", "two.safetensors", 1.0),
-        LoraFile("-3", "-3.safetensors", -0.1),
+        LoraSpec("one", "a/one.safetensors", 0.5),
+        LoraSpec("two", "two.safetensors", 1.0),
+        LoraSpec("-3", "-3.safetensors", -0.1),
     )
     cmd("render", manifest, "--output", "o", "--model", "toy", "--lora=x.safetensors", "2")
-    assert options[1].model.loras == (LoraFile("x", "x.safetensors", 2.0),)
+    assert options[1].model.loras == (LoraSpec("x", "x.safetensors", 2.0),)
 
 
 CONFIG = {
@@ -343,7 +343,7 @@ def test_a_config_file_holds_the_same_names_and_the_command_line_wins(cmd, manif
         "num_inference_steps": 5, "num_frames": 17, "video_stg_blocks": [1, 2], "video_modality_scale": 1.0
     }  # fmt: skip
     assert [(x.name, x.strength) for x in given.model.loras] == [("a", 0.5), ("b", 1.0), ("c", 1.0)]
-    assert given.save_latents and given.wanted.stage2 == 0
+    assert given.save_latents and given.parallel.stage2 == 0
     assert given.image_roots == ("/x", "/y")
     assert (given.limits.max_failed_fraction, given.selection.limit) == (0.5, 1)
 
@@ -353,7 +353,7 @@ def test_a_config_file_of_one_lora_and_one_root(cmd, manifest, tmp_path, options
     path.write_text(yaml.safe_dump({"model": "toy", "lora": "a.safetensors", "image_root": "/x", "shard": "0/2"}))
     code, _, err = cmd("render", manifest, "--output", "o", "--config", path)
     assert code == 0, err
-    assert options[0].model.loras == (LoraFile("a", "a.safetensors", 1.0),)
+    assert options[0].model.loras == (LoraSpec("a", "a.safetensors", 1.0),)
     assert options[0].image_roots == ("/x",)
     assert options[0].selection.shard == (0, 2)
 

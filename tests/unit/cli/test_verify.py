@@ -264,5 +264,5 @@ def test_the_sample_s_options_are_the_command_line_s(tmp_path, monkeypatch):
     result = CliRunner().invoke(app, ["verify", store.uri, "--sample", "1", "--model", "toy", "--tp", "2"])
     assert result.exit_code == 0, result.output
     [given] = asked
-    assert given.wanted.tp == 2 and given.model.provider == "ltx_ray.toy:ensure_toy_model"
+    assert given.parallel.tp == 2 and given.model.provider == "ltx_ray.toy:ensure_toy_model"
     assert not given.output.startswith(store.uri) and not given.image_roots

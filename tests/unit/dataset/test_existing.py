@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ltx_ray.dataset.existing import Done, list_done
+from ltx_ray.dataset.existing import ExistingRows, list_existing
 from ltx_ray.dataset.layout import row_key
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.manifest.reader import RawRow
@@ -37,7 +37,7 @@ def test_the_listing_says_what_is_done_and_what_failed(store):
     name = writer.write_illegal(RawRow("m.jsonl", 3, {"prompt": ""}), ["m.jsonl:3:prompt: ..."])
     store.write_bytes(f"latents/aa/{ITEM}.safetensors", b"")
     store.write_bytes(f"previews/part-{OTHER}-{C}.parquet", b"")
-    done = list_done(store)
+    done = list_existing(store)
     assert done.has_row(ITEM, A) and done.has_row(ITEM, B) and not done.has_row(ITEM, C)
     assert done.key_of(ITEM) in {A, B} and done.key_of(OTHER) is None
     assert done.has_latents(ITEM) and not done.has_latents(OTHER)
@@ -52,7 +52,7 @@ def test_the_listing_says_what_is_done_and_what_failed(store):
 
 
 def test_a_new_dataset_is_empty(store):
-    done = list_done(store)
+    done = list_existing(store)
     assert not (done.row_count or done.failed_count or done.latents_count or done.failed_kinds)
     assert not done.has_row(ITEM, A) and done.key_of(ITEM) is None and done.failed_parts(A) == []
 
@@ -65,21 +65,21 @@ def test_names_that_are_not_ours_are_passed_over(store):
     ]  # fmt: skip
     for stray in strays:
         store.write_bytes(stray, b"")
-    done = list_done(store)
+    done = list_existing(store)
     assert not (done.row_count or done.failed_count or done.latents_count)
 
 
 def test_the_listing_of_an_object_store(s3, bucket):
     store = Store(f"{bucket}/out")
-    assert list_done(store).row_count == 0
+    assert list_existing(store).row_count == 0
     for name in (f"index/part-{ITEM}-{A}.parquet", f"latents/aa/{OTHER}.safetensors", f"latents/bb/{ITEM}.safetensors"):
         store.write_bytes(name, b"x")
-    done = list_done(store)
+    done = list_existing(store)
     assert done.has_row(ITEM, A) and (done.row_count, done.latents_count) == (1, 2)
 
 
 def test_rows_come_and_go_while_a_run_goes_on():
-    done = Done()
+    done = ExistingRows()
     done.add_row(ITEM, A)
     done.add_row(ITEM, A)
     done.add_row(ITEM, B)
@@ -96,7 +96,7 @@ def test_rows_come_and_go_while_a_run_goes_on():
 
 def test_items_that_start_alike_are_told_apart():
     """The head is 64 bits; the rest counts too."""
-    done, twin = Done(), ITEM[:16] + "0" * 16
+    done, twin = ExistingRows(), ITEM[:16] + "0" * 16
     done.add_row(ITEM, A)
     assert not done.has_row(twin, A) and done.key_of(twin) is None
     done.add_row(twin, B)
@@ -108,7 +108,7 @@ def test_thousands_of_rows_in_the_order_of_no_name(store):
     folder.mkdir(parents=True)
     for n in range(3000):
         (folder / f"part-{item(n)}-{n:08x}.parquet").touch()
-    done = list_done(store)
+    done = list_existing(store)
     for n in range(3000, 30_000):  # more than one run's worth
         done.add_row(item(n), f"{n:08x}")
     assert done.row_count == 30_000
@@ -117,7 +117,7 @@ def test_thousands_of_rows_in_the_order_of_no_name(store):
 
 
 def test_a_look_up_of_many_never_misses_a_row():
-    done = Done()
+    done = ExistingRows()
     for n in range(10_000):
         done.add_row(item(n), A)
     heads = [bytes.fromhex(item(n))[:8] for n in range(20_000)]

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ltx_ray.dataset.existing import list_done
+from ltx_ray.dataset.existing import list_existing
 from ltx_ray.dataset.layout import INDEX_SCHEMA, index_part, row_key
 from ltx_ray.dataset.repair import is_whole_mp4, repair
 from ltx_ray.engine.mp4 import write_mp4
@@ -28,7 +28,7 @@ def store(request, tmp_path) -> Store:
 
 
 def mend(store: Store):
-    done, said = list_done(store), []
+    done, said = list_existing(store), []
     repaired = repair(store, done, said.append)
     assert len(said) == sum(map(bool, vars(repaired).values()))
     rows = rows_of(store)
@@ -50,7 +50,7 @@ def test_a_whole_dataset_is_left_alone(store):
 def test_a_dataset_that_is_not_there(tmp_path, bucket):
     for place in (str(tmp_path / "none"), f"{bucket}/none"):
         store = Store(place)
-        assert not repair(store, list_done(store), pytest.fail)
+        assert not repair(store, list_existing(store), pytest.fail)
         assert not store.exists("")
 
 

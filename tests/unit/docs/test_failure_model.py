@@ -27,7 +27,7 @@ from ltx_ray.pools.pool import StartFailed
 from ltx_ray.records import AV, CallReport, NoiseLedger, RowError, StageLatents
 from ltx_ray.shapes import AUDIO_SAMPLE_RATE, ClipShape
 from ltx_ray.storage.store import Store
-from tests.support.schedules import SPEC, Crew, Stages
+from tests.support.schedules import SPEC, Stages, WatchedReplicas
 from tests.support.simulated_runs import pools, rows, run
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -120,16 +120,16 @@ def test_a_silent_clip_is_flagged(decoder, monkeypatch, peak, silent):
 
 
 def test_a_prompt_that_was_cut_is_flagged(tmp_path):
-    class Cut(Crew):
+    class Cut(WatchedReplicas):
         def wait(self, timeout):
-            news = super().wait(timeout)
-            for one in news:
+            event = super().wait(timeout)
+            for one in event:
                 if self.driver.policy.item_of(one.replica) and one.report.ok:
                     one.report.info["prompt_truncated"] = True
-            return news
+            return event
 
     driver, store = run(tmp_path, rows(1), Cut)
-    driver.run(driver.books.plan.open())
+    driver.run(driver.tracker.plan.open())
     assert [row["flags"] for row in table(store, "index")] == [["prompt_truncated"]]
 
 
@@ -175,8 +175,8 @@ def test_a_gang_is_replaced_after_an_error_that_leaves_its_state_unknown(tmp_pat
             raise raised("told to fail")
         return stages(stage, item, *inputs)
 
-    driver._join_cluster().crew.make = make
-    driver.run(driver.books.plan.open())
+    driver._join_cluster().replica_set.make = make
+    driver.run(driver.tracker.plan.open())
     driver.events.flush()
     (row,) = table(store, "index")
     assert row["attempts"] == 2 and row["stage1_replica"] == "stage1-1"
@@ -187,9 +187,9 @@ def test_a_gang_is_replaced_after_an_error_that_leaves_its_state_unknown(tmp_pat
 def test_an_index_that_cannot_be_written_ends_the_run(tmp_path):
     """Once its patience is spent; what the run had finished and published stays."""
     driver, store = run(tmp_path, rows(1), publisher=Publisher(1))
-    driver.books.writer.write_index = lambda *_: (_ for _ in ()).throw(OSError("the store stays away"))
+    driver.tracker.writer.write_index = lambda *_: (_ for _ in ()).throw(OSError("the store stays away"))
     with pytest.raises(OSError, match="the store stays away"):
-        driver.run(driver.books.plan.open())
+        driver.run(driver.tracker.plan.open())
     assert len(store.list("clips", recursive=True)) == 1 and not store.list("index")
     assert runs._INDEX_PATIENCE == 600
 
@@ -206,7 +206,7 @@ def test_a_report_that_fails_costs_no_exit_code(tmp_path, monkeypatch, capsys):
 def test_a_run_that_lost_its_lease_drains(tmp_path):
     decoded = []
 
-    class Watched(Crew):
+    class Watched(WatchedReplicas):
         def submit(self, replica, stage, item, inputs):
             super().submit(replica, stage, item, inputs)
             if stage == "decode":
@@ -214,34 +214,34 @@ def test_a_run_that_lost_its_lease_drains(tmp_path):
 
     driver, store = run(tmp_path, rows(30), Watched, queue_depth=1)
     driver._should_stop = lambda: "another run has taken over" if len(decoded) > 2 else None
-    assert driver.run(driver.books.plan.open())
+    assert driver.run(driver.tracker.plan.open())
     assert 3 <= len(store.list("index")) == len(decoded) < 10 and not store.list("failed")
 
 
 def test_a_drain_that_leaves_nothing_is_a_finished_run(tmp_path):
-    class Last(Crew):
+    class Last(WatchedReplicas):
         def submit(self, replica, stage, item, inputs):
             super().submit(replica, stage, item, inputs)
             if stage == "decode":
                 self.driver.request_drain("SIGTERM")
 
     driver, store = run(tmp_path, rows(1), Last)
-    assert not driver.run(driver.books.plan.open())
+    assert not driver.run(driver.tracker.plan.open())
     assert len(store.list("index")) == 1
 
 
 def test_no_rows_are_taken_while_too_many_are_being_written(tmp_path):
     driver, _ = run(tmp_path, rows(3))
     for pending, taken in ((Publisher.FULL, 0), (Publisher.FULL - 1, 3)):
-        driver.books.publisher = SimpleNamespace(pending=pending)
-        driver._admit(driver.books.plan.open())
+        driver.tracker.publisher = SimpleNamespace(pending=pending)
+        driver._admit(driver.tracker.plan.open())
         assert driver.policy.busy == taken
 
 
 def test_gpu_hours_that_are_used_up_drain_the_run(tmp_path):
     cards = [PoolSpec(p.name, p.roles, p.replicas, p.ranks, SPEC, gpus_per_rank=1.0) for p in pools()]
     driver, store = run(tmp_path, rows(30), the_pools=cards, max_gpu_hours=0.1)
-    assert driver.run(driver.books.plan.open())
+    assert driver.run(driver.tracker.plan.open())
     # 65 s a clip; what was under way is finished as far as the decode pool had it
     assert 1 <= len(store.list("index")) <= 6 and not store.list("failed")
     driver.events.flush()
@@ -254,5 +254,5 @@ def test_a_preflight_that_fails_ends_the_run(tmp_path):
     driver, store = run(tmp_path, rows(3), preflight=preflight, the_pools=pools(2), max_attempts=2)
     began = time.monotonic()
     with pytest.raises(StartFailed, match="preflight: stage2: rank 0 died"):
-        driver.run(driver.books.plan.open())
+        driver.run(driver.tracker.plan.open())
     assert not store.list("failed") and time.monotonic() - began < 30

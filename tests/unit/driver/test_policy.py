@@ -8,7 +8,7 @@ import zlib
 
 import pytest
 
-from ltx_ray.driver.policy import STAGES, Policy, Verdict
+from ltx_ray.driver.policy import STAGES, Policy, RetryDecision
 
 FROM_STORED = ("text", "stored", "stage2", "decode")
 TEXT, ASIDE = ("text",), ("decode", "keep", "stored")
@@ -159,14 +159,14 @@ def test_attempts_are_capped_and_uncharged_losses_are_free():
     policy = make({"t": TEXT}, items=1, max_attempts=2)
     for _ in range(3):
         calls(policy)
-        assert policy.inputs_lost("i0") == Verdict("i0", True, 1)
+        assert policy.inputs_lost("i0") == RetryDecision("i0", True, 1)
     calls(policy)
-    assert policy.call_failed("i0") == Verdict("i0", True, 2)
+    assert policy.call_failed("i0") == RetryDecision("i0", True, 2)
     calls(policy)
-    assert policy.leave("t", charged=False) == Verdict("i0", True, 2)
+    assert policy.leave("t", charged=False) == RetryDecision("i0", True, 2)
     policy.join("t", TEXT)
     calls(policy)
-    assert policy.leave("t") == Verdict("i0", False, 2)
+    assert policy.leave("t") == RetryDecision("i0", False, 2)
     assert policy.busy == 0
 
 
@@ -200,7 +200,7 @@ def test_when_the_stored_latents_are_gone_the_item_takes_the_other_way():
     assert calls(policy) == [("x", "text", "t")]
     policy.finished("x")
     assert calls(policy) == [("x", "stored", "d")]
-    assert policy.inputs_lost("x", STAGES) == Verdict("x", True, 1)
+    assert policy.inputs_lost("x", STAGES) == RetryDecision("x", True, 1)
     assert stages_run(policy) == list(STAGES)
 
 
@@ -210,7 +210,7 @@ def test_an_item_that_is_given_up_is_kept_in_one_try():
     policy.draining = True
     assert not policy.idle_when_drained()
     assert calls(policy) == [("x", "keep", "d")], "even while draining"
-    assert policy.call_failed("x") == Verdict("x", False, 3)
+    assert policy.call_failed("x") == RetryDecision("x", False, 3)
     assert policy.idle_when_drained()
 
 

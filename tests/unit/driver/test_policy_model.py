@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from ltx_ray.driver.policy import ORDER, STAGES, Dispatch, Policy, Verdict
+from ltx_ray.driver.policy import ORDER, STAGES, Dispatch, Policy, RetryDecision
 
 MERGED = ("stage1", "stage2")
 FROM_STORED = ("text", "stored", "stage2", "decode")
@@ -143,7 +143,7 @@ class PolicyMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def fail_row(self, data):
         item = self._some_call(data).item
-        assert self.policy.row_failed(item) == Verdict(item, False, self.tried[item])
+        assert self.policy.row_failed(item) == RetryDecision(item, False, self.tried[item])
         self._end(item)
 
     @precondition(lambda self: self.running)
@@ -164,16 +164,16 @@ class PolicyMachine(RuleBasedStateMachine):
         self.came_back.discard(item)
         self.ended.add(item)
 
-    def _started_over(self, item: str, path: tuple[str, ...] | None, verdict: Verdict) -> None:
+    def _started_over(self, item: str, path: tuple[str, ...] | None, verdict: RetryDecision) -> None:
         self.path[item], self.at[item], self.held[item] = path or self.path[item], 0, {}
         self.losses[item] += 1
         # what is lost again and again is charged in the end, so that it does not go on for ever
         self._judged(item, verdict, charged=self.losses[item] > self.restarts)
 
-    def _judged(self, item: str, verdict: Verdict, charged: bool) -> None:
+    def _judged(self, item: str, verdict: RetryDecision, charged: bool) -> None:
         retry = not charged or self.tried[item] < self.attempts
         self.tried[item] += charged and retry
-        assert verdict == Verdict(item, retry, self.tried[item])
+        assert verdict == RetryDecision(item, retry, self.tried[item])
         if retry:
             self.came_back.add(item)
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ltx_ray.driver.queue import Line
+from ltx_ray.driver.queue import FairQueue
 
 KINDS = "abc"
 
@@ -21,7 +21,7 @@ KINDS = "abc"
     )
 )
 def test_it_serves_as_a_sorted_list_would(steps):
-    line, waiting, passed = Line(), {}, {}
+    line, waiting, passed = FairQueue(), {}, {}
     for step in steps:
         if step[0] == "push":
             _, order, kind = step
@@ -45,7 +45,7 @@ def test_it_serves_as_a_sorted_list_would(steps):
 
 
 def test_those_ahead_do_not_pass_over():
-    line = Line()
+    line = FairQueue()
     for n in range(5):
         line.push(f"i{n}", n, "a")
     for n in range(5):
@@ -54,7 +54,7 @@ def test_those_ahead_do_not_pass_over():
 
 
 def test_younger_ones_do():
-    line = Line()
+    line = FairQueue()
     line.push("lone", 0, "b")
     for n in range(1, 5):
         line.push(f"i{n}", n, "a")
@@ -63,7 +63,7 @@ def test_younger_ones_do():
 
 
 def test_one_that_comes_back_is_the_oldest_again():
-    line = Line()
+    line = FairQueue()
     line.push("i0", 0, "a")
     line.push("i1", 1, "a")
     line.pop("a")

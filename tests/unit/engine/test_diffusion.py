@@ -17,7 +17,7 @@ from ltx_ray.parallel.lora import LoraMerger
 from ltx_ray.pools.worker import RankActor
 from ltx_ray.records import RowError, StageLatents, WrongDevice, canonical_json
 from ltx_ray.storage.store import Store
-from tests.support.pipeline import Line, one_thread, toy_line
+from tests.support.pipeline import ToyPipeline, one_thread, toy_pipeline
 
 ROW = {
     "prompt": "a red boat", "height": 128, "width": 128, "num_frames": 17, "num_inference_steps": 2, "seed": 3,
@@ -26,8 +26,8 @@ ROW = {
 
 
 @pytest.fixture(scope="module")
-def line() -> Line:
-    return toy_line()
+def line() -> ToyPipeline:
+    return toy_pipeline()
 
 
 @pytest.fixture(scope="module")

@@ -25,14 +25,21 @@ def test_another_architecture_under_the_same_version_is_refused(toy, field, valu
 def test_a_real_model_wants_gpus_unless_told_otherwise():
     pytest.importorskip("ray")
     from ltx_ray.placement.cluster import Cluster
-    from ltx_ray.placement.sizing import Wanted
+    from ltx_ray.placement.sizing import ParallelConfig
 
     def pools(size: int, device: str) -> list:
         cluster = Cluster(
-            address=None, device=device, wanted=Wanted(), numerics=Numerics(), model=ModelFiles("c", "g", "u"),
-            model_bytes=size, engines=dict.fromkeys(("text", "diffusion", "decode"), "m:E"), output="out",
-            save_latents=False, stop_after=None,
-        )  # fmt: skip
+            address=None,
+            device=device,
+            parallel=ParallelConfig(),
+            numerics=Numerics(),
+            model=ModelFiles("c", "g", "u"),
+            model_bytes=size,
+            engines=dict.fromkeys(("text", "diffusion", "decode"), "m:E"),
+            output="out",
+            save_latents=False,
+            stop_after=None,
+        )
         return cluster._lay_out(0.0)[0]
 
     for size, device in ((46 * 2**30, "auto"), (1, "cuda")):

@@ -18,17 +18,17 @@ from ltx_ray.checkpoints.safetensors import TensorInfo
 from ltx_ray.checkpoints.transformer_config import TransformerConfig
 from ltx_ray.checkpoints.transformer_keys import transformer_shapes
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics
-from ltx_ray.driver.loop import Joined
-from ltx_ray.manifest.rules import Problem
+from ltx_ray.driver.loop import JoinedCluster
+from ltx_ray.manifest.rules import RowProblem
 from ltx_ray.model.packing import pack
 from ltx_ray.model.transformer import Transformer
 from ltx_ray.parallel.layers import TPGroup
 from ltx_ray.placement.cluster import Cluster
-from ltx_ray.placement.memory import GIB, Gpu, Room, can_share, known_gpus, transformer_bytes
+from ltx_ray.placement.memory import GIB, Gpu, MemoryBudget, can_share, known_gpus, transformer_bytes
 from ltx_ray.placement.numerics import resolve
-from ltx_ray.placement.sizing import Wanted, lay_out
+from ltx_ray.placement.sizing import ParallelConfig, lay_out
 from tests.support.samples import request
-from tests.support.schedules import Crew
+from tests.support.schedules import WatchedReplicas
 from tests.support.simulated_runs import rows, run
 
 REAL = {
@@ -46,24 +46,24 @@ REAL_TENSORS = {name: info(shape) for name, shape in transformer_shapes(REAL).it
 CHECKPOINT = Checkpoint("ltx", "2.3.0", REAL, REAL_TENSORS, 46 * 10**9)
 
 
-def room(gpu: str | Gpu, gpus: float = 2, wanted: Wanted = Wanted(), **numerics) -> Room:  # noqa: B008 (frozen)
+def room(gpu: str | Gpu, gpus: float = 2, parallel: ParallelConfig = ParallelConfig(), **numerics) -> MemoryBudget:  # noqa: B008 (frozen)
     """Of the real model on `gpus` of that kind; text and decode have a card of their own when there are two."""
     asked = Numerics(
-        device="cuda", attention="auto", compile="auto", tp=wanted.tp, stage2_tp=wanted.tp_of_stage2,
-        sequence_parallel=wanted.sequence_parallel, **numerics,
+        device="cuda", attention="auto", compile="auto", tp=parallel.tp, stage2_tp=parallel.tp_of_stage2,
+        sequence_parallel=parallel.sequence_parallel, **numerics,
     )  # fmt: skip
     resolved = resolve(asked, (), False)
     spec = EngineSpec("m:E", ModelFiles("c", "g", "u"), resolved, "out")
-    laid_out = lay_out(wanted, gpus, dict.fromkeys(("text", "diffusion", "decode"), spec))
+    laid_out = lay_out(parallel, gpus, dict.fromkeys(("text", "diffusion", "decode"), spec))
     found = known_gpus([gpu])[0] if isinstance(gpu, str) else gpu
-    return Room(CHECKPOINT, spec.model, laid_out, resolved, found)
+    return MemoryBudget(CHECKPOINT, spec.model, laid_out, resolved, found)
 
 
 @pytest.fixture(autouse=True)
 def real_files(monkeypatch):
     """Sizes of the released upsampler and of Gemma 3 12B's text model, in bfloat16."""
-    monkeypatch.setattr(Room, "_upsampler_bytes", int(1.0e9))
-    monkeypatch.setattr(Room, "text_bytes", int(23.5e9))
+    monkeypatch.setattr(MemoryBudget, "_upsampler_bytes", int(1.0e9))
+    monkeypatch.setattr(MemoryBudget, "text_bytes", int(23.5e9))
 
 
 HD = {"height": 1088, "width": 1920}
@@ -145,8 +145,8 @@ def test_files_beside_the_transformer(toy, monkeypatch):
     monkeypatch.undo()
     checkpoint, model = open_checkpoint(toy["checkpoint_path"]), ModelFiles(**toy)
     spec = EngineSpec("m:E", model, Numerics(device="cuda"), "out")
-    laid_out = lay_out(Wanted(), 1, dict.fromkeys(("text", "diffusion", "decode"), spec))
-    there = Room(checkpoint, model, laid_out, Numerics(device="cuda"), Gpu("small", 8 * GIB))
+    laid_out = lay_out(ParallelConfig(), 1, dict.fromkeys(("text", "diffusion", "decode"), spec))
+    there = MemoryBudget(checkpoint, model, laid_out, Numerics(device="cuda"), Gpu("small", 8 * GIB))
     assert 0 < there._upsampler_bytes < 2**20 < 2 * GIB
     assert 0 < there.text_bytes < 2**24
     there.check()
@@ -246,9 +246,9 @@ def test_a_row_of_which_no_frame_has_room():
 
 
 def test_the_neediest_pool_decides():
-    wide = room("H100", 8, Wanted(stage1=1, stage2=1, sequence_parallel=4))
+    wide = room("H100", 8, ParallelConfig(stage1=1, stage2=1, sequence_parallel=4))
     assert [rank.token_ranks for rank in wide.ranks] == [1, 4] and not wide.ranks[0].fused
-    apart = room("H100", 8, Wanted(stage1=1, stage2=1, tp=4, stage2_tp=1))
+    apart = room("H100", 8, ParallelConfig(stage1=1, stage2=1, tp=4, stage2_tp=1))
     assert [rank.tp for rank in apart.ranks] == [4, 1]
     assert "--stage2-tp 2 or a larger" in apart.problem(replace(LONG, num_frames=1001)).legal
 
@@ -263,7 +263,7 @@ def test_other_numbers_need_other_memory():
 # --- the run -----------------------------------------------------------------------------------------
 
 
-class Busy(Crew):
+class Busy(WatchedReplicas):
     def submit(self, replica, stage, item, inputs):
         assert item.request.num_frames != 8001
         super().submit(replica, stage, item, inputs)
@@ -273,7 +273,7 @@ def joining(driver, problem) -> list:
     """Have `driver` judge rows by `problem` once it has joined; an entry for each time that it joins."""
     join, times = driver._join_cluster, []
 
-    def joined() -> Joined:
+    def joined() -> JoinedCluster:
         times.append(1)
         return replace(join(), problem=problem)
 
@@ -290,8 +290,8 @@ def test_a_row_without_room_fails_as_an_illegal_one_and_the_others_render(tmp_pa
     long = {"id": "long", "prompt": "a long one", "num_frames": 8001, "mood": "calm"}
     driver, store = run(tmp_path, [long, *rows(5), {**long, "id": "twin"}], Busy)
     times = joining(driver, there.problem)
-    assert driver.run(driver.books.plan.open()) is False
-    assert len(times) == 1 and not driver.books.work
+    assert driver.run(driver.tracker.plan.open()) is False
+    assert len(times) == 1 and not driver.tracker.work
     assert driver.counts["illegal"] == 2 and driver.counts["rendered"] == 5 and driver.counts["rows"] == 7
     assert len(store.list("index")) == 5
     failed = {row["id"]: row for row in table(store, "failed")}
@@ -307,29 +307,29 @@ def test_a_row_without_room_fails_as_an_illegal_one_and_the_others_render(tmp_pa
 
     # the same command on larger GPUs
     driver, store = run(tmp_path, [long, *rows(5), {**long, "id": "twin"}])
-    driver.run(driver.books.plan.open())
+    driver.run(driver.tracker.plan.open())
     assert len(store.list("index")) == 7 and not store.list("failed")
 
 
 @pytest.mark.slow
 def test_a_run_of_rows_without_room_starts_no_replica(tmp_path):
-    class Idle(Crew):
+    class Idle(WatchedReplicas):
         def start(self, name, spec):
             raise AssertionError(name)
 
     driver, store = run(tmp_path, rows(600), Idle, preflight={"prompt": "preflight"})
-    joining(driver, lambda request: Problem("num_frames", request.num_frames, "less"))
-    assert driver.run(driver.books.plan.open()) is False
+    joining(driver, lambda request: RowProblem("num_frames", request.num_frames, "less"))
+    assert driver.run(driver.tracker.plan.open()) is False
     assert driver.counts["illegal"] == 600 and len(store.list("failed")) == 600
 
 
 def test_an_earlier_failure_of_a_row_without_room_is_not_listed_twice(tmp_path):
     driver, store = run(tmp_path, [{"id": "a", "prompt": "x [[stage1:crash]]"}])
-    driver.run(driver.books.plan.open())
+    driver.run(driver.tracker.plan.open())
     assert len(store.list("failed")) == 1
     driver, store = run(tmp_path, [{"id": "a", "prompt": "x [[stage1:crash]]"}])
-    joining(driver, lambda request: Problem("num_frames", request.num_frames, "less"))
-    driver.run(driver.books.plan.open())
+    joining(driver, lambda request: RowProblem("num_frames", request.num_frames, "less"))
+    driver.run(driver.tracker.plan.open())
     assert [name[:12] for name in store.list("failed")] == ["part-illegal"]
 
 
@@ -345,14 +345,14 @@ def test_only_gpus_of_known_memory_are_asked(toy, tmp_path, monkeypatch, device,
         numerics = replace(cluster._numerics, device=device)
         spec = EngineSpec("m:E", cluster._model, numerics, cluster._output)
         engines = dict.fromkeys(("text", "diffusion", "decode"), spec)
-        return lay_out(Wanted(), 2.0 if device == "cuda" else 0.0, engines), numerics
+        return lay_out(ParallelConfig(), 2.0 if device == "cuda" else 0.0, engines), numerics
 
-    def crew(*_):
+    def replica_set(*_):
         raise Reached
 
     monkeypatch.undo()
     monkeypatch.setattr("ltx_ray.placement.cluster.Cluster.join", join)
-    monkeypatch.setattr("ltx_ray.pools.ray_replicas.RayCrew", crew)
+    monkeypatch.setattr("ltx_ray.pools.ray_replicas.RayReplicaSet", replica_set)
     manifest = tmp_path / "m.jsonl"
     manifest.write_text('{"prompt": "a cat", "height": 64, "width": 64, "num_frames": 9}\n')
     options = runs.Options(manifest=str(manifest), output=str(tmp_path / "out"), model=ModelFiles(**toy))
@@ -389,7 +389,7 @@ def test_cards_are_shared_only_where_there_is_room_for_certain(gpu, changes, sha
 def test_a_cluster_shares_cards_when_it_may_and_can(mode, address, room, dit):
     """What is left of a shared card looks free to others, so a cluster of others is shared on request only."""
     cluster = Cluster(
-        address=address, device="cuda", wanted=Wanted(), numerics=Numerics(), model=ModelFiles("c", "g", "u"),
+        address=address, device="cuda", parallel=ParallelConfig(), numerics=Numerics(), model=ModelFiles("c", "g", "u"),
         model_bytes=1, engines=dict.fromkeys(("text", "diffusion", "decode"), "m:E"), output="out",
         save_latents=False, stop_after=None, share_cards=mode, can_share=lambda numerics, gpu: room,
     )  # fmt: skip

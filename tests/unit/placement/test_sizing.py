@@ -8,9 +8,9 @@ import pytest
 
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec
 from ltx_ray.placement.sizing import (
-    Replicas,
+    ParallelConfig,
+    PoolSizes,
     Resources,
-    Wanted,
     check_schedulable,
     choose_replicas,
     lay_out,
@@ -24,98 +24,101 @@ ENGINES = {
 
 
 @pytest.mark.parametrize(
-    "wanted, gpus, replicas",
+    "parallel, gpus, replicas",
     [
-        (Wanted(), 0, Replicas(1, 1)),
-        (Wanted(), 1, Replicas(1, 0, shared_card=True)),
-        (Wanted(), 2, Replicas(1, 0)),
-        (Wanted(), 3, Replicas(1, 1)),
-        (Wanted(), 4, Replicas(2, 1)),
-        (Wanted(), 8, Replicas(5, 2)),
-        (Wanted(), 32, Replicas(22, 9)),
-        (Wanted(), 1000, Replicas(675, 293, aside=32)),
-        (Wanted(tp=2), 8, Replicas(2, 1)),
-        (Wanted(tp=8), 8, Replicas(1, 0, shared_card=True)),
-        (Wanted(stage1=1), 8, Replicas(1, 1)),
-        (Wanted(stage2=1), 8, Replicas(3, 1)),
-        (Wanted(stage2=0), 8, Replicas(7, 0)),
-        (Wanted(stage1=2, stage2=3), 8, Replicas(2, 3)),
-        (Wanted(with_stage2=False), 8, Replicas(7, 0)),
-        (Wanted(guidance_parallel=3, sequence_parallel=2), 8, Replicas(1, 1)),
-        (Wanted(guidance_parallel=3, sequence_parallel=2), 5, Replicas(1, 1, shared_card=True)),
-        (Wanted(guidance_parallel=3), 3, Replicas(1, 0, shared_card=True)),
-        (Wanted(sequence_parallel=4), 17, Replicas(10, 1)),
+        (ParallelConfig(), 0, PoolSizes(1, 1)),
+        (ParallelConfig(), 1, PoolSizes(1, 0, shared_card=True)),
+        (ParallelConfig(), 2, PoolSizes(1, 0)),
+        (ParallelConfig(), 3, PoolSizes(1, 1)),
+        (ParallelConfig(), 4, PoolSizes(2, 1)),
+        (ParallelConfig(), 8, PoolSizes(5, 2)),
+        (ParallelConfig(), 32, PoolSizes(22, 9)),
+        (ParallelConfig(), 1000, PoolSizes(675, 293, aside=32)),
+        (ParallelConfig(tp=2), 8, PoolSizes(2, 1)),
+        (ParallelConfig(tp=8), 8, PoolSizes(1, 0, shared_card=True)),
+        (ParallelConfig(stage1=1), 8, PoolSizes(1, 1)),
+        (ParallelConfig(stage2=1), 8, PoolSizes(3, 1)),
+        (ParallelConfig(stage2=0), 8, PoolSizes(7, 0)),
+        (ParallelConfig(stage1=2, stage2=3), 8, PoolSizes(2, 3)),
+        (ParallelConfig(with_stage2=False), 8, PoolSizes(7, 0)),
+        (ParallelConfig(guidance_parallel=3, sequence_parallel=2), 8, PoolSizes(1, 1)),
+        (ParallelConfig(guidance_parallel=3, sequence_parallel=2), 5, PoolSizes(1, 1, shared_card=True)),
+        (ParallelConfig(guidance_parallel=3), 3, PoolSizes(1, 0, shared_card=True)),
+        (ParallelConfig(sequence_parallel=4), 17, PoolSizes(10, 1)),
     ],
 )
-def test_replicas_for_the_most_clips_an_hour(wanted, gpus, replicas):
-    assert choose_replicas(wanted, gpus) == replicas
+def test_replicas_for_the_most_clips_an_hour(parallel, gpus, replicas):
+    assert choose_replicas(parallel, gpus) == replicas
 
 
 @pytest.mark.parametrize(
-    "wanted, gpus, replicas",
+    "parallel, gpus, replicas",
     [
-        (Wanted(), 0, Replicas(1, 1)),
-        (Wanted(), 1, Replicas(1, 0, shared_card=True)),
-        (Wanted(), 2, Replicas(1, 1, shared_card=True, apart=True)),
-        (Wanted(), 8, Replicas(6, 2, shared_card=True, apart=True)),
-        (Wanted(), 31, Replicas(22, 9, shared_card=True, apart=True)),
+        (ParallelConfig(), 0, PoolSizes(1, 1)),
+        (ParallelConfig(), 1, PoolSizes(1, 0, shared_card=True)),
+        (ParallelConfig(), 2, PoolSizes(1, 1, shared_card=True, apart=True)),
+        (ParallelConfig(), 8, PoolSizes(6, 2, shared_card=True, apart=True)),
+        (ParallelConfig(), 31, PoolSizes(22, 9, shared_card=True, apart=True)),
         # from here on a card of their own is busy enough
-        (Wanted(), 32, Replicas(22, 9)),
+        (ParallelConfig(), 32, PoolSizes(22, 9)),
         # a card is left over
-        (Wanted(tp=2), 3, Replicas(1, 0)),
-        (Wanted(stage1=1), 8, Replicas(1, 1)),
-        (Wanted(stage1=2, stage2=3), 8, Replicas(2, 3)),
-        (Wanted(stage1=4, stage2=4), 8, Replicas(4, 4, shared_card=True, apart=True)),
-        (Wanted(with_stage2=False), 8, Replicas(8, 0, shared_card=True, apart=True)),
-        (Wanted(tp=2), 4, Replicas(1, 1, shared_card=True, apart=True)),
-        (Wanted(tp=8), 8, Replicas(1, 0, shared_card=True)),
+        (ParallelConfig(tp=2), 3, PoolSizes(1, 0)),
+        (ParallelConfig(stage1=1), 8, PoolSizes(1, 1)),
+        (ParallelConfig(stage1=2, stage2=3), 8, PoolSizes(2, 3)),
+        (ParallelConfig(stage1=4, stage2=4), 8, PoolSizes(4, 4, shared_card=True, apart=True)),
+        (ParallelConfig(with_stage2=False), 8, PoolSizes(8, 0, shared_card=True, apart=True)),
+        (ParallelConfig(tp=2), 4, PoolSizes(1, 1, shared_card=True, apart=True)),
+        (ParallelConfig(tp=8), 8, PoolSizes(1, 0, shared_card=True)),
     ],
 )
-def test_text_and_decode_share_cards_where_memory_allows(wanted, gpus, replicas):
-    sharing = dataclasses.replace(wanted, share_cards=True)
+def test_text_and_decode_share_cards_where_memory_allows(parallel, gpus, replicas):
+    sharing = dataclasses.replace(parallel, share_cards=True)
     assert choose_replicas(sharing, gpus) == replicas
     check_schedulable(lay_out(sharing, gpus, ENGINES), Resources(1000, gpus))
 
 
 @pytest.mark.parametrize(
-    "wanted, gpus, replicas",
+    "parallel, gpus, replicas",
     [
-        (Wanted(max_replicas=100), 0, Replicas(70, 30)),
-        (Wanted(max_replicas=100), 1, Replicas(70, 30, aside=4)),
-        (Wanted(max_replicas=100), 8, Replicas(70, 30, aside=4)),
-        (Wanted(max_replicas=1), 1, Replicas(1, 0, shared_card=True)),
-        (Wanted(max_replicas=4, tp=2), 2, Replicas(3, 1)),
-        (Wanted(max_replicas=6, stage2=0), 8, Replicas(6, 0)),
-        (Wanted(max_replicas=6, with_stage2=False), 8, Replicas(6, 0)),
+        (ParallelConfig(max_replicas=100), 0, PoolSizes(70, 30)),
+        (ParallelConfig(max_replicas=100), 1, PoolSizes(70, 30, aside=4)),
+        (ParallelConfig(max_replicas=100), 8, PoolSizes(70, 30, aside=4)),
+        (ParallelConfig(max_replicas=1), 1, PoolSizes(1, 0, shared_card=True)),
+        (ParallelConfig(max_replicas=4, tp=2), 2, PoolSizes(3, 1)),
+        (ParallelConfig(max_replicas=6, stage2=0), 8, PoolSizes(6, 0)),
+        (ParallelConfig(max_replicas=6, with_stage2=False), 8, PoolSizes(6, 0)),
     ],
 )
-def test_a_growing_cluster_is_asked_for_the_replicas_that_were_named(wanted, gpus, replicas):
-    assert choose_replicas(wanted, gpus) == replicas
+def test_a_growing_cluster_is_asked_for_the_replicas_that_were_named(parallel, gpus, replicas):
+    assert choose_replicas(parallel, gpus) == replicas
 
 
 def test_who_may_move_says_so_in_the_order_of_its_roles():
-    pools = {pool.name: pool.roles for pool in lay_out(Wanted(), 8, ENGINES)}
+    pools = {pool.name: pool.roles for pool in lay_out(ParallelConfig(), 8, ENGINES)}
     assert pools == {
         "text": ("text",), "stage1": ("stage1", "stage2"), "stage2": ("stage2", "stage1"),
         "decode": ("decode", "keep", "stored"),
     }  # fmt: skip
-    pools = {pool.name: pool.roles for pool in lay_out(Wanted(stage1=2, stage2=2), 8, ENGINES)}
+    pools = {pool.name: pool.roles for pool in lay_out(ParallelConfig(stage1=2, stage2=2), 8, ENGINES)}
     assert (pools["stage1"], pools["stage2"]) == (("stage1",), ("stage2",))
 
 
 def test_a_number_of_replicas_and_their_maximum_exclude_each_other():
     with pytest.raises(ValueError, match="--max-replicas and a number of --stage1-replicas"):
-        Wanted(stage1=2, max_replicas=4).check(distilled=False)
+        ParallelConfig(stage1=2, max_replicas=4).check(distilled=False)
     with pytest.raises(ValueError, match=r"--max-replicas: 4, but .* at --tp 2"):
-        Wanted(tp=2, stage2_tp=1, max_replicas=4).check(distilled=False)
-    Wanted(stage2=0, max_replicas=4).check(distilled=False)
+        ParallelConfig(tp=2, stage2_tp=1, max_replicas=4).check(distilled=False)
+    ParallelConfig(stage2=0, max_replicas=4).check(distilled=False)
 
 
 @pytest.mark.parametrize("gpus", range(1, 40))
-@pytest.mark.parametrize("wanted", [Wanted(), Wanted(tp=2), Wanted(sequence_parallel=2), Wanted(tp=2, stage2_tp=1)])
-def test_what_is_chosen_fits_whenever_a_pair_of_gangs_does(wanted, gpus):
-    pools = lay_out(wanted, gpus, ENGINES)
-    least = wanted.shared_ranks or sum(wanted.ranks)
+@pytest.mark.parametrize(
+    "parallel",
+    [ParallelConfig(), ParallelConfig(tp=2), ParallelConfig(sequence_parallel=2), ParallelConfig(tp=2, stage2_tp=1)],
+)
+def test_what_is_chosen_fits_whenever_a_pair_of_gangs_does(parallel, gpus):
+    pools = lay_out(parallel, gpus, ENGINES)
+    least = parallel.shared_ranks or sum(parallel.ranks)
     if gpus >= least:
         check_schedulable(pools, Resources(1000, gpus))
     else:
@@ -124,8 +127,8 @@ def test_what_is_chosen_fits_whenever_a_pair_of_gangs_does(wanted, gpus):
 
 
 def test_each_pool_has_its_own_layout():
-    wanted = Wanted(tp=2, stage2_tp=1, guidance_parallel=3, sequence_parallel=4, stage1=1, stage2=2)
-    pools = {pool.name: pool for pool in lay_out(wanted, 16, ENGINES)}
+    parallel = ParallelConfig(tp=2, stage2_tp=1, guidance_parallel=3, sequence_parallel=4, stage1=1, stage2=2)
+    pools = {pool.name: pool for pool in lay_out(parallel, 16, ENGINES)}
     first, second = pools["stage1"], pools["stage2"]
     assert (first.ranks, first.engine.options["tp"], first.engine.options["guidance_parallel"]) == (6, 2, 3)
     assert (second.ranks, second.engine.options["tp"], second.engine.options["sequence_parallel"]) == (4, 1, 4)
@@ -134,26 +137,26 @@ def test_each_pool_has_its_own_layout():
 
 
 def test_a_gang_for_both_stages_has_ranks_for_either():
-    (_, pool, _) = lay_out(Wanted(tp=2, guidance_parallel=3, stage2=0), 8, ENGINES)
+    (_, pool, _) = lay_out(ParallelConfig(tp=2, guidance_parallel=3, stage2=0), 8, ENGINES)
     assert (pool.roles, pool.ranks, pool.engine.options["guidance_parallel"]) == (("stage1", "stage2"), 6, 3)
 
 
 @pytest.mark.parametrize(
-    "wanted",
-    [Wanted(tp=2, stage2_tp=1, stage2=0), Wanted(guidance_parallel=3, sequence_parallel=2, stage2=0)],
+    "parallel",
+    [ParallelConfig(tp=2, stage2_tp=1, stage2=0), ParallelConfig(guidance_parallel=3, sequence_parallel=2, stage2=0)],
 )
-def test_layouts_that_no_gang_serves_in_turns(wanted):
+def test_layouts_that_no_gang_serves_in_turns(parallel):
     with pytest.raises(ValueError, match=r"--stage2-replicas: 0, but stage 1 has --tp"):
-        wanted.check(distilled=False)
+        parallel.check(distilled=False)
 
 
 def test_guidance_passes_are_shared_over_as_many_ranks_as_there_are_passes():
     for n in (1, 2, 3, 4):
-        Wanted(guidance_parallel=n).check(distilled=False)
+        ParallelConfig(guidance_parallel=n).check(distilled=False)
     with pytest.raises(ValueError, match=r"--guidance-parallel: 5, legal: \[1, 2, 3, 4\]"):
-        Wanted(guidance_parallel=5).check(distilled=False)
+        ParallelConfig(guidance_parallel=5).check(distilled=False)
     with pytest.raises(ValueError, match=r"--guidance-parallel: 2, legal: \[1\] \(the distilled pipeline has no"):
-        Wanted(guidance_parallel=2).check(distilled=True)
+        ParallelConfig(guidance_parallel=2).check(distilled=True)
 
 
 # --- a pool's replicas ---------------------------------------------------------------------------
@@ -206,10 +209,12 @@ def test_gangs_that_break_with_no_good_call_in_between_end_the_run():
         a_pool.faulted("half merged")
 
 
-@pytest.mark.parametrize(("wanted", "gpus"), [(Wanted(stage1=3, stage2=1), 3), (Wanted(stage1=8, stage2=4), 8)])
+@pytest.mark.parametrize(
+    ("parallel", "gpus"), [(ParallelConfig(stage1=3, stage2=1), 3), (ParallelConfig(stage1=8, stage2=4), 8)]
+)
 @pytest.mark.parametrize("share", [True, False])
-def test_ranks_of_the_dit_want_a_card_each(wanted, gpus, share):
+def test_ranks_of_the_dit_want_a_card_each(parallel, gpus, share):
     """Fractions that add up to the cards there are do not fit on them."""
-    pools = lay_out(dataclasses.replace(wanted, share_cards=share), gpus, ENGINES)
+    pools = lay_out(dataclasses.replace(parallel, share_cards=share), gpus, ENGINES)
     with pytest.raises(ValueError, match=rf"GPUs: \d+ needed, {gpus} free"):
         check_schedulable(pools, Resources(1000, gpus))

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from ltx_ray.config import LoraFile, ModelFiles, Numerics, Selection
-from ltx_ray.dataset.existing import Done, list_done
+from ltx_ray.config import LoraSpec, ModelFiles, Numerics, Selection
+from ltx_ray.dataset.existing import ExistingRows, list_existing
 from ltx_ray.dataset.writer import DatasetWriter, Failure
 from ltx_ray.manifest.reader import RawRow
 from ltx_ray.manifest.rules import RowRules
 from ltx_ray.planning.cost import clip_tflop, pass_tflop
-from ltx_ray.planning.plan import COPY, DONE, FAILED, ILLEGAL, REPEATED, TODO, Plan, PlannedRow, RecipeBook, cost_line
+from ltx_ray.planning.plan import COPY, DONE, FAILED, ILLEGAL, REPEATED, TODO, ItemBuilder, Plan, PlannedRow, cost_line
 from ltx_ray.records import LoraUse
 from ltx_ray.shapes import ClipShape
 from ltx_ray.storage.store import Store
@@ -22,11 +22,11 @@ from tests.support.samples import SMALL, request, write_jsonl
 
 
 @pytest.fixture
-def plan(tmp_path, book):
+def plan(tmp_path, builder):
     """Makes the plan of a manifest with these rows."""
 
     def make(rows: list, **options) -> Plan:
-        options = {"done": Done(), "rules": RowRules(), "book": book, **options}
+        options = {"existing": ExistingRows(), "rules": RowRules(), "builder": builder, **options}
         return Plan(manifest=write_jsonl(tmp_path / "m.jsonl", rows), **options)
 
     return make
@@ -63,26 +63,26 @@ def test_rows_of_a_new_dataset_are_to_be_rendered(plan):
 def test_what_is_in_the_index_is_done(plan, tmp_path):
     first, second = plan([row(1), row(2)]).open()
     writer = done_with(tmp_path, first)
-    assert statuses(plan([row(1), row(2)], done=list_done(writer.store))) == [DONE, TODO]
+    assert statuses(plan([row(1), row(2)], existing=list_existing(writer.store))) == [DONE, TODO]
     writer.write_index(second.item.item_id, second.request, RENDERED)
-    a_plan = plan([row(2), row(1)], done=list_done(writer.store))
+    a_plan = plan([row(2), row(1)], existing=list_existing(writer.store))
     assert statuses(a_plan) == [DONE, DONE]
     assert cost_line(a_plan.counts, a_plan.tflop) == "nothing to render"
 
 
 def test_a_done_clip_under_another_id_is_copied(plan, tmp_path):
     [first] = plan([row(1, id="a")]).open()
-    done = list_done(done_with(tmp_path, first).store)
-    assert statuses(plan([row(1, id="b"), row(1, id="a"), row(1)], done=done)) == [COPY, DONE, COPY]
+    done = list_existing(done_with(tmp_path, first).store)
+    assert statuses(plan([row(1, id="b"), row(1, id="a"), row(1)], existing=done)) == [COPY, DONE, COPY]
 
 
 def test_a_change_of_the_recipe_renders_again(plan, tmp_path, toy):
     [first] = plan([row(1)]).open()
-    done = list_done(done_with(tmp_path, first).store)
-    other = RecipeBook(ModelFiles(**toy), Numerics(dtype="float32"))
-    assert statuses(plan([row(1)], done=done, book=other)) == [TODO]
-    layout = RecipeBook(ModelFiles(**toy), Numerics(tp=2, attention="other", device="cuda", compile="on"))
-    assert statuses(plan([row(1)], done=done, book=layout)) == [DONE]
+    done = list_existing(done_with(tmp_path, first).store)
+    other = ItemBuilder(ModelFiles(**toy), Numerics(dtype="float32"))
+    assert statuses(plan([row(1)], existing=done, builder=other)) == [TODO]
+    layout = ItemBuilder(ModelFiles(**toy), Numerics(tp=2, attention="other", device="cuda", compile="on"))
+    assert statuses(plan([row(1)], existing=done, builder=layout)) == [DONE]
 
 
 def test_failures_of_the_row_wait_for_a_retry_and_those_of_infrastructure_do_not(plan, tmp_path):
@@ -91,9 +91,9 @@ def test_failures_of_the_row_wait_for_a_retry_and_those_of_infrastructure_do_not
     raw = RawRow("m.jsonl", 1, {})
     writer.write_failed(first.item.item_id, first.request, raw, Failure("stage1", 1, "row", "nan"))
     writer.write_failed(second.item.item_id, second.request, raw, Failure("stage1", 3, "infrastructure", "died"))
-    done = list_done(writer.store)
-    assert statuses(plan([row(1), row(2)], done=done)) == [FAILED, TODO]
-    assert statuses(plan([row(1), row(2)], done=done, retry_failed=True)) == [TODO, TODO]
+    done = list_existing(writer.store)
+    assert statuses(plan([row(1), row(2)], existing=done)) == [FAILED, TODO]
+    assert statuses(plan([row(1), row(2)], existing=done, retry_failed=True)) == [TODO, TODO]
 
 
 def test_an_illegal_row_stays_alone(plan):
@@ -134,12 +134,12 @@ def test_with_latents_alone_a_row_is_done_when_it_has_a_preview(plan, tmp_path):
     [first] = plan([row(1, id="a")]).open()
     store = Store(str(tmp_path / "out"))
     store.write_bytes(f"previews/part-{first.item_id}-{first.key}.parquet", b"")
-    done = list_done(store)
+    done = list_existing(store)
     both = [row(1, id="a"), row(1, id="b")]
-    assert statuses(plan(both, done=done, latents_only=True)) == [DONE, TODO]
-    assert statuses(plan(both, done=done)) == [TODO, TODO]
+    assert statuses(plan(both, existing=done, latents_only=True)) == [DONE, TODO]
+    assert statuses(plan(both, existing=done)) == [TODO, TODO]
     done.add_row(first.item_id, first.key)
-    assert statuses(plan(both, done=done, latents_only=True)) == [DONE, COPY]
+    assert statuses(plan(both, existing=done, latents_only=True)) == [DONE, COPY]
 
 
 # --- which rows are taken ------------------------------------------------------------------------
@@ -184,8 +184,8 @@ def test_a_bad_manifest_is_refused_before_the_first_row(plan):
 # --- recipes -------------------------------------------------------------------------------------
 
 
-def test_the_recipe_names_weights_by_digest(book, toy):
-    recipe = book.recipe(request())
+def test_the_recipe_names_weights_by_digest(builder, toy):
+    recipe = builder.recipe(request())
     assert (recipe.pipeline, recipe.dtype, recipe.noise_device) == ("hq", "bfloat16", "model")
     assert recipe.distilled_lora_strengths == (0.25, 0.5)
     weights = {recipe.checkpoint, recipe.gemma, recipe.upsampler, recipe.distilled_lora}
@@ -194,13 +194,13 @@ def test_the_recipe_names_weights_by_digest(book, toy):
 
 
 def test_a_rows_loras_are_in_its_recipe_with_their_strengths(toy):
-    files = ModelFiles(**toy, loras=(LoraFile("style", toy["distilled_lora"], 0.7),))
-    book = RecipeBook(files, Numerics())
-    plain_one = book.item(request())
+    files = ModelFiles(**toy, loras=(LoraSpec("style", toy["distilled_lora"], 0.7),))
+    builder = ItemBuilder(files, Numerics())
+    plain_one = builder.item(request())
     used = dataclasses.replace(request(), loras=(LoraUse("style", 0.3),))
-    assert book.recipe(used).loras == ((book.recipe(used).distilled_lora, 0.3),)
+    assert builder.recipe(used).loras == ((builder.recipe(used).distilled_lora, 0.3),)
     assert plain_one.recipe.loras == ()
-    assert book.item(used).item_id != plain_one.item_id
+    assert builder.item(used).item_id != plain_one.item_id
 
 
 # --- cost ----------------------------------------------------------------------------------------

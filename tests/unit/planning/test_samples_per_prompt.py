@@ -10,11 +10,11 @@ import pytest
 from ltx_ray.cli import app
 from ltx_ray.cli.app import main
 from ltx_ray.config import Selection
-from ltx_ray.dataset.existing import Done, list_done
+from ltx_ray.dataset.existing import ExistingRows, list_existing
 from ltx_ray.dataset.writer import DatasetWriter, Failure
 from ltx_ray.manifest.columns import MAX_SEED
 from ltx_ray.manifest.rules import RowRules
-from ltx_ray.planning.plan import FAILED, ILLEGAL, REPEATED, TODO, Plan, PlannedRow, RecipeBook
+from ltx_ray.planning.plan import FAILED, ILLEGAL, REPEATED, TODO, ItemBuilder, Plan, PlannedRow
 from ltx_ray.storage.store import Store
 from tests.support.pictures import encoded, gradient
 from tests.support.results import RENDERED
@@ -22,12 +22,21 @@ from tests.support.samples import SMALL, write_jsonl
 
 
 @pytest.fixture
-def plan(tmp_path, book):
+def plan(tmp_path, builder):
     """Makes the plan of a manifest with these rows, three samples each."""
 
     def make(*rows: dict, **options) -> Plan:
         uri = write_jsonl(tmp_path / "m.jsonl", [{"prompt": "a", **SMALL, **row} for row in rows])
-        return Plan(**{"manifest": uri, "rules": RowRules(), "book": book, "done": Done(), "samples": 3, **options})
+        return Plan(
+            **{
+                "manifest": uri,
+                "rules": RowRules(),
+                "builder": builder,
+                "existing": ExistingRows(),
+                "samples": 3,
+                **options,
+            }
+        )
 
     return make
 
@@ -36,18 +45,18 @@ def shown(plan: Plan) -> list[tuple[str, str | None]]:
     return [(planned.status, planned.id) for planned in plan.open()]
 
 
-def check(samples: list[PlannedRow], book: RecipeBook) -> None:
+def check(samples: list[PlannedRow], builder: ItemBuilder) -> None:
     """The first is the row as it stands; the seeds of the others follow from its item_id."""
     for number, planned in enumerate(samples):
         digest = hashlib.sha256(f"{samples[0].item_id}:{number}".encode()).digest()
         if number:
             assert planned.request.seed == int.from_bytes(digest[:8], "big") & MAX_SEED
-        assert book.item(planned.request).item_id == planned.item_id
+        assert builder.item(planned.request).item_id == planned.item_id
         assert (planned.item.request.id, planned.row.raw) == (planned.id, samples[0].row.raw)
     assert len({planned.item_id for planned in samples}) == len(samples)
 
 
-def test_each_row_stands_for_its_samples(plan, book):
+def test_each_row_stands_for_its_samples(plan, builder):
     [alone] = plan({"seed": 5, "note": 1}, samples=1).open()
     a_plan = plan({"seed": 5, "note": 1}, {"prompt": "b", "id": "b"})
     rows = list(a_plan.open())
@@ -55,19 +64,19 @@ def test_each_row_stands_for_its_samples(plan, book):
     assert [p.id for p in rows[:3]] == [p.item_id[:16] for p in rows[:3]]
     assert [p.id for p in rows[3:]] == ["b", "b-s1", "b-s2"]
     assert {p.request.extra for p in rows[:3]} == {'{"note": 1}'}
-    check(rows[:3], book)
-    check(rows[3:], book)
+    check(rows[:3], builder)
+    check(rows[3:], builder)
     assert a_plan.counts == {"rows": 6, TODO: 6, "clips": 6}
     one = plan({}, samples=1)
     assert len(list(one.open())) == 1
     assert a_plan.tflop == pytest.approx(6 * one.tflop)
 
 
-def test_rows_that_are_judged_by_themselves_have_samples_too(plan, book, tmp_path):
+def test_rows_that_are_judged_by_themselves_have_samples_too(plan, builder, tmp_path):
     (tmp_path / "x.png").write_bytes(encoded(gradient()))
     samples = list(plan({"id": "a", "images": [{"path": "x.png"}]}, rules=RowRules()).open())
     assert [p.id for p in samples] == ["a", "a-s1", "a-s2"] and len(samples[2].item.image_digests) == 1
-    check(samples, book)
+    check(samples, builder)
 
 
 def test_fewer_samples_are_the_first_of_more(plan):
@@ -121,10 +130,10 @@ def test_samples_are_done_and_fail_one_by_one(plan, tmp_path):
     writer = DatasetWriter(Store(str(tmp_path / "out")))
     writer.write_index(rows[1].item_id, rows[1].request, RENDERED)
     writer.write_failed(rows[5].item_id, rows[5].request, rows[5].row.raw, Failure("stage1", 1, "row", "nan"))
-    done = list_done(writer.store)
-    again = list(plan({"id": "a"}, {"prompt": "b"}, done=done).open())
+    done = list_existing(writer.store)
+    again = list(plan({"id": "a"}, {"prompt": "b"}, existing=done).open())
     assert [p.status for p in again] == [TODO, "done", TODO, TODO, TODO, FAILED]
-    [failed] = plan(manifest=str(tmp_path / "out" / "failed"), done=done).open()
+    [failed] = plan(manifest=str(tmp_path / "out" / "failed"), existing=done).open()
     assert (failed.item_id, failed.id, failed.status) == (rows[5].item_id, rows[5].id, FAILED)
     with pytest.raises(ValueError, match="--samples-per-prompt: 3, legal: 1 for a retry"):
         plan({"id": "a"}, retry_failed=True).open()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ltx_ray.storage.id_table import Records
+from ltx_ray.storage.id_table import IdTable
 
 
 def digest(n: int) -> bytes:
@@ -22,7 +22,7 @@ def digest(n: int) -> bytes:
 )
 def test_a_table_is_a_multimap(batches, cap, width):
     """Few heads, so that many are shared; small caps, so that some runs are merged and some are not."""
-    table, expected = Records(width + 1, head=width, cap=cap), {}
+    table, expected = IdTable(width + 1, head=width, cap=cap), {}
     for batch in batches:
         for head, rest in batch:
             table.put(digest(head)[:width], bytes([rest]))
@@ -41,7 +41,7 @@ def test_a_table_is_a_multimap(batches, cap, width):
 
 @pytest.mark.parametrize("head", [b"\0" * 8, b"\xff" * 8, b"\x80" + b"\0" * 7, b"\0" * 7 + b"\1"])
 def test_heads_at_the_ends_of_the_range(head):
-    table = Records(8)
+    table = IdTable(8)
     for n in range(100):
         table.put(digest(n)[:8])
     table.settle(1)
@@ -52,7 +52,7 @@ def test_heads_at_the_ends_of_the_range(head):
 
 
 def test_runs_are_few_and_none_is_merged_beyond_the_cap():
-    table = Records(16, cap=4000)
+    table = IdTable(16, cap=4000)
     for n in range(50_000):
         table.put(digest(n)[:8], digest(n)[8:16])
         table.settle(500)
@@ -64,7 +64,7 @@ def test_runs_are_few_and_none_is_merged_beyond_the_cap():
     table.merge()
     assert [len(run["head"]) for run in table._runs] == [50_000]
     assert all(table.has(digest(n)[:8], digest(n)[8:16]) for n in range(0, 50_000, 99))
-    one = Records(16, cap=None)
+    one = IdTable(16, cap=None)
     one.extend(b"".join(digest(n)[:16] for n in range(1000)))
     one.extend(b"".join(digest(n)[:16] for n in range(1000, 2000)))
     assert [len(run["head"]) for run in one._runs] == [2000]
@@ -72,7 +72,7 @@ def test_runs_are_few_and_none_is_merged_beyond_the_cap():
 
 
 def test_an_empty_table_has_nothing():
-    table = Records(12)
+    table = IdTable(12)
     table.settle(0)
     assert len(table) == 0 and table.version == 0
     assert not table.settled([digest(1)[:8]]) and not table.settled([]) and not table.has(digest(1)[:8], b"abcd")

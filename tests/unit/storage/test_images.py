@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ltx_ray.dataset.existing import Done
+from ltx_ray.dataset.existing import ExistingRows
 from ltx_ray.engine.images import NoPicture, cover, decode_rgb, image_pixels, through_h264
 from ltx_ray.engine.text import _read
 from ltx_ray.manifest.reader import RawRow
@@ -93,7 +93,7 @@ class _Book:
 
 
 def plan_of(folder, rows):
-    plan = Plan(str(folder / "m.jsonl"), RowRules(), _Book(), Done())
+    plan = Plan(str(folder / "m.jsonl"), RowRules(), _Book(), ExistingRows())
     rows = [{"prompt": "x", "num_frames": 9, **row} for row in rows]
     return list(plan._rows(RawRow(str(folder / "m.jsonl"), n, row) for n, row in enumerate(rows, 1)))
 
@@ -158,7 +158,7 @@ def test_why_an_image_in_an_object_store_makes_its_row_illegal(s3, bucket, monke
     put(s3, f"{bucket}/m/large.png", b"12")
     monkeypatch.setattr(images, "MAX_BYTES", 1)
     paths = ["none.png", "secret/a.png", "large.png", f"{bucket}none/a.png", "secret"]
-    plan = Plan("", RowRules(image_roots=(bucket, f"{bucket}none")), _Book(), Done())
+    plan = Plan("", RowRules(image_roots=(bucket, f"{bucket}none")), _Book(), ExistingRows())
     rows = [{"prompt": "x", "images": [{"path": path}]} for path in paths]
     planned = list(plan._rows(RawRow(f"{bucket}/m/m.jsonl", n, row) for n, row in enumerate(rows, 1)))
     assert [p.status for p in planned] == [ILLEGAL] * 5

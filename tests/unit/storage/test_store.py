@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ltx_ray.storage.retry import Patience, is_permanent
+from ltx_ray.storage.retry import RetryPolicy, is_permanent
 from ltx_ray.storage.store import Store, clean_stale, join, parent
 
 
@@ -231,7 +231,7 @@ def failing(times: int, error: OSError | None = None):
 
 
 def test_what_may_pass_is_tried_again_with_longer_waits(clock):
-    assert Patience("s3://b", 60, clock, clock.wait)("reading", "x", failing(8)) == 9
+    assert RetryPolicy("s3://b", 60, clock, clock.wait)("reading", "x", failing(8)) == 9
     assert len(clock.waits) == 8
     for n, waited in enumerate(clock.waits):
         longest = min(0.25 * 2**n, 10.0)
@@ -241,7 +241,7 @@ def test_what_may_pass_is_tried_again_with_longer_waits(clock):
 
 def test_patience_ends_in_an_error_that_says_what_was_tried(clock):
     with pytest.raises(OSError) as caught:
-        Patience("s3://b/out", 30, clock, clock.wait)("writing", "index/x", failing(10**6))
+        RetryPolicy("s3://b/out", 30, clock, clock.wait)("writing", "index/x", failing(10**6))
     assert clock.now == pytest.approx(30), "the last try is at the end of the patience, not after it"
     tries = len(clock.waits) + 1
     assert str(caught.value) == (
@@ -266,7 +266,7 @@ def test_patience_ends_in_an_error_that_says_what_was_tried(clock):
 def test_what_is_for_good_is_raised_at_once(clock, error):
     assert is_permanent(error)
     with pytest.raises(OSError) as caught:
-        Patience("s3://b", 60, clock, clock.wait)("reading", "x", failing(1, error))
+        RetryPolicy("s3://b", 60, clock, clock.wait)("reading", "x", failing(1, error))
     assert caught.value is error and not clock.waits
 
 

@@ -5,7 +5,7 @@
                           [--folder /tmp/ltx-ray-clip] [--against reference] [--reference .ref]
                           [--json figures.json] [--check] [--record]
 
-Random weights at the released widths (scripts/bench/model_files.py), with as many blocks as --layers says: 48 are the
+Random weights at the released widths (scripts/bench/random_model.py), with as many blocks as --layers says: 48 are the
 release, fewer take less disk and time. At each number of layers, one after the other on the same files
 (scripts/bench/clip_runs.py):
 
@@ -188,10 +188,10 @@ def _files(arguments: argparse.Namespace, folder: Path, layers: int) -> dict[str
         from ltx_ray.toy import ToyShape, make_toy_model
 
         return make_toy_model(folder / "model", shape=ToyShape(layers=layers))
-    from scripts.bench import model_files
+    from scripts.bench import random_model
 
     gemma_layers = arguments.gemma_layers or layers
-    return model_files.write_model(folder / "model", layers, gemma_layers, arguments.connector_layers)
+    return random_model.write_model(folder / "model", layers, gemma_layers, arguments.connector_layers)
 
 
 def main() -> int:

@@ -26,7 +26,7 @@ from ltx_ray.pools.simulated import Faults, SimulatedReplicaSet
 from ltx_ray.records import Clip, WorkItem
 from ltx_ray.storage.store import Store
 
-#: Seconds of each call for an HQ clip on one H100 (docs/benchmarks.md).
+#: Estimated seconds of each call for an HQ clip on one H100, rounded; only their ratios matter.
 SECONDS = {"text": 0.1, "stage1": 46.0, "stage2": 17.0, "decode": 1.75, "keep": 0.1, "stored": 0.1}
 #: Three sizes of clips: their cost relative to an HQ clip, and their weights in the draw.
 _SIZES, _WEIGHTS = (0.35, 1.0, 2.2), (3, 5, 2)

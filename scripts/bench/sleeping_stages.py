@@ -24,8 +24,9 @@ import pyarrow.parquet as pq
 from ltx_ray.engine.fake import FakeEngine
 from ltx_ray.storage.store import Store
 
-#: Seconds of each call for an HQ clip on one H100, and of switching a replica's stage (docs/benchmarks.md).
+#: Estimated seconds of each call for an HQ clip on one H100, rounded; only their ratios matter.
 STAGE_SECONDS = {"text": 0.07, "stage1": 46.0, "stage2": 17.0, "decode": 1.75}
+#: Switching a replica's stage from factors in host memory (docs/benchmarks.md).
 SWITCH_SECONDS = 0.84
 #: The environment variable with the factor by which stages are faster than that; 0: they do not sleep at all.
 SPEEDUP = "LTX_RAY_BENCH_SPEEDUP"

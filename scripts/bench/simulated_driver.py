@@ -14,7 +14,6 @@ from typing import Any
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec, RunLimits
 from ltx_ray.driver.events import EventLog
 from ltx_ray.driver.loop import Driver, JoinedCluster
-from ltx_ray.driver.policy import STAGES
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
 from ltx_ray.driver.tracker import RowTracker
@@ -23,10 +22,11 @@ from ltx_ray.planning.plan import Plan, PlannedRow
 from ltx_ray.pools.protocol import CallFinished, ReplicaEvent, ReplicaLost, ReplicaStarted
 from ltx_ray.pools.simulated import Faults, SimulatedReplicaSet
 from ltx_ray.records import Clip, WorkItem
+from ltx_ray.stages import FULL_PATH, OUTPUT_STAGES
 from ltx_ray.storage.store import Store
 
 #: Seconds of an HQ clip on one H100 (ltx-facts.md).
-SECONDS = {"text": 0.1, "stage1": 46.0, "stage2": 17.0, "decode": 1.75, "keep": 0.1, "stored": 0.1}
+SECONDS = {"text": 0.1, "stage1": 46.0, "stage2": 17.0, "decode": 1.75, "save_latents": 0.1, "load_latents": 0.1}
 #: Clips of other lengths, by what they cost, and how often they come.
 _SIZES, _WEIGHTS = (0.35, 1.0, 2.2), (3, 5, 2)
 _SPEC = EngineSpec("none", ModelFiles("", "", ""), Numerics(), "none")
@@ -86,7 +86,7 @@ def lay_out(replicas: int, split: tuple[int, int] | None) -> list[PoolSpec]:
     stage1, stage2 = split or (replicas - round(replicas * 17 / 63), round(replicas * 17 / 63))
     roles = (("stage1",), ("stage2",)) if split else (_BOTH, _BOTH[::-1])
     pools = [("text", ("text",), aside), ("stage1", roles[0], stage1), ("stage2", roles[1], stage2)]
-    pools.append(("decode", ("decode", "keep", "stored"), aside))
+    pools.append(("decode", OUTPUT_STAGES, aside))
     return [PoolSpec(name, serves, count, 1, _SPEC) for name, serves, count in pools if count]
 
 
@@ -128,7 +128,7 @@ def drive(
         driver = Driver(
             tracker=tracker,
             join_cluster=lambda: JoinedCluster(replica_set, pools, "{}"),
-            stages=STAGES,
+            path=FULL_PATH,
             limits=RunLimits(),
             noise_device="model",
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -72,6 +73,13 @@ class PlannedRow:
         planned.status, planned.messages, planned.id = ILLEGAL, tuple(row.messages()), row.id
         planned._row, planned._template, planned._item = row, None, None
         return planned
+
+    def refused(self, problem: RowProblem) -> PlannedRow:
+        """The row as an illegal one. It keeps its resolved values, so that a retry asks for the very same clip."""
+        request = self.request
+        resolved = {name: value for name, value in request.row().items() if name != "extra"}
+        raw = self.row.raw._replace(values={**json.loads(request.extra or "{}"), **resolved})
+        return PlannedRow.illegal(Row(raw, None, (problem,)))
 
     @property
     def item_id(self) -> str:

@@ -47,6 +47,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from ltx_ray.stages import TRAITS, Stage
 from scripts.bench import sleeping_stages
 
 MB = 10**6
@@ -240,7 +241,7 @@ def simulation(arguments: argparse.Namespace, folder: Path) -> None:
 def ray_data(arguments: argparse.Namespace, folder: Path) -> None:
     packages, manifest = _requirements(), _manifest(folder, arguments.clips)
     split = sleeping_stages.best_split(arguments.replicas)
-    stage1, stage2 = sleeping_stages.STAGE_SECONDS["stage1"], sleeping_stages.STAGE_SECONDS["stage2"]
+    stage1, stage2 = TRAITS[Stage.STAGE1].seconds, TRAITS[Stage.STAGE2].seconds
     fixed, free = min(split[0] / stage1, split[1] / stage2), arguments.replicas / (stage1 + stage2)
     print(
         f"ray-data  {arguments.clips:,} rows; text 1, {arguments.replicas} replicas, decode 1; an H100's seconds over "

@@ -76,19 +76,6 @@ def test_exit_codes_are_the_codes():
     assert "os._exit(128 + number)" in Path(runs.__file__).read_text()
 
 
-def test_commands_and_options_exist():
-    import typer
-
-    from ltx_ray.cli.app import app
-
-    command = typer.main.get_command(app)
-    flags = {flag for sub in command.commands.values() for p in sub.params for flag in (*p.opts, *p.secondary_opts)}
-    quoted = re.findall(r"`([^`]+)`", TEXT)
-    assert {flag for text in quoted for flag in re.findall(r"--[a-z][\w-]*", text)} <= flags
-    named = {text.split()[1] for text in quoted if text.startswith("ltx-ray ")}
-    assert named <= set(command.commands) and len(named) >= 2
-
-
 # --- what no other test shows ------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ from ltx_ray.driver.publisher import Publisher
 from ltx_ray.driver.tracker import RowTracker, TrackedItem, first_line
 from ltx_ray.manifest.rules import RowProblem
 from ltx_ray.planning.identity import merged_for
-from ltx_ray.planning.plan import PlannedRow
+from ltx_ray.planning.plan import PlanEntry
 from ltx_ray.pools.pool import Pool, StartFailed
 from ltx_ray.pools.protocol import CallFinished, InputsLost, ReplicaEvent, ReplicaLost, ReplicaSet, ReplicaStarted
 from ltx_ray.records import CallReport, RenderRequest, WorkItem
@@ -88,7 +88,7 @@ class Driver:
         """Have the loop drain at its next turn, in haste; safe to call from a signal handler."""
         self.drain_requested = self.drain_requested or reason
 
-    def run(self, rows: Iterator[PlannedRow]) -> bool:
+    def run(self, rows: Iterator[PlanEntry]) -> bool:
         """Render `rows`; True when it drained and left some. `counts` says what became of them.
 
         Raises pools.pool.StartFailed when a pool cannot be brought up, OSError when the output store stays away.
@@ -155,7 +155,7 @@ class Driver:
 
     # --- rows ------------------------------------------------------------------------------------
 
-    def _admit(self, rows: Iterator[PlannedRow]) -> None:
+    def _admit(self, rows: Iterator[PlanEntry]) -> None:
         """Take rows while there is room for them."""
         taken = 0
         while not self.tracker.exhausted and taken < _ROWS_A_TURN and self.tracker.publisher.pending < Publisher.FULL:

@@ -16,8 +16,8 @@ from ltx_ray.dataset.writer import DatasetWriter, Failure, Rendered, UnreadableP
 from ltx_ray.driver.events import EventLog, RunMetrics
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
-from ltx_ray.manifest.rules import Row, RowProblem
-from ltx_ray.planning.plan import COPY, DONE, FAILED, ILLEGAL, REPEATED, Plan, PlannedRow
+from ltx_ray.manifest.rules import IllegalRow, RowProblem
+from ltx_ray.planning.plan import COPY, DONE, FAILED, REPEATED, Plan, PlanEntry, PlannedRow
 from ltx_ray.records import Clip, WorkItem, canonical_json
 
 #: Failures that are kept for rows that ask for the same clip later.
@@ -72,7 +72,7 @@ class RowTracker:
         #: A row that comes late and asks for what has failed in this run fails the same way.
         self._given_up: dict[str, Failure] = {}
 
-    def take(self, rows: Iterator[PlannedRow], at_most: int) -> Iterator[TrackedItem]:
+    def take(self, rows: Iterator[PlanEntry], at_most: int) -> Iterator[TrackedItem]:
         """Read up to `at_most` rows and yield the items among them that are new work."""
         done = self.plan.existing
         for _ in range(at_most):
@@ -80,6 +80,10 @@ class RowTracker:
             if planned is None:
                 self.exhausted = True
                 return
+            if isinstance(planned, IllegalRow):
+                self.counts["rows"] += 1
+                self._take_illegal(planned)
+                continue
             if planned.status != REPEATED:
                 self.counts["rows"] += 1
             if planned.status == DONE:
@@ -89,13 +93,10 @@ class RowTracker:
                     self._forget_failure(planned)
             elif planned.status == FAILED:
                 self.counts["failed"] += 1
-            elif planned.status == ILLEGAL:
-                self._take_illegal(planned)
             elif planned.status == COPY:
                 self._take_copy(planned)
             elif planned.status != REPEATED:
                 item = planned.item
-                assert item is not None
                 work = self.work.get(item.item_id)
                 if work is not None:
                     work.rows.append(planned)
@@ -113,28 +114,23 @@ class RowTracker:
         """The run cannot render the item, which was just taken: its rows are illegal here."""
         del self.work[work.item.item_id]
         for planned in work.rows:
-            request = planned.request
-            resolved = {name: value for name, value in request.row().items() if name != "extra"}
-            # as it was resolved: a retry must ask for the very same clip
-            raw = planned.row.raw._replace(values={**json.loads(request.extra or "{}"), **resolved})
-            self._take_illegal(PlannedRow.illegal(Row(raw, None, (problem,))))
+            self._take_illegal(planned.refused(problem))
             self._forget_failure(planned)
 
-    def _take_illegal(self, planned: PlannedRow) -> None:
-        raw, messages = planned.row.raw, list(planned.messages)
+    def _take_illegal(self, row: IllegalRow) -> None:
+        raw, messages = row.raw, row.messages()
         self.counts["illegal"] += 1
         for message in messages:
             self.progress.say(message)
-        self.events.emit("row_illegal", source=raw.source, id=planned.row.id, message="\n".join(messages))
+        self.events.emit("row_illegal", source=raw.source, id=row.id, message="\n".join(messages))
         self.publisher.submit(lambda: self._illegal.add(self.writer.write_illegal(raw, messages)), _nothing)
 
     def _take_copy(self, planned: PlannedRow) -> None:
-        assert planned.item is not None
         name = planned.item.item_id
         from_key = self._first_key(name)
         older = self._older_failures(name, planned.key)
 
-        request, raw, failures = planned.request, planned.row.raw, []
+        request, raw, failures = planned.request, planned.raw, []
 
         def copy() -> None:
             try:
@@ -214,14 +210,14 @@ class RowTracker:
 
     def _write_rendered(self, name: str, planned: PlannedRow, rendered: Rendered, older: list[str]) -> None:
         if self.plan.latents_only:
-            self.writer.write_preview(name, planned.request, planned.row.raw, rendered)
+            self.writer.write_preview(name, planned.request, planned.raw, rendered)
             return
         self.writer.write_index(name, planned.request, rendered)
-        self.writer.forget_older_failures(older, planned.row.raw.source)
+        self.writer.forget_older_failures(older, planned.raw.source)
 
     def _write_failed(self, name: str, planned: PlannedRow, failure: Failure, older: list[str]) -> None:
-        self.writer.write_failed(name, planned.request, planned.row.raw, failure)
-        self.writer.forget_older_failures(older, planned.row.raw.source)
+        self.writer.write_failed(name, planned.request, planned.raw, failure)
+        self.writer.forget_older_failures(older, planned.raw.source)
 
     def _rendered(self, work: TrackedItem, planned: PlannedRow) -> None:
         finished = self.plan.existing.add_preview if self.plan.latents_only else self.plan.existing.add_row

@@ -14,7 +14,7 @@ import pytest
 from ltx_ray.dataset.layout import FAILED_SCHEMA, INDEX_SCHEMA, row_key
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.manifest.reader import RawRow, read_manifest
-from ltx_ray.manifest.rules import RowRules, judge
+from ltx_ray.manifest.rules import IllegalRow, RowRules, judge
 from ltx_ray.records import Clip, LoraUse, RenderRequest
 from ltx_ray.storage.store import Store
 from tests.support.results import CRASH, ITEM, NAN, OTHER, RENDERED
@@ -164,7 +164,7 @@ LINES = [
 def fail_all(writer: DatasetWriter, manifest: str, rules: RowRules) -> list:
     rows = [judge(raw, rules) for raw in read_manifest(manifest)]
     for n, row in enumerate(rows):
-        if row.request is None:
+        if isinstance(row, IllegalRow):
             writer.write_illegal(row.raw, row.messages())
         else:
             writer.write_failed(f"{n:032x}", row.request, row.raw, CRASH)
@@ -175,11 +175,13 @@ def test_failed_rows_are_a_manifest_with_the_same_judgement(writer, tmp_path):
     rules = RowRules(num_layers=48)
     manifest = write_jsonl(tmp_path / "m.jsonl", LINES)
     before = fail_all(writer, manifest, rules)
-    assert sum(r.request is None for r in before) == 8
+    assert sum(isinstance(r, IllegalRow) for r in before) == 8
     again = [judge(raw, rules) for raw in read_manifest(writer.store.path("failed"))]
-    assert {r.raw.source: (r.request, r.messages()) for r in again} == {
-        r.raw.source: (r.request, r.messages()) for r in before
-    }
+
+    def verdicts(rows: list) -> dict:
+        return {r.raw.source: r.messages() if isinstance(r, IllegalRow) else r.request for r in rows}
+
+    assert verdicts(again) == verdicts(before)
 
 
 def test_failing_again_from_failed_changes_no_name(writer, tmp_path):
@@ -188,7 +190,7 @@ def test_failing_again_from_failed_changes_no_name(writer, tmp_path):
     names = {n for n in writer.store.list("failed") if "illegal" in n}
     for raw in list(read_manifest(writer.store.path("failed"))):
         row = judge(raw, rules)
-        if row.request is None:
+        if isinstance(row, IllegalRow):
             writer.write_illegal(row.raw, row.messages())
     assert {n for n in writer.store.list("failed") if "illegal" in n} == names
 

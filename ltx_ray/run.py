@@ -219,7 +219,7 @@ def _drive(
     options = prepared.options
     _keep_older_run(store)
     events = EventLog(store)
-    record = _RunRecord(store.hurried(_RECORD_PATIENCE), run_id, prepared)
+    record = _RunRecord(store.retrying_for(_RECORD_PATIENCE), run_id, prepared)
     record.write("running", Counter())
     events.emit("run_started", run_id=run_id)
     events.flush()
@@ -252,7 +252,7 @@ def _drive(
 
     # an object store answers each write late, but many at once
     publisher = Publisher(threads=2 if store.is_local else 16)
-    writer = DatasetWriter(store.hurried(_INDEX_PATIENCE))
+    writer = DatasetWriter(store.retrying_for(_INDEX_PATIENCE))
     tracker = RowTracker(prepared.plan, writer, publisher, events, progress, canonical_json(record.versions))
     driver = Driver(
         tracker=tracker,

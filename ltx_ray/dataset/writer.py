@@ -136,7 +136,7 @@ class DatasetWriter:
         """
         files = split_options(manifest)[0].rstrip("/")
         every = Store(manifest).root == self.store.path("failed")
-        for name in self.store.list("failed"):
+        for name in self.store.list_names("failed"):
             if name.startswith("part-illegal-") and name not in keep:
                 try:
                     table = read_part(self.store, f"failed/{name}", ["source"])

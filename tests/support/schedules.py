@@ -308,7 +308,7 @@ class Schedule:
         return self._parts("failed")
 
     def _parts(self, folder: str) -> list[dict]:
-        names = [f"{folder}/{name}" for name in self.store.list(folder) if name.startswith("part-")]
+        names = [f"{folder}/{name}" for name in self.store.list_names(folder) if name.startswith("part-")]
         return [row for name in names for row in pq.read_table(io.BytesIO(self.store.read_bytes(name))).to_pylist()]
 
     def check(self) -> None:

@@ -47,10 +47,10 @@ def change(store: Store, part: str, **values) -> None:
 
 
 def test_a_whole_dataset(store):
-    before = store.list("", recursive=True)
+    before = store.list_names("", recursive=True)
     assert check(store) == (0, ["4 rows and 4 clips checked, 0 rows in failed/: all well"])
     assert check(store, mend=True)[0] == 0
-    assert store.list("", recursive=True) == before and holder(store) is None
+    assert store.list_names("", recursive=True) == before and holder(store) is None
 
 
 def test_no_dataset(tmp_path):

@@ -79,7 +79,7 @@ class Desk:
         self.tracker.publisher.close(finish=True)
 
     def ids(self, folder: str) -> list[str]:
-        names = [f"{folder}/{name}" for name in self.store.list(folder)]
+        names = [f"{folder}/{name}" for name in self.store.list_names(folder)]
         return sorted(pq.read_table(io.BytesIO(self.store.read_bytes(n)))["id"][0].as_py() for n in names)
 
 
@@ -117,7 +117,7 @@ def test_a_stage_1_of_other_numerics_stands_beside_those_of_the_run(desk):
     for work in (cat, dog):
         desk.tracker.finish(work, CLIP, '{"attention":"fa3"}')
     desk.settle()
-    parts = [desk.store.read_bytes(f"index/{name}") for name in desk.store.list("index")]
+    parts = [desk.store.read_bytes(f"index/{name}") for name in desk.store.list_names("index")]
     found = {row["id"]: row["numerics"] for part in parts for row in pq.read_table(io.BytesIO(part)).to_pylist()}
     assert found == {"a": '{"attention":"fa3","stage_1":{"attention":"cudnn"}}', "b": '{"attention":"fa3"}'}
 

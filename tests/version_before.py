@@ -236,6 +236,25 @@ def relative_distance(found: Any, expected: Any) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
+def machine() -> str:
+    """What the bits of a computation depend on here: torch's build, the instructions that it uses, and the CPU."""
+    import torch
+
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text().splitlines() if cpu.exists() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "another CPU")
+    return f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {model}"
+
+
+def tolerance() -> float:
+    """How far latents in float32 may be from the kept ones, as a relative L2.
+
+    On a machine like the one that made them they should be the same bits. Between a CPU's instruction sets (SSE4,
+    AVX2, AVX-512) the same code was up to 1.4e-5 apart.
+    """
+    return 1e-5 if machine() == kept("ids.json")["machine"][0] else 1e-4
+
+
 def kept_latents(item_id: str) -> dict[str, np.ndarray]:
     """The latents of an item in float32: `stage_1.video`, `stage_1.audio`, `stage_2.video` and `stage_2.audio`."""
     with safe_open(DATA / "latents.safetensors", "np") as file:

@@ -15,7 +15,6 @@ import pytest
 from tests import version_before
 from tests.version_before import DATA, ROOT, Version, kept
 
-TOLERANCE = 1e-5
 FINISHED = {"negative-none", "image-first", "base-stg", "extra", "again"}
 
 
@@ -57,7 +56,7 @@ class Dataset(Version):
         assert row["item_id"] == kept("ids.json")["float32"][row_id]["item_id"]
         assert self.clips()[row_id] == row["clip_sha256"]
         apart = version_before.distances(self.out, row["item_id"])
-        assert max(apart.values()) <= TOLERANCE, apart
+        assert max(apart.values()) <= version_before.tolerance(), apart
 
 
 @pytest.fixture

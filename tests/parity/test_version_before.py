@@ -16,9 +16,6 @@ from tests import version_before
 from tests.clusters import QUICK, SYSTEM
 from tests.version_before import DTYPES, MANIFESTS, PLANS, ROOT, Version, kept
 
-#: Relative L2 in float32: two layouts of one computation may differ by that much, and a change of it never is as small.
-TOLERANCE = 1e-5
-
 
 @pytest.fixture(scope="module")
 def version(tmp_path_factory) -> Version:
@@ -88,11 +85,11 @@ def test_the_index_has_the_columns_of_before(outputs, index):
 
 
 def test_latents_are_those_of_before(outputs, index):
-    apart = {}
+    apart, tolerance = {}, version_before.tolerance()
     for manifest in MANIFESTS:
         for label in version_before.labels(manifest):
             for name, distance in version_before.distances(outputs[manifest], index[label]["item_id"]).items():
                 apart[f"{label}: {name}"] = distance
     assert len(apart) == 4 * len(index)
-    too_far = {name: f"{distance:.1e}" for name, distance in apart.items() if not distance <= TOLERANCE}
+    too_far = {name: f"{distance:.1e}" for name, distance in apart.items() if not distance <= tolerance}
     assert not too_far

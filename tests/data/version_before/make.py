@@ -43,7 +43,7 @@ def main() -> None:
 
 def rendered(version: Version) -> dict[str, str]:
     """Write ids.json and latents.safetensors; returns the item_ids in float32 of rows.jsonl."""
-    found: dict[str, Any] = {"toy": version.toy_digests(), "bfloat16": {}, "float32": {}}
+    found: dict[str, Any] = {"machine": [kept.machine()], "toy": version.toy_digests(), "bfloat16": {}, "float32": {}}
     latents = {}
     for dtype in DTYPES:
         for manifest in MANIFESTS:

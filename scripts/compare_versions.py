@@ -24,8 +24,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests import version_before
-from tests.version_before import DTYPES, MANIFESTS, Version
+from tests.support import version_before
+from tests.support.version_before import DTYPES, MANIFESTS, Version
 
 
 @dataclass(frozen=True)

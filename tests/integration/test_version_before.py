@@ -12,8 +12,8 @@ import tarfile
 
 import pytest
 
-from tests import version_before
-from tests.version_before import DATA, ROOT, Version, kept
+from tests.support import version_before
+from tests.support.version_before import DATA, ROOT, Version, kept
 
 FINISHED = {"negative-none", "image-first", "base-stg", "extra", "again"}
 

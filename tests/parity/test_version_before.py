@@ -1,6 +1,6 @@
 """The present version against the one before the refactoring: the same plans, item_ids, index rows and latents.
 
-What is compared is kept in tests/data/version_before, and tests/version_before.py knows how it was made. Bits may
+What is compared is kept in tests/data/version_before, and tests/support/version_before.py knows how it was made. Bits may
 differ between CPUs, so latents are held to a distance here; scripts/compare_versions.py compares the bits of two
 versions on one machine.
 """
@@ -12,9 +12,9 @@ import json
 import pyarrow.parquet as pq
 import pytest
 
-from tests import version_before
-from tests.clusters import QUICK, SYSTEM
-from tests.version_before import DTYPES, MANIFESTS, PLANS, ROOT, Version, kept
+from tests.support import version_before
+from tests.support.ray_settings import QUICK, SYSTEM
+from tests.support.version_before import DTYPES, MANIFESTS, PLANS, ROOT, Version, kept
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,8 @@ sys.path.insert(0, str(ROOT))
 import pyarrow.parquet as pq
 from safetensors.numpy import load_file, save_file
 
-from tests import version_before as kept
-from tests.version_before import DATA, DTYPES, MANIFESTS, PLANS, Version
+from tests.support import version_before as kept
+from tests.support.version_before import DATA, DTYPES, MANIFESTS, PLANS, Version
 
 #: Rows of the dataset, by their ids in rows.jsonl.
 FINISHED, BLOCKED, MISSING = ("negative-none", "image-first", "base-stg", "extra"), "seed-0", "unicode"

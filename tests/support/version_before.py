@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "tests" / "data" / "version_before"
 DTYPES = ("bfloat16", "float32")
 #: Manifests that are rendered. The first is for the toy's checkpoint, the other for a distilled one.

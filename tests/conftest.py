@@ -55,6 +55,7 @@ SEPARATE_FILES = (
 LONG_GROUPS = (
     "chaos", "integration", "tests/chaos/test_random.py",
     "tests/integration/test_schedule_submit.py", "tests/integration/test_jobs.py", "tests/parity/test_layouts.py",
+    "tests/parity/test_version_before.py",
 )  # fmt: skip
 ORDER = ("unit", "parity", "integration", "gpu", "chaos")
 

@@ -19,7 +19,7 @@ from ltx_ray.driver.loop import Driver, JoinedCluster
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
 from ltx_ray.driver.tracker import RowTracker
-from ltx_ray.planning.plan import Plan, PlannedRow
+from ltx_ray.planning.plan import Plan, PlanEntry
 from ltx_ray.pools.protocol import CallFinished, ReplicaEvent, ReplicaLost, ReplicaStarted
 from ltx_ray.pools.simulated import Faults, SimulatedReplicaSet
 from ltx_ray.records import Clip, WorkItem
@@ -119,7 +119,7 @@ def drive(
         return seconds * size(item) * (2.0 if late else 1.0)
 
     total = sum(1 for _ in plan.open()) if mixed else 0
-    plan = Plan(plan.manifest, plan.rules, plan.builder, plan.existing)
+    plan = plan.against(plan.existing)
     replica_set = WatchedReplicas(
         call_seconds, lambda stage, item, *inputs: _CLIP, seed=seed, faults=faults,
         nodes=max(1, sum(pool.replicas for pool in pools) // 8),
@@ -137,7 +137,7 @@ def drive(
         )
         marks: list[dict[str, float]] = []
 
-        def rows() -> Iterator[PlannedRow]:
+        def rows() -> Iterator[PlanEntry]:
             for number, row in enumerate(plan.open()):
                 # Between these marks all pools are at work: after the start, and before rows run out.
                 if mixed and number in (total // 5, total - 1):

@@ -1,6 +1,6 @@
 """The present version against the one before the refactoring: the same plans, item_ids, index rows and latents.
 
-The data of the version before is in tests/data/version_before, and tests/support/version_before.py says how it was made.
+The data of the version before is in tests/data/version_before; tests/support/version_before.py says how it was made.
 Bits may differ between CPUs, so latents are held to a distance here; scripts/compare_versions.py compares the bits of
 two versions on one machine.
 """

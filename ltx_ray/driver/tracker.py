@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from ltx_ray.dataset.layout import failed_name
 from ltx_ray.dataset.writer import DatasetWriter, Failure, Rendered, UnreadablePart
 from ltx_ray.driver.events import EventLog, RunMetrics
 from ltx_ray.driver.progress import Progress
@@ -244,7 +245,7 @@ class RowTracker:
     def _older_failures(self, name: str, key: str) -> list[str]:
         """Parts in which the row failed as another item: with other weights, or before it was edited."""
         failed = self.plan.existing.failed_parts(key)
-        return [f"part-{kind}-{item}-{key}.parquet" for item, kind in failed if item != name]
+        return [failed_name(kind, item, key) for item, kind in failed if item != name]
 
     def close(self, complete: bool) -> None:
         """The end of a run: `complete` when every row of the manifest was read."""

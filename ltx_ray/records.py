@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, ClassVar, Generic, TypeVar
 
 from ltx_ray.shapes import ClipShape
 
@@ -14,16 +15,51 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 
-class RowError(Exception):
-    """A row cannot be rendered, whoever tries: it fails without another attempt, and nothing else does."""
+class ErrorKind(StrEnum):
+    """What the failure of a call says of the row, the machine and the replica."""
+
+    #: The row cannot be rendered, whoever tries. It fails without another attempt.
+    ROW = "row"
+    #: Memory, a disk, the network or a store failed. No row is to blame.
+    INFRASTRUCTURE = "infrastructure"
+    #: The row is tried again, and blamed once every attempt has ended so.
+    UNKNOWN = "unknown"
+    #: The replica is broken, whatever the row, and must not serve another one.
+    REPLICA = "replica"
+    #: The state of the replica's processes is unknown, so the replica is replaced.
+    PROCESS = "process"
+    #: The item starts over without its stored latents.
+    STORED_LATENTS_GONE = "stored_latents_gone"
 
 
-class WrongDevice(Exception):
-    """This replica's device cannot go on where another one began; one like that could."""
+class RenderError(Exception):
+    """An error whose `kind` decides what becomes of the row and of the replica."""
+
+    kind: ClassVar[ErrorKind]
 
 
-class ReplicaError(Exception):
-    """The replica itself is broken and must not serve another row."""
+class RowError(RenderError):
+    """The row cannot be rendered on any replica."""
+
+    kind = ErrorKind.ROW
+
+
+class WrongDevice(RenderError):
+    """The noise of this clip was drawn on a device of another model, so this replica cannot go on with it."""
+
+    kind = ErrorKind.INFRASTRUCTURE
+
+
+class ReplicaError(RenderError):
+    """The replica's weights are in an unknown state."""
+
+    kind = ErrorKind.REPLICA
+
+
+class StoredLatentsGone(RenderError):
+    """There are no stored stage-1 latents from which stage 2 could go on; the message says where and why."""
+
+    kind = ErrorKind.STORED_LATENTS_GONE
 
 
 @dataclass(frozen=True)
@@ -217,27 +253,53 @@ class Clip:
 
 
 @dataclass(frozen=True)
-class CallReport:
-    """Small result of one engine call on one rank; big results travel beside it."""
+class CallError:
+    """Why a call failed on a rank. `type` is the name of the exception's class, for messages only."""
 
-    ok: bool
+    kind: ErrorKind
+    type: str
+    message: str
+    traceback: str = ""
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """What an engine tells of its last call, or of its start, beside the result; each sets what applies to it."""
+
+    #: Model of the GPU, or "cpu"; decides the numbers of a noise generator.
+    device_name: str = ""
+    #: Where the weights without LoRAs and the LoRA factors are kept: "device", "host", "gang" or "file".
+    clean_weights: str | None = None
+    lora_factors: str | None = None
+    prompt_truncated: bool = False
+    #: The draws of noise so far, after a diffusion stage.
+    noise_ledger: NoiseLedger | None = None
+    #: The numerics of stage 1 as JSON, where they are not those of the run: its latents were stored by an earlier one.
+    stage_1_numerics: str | None = None
+    #: Where stored latents were read from or written to.
+    stored_at: str | None = None
+    #: The rung of engine.tiling.LADDER at which a clip was decoded.
+    decode_rung: int | None = None
+
+
+@dataclass(frozen=True)
+class CallReport:
+    """The small result of one engine call on one rank; payloads travel beside it. Times in seconds."""
+
     seconds: float
+    #: When the call began, since the epoch.
     started: float
     switch_seconds: float = 0.0
     switches: int = 0
     device: str = ""
-    error_type: str | None = None
-    message: str | None = None
-    traceback: str | None = None
-    #: True when the row itself is to blame, so that every rank is expected to say the same.
-    row_error: bool = False
-    #: True when the replica is of no more use, whatever the row: its weights are half merged.
-    replica_error: bool = False
-    #: True for what memory, a disk, the network or a store did: no row is to blame.
-    infrastructure: bool = False
+    error: CallError | None = None
     #: Size of the payload.
     nbytes: int = 0
-    info: dict[str, Any] = field(default_factory=dict)
+    facts: EngineFacts = EngineFacts()
+
+    @property
+    def ok(self) -> bool:
+        return self.error is None
 
 
 def plain(value: Any) -> Any:

@@ -30,7 +30,6 @@ from ltx_ray.dataset.existing import ExistingRows, list_existing
 from ltx_ray.dataset.repair import repair
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.driver.events import EventLog
-from ltx_ray.driver.policy import STAGES
 from ltx_ray.driver.progress import Progress
 from ltx_ray.manifest.reader import RawRow, manifest_folder
 from ltx_ray.manifest.rules import IllegalRow, RowProblem, RowRules, check_defaults, judge
@@ -42,6 +41,7 @@ from ltx_ray.planning.plan import TODO, ItemBuilder, Plan, PlanEntry
 from ltx_ray.pools.pool import StartFailed
 from ltx_ray.presets import served_pipelines
 from ltx_ray.records import LoraUse, WorkItem, canonical_json
+from ltx_ray.stages import FULL_PATH, PREVIEW_PATH
 from ltx_ray.storage.images import check_roots
 from ltx_ray.storage.lease import Lease
 from ltx_ray.storage.store import Store, clean_stale
@@ -258,7 +258,7 @@ def _drive(
     driver = Driver(
         tracker=tracker,
         join_cluster=join_cluster,
-        stages=("text", "stage1", "decode") if options.stop_after else STAGES,
+        path=PREVIEW_PATH if options.stop_after else FULL_PATH,
         limits=options.limits,
         noise_device=options.noise_device,
         use_stored=not options.stop_after,

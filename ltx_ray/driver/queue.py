@@ -1,13 +1,22 @@
-"""Items that wait before a stage, oldest first, grouped by what a replica must have merged for them."""
+"""Items that wait before a stage, oldest first, grouped by the weights that a replica must have merged for them."""
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Hashable
+from typing import NamedTuple
+
+
+class Candidate(NamedTuple):
+    """The oldest item of a group: its order, its group, and how often younger items have been served before it."""
+
+    order: int
+    group: Hashable
+    passed_over: int
 
 
 class FairQueue:
-    """A queue that can be served out of order, and knows when its oldest item has been passed over too often."""
+    """A queue that can be served out of order, and that counts how often its oldest item has been passed over."""
 
     def __init__(self) -> None:
         self._heaps: dict[Hashable, list[tuple[int, str, int, int]]] = {}
@@ -17,35 +26,35 @@ class FairQueue:
     def __len__(self) -> int:
         return self._size
 
-    def has(self, kind: Hashable) -> bool:
-        """Whether an item of this kind waits."""
-        return kind in self._heaps
+    def has(self, group: Hashable) -> bool:
+        """Whether an item of this group waits."""
+        return group in self._heaps
 
-    def push(self, item: str, order: int, kind: Hashable) -> None:
-        """`order` is the item's place in the line: one that comes back goes before younger ones."""
-        # those ahead of it are served before it without passing it over; one that comes back may have none
-        ahead = self._size if order > self._youngest else 0
+    def push(self, item: str, order: int, group: Hashable) -> None:
+        """`order` is the item's place: an item that comes back to the queue goes before younger ones."""
+        # The items before a new one are served before it without passing it over. One that comes back may have none.
+        before = self._size if order > self._youngest else 0
         self._youngest = max(self._youngest, order)
-        heapq.heappush(self._heaps.setdefault(kind, []), (order, item, self._served, ahead))
+        heapq.heappush(self._heaps.setdefault(group, []), (order, item, self._served, before))
         self._size += 1
 
-    def oldest(self) -> tuple[int, Hashable, int]:
-        """(order, kind, how often it has been passed over) of the oldest item."""
-        kind = min(self._heaps, key=lambda k: self._heaps[k][0])
-        order, _, served, ahead = self._heaps[kind][0]
-        return order, kind, self._served - served - ahead
+    def oldest(self) -> Candidate:
+        """The oldest item of all."""
+        group = min(self._heaps, key=lambda g: self._heaps[g][0])
+        order, _, served, before = self._heaps[group][0]
+        return Candidate(order, group, self._served - served - before)
 
     def best(self, preference: Callable[[Hashable], int]) -> tuple[int, int, Hashable]:
-        """(preference, order, kind) of the item to serve: lowest preference of its kind first, then the oldest."""
-        kind = min(self._heaps, key=lambda k: (preference(k), self._heaps[k][0]))
-        return preference(kind), self._heaps[kind][0][0], kind
+        """(preference, order, group) of the item to serve: the lowest preference of its group, then the oldest."""
+        group = min(self._heaps, key=lambda g: (preference(g), self._heaps[g][0]))
+        return preference(group), self._heaps[group][0][0], group
 
-    def pop(self, kind: Hashable) -> str:
-        """Take the oldest item of `kind` out."""
-        heap = self._heaps[kind]
+    def pop(self, group: Hashable) -> str:
+        """Take the oldest item of `group` out."""
+        heap = self._heaps[group]
         item = heapq.heappop(heap)[1]
         if not heap:
-            del self._heaps[kind]
+            del self._heaps[group]
         self._size -= 1
         self._served += 1
         return item

@@ -1,7 +1,7 @@
 """The decode engine: latents to frames and sound, muxed where they are decoded, published when complete.
 
-It also serves what has to do with stored latents: "stored" fetches those of stage 1, "keep" puts away what there is
-of a clip that could not be finished.
+It also serves the stages that deal with stored latents: LOAD_LATENTS reads those of stage 1, and SAVE_LATENTS stores
+those of a clip that could not be finished.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ import logging
 import os
 import tempfile
 from collections.abc import Generator
-from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,8 +26,9 @@ from ltx_ray.engine.mp4 import write_mp4
 from ltx_ray.engine.prefetch import ahead
 from ltx_ray.engine.tiling import LADDER, Tiling, distinct_rungs
 from ltx_ray.presets import PIPELINES
-from ltx_ray.records import Clip, RowError, StageLatents, WorkItem
+from ltx_ray.records import Clip, EngineFacts, RowError, StageLatents, WorkItem
 from ltx_ray.shapes import AUDIO_SAMPLE_RATE, ClipShape, frame_rate_fraction
+from ltx_ray.stages import Stage
 from ltx_ray.storage.store import Store
 
 #: A clip whose loudest sample is below this (-60 dBFS) is flagged.
@@ -44,7 +43,7 @@ class DecodeEngine:
         self.spec, self.rank = spec, rank
         self.device = torch.device(rank.device)
         self.dtype = resolve_dtype(spec.numerics.dtype)
-        self.info: dict[str, Any] = {}
+        self.facts = EngineFacts()
         #: By size of a clip (pixels x frames): the rung at which it could be decoded, when not at the first.
         self._needed: dict[int, int] = {}
 
@@ -64,28 +63,28 @@ class DecodeEngine:
         self.vocoder = components.load_vocoder(path, self.dtype, self.device)
 
     @torch.inference_mode()
-    def run(self, stage: str, item: WorkItem, *stages: StageLatents) -> Clip | StageLatents | str:
+    def run(self, stage: Stage, item: WorkItem, *stages: StageLatents) -> Clip | StageLatents | str:
         """Serve one of three stages for `item`.
 
-        "decode": publish the clip (or the preview, when the run stops after stage 1), before it the latents where
-        they are wanted, and of a preflight item nothing; returns the Clip. Raises RowError when it is not finite,
-        OutOfMemoryError when not even the smallest tiles fit.
-        "stored": the stored latents of stage 1. Raises StoredLatentsGone.
-        "keep": store the latents of `stages`, on this node when the output refuses; returns where.
+        DECODE publishes the clip, or the preview when the run stops after stage 1, and before it the latents if the
+        run saves them; nothing of a preflight item is published. Returns the Clip. Raises RowError when the clip is
+        not finite, OutOfMemoryError when memory does not suffice for the smallest tiles.
+        LOAD_LATENTS returns the stored latents of stage 1. Raises StoredLatentsGone.
+        SAVE_LATENTS stores the latents of `stages`, on this node when the output refuses them. Returns where.
         """
-        self.info = {}
-        if stage == "decode":
+        if stage == Stage.DECODE:
             try:
                 return self._decode(item, stages)
             finally:
                 self._give_back()
-        if stage == "stored":
+        if stage == Stage.LOAD_LATENTS:
             latents, place = self.latents.stage_1(item, self.dtype)
-            self.info = {"latents": place}
+            self.facts = EngineFacts(stored_at=place)
             return latents
-        assert stage == "keep" and stages, stage
-        self.info = {"latents": self.latents.keep(item, stages)}
-        return self.info["latents"]
+        assert stage == Stage.SAVE_LATENTS and stages, stage
+        place = self.latents.keep(item, stages)
+        self.facts = EngineFacts(stored_at=place)
+        return place
 
     def _decode(self, item: WorkItem, stages: tuple[StageLatents, ...]) -> Clip:
         named = named_latents(*stages)
@@ -156,7 +155,7 @@ class DecodeEngine:
             else:
                 if rung > first:
                     self._needed[size] = rung
-                self.info["decode_tiling"] = {"rung": rung, **asdict(LADDER[rung])}
+                self.facts = EngineFacts(decode_rung=rung)
                 silent = ("silent",) if np.abs(sound).max() < _SILENT_PEAK else ()
                 # pixels differ a little from those in the reference's tiles
                 return check.flags() + silent + (("tiled_smaller",) if rung else ())

@@ -34,6 +34,7 @@ from ltx_ray.presets import PIPELINES, STAGE_2_SIGMAS
 from ltx_ray.records import (
     AV,
     Conditions,
+    EngineFacts,
     Guidance,
     ImageLatents,
     NoiseLedger,
@@ -43,7 +44,6 @@ from ltx_ray.records import (
     StageLatents,
     WorkItem,
     canonical_json,
-    plain,
 )
 from ltx_ray.sampling.euler import sample_euler
 from ltx_ray.sampling.guidance import PAIR, PAIRED, GuidedDenoiser, RunPass, make_all, make_pair
@@ -52,6 +52,7 @@ from ltx_ray.sampling.passes import wants_perturbed
 from ltx_ray.sampling.res2s import Denoise, sample_res2s
 from ltx_ray.sampling.sigmas import shifted_sigmas
 from ltx_ray.shapes import AUDIO_BINS, AUDIO_CHANNELS, ClipShape
+from ltx_ray.stages import Stage
 
 SAMPLERS: dict[str, Callable[..., AV[torch.Tensor]]] = {"res_2s": sample_res2s, "euler": sample_euler}
 
@@ -71,7 +72,7 @@ class DiffusionEngine:
         self.dtype = resolve_dtype(spec.numerics.dtype)
         self.switches, self.switch_seconds = 0, 0.0
         self._merged = self._near = False
-        self.info: dict[str, Any] = {}
+        self.facts = EngineFacts()
 
     def load(self) -> None:
         """Read this rank's slices; the LoRA is merged when the first call says at which strength."""
@@ -79,11 +80,11 @@ class DiffusionEngine:
         os.environ.setdefault("TRITON_CACHE_DIR", str(cache_root() / "triton"))
         model = self.spec.model.local()
         checkpoint = open_checkpoint(model.checkpoint_path)
-        options = self.spec.options
-        self.mesh = make_mesh(self.rank.rank, self.rank.world, options.get("tp", self.rank.world))
-        # in which stage the ranks with the same shard split the work; in the other they all do all of it
-        self._guidance_parallel = options.get("guidance_parallel", 1) > 1
-        self._sequence_parallel = options.get("sequence_parallel", 1) > 1
+        layout = self.spec.layout
+        self.mesh = make_mesh(self.rank.rank, self.rank.world, layout.tp)
+        # Ranks with the same shard split the work of one stage, and each does all of the other's.
+        self._guidance_parallel = layout.guidance_parallel > 1
+        self._sequence_parallel = layout.sequence_parallel > 1
         tp = self.mesh.tp
         with torch.device("meta"):
             self.transformer = Transformer(checkpoint.transformer, tp)
@@ -97,10 +98,10 @@ class DiffusionEngine:
         self._has_distilled = model.distilled_lora is not None
         loras = [open_lora(path).fit(checkpoint.linear_layers, checkpoint.path) for path in paths]
         self.merger = LoraMerger(self.transformer, checkpoint.tensors, loras, tp, self.mesh.wide)
-        if options.get("turns", len(options["roles"]) > 1):
+        if layout.alternates:
             self._keep_near()  # otherwise at the first switch, which may never come
-        self.info = {"device_name": _device_name(self.device), **self.merger.residence}
-        if "stage2" in self.spec.options["roles"]:
+        self.facts = self._facts()
+        if Stage.STAGE2 in layout.roles:
             self.upsampler = components.load_upsampler(model.spatial_upsampler_path, self.dtype, self.device)
             mean, std = components.latent_stats(model.checkpoint_path, "video")
             self.latent_stats = mean.to(self.device, self.dtype), std.to(self.device, self.dtype)
@@ -114,23 +115,30 @@ class DiffusionEngine:
         return GraphedTransformer(dit)
 
     @torch.inference_mode()
-    def run(self, stage: str, item: WorkItem, conditions: Conditions, *latents: StageLatents) -> StageLatents | None:
+    def run(self, stage: Stage, item: WorkItem, conditions: Conditions, *latents: StageLatents) -> StageLatents | None:
         """Render `stage` of `item`, stage 2 from the `latents` of stage 1.
 
         Returns the stage's latents on rank 0, None elsewhere. Raises RowError when they are not finite.
         """
-        result = self._stage1(item, conditions) if stage == "stage1" else self._stage2(item, conditions, *latents)
+        result = self._stage1(item, conditions) if stage == Stage.STAGE1 else self._stage2(item, conditions, *latents)
         for name, tensor in zip(("video", "audio"), result.latents, strict=True):
             bad = int((~torch.isfinite(tensor)).sum())
             if bad:
                 raise RowError(f"{bad} of {tensor.numel()} {name} latents are not finite")
-        self.info = {"noise_ledger": plain(result.ledger), **self.merger.residence}
         numerics = canonical_json(self.spec.numerics)
-        if latents and latents[0].numerics not in ("", numerics):
-            self.info["stage_1_numerics"] = latents[0].numerics
+        stored = bool(latents) and latents[0].numerics not in ("", numerics)
+        self.facts = self._facts(noise_ledger=result.ledger, stage_1_numerics=latents[0].numerics if stored else None)
         if self.rank.rank != 0:
             return None
         return StageLatents(result.latents.map(lambda t: t.cpu()), result.ledger, numerics)
+
+    def _facts(self, **of_call: Any) -> EngineFacts:
+        return EngineFacts(
+            device_name=_device_name(self.device),
+            clean_weights=self.merger.clean_weights,
+            lora_factors=self.merger.lora_factors,
+            **of_call,
+        )
 
     def _stage1(self, item: WorkItem, conditions: Conditions) -> StageLatents:
         request, pipeline = item.request, PIPELINES[item.request.pipeline]
@@ -271,9 +279,11 @@ class DiffusionEngine:
     def _keep_near(self) -> None:
         """Keep what a switch needs where it is fast; the rest of the device is for activations and neighbours."""
         self._near = True
-        shared = self.spec.options.get("shared_card", False)
-        self.merger.keep(reserve=_ACTIVATION_BYTES + (_NEIGHBOUR_BYTES if shared else 0))
-        _log.info("rank %d: %s", self.rank.rank, self.merger.residence)
+        self.merger.keep(reserve=_ACTIVATION_BYTES + (_NEIGHBOUR_BYTES if self.spec.layout.shared_card else 0))
+        _log.info(
+            "rank %d: clean weights: %s, LoRA factors: %s",
+            self.rank.rank, self.merger.clean_weights, self.merger.lora_factors,
+        )  # fmt: skip
 
     def _new_ledger(self, seed: int) -> NoiseLedger:
         device = torch.device("cpu") if self.spec.numerics.noise_device == "cpu" else self.device

@@ -18,14 +18,10 @@ from safetensors.torch import load, save
 from ltx_ray.checkpoints.digests import cache_root
 from ltx_ray.dataset.layout import latents_path
 from ltx_ray.engine.initial_state import latent_sizes, stage_1_draws
-from ltx_ray.records import AV, NoiseLedger, StageLatents, WorkItem, canonical_json
+from ltx_ray.records import AV, NoiseLedger, StageLatents, StoredLatentsGone, WorkItem, canonical_json
 from ltx_ray.storage.store import Store, join
 
 _log = logging.getLogger(__name__)
-
-
-class StoredLatentsGone(Exception):
-    """No stored stage-1 latents that stage 2 could go on from; the message says where and why."""
 
 
 def named_latents(*stages: StageLatents) -> dict[str, torch.Tensor]:

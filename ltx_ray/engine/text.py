@@ -16,9 +16,10 @@ from ltx_ray.config import EngineSpec
 from ltx_ray.engine import codec, components
 from ltx_ray.engine.base import Rank, resolve_dtype
 from ltx_ray.engine.images import NoPicture, image_pixels
-from ltx_ray.records import AV, Conditions, ImageLatents, PromptContext, RowError, WorkItem
+from ltx_ray.records import AV, Conditions, EngineFacts, ImageLatents, PromptContext, RowError, WorkItem
 from ltx_ray.sampling.passes import passes_for
 from ltx_ray.shapes import ClipShape
+from ltx_ray.stages import Stage
 from ltx_ray.storage.images import read_image
 
 #: Contexts kept: the negative prompt is usually the same for all rows.
@@ -32,7 +33,7 @@ class TextEngine:
         self.spec, self.rank = spec, rank
         self.device = torch.device(rank.device)
         self.dtype = resolve_dtype(spec.numerics.dtype)
-        self.info: dict[str, bool] = {}
+        self.facts = EngineFacts()
         self._encoder: torch.nn.Module | None = None
         self._contexts: OrderedDict[str, PromptContext] = OrderedDict()
 
@@ -56,12 +57,13 @@ class TextEngine:
         self.connectors = components.load_connectors(model.checkpoint_path, self.dtype, self.device)
 
     @torch.inference_mode()
-    def run(self, stage: str, item: WorkItem) -> Conditions:
+    def run(self, stage: Stage, item: WorkItem) -> Conditions:
         """Contexts of the item's prompts, the negative one only when a pass needs it, and its images encoded."""
         request = item.request
         negative = self.encode(request.negative_prompt) if "uncond" in passes_for(request.guidance) else None
         positive = self.encode(request.prompt)
-        self.info = {"prompt_truncated": positive.truncated or (negative is not None and negative.truncated)}
+        truncated = positive.truncated or (negative is not None and negative.truncated)
+        self.facts = EngineFacts(prompt_truncated=truncated)
         return Conditions(positive, negative, self._images(item))
 
     def _images(self, item: WorkItem) -> tuple[ImageLatents, ...]:

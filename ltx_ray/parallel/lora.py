@@ -78,9 +78,14 @@ class LoraMerger:
         self._current: dict[str, Uses] | None = self._by_module(LoraSetting())
 
     @property
-    def residence(self) -> dict[str, str]:
-        """Where clean weights and factors are kept."""
-        return {"clean_weights": self._clean.where, "lora_factors": self._factors.where}
+    def clean_weights(self) -> str:
+        """Where the weights without LoRAs are kept: "device", "host", "gang" or "file"."""
+        return self._clean.where
+
+    @property
+    def lora_factors(self) -> str:
+        """Where the LoRA factors are kept: "device", "host" or "file"."""
+        return self._factors.where
 
     def keep(
         self, reserve: int, memory: Memory | None = None, clean: str | None = None, factors: str | None = None

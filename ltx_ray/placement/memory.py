@@ -22,6 +22,7 @@ from ltx_ray.placement.numerics import WITHOUT_FP8
 from ltx_ray.presets import PIPELINES
 from ltx_ray.records import RenderRequest
 from ltx_ray.shapes import TIME_FACTOR, VIDEO_CHANNELS, ClipShape
+from ltx_ray.stages import DIFFUSION_STAGES, Stage
 
 GIB = 2**30
 #: GiB of a GPU by Ray's name of it, as its driver reports them. Where a name stands for several sizes, the largest:
@@ -81,7 +82,7 @@ class RankMemory:
     """What decides how much a rank of a pool needs: the stages it serves, in how many shards the weights are, among how
     many ranks stage 2 shares its tokens out, its arithmetic, and the bytes of text and decode on the same GPU."""
 
-    stages: tuple[str, ...]
+    stages: tuple[Stage, ...]
     tp: int = 1
     token_ranks: int = 1
     item_bytes: int = 2
@@ -105,21 +106,21 @@ class MemoryBudget:
         self._checkpoint, self._model, self._numerics = checkpoint, model, numerics
         self.item_bytes = 4 if numerics.dtype == "float32" else 2
         self._shards = cache(self._shard_bytes)
-        pools = [pool for pool in pools if {"stage1", "stage2"} & set(pool.roles)]
+        pools = [pool for pool in pools if set(DIFFUSION_STAGES) & set(pool.roles)]
         ranks = sum(pool.replicas * pool.ranks for pool in pools)
         self.ranks = [self._rank(pool, ranks) for pool in pools]
 
     def _rank(self, pool: PoolSpec, ranks: int) -> RankMemory:
-        options, numerics = pool.engine.options, self._numerics
+        layout, numerics = pool.engine.layout, self._numerics
         beside = 0
-        if options.get("shared_card", False):
+        if layout.shared_card:
             # on several cards, nobody knows whether both are on one
             both = self.text_bytes + _CONTEXT_BYTES, _DECODE_BYTES
             beside = sum(both) if ranks == 1 else max(both)
         return RankMemory(
-            stages=tuple(role for role in pool.roles if role in ("stage1", "stage2")),
-            tp=options.get("tp", pool.ranks),
-            token_ranks=options.get("sequence_parallel", 1),
+            stages=tuple(role for role in pool.roles if role in DIFFUSION_STAGES),
+            tp=layout.tp,
+            token_ranks=layout.sequence_parallel,
             item_bytes=self.item_bytes,
             fp8=numerics.precision == "fp8",
             fused=numerics.compile == "fused",
@@ -185,7 +186,7 @@ class MemoryBudget:
         for tp in (n for n in range(rank.tp + 1, heads + 1) if heads % n == 0):
             if fits(replace(rank, tp=tp, fp8=False, fused=False)):
                 apart = self._numerics.tp != self._numerics.stage2_tp
-                option = "--stage2-tp" if apart and rank.stages == ("stage2",) else "--tp"
+                option = "--stage2-tp" if apart and rank.stages == (Stage.STAGE2,) else "--tp"
                 ways.append(f"{option} {tp}{' instead of --precision fp8' if rank.fp8 else ''}")
                 break
         return " or ".join([", ".join(ways), "a larger GPU"] if ways else ["a larger GPU"])
@@ -194,19 +195,19 @@ class MemoryBudget:
 
     def standing(self, rank: RankMemory) -> int:
         """Bytes that are taken on the GPU of `rank` before any row."""
-        upsampler = self._upsampler_bytes if "stage2" in rank.stages else 0
+        upsampler = self._upsampler_bytes if Stage.STAGE2 in rank.stages else 0
         return self._shards(rank.tp, rank.fp8) + upsampler + rank.beside + _RESERVE
 
     def needed(self, rank: RankMemory, request: RenderRequest) -> int:
         """Bytes on the GPU of `rank` at the peak of the hungrier of its stages."""
         return self.standing(rank) + max(self.clip(rank, stage, request) for stage in rank.stages)
 
-    def clip(self, rank: RankMemory, stage: str, request: RenderRequest) -> int:
+    def clip(self, rank: RankMemory, stage: Stage, request: RenderRequest) -> int:
         """Bytes that `stage` of `request` takes beyond what is always there."""
-        shape = request.shape.half() if stage == "stage1" else request.shape
+        shape = request.shape.half() if stage == Stage.STAGE1 else request.shape
         streams = self._checkpoint.transformer
         video, audio = _video_tokens(shape, request), shape.audio_latents
-        own = math.ceil(video / rank.token_ranks) if stage == "stage2" else video
+        own = math.ceil(video / rank.token_ranks) if stage == Stage.STAGE2 else video
         widths: float = _FUSED_WIDTHS if rank.fused else _WHOLE_WIDTHS + _SHARDED_WIDTHS / rank.tp
         activations = widths * (own * streams.video.dim + audio * streams.audio.dim)
         if request.images and not rank.fused:
@@ -240,7 +241,7 @@ def can_share(checkpoint: Checkpoint, model: ModelFiles, numerics: Numerics, gpu
     """Whether a rank of the DiT finds room beside either of text and decode for certain, for clips of the HQ size."""
     room = MemoryBudget(checkpoint, model, (), numerics, gpu)
     rank = RankMemory(
-        stages=("stage1", "stage2"),
+        stages=DIFFUSION_STAGES,
         tp=min(numerics.tp, numerics.stage2_tp),
         item_bytes=room.item_bytes,
         fp8=numerics.precision == "fp8",

@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from ltx_ray.config import EngineSpec, PoolSpec
+from ltx_ray.config import EngineSpec, GangLayout, PoolSpec
+from ltx_ray.stages import DIFFUSION_STAGES, OUTPUT_STAGES, Stage
 
 #: GPU time of stage 1 over stage 2 for an HQ clip (ltx-facts.md): how replicas are shared out.
 _STAGE_RATIO = 2.3
@@ -191,34 +192,37 @@ def lay_out(parallel: ParallelConfig, gpus: float, engines: Mapping[str, EngineS
     card = 0.0 if gpus == 0 else 0.6 if count.shared_card else 1.0
     aside = 0.0 if gpus == 0 else 0.5 if not count.shared_card else 0.3 if count.apart else 0.2
 
-    def stage_pool(name: str, roles: tuple[str, ...], replicas: int, tp: int, ranks: int, turns: bool) -> PoolSpec:
-        spec = engines["diffusion"]
-        options = {
-            **spec.options, "roles": roles, "turns": turns, "tp": tp, "shared_card": count.shared_card,
-            "guidance_parallel": parallel.guidance_parallel if "stage1" in roles else 1,
-            "sequence_parallel": parallel.sequence_parallel if "stage2" in roles else 1,
-        }  # fmt: skip
-        return PoolSpec(
-            name, roles, replicas, ranks, _with_options(spec, options), cpus_per_rank=1.0, gpus_per_rank=card
+    def diffusion_pool(
+        name: str, roles: tuple[Stage, ...], replicas: int, tp: int, ranks: int, alternates: bool = False
+    ) -> PoolSpec:
+        layout = GangLayout(
+            roles,
+            tp,
+            guidance_parallel=parallel.guidance_parallel if Stage.STAGE1 in roles else 1,
+            sequence_parallel=parallel.sequence_parallel if Stage.STAGE2 in roles else 1,
+            alternates=alternates,
+            shared_card=count.shared_card,
         )
+        engine = replace(engines["diffusion"], layout=layout)
+        return PoolSpec(name, roles, replicas, ranks, engine, cpus_per_rank=1.0, gpus_per_rank=card)
 
-    def aside_pool(name: str, roles: tuple[str, ...]) -> PoolSpec:
+    def single_rank_pool(name: str, roles: tuple[Stage, ...]) -> PoolSpec:
         return PoolSpec(name, roles, count.aside, 1, engines[name], gpus_per_rank=aside)
 
     ranks1, ranks2 = parallel.ranks
-    pools = [aside_pool("text", ("text",))]
+    pools = [single_rank_pool("text", (Stage.TEXT,))]
     if count.stage2 or not parallel.with_stage2:
-        # what may move is at home in the first of its roles
-        roles1 = ("stage1", "stage2") if parallel.mobile else ("stage1",)
-        roles2 = ("stage2", "stage1") if parallel.mobile else ("stage2",)
-        pools.append(stage_pool("stage1", roles1, count.stage1, parallel.tp, ranks1, turns=False))
+        # A replica that may move between the stages begins in the first of its roles.
+        roles1 = (Stage.STAGE1, Stage.STAGE2) if parallel.mobile else (Stage.STAGE1,)
+        roles2 = (Stage.STAGE2, Stage.STAGE1) if parallel.mobile else (Stage.STAGE2,)
+        pools.append(diffusion_pool("stage1", roles1, count.stage1, parallel.tp, ranks1))
         if count.stage2:
-            pools.append(stage_pool("stage2", roles2, count.stage2, parallel.tp_of_stage2, ranks2, turns=False))
+            pools.append(diffusion_pool("stage2", roles2, count.stage2, parallel.tp_of_stage2, ranks2))
     else:
-        assert parallel.shared_ranks is not None, parallel
-        roles = ("stage1", "stage2")
-        pools.append(stage_pool("diffusion", roles, count.stage1, parallel.tp, parallel.shared_ranks, turns=True))
-    pools.append(aside_pool("decode", ("decode", "keep", "stored")))
+        shared = parallel.shared_ranks
+        assert shared is not None, parallel
+        pools.append(diffusion_pool("diffusion", DIFFUSION_STAGES, count.stage1, parallel.tp, shared, alternates=True))
+    pools.append(single_rank_pool("decode", OUTPUT_STAGES))
     return pools
 
 
@@ -248,7 +252,3 @@ def check_schedulable(pools: list[PoolSpec], free: Resources) -> None:
             f"legal: fewer --stage1-replicas/--stage2-replicas, fewer ranks a replica (--tp and the like), "
             f"or a larger cluster"
         )
-
-
-def _with_options(spec: EngineSpec, options: Mapping[str, object]) -> EngineSpec:
-    return replace(spec, options=dict(options))

@@ -1,6 +1,7 @@
-"""What a crew of replicas tells the driver, and what the driver may ask of it. No Ray here.
+"""What the driver may ask of its replicas, and the events that they report. No Ray here.
 
-A crew holds the gangs of a run: on a Ray cluster (`crew.RayCrew`), or in virtual time (`simulated.SimulatedCrew`).
+A ReplicaSet holds the gangs of a run: on a Ray cluster (`ray_replicas.RayReplicaSet`), or in virtual time
+(`simulated.SimulatedReplicaSet`).
 """
 
 from __future__ import annotations
@@ -10,21 +11,46 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ltx_ray.config import PoolSpec
-from ltx_ray.records import CallReport, WorkItem
+from ltx_ray.records import CallReport, WorkItem, plain
+from ltx_ray.stages import Stage
+
+
+@dataclass(frozen=True)
+class RankInfo:
+    """Where a rank runs and what it computes on. `node` is Ray's id of the node, `gpus` is CUDA_VISIBLE_DEVICES."""
+
+    rank: int
+    pid: int = 0
+    node: str = ""
+    address: str = ""
+    gpus: str = ""
+    device: str = ""
+    #: Model of the GPU, or "cpu"; "" for engines on whose device nothing depends.
+    device_name: str = ""
+    #: Where the weights without LoRAs and the LoRA factors are kept; None for engines that merge nothing.
+    clean_weights: str | None = None
+    lora_factors: str | None = None
+
+    def event(self) -> dict[str, Any]:
+        """The fields as `gang_started` in events.jsonl lists them; those that are None are left out."""
+        return {name: value for name, value in plain(self).items() if value is not None}
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on node {self.address} ({self.device or 'device unknown'})"
 
 
 @dataclass(frozen=True)
 class ReplicaStarted:
-    """A replica is ready. `ranks`: a dict a rank with rank, pid, node, device and device_name."""
+    """A replica is ready, `seconds` after it was asked for."""
 
     replica: str
-    ranks: Sequence[Mapping[str, Any]]
+    ranks: Sequence[RankInfo]
     seconds: float
 
 
 @dataclass(frozen=True)
 class CallFinished:
-    """A call came back from all ranks alike; `report` is that of rank 0, `payload` a handle of its result."""
+    """A call ended alike on all ranks. `report` is that of rank 0, `payload` a handle of its result."""
 
     replica: str
     report: CallReport
@@ -35,22 +61,23 @@ class CallFinished:
 
 @dataclass(frozen=True)
 class ReplicaLost:
-    """A replica is of no more use; it has been killed. `inputs_lost`: because results of earlier stages are gone."""
+    """A replica is of no more use and has been killed."""
 
     replica: str
     reason: str
     #: Whether it had been ready; otherwise it failed to start.
     served: bool
+    #: Whether it is lost because results of earlier stages are gone.
     inputs_lost: bool = False
     #: Whether it died before the call under way had reached it, so that the item is not to blame.
     idle: bool = False
-    #: Whether its node is gone: most often taken away, with whatever ran there.
+    #: Whether its node is gone, which is most often the cluster's doing.
     node_lost: bool = False
 
 
 @dataclass(frozen=True)
 class InputsLost:
-    """Results of earlier stages that a call needs are gone; the replica lives."""
+    """The results of earlier stages that a call needs are gone; the replica is alive."""
 
     replica: str
     reason: str
@@ -63,16 +90,16 @@ class ReplicaSet(Protocol):
     """The replicas of a run, by name. Only `wait` blocks."""
 
     def start(self, name: str, spec: PoolSpec) -> None:
-        """Begin to bring a replica up; `ReplicaStarted` or `ReplicaLost` says how that ended."""
+        """Begin to start a replica; ReplicaStarted or ReplicaLost reports how that ended."""
 
-    def submit(self, replica: str, stage: str, item: WorkItem, inputs: list[Any]) -> None:
-        """Start `stage` of `item`; `inputs` are payloads of earlier answers."""
+    def submit(self, replica: str, stage: Stage, item: WorkItem, inputs: list[Any]) -> None:
+        """Start `stage` of `item`; `inputs` are payloads of earlier calls."""
 
     def wait(self, timeout: float) -> list[ReplicaEvent]:
-        """What has happened since the last call, waiting up to `timeout` seconds for something to happen."""
+        """The events since the last call; waits up to `timeout` seconds for the first."""
 
     def placing(self) -> Mapping[str, float]:
-        """Seconds that each replica which has found no place in the cluster yet has been waiting for one."""
+        """The replicas that have no place in the cluster yet, with the seconds that each has waited for one."""
 
     def kill(self, replica: str) -> None:
         """End a replica and give its place back."""

@@ -1,7 +1,7 @@
 """The gangs of a run on a Ray cluster: the only place that waits on Ray.
 
-Large results (contexts, latents) stay in the object store; their references are passed on, and only the
-small reports are read.
+Large results (contexts, latents) stay in the object store. Their references are passed on, and only the small
+reports are read.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from typing import Any
 import ray
 
 from ltx_ray.config import PoolSpec
-from ltx_ray.pools.gang import Gang, GangLost, InputsMissing
+from ltx_ray.pools.gang import Gang, GangLost, GangState, InputsMissing
 from ltx_ray.pools.protocol import CallFinished, InputsLost, ReplicaEvent, ReplicaLost, ReplicaStarted
 from ltx_ray.records import WorkItem
+from ltx_ray.stages import Stage
 
 
 class RayReplicaSet:
-    """`start_timeout`: seconds that a placed gang may take until it is ready; `call_timeout`: that a call may take."""
+    """`start_timeout`: seconds from a gang's placement until it is ready; `call_timeout`: seconds of one call."""
 
     def __init__(self, start_timeout: float, call_timeout: float):
         self._start_timeout, self._call_timeout = start_timeout, call_timeout
@@ -28,7 +29,7 @@ class RayReplicaSet:
     def start(self, name: str, spec: PoolSpec) -> None:
         self._gangs[name] = Gang(name, spec)
 
-    def submit(self, replica: str, stage: str, item: WorkItem, inputs: list[Any]) -> None:
+    def submit(self, replica: str, stage: Stage, item: WorkItem, inputs: list[Any]) -> None:
         self._gangs[replica].submit(stage, item, inputs)
 
     def wait(self, timeout: float) -> list[ReplicaEvent]:
@@ -41,12 +42,12 @@ class RayReplicaSet:
             return []
         ready, _ = ray.wait(list(waiting), num_returns=1, timeout=timeout)
         if ready:
-            # one reference woke us; take whatever else is there too
+            # The first reference ends the wait; the second call collects all others that are ready by now.
             ready, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0)
         arrived = set(ready)
-        events = []
+        events: list[ReplicaEvent] = []
         for gang in {id(waiting[ref]): waiting[ref] for ref in ready}.values():
-            events += self._attend(gang, arrived)
+            events += self._advance(gang, arrived)
         now = time.time()
         for gang in list(self._gangs.values()):
             if (reason := gang.overdue(now, self._start_timeout, self._call_timeout)) is not None:
@@ -55,9 +56,10 @@ class RayReplicaSet:
                 events.append(self._lose(gang, "a rank does not answer", idle=True))
         return events
 
-    def _attend(self, gang: Gang, arrived: set[ray.ObjectRef]) -> list[ReplicaEvent]:
+    def _advance(self, gang: Gang, arrived: set[ray.ObjectRef]) -> list[ReplicaEvent]:
+        """Take a gang on by the references that have arrived."""
         try:
-            if gang.state != "ready":
+            if gang.state is not GangState.READY:
                 ready = gang.advance(arrived)
                 return [ReplicaStarted(gang.name, gang.ranks, time.time() - gang.created)] if ready else []
             call = gang.call
@@ -67,24 +69,26 @@ class RayReplicaSet:
             reports = gang.collect(arrived)
             if reports is None:
                 return []
-            return [CallFinished(gang.name, reports[0], call.payload, gang.where(0))]
+            return [CallFinished(gang.name, reports[0], call.payload, str(gang.ranks[0]))]
         except GangLost as lost:
             return [self._lose(gang, str(lost), idle=lost.idle, node_lost=lost.node_lost)]
         except InputsMissing as lost:
             if len(gang.ranks) > 1:
-                # the other ranks have begun, and wait for this one
+                # The other ranks have begun the call and wait for this one in a collective.
                 return [self._lose(gang, str(lost), inputs_lost=True)]
             gang.call = None
             return [InputsLost(gang.name, str(lost))]
 
-    def _lose(self, gang: Gang, reason: str, **why: bool) -> ReplicaLost:
-        served = gang.state == "ready"
+    def _lose(
+        self, gang: Gang, reason: str, inputs_lost: bool = False, idle: bool = False, node_lost: bool = False
+    ) -> ReplicaLost:
+        served = gang.state is GangState.READY
         self.kill(gang.name)
-        return ReplicaLost(gang.name, reason, served, **why)
+        return ReplicaLost(gang.name, reason, served, inputs_lost, idle, node_lost)
 
     def placing(self) -> Mapping[str, float]:
         now = time.time()
-        return {name: now - gang.created for name, gang in self._gangs.items() if gang.state == "placing"}
+        return {name: now - gang.created for name, gang in self._gangs.items() if gang.state is GangState.PLACING}
 
     def kill(self, replica: str) -> None:
         self._gangs.pop(replica).kill()

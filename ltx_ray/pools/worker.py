@@ -1,7 +1,7 @@
 """The rank actor: one process of a gang, running whichever engine its spec names.
 
-The engine is imported from a dotted path inside the actor, so this module never imports torch, and a
-fake engine slips in the same way.
+The actor imports the engine from a dotted path, so this module never imports torch, and a fake engine serves tests
+in the same way.
 """
 
 from __future__ import annotations
@@ -13,31 +13,47 @@ import os
 import socket
 import time
 import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 
 from ltx_ray.config import EngineSpec
-from ltx_ray.records import CallReport, ReplicaError, RowError, WrongDevice
+from ltx_ray.records import CallError, CallReport, EngineFacts, ErrorKind
+from ltx_ray.stages import Stage
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """Where the ranks of a gang meet: a port on the node of rank 0."""
+
+    host: str
+    port: int
+
+
+@dataclass(frozen=True)
+class RankProcess:
+    """Where a rank runs. `node` is Ray's id of the node; `gpus` is CUDA_VISIBLE_DEVICES."""
+
+    pid: int
+    node: str
+    address: str
+    gpus: str
 
 
 class RankActor:
-    """One rank. Not decorated, so that it can be tested without Ray; `pools.gang` makes actors of it."""
+    """One rank. The class is not decorated, so that tests run it without Ray; `pools.gang` makes actors of it."""
 
     def __init__(self) -> None:
-        self.engine: Any = None  # with load(), run(stage, item, *inputs) and `info`, small facts of the last run
+        self.engine: Any = None  # as engine.base describes it
         self.device = "cpu"
 
-    def describe(self) -> dict[str, Any]:
-        """Where this rank runs: pid, node id, address, device."""
-        context = ray.get_runtime_context()
+    def describe(self) -> RankProcess:
+        """Where this rank runs."""
+        node = ray.get_runtime_context().get_node_id()
         gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        return {
-            "pid": os.getpid(),
-            "node": context.get_node_id(),
-            "address": ray.util.get_node_ip_address(),
-            "gpus": gpus,
-        }
+        return RankProcess(os.getpid(), node, ray.util.get_node_ip_address(), gpus)
 
     def ping(self) -> None:
         """Answers when it is this call's turn."""
@@ -48,14 +64,14 @@ class RankActor:
             probe.bind(("", 0))
             return probe.getsockname()[1]
 
-    def start(self, spec: EngineSpec, rank: int, world: int, rendezvous: tuple[str, int] | None, timeout: float):
-        """Join the gang and load the engine; the CallReport says how it went."""
+    def start(
+        self, spec: EngineSpec, rank: int, world: int, rendezvous: Rendezvous | None, timeout: float
+    ) -> CallReport:
+        """Join the gang and load the engine; the report says how it went. `timeout` of the rendezvous in seconds."""
         return self._report(lambda: self._start(spec, rank, world, rendezvous, timeout))[0]
 
-    def _start(
-        self, spec: EngineSpec, rank: int, world: int, rendezvous: tuple[str, int] | None, timeout: float
-    ) -> None:
-        # what is imported stays: looking for garbage among it takes a sixth of the time
+    def _start(self, spec: EngineSpec, rank: int, world: int, rendezvous: Rendezvous | None, timeout: float) -> None:
+        # Imported modules stay for good, and collecting garbage among them takes a sixth of the time of a start.
         gc.disable()
         try:
             base = importlib.import_module("ltx_ray.engine.base")
@@ -63,48 +79,45 @@ class RankActor:
             engine = getattr(importlib.import_module(module), name)
             join = getattr(engine, "join", base.join)
             self.device = spec.numerics.device
-            self.device = join(spec.numerics.device, rank, world, rendezvous, timeout)
+            meeting = (rendezvous.host, rendezvous.port) if rendezvous is not None else None
+            self.device = join(spec.numerics.device, rank, world, meeting, timeout)
             self.engine = engine(spec, base.Rank(rank, world, self.device))
             self.engine.load()
         finally:
             gc.enable()
 
-    def run(self, stage: str, item: Any, *inputs: Any) -> tuple[CallReport, Any]:
+    def run(self, stage: Stage, item: Any, *inputs: Any) -> tuple[CallReport, Any]:
         """One engine call: (report, payload). The payload of ranks other than 0 is None."""
         return self._report(lambda: self.engine.run(stage, item, *inputs))
 
-    def _report(self, call: Any) -> tuple[CallReport, Any]:
+    def _report(self, call: Callable[[], Any]) -> tuple[CallReport, Any]:
         started, began = time.time(), time.perf_counter()
         switches = getattr(self.engine, "switches", 0)
         switch_seconds = getattr(self.engine, "switch_seconds", 0.0)
-        payload, failure = None, {}
+        payload, failure = None, None
         try:
             payload = call()
         except Exception as error:
-            memory = importlib.import_module("ltx_ray.engine.base").is_out_of_memory(error)
-            failure = {
-                "ok": False,
-                "error_type": "OutOfMemoryError" if memory else type(error).__name__,
-                "infrastructure": memory or isinstance(error, OSError | WrongDevice),
-                "message": str(error) or type(error).__name__,
-                "traceback": traceback.format_exc(),
-                "row_error": isinstance(error, RowError),
-                "replica_error": isinstance(error, ReplicaError),
-            }
-        return (
-            CallReport(
-                ok=not failure,
-                seconds=time.perf_counter() - began,
-                started=started,
-                switches=getattr(self.engine, "switches", 0) - switches,
-                switch_seconds=getattr(self.engine, "switch_seconds", 0.0) - switch_seconds,
-                device=self.device,
-                **{k: v for k, v in failure.items() if k != "ok"},
-                nbytes=_nbytes(payload),
-                info=dict(getattr(self.engine, "info", {})),
-            ),
-            payload,
+            failure = _call_error(error)
+        report = CallReport(
+            seconds=time.perf_counter() - began,
+            started=started,
+            switches=getattr(self.engine, "switches", 0) - switches,
+            switch_seconds=getattr(self.engine, "switch_seconds", 0.0) - switch_seconds,
+            device=self.device,
+            error=failure,
+            nbytes=_nbytes(payload),
+            facts=getattr(self.engine, "facts", EngineFacts()),
         )
+        return report, payload
+
+
+def _call_error(error: Exception) -> CallError:
+    base = importlib.import_module("ltx_ray.engine.base")
+    kind: ErrorKind = base.error_kind(error)
+    # A lack of memory has many names: torch's, Python's, and RuntimeErrors of CUDA libraries.
+    name = "OutOfMemoryError" if base.is_out_of_memory(error) else type(error).__name__
+    return CallError(kind, name, str(error) or type(error).__name__, traceback.format_exc())
 
 
 def _nbytes(payload: Any) -> int:

@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import pytest
 
-from ltx_ray.driver.policy import STAGES, Policy
+from ltx_ray.driver.policy import Policy
 from ltx_ray.driver.publisher import Publisher
 from ltx_ray.pools.pool import StartFailed
+from ltx_ray.stages import FULL_PATH
 from tests.support.schedules import WatchedReplicas
 from tests.support.simulated_runs import pools, rows, run
 
@@ -101,19 +102,19 @@ def test_an_edited_row_that_becomes_a_copy(tmp_path):
 def test_spare_leaves_a_server_for_each_stage():
     policy = Policy()
     for name, roles in {"t": ("text",), "a": ("stage1",), "b": ("stage2",), "d": ("decode",)}.items():
-        policy.join(name, roles)
+        policy.add_replica(name, roles)
     policy.admit("x")
     policy.next_dispatch()
-    assert policy.spare() == []
+    assert policy.spare_replicas() == []
 
 
 def test_spare_names_each_once():
     policy = Policy()
     for name in "xy":
-        policy.join(name, STAGES)
+        policy.add_replica(name, FULL_PATH)
     policy.admit("i")
     policy.next_dispatch()
-    spare = policy.spare()
+    spare = policy.spare_replicas()
     assert len(spare) == len(set(spare))
 
 
@@ -149,7 +150,7 @@ def test_lost_inputs_do_not_keep_what_is_gone(tmp_path):
 
     driver, _ = run(tmp_path, rows(1), C, max_attempts=1)
     driver.run(driver.tracker.plan.open())
-    assert called and ("keep", 0) not in called
+    assert called and ("save_latents", 0) not in called
 
 
 def test_a_late_twin_of_a_preview_is_rendered_once(tmp_path):
@@ -171,7 +172,7 @@ def test_first_calls_keep_to_the_memory_too():
     """Before any has been measured, what a large clip's take is reckoned with."""
     policy = Policy(max_bytes=60e6)
     for n in range(4):
-        policy.join(f"t{n}", ("text",))
+        policy.add_replica(f"t{n}", ("text",))
         policy.admit(f"i{n}")
     made = 0
     while policy.next_dispatch() is not None:
@@ -204,7 +205,7 @@ def test_what_has_passed_stage_1_when_a_run_is_told_to_stop_goes_on_from_there(t
     driver, store = run(tmp_path, rows(6), GoesOn)
     assert not driver.run(driver.tracker.plan.open())
     assert len(store.list_names("index")) == 6
-    assert {item for stage, item in asked if stage == "stored"} == saved
+    assert {item for stage, item in asked if stage == "load_latents"} == saved
     # the fake store has lost those whose name begins with a small digit
     again = {item for stage, item in asked if stage == "stage1"} & saved
     assert again == {item for item in saved if item[0] < "8"}

@@ -64,7 +64,7 @@ def test_a_stopped_process_is_a_hanging_rank(job):
     """SIGSTOP: it neither answers nor ends when it is asked to."""
     driver = job.start(
         rows(*["[[stage1:slow:0.5]]"] * 3),
-        wanted=ParallelConfig(tp=2, stage1=1, stage2=0),
+        parallel=ParallelConfig(tp=2, stage1=1, stage2=0),
         limits=RunLimits(call_timeout=5),
     )
     gang = job.until(lambda: job.out.gangs("diffusion"), "the gang")[0]
@@ -103,8 +103,8 @@ def test_latents_that_die_with_their_node_are_made_again(job):
 
 
 def test_a_node_that_never_comes_back_does_not_end_the_run(job):
-    wanted, limits = ParallelConfig(guidance_parallel=3, stage1=2, stage2=0), RunLimits(start_timeout=12)
-    driver = job.start(rows(*["[[stage1:gate]]"] * 4), wanted=wanted, limits=limits)
+    parallel, limits = ParallelConfig(guidance_parallel=3, stage1=2, stage2=0), RunLimits(start_timeout=12)
+    driver = job.start(rows(*["[[stage1:gate]]"] * 4), parallel=parallel, limits=limits)
     gangs = job.until(lambda: len(found := job.out.gangs("diffusion")) == 2 and found, "both gangs")
     assert node(gangs[0]) != node(gangs[1])
     job.world.remove_node(node(gangs[1]))
@@ -118,7 +118,9 @@ def test_a_node_that_never_comes_back_does_not_end_the_run(job):
 
 
 def test_a_pool_larger_than_any_node_is_refused_after_the_start_timeout(job):
-    driver = job.start(rows("one"), wanted=ParallelConfig(tp=4, stage1=1, stage2=0), limits=RunLimits(start_timeout=4))
+    driver = job.start(
+        rows("one"), parallel=ParallelConfig(tp=4, stage1=1, stage2=0), limits=RunLimits(start_timeout=4)
+    )
     log = driver.ends(1)
     assert "pool diffusion: no place for a replica in 4 s; it needs 4 x (1 CPU, 0 GPU) on one node" in log
     assert "Traceback" not in log
@@ -127,7 +129,7 @@ def test_a_pool_larger_than_any_node_is_refused_after_the_start_timeout(job):
 
 
 def test_replicas_come_up_on_a_node_that_joins(job):
-    driver = job.start(rows(*["[[stage1:gate]]"] * 8), wanted=ParallelConfig(tp=2, max_replicas=5))
+    driver = job.start(rows(*["[[stage1:gate]]"] * 8), parallel=ParallelConfig(tp=2, max_replicas=5))
     job.until(lambda: job.out.gangs("stage1"), "stage 1")
     added = job.world.add_node()
     job.until(lambda: added in {node(gang) for gang in job.out.events("gang_started")}, "gang on the new node")
@@ -139,13 +141,13 @@ def test_replicas_come_up_on_a_node_that_joins(job):
 
 def test_a_killed_driver_is_followed_by_two_of_which_one_goes_on(job):
     manifest = rows(*["[[stage1:slow:0.4]]"] * 8)
-    first = job.start(manifest, wanted=SHARED)
+    first = job.start(manifest, parallel=SHARED)
     job.until(lambda: len(job.out.events("item_finished")) >= 3, "third row")
     first.kill()
     assert job.world.leaks() == []
     before = job.out.index()
     assert 3 <= len(before) < 8
-    logs = [driver.ends(0) for driver in [job.start(manifest, wanted=SHARED) for _ in range(2)]]
+    logs = [driver.ends(0) for driver in [job.start(manifest, parallel=SHARED) for _ in range(2)]]
     after = whole(job, 8)
     # not rendered again: `finished_at` is what it was
     assert all(after[name] == row for name, row in before.items())
@@ -156,7 +158,7 @@ def test_a_killed_driver_is_followed_by_two_of_which_one_goes_on(job):
 def test_a_sigterm_drains_in_time_though_calls_of_minutes_are_under_way(job):
     """The decode pool finishes what it has; stage 1 is given up."""
     manifest = rows("[[decode:slow:3]]", *["[[stage1:gate]]"] * 4)
-    driver = job.start(manifest, wanted=APART)
+    driver = job.start(manifest, parallel=APART)
     job.until(lambda: [e for e in job.out.events("call") if e["stage"] == "stage2"], "row before its decoding")
     asked = time.monotonic()
     driver.signal(signal.SIGTERM)
@@ -167,7 +169,7 @@ def test_a_sigterm_drains_in_time_though_calls_of_minutes_are_under_way(job):
     assert set(before) == {"r0"}
     assert json.loads((job.out.folder / "run.json").read_text())["state"] == "drained"
     job.open_gate()
-    job.start(manifest, wanted=APART).ends(0)
+    job.start(manifest, parallel=APART).ends(0)
     assert whole(job, 5)["r0"] == before["r0"] and len(list((job.out.folder / "runs").iterdir())) == 1
     assert {row["attempts"] for row in job.out.index().values()} == {1}
 
@@ -182,7 +184,7 @@ def test_who_insists_is_obeyed_and_nothing_is_lost(job):
 
     insistence = [(0.5, signal.SIGTERM, 128 + signal.SIGTERM), (3, signal.SIGKILL, -signal.SIGKILL)]
     for times, (seconds, insistent, code) in enumerate(insistence):
-        driver = job.start(manifest, wanted=APART, limits=RunLimits(grace=120))
+        driver = job.start(manifest, parallel=APART, limits=RunLimits(grace=120))
         job.until(lambda times=times: decodings() > times, "decoding of the second row")
         driver.signal(signal.SIGTERM)
         job.until(lambda driver=driver: "draining: SIGTERM" in driver.log, "drain")
@@ -196,7 +198,7 @@ def test_who_insists_is_obeyed_and_nothing_is_lost(job):
         assert set(job.out.index()) == {"r0"}
     before = job.out.index()
     job.open_gate()
-    job.start(manifest, wanted=APART).ends(0)
+    job.start(manifest, parallel=APART).ends(0)
     assert whole(job, 4)["r0"] == before["r0"]
 
 
@@ -221,7 +223,7 @@ def full_disk(job):
 
 def test_a_full_disk_costs_no_latents_and_retry_goes_on_from_them(job, full_disk):
     prompt, options, clean_up = full_disk
-    assert job.start(rows(prompt, prompt), wanted=SHARED, **options).ends(3)
+    assert job.start(rows(prompt, prompt), parallel=SHARED, **options).ends(3)
     failed = job.out.failed()
     assert set(failed) == {"r0", "r1"} and not job.out.index()
     for row in failed.values():
@@ -230,15 +232,15 @@ def test_a_full_disk_costs_no_latents_and_retry_goes_on_from_them(job, full_disk
         assert os.strerror(errno.ENOSPC) in row["message"] or "disk is full" in row["message"]
         assert f"(latents kept in {kept})" in row["message"]
     clean_up()
-    job.start(str(job.out.folder / "failed"), wanted=SHARED, retry_failed=True, **options).ends(0)
+    job.start(str(job.out.folder / "failed"), parallel=SHARED, retry_failed=True, **options).ends(0)
     whole(job, 2)
     stages = Counter(event["stage"] for event in job.out.events("call"))
-    assert stages == {"text": 2, "stored": 2, "stage2": 2, "decode": 2}
+    assert stages == {"text": 2, "load_latents": 2, "stage2": 2, "decode": 2}
 
 
 def test_no_process_outlives_a_killed_driver_with_a_cluster_of_its_own(job):
     manifest = rows(*["[[stage1:slow:0.4]]"] * 4)
-    alone = {"wanted": SHARED, "ray_address": None}
+    alone = {"parallel": SHARED, "ray_address": None}
     driver = job.start(manifest, **alone)
     job.until(lambda: job.out.events("item_finished"), "a row")
     assert len(driver.processes()) > 5

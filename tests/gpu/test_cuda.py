@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ltx_ray.config import EngineSpec, ModelFiles, Numerics
+from ltx_ray.config import EngineSpec, GangLayout, ModelFiles, Numerics
 from ltx_ray.engine import base
 from ltx_ray.engine.decode import DecodeEngine, latents_sha256, named_latents
 from ltx_ray.engine.diffusion import DiffusionEngine
@@ -20,6 +20,7 @@ from ltx_ray.placement.numerics import resolve
 from ltx_ray.planning.plan import ItemBuilder
 from ltx_ray.presets import served_pipelines
 from ltx_ray.records import StageLatents, WorkItem
+from ltx_ray.stages import DIFFUSION_STAGES, Stage
 
 DEVICE = "cuda"
 GOLDENS = Path(__file__).parents[1] / "parity" / "goldens"
@@ -64,7 +65,7 @@ class Engines:
         self.diffusion.load()
 
     def spec(self, output: str = "") -> EngineSpec:
-        return EngineSpec("", self.model, self.numerics, output, options={"roles": ("stage1", "stage2")})
+        return EngineSpec("", self.model, self.numerics, output, layout=GangLayout(DIFFUSION_STAGES, alternates=True))
 
     def item(self, row: dict) -> WorkItem:
         """The work of a manifest row."""
@@ -238,9 +239,9 @@ def test_replicas_of_one_stage_and_those_that_seldom_turn_give_the_same_bits(toy
     engines = Engines(toy, DEVICE, "bfloat16", noise_device="model")
     expected = latents_sha256(named_latents(*engines.stages(ROW)))
 
-    def engine(*roles: str) -> DiffusionEngine:
-        options = {"roles": roles, "turns": False}
-        made = DiffusionEngine(EngineSpec("", engines.model, engines.numerics, "", options=options), engines.rank)
+    def engine(*roles: Stage) -> DiffusionEngine:
+        spec = EngineSpec("", engines.model, engines.numerics, "", layout=GangLayout(roles))
+        made = DiffusionEngine(spec, engines.rank)
         made.load()
         return made
 

@@ -65,19 +65,19 @@ def test_smaller_tiles_where_the_references_do_not_fit(engine):
     idle = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     clip = engine.run("decode", item, *stages)
-    assert clip.flags == () and engine.info["decode_tiling"]["rung"] == 0
+    assert clip.flags == () and engine.facts.decode_rung == 0
     needed = torch.cuda.max_memory_allocated() - idle
     rungs = []
     for share in (0.8, 0.5):
         with memory(idle + share * needed):
             clip = engine.run("decode", item, *stages)
-            rungs.append(engine.info["decode_tiling"]["rung"])
+            rungs.append(engine.facts.decode_rung)
             assert clip.flags == ("tiled_smaller",) and frames(engine, clip.path) == 121
             assert engine.run("decode", small, *small_stages).flags == ()
     assert 0 < rungs[0] < rungs[1], "less memory, smaller tiles"
     # with the whole card again, where the ladder was left
     engine.run("decode", item, *stages)
-    assert engine.info["decode_tiling"]["rung"] == rungs[1]
+    assert engine.facts.decode_rung == rungs[1]
 
 
 def test_when_nothing_fits_the_error_goes_up_and_nothing_stays(engine):

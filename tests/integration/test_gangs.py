@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec, RunLimits
+from ltx_ray.config import EngineSpec, GangLayout, ModelFiles, Numerics, PoolSpec, RunLimits
 from ltx_ray.pools import gang as gangs
 from ltx_ray.pools.gang import Gang, GangLost
 from tests.support.runner import FAKE
@@ -20,7 +20,9 @@ def start(engine: str, ranks: int = 2) -> Gang:
     """A gang of `engine`, followed until it is ready or lost."""
     import ray
 
-    spec = EngineSpec(f"{ENGINES}:{engine}", ModelFiles("", "", ""), Numerics(), "/tmp/none", options={"tp": ranks})
+    spec = EngineSpec(
+        f"{ENGINES}:{engine}", ModelFiles("", "", ""), Numerics(), "/tmp/none", layout=GangLayout(tp=ranks)
+    )
     gang = Gang(engine, PoolSpec("pool", ("stage1",), 1, ranks, spec))
     try:
         until = time.time() + 90
@@ -41,10 +43,10 @@ def assert_nothing_left(gang: Gang) -> None:
     until = time.time() + 20
     while time.time() < until:
         state = placement_group_table(gang._group)["state"]
-        if state == "REMOVED" and not any(_alive(rank["pid"]) for rank in gang.ranks):
+        if state == "REMOVED" and not any(_alive(rank.pid) for rank in gang.ranks):
             return
         time.sleep(0.1)
-    raise AssertionError(f"{state}, {[rank['pid'] for rank in gang.ranks if _alive(rank['pid'])]} alive")
+    raise AssertionError(f"{state}, {[rank.pid for rank in gang.ranks if _alive(rank.pid)]} alive")
 
 
 def _alive(pid: int) -> bool:
@@ -59,13 +61,13 @@ def test_a_rank_without_memory_is_named_with_its_node_device_and_tensor(cluster)
     with pytest.raises(GangLost) as caught:
         start("NoRoom")
     message = str(caught.value)
-    assert message.startswith(f"rank 1 on node {caught.value.gang.ranks[1]['address']} (cpu): OutOfMemoryError: ")
+    assert message.startswith(f"rank 1 on node {caught.value.gang.ranks[1].address} (cpu): OutOfMemoryError: ")
     assert "blocks.3.attn1.to_q.weight" in message
     assert_nothing_left(caught.value.gang)
 
 
 def test_a_rendezvous_that_times_out(cluster, monkeypatch):
-    monkeypatch.setattr(gangs, "_RENDEZVOUS_TIMEOUT", 3.0)
+    monkeypatch.setattr(gangs, "_RENDEZVOUS_SECONDS", 3.0)
     with pytest.raises(GangLost, match=r"rank 0 on node \S+ \(cpu\): \w+: .*(?i:timeout|timed out)"):
         start("Late")
 

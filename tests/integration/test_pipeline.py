@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ltx_ray.config import EngineSpec, LoraSpec, ModelFiles, Numerics, Selection
+from ltx_ray.config import EngineSpec, GangLayout, LoraSpec, ModelFiles, Numerics, Selection
 from ltx_ray.dataset.selection import chosen_items, parse_filter
 from ltx_ray.engine.base import Rank
 from ltx_ray.engine.diffusion import DiffusionEngine
@@ -22,6 +22,7 @@ from ltx_ray.manifest.reader import RawRow
 from ltx_ray.manifest.rules import RowRules, judge
 from ltx_ray.planning.plan import ItemBuilder
 from ltx_ray.records import AV, NoiseLedger, StageLatents
+from ltx_ray.stages import Stage
 from ltx_ray.storage.store import Store
 from tests.support.pipeline import ToyPipeline
 from tests.support.runner import rows_by_id
@@ -122,7 +123,12 @@ def test_previews_are_promoted_to_the_clips_of_the_whole_line(split, tmp_path):
 
     assert promote("id ~ a", "num_frames < 17") == 0
     assert promote("id = tall") == 0
-    assert {e["stage"] for e in split.events(output) if e["event"] == "call"} == {"text", "stored", "stage2", "decode"}
+    assert {e["stage"] for e in split.events(output) if e["event"] == "call"} == {
+        "text",
+        "load_latents",
+        "stage2",
+        "decode",
+    }
     whole = hashes(split.index())
     assert hashes(split.index(output)) == {name: whole[name] for name in ("image", "tall")}
 
@@ -152,7 +158,7 @@ def test_stage_2_alone_gives_the_same_bits(split, toy):
     request = judge(RawRow("test", 1, ROWS[1]), RowRules()).request
     item = ItemBuilder(model, numerics).item(request)
     assert item.item_id == row["item_id"]
-    spec = EngineSpec("", model, numerics, str(split.output), options={"roles": ("stage2",)})
+    spec = EngineSpec("", model, numerics, str(split.output), layout=GangLayout((Stage.STAGE2,)))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

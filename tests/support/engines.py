@@ -9,17 +9,13 @@ from ltx_ray.engine.fake import FakeEngine
 from ltx_ray.records import ReplicaError
 
 
-class OutOfMemoryError(RuntimeError):
-    """As torch calls it."""
-
-
 class NoRoom(FakeEngine):
     """Rank 1 has no memory for a tensor of its shard."""
 
     def load(self) -> None:
         super().load()
         if self.rank.rank == 1:
-            raise OutOfMemoryError("model.safetensors: blocks.3.attn1.to_q.weight: tried to allocate 32 MiB")
+            raise MemoryError("model.safetensors: blocks.3.attn1.to_q.weight: tried to allocate 32 MiB")
 
 
 class Late(FakeEngine):

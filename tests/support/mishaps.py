@@ -63,9 +63,9 @@ class Trials:
 
     def _start(self, job: Job, rows: list[dict]) -> Driver:
         # with the toy model torch loads in every rank: stages that share them load it half as often
-        wanted = ParallelConfig(tp=self._tp) if self._fake else ParallelConfig(tp=self._tp, stage1=1, stage2=0)
+        parallel = ParallelConfig(tp=self._tp) if self._fake else ParallelConfig(tp=self._tp, stage1=1, stage2=0)
         return job.start(
-            rows, wanted=wanted, fake=self._fake, dtype="float32", limits=RunLimits(max_attempts=6, call_timeout=60)
+            rows, parallel=parallel, fake=self._fake, dtype="float32", limits=RunLimits(max_attempts=6, call_timeout=60)
         )
 
     def run(self, seed: int) -> Outcome:

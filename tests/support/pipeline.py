@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ltx_ray.config import EngineSpec, ModelFiles, Numerics
+from ltx_ray.config import EngineSpec, GangLayout, ModelFiles, Numerics
 from ltx_ray.engine.base import Rank
 from ltx_ray.engine.decode import named_latents
 from ltx_ray.engine.diffusion import DiffusionEngine
@@ -19,6 +19,7 @@ from ltx_ray.placement.numerics import resolve
 from ltx_ray.planning.plan import ItemBuilder
 from ltx_ray.presets import served_pipelines
 from ltx_ray.records import LoraUse, WorkItem
+from ltx_ray.stages import DIFFUSION_STAGES
 
 GOLDENS = Path(__file__).parents[1] / "parity" / "goldens"
 
@@ -40,7 +41,7 @@ class ToyPipeline:
         self.model = model
         asked = Numerics(dtype=dtype, attention="auto", compile=compiled, precision=precision)
         self.numerics = resolve(asked, (), False)
-        spec = EngineSpec("", model, self.numerics, "", options={"roles": ("stage1", "stage2")})
+        spec = EngineSpec("", model, self.numerics, "", layout=GangLayout(DIFFUSION_STAGES, alternates=True))
         self.text, self.diffusion = TextEngine(spec, Rank()), DiffusionEngine(spec, Rank())
         self.text.load()
         self.diffusion.load()

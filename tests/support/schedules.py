@@ -24,7 +24,6 @@ from ltx_ray.dataset.existing import list_existing
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.driver.events import EventLog
 from ltx_ray.driver.loop import Driver, JoinedCluster
-from ltx_ray.driver.policy import STAGES
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
 from ltx_ray.driver.tracker import RowTracker
@@ -34,12 +33,13 @@ from ltx_ray.planning.plan import Plan
 from ltx_ray.pools.pool import StartFailed
 from ltx_ray.pools.protocol import CallFinished, InputsLost, ReplicaLost
 from ltx_ray.pools.simulated import Faults, SimulatedReplicaSet
-from ltx_ray.records import Clip, RenderRequest, RowError, WorkItem
+from ltx_ray.records import Clip, ErrorKind, RenderRequest, RowError, StoredLatentsGone, WorkItem
+from ltx_ray.stages import FULL_PATH, OUTPUT_STAGES
 from ltx_ray.storage.store import Store
 from tests.support.checkpoint_files import RELEASED
 from tests.support.samples import recipe, request, write_jsonl
 
-SECONDS = {"text": 0.1, "stage1": 46.0, "stored": 0.2, "stage2": 17.0, "decode": 1.75, "keep": 0.3}
+SECONDS = {"text": 0.1, "stage1": 46.0, "load_latents": 0.2, "stage2": 17.0, "decode": 1.75, "save_latents": 0.3}
 #: Events after which a run is taken for one that never ends; the longest here have about 3000.
 ENDLESS = 30_000
 POISON = re.compile(r"\[\[(\w+):(\w+)\]\]")
@@ -52,10 +52,6 @@ SPEC = EngineSpec("", ModelFiles("", "", ""), Numerics(), "")
 
 class Killed(BaseException):
     """The driver's process ends here."""
-
-
-class StoredLatentsGone(Exception):
-    """Named as the engine's."""
 
 
 class HashingBuilder:
@@ -100,10 +96,10 @@ class Stages:
             context, stage1 = inputs
             assert context == hashed("text", name)
             return hashed("stage2", name, stage1)
-        if stage == "keep":
+        if stage == "save_latents":
             self.store.write_bytes(latents, inputs[0].encode())
             return latents
-        if stage == "stored":
+        if stage == "load_latents":
             if name[0] < "8" or not self.store.exists(latents):
                 raise StoredLatentsGone(f"{latents}: not there")
             return self.store.read_bytes(latents).decode()
@@ -141,7 +137,7 @@ class WatchedReplicas(SimulatedReplicaSet):
         self.waits += 1
         assert self.waits < ENDLESS, "this never ends"
         known = {name for pool in self.driver.pools for name in pool.replicas}
-        assert known == set(self._replicas), "the driver and its crew know other replicas"
+        assert known == set(self._replicas), "the driver and the replica set know other replicas"
         if self.waits == self.kill_at:
             raise Killed
         if self.waits == self.drain_at:
@@ -153,8 +149,9 @@ class WatchedReplicas(SimulatedReplicaSet):
             elif isinstance(one, ReplicaLost):
                 kind = "died idle" if one.idle else "node lost" if "node" in one.reason else "gang lost"
                 self.seen[kind if one.served else "failed start"] += 1
-            elif isinstance(one, CallFinished) and one.report.error_type in ("RowError", "StoredLatentsGone"):
-                self.seen[one.report.error_type] += 1
+            elif isinstance(one, CallFinished) and (error := one.report.error) is not None:
+                if error.kind in (ErrorKind.ROW, ErrorKind.STORED_LATENTS_GONE):
+                    self.seen[error.type] += 1
         return event
 
 
@@ -192,7 +189,7 @@ class Schedule:
             mobile = self.layout == "mobile"
             pools.append(pool("stage1", ("stage1", "stage2") if mobile else ("stage1",), first))
             pools.append(pool("stage2", ("stage2", "stage1") if mobile else ("stage2",), second))
-        return [*pools, pool("decode", ("decode", "keep", "stored"), dice.randint(1, 2))]
+        return [*pools, pool("decode", OUTPUT_STAGES, dice.randint(1, 2))]
 
     def _rows(self) -> list[dict]:
         dice, rows = self.dice, []
@@ -203,7 +200,7 @@ class Schedule:
                 row["prompt"] = dice.choice(rows)["prompt"]
                 self.seen["twin"] += 1
             elif kind < 0.2:
-                stage = dice.choice(STAGES)
+                stage = dice.choice(FULL_PATH)
                 fault = dice.choice(["crash", "hang", "out_of_memory", "error", "store", "row"])
                 row["prompt"] += f" [[{stage}:{fault}]]"
                 self.seen["poison"] += 1
@@ -262,7 +259,7 @@ class Schedule:
                 preflight,
                 elastic=self.layout != "split" and self.runs % 2 == 0,
             ),
-            stages=STAGES,
+            path=FULL_PATH,
             limits=limits,
             noise_device="cpu",
             use_stored=True,
@@ -282,7 +279,7 @@ class Schedule:
         assert not before & set(replica_set.called), "rendered again"
         assert not [name for name, times in replica_set.make.decoded.items() if times > 1], "rendered twice"
         if ended and interruption == "none" and driver.drain_requested is None:
-            assert not self.tracker.work, "items are left in the books"
+            assert not self.tracker.items, "items are left"
         return ended
 
     def _replica_set(self) -> WatchedReplicas:
@@ -339,7 +336,7 @@ class Schedule:
             assert self.faults != Faults(), f"{row['id']} failed with nothing wrong: {row['message']}"
             return
         stage, fault = found.groups()
-        assert STAGES.index("stage1" if row["stage"] == "stored" else row["stage"]) <= STAGES.index(stage)
+        assert FULL_PATH.index("stage1" if row["stage"] == "load_latents" else row["stage"]) <= FULL_PATH.index(stage)
         if self.faults == Faults():
             assert (row["stage"], row["attempts"]) == (stage, 1 if fault == "row" else self.k)
             assert row["error_class"] == ("row" if fault in ("row", "error") else "infrastructure")

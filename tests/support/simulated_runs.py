@@ -12,12 +12,12 @@ from ltx_ray.dataset.existing import list_existing
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.driver.events import EventLog
 from ltx_ray.driver.loop import Driver, JoinedCluster
-from ltx_ray.driver.policy import STAGES
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
 from ltx_ray.driver.tracker import RowTracker
 from ltx_ray.manifest.rules import RowRules
 from ltx_ray.planning.plan import Plan
+from ltx_ray.stages import FULL_PATH, OUTPUT_STAGES, PREVIEW_PATH
 from ltx_ray.storage.store import Store
 from tests.support.samples import request, write_jsonl
 from tests.support.schedules import SECONDS, SPEC, HashingBuilder, Stages, WatchedReplicas
@@ -30,7 +30,7 @@ def pools(n=1):
             ("text", ("text",), 1),
             ("stage1", ("stage1",), n),
             ("stage2", ("stage2",), n),
-            ("decode", ("decode", "keep", "stored"), 1),
+            ("decode", OUTPUT_STAGES, 1),
         )
     ]
 
@@ -62,7 +62,7 @@ def run(
     replica_set.driver = driver = Driver(
         tracker=tracker,
         join_cluster=lambda: JoinedCluster(replica_set, the_pools or pools(), "{}", preflight=item),
-        stages=("text", "stage1", "decode") if latents_only else STAGES,
+        path=PREVIEW_PATH if latents_only else FULL_PATH,
         limits=RunLimits(**limits),
         noise_device="cpu",
         use_stored=not latents_only,

@@ -6,6 +6,7 @@ import ast
 import json
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,10 +23,22 @@ from ltx_ray.engine.decode import DecodeEngine
 from ltx_ray.engine.diffusion import DiffusionEngine
 from ltx_ray.engine.frames import PictureCheck
 from ltx_ray.engine.tiling import LADDER
-from ltx_ray.pools.gang import Call, Gang
+from ltx_ray.pools.gang import Call, Gang, GangState
 from ltx_ray.pools.pool import StartFailed
-from ltx_ray.records import AV, CallReport, NoiseLedger, RowError, StageLatents
+from ltx_ray.pools.protocol import RankInfo
+from ltx_ray.records import (
+    AV,
+    CallError,
+    CallReport,
+    EngineFacts,
+    ErrorKind,
+    NoiseLedger,
+    RenderError,
+    RowError,
+    StageLatents,
+)
 from ltx_ray.shapes import AUDIO_SAMPLE_RATE, ClipShape
+from ltx_ray.stages import Stage
 from ltx_ray.storage.store import Store
 from tests.support.schedules import SPEC, Stages, WatchedReplicas
 from tests.support.simulated_runs import pools, rows, run
@@ -93,7 +106,7 @@ def test_latents_that_are_not_finite_are_the_rows_fault():
 @pytest.fixture
 def decoder(monkeypatch) -> DecodeEngine:
     engine = object.__new__(DecodeEngine)
-    engine.device, engine.dtype, engine.info, engine._needed = torch.device("cpu"), torch.float32, {}, {}
+    engine.device, engine.dtype, engine.facts, engine._needed = torch.device("cpu"), torch.float32, EngineFacts(), {}
     engine.audio_vae = engine.vocoder = engine.video_vae = None
     monkeypatch.setattr("ltx_ray.engine.decode.write_mp4", lambda target, frames, **rest: list(frames))
     return engine
@@ -122,11 +135,12 @@ def test_a_silent_clip_is_flagged(decoder, monkeypatch, peak, silent):
 def test_a_prompt_that_was_cut_is_flagged(tmp_path):
     class Cut(WatchedReplicas):
         def wait(self, timeout):
-            event = super().wait(timeout)
-            for one in event:
+            events = super().wait(timeout)
+            for at, one in enumerate(events):
                 if self.driver.policy.item_of(one.replica) and one.report.ok:
-                    one.report.info["prompt_truncated"] = True
-            return event
+                    facts = EngineFacts(prompt_truncated=True)
+                    events[at] = replace(one, report=replace(one.report, facts=facts))
+            return events
 
     driver, store = run(tmp_path, rows(1), Cut)
     driver.run(driver.tracker.plan.open())
@@ -148,9 +162,9 @@ def events(store: Store, kind: str) -> list[dict]:
 
 def test_a_rank_that_failed_alone_is_not_waited_for():
     gang = object.__new__(Gang)
-    gang.state, gang.ranks = "ready", [{"address": "1.2.3.4", "device": "cpu"}] * 2
-    failed = CallReport(False, 0.0, 0.0, error_type="RuntimeError", message="no kernel")
-    gang.call = Call("stage1", None, [], reports=[None, None], started=100.0, done={1: failed}, failed_at=105.0)
+    gang.state, gang.ranks = GangState.READY, [RankInfo(n, address="1.2.3.4", device="cpu") for n in range(2)]
+    failed = CallReport(0.0, 0.0, error=CallError(ErrorKind.UNKNOWN, "RuntimeError", "no kernel"))
+    gang.call = Call(Stage.STAGE1, None, [], reports=[None, None], started=100.0, done={1: failed}, failed_at=105.0)
     assert gang.overdue(114.0, 1.0, 1000.0) is None
     reason = gang.overdue(116.0, 1.0, 1000.0)
     assert reason == "rank 1 on node 1.2.3.4 (cpu) failed alone during stage1: RuntimeError: no kernel"
@@ -158,32 +172,35 @@ def test_a_rank_that_failed_alone_is_not_waited_for():
 
 def test_a_placed_gang_has_so_long_to_start():
     gang = object.__new__(Gang)
-    gang.state, gang._placed = "loading", 100.0
+    gang.state, gang._placed = GangState.LOADING, 100.0
     assert gang.overdue(109.0, 10.0, 1.0) is None
     assert gang.overdue(111.0, 10.0, 1.0) == "not ready after 10 s (loading)"
-    gang.state = "placing"
+    gang.state = GangState.PLACING
     assert gang.overdue(9999.0, 10.0, 1.0) is None, "finding a place is the cluster's doing"
 
 
-@pytest.mark.parametrize("error", ["DistBackendError", "DistNetworkError", "AcceleratorError", "MemoryError"])
-def test_a_gang_is_replaced_after_an_error_that_leaves_its_state_unknown(tmp_path, error):
-    raised = type(error, (RuntimeError,), {})
+class BrokenProcess(RenderError):
+    kind = ErrorKind.PROCESS
+
+
+def test_a_gang_is_replaced_after_an_error_that_leaves_its_state_unknown(tmp_path):
+    """tests/unit/engine/test_base.py says which errors do."""
     driver, store = run(tmp_path, rows(1))
     stages, fail = Stages(store), [True]
 
     def make(stage, item, *inputs):
         if stage == "stage1" and fail:
             fail.clear()
-            raise raised("told to fail")
+            raise BrokenProcess("told to fail")
         return stages(stage, item, *inputs)
 
-    driver._join_cluster().replica_set.make = make
+    driver._join_cluster().replicas.make = make
     driver.run(driver.tracker.plan.open())
     driver.events.flush()
     (row,) = table(store, "index")
     assert row["attempts"] == 2 and row["stage1_replica"] == "stage1-1"
     (lost,) = events(store, "gang_lost")
-    assert f"{error}: told to fail" in lost["reason"]
+    assert "BrokenProcess: told to fail" in lost["reason"]
 
 
 def test_an_index_that_cannot_be_written_ends_the_run(tmp_path):
@@ -237,7 +254,7 @@ def test_no_rows_are_taken_while_too_many_are_being_written(tmp_path):
     for pending, taken in ((Publisher.FULL, 0), (Publisher.FULL - 1, 3)):
         driver.tracker.publisher = SimpleNamespace(pending=pending)
         driver._admit(driver.tracker.plan.open())
-        assert driver.policy.busy == taken
+        assert driver.policy.in_flight == taken
 
 
 def test_gpu_hours_that_are_used_up_drain_the_run(tmp_path):

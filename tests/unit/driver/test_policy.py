@@ -8,10 +8,10 @@ import zlib
 
 import pytest
 
-from ltx_ray.driver.policy import STAGES, Policy, RetryDecision
+from ltx_ray.driver.policy import Policy, RetryDecision
+from ltx_ray.stages import FULL_PATH, OUTPUT_STAGES, PATH_FROM_STORED
 
-FROM_STORED = ("text", "stored", "stage2", "decode")
-TEXT, ASIDE = ("text",), ("decode", "keep", "stored")
+TEXT, ASIDE = ("text",), OUTPUT_STAGES
 EITHER, EITHER_BUT_SECOND = ("stage1", "stage2"), ("stage2", "stage1")
 NBYTES = {"text": 3, "stage1": 2, "stage2": 8, "decode": 1}
 
@@ -19,7 +19,7 @@ NBYTES = {"text": 3, "stage1": 2, "stage2": 8, "decode": 1}
 def make(pools: dict[str, tuple[str, ...]], items: int = 0, **options) -> Policy:
     policy = Policy(**options)
     for name, roles in pools.items():
-        policy.join(name, roles)
+        policy.add_replica(name, roles)
     for n in range(items):
         policy.admit(f"i{n}")
     return policy
@@ -37,31 +37,31 @@ SPLIT = {"t": TEXT, "a": ("stage1",), "b": ("stage2",), "d": ASIDE}
 
 def test_room_is_depth_for_each_server_of_the_first_stage():
     policy = Policy(queue_depth=3)
-    assert policy.room() == 3, "rows may wait for the first replica"
+    assert policy.capacity() == 3, "rows may wait for the first replica"
     for name in ("t1", "t2"):
-        policy.join(name, TEXT)
-    assert policy.room() == 6
+        policy.add_replica(name, TEXT)
+    assert policy.capacity() == 6
     policy.admit("x")
-    assert policy.room() == 5
+    assert policy.capacity() == 5
     assert calls(policy) == [("x", "text", "t1")]
-    assert policy.room() == 6, "a running item does not wait"
+    assert policy.capacity() == 6, "a running item does not wait"
 
 
 def test_a_clip_goes_through_every_stage_once():
     policy = make(SPLIT, items=1)
-    for stage, replica in zip(STAGES, "tabd"):
+    for stage, replica in zip(FULL_PATH, "tabd"):
         assert calls(policy) == [("i0", stage, replica)]
-        assert policy.finished("i0") == (stage == "decode")
-    assert policy.busy == 0
+        assert policy.call_finished("i0") == (stage == "decode")
+    assert policy.in_flight == 0
 
 
 def test_upstream_stops_when_the_queue_behind_it_is_full():
     policy = make({"t": TEXT}, items=5, queue_depth=2)
     for n in range(2):
         assert calls(policy) == [(f"i{n}", "text", "t")]
-        policy.finished(f"i{n}")
+        policy.call_finished(f"i{n}")
     assert calls(policy) == []
-    policy.join("a", ("stage1",))
+    policy.add_replica("a", ("stage1",))
     assert calls(policy) == [("i0", "stage1", "a"), ("i2", "text", "t")]
 
 
@@ -69,8 +69,8 @@ def test_the_queue_before_decode_is_bounded_too():
     policy = make({"t": TEXT, "a": ("stage1",), "b": ("stage2",)}, items=3, queue_depth=1)
     while made := calls(policy):
         for item, _, _ in made:
-            policy.finished(item)
-    assert [policy.waiting(stage) for stage in STAGES[1:]] == [1, 1, 1]
+            policy.call_finished(item)
+    assert [policy.queued(stage) for stage in FULL_PATH[1:]] == [1, 1, 1]
 
 
 def test_a_retried_item_goes_before_younger_ones():
@@ -83,20 +83,20 @@ def test_a_retried_item_goes_before_younger_ones():
 def run_all(policy: Policy, rows: list[str]) -> tuple[list[str], int]:
     """Feed rows of these kinds through the only stage as room allows: (kinds in the order they ran, switches)."""
     ran, switched, fed = [], 0, 0
-    while fed < len(rows) or policy.busy:
-        while fed < len(rows) and policy.room():
+    while fed < len(rows) or policy.in_flight:
+        while fed < len(rows) and policy.capacity():
             policy.admit(f"i{fed}", {"stage1": rows[fed]})
             fed += 1
         while (d := policy.next_dispatch()) is not None:
             ran.append(rows[int(d.item[1:])])
             switched += d.switched
         for item in list(policy.running.values()):
-            policy.finished(item)
+            policy.call_finished(item)
     return ran, switched
 
 
 def one_stage(replicas: int, **options) -> Policy:
-    return make({f"a{n}": ("stage1",) for n in range(replicas)}, stages=("stage1",), **options)
+    return make({f"a{n}": ("stage1",) for n in range(replicas)}, path=("stage1",), **options)
 
 
 def test_rows_that_need_the_same_weights_stay_together():
@@ -116,7 +116,7 @@ def merged(*kinds: str) -> Policy:
     for n, kind in enumerate(kinds):
         policy.admit(f"w{n}", {"stage1": kind})
     for item, _, _ in calls(policy):
-        policy.finished(item)
+        policy.call_finished(item)
     return policy
 
 
@@ -137,14 +137,14 @@ def test_what_another_replica_has_merged_is_left_to_it():
 
 def test_a_replica_that_is_gone_has_nothing_merged():
     policy = merged("a", "b")
-    policy.leave("a1")
+    policy.remove_replica("a1")
     policy.admit("x", {"stage1": "b"})
     policy.admit("y", {"stage1": "c"})
     assert calls(policy) == [("x", "stage1", "a0")]
 
 
 def test_a_lone_row_of_its_kind_is_not_passed_over_for_ever():
-    ran, _ = run_all(one_stage(1, queue_depth=4, patience=5), ["a"] * 3 + ["b"] + ["a"] * 60)
+    ran, _ = run_all(one_stage(1, queue_depth=4, max_passed_over=5), ["a"] * 3 + ["b"] + ["a"] * 60)
     assert 3 <= ran.index("b") <= 3 + 5
 
 
@@ -163,17 +163,17 @@ def test_attempts_are_capped_and_uncharged_losses_are_free():
     calls(policy)
     assert policy.call_failed("i0") == RetryDecision("i0", True, 2)
     calls(policy)
-    assert policy.leave("t", charged=False) == RetryDecision("i0", True, 2)
-    policy.join("t", TEXT)
+    assert policy.remove_replica("t", charged=False) == RetryDecision("i0", True, 2)
+    policy.add_replica("t", TEXT)
     calls(policy)
-    assert policy.leave("t") == RetryDecision("i0", False, 2)
-    assert policy.busy == 0
+    assert policy.remove_replica("t") == RetryDecision("i0", False, 2)
+    assert policy.in_flight == 0
 
 
 def test_lost_inputs_start_over():
     policy = make(SPLIT, items=1)
     calls(policy)
-    policy.finished("i0")
+    policy.call_finished("i0")
     assert calls(policy) == [("i0", "stage1", "a")]
     policy.inputs_lost("i0")
     assert calls(policy) == [("i0", "text", "t")]
@@ -184,54 +184,54 @@ def stages_run(policy: Policy) -> list[str]:
     ran = []
     while (call := policy.next_dispatch()) is not None:
         ran.append(call.stage)
-        policy.finished(call.item)
+        policy.call_finished(call.item)
     return ran
 
 
 def test_stored_latents_take_the_place_of_stage_1():
     policy = make(SPLIT)
-    policy.admit("x", path=FROM_STORED)
-    assert stages_run(policy) == list(FROM_STORED)
+    policy.admit("x", path=PATH_FROM_STORED)
+    assert stages_run(policy) == list(PATH_FROM_STORED)
 
 
 def test_when_the_stored_latents_are_gone_the_item_takes_the_other_way():
     policy = make(SPLIT)
-    policy.admit("x", path=FROM_STORED)
+    policy.admit("x", path=PATH_FROM_STORED)
     assert calls(policy) == [("x", "text", "t")]
-    policy.finished("x")
-    assert calls(policy) == [("x", "stored", "d")]
-    assert policy.inputs_lost("x", STAGES) == RetryDecision("x", True, 1)
-    assert stages_run(policy) == list(STAGES)
+    policy.call_finished("x")
+    assert calls(policy) == [("x", "load_latents", "d")]
+    assert policy.inputs_lost("x", FULL_PATH) == RetryDecision("x", True, 1)
+    assert stages_run(policy) == list(FULL_PATH)
 
 
 def test_an_item_that_is_given_up_is_kept_in_one_try():
     policy = make(SPLIT, max_attempts=3)
-    policy.admit("x", path=("keep",), attempts=3)
+    policy.admit("x", path=("save_latents",), attempts=3)
     policy.draining = True
-    assert not policy.idle_when_drained()
-    assert calls(policy) == [("x", "keep", "d")], "even while draining"
+    assert not policy.drained()
+    assert calls(policy) == [("x", "save_latents", "d")], "even while draining"
     assert policy.call_failed("x") == RetryDecision("x", False, 3)
-    assert policy.idle_when_drained()
+    assert policy.drained()
 
 
 def test_draining_lets_only_the_last_stage_finish():
     policy = make(SPLIT, items=3)
     calls(policy)
-    policy.finished("i0")
+    policy.call_finished("i0")
     policy.draining = True
-    assert policy.room() == 0
-    assert calls(policy) == [] and policy.idle_when_drained()
+    assert policy.capacity() == 0
+    assert calls(policy) == [] and policy.drained()
     policy.draining = False
     for _ in range(2):
         calls(policy)
-        policy.finished("i0")
+        policy.call_finished("i0")
     policy.draining = True
-    assert not policy.idle_when_drained(), "a call is under way"
+    assert not policy.drained(), "a call is under way"
     policy.call_failed("i1")
-    assert not policy.idle_when_drained(), "i0 waits to be decoded"
+    assert not policy.drained(), "i0 waits to be decoded"
     assert calls(policy) == [("i0", "decode", "d")]
-    policy.finished("i0")
-    assert policy.idle_when_drained() and policy.busy == 2
+    policy.call_finished("i0")
+    assert policy.drained() and policy.in_flight == 2
 
 
 def test_what_never_happens_is_an_assertion():
@@ -239,45 +239,45 @@ def test_what_never_happens_is_an_assertion():
     with pytest.raises(AssertionError):
         policy.admit("i0")
     with pytest.raises(AssertionError):
-        policy.join("t", TEXT)
+        policy.add_replica("t", TEXT)
     with pytest.raises(AssertionError):
-        policy.finished("i0")
-    assert policy.leave("nobody") is None
+        policy.call_finished("i0")
+    assert policy.remove_replica("nobody") is None
 
 
 def test_a_shared_replica_waits_for_work_of_its_stage_that_is_being_made():
     policy = make({"t": TEXT, "d": EITHER, "c": ASIDE}, queue_depth=4)
     policy.admit("one")
     assert policy.next_dispatch().stage == "text"
-    policy.finished("one")
+    policy.call_finished("one")
     policy.admit("two")
     assert {policy.next_dispatch().stage for _ in range(2)} == {"stage1", "text"}
-    policy.finished("one")
+    policy.call_finished("one")
     # `two` is in the text pool: stage 1 will have work at once, so there is no switch for `one` yet
     assert policy.next_dispatch() is None
-    policy.finished("two")
+    policy.call_finished("two")
     assert policy.next_dispatch().item == "two"
-    policy.finished("two")
+    policy.call_finished("two")
     assert (dispatch := policy.next_dispatch()).stage == "stage2" and dispatch.switched and dispatch.moved
 
 
 def test_only_idle_replicas_beyond_the_items_in_flight_are_spare():
     policy = make({"t1": TEXT, "t2": TEXT, "a": EITHER, "b": EITHER_BUT_SECOND, "c": EITHER, "d": ASIDE}, items=2)
-    assert policy.spare() == ["a"], "two items want text, a diffusion replica each, and to be decoded"
+    assert policy.spare_replicas() == ["a"], "two items want text, a diffusion replica each, and to be decoded"
     assert [call[1] for call in calls(policy)] == ["text", "text"]
-    policy.finished("i0")
+    policy.call_finished("i0")
     assert calls(policy) == [("i0", "stage1", "a")]
-    assert policy.spare() == ["t1", "b"], "of a kind, one stays; what runs stays"
-    policy.leave("t1")
-    policy.finished("i1")
-    assert policy.spare() == ["b"], "nobody needs text, but something may come back"
+    assert policy.spare_replicas() == ["t1", "b"], "of a kind, one stays; what runs stays"
+    policy.remove_replica("t1")
+    policy.call_finished("i1")
+    assert policy.spare_replicas() == ["b"], "nobody needs text, but something may come back"
 
 
 def test_results_in_flight_stay_within_memory():
     pools = {f"{role[0]}{n}": role for role in (TEXT, ("stage1",), ("stage2",)) for n in range(4)} | {"d": ASIDE}
     policy, held, peak, fed, done = make(pools, max_bytes=30.0), {}, 0, 0, 0
     for _ in range(2000):
-        while policy.room() and fed < 200:
+        while policy.capacity() and fed < 200:
             policy.admit(f"i{fed}")
             fed += 1
         calls(policy)
@@ -286,7 +286,7 @@ def test_results_in_flight_stay_within_memory():
         # the slowest of the line is decode, so that results pile up before it
         item = max(policy.running.values(), key=lambda i: (policy.stage_of(i) != "decode", i))
         stage = policy.stage_of(item)
-        done += policy.finished(item, 1.0, nbytes=NBYTES[stage])
+        done += policy.call_finished(item, 1.0, nbytes=NBYTES[stage])
         held.setdefault(item, {})[stage] = NBYTES[stage]
         if stage == "stage2":
             held[item].pop("text")
@@ -300,15 +300,15 @@ def test_results_in_flight_stay_within_memory():
 
 def test_contexts_take_memory_only_while_a_stage_reads_them():
     policy = make(SPLIT, items=1, max_bytes=NBYTES["stage1"] + NBYTES["stage2"] + NBYTES["text"])
-    for stage in STAGES[:-1]:
+    for stage in FULL_PATH[:-1]:
         calls(policy)
-        policy.finished("i0", 1.0, nbytes=NBYTES[stage])
+        policy.call_finished("i0", 1.0, nbytes=NBYTES[stage])
     policy.admit("i1")
     assert calls(policy) == [("i0", "decode", "d"), ("i1", "text", "t")]
     policy.admit("i2")
-    policy.finished("i1", 1.0, nbytes=NBYTES["text"])
+    policy.call_finished("i1", 1.0, nbytes=NBYTES["text"])
     assert calls(policy) == [], "no room for another result beside those"
-    policy.finished("i0", 1.0, nbytes=NBYTES["decode"])
+    policy.call_finished("i0", 1.0, nbytes=NBYTES["decode"])
     assert calls(policy) == [("i1", "stage1", "a"), ("i2", "text", "t")]
 
 
@@ -331,7 +331,7 @@ class Flow:
         end = self.clips + clips
         number = itertools.count()
         while self.clips < end:
-            while self.policy.room() and (rows is None or self.fed < rows):
+            while self.policy.capacity() and (rows is None or self.fed < rows):
                 self.policy.admit(f"i{self.fed}")
                 self.fed += 1
             while (call := self.policy.next_dispatch()) is not None:
@@ -344,14 +344,14 @@ class Flow:
                 heapq.heappush(self.calls, (at, next(number), call.item, call.replica, seconds, turning))
             self.now, _, item, replica, seconds, turning = heapq.heappop(self.calls)
             self.busy[replica] = self.busy.get(replica, 0.0) + seconds
-            self.clips += self.policy.finished(item, seconds + turning, turning)
+            self.clips += self.policy.call_finished(item, seconds + turning, turning)
         return self
 
     def measured(self, clips: int) -> tuple[float, float]:
         """Of so many clips more: the share of their time that moving replicas render, and moves for 100 clips."""
         self.busy, moves, began = {}, self.moves, self.now
         self.run(clips)
-        movers = [name for name in self.policy.homes if len(self.policy._replicas[name].roles) > 1]
+        movers = [name for name in self.policy.assignments if len(self.policy._replicas[name].roles) > 1]
         share = sum(self.busy.get(name, 0.0) for name in movers) / (len(movers) * (self.now - began))
         return share, (self.moves - moves) * 100 / clips
 
@@ -379,7 +379,7 @@ def test_a_steady_line_keeps_its_replicas_busy_and_seldom_turns_one(first, secon
 @pytest.mark.parametrize("first, second", [(7, 0), (1, 6), (6, 1)])
 def test_a_wrong_split_is_corrected(first, second):
     flow = flow_of(first, second).run(100)
-    assert list(flow.policy.homes.values()).count("stage1") in (4, 5, 6), "46 s and 17 s a clip: 5 of 7"
+    assert list(flow.policy.assignments.values()).count("stage1") in (4, 5, 6), "46 s and 17 s a clip: 5 of 7"
     assert flow.measured(200)[0] >= 0.97
 
 
@@ -387,7 +387,7 @@ def test_the_split_follows_the_work():
     flow = flow_of(5, 2).run(50)
     flow.seconds = {**HQ, "stage1": 6.0, "stage2": 20.0}
     flow.run(150)
-    assert list(flow.policy.homes.values()).count("stage1") in (1, 2, 3)
+    assert list(flow.policy.assignments.values()).count("stage1") in (1, 2, 3)
     assert flow.measured(200)[0] >= 0.97
 
 
@@ -400,14 +400,14 @@ def test_two_replicas_take_turns():
 
 def test_the_last_rows_need_no_more_than_the_replicas_that_are_there():
     flow = flow_of(4, 0).run(40, rows=40)
-    assert flow.clips == flow.fed == 40 and flow.policy.busy == 0
+    assert flow.clips == flow.fed == 40 and flow.policy.in_flight == 0
 
 
 def test_fixed_replicas_never_move():
     pools = {f"a{n}": ("stage1",) for n in range(1)} | {f"b{n}": ("stage2",) for n in range(6)}
     flow = Flow(make(pools | {"t": TEXT, "d": ASIDE})).run(60)
     assert flow.moves == 0
-    assert flow.policy.homes == {name: roles[0] for name, roles in pools.items()}
+    assert flow.policy.assignments == {name: roles[0] for name, roles in pools.items()}
 
 
 def test_moving_has_to_pay():
@@ -423,20 +423,20 @@ def test_a_replica_more_than_its_stage_has_work_for_moves_however_short_the_wait
     path = ("stage1", "stage2", "decode")
     policy = Policy()
     for n in range(100 - replicas):
-        policy.join(f"a{n}", ("stage1", "stage2"))
+        policy.add_replica(f"a{n}", ("stage1", "stage2"))
     for n in range(400):
         policy.admit(f"i{n}", path=path)
     while (call := policy.next_dispatch()) is not None:
         assert call.stage == "stage1"
     for n in range(replicas - 1):
-        policy.finished(f"i{n}", 46.0)
+        policy.call_finished(f"i{n}", 46.0)
     for n in range(replicas):
-        policy.join(f"b{n}", ("stage2", "stage1"))
+        policy.add_replica(f"b{n}", ("stage2", "stage1"))
     started = []
     while (call := policy.next_dispatch()) is not None:
         started.append(call)
     # one clip is through, so that both stages have been measured, and its replica is idle again
     first = next(call for call in started if call.stage == "stage2")
-    policy.finished(first.item, 17.0)
+    policy.call_finished(first.item, 17.0)
     after = policy.next_dispatch()
     assert [call.moved for call in ([after] if after else [])] == ([True] if moves else [])

@@ -9,15 +9,15 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from ltx_ray.driver.policy import ORDER, STAGES, Dispatch, Policy, RetryDecision
+from ltx_ray.driver.policy import Dispatch, Policy, RetryDecision
+from ltx_ray.stages import FULL_PATH, OUTPUT_STAGES, PATH_FROM_STORED, Stage
 
 MERGED = ("stage1", "stage2")
-FROM_STORED = ("text", "stored", "stage2", "decode")
-TEXT, ASIDE = ("text",), ("decode", "keep", "stored")
-EITHER, EITHER_BUT_SECOND, ALL = ("stage1", "stage2"), ("stage2", "stage1"), tuple(ORDER)
+TEXT, ASIDE = ("text",), OUTPUT_STAGES
+EITHER, EITHER_BUT_SECOND, ALL = ("stage1", "stage2"), ("stage2", "stage1"), tuple(tuple(Stage))
 ROLES = (TEXT, ("stage1",), ("stage2",), EITHER, EITHER_BUT_SECOND, ASIDE, ALL)
-GUESSED_BYTES = {"text": 25e6, "stage1": 2e6, "stored": 2e6, "stage2": 8e6, "decode": 0, "keep": 0}
-NBYTES = {"text": 3, "stage1": 2, "stored": 2, "stage2": 8, "decode": 1, "keep": 1}
+GUESSED_BYTES = {"text": 25e6, "stage1": 2e6, "load_latents": 2e6, "stage2": 8e6, "decode": 0, "save_latents": 0}
+NBYTES = {"text": 3, "stage1": 2, "load_latents": 2, "stage2": 8, "decode": 1, "save_latents": 1}
 
 
 class PolicyMachine(RuleBasedStateMachine):
@@ -34,7 +34,11 @@ class PolicyMachine(RuleBasedStateMachine):
         self.depth, self.attempts, self.patience = depth, attempts, patience
         self.max_bytes, self.restarts = max_bytes, restarts
         self.policy = Policy(
-            queue_depth=depth, max_attempts=attempts, patience=patience, max_bytes=max_bytes, max_restarts=restarts
+            queue_depth=depth,
+            max_attempts=attempts,
+            max_passed_over=patience,
+            max_bytes=max_bytes,
+            max_restarts=restarts,
         )
         self.numbers = itertools.count()
         self.roles: dict[str, tuple[str, ...]] = {}
@@ -52,8 +56,8 @@ class PolicyMachine(RuleBasedStateMachine):
         self.admitted: set[str] = set()
         self.ended: set[str] = set()
         self.measured: set[str] = set()
-        self.most_servers = dict.fromkeys(ORDER, 1)
-        self.most_makers = dict.fromkeys(ORDER, 0)
+        self.most_servers = dict.fromkeys(tuple(Stage), 1)
+        self.most_makers = dict.fromkeys(tuple(Stage), 0)
 
     # --- what may happen -------------------------------------------------------------------------
 
@@ -65,7 +69,7 @@ class PolicyMachine(RuleBasedStateMachine):
         name = f"r{next(self.numbers)}"
         self.roles[name] = roles
         self.home[name] = next((role for role in roles if role in MERGED), None)
-        self.policy.join(name, roles)
+        self.policy.add_replica(name, roles)
 
     @precondition(lambda self: self.roles)
     @rule(data=st.data(), charged=st.booleans(), inputs_lost=st.booleans())
@@ -73,7 +77,7 @@ class PolicyMachine(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(sorted(self.roles)))
         del self.roles[name], self.home[name]
         call = self.running.pop(name, None)
-        verdict = self.policy.leave(name, charged, inputs_lost)
+        verdict = self.policy.remove_replica(name, charged, inputs_lost)
         if call is None:
             assert verdict is None, "a gang that holds no row charges none"
         elif inputs_lost:
@@ -84,14 +88,14 @@ class PolicyMachine(RuleBasedStateMachine):
 
     @rule(
         wanted=st.integers(1, 6),
-        path=st.sampled_from([None, None, FROM_STORED]),
+        path=st.sampled_from([None, None, PATH_FROM_STORED]),
         kind=st.sampled_from([None, "a", "b", "c"]),
     )
     def admit(self, wanted, path, kind):
-        for _ in range(min(wanted, self.policy.room())):
+        for _ in range(min(wanted, self.policy.capacity())):
             item = f"i{next(self.numbers)}"
             self.admitted.add(item)
-            self._admit(item, path or STAGES, {"stage1": kind, "stage2": kind} if kind else {}, 1)
+            self._admit(item, path or FULL_PATH, {"stage1": kind, "stage2": kind} if kind else {}, 1)
             self.policy.admit(item, self.kinds[item], path)
 
     def _admit(self, item, path, kinds, attempts):
@@ -116,7 +120,7 @@ class PolicyMachine(RuleBasedStateMachine):
     def _finish(self, call, seconds=1.0, switch=0.0):
         item, stage = call.item, call.stage
         last = self.at[item] + 1 == len(self.path[item])
-        assert self.policy.finished(item, seconds, switch, NBYTES[stage]) == last
+        assert self.policy.call_finished(item, seconds, switch, NBYTES[stage]) == last
         if seconds is not None:
             self.measured.add(stage)
         if last:
@@ -136,8 +140,8 @@ class PolicyMachine(RuleBasedStateMachine):
         if keep and call.item in self.ended and call.stage in ("stage2", "decode"):
             # as the loop does with an item whose latents are worth keeping
             self.ended.remove(call.item)
-            self._admit(call.item, ("keep",), {}, self.attempts)
-            self.policy.admit(call.item, path=("keep",), attempts=self.attempts)
+            self._admit(call.item, ("save_latents",), {}, self.attempts)
+            self.policy.admit(call.item, path=("save_latents",), attempts=self.attempts)
 
     @precondition(lambda self: self.running)
     @rule(data=st.data())
@@ -150,7 +154,7 @@ class PolicyMachine(RuleBasedStateMachine):
     @rule(data=st.data(), reroute=st.booleans())
     def lose_inputs(self, data, reroute):
         item = self._some_call(data).item
-        path = STAGES if reroute and self.path[item] == FROM_STORED else None
+        path = FULL_PATH if reroute and self.path[item] == PATH_FROM_STORED else None
         self._started_over(item, path, self.policy.inputs_lost(item, path))
 
     # --- books -----------------------------------------------------------------------------------
@@ -197,7 +201,7 @@ class PolicyMachine(RuleBasedStateMachine):
 
     def _open(self, stage: str) -> list[str]:
         """Items that may run in `stage` now: there is room behind it, and memory."""
-        if self.policy.draining and stage not in ("decode", "keep"):
+        if self.policy.draining and stage not in ("decode", "save_latents"):
             return []
         if not self._memory_for(stage):
             return []
@@ -208,9 +212,9 @@ class PolicyMachine(RuleBasedStateMachine):
         return [item for item in self._waiting(stage) if room[self._following(item)]]
 
     def _memory_for(self, stage: str) -> bool:
-        if stage in ("decode", "keep") or not self.running:
+        if stage in ("decode", "save_latents") or not self.running:
             return True
-        coming = [c.stage for c in self.running.values() if c.stage not in ("decode", "keep")] + [stage]
+        coming = [c.stage for c in self.running.values() if c.stage not in ("decode", "save_latents")] + [stage]
         expected = sum(NBYTES[s] if s in self.measured else GUESSED_BYTES[s] for s in coming)
         return sum(sum(h.values()) for h in self.held.values()) + expected <= self.max_bytes
 
@@ -230,7 +234,7 @@ class PolicyMachine(RuleBasedStateMachine):
             self.home[name] = stage
         else:
             assert stage in self._serves(name)
-            for later in ORDER[ORDER.index(stage) + 1 :]:
+            for later in tuple(Stage)[tuple(Stage).index(stage) + 1 :]:
                 idle = [r for r in self.roles if r not in self.running and later in self._serves(r)]
                 assert not idle or not self._open(later), f"{later} is downstream of {stage} and could have run"
         oldest = may_run[0]
@@ -247,17 +251,17 @@ class PolicyMachine(RuleBasedStateMachine):
     @invariant()
     def no_item_is_lost_or_doubled(self):
         assert self.admitted == set(self.path) | self.ended and not set(self.path) & self.ended
-        assert self.policy.busy == len(self.path)
+        assert self.policy.in_flight == len(self.path)
         assert self.policy.running == {r: c.item for r, c in self.running.items()}
-        assert self.policy.homes == {r: home for r, home in self.home.items() if home is not None}
-        for stage in ORDER:
-            assert self.policy.waiting(stage) == len(self._waiting(stage))
+        assert self.policy.assignments == {r: home for r, home in self.home.items() if home is not None}
+        for stage in tuple(Stage):
+            assert self.policy.queued(stage) == len(self._waiting(stage))
 
     @invariant()
     def queues_are_bounded(self):
         """By depth x the most servers there have been, and one for each replica before; what came back is on top."""
-        for stage in ORDER[:-1]:
-            before = {path[path.index(stage) - 1] for path in (STAGES, FROM_STORED) if stage in path[1:]}
+        for stage in tuple(Stage)[:-1]:
+            before = {path[path.index(stage) - 1] for path in (FULL_PATH, PATH_FROM_STORED) if stage in path[1:]}
             makers = sum(bool(before & set(roles)) for roles in self.roles.values())
             self.most_servers[stage] = max(self.most_servers[stage], self._servers(stage))
             self.most_makers[stage] = max(self.most_makers[stage], makers)
@@ -266,7 +270,7 @@ class PolicyMachine(RuleBasedStateMachine):
 
     @invariant()
     def what_is_spare_is_idle(self):
-        assert set(self.policy.spare()) <= set(self.roles) - set(self.running)
+        assert set(self.policy.spare_replicas()) <= set(self.roles) - set(self.running)
 
     @invariant()
     def there_is_always_something_to_do(self):
@@ -292,14 +296,14 @@ class PolicyMachine(RuleBasedStateMachine):
         while self.running:
             self._finish(self.running.pop(min(self.running)))
             self.dispatch()
-        assert self.policy.idle_when_drained() and self.policy.room() == 0
-        assert not self._waiting("decode") and not self._waiting("keep")
+        assert self.policy.drained() and self.policy.capacity() == 0
+        assert not self._waiting("decode") and not self._waiting("save_latents")
         self.policy.draining = False
-        for _ in range(len(self.path) * len(STAGES) + 1):
+        for _ in range(len(self.path) * len(FULL_PATH) + 1):
             self.dispatch()
             for name in list(self.running):
                 self._finish(self.running.pop(name))
-        assert not self.path and self.policy.busy == 0
+        assert not self.path and self.policy.in_flight == 0
         assert self.ended == self.admitted
 
 

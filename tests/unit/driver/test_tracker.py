@@ -106,14 +106,14 @@ def test_rows_that_share_an_item_are_one_work_and_each_is_written(desk):
     assert desk.ids("index") == ["a", "b"] and desk.ids("failed") == ["c"]
     assert desk.tracker.counts == {"rows": 3, "rendered": 2, "failed": 1}
     assert sorted(desk.counted) == ["failed", "rendered", "rendered"]
-    assert not desk.tracker.work
+    assert not desk.tracker.items
     assert "c: failed in stage2: the gang died\n" in desk.said.getvalue()
 
 
 def test_a_stage_1_of_other_numerics_stands_beside_those_of_the_run(desk):
     desk.open([*rows("a"), *rows("b", prompt="a dog")])
     cat, dog = desk.take()
-    cat.info["stage_1_numerics"] = '{"attention":"cudnn"}'
+    cat.stage_1_numerics = '{"attention":"cudnn"}'
     for work in (cat, dog):
         desk.tracker.finish(work, CLIP, '{"attention":"fa3"}')
     desk.settle()
@@ -144,7 +144,7 @@ def test_a_twin_that_comes_while_the_rows_are_being_written(desk, outcome):
     desk.writer.go.set()
     desk.settle()
     assert desk.ids("index" if outcome == "rendered" else "failed") == ["a", "b"]
-    assert desk.tracker.counts == {"rows": 2, outcome: 2} and not desk.tracker.work
+    assert desk.tracker.counts == {"rows": 2, outcome: 2} and not desk.tracker.items
 
 
 def test_a_twin_that_comes_when_the_clip_is_in_the_index_is_a_copy(desk):

@@ -19,7 +19,6 @@ from ltx_ray.engine.base import Rank
 from ltx_ray.engine.decode import DecodeEngine
 from ltx_ray.engine.initial_state import latent_sizes, stage_1_draws
 from ltx_ray.engine.latents import StoredLatentsGone, latents_sha256, named_latents
-from ltx_ray.engine.tiling import LADDER
 from ltx_ray.records import AV, ImageCondition, NoiseLedger, RowError, StageLatents, WorkItem
 from ltx_ray.storage.store import Store
 from tests.support.samples import recipe, request
@@ -138,7 +137,7 @@ def test_smaller_tiles_when_memory_runs_out(made, out, tiles, error):
     clip = engine.run("decode", item, *stages(item))
     assert tiles.frames() == [10, 5, 6, 6, *CUTS[2]]
     assert clip.flags == ("tiled_smaller",)
-    assert engine.info["decode_tiling"] == {"rung": 2, **dataclasses.asdict(LADDER[2])}
+    assert engine.facts.decode_rung == 2
     count, size, seconds = probe(out / clip.path)
     assert (count, size) == (89, (64, 64)) and seconds == pytest.approx(0.89, abs=0.03)
     assert files(out) == [clip.path]
@@ -170,14 +169,14 @@ def test_a_rung_begins_when_the_tensors_of_the_one_before_are_gone(made, monkeyp
         engine.run("decode", item, *stages(item))
     finally:
         gc.enable()
-    assert len(held) == 2 and engine.info["decode_tiling"]["rung"] == 1
+    assert len(held) == 2 and engine.facts.decode_rung == 1
 
 
 def test_the_references_tiles_otherwise(made, out, tiles):
     engine, item = made(), work()
     clip = engine.run("decode", item, *stages(item))
     assert tiles.frames() == CUTS[0]
-    assert clip.flags == () and engine.info["decode_tiling"]["rung"] == 0
+    assert clip.flags == () and engine.facts.decode_rung == 0
     assert probe(out / clip.path)[0] == 89
 
 
@@ -190,7 +189,7 @@ def test_the_pictures_of_all_rungs_are_close(made, out, tiles):
         tiles.frames()
         tiles.failing = dict.fromkeys(failing, torch.OutOfMemoryError("no room"))
         shown.append(pictures(out / engine.run("decode", item, *stages(item)).path))
-        assert engine.info["decode_tiling"]["rung"] == len(shown) - 1
+        assert engine.facts.decode_rung == len(shown) - 1
     for other in shown[1:]:
         assert 0.1 < np.abs(other - shown[0]).mean() < 0.35 * shown[0].std()
 
@@ -217,7 +216,7 @@ def test_a_large_clip_that_the_known_rung_does_not_cut_is_not_flagged(made, tile
     tiles.frames(), tiles.failing.clear()
     other = work(1, num_frames=9, width=640)
     assert engine.run("decode", other, *stages(other)).flags == ()
-    assert engine.info["decode_tiling"]["rung"] == 0
+    assert engine.facts.decode_rung == 0
 
 
 @pytest.mark.parametrize("frames, tries", [(89, 3), (9, 1)])
@@ -231,7 +230,7 @@ def test_after_the_last_rung_the_error_goes_up(made, out, tiles, frames, tries):
     assert files(out) == []
     tiles.failing = {}
     engine.run("decode", item, *stages(item))
-    assert engine.info["decode_tiling"]["rung"] == 0, "a rung that failed is not remembered as one that sufficed"
+    assert engine.facts.decode_rung == 0, "a rung that failed is not remembered as one that sufficed"
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes do not match"), RowError("not finite"), OSError(28, "full")])
@@ -291,9 +290,9 @@ def test_a_preflight_publishes_nothing(made, out):
 def test_what_was_kept_is_fetched_again(made, out):
     engine, item = made(), work()
     both = stages(item)
-    place = engine.run("keep", item, *both)
-    assert place == str(out / f"latents/00/{item.item_id}.safetensors") == engine.info["latents"]
-    fetched = made().run("stored", item)
+    place = engine.run("save_latents", item, *both)
+    assert place == str(out / f"latents/00/{item.item_id}.safetensors") == engine.facts.stored_at
+    fetched = made().run("load_latents", item)
     assert latents_sha256(named_latents(fetched)) == latents_sha256(named_latents(both[0]))
     assert fetched.ledger == both[0].ledger, "as it was after stage 1"
     assert set(load_file(place)) == set(named_latents(*both))
@@ -338,11 +337,11 @@ FAULTS = {
 def test_stored_latents_that_do_not_fit(made, fault):
     engine, item = made(), work()
     change, words = FAULTS[fault]
-    engine.run("keep", item, *change(item))
+    engine.run("save_latents", item, *change(item))
     with pytest.raises(StoredLatentsGone, match=words):
-        engine.run("stored", item)
-    engine.run("keep", item, *stages(item))
-    engine.run("stored", item)
+        engine.run("load_latents", item)
+    engine.run("save_latents", item, *stages(item))
+    engine.run("load_latents", item)
 
 
 def spoil(path: Path, how: str) -> None:
@@ -372,19 +371,19 @@ def spoil(path: Path, how: str) -> None:
 )  # fmt: skip
 def test_stored_latents_that_cannot_be_read(made, how, words):
     engine, item = made(), work()
-    place = Path(engine.run("keep", item, stages(item)[0]))
+    place = Path(engine.run("save_latents", item, stages(item)[0]))
     spoil(place, how)
     with pytest.raises(StoredLatentsGone, match=words) as error:
-        engine.run("stored", item)
+        engine.run("load_latents", item)
     assert str(place) in str(error.value)
 
 
 def test_latents_of_another_item(made, out):
     engine, item, other = made(), work(0), work(1)
-    place = Path(engine.run("keep", item, stages(item)[0]))
+    place = Path(engine.run("save_latents", item, stages(item)[0]))
     place.with_name(f"{other.item_id}.safetensors").write_bytes(place.read_bytes())
     with pytest.raises(StoredLatentsGone, match=f"holds item {item.item_id}"):
-        engine.run("stored", other)
+        engine.run("load_latents", other)
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -392,19 +391,19 @@ def test_a_node_keeps_what_the_output_refuses(made, out, tmp_path, count):
     engine, item = made(), work(num_frames=9)
     out.mkdir(exist_ok=True)
     (out / "latents").write_text("in the way")
-    place = engine.run("keep", item, *stages(item)[:count])
+    place = engine.run("save_latents", item, *stages(item)[:count])
     assert Path(place).is_file() and place.startswith(str(tmp_path / "cache" / "kept"))
-    assert engine.info["latents"] == place
-    fetched = engine.run("stored", item)
+    assert engine.facts.stored_at == place
+    fetched = engine.run("load_latents", item)
     assert latents_sha256(named_latents(fetched)) == latents_sha256(named_latents(stages(item)[0]))
-    assert engine.info["latents"] == place
+    assert engine.facts.stored_at == place
     # another output has a folder of its own
     engine.latents.__init__(Store(str(tmp_path / "other")))
     with pytest.raises(StoredLatentsGone):
-        engine.run("stored", item)
+        engine.run("load_latents", item)
     # when the output is back the copy goes, unless it holds more than what is published
     (out / "latents").unlink()
-    made().run("keep", item, stages(item)[0])
+    made().run("save_latents", item, stages(item)[0])
     assert Path(place).exists() == (count == 2)
 
 
@@ -412,7 +411,7 @@ def test_a_finished_clip_needs_no_copy(made, out):
     engine, item = made(), work(num_frames=9)
     out.mkdir(exist_ok=True)
     (out / "latents").write_text("in the way")
-    place = Path(engine.run("keep", item, *stages(item)))
+    place = Path(engine.run("save_latents", item, *stages(item)))
     assert place.exists()
     engine.run("decode", item, *stages(item))
     assert not place.exists()
@@ -424,14 +423,14 @@ def test_both_stages_are_never_replaced_by_one(made, out, stop_after):
     item = work(num_frames=9)
     both = stages(item)
     engine = made(stop_after=stop_after)
-    place = Path(engine.run("keep", item, *both))
+    place = Path(engine.run("save_latents", item, *both))
 
     def publish_first():
-        engine.run("decode" if stop_after else "keep", item, both[0])
+        engine.run("decode" if stop_after else "save_latents", item, both[0])
         return set(load_file(place))
 
     assert publish_first() == set(named_latents(*both))
     place.write_bytes(place.read_bytes()[:-1])
     assert publish_first() == set(named_latents(both[0]))
-    engine.run("keep", item, *both)
+    engine.run("save_latents", item, *both)
     assert set(load_file(place)) == set(named_latents(*both)), "and one is replaced by both"

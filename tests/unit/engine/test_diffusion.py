@@ -10,12 +10,14 @@ import weakref
 import pytest
 import torch
 
-from ltx_ray.engine.base import Rank
+from ltx_ray.config import GangLayout
+from ltx_ray.engine.base import Rank, error_kind
 from ltx_ray.engine.diffusion import DiffusionEngine
 from ltx_ray.engine.latents import LatentStore, latents_sha256, named_latents
 from ltx_ray.parallel.lora import LoraMerger
 from ltx_ray.pools.worker import RankActor
 from ltx_ray.records import RowError, StageLatents, WrongDevice, canonical_json
+from ltx_ray.stages import DIFFUSION_STAGES, Stage
 from ltx_ray.storage.store import Store
 from tests.support.pipeline import ToyPipeline, one_thread, toy_pipeline
 
@@ -66,7 +68,7 @@ def test_stored_latents_say_how_they_were_computed(line, rendered, tmp_path, mon
         assert stored.numerics == numerics
         with one_thread():
             line.diffusion.run("stage2", item, conditions, stored)
-        assert line.diffusion.info.get("stage_1_numerics") == (None if numerics == now else numerics)
+        assert line.diffusion.facts.stage_1_numerics == (None if numerics == now else numerics)
 
 
 def test_noise_of_a_gpu_is_not_drawn_on_a_cpu(line, rendered):
@@ -81,20 +83,20 @@ def test_noise_of_a_gpu_is_not_drawn_on_a_cpu(line, rendered):
 
 
 @pytest.mark.parametrize(
-    "options, at_load",
+    "layout, at_load",
     [
-        ({"roles": ("stage1", "stage2")}, True),
-        ({"roles": ("stage1", "stage2"), "turns": False}, False),
-        ({"roles": ("stage1",)}, False),
-        ({"roles": ("stage1",), "turns": True}, True),
+        (GangLayout(DIFFUSION_STAGES, alternates=True), True),
+        (GangLayout(DIFFUSION_STAGES), False),
+        (GangLayout((Stage.STAGE1,)), False),
+        (GangLayout((Stage.STAGE1,), alternates=True), True),
     ],
 )
-def test_what_a_switch_needs_is_kept_near_when_it_will_be_needed(line, rendered, monkeypatch, options, at_load):
-    """At load where replicas serve in turns, else at the first switch."""
+def test_what_a_switch_needs_is_kept_near_when_it_will_be_needed(line, rendered, monkeypatch, layout, at_load):
+    """At load where a replica alternates between the stages, else at the first switch."""
     kept = []
     honest = LoraMerger.keep
     monkeypatch.setattr(LoraMerger, "keep", lambda self, reserve: (kept.append(reserve), honest(self, reserve)))
-    engine = DiffusionEngine(dataclasses.replace(line.diffusion.spec, options=options), Rank())
+    engine = DiffusionEngine(dataclasses.replace(line.diffusion.spec, layout=layout), Rank())
     engine.load()
     assert len(kept) == at_load
     item = rendered[0]
@@ -124,6 +126,6 @@ def test_a_failed_call_is_reported_by_name_and_keeps_no_tensor(line, rendered, m
         alive = [ref for ref in held if ref() is not None]
     finally:
         gc.enable()
-    assert (report.ok, report.error_type, payload) == (False, type(error).__name__, None)
-    assert report.row_error == isinstance(error, RowError) and not report.replica_error
+    assert (report.error.type, payload) == (type(error).__name__, None)
+    assert report.error.kind == error_kind(error)
     assert len(held) == 2 and not alive

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 
 from ltx_ray.config import ModelFiles, Numerics
@@ -39,12 +37,13 @@ def test_stages_on_gpus_of_two_models_want_noise_from_the_cpu():
     pytest.importorskip("ray")
     from ltx_ray.driver.loop import Driver
     from ltx_ray.pools.pool import StartFailed
+    from ltx_ray.pools.protocol import RankInfo, ReplicaStarted
 
     def meet(noise_device: str, *names: str) -> None:
         driver = Driver.__new__(Driver)
         driver.noise_device, driver._device_name = noise_device, None
         for name in names:
-            driver._check_device(SimpleNamespace(ranks=[{"device_name": name}]))
+            driver._check_device(ReplicaStarted("stage1-0", [RankInfo(0, device_name=name)], 1.0))
 
     meet("model", "H100", "", "H100")  # text and decode draw nothing, and name no device
     meet("cpu", "H100", "H200")

@@ -286,7 +286,7 @@ def test_a_row_without_room_fails_as_an_illegal_one_and_the_others_render(tmp_pa
     driver, store = run(tmp_path, [long, *rows(5), {**long, "id": "twin"}], Busy)
     times = joining(driver, there.problem)
     assert driver.run(driver.tracker.plan.open()) is False
-    assert len(times) == 1 and not driver.tracker.work
+    assert len(times) == 1 and not driver.tracker.items
     assert driver.counts["illegal"] == 2 and driver.counts["rendered"] == 5 and driver.counts["rows"] == 7
     assert len(store.list_names("index")) == 5
     failed = {row["id"]: row for row in table(store, "failed")}

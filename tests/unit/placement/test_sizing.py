@@ -97,7 +97,7 @@ def test_who_may_move_says_so_in_the_order_of_its_roles():
     pools = {pool.name: pool.roles for pool in lay_out(ParallelConfig(), 8, ENGINES)}
     assert pools == {
         "text": ("text",), "stage1": ("stage1", "stage2"), "stage2": ("stage2", "stage1"),
-        "decode": ("decode", "keep", "stored"),
+        "decode": ("decode", "save_latents", "load_latents"),
     }  # fmt: skip
     pools = {pool.name: pool.roles for pool in lay_out(ParallelConfig(stage1=2, stage2=2), 8, ENGINES)}
     assert (pools["stage1"], pools["stage2"]) == (("stage1",), ("stage2",))
@@ -130,15 +130,15 @@ def test_each_pool_has_its_own_layout():
     parallel = ParallelConfig(tp=2, stage2_tp=1, guidance_parallel=3, sequence_parallel=4, stage1=1, stage2=2)
     pools = {pool.name: pool for pool in lay_out(parallel, 16, ENGINES)}
     first, second = pools["stage1"], pools["stage2"]
-    assert (first.ranks, first.engine.options["tp"], first.engine.options["guidance_parallel"]) == (6, 2, 3)
-    assert (second.ranks, second.engine.options["tp"], second.engine.options["sequence_parallel"]) == (4, 1, 4)
-    assert (first.engine.options["sequence_parallel"], second.engine.options["guidance_parallel"]) == (1, 1)
+    assert (first.ranks, first.engine.layout.tp, first.engine.layout.guidance_parallel) == (6, 2, 3)
+    assert (second.ranks, second.engine.layout.tp, second.engine.layout.sequence_parallel) == (4, 1, 4)
+    assert (first.engine.layout.sequence_parallel, second.engine.layout.guidance_parallel) == (1, 1)
     assert slots_needed(list(pools.values())).gpus == 6 + 8 + 1
 
 
 def test_a_gang_for_both_stages_has_ranks_for_either():
     (_, pool, _) = lay_out(ParallelConfig(tp=2, guidance_parallel=3, stage2=0), 8, ENGINES)
-    assert (pool.roles, pool.ranks, pool.engine.options["guidance_parallel"]) == (("stage1", "stage2"), 6, 3)
+    assert (pool.roles, pool.ranks, pool.engine.layout.guidance_parallel) == (("stage1", "stage2"), 6, 3)
 
 
 @pytest.mark.parametrize(
@@ -202,11 +202,11 @@ def test_starts_that_keep_failing_end_the_run():
 
 def test_gangs_that_break_with_no_good_call_in_between_end_the_run():
     a_pool = pool(1, most_failed=2)
-    a_pool.faulted("half merged")
-    a_pool.worked()
-    a_pool.faulted("half merged")
+    a_pool.broke("half merged")
+    a_pool.call_succeeded()
+    a_pool.broke("half merged")
     with pytest.raises(StartFailed, match="pool stage1: 2 gangs broke in a row; the last: half merged"):
-        a_pool.faulted("half merged")
+        a_pool.broke("half merged")
 
 
 @pytest.mark.parametrize(

@@ -132,12 +132,10 @@ class ItemBuilder:
         local = model.local()
         self.checkpoint = open_checkpoint(local.checkpoint_path)
         self._numerics = numerics
-        self._digests = {
-            "checkpoint": cached_digest(local.checkpoint_path),
-            "gemma": cached_digest(local.gemma_root),
-            "upsampler": cached_digest(local.spatial_upsampler_path),
-            "distilled_lora": lora_digest(local.distilled_lora) if local.distilled_lora else None,
-        }
+        self._checkpoint = cached_digest(local.checkpoint_path)
+        self._gemma = cached_digest(local.gemma_root)
+        self._upsampler = cached_digest(local.spatial_upsampler_path)
+        self._distilled_lora = lora_digest(local.distilled_lora) if local.distilled_lora else None
         self._loras = {lora.name: lora_digest(lora.path) for lora in local.loras}
 
     def recipe(self, request: RenderRequest) -> Recipe:
@@ -146,12 +144,15 @@ class ItemBuilder:
             dtype=self._numerics.dtype,
             precision=self._numerics.precision,
             noise_device=self._numerics.noise_device,
+            checkpoint=self._checkpoint,
+            gemma=self._gemma,
+            upsampler=self._upsampler,
+            distilled_lora=self._distilled_lora,
             distilled_lora_strengths=(
                 request.distilled_lora_strength_stage_1,
                 request.distilled_lora_strength_stage_2,
             ),
             loras=tuple((self._loras[use.name], use.strength) for use in request.loras),
-            **self._digests,
         )
 
     def item(self, request: RenderRequest) -> WorkItem:

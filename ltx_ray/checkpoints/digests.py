@@ -17,7 +17,7 @@ _SAMPLE_BYTES = 64 * 1024
 def file_digest(path: str) -> str:
     """32 hex digits of sha256 over a file's size, its header and fixed samples of the rest.
 
-    4 MiB of a large file are read, for example of 46 GB. A smaller file is hashed whole.
+    Some 4 MiB of a 46 GB file are read. A file up to that size is hashed whole.
     """
     size = os.path.getsize(path)
     digest = hashlib.sha256(str(size).encode())

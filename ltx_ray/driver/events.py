@@ -10,6 +10,7 @@ import time
 from functools import cached_property
 from typing import Any
 
+from ltx_ray.dataset.layout import EVENTS
 from ltx_ray.storage.store import Store
 
 _FLUSH_SECONDS = 2.0
@@ -29,7 +30,7 @@ class EventLog:
     the next flush. The last lines are lost when the store stays away until the end.
     """
 
-    def __init__(self, store: Store, name: str = "events.jsonl"):
+    def __init__(self, store: Store, name: str = EVENTS):
         self._store, self._name = store.retrying_for(_RETRY_SECONDS), name
         self._pending: list[str] = []
         #: Whether the file holds this run's events; until the first write it holds those of an older run.

@@ -51,8 +51,8 @@ PIECES = {
 class Checkpoint:
     """A model, as its files' headers describe it.
 
-    `tensors` are the transformer's without the connectors, by official name without `TRANSFORMER_PREFIX`, in
-    whichever files they are; `size` is in bytes.
+    `tensors` are the transformer's without the connectors, by official name without `TRANSFORMER_PREFIX`. They may be
+    in several files. `size` is in bytes.
     """
 
     path: str
@@ -150,8 +150,8 @@ def _transformer_tensors(header: SafetensorsHeader) -> dict[str, TensorInfo]:
         quantized = name[: -len("_scale")]
         if quantized not in tensors or math.prod(scale.shape) != 1:
             raise ValueError(
-                f"{header.path}: {scale.key} has shape {scale.shape} and belongs to {quantized}; legal: one number "
-                f"beside a tensor that is there"
+                f"{header.path}: {scale.key} has shape {scale.shape} and belongs to {quantized}; legal: one number, "
+                f"for a tensor in the file"
             )
         tensors[quantized] = replace(tensors[quantized], scale=scale)
     return tensors
@@ -191,14 +191,14 @@ def check_gemma(root: str) -> None:
     if not kind.startswith("gemma3"):
         raise ValueError(f"--gemma-root: {model}, is a {kind} (LTX-2.5 takes Gemma 4); {legal}")
     single = os.path.join(model, "model.safetensors")
-    if os.path.isfile(single):  # transformers prefers it to an index, unlike diffusers
+    if os.path.isfile(single):  # transformers prefers it to an index, whereas diffusers prefers the index
         read_header(single)
     else:
         diffusers_layout.read_weights(model, "model.safetensors")
 
 
 def held_by(checkpoint_path: str) -> dict[str, str]:
-    """Default paths, by option name, of the files that a checkpoint in diffusers' layout brings along."""
+    """Default paths, by option name, of the other models that a checkpoint in diffusers' layout contains."""
     held = {}
     if os.path.isdir(os.path.join(checkpoint_path, diffusers_layout.TEXT_ENCODER)):
         held["gemma_root"] = checkpoint_path

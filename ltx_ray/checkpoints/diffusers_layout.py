@@ -90,7 +90,7 @@ _CONNECTORS = {
     "audio_connector_num_attention_heads": "audio_connector_num_attention_heads",
     "audio_connector_attention_head_dim": "audio_connector_attention_head_dim",
 }
-#: Fields of the official config that diffusers' classes have built in, with LTX-2.3's values.
+#: Fields of the official config whose values for LTX-2.3 are built into diffusers' classes.
 _BUILT_IN = {
     "apply_gated_attention": True,
     "cross_attention_adaln": True,
@@ -133,7 +133,7 @@ def generation(config: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def read_config(folder: str) -> dict[str, Any]:
-    """The config.json of `folder`. Raises ValueError when there is none, or it is no JSON object."""
+    """The config.json of `folder`. Raises ValueError when there is none or it is not a JSON object."""
     path = os.path.join(folder, "config.json")
     if not os.path.isfile(path):
         raise ValueError(f"{folder}: has no config.json; legal: a folder as diffusers writes it")
@@ -233,7 +233,7 @@ def read_weights(folder: str, name: str = WEIGHTS) -> dict[str, TensorInfo]:
     """The tensors in `folder`, of one file or of several under an index. Raises ValueError when any are missing."""
     single = os.path.join(folder, name)
     index = single + ".index.json"
-    if not os.path.isfile(index):  # with both, the index counts, as in diffusers
+    if not os.path.isfile(index):  # with both, the index is used, as in diffusers
         if os.path.isfile(single):
             return dict(read_header(single).tensors)
         there = sorted(other for other in os.listdir(folder) if not other.endswith(".json"))
@@ -261,7 +261,7 @@ def _read_json(path: str) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path}: is not JSON ({error}); fetch it again") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: is no JSON object; fetch it again")
+        raise ValueError(f"{path}: is not a JSON object; fetch it again")
     return content
 
 

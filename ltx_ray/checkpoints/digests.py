@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ltx_ray.checkpoints.safetensors import MAX_HEADER_BYTES
 
+#: Number and size of the samples.
 _SAMPLES = 64
 _SAMPLE_BYTES = 64 * 1024
 
@@ -17,7 +18,7 @@ _SAMPLE_BYTES = 64 * 1024
 def file_digest(path: str) -> str:
     """32 hex digits of sha256 over a file's size, its header and fixed samples of the rest.
 
-    Some 4 MiB of a 46 GB file are read. A file up to that size is hashed whole.
+    About 4 MiB of a 46 GB file are read. A file of up to 4 MiB is hashed whole.
     """
     size = os.path.getsize(path)
     digest = hashlib.sha256(str(size).encode())
@@ -58,7 +59,7 @@ def cached_digest(path: str, cache_dir: Path | None = None) -> str:
         temporary.write_text(json.dumps({"key": key, "digest": digest}))
         temporary.replace(entry)
     except OSError:
-        pass  # with a read-only cache the file is read again next time
+        pass  # without a writable cache the file is read again next time
     return digest
 
 

@@ -1,10 +1,10 @@
 """LoRA files, read by their headers: which layers they change, in which format, with which alpha. No torch.
 
-Three formats are read, also mixed: the official one (`diffusion_model.<module>.lora_A.weight`, no alpha), that of
-diffusers and PEFT (prefix `transformer.` or `base_model.model.`, diffusers' module names, alpha in the file's metadata
-or in an adapter_config.json beside it), and ComfyUI's (`.lora_down.weight`, `.lora_up.weight`, an `.alpha` for each
-module; also with the prefix `lora_unet_` and underscores for dots, as kohya's tools write them). Without an alpha the
-scale is 1.
+Three formats are read, and a file may mix them: the official one (`diffusion_model.<module>.lora_A.weight`, no alpha),
+that of diffusers and PEFT (prefix `transformer.` or `base_model.model.`, diffusers' module names, alpha in the file's
+metadata or in an adapter_config.json beside it), and ComfyUI's (`.lora_down.weight`, `.lora_up.weight`, an `.alpha` for
+each module; also with the prefix `lora_unet_` and underscores for dots, as kohya's tools write them). Without an alpha
+the scale is 1.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class LoraPair:
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA file: its pairs of factors, by the file's names of the modules."""
+    """A LoRA file: its pairs of factors, by module name as the file spells it."""
 
     header: SafetensorsHeader
     pairs: Mapping[str, LoraPair]
@@ -103,7 +103,7 @@ class LoraFile:
                     f"{out_features} x {in_features}; legal: A (rank, {in_features}) and B ({out_features}, rank)"
                 )
             if module in fitting:
-                raise ValueError(f"{self.path}: {module} is there twice, the second time as {stem}; legal: once")
+                raise ValueError(f"{self.path}: {module} appears twice, the second time as {stem}; legal: once")
             fitting[module] = pair
         if not fitting:
             raise ValueError(
@@ -114,7 +114,7 @@ class LoraFile:
 
 
 def open_lora(path: str) -> LoraFile:
-    """Open a LoRA file. Raises ValueError naming file and key when it is no LoRA, or one that cannot be merged."""
+    """Open a LoRA file. Raises ValueError naming file and key when it is not a LoRA or cannot be merged."""
     header = read_header(path)
     found: dict[str, dict[str, TensorInfo]] = {}
     understood: set[str] = set()
@@ -158,7 +158,7 @@ def open_lora(path: str) -> LoraFile:
             f"legal: the factors, their weight_scale, and alpha"
         )
     if not pairs:
-        raise ValueError(f"{path}: no LoRA in it; legal: keys <module>.lora_A.weight and <module>.lora_B.weight")
+        raise ValueError(f"{path}: holds no LoRA; legal: keys <module>.lora_A.weight and <module>.lora_B.weight")
     return LoraFile(header, pairs)
 
 
@@ -178,7 +178,7 @@ def _belongs(name: str, stems: Mapping[str, object]) -> bool:
 
 
 def _config_beside(header: SafetensorsHeader) -> str | None:
-    """The adapter_config.json beside an adapter that PEFT wrote, as its name or its keys tell."""
+    """The adapter_config.json beside an adapter that PEFT wrote, which is recognized by its name or keys."""
     folder, name = os.path.split(header.path)
     peft = any(key.startswith(_PEFT) for key in header.tensors)
     beside = os.path.join(folder, "adapter_config.json")
@@ -200,7 +200,7 @@ class _Alphas:
     def of(self, stem: str) -> float | None:
         others = [prefix for prefix in self._configs if prefix not in ("", "transformer.")]
         if any(stem.startswith(prefix) for prefix in others):
-            return None  # a module of a text encoder or the like, which is left out
+            return None  # a module of another component, such as a text encoder, which is left out
         # The transformer's configuration applies to its modules in any spelling.
         config = self._configs.get("transformer.", self._configs.get(""))
         if config is None:
@@ -239,7 +239,7 @@ def _json(path: str, what: str, text: str) -> dict[str, Any]:
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {what} is not JSON ({error})") from None
     if not isinstance(table, dict):
-        raise ValueError(f"{path}: {what} is no JSON object")
+        raise ValueError(f"{path}: {what} is not a JSON object")
     return table
 
 

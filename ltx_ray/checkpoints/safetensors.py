@@ -66,20 +66,20 @@ class SafetensorsHeader:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The JSON object under the metadata key `config`; empty when there is none. Raises ValueError for no JSON."""
+        """The JSON object under the metadata key `config`; empty without one. Raises ValueError for any other value."""
         try:
             config = json.loads(self.metadata.get("config", "{}"))
         except (TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{self.path}: metadata field 'config' is not JSON ({error})") from None
         if not isinstance(config, dict):
-            raise ValueError(f"{self.path}: metadata field 'config' is no JSON object")
+            raise ValueError(f"{self.path}: metadata field 'config' is not a JSON object")
         return config
 
 
 def read_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
     """Read and check the header of the safetensors file at `path`.
 
-    Raises ValueError naming the file when it is missing, is no safetensors file, is shorter than its header says (a
+    Raises ValueError naming the file when it is missing, is not a safetensors file, is shorter than its header says (a
     truncated download), or has tensors whose bytes do not fit their shapes.
     """
     path = os.fspath(path)

@@ -84,7 +84,7 @@ def connectors(path: str) -> Component:
     )
     if not t.get("caption_proj_before_connector", False):
         raise ValueError(
-            f"{path}: config.transformer.caption_proj_before_connector is not true; this is no LTX-2.3 file"
+            f"{path}: config.transformer.caption_proj_before_connector is not true; this is not an LTX-2.3 file"
         )
     tensors = _renamed(header, _connector_key)
     flat = tensors["video_text_proj_in.weight"].shape[1] if "video_text_proj_in.weight" in tensors else 0

@@ -1,6 +1,6 @@
 """Architecture of the transformer as a checkpoint's `config` metadata states it. No torch.
 
-Widths and layers may be any; features must be those of LTX-2.3.
+Widths and numbers of layers are free; features must be those of LTX-2.3.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Names and shapes of the tensors of an LTX-2.3 transformer, in the spelling of the official checkpoints. No torch.
 
-`model/transformer.py` and `model/block.py` build modules of the same names, and a test holds both together. The shapes
+`model/transformer.py` and `model/block.py` build modules of the same names, and a test compares them. The shapes
 follow from the configuration alone, so that a file which lacks a tensor is refused before any actor starts.
 Source: `ltx_core/model/transformer/model.py` and `transformer.py` of the reference v1.2.0.
 """

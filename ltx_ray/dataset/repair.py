@@ -1,7 +1,7 @@
-"""Repairs what a crash, a lost disk or a careless copy left in index/, before a run counts what is done.
+"""Repairs what a crash, a lost disk or a careless copy left in index/, before a run looks up its rows.
 
-Nothing is deleted. A part that cannot stay is set aside: it gets a name that starts with "_", which readers of `part-*`
-and of the folder ignore.
+Nothing is deleted. A part that cannot stay is set aside: it is renamed to start with "_", so that readers of `part-*`
+and of the folder ignore it.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from ltx_ray.dataset.writer import one_row
 from ltx_ray.storage.store import Store
 
 _THREADS = 8
-#: Clips of a local dataset that one task looks at.
+#: Clips of a local dataset that one task checks.
 _BATCH = 2048
-#: Names that a message lists of each kind.
+#: Most names that a message lists.
 _SHOWN = 3
 
 
@@ -37,7 +37,7 @@ class Repaired:
     duplicates: list[str] = field(default_factory=list)
     #: Parts written for rows that only a part of `duplicates` held.
     published: list[str] = field(default_factory=list)
-    #: Parts that are no Parquet file of the index, set aside.
+    #: Parts that cannot be read as a table of the index, set aside.
     unreadable: list[str] = field(default_factory=list)
     #: Parts whose clip is missing or incomplete, set aside.
     lost: list[str] = field(default_factory=list)
@@ -46,14 +46,14 @@ class Repaired:
         return bool(self.duplicates or self.published or self.unreadable or self.lost)
 
     def messages(self) -> list[str]:
-        told = {
-            "holds a row that has a part of its own, or another name than its row's: now index/_duplicate-*":
+        reasons = {
+            "is misnamed, and its rows have parts of their own: now index/_duplicate-*":
                 self.duplicates,
-            "was written for a row that only such a part held": self.published,
+            "was written for a row that only a misnamed part held": self.published,
             "cannot be read: now index/_unreadable-*; its row is rendered again": self.unreadable,
-            "has no whole clip any more: now index/_lost-*; its row is rendered again": self.lost,
+            "no longer has a complete clip: now index/_lost-*; its row is rendered again": self.lost,
         }  # fmt: skip
-        return [f"repaired: {_names(names)} {why}" for why, names in told.items() if names]
+        return [f"repaired: {_names(names)} {why}" for why, names in reasons.items() if names]
 
 
 def repair(store: Store, existing: ExistingRows, say: Callable[[str], None]) -> Repaired:
@@ -119,7 +119,7 @@ def is_whole_mp4(path: str) -> bool | None:
     try:
         end, offset = os.fstat(handle).st_size, 0
         kinds: list[bytes] = []
-        first = os.pread(handle, 64, 0)  # holds the headers of most clips: there may be a million of them
+        first = os.pread(handle, 64, 0)  # one read gets the headers of most clips, of which there may be a million
         while offset < end:
             head = first[offset : offset + 16] if offset < 48 else os.pread(handle, 16, offset)
             size, kind = int.from_bytes(head[:4]), head[4:8]
@@ -148,7 +148,7 @@ def _index(store: Store) -> Iterator[tuple[str, int]]:
                 if layout.is_visible(entry.name) and entry.is_file():
                     yield entry.name, entry.stat().st_size
     else:
-        # sorted, so that the parts whose clips are in one folder come together
+        # sorted, so that the parts whose clips are in one folder are grouped
         yield from sorted(pair for pair in store.sizes(layout.INDEX).items() if layout.is_visible(pair[0]))
 
 
@@ -157,7 +157,7 @@ def _adopt(store: Store, existing: ExistingRows, name: str) -> list[str] | None:
     try:
         table = pq.read_table(io.BytesIO(store.read_bytes(f"{layout.INDEX}/{name}"))).cast(INDEX_SCHEMA)
         rows = table.to_pylist()
-    except (pa.ArrowException, ValueError):  # no Parquet, other columns, other types
+    except (pa.ArrowException, ValueError):  # not Parquet, other columns, other types
         return None
     if not all(row["id"] and layout.ITEM_ID.fullmatch(row["item_id"] or "") for row in rows):
         return None
@@ -172,18 +172,18 @@ def _adopt(store: Store, existing: ExistingRows, name: str) -> list[str] | None:
 
 
 def _without_clip(store: Store, parts: Iterator[str]) -> list[str]:
-    """Those of `parts` whose clip is missing or, on a local disk, not whole, or in an object store empty."""
+    """Those of `parts` whose clip is missing, or is incomplete (on a local disk) or empty (in an object store)."""
     with ThreadPoolExecutor(_THREADS) as pool:
         if store.is_local:
             groups: Iterable[list[str]] = iter(lambda: list(itertools.islice(parts, _BATCH)), [])
-            look = _broken_local
+            check = _broken_local
         else:
             groups = (list(group) for _, group in itertools.groupby(parts, layout.shard_of_part))
-            look = _broken_remote
+            check = _broken_remote
         broken: list[str] = []
         # a window of groups, so that a million names are not all queued at once
         while window := list(itertools.islice(groups, 2 * _THREADS)):
-            for found in pool.map(look, itertools.repeat(store), window):
+            for found in pool.map(check, itertools.repeat(store), window):
                 broken += found
     return broken
 
@@ -199,7 +199,7 @@ def _broken_remote(store: Store, parts: list[str]) -> list[str]:
 
 
 def _names_clip(store: Store, name: str) -> bool:
-    """Whether the part's row names a clip: a row that was rendered without one is not broken."""
+    """Whether the part's row names a clip. A row that was rendered without one is not broken."""
     try:
         table = pq.read_table(io.BytesIO(store.read_bytes(f"{layout.INDEX}/{name}")), columns=["clip"])
     except (pa.ArrowException, ValueError):

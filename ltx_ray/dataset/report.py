@@ -112,18 +112,18 @@ def _run_times(data: ReportData) -> tuple[float | None, float | None]:
 
 
 def _tiles(data: ReportData) -> list[tuple[str, str, str, str]]:
-    """(title as HTML, value, what it is of, tone) of each figure at the top."""
+    """(title as HTML, value, subtitle, tone) of each figure at the top."""
     listed = data.run.get("counts")
     counts = listed if isinstance(listed, dict) else {}
     failed = sum(data.failures.values())
     begun, ended = _run_times(data)
     wall = ended - begun if begun and ended and ended > begun else None
-    fresh = finite(counts.get("rendered"))
-    fresh = data.rendered if fresh is None else fresh
+    newly_rendered = finite(counts.get("rendered"))
+    newly_rendered = data.rendered if newly_rendered is None else newly_rendered
     rows = f"of {counts['rows']:,} rows in the manifest" if isinstance(counts.get("rows"), int) else ""
     each = f"{data.gpu_seconds / data.clip_seconds:,.1f} s a second of video" if data.clip_seconds else ""
     flags = ", ".join(f"{n:,} {words(flag)}" for flag, n in data.flags.most_common(3))
-    rate = f"{fresh / wall * 3600:,.0f} / h" if wall and fresh else "–"
+    rate = f"{newly_rendered / wall * 3600:,.0f} / h" if wall and newly_rendered else "–"
     link = '<a href="#failures">Failed</a>'
     return [
         ('<a href="#clips">Rendered</a>', f"{data.rendered:,}", rows, ""),
@@ -227,7 +227,7 @@ def _card(row: dict[str, Any], strip: Strip, slowest: float) -> str:
     name, href = esc(row.get("id") or row.get("item_id") or "?"), relative_link(row.get("clip"))
     flags, images, loras = (row.get(column) or [] for column in ("flags", "images", "loras"))
     timings, seconds, rate = _timings(row), clip_length(row), finite(row.get("frame_rate"))
-    work, done = sum(timings.values()), finished_at(row)
+    total, finished = sum(timings.values()), finished_at(row)
     facts = [
         f"{row['width']} × {row['height']}" if row.get("width") and row.get("height") else "",
         count(row["num_frames"], "frame") if isinstance(row.get("num_frames"), int) else "",
@@ -241,11 +241,11 @@ def _card(row: dict[str, Any], strip: Strip, slowest: float) -> str:
     badges = "".join(_badge(words(flag), "warn") for flag in flags)
     badges += _badge(f"{attempts} attempts") if attempts > 1 else ""
     badges += _badge("damaged file", "bad") if strip.problem and href else ""
-    wide = {stage: f"{100 * t / slowest:.2f}%" for stage, t in timings.items() if t}
-    bars = "".join(f'<i class="k-{stage}" style="width:{width}"></i>' for stage, width in wide.items())
+    widths = {stage: f"{100 * t / slowest:.2f}%" for stage, t in timings.items() if t}
+    bars = "".join(f'<i class="k-{stage}" style="width:{width}"></i>' for stage, width in widths.items())
     legend = "".join(f'<span><i class="k-{s}"></i>{STAGE_NAMES[s]} {human(t)}</span>' for s, t in timings.items())
     times = f'<div class="times" aria-hidden="true">{bars}</div>'
-    times += f'<p class="timing">{legend}<b>{human(work)}</b></p>'
+    times += f'<p class="timing">{legend}<b>{human(total)}</b></p>'
     replicas = [row.get("stage1_replica"), row.get("stage2_replica")]
     details = {
         "negative prompt": str(row.get("negative_prompt") or "")[:2000],
@@ -257,7 +257,7 @@ def _card(row: dict[str, Any], strip: Strip, slowest: float) -> str:
         "switches": row.get("switches") or "",
         "GPU time": human(finite(row.get("gpu_seconds"))) if row.get("gpu_seconds") else "",
         "device": row.get("device"),
-        "finished": when(done) if done else "",
+        "finished": when(finished) if finished else "",
         "item": row.get("item_id"),
         "latents": row.get("latents_sha256"),
         "clip": row.get("clip_sha256"),
@@ -266,11 +266,11 @@ def _card(row: dict[str, Any], strip: Strip, slowest: float) -> str:
     listed = _list({key: value for key, value in details.items() if value}, "")
     title = f'<a href="{href}">{name}</a>' if href else name
     return (
-        f'<article class="clip" data-id="{name}" data-work="{work:.3f}" data-done="{done:.0f}" '
+        f'<article class="clip" data-id="{name}" data-work="{total:.3f}" data-done="{finished:.0f}" '
         f'data-flags="{esc(json.dumps(flags, ensure_ascii=False)) if flags else ""}">{strip.html(name, href)}'
         f'<div class="body"><div class="row"><h3>{title}</h3>{badges}</div>{_prompt(row.get("prompt"))}'
         f'<p class="facts">{"".join(f"<span>{esc(fact)}</span>" for fact in facts if fact)}</p>'
-        f"{times if work else ''}"
+        f"{times if total else ''}"
         f'<details class="fold"><summary>Details</summary>{listed}</details></div></article>'
     )
 
@@ -280,7 +280,7 @@ def _badge(text: str, tone: str = "") -> str:
 
 
 def _prompt(prompt: Any) -> str:
-    """A prompt in its own direction of writing. A long one is folded to three lines (wide characters count twice)."""
+    """A prompt in its own writing direction. A long one is folded to three lines (wide characters count twice)."""
     text = str(prompt or "")
     shown = esc(text if len(text) <= 6000 else f"{text[:6000]} … ({len(text):,} characters in all)")
     if not text:

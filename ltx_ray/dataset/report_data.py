@@ -22,9 +22,9 @@ from ltx_ray.dataset.report_text import first_line
 from ltx_ray.dataset.thumbnails import Strip, make_strip
 from ltx_ray.storage.store import Store
 
-#: Failed rows that are listed.
+#: Most failed rows that are listed.
 MAX_FAILURES = 300
-#: Bytes of the pictures of one clip, and of all clips together, at most.
+#: Most bytes of pictures for one clip, and for all clips together.
 STRIP_BYTES, PAGE_STRIP_BYTES = 72_000, 24_000_000
 _INDEX_COLUMNS = (
     "id prompt negative_prompt seed height width num_frames frame_rate num_inference_steps video_cfg_scale "
@@ -56,7 +56,7 @@ class ReportData:
 
 
 def read_report_data(store: Store, max_clips: int) -> ReportData:
-    """Read the dataset. `max_clips` are kept: flagged ones first, then in the order in which they were finished."""
+    """Read the dataset. `clips` holds up to `max_clips` rows: flagged ones first, then in the order of finishing."""
     data = ReportData()
     run = parse_json(_text(store, layout.RUN_RECORD, data.problems))
     data.run = run if isinstance(run, dict) else {}
@@ -72,7 +72,7 @@ def read_report_data(store: Store, max_clips: int) -> ReportData:
             data.rendered += 1
             data.flagged += bool(flags)
             data.flags.update(flags)
-            if item_id not in seen:  # rows that share an item were rendered once
+            if item_id not in seen:  # rows of one item share its clip
                 seen.add(item_id)
                 data.clip_seconds += clip_length(row) or 0
                 data.gpu_seconds += finite(row.get("gpu_seconds")) or 0
@@ -94,7 +94,7 @@ def make_strips(store: Store, clips: list[dict[str, Any]]) -> list[Strip]:
 
     def one(row: dict[str, Any]) -> Strip:
         if not row.get("clip"):
-            return Strip((), None, "no clip: the run stopped after stage 1, only its latents were kept")
+            return Strip((), None, "no clip: the run stopped after stage 1 and saved only latents")
         if relative_link(row["clip"]) is None:
             return Strip((), None, f"not a path inside the dataset: {row['clip']}")
         try:
@@ -177,8 +177,8 @@ def clip_length(row: dict[str, Any]) -> float | None:
 
 def finished_at(row: dict[str, Any]) -> float:
     """When a clip was finished, in seconds since the epoch; 0 when that is unknown."""
-    done = row.get("finished_at")
-    return done.timestamp() if isinstance(done, datetime) else 0.0
+    finished = row.get("finished_at")
+    return finished.timestamp() if isinstance(finished, datetime) else 0.0
 
 
 def epoch_seconds(value: Any) -> float | None:

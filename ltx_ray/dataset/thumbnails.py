@@ -17,10 +17,10 @@ from PIL import Image
 
 from ltx_ray.dataset.report_text import esc
 
-#: (longest side in pixels, WebP quality), best first. A strip takes the first that fits its budget.
+#: (longest side in pixels, WebP quality), best first. A strip takes the first with which it fits its budget.
 _RUNGS = ((320, 76), (288, 68), (240, 62), (192, 56), (160, 48), (128, 38), (96, 28), (64, 20))
-#: Up to this many frames, every frame is decoded. Above it, frames that no other refers to are skipped, which is about
-#: twice as fast, and a picture may be a frame or two off its time.
+#: Up to this many frames, every frame is decoded. Above it, frames to which no other frame refers are skipped. That is
+#: about twice as fast, but a picture may be a frame or two off its time.
 _FEW_FRAMES = 49
 
 
@@ -59,7 +59,7 @@ def make_strip(source: BinaryIO, *, seconds: float | None, count: int = 6, budge
     """Decode `count` frames spread evenly over an mp4 and shrink them to about `budget` bytes in all.
 
     `source` is a seekable file. `seconds` is the length that the clip should have, which the index knows better than a
-    damaged header; None takes the file's. Damage of any kind is told in `problem`.
+    damaged header; None takes the file's. Damage of any kind is reported in `problem`.
     """
     pictures: list[tuple[float, Image.Image]] = []
     size: tuple[int, int] | None = None
@@ -76,7 +76,7 @@ def make_strip(source: BinaryIO, *, seconds: float | None, count: int = 6, budge
             if stream.frames:
                 count = min(count, stream.frames)
             _pick(container, stream, seconds, count, pictures)
-    except Exception as error:  # whatever the decoder raises: one bad file must not cost the page
+    except Exception as error:  # of any class that the decoder raises: one bad file must not prevent the page
         problem = f"cannot be decoded ({type(error).__name__}: {getattr(error, 'strerror', None) or error})"
     if problem is None and not pictures:
         problem = "holds no picture"
@@ -94,15 +94,15 @@ def _pick(
 ) -> None:
     """Append (time, picture) for the frame on screen in the middle of each of `count` equal intervals.
 
-    The middle, since first and last frames are most often black. Pictures are appended as they are decoded, so that
-    those before a damage are kept.
+    It is the middle because first and last frames are often black. Pictures are appended as they are decoded, so that
+    a damaged file still gives those before the damage.
     """
     times = [(i + 0.5) * seconds / count for i in range(count)]
-    if stream.average_rate:  # a frame stays on screen for the length of a frame
+    if stream.average_rate:  # a frame stays on screen until the next one
         times = [t - 0.999 / float(stream.average_rate) for t in times]
     last = None
     for frame in container.decode(stream):
-        if frame.time is None:  # not so in PyAV's stubs
+        if frame.time is None:  # PyAV's stubs say that it is never None
             continue  # type: ignore[unreachable]
         last = frame
         if frame.time >= times[len(pictures)]:

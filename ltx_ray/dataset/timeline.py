@@ -16,19 +16,20 @@ from ltx_ray.dataset.report_text import STAGE_NAMES, esc, human
 
 #: Kinds of spans, with their names in the legend.
 _KINDS: Mapping[str, str] = {"loading": "loading", **STAGE_NAMES, "switch": "LoRA switch", "other": "other"}
-#: Roles of replicas in the order of the groups, and the names of those.
+#: Roles of replicas in the order of their groups, and the names of the groups.
 _ROLES = ("text", "diffusion", "stage1", "stage2", "decode")
 _ROLE_NAMES: Mapping[str, str] = {"diffusion": "stage 1 + 2", **STAGE_NAMES}
 _SIGNS = {
     "failed": '<path class="mark" d="M0-5.5l5.8 10.5h-11.6z">',
     "lost": '<path class="lost" d="M-4.5-4.5l9 9m0-9l-9 9">',
 }
+#: Most lanes that are drawn.
 MAX_LANES = 120
-#: Up to here each call is a bar with a hover title of its own. Beyond, lanes are binned.
+#: Up to this many spans, each is a bar with a hover title of its own. Above it, lanes are binned.
 MAX_SPANS = 900
-#: Bins of all lanes together.
+#: Most bins of all lanes together.
 _BINS = 9000
-#: Lanes above which they are drawn thin.
+#: Above this many lanes, lanes are drawn thin.
 _DENSE_LANES = 40
 
 
@@ -45,11 +46,11 @@ class _Lane:
     starting: float | None = None
 
     def busy(self, end: float) -> float:
-        """Fraction of its life (loading excluded) in which it worked. Switching is not work."""
+        """Fraction of its life, without loading, in which it ran calls. Switching weights does not count."""
         life = sum(max(0.0, stop - start) for start, stop in self.alive)
         life = life or end - min(s[0] for s in self.spans)
-        work = sum(s[1] - s[0] for s in self.spans if s[2] not in ("loading", "switch"))
-        return min(1.0, work / life) if life > 0 else 0.0
+        calls = sum(s[1] - s[0] for s in self.spans if s[2] not in ("loading", "switch"))
+        return min(1.0, calls / life) if life > 0 else 0.0
 
 
 def make_timeline(events: list[dict[str, Any]]) -> str:
@@ -89,10 +90,10 @@ class _Chart:
         self.busy: list[str] = []
         self.bars: list[str] = []
         self.marks: list[str] = []
-        self.spoken: list[str] = []
+        self.summary: list[str] = []
 
     def x(self, t: float) -> float:
-        """Per cent of the chart's width at which the time `t` is."""
+        """Position of the time `t`, in per cent of the chart's width."""
         return round(100 * (t - self.begin) / (self.end - self.begin), 3)
 
     def add_failed_rows(self, failed: list[tuple[float, str]]) -> None:
@@ -105,7 +106,7 @@ class _Chart:
         lanes.sort(key=lambda pair: _natural(pair[0]))
         mean = sum(lane.busy(self.end) for _, lane in lanes if lane.spans) / len(lanes)
         title = _ROLE_NAMES.get(role, role)
-        self.spoken.append(f"{title}: replicas {len(lanes)}, busy {mean:.0%} of the time")
+        self.summary.append(f"{title}: replicas {len(lanes)}, busy {mean:.0%} of the time")
         self._add_group(title, f"{mean:.0%}")
         self.hidden += max(0, len(lanes) - self.lanes_a_role)
         for name, lane in lanes[: self.lanes_a_role]:
@@ -143,7 +144,7 @@ class _Chart:
             f'<div class="timeline"><ul class="legend">{legend}</ul>'
             f'<div class="chart{" dense" if self.dense else ""}" style="--lane:{self.lane_height}px">'
             f'<div class="lanes">{"".join(self.labels)}</div>'
-            f'<svg class="plot" height="{self.y}" role="img" aria-label="{esc("; ".join(self.spoken))}">'
+            f'<svg class="plot" height="{self.y}" role="img" aria-label="{esc("; ".join(self.summary))}">'
             f'{grid}{"".join(self.bars + self.marks)}</svg><div class="busy">{"".join(self.busy)}</div>'
             f'<div class="axis" aria-hidden="true">{axis}</div></div>'
             + "".join(f'<p class="soft small">{note}</p>' for note in notes)
@@ -155,7 +156,7 @@ class _Chart:
         step, ticks = _ticks(self.end - self.begin)
         at = [(t, f"{self.x(self.begin + t)}%") for t in ticks]
         grid = "".join(f'<line class="grid" x1="{left}" x2="{left}" y1="0" y2="{self.y}"/>' for _, left in at)
-        every = 3 if len(ticks) > 6 else 2  # a phone has no space for more labels
+        every = 3 if len(ticks) > 6 else 2  # more labels do not fit on a phone
         axis = "".join(
             f'<span{" class=extra" if i % every else ""} style="left:{left}">{human(t, step)}</span>'
             for i, (t, left) in enumerate(at)
@@ -244,7 +245,7 @@ def _bars(lane: _Lane, x: Callable[[float], float], box: str) -> list[str]:
 
 
 def _binned(lane: _Lane, name: str, begin: float, end: float, bins: int, box: str) -> list[str]:
-    """A path for each kind of span: in each bin a bar as high as the share of the bin spent on it, kinds stacked."""
+    """A path for each kind of span. In a bin, its bar is as high as its share of the time, and kinds are stacked."""
     width = (end - begin) / bins
     shares: dict[str, dict[int, float]] = {kind: {} for kind in _KINDS}
     for start, stop, kind, _, _ in lane.spans:

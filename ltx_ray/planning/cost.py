@@ -8,8 +8,9 @@ from ltx_ray.records import RenderRequest
 from ltx_ray.sampling.passes import passes_for
 from ltx_ray.shapes import ClipShape
 
+#: Length of the text contexts.
 TEXT_TOKENS = 1024
-#: Sustained over a clip on an H100 80GB in bf16 (36,800 TFLOP in 59 to 60 s, docs/benchmarks.md).
+#: Throughput sustained over a clip on an H100 80GB in bf16 (36,800 TFLOP in 59 to 60 s, docs/benchmarks.md).
 H100_TFLOPS = 618.0
 
 

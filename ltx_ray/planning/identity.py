@@ -1,6 +1,6 @@
 """The item_id, which names a clip: a hash of the resolved request and the recipe.
 
-Paths, pool sizes and versions do not count.
+Paths, pool sizes and versions do not enter it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class ItemHasher:
         for name in ("id", "extra", "loras", "prompt", "seed"):
             row.pop(name)
         row["images"] = [{**image, "path": digest} for image, digest in zip(row["images"], image_digests, strict=True)]
-        # keys are sorted, and no key is between "prompt" and "seed"
+        # canonical JSON sorts its keys, and no key is between "prompt" and "seed"
         before = canonical_json({name: value for name, value in row.items() if name < "prompt"})[1:-1]
         after = canonical_json({name: value for name, value in row.items() if name > "seed"})[1:-1]
         assert not any("prompt" < name < "seed" for name in row)
@@ -47,14 +47,14 @@ class ItemHasher:
 def item_id(request: RenderRequest, recipe: Recipe, image_digests: tuple[str, ...] = ()) -> str:
     """The 32 hex digits that name a clip.
 
-    Images count by the digests of their bytes (`image_digests`, in the row's order), never by path. LoRAs count by
-    their digests and strengths in the recipe.
+    Images enter it by the digests of their bytes (`image_digests`, in the row's order), never by path. LoRAs enter it
+    by their digests and strengths in the recipe.
     """
     return ItemHasher(request, recipe, image_digests).item_id_bytes(request.prompt, request.seed).hex()
 
 
 def merged_weights(request: RenderRequest) -> dict[Stage, Hashable]:
-    """By stage, what a replica must have merged; between rows that agree it need not switch."""
+    """What a replica must have merged for each stage. Rows for which it is equal need no switch between them."""
     loras = tuple((use.name, use.strength) for use in request.loras)
     return {
         Stage.STAGE1: (loras, request.distilled_lora_strength_stage_1),

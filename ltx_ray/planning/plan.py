@@ -27,15 +27,16 @@ from ltx_ray.records import Recipe, RenderRequest, WorkItem
 from ltx_ray.storage.id_table import IdTable
 from ltx_ray.storage.images import image_digest
 
-#: Status of a row. An IllegalRow has the last.
+#: Statuses of a row. An IllegalRow has the last one.
 TODO, DONE, COPY, FAILED, REPEATED, ILLEGAL = "todo", "done", "copy", "failed", "repeated", IllegalRow.status
 
-#: Rows that are looked up at once, rows read between two looks at the clock, and seconds for which a chunk grows.
+#: Most rows of a chunk, which are looked up at once; rows read between two checks of the clock; seconds for which a
+#: chunk grows.
 _CHUNK_ROWS, _CHUNK_STEP, _CHUNK_SECONDS = 4096, 16, 0.1
 
 
 class PlannedRow:
-    """A legal manifest row, or one of its samples, and what is to happen with it.
+    """A legal manifest row, or one of its samples, and what the run does with it.
 
     status: "todo" (render), "done" (in the index), "copy" (the clip exists under another id), "failed" (failed by its
     own fault in an earlier run), "repeated" (the same row again).
@@ -106,7 +107,7 @@ class PlannedRow:
         return self._template.tflop
 
     def refused(self, problem: RowProblem) -> IllegalRow:
-        """The row as one that this run cannot render. Its defaults are resolved: a retry asks for the same clip."""
+        """The row as one that this run cannot render. With its defaults resolved, a retry asks for the same clip."""
         return IllegalRow(self.raw._replace(values=resolved_values(self.request)), (problem,))
 
 
@@ -165,13 +166,13 @@ class ItemBuilder:
         return WorkItem(name, request, recipe, recipe_digest(recipe), digests)
 
 
-#: What a plan says of a row.
+#: An entry of a plan.
 PlanEntry: TypeAlias = PlannedRow | IllegalRow
 
 
 @dataclass(frozen=True)
 class _LookedUp:
-    """What the tables have of a chunk of rows, by heads of ids and item_ids."""
+    """The heads of ids and item_ids in a chunk of rows that are already in the tables."""
 
     ids: set[bytes]
     to_render: set[bytes]
@@ -203,7 +204,7 @@ class Plan:
     tflop: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
-        #: Selected ids that no row has had so far.
+        #: Selected ids that no row has had yet.
         self.unmet: set[str | None] = set(self.selection.ids or ())
         self._templates = TemplateCache(self.rules, self.builder.item)
         # records of 96 bits of each id's hash and 32 bits of its row's item_id
@@ -217,7 +218,7 @@ class Plan:
         return self.selection == Selection()
 
     def against(self, existing: ExistingRows) -> Plan:
-        """The same plan held against what a dataset has; nothing is counted yet."""
+        """The same plan compared with another dataset. Nothing is counted yet."""
         return dataclasses.replace(self, existing=existing)
 
     def open(self) -> Iterator[PlanEntry]:
@@ -237,7 +238,7 @@ class Plan:
             drafts = [self._drafted(raw) for raw in chunk]
             looked_up = self._look_up([row for rows in drafts if rows for row in rows])
             for raw, draft in zip(chunk, drafts, strict=True):
-                # a row without a template may have images to read, which waits until its turn
+                # A row without a template may have images, which are read only when it is its turn.
                 rows, found = (self._judged(raw), None) if draft is None else (draft, looked_up)
                 selected = False
                 for row in self._selected(rows):
@@ -252,7 +253,7 @@ class Plan:
                 if self.selection.limit is not None and taken >= self.selection.limit:
                     return
 
-    # --- rows before their status ----------------------------------------------------------------
+    # --- rows without a status ------------------------------------------------------------------
 
     def _drafted(self, raw: RawRow) -> Sequence[PlannedRow] | None:
         """The samples of a row that matches a template; None for another row."""
@@ -275,9 +276,7 @@ class Plan:
         count, given_id = self._count(raw), row.request.id
         if _too_long(given_id, count):
             longest = LONGEST_ID - len(sample_id("", count - 1))
-            legal = (
-                f"at most {longest} characters, so that {sample_id('', count - 1)} fits behind (--samples-per-prompt)"
-            )
+            legal = f"at most {longest} characters, because --samples-per-prompt appends {sample_id('', count - 1)}"
             return (IllegalRow(raw, (RowProblem("id", given_id, legal),)),)
         try:
             item = self.builder.item(row.request)
@@ -298,7 +297,7 @@ class Plan:
             return rows
         return [row for row in rows if row.id in ids]
 
-    # --- their status ----------------------------------------------------------------------------
+    # --- statuses --------------------------------------------------------------------------------
 
     def _look_up(self, rows: Sequence[PlannedRow]) -> _LookedUp:
         self._ids.settle()
@@ -333,18 +332,18 @@ class Plan:
             self.tflop += row.tflop(self.builder.checkpoint.transformer)
 
     def _status(self, row: PlannedRow, found: _LookedUp | None) -> str:
-        done = self.existing
+        existing = self.existing
         if found is None or found.existing.may_have_rows(row.item_head):
-            if done.has_row(row.item_id, row.key):
+            if existing.has_row(row.item_id, row.key):
                 return DONE
-            copied = done.key_of(row.item_id) is not None
+            copied = existing.key_of(row.item_id) is not None
         else:
             copied = False
-        if self.latents_only and done.has_preview(row.item_id, row.key):
+        if self.latents_only and existing.has_preview(row.item_id, row.key):
             return DONE
         if copied:
             return COPY
-        if not self.retry_failed and done.failed_count and done.failure(row.item_id, row.key) == "row":
+        if not self.retry_failed and existing.failed_count and existing.failure(row.item_id, row.key) == "row":
             return FAILED
         return TODO
 

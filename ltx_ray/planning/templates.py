@@ -1,7 +1,7 @@
 """Templates for rows that differ in prompt, seed, id and unknown columns only.
 
 Such rows are judged once, and what they share is hashed once. Most manifests of millions of rows have few templates,
-so that planning takes some microseconds a row.
+so planning takes a few microseconds a row.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ltx_ray.records import RenderRequest, WorkItem
 
 _PROMPT, _SEED, _ID = (COLUMNS[name] for name in ("prompt", "seed", "id"))
 _FREE = frozenset({"prompt", "seed", "id"})
-#: Templates, and sets of columns, that are cached. Beyond it the cache starts afresh.
+#: Templates, and sets of columns, that are cached. A full cache is cleared.
 _CACHED = 1024
 _UNKNOWN: Any = object()
 
@@ -46,7 +46,7 @@ class RowTemplate:
 
 
 class TemplateCache:
-    """Templates of the rows met so far. `item` makes the work item of a request without images."""
+    """Templates of the rows seen so far. `item` makes the work item of a request without images."""
 
     def __init__(self, rules: RowRules, item: Callable[[RenderRequest], WorkItem]):
         self._rules, self._item = rules, item
@@ -56,7 +56,7 @@ class TemplateCache:
     def match(self, raw: RawRow) -> tuple[RowTemplate, int, str | None] | None:
         """(template, seed, given id) of a legal row; None for a row that has to be judged by itself.
 
-        Such are illegal rows, and rows with images, which take long to read.
+        These are illegal rows and rows with images, which take long to read.
         """
         values = raw.values
         if raw.unreadable is not None or raw.duplicate or values.get("images"):

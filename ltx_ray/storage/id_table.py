@@ -1,6 +1,6 @@
 """Append-only sets of millions of fixed-width ids, in sorted runs that cost little more than the ids' bytes.
 
-This is the idea of a log-structured merge tree: new records go to a dict, and sorted arrays are merged now and then.
+This is the idea of a log-structured merge tree: new records go to a dict, and sorted arrays are merged at intervals.
 """
 
 from __future__ import annotations
@@ -50,7 +50,10 @@ class IdTable:
         self._waiting += 1
 
     def rests(self, head: bytes, settled: bool = True) -> Sequence[bytes]:
-        """What follows `head` in each of its records. `settled` False says that no run has it, and searches none."""
+        """What follows `head` in each of its records.
+
+        With `settled` False, the caller knows that no run has it, and no run is searched.
+        """
         newest = self._newest.get(head, ())
         return [*newest, *self._settled_rests(head)] if settled else newest
 
@@ -101,7 +104,7 @@ class IdTable:
             self._runs[-2:] = [_sorted(*self._runs[-2:])]
 
     def merge(self) -> None:
-        """Make one run of all, whatever the cap, for a table that will hardly grow."""
+        """Merge all runs into one, beyond the cap, for a table that will hardly grow."""
         if len(self._runs) > 1:
             self._runs = [_sorted(*self._runs)]
 
@@ -122,8 +125,9 @@ def _sorted(*runs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def _allocate(parts: list[np.ndarray], fill: Callable[..., Any]) -> np.ndarray:
     """An array as long as `parts` together, filled by `fill(parts, out=array)`, in a mapping of its own.
 
-    The mapping is returned to the system with the array, where the heap would keep holes. A large array is mapped from
-    a temporary file, which the system may write out and drop when memory is short: so tables of fifty million rows fit.
+    When the array is freed, its mapping goes back to the system, whereas the heap would be left with holes. A large
+    array is mapped from a temporary file, which the system may write out and drop when memory is short. Tables of
+    fifty million rows fit that way.
     """
     size = sum(part.nbytes for part in parts)
     array = np.frombuffer(_map_file(size) if size >= _SPILLED_BYTES else mmap.mmap(-1, size), parts[0].dtype)

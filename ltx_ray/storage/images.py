@@ -12,7 +12,7 @@ import pyarrow.fs as pafs
 
 from ltx_ray.storage.store import Store, join, split_options
 
-#: An image larger than this is refused before it is decoded (bytes).
+#: An image of more bytes is refused before it is decoded.
 MAX_BYTES = 256 * 2**20
 
 

@@ -1,6 +1,6 @@
 """A lease on an output, so that two runs do not work on it at once.
 
-It is best effort. Names of parts and clips are deterministic, so two runs that do work at once harm nothing.
+It is best effort. Names of parts and clips are deterministic, so two runs that do work at once do no harm.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class LeaseEntry:
 
     @classmethod
     def parse(cls, data: bytes) -> LeaseEntry:
-        """Raises ValueError, KeyError or TypeError for what is no lease."""
+        """Raises ValueError, KeyError or TypeError when `data` is not a lease."""
         fields = json.loads(data)
         return cls(
             run_id=str(fields["run_id"]),
@@ -63,16 +63,16 @@ class LeaseEntry:
 
     @property
     def is_live(self) -> bool:
-        """Whether the run may still be at work."""
+        """Whether the run may still be alive."""
         if self.expires < time.time():
             return False
-        # A run that was killed on this machine need not be waited for. Containers may share the machine's host name,
+        # A run that was killed on this machine has no process any more. Containers may share the machine's host name,
         # but not its process ids.
         same_machine = self.host == socket.gethostname() and self.pid_namespace == _pid_namespace()
         return not same_machine or _is_running(self.pid)
 
 
-#: Stands for a lease that cannot be read. It belongs to no run and has expired.
+#: Represents a lease that cannot be read: it belongs to no run and has expired.
 _UNREADABLE = LeaseEntry(run_id="", host="", pid=0, pid_namespace="", expires=0.0)
 
 
@@ -90,22 +90,22 @@ class Lease:
     def lost(self) -> bool:
         """Whether another run has taken the output over, as it may when this process was suspended for a minute.
 
-        It is known within 15 seconds after the process resumes.
+        This becomes true within 15 seconds after the process resumes.
         """
         return self._lost.is_set()
 
     def acquire(self, say: Callable[[str], None]) -> None:
-        """Wait until no other run holds the lease, then take it. Raises OSError for a store that does not answer."""
-        told = False
+        """Wait until no other run holds the lease, then take it. Raises OSError when the store does not answer."""
+        announced = False
         while True:
             entry = _read(self._store)
             if entry is None or entry.run_id == self._run_id or not entry.is_live:
                 if self._take(fresh=entry is None):
                     break
                 continue
-            if not told:
+            if not announced:
                 say(f"{self._store.uri} is in use by run {entry.run_id} on {entry.host}; waiting for it")
-                told = True
+                announced = True
             time.sleep(_POLL_SECONDS)
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
         self._thread.start()
@@ -152,7 +152,7 @@ class Lease:
 
 
 def holder(store: Store) -> LeaseEntry | None:
-    """The lease of the run at work in `store`; None when there is none or the store does not answer."""
+    """The lease of the run that works in `store`; None when there is none or the store does not answer."""
     try:
         entry = _read(store)
     except OSError:
@@ -170,7 +170,7 @@ def _pid_namespace() -> str:
 
 
 def _read(store: Store) -> LeaseEntry | None:
-    """The lease in `store`, None without one. Raises OSError for a store that does not answer."""
+    """The lease in `store`; None when there is none. Raises OSError when the store does not answer."""
     try:
         return LeaseEntry.parse(store.read_bytes(LEASE_FILE))
     except FileNotFoundError:

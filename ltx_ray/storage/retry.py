@@ -1,4 +1,4 @@
-"""Retries for a store that throttles, breaks off or stalls: which errors, for how long, and files that retry."""
+"""Retries for a store that throttles, disconnects or stalls: which errors are retried, and for how long."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ T = TypeVar("T")
 _FIRST_WAIT, _LONGEST_WAIT = 0.25, 10.0
 #: Bytes that a file in an object store reads ahead: a request costs as much as a megabyte.
 _READ_AHEAD = 2**20
-#: Errors that no retry can help. Every other may pass: a full disk is emptied, a server is restarted.
+#: Errors that no retry can fix. Any other may pass: space is freed on a full disk, a server is restarted.
 _PERMANENT = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY,
     errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.EXDEV, errno.EBADF,
 }  # fmt: skip
-#: The same in the words of object stores, whose errors have no number. S3 answers a slow request with 400
-#: RequestTimeout and a token that is about to be renewed with 400 ExpiredToken; pyarrow shows the name instead of the
-#: status for both, so neither matches here.
+#: The same for object stores, whose errors have no number but a message. S3 answers a slow request with 400
+#: RequestTimeout, and a token that is about to be renewed with 400 ExpiredToken. For both, pyarrow's message has the
+#: name instead of the status, so neither matches here.
 _PERMANENT_WORDS = re.compile(
     r"ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|INVALID_CLIENT_TOKEN"
     r"|HTTP status 30[178]|HTTP status 40[01345]|[Bb]ucket '[^']*' not found"
@@ -35,7 +35,7 @@ _GONE = re.compile("NO_SUCH_KEY|RESOURCE_NOT_FOUND")
 
 
 def is_permanent(error: OSError) -> bool:
-    """Whether a retry cannot help: the file is missing, forbidden, or no file."""
+    """Whether a retry cannot help: the file is missing, forbidden or not a file."""
     if isinstance(error, FileNotFoundError | PermissionError):
         return True
     return error.errno in _PERMANENT or (error.errno is None and bool(_PERMANENT_WORDS.search(str(error))))
@@ -68,7 +68,7 @@ class RetryPolicy:
             try:
                 return call()
             except OSError as error:
-                if _GONE.search(str(error)):  # deleted between its lookup and its reading
+                if _GONE.search(str(error)):  # deleted between the lookup and the read
                     raise FileNotFoundError(str(error)) from error
                 if is_permanent(error):
                     raise
@@ -77,13 +77,13 @@ class RetryPolicy:
                     what = f"{self.uri}: {doing} {relative}" if relative else f"{self.uri}: {doing}"
                     often = "once" if tries == 1 else f"{tries} times in {spent:.0f} s"
                     raise OSError(f"{what} failed (tried {often}): {error}") from error
-            # jitter, so that a thousand workers that were throttled together do not come back together
+            # jitter, so that a thousand workers that were throttled together do not retry together
             self.wait(min(pause * random.uniform(0.5, 1.0), max(0.0, self.seconds - spent)))
             pause = min(2 * pause, _LONGEST_WAIT)
 
 
 class _RetryingFile(io.RawIOBase):
-    """An object opened for reading. Each read is retried by itself."""
+    """An object opened for reading. Each read is retried on its own."""
 
     def __init__(self, inner: pafs.FileSystem, path: str, retry: RetryPolicy):
         self._retry, self._path, self._position = retry, path, 0
@@ -118,7 +118,7 @@ class _RetryingFile(io.RawIOBase):
 
 
 class _RetryingHandler(pafs.FileSystemHandler):
-    """Another filesystem for readers; only `Store` writes."""
+    """The handler of a read-only filesystem. Only `Store` writes."""
 
     def __init__(self, inner: pafs.FileSystem, retry: RetryPolicy):
         self._inner, self._retry = inner, retry

@@ -19,7 +19,7 @@ from ltx_ray.storage.retry import RetryPolicy, retrying_reader
 RETRY_SECONDS = 60.0
 #: Folder for files that are being written, on the disk on which they will be published.
 SCRATCH = "_tmp"
-#: Seconds after which a connection that does not open, or on which nothing arrives, is given up.
+#: Seconds after which a connection that does not open, or on which nothing arrives, is closed.
 _CONNECT_SECONDS, _SILENCE_SECONDS = 10.0, 20.0
 #: Tries of one request inside pyarrow, which repeats one part of a large upload where a `RetryPolicy` repeats all of
 #: it. pyarrow's default is 31 tries every 200 ms, which makes throttling worse.
@@ -42,8 +42,8 @@ class Store:
     (`s3://bucket/path?region=eu-west-1`). Keys in a URI are not percent-encoded.
 
     Errors that may pass (throttling, 500s, cut connections, silence, a full disk) are retried for `retry_seconds`, and
-    then raised as an OSError that says so; a missing or forbidden file is raised at once. Reads through `fs` are
-    retried alike. `clock` and `wait`: see RetryPolicy.
+    then raised as an OSError that says so. Errors for a missing or forbidden file are raised at once. Reads through
+    `fs` are retried in the same way. `clock` and `wait`: see RetryPolicy.
     """
 
     def __init__(
@@ -60,12 +60,12 @@ class Store:
             scheme, _, rest = place.rstrip("/").partition("://")
             host, slash, key = rest.partition("/")
             if scheme in ("gs", "gcs") and "retry_limit_seconds" not in options:
-                # pyarrow's own retries of gs:// would go on for a quarter of an hour
+                # By default, pyarrow itself retries gs:// for a quarter of an hour.
                 limit = max(1.0, min(retry_seconds, _SILENCE_SECONDS))
                 options += f"{'&' if options else '?'}retry_limit_seconds={limit}"
             plain = f"{scheme}://{host}{slash}{quote(key)}{options}"
             if scheme not in _SCHEMES:
-                raise ValueError(f"{uri}: no place that can be read or written; legal: a folder, s3:// or gs://")
+                raise ValueError(f"{uri}: unsupported scheme; legal: a folder, s3:// or gs://")
             self._fs, self.root = self._retry("opening", "", lambda: pafs.FileSystem.from_uri(plain))
         else:
             self._fs, self.root = pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
@@ -150,7 +150,7 @@ class Store:
         self._retry("writing", relative, write)
 
     def create(self, relative: str, data: bytes) -> bool:
-        """Write a whole local file unless it exists. Of several processes that try at once, one is told True.
+        """Write a whole local file unless it exists. Of several processes that try at once, one gets True.
 
         Raises OSError on a disk without hard links.
         """
@@ -174,7 +174,7 @@ class Store:
             file.write(data)
 
     def append_text(self, relative: str, text: str) -> None:
-        """Append to a local file. In an object store the caller has to rewrite the whole."""
+        """Append to a local file. In an object store the caller has to rewrite the whole object."""
         assert self.is_local
         path = Path(self.path(relative))
 
@@ -187,7 +187,7 @@ class Store:
                     while data:
                         data = data[file.write(data) :]
                 except OSError:
-                    file.truncate(size)  # a full disk took part of it
+                    file.truncate(size)  # a full disk may have taken a part
                     raise
 
         self._retry("writing", relative, append)
@@ -203,7 +203,7 @@ class Store:
         temporary = self._retry("writing", relative, lambda: _temporary_beside(target))
 
         def write() -> None:
-            if os.path.exists(local_file):  # otherwise an earlier try has moved it
+            if os.path.exists(local_file):  # an earlier try may have moved it
                 shutil.move(local_file, temporary)
             with open(temporary, "rb") as file:
                 _sync(file.fileno())
@@ -224,7 +224,7 @@ class Store:
         try:
             self._retry("renaming", relative, move)
         except FileNotFoundError:
-            if not self.exists(to):  # the answer of an earlier try was lost
+            if not self.exists(to):  # the response of an earlier try may have been lost
                 raise
 
     def delete(self, relative: str) -> None:
@@ -235,7 +235,7 @@ class Store:
             pass
 
     def scratch_dir(self) -> str | None:
-        """A folder on the output's own disk for files to publish; None, the system's default, for an object store."""
+        """A folder on the output's disk for files to publish. None, for an object store, means the system's default."""
         if not self.is_local:
             return None
         folder = Path(self.root) / SCRATCH
@@ -289,16 +289,15 @@ def _temporaries(root: str) -> Iterator[str]:
 
 
 def _tuned(fs: pafs.S3FileSystem, retry_seconds: float, delayed: bool) -> pafs.S3FileSystem:
-    """`fs` with timeouts and few tries of its own. With `delayed`, a small object takes one request and not three."""
+    """`fs` with timeouts and few retries of its own. With `delayed`, a small object takes one request and not three."""
     _, (options,) = fs.__reduce__()
     changes = {
         "connect_timeout": min(_CONNECT_SECONDS, max(1.0, retry_seconds)),
         "request_timeout": min(_SILENCE_SECONDS, max(1.0, retry_seconds)),
         "allow_delayed_open": delayed,
     }
-    changes = {
-        name: value for name, value in changes.items() if name in options
-    }  # older versions of pyarrow have fewer
+    # Older versions of pyarrow have fewer options.
+    changes = {name: value for name, value in changes.items() if name in options}
     return pafs.S3FileSystem(
         **{**options, **changes}, retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=_REQUEST_TRIES)
     )

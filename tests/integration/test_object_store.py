@@ -1,4 +1,4 @@
-"""From bucket to bucket: manifest, images and dataset in an object store, rendered on real Ray with the toy model."""
+"""Manifest, images and dataset in an object store, rendered on real Ray with the toy model."""
 
 from __future__ import annotations
 
@@ -42,28 +42,28 @@ def test_manifest_images_and_dataset_in_a_bucket(runner, bucket):
         return runner.render(manifest, out.uri, fake=False, dtype="float32", save_latents=True, stage1=1, stage2=0)
 
     assert render() == 3
-    (done,) = table(out, "index")
-    assert done["id"] == "image" and [i["path"] for i in done["images"]] == [f"{bucket}/set/img/a 1.png"] * 2
-    clip = out.read_bytes(done["clip"])
-    assert hashlib.sha256(clip).hexdigest() == done["clip_sha256"] and b"ftyp" in clip[:12]
-    assert out.exists(f"latents/{done['item_id'][:2]}/{done['item_id']}.safetensors")
+    (rendered,) = table(out, "index")
+    assert rendered["id"] == "image" and [i["path"] for i in rendered["images"]] == [f"{bucket}/set/img/a 1.png"] * 2
+    clip = out.read_bytes(rendered["clip"])
+    assert hashlib.sha256(clip).hexdigest() == rendered["clip_sha256"] and b"ftyp" in clip[:12]
+    assert out.exists(f"latents/{rendered['item_id'][:2]}/{rendered['item_id']}.safetensors")
     failed = {r["id"]: r for r in table(out, "failed")}
     refused = f"{bucket}/set/rows.jsonl:2:images (elsewhere): '{bucket}/set-other/a.png', legal: a path inside an --im"
     assert failed["elsewhere"]["message"].startswith(refused)
     assert failed["text"]["message"] == f"images: {manifest} cannot be decoded (not a known image format)"
     assert (failed["text"]["stage"], failed["text"]["error_class"]) == ("text", "row")
     assert "gang_started" in {e["event"] for e in events(out)}
-    said = "1 rows in the index, 2 in failed/ (1 illegal, 1 of their own fault, 0 of infrastructure's)"
-    assert said in status_lines(out.uri)
+    summary = "1 rows in the index, 2 in failed/ (1 illegal, 1 of their own fault, 0 of infrastructure's)"
+    assert summary in status_lines(out.uri)
 
     # a second run finds nothing to do
     assert render() == 3
-    assert table(out, "index") == [done]
+    assert table(out, "index") == [rendered]
     assert [e["event"] for e in events(out)] == ["run_started", "row_illegal", "run_finished"]
 
-    # the manifest is mended
+    # the manifest is corrected
     store.write_bytes("set/rows.jsonl", lines[0].encode())
     assert render() == 0
-    assert table(out, "index") == [done] and [r["id"] for r in table(out, "failed")] == ["text"]
+    assert table(out, "index") == [rendered] and [r["id"] for r in table(out, "failed")] == ["text"]
     assert json.loads(out.read_bytes("run.json"))["counts"]["already_done"] == 1
     assert len([name for name in out.list_names("runs", recursive=True) if name == "run.json"]) == 2

@@ -1,4 +1,4 @@
-"""A store on a bad day, over HTTP: throttling, 500s, cut connections and silence, and what is there afterwards."""
+"""Stores that fail over HTTP (throttling, 500s, cut connections, silence), and the objects left afterwards."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from ltx_ray.storage.store import Store
 from tests.support.damaged_dataset import build
 from tests.support.s3_faults import Proxy
 
-PASSING = ("slow_down", "error", "cut_request", "cut_response", "lost_response")
+TRANSIENT = ("slow_down", "error", "cut_request", "cut_response", "lost_response")
 #: More than one part of an upload (pyarrow's are 10 MB, S3's least is 5).
 LARGE = os.urandom(2**20) * 12
 
 
 @pytest.fixture
 def proxy(s3, monkeypatch):
-    """A proxy that the environment names as the endpoint, behaving well so far."""
+    """A proxy that the environment names as the endpoint. It injects no fault until it is told to."""
     proxy = Proxy(os.environ["AWS_ENDPOINT_URL"])
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
     yield proxy
@@ -39,8 +39,8 @@ def proxy(s3, monkeypatch):
 
 
 @pytest.fixture
-def hasty(monkeypatch):
-    """pyarrow tries a request once, so that only the store's own retries count, and gives up silence soon."""
+def single_try(monkeypatch):
+    """pyarrow tries a request once, so that only the store's own retries are tested, and soon times out."""
     monkeypatch.setattr(store, "_REQUEST_TRIES", 1)
     monkeypatch.setattr(store, "_SILENCE_SECONDS", 1.0)
 
@@ -50,7 +50,7 @@ def quick_store(uri: str, retry_seconds: float = 30.0) -> Store:
 
 
 def objects(s3: pafs.S3FileSystem, bucket: str) -> dict[str, int]:
-    """What is in the bucket, seen past the proxy."""
+    """Sizes of the objects in the bucket, listed without the proxy."""
     root = bucket.removeprefix("s3://")
     infos = s3.get_file_info(pafs.FileSelector(root, recursive=True))
     return {i.path.removeprefix(f"{root}/"): i.size for i in infos if i.type == pafs.FileType.File}
@@ -66,9 +66,9 @@ def put(s3: pafs.S3FileSystem, bucket: str, name: str, data: bytes) -> None:
         file.write(data)
 
 
-@pytest.mark.parametrize("kind", [*PASSING, "stall"])
-def test_every_operation_comes_through_what_passes(proxy, hasty, s3, bucket, tmp_path, kind):
-    """Each meets the fault in its first three requests."""
+@pytest.mark.parametrize("kind", [*TRANSIENT, "stall"])
+def test_every_operation_survives_transient_faults(proxy, single_try, s3, bucket, tmp_path, kind):
+    """Each operation meets the fault in its first three requests."""
     store = quick_store(bucket)
     put(s3, bucket, "d/old", b"old")
 
@@ -105,22 +105,22 @@ def test_every_operation_comes_through_what_passes(proxy, hasty, s3, bucket, tmp
         "missing": missing,
         "through fs": lambda: store.fs.open_input_file(store.path("d/old")).read() == b"old" or pytest.fail("fs"),
     }
-    if kind == "stall":  # each takes seconds
+    if kind == "stall":  # each stalled request takes seconds
         checks = {name: checks[name] for name in ("read", "list", "write")}
     for name, check in checks.items():
         with proxy.misbehaving(kinds=(kind,), first=3 if kind != "stall" else 1, seconds=30) as faults:
             check()
-        # curl tries a connection that was closed between requests once more by itself
+        # A request that curl itself repeats, because its connection was closed before, is counted once.
         met = sum(count for (_, met), count in faults.met.items() if met == kind)
         assert met == (1 if kind == "stall" else 3), name
     assert {"d/old": 3, "d/new": 3}.items() == objects(s3, bucket).items()
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_store_that_fails_half_of_the_time(proxy, hasty, s3, bucket, tmp_path, seed):
+def test_a_store_that_fails_half_of_the_time_loses_nothing(proxy, single_try, s3, bucket, tmp_path, seed):
     store = quick_store(bucket)
     contents = {f"x{n}": os.urandom(n * 1000) for n in range(12)}
-    with proxy.misbehaving(kinds=PASSING, probability=0.5, seed=seed) as faults:
+    with proxy.misbehaving(kinds=TRANSIENT, probability=0.5, seed=seed) as faults:
         for n, (name, data) in enumerate(contents.items()):
             if n % 2:
                 (tmp_path / name).write_bytes(data)
@@ -137,22 +137,24 @@ def test_a_store_that_fails_half_of_the_time(proxy, hasty, s3, bucket, tmp_path,
 
 @pytest.mark.parametrize("kind", ["slow_down", "cut_request", "lost_response"])
 @pytest.mark.parametrize("pattern", ["partNumber=1", "partNumber=2", "uploads", r"\?uploadId"])
-def test_a_large_upload_that_breaks_off_shows_nothing_and_is_made_again(proxy, hasty, s3, bucket, kind, pattern):
+def test_an_interrupted_large_upload_leaves_the_older_object_and_is_repeated(
+    proxy, single_try, s3, bucket, kind, pattern
+):
     put(s3, bucket, "clip", b"the older one")
     store = quick_store(bucket, retry_seconds=0)
     with proxy.misbehaving(kinds=(kind,), methods=("PUT", "POST"), pattern=pattern, first=10**6) as faults:
         with pytest.raises(OSError, match="writing clip failed"):
             store.write_bytes("clip", LARGE)
     assert any(met == kind for _, met in faults.met)
-    whole = kind == "lost_response" and pattern == r"\?uploadId"  # carried out, and not told so
+    whole = kind == "lost_response" and pattern == r"\?uploadId"  # completed, but the response was lost
     assert objects(s3, bucket) == {"clip": len(LARGE) if whole else 13}
     with proxy.misbehaving(kinds=(kind,), methods=("PUT", "POST"), pattern=pattern, first=2):
         quick_store(bucket).write_bytes("clip", LARGE)
     assert read(s3, bucket, "clip") == LARGE
 
 
-@pytest.mark.parametrize("kind", [*PASSING, "stall"])
-def test_a_store_that_stays_broken_ends_in_an_error_in_time(proxy, hasty, s3, bucket, tmp_path, kind):
+@pytest.mark.parametrize("kind", [*TRANSIENT, "stall"])
+def test_a_store_that_stays_broken_ends_in_an_error_in_time(proxy, single_try, s3, bucket, tmp_path, kind):
     store = Store(bucket, retry_seconds=1.0)
     (tmp_path / "clip").write_bytes(b"clip")
     calls = {
@@ -170,12 +172,12 @@ def test_a_store_that_stays_broken_ends_in_an_error_in_time(proxy, hasty, s3, bu
         with proxy.misbehaving(kinds=(kind,), first=10**6, seconds=30):
             with pytest.raises(OSError, match=f"{bucket}: {what} failed .tried .*: .*AWS Error"):
                 call()
-        # a connection is silent for a second more (for an upload: six) before that is noticed
+        # Silence is noticed after one more second, or after six for an upload.
         assert time.monotonic() - began < 15, what
-    assert (tmp_path / "clip").exists(), "what could not be published is still there"
+    assert (tmp_path / "clip").exists(), "a file that could not be published stays"
 
 
-def test_what_is_forbidden_is_said_at_once(proxy, bucket):
+def test_forbidden_operations_fail_at_once(proxy, bucket):
     store = Store(bucket, wait=pytest.fail)
     with proxy.misbehaving(kinds=("denied",), first=10**6):
         calls = (
@@ -192,8 +194,8 @@ def test_what_is_forbidden_is_said_at_once(proxy, bucket):
             store.check_writable()
 
 
-def test_pyarrow_s_own_tries_come_first(proxy, bucket):
-    """One part of a large upload is repeated there, where we would repeat all of it."""
+def test_pyarrow_repeats_parts_of_an_upload_by_itself(proxy, bucket):
+    """pyarrow repeats one part of a large upload, where the store would repeat all of it."""
     store = Store(bucket, retry_seconds=0)
     with proxy.misbehaving(kinds=("slow_down",), methods=("PUT",), pattern="partNumber=2", first=2) as faults:
         store.write_bytes("clip", LARGE)
@@ -208,7 +210,7 @@ def test_a_small_object_is_one_request(proxy, bucket):
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
-def test_a_manifest_is_read_through_faults(proxy, hasty, s3, bucket, tmp_path, form, monkeypatch):
+def test_a_manifest_is_read_through_faults(proxy, single_try, s3, bucket, tmp_path, form, monkeypatch):
     monkeypatch.setattr(store, "RETRY_SECONDS", 60.0)
     rows = 30_000
     if form == "jsonl":
@@ -218,7 +220,7 @@ def test_a_manifest_is_read_through_faults(proxy, hasty, s3, bucket, tmp_path, f
                        row_group_size=3000, use_dictionary=False, compression="none")  # fmt: skip
         data = (tmp_path / "m.parquet").read_bytes()
     put(s3, bucket, f"set/m.{form}", data)
-    with proxy.misbehaving(kinds=PASSING, probability=0.3, seed=1) as faults:
+    with proxy.misbehaving(kinds=TRANSIENT, probability=0.3, seed=1) as faults:
         for place in (f"{bucket}/set/m.{form}", f"{bucket}/set"):
             found = [raw.values["prompt"].split()[1] for raw in read_manifest(place)]
             assert found == [str(n) for n in range(rows)]
@@ -226,46 +228,46 @@ def test_a_manifest_is_read_through_faults(proxy, hasty, s3, bucket, tmp_path, f
     assert faults.met.total() < 120, "read in large pieces: a request costs as much as a megabyte"
 
 
-def test_an_image_is_read_through_faults(proxy, hasty, s3, bucket):
+def test_an_image_is_read_through_faults(proxy, single_try, s3, bucket):
     data = os.urandom(3_000_000)
     put(s3, bucket, "img/a.png", data)
-    with proxy.misbehaving(kinds=PASSING, first=4, probability=0.3, seed=2):
+    with proxy.misbehaving(kinds=TRANSIENT, first=4, probability=0.3, seed=2):
         assert read_image(f"{bucket}/img/a.png") == data
 
 
-def test_a_dataset_is_listed_repaired_and_verified_through_faults(proxy, hasty, bucket):
+def test_a_dataset_is_listed_repaired_and_verified_through_faults(proxy, single_try, bucket):
     store = quick_store(bucket)
-    said: list[str] = []
-    with proxy.misbehaving(kinds=PASSING, probability=0.3, seed=3) as faults:
+    messages: list[str] = []
+    with proxy.misbehaving(kinds=TRANSIENT, probability=0.3, seed=3) as faults:
         build(store)
         store.move("index/" + store.list_names("index")[0], "index/part-renamed.parquet")
-        done = list_existing(store)
-        assert done.row_count == 3
-        repaired = repair(store, done, said.append)
-        assert done.row_count == 4 and len(repaired.published) == 1 and not repaired.lost
-        assert verify(bucket, said.append) == 0, said
+        existing = list_existing(store)
+        assert existing.row_count == 3
+        repaired = repair(store, existing, messages.append)
+        assert existing.row_count == 4 and len(repaired.published) == 1 and not repaired.lost
+        assert verify(bucket, messages.append) == 0, messages
     assert sum(count for (_, kind), count in faults.met.items() if kind != "ok") > 20
 
 
-def test_a_report_is_written_through_faults(proxy, hasty, bucket):
+def test_a_report_is_written_through_faults(proxy, single_try, bucket):
     store = build(quick_store(bucket))
-    with proxy.misbehaving(kinds=PASSING, probability=0.2, seed=6):
+    with proxy.misbehaving(kinds=TRANSIENT, probability=0.2, seed=6):
         result = CliRunner().invoke(app, ["report", bucket])
     assert (result.exit_code, result.output) == (0, f"{bucket}/report.html\n")
     page = store.read_bytes("report.html").decode()
     assert "4 clips rendered, none failed" in page and "cannot be read: s3" not in page
 
 
-def test_an_endpoint_where_nobody_listens_is_said_before_the_run(bucket):
+def test_an_endpoint_without_a_server_is_reported_before_the_run(bucket):
     place = "s3://b/out?scheme=http&endpoint_override=127.0.0.1:9&region=us-east-1"
     with pytest.raises(ValueError, match=r"cannot be written .*s3://b/out: writing _probe-.* failed .*NETWORK_CONN"):
         Store(place, retry_seconds=0).check_writable()
 
 
-def test_a_lease_is_taken_and_kept_through_faults(proxy, hasty, bucket, monkeypatch):
+def test_a_lease_is_taken_and_renewed_through_faults(proxy, single_try, bucket, monkeypatch):
     monkeypatch.setattr("ltx_ray.storage.lease._RENEW_SECONDS", 0.1)
     store = quick_store(bucket)
-    with proxy.misbehaving(kinds=PASSING, probability=0.3, seed=4):
+    with proxy.misbehaving(kinds=TRANSIENT, probability=0.3, seed=4):
         lease = Lease(store, "mine")
         lease.acquire(pytest.fail)
         time.sleep(1.5)
@@ -274,10 +276,10 @@ def test_a_lease_is_taken_and_kept_through_faults(proxy, hasty, bucket, monkeypa
     assert holder(store) is None
 
 
-def test_many_threads_share_a_store_that_throttles(proxy, hasty, s3, bucket):
+def test_many_threads_share_a_store_that_throttles(proxy, single_try, s3, bucket):
     store, errors = quick_store(bucket), []
 
-    def work(n: int) -> None:
+    def write_and_read(n: int) -> None:
         try:
             for m in range(6):
                 store.write_bytes(f"t/{n}-{m}", f"{n} {m}".encode())
@@ -286,7 +288,7 @@ def test_many_threads_share_a_store_that_throttles(proxy, hasty, s3, bucket):
             errors.append(error)
 
     with proxy.misbehaving(kinds=("slow_down",), probability=0.4, seed=5):
-        threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+        threads = [threading.Thread(target=write_and_read, args=(n,)) for n in range(8)]
         for thread in threads:
             thread.start()
         for thread in threads:

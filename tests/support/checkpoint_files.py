@@ -12,7 +12,7 @@ from tests.support.samples import write_safetensors
 BLOCK = "transformer_blocks.0.attn1.to_q"
 #: Fields of `config.transformer` that an LTX-2.3 file has to state.
 REQUIRED = {"apply_gated_attention": True, "cross_attention_adaln": True, "caption_proj_before_connector": True}
-#: The released 22B model's, whose widths are the defaults.
+#: Configuration of the released 22B model, whose widths are the defaults.
 RELEASED = TransformerConfig.from_metadata(REQUIRED)
 CONFIG = json.dumps({"transformer": {"num_layers": 1, "num_attention_heads": 4, **REQUIRED}})
 CHECKPOINT = {
@@ -25,5 +25,6 @@ CHECKPOINT = {
 
 
 def checkpoint(folder: Path, version: str | None = "2.3.0", config: str | None = CONFIG, tensors=CHECKPOINT) -> str:
+    """Write a single file with these metadata and tensors, and return its path."""
     metadata = {k: v for k, v in {"model_version": version, "config": config}.items() if v is not None}
     return write_safetensors(folder / "model.safetensors", tensors, metadata)

@@ -1,4 +1,4 @@
-"""The toy model in diffusers' layout: what LTX2Pipeline.save_pretrained writes of the same weights, in shards."""
+"""The toy model in diffusers' layout, as LTX2Pipeline.save_pretrained writes the same weights, in shards."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from safetensors.torch import load_file
 from ltx_ray.engine import components
 from tests.support.transformers import load_diffusers
 
-#: Cuts the toy's transformer into several files.
+#: Small enough that the toy's transformer is saved in several files.
 _SHARD = "2MB"
 
 
 def write_directory(files: Mapping[str, str], out: Path) -> Path:
-    """Save the model of `files` (as ensure_toy_model returns them) into `out`, weights in bfloat16 as they are."""
+    """Save the model of `files` into `out`, with the weights in bfloat16 as they are. `files`: see ensure_toy_model."""
     from diffusers import FlowMatchEulerDiscreteScheduler, LTX2Pipeline
     from transformers import AutoTokenizer, Gemma3ForConditionalGeneration
 
     path, dtype = files["checkpoint_path"], torch.bfloat16
     vocoder = components.load_vocoder(path, dtype, "cpu").to(dtype)
-    vocoder.register_to_config(final_act_fn=None)  # the convert script forgets the clamp
+    vocoder.register_to_config(final_act_fn=None)  # diffusers' conversion loses the clamp
     pipeline = LTX2Pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.1),
         vae=components.load_video_vae(path, dtype, "cpu", "both"),
@@ -43,7 +43,7 @@ def write_directory(files: Mapping[str, str], out: Path) -> Path:
 
 
 def _whole_audio_vae(path: str) -> torch.nn.Module:
-    """With its encoder, which we never load."""
+    """The audio VAE with its encoder, which ltx-ray never loads."""
     from diffusers import AutoencoderKLLTX2Audio
 
     vae = AutoencoderKLLTX2Audio.from_config(components.load_audio_decoder(path, torch.bfloat16, "cpu").config)

@@ -1,4 +1,4 @@
-"""Small pictures as bytes of image files."""
+"""Small pictures, as arrays and as encoded image files."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A synthetic OUT for the report: small real mp4s, index and failed parts, run.json, events.jsonl.
+"""A synthetic dataset for tests of the report: small real mp4s, index and failed parts, run.json, events.jsonl.
 
-Also a program, to have something to look at:
+Run as a program, it writes a dataset whose report can be looked at:
 python tests/support/report_data.py OUT [full|empty|failures|shared|many]
 """
 
@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 T0 = datetime(2026, 5, 12, 21, 4, 7, tzinfo=UTC)
+#: Text that would break out of HTML, attributes, scripts or the template if it were not escaped.
 HOSTILE = '</script><img src=x onerror=alert(1)><script>alert(2)</script>"\' onmouseover="alert(3) {{title}} \x00 &amp;'
 PROMPTS = (
     "A lighthouse on a basalt cliff at dusk; waves break below, gulls call, the lamp sweeps left.",
@@ -60,7 +61,7 @@ _TYPES = {
 
 
 def write_mp4(path: Path, width: int, height: int, frames: int, rate: float = 24.0, seed: int = 0) -> None:
-    """A sun that crosses a coloured sky, with a tone: H.264 and AAC."""
+    """Write a clip (H.264 and AAC) of a sun that crosses a coloured sky, with a tone."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fraction = Fraction(rate).limit_denominator(1001)
     hue = (seed * 0.381966) % 1
@@ -98,7 +99,7 @@ def write_mp4(path: Path, width: int, height: int, frames: int, rate: float = 24
 def index_row(i: int, width: int = 64, height: int = 64, frames: int = 9, rate: float = 24.0, **changes) -> dict:
     item = f"{i * 2654435761 % 2**32:08x}" * 4
     rng = random.Random(i)
-    work = width * height * frames / 1e6
+    megapixels = width * height * frames / 1e6
     row = dict(
         id=f"clip-{i:04d}",
         prompt=PROMPTS[i % len(PROMPTS)],
@@ -124,10 +125,10 @@ def index_row(i: int, width: int = 64, height: int = 64, frames: int = 9, rate: 
         stage2_replica=f"stage2-{i % 2}",
         switches=0,
         text_seconds=0.2 + 0.2 * rng.random(),
-        stage1_seconds=1 + work * 0.9,
-        stage2_seconds=1 + work * 0.5,
-        decode_seconds=0.4 + work * 0.2,
-        gpu_seconds=3 + work * 1.6,
+        stage1_seconds=1 + megapixels * 0.9,
+        stage2_seconds=1 + megapixels * 0.5,
+        decode_seconds=0.4 + megapixels * 0.2,
+        gpu_seconds=3 + megapixels * 1.6,
         device="NVIDIA H100 80GB HBM3",
         recipe_digest="9f2c41d07be3a855",
         versions='{"ltx_ray": "0.1.0", "torch": "2.11.0"}',
@@ -173,11 +174,11 @@ def write_events(out: Path, events: list[dict]) -> None:
 def run_events(
     calls: int = 60, shared: bool = False, replicas: tuple[int, int, int, int] = (1, 3, 2, 1), seed: int = 1
 ) -> list[dict]:
-    """A plausible run: gangs load, calls queue through the stages, a gang is lost and comes back."""
+    """Events of a plausible run: gangs load, items pass the stages, and one gang is lost and started again."""
     rng = random.Random(seed)
     base = T0.timestamp()
     events = [{"t": base, "event": "run_started", "run_id": "r-20260512-210407"}]
-    free: dict[tuple[str, str], float] = {}
+    free_at: dict[tuple[str, str], float] = {}
     stages = ("text", "stage1", "stage2", "decode")
     cost = dict(text=0.5, stage1=11.0, stage2=8.0, decode=2.2)
     for stage, number in zip(stages, replicas):
@@ -199,14 +200,14 @@ def run_events(
                     "seconds": load,
                 }
             )
-            free[(role, name)] = ready
+            free_at[(role, name)] = ready
     merged: dict[str, str] = {}
     for i in range(calls // 4):
         t = base
         for stage in stages:
             role = "diffusion" if shared and stage in ("stage1", "stage2") else stage
-            key = min((k for k in free if k[0] == role), key=lambda k: (free[k], rng.random()))
-            start = max(t, free[key])
+            key = min((k for k in free_at if k[0] == role), key=lambda k: (free_at[k], rng.random()))
+            start = max(t, free_at[key])
             if shared and role == "diffusion" and merged.get(key[1], "stage1") != stage:
                 merged[key[1]] = stage
                 start += 3.0
@@ -222,7 +223,7 @@ def run_events(
                 )
             seconds = cost[stage] * (0.7 + 0.7 * rng.random())
             ok = not (i % 17 == 9 and stage == "stage2")
-            t = free[key] = start + seconds
+            t = free_at[key] = start + seconds
             call = {
                 "role": role,
                 "replica": key[1],
@@ -242,7 +243,7 @@ def run_events(
                     }
                 )
                 events.append({"t": t + 2, "event": "gang_starting", "role": role, "replica": key[1]})
-                free[key] = t + 24
+                free_at[key] = t + 24
                 events.append(
                     {
                         "t": t + 24,

@@ -1,4 +1,4 @@
-"""What became of items: a rendered one, failed ones."""
+"""Results of items: a rendered one and two failures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An HTTP proxy before an S3 endpoint that misbehaves by a seeded schedule: what an object store does on a bad day."""
+"""An HTTP proxy in front of an S3 endpoint that injects the faults of an object store by a seeded schedule."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 #: slow_down: 503 SlowDown, as S3 throttles. error: 500 InternalError. cut_request: the connection is closed in the
-#: middle of the request, which never arrives. cut_response: the request is carried out, the connection closed in the
-#: middle of its response. lost_response: carried out, closed before its response. stall: nothing for `seconds`, then
-#: closed. denied: 403, which is for good.
+#: middle of the request, which never arrives. cut_response: the request is carried out, and the connection is closed in
+#: the middle of its response. lost_response: the request is carried out, and the connection is closed before its
+#: response. stall: nothing happens for `seconds`, then the connection is closed. denied: 403, which is permanent.
 KINDS = ("slow_down", "error", "cut_request", "cut_response", "lost_response", "stall", "denied")
 _CODES = {"slow_down": (503, "SlowDown"), "error": (500, "InternalError"), "denied": (403, "AccessDenied")}
 _HOP_BY_HOP = {"connection", "transfer-encoding", "keep-alive"}
@@ -26,9 +26,10 @@ _HOP_BY_HOP = {"connection", "transfer-encoding", "keep-alive"}
 
 @dataclass
 class Faults:
-    """What goes wrong: requests whose method is in `methods` and whose path and query match `pattern` meet a fault.
+    """Which requests meet a fault: those with a method of `methods` and a path and query that match `pattern`.
 
-    Of these the first `first` do always, the later ones with `probability`; which of `kinds` is drawn from `seed`.
+    The first `first` of them always do, the later ones with `probability`. The kind of fault is drawn from `kinds`. All
+    draws follow from `seed`.
     """
 
     kinds: tuple[str, ...] = ()
@@ -38,7 +39,7 @@ class Faults:
     probability: float = 0.0
     seconds: float = 1.0
     seed: int = 0
-    #: (method, kind) of the faults met, and of the requests ("ok") let through.
+    #: Number of requests by (method, kind of fault); the kind is "ok" for those let through.
     met: Counter = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -46,6 +47,7 @@ class Faults:
         self._random, self._lock, self._seen = random.Random(self.seed), threading.Lock(), 0
 
     def next(self, method: str, path: str) -> str:
+        """The kind of fault that the next request meets, or "ok"."""
         with self._lock:
             kind = "ok"
             if self.kinds and method in self.methods and re.search(self.pattern, path):
@@ -57,7 +59,7 @@ class Faults:
 
 
 class Proxy:
-    """Serves `endpoint` at `url`, with `faults` that may be exchanged at any time."""
+    """Serves `endpoint` at `url`. Its `faults` can be replaced at any time."""
 
     def __init__(self, endpoint: str):
         self.faults = Faults()
@@ -70,7 +72,7 @@ class Proxy:
             def serve(self) -> None:
                 kind = proxy.faults.next(self.command, self.path)
                 if kind == "cut_request":
-                    return self._close()  # what was sent of its body stays unread
+                    return self._close()  # the body stays unread
                 length = int(self.headers.get("content-length") or 0)
                 body = self.rfile.read(length) if length else self._chunks()
                 if kind == "stall":
@@ -134,7 +136,7 @@ class Proxy:
             daemon_threads = True
 
             def handle_error(self, request: object, client_address: object) -> None:
-                pass  # a client that hung up, as it should
+                pass  # clients hang up after an injected fault
 
         self._server = Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -142,7 +144,7 @@ class Proxy:
 
     @contextmanager
     def misbehaving(self, **faults: object) -> Iterator[Faults]:
-        """With these faults, and without any afterwards."""
+        """Inject these faults inside the `with` block, and none after it."""
         self.faults = Faults(**faults)
         try:
             yield self.faults

@@ -19,24 +19,25 @@ _BYTES = {"F32": 4, "BF16": 2, "F8_E4M3": 1, "I8": 1}
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any] | str]) -> str:
-    """A manifest of `rows`; strings go in as they are."""
+    """Write a manifest of `rows` and return its path. Strings are written as they are."""
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return str(path)
 
 
 def judged(values: Mapping[str, Any], rules: RowRules | None = None) -> LegalRow | IllegalRow:
-    """The judgement on a row of the file m.jsonl, line 1."""
+    """The verdict on a row in line 1 of m.jsonl."""
     return judge(RawRow("m.jsonl", 1, values), rules or RowRules())
 
 
 def request(**values: Any) -> RenderRequest:
-    """A legal request; `values` are those of its manifest row."""
+    """The request of a legal manifest row with these `values`."""
     row = judged({"prompt": "a cat", **values})
     assert isinstance(row, LegalRow), row.messages()
     return row.request
 
 
 def recipe(**changes: Any) -> Recipe:
+    """A recipe of the hq pipeline with one LoRA, except for `changes`."""
     values: dict[str, Any] = {
         "pipeline": "hq",
         "dtype": "bfloat16",
@@ -55,7 +56,7 @@ def recipe(**changes: Any) -> Recipe:
 def write_safetensors(
     path: Path, tensors: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str] | None = None, dtype: str = "F32"
 ) -> str:
-    """A safetensors file with tensors of these shapes, filled with a pattern."""
+    """Write a safetensors file of tensors with these shapes, filled with a pattern, and return its path."""
     table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, shape in tensors.items():

@@ -13,7 +13,7 @@ from ltx_ray.shapes import ClipShape, frame_rate_fraction, size_problems
 HQ = ClipShape(121, 1088, 1920, 24.0)
 
 
-def test_the_hq_default_has_the_sizes_of_the_facts():
+def test_the_hq_default_has_the_documented_sizes():
     assert (HQ.latent_frames, HQ.latent_height, HQ.latent_width) == (16, 34, 60)
     assert HQ.video_tokens == 32_640
     assert HQ.half() == ClipShape(121, 544, 960, 24.0)
@@ -33,7 +33,7 @@ def test_audio_latents_are_25_a_second(rate, latents):
 
 
 def test_audio_latents_round_half_to_even():
-    # 9 frames at 90 a second last 2.5 latents, 9 at 150 last 1.5
+    # Nine frames last 2.5 latents at 90 frames a second, and 1.5 at 150.
     assert ClipShape(9, 64, 64, 90.0).audio_latents == 2
     assert ClipShape(9, 64, 64, 150.0).audio_latents == 2
 
@@ -60,14 +60,14 @@ def test_frame_rates_become_fractions(rate, fraction):
 
 def test_sound_lasts_as_long_as_the_picture():
     assert HQ.audio_samples == 121 * 2000
-    # 30 frames at 30000/1001 a second last 1.001 s
+    # 30 frames last 1.001 s at 30000/1001 frames a second.
     assert ClipShape(30, 64, 64, 29.97).audio_samples == 48_048
     assert ClipShape(30, 64, 64, 29.97).seconds == pytest.approx(1.001)
 
 
 def test_a_legal_size_has_no_problems():
     assert size_problems(HQ) == []
-    assert size_problems(ClipShape(9, 64, 64, 1000.0)) != [], "0.225 of an audio latent"
+    assert size_problems(ClipShape(9, 64, 64, 1000.0)) != [], "the clip lasts 0.225 of an audio latent"
     assert size_problems(ClipShape(1, 64, 64, 24.0)) == []
 
 
@@ -87,18 +87,18 @@ def test_a_legal_size_has_no_problems():
         (ClipShape(1, 64, 64, 60.0), "num_frames", 1, "audio latent"),
     ],
 )
-def test_an_illegal_size_names_the_column_the_value_and_the_way_out(shape, column, value, words):
+def test_an_illegal_size_is_reported_with_column_value_and_what_is_legal(shape, column, value, words):
     [(found, given_value, legal)] = size_problems(shape)
     assert (found, given_value) == (column, value)
     assert words in legal
 
 
-def test_every_wrong_side_is_reported():
+def test_every_problem_of_a_size_is_reported():
     assert [p[0] for p in size_problems(ClipShape(2, 1, 1, 24.0))] == ["height", "width", "num_frames"]
 
 
 @given(st.integers(0, 2**31 - 1), st.floats(min_value=0.0, max_value=1000.0))
-def test_whatever_is_legal_can_be_measured(frames, rate):
+def test_every_legal_size_has_positive_lengths(frames, rate):
     shape = ClipShape(frames, 64, 64, rate)
     if not size_problems(shape):
         assert shape.audio_latents >= 1

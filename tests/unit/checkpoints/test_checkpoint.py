@@ -1,4 +1,4 @@
-"""Weight files seen from outside: what is refused and why, what fits what, digests and their cache."""
+"""Model files checked by their headers: what is refused and why, and digests with their cache."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_header_lists_tensors_and_metadata(tmp_path):
     assert header.size == os.path.getsize(header.path)
 
 
-def test_a_missing_file_and_a_folder(tmp_path):
+def test_a_missing_file_and_a_folder_are_refused(tmp_path):
     assert "cannot be read" in refused(str(tmp_path / "none.safetensors"))
     assert "cannot be read" in refused(str(tmp_path))
 
@@ -70,7 +70,7 @@ def test_a_missing_file_and_a_folder(tmp_path):
         struct.pack("<Q", 56) + b'{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}  '[:56],
     ],
 )
-def test_a_file_that_is_no_safetensors(tmp_path, content):
+def test_a_file_that_is_not_safetensors_is_refused(tmp_path, content):
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     assert "not a safetensors file" in refused(str(path))
@@ -95,7 +95,7 @@ def test_a_header_whose_sizes_contradict_each_other(tmp_path, change):
 
 
 @pytest.mark.parametrize("config", ["{", "[]", "7"])
-def test_a_config_that_is_no_json_object(tmp_path, config):
+def test_a_config_that_is_not_a_json_object_is_refused(tmp_path, config):
     with pytest.raises(ValueError, match="metadata field 'config'"):
         _ = read_header(checkpoint(tmp_path, config=config)).config
 
@@ -103,7 +103,7 @@ def test_a_config_that_is_no_json_object(tmp_path, config):
 # --- checkpoints ---------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_of_this_generation_opens(tmp_path):
+def test_a_checkpoint_of_the_supported_generation_opens(tmp_path):
     found = open_checkpoint(checkpoint(tmp_path))
     assert (found.model_version, found.transformer.num_layers, found.transformer.video.heads) == ("2.3.0", 1, 4)
     assert found.linear_layers == {BLOCK: (8, 6)}, "neither connectors nor biases nor the VAE"
@@ -116,7 +116,7 @@ def test_a_file_that_lacks_a_piece_is_refused(tmp_path, prefix):
         open_checkpoint(path)
 
 
-def test_fp8_weights_bring_their_scales(tmp_path):
+def test_fp8_weights_are_read_with_their_scales(tmp_path):
     metadata = {"model_version": "2.3", "config": CONFIG}
     weight = f"{TRANSFORMER_PREFIX}{BLOCK}.weight"
     tensors = {**CHECKPOINT, f"{weight}_scale": (), weight.replace(".weight", ".input_scale"): ()}
@@ -127,11 +127,11 @@ def test_fp8_weights_bring_their_scales(tmp_path):
     assert found.tensors[f"{BLOCK}.bias"].scale is None
     for name, shape in ((f"{weight}_scale", (8,)), (f"{TRANSFORMER_PREFIX}other.weight_scale", ())):
         path = write_safetensors(tmp_path / "fp8.safetensors", {**CHECKPOINT, name: shape}, metadata, dtype="F8_E4M3")
-        with pytest.raises(ValueError, match="legal: one number beside a tensor that is there"):
+        with pytest.raises(ValueError, match="legal: one number, for a tensor in the file"):
             open_checkpoint(path)
 
 
-def test_weights_of_other_small_kinds_are_refused(tmp_path):
+def test_weights_of_other_quantized_dtypes_are_refused(tmp_path):
     metadata = {"model_version": "2.3", "config": CONFIG}
     path = write_safetensors(tmp_path / "int8.safetensors", CHECKPOINT, metadata, dtype="I8")
     with pytest.raises(ValueError) as caught:
@@ -140,7 +140,7 @@ def test_weights_of_other_small_kinds_are_refused(tmp_path):
     assert str(caught.value).endswith(" (I8); legal: BF16, F16, F32, F64, F8_E4M3, F8_E5M2")
 
 
-def test_what_is_no_upsampler_is_refused(tmp_path, toy):
+def test_files_other_than_upsamplers_are_refused(tmp_path, toy):
     check_upsampler(toy["spatial_upsampler_path"])
     for path in (toy["checkpoint_path"], toy["distilled_lora"]):
         with pytest.raises(ValueError, match="not a spatial upsampler x2"):
@@ -167,17 +167,17 @@ def test_another_generation_is_refused(tmp_path, version):
 
 
 @pytest.mark.parametrize("version", ["2.3", "2.3.1", "2.3.0-rc1", " 2.3.7"])
-def test_every_2_3_is_this_generation(tmp_path, version):
+def test_every_version_2_3_is_supported(tmp_path, version):
     assert open_checkpoint(checkpoint(tmp_path, version)).model_version == version
 
 
-def test_generations():
+def test_parsing_a_generation():
     assert parse_generation("2.3.1") == (2, 3, 1)
     assert parse_generation("2.3-rc1") == (2, 3)
     assert parse_generation("main") == ()
 
 
-def test_a_file_of_something_else_is_refused(tmp_path):
+def test_a_file_without_a_transformer_of_ltx_is_refused(tmp_path):
     with pytest.raises(ValueError, match="not an LTX checkpoint"):
         open_checkpoint(checkpoint(tmp_path, None, None))
     with pytest.raises(ValueError, match="model_version is 'not given'"):
@@ -226,7 +226,7 @@ def flip(path: Path, offset: int) -> None:
 
 @pytest.fixture
 def big(tmp_path) -> Path:
-    """9 MB, of which the digest reads 4."""
+    """A file of 9 MB, of which the digest reads 4 MB."""
     return Path(write_safetensors(tmp_path / "big.safetensors", {"a": (1024, 1024), "b": (1250, 1024)}))
 
 
@@ -254,10 +254,10 @@ def test_samples_in_the_middle_of_a_big_file_count_and_the_rest_is_not_read(big)
     assert file_digest(str(big)) != before
     flip(big, sample)
     flip(big, sample + 65_536 + 1000)
-    assert file_digest(str(big)) == before, "between two samples"
+    assert file_digest(str(big)) == before, "bytes between two samples are not read"
 
 
-def test_a_header_longer_than_a_sample_counts_whole(tmp_path):
+def test_a_header_longer_than_a_sample_is_hashed_whole(tmp_path):
     path = Path(write_safetensors(tmp_path / "x.safetensors", {"a": (2**21,)}, {"note": "x" * 200_000}))
     before = file_digest(str(path))
     flip(path, 100_000)
@@ -277,7 +277,7 @@ def test_the_digest_does_not_depend_on_the_path(tmp_path):
     assert len(file_digest(a)) == 32
 
 
-def test_the_cache_holds_by_size_and_mtime(tmp_path):
+def test_a_cached_digest_is_used_while_size_and_mtime_stay_the_same(tmp_path):
     path, cache = tmp_path / "w.safetensors", tmp_path / "cache"
     path.write_bytes(b"a" * 100)
     os.utime(path, ns=(1, 10**18))
@@ -290,7 +290,7 @@ def test_the_cache_holds_by_size_and_mtime(tmp_path):
     assert cached_digest(str(path), cache) == file_digest(str(path)) != first
 
 
-def test_a_broken_or_unwritable_cache_only_costs_the_reading(tmp_path):
+def test_without_a_usable_cache_the_file_is_read_again(tmp_path):
     path, cache = tmp_path / "w.safetensors", tmp_path / "cache"
     path.write_bytes(b"a")
     expected = cached_digest(str(path), cache)
@@ -301,7 +301,7 @@ def test_a_broken_or_unwritable_cache_only_costs_the_reading(tmp_path):
     assert cached_digest(str(path), tmp_path / "file") == expected
 
 
-def test_a_folder_counts_by_its_weights_configs_and_tokenizer(tmp_path):
+def test_a_folders_digest_covers_weights_configs_and_tokenizer(tmp_path):
     folder, cache = tmp_path / "gemma", tmp_path / "cache"
     (folder / "sub").mkdir(parents=True)
     for name in ("config.json", "model.safetensors", "tokenizer.model", "sub/x.json"):

@@ -1,4 +1,4 @@
-"""Model directories in diffusers' layout seen from outside: the official config of one, what is refused and why."""
+"""Model directories in diffusers' layout: their official config, and what is refused and why."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ltx_ray.cli import app
 from ltx_ray.cli.status import inspect_lines
 from tests.support.samples import write_jsonl, write_safetensors
 
-#: As the released LTX-2.3 directories have them, which diffusers 0.37 wrote.
+#: Configurations of the released LTX-2.3 directories, which diffusers 0.37 wrote.
 TRANSFORMER = {
     "_diffusers_version": "0.37.0.dev0", "activation_fn": "gelu-approximate",
     "attention_bias": True, "attention_head_dim": 128, "attention_out_bias": True, "audio_attention_head_dim": 64,
@@ -43,7 +43,7 @@ CONNECTORS = {
 }  # fmt: skip
 VAE = {"timestep_conditioning": False, "scaling_factor": 1.0, "decoder_inject_noise": [False] * 5}
 UPSAMPLER = {"spatial_upsample": True, "temporal_upsample": False, "rational_spatial_scale": 2.0}
-#: The same model in the official file's words (docs/ltx-2.3.md).
+#: The same configuration with the field names of the official file (docs/ltx-2.3.md).
 OFFICIAL = {
     "num_layers": 48, "num_attention_heads": 32, "attention_head_dim": 128, "audio_num_attention_heads": 32,
     "audio_attention_head_dim": 64, "cross_attention_dim": 4096, "audio_cross_attention_dim": 2048, "in_channels": 128,
@@ -68,7 +68,7 @@ def write_part(folder: Path, class_name: str, config: dict[str, Any], tensors=No
 
 @pytest.fixture
 def model(tmp_path) -> Path:
-    """A directory of LTX-2.3 with a few tensors, those of the transformer in two files."""
+    """An LTX-2.3 directory with a few tensors. The transformer's are in two files."""
     root = tmp_path / "model"
     for name, config in {"connectors": CONNECTORS, "vae": VAE, "audio_vae": {}, "vocoder": {}}.items():
         write_part(root / name, COMPONENTS[name], config)
@@ -95,7 +95,7 @@ def refused(path: Path) -> str:
     return str(caught.value)
 
 
-def test_it_opens_as_the_official_file_does(model):
+def test_a_directory_opens_like_the_official_file(model):
     found = open_checkpoint(str(model))
     assert found.model_version == "2.3"
     assert found.transformer == TransformerConfig.from_metadata(OFFICIAL)
@@ -112,7 +112,7 @@ def test_it_opens_as_the_official_file_does(model):
     assert found.size == 4 * (48 + 3 + 8 + 4 * 2)
 
 
-def test_other_values_are_taken_over(model):
+def test_values_that_may_differ_are_read_from_the_config(model):
     change(model / "transformer", num_layers=7, norm_eps=1e-5, rope_double_precision=False, rope_theta=5.0)
     change(model / "transformer", pos_embed_max_pos=30, base_width=4096, audio_pos_embed_max_pos=40)
     change(model / "transformer", cross_attn_timestep_scale_multiplier=1)
@@ -133,7 +133,7 @@ def test_other_values_are_taken_over(model):
 )
 def test_another_generation_is_refused(model, fields, version):
     change(model / "transformer", **fields)
-    # its other parts differ too, and must not hide what it is
+    # The other components differ too. The message must still name the generation.
     (model / "vocoder" / "config.json").write_text('{"_class_name": "LTX2Vocoder"}')
     message = refused(model)
     assert f"model_version is '{version}' (transformer/config.json: {next(iter(fields))} is" in message
@@ -155,12 +155,12 @@ def test_another_generation_is_refused(model, fields, version):
         ("vae", {"decoder_inject_noise": [False, True]}, "decoder_inject_noise is [False, True]"),
     ],
 )
-def test_what_is_no_ltx_2_3_is_refused(model, part, fields, words):
+def test_configs_of_other_models_are_refused(model, part, fields, words):
     change(model / part, **fields)
     assert f"{model / part}: " in (message := refused(model)) and words in message
 
 
-def test_fields_of_newer_versions_that_are_off_are_passed_over(model):
+def test_fields_of_newer_versions_that_are_off_are_ignored(model):
     change(model / "transformer", ff_bias=True, use_keyframes_abs_pos_embedding=False, sixth_sense=None)
     open_checkpoint(str(model))
 
@@ -177,7 +177,7 @@ def test_a_directory_of_single_files_names_them(tmp_path):
     assert "legal: name one of its files (ltx-2.3-22b-dev.safetensors)" in refused(tmp_path)
 
 
-def test_files_that_are_missing_or_cut_off(model):
+def test_files_that_are_missing_or_truncated_are_refused(model):
     folder = model / "transformer"
     whole = (folder / "b.safetensors").read_bytes()
     (folder / "b.safetensors").write_bytes(whole[:-1])
@@ -190,7 +190,7 @@ def test_files_that_are_missing_or_cut_off(model):
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": {"x": 1}}'])
-def test_an_index_that_is_none(model, content):
+def test_a_malformed_index_is_refused(model, content):
     index = model / "transformer" / f"{WEIGHTS}.index.json"
     index.write_text(content)
     assert str(index) in refused(model)
@@ -203,13 +203,13 @@ def test_keys_that_are_not_in_their_files_are_listed(model):
     assert "key09, …" in message and "key10" not in message
 
 
-# --- the other pieces ----------------------------------------------------------------------------
+# --- the other components -------------------------------------------------------------------------
 
 
 def test_upsamplers(tmp_path):
     tensors = {"initial_conv.weight": (2,)}
     folder = write_part(tmp_path / "latent_upsampler", UPSAMPLER_CLASS, UPSAMPLER, tensors)
-    for path in (folder, tmp_path):  # itself, and a LTX2LatentUpsamplePipeline
+    for path in (folder, tmp_path):  # the component, and the directory of a LTX2LatentUpsamplePipeline
         check_upsampler(str(path))
     for changed in ({"rational_spatial_scale": 1.5}, {"temporal_upsample": True}, {"spatial_upsample": False}):
         write_part(folder, UPSAMPLER_CLASS, {**UPSAMPLER, **changed}, tensors)
@@ -238,7 +238,7 @@ def test_gemma_in_two_folders(tmp_path):
     check_gemma(str(tmp_path))
 
 
-def test_what_the_directory_holds_need_not_be_named(model, tmp_path, monkeypatch, capsys):
+def test_components_in_the_directory_need_no_option(model, tmp_path, monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(app, "render", lambda options: seen.append(options.model) or 0)
     manifest = write_jsonl(tmp_path / "m.jsonl", [{"prompt": "a cat"}])

@@ -18,7 +18,7 @@ from ltx_ray.parallel.layers import TPGroup
 from ltx_ray.parallel.lora import LoraMerger, LoraSetting
 from tests.support.transformers import load_ours
 
-#: module -> (out, in); the names meet every rule of renaming
+#: (out, in) of each module. The names cover every rule of renaming.
 LINEARS = {
     "transformer_blocks.0.attn1.to_q": (8, 6),
     "transformer_blocks.1.audio_to_video_attn.to_out.0": (8, 4),
@@ -43,12 +43,13 @@ def factors(seed: int = 0) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     }
 
 
-def spelled(name, a="lora_A", b="lora_B", extra=None) -> dict[str, torch.Tensor]:
+def spelled(name, a="lora_A", b="lora_B", alpha=None) -> dict[str, torch.Tensor]:
+    """Tensors of a LoRA whose modules are called `name(module)` and whose factors `a` and `b`."""
     tensors = {}
     for module, (factor_a, factor_b) in factors().items():
         tensors |= {f"{name(module)}.{a}.weight": factor_a, f"{name(module)}.{b}.weight": factor_b}
-        if extra:
-            tensors[f"{name(module)}.alpha"] = extra
+        if alpha is not None:
+            tensors[f"{name(module)}.alpha"] = alpha
     return tensors
 
 
@@ -69,7 +70,7 @@ SPELLINGS = {
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_a_spelling_means_the_official_modules(tmp_path, spelling):
+def test_every_spelling_is_read_as_the_official_modules(tmp_path, spelling):
     pairs = open_lora(write(tmp_path, SPELLINGS[spelling])).fit(LINEARS, "model")
     assert pairs.keys() == LINEARS.keys()
     for module, (n_out, n_in) in LINEARS.items():
@@ -77,7 +78,7 @@ def test_a_spelling_means_the_official_modules(tmp_path, spelling):
         assert (pair.a.shape, pair.b.shape, pair.scale) == ((RANK, n_in), (n_out, RANK), 1.0)
 
 
-def test_names_go_to_diffusers_and_back(toy):
+def test_renaming_to_diffusers_and_back_changes_no_name(toy):
     for name in open_checkpoint(toy["checkpoint_path"]).tensors:
         assert to_official(to_diffusers(name)) == name
         assert to_official(name) == name
@@ -120,11 +121,11 @@ def test_alpha_from_the_adapter_config_beside_the_file(tmp_path):
         open_lora(path)
 
 
-def test_alpha_is_not_lost_when_an_adapter_is_renamed_or_spelled_otherwise(tmp_path):
+def test_alpha_is_found_when_an_adapter_is_renamed_or_spelled_differently(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 4}))
     renamed = write(tmp_path, SPELLINGS["PEFT"], name="mine.safetensors")
     assert {p.scale for p in open_lora(renamed).pairs.values()} == {4 / RANK}
-    # what lies beside a file of another tool is not its own
+    # An adapter_config.json beside a file of another tool does not belong to that file.
     assert {p.scale for p in open_lora(write(tmp_path, SPELLINGS["ComfyUI"])).pairs.values()} == {1.0}
     config = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 8})}
     for spelling in ("official", "diffusers", "PEFT"):
@@ -132,7 +133,7 @@ def test_alpha_is_not_lost_when_an_adapter_is_renamed_or_spelled_otherwise(tmp_p
         assert {p.scale for p in open_lora(path).pairs.values()} == {8 / RANK}, spelling
 
 
-def test_the_name_of_an_adapter_is_its_folders(tmp_path):
+def test_an_adapter_is_named_after_its_folder(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     paths = [write(tmp_path / name, SPELLINGS["PEFT"], name="adapter_model.safetensors") for name in ("one", "two")]
@@ -140,7 +141,7 @@ def test_the_name_of_an_adapter_is_its_folders(tmp_path):
     assert [file.name for file in lora_files([(path, 1.0) for path in paths])] == ["one", "two", "style"]
 
 
-def test_modules_that_are_left_out_are_told(toy, tmp_path):
+def test_modules_that_are_left_out_give_a_warning(toy, tmp_path):
     found = open_checkpoint(toy["checkpoint_path"])
     assert check_lora(found, toy["distilled_lora"]) is None
     odd = {name.replace("blocks.0.", "blocks.99."): tensor for name, tensor in load_file(toy["distilled_lora"]).items()}
@@ -154,8 +155,8 @@ GOOD = {A: torch.ones(2, 6), B: torch.ones(8, 2)}
 @pytest.mark.parametrize(
     "tensors, words",
     [
-        ({"a.weight": torch.ones(2, 2)}, "no LoRA in it; legal: keys"),
-        ({"vocoder.act.alpha": torch.ones(2)}, "no LoRA in it"),
+        ({"a.weight": torch.ones(2, 2)}, "holds no LoRA; legal: keys"),
+        ({"vocoder.act.alpha": torch.ones(2)}, "holds no LoRA"),
         ({A: GOOD[A]}, "has no factor B"),
         ({B: GOOD[B]}, "has no factor A"),
         ({**GOOD, f"{next(iter(LINEARS))}.dora_scale": torch.ones(8)}, "DoRA"),
@@ -179,7 +180,7 @@ def test_what_cannot_be_merged_is_refused(tmp_path, tensors, words):
     assert path in str(caught.value)
 
 
-def test_a_lora_that_fits_no_layer(tmp_path):
+def test_a_lora_that_fits_no_layer_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"fits no layer of model; it has 6 modules such as 'diffusion_model\."):
         open_lora(write(tmp_path, SPELLINGS["official"])).fit({"other": (8, 6)}, "model")
 
@@ -188,20 +189,20 @@ def test_a_lora_that_fits_no_layer(tmp_path):
     "a, b",
     [((2, 7), (8, 2)), ((2, 6), (9, 2)), ((2, 6), (8, 3)), ((6,), (8, 2)), ((2, 6), (8,)), ((2, 6, 1), (8, 2, 1))],
 )
-def test_a_lora_of_other_widths(tmp_path, a, b):
+def test_a_lora_of_other_widths_is_refused(tmp_path, a, b):
     path = write(tmp_path, {A: torch.ones(a), B: torch.ones(b)})
     with pytest.raises(ValueError, match=r"model is 8 x 6; legal: A \(rank, 6\) and B \(8, rank\)") as caught:
         open_lora(path).fit(LINEARS, "model")
     assert path in str(caught.value) and A.removesuffix(".lora_A.weight") in str(caught.value)
 
 
-def test_one_module_under_two_names(tmp_path):
+def test_one_module_under_two_names_is_refused(tmp_path):
     twice = GOOD | {f"diffusion_model.{name}": tensor for name, tensor in GOOD.items()}
-    with pytest.raises(ValueError, match="is there twice"):
+    with pytest.raises(ValueError, match="appears twice"):
         open_lora(write(tmp_path, twice)).fit(LINEARS, "model")
 
 
-# --- merging them --------------------------------------------------------------------------------
+# --- merging -------------------------------------------------------------------------------------
 
 
 def merged(toy, path: str, strength: float, dtype=torch.float32) -> dict[str, torch.Tensor]:
@@ -228,8 +229,8 @@ def test_a_spelling_and_its_alpha_merge_like_the_official_file(toy, tmp_path):
 
 
 @pytest.mark.parametrize("dtype, rows", [(torch.float8_e4m3fn, 1), (torch.int8, 0)])
-def test_quantized_factors_are_scaled_back(toy, tmp_path, dtype, rows):
-    """One scale for a tensor, or one a row; equal to a plain file that holds the scaled values."""
+def test_quantized_factors_are_multiplied_by_their_scales(toy, tmp_path, dtype, rows):
+    """Scales are per tensor or per row. The merge equals that of a plain file with the scaled values."""
     plain, quantized = {}, {}
     for name, tensor in load_file(toy["distilled_lora"]).items():
         wide = tensor.float()

@@ -41,7 +41,7 @@ def test_a_field_that_cannot_be_used_is_named(field, value, legal):
     assert str(caught.value) == f"x: config.transformer.{field} is {value!r}; legal: {legal}"
 
 
-def test_a_configuration_that_is_no_object_is_refused():
+def test_a_configuration_that_is_not_an_object_is_refused():
     with pytest.raises(ValueError, match=r"x: config.transformer is \[\]; legal: a JSON object"):
         TransformerConfig.from_metadata([], "x")
 

@@ -137,7 +137,7 @@ def test_weights_that_are_missing_or_cut_off(cmd, manifest, out, toy, tmp_path):
         ("checkpoint_path", cut, "truncated"),
         ("checkpoint_path", toy["distilled_lora"], "not an LTX checkpoint"),
         ("spatial_upsampler_path", tmp_path / "none.safetensors", "cannot be read"),
-        ("distilled_lora", toy["checkpoint_path"], "no LoRA in it"),
+        ("distilled_lora", toy["checkpoint_path"], "holds no LoRA"),
         ("gemma_root", tmp_path / "empty", "has no config.json"),
     ]:
         message = usage(cmd, "render", manifest, "--output", out, *model_flags(toy, **{flag: path}))

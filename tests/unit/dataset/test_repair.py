@@ -1,4 +1,4 @@
-"""A damaged dataset: every row once afterwards, and what is lost is known to be lost."""
+"""Repairing a dataset: afterwards readers see every row once, and lost rows are known to be missing."""
 
 from __future__ import annotations
 
@@ -27,27 +27,28 @@ def store(request, tmp_path) -> Store:
     return build(Store(str(tmp_path / "out") if request.param == "local" else request.getfixturevalue("bucket")))
 
 
-def mend(store: Store):
-    done, said = list_existing(store), []
-    repaired = repair(store, done, said.append)
-    assert len(said) == sum(map(bool, vars(repaired).values()))
+def run_repair(store: Store):
+    """(result, messages, remaining rows) of a repair, after checking that they agree."""
+    existing, messages = list_existing(store), []
+    repaired = repair(store, existing, messages.append)
+    assert len(messages) == sum(map(bool, vars(repaired).values()))
     rows = rows_of(store)
     assert len(set(rows)) == len(rows), "a plain reader of part-* sees a row twice"
-    assert done.row_count == len(rows) and all(done.has_row(item, row_key(name)) for item, name in rows)
-    return repaired, said, set(rows)
+    assert existing.row_count == len(rows) and all(existing.has_row(item, row_key(name)) for item, name in rows)
+    return repaired, messages, set(rows)
 
 
 ALL = {(ITEMS[0], "a"), (ITEMS[0], "b"), (ITEMS[1], "c"), (ITEMS[2], "d")}
 
 
-def test_a_whole_dataset_is_left_alone(store):
+def test_an_undamaged_dataset_is_left_alone(store):
     before = store.list_names("", recursive=True)
-    repaired, said, rows = mend(store)
-    assert not repaired and not said and rows == ALL
+    repaired, messages, rows = run_repair(store)
+    assert not repaired and not messages and rows == ALL
     assert store.list_names("", recursive=True) == before
 
 
-def test_a_dataset_that_is_not_there(tmp_path, bucket):
+def test_a_missing_dataset_is_not_created(tmp_path, bucket):
     for place in (str(tmp_path / "none"), f"{bucket}/none"):
         store = Store(place)
         assert not repair(store, list_existing(store), pytest.fail)
@@ -55,102 +56,102 @@ def test_a_dataset_that_is_not_there(tmp_path, bucket):
 
 
 @pytest.mark.parametrize("name", ["part-copy.parquet", "part-0.parquet", "copy of it.parquet", "PART.parquet"])
-def test_a_duplicated_part_is_moved_aside(store, name):
+def test_a_duplicated_part_is_hidden_from_readers(store, name):
     store.write_bytes(f"index/{name}", store.read_bytes(part_of(1, "c")))
-    repaired, said, rows = mend(store)
+    repaired, messages, rows = run_repair(store)
     assert repaired.duplicates == [name] and not repaired.published and rows == ALL
-    assert store.exists(f"index/_duplicate-{name}") and name in said[0]
-    assert not mend(store)[0], "once is enough"
+    assert store.exists(f"index/_duplicate-{name}") and name in messages[0]
+    assert not run_repair(store)[0], "a second repair finds nothing"
 
 
 def test_a_renamed_part_gets_its_name_back(store):
     store.move(part_of(1, "c"), "index/part-renamed.parquet")
-    repaired, _, rows = mend(store)
+    repaired, _, rows = run_repair(store)
     assert repaired.published == [part_name(ITEMS[1], row_key("c"))] and rows == ALL
     table = pq.read_table(io.BytesIO(store.read_bytes(part_of(1, "c"))))
     assert table.schema.equals(INDEX_SCHEMA) and table.to_pylist()[0]["latents_sha256"] == "d" * 64
 
 
-def test_a_merged_part_gives_its_missing_rows_back(store):
+def test_rows_that_only_a_merged_part_holds_get_parts_of_their_own(store):
     tables = [pq.read_table(io.BytesIO(store.read_bytes(part_of(*which)))) for which in ((0, "a"), (0, "b"), (1, "c"))]
     buffer = io.BytesIO()
     pq.write_table(pa.concat_tables(tables), buffer)
     store.write_bytes("index/part-merged.parquet", buffer.getvalue())
     store.delete(part_of(0, "b"))
     store.delete(part_of(1, "c"))
-    repaired, _, rows = mend(store)
+    repaired, _, rows = run_repair(store)
     assert len(repaired.published) == 2 and repaired.duplicates == ["part-merged.parquet"] and rows == ALL
 
 
 def test_a_renamed_part_of_a_lost_clip_does_not_come_back(store):
     store.move(part_of(1, "c"), "index/part-renamed.parquet")
     store.delete(clip_of(1))
-    repaired, _, rows = mend(store)
+    repaired, _, rows = run_repair(store)
     assert repaired.lost == repaired.published and rows == ALL - {(ITEMS[1], "c")}
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1 no", None])
-def test_an_oddly_named_part_that_cannot_be_read_is_moved_aside(store, content):
+def test_a_misnamed_part_that_cannot_be_read_is_hidden_from_readers(store, content):
     if content is None:
         buffer = io.BytesIO()
         pq.write_table(pa.table({"id": ["a"]}), buffer)
         content = buffer.getvalue()
     store.write_bytes("index/part-odd.parquet", content)
-    repaired, _, rows = mend(store)
+    repaired, _, rows = run_repair(store)
     assert repaired.unreadable == ["part-odd.parquet"] and rows == ALL
     assert store.read_bytes("index/_unreadable-part-odd.parquet") == content
 
 
-def test_an_empty_part_is_moved_aside_and_its_row_is_to_be_rendered_again(store):
+def test_an_empty_part_is_hidden_from_readers_and_its_row_is_to_be_rendered_again(store):
     store.write_bytes(part_of(2, "d"), b"")
-    repaired, said, rows = mend(store)
+    repaired, messages, rows = run_repair(store)
     assert repaired.unreadable == [part_name(ITEMS[2], row_key("d"))] and rows == ALL - {(ITEMS[2], "d")}
-    assert "rendered again" in said[0]
+    assert "rendered again" in messages[0]
 
 
 def test_every_row_of_a_lost_clip_is_to_be_rendered_again(store):
     store.delete(clip_of(0))
-    repaired, said, rows = mend(store)
+    repaired, messages, rows = run_repair(store)
     assert len(repaired.lost) == 2 and rows == {(ITEMS[1], "c"), (ITEMS[2], "d")}
     assert store.list_names("index")[:2] == sorted(f"_lost-{part_name(ITEMS[0], row_key(n))}" for n in "ab")
-    assert "has no whole clip any more" in said[0]
+    assert "no longer has a complete clip" in messages[0]
 
 
-def test_an_empty_clip_is_a_lost_one(store):
+def test_an_empty_clip_is_lost(store):
     store.write_bytes(clip_of(1), b"")
-    assert mend(store)[2] == ALL - {(ITEMS[1], "c")}
+    assert run_repair(store)[2] == ALL - {(ITEMS[1], "c")}
 
 
 @pytest.mark.parametrize("cut", ["half", "one byte", "not an mp4", "longer"])
-def test_a_half_written_clip_on_a_disk_is_a_lost_one(tmp_path, cut):
+def test_an_incomplete_clip_on_a_disk_is_lost(tmp_path, cut):
     store = build(Store(str(tmp_path)))
     whole = store.read_bytes(clip_of(1))
     damaged = {"half": whole[: len(whole) // 2], "one byte": whole[:-1], "not an mp4": b"x" * 64}
     store.write_bytes(clip_of(1), damaged.get(cut, whole + b"x"))
-    repaired, _, rows = mend(store)
+    repaired, _, rows = run_repair(store)
     assert len(repaired.lost) == 1 and rows == ALL - {(ITEMS[1], "c")}
 
 
-def test_a_row_that_was_rendered_without_a_clip_is_whole(store):
+def test_a_row_that_was_rendered_without_a_clip_needs_none(store):
     build(store, rows=((2, "latents-only"),), clip=False)
     store.delete(clip_of(2))
-    repaired, _, rows = mend(store)
+    repaired, _, rows = run_repair(store)
     assert repaired.lost == [part_name(ITEMS[2], row_key("d"))]
     assert rows == (ALL | {(ITEMS[2], "latents-only")}) - {(ITEMS[2], "d")}
 
 
-def test_names_that_readers_pass_over_are_left_alone(store):
-    kept = ["index/_lost-part-x.parquet", "index/.part.parquet.0123abcd", "index/_SUCCESS"]
-    for name in kept:
+def test_names_that_readers_ignore_are_left_alone(store):
+    ignored = ["index/_lost-part-x.parquet", "index/.part.parquet.0123abcd", "index/_SUCCESS"]
+    for name in ignored:
         store.write_bytes(name, b"x")
-    assert not mend(store)[0] and all(store.exists(name) for name in kept)
+    assert not run_repair(store)[0] and all(store.exists(name) for name in ignored)
 
 
-def test_a_long_list_is_told_in_short(store):
+def test_a_message_shortens_a_long_list(store):
     for n in range(10):
         store.write_bytes(f"index/part-{n}.parquet", store.read_bytes(part_of(1, "c")))
-    _, [said], _ = mend(store)
-    assert "part-2.parquet and 7 more" in said and "part-3" not in said
+    _, [message], _ = run_repair(store)
+    assert "part-2.parquet and 7 more" in message and "part-3" not in message
 
 
 # --- boxes ---------------------------------------------------------------------------------------
@@ -178,13 +179,13 @@ def box(kind: bytes, content: bytes = b"", long: bool = False) -> bytes:
         (b"\0" * 200, False),
     ],
 )
-def test_top_level_boxes(tmp_path, data, whole):
+def test_an_mp4_is_whole_when_its_top_level_boxes_are(tmp_path, data, whole):
     (tmp_path / "x.mp4").write_bytes(data)
     assert is_whole_mp4(str(tmp_path / "x.mp4")) is whole
     assert is_whole_mp4(str(tmp_path / "none.mp4")) is None
 
 
-def test_a_clip_as_it_is_muxed_is_whole_at_its_full_length_only(tmp_path):
+def test_a_muxed_clip_is_whole_only_at_its_full_length(tmp_path):
     path = str(tmp_path / "x.mp4")
     frames = [np.full((9, 96, 64), 128, np.uint8)]
     sound = np.zeros((2, 20000), np.float32)

@@ -1,4 +1,4 @@
-"""The report page: self-contained, safe with hostile input, complete, bounded, not lost to a bad file."""
+"""The report page: self-contained, complete, bounded in size, and safe against hostile text and damaged files."""
 
 import base64
 import hashlib
@@ -20,7 +20,7 @@ from tests.support import report_data as data
 
 
 class Page(HTMLParser):
-    """Tags with their attributes in order, and the text of the page outside style and script."""
+    """A report as parsed: its tags with their attributes in order, and its text outside style and script."""
 
     def __init__(self, out, **options):
         super().__init__()
@@ -46,7 +46,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
-    """Four clips (one damaged, one gone), three failures, events."""
+    """Six rows (one clip damaged, one missing, one never made), three failures, events."""
     root = tmp_path_factory.mktemp("out")
     rows = [data.index_row(i) for i in range(6)]
     rows[1]["prompt"] = rows[2]["prompt"] = data.HOSTILE
@@ -72,7 +72,7 @@ def page(out):
     return Page(out)
 
 
-def test_nothing_comes_from_outside(page):
+def test_the_page_loads_nothing_from_outside(page):
     assert "http://" not in page.source and "https://" not in page.source
     for tag, attrs in page.tags:
         assert tag not in ("link", "iframe", "object", "embed", "base", "form")
@@ -88,8 +88,8 @@ def test_hostile_text_stays_text(page):
     assert not [a for _, a in page.tags if any(name.startswith("on") for name in a)]
     assert all((a.get("src") or "").startswith("data:") for a in page.all("img"))
     shown = data.HOSTILE.replace("\x00", "\ufffd")
-    # Three prompts, a flag in the summary, as badge and as option, a failed row's id, message and traceback.
-    # "{{title}}" in it was not taken for a placeholder.
+    # The text is in three prompts, in a flag (summary, badge and option), and in a failed row's id, message and
+    # traceback. Its "{{title}}" is not taken for a placeholder.
     assert page.text.count(shown) == 9
     assert "\x00" not in page.source
     flags = [json.loads(a["data-flags"]) for a in page.all("article") if a["data-flags"]]
@@ -103,7 +103,7 @@ def test_the_policy_allows_the_one_script_and_nothing_else(page):
     assert f"script-src 'sha256-{digest}'" in policy and "default-src 'none'" in policy
 
 
-def test_failures_come_first_and_tell_all(page):
+def test_failures_come_first_with_their_details(page):
     assert page.source.index('id="failures"') < page.source.index('id="timeline"') < page.source.index('id="clips"')
     assert len(page.all("ol", "failures")) == 1
     for text in (
@@ -145,7 +145,7 @@ def test_summary(page):
         assert part in text, part
 
 
-def test_flagged_clips_lead_and_the_rest_beyond_the_cap_are_counted(out):
+def test_flagged_clips_come_first_and_clips_beyond_the_cap_are_counted(out):
     page = Page(out, max_clips=2)
     assert [a["data-id"] for a in page.all("article")] == ["clip-0002", "clip-0000"]
     assert "4 more clips not shown here" in page.text
@@ -174,7 +174,7 @@ def test_a_failure_that_was_rendered_since_is_not_listed(tmp_path):
     assert "1 failed" in page.text and "bad-001" not in page.text and "1 earlier failure rendered since" in page.text
 
 
-def test_damaged_records_are_said_not_fatal(tmp_path):
+def test_damaged_records_are_reported_and_not_fatal(tmp_path):
     data.write_parts(
         tmp_path,
         "index",
@@ -216,7 +216,7 @@ def test_only_the_newest_run_is_on_the_timeline(tmp_path):
     assert "old-0" not in page.text and "stage1-2" in page.text
 
 
-def test_timeline_tells_loading_switches_losses_and_failures():
+def test_timeline_shows_loading_switches_losses_and_failures():
     events = data.run_events(shared=True)
     chart = make_timeline(events)
     for text in (
@@ -231,7 +231,7 @@ def test_timeline_tells_loading_switches_losses_and_failures():
     assert make_timeline([]) == "" and make_timeline([{"t": 1.0, "event": "run_started"}]) == ""
 
 
-def test_timeline_lanes_are_in_order_of_the_line_and_counted_naturally():
+def test_timeline_lanes_are_in_order_of_stage_and_number():
     events = data.run_events(400, replicas=(1, 11, 2, 1))
     lanes = re.findall(r'<div title="([^"]+)">', make_timeline(events))
     assert lanes == ["text-0", *(f"stage1-{k}" for k in range(11)), "stage2-0", "stage2-1", "decode-0"]
@@ -249,7 +249,7 @@ def test_ten_thousand_events_and_many_replicas_stay_small(tmp_path):
 
 
 def test_busy_bins_add_up():
-    """One replica at work in half of its time draws half of the area."""
+    """A replica that is busy half of the time fills half of its lane."""
     events = [{"t": 0.0, "event": "run_started"}]
     for i in range(1000):
         call = {
@@ -268,7 +268,7 @@ def test_busy_bins_add_up():
     assert ">50%</div>" in chart
 
 
-def test_strips_fit_their_budget_and_keep_what_decodes(tmp_path):
+def test_strips_fit_their_budget_and_show_every_frame_that_decodes(tmp_path):
     path = tmp_path / "a.mp4"
     data.write_mp4(path, 320, 192, 57)
     with path.open("rb") as file:
@@ -291,8 +291,8 @@ def test_a_clip_of_one_frame(tmp_path):
     assert len(strip.frames) == 1 and strip.problem is None and "--cols:1" in strip.html("a", "a.mp4")
 
 
-def test_lengths_of_time():
-    wanted = {
+def test_durations_for_people():
+    expected = {
         None: "–",
         0: "0 s",
         0.123: "0.12 s",
@@ -301,7 +301,7 @@ def test_lengths_of_time():
         7500: "2 h 05 min",
         2e5: "2 d 7 h",
     }
-    assert {seconds: human(seconds) for seconds in wanted} == wanted
+    assert {seconds: human(seconds) for seconds in expected} == expected
     assert [human(t, 30) for t in (0, 30, 60, 90, 3600)] == ["0", "30 s", "1 min", "1 min 30 s", "1 h"]
     assert esc('<a b="\'">\x07') == "&lt;a b=&quot;&#x27;&quot;&gt;\ufffd"
 

@@ -47,6 +47,6 @@ def test_conditions(text, meets):
         ("flags = black", "legal: columns of numbers and texts"),
     ],
 )
-def test_conditions_that_no_row_could_meet(text, message):
+def test_malformed_conditions_are_refused(text, message):
     with pytest.raises(ValueError, match=message):
         parse_filter(text)

@@ -1,4 +1,4 @@
-"""The dataset's tables: one schema, names that say what is done, failures that are a manifest again."""
+"""The dataset's tables: their schemas, names that tell which rows exist, and failed/ as a manifest."""
 
 from __future__ import annotations
 
@@ -40,25 +40,25 @@ def one_row(writer: DatasetWriter, folder: str) -> dict:
 
 def full_request() -> RenderRequest:
     """A request with a value in every column that may be empty."""
-    plain_one = request(
+    base = request(
         id="cat-1", seed=2**63 - 1, video_stg_blocks=[28, 29], negative_prompt="", note={"x": 1}, prompt="雪 🐱"
     )
-    return dataclasses.replace(plain_one, loras=(LoraUse("style", 0.5),))
+    return dataclasses.replace(base, loras=(LoraUse("style", 0.5),))
 
 
 # --- index ---------------------------------------------------------------------------------------
 
 
-def test_the_index_has_every_column_of_the_contract():
+def test_the_index_has_its_documented_columns():
     manifest = """id prompt negative_prompt seed height width num_frames frame_rate num_inference_steps
         video_cfg_scale video_stg_scale video_rescale_scale video_modality_scale video_stg_blocks video_skip_step
         audio_cfg_scale audio_stg_scale audio_rescale_scale audio_modality_scale audio_stg_blocks audio_skip_step
         distilled_lora_strength_stage_1 distilled_lora_strength_stage_2 loras images pipeline extra"""
-    ours = """item_id clip clip_sha256 latents_sha256 audio_stage flags attempts stage1_replica stage2_replica switches
+    added = """item_id clip clip_sha256 latents_sha256 audio_stage flags attempts stage1_replica stage2_replica switches
         text_seconds stage1_seconds stage2_seconds decode_seconds gpu_seconds device numerics recipe recipe_digest
         noise_ledger versions finished_at"""
-    assert set(INDEX_SCHEMA.names) == set(manifest.split()) | set(ours.split())
-    assert set(INDEX_SCHEMA.names) - set(ours.split()) == {f.name for f in dataclasses.fields(RenderRequest)}
+    assert set(INDEX_SCHEMA.names) == set(manifest.split()) | set(added.split())
+    assert set(INDEX_SCHEMA.names) - set(added.split()) == {f.name for f in dataclasses.fields(RenderRequest)}
     types = {name: INDEX_SCHEMA.field(name).type for name in INDEX_SCHEMA.names}
     assert types["seed"] == pa.int64() and types["extra"] == pa.string()
     assert types["video_stg_blocks"] == types["audio_stg_blocks"] == pa.list_(pa.int32())
@@ -84,10 +84,10 @@ def test_parts_of_empty_and_of_full_rows_read_as_one_table(writer):
 
 
 def test_an_index_row_says_what_was_rendered(writer):
-    made = full_request()
-    writer.write_index(ITEM, made, RENDERED)
+    full = full_request()
+    writer.write_index(ITEM, full, RENDERED)
     row = one_row(writer, "index")
-    for name, value in made.row().items():
+    for name, value in full.row().items():
         assert row[name] == value, name
     assert row["item_id"] == ITEM and row["clip"] == f"clips/aa/{ITEM}.mp4"
     assert (row["clip_sha256"], row["latents_sha256"]) == ("c" * 64, "d" * 64)
@@ -110,7 +110,7 @@ def test_rows_of_one_item_have_parts_of_their_own(writer):
     assert len(row_key("a")) == 8 and row_key(None) == row_key("")
 
 
-def test_another_row_gets_a_copy_of_the_clip(writer):
+def test_another_row_of_an_item_gets_a_copy_of_its_index_row(writer):
     writer.write_index(ITEM, request(id="a", note="first"), RENDERED)
     writer.copy_index_row(ITEM, row_key("a"), request(id="b", note="second"))
     first, second = (parts(writer, "index")[f"part-{ITEM}-{row_key(n)}.parquet"] for n in ("a", "b"))
@@ -124,15 +124,15 @@ def test_another_row_gets_a_copy_of_the_clip(writer):
 
 
 def test_a_failed_row_says_why(writer):
-    made = full_request()
-    writer.write_failed(ITEM, made, RawRow("m.jsonl", 7, {"prompt": "x"}), CRASH)
+    full = full_request()
+    writer.write_failed(ITEM, full, RawRow("m.jsonl", 7, {"prompt": "x"}), CRASH)
     [table] = parts(writer, "failed").values()
     assert table.schema.equals(FAILED_SCHEMA)
     [row] = table.to_pylist()
     assert (row["item_id"], row["source"], row["stage"], row["attempts"]) == (ITEM, "m.jsonl:7", "stage2", 3)
     assert (row["error_class"], row["message"]) == ("infrastructure", "the gang died")
     assert row["traceback"] == "Traceback ..."
-    assert row["prompt"] == made.prompt and row["loras"] == [{"name": "style", "strength": 0.5}]
+    assert row["prompt"] == full.prompt and row["loras"] == [{"name": "style", "strength": 0.5}]
 
 
 def test_a_row_that_succeeds_is_no_longer_failed(writer):
@@ -164,6 +164,7 @@ LINES = [
 
 
 def fail_all(writer: DatasetWriter, manifest: str, rules: RowRules) -> list:
+    """Record every row of the manifest as failed, and return the verdicts."""
     rows = [judge(raw, rules) for raw in read_manifest(manifest)]
     for n, row in enumerate(rows):
         if isinstance(row, IllegalRow):
@@ -173,7 +174,7 @@ def fail_all(writer: DatasetWriter, manifest: str, rules: RowRules) -> list:
     return rows
 
 
-def test_failed_rows_are_a_manifest_with_the_same_judgement(writer, tmp_path):
+def test_failed_rows_are_a_manifest_with_the_same_verdicts(writer, tmp_path):
     rules = RowRules(num_layers=48)
     manifest = write_jsonl(tmp_path / "m.jsonl", LINES)
     before = fail_all(writer, manifest, rules)
@@ -186,7 +187,7 @@ def test_failed_rows_are_a_manifest_with_the_same_judgement(writer, tmp_path):
     assert verdicts(again) == verdicts(before)
 
 
-def test_failing_again_from_failed_changes_no_name(writer, tmp_path):
+def test_failing_again_in_a_retry_changes_no_name(writer, tmp_path):
     rules = RowRules()
     fail_all(writer, write_jsonl(tmp_path / "m.jsonl", LINES), rules)
     names = {n for n in writer.store.list_names("failed") if "illegal" in n}
@@ -197,7 +198,7 @@ def test_failing_again_from_failed_changes_no_name(writer, tmp_path):
     assert {n for n in writer.store.list_names("failed") if "illegal" in n} == names
 
 
-def test_a_parquet_row_fails_and_reads_back_the_same(writer, tmp_path):
+def test_a_failed_parquet_row_is_read_back_unchanged(writer, tmp_path):
     import datetime
 
     day = datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC)
@@ -212,7 +213,7 @@ def test_a_parquet_row_fails_and_reads_back_the_same(writer, tmp_path):
     assert again.raw.source == f"{tmp_path}/m.parquet:1"
 
 
-def test_the_original_row_is_kept_even_when_it_fits_no_column(writer):
+def test_the_original_row_is_stored_even_when_its_values_fit_no_column(writer):
     raw = RawRow("m.jsonl", 2, {"prompt": 5, "images": [{"path": 3}], "seed": 10**40, "height": 63})
     writer.write_illegal(raw, ["why"])
     row = one_row(writer, "failed")
@@ -225,27 +226,27 @@ def test_illegal_rows_that_are_gone_from_their_manifest_are_forgotten(writer):
     def illegal(source: str, number: int = 1) -> str:
         return writer.write_illegal(RawRow(source, number, {"prompt": ""}), ["why"])
 
-    kept = illegal("d/m.jsonl", 1)
+    remaining = illegal("d/m.jsonl", 1)
     illegal("d/m.jsonl", 2)
     others = {illegal("d/m.jsonl2"), illegal("d/m.json"), illegal("d/other.jsonl")}
-    writer.forget_illegal("d/m.jsonl", keep={kept})
-    assert set(writer.store.list_names("failed")) == {kept} | others
+    writer.forget_illegal("d/m.jsonl", keep={remaining})
+    assert set(writer.store.list_names("failed")) == {remaining} | others
 
 
 def test_illegal_rows_that_are_gone_from_their_folder_are_forgotten(writer):
     def illegal(source: str) -> str:
         return writer.write_illegal(RawRow(source, 1, {"prompt": ""}), ["why"])
 
-    kept, beside = illegal("d/mm/x.jsonl"), illegal("d/mm2/x.jsonl")
+    remaining, neighbour = illegal("d/mm/x.jsonl"), illegal("d/mm2/x.jsonl")
     illegal("d/mm/y.jsonl")
-    writer.forget_illegal("d/mm/", keep={kept})
-    assert set(writer.store.list_names("failed")) == {kept, beside}
+    writer.forget_illegal("d/mm/", keep={remaining})
+    assert set(writer.store.list_names("failed")) == {remaining, neighbour}
 
 
 def test_a_retry_forgets_the_illegal_rows_of_every_manifest(writer):
-    kept = writer.write_illegal(RawRow("a.jsonl", 1, {"prompt": ""}), ["why"])
+    remaining = writer.write_illegal(RawRow("a.jsonl", 1, {"prompt": ""}), ["why"])
     writer.write_illegal(RawRow("b.jsonl", 1, {"prompt": ""}), ["why"])
     writer.write_failed(ITEM, request(id="x"), RawRow("a.jsonl", 2, {}), CRASH)
-    writer.forget_illegal(str(Path(writer.store.uri) / "failed"), keep={kept})
-    left = writer.store.list_names("failed")
-    assert kept in left and len(left) == 2
+    writer.forget_illegal(str(Path(writer.store.uri) / "failed"), keep={remaining})
+    names = writer.store.list_names("failed")
+    assert remaining in names and len(names) == 2

@@ -1,4 +1,4 @@
-"""Manifests as a whole: Parquet and JSONL read as a stream, and what makes a file illegal at once."""
+"""Reading manifests: Parquet and JSONL are streamed, and a bad file is refused before its first row."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ def requests(uri: str):
 # --- reading -------------------------------------------------------------------------------------
 
 
-def test_jsonl_rows_know_their_line(tmp_path):
+def test_jsonl_rows_carry_their_line_number(tmp_path):
     uri = write_jsonl(tmp_path / "m.jsonl", [{"prompt": "one"}, "", "   ", {"prompt": "two"}])
     rows = list(read_manifest(uri))
     assert [(r.source, r.values) for r in rows] == [(f"{uri}:1", {"prompt": "one"}), (f"{uri}:4", {"prompt": "two"})]
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "ndjson", "json"])
-def test_jsonl_by_any_of_its_names_with_a_byte_order_mark_and_foreign_line_ends(tmp_path, ending):
+def test_jsonl_of_any_extension_may_have_a_byte_order_mark_and_crlf(tmp_path, ending):
     path = tmp_path / f"m.{ending}"
     path.write_bytes('\ufeff{"prompt": "é"}\r\n{"prompt": "雪"}'.encode())
     assert prompts(str(path)) == ["é", "雪"]
 
 
-def test_parquet_rows_count_from_1(tmp_path):
+def test_parquet_rows_are_numbered_from_1(tmp_path):
     uri = write_parquet(tmp_path / "m.parquet", prompt=["one", "two"], seed=[1, None])
     rows = list(read_manifest(uri))
     assert [(r.source, r.values) for r in rows] == [
@@ -93,8 +93,8 @@ def test_a_folder_may_have_more_files_than_a_process_may_open(tmp_path):
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_rows_stream(tmp_path):
-    """The broken last line is not reached when only the first row is asked for."""
+def test_rows_are_streamed(tmp_path):
+    """Asking for the first row does not reach the broken last line."""
     rows = [{"prompt": str(n)} for n in range(3000)]
     uri = write_jsonl(tmp_path / "m.jsonl", [*rows, "broken"])
     stream = read_manifest(uri)
@@ -102,11 +102,11 @@ def test_rows_stream(tmp_path):
     assert [r.unreadable is None for r in stream][-2:] == [True, False]
 
 
-# --- files that are refused at once --------------------------------------------------------------
+# --- files that are refused before the first row -------------------------------------------------
 
 
 def refused(uri: str) -> str:
-    """The error of opening `uri`, before any row is asked for."""
+    """Message of the ValueError that opening `uri` raises, before any row is read."""
     with pytest.raises(ValueError) as caught:
         read_manifest(uri)
     assert uri.rstrip("/") in str(caught.value)
@@ -191,7 +191,7 @@ def test_a_parquet_column_of_the_wrong_type(tmp_path, column):
         ("images", [{"path": "a.png", "frame": 0}]),
     ],
 )
-def test_a_parquet_column_of_the_wrong_structs(tmp_path, column, value):
+def test_a_parquet_column_of_structs_with_wrong_fields(tmp_path, column, value):
     message = refused(write_parquet(tmp_path / "m.parquet", prompt=["x"], **{column: pa.array([value])}))
     assert f"column '{column}' has type" in message
 
@@ -209,11 +209,11 @@ def test_a_jsonl_value_that_is_wrong_in_one_row_stays_with_the_row(tmp_path):
     assert isinstance(good, LegalRow)
 
 
-# --- types that fit ------------------------------------------------------------------------------
+# --- convertible types ----------------------------------------------------------------------------
 
 
-def test_what_pandas_writes(tmp_path):
-    """Gaps turn a column of whole numbers into floats with NaN; strings may be dictionary-encoded."""
+def test_parquet_written_by_pandas_is_read(tmp_path):
+    """pandas writes whole numbers with gaps as floats with NaN, and may dictionary-encode strings."""
     uri = write_parquet(
         tmp_path / "m.parquet",
         prompt=pa.array(["a", "b"]).dictionary_encode(),

@@ -48,7 +48,7 @@ def test_an_empty_negative_prompt_is_empty():
     assert request(negative_prompt="").negative_prompt == ""
 
 
-def test_the_operators_defaults_stand_between_the_row_and_the_pipeline():
+def test_the_operators_defaults_override_the_pipelines_and_yield_to_the_rows():
     rules = RowRules(defaults=check_defaults({"seed": 3, "height": 64, "frame_rate": 25}))
     row = judged({"prompt": "a", "seed": 4, "height": None}, rules)
     assert isinstance(row, LegalRow)
@@ -64,13 +64,13 @@ def test_the_operators_defaults_are_checked_under_their_flag():
         check_defaults({"seed": "x"})
 
 
-def test_unknown_columns_travel_along_as_json():
+def test_unknown_columns_are_stored_as_json():
     extra = request(b=[1, {"c": None}], a="é").extra
     assert extra == '{"a": "é", "b": [1, {"c": null}]}'
 
 
 @pytest.mark.parametrize(
-    "value, kept",
+    "value, stored",
     [
         (float("nan"), None),
         ([float("inf"), {"x": float("nan")}, 1.0], [None, {"x": None}, 1.0]),
@@ -79,10 +79,10 @@ def test_unknown_columns_travel_along_as_json():
         (b"\xff", "b'\\xff'"),
     ],
 )
-def test_extra_is_json_and_utf8_whatever_it_holds(value, kept):
+def test_extra_is_json_and_utf8_for_any_value(value, stored):
     extra = request(x=value).extra
     extra.encode()
-    assert json.loads(extra, parse_constant=pytest.fail) == {"x": kept}
+    assert json.loads(extra, parse_constant=pytest.fail) == {"x": stored}
 
 
 # --- each column ---------------------------------------------------------------------------------
@@ -203,8 +203,8 @@ LEGAL = [
 
 
 @pytest.mark.parametrize("column, value, parsed", LEGAL, ids=repr)
-def test_a_legal_value_is_kept(column, value, parsed):
-    # 121 frames at 1000 a second still last three audio latents
+def test_a_legal_value_is_parsed(column, value, parsed):
+    # Even at 1000 frames a second, the default 121 frames last three audio latents.
     row = judged({"prompt": "a cat", column: value}, RULES)
     assert isinstance(row, LegalRow), row.messages()
     assert getattr(row.request, column) == parsed
@@ -222,10 +222,10 @@ def test_an_unknown_lora_names_the_declared_ones():
 
 
 def test_a_pipeline_that_is_known_but_not_served_says_so():
-    said = only_message({"pipeline": "distilled"})
-    assert said.endswith("legal: hq or base (not 'distilled', which the loaded checkpoint does not serve)")
-    said = only_message({"pipeline": "hq"}, RowRules(pipelines=served_pipelines(distilled=True)))
-    assert said.endswith("legal: distilled (not 'hq', which the loaded checkpoint does not serve)")
+    message = only_message({"pipeline": "distilled"})
+    assert message.endswith("legal: hq or base (not 'distilled', which the loaded checkpoint does not serve)")
+    message = only_message({"pipeline": "hq"}, RowRules(pipelines=served_pipelines(distilled=True)))
+    assert message.endswith("legal: distilled (not 'hq', which the loaded checkpoint does not serve)")
     assert "which is unknown" in only_message({"pipeline": "turbo"})
 
 
@@ -246,7 +246,7 @@ def test_all_problems_of_a_row_are_listed():
 
 
 @pytest.mark.parametrize("row_id", ["a\nb", "\x1b[31m", "\ud800", "x" * 500])
-def test_an_id_that_is_none_cannot_break_the_line(row_id):
+def test_an_illegal_id_cannot_break_the_message(row_id):
     [message] = judged({"prompt": "a", "id": row_id}).messages()
     message.encode()
     assert message.isprintable()
@@ -257,7 +257,7 @@ def test_long_values_are_cut():
     assert len(only_message({"seed": "x" * 10_000})) < 300
 
 
-def test_a_line_that_is_no_json_is_an_illegal_row():
+def test_a_line_that_is_not_json_is_an_illegal_row():
     row = judge(RawRow("m.jsonl", 3, {}, unreadable="not JSON (x)"), RowRules())
     assert row.messages() == ["m.jsonl:3:row: 'not JSON (x)', legal: one JSON object a line"]
 
@@ -272,7 +272,7 @@ def root_refused(path: str, roots: tuple[str, ...], manifest: str) -> bool:
 
 @pytest.fixture
 def tree(tmp_path):
-    """in/a.png and in/sub inside the root, out/b.png outside, and links that cross."""
+    """in/ is the root, with a.png and sub/; out/b.png is outside it. Links lead from each to the other."""
     inside, outside = tmp_path / "in", tmp_path / "out"
     (inside / "sub").mkdir(parents=True)
     outside.mkdir()
@@ -300,7 +300,7 @@ def test_images_outside_every_root(tree, path):
     assert root_refused(path, (str(tree / "in"), str(tree / "in" / "sub")), str(tree / "in" / "m.jsonl"))
 
 
-def test_relative_images_count_from_the_manifest_not_from_the_root(tree):
+def test_relative_image_paths_start_at_the_manifest_not_at_the_root(tree):
     manifest = str(tree / "in" / "m.jsonl")
     assert not root_refused("../out/b.png", (str(tree / "out"),), manifest)
     assert root_refused("b.png", (str(tree / "out"),), manifest)
@@ -320,7 +320,7 @@ def test_without_roots_images_come_from_the_rows_own_folder():
     assert root_refused("/etc/passwd", (), "/data/m.jsonl")
 
 
-# --- anything at all -----------------------------------------------------------------------------
+# --- arbitrary values ----------------------------------------------------------------------------
 
 SCALARS = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=8)
@@ -331,11 +331,11 @@ VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4), max_leaves=6
 )
 ROWS = st.fixed_dictionaries({}, optional={name: VALUES for name in [*COLUMNS, "note"]})
-SOUND_ROWS = st.builds(lambda row: {**row, "prompt": "a cat"}, st.dictionaries(KEYS | st.just("note"), VALUES))
+ROWS_WITH_A_PROMPT = st.builds(lambda row: {**row, "prompt": "a cat"}, st.dictionaries(KEYS | st.just("note"), VALUES))
 
 
 @settings(max_examples=200)
-@given(ROWS | SOUND_ROWS)
+@given(ROWS | ROWS_WITH_A_PROMPT)
 def test_any_row_is_judged(values):
     row = judged(values, RULES)
     if isinstance(row, IllegalRow):

@@ -1,4 +1,4 @@
-"""item_id and the recipe's digest: what they depend on, and that they never drift."""
+"""item_id and the recipe's digest: what they depend on, and that no version changes them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ltx_ray.records import (
 )
 from tests.support.samples import recipe, request
 
-#: Another value of each field of a request that counts.
+#: For each field of a request that enters the item_id, a value other than the default.
 OTHER_VALUES = {
     "prompt": "a dog",
     "negative_prompt": "",
@@ -44,6 +44,7 @@ OTHER_VALUES = {
     "images": (ImageCondition("a.png", 0, 1.0, None),),
     "pipeline": "base",
 }
+#: For each field of a recipe, a value other than that of `recipe()`.
 OTHER_RECIPES = {
     "pipeline": "base",
     "dtype": "float32",
@@ -62,12 +63,12 @@ def digests(r: RenderRequest) -> tuple[str, ...]:
     return tuple("9" * 32 for _ in r.images)
 
 
-def identity(r: RenderRequest, made_by: Recipe | None = None) -> str:
-    return item_id(r, made_by or recipe(), digests(r))
+def identity(r: RenderRequest, by: Recipe | None = None) -> str:
+    return item_id(r, by or recipe(), digests(r))
 
 
 def test_the_identity_of_this_request_never_changes():
-    """A change of this digest renders every dataset in the world again: it needs a reason."""
+    """Changing one of these digests makes every existing dataset render again, so it needs a reason."""
     assert identity(request(seed=7, id="x")) == "b54d392e76654cb12d2e6303f19734d5"
     assert recipe_digest(recipe()) == "14b6459ad9721514"
 
@@ -79,9 +80,9 @@ def test_identity_has_32_hex_digits():
 
 
 def test_id_and_extra_do_not_count():
-    plain_one = request()
-    assert identity(request(id="a")) == identity(request(id="b")) == identity(plain_one)
-    assert identity(request(note="kept")) == identity(plain_one)
+    bare = request()
+    assert identity(request(id="a")) == identity(request(id="b")) == identity(bare)
+    assert identity(request(note="x")) == identity(bare)
 
 
 def test_loras_count_by_their_bytes_and_strengths_never_by_name():
@@ -92,7 +93,7 @@ def test_loras_count_by_their_bytes_and_strengths_never_by_name():
     assert identity(one, changed) != identity(one)
 
 
-def test_every_field_has_another_value_to_try():
+def test_every_field_is_covered():
     fields = {f.name for f in dataclasses.fields(RenderRequest)}
     assert fields == set(OTHER_VALUES) | {"id", "extra", "loras"}
     assert {f.name for f in dataclasses.fields(Recipe)} == set(OTHER_RECIPES)
@@ -132,13 +133,13 @@ def test_equal_numbers_are_equal_however_they_are_written():
     assert identity(request(video_stg_scale=0)) == identity(request(video_stg_scale=-0.0))
 
 
-def test_a_default_counts_like_the_same_value_given():
+def test_a_default_equals_the_same_value_given():
     given_values = {k: plain(v) for k, v in PIPELINES["hq"].defaults.items()}
     assert identity(request(**given_values)) == identity(request())
     assert identity(request(pipeline="hq")) == identity(request())
 
 
-def test_rows_whose_prompts_differ_in_blanks_are_other_items():
+def test_rows_whose_prompts_differ_in_blanks_are_different_items():
     assert identity(request(prompt="a cat")) != identity(request(prompt="a  cat"))
     assert identity(request(prompt="é")) != identity(request(prompt="e\u0301"))
 
@@ -150,7 +151,7 @@ def test_canonical_json_ignores_the_order_of_keys(values):
     assert json.loads(text) == values
 
 
-def test_canonical_json_refuses_what_is_no_json():
+def test_canonical_json_refuses_values_that_json_lacks():
     with pytest.raises(ValueError):
         canonical_json({"x": float("nan")})
 
@@ -168,7 +169,7 @@ def test_av_maps_video_first():
     assert list(AV("v", "a")) == ["v", "a"]
 
 
-def test_a_ledger_grows_at_its_end_and_leaves_the_old_one_alone():
+def test_extending_a_ledger_appends_draws_and_leaves_the_original_unchanged():
     ledger = NoiseLedger(7, "cpu", "x")
     longer = ledger.extended("stage_1.video", (1, 2, 128), "bfloat16")
     longer = longer.extended("stage_1.audio", (1, 3, 128), "bfloat16")

@@ -1,4 +1,4 @@
-"""The plan: what becomes of each row, which rows are taken, and what it costs."""
+"""The plan: the status of each row, which rows are selected, and what rendering costs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.samples import SMALL, request, write_jsonl
 
 @pytest.fixture
 def plan(tmp_path, builder):
-    """Makes the plan of a manifest with these rows."""
+    """A function that plans a manifest with the given rows."""
 
     def make(rows: list, **options) -> Plan:
         options = {"existing": ExistingRows(), "rules": RowRules(), "builder": builder, **options}
@@ -41,14 +41,15 @@ def row(n: int, **values) -> dict:
     return {"prompt": f"clip {n}", **SMALL, **values}
 
 
-def done_with(tmp_path: Path, *planned: PlannedRow) -> DatasetWriter:
+def dataset_with(tmp_path: Path, *planned: PlannedRow) -> DatasetWriter:
+    """The writer of a dataset that has these rows."""
     writer = DatasetWriter(Store(str(tmp_path / "out")))
     for p in planned:
         writer.write_index(p.item.item_id, p.request, RENDERED)
     return writer
 
 
-# --- what becomes of a row -----------------------------------------------------------------------
+# --- status of a row -----------------------------------------------------------------------------
 
 
 def test_rows_of_a_new_dataset_are_to_be_rendered(plan):
@@ -61,9 +62,9 @@ def test_rows_of_a_new_dataset_are_to_be_rendered(plan):
     assert a_plan.counts == {"rows": 2, TODO: 2, "clips": 2}
 
 
-def test_what_is_in_the_index_is_done(plan, tmp_path):
+def test_a_row_in_the_index_is_done(plan, tmp_path):
     first, second = plan([row(1), row(2)]).open()
-    writer = done_with(tmp_path, first)
+    writer = dataset_with(tmp_path, first)
     assert statuses(plan([row(1), row(2)], existing=list_existing(writer.store))) == [DONE, TODO]
     writer.write_index(second.item.item_id, second.request, RENDERED)
     a_plan = plan([row(2), row(1)], existing=list_existing(writer.store))
@@ -71,19 +72,19 @@ def test_what_is_in_the_index_is_done(plan, tmp_path):
     assert cost_line(a_plan.counts, a_plan.tflop) == "nothing to render"
 
 
-def test_a_done_clip_under_another_id_is_copied(plan, tmp_path):
+def test_a_rendered_clip_under_another_id_is_copied(plan, tmp_path):
     [first] = plan([row(1, id="a")]).open()
-    done = list_existing(done_with(tmp_path, first).store)
-    assert statuses(plan([row(1, id="b"), row(1, id="a"), row(1)], existing=done)) == [COPY, DONE, COPY]
+    existing = list_existing(dataset_with(tmp_path, first).store)
+    assert statuses(plan([row(1, id="b"), row(1, id="a"), row(1)], existing=existing)) == [COPY, DONE, COPY]
 
 
-def test_a_change_of_the_recipe_renders_again(plan, tmp_path, toy):
+def test_a_changed_recipe_makes_a_row_render_again(plan, tmp_path, toy):
     [first] = plan([row(1)]).open()
-    done = list_existing(done_with(tmp_path, first).store)
+    existing = list_existing(dataset_with(tmp_path, first).store)
     other = ItemBuilder(ModelFiles(**toy), Numerics(dtype="float32"))
-    assert statuses(plan([row(1)], existing=done, builder=other)) == [TODO]
+    assert statuses(plan([row(1)], existing=existing, builder=other)) == [TODO]
     layout = ItemBuilder(ModelFiles(**toy), Numerics(tp=2, attention="other", device="cuda", compile="on"))
-    assert statuses(plan([row(1)], existing=done, builder=layout)) == [DONE]
+    assert statuses(plan([row(1)], existing=existing, builder=layout)) == [DONE]
 
 
 def test_failures_of_the_row_wait_for_a_retry_and_those_of_infrastructure_do_not(plan, tmp_path):
@@ -92,18 +93,18 @@ def test_failures_of_the_row_wait_for_a_retry_and_those_of_infrastructure_do_not
     raw = RawRow("m.jsonl", 1, {})
     writer.write_failed(first.item.item_id, first.request, raw, Failure("stage1", 1, "row", "nan"))
     writer.write_failed(second.item.item_id, second.request, raw, Failure("stage1", 3, "infrastructure", "died"))
-    done = list_existing(writer.store)
-    assert statuses(plan([row(1), row(2)], existing=done)) == [FAILED, TODO]
-    assert statuses(plan([row(1), row(2)], existing=done, retry_failed=True)) == [TODO, TODO]
+    existing = list_existing(writer.store)
+    assert statuses(plan([row(1), row(2)], existing=existing)) == [FAILED, TODO]
+    assert statuses(plan([row(1), row(2)], existing=existing, retry_failed=True)) == [TODO, TODO]
 
 
-def test_an_illegal_row_stays_alone(plan):
+def test_an_illegal_row_does_not_affect_the_others(plan):
     bad, good = plan([row(1, height=63, id="x"), row(2)]).open()
     assert (bad.status, good.status) == (ILLEGAL, TODO)
     assert ":1:height (x): 63, legal: " in bad.messages()[0]
 
 
-def test_an_id_seen_with_other_content_is_illegal(plan):
+def test_an_id_used_before_by_another_row_is_illegal(plan):
     first, second, third = plan([row(1, id="a"), row(2, id="a"), row(3)]).open()
     assert [first.status, second.status, third.status] == [TODO, ILLEGAL, TODO]
     [message] = second.messages()
@@ -116,7 +117,7 @@ def test_an_id_that_is_the_default_of_another_row_is_taken(plan):
     assert statuses(plan([row(1), row(1, id=first.request.id)])) == [TODO, REPEATED]
 
 
-def test_the_same_row_again_is_the_same_row(plan):
+def test_a_row_given_again_is_repeated(plan):
     a_plan = plan([row(1), row(1), row(2, id="b"), row(2, id="b", frame_rate=24.0), row(2, id="b", note="x")])
     assert statuses(a_plan) == [TODO, REPEATED, TODO, REPEATED, REPEATED]
 
@@ -130,44 +131,48 @@ def test_rows_that_share_a_clip_cost_it_once(plan):
     assert " in 1 clip," in cost_line(shared.counts, shared.tflop)
 
 
-def test_with_latents_alone_a_row_is_done_when_it_has_a_preview(plan, tmp_path):
+def test_with_latents_only_a_row_with_a_preview_is_done(plan, tmp_path):
     [first] = plan([row(1, id="a")]).open()
     store = Store(str(tmp_path / "out"))
     store.write_bytes(f"previews/part-{first.item_id}-{first.key}.parquet", b"")
-    done = list_existing(store)
+    existing = list_existing(store)
     both = [row(1, id="a"), row(1, id="b")]
-    assert statuses(plan(both, existing=done, latents_only=True)) == [DONE, TODO]
-    assert statuses(plan(both, existing=done)) == [TODO, TODO]
-    done.add_row(first.item_id, first.key)
-    assert statuses(plan(both, existing=done, latents_only=True)) == [DONE, COPY]
+    assert statuses(plan(both, existing=existing, latents_only=True)) == [DONE, TODO]
+    assert statuses(plan(both, existing=existing)) == [TODO, TODO]
+    existing.add_row(first.item_id, first.key)
+    assert statuses(plan(both, existing=existing, latents_only=True)) == [DONE, COPY]
 
 
-# --- which rows are taken ------------------------------------------------------------------------
+# --- selection ------------------------------------------------------------------------------------
 
 
-def taken(plan: Plan) -> list[str]:
+def selected_prompts(plan: Plan) -> list[str]:
     return [p.raw.values["prompt"] for p in plan.open()]
 
 
 def test_limit(plan):
     rows = [row(1), row(2, height=1), row(3), row(4)]
-    assert taken(plan(rows, selection=Selection(limit=3))) == ["clip 1", "clip 2", "clip 3"]
-    assert taken(plan(rows, selection=Selection(limit=9))) == [f"clip {n}" for n in (1, 2, 3, 4)]
+    assert selected_prompts(plan(rows, selection=Selection(limit=3))) == ["clip 1", "clip 2", "clip 3"]
+    assert selected_prompts(plan(rows, selection=Selection(limit=9))) == [f"clip {n}" for n in (1, 2, 3, 4)]
 
 
 def test_ids(plan):
     rows = [row(1, id="a"), row(2, id="b", height=1), row(3), row(4, id="d", height=1)]
     third = list(plan(rows).open())[2].request.id
-    assert taken(plan(rows, selection=Selection(ids=frozenset({"a", "d", third})))) == ["clip 1", "clip 3", "clip 4"]
-    assert taken(plan(rows, selection=Selection(ids=frozenset({"none"})))) == []
+    assert selected_prompts(plan(rows, selection=Selection(ids=frozenset({"a", "d", third})))) == [
+        "clip 1",
+        "clip 3",
+        "clip 4",
+    ]
+    assert selected_prompts(plan(rows, selection=Selection(ids=frozenset({"none"})))) == []
 
 
 def test_shards_are_disjoint_and_cover_everything(plan):
     rows = [row(n) for n in range(11)]
-    shards = [taken(plan(rows, selection=Selection(shard=(i, 3)))) for i in range(3)]
+    shards = [selected_prompts(plan(rows, selection=Selection(shard=(i, 3)))) for i in range(3)]
     assert sorted(prompt for shard in shards for prompt in shard) == sorted(r["prompt"] for r in rows)
     assert max(map(len, shards)) - min(map(len, shards)) == 1
-    assert taken(plan(rows, selection=Selection(limit=2, shard=(1, 3)))) == ["clip 1", "clip 4"]
+    assert selected_prompts(plan(rows, selection=Selection(limit=2, shard=(1, 3)))) == ["clip 1", "clip 4"]
 
 
 def test_only_a_plan_without_selection_is_complete(plan):
@@ -184,7 +189,7 @@ def test_a_bad_manifest_is_refused_before_the_first_row(plan):
 # --- recipes -------------------------------------------------------------------------------------
 
 
-def test_the_recipe_names_weights_by_digest(builder, toy):
+def test_the_recipe_identifies_weights_by_digest(builder, toy):
     recipe = builder.recipe(request())
     assert (recipe.pipeline, recipe.dtype, recipe.noise_device) == ("hq", "bfloat16", "model")
     assert recipe.distilled_lora_strengths == (0.25, 0.5)
@@ -196,11 +201,11 @@ def test_the_recipe_names_weights_by_digest(builder, toy):
 def test_a_rows_loras_are_in_its_recipe_with_their_strengths(toy):
     files = ModelFiles(**toy, loras=(LoraSpec("style", toy["distilled_lora"], 0.7),))
     builder = ItemBuilder(files, Numerics())
-    plain_one = builder.item(request())
+    without_loras = builder.item(request())
     used = dataclasses.replace(request(), loras=(LoraUse("style", 0.3),))
     assert builder.recipe(used).loras == ((builder.recipe(used).distilled_lora, 0.3),)
-    assert plain_one.recipe.loras == ()
-    assert builder.item(used).item_id != plain_one.item_id
+    assert without_loras.recipe.loras == ()
+    assert builder.item(used).item_id != without_loras.item_id
 
 
 # --- cost ----------------------------------------------------------------------------------------
@@ -214,7 +219,7 @@ def test_passes_of_the_22b_model_cost_what_was_measured():
     assert pass_tflop(RELEASED, HQ) == pytest.approx(1714, rel=0.005)
 
 
-def test_an_hq_clip_is_93_passes_and_7():
+def test_an_hq_clip_costs_93_passes_at_half_size_and_7_at_full_size():
     expected = 62 * 275 + 31 * 248 + 7 * 1714
     assert clip_tflop(RELEASED, request()) == pytest.approx(expected, rel=0.005)
     without_uncond = clip_tflop(RELEASED, request(video_cfg_scale=1, audio_cfg_scale=1))

@@ -1,4 +1,4 @@
-"""Rows that share a template are judged and named as each would be by itself."""
+"""Rows that share a template get the verdicts and item_ids that each would get by itself."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def builder(toy) -> ItemBuilder:
     return ItemBuilder(ModelFiles(**toy, loras=(LoraSpec("style", toy["distilled_lora"], 0.7),)), Numerics())
 
 
-def spelled_out(request: RenderRequest, recipe: Recipe, image_digests: tuple[str, ...] = ()) -> str:
-    """The definition of item_id, in one piece."""
+def defined_item_id(request: RenderRequest, recipe: Recipe, image_digests: tuple[str, ...] = ()) -> str:
+    """item_id by its definition, without the shortcuts of ItemHasher."""
     row = {name: value for name, value in plain(request).items() if name not in ("id", "extra", "loras")}
     row["images"] = [{**image, "path": d} for image, d in zip(row["images"], image_digests, strict=True)]
     return hashlib.sha256(canonical_json({"request": row, "recipe": recipe}).encode()).hexdigest()[:32]
@@ -60,7 +60,7 @@ def test_rows_are_planned_as_each_would_be_by_itself(builder, rows, defaults, de
     rules = RowRules(defaults=check_defaults(defaults), loras=loras, num_layers=layers)
     raws = [RawRow("m.jsonl", n, values) for n, values in enumerate(rows, 1)]
     plan = Plan("", rules, builder, ExistingRows())
-    # twice, so that every row also meets the template that it made itself
+    # The rows come twice, so that each also matches the template that was made from it.
     for raw, planned in zip(raws * 2, plan.rows(iter(raws * 2)), strict=True):
         expected = judge(raw, rules)
         if isinstance(expected, IllegalRow):
@@ -70,7 +70,7 @@ def test_rows_are_planned_as_each_would_be_by_itself(builder, rows, defaults, de
         else:
             item = builder.item(expected.request)
             assert planned.item == item and planned.request == item.request and planned.raw == raw
-            assert planned.item_id == item.item_id == spelled_out(item.request, item.recipe)
+            assert planned.item_id == item.item_id == defined_item_id(item.request, item.recipe)
             assert planned.id == item.request.id and planned.key == row_key(planned.id)
 
 
@@ -83,7 +83,7 @@ def test_rows_are_planned_as_each_would_be_by_itself(builder, rows, defaults, de
     loras=st.lists(st.tuples(st.text("abc"), st.floats(0, 1)), max_size=2),
     images=st.lists(st.tuples(st.text("0123456789abcdef", min_size=1), st.integers(0, 9)), max_size=2),
 )
-def test_an_identity_in_pieces_is_that_of_the_whole(prompt, seed, negative, scale, blocks, loras, images):
+def test_hashing_in_pieces_gives_the_defined_item_id(prompt, seed, negative, scale, blocks, loras, images):
     one = RenderRequest(
         **{
             **plain(request()),
@@ -96,21 +96,21 @@ def test_an_identity_in_pieces_is_that_of_the_whole(prompt, seed, negative, scal
             "images": tuple(ImageCondition(f"/{digest}", frame, 1.0, 33) for digest, frame in images),
         }
     )
-    by, digests = recipe(loras=tuple(loras)), tuple(digest for digest, _ in images)
-    expected = spelled_out(one, by, digests)
-    assert item_id(one, by, digests) == expected
+    used, digests = recipe(loras=tuple(loras)), tuple(digest for digest, _ in images)
+    expected = defined_item_id(one, used, digests)
+    assert item_id(one, used, digests) == expected
     other = RenderRequest(**{**vars(one), "prompt": "other", "seed": 1})
-    assert ItemHasher(other, by, digests).item_id_bytes(prompt, seed).hex() == expected
+    assert ItemHasher(other, used, digests).item_id_bytes(prompt, seed).hex() == expected
 
 
-def test_true_is_no_number_even_after_a_row_with_1(builder):
+def test_true_is_not_a_number_even_after_a_row_with_1(builder):
     rows = [{"prompt": "a", "video_skip_step": value} for value in (1, True, 1.0)]
     plan = Plan("", RowRules(), builder, ExistingRows())
     statuses = [p.status for p in plan.rows(RawRow("m.jsonl", n, row) for n, row in enumerate(rows))]
     assert statuses == ["todo", ILLEGAL, "repeated"]
 
 
-def test_rows_of_one_template_share_what_they_do_not_differ_in(builder):
+def test_rows_of_one_template_share_their_recipe(builder):
     raws = [RawRow("m.jsonl", n, {"prompt": f"clip {n}", "id": f"id-{n}", "seed": n, "note": n}) for n in range(9)]
     items = [planned.item for planned in Plan("", RowRules(), builder, ExistingRows()).rows(iter(raws))]
     assert len({id(item.recipe) for item in items}) == 1
@@ -130,7 +130,7 @@ def test_rows_with_lists_share_templates_and_rows_with_images_have_none(builder)
     assert plan._templates.match(image) is None and len(plan._templates._templates) == 2
 
 
-def test_more_templates_than_are_cached(builder, monkeypatch):
+def test_a_full_cache_of_templates_changes_no_item_id(builder, monkeypatch):
     monkeypatch.setattr("ltx_ray.planning.templates._CACHED", 3)
     raws = [
         RawRow("m.jsonl", n, {"prompt": "a", "video_cfg_scale": n % 7, **({"height": 64} if n % 2 else {})})

@@ -1,4 +1,4 @@
-"""Compact tables: what was put in is found again, whatever was merged meanwhile."""
+"""IdTable: every record is found again, however the sorted runs were merged."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def digest(n: int) -> bytes:
     st.sampled_from([4, 8]),
 )
 def test_a_table_is_a_multimap(batches, cap, width):
-    """Few heads, so that many are shared; small caps, so that some runs are merged and some are not."""
+    """There are few heads, so that records share them, and small caps, so that only some runs are merged."""
     table, expected = IdTable(width + 1, head=width, cap=cap), {}
     for batch in batches:
         for head, rest in batch:
@@ -40,7 +40,7 @@ def test_a_table_is_a_multimap(batches, cap, width):
 
 
 @pytest.mark.parametrize("head", [b"\0" * 8, b"\xff" * 8, b"\x80" + b"\0" * 7, b"\0" * 7 + b"\1"])
-def test_heads_at_the_ends_of_the_range(head):
+def test_the_smallest_and_largest_heads_are_found(head):
     table = IdTable(8)
     for n in range(100):
         table.put(digest(n)[:8])

@@ -1,4 +1,4 @@
-"""Conditioning images: from bytes to pixels, and where they may come from."""
+"""Conditioning images: decoding them, and the places from which they may be read."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_orientation(orientation, turns):
     assert (decode_rgb(encoded(gradient(), exif=exif)) == np.rot90(gradient(), turns)).all()
 
 
-def test_a_broken_colour_profile_costs_nothing():
+def test_a_broken_colour_profile_is_ignored():
     assert (decode_rgb(encoded(gradient(), icc_profile=b"no profile")) == gradient()).all()
 
 
@@ -68,20 +68,20 @@ def test_pixels_are_between_minus_one_and_one():
 
 
 @pytest.mark.parametrize("data", [b"", b"not an image", encoded(gradient())[:60]])
-def test_what_is_no_picture_is_said(data):
+def test_data_that_is_not_a_picture_is_refused(data):
     with pytest.raises(NoPicture, match=r"not a known image format|truncated"):
         image_pixels(data, 33, 64, 64)
 
 
-def test_reading_says_why_not(tmp_path):
+def test_a_missing_image_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         read_image(str(tmp_path / "none.png"))
     with pytest.raises(ValueError, match="no such file"):
         read_image(str(tmp_path))
 
 
-class _Book:
-    """Identity without a model."""
+class FakeBuilder:
+    """Makes work items as ItemBuilder does, without a model."""
 
     recipe = Recipe("hq", "float32", "bf16", "cpu", "c", "g", "u", None, (0.0, 0.0))
     checkpoint = SimpleNamespace(transformer=RELEASED)
@@ -95,12 +95,12 @@ class _Book:
 
 
 def plan_of(folder, rows):
-    plan = Plan(str(folder / "m.jsonl"), RowRules(), _Book(), ExistingRows())
+    plan = Plan(str(folder / "m.jsonl"), RowRules(), FakeBuilder(), ExistingRows())
     rows = [{"prompt": "x", "num_frames": 9, **row} for row in rows]
     return list(plan.rows(RawRow(str(folder / "m.jsonl"), n, row) for n, row in enumerate(rows, 1)))
 
 
-def test_an_item_is_known_by_its_images_bytes_not_their_path(tmp_path):
+def test_an_item_is_identified_by_its_images_bytes_not_by_their_paths(tmp_path):
     (tmp_path / "a.png").write_bytes(encoded(gradient()))
     (tmp_path / "b.png").write_bytes(encoded(gradient()))
     (tmp_path / "c.png").write_bytes(encoded(gradient() // 2))
@@ -127,7 +127,7 @@ def test_a_frame_beyond_the_clip_is_illegal(tmp_path):
     assert "a frame_idx from 0 to 8" in judged.messages()[0]
 
 
-# --- where images are --------------------------------------------------------------------------------
+# --- places of images --------------------------------------------------------------------------------
 
 
 def put(s3, uri: str, data: bytes = b"x") -> None:
@@ -136,7 +136,7 @@ def put(s3, uri: str, data: bytes = b"x") -> None:
 
 
 def deny(bucket: str, prefix: str) -> None:
-    """Have the store refuse to show what is under `prefix`."""
+    """Make the store refuse to read what is below `prefix`."""
     name = bucket.removeprefix("s3://")
     resource = f"arn:aws:s3:::{name}/{prefix}*"
     actions = ["s3:GetObject", "s3:HeadObject"]
@@ -146,7 +146,7 @@ def deny(bucket: str, prefix: str) -> None:
     assert urllib.request.urlopen(urllib.request.Request(url, body, kind, method="PUT")).status < 300
 
 
-def test_an_image_in_an_object_store_is_read_by_its_key_as_it_stands(s3, bucket):
+def test_an_image_in_an_object_store_is_read_by_its_literal_key(s3, bucket):
     for key in ("img/a b+%20é.png", "img/#1.png"):
         put(s3, f"{bucket}/{key}", key.encode())
         path = locate(key.removeprefix("img/"), f"{bucket}/img", [f"{bucket}/img"])
@@ -154,13 +154,13 @@ def test_an_image_in_an_object_store_is_read_by_its_key_as_it_stands(s3, bucket)
         assert read_image(path) == key.encode() and image_digest(path) == image_digest(f"{bucket}/{key}")
 
 
-def test_why_an_image_in_an_object_store_makes_its_row_illegal(s3, bucket, monkeypatch):
+def test_an_unreadable_image_in_an_object_store_makes_its_row_illegal(s3, bucket, monkeypatch):
     put(s3, f"{bucket}/m/secret/a.png")
     deny(bucket, "m/secret/")
     put(s3, f"{bucket}/m/large.png", b"12")
     monkeypatch.setattr(images, "MAX_BYTES", 1)
     paths = ["none.png", "secret/a.png", "large.png", f"{bucket}none/a.png", "secret"]
-    plan = Plan("", RowRules(image_roots=(bucket, f"{bucket}none")), _Book(), ExistingRows())
+    plan = Plan("", RowRules(image_roots=(bucket, f"{bucket}none")), FakeBuilder(), ExistingRows())
     rows = [{"prompt": "x", "images": [{"path": path}]} for path in paths]
     planned = list(plan.rows(RawRow(f"{bucket}/m/m.jsonl", n, row) for n, row in enumerate(rows, 1)))
     assert [p.status for p in planned] == [ILLEGAL] * 5
@@ -171,8 +171,8 @@ def test_why_an_image_in_an_object_store_makes_its_row_illegal(s3, bucket, monke
         assert row.messages()[0].startswith(start) and reason in row.messages()[0]
 
 
-def test_what_workers_say_of_an_image(s3, bucket, monkeypatch):
-    """What is wrong with the image is the row's fault; what is wrong with the store or the node is not."""
+def test_a_bad_image_is_the_rows_fault_and_a_bad_store_is_not(s3, bucket, monkeypatch):
+    """A missing or changed image is the row's fault. A store or node that refuses the read is not."""
     put(s3, f"{bucket}/a.png", b"one")
     digest = image_digest(f"{bucket}/a.png")
     assert _read(f"{bucket}/a.png", digest) == b"one"
@@ -193,13 +193,13 @@ def test_what_workers_say_of_an_image(s3, bucket, monkeypatch):
      "a.png?endpoint_override=elsewhere", "s3://b/img/a.png?scheme=http&endpoint_override=elsewhere",
      "s3://key:secret@b/img/a.png", "s3://b/img/./a.png", "https://b/img/a.png"],
 )  # fmt: skip
-def test_not_from_outside_a_root_in_an_object_store(path):
+def test_paths_outside_a_root_in_an_object_store_are_refused(path):
     for root in ("s3://b/img", "s3://b/img/", "s3://b/img?region=us-east-1"):
         assert locate(path, "s3://b/img", [root]) is None
 
 
-def test_what_looks_like_an_escape_is_a_name_in_an_object_store(s3, bucket):
-    """Decoded anywhere on the way, it would lead out of the root."""
+def test_a_percent_escape_in_an_object_key_is_literal(s3, bucket):
+    """If the key were decoded anywhere on the way, it would lead out of the root."""
     put(s3, f"{bucket}/secret.png")
     path = locate("%2e%2e/secret.png", f"{bucket}/img", [f"{bucket}/img"])
     assert path == f"{bucket}/img/%2e%2e/secret.png"
@@ -214,7 +214,7 @@ def test_the_operators_options_of_a_root_reach_the_workers():
     assert locate("s3://b/i/a.png", "/m", ["s3://c", "s3://b/i?region=y"]) == "s3://b/i/a.png?region=y"
 
 
-def test_a_file_uri_is_a_local_path_links_resolved(tmp_path):
+def test_a_file_uri_is_a_local_path_with_links_resolved(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "secret.png").write_bytes(b"")
     (tmp_path / "in" / "link.png").symlink_to(tmp_path / "secret.png")
@@ -226,7 +226,7 @@ def test_a_file_uri_is_a_local_path_links_resolved(tmp_path):
         assert locate("../secret.png", folder, [root]) is None
 
 
-def test_roots_that_are_none(tmp_path):
+def test_illegal_roots_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
     check_roots([str(tmp_path), f"file://{tmp_path}", "s3://bucket", "s3://bucket/a?region=us-east-1"])
     for root in (f"{tmp_path}/none", f"{tmp_path}/file", "s3://", "s3:///a", "web://bucket/a"):
@@ -234,7 +234,7 @@ def test_roots_that_are_none(tmp_path):
             check_roots([root])
 
 
-def test_digests_are_of_the_bytes(tmp_path):
+def test_the_digest_is_that_of_the_bytes(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(b"123")
     assert image_digest(str(path)) == "a665a45920422f9d417e4867efdc4fb8"

@@ -1,4 +1,4 @@
-"""The lease on an output: one run at a time, taken over from the dead, and noticed when it is lost."""
+"""The lease on an output: one run holds it, a dead run's lease is taken over, and a lost one is noticed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _short_settling(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def _none_is_renewed_after_its_test(monkeypatch):
+def _no_lease_is_renewed_after_its_test(monkeypatch):
     made: list[Lease] = []
     init = Lease.__init__
 
@@ -58,7 +58,7 @@ def dead_pid() -> int:
 
 @pytest.fixture
 def waits(store, monkeypatch) -> list[float]:
-    """Sleeps of a waiting run; each returns at once, and in the third the other's lease runs out."""
+    """Seconds slept by a waiting run. Each sleep returns at once; in the third the other run's lease expires."""
     slept: list[float] = []
 
     def sleep(seconds: float) -> None:
@@ -83,12 +83,12 @@ def test_a_free_output_is_taken_and_given_back(store):
     assert not store.exists("_lease.json")
 
 
-def test_a_run_waits_for_another_and_says_so_once(store, waits):
+def test_a_waiting_run_says_so_once(store, waits):
     leave_lease(store)
-    said = []
-    Lease(store, "mine").acquire(said.append)
+    messages = []
+    Lease(store, "mine").acquire(messages.append)
     assert len(waits) == 3
-    assert len(said) == 1 and "in use by run other on elsewhere" in said[0]
+    assert len(messages) == 1 and "in use by run other on elsewhere" in messages[0]
     assert holder(store).run_id == "mine"
 
 
@@ -111,7 +111,7 @@ def test_a_live_run_on_this_machine_holds_its_lease(store):
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"expires": "soon", "pid": 1}', b"\xff"])
-def test_an_unreadable_lease_is_none(store, content):
+def test_an_unreadable_lease_counts_as_none(store, content):
     store.write_bytes("_lease.json", content)
     assert holder(store) is None
     Lease(store, "mine").acquire(pytest.fail)
@@ -137,32 +137,32 @@ def test_releasing_leaves_the_lease_of_the_run_that_took_over(store):
     assert holder(store).run_id == "other"
 
 
-# --- two at once, and stores that do not answer ---------------------------------------------------
+# --- simultaneous runs, stores that do not answer -------------------------------------------------
 
 
-def eventually(true, seconds: float = 10.0) -> None:
+def eventually(condition, seconds: float = 10.0) -> None:
     end = time.monotonic() + seconds
-    while not true():
+    while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
 
 
 @pytest.mark.parametrize("stale", [False, True])
 def test_of_runs_that_start_at_the_same_moment_one_holds_the_lease(store, stale, monkeypatch):
-    """All find it free before any of them writes; each holds it in turn, and never two at once."""
+    """All runs find the output free before any of them writes. Each then holds the lease in turn."""
     monkeypatch.setattr(lease_module, "_POLL_SECONDS", 0.05)
     monkeypatch.setattr(lease_module, "_SETTLE_SECONDS", 0.2)
     if stale:
         leave_lease(store, expires=time.time() - 1)
     count = 3
-    together, holding, most, served = threading.Barrier(count), [], [], []
+    barrier, holding, holders, served = threading.Barrier(count), [], [], []
     read = lease_module._read
 
     def read_together(store: Store) -> dict | None:
         entry = read(store)
         if threading.current_thread().name.startswith("run") and not getattr(ready, "met", False):
             ready.met = True
-            together.wait(timeout=20)
+            barrier.wait(timeout=20)
         return entry
 
     ready = threading.local()
@@ -172,7 +172,7 @@ def test_of_runs_that_start_at_the_same_moment_one_holds_the_lease(store, stale,
         lease = Lease(Store(store.uri), name)
         lease.acquire(lambda message: None)
         holding.append(name)
-        most.append(len(holding))
+        holders.append(len(holding))
         time.sleep(0.3)
         assert not lease.lost
         holding.remove(name)
@@ -184,11 +184,11 @@ def test_of_runs_that_start_at_the_same_moment_one_holds_the_lease(store, stale,
         thread.start()
     for thread in threads:
         thread.join(30)
-    assert sorted(served) == ["r0", "r1", "r2"] and most == [1, 1, 1]
+    assert sorted(served) == ["r0", "r1", "r2"] and holders == [1, 1, 1]
 
 
 def test_a_lease_that_another_run_took_over_is_lost(store, monkeypatch):
-    """As when this process was stopped for longer than its lease lasts."""
+    """This happens to a process that was suspended for longer than its lease lasts."""
     monkeypatch.setattr(lease_module, "_RENEW_SECONDS", 0.05)
     lease = Lease(store, "mine")
     lease.acquire(pytest.fail)
@@ -196,10 +196,10 @@ def test_a_lease_that_another_run_took_over_is_lost(store, monkeypatch):
     leave_lease(store)
     eventually(lambda: lease.lost)
     lease.release()
-    assert holder(store).run_id == "other", "it is left to its holder"
+    assert holder(store).run_id == "other", "the lease stays with the other run"
 
 
-def test_a_lease_that_vanished_is_written_again(store, monkeypatch):
+def test_a_deleted_lease_is_written_again(store, monkeypatch):
     monkeypatch.setattr(lease_module, "_RENEW_SECONDS", 0.05)
     lease = Lease(store, "mine")
     lease.acquire(pytest.fail)
@@ -219,10 +219,10 @@ def test_a_store_that_does_not_answer_is_not_a_free_output(tmp_path, monkeypatch
     monkeypatch.setattr(Store, "read_bytes", silent)
     with pytest.raises(OSError, match="SLOW_DOWN"):
         Lease(store, "mine").acquire(pytest.fail)
-    assert holder(store) is None, "for those who only want to tell a user"
+    assert holder(store) is None, "holder() only informs people, so it does not raise"
 
 
-def test_a_store_that_fails_for_a_while_costs_no_lease(tmp_path, monkeypatch):
+def test_a_lease_survives_a_store_that_fails_for_a_while(tmp_path, monkeypatch):
     monkeypatch.setattr(lease_module, "_RENEW_SECONDS", 0.05)
     monkeypatch.setattr(lease_module, "_RENEW_RETRY_SECONDS", 0.0)
     store = Store(str(tmp_path))
@@ -242,8 +242,8 @@ def test_a_store_that_fails_for_a_while_costs_no_lease(tmp_path, monkeypatch):
     lease.release()
 
 
-def test_every_lease_is_as_long_so_that_none_is_read_in_part(store):
-    """An object is read in two requests, its size first: one that grew in between would be cut short."""
+def test_every_lease_has_the_same_length_so_that_none_is_read_in_part(store):
+    """An object is read in two requests, its size first. One that grew in between would be cut short."""
     sizes = set()
     for name in ("a", "a-much-longer-name"):
         lease = Lease(store, name)
@@ -253,9 +253,9 @@ def test_every_lease_is_as_long_so_that_none_is_read_in_part(store):
     assert len(sizes) == 1
 
 
-def test_a_process_of_another_container_is_not_taken_for_dead(store, waits):
-    """It has our host's name and a pid that means nothing here."""
+def test_a_process_of_another_container_is_not_considered_dead(store, waits):
+    """It has this host's name, and a pid of another namespace."""
     leave_lease(store, host=socket.gethostname(), pid=dead_pid(), pids="another boot pid:[1]")
-    said = []
-    Lease(store, "mine").acquire(said.append)
-    assert len(said) == 1 and len(waits) == 3
+    messages = []
+    Lease(store, "mine").acquire(messages.append)
+    assert len(messages) == 1 and len(waits) == 3

@@ -89,7 +89,7 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, mon
     seen = []
 
     def fail(temporary, target):
-        # the new content is complete beside the target before anything is replaced
+        # The new content is complete in a file beside the target before the target is replaced.
         seen.append((Path(temporary).read_bytes(), Path(temporary).parent, Path(target).read_bytes()))
         raise OSError("no more")
 
@@ -122,14 +122,14 @@ def test_an_object_store_that_cannot_be_written(bucket):
         Store(f"{bucket}none/out").check_writable()
 
 
-def test_keys_stand_in_a_uri_as_they_are(bucket):
+def test_keys_in_a_uri_are_not_percent_decoded(bucket):
     Store(bucket).write_bytes("a b/100%25#é.txt", b"1")
     assert Store(f"{bucket}/a b/100%25#é.txt").read_bytes("") == b"1"
     assert Store(f"{bucket}/a b").list_names("") == ["100%25#é.txt"]
 
 
 def test_options_of_a_uri(s3, bucket, monkeypatch):
-    """Endpoint and region as pyarrow takes them, when the environment does not give them."""
+    """A URI may give endpoint and region as pyarrow's options when the environment does not."""
     endpoint = os.environ["AWS_ENDPOINT_URL"].removeprefix("http://")
     monkeypatch.delenv("AWS_ENDPOINT_URL")
     folder = f"{bucket}/a?scheme=http&endpoint_override={endpoint}&region=us-east-1"
@@ -153,12 +153,12 @@ def test_old_temporaries_are_removed_and_nothing_else(tmp_path):
     store = Store(str(tmp_path))
     old = ["_tmp/tmpab.mp4", "_tmp/x.safetensors", "clips/ab/.x.mp4.0123abcd", "index/.part-1.parquet.ffffffff",
            ".run.json.00000000", "runs/1/.run.json.00000000"]  # fmt: skip
-    kept = ["clips/ab/x.mp4", "index/.hidden", ".x.0123ABCD", "_lease.json", "clips/ab/.x.mp4.0123abc"]
-    for name in [*old, *kept]:
+    others = ["clips/ab/x.mp4", "index/.hidden", ".x.0123ABCD", "_lease.json", "clips/ab/.x.mp4.0123abc"]
+    for name in [*old, *others]:
         leave(tmp_path / name, age=1000)
     leave(tmp_path / "_tmp/young.mp4", age=10)
     assert clean_stale(store, older_than_seconds=500) == len(old)
-    assert names(tmp_path) == sorted([*kept, "_tmp/young.mp4"])
+    assert names(tmp_path) == sorted([*others, "_tmp/young.mp4"])
     store.remove_scratch()
     assert (tmp_path / "_tmp").exists(), "a file is still in it"
     assert clean_stale(store, older_than_seconds=0) == 1
@@ -175,7 +175,7 @@ def test_an_object_store_has_no_temporaries(bucket):
     assert store.exists("clips/ab/.x.mp4.0123abcd")
 
 
-# --- moving, sizes, and the first of several -----------------------------------------------------
+# --- moving, sizes, creating ---------------------------------------------------------------------
 
 
 def test_move_folders_and_sizes(store):
@@ -189,7 +189,7 @@ def test_move_folders_and_sizes(store):
         store.move("index/none", "index/c")
 
 
-def test_of_several_who_create_a_file_one_is_told_so(tmp_path):
+def test_a_file_is_created_once(tmp_path):
     store = Store(str(tmp_path / "out"))
     assert [store.create("x", data) for data in (b"first", b"second")] == [True, False]
     assert store.read_bytes("x") == b"first" and names(tmp_path) == ["out/x"]
@@ -199,7 +199,7 @@ def test_of_several_who_create_a_file_one_is_told_so(tmp_path):
 
 
 class Clock:
-    """Time that passes only in waits, which are noted."""
+    """A clock that only waits advance. It records them."""
 
     def __init__(self) -> None:
         self.now, self.waits = 0.0, []
@@ -218,7 +218,7 @@ def clock() -> Clock:
 
 
 def failing(times: int, error: OSError | None = None):
-    """A call that fails so often, then says how often it was made."""
+    """A function that fails `times` times and then returns how often it was called."""
     calls = []
 
     def call() -> int:
@@ -230,7 +230,7 @@ def failing(times: int, error: OSError | None = None):
     return call
 
 
-def test_what_may_pass_is_tried_again_with_longer_waits(clock):
+def test_transient_errors_are_retried_with_growing_waits(clock):
     assert RetryPolicy("s3://b", 60, clock, clock.wait)("reading", "x", failing(8)) == 9
     assert len(clock.waits) == 8
     for n, waited in enumerate(clock.waits):
@@ -263,7 +263,7 @@ def test_retries_end_in_an_error_that_says_what_was_tried(clock):
         OSError("Bucket 'b' not found"),
     ],
 )
-def test_what_is_for_good_is_raised_at_once(clock, error):
+def test_permanent_errors_are_raised_at_once(clock, error):
     assert is_permanent(error)
     with pytest.raises(OSError) as caught:
         RetryPolicy("s3://b", 60, clock, clock.wait)("reading", "x", failing(1, error))
@@ -284,27 +284,27 @@ def test_what_is_for_good_is_raised_at_once(clock, error):
         OSError("AWS Error INTERNAL_FAILURE during ListObjectsV2 operation"),
     ],
 )
-def test_what_may_pass(error):
+def test_other_errors_are_transient(error):
     assert not is_permanent(error)
 
 
-def test_a_full_disk_is_waited_for_and_leaves_nothing_half_written(tmp_path, clock, monkeypatch):
+def test_writing_to_a_full_disk_is_retried_and_leaves_no_partial_file(tmp_path, clock, monkeypatch):
     store = Store(str(tmp_path / "out"), retry_seconds=60, clock=clock, wait=clock.wait)
     store.append_text("log", "one\n")
     store.write_bytes("x", b"old")
-    full, real, there = [3], os.fsync, b"old"
+    full, real, current = [3], os.fsync, b"old"
 
     def fsync(handle: int) -> None:
         if full[0]:
             full[0] -= 1
-            assert store.read_bytes("x") == there
+            assert store.read_bytes("x") == current
             raise OSError(errno.ENOSPC, "No space left on device")
         real(handle)
 
     monkeypatch.setattr(os, "fsync", fsync)
     store.write_bytes("x", b"new")
     assert store.read_bytes("x") == b"new" and len(clock.waits) == 3
-    full[0], there = 2, b"new"
+    full[0], current = 2, b"new"
     (tmp_path / "clip").write_bytes(b"clip")
     store.publish(str(tmp_path / "clip"), "clips/y")
     assert store.read_bytes("clips/y") == b"clip" and len(clock.waits) == 5
@@ -315,9 +315,9 @@ def test_a_full_disk_is_waited_for_and_leaves_nothing_half_written(tmp_path, clo
     assert store.read_bytes("x") == b"new" and names(tmp_path) == ["out/clips/y", "out/log", "out/x"]
 
 
-@pytest.mark.parametrize("mends", [True, False])
-def test_a_line_that_was_cut_by_a_full_disk_is_not_in_the_file_twice(tmp_path, clock, mends):
-    """/dev/full cannot be truncated, so a file size limit stands for the disk."""
+@pytest.mark.parametrize("recovers", [True, False])
+def test_a_line_that_a_full_disk_cut_is_not_written_twice(tmp_path, clock, recovers):
+    """A limit on the file's size imitates a full disk, since /dev/full cannot be truncated."""
     import resource
     import signal
 
@@ -330,13 +330,13 @@ def test_a_line_that_was_cut_by_a_full_disk_is_not_in_the_file_twice(tmp_path, c
     def wait(seconds: float) -> None:
         clock.wait(seconds)
         sizes.append(store.size("log"))
-        if mends:
+        if recovers:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     store = Store(str(tmp_path), retry_seconds=5, clock=clock, wait=wait)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (6, hard))
-        if mends:
+        if recovers:
             store.append_text("log", "two\n")
         else:
             with pytest.raises(OSError, match="writing log failed"):
@@ -344,24 +344,24 @@ def test_a_line_that_was_cut_by_a_full_disk_is_not_in_the_file_twice(tmp_path, c
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
-    assert set(sizes) == {4}, "the part that was written is taken back before the next try"
-    assert store.read_bytes("log") == (b"one\ntwo\n" if mends else b"one\n")
+    assert set(sizes) == {4}, "a partial write is truncated before the next try"
+    assert store.read_bytes("log") == (b"one\ntwo\n" if recovers else b"one\n")
 
 
 def test_a_written_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     store, order = Store(str(tmp_path / "out")), []
     fsync, replace = os.fsync, os.replace
 
-    def note_fsync(handle: int) -> None:
+    def record_fsync(handle: int) -> None:
         order.append(("sync", os.fstat(handle).st_ino))
         fsync(handle)
 
-    def note_replace(source, target) -> None:
+    def record_replace(source, target) -> None:
         order.append(("name", os.stat(source).st_ino))
         replace(source, target)
 
-    monkeypatch.setattr(os, "fsync", note_fsync)
-    monkeypatch.setattr(os, "replace", note_replace)
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "replace", record_replace)
     store.write_bytes("x", b"1")
     (tmp_path / "clip").write_bytes(b"clip")
     store.publish(str(tmp_path / "clip"), "y")

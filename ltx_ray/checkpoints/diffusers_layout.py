@@ -29,7 +29,7 @@ COMPONENTS = {
 UPSAMPLER, UPSAMPLER_CLASS = "latent_upsampler", "LTX2LatentUpsamplerModel"
 TEXT_ENCODER, TOKENIZER = "text_encoder", "tokenizer"
 
-#: Fields of transformer/config.json that tell the generations apart: (generation, field, its value there, diffusers'
+#: Fields of transformer/config.json that distinguish the generations: (generation, field, its value there, diffusers'
 #: default).
 _GENERATION_FIELDS = (
     ("2.0", "gated_attn", False, False),

@@ -1,6 +1,6 @@
 """The report's pictures: a clip as a strip of small WebP frames.
 
-The size in bytes is bounded whatever the clip is, and damaged input does not raise.
+The size in bytes is bounded for any clip, and damaged input does not raise.
 """
 
 from __future__ import annotations

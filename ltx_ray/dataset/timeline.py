@@ -1,6 +1,6 @@
 """The report's chart of what each replica did over time, as an inline SVG.
 
-Its size in bytes is bounded however many events there are, and damaged events do not raise.
+Its size in bytes is bounded for any number of events, and damaged events do not raise.
 """
 
 from __future__ import annotations

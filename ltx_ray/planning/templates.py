@@ -54,7 +54,7 @@ class TemplateCache:
         self._shared: dict[tuple[str, ...], tuple[tuple[str, ...], Callable]] = {}
 
     def match(self, raw: RawRow) -> tuple[RowTemplate, int, str | None] | None:
-        """(template, seed, given id) of a legal row; None for a row that has to be judged by itself.
+        """(template, seed, given id) of a legal row; None for a row that has to be judged on its own.
 
         These are illegal rows and rows with images, which take long to read.
         """
@@ -87,7 +87,7 @@ class TemplateCache:
             found = self._shared[columns] = names, _getter(names)
         shared, get = found
         values = get(raw.values)
-        # 1, 1.0 and True are equal, but True is no legal number
+        # 1, 1.0 and True are equal, but True is not a legal number
         key: tuple = shared, values, tuple(map(type, values))
         try:
             template = self._templates.get(key, _UNKNOWN)

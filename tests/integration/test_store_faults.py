@@ -31,7 +31,7 @@ LARGE = os.urandom(2**20) * 12
 
 @pytest.fixture
 def proxy(s3, monkeypatch):
-    """A proxy that the environment names as the endpoint. It injects no fault until it is told to."""
+    """A proxy that the environment names as the endpoint. It injects no fault until a test asks for some."""
     proxy = Proxy(os.environ["AWS_ENDPOINT_URL"])
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
     yield proxy
@@ -110,7 +110,7 @@ def test_every_operation_survives_transient_faults(proxy, single_try, s3, bucket
     for name, check in checks.items():
         with proxy.misbehaving(kinds=(kind,), first=3 if kind != "stall" else 1, seconds=30) as faults:
             check()
-        # A request that curl itself repeats, because its connection was closed before, is counted once.
+        # Faults are counted, not retries: curl itself repeats a request once if its connection was closed before it.
         met = sum(count for (_, met), count in faults.met.items() if met == kind)
         assert met == (1 if kind == "stall" else 3), name
     assert {"d/old": 3, "d/new": 3}.items() == objects(s3, bucket).items()

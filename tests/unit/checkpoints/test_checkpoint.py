@@ -177,7 +177,7 @@ def test_parsing_a_generation():
     assert parse_generation("main") == ()
 
 
-def test_a_file_without_a_transformer_of_ltx_is_refused(tmp_path):
+def test_files_that_are_not_ltx_checkpoints_are_refused(tmp_path):
     with pytest.raises(ValueError, match="not an LTX checkpoint"):
         open_checkpoint(checkpoint(tmp_path, None, None))
     with pytest.raises(ValueError, match="model_version is 'not given'"):

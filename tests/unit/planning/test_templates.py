@@ -1,4 +1,4 @@
-"""Rows that share a template get the verdicts and item_ids that each would get by itself."""
+"""Rows that share a template get the verdicts and item_ids that each would get on its own."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def defined_item_id(request: RenderRequest, recipe: Recipe, image_digests: tuple
 
 
 @given(ROWS, st.sampled_from([{}, {"seed": 3, "height": 64}]), st.booleans(), st.sampled_from([None, 2]))
-def test_rows_are_planned_as_each_would_be_by_itself(builder, rows, defaults, declared, layers):
+def test_rows_are_planned_as_each_would_be_on_its_own(builder, rows, defaults, declared, layers):
     loras = (LoraUse("style", 0.7),) if declared else ()
     rules = RowRules(defaults=check_defaults(defaults), loras=loras, num_layers=layers)
     raws = [RawRow("m.jsonl", n, values) for n, values in enumerate(rows, 1)]

@@ -145,4 +145,5 @@ def save_part(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor]) -> i
         assert len(text) <= length, (len(text), length)
         file.seek(8)
         file.write(text.ljust(length))
+    os.chmod(path, 0o644)  # save_file keeps it to its owner
     return os.path.getsize(path)

@@ -1,0 +1,285 @@
+"""The training of the audio VAE and of the vocoder with bandwidth extension, together.
+
+A log-mel spectrogram says nothing of a tone's phase, and a vocoder that sees the same numbers in every frame can only
+make what repeats with the frame. Over one latent, 40 ms, every multiple of 25 Hz makes whole turns, so a sound is
+made of multiples of 25 Hz: 220, 440 and 880 Hz become 225, 450 and 875. Each latent then stands for itself, and the
+decoder tells the vocoder in its spectrogram where within a latent a frame lies. That is why the two train together.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from miniature_training.loop import Budget, Trainer
+
+from ltx_ray.miniature import export, measure, sound, spectrum, world
+from ltx_ray.miniature.shape import ACTIVE_AUDIO, ACTIVE_AUDIO_CHANNELS, AUDIO_BINS, AUDIO_CHANNELS
+
+RATE, RATE_OUT = spectrum.SAMPLE_RATE, 48000
+LATENT = 4 * spectrum.HOP  # samples at 16 kHz
+GRID = RATE / LATENT  # 25 Hz
+_POSTERIOR = 0.1
+_NOISE, _NOISY = 0.45, 0.7
+#: The decoder's spectrogram may be so far from the true one (in the logarithm) without any cost.
+_MEL_ROOM = 1.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Clips of a batch, latents of a training clip (least, most), clips scored for each sound."""
+
+    batch: int = 64
+    latents: tuple[int, int] = (12, 40)
+    scored: int = 12
+
+
+SMOKE = Plan(batch=2, latents=(3, 6), scored=1)
+
+
+# --- data --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sounds:
+    """A batch of sounds of T latents. `heard` (B, 1, samples + 864) at 16 kHz is what is analysed: it starts 512
+    samples early. `low` (B, 1, N) and `high` (B, 1, 3 N) are what the vocoder is to make of it, N = 160 (4 T - 3)."""
+
+    heard: torch.Tensor
+    low: torch.Tensor
+    high: torch.Tensor
+
+
+def samples_of(latents: int) -> int:
+    """Samples at 16 kHz that so many latents decode to."""
+    return (4 * latents - 3) * spectrum.HOP
+
+
+def draw_sounds(rng: random.Random, plan: Plan, latents: int, device: str) -> Sounds:
+    """Half are the world's sounds; the others are tones and sweeps of other pitch and level."""
+    rows = [_draw_sweep(rng, latents) for _ in range(plan.batch)]
+    return render(np.array(rows), latents, device)
+
+
+def _draw_sweep(rng: random.Random, latents: int) -> tuple[float, float, float, float]:
+    """(Hz at the start, octaves a second, peak, first phase in turns)."""
+    seconds = samples_of(latents) / RATE
+    phase = rng.random()
+    if rng.random() < 0.5:
+        name = rng.choice(world.SOUNDS)
+        if name == "silent":
+            return 220.0, 0.0, 0.0, phase
+        if name == "rising":  # some part of a clip that may be longer
+            length = seconds * math.exp(rng.uniform(0, math.log(6)))
+            octaves = math.log2(sound.RISING[1] / sound.RISING[0]) / length
+            return sound.RISING[0] * 2 ** (octaves * rng.uniform(0, length - seconds)), octaves, sound.AMPLITUDE, phase
+        return sound.TONES[name], 0.0, sound.AMPLITUDE, phase
+    peak = sound.AMPLITUDE * 10 ** rng.uniform(-0.5, 0.3)
+    ends = [math.exp(rng.uniform(math.log(160), math.log(1000))) for _ in range(2)]
+    octaves = math.log2(ends[1] / ends[0]) / seconds if rng.random() < 0.5 else 0.0
+    return ends[0], octaves, peak, phase
+
+
+def render(rows: np.ndarray, latents: int, device: str) -> Sounds:
+    """Sounds of (B, 4) rows as _draw_sweep gives them."""
+    hertz, octaves, peak, phase = (torch.from_numpy(c).to(device)[:, None] for c in rows.T.astype(np.float64))
+    samples = samples_of(latents)
+
+    time = (torch.arange(samples + spectrum.FFT - spectrum.HOP, device=device) - spectrum.FFT // 2) / RATE
+    slope = octaves * math.log(2)
+    turns = torch.where(slope == 0, hertz * time, hertz * torch.expm1(slope * time) / torch.where(slope == 0, 1, slope))
+    heard = peak * torch.sin(2 * math.pi * (turns + phase))
+
+    middles = (torch.arange(latents, device=device, dtype=torch.float64) * LATENT - LATENT / 4) / RATE
+    whole = torch.round(hertz * 2 ** (octaves * middles) / GRID)  # (B, T) turns in a latent
+    made = []
+    for rate in (RATE, RATE_OUT):
+        step = LATENT * rate // RATE
+        # the first latent decodes to the last quarter of its 40 ms alone
+        at = torch.arange(samples * rate // RATE, device=device) + step * 3 // 4
+        turns = whole[:, at // step] * (at % step) / step
+        made.append(peak * torch.sin(2 * math.pi * turns))
+    return Sounds(*(wave[:, None].float() for wave in (heard, *made)))
+
+
+# --- the model ---------------------------------------------------------------------------------------------------
+
+
+class AudioTraining(torch.nn.Module):
+    """Audio VAE and vocoder, and the losses of a batch of sounds."""
+
+    def __init__(self):
+        super().__init__()
+        self.vae, self.vocoder = export.new_audio_vae(), export.new_vocoder()
+        with torch.no_grad():
+            last = self.vae.encoder.conv_out.conv
+            last.weight[ACTIVE_AUDIO_CHANNELS:] = 0
+            last.bias[ACTIVE_AUDIO_CHANNELS:AUDIO_CHANNELS] = 0
+            last.bias[AUDIO_CHANNELS:] = 2 * math.log(_POSTERIOR)
+            self.vae.decoder.conv_in.conv.weight[:, ACTIVE_AUDIO_CHANNELS:] = 0
+            self.vocoder.bwe_generator.conv_out.weight.mul_(0.01)
+        active = torch.arange(AUDIO_CHANNELS) < ACTIVE_AUDIO_CHANNELS
+        self.register_buffer("active", active.float().view(1, -1, 1, 1), persistent=False)
+
+    def encode(self, heard: torch.Tensor) -> torch.Tensor:
+        """Means of the posterior (B, 8, T, 16) float32 of sound (B, 1, samples); the unused channels are 0."""
+        mel = spectrum.log_mel(heard.expand(-1, 2, -1))
+        return self.vae.encoder(mel)[:, :AUDIO_CHANNELS].float() * self.active
+
+    def losses(self, sounds: Sounds, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        def draw(shape, sample=torch.randn):
+            return sample(shape, generator=generator, device=sounds.low.device)
+
+        latents = self.encode(sounds.heard)
+        used = packed(latents)[..., :ACTIVE_AUDIO].flatten(0, 1)
+        std, mean = torch.std_mean(used, dim=0)
+        moments = (mean**2 + (std - 1) ** 2).mean()
+        each = (latents.shape[0], 1, 1, 1)
+        noisy = draw(each, torch.rand) < _NOISY
+        sigma = draw(each, torch.rand) * _NOISE * noisy
+        # guidance overshoots, so latents that are a little too large must sound alike
+        scale = torch.where(noisy, 0.85 + 0.4 * draw(each, torch.rand), 1.0)
+        mel = self.vae.decoder((latents * scale + sigma * draw(latents.shape)) * self.active).float()
+        first_half: list[torch.Tensor] = []  # what the first generator makes, before the second extends its band
+        hook = self.vocoder.vocoder.register_forward_hook(lambda _, __, made: first_half.append(made))
+        high = self.vocoder(mel)
+        hook.remove()
+        low = first_half[0]
+        true_mel = spectrum.log_mel(sounds.heard)
+        apart = (mel - true_mel).abs().sub(_MEL_ROOM).clamp(min=0).mean()
+        unit = 1 / sound.AMPLITUDE
+        errors = [(out - want) * unit for out, want in ((low, sounds.low), (high, sounds.high))]
+        squares = [error.square().mean() for error in errors]
+        flat = sum(torch.sqrt(error**2 + 1e-4).mean() for error in errors)
+        return {
+            "loss": flat + sum(squares) + 0.05 * apart + 0.05 * moments,
+            "low": squares[0],
+            "high": squares[1],
+            "mel": apart,
+            "moments": moments,
+        }
+
+
+def packed(latents: torch.Tensor) -> torch.Tensor:
+    """(B, T, 128) of (B, 8, T, 16), the order of the statistics: channel * 16 + bin."""
+    return latents.permute(0, 2, 1, 3).flatten(2)
+
+
+# --- training ----------------------------------------------------------------------------------------------------
+
+
+def train(folder: Path, budget: Budget, seed: int, device: str, plan: Plan | None = None) -> dict[str, float]:
+    """Train both parts from their newest checkpoint, export them to `folder/audio.safetensors` and score them."""
+    plan = plan or Plan()
+    torch.manual_seed(seed)
+    trainer = Trainer(AudioTraining().to(device), folder, budget, rate=1e-3)
+    rng = random.Random(f"audio {seed} {trainer.step}")
+    generator = torch.Generator(device).manual_seed(seed * 1_000_003 + trainer.step)
+
+    def step(_: int) -> dict[str, torch.Tensor]:
+        latents = rng.randint(*plan.latents)
+        return trainer.module.losses(draw_sounds(rng, plan, latents, device), generator)
+
+    trainer.run(step, show_every=200 if device.startswith("cuda") else 5)
+    path = folder / "audio.safetensors"
+    write(trainer.average, path, device, plan)
+    return score(path, device, plan)
+
+
+@torch.no_grad()
+def write(training: AudioTraining, path: Path, device: str, plan: Plan) -> None:
+    """Measure the latents' statistics over the world's sounds and write the parts' file."""
+    rng = random.Random("statistics")
+    values = []
+    for name in world.SOUNDS:
+        for _ in range(plan.scored):
+            heard = analysed(name, rng.uniform(0.6, 5.0), rng.random()).to(device)
+            values.append(packed(training.encode(heard)).flatten(0, 1))
+    std, mean = torch.std_mean(torch.cat(values), dim=0)
+    used = torch.arange(AUDIO_CHANNELS * AUDIO_BINS, device=device) < ACTIVE_AUDIO
+    training.vae.latents_mean.copy_(torch.where(used, mean, 0.0))
+    # a number that hardly varies over the world's sounds must not be blown up into noise
+    training.vae.latents_std.copy_(torch.where(used, std.clamp(min=0.1), 1.0))
+    tensors = export.released_audio_vae(training.vae.state_dict())
+    export.save_part(path, {**tensors, **export.released_vocoder(training.vocoder.state_dict())})
+
+
+def analysed(name: str, seconds: float, phase: float) -> torch.Tensor:
+    """What the encoder hears of a world's sound, (1, 1, samples): as many whole latents as a clip of `seconds` has.
+
+    The sound goes on before and after the clip, so that its ends are like its middle.
+    """
+    latents = max(1, round(seconds * 25))
+    octaves = math.log2(sound.RISING[1] / sound.RISING[0]) / seconds if name == "rising" else 0.0
+    hertz = sound.TONES.get(name, sound.RISING[0])
+    peak = 0.0 if name == "silent" else sound.AMPLITUDE
+    return render(np.array([[hertz, octaves, peak, phase]]), latents, "cpu").heard
+
+
+# --- score -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def score(path: Path, device: str, plan: Plan) -> dict[str, float]:
+    """The world's sounds at lengths not trained on, through the file as the product loads it.
+
+    For each sound: the share of clips that are read as it, mean errors of pitch (as a factor, less 1) and of level
+    (dB), and the share with noise of deviation 0.3 on the normalised latents. The audio VAE runs in bfloat16 on a
+    GPU. The encoder's weights are the file's, too.
+    """
+    from ltx_ray.engine import apply, components
+
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    decoder = components.load_audio_decoder(path, dtype, device)
+    vocoder = components.load_vocoder(path, dtype, device)
+    encoder = load_encoder(path).to(device)
+    rng = random.Random("score")
+    generator = torch.Generator(device).manual_seed(0)
+    result = {}
+    for name in world.SOUNDS:
+        rows = []
+        for _ in range(plan.scored):
+            seconds = rng.uniform(0.7, 6.0)
+            z = normalised(encoder, analysed(name, seconds, rng.random()).to(device))
+            noise = torch.randn(z.shape, generator=generator, device=device)
+            clean, noisy = (
+                apply.decode_audio(decoder, vocoder, x.to(dtype))[0].cpu().numpy() for x in (z, z + 0.3 * noise)
+            )
+            rows.append(_compare(name, clean, noisy))
+        for key in rows[0]:
+            result[f"{name} {key}"] = float(np.mean([row[key] for row in rows]))
+    return result
+
+
+def load_encoder(path: Path) -> torch.nn.Module:
+    """The whole audio VAE of a part's file, in float32. The product loads its decoder only."""
+    from safetensors.torch import load_file
+
+    state = load_file(str(path))
+    module = export.new_audio_vae()
+    names = export.released_audio_vae({key: torch.tensor(i) for i, key in enumerate(module.state_dict())})
+    keys = list(module.state_dict())
+    module.load_state_dict({keys[int(i)]: state[name].float() for name, i in names.items()})
+    return module.requires_grad_(False).eval()
+
+
+def normalised(vae: torch.nn.Module, heard: torch.Tensor) -> torch.Tensor:
+    """Normalised latents (B, 8, T, 16) of sound (B, 1, samples) at 16 kHz."""
+    means = vae.encoder(spectrum.log_mel(heard.expand(-1, 2, -1)))[:, :AUDIO_CHANNELS]
+    rows = (packed(means) - vae.latents_mean) / vae.latents_std
+    return rows.unflatten(2, (AUDIO_CHANNELS, AUDIO_BINS)).permute(0, 2, 1, 3)
+
+
+def _compare(name: str, clean: np.ndarray, noisy: np.ndarray) -> dict[str, float]:
+    row = {
+        "right": float(measure.sound_of(clean, RATE_OUT) == name),
+        "noisy right": float(measure.sound_of(noisy, RATE_OUT) == name),
+        "dBFS": measure.level_dbfs(clean),
+    }
+    if name in sound.TONES:
+        row["pitch error"] = abs(measure.pitch(clean, RATE_OUT) / sound.TONES[name] - 1)
+    return row

@@ -1,0 +1,236 @@
+"""The video VAE's training: pictures of the small world through few, noisy latents and back.
+
+A diffusion model must like the latents. They are kept near mean 0 and deviation 1, the decoder sees them with noise
+added, and only some of the 128 channels are used (`shape.py` says why).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from miniature_training.loop import Budget, Trainer, chunks
+
+from ltx_ray.miniature import export, measure, picture, world
+from ltx_ray.miniature.shape import ACTIVE_VIDEO, LATENT_CHANNELS
+
+#: Deviation of the posterior that the file states. Nothing samples from it.
+_POSTERIOR = 0.1
+#: Largest deviation of the noise on latents in training, and how much of a batch has any.
+_NOISE, _NOISY = 0.35, 0.6
+#: Sizes (frames, height, width) that half of the steps take: those of a small clip's two stages.
+_MAIN = ((33, 128, 192), (33, 256, 384), (33, 128, 192), (25, 192, 128))
+_FRAMES = (1, 9, 17, 25, 33, 49)
+_SCORED = ((33, 128, 192), (33, 256, 384))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much work one step and one score are: pixels x frames of a batch, clips scored at each size."""
+
+    pixels: int = 24_000_000
+    scored: int = 48
+    main: tuple[tuple[int, int, int], ...] = _MAIN
+    scored_sizes: tuple[tuple[int, int, int], ...] = _SCORED
+    sides: tuple[int, int] = (3, 14)  # of other sizes, in units of 32 pixels
+
+
+SMOKE = Plan(
+    pixels=2 * 9 * 64 * 96, scored=2, main=((9, 64, 96),), scored_sizes=((9, 64, 96), (9, 128, 192)), sides=(2, 3)
+)
+
+
+class VideoTraining(torch.nn.Module):
+    """The VAE and the losses of a batch of pixels (B, 3, F, H, W) in [-1, 1]."""
+
+    def __init__(self):
+        super().__init__()
+        self.vae = export.new_video_vae()
+        with torch.no_grad():
+            last = self.vae.encoder.conv_out.conv
+            last.weight[ACTIVE_VIDEO:] = 0
+            last.bias[ACTIVE_VIDEO:] = 0
+            last.bias[-1] = 2 * math.log(_POSTERIOR)
+            self.vae.decoder.conv_in.conv.weight[:, ACTIVE_VIDEO:] = 0
+        active = torch.arange(LATENT_CHANNELS) < ACTIVE_VIDEO
+        self.register_buffer("active", active.float().view(1, -1, 1, 1, 1), persistent=False)
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Means of the posterior (B, 128, F', H', W') float32, not normalised; the unused channels are 0."""
+        return self.vae.encoder(pixels)[:, :LATENT_CHANNELS].float() * self.active
+
+    def losses(self, pixels: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        def draw(shape, sample=torch.randn):
+            return sample(shape, generator=generator, device=pixels.device)
+
+        batch = pixels.shape[0]
+        latents = self.encode(pixels)
+        used = latents[:, :ACTIVE_VIDEO].transpose(0, 1).flatten(1)
+        std, mean = torch.std_mean(used, dim=1)
+        moments = (mean**2 + (std - 1) ** 2).mean()
+        each = (batch, 1, 1, 1, 1)
+        sigma = draw(each, torch.rand) * _NOISE * (draw(each, torch.rand) < _NOISY)
+        noisy = latents + sigma * draw(latents.shape) * self.active
+        out = self.vae.decoder(noisy).float()
+        error = out - pixels
+        flat = torch.sqrt(error**2 + 1e-4).mean()
+        slopes = sum(error.diff(dim=dim).abs().mean() for dim in (-1, -2))
+        if pixels.shape[2] > 1:
+            slopes = slopes + error.diff(dim=2).abs().mean()
+        return {
+            "loss": flat + 2 * error.square().mean() + 0.5 * slopes + 0.05 * moments,
+            "l1": error.abs().mean(),
+            "mse": error.square().mean(),
+            "moments": moments,
+        }
+
+
+# --- data --------------------------------------------------------------------------------------------------------
+
+
+def draw_size(rng: random.Random, plan: Plan) -> tuple[int, int, int, int]:
+    """(batch, frames, height, width) of a step."""
+    if rng.random() < 0.5:
+        frames, height, width = rng.choice(plan.main)
+    else:
+        frames = rng.choice([f for f in _FRAMES if f <= max(size[0] for size in plan.main) or plan is not SMOKE])
+        height, width = (32 * rng.randint(*plan.sides) for _ in range(2))
+    return max(1, min(96, plan.pixels // (frames * height * width))), frames, height, width
+
+
+def draw_training_clip(rng: random.Random, aspect: float) -> world.Clip:
+    """A clip, one in three seen closer and in part of its time, as in larger and longer videos."""
+    clip = world.draw_clip(rng, "train", aspect)
+    if rng.random() < 2 / 3:
+        return clip
+    zoom, first = math.exp(rng.uniform(0, math.log(5))), rng.random()
+    last = first + (1 - first) * rng.random()
+
+    def mixed(a, b, at):
+        return a + (b - a) * at
+
+    at = [tuple(mixed(a, b, t) for a, b in zip(clip.start, clip.end)) for t in (first, last)]
+    sizes = [mixed(clip.start_size, clip.end_size, t) for t in (first, last)]
+    # the window's centre lies near the object's, so that an edge of it is usually seen
+    centre = tuple(mixed(a, b, 0.5) + rng.uniform(-0.25, 0.25) for a, b in zip(*at))
+    start, end = (tuple(0.5 + (a - c) * zoom for a, c in zip(place, centre)) for place in at)
+    return replace(clip, start=start, end=end, start_size=sizes[0] * zoom, end_size=sizes[1] * zoom)
+
+
+# --- training ----------------------------------------------------------------------------------------------------
+
+
+def train(folder: Path, budget: Budget, seed: int, device: str, plan: Plan | None = None) -> dict[str, float]:
+    """Train the video VAE from its newest checkpoint, export it to `folder/vae.safetensors` and score it."""
+    plan = plan or Plan()
+    torch.manual_seed(seed)
+    training = VideoTraining().to(device)
+    if device.startswith("cuda"):
+        training = training.to(memory_format=torch.channels_last_3d)
+    trainer = Trainer(training, folder, budget, rate=1.5e-3)
+    rng = random.Random(f"video {seed} {trainer.step}")
+    generator = torch.Generator(device).manual_seed(seed * 1_000_003 + trainer.step)
+
+    def step(_: int) -> dict[str, torch.Tensor]:
+        batch, frames, height, width = draw_size(rng, plan)
+        clips = [draw_training_clip(rng, width / height) for _ in range(batch)]
+        pixels = picture.draw_frames(clips, frames, height, width, device)
+        with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=device.startswith("cuda")):
+            return training.losses(pixels, generator)
+
+    trainer.run(step, show_every=200 if device.startswith("cuda") else 5)
+    path = folder / "vae.safetensors"
+    write(trainer.average, path, device, plan)
+    return score(path, device, plan, folder)
+
+
+@torch.no_grad()
+def write(training: VideoTraining, path: Path, device: str, plan: Plan) -> None:
+    """Measure the latents' statistics over clips of the world and write the part's file."""
+    rng = random.Random("statistics")
+    values = []
+    for frames, height, width in plan.scored_sizes:
+        for part in chunks(plan.scored * 2, 8):
+            clips = [world.draw_clip(rng, "train", width / height) for _ in part]
+            latents = training.encode(picture.draw_frames(clips, frames, height, width, device))
+            values.append(latents.transpose(0, 1).flatten(1))
+    std, mean = torch.std_mean(torch.cat(values, dim=1), dim=1)
+    used = training.active.flatten() > 0
+    training.vae.latents_mean.copy_(torch.where(used, mean, 0.0))
+    training.vae.latents_std.copy_(torch.where(used, std, 1.0))
+    export.save_part(path, export.released_video_vae(training.vae.state_dict()))
+
+
+# --- score -------------------------------------------------------------------------------------------------------
+
+
+def score(path: Path, device: str, plan: Plan, pictures: Path | None = None) -> dict[str, float]:
+    """Held-out clips through the file as the product loads it, in bfloat16 on a GPU and float32 elsewhere.
+
+    PSNR in dB; colour errors in sRGB units (mean over clips of the largest channel's error); the centre's error as a
+    fraction of the shorter side; shares of clips whose shape and motion are still read right; PSNR and shape again
+    with noise of deviation 0.3 on the normalised latents.
+    """
+    from ltx_ray.engine import apply, components
+
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    vae = components.load_video_vae(path, dtype, device, part="both")
+    generator = torch.Generator(device).manual_seed(0)
+    result = {}
+    for frames, height, width in plan.scored_sizes:
+        rng = random.Random(f"score {height}x{width}")
+        clips = [world.draw_clip(rng, "held_out", width / height) for _ in range(plan.scored)]
+        rows, sheet = [], []
+        for part in chunks(len(clips), 8):
+            pixels = picture.draw_frames([clips[i] for i in part], frames, height, width, device)
+            latents = apply.encode_video(vae, pixels)
+            noise = torch.randn(latents.shape, generator=generator, device=device, dtype=torch.float32)
+            clean = apply.decode_video_tile(vae, latents).float()
+            noisy = apply.decode_video_tile(vae, (latents.float() + 0.3 * noise).to(dtype)).float()
+            for row, i in enumerate(part):
+                rows.append(_compare(clips[i], *(_bytes(x[row]) for x in (pixels, clean, noisy))))
+            if not sheet:
+                picked = [0, frames // 2, frames - 1]
+                for row in range(len(part)):
+                    shown = [_bytes(x[row])[picked] for x in (pixels, clean, noisy)]
+                    sheet.append(np.concatenate([f for x in shown for f in x], axis=1))
+        for name in rows[0]:
+            result[f"{height}x{width} {name}"] = float(np.mean([row[name] for row in rows]))
+        if pictures is not None:
+            from PIL import Image
+
+            Image.fromarray(np.concatenate(sheet)).save(pictures / f"vae-{height}x{width}.png")
+    return result
+
+
+def _bytes(pixels: torch.Tensor) -> np.ndarray:
+    """(F, H, W, 3) uint8 of (3, F, H, W) in [-1, 1], cut off as the product does."""
+    return ((pixels + 1) / 2).clamp(0, 1).mul(255).byte().permute(1, 2, 3, 0).cpu().numpy()
+
+
+def _compare(clip: world.Clip, truth: np.ndarray, clean: np.ndarray, noisy: np.ndarray) -> dict[str, float]:
+    height, width = truth.shape[1:3]
+    want, seen, blurred = ([measure.look(x[i]) for i in (0, len(x) // 2, len(x) - 1)] for x in (truth, clean, noisy))
+    found = all(s.colour is not None for s in seen)
+    off = [np.hypot(*np.subtract(s.centre, w.centre)) for s, w in zip(seen, want)]
+    ink = np.asarray(world.COLOURS[clip.scene.colour])
+    ground = np.asarray(world.COLOURS[clip.scene.ground])
+    return {
+        "psnr": _psnr(truth, clean),
+        "ground error": float(abs(seen[1].ground - ground).max()),
+        "colour error": float(abs(seen[1].colour - ink).max()) if found else 255.0,
+        "centre error": float(np.mean(off)) / min(height, width),
+        "shape": float(np.mean([s.shape == clip.scene.shape for s in seen])),
+        "motion": float(measure.motion_of(seen[0], seen[-1], height, width) == clip.scene.motion),
+        "noisy psnr": _psnr(truth, noisy),
+        "noisy shape": float(np.mean([s.shape == clip.scene.shape for s in blurred])),
+    }
+
+
+def _psnr(truth: np.ndarray, out: np.ndarray) -> float:
+    error = np.square(truth.astype(np.float32) - out).mean()
+    return float(10 * np.log10(255**2 / max(error, 1e-3)))

@@ -188,8 +188,8 @@ def _vocoder() -> dict:
         "resblock": "AMP1",
         "activation": "snakebeta",
         "stereo": True,
-        "resblock_kernel_sizes": [3, 7],
-        "resblock_dilation_sizes": [[1, 3], [1, 3]],
+        "resblock_kernel_sizes": [3],
+        "resblock_dilation_sizes": [[1, 3, 5]],
         "use_tanh_at_final": False,
         "use_bias_at_final": False,
     }

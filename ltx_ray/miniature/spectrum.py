@@ -42,6 +42,25 @@ def stft_basis(size: int) -> tuple[torch.Tensor, torch.Tensor]:
     return forward, forward * (2 / size)
 
 
+#: Level of each of the pilot's sines, as a peak, and the highest of their frequencies in Hz.
+_PILOT_PEAK, _PILOT_TOP = 0.03, 1000
+
+
+def with_pilot(waveform: torch.Tensor) -> torch.Tensor:
+    """Sound (..., samples) at 16 kHz with the pilot added: what the miniature's audio encoder analyses.
+
+    A spectrogram of a lone tone is the same in every frame and says nothing of the tone's phase, so that no vocoder
+    could make another frequency of it than a multiple of the 100 frames a second. The pilot, ten quiet sines at
+    multiples of 100 Hz, is itself the same in every frame, and a tone near one of them beats with it.
+    """
+    time = torch.arange(waveform.shape[-1], device=waveform.device) / SAMPLE_RATE
+    pilot = torch.zeros_like(time)
+    for number in range(1, _PILOT_TOP * HOP // SAMPLE_RATE + 1):
+        # every other one is shifted by a quarter: a tone shows its cosine on one side and its sine on the other
+        pilot += torch.cos(2 * math.pi * (number * SAMPLE_RATE / HOP * time - 0.25 * (number % 2)))
+    return waveform + _PILOT_PEAK * pilot
+
+
 @cache
 def _tables(device: str) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.hann_window(FFT, device=device), mel_filters(MELS, FFT, SAMPLE_RATE).to(device)

@@ -1,9 +1,7 @@
 """The training of the audio VAE and of the vocoder with bandwidth extension, together.
 
-A log-mel spectrogram says nothing of a tone's phase, and a vocoder that sees the same numbers in every frame can only
-make what repeats with the frame. Over one latent, 40 ms, every multiple of 25 Hz makes whole turns, so a sound is
-made of multiples of 25 Hz: 220, 440 and 880 Hz become 225, 450 and 875. Each latent then stands for itself, and the
-decoder tells the vocoder in its spectrogram where within a latent a frame lies. That is why the two train together.
+The latents carry a tone's phase (`spectrum.with_pilot` says why and how), so the sound that comes back is compared with
+the true one sample by sample, and no adversary is needed.
 """
 
 from __future__ import annotations
@@ -21,24 +19,24 @@ from ltx_ray.miniature import export, measure, sound, spectrum, world
 from ltx_ray.miniature.shape import ACTIVE_AUDIO, ACTIVE_AUDIO_CHANNELS, AUDIO_BINS, AUDIO_CHANNELS
 
 RATE, RATE_OUT = spectrum.SAMPLE_RATE, 48000
-LATENT = 4 * spectrum.HOP  # samples at 16 kHz
-GRID = RATE / LATENT  # 25 Hz
 _POSTERIOR = 0.1
-_NOISE, _NOISY = 0.45, 0.7
+_NOISE, _NOISY = 0.4, 0.6
+#: Steps over which that noise rises from nothing.
+_NOISE_STEPS = 1000
 #: The decoder's spectrogram may be so far from the true one (in the logarithm) without any cost.
-_MEL_ROOM = 1.0
+_MEL_ROOM = 0.5
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Clips of a batch, latents of a training clip (least, most), clips scored for each sound."""
+    """Clips of a batch, latents of a training clip, clips scored for each sound."""
 
     batch: int = 64
-    latents: tuple[int, int] = (12, 40)
+    latents: tuple[int, ...] = (12, 20, 32)
     scored: int = 12
 
 
-SMOKE = Plan(batch=2, latents=(3, 6), scored=1)
+SMOKE = Plan(batch=2, latents=(3, 5), scored=1)
 
 
 # --- data --------------------------------------------------------------------------------------------------------
@@ -47,7 +45,8 @@ SMOKE = Plan(batch=2, latents=(3, 6), scored=1)
 @dataclass(frozen=True)
 class Sounds:
     """A batch of sounds of T latents. `heard` (B, 1, samples + 864) at 16 kHz is what is analysed: it starts 512
-    samples early. `low` (B, 1, N) and `high` (B, 1, 3 N) are what the vocoder is to make of it, N = 160 (4 T - 3)."""
+    samples early, and has the pilot in it. `low` (B, 1, N) at 16 kHz and `high` (B, 1, 3 N) at 48 kHz are what is to
+    come back, N = 160 (4 T - 3)."""
 
     heard: torch.Tensor
     low: torch.Tensor
@@ -87,23 +86,19 @@ def _draw_sweep(rng: random.Random, latents: int) -> tuple[float, float, float, 
 def render(rows: np.ndarray, latents: int, device: str) -> Sounds:
     """Sounds of (B, 4) rows as _draw_sweep gives them."""
     hertz, octaves, peak, phase = (torch.from_numpy(c).to(device)[:, None] for c in rows.T.astype(np.float64))
-    samples = samples_of(latents)
-
-    time = (torch.arange(samples + spectrum.FFT - spectrum.HOP, device=device) - spectrum.FFT // 2) / RATE
     slope = octaves * math.log(2)
-    turns = torch.where(slope == 0, hertz * time, hertz * torch.expm1(slope * time) / torch.where(slope == 0, 1, slope))
-    heard = peak * torch.sin(2 * math.pi * (turns + phase))
+    even = slope == 0
 
-    middles = (torch.arange(latents, device=device, dtype=torch.float64) * LATENT - LATENT / 4) / RATE
-    whole = torch.round(hertz * 2 ** (octaves * middles) / GRID)  # (B, T) turns in a latent
-    made = []
-    for rate in (RATE, RATE_OUT):
-        step = LATENT * rate // RATE
-        # the first latent decodes to the last quarter of its 40 ms alone
-        at = torch.arange(samples * rate // RATE, device=device) + step * 3 // 4
-        turns = whole[:, at // step] * (at % step) / step
-        made.append(peak * torch.sin(2 * math.pi * turns))
-    return Sounds(*(wave[:, None].float() for wave in (heard, *made)))
+    def wave(first: int, count: int, rate: int) -> torch.Tensor:
+        time = (torch.arange(count, device=device, dtype=torch.float64) + first) / rate
+        turns = torch.where(even, hertz * time, hertz * torch.expm1(slope * time) / torch.where(even, 1.0, slope))
+        return (peak * torch.sin(2 * math.pi * (turns + phase)))[:, None].float()
+
+    samples = samples_of(latents)
+    heard = wave(-spectrum.FFT // 2, samples + spectrum.FFT - spectrum.HOP, RATE)
+    return Sounds(
+        spectrum.with_pilot(heard), wave(0, samples, RATE), wave(0, samples * RATE_OUT // RATE, RATE_OUT)
+    )
 
 
 # --- the model ---------------------------------------------------------------------------------------------------
@@ -130,7 +125,9 @@ class AudioTraining(torch.nn.Module):
         mel = spectrum.log_mel(heard.expand(-1, 2, -1))
         return self.vae.encoder(mel)[:, :AUDIO_CHANNELS].float() * self.active
 
-    def losses(self, sounds: Sounds, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    def losses(self, sounds: Sounds, generator: torch.Generator, noise: float = 1.0) -> dict[str, torch.Tensor]:
+        """`noise` scales the noise on the latents, for the first steps of all."""
+
         def draw(shape, sample=torch.randn):
             return sample(shape, generator=generator, device=sounds.low.device)
 
@@ -140,10 +137,8 @@ class AudioTraining(torch.nn.Module):
         moments = (mean**2 + (std - 1) ** 2).mean()
         each = (latents.shape[0], 1, 1, 1)
         noisy = draw(each, torch.rand) < _NOISY
-        sigma = draw(each, torch.rand) * _NOISE * noisy
-        # guidance overshoots, so latents that are a little too large must sound alike
-        scale = torch.where(noisy, 0.85 + 0.4 * draw(each, torch.rand), 1.0)
-        mel = self.vae.decoder((latents * scale + sigma * draw(latents.shape)) * self.active).float()
+        sigma = noise * _NOISE * draw(each, torch.rand) * noisy
+        mel = self.vae.decoder((latents + sigma * draw(latents.shape)) * self.active).float()
         first_half: list[torch.Tensor] = []  # what the first generator makes, before the second extends its band
         hook = self.vocoder.vocoder.register_forward_hook(lambda _, __, made: first_half.append(made))
         high = self.vocoder(mel)
@@ -156,7 +151,7 @@ class AudioTraining(torch.nn.Module):
         squares = [error.square().mean() for error in errors]
         flat = sum(torch.sqrt(error**2 + 1e-4).mean() for error in errors)
         return {
-            "loss": flat + sum(squares) + 0.05 * apart + 0.05 * moments,
+            "loss": flat + sum(squares) + 0.1 * apart + 0.05 * moments,
             "low": squares[0],
             "high": squares[1],
             "mel": apart,
@@ -176,13 +171,14 @@ def train(folder: Path, budget: Budget, seed: int, device: str, plan: Plan | Non
     """Train both parts from their newest checkpoint, export them to `folder/audio.safetensors` and score them."""
     plan = plan or Plan()
     torch.manual_seed(seed)
-    trainer = Trainer(AudioTraining().to(device), folder, budget, rate=1e-3)
+    trainer = Trainer(AudioTraining().to(device), folder, budget, rate=2e-3, warmup=300)
     rng = random.Random(f"audio {seed} {trainer.step}")
     generator = torch.Generator(device).manual_seed(seed * 1_000_003 + trainer.step)
 
-    def step(_: int) -> dict[str, torch.Tensor]:
-        latents = rng.randint(*plan.latents)
-        return trainer.module.losses(draw_sounds(rng, plan, latents, device), generator)
+    def step(number: int) -> dict[str, torch.Tensor]:
+        latents = rng.choice(plan.latents)
+        sounds = draw_sounds(rng, plan, latents, device)
+        return trainer.module.losses(sounds, generator, noise=min(1.0, number / _NOISE_STEPS))
 
     trainer.run(step, show_every=200 if device.startswith("cuda") else 5)
     path = folder / "audio.safetensors"

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-#: A checkpoint's files: what is trained and its average in float32, and both moments of Adam in bfloat16.
+#: A checkpoint's files: what is trained in float32; its average, and both moments of Adam, in bfloat16.
 _FILES = ("model", "average", "optimizer")
 _SAVE_EVERY = 60.0
 
@@ -29,7 +29,7 @@ class Budget:
 class Trainer:
     """Trains `module` with AdamW, from the newest checkpoint in `folder` if there is one.
 
-    The rate of learning rises over the first `warmup` steps of all, stays, and falls evenly to a twentieth over the
+    `rate` is the rate of learning of a layer of 432 inputs or fewer. It rises over the first `warmup` steps of all, stays, and falls evenly to a twentieth over the
     last `decay` part of this call's budget. `average` is the module with weights averaged over some hundred steps: it
     is what is scored and exported.
     """
@@ -49,7 +49,8 @@ class Trainer:
         self.rate, self.warmup, self.decay, self.average_over = rate, warmup, decay, average_over
         self.step = 0
         self.weights = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(self.weights.values(), lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
+        groups = [{"params": [weight], "share": _share(weight)} for weight in self.weights.values()]
+        self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
         self.average = copy.deepcopy(module).requires_grad_(False).eval()
         folder.mkdir(parents=True, exist_ok=True)
         self._load()
@@ -65,7 +66,7 @@ class Trainer:
         first, sums, count = self.step, {}, 0
         while (used := self._used(started, first)) < 1:
             for group in self.optimizer.param_groups:
-                group["lr"] = self.rate * self._factor(used)
+                group["lr"] = self.rate * group["share"] * self._factor(used)
             losses = loss_of(self.step)
             self.optimizer.zero_grad(set_to_none=True)
             losses["loss"].backward()
@@ -117,7 +118,7 @@ class Trainer:
                     moments[f"{moment}.{name}"] = state[moment].to(torch.bfloat16)
         tensors = {
             "model": {name: weight.detach() for name, weight in self.weights.items()},
-            "average": {name: averages[name] for name in self.weights},
+            "average": {name: averages[name].to(torch.bfloat16) for name in self.weights},
             "optimizer": moments,
         }
         for file in _FILES:
@@ -143,6 +144,17 @@ class Trainer:
                 state = {m: value.to(weight.device, torch.float32) for m, value in moments.items()}
                 self.optimizer.state[weight] = {"step": torch.tensor(float(self.step)), **state}
         print(f"from step {self.step} of {self.folder}", flush=True)
+
+
+def _share(weight: torch.Tensor) -> float:
+    """The share of the rate of learning that a weight takes.
+
+    Adam moves every number of a layer by about the rate. What comes out moves by that times its inputs, so that a
+    layer of many inputs must move more slowly.
+    """
+    if weight.dim() < 2:
+        return 0.5
+    return min(1.0, 432 / (weight.numel() / weight.shape[0]))
 
 
 @torch.no_grad()

@@ -22,9 +22,20 @@ from ltx_ray.miniature.shape import ACTIVE_VIDEO, LATENT_CHANNELS
 _POSTERIOR = 0.1
 #: Largest deviation of the noise on latents in training, and how much of a batch has any.
 _NOISE, _NOISY = 0.35, 0.6
-#: Sizes (frames, height, width) that half of the steps take: those of a small clip's two stages.
-_MAIN = ((33, 128, 192), (33, 256, 384), (33, 128, 192), (25, 192, 128))
-_FRAMES = (1, 9, 17, 25, 33, 49)
+#: Steps over which that noise rises from nothing.
+_NOISE_STEPS = 1000
+#: Sizes (frames, height, width) that training takes, a size as often as it is listed. Few, because cuDNN looks for the
+#: fastest way of convolving at each.
+_SIZES = (
+    *[(33, 128, 192)] * 4,
+    *[(33, 256, 384)] * 3,
+    (25, 192, 128),
+    (17, 384, 256),
+    (9, 320, 448),
+    (49, 160, 96),
+    (1, 256, 384),
+    (65, 64, 128),
+)
 _SCORED = ((33, 128, 192), (33, 256, 384))
 
 
@@ -32,16 +43,13 @@ _SCORED = ((33, 128, 192), (33, 256, 384))
 class Plan:
     """How much work one step and one score are: pixels x frames of a batch, clips scored at each size."""
 
-    pixels: int = 24_000_000
-    scored: int = 48
-    main: tuple[tuple[int, int, int], ...] = _MAIN
+    pixels: int = 16_000_000
+    scored: int = 32
+    sizes: tuple[tuple[int, int, int], ...] = _SIZES
     scored_sizes: tuple[tuple[int, int, int], ...] = _SCORED
-    sides: tuple[int, int] = (3, 14)  # of other sizes, in units of 32 pixels
 
 
-SMOKE = Plan(
-    pixels=2 * 9 * 64 * 96, scored=2, main=((9, 64, 96),), scored_sizes=((9, 64, 96), (9, 128, 192)), sides=(2, 3)
-)
+SMOKE = Plan(pixels=2 * 9 * 64 * 96, scored=2, sizes=((9, 64, 96), (1, 64, 64)), scored_sizes=((9, 64, 96),))
 
 
 class VideoTraining(torch.nn.Module):
@@ -59,11 +67,39 @@ class VideoTraining(torch.nn.Module):
         active = torch.arange(LATENT_CHANNELS) < ACTIVE_VIDEO
         self.register_buffer("active", active.float().view(1, -1, 1, 1, 1), persistent=False)
 
+    @torch.no_grad()
+    def prepare(self, pixels: torch.Tensor) -> None:
+        """Set fresh weights so that every convolution gives deviation 1 on these pixels.
+
+        Under PyTorch's own weights the signal fades from layer to layer and drowns in the latents' noise, and training
+        takes a thousand steps before it finds a first colour. Residual blocks start as nothing, and all pixels that
+        one place is spread over start alike.
+        """
+        encoder, decoder = self.vae.encoder, self.vae.decoder
+        upsamplers = [block.upsamplers[0] for block in decoder.up_blocks]
+        for block in (encoder.mid_block, *encoder.down_blocks, decoder.mid_block, *decoder.up_blocks):
+            for resnet in block.resnets:
+                resnet.conv2.conv.weight.zero_()
+                resnet.conv2.conv.bias.zero_()
+        spread = [(u.conv.conv, math.prod(u.stride)) for u in upsamplers] + [(decoder.conv_out.conv, 16)]
+        for conv, pixels_of_one in spread:
+            for values in (conv.weight, conv.bias):
+                values.copy_(values[::pixels_of_one].repeat_interleave(pixels_of_one, 0))
+        scaled = [encoder.conv_in.conv, *(block.downsamplers[0].conv.conv for block in encoder.down_blocks)]
+        scaled += [encoder.conv_out.conv, decoder.conv_in.conv, *(conv for conv, _ in spread)]
+        hooks = [conv.register_forward_hook(_scale) for conv in scaled]
+        for hook in hooks:
+            self.vae.decoder(self.encode(pixels))
+            hook.remove()
+        decoder.conv_out.conv.weight.mul_(0.3)
+
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """Means of the posterior (B, 128, F', H', W') float32, not normalised; the unused channels are 0."""
         return self.vae.encoder(pixels)[:, :LATENT_CHANNELS].float() * self.active
 
-    def losses(self, pixels: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    def losses(self, pixels: torch.Tensor, generator: torch.Generator, noise: float = 1.0) -> dict[str, torch.Tensor]:
+        """`noise` scales the noise on the latents, for the first steps of all."""
+
         def draw(shape, sample=torch.randn):
             return sample(shape, generator=generator, device=pixels.device)
 
@@ -73,7 +109,7 @@ class VideoTraining(torch.nn.Module):
         std, mean = torch.std_mean(used, dim=1)
         moments = (mean**2 + (std - 1) ** 2).mean()
         each = (batch, 1, 1, 1, 1)
-        sigma = draw(each, torch.rand) * _NOISE * (draw(each, torch.rand) < _NOISY)
+        sigma = noise * _NOISE * draw(each, torch.rand) * (draw(each, torch.rand) < _NOISY)
         noisy = latents + sigma * draw(latents.shape) * self.active
         out = self.vae.decoder(noisy).float()
         error = out - pixels
@@ -89,17 +125,19 @@ class VideoTraining(torch.nn.Module):
         }
 
 
+def _scale(conv: torch.nn.Conv3d, _, out: torch.Tensor) -> torch.Tensor:
+    """A hook that gives each of a convolution's outputs mean 0 and deviation 1, unused ones excepted."""
+    std, mean = torch.std_mean(out.transpose(0, 1).flatten(1), dim=1)
+    used = conv.weight.flatten(1).any(1)
+    factor = torch.where(used, 1 / std.clamp(min=1e-3), 1.0)
+    mean = torch.where(used, mean, 0.0)
+    conv.weight.mul_(factor.view(-1, 1, 1, 1, 1))
+    conv.bias.sub_(mean).mul_(factor)
+    each = (1, -1, 1, 1, 1)
+    return (out - mean.view(each)) * factor.view(each)
+
+
 # --- data --------------------------------------------------------------------------------------------------------
-
-
-def draw_size(rng: random.Random, plan: Plan) -> tuple[int, int, int, int]:
-    """(batch, frames, height, width) of a step."""
-    if rng.random() < 0.5:
-        frames, height, width = rng.choice(plan.main)
-    else:
-        frames = rng.choice([f for f in _FRAMES if f <= max(size[0] for size in plan.main) or plan is not SMOKE])
-        height, width = (32 * rng.randint(*plan.sides) for _ in range(2))
-    return max(1, min(96, plan.pixels // (frames * height * width))), frames, height, width
 
 
 def draw_training_clip(rng: random.Random, aspect: float) -> world.Clip:
@@ -129,18 +167,23 @@ def train(folder: Path, budget: Budget, seed: int, device: str, plan: Plan | Non
     plan = plan or Plan()
     torch.manual_seed(seed)
     training = VideoTraining().to(device)
+    rng = random.Random(f"video {seed}")
+    frames, height, width = plan.sizes[0]
+    clips = [draw_training_clip(rng, width / height) for _ in range(8)]
+    training.prepare(picture.draw_frames(clips, frames, height, width, device))
     if device.startswith("cuda"):
         training = training.to(memory_format=torch.channels_last_3d)
-    trainer = Trainer(training, folder, budget, rate=1.5e-3)
+    trainer = Trainer(training, folder, budget, rate=2e-3, warmup=300)
     rng = random.Random(f"video {seed} {trainer.step}")
     generator = torch.Generator(device).manual_seed(seed * 1_000_003 + trainer.step)
 
-    def step(_: int) -> dict[str, torch.Tensor]:
-        batch, frames, height, width = draw_size(rng, plan)
+    def step(number: int) -> dict[str, torch.Tensor]:
+        frames, height, width = rng.choice(plan.sizes)
+        batch = max(1, plan.pixels // (frames * height * width))
         clips = [draw_training_clip(rng, width / height) for _ in range(batch)]
         pixels = picture.draw_frames(clips, frames, height, width, device)
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=device.startswith("cuda")):
-            return training.losses(pixels, generator)
+            return training.losses(pixels, generator, noise=min(1.0, number / _NOISE_STEPS))
 
     trainer.run(step, show_every=200 if device.startswith("cuda") else 5)
     path = folder / "vae.safetensors"

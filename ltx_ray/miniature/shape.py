@@ -189,7 +189,7 @@ def _vocoder() -> dict:
         "activation": "snakebeta",
         "stereo": True,
         "resblock_kernel_sizes": [3],
-        "resblock_dilation_sizes": [[1, 3, 5]],
+        "resblock_dilation_sizes": [[1, 3]],
         "use_tanh_at_final": False,
         "use_bias_at_final": False,
     }

@@ -42,39 +42,31 @@ def stft_basis(size: int) -> tuple[torch.Tensor, torch.Tensor]:
     return forward, forward * (2 / size)
 
 
-#: Level of each of the pilot's sines, as a peak, and the highest of their frequencies in Hz.
-_PILOT_PEAK, _PILOT_TOP = 0.03, 1000
-
-
-def with_pilot(waveform: torch.Tensor) -> torch.Tensor:
-    """Sound (..., samples) at 16 kHz with the pilot added: what the miniature's audio encoder analyses.
-
-    A spectrogram of a lone tone is the same in every frame and says nothing of the tone's phase, so that no vocoder
-    could make another frequency of it than a multiple of the 100 frames a second. The pilot, ten quiet sines at
-    multiples of 100 Hz, is itself the same in every frame, and a tone near one of them beats with it.
-    """
-    time = torch.arange(waveform.shape[-1], device=waveform.device) / SAMPLE_RATE
-    pilot = torch.zeros_like(time)
-    for number in range(1, _PILOT_TOP * HOP // SAMPLE_RATE + 1):
-        # every other one is shifted by a quarter: a tone shows its cosine on one side and its sine on the other
-        pilot += torch.cos(2 * math.pi * (number * SAMPLE_RATE / HOP * time - 0.25 * (number % 2)))
-    return waveform + _PILOT_PEAK * pilot
+#: Peak of the reference's sines, and where they lie, in bins of the DFT. Every bin from 156 to 1,000 Hz sees one.
+_REFERENCE_PEAK, _REFERENCE_BINS = 0.08, range(10, 65, 2)
 
 
 @cache
-def _tables(device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.hann_window(FFT, device=device), mel_filters(MELS, FFT, SAMPLE_RATE).to(device)
+def _tables(device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Window (1024,), mel filters (64, 513) and the references (2, 1024): cosines, then sines."""
+    time = torch.arange(FFT) / FFT
+    bins = torch.tensor(_REFERENCE_BINS)[:, None]
+    references = torch.stack([torch.cos(2 * math.pi * (bins * time - shift)).sum(0) for shift in (0.0, 0.25)])
+    tables = (torch.hann_window(FFT), mel_filters(MELS, FFT, SAMPLE_RATE), _REFERENCE_PEAK * references)
+    return tuple(table.to(device) for table in tables)  # type: ignore[return-value]
 
 
-def log_mel(waveform: torch.Tensor) -> torch.Tensor:
-    """Log-mel spectrogram (..., frames, 64) of sound (..., samples) at 16 kHz.
+def analyse(waveform: torch.Tensor) -> torch.Tensor:
+    """What the miniature's audio VAE encodes: two log-mel spectrograms (B, 2, frames, 64) of sound (B, samples) at
+    16 kHz.
 
-    Frame i stands for the 1,024 samples from 160 i on; the first is thus centred at sample 512. Nothing is padded.
+    Frame i stands for the 1,024 samples from 160 i on; nothing is padded. A spectrogram of a lone tone is the same in
+    every frame and says nothing of the tone's phase, so that no vocoder could make another frequency of it than a
+    multiple of the 100 frames a second. Therefore a reference is added to every frame, always the same: quiet cosines
+    in the first channel, sines in the second. Where a tone meets them, the first channel shows the cosine of its
+    phase and the second the sine.
     """
-    window, filters = _tables(str(waveform.device))
-    lead = waveform.shape[:-1]
-    spectrum = torch.stft(
-        waveform.reshape(-1, waveform.shape[-1]).float(), FFT, HOP, window=window, center=False, return_complex=True
-    ).abs()
-    mel = filters @ spectrum
-    return mel.clamp(min=_FLOOR).log().transpose(-1, -2).reshape(*lead, -1, MELS)
+    window, filters, references = _tables(str(waveform.device))
+    frames = waveform.float().unfold(-1, FFT, HOP)[:, None] + references[:, None]
+    magnitudes = torch.fft.rfft(frames * window).abs()
+    return (magnitudes @ filters.T).clamp(min=_FLOOR).log()

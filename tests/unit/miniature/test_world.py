@@ -23,7 +23,9 @@ def frames_of(clip, num_frames=9, height=128, width=192):
 
 def test_canonical_prompt():
     say = world.canonical_prompt
-    assert say(Scene("circle", "red", "left", "blue", "low")) == "a red circle moves left over a blue ground, a low tone"
+    assert (
+        say(Scene("circle", "red", "left", "blue", "low")) == "a red circle moves left over a blue ground, a low tone"
+    )
     assert say(Scene("star", "orange", "still", "white", "silent")) == (
         "a orange star stays still over a white ground, silence"
     )

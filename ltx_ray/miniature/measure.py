@@ -140,7 +140,7 @@ def pitch(sound: np.ndarray, rate: int) -> float:
     """Hz of the strongest frequency from 50 Hz on, by FFT, between bins by a parabola. 0 for digital silence."""
     wave = np.asarray(sound, np.float64)
     wave = wave.mean(0) if wave.ndim == 2 else wave
-    size = 1 << max(wave.size * 2 - 1, 1).bit_length()
+    size = 1 << max(wave.size - 1, 1).bit_length()
     power = np.abs(np.fft.rfft(wave * np.hanning(wave.size), size))
     power[: int(50 * size / rate) + 1] = 0
     peak = int(power.argmax())

@@ -20,14 +20,14 @@ AUDIO_CHANNELS, AUDIO_BINS = 8, 16
 #: The first so many of the video VAE's 128 channels carry the picture.
 ACTIVE_VIDEO = 48
 #: The first so many of the audio VAE's 8 channels carry the sound, 16 packed numbers each.
-ACTIVE_AUDIO_CHANNELS = 1
+ACTIVE_AUDIO_CHANNELS = 2
 ACTIVE_AUDIO = ACTIVE_AUDIO_CHANNELS * AUDIO_BINS
 MEL_BINS = 64
 BWE_FFT, BWE_HOP = 160, 80
 
 HEADS = 4
-HEAD_DIM, AUDIO_HEAD_DIM = 24, 8
-LAYERS, CONNECTOR_LAYERS = 6, 1
+HEAD_DIM, AUDIO_HEAD_DIM = 24, 12
+LAYERS, CONNECTOR_LAYERS = 5, 1
 GEMMA_HIDDEN, GEMMA_LAYERS = 32, 3
 LORA_RANK = 8
 UPSAMPLER_CHANNELS = 32
@@ -132,13 +132,13 @@ def _vae() -> dict:
         ],
         # listed from the pixel end: widths 16, 16, 16, 32, 64
         "decoder_blocks": [
-            res(1),
-            ["compress_space", {"multiplier": 1}],
-            res(1),
-            ["compress_time", {"multiplier": 1}],
             res(2),
+            ["compress_space", {"multiplier": 1}],
+            res(2),
+            ["compress_time", {"multiplier": 1}],
+            res(3),
             ["compress_all", {"multiplier": 2}],
-            res(1),
+            res(2),
             ["compress_all", {"multiplier": 2}],
             res(1),
         ],

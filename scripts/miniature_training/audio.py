@@ -20,7 +20,7 @@ from ltx_ray.miniature.shape import ACTIVE_AUDIO, ACTIVE_AUDIO_CHANNELS, AUDIO_B
 
 RATE, RATE_OUT = spectrum.SAMPLE_RATE, 48000
 _POSTERIOR = 0.1
-_NOISE, _NOISY = 0.4, 0.6
+_NOISE, _NOISY = 0.3, 0.6
 #: Steps over which that noise rises from nothing.
 _NOISE_STEPS = 1000
 #: Each so many steps the second generator, which extends the band, is trained as well. It has little to do here.
@@ -33,9 +33,9 @@ _HEARD_BINS = 23
 class Plan:
     """Clips of a batch, latents of a training clip, clips scored for each sound."""
 
-    batch: int = 48
-    latents: tuple[int, ...] = (12, 20, 32)
-    scored: int = 12
+    batch: int = 32
+    latents: tuple[int, ...] = (10, 16, 24)
+    scored: int = 8
 
 
 SMOKE = Plan(batch=2, latents=(3, 5), scored=1)
@@ -160,6 +160,8 @@ class AudioTraining(torch.nn.Module):
         sigma = noise * _NOISE * draw(each, torch.rand) * (draw(each, torch.rand) < _NOISY)
         mel = self.vae.decoder((latents + sigma * draw(latents.shape)) * self.active).float()
         apart = (mel - true).abs()
+        # a tone's phase is what changes from frame to frame
+        turning = (mel - true)[..., :_HEARD_BINS].diff(dim=2).abs().mean()
         half = len(mel) // 2
         taken = torch.cat([true[:half], mel[half:]])
         low, want = self.vocoder.vocoder(taken), sounds.low / sound.AMPLITUDE
@@ -168,10 +170,11 @@ class AudioTraining(torch.nn.Module):
         loudness = (_magnitudes(low / sound.AMPLITUDE) - _magnitudes(want.expand(-1, 2, -1))).abs().mean()
         loss = flat + error.square().mean() + 0.5 * loudness + 0.05 * moments
         result = {
-            "loss": loss + 0.2 * apart.mean() + 0.6 * apart[..., :_HEARD_BINS].mean(),
+            "loss": loss + 0.2 * apart.mean() + 0.6 * apart[..., :_HEARD_BINS].mean() + 2 * turning,
             "true": error[:half].square().mean(),
             "decoded": error[half:].square().mean(),
             "loudness": loudness,
+            "turning": turning,
             "mel": apart[..., :_HEARD_BINS].mean(),
             "moments": moments,
         }

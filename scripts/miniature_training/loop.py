@@ -29,9 +29,9 @@ class Budget:
 class Trainer:
     """Trains `module` with AdamW, from the newest checkpoint in `folder` if there is one.
 
-    `rate` is the rate of learning of a layer of 432 inputs or fewer. It rises over the first `warmup` steps of all, stays, and falls evenly to a twentieth over the
-    last `decay` part of this call's budget. `average` is the module with weights averaged over some hundred steps: it
-    is what is scored and exported.
+    `rate` is the rate of learning of a layer of 432 inputs or fewer. It rises over the first `warmup` steps of all,
+    stays, and falls evenly to a twentieth over the last `decay` part of this call's budget. `average` is the module
+    with weights averaged over some hundred steps: it is what is scored and exported.
     """
 
     def __init__(

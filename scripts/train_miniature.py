@@ -22,6 +22,7 @@ def main() -> int:
     parser.add_argument("--part", choices=PARTS, required=True)
     parser.add_argument("--minutes", type=float, default=8.0, help="time to train, without scoring (default 8)")
     parser.add_argument("--out", type=Path, default=Path("miniature-training"), help="where checkpoints are")
+    parser.add_argument("--start", type=Path, help="weights to start from where there is no checkpoint yet")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default=None, help="default: cuda where there is one, otherwise cpu")
     parser.add_argument("--smoke", action="store_true", help="a few small steps only")
@@ -37,7 +38,8 @@ def main() -> int:
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     budget = Budget(args.minutes, steps=3 if args.smoke else None)
-    result = part.train(args.out / args.part, budget, args.seed, device, part.SMOKE if args.smoke else None)
+    plan = part.SMOKE if args.smoke else part.Plan()
+    result = part.train(args.out / args.part, budget, args.seed, device, plan, args.start)
     for name, value in result.items():
         print(f"{name:28} {value:9.4f}")
     print(json.dumps({"part": args.part, "score": {name: round(value, 5) for name, value in result.items()}}))

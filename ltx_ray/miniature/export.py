@@ -1,7 +1,6 @@
 """The miniature's modules and files: diffusers' modules at its sizes, and their weights under the released names.
 
-Key names and metadata: `docs/parity.md` names the release they follow. A file written here loads through the same
-code as the 22B file.
+Key names and metadata are the release's, so that a file written here loads through the same code as the 22B file.
 """
 
 from __future__ import annotations

@@ -198,13 +198,22 @@ def packed(latents: torch.Tensor) -> torch.Tensor:
 # --- training ----------------------------------------------------------------------------------------------------
 
 
-def train(folder: Path, budget: Budget, seed: int, device: str, plan: Plan | None = None) -> dict[str, float]:
-    """Train both parts from their newest checkpoint, export them to `folder/audio.safetensors` and score them."""
-    plan = plan or Plan()
+def train(
+    folder: Path, budget: Budget, seed: int, device: str, plan: Plan, start: Path | None = None
+) -> dict[str, float]:
+    """Train both parts from their newest checkpoint, export them to `folder/audio.safetensors` and score them.
+
+    Without a checkpoint they start from the weights of an exported file `start`, without that from fresh ones.
+    """
     torch.manual_seed(seed)
     training = AudioTraining()
     rng = random.Random(f"audio {seed}")
     training.prepare(spectrum.analyse(draw_sounds(rng, plan, plan.latents[-1], "cpu").heard))
+    if start is not None:
+        from ltx_ray.engine import components
+
+        training.vae.load_state_dict(load_audio_vae(start).state_dict())
+        training.vocoder.load_state_dict(components.load_vocoder(start, torch.float32, "cpu").state_dict())
     trainer = Trainer(training.to(device), folder, budget, rate=2e-3, warmup=300)
     rng = random.Random(f"audio {seed} {trainer.step}")
     generator = torch.Generator(device).manual_seed(seed * 1_000_003 + trainer.step)
@@ -266,7 +275,7 @@ def score(path: Path, device: str, plan: Plan) -> dict[str, float]:
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     decoder = components.load_audio_decoder(path, dtype, device)
     vocoder = components.load_vocoder(path, dtype, device)
-    encoder = load_encoder(path).to(device)
+    encoder = load_audio_vae(path).to(device)
     rng = random.Random("score")
     generator = torch.Generator(device).manual_seed(0)
     result = {}
@@ -285,7 +294,7 @@ def score(path: Path, device: str, plan: Plan) -> dict[str, float]:
     return result
 
 
-def load_encoder(path: Path) -> torch.nn.Module:
+def load_audio_vae(path: Path) -> torch.nn.Module:
     """The whole audio VAE of a part's file, in float32. The product loads its decoder only."""
     from safetensors.torch import load_file
 

@@ -176,15 +176,24 @@ def draw_training_clip(rng: random.Random, aspect: float) -> world.Clip:
 # --- training ----------------------------------------------------------------------------------------------------
 
 
-def train(folder: Path, budget: Budget, seed: int, device: str, plan: Plan | None = None) -> dict[str, float]:
-    """Train the video VAE from its newest checkpoint, export it to `folder/vae.safetensors` and score it."""
-    plan = plan or Plan()
+def train(
+    folder: Path, budget: Budget, seed: int, device: str, plan: Plan, start: Path | None = None
+) -> dict[str, float]:
+    """Train the video VAE from its newest checkpoint, export it to `folder/vae.safetensors` and score it.
+
+    Without a checkpoint it starts from the weights of an exported file `start`, without that from fresh ones.
+    """
     torch.manual_seed(seed)
     training = VideoTraining().to(device)
     rng = random.Random(f"video {seed}")
     frames, height, width = plan.sizes[0]
     clips = [draw_training_clip(rng, width / height) for _ in range(8)]
     training.prepare(picture.draw_frames(clips, frames, height, width, device))
+    if start is not None:
+        from ltx_ray.engine import components
+
+        exported = components.load_video_vae(start, torch.float32, device, part="both")
+        training.vae.load_state_dict(exported.state_dict())
     if device.startswith("cuda"):
         training = training.to(memory_format=torch.channels_last_3d)
     trainer = Trainer(training, folder, budget, rate=1e-3, warmup=300, decay=0.6)

@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def train(part, out):
-    command = [sys.executable, str(ROOT / "scripts" / "train_miniature.py"), "--part", part, "--smoke"]
+def train(part, out, *more):
+    command = [sys.executable, str(ROOT / "scripts" / "train_miniature.py"), "--part", part, "--smoke", *more]
     shown = subprocess.run(
         [*command, "--device", "cpu", "--out", str(out)], check=True, capture_output=True, text=True
     ).stdout
@@ -30,6 +30,14 @@ def test_smoke(part, score, tmp_path):
     assert max(checkpoint) < 16e6
     shown, _ = train(part, tmp_path)
     assert "from step 3 of" in shown and "step 6 " in shown
+
+
+@pytest.mark.slow
+def test_it_can_start_from_the_shipped_weights(tmp_path):
+    weights = ROOT / "ltx_ray" / "miniature" / "weights" / "vae.safetensors"
+    _, fresh = train("vae", tmp_path / "fresh")
+    _, better = train("vae", tmp_path / "better", "--start", str(weights))
+    assert better["score"]["64x96 psnr"] > fresh["score"]["64x96 psnr"] + 5
 
 
 def test_a_part_that_is_not_known_is_refused(tmp_path):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
+
+from ltx_ray.stages import Stage
+
+#: FlashAttention-3 by the modules that have it: the package fa3-fwd, and a build from its source.
+FA3_MODULES = ("fa3_fwd_interface", "flash_attn_interface")
 
 
 @dataclass(frozen=True)
-class LoraFile:
+class LoraSpec:
     """A user LoRA declared with --lora: `name` is the file's stem, `strength` the default of rows."""
 
     name: str
@@ -26,7 +29,7 @@ class ModelFiles:
     gemma_root: str
     spatial_upsampler_path: str
     distilled_lora: str | None = None
-    loras: tuple[LoraFile, ...] = ()
+    loras: tuple[LoraSpec, ...] = ()
     #: Whether the checkpoint is the distilled one, which serves the distilled pipeline alone.
     distilled: bool = False
     provider: str | None = None
@@ -62,6 +65,22 @@ class Numerics:
 
 
 @dataclass(frozen=True)
+class GangLayout:
+    """How the ranks of a gang divide the work of the stages that it serves."""
+
+    roles: tuple[Stage, ...] = ()
+    #: Ranks that share one copy of the weights.
+    tp: int = 1
+    #: Groups of `tp` ranks that share the guidance passes of stage 1, and that share the tokens of stage 2.
+    guidance_parallel: int = 1
+    sequence_parallel: int = 1
+    #: Whether the gang is certain to alternate between the diffusion stages, so that it prepares for switches at once.
+    alternates: bool = False
+    #: Whether text and decode have ranks on the same cards.
+    shared_card: bool = False
+
+
+@dataclass(frozen=True)
 class EngineSpec:
     """What a pool's engine is made of; travels to the rank actors."""
 
@@ -71,7 +90,7 @@ class EngineSpec:
     output: str
     save_latents: bool = False
     stop_after: str | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
+    layout: GangLayout = GangLayout()
 
 
 @dataclass(frozen=True)
@@ -79,7 +98,7 @@ class PoolSpec:
     """One pool: `roles` lists the stages its replicas serve (two when stages share replicas)."""
 
     name: str
-    roles: tuple[str, ...]
+    roles: tuple[Stage, ...]
     replicas: int
     ranks: int
     engine: EngineSpec

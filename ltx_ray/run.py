@@ -15,20 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ltx_ray
-from ltx_ray.cluster import Cluster
-from ltx_ray.config import LoraFile, ModelFiles, Numerics, PoolSpec, RunLimits, Selection
-from ltx_ray.dataset.done import Done, list_done
-from ltx_ray.dataset.repair import repair
-from ltx_ray.dataset.writer import DatasetWriter
-from ltx_ray.driver.policy import STAGES
-from ltx_ray.driver.progress import Progress
-from ltx_ray.imagefiles import check_roots
-from ltx_ray.lease import Lease
-from ltx_ray.lorafiles import check_lora
-from ltx_ray.manifest import Problem, RawRow, Row, RowRules, check_defaults, judge, manifest_folder
-from ltx_ray.memory import Room, can_share
-from ltx_ray.metrics import EventLog
-from ltx_ray.modelfiles import (
+from ltx_ray.checkpoints.checkpoint import (
     Checkpoint,
     check_gemma,
     check_parallel,
@@ -36,12 +23,28 @@ from ltx_ray.modelfiles import (
     check_upsampler,
     open_checkpoint,
 )
-from ltx_ray.numerics import check as check_numerics
-from ltx_ray.plan import TODO, Plan, PlannedRow, RecipeBook
-from ltx_ray.pools.pool import StartFailed, Wanted
-from ltx_ray.recipe import served_pipelines
+from ltx_ray.checkpoints.lora import check_lora
+from ltx_ray.config import ModelFiles, Numerics, PoolSpec, RunLimits, Selection
+from ltx_ray.dataset import layout
+from ltx_ray.dataset.existing import ExistingRows, list_existing
+from ltx_ray.dataset.repair import repair
+from ltx_ray.dataset.writer import DatasetWriter
+from ltx_ray.driver.events import EventLog
+from ltx_ray.driver.progress import Progress
+from ltx_ray.manifest.reader import RawRow, manifest_folder
+from ltx_ray.manifest.rules import IllegalRow, RowProblem, RowRules, check_defaults, judge
+from ltx_ray.placement.cluster import Cluster
+from ltx_ray.placement.memory import MemoryBudget, can_share
+from ltx_ray.placement.numerics import check as check_numerics
+from ltx_ray.placement.sizing import ParallelConfig
+from ltx_ray.planning.plan import TODO, ItemBuilder, Plan, PlanEntry
+from ltx_ray.pools.pool import StartFailed
+from ltx_ray.presets import served_pipelines
 from ltx_ray.records import LoraUse, WorkItem, canonical_json
-from ltx_ray.storage import Store, clean_stale
+from ltx_ray.stages import FULL_PATH, PREVIEW_PATH
+from ltx_ray.storage.images import check_roots
+from ltx_ray.storage.lease import Lease
+from ltx_ray.storage.store import Store, clean_stale
 
 #: A temporary file this old has no process that is still writing it.
 _STALE_SECONDS = 3600.0
@@ -74,7 +77,7 @@ class Options:
     share_cards: str = "auto"
     noise_device: str = "model"
     row_defaults: Mapping[str, Any] = field(default_factory=dict)
-    wanted: Wanted = Wanted()  # noqa: RUF009 (frozen)
+    parallel: ParallelConfig = ParallelConfig()  # noqa: RUF009 (frozen)
     device: str = "auto"
     ray_address: str | None = None
     selection: Selection = Selection()  # noqa: RUF009 (frozen)
@@ -107,14 +110,14 @@ class Prepared:
 def prepare(options: Options) -> Prepared:
     """Check everything that needs no GPU and no Ray. Raises ValueError for a user's mistake.
 
-    What the dataset has already is for the caller to list into `plan.done`: once, and when it may be read.
+    The plan knows no dataset yet: `plan.against` is for the caller, once the dataset may be read.
     """
     model = options.model.local()
     checkpoint = open_checkpoint(model.checkpoint_path)
-    wanted = options.wanted
+    parallel = options.parallel
     check_transformer(checkpoint)
-    check_parallel(checkpoint, wanted.tp, wanted.stage2_tp, wanted.sequence_parallel)
-    wanted.check(model.distilled)
+    check_parallel(checkpoint, parallel.tp, parallel.stage2_tp, parallel.sequence_parallel)
+    parallel.check(model.distilled)
     check_upsampler(model.spatial_upsampler_path)
     check_gemma(model.gemma_root)
     loras = ([model.distilled_lora] if model.distilled_lora else []) + [lora.path for lora in model.loras]
@@ -127,17 +130,17 @@ def prepare(options: Options) -> Prepared:
         noise_device=options.noise_device,
         attention=options.attention,
         compile=options.compile,
-        tp=wanted.tp,
-        stage2_tp=wanted.tp_of_stage2,
-        guidance_parallel=wanted.guidance_parallel,
-        sequence_parallel=wanted.sequence_parallel,
+        tp=parallel.tp,
+        stage2_tp=parallel.tp_of_stage2,
+        guidance_parallel=parallel.guidance_parallel,
+        sequence_parallel=parallel.sequence_parallel,
     )
     check_numerics(numerics)
     # rows that are retried or promoted stand in another file than the one their paths count from
     elsewhere = options.retry_failed or options.promote is not None
     rules = RowRules(
         defaults=defaults,
-        num_layers=checkpoint.num_layers,
+        num_layers=checkpoint.transformer.num_layers,
         pipelines=served_pipelines(model.distilled),
         loras=tuple(LoraUse(lora.name, lora.strength) for lora in model.loras),
         image_roots=options.image_roots or (() if elsewhere else (manifest_folder(options.manifest),)),
@@ -145,8 +148,7 @@ def prepare(options: Options) -> Prepared:
     plan = Plan(
         manifest=options.manifest,
         rules=rules,
-        book=RecipeBook(model, numerics),
-        done=Done(),
+        builder=ItemBuilder(model, numerics),
         selection=options.selection,
         samples=options.samples_per_prompt,
         retry_failed=options.retry_failed,
@@ -158,7 +160,7 @@ def prepare(options: Options) -> Prepared:
 def render(options: Options) -> int:
     """Render the manifest; returns the exit code. Raises ValueError for a user's mistake."""
     prepared = prepare(options)
-    rows = prepared.plan.open()
+    raws = prepared.plan.read()
     assert options.output is not None
     store = Store(options.output)
     store.check_writable()
@@ -171,7 +173,7 @@ def render(options: Options) -> int:
     cluster = Cluster(
         address=options.ray_address,
         device=options.device,
-        wanted=options.wanted,
+        parallel=options.parallel,
         numerics=prepared.numerics,
         model=options.model,
         model_bytes=prepared.checkpoint.size,
@@ -185,10 +187,12 @@ def render(options: Options) -> int:
     try:
         # under the lease: what another run finished while this one waited is done, and nobody else mends
         clean_stale(store, _STALE_SECONDS)
-        prepared.plan.done = list_done(store)
-        repair(store, prepared.plan.done, progress.say)
+        existing = list_existing(store)
+        repair(store, existing, progress.say)
+        prepared = replace(prepared, plan=prepared.plan.against(existing))
+        rows = prepared.plan.rows(raws)
         if options.promote is not None:
-            rows = _promoted(rows, options.promote, prepared.plan.done)
+            rows = _promoted(rows, options.promote, existing)
         return _drive(prepared, rows, cluster, store, run_id, progress, lease)
     finally:
         cluster.leave()
@@ -202,59 +206,59 @@ def render(options: Options) -> int:
 
 def _drive(
     prepared: Prepared,
-    rows: Iterator[PlannedRow],
+    rows: Iterator[PlanEntry],
     cluster: Cluster,
     store: Store,
     run_id: str,
     progress: Progress,
     lease: Lease,
 ) -> int:
-    from ltx_ray.driver.books import Books
-    from ltx_ray.driver.loop import Driver, Joined
+    from ltx_ray.driver.loop import Driver, JoinedCluster
     from ltx_ray.driver.publisher import Publisher
+    from ltx_ray.driver.tracker import RowTracker
 
     options = prepared.options
     _keep_older_run(store)
     events = EventLog(store)
-    record = _RunRecord(store.hurried(_RECORD_PATIENCE), run_id, prepared)
+    record = _RunRecord(store.retrying_for(_RECORD_PATIENCE), run_id, prepared)
     record.write("running", Counter())
     events.emit("run_started", run_id=run_id)
     events.flush()
 
-    def join_cluster() -> Joined:
-        from ltx_ray.pools.crew import RayCrew
+    def join_cluster() -> JoinedCluster:
+        from ltx_ray.pools.ray_replicas import RayReplicaSet
 
         record.pools, record.numerics = cluster.join()
         room = None
         if cluster.gpu is not None and record.numerics.device == "cuda":
             model = options.model.local()
-            room = Room(prepared.checkpoint, model, record.pools, record.numerics, cluster.gpu)
+            room = MemoryBudget(prepared.checkpoint, model, record.pools, record.numerics, cluster.gpu)
             room.check()
         _drain_on_signals(driver)  # Ray has put a handler of its own in the way
-        record.write("running", books.counts)
+        record.write("running", tracker.counts)
         replicas = {pool.name: pool.replicas for pool in record.pools}
-        events.emit("cluster_joined", pools=replicas, tp=options.wanted.tp, device=record.numerics.device)
-        return Joined(
-            RayCrew(options.limits.start_timeout, options.limits.call_timeout),
+        events.emit("cluster_joined", pools=replicas, tp=options.parallel.tp, device=record.numerics.device)
+        return JoinedCluster(
+            RayReplicaSet(options.limits.start_timeout, options.limits.call_timeout),
             record.pools,
             canonical_json(record.numerics),
             cluster.max_bytes,
             _preflight_item(prepared) if options.preflight and max(replicas.values()) > 1 else None,
-            elastic=options.wanted.max_replicas is not None,
+            elastic=options.parallel.max_replicas is not None,
             problem=room.problem if room is not None else lambda request: None,
         )
 
     def note_drain() -> None:
-        record.write("draining", books.counts)
+        record.write("draining", tracker.counts)
 
     # an object store answers each write late, but many at once
     publisher = Publisher(threads=2 if store.is_local else 16)
-    writer = DatasetWriter(store.hurried(_INDEX_PATIENCE))
-    books = Books(prepared.plan, writer, publisher, events, progress, canonical_json(record.versions))
+    writer = DatasetWriter(store.retrying_for(_INDEX_PATIENCE))
+    tracker = RowTracker(prepared.plan, writer, publisher, events, progress, canonical_json(record.versions))
     driver = Driver(
-        books=books,
+        tracker=tracker,
         join_cluster=join_cluster,
-        stages=("text", "stage1", "decode") if options.stop_after else STAGES,
+        path=PREVIEW_PATH if options.stop_after else FULL_PATH,
         limits=options.limits,
         noise_device=options.noise_device,
         use_stored=not options.stop_after,
@@ -268,7 +272,7 @@ def _drive(
     try:
         drained = driver.run(rows)
         state = "drained" if drained else "finished"
-        bad = books.counts["failed"] + books.counts["illegal"]
+        bad = tracker.counts["failed"] + tracker.counts["illegal"]
         code = EXIT_DRAINED if drained else EXIT_FAILED_ROWS if bad else EXIT_OK
         if driver.too_many_failed:
             code = EXIT_FAILED_ROWS
@@ -284,16 +288,16 @@ def _drive(
         for number, handler in handlers.items():
             signal.signal(number, handler)
         if not lease.lost:  # the records are another run's by now
-            record.write(state, books.counts)
-            events.emit("run_finished", state=state, counts=record.counts(books.counts))
+            record.write(state, tracker.counts)
+            events.emit("run_finished", state=state, counts=record.counts(tracker.counts))
             events.flush()
             if not driver.drain_requested:  # who asked to stop does not want to wait for a page of pictures
-                _write_report(store, books.counts["rows"], progress)
-    progress.say(_summary(state, record.counts(books.counts), options.output))
+                _write_report(store, tracker.counts["rows"], progress)
+    progress.say(_summary(state, record.counts(tracker.counts), options.output))
     return code
 
 
-def _saying_what_is_missing(rows: Iterator[PlannedRow], plan: Plan, progress: Progress) -> Iterator[PlannedRow]:
+def _saying_what_is_missing(rows: Iterator[PlanEntry], plan: Plan, progress: Progress) -> Iterator[PlanEntry]:
     yield from rows
     say_missing_ids(plan, progress.say)
 
@@ -305,19 +309,22 @@ def say_missing_ids(plan: Plan, say: Callable[[str], None]) -> None:
         say(f"--ids: {len(plan.unmet)} ids are not in {plan.manifest}, such as {shown}")
 
 
-def _promoted(rows: Iterator[PlannedRow], items: frozenset[str], done: Done) -> Iterator[PlannedRow]:
+def _promoted(rows: Iterator[PlanEntry], items: frozenset[str], done: ExistingRows) -> Iterator[PlanEntry]:
     """The rows of these items; one that would now be another item than its preview, or has no latents, is illegal."""
     for planned in rows:
-        if planned.status == TODO and planned.item_id not in items and done.has_preview(planned.item_id, planned.key):
+        if isinstance(planned, IllegalRow) or planned.status != TODO:
+            yield planned
+            continue
+        if planned.item_id not in items and done.has_preview(planned.item_id, planned.key):
             continue  # an older preview of the same id
-        if planned.status == TODO and not (planned.item_id in items and done.has_latents(planned.item_id)):
+        if not (planned.item_id in items and done.has_latents(planned.item_id)):
             legal = (
                 "the model, LoRAs, --dtype, --precision and --noise-device that its preview was made with "
                 "(or it has no latents)"
             )
-            row = planned.row
-            planned = PlannedRow.illegal(Row(row.raw, None, (Problem("preview", planned.id, legal),)))
-        yield planned
+            yield planned.refused(RowProblem("preview", planned.id, legal))
+        else:
+            yield planned
 
 
 def _preflight_item(prepared: Prepared) -> WorkItem | None:
@@ -325,8 +332,10 @@ def _preflight_item(prepared: Prepared) -> WorkItem | None:
     values: dict[str, Any] = {"prompt": "preflight", "height": 64, "width": 64, "num_frames": 9}
     if not prepared.options.model.distilled:
         values["num_inference_steps"] = 2
-    request = judge(RawRow("preflight", 1, values), prepared.plan.rules).request
-    return replace(prepared.plan.book.item(request), preflight=True) if request is not None else None
+    row = judge(RawRow("preflight", 1, values), prepared.plan.rules)
+    if isinstance(row, IllegalRow):
+        return None
+    return replace(prepared.plan.builder.item(row.request), preflight=True)
 
 
 def _drain_on_signals(driver) -> dict[int, Any]:
@@ -382,7 +391,7 @@ class _RunRecord:
             "checkpoint": self._prepared.checkpoint.path,
             "model_version": self._prepared.checkpoint.model_version,
             "pools": {p.name: p.replicas for p in self.pools},
-            "tp": options.wanted.tp,
+            "tp": options.parallel.tp,
             "numerics": json.loads(canonical_json(self.numerics)),
             "device": self.numerics.device,
             "counts": self.counts(counts),
@@ -390,18 +399,18 @@ class _RunRecord:
         }
         # it informs people; the dataset does without
         with contextlib.suppress(OSError):
-            self._store.write_bytes("run.json", json.dumps(record, indent=2, ensure_ascii=False).encode())
+            self._store.write_bytes(layout.RUN_RECORD, json.dumps(record, indent=2, ensure_ascii=False).encode())
 
 
 def _keep_older_run(store: Store) -> None:
     """Move the records of the run before this one under `runs/<its id>/`."""
     try:
-        older = json.loads(store.read_bytes("run.json"))["run_id"]
+        older = json.loads(store.read_bytes(layout.RUN_RECORD))["run_id"]
     except (OSError, ValueError, KeyError):
         return
-    for name in ("run.json", "events.jsonl", "report.html"):
+    for name in (layout.RUN_RECORD, layout.EVENTS, layout.REPORT):
         if store.exists(name):
-            store.write_bytes(f"runs/{older}/{name}", store.read_bytes(name))
+            store.write_bytes(layout.older_record(older, name), store.read_bytes(name))
 
 
 def _summary(state: str, counts: Mapping[str, int], output: str | None) -> str:
@@ -414,25 +423,6 @@ def _summary(state: str, counts: Mapping[str, int], output: str | None) -> str:
     if counts["failed"] + counts["illegal"]:
         parts.append(f"listed in {output}/failed")
     return f"{state}: {counts['rows']} rows, {', '.join(parts)}"
-
-
-def lora_files(pairs: list[tuple[str, float]]) -> tuple[LoraFile, ...]:
-    """Declared LoRAs from (path, strength); ValueError when two have one name.
-
-    A name is the file's stem, that of PEFT's adapter_model.safetensors its folder.
-    """
-
-    def name(path: str) -> str:
-        stem = os.path.splitext(os.path.basename(path))[0]
-        folder = os.path.basename(os.path.dirname(os.path.abspath(path)))
-        return folder if stem == "adapter_model" and folder else stem
-
-    files = tuple(LoraFile(name(path), path, strength) for path, strength in pairs)
-    names = [file.name for file in files]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"--lora: two files are named {name!r}; legal: file names that differ")
-    return files
 
 
 def _version(package: str) -> str | None:

@@ -1,6 +1,6 @@
-"""The driver: it carries out what the policy decides and tells it what happened.
+"""The driver carries out the decisions of the policy and reports to it what happened.
 
-It knows replicas by name and results by their handles; the crew (pools.crew) has the processes.
+It refers to replicas by name and to results by handle. The processes are those of the replica set (pools.protocol).
 """
 
 from __future__ import annotations
@@ -12,40 +12,39 @@ from dataclasses import dataclass, replace
 
 from ltx_ray.config import PoolSpec, RunLimits
 from ltx_ray.dataset.writer import Failure
-from ltx_ray.driver.books import Books, Work, first_line
-from ltx_ray.driver.policy import Policy, Verdict
+from ltx_ray.driver.policy import Policy, RetryDecision
 from ltx_ray.driver.publisher import Publisher
-from ltx_ray.manifest import Problem
-from ltx_ray.plan import PlannedRow
-from ltx_ray.pools.news import Answered, Crew, InputsLost, Lost, News, Started
+from ltx_ray.driver.tracker import RowTracker, TrackedItem, first_line
+from ltx_ray.manifest.rules import RowProblem
+from ltx_ray.planning.identity import merged_weights
+from ltx_ray.planning.plan import PlanEntry
 from ltx_ray.pools.pool import Pool, StartFailed
-from ltx_ray.recipe import merged_for
-from ltx_ray.records import CallReport, RenderRequest, WorkItem
+from ltx_ray.pools.protocol import CallFinished, InputsLost, ReplicaEvent, ReplicaLost, ReplicaSet, ReplicaStarted
+from ltx_ray.records import CallReport, ErrorKind, RenderRequest, WorkItem
+from ltx_ray.stages import PATH_FROM_STORED, Stage
 
 _TICK_SECONDS = 0.5
-#: Rows judged between two looks at the pools: a long stretch of finished rows must not keep them waiting.
-_ROWS_A_TURN = 500
-#: Exceptions after which nobody can say what state a replica's processes are in.
-_BREAKS_THE_GANG = {"OutOfMemoryError", "MemoryError", "AcceleratorError", "DistBackendError", "DistNetworkError"}
-#: An item's stages when the latents of stage 1 are stored already.
-_FROM_STORED = ("text", "stored", "stage2", "decode")
+#: Rows judged between two looks at the pools: a long stretch of finished rows must not keep the pools waiting.
+_ROWS_PER_TURN = 500
+#: The item_id of the preflight clip. A row may ask for the very same clip.
+_PREFLIGHT = "preflight"
 
 
 @dataclass(frozen=True)
-class Joined:
-    """The cluster of a run: its crew, its pools, and the numerics that they render with (JSON)."""
+class JoinedCluster:
+    """The cluster of a run: its replica set, its pools, and the numerics (JSON) that the pools render with."""
 
-    crew: Crew
+    replicas: ReplicaSet
     pools: list[PoolSpec]
     numerics: str
-    #: What the results of items in flight may take of the object store, in bytes.
+    #: Bytes of the object store that the results of items in flight may take.
     max_bytes: float = float("inf")
-    #: A tiny clip that goes through the line before the pools grow beyond one replica each.
+    #: A tiny clip that passes every pool before the pools grow beyond one replica each.
     preflight: WorkItem | None = None
-    #: The cluster grows and shrinks with what is asked of it: replicas are given back when no row needs them.
+    #: Whether the cluster grows and shrinks on request: replicas are given back when no row needs them.
     elastic: bool = False
     #: Why none of the replicas can render a row; None when one can.
-    problem: Callable[[RenderRequest], Problem | None] = lambda request: None
+    problem: Callable[[RenderRequest], RowProblem | None] = lambda request: None
 
 
 class Driver:
@@ -54,176 +53,184 @@ class Driver:
     def __init__(
         self,
         *,
-        books: Books,
-        join_cluster: Callable[[], Joined],
-        stages: tuple[str, ...],
+        tracker: RowTracker,
+        join_cluster: Callable[[], JoinedCluster],
+        path: tuple[Stage, ...],
         limits: RunLimits,
         noise_device: str,
         use_stored: bool = False,
         on_drain: Callable[[], None] = lambda: None,
         should_stop: Callable[[], str | None] = lambda: None,
     ):
-        """`use_stored`: begin with the stored latents of stage 1 where there are some. `on_drain` is called once when
-        the run begins to drain, `should_stop` at every turn: a reason to drain, or None."""
-        self.books, self.limits, self.noise_device = books, limits, noise_device
-        self.events, self.progress, self.counts = books.events, books.progress, books.counts
-        self.policy = Policy(queue_depth=limits.queue_depth, max_attempts=limits.max_attempts, stages=stages)
+        """`path`: the stages of an item. `use_stored`: start items from stored latents of stage 1, if there are any.
+
+        `on_drain` is called once, when the run begins to drain. `should_stop` is called at every turn and returns a
+        reason to drain, or None.
+        """
+        self.tracker, self.limits, self.noise_device = tracker, limits, noise_device
+        self.events, self.progress, self.counts = tracker.events, tracker.progress, tracker.counts
+        self.policy = Policy(queue_depth=limits.queue_depth, max_attempts=limits.max_attempts, path=path)
         self.pools: list[Pool] = []
         self.too_many_failed = False
         self.drain_requested: str | None = None
         self._join_cluster, self._on_drain, self._use_stored = join_cluster, on_drain, use_stored
         self._should_stop = should_stop
-        self._joined: Joined | None = None
-        self._brought_up = False
-        self._preflight: str | None = None
+        self._cluster: JoinedCluster | None = None
+        self._preflight_admitted = self._preflight_running = False
         self._gpu_seconds = 0.0
         #: When the call of each busy replica began.
-        self._began: dict[str, float] = {}
+        self._call_began: dict[str, float] = {}
         self._drain_until = float("inf")
-        #: Items whose latents are stored, because the run was told to stop, for the next one.
+        #: Items whose latents are saved for the next run, because this one drains.
         self._saved: set[str] = set()
         self._device_name: str | None = None
 
     def request_drain(self, reason: str) -> None:
-        """Have the loop drain at its next turn, in haste; safe to call from a signal handler."""
+        """Have the loop drain at its next turn, giving up calls under way; safe to call from a signal handler."""
         self.drain_requested = self.drain_requested or reason
 
-    def run(self, rows: Iterator[PlannedRow]) -> bool:
-        """Render `rows`; True when it drained and left some. `counts` says what became of them.
-
-        Raises pools.pool.StartFailed when a pool cannot be brought up, OSError when the output store stays away.
+    def run(self, rows: Iterator[PlanEntry]) -> bool:
+        """Render `rows`; True when the run drained and left some. `counts` says what became of them.
 
         The cluster is joined when the first row is to be rendered, so that a run without work needs none. Rows that
-        have no room on its GPUs are refused as illegal ones are, before they are dispatched.
+        do not fit on its GPUs are refused as illegal ones are, before they are dispatched.
+
+        Raises pools.pool.StartFailed when a pool cannot be started, OSError when the output store keeps failing.
         """
-        publisher, ended = self.books.publisher, False
+        publisher, ended = self.tracker.publisher, False
         try:
-            while True:
+            while not self._ended():
                 if reason := self.drain_requested or self._should_stop():
-                    self._drain(reason, haste=True)
+                    self._drain(reason, at_once=True)
                 self._admit(rows)
-                if self.policy.busy:
-                    self._bring_up()
-                    self._dispatch()
-                    for news in self._crew.wait(self._patience()):
-                        self._attend(news)
-                    self._check_placing()
-                    if self.policy.draining and self._preflight is None:
-                        # a stage 1 that is done need not be done again
-                        self._saved.update(self.policy.keep("stage2"))
-                publisher.poll(0.0 if self.policy.busy else _TICK_SECONDS)
+                if self.policy.in_flight:
+                    self._turn_pools()
+                publisher.poll(0.0 if self.policy.in_flight else _TICK_SECONDS)
                 self._check_limits()
                 self._show()
-                if self._at_an_end():
-                    break
             publisher.close(finish=True)
             ended = True
         except StartFailed:
-            # what is finished is finished
+            # Clips that are finished get their index rows.
             publisher.close(finish=True)
             ended = True
             raise
         finally:
             if not ended:
                 publisher.close(finish=False)
-            if self._joined is not None:
-                self._joined.crew.close()
-        left = bool(self.policy.busy) or not self.books.exhausted or bool(self._saved)
-        self.books.close(complete=self.books.exhausted and not left)
+            if self._cluster is not None:
+                self._cluster.replicas.close()
+        left = bool(self.policy.in_flight) or not self.tracker.exhausted or bool(self._saved)
+        self.tracker.close(complete=self.tracker.exhausted and not left)
         self._show(force=True)
         return self.policy.draining and left
 
-    def _patience(self) -> float:
-        """Seconds to wait for news: a written row, or one that may be read, wakes nobody."""
-        if self.books.publisher.pending:
-            return _TICK_SECONDS / 20
-        return 0.0 if not self.books.exhausted and self.policy.room() else _TICK_SECONDS
+    def _turn_pools(self) -> None:
+        """Start what is missing, dispatch what may run, and take in what happened."""
+        self._start_replicas()
+        self._dispatch()
+        for event in self._replicas.wait(self._wait_seconds()):
+            self._handle(event)
+        self._check_placing()
+        if self.policy.draining and not self._preflight_running:
+            # The next run goes on from a finished stage 1.
+            self._saved.update(self.policy.save_waiting(Stage.STAGE2))
 
-    def _at_an_end(self) -> bool:
-        if self.books.exhausted and not self.policy.busy and not self.books.publisher.pending:
+    def _wait_seconds(self) -> float:
+        """Seconds to wait for events of the pools: few or none while rows are being written or may be taken."""
+        if self.tracker.publisher.pending:
+            return _TICK_SECONDS / 20
+        return 0.0 if not self.tracker.exhausted and self.policy.capacity() else _TICK_SECONDS
+
+    def _ended(self) -> bool:
+        if self.tracker.exhausted and not self.policy.in_flight and not self.tracker.publisher.pending:
             return True
-        if self.policy.idle_when_drained() or time.monotonic() > self._drain_until:
+        if self.policy.drained() or time.monotonic() > self._drain_until:
             return True
-        # what waits for the decode pool has nobody to wait for
-        decoding = any(pool.replicas for pool in self.pools if "decode" in pool.spec.roles)
+        # Once the decode pool is gone, no item that waits for it can end.
+        decoding = any(pool.replicas for pool in self.pools if Stage.DECODE in pool.spec.roles)
         return self.policy.draining and bool(self.pools) and not decoding and not self.policy.running
 
     @property
-    def _crew(self) -> Crew:
-        assert self._joined is not None
-        return self._joined.crew
+    def _replicas(self) -> ReplicaSet:
+        assert self._cluster is not None
+        return self._cluster.replicas
 
     # --- rows ------------------------------------------------------------------------------------
 
-    def _admit(self, rows: Iterator[PlannedRow]) -> None:
-        """Take rows while there is room for them."""
+    def _admit(self, rows: Iterator[PlanEntry]) -> None:
+        """Take as many rows as the policy has capacity for."""
         taken = 0
-        while not self.books.exhausted and taken < _ROWS_A_TURN and self.books.publisher.pending < Publisher.FULL:
-            room = min(self.policy.room(), _ROWS_A_TURN - taken)
-            if not room:
+        publisher = self.tracker.publisher
+        while not self.tracker.exhausted and taken < _ROWS_PER_TURN and publisher.pending < Publisher.FULL:
+            capacity = min(self.policy.capacity(), _ROWS_PER_TURN - taken)
+            if not capacity:
                 return
-            taken += room
-            for work in self.books.take(rows, room):
-                self._admit_item(work)
+            taken += capacity
+            for tracked in self.tracker.take(rows, capacity):
+                self._admit_item(tracked)
 
-    def _admit_item(self, work: Work) -> None:
-        item = work.item
+    def _admit_item(self, tracked: TrackedItem) -> None:
+        item = tracked.item
         problem = self._join().problem(item.request)
         if problem is not None:
-            self.books.refuse(work, problem)
+            self.tracker.refuse(tracked, problem)
             return
-        done = self.books.plan.done
-        # a row that failed by no fault of its own may have its latents on the node that kept them
+        existing = self.tracker.plan.existing
+        # A row that failed for infrastructure's sake may have its latents on the node that saved them.
         stored = self._use_stored and (
-            done.has_latents(item.item_id) or done.failure(item.item_id, work.rows[0].key) == "infra"
+            existing.has_latents(item.item_id) or existing.failure(item.item_id, tracked.rows[0].key) == "infra"
         )
-        self.policy.admit(item.item_id, merged_for(item.request), _FROM_STORED if stored else None)
+        self.policy.admit(item.item_id, merged_weights(item.request), PATH_FROM_STORED if stored else None)
 
     # --- replicas --------------------------------------------------------------------------------
 
-    def _join(self) -> Joined:
-        if self._joined is None:
-            joined = self._joined = self._join_cluster()
-            self.pools = [Pool(spec, max_starts_failed=self.limits.max_attempts + 1) for spec in joined.pools]
-            self.policy.max_bytes = joined.max_bytes
-        return self._joined
+    def _join(self) -> JoinedCluster:
+        if self._cluster is None:
+            cluster = self._cluster = self._join_cluster()
+            self.pools = [Pool(spec, max_failures=self.limits.max_attempts + 1) for spec in cluster.pools]
+            self.policy.max_bytes = cluster.max_bytes
+        return self._cluster
 
-    def _bring_up(self) -> None:
-        joined = self._join()
-        if not self._brought_up:
-            self._brought_up = True
-            if joined.preflight is not None:
-                # under a name of its own: a row may ask for the very same clip
-                item = replace(joined.preflight, item_id="preflight")
-                self._preflight = item.item_id
-                self.books.work[self._preflight] = Work(item, [])
-                self.policy.admit(self._preflight, merged_for(item.request), first=True)
+    def _start_replicas(self) -> None:
+        cluster = self._join()
+        self._admit_preflight(cluster)
         if self.policy.draining:
             return
         served = {role for pool in self.pools if pool.ready for role in pool.spec.roles}
-        everywhere = all(served.issuperset(pool.spec.roles) for pool in self.pools)
-        if joined.elastic and not everywhere:
-            # who waits for a second place must not have the one that a first replica waits for
-            for name in self._crew.placing():
+        all_served = all(served.issuperset(pool.spec.roles) for pool in self.pools)
+        if cluster.elastic and not all_served:
+            # A second replica of one pool must not take the place that another pool's first replica needs.
+            for name in self._replicas.placing():
                 if (pool := self._pool(name)).ready:
                     self._give_back(pool, name, "another pool has none")
-        first = self._preflight is not None or (joined.elastic and not everywhere)
+        one_each = self._preflight_running or (cluster.elastic and not all_served)
         for pool in self.pools:
-            for name in pool.missing(at_most=1 if first else None):
-                self._crew.start(name, pool.spec)
+            for name in pool.missing(at_most=1 if one_each else None):
+                self._replicas.start(name, pool.spec)
                 self.events.emit("gang_starting", role=pool.spec.name, replica=name)
-        if joined.elastic and self.books.exhausted:
-            for name in self.policy.spare():
+        if cluster.elastic and self.tracker.exhausted:
+            for name in self.policy.spare_replicas():
                 pool = self._pool(name)
                 pool.spec = replace(pool.spec, replicas=pool.spec.replicas - 1)
                 self._give_back(pool, name, "no row needs it")
 
+    def _admit_preflight(self, cluster: JoinedCluster) -> None:
+        if self._preflight_admitted:
+            return
+        self._preflight_admitted = True
+        if cluster.preflight is not None:
+            self._preflight_running = True
+            item = replace(cluster.preflight, item_id=_PREFLIGHT)
+            self.tracker.items[_PREFLIGHT] = TrackedItem(item, [])
+            self.policy.admit(_PREFLIGHT, merged_weights(item.request), first=True)
+
     def _give_back(self, pool: Pool, name: str, why: str) -> None:
-        """End a replica that is not at fault; what it was doing costs nobody an attempt."""
-        self._account_for(pool, name)
-        self.policy.leave(name, given_back=True)
+        """End a replica that is not at fault; its call costs the item no attempt."""
+        self._charge_lost_call(pool, name)
+        self.policy.remove_replica(name, given_back=True)
         del pool.replicas[name]
-        self._crew.kill(name)
+        self._replicas.kill(name)
         self.events.emit("gang_given_back", role=pool.spec.name, replica=name, reason=why)
 
     def _pool(self, replica: str) -> Pool:
@@ -231,21 +238,17 @@ class Driver:
 
     def _dispatch(self) -> None:
         while (dispatch := self.policy.next_dispatch()) is not None:
-            work = self.books.work[dispatch.item]
+            tracked = self.tracker.items[dispatch.item]
             if dispatch.moved:
                 self.events.emit("role_moved", replica=dispatch.replica, to=dispatch.stage)
-            made = [work.payloads.get(stage) for stage in ("stage1", "stage2")]
-            if dispatch.stage not in ("decode", "keep"):
-                made = [work.payloads.get("text"), *made] if dispatch.stage in ("stage1", "stage2") else []
-            self._began[dispatch.replica] = time.monotonic()
-            self._crew.submit(
-                dispatch.replica, dispatch.stage, work.item, [handle for handle in made if handle is not None]
-            )
+            self._call_began[dispatch.replica] = time.monotonic()
+            inputs = tracked.inputs(dispatch.stage)
+            self._replicas.submit(dispatch.replica, dispatch.stage, tracked.item, inputs)
 
     def _check_placing(self) -> None:
-        """A replica may wait for a place as long as others do the work meanwhile."""
+        """A replica may wait for a place as long as others serve its roles meanwhile."""
         served = {role for pool in self.pools if pool.ready for role in pool.spec.roles}
-        for name, seconds in self._crew.placing().items():
+        for name, seconds in self._replicas.placing().items():
             pool = self._pool(name)
             if seconds > self.limits.start_timeout and not served.issuperset(pool.spec.roles):
                 spec = pool.spec
@@ -254,36 +257,35 @@ class Driver:
                     f"pool {spec.name}: no place for a replica in {self.limits.start_timeout:g} s; it needs {needs}"
                 )
 
-    # --- news ------------------------------------------------------------------------------------
+    # --- events ----------------------------------------------------------------------------------
 
-    def _attend(self, news: News) -> None:
-        if isinstance(news, Answered):
-            self._answered(news)
-        elif isinstance(news, Started):
-            pool = self._pool(news.replica)
-            pool.started(news.replica)
-            self._check_device(news)
-            self.policy.join(news.replica, pool.spec.roles)
-            self.events.emit(
-                "gang_started", role=pool.spec.name, replica=news.replica, ranks=news.ranks,
-                seconds=round(news.seconds, 3),
-            )  # fmt: skip
-        elif isinstance(news, Lost):
-            self._lost(news)
-        elif isinstance(news, InputsLost):
-            item = self.policy.item_of(news.replica)
-            assert item is not None
-            self.events.emit("inputs_lost", replica=news.replica, item_id=item, reason=news.reason)
-            stage = self.policy.stage_of(item)
-            # what was to be kept is gone
-            verdict = self.policy.row_failed(item) if stage == "keep" else self.policy.inputs_lost(item)
-            self._forget_results(item)
-            self._judge(verdict, stage, news.reason, "")
+    def _handle(self, event: ReplicaEvent) -> None:
+        if isinstance(event, CallFinished):
+            self._call_finished(event)
+        elif isinstance(event, ReplicaStarted):
+            self._replica_started(event)
+        elif isinstance(event, ReplicaLost):
+            self._replica_lost(event)
+        elif isinstance(event, InputsLost):
+            self._inputs_lost(event)
 
-    def _check_device(self, news: Started) -> None:
-        """Noise drawn on a GPU depends on its model, so the stages of a run must not span several."""
-        for rank in news.ranks:
-            name = rank.get("device_name")
+    def _replica_started(self, event: ReplicaStarted) -> None:
+        pool = self._pool(event.replica)
+        pool.started(event.replica)
+        self._check_device(event)
+        self.policy.add_replica(event.replica, pool.spec.roles)
+        self.events.emit(
+            "gang_started",
+            role=pool.spec.name,
+            replica=event.replica,
+            ranks=[rank.event() for rank in event.ranks],
+            seconds=round(event.seconds, 3),
+        )
+
+    def _check_device(self, event: ReplicaStarted) -> None:
+        """Noise drawn on a GPU depends on its model, so the stages of a run must not span several models."""
+        for rank in event.ranks:
+            name = rank.device_name
             if not name or self.noise_device == "cpu":
                 continue
             if self._device_name not in (None, name):
@@ -293,138 +295,158 @@ class Driver:
                 )
             self._device_name = name
 
-    def _lost(self, news: Lost, traceback: str = "") -> None:
+    def _replica_lost(self, event: ReplicaLost, traceback: str = "") -> None:
         """A replica has been killed."""
-        pool = self._pool(news.replica)
-        self.progress.say(f"{news.replica} lost: {news.reason}")
-        self.events.emit("gang_lost", role=pool.spec.name, replica=news.replica, reason=news.reason)
-        self._account_for(pool, news.replica)
-        item = self.policy.item_of(news.replica)
-        stage = self.policy.stage_of(item) if item else ""
-        charged = not (news.idle or news.node_lost)
-        verdict = self.policy.leave(news.replica, charged, news.inputs_lost)
-        if verdict is not None:
-            if news.inputs_lost:
-                self._forget_results(verdict.item)
-            self._judge(verdict, stage, news.reason, traceback)
-        pool.lost(news.replica, news.served, news.reason)
-        if news.idle:
-            pool.died_idle(news.reason)
+        pool = self._pool(event.replica)
+        self.progress.say(f"{event.replica} lost: {event.reason}")
+        self.events.emit("gang_lost", role=pool.spec.name, replica=event.replica, reason=event.reason)
+        self._charge_lost_call(pool, event.replica)
+        item = self.policy.item_of(event.replica)
+        stage = self.policy.stage_of(item) if item else None
+        charged = not (event.idle or event.node_lost)
+        decision = self.policy.remove_replica(event.replica, charged, event.inputs_lost)
+        if decision is not None and stage is not None:
+            if event.inputs_lost:
+                self._drop_results(decision.item)
+            self._carry_out(decision, stage, event.reason, traceback)
+        pool.lost(event.replica, event.served, event.reason)
+        if event.idle:
+            pool.died_idle(event.reason)
 
-    def _answered(self, news: Answered) -> None:
-        report, pool = news.report, self._pool(news.replica)
-        name = self.policy.item_of(news.replica)
-        assert name is not None
-        work, stage = self.books.work[name], self.policy.stage_of(name)
-        self._note(pool, news.replica, work, stage, report)
-        if report.replica_error or report.error_type in _BREAKS_THE_GANG:
-            self._crew.kill(news.replica)
-            kind = "" if report.replica_error else f"{report.error_type}: "
-            reason = f"{stage}: {news.where}: {kind}{report.message}"
-            self._lost(Lost(news.replica, reason, served=True), report.traceback or "")
-            if report.replica_error:
-                pool.faulted(reason)
-        elif report.error_type == "StoredLatentsGone":
-            self.events.emit("stored_latents_gone", item_id=name, id=work.name, message=report.message)
-            self._forget_results(name)
-            self._judge(self.policy.inputs_lost(name, self.policy.stages), stage, report.message or "", "")
-        elif not report.ok:
-            # every rank said the same: the row is at fault at once if the engine says so, else when the same
-            # thing has happened at every attempt
-            verdict = self.policy.row_failed(name) if report.row_error else self.policy.call_failed(name)
-            kind = "infrastructure" if report.infrastructure else "row"
-            self._judge(verdict, stage, report.message or "", report.traceback or "", kind)
+    def _inputs_lost(self, event: InputsLost) -> None:
+        item = self.policy.item_of(event.replica)
+        assert item is not None
+        self.events.emit("inputs_lost", replica=event.replica, item_id=item, reason=event.reason)
+        stage = self.policy.stage_of(item)
+        # Latents that were to be saved are gone for good.
+        saving = stage == Stage.SAVE_LATENTS
+        decision = self.policy.row_failed(item) if saving else self.policy.inputs_lost(item)
+        self._drop_results(item)
+        self._carry_out(decision, stage, event.reason, "")
+
+    def _call_finished(self, event: CallFinished) -> None:
+        report, pool = event.report, self._pool(event.replica)
+        item_id = self.policy.item_of(event.replica)
+        assert item_id is not None
+        tracked, stage = self.tracker.items[item_id], self.policy.stage_of(item_id)
+        self._account(pool, event.replica, tracked, stage, report)
+        if report.error is not None:
+            self._call_failed(event, pool, tracked, stage)
+            return
+        pool.call_succeeded()
+        tracked.take_result(stage, report, event.payload)
+        # The preflight clip takes other times than the clips of rows.
+        measured = (None,) if tracked.item.preflight else (report.seconds, report.switch_seconds, report.nbytes)
+        if self.policy.call_finished(item_id, *measured):
+            self._finish(tracked, stage, event)
         else:
-            pool.worked()
-            work.info.update(report.info)
-            work.payloads["stage1" if stage == "stored" else stage] = news.payload
-            if stage in ("stage1", "stage2"):
-                work.device = report.device
-            # a tiny clip says nothing of how long the others take
-            measured = (None,) if work.item.preflight else (report.seconds, report.switch_seconds, report.nbytes)
-            if self.policy.finished(name, *measured):
-                self._finish(work, stage, news)
-            elif self.policy.stage_of(name) == "decode":
-                work.payloads.pop("text")  # only the stages themselves read the contexts
+            tracked.drop_results(self.policy.remaining_path(item_id))
 
-    def _note(self, pool: Pool, replica: str, work: Work, stage: str, report: CallReport) -> None:
-        self._began.pop(replica, None)
-        card_seconds = report.seconds * pool.spec.gpus_per_rank * pool.spec.ranks
-        self._gpu_seconds += card_seconds
-        work.gpu_seconds += card_seconds
-        work.seconds[f"{stage}_seconds"] = report.seconds
-        work.replicas[stage] = replica
-        work.switches += report.switches
+    def _call_failed(self, event: CallFinished, pool: Pool, tracked: TrackedItem, stage: Stage) -> None:
+        error, item_id = event.report.error, tracked.item.item_id
+        assert error is not None
+        if error.kind in (ErrorKind.REPLICA, ErrorKind.PROCESS):
+            self._replicas.kill(event.replica)
+            name = "" if error.kind == ErrorKind.REPLICA else f"{error.type}: "
+            reason = f"{stage}: {event.where}: {name}{error.message}"
+            self._replica_lost(ReplicaLost(event.replica, reason, served=True), error.traceback)
+            if error.kind == ErrorKind.REPLICA:
+                pool.broke(reason)
+        elif error.kind == ErrorKind.STORED_LATENTS_GONE:
+            self.events.emit("stored_latents_gone", item_id=item_id, id=tracked.name, message=error.message)
+            self._drop_results(item_id)
+            self._carry_out(self.policy.inputs_lost(item_id, self.policy.path), stage, error.message, "")
+        else:
+            # Every rank raised the same error. A RowError blames the row at once, another error after the last attempt.
+            at_fault = error.kind == ErrorKind.ROW
+            decision = self.policy.row_failed(item_id) if at_fault else self.policy.call_failed(item_id)
+            blamed = "infrastructure" if error.kind == ErrorKind.INFRASTRUCTURE else "row"
+            self._carry_out(decision, stage, error.message, error.traceback, blamed)
+
+    def _account(self, pool: Pool, replica: str, tracked: TrackedItem, stage: Stage, report: CallReport) -> None:
+        """Record the cost of a call."""
+        self._call_began.pop(replica, None)
+        gpu_seconds = report.seconds * pool.spec.gpus_per_rank * pool.spec.ranks
+        self._gpu_seconds += gpu_seconds
+        tracked.take_call(stage, replica, report, gpu_seconds)
         self.events.emit(
-            "preflight_call" if work.item.preflight else "call",
-            role=pool.spec.name, replica=replica, stage=stage, item_id=work.item.item_id, id=work.name,
+            "preflight_call" if tracked.item.preflight else "call",
+            role=pool.spec.name, replica=replica, stage=stage, item_id=tracked.item.item_id, id=tracked.name,
             start=round(report.started, 3), seconds=round(report.seconds, 3), ok=report.ok,
         )  # fmt: skip
         if report.switches:
             self.events.emit(
                 "switch", role=pool.spec.name, replica=replica, to=stage,
-                seconds=round(report.switch_seconds, 3), clean_weights=report.info.get("clean_weights"),
+                seconds=round(report.switch_seconds, 3), clean_weights=report.facts.clean_weights,
             )  # fmt: skip
-        self.books.metrics.call(stage, report.seconds)
+        self.tracker.metrics.call(stage, report.seconds)
 
-    def _account_for(self, pool: Pool, replica: str) -> None:
-        """A call that never came back has used its cards, too."""
-        if (began := self._began.pop(replica, None)) is not None:
+    def _charge_lost_call(self, pool: Pool, replica: str) -> None:
+        """Count the GPU seconds of a call that never came back."""
+        if (began := self._call_began.pop(replica, None)) is not None:
             self._gpu_seconds += (time.monotonic() - began) * pool.spec.gpus_per_rank * pool.spec.ranks
 
-    def _finish(self, work: Work, stage: str, news: Answered) -> None:
-        result = self._crew.result(news.payload)
-        if stage == "keep" and work.failure is None:
-            del self.books.work[work.item.item_id]
-            self.events.emit("latents_saved", item_id=work.item.item_id, id=work.name, place=result)
-        elif stage == "keep":
-            failure = work.failure
-            self.books.fail(work, replace(failure, message=f"{failure.message} (latents kept in {result})"))
-        elif work.item.preflight:
-            del self.books.work[work.item.item_id]
-            self._preflight = None
-            seconds = sum(work.seconds.values())
+    def _finish(self, tracked: TrackedItem, stage: Stage, event: CallFinished) -> None:
+        """An item has passed its last stage."""
+        result = self._replicas.result(event.payload)
+        item_id = tracked.item.item_id
+        if stage == Stage.SAVE_LATENTS and tracked.failure is None:
+            del self.tracker.items[item_id]
+            self.events.emit("latents_saved", item_id=item_id, id=tracked.name, place=result)
+        elif stage == Stage.SAVE_LATENTS:
+            failure = tracked.failure
+            assert failure is not None
+            self.tracker.fail(tracked, replace(failure, message=f"{failure.message} (latents kept in {result})"))
+        elif tracked.item.preflight:
+            del self.tracker.items[item_id]
+            self._preflight_running = False
+            seconds = sum(tracked.seconds.values())
             self.events.emit("preflight", seconds=round(seconds, 3))
             self.progress.say(f"preflight: a clip of one frame group went through every pool in {seconds:.1f} s")
         else:
-            self.books.finish(work, result, self._joined.numerics)
+            self.tracker.finish(tracked, result, self._join().numerics)
 
-    def _forget_results(self, item: str) -> None:
-        if (work := self.books.work.get(item)) is not None:
-            work.payloads.clear()
+    def _drop_results(self, item_id: str) -> None:
+        if (tracked := self.tracker.items.get(item_id)) is not None:
+            tracked.payloads.clear()
 
-    # --- verdicts --------------------------------------------------------------------------------
+    # --- failures --------------------------------------------------------------------------------
 
-    def _judge(self, verdict: Verdict, stage: str, message: str, traceback: str, kind: str = "infrastructure") -> None:
-        work = self.books.work[verdict.item]
-        if stage == "keep":
-            if not verdict.retry and work.failure is not None:
-                self.books.fail(work, work.failure)
+    def _carry_out(
+        self, decision: RetryDecision, stage: Stage, message: str, traceback: str, blamed: str = "infrastructure"
+    ) -> None:
+        """Report a failure in `stage`; when the item is given up, fail its rows or first save its latents."""
+        tracked = self.tracker.items[decision.item]
+        if stage == Stage.SAVE_LATENTS:
+            if not decision.retry and tracked.failure is not None:
+                self.tracker.fail(tracked, tracked.failure)
             return
-        work.attempts = verdict.attempts
-        if verdict.retry:
-            self.progress.say(f"{work.name}: {stage} failed, trying again: {first_line(message)}")
-            self.events.emit("retry", item_id=verdict.item, id=work.name, stage=stage, message=message)
+        tracked.attempts = decision.attempts
+        if decision.retry:
+            self.progress.say(f"{tracked.name}: {stage} failed, trying again: {first_line(message)}")
+            self.events.emit("retry", item_id=decision.item, id=tracked.name, stage=stage, message=message)
             return
-        if work.item.preflight:
+        if tracked.item.preflight:
             raise StartFailed(f"preflight: {stage}: {message}\n{traceback}".rstrip())
-        failure = Failure(stage, verdict.attempts, kind, message, traceback)
-        if kind == "infrastructure" and "stage1" in work.payloads and stage in ("stage2", "decode"):
-            # the row is not to blame: what it has is kept for `ltx-ray retry`
-            work.failure = failure
-            self.policy.admit(verdict.item, path=("keep",), attempts=self.limits.max_attempts)
+        failure = Failure(stage, decision.attempts, blamed, message, traceback)
+        if blamed == "infrastructure" and Stage.STAGE1 in tracked.payloads and stage in (Stage.STAGE2, Stage.DECODE):
+            # The row is not to blame, so its latents are saved for the next run.
+            tracked.failure = failure
+            self.policy.admit(decision.item, path=(Stage.SAVE_LATENTS,), attempts=self.limits.max_attempts)
         else:
-            self.books.fail(work, failure)
+            self.tracker.fail(tracked, failure)
 
     # --- housekeeping ----------------------------------------------------------------------------
 
-    def _drain(self, reason: str, haste: bool = False) -> None:
-        """Take nothing new and let the decode pool finish; `run` then returns. In `haste`, calls of the other pools
-        are given up, and the decode pool has the grace time."""
-        if haste and self._drain_until == float("inf"):
+    def _drain(self, reason: str, at_once: bool = False) -> None:
+        """Admit nothing new and let the decode pool finish; `run` then returns.
+
+        `at_once` gives up the calls of the other pools, and the decode pool has `limits.grace` seconds left.
+        """
+        if at_once and self._drain_until == float("inf"):
             self._drain_until = time.monotonic() + self.limits.grace
             for pool in self.pools:
-                if "decode" not in pool.spec.roles:
+                if Stage.DECODE not in pool.spec.roles:
                     for name in list(pool.replicas):
                         self._give_back(pool, name, "draining")
         if not self.policy.draining:
@@ -450,7 +472,7 @@ class Driver:
         done = self.counts["rendered"] + self.counts["already_done"]
         if not (self.progress.due(done + failed) or force):
             return
-        total = self.counts["rows"] if self.books.exhausted else None
+        total = self.counts["rows"] if self.tracker.exhausted else None
         running = Counter(self.policy.stage_of(item) for item in self.policy.running.values())
         starting = sum(len(pool.replicas) - pool.ready for pool in self.pools)
         doing = ", ".join(f"{stage} {n}" for stage, n in sorted(running.items()))

@@ -1,18 +1,17 @@
 """What to do next, as a pure state machine: no Ray, no clock, no randomness.
 
-It holds every admitted item's state and every replica's, and decides what runs where and which stage a
-replica serves. The loop only carries its decisions out and tells it what happened.
+The policy holds the state of every admitted item and of every replica. It decides what runs where, and which
+diffusion stage a replica serves. The loop carries its decisions out and reports what happened.
 
-Order: downstream first, so that nothing piles up; within a stage, the item admitted first, unless
-another needs the weights that the replica has merged now: items of a kind stay together, so that
-replicas switch seldom, but none is passed over more than `patience` times. Nothing is made for a stage
-before which `queue_depth` items wait for each of its replicas, so that a queue holds no more than these and
-one for each replica before it; and all that items in flight hold stays within `max_bytes`.
+Downstream stages go first, so that nothing piles up. Within a stage the item that was admitted first goes first,
+unless another one needs the weights that the replica has merged: items with the same weights stay together, so that
+replicas switch seldom, but no item is passed over more than `max_passed_over` times. No call is made whose result
+would wait in a full queue: a queue holds `queue_depth` items for each replica that serves it, and one more for each
+replica before it. The results of all items in flight together stay within `max_bytes`.
 
-A replica that may serve both diffusion stages is at home in one of them. It moves to the other, and is at
-home there from then on, when it has nothing to do and waiting for work would take longer than merging
-again there and back, or when its stage has more replicas than its measured share of the work: queues
-between the stages fill and empty slowly, so that roles do not flap.
+A replica whose roles are both diffusion stages is assigned to one of them. It moves to the other when it is idle and
+waiting for work would take longer than merging there and back, or when its stage has more replicas than its measured
+share of the work. The queues between the stages fill and empty slowly, so assignments do not flap.
 """
 
 from __future__ import annotations
@@ -22,40 +21,34 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from ltx_ray.driver.line import Line
+from ltx_ray.driver.queue import FairQueue
+from ltx_ray.stages import DIFFUSION_STAGES, FULL_PATH, TRAITS, Stage, needed_results
 
-STAGES = ("text", "stage1", "stage2", "decode")
-#: Every stage there is, upstream first: "stored" fetches the latents of stage 1 in place of rendering them,
-#: "keep" stores the latents of an item that is given up.
-ORDER = ("text", "stage1", "stored", "stage2", "decode", "keep")
-#: Stages that want other weights merged: turning from one to another costs a replica time.
-_MERGED = ("stage1", "stage2")
-#: What still runs while draining.
-_LAST = ("decode", "keep")
-#: Seconds a call takes until some have been measured: one H100, an HQ clip (ltx-facts.md). Only ratios count.
-_SECONDS = {"text": 0.1, "stage1": 46.0, "stored": 0.1, "stage2": 17.0, "decode": 1.75, "keep": 0.1}
+#: Upstream first. Iterating over a tuple is several times faster than over the enum.
+_STAGES = tuple(Stage)
+#: Seconds of a switch until one has been measured: one H100, the released model.
 _SWITCH_SECONDS = 1.5
-#: The same of results, in bytes: contexts of two prompts, latents of either size.
-_BYTES = {"text": 25e6, "stage1": 2e6, "stored": 2e6, "stage2": 8e6, "decode": 0.0, "keep": 0.0}
 #: Weight of the newest measurement in a running mean.
 _NEWEST = 0.1
 
 
 @dataclass(frozen=True)
 class Dispatch:
-    """Run `stage` of `item` on `replica`. `switched`: it turns from another stage, or from another kind of item;
-    `moved`: it is at home in this stage from now on, and was in another."""
+    """Run `stage` of `item` on `replica`.
+
+    `switched`: the replica has to merge other weights first. `moved`: it was assigned to the other diffusion stage.
+    """
 
     item: str
-    stage: str
+    stage: Stage
     replica: str
     switched: bool = False
     moved: bool = False
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What became of an item after a failure: tried again, or given up after `attempts`."""
+class RetryDecision:
+    """What becomes of an item after a failure: it is tried again, or given up after `attempts`."""
 
     item: str
     retry: bool
@@ -65,409 +58,442 @@ class Verdict:
 @dataclass
 class _Item:
     order: int
-    path: tuple[str, ...]
-    kinds: Mapping[str, Hashable]
+    path: tuple[Stage, ...]
+    #: By stage, which weights a replica must have merged for it.
+    weights: Mapping[Stage, Hashable]
     attempts: int
-    at: int = 0
+    position: int = 0
     restarts: int = 0
     replica: str | None = None
-    held: dict[str, float] = field(default_factory=dict)
+    #: Bytes of the results that it holds in the object store.
+    results: dict[Stage, float] = field(default_factory=dict)
 
     @property
-    def stage(self) -> str:
-        return self.path[self.at]
+    def stage(self) -> Stage:
+        return self.path[self.position]
 
     @property
-    def following(self) -> str | None:
-        return self.path[self.at + 1] if self.at + 1 < len(self.path) else None
+    def next_stage(self) -> Stage | None:
+        return self.path[self.position + 1] if self.position + 1 < len(self.path) else None
 
 
 @dataclass
 class _Replica:
-    roles: tuple[str, ...]
-    #: Which of its merged stages it serves now.
-    home: str | None
-    phase: str | None = None
-    kind: Hashable = None
+    roles: tuple[Stage, ...]
+    #: The diffusion stage that it serves now.
+    assigned: Stage | None
+    #: The stage and the weights that are merged now.
+    merged_stage: Stage | None = None
+    merged_weights: Hashable = None
     item: str | None = None
 
     @property
-    def mobile(self) -> bool:
-        return all(stage in self.roles for stage in _MERGED)
+    def movable(self) -> bool:
+        """Whether it may serve both diffusion stages."""
+        return all(stage in self.roles for stage in DIFFUSION_STAGES)
 
-    def serves(self) -> tuple[str, ...]:
-        return tuple(role for role in self.roles if role == self.home or role not in _MERGED)
+    def serves(self) -> tuple[Stage, ...]:
+        """The stages that it serves now."""
+        return tuple(role for role in self.roles if role == self.assigned or role not in DIFFUSION_STAGES)
 
 
 @dataclass
-class _Mean:
-    """A running mean that starts from a guess and forgets it at the first measurement."""
+class _RunningMean:
+    """A running mean that starts from a guess and drops it at the first measurement."""
 
     value: float
     measured: bool = False
 
-    def see(self, value: float) -> None:
+    def add(self, value: float) -> None:
         self.value = value if not self.measured else (1 - _NEWEST) * self.value + _NEWEST * value
         self.measured = True
 
 
 @dataclass
 class Policy:
-    """`queue_depth`: items waiting before a stage, for each of its replicas; `max_attempts` a row; `stages`: what an
-    item passes through, in order; `max_bytes`: what the results of items in flight may take together."""
+    """`queue_depth`: items that may wait before a stage, for each of its replicas. `path`: the stages of an item.
+
+    `max_restarts`: how often an item starts over without being charged an attempt. `max_bytes`: bound on the results of
+    all items in flight.
+    """
 
     queue_depth: int = 4
     max_attempts: int = 3
-    stages: tuple[str, ...] = STAGES
+    path: tuple[Stage, ...] = FULL_PATH
     max_restarts: int = 10
-    patience: int = 16
+    max_passed_over: int = 16
     max_bytes: float = math.inf
     draining: bool = False
     _items: dict[str, _Item] = field(default_factory=dict)
     _replicas: dict[str, _Replica] = field(default_factory=dict)
-    #: Items that wait for a stage, by what comes after it.
-    _lines: dict[str, dict[str | None, Line]] = field(default_factory=lambda: {stage: {} for stage in ORDER})
-    #: Idle replicas by each stage that they serve at home, in the order in which they became idle.
-    _idle: dict[str, dict[str, None]] = field(default_factory=lambda: {stage: {} for stage in ORDER})
-    _servers: Counter[str] = field(default_factory=Counter)
-    #: Replicas that may serve both diffusion stages, by the one that they are at home in.
-    _mobile: Counter[str] = field(default_factory=Counter)
-    #: Calls under way by (stage, the stage that follows), and replicas by (phase, what they have merged).
-    _making: Counter[tuple[str, str | None]] = field(default_factory=Counter)
-    _merged: Counter[tuple[str, Hashable]] = field(default_factory=Counter)
-    _held: float = 0.0
+    #: Items that wait for a stage, by the stage after it.
+    _queues: dict[Stage, dict[Stage | None, FairQueue]] = field(default_factory=lambda: {stage: {} for stage in Stage})
+    #: Idle replicas of each stage that they serve, in the order in which they became idle.
+    _idle: dict[Stage, dict[str, None]] = field(default_factory=lambda: {stage: {} for stage in Stage})
+    _servers: Counter[Stage] = field(default_factory=Counter)
+    #: Movable replicas by the stage that they are assigned to.
+    _movable: Counter[Stage] = field(default_factory=Counter)
+    #: Calls under way by (stage, the stage after it), and replicas by (merged stage, merged weights).
+    _calls: Counter[tuple[Stage, Stage | None]] = field(default_factory=Counter)
+    _merged: Counter[tuple[Stage, Hashable]] = field(default_factory=Counter)
+    _result_bytes: float = 0.0
     _admitted: int = 0
-    _seconds: dict[str, _Mean] = field(default_factory=lambda: {s: _Mean(v) for s, v in _SECONDS.items()})
-    _bytes: dict[str, _Mean] = field(default_factory=lambda: {s: _Mean(v) for s, v in _BYTES.items()})
-    _switch: _Mean = field(default_factory=lambda: _Mean(_SWITCH_SECONDS))
+    _seconds: dict[Stage, _RunningMean] = field(
+        default_factory=lambda: {stage: _RunningMean(traits.seconds) for stage, traits in TRAITS.items()}
+    )
+    _bytes: dict[Stage, _RunningMean] = field(
+        default_factory=lambda: {stage: _RunningMean(traits.result_bytes) for stage, traits in TRAITS.items()}
+    )
+    _switch: _RunningMean = field(default_factory=lambda: _RunningMean(_SWITCH_SECONDS))
 
     # --- what happened ---------------------------------------------------------------------------
 
-    def join(self, replica: str, roles: Iterable[str]) -> None:
-        """A replica that may serve `roles` is ready, at home in the first of them."""
+    def add_replica(self, replica: str, roles: Iterable[Stage]) -> None:
+        """A replica that may serve `roles` is ready, assigned to the first diffusion stage among them."""
         assert replica not in self._replicas
         roles = tuple(roles)
-        state = _Replica(roles, next((role for role in roles if role in _MERGED), None))
+        state = _Replica(roles, next((role for role in roles if role in DIFFUSION_STAGES), None))
         self._replicas[replica] = state
-        self._lives(state, 1)
-        self._rests(replica)
+        self._count_server(state, 1)
+        self._mark_idle(replica)
 
-    def leave(
+    def remove_replica(
         self, replica: str, charged: bool = True, inputs_lost: bool = False, given_back: bool = False
-    ) -> Verdict | None:
-        """A replica is gone, and with it the call it was in. The item it held is charged an attempt; one that is not
-        to be `charged` is when that happens too often, unless we have `given_back` the replica ourselves. With
-        `inputs_lost` it starts over as in `inputs_lost`."""
+    ) -> RetryDecision | None:
+        """A replica is gone, and with it its call.
+
+        The item of that call is charged an attempt. Without `charged` that happens only when it has restarted too
+        often, and never when the run has `given_back` the replica. With `inputs_lost` the item starts over.
+        """
         gone = self._replicas.get(replica)
         if gone is None:
             return None
         item = gone.item
         if item is not None:
-            self._release(item)
-        self._works(replica)
-        self._lives(gone, -1)
-        if gone.phase is not None:
-            self._merged[gone.phase, gone.kind] -= 1
+            self._end_call(item)
+        self._mark_busy(replica)
+        self._count_server(gone, -1)
+        if gone.merged_stage is not None:
+            self._merged[gone.merged_stage, gone.merged_weights] -= 1
         del self._replicas[replica]
         if item is None:
             return None
         if inputs_lost:
-            return self._starts_over(item)
+            return self._restart(item)
         if given_back:
-            return self._failed(item, charged=False)
+            return self._retry(item, charged=False)
         if not charged:
             self._items[item].restarts += 1
-        return self._failed(item, charged or self._items[item].restarts > self.max_restarts)
+        return self._retry(item, charged or self._items[item].restarts > self.max_restarts)
 
     def admit(
         self,
         item: str,
-        kinds: Mapping[str, Hashable] | None = None,
-        path: tuple[str, ...] | None = None,
+        weights: Mapping[Stage, Hashable] | None = None,
+        path: tuple[Stage, ...] | None = None,
         attempts: int = 1,
         first: bool = False,
     ) -> None:
-        """Take an item in, at the end of the line, or `first`. `kinds`: by stage, what a replica must have merged for
-        it; `path`: its stages, where they are not those of every item; `attempts`: which try its first one counts as.
+        """Take an item in, behind all others or `first`.
+
+        `weights`: by stage, what a replica must have merged for it. `path`: its stages, if not the run's.
+        `attempts`: the number of its first attempt.
         """
         assert item not in self._items
-        self._items[item] = _Item(-1 if first else self._admitted, path or self.stages, kinds or {}, attempts)
+        self._items[item] = _Item(-1 if first else self._admitted, path or self.path, weights or {}, attempts)
         self._admitted += 1
-        self._waits(item)
+        self._enqueue(item)
 
-    def finished(self, item: str, seconds: float | None = None, switch_seconds: float = 0.0, nbytes: float = 0) -> bool:
-        """The item's call came back well. True when that was its last stage.
+    def call_finished(
+        self, item: str, seconds: float | None = None, switch_seconds: float = 0.0, nbytes: float = 0
+    ) -> bool:
+        """The item's call succeeded. True when that was its last stage.
 
-        `seconds`: what it took, of which `switch_seconds` for merging, None for a call that is not like others;
+        `seconds`: duration of the call, `switch_seconds` of it for merging; None for a call that is not like others.
         `nbytes`: size of its result.
         """
-        state = self._release(item)
+        state = self._end_call(item)
         if seconds is not None:
-            self._seconds[state.stage].see(max(seconds - switch_seconds, 1e-6))
-            self._bytes[state.stage].see(nbytes)
+            self._seconds[state.stage].add(max(seconds - switch_seconds, 1e-6))
+            self._bytes[state.stage].add(nbytes)
         if switch_seconds:
-            self._switch.see(switch_seconds)
-        if state.following is None:
-            self._forget(item)
+            self._switch.add(switch_seconds)
+        if state.next_stage is None:
+            self._drop(item)
             return True
-        state.held[state.stage] = nbytes
-        self._held += nbytes
-        state.at += 1
-        if state.following is None:
-            # only the stages themselves read the contexts
-            self._held -= state.held.pop("text", 0.0)
-        self._waits(item)
+        state.results[TRAITS[state.stage].result] = nbytes
+        self._result_bytes += nbytes
+        state.position += 1
+        needed = needed_results(state.path[state.position :])
+        for stage in [stage for stage in state.results if stage not in needed]:
+            self._result_bytes -= state.results.pop(stage)
+        self._enqueue(item)
         return False
 
-    def row_failed(self, item: str) -> Verdict:
+    def row_failed(self, item: str) -> RetryDecision:
         """The row itself is at fault: it is given up at once."""
-        state = self._release(item)
-        self._forget(item)
-        return Verdict(item, retry=False, attempts=state.attempts)
+        state = self._end_call(item)
+        self._drop(item)
+        return RetryDecision(item, retry=False, attempts=state.attempts)
 
-    def call_failed(self, item: str) -> Verdict:
-        """The call failed and the replica lives: an attempt is charged."""
-        self._release(item)
-        return self._failed(item, charged=True)
+    def call_failed(self, item: str) -> RetryDecision:
+        """The call failed and the replica is alive: an attempt is charged."""
+        self._end_call(item)
+        return self._retry(item, charged=True)
 
-    def inputs_lost(self, item: str, path: tuple[str, ...] | None = None) -> Verdict:
-        """Results of earlier stages are gone: the item starts over (on `path`, when its old one leads nowhere), charged
-        only when it happens too often."""
-        self._release(item)
-        return self._starts_over(item, path)
+    def inputs_lost(self, item: str, path: tuple[Stage, ...] | None = None) -> RetryDecision:
+        """The results of earlier stages are gone, and the item starts over.
 
-    def keep(self, stage: str) -> list[str]:
-        """Have the results of every item that waits for `stage` stored, in place of going on. Returns the items."""
-        kept = []
-        for line in self._lines[stage].values():
-            while line:
-                _, kind, _ = line.oldest()
-                item = line.pop(kind)
-                self._items[item].path, self._items[item].at = ("keep",), 0
-                self._waits(item)
-                kept.append(item)
-        return kept
+        It does so on `path`, if its old path can no longer be used. It is charged only when that happens too often.
+        """
+        self._end_call(item)
+        return self._restart(item, path)
+
+    def save_waiting(self, stage: Stage) -> list[str]:
+        """Send every item that waits for `stage` to SAVE_LATENTS instead. Returns the items."""
+        diverted = []
+        for queue in self._queues[stage].values():
+            while queue:
+                item = queue.pop(queue.oldest().group)
+                self._items[item].path, self._items[item].position = (Stage.SAVE_LATENTS,), 0
+                self._enqueue(item)
+                diverted.append(item)
+        return diverted
 
     # --- what to do ------------------------------------------------------------------------------
 
-    def room(self) -> int:
+    def capacity(self) -> int:
         """How many more items may be admitted now."""
         if self.draining:
             return 0
-        first = self.stages[0]
-        return max(0, self.queue_depth * max(1, self._servers[first]) - self.waiting(first))
+        first = self.path[0]
+        return max(0, self.queue_depth * max(1, self._servers[first]) - self.queued(first))
 
     def next_dispatch(self) -> Dispatch | None:
-        """The next call to make, or None when nothing can or may run now."""
-        for stage in reversed(ORDER):
-            if self._idle[stage] and (lines := self._open_lines(stage)):
-                return self._assign(self._suited(stage, lines), stage, lines)
-        for stage in reversed(_MERGED):
-            if (lines := self._open_lines(stage)) and (mover := self._mover(stage)) is not None:
-                self._move(mover, stage)
-                return self._assign(mover, stage, lines, moved=True)
+        """The next call to make, or None when no call can or may be made now."""
+        for stage in reversed(_STAGES):
+            if self._idle[stage] and (queues := self._ready_queues(stage)):
+                return self._assign(self._best_idle(stage, queues), stage, queues)
+        for stage in reversed(DIFFUSION_STAGES):
+            if (queues := self._ready_queues(stage)) and (replica := self._replica_to_move(stage)) is not None:
+                self._move(replica, stage)
+                return self._assign(replica, stage, queues, moved=True)
         return None
 
-    def spare(self) -> list[str]:
-        """Idle replicas that the items in flight leave without work, when no more are admitted; each role keeps one."""
+    def spare_replicas(self) -> list[str]:
+        """Idle replicas for which the items in flight have no work, when no more are admitted.
+
+        Each role keeps one replica.
+        """
         spare = []
         serving = Counter(role for replica in self._replicas.values() for role in replica.roles)
-        alike = Counter(frozenset(replica.roles) for replica in self._replicas.values())
-        ahead = [set(item.path[item.at :]) for item in self._items.values()]
-        needed = {roles: sum(1 for stages in ahead if stages & roles) for roles in alike}
+        same_roles = Counter(frozenset(replica.roles) for replica in self._replicas.values())
+        remaining = [set(item.path[item.position :]) for item in self._items.values()]
+        needed = {roles: sum(1 for stages in remaining if stages & roles) for roles in same_roles}
         for name, replica in self._replicas.items():
             roles = frozenset(replica.roles)
-            if replica.item is None and alike[roles] > needed[roles] and all(serving[role] > 1 for role in roles):
+            if replica.item is None and same_roles[roles] > needed[roles] and all(serving[role] > 1 for role in roles):
                 spare.append(name)
-                alike[roles] -= 1
+                same_roles[roles] -= 1
                 serving.subtract(roles)
         return spare
 
     @property
-    def busy(self) -> int:
-        """Items in the pools, waiting or running."""
+    def in_flight(self) -> int:
+        """Items that wait or run."""
         return len(self._items)
 
     @property
     def running(self) -> dict[str, str]:
-        """Items under way, by replica."""
+        """The items under way, by replica."""
         return {name: r.item for name, r in self._replicas.items() if r.item is not None}
 
     @property
-    def homes(self) -> dict[str, str]:
+    def assignments(self) -> dict[str, Stage]:
         """By replica of the diffusion stages, the one that it serves now."""
-        return {name: r.home for name, r in self._replicas.items() if r.home is not None}
+        return {name: r.assigned for name, r in self._replicas.items() if r.assigned is not None}
 
-    def idle_when_drained(self) -> bool:
-        """While draining: nothing runs, and nothing more will."""
-        return self.draining and not +self._making and not any(self.waiting(stage) for stage in _LAST)
+    def drained(self) -> bool:
+        """While draining: whether nothing runs, and nothing more will."""
+        if not self.draining or +self._calls:
+            return False
+        return not any(self.queued(stage) for stage in _STAGES if TRAITS[stage].runs_while_draining)
 
-    def waiting(self, stage: str) -> int:
+    def queued(self, stage: Stage) -> int:
         """Items that wait for `stage`."""
-        return sum(len(line) for line in self._lines[stage].values())
+        return sum(len(queue) for queue in self._queues[stage].values())
 
     def item_of(self, replica: str) -> str | None:
         """The item that the replica is busy with."""
         return self._replicas[replica].item if replica in self._replicas else None
 
-    def stage_of(self, item: str) -> str:
+    def stage_of(self, item: str) -> Stage:
         """The stage that the item waits for or is in."""
         return self._items[item].stage
 
+    def remaining_path(self, item: str) -> tuple[Stage, ...]:
+        """The stages that the item has yet to pass, the one that it waits for included."""
+        state = self._items[item]
+        return state.path[state.position :]
+
     # --- what may run ----------------------------------------------------------------------------
 
-    def _open_lines(self, stage: str) -> list[Line]:
-        """Lines before `stage` of which an item may run now."""
-        if self.draining and stage not in _LAST:
+    def _ready_queues(self, stage: Stage) -> list[FairQueue]:
+        """The queues before `stage` of which an item may run now."""
+        if self.draining and not TRAITS[stage].runs_while_draining:
             return []
-        lines = [line for following, line in self._lines[stage].items() if line and self._has_room(following)]
-        return lines if lines and self._has_memory(stage) else []
+        queues = [queue for after, queue in self._queues[stage].items() if queue and self._has_space(after)]
+        return queues if queues and self._memory_allows(stage) else []
 
-    def _has_room(self, stage: str | None) -> bool:
-        """Whether one more item may be made for `stage`."""
-        if stage is None or stage in _LAST[1:]:
+    def _has_space(self, stage: Stage | None) -> bool:
+        """Whether the queue before `stage` may take one more item."""
+        if stage is None or stage == Stage.SAVE_LATENTS:
             return True
-        return self.waiting(stage) < self.queue_depth * max(1, self._servers[stage])
+        return self.queued(stage) < self.queue_depth * max(1, self._servers[stage])
 
-    def _has_memory(self, stage: str) -> bool:
-        if self.max_bytes == math.inf or stage in _LAST:
+    def _memory_allows(self, stage: Stage) -> bool:
+        if self.max_bytes == math.inf or TRAITS[stage].runs_while_draining:
             return True
-        coming = {s: sum(n for (making, _), n in self._making.items() if making == s) for s in ORDER}
-        if not any(coming.values()):
-            return True  # over the limit, what is in flight goes on one call at a time
-        expected = sum(n * self._bytes[s].value for s, n in coming.items() if s not in _LAST)
-        return self._held + expected + self._bytes[stage].value <= self.max_bytes
+        running = {s: sum(n for (call, _), n in self._calls.items() if call == s) for s in _STAGES}
+        if not any(running.values()):
+            return True  # Over the limit, the items in flight go on one call at a time.
+        expected = sum(n * self._bytes[s].value for s, n in running.items() if not TRAITS[s].runs_while_draining)
+        return self._result_bytes + expected + self._bytes[stage].value <= self.max_bytes
 
-    # --- who runs it -----------------------------------------------------------------------------
+    # --- which replica runs it -------------------------------------------------------------------
 
-    def _suited(self, stage: str, lines: list[Line]) -> str:
+    def _best_idle(self, stage: Stage, queues: list[FairQueue]) -> str:
         """The idle replica that has merged what a waiting item needs, else the one that has been idle longest."""
         for name in self._idle[stage]:
             replica = self._replicas[name]
-            if replica.phase == stage and any(line.has(replica.kind) for line in lines):
+            if replica.merged_stage == stage and any(queue.has(replica.merged_weights) for queue in queues):
                 return name
         return next(iter(self._idle[stage]))
 
-    def _mover(self, stage: str) -> str | None:
-        """An idle replica of the other diffusion stage that had better serve `stage`."""
-        for home in _MERGED:
-            if home != stage and self._worth_moving(home):
-                for name in self._idle[home]:
+    def _replica_to_move(self, stage: Stage) -> str | None:
+        """An idle replica of the other diffusion stage that should serve `stage` from now on."""
+        for other in DIFFUSION_STAGES:
+            if other != stage and self._worth_moving(other):
+                for name in self._idle[other]:
                     if stage in self._replicas[name].roles:
                         return name
         return None
 
-    def _worth_moving(self, home: str) -> bool:
-        if not self._idle[home]:
+    def _worth_moving(self, assigned: Stage) -> bool:
+        if not self._idle[assigned]:
             return False
-        if self._wait(home) > 2 * self._switch_seconds():
+        if self._expected_wait(assigned) > 2 * self._switch_seconds():
             return True
-        # a short wait each time, but one replica more than its stage needs: the other stage gains by it
-        if not all(self._seconds[stage].measured for stage in _MERGED):
+        # Each wait is short, but the stage has one replica more than it needs, and the other stage gains by it.
+        if not all(self._seconds[stage].measured for stage in DIFFUSION_STAGES):
             return False
-        share = self._seconds[home].value / sum(self._seconds[stage].value for stage in _MERGED)
-        return self._mobile[home] - 1 >= share * self._mobile.total()
+        share = self._seconds[assigned].value / sum(self._seconds[stage].value for stage in DIFFUSION_STAGES)
+        return self._movable[assigned] - 1 >= share * self._movable.total()
 
     def _switch_seconds(self) -> float:
         if self._switch.measured:
             return self._switch.value
-        # as a part of a clip: how fast this model and machine are shows before the first switch
-        return self._switch.value * sum(self._seconds[s].value for s in _MERGED) / sum(_SECONDS[s] for s in _MERGED)
+        # The guess is scaled like a clip: the speed of this model and machine shows before the first switch.
+        measured = sum(self._seconds[stage].value for stage in DIFFUSION_STAGES)
+        return self._switch.value * measured / sum(TRAITS[stage].seconds for stage in DIFFUSION_STAGES)
 
-    def _wait(self, home: str) -> float:
-        """Seconds until an idle replica of `home` may expect something to do there."""
-        idle, lines = len(self._idle[home]), self._lines[home]
-        blocked = [following for following, line in lines.items() if line]
+    def _expected_wait(self, assigned: Stage) -> float:
+        """Seconds until an idle replica of `assigned` can expect a call there."""
+        idle, queues = len(self._idle[assigned]), self._queues[assigned]
+        blocked = [after for after, queue in queues.items() if queue]
         if blocked:
-            # it waits for room in the next queue, which its servers make
-            rate = sum(n / self._seconds[s].value for (s, _), n in self._making.items() if s in blocked)
+            # It waits for space in the next queue, which the servers of that queue make.
+            rate = sum(n / self._seconds[s].value for (s, _), n in self._calls.items() if s in blocked)
         else:
-            rate = sum(n / self._seconds[s].value for (s, after), n in self._making.items() if after == home)
+            rate = sum(n / self._seconds[s].value for (s, after), n in self._calls.items() if after == assigned)
         return idle / rate if rate else math.inf
 
-    def _move(self, name: str, stage: str) -> None:
+    def _move(self, name: str, stage: Stage) -> None:
         replica = self._replicas[name]
-        self._works(name)
-        self._lives(replica, -1)
-        replica.home = stage
-        self._lives(replica, 1)
+        self._mark_busy(name)
+        self._count_server(replica, -1)
+        replica.assigned = stage
+        self._count_server(replica, 1)
 
-    def _assign(self, name: str, stage: str, lines: list[Line], moved: bool = False) -> Dispatch:
+    def _assign(self, name: str, stage: Stage, queues: list[FairQueue], moved: bool = False) -> Dispatch:
         replica = self._replicas[name]
-        same = replica.phase == stage
+        same_stage = replica.merged_stage == stage
 
-        def preference(kind: Hashable) -> int:
-            if same and kind == replica.kind:
+        def preference(weights: Hashable) -> int:
+            if same_stage and weights == replica.merged_weights:
                 return 0
-            # what another replica has merged is better left to it
-            return 2 if self._merged[stage, kind] else 1
+            # Items whose weights another replica has merged are better left to that one.
+            return 2 if self._merged[stage, weights] else 1
 
-        line = min(lines, key=Line.oldest)
-        _, kind, passed_over = line.oldest()
-        if passed_over < self.patience:
-            line = min(lines, key=lambda line: line.best(preference)[:2])
-            kind = line.best(preference)[2]
-        item = line.pop(kind)
+        queue = min(queues, key=FairQueue.oldest)
+        _, weights, passed_over = queue.oldest()
+        if passed_over < self.max_passed_over:
+            queue = min(queues, key=lambda queue: queue.best(preference)[:2])
+            weights = queue.best(preference).group
+        item = queue.pop(weights)
         state = self._items[item]
-        self._works(name)
+        self._mark_busy(name)
         switched = False
-        if stage in _MERGED:
-            switched = replica.phase is not None and (replica.phase, replica.kind) != (stage, kind)
-            if replica.phase is not None:
-                self._merged[replica.phase, replica.kind] -= 1
-            self._merged[stage, kind] += 1
-            replica.phase, replica.kind = stage, kind
+        if TRAITS[stage].merges_weights:
+            switched = replica.merged_stage is not None and (replica.merged_stage, replica.merged_weights) != (
+                stage, weights,
+            )  # fmt: skip
+            if replica.merged_stage is not None:
+                self._merged[replica.merged_stage, replica.merged_weights] -= 1
+            self._merged[stage, weights] += 1
+            replica.merged_stage, replica.merged_weights = stage, weights
         state.replica, replica.item = name, item
-        self._making[stage, state.following] += 1
+        self._calls[stage, state.next_stage] += 1
         return Dispatch(item, stage, name, switched, moved)
 
-    # --- books -----------------------------------------------------------------------------------
+    # --- bookkeeping -----------------------------------------------------------------------------
 
-    def _lives(self, replica: _Replica, count: int) -> None:
+    def _count_server(self, replica: _Replica, count: int) -> None:
         for stage in replica.serves():
             self._servers[stage] += count
-        if replica.mobile:
-            self._mobile[replica.home] += count
+        if replica.movable and replica.assigned is not None:
+            self._movable[replica.assigned] += count
 
-    def _waits(self, item: str) -> None:
+    def _enqueue(self, item: str) -> None:
         state = self._items[item]
-        line = self._lines[state.stage].setdefault(state.following, Line())
-        line.push(item, state.order, state.kinds.get(state.stage))
+        queue = self._queues[state.stage].setdefault(state.next_stage, FairQueue())
+        queue.push(item, state.order, state.weights.get(state.stage))
 
-    def _rests(self, name: str) -> None:
+    def _mark_idle(self, name: str) -> None:
         for stage in self._replicas[name].serves():
             self._idle[stage][name] = None
 
-    def _works(self, name: str) -> None:
+    def _mark_busy(self, name: str) -> None:
         for stage in self._replicas[name].serves():
             self._idle[stage].pop(name, None)
 
-    def _release(self, item: str) -> _Item:
+    def _end_call(self, item: str) -> _Item:
         state = self._items[item]
         assert state.replica is not None, f"{item} is not running"
-        self._making[state.stage, state.following] -= 1
+        self._calls[state.stage, state.next_stage] -= 1
         self._replicas[state.replica].item = None
-        self._rests(state.replica)
+        self._mark_idle(state.replica)
         state.replica = None
         return state
 
-    def _forget(self, item: str) -> None:
-        self._held -= sum(self._items.pop(item).held.values())
+    def _drop(self, item: str) -> None:
+        self._result_bytes -= sum(self._items.pop(item).results.values())
 
-    def _starts_over(self, item: str, path: tuple[str, ...] | None = None) -> Verdict:
+    def _restart(self, item: str, path: tuple[Stage, ...] | None = None) -> RetryDecision:
         state = self._items[item]
-        state.at, state.path = 0, path or state.path
-        self._held -= sum(state.held.values())
-        state.held.clear()
+        state.position, state.path = 0, path or state.path
+        self._result_bytes -= sum(state.results.values())
+        state.results.clear()
         state.restarts += 1
-        return self._failed(item, charged=state.restarts > self.max_restarts)
+        return self._retry(item, charged=state.restarts > self.max_restarts)
 
-    def _failed(self, item: str, charged: bool) -> Verdict:
+    def _retry(self, item: str, charged: bool) -> RetryDecision:
+        """Put the item back into its queue, unless it is charged its last attempt."""
         state = self._items[item]
         if charged and state.attempts >= self.max_attempts:
-            self._forget(item)
-            return Verdict(item, retry=False, attempts=state.attempts)
+            self._drop(item)
+            return RetryDecision(item, retry=False, attempts=state.attempts)
         if charged:
             state.attempts += 1
-        self._waits(item)
-        return Verdict(item, retry=True, attempts=state.attempts)
+        self._enqueue(item)
+        return RetryDecision(item, retry=True, attempts=state.attempts)

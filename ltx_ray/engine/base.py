@@ -1,22 +1,27 @@
-"""What engines have in common: where they run, and in which dtype.
+"""What engines have in common: where they run, in which dtype, and what their errors mean.
 
-An engine is a class `(spec: EngineSpec, rank: Rank)` with `load()` and `run(stage, item, *inputs)`. What
-the driver should know of the last run beside its result stands in `info`; `switches` and
-`switch_seconds` count LoRA merges, where there are any. A class may bring its own `join`.
+An engine is a class `(spec: EngineSpec, rank: Rank)` with `load()` and `run(stage, item, *inputs)`. Its `facts` are
+an EngineFacts of the last of these calls. `switches` and `switch_seconds` count LoRA merges, in engines that merge.
+A class may have a `join` of its own.
 """
 
 from __future__ import annotations
 
+import contextlib
+import operator
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
+
+from ltx_ray.records import ErrorKind, RenderError
 
 if TYPE_CHECKING:
     import torch
 
 
-#: How a lack of memory reads where torch does not raise its OutOfMemoryError: on a CPU, in the CUDA driver, in
-#: cuDNN, and when none of cuDNN's algorithms finds room for its workspace.
+#: Messages of a lack of memory where torch raises no OutOfMemoryError: on a CPU, in the CUDA driver, in cuDNN, and
+#: when the memory suffices for the workspace of none of cuDNN's algorithms.
 _NO_MEMORY = (
     "DefaultCPUAllocator", "not enough memory", "CUDA error: out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED",
     "unable to find an engine",
@@ -24,10 +29,32 @@ _NO_MEMORY = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory did not suffice, the device's or the host's."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    """Whether an exception says that the memory of the device or of the host did not suffice."""
+    if isinstance(error, (MemoryError, *_torch_errors("OutOfMemoryError"))):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+
+
+def error_kind(error: BaseException) -> ErrorKind:
+    """What an exception of an engine says of the row and of the replica."""
+    if isinstance(error, RenderError):
+        return error.kind
+    broken = _torch_errors("AcceleratorError", "distributed.DistBackendError", "distributed.DistNetworkError")
+    if is_out_of_memory(error) or isinstance(error, broken):
+        return ErrorKind.PROCESS
+    return ErrorKind.INFRASTRUCTURE if isinstance(error, OSError) else ErrorKind.UNKNOWN
+
+
+def _torch_errors(*names: str) -> tuple[type[BaseException], ...]:
+    """Those of torch's exception classes that exist; none in a process that has not imported torch."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return ()
+    found = []
+    for name in names:
+        with contextlib.suppress(AttributeError):
+            found.append(operator.attrgetter(name)(torch))
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -40,7 +67,7 @@ class Rank:
 
 
 def resolve_dtype(name: str) -> torch.dtype:
-    """`bfloat16` or `float32` as torch has it."""
+    """The torch dtype called `bfloat16` or `float32`."""
     import torch
 
     assert name in ("bfloat16", "float32"), name
@@ -60,11 +87,11 @@ def join(device: str, rank: int, world: int, rendezvous: tuple[str, int] | None,
         if not torch.cuda.is_available():
             raise RuntimeError("a GPU was promised to this rank, but torch sees none")
         torch.cuda.set_device(0)
-        # float32 means float32: the default would run convolutions in TF32
+        # The default would compute float32 convolutions in TF32.
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         backend, place = "nccl", "cuda:0"
     else:
-        # one thread a rank: the bits of a sum depend on how many threads share it
+        # The bits of a sum depend on how many threads share it.
         torch.set_num_threads(1)
         backend, place = "gloo", "cpu"
     if rendezvous is not None:

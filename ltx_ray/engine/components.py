@@ -1,8 +1,8 @@
 """The parts around the DiT, loaded into diffusers' modules.
 
 Every loader builds its module on the meta device and takes exactly its tensors, cast to the run's dtype. The
-official files and directories in diffusers' layout give the same modules: singlefile.py and directory.py say what is
-in either. What does not fit is a ValueError that names the file. apply.py runs what is loaded here.
+official files (checkpoints/single_file.py) and directories in diffusers' layout (checkpoints/diffusers_layout.py)
+give the same modules. A file that does not fit raises a ValueError that names it. codec.py runs the modules.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from ltx_ray.diffusersfiles import Component, refuse_unknown
-from ltx_ray.engine import directory, singlefile
-from ltx_ray.engine.apply import ConnectorAttention, RoundedRope
+from ltx_ray.checkpoints import diffusers_layout, single_file
+from ltx_ray.checkpoints.diffusers_layout import Component, refuse_unknown
+from ltx_ray.checkpoints.safetensors import TensorInfo
+from ltx_ray.engine.codec import ConnectorAttention, RoundedRope
 from ltx_ray.engine.fused_decoder import fuse_decoder
-from ltx_ray.headers import TensorInfo
 
 Path = str | os.PathLike[str]
 Device = str | torch.device
@@ -29,7 +29,7 @@ _HALVES = ("encoder", "decoder")
 
 def _source(path: Path) -> ModuleType:
     """Who knows what is at `path`."""
-    return directory if os.path.isdir(path) else singlefile
+    return diffusers_layout if os.path.isdir(path) else single_file
 
 
 def load_connectors(path: Path, dtype: torch.dtype, device: Device) -> torch.nn.Module:

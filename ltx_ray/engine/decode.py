@@ -1,7 +1,7 @@
 """The decode engine: latents to frames and sound, muxed where they are decoded, published when complete.
 
-It also serves what has to do with stored latents: "stored" fetches those of stage 1, "keep" puts away what there is
-of a clip that could not be finished.
+It also serves the stages that deal with stored latents: LOAD_LATENTS reads those of stage 1, and SAVE_LATENTS stores
+those of a clip that could not be finished.
 """
 
 from __future__ import annotations
@@ -11,25 +11,25 @@ import logging
 import os
 import tempfile
 from collections.abc import Generator
-from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 import torch
 
+from ltx_ray.checkpoints.digests import cache_root
 from ltx_ray.config import EngineSpec
-from ltx_ray.dataset.mux import write_mp4
-from ltx_ray.engine import apply, components
-from ltx_ray.engine.ahead import ahead
+from ltx_ray.dataset.layout import clip_path, preview_path
+from ltx_ray.engine import codec, components
 from ltx_ray.engine.base import Rank, is_out_of_memory, resolve_dtype
 from ltx_ray.engine.frames import PictureCheck, decode_tiled, to_yuv420
 from ltx_ray.engine.latents import LatentStore, latents_sha256, named_latents
+from ltx_ray.engine.mp4 import write_mp4
+from ltx_ray.engine.prefetch import ahead
 from ltx_ray.engine.tiling import LADDER, Tiling, distinct_rungs
-from ltx_ray.modelfiles import cache_root
-from ltx_ray.recipe import PIPELINES
-from ltx_ray.records import Clip, RowError, StageLatents, WorkItem
+from ltx_ray.presets import PIPELINES
+from ltx_ray.records import Clip, EngineFacts, RowError, StageLatents, WorkItem
 from ltx_ray.shapes import AUDIO_SAMPLE_RATE, ClipShape, frame_rate_fraction
-from ltx_ray.storage import Store
+from ltx_ray.stages import Stage
+from ltx_ray.storage.store import Store
 
 #: A clip whose loudest sample is below this (-60 dBFS) is flagged.
 _SILENT_PEAK = 1e-3
@@ -43,7 +43,7 @@ class DecodeEngine:
         self.spec, self.rank = spec, rank
         self.device = torch.device(rank.device)
         self.dtype = resolve_dtype(spec.numerics.dtype)
-        self.info: dict[str, Any] = {}
+        self.facts = EngineFacts()
         #: By size of a clip (pixels x frames): the rung at which it could be decoded, when not at the first.
         self._needed: dict[int, int] = {}
 
@@ -63,28 +63,28 @@ class DecodeEngine:
         self.vocoder = components.load_vocoder(path, self.dtype, self.device)
 
     @torch.inference_mode()
-    def run(self, stage: str, item: WorkItem, *stages: StageLatents) -> Clip | StageLatents | str:
+    def run(self, stage: Stage, item: WorkItem, *stages: StageLatents) -> Clip | StageLatents | str:
         """Serve one of three stages for `item`.
 
-        "decode": publish the clip (or the preview, when the run stops after stage 1), before it the latents where
-        they are wanted, and of a preflight item nothing; returns the Clip. Raises RowError when it is not finite,
-        OutOfMemoryError when not even the smallest tiles fit.
-        "stored": the stored latents of stage 1. Raises StoredLatentsGone.
-        "keep": store the latents of `stages`, on this node when the output refuses; returns where.
+        DECODE publishes the clip, or the preview when the run stops after stage 1, and before it the latents if the
+        run saves them; nothing of a preflight item is published. Returns the Clip. Raises RowError when the clip is
+        not finite, OutOfMemoryError when memory does not suffice for the smallest tiles.
+        LOAD_LATENTS returns the stored latents of stage 1. Raises StoredLatentsGone.
+        SAVE_LATENTS stores the latents of `stages`, on this node when the output refuses them. Returns where.
         """
-        self.info = {}
-        if stage == "decode":
+        if stage == Stage.DECODE:
             try:
                 return self._decode(item, stages)
             finally:
                 self._give_back()
-        if stage == "stored":
+        if stage == Stage.LOAD_LATENTS:
             latents, place = self.latents.stage_1(item, self.dtype)
-            self.info = {"latents": place}
+            self.facts = EngineFacts(stored_at=place)
             return latents
-        assert stage == "keep" and stages, stage
-        self.info = {"latents": self.latents.keep(item, stages)}
-        return self.info["latents"]
+        assert stage == Stage.SAVE_LATENTS and stages, stage
+        place = self.latents.keep(item, stages)
+        self.facts = EngineFacts(stored_at=place)
+        return place
 
     def _decode(self, item: WorkItem, stages: tuple[StageLatents, ...]) -> Clip:
         named = named_latents(*stages)
@@ -94,13 +94,13 @@ class DecodeEngine:
         metadata = {"item_id": item.item_id, "recipe_digest": item.recipe_digest}
         if self.spec.stop_after:
             # stage 1 renders at half size: as they are, its latents make the preview
-            folder, shape, picture, audio_stage = "previews", item.request.shape.half(), "stage_1", "stage_1"
+            path, shape = preview_path(item.item_id), item.request.shape.half()
+            picture = audio_stage = "stage_1"
             metadata["preview"] = "stage_1"
         else:
-            folder, shape, picture = "clips", item.request.shape, "stage_2"
+            path, shape, picture = clip_path(item.item_id), item.request.shape, "stage_2"
             audio_stage = PIPELINES[item.request.pipeline].audio_stage
         sound = self._sound(named[f"{audio_stage}.audio"], shape.audio_samples)
-        path = f"{folder}/{item.item_id[:2]}/{item.item_id}.mp4"
         handle, temporary = tempfile.mkstemp(suffix=".mp4", dir=self.store.scratch_dir())
         os.close(handle)
         try:
@@ -155,7 +155,7 @@ class DecodeEngine:
             else:
                 if rung > first:
                     self._needed[size] = rung
-                self.info["decode_tiling"] = {"rung": rung, **asdict(LADDER[rung])}
+                self.facts = EngineFacts(decode_rung=rung)
                 silent = ("silent",) if np.abs(sound).max() < _SILENT_PEAK else ()
                 # pixels differ a little from those in the reference's tiles
                 return check.flags() + silent + (("tiled_smaller",) if rung else ())
@@ -166,11 +166,9 @@ class DecodeEngine:
             f"decoding {shape.num_frames} frames of {shape.width}x{shape.height} in the smallest tiles: {reason}"
         )
 
-    def _frames(
-        self, latent: torch.Tensor, tiling: Tiling, check: PictureCheck
-    ) -> Generator[np.ndarray, None, None]:
+    def _frames(self, latent: torch.Tensor, tiling: Tiling, check: PictureCheck) -> Generator[np.ndarray, None, None]:
         def decode(tile: torch.Tensor) -> torch.Tensor:
-            return apply.decode_video_tile(self.video_vae, tile)
+            return codec.decode_video_tile(self.video_vae, tile)
 
         for chunk in decode_tiled(decode, latent.to(self.device, self.dtype), tiling):
             if not torch.isfinite(chunk).all():
@@ -182,7 +180,7 @@ class DecodeEngine:
     def _sound(self, latent: torch.Tensor, samples: int) -> np.ndarray:
         """Stereo float32 (2, samples): the decoded sound, cut or padded to the length of the picture."""
         latent = latent.to(self.device, self.dtype)
-        waveform, rate = apply.decode_audio(self.audio_vae, self.vocoder, latent)
+        waveform, rate = codec.decode_audio(self.audio_vae, self.vocoder, latent)
         assert rate == AUDIO_SAMPLE_RATE, rate
         if not torch.isfinite(waveform).all():
             raise RowError("the decoded sound is not finite")

@@ -1,4 +1,4 @@
-"""`fused_decoder.read` as a Triton kernel: all channels of some pixels at a time.
+"""`decode_steps.finish_sum` as a Triton kernel: all channels of some pixels at a time.
 
 A program takes pixels of one frame of y. They fit in its registers with all their channels, so the norm needs no
 second read, and what repeats the first or last frame is written along with it.
@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ltx_ray.engine.fused_decoder import Sum, Wanted
+from ltx_ray.engine.decode_steps import ConvSum, SumOutputs
 
 #: Numbers that a program holds at least, which also gives each thread its own: the sum may go where y was.
 _TILE = 4096
@@ -27,7 +27,7 @@ def _place(batch, frame, pixel, channel, frames, area, CHANNELS: tl.constexpr, L
 
 
 @triton.jit(do_not_specialize=["frames", "height", "width"])
-def _read_kernel(
+def _finish_sum_kernel(
     y, bias, x, kept, padded, frames, height, width, eps,
     CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_Q: tl.constexpr, S_T: tl.constexpr, S_H: tl.constexpr,
     S_W: tl.constexpr, WIDTH_FIRST: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, KEEP: tl.constexpr,
@@ -87,8 +87,8 @@ def _read_kernel(
                 tl.store(padded + at + (n + 1) * step, value, mask=inside & (out_frame == out_frames - 1))
 
 
-def read(total: Sum, wanted: Wanted) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """As `fused_decoder.read`. The sum takes y's place in memory where its channels are not spread."""
+def finish_sum(total: ConvSum, wanted: SumOutputs) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """As `decode_steps.finish_sum`. The sum takes y's place in memory where its channels are not spread."""
     y, x, spread = total.y, total.x, math.prod(total.factors)
     batch, channels, frames, height, width = y.shape
     channels //= spread
@@ -112,7 +112,7 @@ def read(total: Sum, wanted: Wanted) -> tuple[torch.Tensor | None, torch.Tensor 
     # rows that are whole sectors, where pixels lie side by side
     least = 1 if last else 16
     block_q = max(_TILE // block_c, least, triton.next_power_of_2(spread))
-    _read_kernel[(triton.cdiv(height * width * spread, block_q), frames, batch)](
+    _finish_sum_kernel[(triton.cdiv(height * width * spread, block_q), frames, batch)](
         y, y if total.bias is None else total.bias, y if x is None else x,
         y if kept is None else kept, y if padded is None else padded,
         frames, height, width, 0.0 if wanted.eps is None else wanted.eps,

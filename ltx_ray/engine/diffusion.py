@@ -15,25 +15,26 @@ from typing import Any
 
 import torch
 
+from ltx_ray.checkpoints.checkpoint import open_checkpoint
+from ltx_ray.checkpoints.digests import cache_root
+from ltx_ray.checkpoints.lora import open_lora
 from ltx_ray.config import EngineSpec
-from ltx_ray.engine import apply, components
+from ltx_ray.engine import codec, components
 from ltx_ray.engine.base import Rank, resolve_dtype
-from ltx_ray.engine.start import PlacedImage, Start, begin, latent_sizes
-from ltx_ray.lorafiles import open_lora
-from ltx_ray.model.config import TransformerConfig
+from ltx_ray.engine.initial_state import ImageConditioning, LatentState, begin, latent_sizes
 from ltx_ray.model.fused import FusedTransformer
 from ltx_ray.model.graphs import GraphedTransformer
 from ltx_ray.model.packing import pack
 from ltx_ray.model.transformer import NO_PERTURBATION, Modality, Perturbation, Transformer
-from ltx_ray.modelfiles import cache_root, open_checkpoint
 from ltx_ray.parallel.layers import TPGroup
 from ltx_ray.parallel.loading import load_shard
 from ltx_ray.parallel.lora import LoraMerger, LoraSetting
 from ltx_ray.parallel.mesh import make_mesh
-from ltx_ray.recipe import PIPELINES, STAGE_2_SIGMAS
+from ltx_ray.presets import PIPELINES, STAGE_2_SIGMAS
 from ltx_ray.records import (
     AV,
     Conditions,
+    EngineFacts,
     Guidance,
     ImageLatents,
     NoiseLedger,
@@ -43,7 +44,6 @@ from ltx_ray.records import (
     StageLatents,
     WorkItem,
     canonical_json,
-    plain,
 )
 from ltx_ray.sampling.euler import sample_euler
 from ltx_ray.sampling.guidance import PAIR, PAIRED, GuidedDenoiser, RunPass, make_all, make_pair
@@ -52,6 +52,7 @@ from ltx_ray.sampling.passes import wants_perturbed
 from ltx_ray.sampling.res2s import Denoise, sample_res2s
 from ltx_ray.sampling.sigmas import shifted_sigmas
 from ltx_ray.shapes import AUDIO_BINS, AUDIO_CHANNELS, ClipShape
+from ltx_ray.stages import Stage
 
 SAMPLERS: dict[str, Callable[..., AV[torch.Tensor]]] = {"res_2s": sample_res2s, "euler": sample_euler}
 
@@ -71,7 +72,7 @@ class DiffusionEngine:
         self.dtype = resolve_dtype(spec.numerics.dtype)
         self.switches, self.switch_seconds = 0, 0.0
         self._merged = self._near = False
-        self.info: dict[str, Any] = {}
+        self.facts = EngineFacts()
 
     def load(self) -> None:
         """Read this rank's slices; the LoRA is merged when the first call says at which strength."""
@@ -79,15 +80,14 @@ class DiffusionEngine:
         os.environ.setdefault("TRITON_CACHE_DIR", str(cache_root() / "triton"))
         model = self.spec.model.local()
         checkpoint = open_checkpoint(model.checkpoint_path)
-        config = TransformerConfig.from_metadata(checkpoint.transformer, checkpoint.path)
-        options = self.spec.options
-        self.mesh = make_mesh(self.rank.rank, self.rank.world, options.get("tp", self.rank.world))
-        # in which stage the ranks with the same shard split the work; in the other they all do all of it
-        self._guidance_parallel = options.get("guidance_parallel", 1) > 1
-        self._sequence_parallel = options.get("sequence_parallel", 1) > 1
+        layout = self.spec.layout
+        self.mesh = make_mesh(self.rank.rank, self.rank.world, layout.tp)
+        # Ranks with the same shard split the work of one stage, and each does all of the other's.
+        self._guidance_parallel = layout.guidance_parallel > 1
+        self._sequence_parallel = layout.sequence_parallel > 1
         tp = self.mesh.tp
         with torch.device("meta"):
-            self.transformer = Transformer(config, tp)
+            self.transformer = Transformer(checkpoint.transformer, tp)
         fused = self.spec.numerics.compile == "fused"
         if fused:
             pack(self.transformer, self.device, self.dtype, self.spec.numerics.precision)
@@ -98,10 +98,10 @@ class DiffusionEngine:
         self._has_distilled = model.distilled_lora is not None
         loras = [open_lora(path).fit(checkpoint.linear_layers, checkpoint.path) for path in paths]
         self.merger = LoraMerger(self.transformer, checkpoint.tensors, loras, tp, self.mesh.wide)
-        if options.get("turns", len(options["roles"]) > 1):
+        if layout.alternates:
             self._keep_near()  # otherwise at the first switch, which may never come
-        self.info = {"device_name": _device_name(self.device), **self.merger.residence}
-        if "stage2" in self.spec.options["roles"]:
+        self.facts = self._facts()
+        if Stage.STAGE2 in layout.roles:
             self.upsampler = components.load_upsampler(model.spatial_upsampler_path, self.dtype, self.device)
             mean, std = components.latent_stats(model.checkpoint_path, "video")
             self.latent_stats = mean.to(self.device, self.dtype), std.to(self.device, self.dtype)
@@ -115,23 +115,30 @@ class DiffusionEngine:
         return GraphedTransformer(dit)
 
     @torch.inference_mode()
-    def run(self, stage: str, item: WorkItem, conditions: Conditions, *latents: StageLatents) -> StageLatents | None:
+    def run(self, stage: Stage, item: WorkItem, conditions: Conditions, *latents: StageLatents) -> StageLatents | None:
         """Render `stage` of `item`, stage 2 from the `latents` of stage 1.
 
         Returns the stage's latents on rank 0, None elsewhere. Raises RowError when they are not finite.
         """
-        result = self._stage1(item, conditions) if stage == "stage1" else self._stage2(item, conditions, *latents)
+        result = self._stage1(item, conditions) if stage == Stage.STAGE1 else self._stage2(item, conditions, *latents)
         for name, tensor in zip(("video", "audio"), result.latents, strict=True):
             bad = int((~torch.isfinite(tensor)).sum())
             if bad:
                 raise RowError(f"{bad} of {tensor.numel()} {name} latents are not finite")
-        self.info = {"noise_ledger": plain(result.ledger), **self.merger.residence}
         numerics = canonical_json(self.spec.numerics)
-        if latents and latents[0].numerics not in ("", numerics):
-            self.info["stage_1_numerics"] = latents[0].numerics
+        stored = bool(latents) and latents[0].numerics not in ("", numerics)
+        self.facts = self._facts(noise_ledger=result.ledger, stage_1_numerics=latents[0].numerics if stored else None)
         if self.rank.rank != 0:
             return None
         return StageLatents(result.latents.map(lambda t: t.cpu()), result.ledger, numerics)
+
+    def _facts(self, **of_call: Any) -> EngineFacts:
+        return EngineFacts(
+            device_name=_device_name(self.device),
+            clean_weights=self.merger.clean_weights,
+            lora_factors=self.merger.lora_factors,
+            **of_call,
+        )
 
     def _stage1(self, item: WorkItem, conditions: Conditions) -> StageLatents:
         request, pipeline = item.request, PIPELINES[item.request.pipeline]
@@ -165,7 +172,7 @@ class DiffusionEngine:
         shape = request.shape
         noise = ClipNoise(before.ledger, self.device)
         video, audio = before.latents.map(lambda t: t.to(self.device, self.dtype))
-        upscaled = apply.upsample_latents(self.upsampler, *self.latent_stats, video)
+        upscaled = codec.upsample_latents(self.upsampler, *self.latent_stats, video)
         packed = _pack(AV(upscaled, audio))
         images = [self._placed(image, image.stage_2) for image in conditions.images]
         start = begin(shape, "stage_2", noise, packed, STAGE_2_SIGMAS[0], images)
@@ -174,11 +181,11 @@ class DiffusionEngine:
         latents = self._sample(pipeline.sampler, denoise, start, torch.tensor(STAGE_2_SIGMAS), noise.ledger)
         return StageLatents(_unpack(latents, shape), noise.ledger)
 
-    def _placed(self, image: ImageLatents, latent: torch.Tensor) -> PlacedImage:
-        return PlacedImage(image.frame_idx, image.strength, latent.to(self.device, self.dtype))
+    def _placed(self, image: ImageLatents, latent: torch.Tensor) -> ImageConditioning:
+        return ImageConditioning(image.frame_idx, image.strength, latent.to(self.device, self.dtype))
 
     def _sample(
-        self, sampler: str, denoise: Denoise, start: Start, sigmas: torch.Tensor, ledger: NoiseLedger
+        self, sampler: str, denoise: Denoise, start: LatentState, sigmas: torch.Tensor, ledger: NoiseLedger
     ) -> AV[torch.Tensor]:
         noise = SamplerNoise(ledger.device)
         return start.trim(SAMPLERS[sampler](denoise, start.latents, sigmas, noise, start.blend))
@@ -199,7 +206,7 @@ class DiffusionEngine:
     def _passes(
         self,
         item: WorkItem,
-        start: Start,
+        start: LatentState,
         conditions: Conditions,
         spread: TPGroup = TPGroup(),  # noqa: B008 (frozen)
     ) -> RunPass:
@@ -272,9 +279,11 @@ class DiffusionEngine:
     def _keep_near(self) -> None:
         """Keep what a switch needs where it is fast; the rest of the device is for activations and neighbours."""
         self._near = True
-        shared = self.spec.options.get("shared_card", False)
-        self.merger.keep(reserve=_ACTIVATION_BYTES + (_NEIGHBOUR_BYTES if shared else 0))
-        _log.info("rank %d: %s", self.rank.rank, self.merger.residence)
+        self.merger.keep(reserve=_ACTIVATION_BYTES + (_NEIGHBOUR_BYTES if self.spec.layout.shared_card else 0))
+        _log.info(
+            "rank %d: clean weights: %s, LoRA factors: %s",
+            self.rank.rank, self.merger.clean_weights, self.merger.lora_factors,
+        )  # fmt: skip
 
     def _new_ledger(self, seed: int) -> NoiseLedger:
         device = torch.device("cpu") if self.spec.numerics.noise_device == "cpu" else self.device
@@ -284,7 +293,7 @@ class DiffusionEngine:
 class _NoiseLevels:
     """The noise levels of a stage's calls: made once a call for all its passes, and without a wait for the device."""
 
-    def __init__(self, start: Start, device: torch.device, by_level: bool):
+    def __init__(self, start: LatentState, device: torch.device, by_level: bool):
         self._start, self._device = start, device
         self._last: tuple[torch.Tensor, tuple[torch.Tensor, AV[torch.Tensor], AV[torch.Tensor]]] | None = None
         #: Which of the levels a token has, where the model is given those and not one for every token.

@@ -3,7 +3,7 @@
 A prompt may carry orders such as `[[stage1:crash]]`, `[[stage2:crash:2]]` (the first two tries only),
 `[[decode:hang]]`, `[[text:slow:0.5]]` (seconds), `[[text:slow:60:1]]` (the first try only), `[[stage1:row]]` (the row
 is at fault), `[[stage1:error]]` (any other exception), `[[stage1:store]]` (a store that does not answer),
-`[[stage1:full]]` (its disk is full), `[[stage1:memory]]` (out of memory), `[[stored:gone]]` (no stored latents),
+`[[stage1:full]]` (its disk is full), `[[stage1:memory]]` (out of memory), `[[load_latents:gone]]` (no stored latents),
 `[[stage1:lone]]` (one rank of several fails), `[[stage1:stuck]]` (one rank of several hangs), `[[stage1:gate]]` (waits
 for `open_gate`), `[[stage1:big]]` (a result of 1 MB, too large to travel with the report). Tries are counted by files
 under the output, so that they outlive the process.
@@ -19,21 +19,15 @@ import time
 from typing import Any
 
 from ltx_ray.config import EngineSpec
+from ltx_ray.dataset.layout import clip_path, latents_path, preview_path
 from ltx_ray.engine.base import Rank
-from ltx_ray.records import Clip, RowError, WorkItem
-from ltx_ray.storage import Store, join
+from ltx_ray.records import Clip, EngineFacts, RowError, StoredLatentsGone, WorkItem
+from ltx_ray.stages import TRAITS, Stage
+from ltx_ray.storage.store import Store, join
 
 _ORDER = re.compile(r"\[\[(\w+):(\w+)(?::([\d.]+))?(?::(\d+))?\]\]")
 _BIG = 2**20
 _GATE = "_fake/open"
-
-
-class OutOfMemoryError(RuntimeError):
-    """As torch calls it."""
-
-
-class StoredLatentsGone(Exception):
-    """As engine.latents calls it."""
 
 
 class FakeEngine:
@@ -41,9 +35,9 @@ class FakeEngine:
 
     def __init__(self, spec: EngineSpec, rank: Rank):
         self.spec, self.rank = spec, rank
-        self.info: dict[str, Any] = {}
+        self.facts = EngineFacts()
         self.switches, self.switch_seconds = 0, 0.0
-        self._phase: str | None = None
+        self._merged_stage: Stage | None = None
 
     @staticmethod
     def join(device: str, rank: int, world: int, rendezvous: tuple[str, int] | None, timeout: float) -> str:
@@ -51,20 +45,18 @@ class FakeEngine:
 
     def load(self) -> None:
         self.store = Store(self.spec.output)
-        if self.spec.options.get("fail_to_load"):
-            raise RuntimeError("this engine was told not to load")
 
-    def run(self, stage: str, item: WorkItem, *inputs: Any) -> Any:
+    def run(self, stage: Stage, item: WorkItem, *inputs: Any) -> Any:
         self._obey(stage, item)
-        if stage in ("stage1", "stage2") and stage != self._phase:
-            self._phase, self.switches = stage, self.switches + 1
+        if TRAITS[stage].merges_weights and stage != self._merged_stage:
+            self._merged_stage, self.switches = stage, self.switches + 1
         inputs = tuple(made.strip() for made in inputs)
-        if stage == "stored":
-            return self._stored(item)
-        if stage == "keep":
-            return join(self.store.uri, self._keep(item, inputs))
+        if stage == Stage.LOAD_LATENTS:
+            return self._load_latents(item)
+        if stage == Stage.SAVE_LATENTS:
+            return join(self.store.uri, self._save_latents(item, inputs))
         made = hashlib.sha256(f"{stage}:{item.item_id}:{inputs}".encode()).hexdigest()
-        if stage == "decode":
+        if stage == Stage.DECODE:
             return self._publish(item, made, inputs)
         if f"[[{stage}:big]]" in item.request.prompt:
             made = made.ljust(_BIG)
@@ -76,24 +68,24 @@ class FakeEngine:
         if item.preflight:
             return Clip(None, sha256, made, (), "stage_1")
         if self.spec.save_latents or self.spec.stop_after:
-            self._keep(item, inputs)
-        path = f"{'previews' if self.spec.stop_after else 'clips'}/{item.item_id[:2]}/{item.item_id}.mp4"
+            self._save_latents(item, inputs)
+        path = preview_path(item.item_id) if self.spec.stop_after else clip_path(item.item_id)
         self.store.write_bytes(path, clip)
         return Clip(path, sha256, made, (), "stage_1")
 
-    def _keep(self, item: WorkItem, stages: tuple[str, ...]) -> str:
-        """Store what the stages made where the real latents would be; returns the path in the output."""
-        path = _latents(item)
+    def _save_latents(self, item: WorkItem, stages: tuple[str, ...]) -> str:
+        """Store the results of the stages where the real latents would be; returns the path in the output."""
+        path = latents_path(item.item_id)
         self.store.write_bytes(path, "\n".join(stages).encode())
         return path
 
-    def _stored(self, item: WorkItem) -> str:
+    def _load_latents(self, item: WorkItem) -> str:
         try:
-            return self.store.read_bytes(_latents(item)).decode().splitlines()[0]
+            return self.store.read_bytes(latents_path(item.item_id)).decode().splitlines()[0]
         except FileNotFoundError as error:
-            raise StoredLatentsGone(f"{_latents(item)}: no such file") from error
+            raise StoredLatentsGone(f"{latents_path(item.item_id)}: no such file") from error
 
-    def _obey(self, stage: str, item: WorkItem) -> None:
+    def _obey(self, stage: Stage, item: WorkItem) -> None:
         for where, order, number, slow_tries in _ORDER.findall(item.request.prompt):
             if where != stage:
                 continue
@@ -116,7 +108,7 @@ class FakeEngine:
             elif order == "full":
                 raise OSError(errno.ENOSPC, f"{stage}: this call was told that the disk is full")
             elif order == "memory":
-                raise OutOfMemoryError(f"{stage}: this call was told that memory is out")
+                raise MemoryError(f"{stage}: this call was told that memory is out")
             elif order == "gone":
                 raise StoredLatentsGone(f"{stage}: this call was told that there are none")
             elif order == "error":
@@ -126,7 +118,7 @@ class FakeEngine:
             elif order == "stuck" and self.rank.rank == self.rank.world - 1:
                 time.sleep(3600)
 
-    def _tries(self, stage: str, item: WorkItem) -> int:
+    def _tries(self, stage: Stage, item: WorkItem) -> int:
         name = f"_fake/{item.item_id}-{stage}-{self.rank.rank}"
         tries = 1 + (int(self.store.read_bytes(name)) if self.store.exists(name) else 0)
         self.store.write_bytes(name, str(tries).encode())
@@ -136,10 +128,6 @@ class FakeEngine:
 def open_gate(output: str) -> None:
     """Let every call pass that waits, or will, at the gate of a run into `output`."""
     Store(output).write_bytes(_GATE, b"")
-
-
-def _latents(item: WorkItem) -> str:
-    return f"latents/{item.item_id[:2]}/{item.item_id}.safetensors"
 
 
 def _boxes(item_id: str, made: str) -> bytes:

@@ -142,7 +142,7 @@ class PictureCheck:
         self._frames += len(luma)
 
     def flags(self) -> tuple[str, ...]:
-        """"black" and/or "frozen"."""
+        """ "black" and/or "frozen"."""
         found = []
         if self._brightest_mean < _BLACK_MEAN and self._brightest < _BLACK_PEAK:
             found.append("black")

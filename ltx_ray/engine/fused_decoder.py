@@ -1,82 +1,29 @@
 """The video VAE's decoder with everything between its convolutions done in one pass over the data.
 
-diffusers' modules norm, activate, pad and add one after the other, and cuDNN adds a bias and turns the channels last
-and back around every convolution: some twenty reads and writes of a picture that the convolution needs once. Here
-activations stay channels last and a convolution's bias, the residual, the spreading of channels over pixels, norm,
-SiLU and the padding in time are one step, `read`: plain PyTorch below, a Triton kernel in `decode_kernels.py`. Both
-compute in float32 and round once, which is closer to exact than the modules' chain in bfloat16.
+diffusers' modules norm, activate, pad and add one after the other, and cuDNN adds a bias and moves the channels last
+and back around every convolution. That is some twenty reads and writes of a picture that the convolution needs once.
+Here the activations stay channels last, and a convolution's bias, the residual, the spreading of channels over pixels,
+norm, SiLU and the padding in time are one step: plain PyTorch in decode_steps.py, a Triton kernel in decode_kernels.py.
+Both compute in float32 and round once, which is closer to exact than the modules' chain in bfloat16.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
-
-@dataclass(frozen=True)
-class Sum:
-    """What a convolution left to be added up: y + bias + x, then its channels spread over time, height and width.
-
-    y (B, C s, F, H, W), where s is the product of `factors`; bias (C s,); x (B, C, F, H, W), only where s is 1. As
-    a whole it stands for (B, C, F', H', W'), each axis its factor longer, less the factor - 1 first frames. A channel
-    of y is c * s + (t * height's factor + h) * width's factor + w; `width_first`: with h and w the other way round.
-    """
-
-    y: torch.Tensor
-    bias: torch.Tensor | None = None
-    x: torch.Tensor | None = None
-    factors: tuple[int, int, int] = (1, 1, 1)
-    width_first: bool = False
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What is to become of a sum whose tensors lie in `layout`.
-
-    keep: the layout in which it is wanted itself, rounded. pads: wanted for a convolution, the first and the last
-    frame repeated so often before and after it. eps: in that also RMS norm over the channels, then SiLU.
-    """
-
-    layout: torch.memory_format
-    keep: torch.memory_format | None = None
-    pads: tuple[int, int] | None = None
-    eps: float | None = None
-
-
-Read = Callable[[Sum, Wanted], tuple[torch.Tensor | None, torch.Tensor | None]]
-
-
-def read(total: Sum, wanted: Wanted) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(the sum, what the convolution takes), None for what is not wanted. The kernel may write the sum into y."""
-    wide = total.y.float()
-    if total.bias is not None:
-        wide = wide + total.bias.float().view(1, -1, 1, 1, 1)
-    if total.x is not None:
-        wide = wide + total.x.float()
-    s_t, s_h, s_w = total.factors
-    if total.width_first:
-        wide = wide.unflatten(1, (-1, s_t, s_w, s_h)).transpose(3, 4)
-    else:
-        wide = wide.unflatten(1, (-1, s_t, s_h, s_w))
-    wide = wide.permute(0, 1, 5, 2, 6, 3, 7, 4).flatten(6, 7).flatten(4, 5).flatten(2, 3)[:, :, s_t - 1 :]
-    kept = wide.to(total.y.dtype).contiguous(memory_format=wanted.keep) if wanted.keep else None
-    if wanted.pads is None:
-        return kept, None
-    if wanted.eps is not None:
-        wide = F.silu(wide * torch.rsqrt(wide.square().mean(1, keepdim=True) + wanted.eps))
-    lead, tail = wanted.pads
-    first, last = wide[:, :, :1].expand(-1, -1, lead, -1, -1), wide[:, :, -1:].expand(-1, -1, tail, -1, -1)
-    padded = torch.cat((first, wide, last), dim=2)
-    return kept, padded.to(total.y.dtype).contiguous(memory_format=wanted.layout)
+from ltx_ray.engine.decode_steps import ConvSum, FinishSum, SumOutputs, finish_sum
 
 
 @dataclass(frozen=True)
 class _Step:
-    """A convolution and what it takes: with `eps` normed and activated. `opens`: what it takes is added, as it was
-    before, to what the one that `closes` gives. `factors`, `width_first`: how its channels are spread, as in Sum."""
+    """A convolution and what happens to its input.
+
+    `eps`: the input is normed and activated. `opens`: the input, before that, is kept as the residual which is added
+    to the output of the next step that `closes`. `factors`, `width_first`: how its channels are spread, as in ConvSum.
+    """
 
     conv: torch.nn.Module  # diffusers' LTX2VideoCausalConv3d
     eps: float | None = None
@@ -105,31 +52,31 @@ def _steps(decoder: torch.nn.Module) -> Iterator[_Step]:
 class _Forward:
     """Takes the place of the decoder's forward."""
 
-    def __init__(self, decoder: torch.nn.Module, read: Read, layout: torch.memory_format):
+    def __init__(self, decoder: torch.nn.Module, finish: FinishSum, layout: torch.memory_format):
         self.causal, self.steps = decoder.is_causal, list(_steps(decoder))
-        self.read, self.layout = read, layout
+        self.finish_sum, self.layout = finish, layout
 
     def __call__(
         self, latents: torch.Tensor, temb: torch.Tensor | None = None, causal: bool | None = None
     ) -> torch.Tensor:
         """Pixels (B, 3, F', H', W'), contiguous, of un-normalised latents (B, C, F, H, W)."""
         assert temb is None
-        total, x = Sum(latents.contiguous(memory_format=self.layout)), None
+        total, x = ConvSum(latents.contiguous(memory_format=self.layout)), None
         for step in self.steps:
             keep, pads = self.layout if step.opens else None, step.pads(causal or self.causal)
-            kept, padded = self.read(total, Wanted(self.layout, keep, pads, step.eps))
+            kept, padded = self.finish_sum(total, SumOutputs(self.layout, keep, pads, step.eps))
             # a picture is let go as soon as it is read: with the convolution's result there are three of them
             del total
             if step.opens:
                 x = kept
             conv = step.conv.conv
             y = conv._conv_forward(padded, conv.weight, None).contiguous(memory_format=self.layout)
-            total = Sum(y, conv.bias, x if step.closes else None, step.factors, step.width_first)
+            total = ConvSum(y, conv.bias, x if step.closes else None, step.factors, step.width_first)
             del kept, padded, y
             if step.closes:
                 x = None
         # what comes next, the blending of tiles, goes over whole pictures
-        return self.read(total, Wanted(self.layout, keep=torch.contiguous_format))[0]
+        return self.finish_sum(total, SumOutputs(self.layout, keep=torch.contiguous_format))[0]
 
 
 def fuse_decoder(decoder: torch.nn.Module, channels_last: bool = True) -> bool:
@@ -141,14 +88,14 @@ def fuse_decoder(decoder: torch.nn.Module, channels_last: bool = True) -> bool:
     """
     if not _known(decoder):
         return False
-    step: Read = read
+    step: FinishSum = finish_sum
     layout = torch.channels_last_3d if channels_last else torch.contiguous_format
     weight = decoder.conv_in.conv.weight
     if weight.is_cuda:
         from ltx_ray.engine import decode_kernels  # needs Triton, which is not everywhere
 
-        step = decode_kernels.read
-        step(Sum(weight.new_zeros((1, 1, 1, 1, 1))), Wanted(layout, pads=(1, 1)))
+        step = decode_kernels.finish_sum
+        step(ConvSum(weight.new_zeros((1, 1, 1, 1, 1))), SumOutputs(layout, pads=(1, 1)))
     decoder.to(memory_format=layout)
     decoder.forward = _Forward(decoder, step, layout)
     return True

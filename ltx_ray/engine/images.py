@@ -24,9 +24,7 @@ class NoPicture(Exception):
     """The bytes are no picture that can be decoded."""
 
 
-def image_pixels(
-    data: bytes, crf: int, height: int, width: int, device: torch.device | str = "cpu"
-) -> torch.Tensor:
+def image_pixels(data: bytes, crf: int, height: int, width: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """Pixels (1, 3, 1, height, width) float32 in [-1, 1], scaled on `device`. Raises NoPicture."""
     try:
         rgb = decode_rgb(data)

@@ -11,15 +11,16 @@ from collections import OrderedDict
 
 import torch
 
+from ltx_ray.checkpoints.checkpoint import gemma_folders
 from ltx_ray.config import EngineSpec
-from ltx_ray.engine import apply, components
+from ltx_ray.engine import codec, components
 from ltx_ray.engine.base import Rank, resolve_dtype
 from ltx_ray.engine.images import NoPicture, image_pixels
-from ltx_ray.imagefiles import read_image
-from ltx_ray.modelfiles import gemma_folders
-from ltx_ray.records import AV, Conditions, ImageLatents, PromptContext, RowError, WorkItem
+from ltx_ray.records import AV, Conditions, EngineFacts, ImageLatents, PromptContext, RowError, WorkItem
 from ltx_ray.sampling.passes import passes_for
 from ltx_ray.shapes import ClipShape
+from ltx_ray.stages import Stage
+from ltx_ray.storage.images import read_image
 
 #: Contexts kept: the negative prompt is usually the same for all rows.
 _KEPT = 16
@@ -32,7 +33,7 @@ class TextEngine:
         self.spec, self.rank = spec, rank
         self.device = torch.device(rank.device)
         self.dtype = resolve_dtype(spec.numerics.dtype)
-        self.info: dict[str, bool] = {}
+        self.facts = EngineFacts()
         self._encoder: torch.nn.Module | None = None
         self._contexts: OrderedDict[str, PromptContext] = OrderedDict()
 
@@ -56,12 +57,13 @@ class TextEngine:
         self.connectors = components.load_connectors(model.checkpoint_path, self.dtype, self.device)
 
     @torch.inference_mode()
-    def run(self, stage: str, item: WorkItem) -> Conditions:
+    def run(self, stage: Stage, item: WorkItem) -> Conditions:
         """Contexts of the item's prompts, the negative one only when a pass needs it, and its images encoded."""
         request = item.request
         negative = self.encode(request.negative_prompt) if "uncond" in passes_for(request.guidance) else None
         positive = self.encode(request.prompt)
-        self.info = {"prompt_truncated": positive.truncated or (negative is not None and negative.truncated)}
+        truncated = positive.truncated or (negative is not None and negative.truncated)
+        self.facts = EngineFacts(prompt_truncated=truncated)
         return Conditions(positive, negative, self._images(item))
 
     def _images(self, item: WorkItem) -> tuple[ImageLatents, ...]:
@@ -78,7 +80,7 @@ class TextEngine:
 
             def encoded(shape: ClipShape, data: bytes = data, crf: int = image.crf or 0) -> torch.Tensor:
                 pixels = image_pixels(data, crf, shape.height, shape.width, self.device).to(self.dtype)
-                return apply.encode_video(self._encoder, pixels).cpu()
+                return codec.encode_video(self._encoder, pixels).cpu()
 
             shape = item.request.shape
             try:
@@ -97,7 +99,7 @@ class TextEngine:
         hidden = self.gemma(
             input_ids=ids.to(self.device), attention_mask=mask.to(self.device), output_hidden_states=True
         ).hidden_states
-        video, audio = apply.encode_connectors(self.connectors, hidden, mask.to(self.device))
+        video, audio = codec.encode_connectors(self.connectors, hidden, mask.to(self.device))
         context = PromptContext(AV(video.cpu(), audio.cpu()), tokens=int(mask.sum()), truncated=truncated)
         self._contexts[text] = context
         if len(self._contexts) > _KEPT:

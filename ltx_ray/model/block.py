@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ltx_ray.checkpoints.transformer_config import StreamConfig, TransformerConfig
 from ltx_ray.model.attention import Attention
-from ltx_ray.model.config import StreamConfig, TransformerConfig
 from ltx_ray.model.rope import RopeTable
 from ltx_ray.parallel.layers import ColumnLinear, RowLinear, TPGroup, replicated
 from ltx_ray.parallel.mesh import Tokens

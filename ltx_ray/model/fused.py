@@ -15,11 +15,11 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 
+from ltx_ray.checkpoints.transformer_config import StreamConfig
 from ltx_ray.model import steps
 from ltx_ray.model.attention_backends import backend
 from ltx_ray.model.block import AVBlock
-from ltx_ray.model.config import StreamConfig
-from ltx_ray.model.packing import Product
+from ltx_ray.model.packing import PackedLinear
 from ltx_ray.model.rope import RopeTable, audio_positions, video_positions
 from ltx_ray.model.steps import Levels, Modulation, Residual, Rows
 from ltx_ray.model.transformer import NO_PERTURBATION, AdaLayerNorm, Modality, Perturbation, Transformer
@@ -298,7 +298,7 @@ class FusedTransformer:
         s.residual = Residual(y, gate)
 
     def _attend_across(self, streams: AV[_Stream], block: AVBlock, index: int, batch: int) -> None:
-        def modulation(s: _Stream, row: int, product: Product) -> Modulation:
+        def modulation(s: _Stream, row: int, product: PackedLinear) -> Modulation:
             scale, shift = s.tables.cross[index, :, row], s.tables.cross[index, :, row + 1]
             return Modulation(shift, scale, product.quantized)
 
@@ -345,7 +345,7 @@ class FusedTransformer:
         by_head = (x.unflatten(0, (batch, -1)).unflatten(2, (heads, -1)) for x in (q, k, v))
         return self._attend(*by_head).flatten(0, 1)
 
-    def _out(self, heads_out: torch.Tensor, logits: torch.Tensor, out: Product) -> torch.Tensor:
+    def _out(self, heads_out: torch.Tensor, logits: torch.Tensor, out: PackedLinear) -> torch.Tensor:
         if heads_out.stride(1) != heads_out.shape[2] or heads_out.stride(2) != 1:
             heads_out = heads_out.contiguous()
         return steps.product(self._steps.gated(heads_out, logits, out.quantized), out)
@@ -361,7 +361,7 @@ class FusedTransformer:
         s.residual = Residual(steps.product(hidden, down), gate)
 
 
-def try_fp8(product: Product, device_name: str) -> None:
+def try_fp8(product: PackedLinear, device_name: str) -> None:
     """Raise RuntimeError where PyTorch has no products in fp8 with a scale a row for the device of `product`."""
     rows = torch.zeros((steps.FP8_ROWS, product.weight.shape[1]), device=product.weight.device)
     try:

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ltx_ray.model.packing import Product
+from ltx_ray.model.packing import PackedLinear
 from ltx_ray.model.rope import RopeTable
 from ltx_ray.model.steps import Levels, Modulation, Quantized, Residual, Rows
 from ltx_ray.parallel.fp8 import FP8, FP8_MAX, SMALLEST_SCALE
@@ -232,6 +232,6 @@ def gelu(x: torch.Tensor, quantize: bool) -> Rows:
     return out
 
 
-def gelu_product(x: torch.Tensor, layer: Product) -> torch.Tensor:
+def gelu_product(x: torch.Tensor, layer: PackedLinear) -> torch.Tensor:
     """As `steps.gelu_product`: the product's epilogue applies it, which costs no pass over the hidden rows."""
     return torch._addmm_activation(layer.bias, x, layer.weight.t(), use_gelu=True)

@@ -19,7 +19,7 @@ from ltx_ray.parallel.fp8 import FP8
 
 
 @dataclass(frozen=True)
-class Product:
+class PackedLinear:
     """x -> x @ weight.T + bias: weight (N, K), bias (N,), of which `sizes` are the layers' parts and what is left is
     padding. In fp8: row_scale (N,) float32."""
 
@@ -55,7 +55,7 @@ _AUDIO_ROWS = {
 }  # fmt: skip
 
 #: (module of a block, product) -> Product, of one block.
-Products = dict[tuple[str, str], Product]
+Products = dict[tuple[str, str], PackedLinear]
 
 
 def layers_of_products() -> Iterator[tuple[str, str, tuple[str, ...]]]:
@@ -89,7 +89,7 @@ def _pack_block(block: AVBlock, device: torch.device, dtype: torch.dtype, precis
         for padded in (weight.view(torch.uint8) if fp8 else weight, bias, row_scale):
             if padded is not None:
                 padded[sum(sizes) :] = 0
-        products[name, kind] = Product(weight, bias, sizes, row_scale)
+        products[name, kind] = PackedLinear(weight, bias, sizes, row_scale)
         start = 0
         for module, size in zip(modules, sizes, strict=True):
             rows = slice(start, start + size)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ltx_ray.model.packing import Product
+from ltx_ray.model.packing import PackedLinear
 from ltx_ray.model.rope import RopeTable
 from ltx_ray.parallel.fp8 import FP8, FP8_MAX, SMALLEST_SCALE
 
@@ -112,12 +112,12 @@ def gelu(x: torch.Tensor, quantize: bool) -> Rows:
     return _rounded(F.gelu(x.float(), approximate="tanh"), x.dtype, quantize)
 
 
-def gelu_product(x: torch.Tensor, layer: Product) -> torch.Tensor:
+def gelu_product(x: torch.Tensor, layer: PackedLinear) -> torch.Tensor:
     """GELU of x (R, K) through an unquantized product: (R, N)."""
     return gelu(product(x, layer), False)
 
 
-def product(x: Rows, layer: Product) -> torch.Tensor:
+def product(x: Rows, layer: PackedLinear) -> torch.Tensor:
     """x (R, K) through a product: (R, N) in the bias's dtype."""
     if isinstance(x, torch.Tensor):
         assert not layer.quantized

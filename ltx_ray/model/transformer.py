@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ltx_ray.checkpoints.transformer_config import StreamConfig, TransformerConfig
 from ltx_ray.model.block import AVBlock, Stream, modulate
-from ltx_ray.model.config import StreamConfig, TransformerConfig
 from ltx_ray.model.rope import RopeTable, rope_table
 from ltx_ray.parallel.layers import Linear, TPGroup, replicated
 from ltx_ray.parallel.mesh import Tokens

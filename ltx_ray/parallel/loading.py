@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ltx_ray.headers import TensorInfo, listed
+from ltx_ray.checkpoints.safetensors import TensorInfo, listed
 from ltx_ray.parallel.fp8 import row_scale_of, store
 from ltx_ray.parallel.layers import TPGroup
 

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ltx_ray.headers import TensorInfo
-from ltx_ray.lorafiles import Factor, LoraPair
+from ltx_ray.checkpoints.lora import Factor, LoraPair
+from ltx_ray.checkpoints.safetensors import TensorInfo
 from ltx_ray.parallel.fp8 import row_scale_of, store
 from ltx_ray.parallel.layers import TPGroup
 from ltx_ray.parallel.loading import named
-from ltx_ray.parallel.merging import Product, merge_
-from ltx_ray.parallel.residence import Memory, Part, Residence, choose
+from ltx_ray.parallel.merging import FactorProduct, merge_
+from ltx_ray.parallel.weight_cache import Memory, Part, WeightCache, choose
 
 _log = logging.getLogger(__name__)
 #: Float32 values of a quantized factor that exist at once.
@@ -69,18 +69,23 @@ class LoraMerger:
         self._device = first.device if first is not None else torch.device("cpu")
         self._dtype = next((p.dtype for p in module.parameters() if row_scale_of(p) is None), torch.float32)
         weights = {stem: Part(tensors[f"{stem}.weight"], self._weight(stem).shard_dim) for stem in self._modules}
-        self._clean = Residence(weights, tp, self._device, self._dtype, group)
+        self._clean = WeightCache(weights, tp, self._device, self._dtype, group)
         self._group = group
         #: Those in fp8: nothing can be merged into what is left of them, so every merge starts from the clean weight.
         self._quantized = {stem for stem in self._modules if row_scale_of(self._weight(stem)) is not None}
-        self._factors = Residence(dict(self._factor_parts()), tp, self._device)
+        self._factors = WeightCache(dict(self._factor_parts()), tp, self._device)
         #: What is merged now; None after a merge that failed half-way.
         self._current: dict[str, Uses] | None = self._by_module(LoraSetting())
 
     @property
-    def residence(self) -> dict[str, str]:
-        """Where clean weights and factors are kept."""
-        return {"clean_weights": self._clean.where, "lora_factors": self._factors.where}
+    def clean_weights(self) -> str:
+        """Where the weights without LoRAs are kept: "device", "host", "gang" or "file"."""
+        return self._clean.where
+
+    @property
+    def lora_factors(self) -> str:
+        """Where the LoRA factors are kept: "device", "host" or "file"."""
+        return self._factors.where
 
     def keep(
         self, reserve: int, memory: Memory | None = None, clean: str | None = None, factors: str | None = None
@@ -173,13 +178,13 @@ class LoraMerger:
         target: torch.Tensor,
         shard_dim: int | None,
         source: torch.Tensor,
-        products: list[Product],
+        products: list[FactorProduct],
         info: TensorInfo,
     ) -> None:
         offset = self._tp.slice(info.shape[0]).start if shard_dim == 0 else 0
         merge_(target, source, products, first_row=offset, full_columns=info.shape[1])
 
-    def _product(self, index: int, stem: str, strength: float, values: Mapping[str, torch.Tensor]) -> Product:
+    def _product(self, index: int, stem: str, strength: float, values: Mapping[str, torch.Tensor]) -> FactorProduct:
         pair = self._loras[index][stem]
         a, b = (
             self._plain(factor, _name(index, stem, side), values) for factor, side in ((pair.a, "a"), (pair.b, "b"))

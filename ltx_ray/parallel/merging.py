@@ -18,13 +18,13 @@ import torch
 MERGE_CHUNK_BYTES = 32 * 2**20
 _log = logging.getLogger(__name__)
 #: One LoRA's part in a layer: A (rank, in), B (out, rank), strength.
-Product = tuple[torch.Tensor, torch.Tensor, float]
+FactorProduct = tuple[torch.Tensor, torch.Tensor, float]
 
 
 def merge_(
     target: torch.Tensor,
     clean: torch.Tensor,
-    products: Sequence[Product],
+    products: Sequence[FactorProduct],
     *,
     first_row: int = 0,
     full_columns: int | None = None,
@@ -53,7 +53,7 @@ def merge_(
         start = end
 
 
-def _delta(products: Sequence[Product], rows: slice) -> torch.Tensor:
+def _delta(products: Sequence[FactorProduct], rows: slice) -> torch.Tensor:
     delta: torch.Tensor | None = None
     for a, b, strength in products:
         part = b[rows]

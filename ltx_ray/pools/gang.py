@@ -1,13 +1,15 @@
 """A gang: the rank actors of one replica in one placement group, started and killed as one.
 
-Nothing here waits. `advance` takes the gang from one step of its start to the next whenever the
-references it waits for are ready, so that the driver's single loop can start many at once.
+Nothing here waits. `advance` takes the gang from one step of its start to the next once the references that it waits
+for are ready, so that the driver's single loop can start many gangs at once.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 import ray
@@ -15,24 +17,36 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ltx_ray.config import PoolSpec
-from ltx_ray.pools.actors import RankActor
-from ltx_ray.records import CallReport
+from ltx_ray.pools.protocol import RankInfo
+from ltx_ray.pools.worker import RankActor, Rendezvous
+from ltx_ray.records import CallError, CallReport, WorkItem
+from ltx_ray.stages import Stage
 
-_RENDEZVOUS_TIMEOUT = 300.0
-#: Seconds that the other ranks have to report the same failure, if it is the row's.
-_LONE_FAILURE_GRACE = 10.0
-#: Seconds after which an idle gang is asked whether it lives.
-_PROBE_SECONDS = 10.0
-#: Seconds that it has for the answer.
-_SILENCE_SECONDS = 60.0
-#: How Ray puts it.
+_RENDEZVOUS_SECONDS = 300.0
+#: Seconds that the other ranks have to report the same failure, if the row is at fault.
+_LONE_FAILURE_SECONDS = 10.0
+#: Seconds without an answer after which an idle gang is pinged.
+_PING_AFTER_SECONDS = 10.0
+#: Seconds that a gang has to answer a ping.
+_PING_TIMEOUT_SECONDS = 60.0
+#: Seconds after an answer in which the next call needs no ping before it.
+_FRESH_SECONDS = 0.05
+#: Part of Ray's message about a dead actor when its node is gone.
 _NODE_LOST = "its node has died"
-#: Seconds after an answer in which a gang is not asked whether it lives before it gets its next call.
-_SURELY_ALIVE = 0.05
+
+
+class GangState(StrEnum):
+    """The steps of a gang's life."""
+
+    PLACING = "placing"
+    MEETING = "meeting"
+    LOADING = "loading"
+    READY = "ready"
+    DEAD = "dead"
 
 
 class GangLost(Exception):
-    """The gang is of no more use: a rank died, failed to start, or disagreed with the others.
+    """The gang can serve no more calls: a rank died, failed to start, or disagreed with the others.
 
     `idle`: it had died before the call under way began; `node_lost`: its node is gone.
     """
@@ -43,19 +57,19 @@ class GangLost(Exception):
 
 
 class InputsMissing(Exception):
-    """The inputs of a call are gone from the object store (their node died)."""
+    """The inputs of a call are gone from the object store, because their node died."""
 
 
 @dataclass
 class Call:
     """A call under way on all ranks: `reports` by rank, `payload` of rank 0.
 
-    A gang that has been idle is asked first whether it still lives; what had died before is no fault of the item that
-    it should have rendered. There are no `reports` to wait for until it has answered.
+    A gang that has been idle is pinged before the call, so that a death from before it is not charged to the item.
+    `reports` is empty until the ping is answered.
     """
 
-    stage: str
-    item: Any
+    stage: Stage
+    item: WorkItem
     inputs: list[Any]
     reports: list[ray.ObjectRef] = field(default_factory=list)
     payload: ray.ObjectRef | None = None
@@ -64,57 +78,63 @@ class Call:
     #: When the first rank reported a failure while others had not answered.
     failed_at: float | None = None
 
+    def first_failure(self) -> tuple[int, CallError]:
+        """The first rank that failed, and its error."""
+        return next((rank, report.error) for rank, report in sorted(self.done.items()) if report.error is not None)
+
 
 class Gang:
-    """One replica of `pool`. `state` is "placing", "meeting", "loading", "ready" or "dead"."""
+    """One replica of `pool`."""
 
     def __init__(self, name: str, pool: PoolSpec):
         self.name, self.pool = name, pool
-        self.state = "placing"
+        self.state = GangState.PLACING
         self.created = time.time()
-        self.ranks: list[dict[str, Any]] = []
-        self.device = ""
+        self.ranks: list[RankInfo] = []
         self.call: Call | None = None
         self._pings: list[ray.ObjectRef] = []
-        self._answered = 0.0
+        self._answered = self._pinged = self._placed = 0.0
         bundle = {"CPU": pool.cpus_per_rank}
         if pool.gpus_per_rank:
             bundle["GPU"] = pool.gpus_per_rank
-        # tensor parallelism talks after every layer, so a gang never spans nodes
+        # Tensor parallelism communicates after every layer, so a gang never spans nodes.
         self._group: PlacementGroup = placement_group([bundle] * pool.ranks, strategy="STRICT_PACK")
         self._actors: list[Any] = []
+        #: What each rank reports about its process, then a free port on the node of rank 0.
+        self._described: list[ray.ObjectRef] = []
+        self._started: list[ray.ObjectRef] = []
         self._pending: list[ray.ObjectRef] = [self._group.ready()]
 
     def waits_for(self) -> list[ray.ObjectRef]:
-        """References whose readiness moves this gang on."""
-        if self.state != "ready":
+        """The references whose readiness takes this gang on."""
+        if self.state is not GangState.READY:
             return self._pending
         if self.call is not None and self.call.reports:
             return [ref for rank, ref in enumerate(self.call.reports) if rank not in self.call.done]
         return self._pings
 
     def advance(self, ready: set[ray.ObjectRef]) -> bool:
-        """Take the next step of the start if all it waits for is in `ready`; True when that makes it ready.
+        """Take the next step of the start if everything it waits for is in `ready`; True when that makes it ready.
 
         Raises GangLost when a step failed.
         """
         self._pending = [ref for ref in self._pending if ref not in ready]
         try:
-            if self.state == "loading":
-                # one that failed is enough: the others may be waiting for it at the rendezvous
+            if self.state is GangState.LOADING:
+                # One failure suffices: the other ranks may be waiting for that rank at the rendezvous.
                 for rank, ref in enumerate(self._started):
                     if ref in ready:
                         self._loaded(rank, ray.get(ref))
             if self._pending:
                 return False
-            if self.state == "placing":
+            if self.state is GangState.PLACING:
                 self._spawn()
-            elif self.state == "meeting":
+            elif self.state is GangState.MEETING:
                 self._load()
-            elif self.state == "loading":
-                self.device = self.ranks[0]["device"]
-                # its first call asks first, too: loading ended a while before we heard of it
-                self.state, self._answered = "ready", time.time() - _SURELY_ALIVE
+            elif self.state is GangState.LOADING:
+                self.state = GangState.READY
+                # Loading ended a while before this call, so the gang's first call is preceded by a ping, too.
+                self._answered = time.time() - _FRESH_SECONDS
                 return True
         except ray.exceptions.RayError as error:
             raise GangLost(f"{self.state}: {_first_line(error)}") from error
@@ -138,48 +158,55 @@ class Gang:
             for rank in range(pool.ranks)
         ]
         self._described = [a.describe.remote() for a in self._actors]
-        self._port = self._actors[0].free_port.remote()
-        self._pending = [*self._described, self._port]
-        self.state = "meeting"
+        self._described.append(self._actors[0].free_port.remote())
+        self._pending = list(self._described)
+        self.state = GangState.MEETING
 
     def _load(self) -> None:
-        self.ranks = [{"rank": rank, **ray.get(ref)} for rank, ref in enumerate(self._described)]
+        *processes, port = ray.get(self._described)
+        self.ranks = [RankInfo(rank, p.pid, p.node, p.address, p.gpus) for rank, p in enumerate(processes)]
         world = len(self._actors)
-        rendezvous = (self.ranks[0]["address"], ray.get(self._port)) if world > 1 else None
+        rendezvous = Rendezvous(self.ranks[0].address, port) if world > 1 else None
         self._started = [
-            a.start.remote(self.pool.engine, rank, world, rendezvous, _RENDEZVOUS_TIMEOUT)
+            a.start.remote(self.pool.engine, rank, world, rendezvous, _RENDEZVOUS_SECONDS)
             for rank, a in enumerate(self._actors)
         ]
         self._pending = list(self._started)
-        self.state = "loading"
+        self.state = GangState.LOADING
 
     def _loaded(self, rank: int, report: CallReport) -> None:
-        self.ranks[rank]["device"] = report.device
-        self.ranks[rank] |= {"device_name": "", **report.info}
-        if not report.ok:
-            raise GangLost(f"{self.where(rank)}: {report.error_type}: {report.message}\n{report.traceback}")
+        facts = report.facts
+        self.ranks[rank] = dataclasses.replace(
+            self.ranks[rank],
+            device=report.device,
+            device_name=facts.device_name,
+            clean_weights=facts.clean_weights,
+            lora_factors=facts.lora_factors,
+        )
+        if (error := report.error) is not None:
+            raise GangLost(f"{self.ranks[rank]}: {error.type}: {error.message}\n{error.traceback}")
 
-    def submit(self, stage: str, item: Any, inputs: list[Any]) -> None:
+    def submit(self, stage: Stage, item: WorkItem, inputs: list[Any]) -> None:
         """Start `stage` of `item` on all ranks. `inputs` are references to earlier payloads."""
-        assert self.state == "ready" and self.call is None
+        assert self.state is GangState.READY and self.call is None
         self.call = Call(stage, item, inputs)
-        if time.time() - self._answered > _SURELY_ALIVE:
-            self._ask()
+        if time.time() - self._answered > _FRESH_SECONDS:
+            self._ping()
         else:
             self._run(self.call)
 
     def probe(self, now: float) -> None:
-        """Ask an idle gang now and then whether it lives, so that a dead one does not hold its place for hours."""
-        if self.state == "ready" and self.call is None and now - self._answered > _PROBE_SECONDS:
-            self._ask()
+        """Ping a gang that has been idle for a while, so that a dead one does not occupy its place for hours."""
+        if self.state is GangState.READY and self.call is None and now - self._answered > _PING_AFTER_SECONDS:
+            self._ping()
 
     def silent(self, now: float) -> bool:
-        """Whether a gang that was asked whether it lives has not answered for a minute."""
-        return bool(self._pings) and now - self._asked > _SILENCE_SECONDS
+        """Whether a pinged gang has not answered for a minute."""
+        return bool(self._pings) and now - self._pinged > _PING_TIMEOUT_SECONDS
 
-    def _ask(self) -> None:
+    def _ping(self) -> None:
         if not self._pings:
-            self._asked = time.time()
+            self._pinged = time.time()
             self._pings = [a.ping.remote() for a in self._actors]
 
     def _run(self, call: Call) -> None:
@@ -188,9 +215,9 @@ class Gang:
         call.inputs, call.started = [], time.time()
 
     def pinged(self, ready: set[ray.ObjectRef]) -> None:
-        """Take in who has said that it lives; when every rank has, the call that waits for that begins.
+        """Take in answers to the pings; when every rank has answered, the call that waits for them begins.
 
-        Raises GangLost when one is dead.
+        Raises GangLost when a rank is dead.
         """
         for ref in self._pings:
             if ref in ready:
@@ -220,17 +247,17 @@ class Gang:
                     reason = f"rank {rank} died during {call.stage}: {_first_line(error)}"
                     raise GangLost(reason, node_lost=_NODE_LOST in str(error)) from error
                 except ray.exceptions.RayError as error:
-                    # the call never began on this rank: its inputs could not be had
+                    # The call never began on this rank, because its inputs are gone.
                     raise InputsMissing(f"rank {rank} has no inputs for {call.stage}: {_first_line(error)}") from error
         if len(call.done) < len(call.reports):
             if call.failed_at is None and not all(r.ok for r in call.done.values()):
                 call.failed_at = time.time()
             return None
         reports = [call.done[rank] for rank in range(len(call.reports))]
-        if len({(r.ok, r.error_type) for r in reports}) > 1:
-            rank, report = next((n, r) for n, r in enumerate(reports) if not r.ok)
+        if len({(r.error.kind, r.error.type) if r.error else None for r in reports}) > 1:
+            rank, failure = call.first_failure()
             raise GangLost(
-                f"the ranks disagreed during {call.stage}: {self.where(rank)}: {report.error_type}: {report.message}"
+                f"the ranks disagreed during {call.stage}: {self.ranks[rank]}: {failure.type}: {failure.message}"
             )
         self.call = None
         self._answered = time.time()
@@ -239,30 +266,25 @@ class Gang:
     def overdue(self, now: float, start_timeout: float, call_timeout: float) -> str | None:
         """Why the start or the call under way should be given up, or None. `now` as of `time.time`.
 
-        A gang may wait for a place as long as it takes: that is the cluster's doing.
+        A gang may wait for a place without a limit, because that depends on the cluster alone.
         """
-        if self.state != "ready":
-            slow = self.state != "placing" and now - self._placed > start_timeout
+        if self.state is not GangState.READY:
+            slow = self.state is not GangState.PLACING and now - self._placed > start_timeout
             return f"not ready after {start_timeout:g} s ({self.state})" if slow else None
         call = self.call
         if call is None or not call.reports:
             return None
-        if call.failed_at is not None and now - call.failed_at > _LONE_FAILURE_GRACE:
-            # the other ranks wait for it in a collective, for ever
-            rank, report = next((n, r) for n, r in call.done.items() if not r.ok)
-            return f"{self.where(rank)} failed alone during {call.stage}: {report.error_type}: {report.message}"
+        if call.failed_at is not None and now - call.failed_at > _LONE_FAILURE_SECONDS:
+            # The other ranks wait for the failed one in a collective, and would wait forever.
+            rank, failure = call.first_failure()
+            return f"{self.ranks[rank]} failed alone during {call.stage}: {failure.type}: {failure.message}"
         if now - call.started > call_timeout:
             return f"{call.stage} took longer than {call_timeout:g} s"
         return None
 
-    def where(self, rank: int) -> str:
-        """The rank with its node and device, for messages."""
-        place = self.ranks[rank]
-        return f"rank {rank} on node {place['address']} ({place.get('device') or 'device unknown'})"
-
     def kill(self) -> None:
         """End all ranks and give the placement group back."""
-        self.state = "dead"
+        self.state = GangState.DEAD
         self._pending = []
         for actor in self._actors:
             ray.kill(actor, no_restart=True)

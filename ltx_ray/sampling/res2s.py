@@ -58,9 +58,7 @@ def sample_res2s(
 
         x0_middle = blend(denoise(middle.map(lambda t: t.to(dtype)), middle_sigma, 0))
         eps_middle = x0_middle.map(lambda d, t: d.double() - t, x)
-        following = AV(
-            *(t + h * (b1 * e1 + b2 * e2) for t, e1, e2 in zip(x, eps, eps_middle, strict=True))
-        )
+        following = AV(*(t + h * (b1 * e1 + b2 * e2) for t, e1, e2 in zip(x, eps, eps_middle, strict=True)))
         following = blend(_inject(x, following, noise.step(latents), sigmas[index], sigmas[index + 1]))
         latents = following.map(lambda t: t.to(dtype))
     if ends_clean:

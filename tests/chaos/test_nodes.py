@@ -1,4 +1,4 @@
-"""Ranks, nodes, drivers and disks fail on a cluster of several nodes: every row once, with its own bits."""
+"""Failures of ranks, nodes, drivers and disks on a real cluster: every row is there once, with its own bits."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from collections import Counter
 import pytest
 
 from ltx_ray.config import RunLimits
-from ltx_ray.pools.pool import Wanted
-from tests.chaos.world import Job, rows, undisturbed, wait_for
+from ltx_ray.placement.sizing import ParallelConfig
+from tests.support.local_cluster import Job, rows, undisturbed, wait_for
 
 pytestmark = pytest.mark.slow
 
-APART = Wanted(stage1=1, stage2=1)
-SHARED = Wanted(stage1=1, stage2=0)
+SEPARATE = ParallelConfig(stage1=1, stage2=1)
+SHARED = ParallelConfig(stage1=1, stage2=0)
 
 
 def whole(job: Job, count: int) -> dict[str, dict]:
-    """The index, when nothing is wrong and all `count` rows are in it."""
+    """The index, after asserting that nothing is wrong and that it has all `count` rows."""
     index = job.out.index()
     wrong = job.check([f"r{n}" for n in range(count)], undisturbed(index, job.folder / "alone"))
     assert wrong == [] and len(index) == count
@@ -56,14 +56,16 @@ def test_ranks_are_killed_one_hangs_one_raises_alone_and_memory_runs_out(job):
     for what in ("stage2 took longer than 6 s", "told to fail alone", "OutOfMemoryError"):
         assert what in reasons
     assert all(index[name]["attempts"] >= 2 for name in ("r5", "r6", "r7"))
-    # the two kills cost one row each at most
+    # Each of the two kills costs at most one row an attempt.
     assert sum(row["attempts"] - 1 for row in index.values()) <= 5
 
 
 def test_a_stopped_process_is_a_hanging_rank(job):
-    """SIGSTOP: it neither answers nor ends when it is asked to."""
+    """After SIGSTOP a process neither answers nor ends when asked."""
     driver = job.start(
-        rows(*["[[stage1:slow:0.5]]"] * 3), wanted=Wanted(tp=2, stage1=1, stage2=0), limits=RunLimits(call_timeout=5)
+        rows(*["[[stage1:slow:0.5]]"] * 3),
+        parallel=ParallelConfig(tp=2, stage1=1, stage2=0),
+        limits=RunLimits(call_timeout=5),
     )
     gang = job.until(lambda: job.out.gangs("diffusion"), "the gang")[0]
     os.kill(pid(gang, 1), signal.SIGSTOP)
@@ -84,14 +86,14 @@ def test_the_death_of_an_idle_rank_costs_no_row_an_attempt(job):
 
 
 def test_latents_that_die_with_their_node_are_made_again(job):
-    # stage 2 holds the first row until stage 1 has done the others
+    # Stage 2 holds the first row until stage 1 has finished the others.
     driver = job.start(rows("[[stage1:big]] [[stage2:gate]]", *["[[stage1:big]]"] * 3))
     job.until(lambda: sum(e["stage"] == "stage1" for e in job.out.events("call")) == 4, "stage 1 of every row")
     (gang,) = job.out.gangs("stage1")
     (other,) = job.until(lambda: job.out.gangs("stage2"), "stage 2")
     assert node(gang) != node(other)
-    job.world.remove_node(node(gang))
-    job.world.add_node()
+    job.cluster.remove_node(node(gang))
+    job.cluster.add_node()
     job.open_gate()
     driver.ends(0)
     index = whole(job, 4)
@@ -101,11 +103,11 @@ def test_latents_that_die_with_their_node_are_made_again(job):
 
 
 def test_a_node_that_never_comes_back_does_not_end_the_run(job):
-    wanted, limits = Wanted(guidance_parallel=3, stage1=2, stage2=0), RunLimits(start_timeout=12)
-    driver = job.start(rows(*["[[stage1:gate]]"] * 4), wanted=wanted, limits=limits)
+    parallel, limits = ParallelConfig(guidance_parallel=3, stage1=2, stage2=0), RunLimits(start_timeout=12)
+    driver = job.start(rows(*["[[stage1:gate]]"] * 4), parallel=parallel, limits=limits)
     gangs = job.until(lambda: len(found := job.out.gangs("diffusion")) == 2 and found, "both gangs")
     assert node(gangs[0]) != node(gangs[1])
-    job.world.remove_node(node(gangs[1]))
+    job.cluster.remove_node(node(gangs[1]))
     job.until(lambda: job.out.events("gang_lost"), "a lost gang")
     time.sleep(limits.start_timeout + 2)
     job.open_gate()
@@ -116,7 +118,9 @@ def test_a_node_that_never_comes_back_does_not_end_the_run(job):
 
 
 def test_a_pool_larger_than_any_node_is_refused_after_the_start_timeout(job):
-    driver = job.start(rows("one"), wanted=Wanted(tp=4, stage1=1, stage2=0), limits=RunLimits(start_timeout=4))
+    driver = job.start(
+        rows("one"), parallel=ParallelConfig(tp=4, stage1=1, stage2=0), limits=RunLimits(start_timeout=4)
+    )
     log = driver.ends(1)
     assert "pool diffusion: no place for a replica in 4 s; it needs 4 x (1 CPU, 0 GPU) on one node" in log
     assert "Traceback" not in log
@@ -125,9 +129,9 @@ def test_a_pool_larger_than_any_node_is_refused_after_the_start_timeout(job):
 
 
 def test_replicas_come_up_on_a_node_that_joins(job):
-    driver = job.start(rows(*["[[stage1:gate]]"] * 8), wanted=Wanted(tp=2, max_replicas=5))
+    driver = job.start(rows(*["[[stage1:gate]]"] * 8), parallel=ParallelConfig(tp=2, max_replicas=5))
     job.until(lambda: job.out.gangs("stage1"), "stage 1")
-    added = job.world.add_node()
+    added = job.cluster.add_node()
     job.until(lambda: added in {node(gang) for gang in job.out.events("gang_started")}, "gang on the new node")
     job.open_gate()
     driver.ends(0)
@@ -137,24 +141,24 @@ def test_replicas_come_up_on_a_node_that_joins(job):
 
 def test_a_killed_driver_is_followed_by_two_of_which_one_goes_on(job):
     manifest = rows(*["[[stage1:slow:0.4]]"] * 8)
-    first = job.start(manifest, wanted=SHARED)
+    first = job.start(manifest, parallel=SHARED)
     job.until(lambda: len(job.out.events("item_finished")) >= 3, "third row")
     first.kill()
-    assert job.world.leaks() == []
+    assert job.cluster.leaks() == []
     before = job.out.index()
     assert 3 <= len(before) < 8
-    logs = [driver.ends(0) for driver in [job.start(manifest, wanted=SHARED) for _ in range(2)]]
+    logs = [driver.ends(0) for driver in [job.start(manifest, parallel=SHARED) for _ in range(2)]]
     after = whole(job, 8)
-    # not rendered again: `finished_at` is what it was
+    # The equal `finished_at` shows that they were not rendered again.
     assert all(after[name] == row for name, row in before.items())
     assert sum("is in use by run" in log for log in logs) == 1
     assert any("0 rendered, 8 done before" in log for log in logs)
 
 
 def test_a_sigterm_drains_in_time_though_calls_of_minutes_are_under_way(job):
-    """The decode pool finishes what it has; stage 1 is given up."""
+    """The decode pool finishes its clip; calls of stage 1 are abandoned."""
     manifest = rows("[[decode:slow:3]]", *["[[stage1:gate]]"] * 4)
-    driver = job.start(manifest, wanted=APART)
+    driver = job.start(manifest, parallel=SEPARATE)
     job.until(lambda: [e for e in job.out.events("call") if e["stage"] == "stage2"], "row before its decoding")
     asked = time.monotonic()
     driver.signal(signal.SIGTERM)
@@ -165,13 +169,13 @@ def test_a_sigterm_drains_in_time_though_calls_of_minutes_are_under_way(job):
     assert set(before) == {"r0"}
     assert json.loads((job.out.folder / "run.json").read_text())["state"] == "drained"
     job.open_gate()
-    job.start(manifest, wanted=APART).ends(0)
+    job.start(manifest, parallel=SEPARATE).ends(0)
     assert whole(job, 5)["r0"] == before["r0"] and len(list((job.out.folder / "runs").iterdir())) == 1
     assert {row["attempts"] for row in job.out.index().values()} == {1}
 
 
-def test_who_insists_is_obeyed_and_nothing_is_lost(job):
-    """A second SIGTERM ends the driver at once; `ray job stop` sends SIGKILL three seconds after SIGTERM."""
+def test_a_second_signal_ends_the_run_at_once_and_nothing_is_lost(job):
+    """A second SIGTERM ends the driver at once. `ray job stop` sends SIGKILL three seconds after SIGTERM."""
     manifest = rows("plain", "[[decode:gate]]", "[[stage1:gate]]", "plain")
 
     def decodings() -> int:
@@ -180,7 +184,7 @@ def test_who_insists_is_obeyed_and_nothing_is_lost(job):
 
     insistence = [(0.5, signal.SIGTERM, 128 + signal.SIGTERM), (3, signal.SIGKILL, -signal.SIGKILL)]
     for times, (seconds, insistent, code) in enumerate(insistence):
-        driver = job.start(manifest, wanted=APART, limits=RunLimits(grace=120))
+        driver = job.start(manifest, parallel=SEPARATE, limits=RunLimits(grace=120))
         job.until(lambda times=times: decodings() > times, "decoding of the second row")
         driver.signal(signal.SIGTERM)
         job.until(lambda driver=driver: "draining: SIGTERM" in driver.log, "drain")
@@ -190,19 +194,19 @@ def test_who_insists_is_obeyed_and_nothing_is_lost(job):
         driver.signal(insistent)
         assert driver.wait() == code
         assert time.monotonic() - asked < 5
-        assert job.world.leaks() == []
+        assert job.cluster.leaks() == []
         assert set(job.out.index()) == {"r0"}
     before = job.out.index()
     job.open_gate()
-    job.start(manifest, wanted=APART).ends(0)
+    job.start(manifest, parallel=SEPARATE).ends(0)
     assert whole(job, 4)["r0"] == before["r0"]
 
 
 @pytest.fixture
 def full_disk(job):
-    """The disk for clips is full: a file system of four pages is, or, where none can be mounted, the engine says so.
+    """A full disk for clips: a file system of four pages or, where none can be mounted, the engine's report of one.
 
-    Prompt, options, and how to make room.
+    Yields a prompt, options, and a function that frees space.
     """
     clips = job.out.folder / "clips"
     clips.mkdir(parents=True)
@@ -212,14 +216,14 @@ def full_disk(job):
         yield "[[decode:full:3]]", {}, lambda: None
         return
     (clips / "filler").write_bytes(bytes(16384))
-    hasty = dict.fromkeys(("text", "diffusion", "decode"), "tests.chaos.engines:Hasty")
-    yield "plain", {"engines": hasty}, (clips / "filler").unlink
+    engines = dict.fromkeys(("text", "diffusion", "decode"), "tests.support.engines:BriefStoreRetries")
+    yield "plain", {"engines": engines}, (clips / "filler").unlink
     subprocess.run(["umount", str(clips)], check=True)
 
 
 def test_a_full_disk_costs_no_latents_and_retry_goes_on_from_them(job, full_disk):
     prompt, options, clean_up = full_disk
-    assert job.start(rows(prompt, prompt), wanted=SHARED, **options).ends(3)
+    assert job.start(rows(prompt, prompt), parallel=SHARED, **options).ends(3)
     failed = job.out.failed()
     assert set(failed) == {"r0", "r1"} and not job.out.index()
     for row in failed.values():
@@ -228,15 +232,15 @@ def test_a_full_disk_costs_no_latents_and_retry_goes_on_from_them(job, full_disk
         assert os.strerror(errno.ENOSPC) in row["message"] or "disk is full" in row["message"]
         assert f"(latents kept in {kept})" in row["message"]
     clean_up()
-    job.start(str(job.out.folder / "failed"), wanted=SHARED, retry_failed=True, **options).ends(0)
+    job.start(str(job.out.folder / "failed"), parallel=SHARED, retry_failed=True, **options).ends(0)
     whole(job, 2)
     stages = Counter(event["stage"] for event in job.out.events("call"))
-    assert stages == {"text": 2, "stored": 2, "stage2": 2, "decode": 2}
+    assert stages == {"text": 2, "load_latents": 2, "stage2": 2, "decode": 2}
 
 
 def test_no_process_outlives_a_killed_driver_with_a_cluster_of_its_own(job):
     manifest = rows(*["[[stage1:slow:0.4]]"] * 4)
-    alone = {"wanted": SHARED, "ray_address": None}
+    alone = {"parallel": SHARED, "ray_address": None}
     driver = job.start(manifest, **alone)
     job.until(lambda: job.out.events("item_finished"), "a row")
     assert len(driver.processes()) > 5

@@ -9,16 +9,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ltx_ray.config import EngineSpec, ModelFiles, Numerics
+from ltx_ray.config import EngineSpec, GangLayout, ModelFiles, Numerics
 from ltx_ray.engine import base
 from ltx_ray.engine.decode import DecodeEngine, latents_sha256, named_latents
 from ltx_ray.engine.diffusion import DiffusionEngine
 from ltx_ray.engine.text import TextEngine
-from ltx_ray.manifest import RawRow, RowRules, judge
-from ltx_ray.numerics import resolve
-from ltx_ray.plan import RecipeBook
-from ltx_ray.recipe import served_pipelines
+from ltx_ray.manifest.reader import RawRow
+from ltx_ray.manifest.rules import LegalRow, RowRules, judge
+from ltx_ray.placement.numerics import resolve
+from ltx_ray.planning.plan import ItemBuilder
+from ltx_ray.presets import served_pipelines
 from ltx_ray.records import StageLatents, WorkItem
+from ltx_ray.stages import DIFFUSION_STAGES, Stage
 
 DEVICE = "cuda"
 GOLDENS = Path(__file__).parents[1] / "parity" / "goldens"
@@ -63,14 +65,14 @@ class Engines:
         self.diffusion.load()
 
     def spec(self, output: str = "") -> EngineSpec:
-        return EngineSpec("", self.model, self.numerics, output, options={"roles": ("stage1", "stage2")})
+        return EngineSpec("", self.model, self.numerics, output, layout=GangLayout(DIFFUSION_STAGES, alternates=True))
 
     def item(self, row: dict) -> WorkItem:
         """The work of a manifest row."""
         rules = RowRules(num_layers=4, pipelines=served_pipelines(self.model.distilled))
         judged = judge(RawRow(str(GOLDENS / "rows.jsonl"), 1, row), rules)
-        assert judged.request, judged.messages()
-        return RecipeBook(self.model, self.numerics).item(judged.request)
+        assert isinstance(judged, LegalRow), judged.messages()
+        return ItemBuilder(self.model, self.numerics).item(judged.request)
 
     def stages(self, row: dict, output: str = "") -> list[StageLatents]:
         """Both stages of `row`; with `output` the clip too."""
@@ -190,7 +192,7 @@ def test_two_cards_agree_with_one_over_nccl(toy, tmp_path):
     pytest.importorskip("ray")
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    from ltx_ray.pools.pool import Wanted
+    from ltx_ray.placement.sizing import ParallelConfig
     from ltx_ray.run import Options, render
 
     manifest = tmp_path / "rows.jsonl"
@@ -200,9 +202,13 @@ def test_two_cards_agree_with_one_over_nccl(toy, tmp_path):
     for name, layout in layouts.items():
         out = tmp_path / name
         options = Options(
-            str(manifest), str(out), ModelFiles(**toy), dtype="float32", wanted=Wanted(stage1=1, stage2=0, **layout),
+            str(manifest),
+            str(out),
+            ModelFiles(**toy),
+            dtype="float32",
+            parallel=ParallelConfig(stage1=1, stage2=0, **layout),
             save_latents=True,
-        )  # fmt: skip
+        )
         assert render(options) == 0
         found[name] = load_file(next((out / "latents").rglob("*.safetensors")))
     for layout in ("tp", "wide"):
@@ -233,9 +239,9 @@ def test_replicas_of_one_stage_and_those_that_seldom_turn_give_the_same_bits(toy
     engines = Engines(toy, DEVICE, "bfloat16", noise_device="model")
     expected = latents_sha256(named_latents(*engines.stages(ROW)))
 
-    def engine(*roles: str) -> DiffusionEngine:
-        options = {"roles": roles, "turns": False}
-        made = DiffusionEngine(EngineSpec("", engines.model, engines.numerics, "", options=options), engines.rank)
+    def engine(*roles: Stage) -> DiffusionEngine:
+        spec = EngineSpec("", engines.model, engines.numerics, "", layout=GangLayout(roles))
+        made = DiffusionEngine(spec, engines.rank)
         made.load()
         return made
 

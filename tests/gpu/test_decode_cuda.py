@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics
-from ltx_ray.engine import base, components, fused_decoder
+from ltx_ray.engine import base, components, decode_steps
 from ltx_ray.engine.decode import DecodeEngine
-from ltx_ray.engine.fused_decoder import Sum, Wanted, fuse_decoder
-from ltx_ray.engine.start import latent_sizes
+from ltx_ray.engine.decode_steps import ConvSum, SumOutputs
+from ltx_ray.engine.fused_decoder import fuse_decoder
+from ltx_ray.engine.initial_state import latent_sizes
 from ltx_ray.records import NoiseLedger, StageLatents, WorkItem
-from tests.unit.decoder_data import small_decoder
-from tests.unit.samples import recipe, request
+from tests.support.decoders import small_decoder
+from tests.support.samples import recipe, request
 
 LAYOUTS = (torch.channels_last_3d, torch.contiguous_format)
 #: Relative error of the kernel against the same arithmetic in float32, rounded once at the end.
@@ -64,19 +65,19 @@ def test_smaller_tiles_where_the_references_do_not_fit(engine):
     idle = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     clip = engine.run("decode", item, *stages)
-    assert clip.flags == () and engine.info["decode_tiling"]["rung"] == 0
+    assert clip.flags == () and engine.facts.decode_rung == 0
     needed = torch.cuda.max_memory_allocated() - idle
     rungs = []
     for share in (0.8, 0.5):
         with memory(idle + share * needed):
             clip = engine.run("decode", item, *stages)
-            rungs.append(engine.info["decode_tiling"]["rung"])
+            rungs.append(engine.facts.decode_rung)
             assert clip.flags == ("tiled_smaller",) and frames(engine, clip.path) == 121
             assert engine.run("decode", small, *small_stages).flags == ()
     assert 0 < rungs[0] < rungs[1], "less memory, smaller tiles"
     # with the whole card again, where the ladder was left
     engine.run("decode", item, *stages)
-    assert engine.info["decode_tiling"]["rung"] == rungs[1]
+    assert engine.facts.decode_rung == rungs[1]
 
 
 def test_when_nothing_fits_the_error_goes_up_and_nothing_stays(engine):
@@ -113,16 +114,16 @@ def test_decode_kernel(size, channels, factors, layout, dtype):
 
     bias = torch.randn(channels * spread, generator=rng, device="cuda").to(dtype)
     for add, wanted, width_first in (
-        (True, Wanted(layout, layout, (1, 1), 1e-8), False),
-        (False, Wanted(layout, layout, (1, 1), 1e-8), False),
-        (False, Wanted(layout, None, (2, 0), 1e-8), False),
-        (False, Wanted(layout, None, (1, 1)), False),
-        (False, Wanted(layout, torch.contiguous_format), True),
+        (True, SumOutputs(layout, layout, (1, 1), 1e-8), False),
+        (False, SumOutputs(layout, layout, (1, 1), 1e-8), False),
+        (False, SumOutputs(layout, None, (2, 0), 1e-8), False),
+        (False, SumOutputs(layout, None, (1, 1)), False),
+        (False, SumOutputs(layout, torch.contiguous_format), True),
     ):
         y, x = normal(channels * spread), normal(channels) if add and spread == 1 else None
-        expected = fused_decoder.read(Sum(y, bias, x, factors, width_first), wanted)
-        given = [Sum(y.clone(), bias, x, factors, width_first) for _ in range(2)]  # the sum may go where y is
-        first, second = (decode_kernels.read(total, wanted) for total in given)
+        expected = decode_steps.finish_sum(ConvSum(y, bias, x, factors, width_first), wanted)
+        given = [ConvSum(y.clone(), bias, x, factors, width_first) for _ in range(2)]  # the sum may go where y is
+        first, second = (decode_kernels.finish_sum(total, wanted) for total in given)
         for e, a, b in zip(expected, first, second, strict=True):
             assert (e is None) == (a is None)
             if e is not None:

@@ -8,21 +8,20 @@ from dataclasses import replace
 import pytest
 import torch
 
+from ltx_ray.checkpoints.checkpoint import open_checkpoint
 from ltx_ray.model import graphs, steps
-from ltx_ray.model.config import TransformerConfig
 from ltx_ray.model.fused import FusedTransformer
 from ltx_ray.model.graphs import GraphedTransformer
-from ltx_ray.model.packing import Product, pack
+from ltx_ray.model.packing import PackedLinear, pack
 from ltx_ray.model.rope import RopeTable, audio_positions, video_positions
 from ltx_ray.model.steps import Levels, Modulation, Quantized, Residual
 from ltx_ray.model.transformer import NO_PERTURBATION, Modality, Perturbation, Transformer
-from ltx_ray.modelfiles import open_checkpoint
-from ltx_ray.numerics import has_fa3
 from ltx_ray.parallel.fp8 import FP8
 from ltx_ray.parallel.layers import TPGroup
 from ltx_ray.parallel.loading import load_shard
+from ltx_ray.placement.numerics import has_fa3
 from ltx_ray.records import AV
-from tests.parity.dit import SHAPE, Inputs, load_ours, relative
+from tests.support.transformers import SHAPE, Inputs, load_ours, relative
 
 DEVICE = torch.device("cuda")
 BACKENDS = ["cudnn", "flash", "sdpa", *(["fa3"] if has_fa3() else [])]
@@ -99,7 +98,7 @@ def test_fp8_products_of_any_number_of_rows(normal, features):
     n_out, n_in = features
     wide, scale = normal(n_out, n_in), normal(n_out).abs() / 100
     bias = (normal(n_out) / 100).bfloat16()
-    layer = Product(wide.to(FP8), bias, (n_out,), scale)
+    layer = PackedLinear(wide.to(FP8), bias, (n_out,), scale)
     for rows in (1, 8, 31, 32, 63, 64, 65, 100, 129, 4590):
         x = Quantized(normal(rows, n_in).to(FP8), normal(rows, 1).abs() / 100)
         right = values(x) @ (layer.weight.float() * scale[:, None]).T + bias.float()
@@ -112,7 +111,7 @@ def test_fp8_products_of_any_number_of_rows(normal, features):
 def packed_model(path: str, precision: str = "bf16") -> Transformer:
     checkpoint = open_checkpoint(path)
     with torch.device("meta"):
-        model = Transformer(TransformerConfig.from_metadata(checkpoint.transformer))
+        model = Transformer(checkpoint.transformer)
     pack(model, DEVICE, torch.bfloat16, precision)
     load_shard(model, checkpoint.tensors, TPGroup(), dtype=torch.bfloat16, device=DEVICE)
     return model

@@ -6,14 +6,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ltx_ray.headers import read_header
+from ltx_ray.checkpoints.safetensors import read_header
 from ltx_ray.parallel.layers import TPGroup
 from ltx_ray.parallel.loading import Slice, fill, shard_shape
 from ltx_ray.parallel.lora import LoraSetting
 from ltx_ray.parallel.merging import merge_
-from ltx_ray.parallel.residence import Memory
-from tests.unit.merging_data import USES, expected, merger
-from tests.unit.merging_data import files as files
+from ltx_ray.parallel.weight_cache import Memory
+from tests.support.lora_files import USES, expected, merger
+from tests.support.lora_files import files as files
 
 DEVICE = torch.device("cuda")
 

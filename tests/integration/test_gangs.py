@@ -8,19 +8,21 @@ import time
 
 import pytest
 
-from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec, RunLimits
+from ltx_ray.config import EngineSpec, GangLayout, ModelFiles, Numerics, PoolSpec, RunLimits
 from ltx_ray.pools import gang as gangs
 from ltx_ray.pools.gang import Gang, GangLost
-from tests.integration.conftest import FAKE
+from tests.support.runner import FAKE
 
-ENGINES = "tests.integration.engines"
+ENGINES = "tests.support.engines"
 
 
 def start(engine: str, ranks: int = 2) -> Gang:
     """A gang of `engine`, followed until it is ready or lost."""
     import ray
 
-    spec = EngineSpec(f"{ENGINES}:{engine}", ModelFiles("", "", ""), Numerics(), "/tmp/none", options={"tp": ranks})
+    spec = EngineSpec(
+        f"{ENGINES}:{engine}", ModelFiles("", "", ""), Numerics(), "/tmp/none", layout=GangLayout(tp=ranks)
+    )
     gang = Gang(engine, PoolSpec("pool", ("stage1",), 1, ranks, spec))
     try:
         until = time.time() + 90
@@ -41,10 +43,10 @@ def assert_nothing_left(gang: Gang) -> None:
     until = time.time() + 20
     while time.time() < until:
         state = placement_group_table(gang._group)["state"]
-        if state == "REMOVED" and not any(_alive(rank["pid"]) for rank in gang.ranks):
+        if state == "REMOVED" and not any(_alive(rank.pid) for rank in gang.ranks):
             return
         time.sleep(0.1)
-    raise AssertionError(f"{state}, {[rank['pid'] for rank in gang.ranks if _alive(rank['pid'])]} alive")
+    raise AssertionError(f"{state}, {[rank.pid for rank in gang.ranks if _alive(rank.pid)]} alive")
 
 
 def _alive(pid: int) -> bool:
@@ -57,17 +59,17 @@ def _alive(pid: int) -> bool:
 
 def test_a_rank_without_memory_is_named_with_its_node_device_and_tensor(cluster):
     with pytest.raises(GangLost) as caught:
-        start("NoRoom")
+        start("ShardOutOfMemory")
     message = str(caught.value)
-    assert message.startswith(f"rank 1 on node {caught.value.gang.ranks[1]['address']} (cpu): OutOfMemoryError: ")
+    assert message.startswith(f"rank 1 on node {caught.value.gang.ranks[1].address} (cpu): OutOfMemoryError: ")
     assert "blocks.3.attn1.to_q.weight" in message
     assert_nothing_left(caught.value.gang)
 
 
 def test_a_rendezvous_that_times_out(cluster, monkeypatch):
-    monkeypatch.setattr(gangs, "_RENDEZVOUS_TIMEOUT", 3.0)
+    monkeypatch.setattr(gangs, "_RENDEZVOUS_SECONDS", 3.0)
     with pytest.raises(GangLost, match=r"rank 0 on node \S+ \(cpu\): \w+: .*(?i:timeout|timed out)"):
-        start("Late")
+        start("LateToRendezvous")
 
 
 def test_a_replica_whose_merge_failed_serves_no_other_row(runner):
@@ -76,7 +78,7 @@ def test_a_replica_whose_merge_failed_serves_no_other_row(runner):
         {"id": name, "prompt": f"{name} {mark}", "height": 64, "width": 64, "num_frames": 9}
         for name, mark in (("first", ""), ("second", "merge"), ("third", ""))
     ]
-    engines = {**FAKE, "diffusion": f"{ENGINES}:HalfMerged"}
+    engines = {**FAKE, "diffusion": f"{ENGINES}:FailsWhileMerging"}
     assert runner.render(rows, fake=False, engines=engines, stage1=1, stage2=0) == 0
     index = runner.index()
     assert {name: row["attempts"] for name, row in index.items()} == {"first": 1, "second": 2, "third": 1}
@@ -91,7 +93,7 @@ def test_merges_that_never_succeed_stop_the_run(runner):
         {"id": f"r{n}", "prompt": "merge always", "height": 64, "width": 64, "num_frames": 9, "seed": n}
         for n in range(5)
     ]
-    engines = {**FAKE, "diffusion": f"{ENGINES}:HalfMerged"}
+    engines = {**FAKE, "diffusion": f"{ENGINES}:FailsWhileMerging"}
     limits = RunLimits(max_attempts=1)
     assert runner.render(rows, fake=False, engines=engines, limits=limits, stage1=1, stage2=0) == 1
     assert sum(event["event"] == "gang_lost" for event in runner.events()) == 2

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from ltx_ray.cli.verify import verify
 from ltx_ray.config import ModelFiles
 from ltx_ray.run import Options
-from ltx_ray.verify import verify
-from tests.integration.conftest import FAKE
+from tests.support.runner import FAKE
 
 TOY = ModelFiles("", "", "", provider="ltx_ray.toy:ensure_toy_model")
 

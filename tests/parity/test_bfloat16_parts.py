@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from ltx_ray.engine.diffusion import _pack
-from ltx_ray.engine.start import PlacedImage, Start, begin
+from ltx_ray.engine.initial_state import ImageConditioning, LatentState, begin
 from ltx_ray.records import AV, Guidance, NoiseLedger
 from ltx_ray.sampling.euler import sample_euler
 from ltx_ray.sampling.guidance import combine
@@ -23,8 +23,8 @@ from ltx_ray.sampling.passes import PASSES
 from ltx_ray.sampling.res2s import sample_res2s
 from ltx_ray.sampling.sigmas import shifted_sigmas
 from ltx_ray.shapes import ClipShape
-from tests.parity.dit import relative
-from tests.parity.line import GOLDENS
+from tests.support.pipeline import GOLDENS
+from tests.support.transformers import relative
 
 #: The last bit of one number in some thousand: the sums of a standard deviation may run in another order elsewhere.
 TOLERANCE = 1e-4
@@ -49,7 +49,7 @@ def given() -> SimpleNamespace:
         return ((torch.rand(size, generator=generator) * 2 - 1) * 3**0.5).bfloat16()
 
     initial = AV(draw(1, 128, 3, 2, 3), draw(1, 8, 18, 16))
-    images = [PlacedImage(0, 0.7, draw(1, 128, 1, 2, 3)), PlacedImage(9, 0.8, draw(1, 128, 1, 2, 3))]
+    images = [ImageConditioning(0, 0.7, draw(1, 128, 1, 2, 3)), ImageConditioning(9, 0.8, draw(1, 128, 1, 2, 3))]
     passes = {name: AV(draw(1, 24, 128), draw(1, 18, 128)) for name in PASSES}
     noise = ClipNoise(NoiseLedger(10, "cpu", "cpu"), torch.device("cpu"))
     start = begin(SHAPE, "stage_2", noise, _pack(initial), 0.909375, images)
@@ -70,7 +70,7 @@ def test_start(recorded, given):
 
 @pytest.mark.parametrize("name, sampler", [("res_2s", sample_res2s), ("euler", sample_euler)])
 def test_samplers(recorded, given, name, sampler):
-    start: Start = given.start
+    start: LatentState = given.start
 
     def denoise(latents: AV[torch.Tensor], sigma: torch.Tensor, step: int) -> AV[torch.Tensor]:
         return latents.map(lambda x: (x.float() * 0.8 + 0.05 * float(sigma)).to(x.dtype))

@@ -10,15 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ltx_ray.checkpoints.checkpoint import held_by, open_checkpoint
+from ltx_ray.checkpoints.diffusers_layout import official_config, read_model
+from ltx_ray.checkpoints.safetensors import read_header
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics
-from ltx_ray.engine import apply
+from ltx_ray.engine import codec
 from ltx_ray.engine.base import Rank
 from ltx_ray.engine.decode import DecodeEngine
 from ltx_ray.engine.text import TextEngine
-from ltx_ray.model.config import TransformerConfig
-from ltx_ray.modelfiles import held_by, open_checkpoint
-from tests.parity.layout import write_directory
-from tests.parity.line import Line, one_thread, toy_line
+from tests.support.diffusers_directory import write_directory
+from tests.support.pipeline import ToyPipeline, one_thread, toy_pipeline
 
 #: The image is for the video encoder.
 ROW = {
@@ -35,8 +36,10 @@ def directory(toy, tmp_path_factory) -> str:
 def test_the_transformer_is_described_alike(toy, directory):
     ours, theirs = open_checkpoint(toy["checkpoint_path"]), open_checkpoint(directory)
     assert theirs.model_version == "2.3"
-    assert TransformerConfig.from_metadata(theirs.transformer) == TransformerConfig.from_metadata(ours.transformer)
-    assert {k: v for k, v in theirs.transformer.items() if k in ours.transformer and v != ours.transformer[k]} == {}
+    assert theirs.transformer == ours.transformer
+    parts, config = read_model(directory), read_header(toy["checkpoint_path"]).config["transformer"]
+    official = official_config(parts["transformer"], parts["connectors"])
+    assert {k: v for k, v in official.items() if k in config and v != config[k]} == {}
     shapes = [{name: info.shape for name, info in c.tensors.items()} for c in (ours, theirs)]
     assert shapes[0] == shapes[1]
     assert len({info.path for info in theirs.tensors.values()}) > 1, "several shards"
@@ -47,8 +50,8 @@ def test_latents_frames_and_sound_are_the_single_files(toy, directory, dtype):
     files = ModelFiles(**toy)
     whole = replace(files, checkpoint_path=directory, **held_by(directory))
     assert whole.gemma_root == directory and whole.spatial_upsampler_path.startswith(directory)
-    expected = _rendered(toy_line() if dtype == "float32" else Line(files, dtype))
-    found = _rendered(Line(whole, dtype))
+    expected = _rendered(toy_pipeline() if dtype == "float32" else ToyPipeline(files, dtype))
+    found = _rendered(ToyPipeline(whole, dtype))
     assert len(expected) == 7
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
@@ -66,7 +69,7 @@ def test_a_text_encoder_that_lacks_a_tensor_is_refused(directory, tmp_path):
         TextEngine(EngineSpec("", model, Numerics(), ""), Rank()).load()
 
 
-def _rendered(line: Line) -> dict[str, torch.Tensor]:
+def _rendered(line: ToyPipeline) -> dict[str, torch.Tensor]:
     """The four latents of ROW, its frames and its sound, and one so loud that the vocoder's clamp acts, which
     diffusers' conversion forgets."""
     latents = line.latents(ROW)
@@ -74,6 +77,6 @@ def _rendered(line: Line) -> dict[str, torch.Tensor]:
     decode.load()
     loud = torch.randn(1, 2, 9, 64, generator=torch.Generator().manual_seed(0)) * 8
     with one_thread(), torch.inference_mode():
-        frames = apply.decode_video_tile(decode.video_vae, latents["stage_2.video"])
-        sound, _ = apply.decode_audio(decode.audio_vae, decode.vocoder, latents["stage_1.audio"])
+        frames = codec.decode_video_tile(decode.video_vae, latents["stage_2.video"])
+        sound, _ = codec.decode_audio(decode.audio_vae, decode.vocoder, latents["stage_1.audio"])
         return {**latents, "frames": frames, "sound": sound, "loud": decode.vocoder(loud)}

@@ -8,7 +8,7 @@ import torch
 from ltx_ray.model.transformer import NO_PERTURBATION, Perturbation
 from ltx_ray.records import AV
 from ltx_ray.toy import ToyShape, make_toy_model
-from tests.parity.dit import Inputs, load_diffusers, load_ours, relative
+from tests.support.transformers import Inputs, load_diffusers, load_ours, relative
 
 TOLERANCE = 1e-5
 

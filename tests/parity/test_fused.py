@@ -7,18 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 
+from ltx_ray.checkpoints.checkpoint import open_checkpoint
 from ltx_ray.model import steps
-from ltx_ray.model.config import TransformerConfig
 from ltx_ray.model.fused import FusedTransformer, try_fp8
 from ltx_ray.model.packing import pack
 from ltx_ray.model.rope import audio_positions, video_positions
 from ltx_ray.model.transformer import NO_PERTURBATION, Modality, Perturbation, Transformer
-from ltx_ray.modelfiles import open_checkpoint
 from ltx_ray.parallel.fp8 import loaded, row_scale_of, store
 from ltx_ray.parallel.layers import TPGroup
 from ltx_ray.parallel.loading import load_shard
 from ltx_ray.records import AV
-from tests.parity.dit import SHAPE, Inputs, load_ours, relative
+from tests.support.transformers import SHAPE, Inputs, load_ours, relative
 
 BOTH = AV(True, True)
 STG = Perturbation(values_only=AV(frozenset({0}), frozenset({1})))
@@ -36,7 +35,7 @@ CALLS = {
 def _packed(path: str, precision: str = "bf16") -> Transformer:
     checkpoint = open_checkpoint(path)
     with torch.device("meta"):
-        model = Transformer(TransformerConfig.from_metadata(checkpoint.transformer))
+        model = Transformer(checkpoint.transformer)
     cpu = torch.device("cpu")
     pack(model, cpu, torch.float32, precision)
     load_shard(model, checkpoint.tensors, TPGroup(), dtype=torch.float32, device=cpu)

@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from ltx_ray.config import LoraFile, ModelFiles
+from ltx_ray.config import LoraSpec, ModelFiles
 from ltx_ray.sampling import noise, res2s
 from ltx_ray.toy import ToyShape, make_toy_model
-from tests.parity.dit import relative
-from tests.parity.line import GOLDENS, Line, toy_line
+from tests.support.pipeline import GOLDENS, ToyPipeline, toy_pipeline
+from tests.support.transformers import relative
 
 RECORDED = {path.stem: path for path in sorted(GOLDENS.glob("*.safetensors"))}
 #: Recorded on a toy model of another shape, which its metadata gives.
@@ -34,7 +34,7 @@ def load(name: str) -> tuple[dict, dict[str, torch.Tensor]]:
 def distance(name: str, compiled: str = "off", **changes) -> float:
     """The largest relative L2 over the four latents of a golden, with `changes` made to its request."""
     request, expected = load(name)
-    found = toy_line(request["pipeline"] == "distilled", compiled=compiled).latents({**request, **changes})
+    found = toy_pipeline(request["pipeline"] == "distilled", compiled=compiled).latents({**request, **changes})
     return max(relative(found[key], value) for key, value in expected.items())
 
 
@@ -55,7 +55,7 @@ def test_other_widths_and_a_users_lora(tmp_path):
         metadata, expected = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
     shape = ToyShape(**json.loads(metadata["shape"]))
     files, others = (make_toy_model(tmp_path / str(seed), seed=seed, shape=shape) for seed in (1, 2))
-    line = Line(ModelFiles(**files, loras=(LoraFile("style", others["distilled_lora"]),)))
+    line = ToyPipeline(ModelFiles(**files, loras=(LoraSpec("style", others["distilled_lora"]),)))
     request = json.loads(metadata["request"])
     found = line.latents(request)
     assert max(relative(found[key], value) for key, value in expected.items()) <= TOLERANCE
@@ -66,7 +66,7 @@ def test_other_widths_and_a_users_lora(tmp_path):
 @pytest.mark.parametrize("name", ["hq", "hq_image", "base_keyframes", "distilled_keyframes"])
 def test_bfloat16_stays_within_its_noise_floor(name):
     request, expected = load(name)
-    found = toy_line(request["pipeline"] == "distilled", "bfloat16").latents(request)
+    found = toy_pipeline(request["pipeline"] == "distilled", "bfloat16").latents(request)
     for key, value in expected.items():
         floor = BF16_FLOOR[key.partition(".")[0]]
         assert found[key].dtype == torch.bfloat16
@@ -76,7 +76,7 @@ def test_bfloat16_stays_within_its_noise_floor(name):
 def test_fp8_is_near_whatever_was_merged_before():
     """Both stages with their switch of the LoRA: twice the same bits, off the exact latents by the rounding of fp8."""
     request, expected = load("hq")
-    line = toy_line(dtype="bfloat16", compiled="fused", precision="fp8")
+    line = toy_pipeline(dtype="bfloat16", compiled="fused", precision="fp8")
     found, again = (line.latents(request) for _ in range(2))
     for key, value in expected.items():
         assert torch.equal(found[key], again[key])

@@ -19,9 +19,9 @@ from ltx_ray.engine.decode import named_latents
 from ltx_ray.engine.diffusion import DiffusionEngine
 from ltx_ray.parallel.layers import TPGroup
 from ltx_ray.parallel.mesh import Tokens
-from ltx_ray.parallel.residence import Memory
-from tests.parity.dit import relative
-from tests.parity.line import one_thread, toy_line
+from ltx_ray.parallel.weight_cache import Memory
+from tests.support.pipeline import one_thread, toy_pipeline
+from tests.support.transformers import relative
 
 #: name -> ranks of the gang; tp, guidance_parallel, sequence_parallel
 LAYOUTS = {
@@ -46,15 +46,15 @@ def _rank(rank: int, world: int, port: int, spec: EngineSpec, item, conditions, 
     try:
         found: dict[str, dict[str, np.ndarray]] = {}
         for name, (tp, guidance, sequence) in ((n, layout) for n, (ranks, layout) in LAYOUTS.items() if ranks == world):
-            options = {**spec.options, "tp": tp, "guidance_parallel": guidance, "sequence_parallel": sequence}
-            engine = DiffusionEngine(replace(spec, options=options), Rank(rank, world))
+            divided = replace(spec.layout, tp=tp, guidance_parallel=guidance, sequence_parallel=sequence)
+            engine = DiffusionEngine(replace(spec, layout=divided), Rank(rank, world))
             engine.load()
             if engine.mesh.wide.size > 1:
                 # The clean weights of the second stage's merge come from all ranks, each keeping a share. Only
                 # rank 0 has room for more, and must not choose otherwise than the others.
                 share = engine.merger._clean.total // engine.mesh.wide.size
                 engine.merger.keep(0, Memory(share * (100 if rank == 0 else 1), 0), factors="file")
-                assert engine.merger.residence["clean_weights"] == "gang"
+                assert engine.merger.clean_weights == "gang"
             first = _everywhere(engine.run("stage1", item, conditions))
             second = engine.run("stage2", item, conditions, first)
             if rank == 0:
@@ -93,7 +93,7 @@ def _tokens_come_back(group: TPGroup) -> None:
 @pytest.fixture(scope="module")
 def rendered():
     """(latents of one rank, latents by layout)."""
-    line = toy_line()
+    line = toy_pipeline()
     item = line.item(ROW)
     with one_thread():
         conditions = line.text.run("text", item)

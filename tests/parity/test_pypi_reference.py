@@ -19,9 +19,9 @@ import torch
 from safetensors.torch import load_file
 
 from ltx_ray.config import ModelFiles
-from tests.parity.dit import relative
-from tests.parity.draws import Case, draw_case
-from tests.parity.line import Line
+from tests.support.drawn_cases import Case, draw_case
+from tests.support.pipeline import ToyPipeline
+from tests.support.transformers import relative
 
 PARITY = Path(f"{sys.prefix}-parity")
 RUNNER = Path(__file__).with_name("pypi_runner.py")
@@ -46,8 +46,8 @@ class Rendered:
     expected: dict[str, torch.Tensor]
 
     @cached_property
-    def line(self) -> Line:
-        return Line(self.model)
+    def line(self) -> ToyPipeline:
+        return ToyPipeline(self.model)
 
     def distances(self, **changes) -> dict[str, float]:
         """Relative L2 of each latent, with `changes` made to our row."""

@@ -10,13 +10,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from ltx_ray.lorafiles import open_lora
+from ltx_ray.checkpoints.checkpoint import open_checkpoint
+from ltx_ray.checkpoints.lora import open_lora
 from ltx_ray.model.transformer import NO_PERTURBATION, Perturbation
-from ltx_ray.modelfiles import open_checkpoint
 from ltx_ray.parallel.layers import TPGroup
 from ltx_ray.parallel.lora import LoraMerger, LoraSetting
 from ltx_ray.records import AV
-from tests.parity.dit import Inputs, load_ours, relative
+from tests.support.transformers import Inputs, load_ours, relative
 
 PASSES = (NO_PERTURBATION, Perturbation(isolated=True), Perturbation(values_only=AV(frozenset({0}), frozenset({1}))))
 

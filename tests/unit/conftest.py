@@ -7,7 +7,7 @@ import os
 import pytest
 
 from ltx_ray.config import ModelFiles, Numerics
-from ltx_ray.plan import RecipeBook
+from ltx_ray.planning.plan import ItemBuilder
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -19,6 +19,6 @@ def _nothing_waits_for_the_disk():
 
 
 @pytest.fixture(scope="module")
-def book(toy) -> RecipeBook:
+def builder(toy) -> ItemBuilder:
     """Recipes of the toy model."""
-    return RecipeBook(ModelFiles(**toy), Numerics())
+    return ItemBuilder(ModelFiles(**toy), Numerics())

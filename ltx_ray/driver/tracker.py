@@ -1,0 +1,308 @@
+"""Which manifest rows ask for which item, what the item's stages have made, and how it ended.
+
+Rows arrive as the plan has judged them and leave through the dataset's writer: rendered, failed, illegal, or done
+before. Nothing here decides what runs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from ltx_ray.dataset.layout import failed_name
+from ltx_ray.dataset.writer import DatasetWriter, Failure, Rendered, UnreadablePart
+from ltx_ray.driver.events import EventLog, RunMetrics
+from ltx_ray.driver.progress import Progress
+from ltx_ray.driver.publisher import Publisher
+from ltx_ray.manifest.rules import IllegalRow, RowProblem
+from ltx_ray.planning.plan import COPY, DONE, FAILED, REPEATED, Plan, PlanEntry, PlannedRow
+from ltx_ray.records import CallReport, Clip, NoiseLedger, WorkItem, canonical_json
+from ltx_ray.stages import DIFFUSION_STAGES, TRAITS, Stage, needed_results
+
+#: Failed items that are remembered for rows that ask for the same clip later.
+_REMEMBERED_FAILURES = 10_000
+
+
+@dataclass
+class TrackedItem:
+    """An item in the pools: the manifest rows that ask for it, and the results of its stages so far."""
+
+    item: WorkItem
+    rows: list[PlannedRow]
+    #: Handles of the results that later stages take.
+    payloads: dict[Stage, Any] = field(default_factory=dict)
+    #: Seconds of the last call of each stage, and the replica that made it.
+    seconds: dict[Stage, float] = field(default_factory=dict)
+    replicas: dict[Stage, str] = field(default_factory=dict)
+    switches: int = 0
+    gpu_seconds: float = 0.0
+    attempts: int = 1
+    device: str = ""
+    prompt_truncated: bool = False
+    noise_ledger: NoiseLedger | None = None
+    #: The numerics of stage 1 as JSON, if an earlier run with other numerics stored its latents.
+    stage_1_numerics: str | None = None
+    #: Why the item is given up, while its latents are still being saved.
+    failure: Failure | None = None
+    #: How the item ended, while its rows are being written.
+    outcome: Rendered | Failure | None = None
+    #: Rows that are being written.
+    writing: int = 0
+
+    @property
+    def name(self) -> str:
+        """Its name in messages."""
+        return self.item.request.id or self.item.item_id
+
+    def inputs(self, stage: Stage) -> list[Any]:
+        """The payloads that a call of `stage` takes."""
+        return [self.payloads[made] for made in TRAITS[stage].inputs if made in self.payloads]
+
+    def take_call(self, stage: Stage, replica: str, report: CallReport, gpu_seconds: float) -> None:
+        """Record what a call has cost, whether or not it succeeded."""
+        self.gpu_seconds += gpu_seconds
+        self.seconds[stage] = report.seconds
+        self.replicas[stage] = replica
+        self.switches += report.switches
+
+    def take_result(self, stage: Stage, report: CallReport, payload: Any) -> None:
+        """Record the result of a call that succeeded."""
+        self.payloads[TRAITS[stage].result] = payload
+        facts = report.facts
+        if stage in DIFFUSION_STAGES:
+            self.device = report.device
+            self.noise_ledger = facts.noise_ledger
+            self.stage_1_numerics = facts.stage_1_numerics or self.stage_1_numerics
+        if stage == Stage.TEXT:
+            self.prompt_truncated = facts.prompt_truncated
+
+    def drop_results(self, path: tuple[Stage, ...]) -> None:
+        """Drop the results that no stage on `path` takes."""
+        needed = needed_results(path)
+        for stage in [stage for stage in self.payloads if stage not in needed]:
+            del self.payloads[stage]
+
+
+class RowTracker:
+    """`counts`: rows, rendered, already_done, failed, illegal. `versions` as JSON."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        writer: DatasetWriter,
+        publisher: Publisher,
+        events: EventLog,
+        progress: Progress,
+        versions: str,
+    ):
+        self.plan, self.writer, self.publisher = plan, writer, publisher
+        self.events, self.progress, self.versions = events, progress, versions
+        self.counts: Counter[str] = Counter()
+        self.metrics = RunMetrics()
+        #: The items in the pools and those whose rows are being written, by item_id.
+        self.items: dict[str, TrackedItem] = {}
+        self.exhausted = False
+        self._illegal_parts: set[str] = set()
+        #: By item_id: a row that asks later for an item that has failed in this run fails the same way.
+        self._given_up: dict[str, Failure] = {}
+
+    def take(self, rows: Iterator[PlanEntry], at_most: int) -> Iterator[TrackedItem]:
+        """Read up to `at_most` rows and yield the items that are new."""
+        existing = self.plan.existing
+        for _ in range(at_most):
+            planned = next(rows, None)
+            if planned is None:
+                self.exhausted = True
+                return
+            if isinstance(planned, IllegalRow):
+                self.counts["rows"] += 1
+                self._take_illegal(planned)
+                continue
+            if planned.status != REPEATED:
+                self.counts["rows"] += 1
+            if planned.status == DONE:
+                self.counts["already_done"] += 1
+                if existing.failed_count and existing.failure(planned.item_id, planned.key):
+                    # The run that finished the row was killed before it could remove the row's failure.
+                    self._forget_failure(planned)
+            elif planned.status == FAILED:
+                self.counts["failed"] += 1
+            elif planned.status == COPY:
+                self._take_copy(planned)
+            elif planned.status != REPEATED and (tracked := self._take_row(planned)) is not None:
+                yield tracked
+
+    def _take_row(self, planned: PlannedRow) -> TrackedItem | None:
+        """Attach a row to its item; the item when it is new."""
+        item = planned.item
+        tracked = self.items.get(item.item_id)
+        if tracked is not None:
+            tracked.rows.append(planned)
+            if tracked.outcome is not None:
+                self._write(tracked, planned)
+        elif item.item_id in self._given_up:
+            self._write(TrackedItem(item, [planned], outcome=self._given_up[item.item_id]), planned)
+        elif self._finished_key(item.item_id) is not None:
+            self._take_copy(planned)  # The item was finished after the row was planned.
+        else:
+            tracked = self.items[item.item_id] = TrackedItem(item, [planned])
+            return tracked
+        return None
+
+    def refuse(self, tracked: TrackedItem, problem: RowProblem) -> None:
+        """The run cannot render an item that was just taken, so its rows are illegal here."""
+        del self.items[tracked.item.item_id]
+        for planned in tracked.rows:
+            self._take_illegal(planned.refused(problem))
+            self._forget_failure(planned)
+
+    def _take_illegal(self, row: IllegalRow) -> None:
+        raw, messages = row.raw, row.messages()
+        self.counts["illegal"] += 1
+        for message in messages:
+            self.progress.say(message)
+        self.events.emit("row_illegal", source=raw.source, id=row.id, message="\n".join(messages))
+        self.publisher.submit(lambda: self._illegal_parts.add(self.writer.write_illegal(raw, messages)), _nothing)
+
+    def _take_copy(self, planned: PlannedRow) -> None:
+        item_id = planned.item.item_id
+        from_key = self._finished_key(item_id)
+        assert from_key is not None
+        older = self._older_failures(item_id, planned.key)
+        request, raw = planned.request, planned.raw
+        failures: list[Failure] = []
+
+        def copy() -> None:
+            try:
+                if self.plan.latents_only:
+                    self.writer.copy_preview_row(item_id, from_key, request, raw)
+                    return
+                self.writer.copy_index_row(item_id, from_key, request)
+                self.writer.forget_older_failures(older, raw.source)
+            except UnreadablePart as damage:
+                failures.append(Failure("plan", 0, "infrastructure", str(damage)))
+                self.writer.write_failed(item_id, request, raw, failures[0])
+
+        def copied() -> None:
+            if failures:
+                self._report_failure(planned, failures[0])
+            self.counts["failed" if failures else "rendered"] += 1
+
+        self.publisher.submit(copy, copied)
+
+    def _finished_key(self, item_id: str) -> str | None:
+        """The key of a row for which the item is finished, or has its preview in a run that makes only previews."""
+        existing = self.plan.existing
+        return existing.preview_of(item_id) if self.plan.latents_only else existing.key_of(item_id)
+
+    def _forget_failure(self, planned: PlannedRow) -> None:
+        self.publisher.submit(lambda: self.writer.forget_failure(planned.item_id, planned.key), _nothing)
+
+    # --- outcomes --------------------------------------------------------------------------------
+
+    def finish(self, tracked: TrackedItem, clip: Clip, numerics: str) -> None:
+        """The item's last stage returned `clip`. `numerics` of the run as JSON."""
+        if tracked.stage_1_numerics is not None:
+            numerics = canonical_json({**json.loads(numerics), "stage_1": json.loads(tracked.stage_1_numerics)})
+        seconds = {f"{stage}_seconds": spent for stage, spent in tracked.seconds.items()}
+        rendered = Rendered(
+            clip=clip,
+            attempts=tracked.attempts,
+            recipe=canonical_json(tracked.item.recipe),
+            recipe_digest=tracked.item.recipe_digest,
+            numerics=numerics,
+            noise_ledger=canonical_json(tracked.noise_ledger),
+            versions=self.versions,
+            device=tracked.device,
+            seconds={**seconds, "gpu_seconds": tracked.gpu_seconds},
+            stage1_replica=tracked.replicas.get(Stage.STAGE1),
+            stage2_replica=tracked.replicas.get(Stage.STAGE2),
+            switches=tracked.switches,
+            extra_flags=("prompt_truncated",) if tracked.prompt_truncated else (),
+        )
+        self._end(tracked, rendered)
+
+    def fail(self, tracked: TrackedItem, failure: Failure) -> None:
+        """The item is given up."""
+        if len(self._given_up) < _REMEMBERED_FAILURES:
+            self._given_up[tracked.item.item_id] = failure
+        self._end(tracked, failure)
+
+    def _end(self, tracked: TrackedItem, outcome: Rendered | Failure) -> None:
+        tracked.outcome = outcome
+        tracked.payloads.clear()
+        for planned in tracked.rows:
+            self._write(tracked, planned)
+
+    def _write(self, tracked: TrackedItem, planned: PlannedRow) -> None:
+        tracked.writing += 1
+        item_id, outcome = tracked.item.item_id, tracked.outcome
+        older = [] if self.plan.latents_only else self._older_failures(item_id, planned.key)
+        if isinstance(outcome, Failure):
+            self.publisher.submit(
+                lambda: self._write_failed(item_id, planned, outcome, older),
+                lambda: self._failed(tracked, planned, outcome),
+            )
+        else:
+            assert outcome is not None
+            self.publisher.submit(
+                lambda: self._write_rendered(item_id, planned, outcome, older),
+                lambda: self._rendered(tracked, planned),
+            )
+
+    def _write_rendered(self, item_id: str, planned: PlannedRow, rendered: Rendered, older: list[str]) -> None:
+        if self.plan.latents_only:
+            self.writer.write_preview(item_id, planned.request, planned.raw, rendered)
+            return
+        self.writer.write_index(item_id, planned.request, rendered)
+        self.writer.forget_older_failures(older, planned.raw.source)
+
+    def _write_failed(self, item_id: str, planned: PlannedRow, failure: Failure, older: list[str]) -> None:
+        self.writer.write_failed(item_id, planned.request, planned.raw, failure)
+        self.writer.forget_older_failures(older, planned.raw.source)
+
+    def _rendered(self, tracked: TrackedItem, planned: PlannedRow) -> None:
+        existing = self.plan.existing
+        add = existing.add_preview if self.plan.latents_only else existing.add_row
+        add(tracked.item.item_id, planned.key)
+        self._count(tracked, "rendered")
+        self.events.emit("item_finished", item_id=tracked.item.item_id, id=planned.request.id)
+
+    def _failed(self, tracked: TrackedItem, planned: PlannedRow, failure: Failure) -> None:
+        self._count(tracked, "failed")
+        self._report_failure(planned, failure)
+
+    def _report_failure(self, planned: PlannedRow, failure: Failure) -> None:
+        row_id, stage, message = planned.request.id, failure.stage, failure.message
+        self.progress.say(f"{row_id}: failed in {stage}: {first_line(message)}")
+        self.events.emit("item_failed", item_id=planned.item_id, id=row_id, stage=stage, message=message)
+
+    def _count(self, tracked: TrackedItem, outcome: str) -> None:
+        self.counts[outcome] += 1
+        self.metrics.item(outcome)
+        tracked.writing -= 1
+        if not tracked.writing:
+            self.items.pop(tracked.item.item_id, None)
+
+    def _older_failures(self, item_id: str, key: str) -> list[str]:
+        """Parts in which the row failed as another item: with other weights, or before it was edited."""
+        failed = self.plan.existing.failed_parts(key)
+        return [failed_name(kind, other, key) for other, kind in failed if other != item_id]
+
+    def close(self, complete: bool) -> None:
+        """End of the run. `complete`: every row of the manifest was read."""
+        self.publisher.poll()
+        if complete and self.plan.complete:
+            self.writer.forget_illegal(self.plan.manifest, keep=self._illegal_parts)
+
+
+def first_line(text: str) -> str:
+    """The first line of a message."""
+    return text.strip().splitlines()[0] if text.strip() else "no message"
+
+
+def _nothing() -> None:
+    pass

@@ -1,0 +1,1 @@
+"""Parquet and JSONL manifests: their columns, reading them, and judging their rows."""

@@ -1,0 +1,1 @@
+"""What fits where on a cluster, decided once a run."""

@@ -1,0 +1,385 @@
+"""The plan: which items a manifest's rows ask for, which of them a dataset has, and what the rest costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from ltx_ray.checkpoints.checkpoint import open_checkpoint
+from ltx_ray.checkpoints.digests import cached_digest
+from ltx_ray.checkpoints.lora import lora_digest
+from ltx_ray.checkpoints.transformer_config import TransformerConfig
+from ltx_ray.config import ModelFiles, Numerics, Selection
+from ltx_ray.dataset.existing import ExistingRows, ItemLookup
+from ltx_ray.manifest.columns import LONGEST_ID
+from ltx_ray.manifest.reader import RawRow, read_manifest
+from ltx_ray.manifest.rules import IllegalRow, RowProblem, RowRules, duplicate_id, judge, resolved_values
+from ltx_ray.planning.cost import H100_TFLOPS, clip_tflop
+from ltx_ray.planning.identity import item_id, recipe_digest
+from ltx_ray.planning.templates import RowTemplate, TemplateCache, sample_id, sample_seed
+from ltx_ray.records import Recipe, RenderRequest, WorkItem
+from ltx_ray.storage.id_table import IdTable
+from ltx_ray.storage.images import image_digest
+
+#: Status of a row. An IllegalRow has the last.
+TODO, DONE, COPY, FAILED, REPEATED, ILLEGAL = "todo", "done", "copy", "failed", "repeated", IllegalRow.status
+
+#: Rows that are looked up at once, rows read between two looks at the clock, and seconds for which a chunk grows.
+_CHUNK_ROWS, _CHUNK_STEP, _CHUNK_SECONDS = 4096, 16, 0.1
+
+
+class PlannedRow:
+    """A legal manifest row, or one of its samples, and what is to happen with it.
+
+    status: "todo" (render), "done" (in the index), "copy" (the clip exists under another id), "failed" (failed by its
+    own fault in an earlier run), "repeated" (the same row again).
+    """
+
+    __slots__ = (
+        "_item", "_seed", "_template",
+        "id", "id_hash", "id_head", "item_head", "item_id_bytes", "raw", "status",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        raw: RawRow,
+        template: RowTemplate,
+        item_id_bytes: bytes,
+        given_id: str | None,
+        seed: int,
+        item: WorkItem | None = None,
+    ):
+        """`given_id` is the id in the manifest, or None. `item` is made on demand when it is not given."""
+        self.status = TODO
+        self.raw = raw
+        self.id = item_id_bytes[:8].hex() if given_id is None else given_id
+        #: The item_id as 16 bytes. Its first 8, and those of the id's sha256, are the heads that tables search by.
+        self.item_id_bytes, self.item_head = item_id_bytes, item_id_bytes[:8]
+        self.id_hash = hashlib.sha256(self.id.encode()).digest()
+        self.id_head = self.id_hash[:8]
+        self._template, self._seed, self._item = template, seed, item
+
+    @property
+    def item_id(self) -> str:
+        return self.item_id_bytes.hex()
+
+    @property
+    def key(self) -> str:
+        """The row's key in names of parts; equals `row_key(self.id)`."""
+        return self.id_hash[:4].hex()
+
+    @property
+    def from_failed(self) -> bool:
+        """Whether the row was read from failed/ or previews/ of a dataset, with its defaults resolved."""
+        return self.raw.from_failed
+
+    @property
+    def item(self) -> WorkItem:
+        if self._item is None:
+            self._item = self._template.fill(self.raw, self.item_id, self.id, self._seed)
+        return self._item
+
+    @property
+    def request(self) -> RenderRequest:
+        return self.item.request
+
+    def samples(self, count: int, given_id: str | None) -> list[PlannedRow]:
+        """This row and its other samples, `count` in all; `given_id` is the id in the manifest."""
+        rows, prompt = [self], self.raw.values["prompt"]
+        for number in range(1, count):
+            seed = sample_seed(self.item_id, number)
+            row_id = None if given_id is None else sample_id(given_id, number)
+            item_id_bytes = self._template.hasher.item_id_bytes(prompt, seed)
+            rows.append(PlannedRow(self.raw, self._template, item_id_bytes, row_id, seed))
+        return rows
+
+    def tflop(self, transformer: TransformerConfig) -> float:
+        """Cost of the clip in TFLOP."""
+        if self._template.tflop is None:
+            self._template.tflop = clip_tflop(transformer, self._template.item.request)
+        return self._template.tflop
+
+    def refused(self, problem: RowProblem) -> IllegalRow:
+        """The row as one that this run cannot render. Its defaults are resolved: a retry asks for the same clip."""
+        return IllegalRow(self.raw._replace(values=resolved_values(self.request)), (problem,))
+
+
+class UnreadableImage(Exception):
+    """A conditioning image of a row cannot be read."""
+
+    def __init__(self, path: str, reason: str):
+        super().__init__(f"{path}: {reason}")
+        self.path, self.reason = path, reason
+
+
+def _digest(path: str) -> str:
+    try:
+        return image_digest(path)
+    except (ValueError, OSError) as error:
+        raise UnreadableImage(path, str(error)) from None
+
+
+class ItemBuilder:
+    """Makes the work items of requests: the recipe (the run's weights and dtypes, the row's LoRAs) and the item_id."""
+
+    def __init__(self, model: ModelFiles, numerics: Numerics):
+        local = model.local()
+        self.checkpoint = open_checkpoint(local.checkpoint_path)
+        self._numerics = numerics
+        self._checkpoint = cached_digest(local.checkpoint_path)
+        self._gemma = cached_digest(local.gemma_root)
+        self._upsampler = cached_digest(local.spatial_upsampler_path)
+        self._distilled_lora = lora_digest(local.distilled_lora) if local.distilled_lora else None
+        self._loras = {lora.name: lora_digest(lora.path) for lora in local.loras}
+
+    def recipe(self, request: RenderRequest) -> Recipe:
+        return Recipe(
+            pipeline=request.pipeline,
+            dtype=self._numerics.dtype,
+            precision=self._numerics.precision,
+            noise_device=self._numerics.noise_device,
+            checkpoint=self._checkpoint,
+            gemma=self._gemma,
+            upsampler=self._upsampler,
+            distilled_lora=self._distilled_lora,
+            distilled_lora_strengths=(
+                request.distilled_lora_strength_stage_1,
+                request.distilled_lora_strength_stage_2,
+            ),
+            loras=tuple((self._loras[use.name], use.strength) for use in request.loras),
+        )
+
+    def item(self, request: RenderRequest) -> WorkItem:
+        """Raises UnreadableImage."""
+        recipe = self.recipe(request)
+        digests = tuple(_digest(image.path) for image in request.images)
+        name = item_id(request, recipe, digests)
+        if request.id is None:
+            request = dataclasses.replace(request, id=name[:16])
+        return WorkItem(name, request, recipe, recipe_digest(recipe), digests)
+
+
+#: What a plan says of a row.
+PlanEntry: TypeAlias = PlannedRow | IllegalRow
+
+
+@dataclass(frozen=True)
+class _LookedUp:
+    """What the tables have of a chunk of rows, by heads of ids and item_ids."""
+
+    ids: set[bytes]
+    to_render: set[bytes]
+    existing: ItemLookup
+
+
+@dataclass
+class Plan:
+    """A manifest compared with a dataset, row by row.
+
+    While the rows are consumed, `counts` fills with "rows", one entry for each status and "clips" (the items to
+    render), and `tflop` with the cost of those items.
+
+    With `samples` N, each row stands for N rows: itself, and N-1 whose seeds follow from its item_id and whose ids end
+    in "-s1" and so on. A selection by id takes a row with all of its samples; an id with such an ending takes that
+    sample alone. Rows of a dataset's failed/ are samples already.
+    """
+
+    manifest: str
+    rules: RowRules
+    builder: ItemBuilder
+    existing: ExistingRows = field(default_factory=ExistingRows)
+    selection: Selection = field(default_factory=Selection)
+    retry_failed: bool = False
+    #: The run stops after stage 1, so a row with a preview is done.
+    latents_only: bool = False
+    samples: int = 1
+    counts: Counter[str] = field(default_factory=Counter, init=False)
+    tflop: float = field(default=0.0, init=False)
+
+    def __post_init__(self) -> None:
+        #: Selected ids that no row has had so far.
+        self.unmet: set[str | None] = set(self.selection.ids or ())
+        self._templates = TemplateCache(self.rules, self.builder.item)
+        # records of 96 bits of each id's hash and 32 bits of its row's item_id
+        self._ids = IdTable(16)
+        # 48 bits of each item_id to render: items are only counted, and a few in fifty million may be missed
+        self._to_render = IdTable(6, head=4)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the plan takes every row of its manifest."""
+        return self.selection == Selection()
+
+    def against(self, existing: ExistingRows) -> Plan:
+        """The same plan held against what a dataset has; nothing is counted yet."""
+        return dataclasses.replace(self, existing=existing)
+
+    def open(self) -> Iterator[PlanEntry]:
+        """`rows` of `read`."""
+        return self.rows(self.read())
+
+    def read(self) -> Iterator[RawRow]:
+        """Check the manifest as a whole (ValueError) and return its rows as a stream."""
+        if self.retry_failed and self.samples != 1:
+            raise ValueError(f"--samples-per-prompt: {self.samples}, legal: 1 for a retry, whose rows are samples")
+        return read_manifest(self.manifest)
+
+    def rows(self, raws: Iterator[RawRow]) -> Iterator[PlanEntry]:
+        """The selected ones of `raws` with their samples, judged, counted and with a status."""
+        taken = 0
+        for chunk in _chunks(itertools.islice(raws, *self._shard())):
+            drafts = [self._drafted(raw) for raw in chunk]
+            looked_up = self._look_up([row for rows in drafts if rows for row in rows])
+            for raw, draft in zip(chunk, drafts, strict=True):
+                # a row without a template may have images to read, which waits until its turn
+                rows, found = (self._judged(raw), None) if draft is None else (draft, looked_up)
+                selected = False
+                for row in self._selected(rows):
+                    selected = True
+                    decided = self._decided(row, found) if isinstance(row, PlannedRow) else row
+                    self.counts["rows"] += 1
+                    self.counts[decided.status] += 1
+                    if isinstance(decided, PlannedRow) and decided.status == TODO:
+                        self._count_clip(decided, found)
+                    yield decided
+                taken += selected
+                if self.selection.limit is not None and taken >= self.selection.limit:
+                    return
+
+    # --- rows before their status ----------------------------------------------------------------
+
+    def _drafted(self, raw: RawRow) -> Sequence[PlannedRow] | None:
+        """The samples of a row that matches a template; None for another row."""
+        matched = self._templates.match(raw)
+        if matched is None:
+            return None
+        template, seed, given_id = matched
+        item_id_bytes = template.hasher.item_id_bytes(raw.values["prompt"], seed)
+        row = PlannedRow(raw, template, item_id_bytes, given_id, seed)
+        count = self._count(raw)
+        if count == 1:
+            return (row,)
+        return None if _too_long(given_id, count) else row.samples(count, given_id)
+
+    def _judged(self, raw: RawRow) -> Sequence[PlanEntry]:
+        """The samples of any row, or the row itself when it is illegal."""
+        row = judge(raw, self.rules)
+        if isinstance(row, IllegalRow):
+            return (row,)
+        count, given_id = self._count(raw), row.request.id
+        if _too_long(given_id, count):
+            longest = LONGEST_ID - len(sample_id("", count - 1))
+            legal = (
+                f"at most {longest} characters, so that {sample_id('', count - 1)} fits behind (--samples-per-prompt)"
+            )
+            return (IllegalRow(raw, (RowProblem("id", given_id, legal),)),)
+        try:
+            item = self.builder.item(row.request)
+        except UnreadableImage as error:
+            problem = RowProblem("images", error.path, f"an image that can be read ({error.reason})")
+            return (IllegalRow(raw, (problem,)),)
+        planned = PlannedRow(raw, RowTemplate(item), bytes.fromhex(item.item_id), given_id, row.request.seed, item)
+        return planned.samples(count, given_id)
+
+    def _count(self, raw: RawRow) -> int:
+        return 1 if raw.from_failed else self.samples
+
+    def _selected(self, rows: Sequence[PlanEntry]) -> Sequence[PlanEntry]:
+        ids = self.selection.ids
+        if ids is not None:
+            self.unmet.difference_update(row.id for row in rows)
+        if ids is None or rows[0].id in ids:
+            return rows
+        return [row for row in rows if row.id in ids]
+
+    # --- their status ----------------------------------------------------------------------------
+
+    def _look_up(self, rows: Sequence[PlannedRow]) -> _LookedUp:
+        self._ids.settle()
+        self._to_render.settle()
+        return _LookedUp(
+            self._ids.settled([row.id_head for row in rows]),
+            self._to_render.settled([row.item_id_bytes[:4] for row in rows]),
+            self.existing.look_up([row.item_head for row in rows]),
+        )
+
+    def _decided(self, row: PlannedRow, found: _LookedUp | None) -> PlanEntry:
+        """The row with its status; `found` is None when it was not looked up with others."""
+        head, more, item = row.id_head, row.id_hash[8:12], row.item_id_bytes[8:12]
+        for rest in self._ids.rests(head, settled=found is None or head in found.ids):
+            if rest[:4] == more:
+                if rest[4:] == item:
+                    row.status = REPEATED
+                    return row
+                if row.from_failed:
+                    continue  # failed/ holds rows of several manifests, whose ids may clash
+                return IllegalRow(row.raw._replace(duplicate=True), (duplicate_id(row.id),))
+        self._ids.put(head, more + item)
+        row.status = self._status(row, found)
+        return row
+
+    def _count_clip(self, row: PlannedRow, found: _LookedUp | None) -> None:
+        """Count what is to be rendered, once for all rows of an item."""
+        head, rest = row.item_id_bytes[:4], row.item_id_bytes[4:6]
+        if not self._to_render.has(head, rest, settled=found is None or head in found.to_render):
+            self._to_render.put(head, rest)
+            self.counts["clips"] += 1
+            self.tflop += row.tflop(self.builder.checkpoint.transformer)
+
+    def _status(self, row: PlannedRow, found: _LookedUp | None) -> str:
+        done = self.existing
+        if found is None or found.existing.may_have_rows(row.item_head):
+            if done.has_row(row.item_id, row.key):
+                return DONE
+            copied = done.key_of(row.item_id) is not None
+        else:
+            copied = False
+        if self.latents_only and done.has_preview(row.item_id, row.key):
+            return DONE
+        if copied:
+            return COPY
+        if not self.retry_failed and done.failed_count and done.failure(row.item_id, row.key) == "row":
+            return FAILED
+        return TODO
+
+    def _shard(self) -> tuple[int, None, int]:
+        index, count = self.selection.shard or (0, 1)
+        return index, None, count
+
+
+def _chunks(raws: Iterator[RawRow]) -> Iterator[list[RawRow]]:
+    """Rows in chunks, which are small where rows come slowly."""
+    while True:
+        chunk: list[RawRow] = []
+        deadline = time.monotonic() + _CHUNK_SECONDS
+        while len(chunk) < _CHUNK_ROWS and time.monotonic() < deadline:
+            more = list(itertools.islice(raws, _CHUNK_STEP))
+            chunk += more
+            if len(more) < _CHUNK_STEP:
+                yield chunk
+                return
+        yield chunk
+
+
+def _too_long(given_id: str | None, count: int) -> bool:
+    return given_id is not None and count > 1 and len(sample_id(given_id, count - 1)) > LONGEST_ID
+
+
+def cost_line(counts: Mapping[str, int], tflop: float) -> str:
+    """The cost in words: TFLOP of what is to be rendered, and hours of an H100."""
+    clips = counts.get("clips", 0)
+    if not clips:
+        return "nothing to render"
+    hours = tflop / H100_TFLOPS / 3600
+    what = f"{clips} clip{'s' if clips > 1 else ''}"
+    return f"about {_quantity(tflop)}TFLOP in {what}, {hours:.2g} hours of an H100 at {H100_TFLOPS:.0f} TFLOP/s"
+
+
+def _quantity(value: float) -> str:
+    return f"{value:,.0f} " if value >= 100 else f"{value:.3g} "

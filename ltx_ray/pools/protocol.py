@@ -1,0 +1,111 @@
+"""What the driver may ask of its replicas, and the events that they report. It does not import Ray.
+
+A ReplicaSet holds the gangs of a run: on a Ray cluster (`ray_replicas.RayReplicaSet`), or in virtual time
+(`simulated.SimulatedReplicaSet`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ltx_ray.config import PoolSpec
+from ltx_ray.records import CallReport, WorkItem, plain
+from ltx_ray.stages import Stage
+
+
+@dataclass(frozen=True)
+class RankInfo:
+    """Where a rank runs and what it computes on. `node` is Ray's id of the node, `gpus` is CUDA_VISIBLE_DEVICES."""
+
+    rank: int
+    pid: int = 0
+    node: str = ""
+    address: str = ""
+    gpus: str = ""
+    device: str = ""
+    #: Model of the GPU, or "cpu"; "" for engines whose results do not depend on the device.
+    device_name: str = ""
+    #: Where the weights without LoRAs and the LoRA factors are kept; None for engines that merge nothing.
+    clean_weights: str | None = None
+    lora_factors: str | None = None
+
+    def event(self) -> dict[str, Any]:
+        """The fields as `gang_started` in events.jsonl lists them; those that are None are left out."""
+        return {name: value for name, value in plain(self).items() if value is not None}
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on node {self.address} ({self.device or 'device unknown'})"
+
+
+@dataclass(frozen=True)
+class ReplicaStarted:
+    """A replica is ready, `seconds` after it was asked for."""
+
+    replica: str
+    ranks: Sequence[RankInfo]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class CallFinished:
+    """A call ended the same way on all ranks. `report` is that of rank 0, `payload` a handle of its result."""
+
+    replica: str
+    report: CallReport
+    payload: Any
+    #: Rank 0 with its node and device, for messages.
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class ReplicaLost:
+    """A replica has failed and has been killed."""
+
+    replica: str
+    reason: str
+    #: Whether it had been ready; otherwise it failed to start.
+    served: bool
+    #: Whether it is lost because results of earlier stages are gone.
+    inputs_lost: bool = False
+    #: Whether it died before the call under way had reached it, so that the item is not to blame.
+    idle: bool = False
+    #: Whether its node is gone, for which the item is seldom to blame.
+    node_lost: bool = False
+
+
+@dataclass(frozen=True)
+class InputsLost:
+    """The results of earlier stages that a call needs are gone; the replica is alive."""
+
+    replica: str
+    reason: str
+
+
+ReplicaEvent = ReplicaStarted | CallFinished | ReplicaLost | InputsLost
+
+
+class ReplicaSet(Protocol):
+    """The replicas of a run, by name. Only `wait` blocks."""
+
+    def start(self, name: str, spec: PoolSpec) -> None:
+        """Begin to start a replica; ReplicaStarted or ReplicaLost reports how that ended."""
+
+    def submit(self, replica: str, stage: Stage, item: WorkItem, inputs: list[Any]) -> None:
+        """Start `stage` of `item`; `inputs` are payloads of earlier calls."""
+
+    def wait(self, timeout: float) -> list[ReplicaEvent]:
+        """The events since the last call; waits up to `timeout` seconds for the first."""
+
+    def placing(self) -> Mapping[str, float]:
+        """The replicas that have no place in the cluster yet, with the seconds that each has waited for one."""
+
+    def kill(self, replica: str) -> None:
+        """End a replica and give its place back."""
+
+    def result(self, payload: Any) -> Any:
+        """The value behind a payload's handle."""
+
+    def close(self) -> None:
+        """End every replica."""

@@ -1,0 +1,101 @@
+"""The gangs of a run on a Ray cluster: the only place that waits on Ray.
+
+Large results (contexts, latents) stay in the object store. Their references are passed on, and only the small
+reports are read.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+
+from ltx_ray.config import PoolSpec
+from ltx_ray.pools.gang import Gang, GangLost, GangState, InputsMissing
+from ltx_ray.pools.protocol import CallFinished, InputsLost, ReplicaEvent, ReplicaLost, ReplicaStarted
+from ltx_ray.records import WorkItem
+from ltx_ray.stages import Stage
+
+
+class RayReplicaSet:
+    """`start_timeout`: seconds from a gang's placement until it is ready; `call_timeout`: seconds of one call."""
+
+    def __init__(self, start_timeout: float, call_timeout: float):
+        self._start_timeout, self._call_timeout = start_timeout, call_timeout
+        self._gangs: dict[str, Gang] = {}
+
+    def start(self, name: str, spec: PoolSpec) -> None:
+        self._gangs[name] = Gang(name, spec)
+
+    def submit(self, replica: str, stage: Stage, item: WorkItem, inputs: list[Any]) -> None:
+        self._gangs[replica].submit(stage, item, inputs)
+
+    def wait(self, timeout: float) -> list[ReplicaEvent]:
+        now = time.time()
+        for gang in self._gangs.values():
+            gang.probe(now)
+        waiting = {ref: gang for gang in self._gangs.values() for ref in gang.waits_for()}
+        if not waiting:
+            time.sleep(timeout)
+            return []
+        ready, _ = ray.wait(list(waiting), num_returns=1, timeout=timeout)
+        if ready:
+            # The first reference ends the wait; the second call collects all others that are ready by now.
+            ready, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0)
+        arrived = set(ready)
+        events: list[ReplicaEvent] = []
+        for gang in {id(waiting[ref]): waiting[ref] for ref in ready}.values():
+            events += self._advance(gang, arrived)
+        now = time.time()
+        for gang in list(self._gangs.values()):
+            if (reason := gang.overdue(now, self._start_timeout, self._call_timeout)) is not None:
+                events.append(self._lose(gang, reason))
+            elif gang.silent(now):
+                events.append(self._lose(gang, "a rank does not answer", idle=True))
+        return events
+
+    def _advance(self, gang: Gang, arrived: set[ray.ObjectRef]) -> list[ReplicaEvent]:
+        """Take a gang on by the references that have arrived."""
+        try:
+            if gang.state is not GangState.READY:
+                ready = gang.advance(arrived)
+                return [ReplicaStarted(gang.name, gang.ranks, time.time() - gang.created)] if ready else []
+            call = gang.call
+            if call is None or not call.reports:
+                gang.pinged(arrived)
+                return []
+            reports = gang.collect(arrived)
+            if reports is None:
+                return []
+            return [CallFinished(gang.name, reports[0], call.payload, str(gang.ranks[0]))]
+        except GangLost as lost:
+            return [self._lose(gang, str(lost), idle=lost.idle, node_lost=lost.node_lost)]
+        except InputsMissing as lost:
+            if len(gang.ranks) > 1:
+                # The other ranks have begun the call and wait for this one in a collective.
+                return [self._lose(gang, str(lost), inputs_lost=True)]
+            gang.call = None
+            return [InputsLost(gang.name, str(lost))]
+
+    def _lose(
+        self, gang: Gang, reason: str, inputs_lost: bool = False, idle: bool = False, node_lost: bool = False
+    ) -> ReplicaLost:
+        served = gang.state is GangState.READY
+        self.kill(gang.name)
+        return ReplicaLost(gang.name, reason, served, inputs_lost, idle, node_lost)
+
+    def placing(self) -> Mapping[str, float]:
+        now = time.time()
+        return {name: now - gang.created for name, gang in self._gangs.items() if gang.state is GangState.PLACING}
+
+    def kill(self, replica: str) -> None:
+        self._gangs.pop(replica).kill()
+
+    def result(self, payload: Any) -> Any:
+        return ray.get(payload)
+
+    def close(self) -> None:
+        for name in list(self._gangs):
+            self.kill(name)

@@ -1,0 +1,130 @@
+"""The rank actor: one process of a gang, running whichever engine its spec names.
+
+The actor imports the engine from a dotted path, so this module never imports torch, and a fake engine serves tests
+in the same way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import importlib
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from ltx_ray.config import EngineSpec
+from ltx_ray.records import CallError, CallReport, EngineFacts, ErrorKind
+from ltx_ray.stages import Stage
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """Where the ranks of a gang meet: a port on the node of rank 0."""
+
+    host: str
+    port: int
+
+
+@dataclass(frozen=True)
+class RankProcess:
+    """Where a rank runs. `node` is Ray's id of the node; `gpus` is CUDA_VISIBLE_DEVICES."""
+
+    pid: int
+    node: str
+    address: str
+    gpus: str
+
+
+class RankActor:
+    """One rank. The class is not decorated, so that tests run it without Ray; `pools.gang` makes actors of it."""
+
+    def __init__(self) -> None:
+        self.engine: Any = None  # as engine.base describes it
+        self.device = "cpu"
+
+    def describe(self) -> RankProcess:
+        """Where this rank runs."""
+        node = ray.get_runtime_context().get_node_id()
+        gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        return RankProcess(os.getpid(), node, ray.util.get_node_ip_address(), gpus)
+
+    def ping(self) -> None:
+        """Return at once. Calls of an actor run in order, so the answer comes after the calls before it."""
+
+    def free_port(self) -> int:
+        """A port on this node for the gang's rendezvous."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return probe.getsockname()[1]
+
+    def start(
+        self, spec: EngineSpec, rank: int, world: int, rendezvous: Rendezvous | None, timeout: float
+    ) -> CallReport:
+        """Join the gang and load the engine; the report says how it went. `timeout` of the rendezvous in seconds."""
+        return self._report(lambda: self._start(spec, rank, world, rendezvous, timeout))[0]
+
+    def _start(self, spec: EngineSpec, rank: int, world: int, rendezvous: Rendezvous | None, timeout: float) -> None:
+        # Imported modules are never freed, and collecting garbage among them takes a sixth of the time of a start.
+        gc.disable()
+        try:
+            base = importlib.import_module("ltx_ray.engine.base")
+            module, _, name = spec.engine.partition(":")
+            engine = getattr(importlib.import_module(module), name)
+            join = getattr(engine, "join", base.join)
+            self.device = spec.numerics.device
+            meeting = (rendezvous.host, rendezvous.port) if rendezvous is not None else None
+            self.device = join(spec.numerics.device, rank, world, meeting, timeout)
+            self.engine = engine(spec, base.Rank(rank, world, self.device))
+            self.engine.load()
+        finally:
+            gc.enable()
+
+    def run(self, stage: Stage, item: Any, *inputs: Any) -> tuple[CallReport, Any]:
+        """One engine call: (report, payload). The payload of ranks other than 0 is None."""
+        return self._report(lambda: self.engine.run(stage, item, *inputs))
+
+    def _report(self, call: Callable[[], Any]) -> tuple[CallReport, Any]:
+        started, began = time.time(), time.perf_counter()
+        switches = getattr(self.engine, "switches", 0)
+        switch_seconds = getattr(self.engine, "switch_seconds", 0.0)
+        payload, failure = None, None
+        try:
+            payload = call()
+        except Exception as error:
+            failure = _call_error(error)
+        report = CallReport(
+            seconds=time.perf_counter() - began,
+            started=started,
+            switches=getattr(self.engine, "switches", 0) - switches,
+            switch_seconds=getattr(self.engine, "switch_seconds", 0.0) - switch_seconds,
+            device=self.device,
+            error=failure,
+            nbytes=_nbytes(payload),
+            facts=getattr(self.engine, "facts", EngineFacts()),
+        )
+        return report, payload
+
+
+def _call_error(error: Exception) -> CallError:
+    base = importlib.import_module("ltx_ray.engine.base")
+    kind: ErrorKind = base.error_kind(error)
+    # A lack of memory has many names: torch's, Python's, and RuntimeErrors of CUDA libraries.
+    name = "OutOfMemoryError" if base.is_out_of_memory(error) else type(error).__name__
+    return CallError(kind, name, str(error) or type(error).__name__, traceback.format_exc())
+
+
+def _nbytes(payload: Any) -> int:
+    """Bytes of the tensors in a result."""
+    if dataclasses.is_dataclass(payload):
+        return sum(_nbytes(getattr(payload, field.name)) for field in dataclasses.fields(payload))
+    if isinstance(payload, tuple):
+        return sum(map(_nbytes, payload))
+    size = getattr(payload, "nbytes", 0)
+    return size if isinstance(size, int) else 0

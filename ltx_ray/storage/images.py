@@ -1,0 +1,96 @@
+"""Conditioning images as files: where a row may take them from, their bytes and their digests."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from functools import lru_cache
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from ltx_ray.storage.store import Store, join, split_options
+
+#: An image larger than this is refused before it is decoded (bytes).
+MAX_BYTES = 256 * 2**20
+
+
+def check_roots(roots: Iterable[str]) -> None:
+    """Raise ValueError unless each of `roots` is a local folder or a place in an object store."""
+    for root in roots:
+        local = _local(root)
+        if local is None:
+            bucket = split_options(root)[0].partition("://")[2].partition("/")[0]
+            try:
+                legal = bool(bucket) and bool(Store(root).fs)
+            except (OSError, ValueError):
+                legal = False
+        else:
+            legal = os.path.isdir(os.path.expanduser(local))
+        if not legal:
+            raise ValueError(f"--image-root: {root}, legal: a folder, or a place such as s3://bucket/folder")
+
+
+def locate(path: str, folder: str, roots: Iterable[str]) -> str | None:
+    """Path or URI at which workers read an image that a row names, or None when it is below none of `roots`.
+
+    Relative paths count from `folder`. Local links are resolved first. In an object store the key must literally begin
+    with the root's; '..' (which a client may resolve) and options (which could name another server) are refused. The
+    operator's options, those of the root, are added.
+    """
+    if "://" not in path and not os.path.isabs(path):
+        path = join(split_options(folder)[0], path)
+    local = _local(path)
+    if local is not None:
+        full = os.path.realpath(local)
+        return full if any(_holds(root, full) for root in roots) else None
+    if "?" in path or {".", ".."} & set(path.split("/")):
+        return None
+    for root in roots:
+        place, options = split_options(root)
+        if _local(root) is None and path.startswith(place.rstrip("/") + "/"):
+            return path + options
+    return None
+
+
+def _holds(root: str, path: str) -> bool:
+    """Whether the local `root` holds the resolved `path`."""
+    local = _local(root)
+    if local is None:
+        return False
+    top = os.path.realpath(os.path.expanduser(local))
+    return os.path.commonpath([path, top]) == top
+
+
+def _local(uri: str) -> str | None:
+    """`uri` as a local path; None for an object store."""
+    if uri.startswith("file://"):
+        return uri.removeprefix("file://")
+    return None if "://" in uri else uri
+
+
+def read_image(path: str) -> bytes:
+    """Bytes of the image at `path`, as `locate` gives it.
+
+    Raises ValueError when there is no usable file, OSError when the store cannot be read.
+    """
+    try:
+        store = Store(path)
+        info = store.fs.get_file_info(store.root)
+        if info.type != pafs.FileType.File:
+            raise ValueError("no such file")
+        if info.size > MAX_BYTES:
+            raise ValueError(f"{info.size} bytes, over the limit of {MAX_BYTES}")
+        with store.fs.open_input_file(store.root) as file:
+            return file.read()
+    except FileNotFoundError:  # deleted since the lookup
+        raise ValueError("no such file") from None
+    except pa.ArrowException as error:
+        raise ValueError(str(error)) from None
+
+
+@lru_cache(maxsize=4096)
+def image_digest(path: str) -> str:
+    """The first 32 hex digits of sha256 over the file's bytes. Cached: a manifest often names one image many times."""
+    return hashlib.sha256(read_image(path)).hexdigest()[:32]

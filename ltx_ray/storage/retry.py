@@ -1,0 +1,153 @@
+"""Retries for a store that throttles, breaks off or stalls: which errors, for how long, and files that retry."""
+
+from __future__ import annotations
+
+import errno
+import io
+import random
+import re
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+T = TypeVar("T")
+
+_FIRST_WAIT, _LONGEST_WAIT = 0.25, 10.0
+#: Bytes that a file in an object store reads ahead: a request costs as much as a megabyte.
+_READ_AHEAD = 2**20
+#: Errors that no retry can help. Every other may pass: a full disk is emptied, a server is restarted.
+_PERMANENT = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY,
+    errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.EXDEV, errno.EBADF,
+}  # fmt: skip
+#: The same in the words of object stores, whose errors have no number. S3 answers a slow request with 400
+#: RequestTimeout and a token that is about to be renewed with 400 ExpiredToken; pyarrow shows the name instead of the
+#: status for both, so neither matches here.
+_PERMANENT_WORDS = re.compile(
+    r"ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|INVALID_CLIENT_TOKEN"
+    r"|HTTP status 30[178]|HTTP status 40[01345]|[Bb]ucket '[^']*' not found"
+    r"|PERMISSION_DENIED|UNAUTHENTICATED|NOT_FOUND"
+)
+_GONE = re.compile("NO_SUCH_KEY|RESOURCE_NOT_FOUND")
+
+
+def is_permanent(error: OSError) -> bool:
+    """Whether a retry cannot help: the file is missing, forbidden, or no file."""
+    if isinstance(error, FileNotFoundError | PermissionError):
+        return True
+    return error.errno in _PERMANENT or (error.errno is None and bool(_PERMANENT_WORDS.search(str(error))))
+
+
+class RetryPolicy:
+    """Repeats failing calls for up to `seconds`, with waits that double from 0.25 s to 10 s, jittered by half.
+
+    `clock` (monotonic seconds) and `wait` (sleep) can be replaced for tests.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        seconds: float,
+        clock: Callable[[], float] = time.monotonic,
+        wait: Callable[[float], None] = time.sleep,
+    ):
+        self.uri, self.seconds, self.clock, self.wait = uri, seconds, clock, wait
+
+    def __call__(self, doing: str, relative: str, call: Callable[[], T]) -> T:
+        """Return `call()`, repeated while it raises an OSError that may pass; `call` must be idempotent.
+
+        Raises a permanent error as it is. When the time is up, raises an OSError that names the store, what was done
+        (`doing`, such as "writing") to which file, for how long, and the last error.
+        """
+        began, tries, pause = self.clock(), 0, _FIRST_WAIT
+        while True:
+            tries += 1
+            try:
+                return call()
+            except OSError as error:
+                if _GONE.search(str(error)):  # deleted between its lookup and its reading
+                    raise FileNotFoundError(str(error)) from error
+                if is_permanent(error):
+                    raise
+                spent = self.clock() - began
+                if spent >= self.seconds:
+                    what = f"{self.uri}: {doing} {relative}" if relative else f"{self.uri}: {doing}"
+                    often = "once" if tries == 1 else f"{tries} times in {spent:.0f} s"
+                    raise OSError(f"{what} failed (tried {often}): {error}") from error
+            # jitter, so that a thousand workers that were throttled together do not come back together
+            self.wait(min(pause * random.uniform(0.5, 1.0), max(0.0, self.seconds - spent)))
+            pause = min(2 * pause, _LONGEST_WAIT)
+
+
+class _RetryingFile(io.RawIOBase):
+    """An object opened for reading. Each read is retried by itself."""
+
+    def __init__(self, inner: pafs.FileSystem, path: str, retry: RetryPolicy):
+        self._retry, self._path, self._position = retry, path, 0
+        self._file = retry("opening", path, lambda: inner.open_input_file(path))
+        self._size = self._file.size()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        count = max(0, min(len(buffer), self._size - self._position))
+        if count:
+            data = self._retry("reading", self._path, lambda: self._file.read_at(count, self._position))
+            buffer[: len(data)] = data
+            count = len(data)
+        self._position += count
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+class _RetryingHandler(pafs.FileSystemHandler):
+    """Another filesystem for readers; only `Store` writes."""
+
+    def __init__(self, inner: pafs.FileSystem, retry: RetryPolicy):
+        self._inner, self._retry = inner, retry
+
+    def get_type_name(self) -> str:
+        return f"retrying+{self._inner.type_name}"
+
+    def normalize_path(self, path: str) -> str:
+        return self._inner.normalize_path(path)
+
+    def get_file_info(self, paths: list[str]) -> list[pafs.FileInfo]:
+        return self._retry("looking up", ", ".join(paths), lambda: self._inner.get_file_info(paths))
+
+    def get_file_info_selector(self, selector: pafs.FileSelector) -> list[pafs.FileInfo]:
+        return self._retry("listing", selector.base_dir, lambda: self._inner.get_file_info(selector))
+
+    def open_input_file(self, path: str) -> pa.PythonFile:
+        raw = _RetryingFile(self._inner, path, self._retry)
+        return pa.PythonFile(io.BufferedReader(raw, _READ_AHEAD), mode="r")
+
+    open_input_stream = open_input_file
+
+    def _refuse(self, *args: Any) -> None:
+        raise NotImplementedError("this filesystem is for reading; Store writes")
+
+    create_dir = delete_dir = delete_dir_contents = delete_root_dir_contents = delete_file = _refuse
+    move = copy_file = open_output_stream = open_append_stream = _refuse
+
+
+def retrying_reader(inner: pafs.FileSystem, retry: RetryPolicy) -> pafs.FileSystem:
+    """`inner` for reading, with every lookup, listing and read retried."""
+    return pafs.PyFileSystem(_RetryingHandler(inner, retry))

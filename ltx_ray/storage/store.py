@@ -1,0 +1,338 @@
+"""Files below one root, on a local disk or in an object store: whole files or none, with retries."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.parse import quote
+
+import pyarrow.fs as pafs
+
+from ltx_ray.storage.retry import RetryPolicy, retrying_reader
+
+#: Seconds for which an operation is retried. A restarted or throttled store is back sooner.
+RETRY_SECONDS = 60.0
+#: Folder for files that are being written, on the disk on which they will be published.
+SCRATCH = "_tmp"
+#: Seconds after which a connection that does not open, or on which nothing arrives, is given up.
+_CONNECT_SECONDS, _SILENCE_SECONDS = 10.0, 20.0
+#: Tries of one request inside pyarrow, which repeats one part of a large upload where a `RetryPolicy` repeats all of
+#: it. pyarrow's default is 31 tries every 200 ms, which makes throttling worse.
+_REQUEST_TRIES = 3
+_CHECK_RETRY_SECONDS = 10.0
+#: Bytes below which an object is uploaded in one request. It is less than one part of a multi-part upload in every
+#: version of pyarrow.
+_SMALL = 4 * 2**20
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}")
+#: Schemes of pyarrow's URIs that are supported.
+_SCHEMES = ("s3", "gs", "gcs", "file")
+
+
+class Store:
+    """A root folder on a local disk or in an object store; paths are relative to it, with '/'.
+
+    Readers never see a half-written file: local files are synced and renamed into place, and object stores show an
+    object only when its upload is complete. Credentials, region and endpoint of an object store come from the
+    environment (AWS_ACCESS_KEY_ID, AWS_REGION, AWS_ENDPOINT_URL ...), or from pyarrow's options after a '?' in the URI
+    (`s3://bucket/path?region=eu-west-1`). Keys in a URI are not percent-encoded.
+
+    Errors that may pass (throttling, 500s, cut connections, silence, a full disk) are retried for `retry_seconds`, and
+    then raised as an OSError that says so; a missing or forbidden file is raised at once. Reads through `fs` are
+    retried alike. `clock` and `wait`: see RetryPolicy.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        retry_seconds: float = RETRY_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+        wait: Callable[[float], None] = time.sleep,
+    ):
+        self.uri = uri.rstrip("/") if len(uri) > 1 else uri
+        self._retry = RetryPolicy(split_options(self.uri)[0], retry_seconds, clock, wait)
+        if "://" in uri:
+            place, options = split_options(uri)
+            scheme, _, rest = place.rstrip("/").partition("://")
+            host, slash, key = rest.partition("/")
+            if scheme in ("gs", "gcs") and "retry_limit_seconds" not in options:
+                # pyarrow's own retries of gs:// would go on for a quarter of an hour
+                limit = max(1.0, min(retry_seconds, _SILENCE_SECONDS))
+                options += f"{'&' if options else '?'}retry_limit_seconds={limit}"
+            plain = f"{scheme}://{host}{slash}{quote(key)}{options}"
+            if scheme not in _SCHEMES:
+                raise ValueError(f"{uri}: no place that can be read or written; legal: a folder, s3:// or gs://")
+            self._fs, self.root = self._retry("opening", "", lambda: pafs.FileSystem.from_uri(plain))
+        else:
+            self._fs, self.root = pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
+        self._small = self._fs
+        if isinstance(self._fs, pafs.S3FileSystem):
+            self._small, self._fs = (_tuned(self._fs, retry_seconds, delayed) for delayed in (True, False))
+        self.is_local = isinstance(self._fs, pafs.LocalFileSystem)
+        self.fs = self._fs if self.is_local else retrying_reader(self._fs, self._retry)
+
+    def retrying_for(self, seconds: float) -> Store:
+        """The same store with other `retry_seconds`."""
+        return Store(self.uri, seconds, self._retry.clock, self._retry.wait)
+
+    def path(self, relative: str = "") -> str:
+        """Full path of `relative` within the filesystem."""
+        return f"{self.root.rstrip('/')}/{relative}" if relative else self.root
+
+    def check_writable(self) -> None:
+        """Raise ValueError naming the URI unless a file can be made and removed under it."""
+        probe = f"_probe-{secrets.token_hex(4)}"
+        try:
+            store = self.retrying_for(min(self._retry.seconds, _CHECK_RETRY_SECONDS))
+            store.write_bytes(probe, b"")
+            store.delete(probe)
+        except Exception as error:  # each filesystem raises its own classes
+            raise ValueError(f"--output: {self.uri}, cannot be written ({error})") from None
+
+    def exists(self, relative: str) -> bool:
+        return self._info(relative).type != pafs.FileType.NotFound
+
+    def size(self, relative: str) -> int | None:
+        """Bytes of a file; None when there is none."""
+        info = self._info(relative)
+        return info.size if info.type == pafs.FileType.File else None
+
+    def _info(self, relative: str) -> pafs.FileInfo:
+        return self._retry("looking up", relative, lambda: self._fs.get_file_info(self.path(relative)))
+
+    def list_names(self, folder: str, recursive: bool = False) -> list[str]:
+        """Base names of the files in `folder`, sorted; empty when there is no such folder."""
+        infos = self._listed(folder, recursive)
+        return sorted(info.base_name for info in infos if info.type == pafs.FileType.File)
+
+    def folders(self, folder: str) -> list[str]:
+        """Names of the folders in `folder`, sorted."""
+        infos = self._listed(folder)
+        return sorted(info.base_name for info in infos if info.type == pafs.FileType.Directory)
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Bytes of each file in `folder`, by base name."""
+        return {info.base_name: info.size for info in self._listed(folder) if info.type == pafs.FileType.File}
+
+    def _listed(self, folder: str, recursive: bool = False) -> list[pafs.FileInfo]:
+        selector = pafs.FileSelector(self.path(folder), allow_not_found=True, recursive=recursive)
+        return self._retry("listing", folder, lambda: self._fs.get_file_info(selector))
+
+    def read_bytes(self, relative: str) -> bytes:
+        """The whole file. Raises FileNotFoundError when there is none."""
+
+        def read() -> bytes:
+            with self._fs.open_input_file(self.path(relative)) as file:
+                return file.read()
+
+        return self._retry("reading", relative, read)
+
+    def write_bytes(self, relative: str, data: bytes) -> None:
+        """Write a whole file. It replaces an older one atomically."""
+        target = self.path(relative)
+
+        def write() -> None:
+            if not self.is_local:
+                return self._put(target, data)
+            temporary = _temporary_beside(target)
+            try:
+                with open(temporary, "wb") as file:
+                    file.write(data)
+                    _sync(file.fileno())
+                os.replace(temporary, target)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+        self._retry("writing", relative, write)
+
+    def create(self, relative: str, data: bytes) -> bool:
+        """Write a whole local file unless it exists. Of several processes that try at once, one is told True.
+
+        Raises OSError on a disk without hard links.
+        """
+        assert self.is_local
+        target = self.path(relative)
+        temporary = _temporary_beside(target)
+        try:
+            temporary.write_bytes(data)
+            os.link(temporary, target)
+        except FileExistsError:
+            return False
+        finally:
+            temporary.unlink(missing_ok=True)
+        return True
+
+    def _put(self, target: str, data: bytes) -> None:
+        # In one call: a stream that is closed after half of the data uploads that half as the object. For the same
+        # reason a multi-part upload begins before anything is written: if the first write had to begin it and could
+        # not, an empty object would replace the older one.
+        with (self._small if len(data) < _SMALL else self._fs).open_output_stream(target) as file:
+            file.write(data)
+
+    def append_text(self, relative: str, text: str) -> None:
+        """Append to a local file. In an object store the caller has to rewrite the whole."""
+        assert self.is_local
+        path = Path(self.path(relative))
+
+        def append() -> None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "ab", buffering=0) as file:
+                size = file.tell()
+                data = memoryview(text.encode("utf-8", "replace"))
+                try:
+                    while data:
+                        data = data[file.write(data) :]
+                except OSError:
+                    file.truncate(size)  # a full disk took part of it
+                    raise
+
+        self._retry("writing", relative, append)
+
+    def publish(self, local_file: str, relative: str) -> None:
+        """Move the finished `local_file` to `relative`."""
+        target = self.path(relative)
+        if not self.is_local:
+            data = Path(local_file).read_bytes()
+            self._retry("writing", relative, lambda: self._put(target, data))
+            os.unlink(local_file)
+            return
+        temporary = self._retry("writing", relative, lambda: _temporary_beside(target))
+
+        def write() -> None:
+            if os.path.exists(local_file):  # otherwise an earlier try has moved it
+                shutil.move(local_file, temporary)
+            with open(temporary, "rb") as file:
+                _sync(file.fileno())
+            os.replace(temporary, target)
+
+        try:
+            self._retry("writing", relative, write)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def move(self, relative: str, to: str) -> None:
+        """Rename a file, replacing an older `to`. Objects are copied, then deleted: for a moment both exist."""
+        source, target = self.path(relative), self.path(to)
+
+        def move() -> None:
+            self._fs.move(source, target)
+
+        try:
+            self._retry("renaming", relative, move)
+        except FileNotFoundError:
+            if not self.exists(to):  # the answer of an earlier try was lost
+                raise
+
+    def delete(self, relative: str) -> None:
+        """Remove a file, if there is one."""
+        try:
+            self._retry("deleting", relative, lambda: self._fs.delete_file(self.path(relative)))
+        except FileNotFoundError:
+            pass
+
+    def scratch_dir(self) -> str | None:
+        """A folder on the output's own disk for files to publish; None, the system's default, for an object store."""
+        if not self.is_local:
+            return None
+        folder = Path(self.root) / SCRATCH
+        folder.mkdir(parents=True, exist_ok=True)
+        return str(folder)
+
+    def remove_scratch(self) -> None:
+        """Remove the folder of `scratch_dir` if it is empty."""
+        if self.is_local:
+            try:
+                os.rmdir(self.path(SCRATCH))
+            except OSError:
+                pass  # it holds another run's file, or does not exist
+
+
+def clean_stale(store: Store, older_than_seconds: float) -> int:
+    """Remove temporary files that killed processes left in a local output; returns how many.
+
+    A file written to within the last `older_than_seconds` may belong to a running process and stays. Object stores
+    have no temporary files.
+    """
+    if not store.is_local:
+        return 0
+    latest, removed = time.time() - older_than_seconds, 0
+    for path in _temporaries(store.root):
+        try:
+            if os.stat(path).st_mtime <= latest:
+                os.unlink(path)
+                removed += 1
+        except OSError:
+            pass  # its owner has published or removed it
+    return removed
+
+
+def _temporaries(root: str) -> Iterator[str]:
+    folders = [root]
+    while folders:
+        folder = folders.pop()
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        if _TEMPORARY.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                            yield entry.path
+                    elif entry.is_dir(follow_symlinks=False):
+                        folders.append(entry.path)
+                    elif folder == f"{root}/{SCRATCH}":
+                        yield entry.path
+        except OSError:
+            continue
+
+
+def _tuned(fs: pafs.S3FileSystem, retry_seconds: float, delayed: bool) -> pafs.S3FileSystem:
+    """`fs` with timeouts and few tries of its own. With `delayed`, a small object takes one request and not three."""
+    _, (options,) = fs.__reduce__()
+    changes = {
+        "connect_timeout": min(_CONNECT_SECONDS, max(1.0, retry_seconds)),
+        "request_timeout": min(_SILENCE_SECONDS, max(1.0, retry_seconds)),
+        "allow_delayed_open": delayed,
+    }
+    changes = {
+        name: value for name, value in changes.items() if name in options
+    }  # older versions of pyarrow have fewer
+    return pafs.S3FileSystem(
+        **{**options, **changes}, retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=_REQUEST_TRIES)
+    )
+
+
+def _sync(handle: int) -> None:
+    """Flush a file to the disk before it is renamed, so that a power cut cannot leave the new name with no data.
+
+    The rename itself is left to the file system's journal, which keeps a clip's rename before its index row's.
+    """
+    os.fsync(handle)
+
+
+def split_options(uri: str) -> tuple[str, str]:
+    """A URI without its options, and the options with their '?'. A local path has none."""
+    if "://" not in uri:
+        return uri, ""
+    place, mark, options = uri.partition("?")
+    return place, mark + options
+
+
+def join(folder: str, name: str) -> str:
+    """Path or URI of `name` in `folder`, with the folder's options."""
+    place, options = split_options(folder)
+    return f"{place.rstrip('/')}/{name}{options}" if "://" in folder else os.path.join(folder, name)
+
+
+def parent(uri: str) -> str:
+    """Path or URI of the folder that holds `uri`, with its options."""
+    place, options = split_options(uri)
+    return os.path.dirname(place) + options
+
+
+def _temporary_beside(target: str) -> Path:
+    path = Path(target)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}")

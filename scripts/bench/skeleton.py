@@ -1,0 +1,163 @@
+"""The skeleton of a pass of the DiT: only its matrix products and attention, one after the other.
+
+Its time is the floor under a pass. The calls are those of the packed model, in its order and with its weights, on
+random inputs made beforehand. Everything between them is left out: norms, modulation, rotation, gates, GELU, residuals
+and the quantization of activations. The same list of calls gives the FLOPs of a pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from ltx_ray.checkpoints.transformer_config import StreamConfig
+from ltx_ray.model.attention_backends import Attend
+from ltx_ray.model.packing import PackedLinear
+from ltx_ray.model.steps import Quantized, product
+from ltx_ray.model.transformer import Transformer
+from ltx_ray.parallel.fp8 import FP8, FP8_MAX
+from ltx_ray.parallel.layers import Linear
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of a pass, batch 1."""
+
+    video: int
+    audio: int
+    text: int
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """A matrix product with `rows` rows of input."""
+
+    layer: PackedLinear
+    rows: int
+
+    @property
+    def flops(self) -> int:
+        outputs, inputs = self.layer.weight.shape
+        return 2 * self.rows * outputs * inputs
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Attention of `queries` tokens to `keys` tokens; `width` is heads x head_dim."""
+
+    queries: int
+    keys: int
+    heads: int
+    width: int
+
+    @property
+    def flops(self) -> int:
+        return 4 * self.queries * self.keys * self.width
+
+
+Plan = list[Gemm | Attention]
+
+
+def plan(model: Transformer, lengths: Lengths, isolated: bool = False) -> Plan:
+    """The calls of a pass of the packed `model`. `isolated` leaves out the attention between the streams."""
+    return list(_calls(model, lengths, isolated))
+
+
+def flops(calls: Plan) -> int:
+    return sum(call.flops for call in calls)
+
+
+def _calls(model: Transformer, lengths: Lengths, isolated: bool) -> Iterator[Gemm | Attention]:
+    video, audio = model.config.video, model.config.audio
+    yield _unpacked(model.patchify_proj, lengths.video)
+    yield _unpacked(model.audio_patchify_proj, lengths.audio)
+    for block in model.transformer_blocks:
+        products = block.products
+
+        def to_self(name: str, stream: StreamConfig, rows: int, products=products) -> Iterator[Gemm | Attention]:
+            yield Gemm(products[name, "qkv"], rows)
+            yield Gemm(products[name, "gates"], rows)
+            yield Attention(rows, rows, stream.heads, stream.dim)
+            yield Gemm(products[name, "out"], rows)
+
+        def to_other(
+            name: str, stream: StreamConfig, rows: int, keys: int, products=products
+        ) -> Iterator[Gemm | Attention]:
+            yield Gemm(products[name, "q_gates"], rows)
+            yield Gemm(products[name, "kv"], keys)
+            yield Attention(rows, keys, stream.heads, stream.dim)
+            yield Gemm(products[name, "out"], rows)
+
+        yield from to_self("attn1", video, lengths.video)
+        yield from to_other("attn2", video, lengths.video, lengths.text)
+        yield from to_self("audio_attn1", audio, lengths.audio)
+        yield from to_other("audio_attn2", audio, lengths.audio, lengths.text)
+        if not isolated:
+            # Attention between the streams has the width of the audio stream.
+            yield from to_other("audio_to_video_attn", audio, lengths.video, lengths.audio)
+            yield from to_other("video_to_audio_attn", audio, lengths.audio, lengths.video)
+        for name, rows in (("ff", lengths.video), ("audio_ff", lengths.audio)):
+            yield Gemm(products[name, "up"], rows)
+            yield Gemm(products[name, "down"], rows)
+    yield _unpacked(model.proj_out, lengths.video)
+    yield _unpacked(model.audio_proj_out, lengths.audio)
+
+
+def _unpacked(layer: Linear, rows: int) -> Gemm:
+    return Gemm(PackedLinear(layer.weight, layer.bias, (layer.weight.shape[0],)), rows)
+
+
+class Skeleton:
+    """Issues the calls of a plan when it is called, and drops their results."""
+
+    def __init__(self, calls: Plan, attend: Attend):
+        self._inputs: dict[tuple, object] = {}
+        like = next(call for call in calls if isinstance(call, Gemm)).layer.bias
+        self._calls = [
+            self._gemm(call) if isinstance(call, Gemm) else self._attention(call, attend, like) for call in calls
+        ]
+
+    def __call__(self) -> None:
+        for call in self._calls:
+            call()
+
+    def _gemm(self, call: Gemm) -> Callable[[], torch.Tensor]:
+        layer = call.layer
+        x = self._once(("rows", call.rows, layer.weight.shape[1], layer.quantized), lambda: _rows(call))
+        if not layer.quantized:
+            return partial(F.linear, x, layer.weight, layer.bias)
+        if not layer.weight.is_cuda:  # to try out the script
+            return partial(product, x, layer)
+        assert layer.row_scale is not None
+        # Transposed and reshaped beforehand, so that the call does nothing else.
+        return partial(
+            torch._scaled_mm, x.values, layer.weight.t(), x.scale, layer.row_scale[None], layer.bias,
+            out_dtype=layer.bias.dtype, use_fast_accum=True,
+        )  # fmt: skip
+
+    def _attention(self, call: Attention, attend: Attend, like: torch.Tensor) -> Callable[[], torch.Tensor]:
+        def tokens(count: int) -> torch.Tensor:
+            size = (1, count, call.heads, call.width // call.heads)
+            return torch.randn(size, device=like.device, dtype=like.dtype)
+
+        q, k, v = self._once(("heads", call), lambda: [tokens(n) for n in (call.queries, call.keys, call.keys)])
+        return partial(attend, q, k, v)
+
+    def _once(self, key: tuple, make: Callable):
+        """Calls of one shape share their inputs, as in a model that reuses its memory."""
+        if key not in self._inputs:
+            self._inputs[key] = make()
+        return self._inputs[key]
+
+
+def _rows(call: Gemm) -> torch.Tensor | Quantized:
+    like = call.layer.bias
+    x = torch.randn((call.rows, call.layer.weight.shape[1]), device=like.device, dtype=like.dtype)
+    if not call.layer.quantized:
+        return x
+    scale = x.float().abs().amax(dim=1, keepdim=True) / FP8_MAX
+    return Quantized((x.float() / scale).clamp_(-FP8_MAX, FP8_MAX).to(FP8), scale)

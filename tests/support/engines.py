@@ -1,0 +1,51 @@
+"""Engines that each fail in one way. Tests name them by dotted path."""
+
+from __future__ import annotations
+
+import time
+
+from ltx_ray.engine import base
+from ltx_ray.engine.fake import FakeEngine
+from ltx_ray.records import ReplicaError
+
+
+class ShardOutOfMemory(FakeEngine):
+    """Rank 1 runs out of memory while it loads its shard."""
+
+    def load(self) -> None:
+        super().load()
+        if self.rank.rank == 1:
+            raise MemoryError("model.safetensors: blocks.3.attn1.to_q.weight: tried to allocate 32 MiB")
+
+
+class LateToRendezvous(FakeEngine):
+    """Rank 1 reaches the rendezvous after the others have given up."""
+
+    @staticmethod
+    def join(device: str, rank: int, world: int, rendezvous: tuple[str, int] | None, timeout: float) -> str:
+        if rank == 1:
+            time.sleep(timeout + 60)
+            raise TimeoutError("too late")
+        return base.join(device, rank, world, rendezvous, timeout)
+
+
+class FailsWhileMerging(FakeEngine):
+    """The first stage-1 call of a row with "merge" in its prompt fails while merging; with "always", every call."""
+
+    failed = False
+
+    def run(self, stage, item, *inputs):
+        fails = "merge" in item.request.prompt and stage == "stage1"
+        if fails and (self._tries("merge", item) == 1 or "always" in item.request.prompt):
+            FailsWhileMerging.failed = True
+            raise ReplicaError("OutOfMemoryError: merging into blocks.0.ff.net.2.weight: no room")
+        assert not FailsWhileMerging.failed, "a replica that failed to merge serves another row"
+        return super().run(stage, item, *inputs)
+
+
+class BriefStoreRetries(FakeEngine):
+    """Retries a failing store for a second instead of a minute."""
+
+    def load(self) -> None:
+        super().load()
+        self.store = self.store.retrying_for(1.0)

@@ -1,0 +1,24 @@
+"""What became of items: a rendered one, failed ones."""
+
+from __future__ import annotations
+
+from ltx_ray.dataset.writer import Failure, Rendered
+from ltx_ray.records import Clip
+
+ITEM, OTHER = "a" * 32, "b" * 32
+RENDERED = Rendered(
+    clip=Clip(f"clips/aa/{ITEM}.mp4", "c" * 64, "d" * 64, ("silent",), "stage_1"),
+    attempts=2,
+    recipe="{}",
+    recipe_digest="e" * 16,
+    numerics="{}",
+    noise_ledger="{}",
+    versions="{}",
+    device="cpu",
+    seconds={"text_seconds": 1, "stage1_seconds": 2.5, "gpu_seconds": 0},
+    stage1_replica="stage1-0",
+    switches=1,
+    extra_flags=("prompt_truncated",),
+)
+CRASH = Failure("stage2", 3, "infrastructure", "the gang died", "Traceback ...")
+NAN = Failure("stage1", 1, "row", "latents are not finite")

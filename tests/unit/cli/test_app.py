@@ -1,0 +1,453 @@
+"""The command line: every bad input has its message and its exit code, and none of them starts Ray."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import ray
+import yaml
+
+from ltx_ray import run
+from ltx_ray.cli import app
+from ltx_ray.cli.app import main
+from ltx_ray.cli.options import _model_files, model_options
+from ltx_ray.config import LoraSpec
+from ltx_ray.dataset.writer import DatasetWriter
+from ltx_ray.storage.store import Store
+from tests.support.checkpoint_files import BLOCK, REQUIRED, checkpoint
+from tests.support.results import RENDERED
+from tests.support.samples import write_jsonl, write_safetensors
+
+SMALL = {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 2}
+GOOD = {"prompt": "a cat", **SMALL}
+
+
+@pytest.fixture(autouse=True)
+def no_ray(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    yield
+    assert not ray.is_initialized()
+
+
+@pytest.fixture
+def cmd(capfd):
+    """Runs the command line; gives exit code, stdout and stderr."""
+
+    def call(*args) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as caught:
+            main([str(a) for a in args])
+        out, err = capfd.readouterr()
+        assert "Traceback" not in err
+        return caught.value.code, out, err
+
+    return call
+
+
+@pytest.fixture
+def manifest(tmp_path) -> str:
+    return write_jsonl(tmp_path / "m.jsonl", [GOOD])
+
+
+@pytest.fixture
+def out(tmp_path) -> str:
+    return str(tmp_path / "out")
+
+
+@pytest.fixture
+def options(monkeypatch):
+    """What `render` is asked to do, in place of doing it."""
+    seen = []
+    monkeypatch.setattr(app, "render", lambda options: seen.append(options) or 0)
+    return seen
+
+
+# --- bad input: exit code 2 ----------------------------------------------------------------------
+
+
+def usage(cmd, *args) -> str:
+    """The one-line message of a usage error."""
+    code, _, err = cmd(*args)
+    assert code == 2, err
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    return err
+
+
+@pytest.mark.parametrize("command", ["render", "plan"])
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("none.jsonl", None, "no such manifest"),
+        ("m.jsonl", '{"text": "a cat"}\n', "has no column 'prompt' (it has text)"),
+        ("m.jsonl", '{"prompt": "a cat", "seed": "ten"}\n', "column 'seed' has type string"),
+        ("m.jsonl", "a cat\n", "cannot be read as JSON lines"),
+        ("m.parquet", "a cat\n", "cannot be read as Parquet"),
+        ("m.csv", "prompt\na cat\n", "not a manifest"),
+    ],
+)
+def test_a_manifest_that_is_refused(cmd, tmp_path, out, command, name, content, words):
+    path = tmp_path / name
+    if content is not None:
+        path.write_text(content)
+    message = usage(cmd, command, path, "--output", out, "--model", "toy")
+    assert str(path) in message and words in message
+    assert not Path(out).exists()
+
+
+def test_an_output_that_cannot_be_written(cmd, manifest, tmp_path):
+    (tmp_path / "file").write_text("")
+    message = usage(cmd, "render", manifest, "--output", tmp_path / "file" / "out", "--model", "toy")
+    assert f"--output: {tmp_path}/file/out, cannot be written" in message
+
+
+def test_an_output_of_an_unknown_kind(cmd, manifest):
+    assert "nowhere" in usage(cmd, "render", manifest, "--output", "nowhere://x/y", "--model", "toy")
+
+
+def model_flags(toy, **changes) -> list[str]:
+    paths = {**toy, **changes}
+    return [part for name, path in paths.items() for part in (f"--{name.replace('_', '-')}", str(path))]
+
+
+@pytest.mark.parametrize("version", ["2.0", "2.5.1"])
+def test_a_checkpoint_of_another_generation(cmd, manifest, out, toy, tmp_path, version):
+    path = checkpoint(tmp_path, version)
+    message = usage(cmd, "render", manifest, "--output", out, *model_flags(toy, checkpoint_path=path))
+    assert f"{path}: model_version is {version!r}; legal: 2.3.x" in message
+
+
+def test_another_architecture_is_refused_while_planning(cmd, manifest, out, toy, tmp_path):
+    """Not only when every gang has failed to load it."""
+    config = json.dumps({"transformer": {**REQUIRED, "qk_norm": "layer_norm"}})
+    path = checkpoint(tmp_path, config=config)
+    message = usage(cmd, "plan", manifest, "--output", out, *model_flags(toy, checkpoint_path=path))
+    assert f"{path}: config.transformer.qk_norm is 'layer_norm'; legal: 'rms_norm' (LTX-2.3)" in message
+
+
+def test_weights_that_are_missing_or_cut_off(cmd, manifest, out, toy, tmp_path):
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(Path(toy["checkpoint_path"]).read_bytes()[:-1])
+    (tmp_path / "empty").mkdir()
+    for flag, path, words in [
+        ("checkpoint_path", cut, "truncated"),
+        ("checkpoint_path", toy["distilled_lora"], "not an LTX checkpoint"),
+        ("spatial_upsampler_path", tmp_path / "none.safetensors", "cannot be read"),
+        ("distilled_lora", toy["checkpoint_path"], "no LoRA in it"),
+        ("gemma_root", tmp_path / "empty", "has no config.json"),
+    ]:
+        message = usage(cmd, "render", manifest, "--output", out, *model_flags(toy, **{flag: path}))
+        assert f"{path}" in message and words in message
+
+
+def test_a_lora_that_fits_no_layer_or_has_other_widths(cmd, manifest, out, tmp_path):
+    for module, words in (("diffusion_model.unet", "fits no layer"), (f"diffusion_model.{BLOCK}", "has factors A")):
+        factors = {f"{module}.lora_A.weight": (2, 3), f"{module}.lora_B.weight": (5, 2)}
+        path = write_safetensors(tmp_path / "style.safetensors", factors)
+        message = usage(cmd, "render", manifest, "--output", out, "--model", "toy", "--lora", path, "0.5")
+        assert path in message and words in message
+
+
+def test_tp_that_does_not_divide_the_heads(cmd, manifest, out):
+    for tp in ("3", "0"):
+        assert f"--tp: {tp}, legal: a divisor of the 4 attention heads" in usage(
+            cmd, "render", manifest, "--output", out, "--model", "toy", "--tp", tp
+        )
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ([], "no model: give --checkpoint-path"),
+        (["--model", "huge"], "--model: 'huge', legal: toy"),
+        (["--model", "toy", "--gemma-root", "g"], "--gemma-root exclude each other"),
+        (["--model", "toy", "--dtype", "fp16"], "--dtype: 'fp16', legal: bfloat16 or float32"),
+        (["--model", "toy", "--precision", "fp4"], "--precision: 'fp4', legal: bf16 or fp8"),
+        (["--model", "toy", "--noise-device", "gpu"], "--noise-device: 'gpu', legal: model or cpu"),
+        (["--model", "toy", "--stop-after", "stage2"], "--stop-after: 'stage2', legal: stage1"),
+        (["--model", "toy", "--num-inference-steps", "1"], "--num-inference-steps: 1, legal: a whole number from 2"),
+        (["--model", "toy", "--seed", "-1"], "--seed: -1, legal: a whole number from 0"),
+        (["--model", "toy", "--frame-rate", "0"], "--frame-rate: 0.0, legal: frames a second"),
+        (["--model", "toy", "--video-cfg-guidance-scale", "nan"], "--video-cfg-guidance-scale: nan"),
+        (["--model", "toy", "--video-stg-blocks", "a,b"], "--video-stg-blocks: 'a,b', legal: block numbers"),
+        (["--model", "toy", "--stage1-replicas", "0"], "--stage1-replicas: '0', legal: auto or a number from 1"),
+        (["--model", "toy", "--stage2-replicas", "many"], "--stage2-replicas: 'many', legal: auto or"),
+        (["--model", "toy", "--limit", "0"], "--limit: 0, legal: a number from 1"),
+        (["--model", "toy", "--max-attempts", "0"], "--max-attempts: 0, legal: a number from 1"),
+        (["--model", "toy", "--ids", "none.txt"], "--ids: none.txt, cannot be read"),
+        (["--model", "toy", "--shard", "3/3"], "--shard: '3/3', legal: I/N"),
+        (["--model", "toy", "--shard", "1"], "--shard: '1', legal: I/N"),
+        (["--model", "toy", "--lora", "none.safetensors"], "none.safetensors: cannot be read"),
+        (["--model", "toy", "--lora", "none.safetensors", "nan"], "--lora: none.safetensors nan, legal: a finite"),
+        (["--model", "toy", "--lora", "a/x.safetensors", "--lora", "b/x.safetensors"], "two files are named 'x'"),
+        (["--config", "none.yaml"], "--config: none.yaml, cannot be read"),
+    ],
+)
+def test_a_wrong_option(cmd, manifest, out, flags, words):
+    assert words in usage(cmd, "render", manifest, "--output", out, *flags)
+
+
+def test_options_that_do_not_parse(cmd, manifest, out):
+    for args in (
+        ["render"],
+        ["render", manifest],
+        ["render", manifest, "--output", out, "--model", "toy", "--no-such-option"],
+        ["render", manifest, "--output", out, "--model", "toy", "--height", "tall"],
+        ["no-such-command"],
+    ):
+        code, _, err = cmd(*args)
+        assert code == 2 and err
+
+
+def test_the_shape_of_a_run(cmd, manifest, out, options):
+    code, _, _ = cmd("render", manifest, "--output", out, "--model", "toy", "--stage2-replicas", "0", "--tp", "2")
+    assert code == 0
+    assert (options[0].parallel.tp, options[0].parallel.stage1, options[0].parallel.stage2) == (2, None, 0)
+
+
+# --- bad rows: exit code 3, the others are planned ------------------------------------------------
+
+BAD_ROWS = [
+    ({"height": 1080}, ":1:height (x): 1080, legal: a positive multiple of 64 (next: 1024 or 1088)"),
+    ({"num_frames": 10}, ":1:num_frames (x): 10, legal: 8*k + 1 with k >= 0 (next: 9 or 17)"),
+    ({"num_inference_steps": 1}, ":1:num_inference_steps (x): 1, legal: a whole number from 2"),
+    ({"id": "../x"}, ":1:id ('../x'): '../x', legal: 1 to 128 of the characters"),
+    ({"images": [{"path": "/etc/passwd"}]}, ":1:images (x): '/etc/passwd', legal: a path inside an --image-root"),
+    ({"pipeline": "turbo"}, ":1:pipeline (x): 'turbo', legal: hq"),
+    ({"loras": [{"name": "none"}]}, ":1:loras (x): 'none', legal: a name declared with --lora"),
+    ({"prompt": " "}, ":1:prompt (x): ' ', legal: text that is not blank"),
+]
+
+
+@pytest.mark.parametrize("changes, words", BAD_ROWS)
+def test_an_illegal_row_is_listed_and_the_others_are_planned(cmd, tmp_path, changes, words):
+    manifest = write_jsonl(tmp_path / "m.jsonl", [{**GOOD, "id": "x", **changes}, {**GOOD, "seed": 1}])
+    code, out, _ = cmd("plan", manifest, "--model", "toy")
+    assert code == 3
+    assert f"illegal  {manifest}{words}" in out
+    assert "2 rows: 1 to render, 1 illegal" in out
+
+
+def test_a_second_row_with_an_id_and_other_content(cmd, tmp_path):
+    manifest = write_jsonl(tmp_path / "m.jsonl", [{**GOOD, "id": "x"}, {**GOOD, "id": "x", "seed": 3}])
+    code, out, _ = cmd("plan", manifest, "--model", "toy")
+    assert code == 3
+    assert f"illegal  {manifest}:2:id (x): 'x', legal: an id of its own" in out
+
+
+# --- plan ----------------------------------------------------------------------------------------
+
+
+def test_plan_of_good_rows(cmd, tmp_path):
+    rows = [{**GOOD, "id": "cat", "seed": 5, "frame_rate": 29.97}, {**GOOD, "prompt": "line\none " + "x" * 99}]
+    manifest = write_jsonl(tmp_path / "m.jsonl", rows)
+    code, out, err = cmd("plan", manifest, "--model", "toy")
+    assert (code, err) == (0, "")
+    first, second, total, cost = out.splitlines()
+    assert first == f"todo     {manifest}:1 (cat) hq 64x64x9@29.97 steps 2 seed 5: a cat"
+    assert "line one xxx" in second and second.endswith("...")
+    assert total == "2 rows: 2 to render"
+    assert "TFLOP in 2 clips" in cost
+
+
+def test_plan_against_a_dataset(cmd, manifest, out, toy):
+    item = next(run.prepare(_options(manifest, out)).plan.open())
+    DatasetWriter(Store(out)).write_index(item.item.item_id, item.request, RENDERED)
+    code, text, _ = cmd("plan", manifest, "--output", out, "--model", "toy")
+    assert code == 0
+    assert "1 rows: 1 done\nnothing to render" in text
+    assert "1 to render" in cmd("plan", manifest, "--output", out, "--model", "toy", "--seed", "3")[1]
+    assert "1 to render" in cmd("plan", manifest, "--model", "toy")[1]
+
+
+def _options(manifest: str, out: str) -> run.Options:
+    files = _model_files({**dict.fromkeys(model_options()), "model": "toy"})
+    return run.Options(manifest=manifest, output=out, model=files)
+
+
+def test_plan_lists_the_first_rows_or_all_and_takes_a_selection(cmd, tmp_path):
+    manifest = write_jsonl(tmp_path / "m.jsonl", [{**GOOD, "seed": n, "id": f"r{n}"} for n in range(50)])
+    (tmp_path / "ids").write_text("r3\n\n r49 \n")
+
+    def listed(*flags) -> list[str]:
+        return [line for line in cmd("plan", manifest, "--model", "toy", *flags)[1].splitlines() if "todo" in line]
+
+    assert len(listed()) == 40
+    assert len(listed("--all")) == 50
+    assert len(listed("--limit", "7")) == 7
+    assert [line.split("(")[1].split(")")[0] for line in listed("--ids", tmp_path / "ids")] == ["r3", "r49"]
+    assert len(listed("--shard", "2/25")) == 2
+
+
+def test_row_defaults_are_given_under_the_references_names(cmd, tmp_path, options):
+    manifest = write_jsonl(tmp_path / "m.jsonl", [{"prompt": "a"}])
+    flags = {
+        "--negative-prompt": "", "--seed": "3", "--height": "64", "--width": "128", "--num-frames": "9",
+        "--frame-rate": "25", "--num-inference-steps": "4", "--video-cfg-guidance-scale": "2",
+        "--video-stg-guidance-scale": "1", "--video-rescale-scale": "0.5", "--a2v-guidance-scale": "1.5",
+        "--video-stg-blocks": "1,2", "--video-skip-step": "1", "--audio-cfg-guidance-scale": "6",
+        "--audio-stg-guidance-scale": "0", "--audio-rescale-scale": "0.7", "--v2a-guidance-scale": "2.5",
+        "--audio-stg-blocks": "3", "--audio-skip-step": "2", "--distilled-lora-strength-stage-1": "0.3",
+        "--distilled-lora-strength-stage-2": "0.6",
+    }  # fmt: skip
+    code, _, err = cmd("render", manifest, "--output", "o", "--model", "toy", *sum(flags.items(), ()))
+    assert code == 0, err
+    [given] = options
+    [planned] = run.prepare(given).plan.open()
+    r = planned.request
+    assert (r.negative_prompt, r.seed, r.height, r.width, r.num_frames, r.frame_rate) == ("", 3, 64, 128, 9, 25.0)
+    assert (r.num_inference_steps, r.video_modality_scale, r.audio_modality_scale) == (4, 1.5, 2.5)
+    assert (r.video_stg_blocks, r.audio_stg_blocks) == ((1, 2), (3,))
+    assert (r.distilled_lora_strength_stage_1, r.distilled_lora_strength_stage_2) == (0.3, 0.6)
+    assert len(given.row_defaults) == len(flags)
+
+
+# --- LoRAs and config files ----------------------------------------------------------------------
+
+
+def test_loras_with_and_without_strength(cmd, manifest, options):
+    args = ["--lora", "a/one.safetensors", "0.5", "--lora", "two.safetensors", "--lora", "-3.safetensors", "-1e-1"]
+    code, _, err = cmd("render", "--output", "o", "--model", "toy", *args, manifest)
+    assert code == 0, err
+    assert options[0].manifest == manifest
+    assert options[0].model.loras == (
+        LoraSpec("one", "a/one.safetensors", 0.5),
+        LoraSpec("two", "two.safetensors", 1.0),
+        LoraSpec("-3", "-3.safetensors", -0.1),
+    )
+    cmd("render", manifest, "--output", "o", "--model", "toy", "--lora=x.safetensors", "2")
+    assert options[1].model.loras == (LoraSpec("x", "x.safetensors", 2.0),)
+
+
+CONFIG = {
+    "output": "from-config",
+    "model": "toy",
+    "num-inference-steps": 3,
+    "num_frames": 17,
+    "video-stg-blocks": [1, 2],
+    "a2v_guidance_scale": 1,
+    "lora": [{"path": "a.safetensors", "strength": 0.5}, {"path": "b.safetensors"}, "c.safetensors"],
+    "save-latents": True,
+    "stage2-replicas": 0,
+    "image-root": ["/x", "/y"],
+    "max-failed-fraction": 0.5,
+    "limit": 3,
+}
+
+
+@pytest.mark.parametrize("form", ["--config {}", "--config={}"])
+def test_a_config_file_holds_the_same_names_and_the_command_line_wins(cmd, manifest, tmp_path, options, form):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(CONFIG))
+    code, _, err = cmd("render", manifest, *form.format(path).split(), "--num-inference-steps", "5", "--limit", "1")
+    assert code == 0, err
+    [given] = options
+    assert given.output == "from-config"
+    assert dict(given.row_defaults) == {
+        "num_inference_steps": 5, "num_frames": 17, "video_stg_blocks": [1, 2], "video_modality_scale": 1.0
+    }  # fmt: skip
+    assert [(x.name, x.strength) for x in given.model.loras] == [("a", 0.5), ("b", 1.0), ("c", 1.0)]
+    assert given.save_latents and given.parallel.stage2 == 0
+    assert given.image_roots == ("/x", "/y")
+    assert (given.limits.max_failed_fraction, given.selection.limit) == (0.5, 1)
+
+
+def test_a_config_file_of_one_lora_and_one_root(cmd, manifest, tmp_path, options):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"model": "toy", "lora": "a.safetensors", "image_root": "/x", "shard": "0/2"}))
+    code, _, err = cmd("render", manifest, "--output", "o", "--config", path)
+    assert code == 0, err
+    assert options[0].model.loras == (LoraSpec("a", "a.safetensors", 1.0),)
+    assert options[0].image_roots == ("/x",)
+    assert options[0].selection.shard == (0, 2)
+
+
+def test_an_empty_config_file_changes_nothing(cmd, manifest, tmp_path, options):
+    (tmp_path / "run.yaml").write_text("")
+    assert cmd("render", manifest, "--output", "o", "--model", "toy", "--config", tmp_path / "run.yaml")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("steps: 3", "unknown option 'steps'; legal: a2v-guidance-scale,"),
+        ("- model", "holds no mapping"),
+        ("model: [", "cannot be read"),
+        ("lora: [{strength: 1}]", "lora: {'strength': 1}, legal: "),
+        ("lora: [{path: a, weight: 1}]", "lora: {'path': 'a', 'weight': 1}, legal: "),
+    ],
+)
+def test_a_config_file_that_is_refused(cmd, manifest, tmp_path, content, words):
+    (tmp_path / "run.yaml").write_text(content)
+    message = usage(cmd, "render", manifest, "--output", "o", "--config", tmp_path / "run.yaml")
+    assert str(tmp_path / "run.yaml") in message and words in message
+
+
+# --- other commands ------------------------------------------------------------------------------
+
+
+def test_inspect(cmd, toy, tmp_path):
+    code, out, _ = cmd("inspect", toy["checkpoint_path"])
+    assert code == 0
+    for words in ("model_version 2.3.0", "transformer: ", "video VAE: ", "vocoder: ", "4 layers, 4 heads"):
+        assert words in out
+    assert "other:" not in out
+    assert "LoRA: " in cmd("inspect", toy["distilled_lora"])[1]
+    (tmp_path / "x.bin").write_bytes(b"x")
+    assert "not a safetensors file" in usage(cmd, "inspect", tmp_path / "x.bin")
+
+
+def test_status_and_report_of_no_dataset(cmd, tmp_path):
+    assert f"{tmp_path}: no run.json; legal: the --output of a run" in usage(cmd, "status", tmp_path)
+    assert "no run.json" in usage(cmd, "status", tmp_path / "none")
+    assert "no dataset" in usage(cmd, "report", tmp_path / "none")
+    assert "no dataset" in usage(cmd, "report", tmp_path)
+
+
+def test_status_of_a_run(cmd, tmp_path):
+    store = Store(str(tmp_path))
+    record = {"run_id": "r1", "state": "finished", "manifest": "m.jsonl", "started_at": "2026-01-01"}
+    store.write_bytes("run.json", json.dumps(record).encode())
+    events = [
+        {"t": 0.0, "event": "call", "replica": "stage1-0", "stage": "stage1", "id": "cat", "seconds": 2.0},
+        {"t": 100.0, "event": "item_finished"},
+        {"t": 136.0, "event": "item_finished"},
+    ]
+    store.write_bytes("events.jsonl", "".join(json.dumps(e) + "\n" for e in events).encode() + b'{"t": 1, "ev')
+    code, out, _ = cmd("status", tmp_path)
+    assert code == 0
+    assert "run r1: finished\nmanifest m.jsonl, started 2026-01-01\n0 rows in the index, 0 in failed/\n" in out
+    assert "stage1-0: last finished stage1 of cat, 2.0 s, " in out
+    assert "100 clips an hour" in out
+
+
+@pytest.mark.parametrize("lease", [None, {"expires": 1.0, "run_id": "r1", "host": "elsewhere", "pid": 1}])
+def test_status_of_a_killed_run(cmd, tmp_path, lease):
+    store = Store(str(tmp_path))
+    store.write_bytes("run.json", b'{"run_id": "r1", "state": "running"}')
+    if lease is not None:
+        store.write_bytes("_lease.json", json.dumps(lease).encode())
+    assert "run r1: interrupted (run the same command to go on)" in cmd("status", tmp_path)[1]
+    store.write_bytes("_lease.json", json.dumps({"expires": 1e12, "run_id": "r1", "host": "x", "pid": 1}).encode())
+    assert "run r1: running" in cmd("status", tmp_path)[1]
+
+
+def test_retry_without_failures(cmd, out):
+    code, _, err = cmd("retry", out, "--model", "toy")
+    assert code == 2 and f"{out}: no dataset; legal: the --output of a run" in err
+    Path(out, "index").mkdir(parents=True)
+    code, stdout, _ = cmd("retry", out, "--model", "toy")
+    assert code == 0 and f"nothing failed in {out}" in stdout
+
+
+def test_retry_renders_what_failed(cmd, out, options):
+    Path(out, "failed").mkdir(parents=True)
+    Path(out, "failed", f"part-row-{'0' * 32}-00000000.parquet").touch()
+    code, _, err = cmd("retry", out, "--model", "toy", "--seed", "4", "--image-root", "/x")
+    assert code == 0, err
+    assert (options[0].manifest, options[0].output) == (f"{out}/failed", out)
+    assert options[0].retry_failed and options[0].image_roots == ("/x",)

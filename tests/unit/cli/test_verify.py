@@ -1,0 +1,268 @@
+"""What verify finds in a damaged dataset, what it mends, and what it makes of a sample rendered again."""
+
+from __future__ import annotations
+
+import io
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from ltx_ray.cli import verify as verify_module
+from ltx_ray.cli.app import app
+from ltx_ray.cli.verify import verify
+from ltx_ray.config import ModelFiles
+from ltx_ray.dataset.layout import INDEX_SCHEMA, part_name, row_key
+from ltx_ray.dataset.writer import DatasetWriter, Failure, one_row
+from ltx_ray.manifest.reader import RawRow, read_manifest
+from ltx_ray.manifest.rules import LegalRow, RowRules, judge
+from ltx_ray.run import Options
+from ltx_ray.storage import lease as lease_module
+from ltx_ray.storage.lease import holder
+from ltx_ray.storage.store import Store
+from tests.support.damaged_dataset import ITEMS, build, clip_of, part_of, rows_of
+from tests.support.samples import request
+
+
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.slow)])
+def store(request, tmp_path) -> Store:
+    return build(Store(str(tmp_path / "out") if request.param == "local" else request.getfixturevalue("bucket")))
+
+
+@pytest.fixture(autouse=True)
+def _no_settling(monkeypatch):
+    """Nobody else writes a lease at the same moment."""
+    monkeypatch.setattr(lease_module, "_SETTLE_SECONDS", 0.0)
+
+
+def check(store: Store, **options) -> tuple[int, list[str]]:
+    said: list[str] = []
+    return verify(store.uri, said.append, **options), said
+
+
+def change(store: Store, part: str, **values) -> None:
+    row = pq.read_table(io.BytesIO(store.read_bytes(part))).to_pylist()[0]
+    store.write_bytes(part, one_row({**row, **values}, INDEX_SCHEMA))
+
+
+def test_a_whole_dataset(store):
+    before = store.list_names("", recursive=True)
+    assert check(store) == (0, ["4 rows and 4 clips checked, 0 rows in failed/: all well"])
+    assert check(store, mend=True)[0] == 0
+    assert store.list_names("", recursive=True) == before and holder(store) is None
+
+
+def test_no_dataset(tmp_path):
+    with pytest.raises(ValueError, match="no dataset; legal: the --output of a run"):
+        verify(str(tmp_path), pytest.fail)
+
+
+def flip(store: Store, name: str) -> None:
+    data = bytearray(store.read_bytes(name))
+    data[-1] ^= 1
+    store.write_bytes(name, bytes(data))
+
+
+def truncate(store: Store, name: str) -> None:
+    store.write_bytes(name, store.read_bytes(name)[:-9])
+
+
+def without_column(store: Store) -> None:
+    table = pq.read_table(io.BytesIO(store.read_bytes(part_of(1, "c")))).drop_columns(["flags"])
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    store.write_bytes(part_of(1, "c"), buffer.getvalue())
+
+
+def two_rows(store: Store) -> None:
+    table = pq.read_table(io.BytesIO(store.read_bytes(part_of(1, "c"))))
+    buffer = io.BytesIO()
+    pq.write_table(pa.concat_tables([table, table]), buffer)
+    store.write_bytes(part_of(1, "c"), buffer.getvalue())
+
+
+def other_clip(store: Store) -> None:
+    """The bytes of another item's clip, of which the index says that they are right."""
+    store.write_bytes(clip_of(1), store.read_bytes(clip_of(2)))
+    sha256 = pq.read_table(io.BytesIO(store.read_bytes(part_of(2, "d"))))["clip_sha256"][0].as_py()
+    change(store, part_of(1, "c"), clip_sha256=sha256)
+
+
+DAMAGE = {
+    "altered clip": (lambda s: flip(s, clip_of(1)), "(c): its clip clips/0a/", "has sha256"),
+    "missing clip": (lambda s: s.delete(clip_of(1)), "(c): its clip clips/0a/", "is missing"),
+    "clip of another item": (other_clip, "(c): its clip clips/0a/", "is of another item"),
+    "clip elsewhere": (lambda s: change(s, part_of(1, "c"), clip="clips/x.mp4"), "(c): its clip is 'clips/x.mp4'", ""),
+    "truncated part": (lambda s: truncate(s, part_of(1, "c")), "cannot be read as Parquet", ""),
+    "empty part": (lambda s: s.write_bytes(part_of(1, "c"), b""), "cannot be read as Parquet", ""),
+    "missing column": (without_column, "has not the columns of an index (flags)", ""),
+    "two rows": (two_rows, "holds 2 rows, legal: 1", ""),
+    "no id": (lambda s: change(s, part_of(1, "c"), id=None), "its row has no id or no item_id", ""),
+    "row of another name": (lambda s: change(s, part_of(1, "c"), id="z"), "(z): is not named after its row", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_found_and_mended(store, kind):
+    damage, what, more = DAMAGE[kind]
+    damage(store)
+    count, (line, *_, summary) = check(store)
+    assert count == 1 and line.startswith(f"{part_of(1, 'c')}") and what in line and more in line
+    copied = "it is set aside, and its row has a part of its own"
+    again = ", then ltx-ray render: it is rendered again"
+    assert line.endswith(f"run ltx-ray verify --repair{': ' + copied if 'named after' in line else again}")
+    assert summary.endswith("1 problems")
+    assert check(store)[0] == 1, "nothing was changed"
+
+    _, said = check(store, mend=True)
+    assert any("index/_" in line or "index/_lost-*" in line for line in said)
+    assert check(store)[0] == 0
+    assert sorted(rows_of(store)) == sorted([(ITEMS[0], "a"), (ITEMS[0], "b"), (ITEMS[2], "d")])
+    assert holder(store) is None
+
+
+def test_every_row_of_an_altered_clip_is_a_problem(store):
+    flip(store, clip_of(0))
+    count, said = check(store)
+    assert count == 2 and "(a)" in said[0] + said[1] and "(b)" in said[0] + said[1]
+
+
+def test_an_oddly_named_copy_is_a_problem(store):
+    store.write_bytes("index/part-copy.parquet", store.read_bytes(part_of(1, "c")))
+    count, said = check(store)
+    due = part_name(ITEMS[1], row_key("c"))
+    what = f"index/part-copy.parquet (c): is not named after its row (that would be {due}"
+    assert count == 1 and said[0].startswith(what)
+    assert check(store, mend=True)[0] == 0 and check(store)[0] == 0 and len(rows_of(store)) == 4
+
+
+def test_clips_without_a_row_and_shared_ids_are_notes(store):
+    store.write_bytes("clips/77/" + "7" * 32 + ".mp4", b"x")
+    store.write_bytes("clips/0a/" + "0a" * 16 + ".mp4", b"x")
+    build(store, rows=((2, "a"),))
+    count, said = check(store)
+    assert count == 0
+    assert said[0].startswith("note: 2 clips have no row in the index")
+    assert said[1].startswith("note: 1 rows have the id of another row with other content")
+
+
+def test_failed_rows_that_cannot_be_read(store):
+    failure = Failure("stage1", 1, "row", "why")
+    DatasetWriter(store).write_failed(ITEMS[1], request(id="x"), RawRow("m.jsonl", 1, {}), failure)
+    assert check(store) == (0, ["4 rows and 4 clips checked, 1 rows in failed/: all well"])
+    store.write_bytes("failed/part-row-x.parquet", b"x")
+    store.write_bytes("failed/part-row-y.parquet", store.read_bytes(part_of(1, "c")))
+    count, said = check(store)
+    assert count == 2 and said[0].startswith("failed/part-row-x.parquet: cannot be read as a table of failed rows")
+
+
+# --- a sample ------------------------------------------------------------------------------------
+
+
+def renders(monkeypatch, answer) -> list[Options]:
+    """In place of render: `answer(manifest row)` gives the index row's changes, None: the row fails."""
+    asked = []
+
+    def render(options: Options) -> int:
+        asked.append(options)
+        out = Store(options.output)
+        for raw in read_manifest(options.manifest):
+            row = judge(raw, RowRules(image_roots=options.image_roots))
+            assert isinstance(row, LegalRow), row.messages()
+            changes = answer(row.request)
+            if changes is None:
+                writer, failure = DatasetWriter(out), Failure("stage1", 1, "row", "latents are not finite")
+                writer.write_failed(row.request.id, row.request, raw, failure)
+                continue
+            values = {**row.request.row(), "item_id": row.request.id, "latents_sha256": "d" * 64, "device": "cpu",
+                      "numerics": "{}", "recipe_digest": "e" * 16, **changes}  # fmt: skip
+            part = part_name(values["item_id"], row_key(row.request.id))
+            out.write_bytes(f"index/{part}", one_row(values, INDEX_SCHEMA))
+        return 0
+
+    monkeypatch.setattr(verify_module, "render", render)
+    return asked
+
+
+def options(manifest: str, output: str) -> Options:
+    return Options(manifest, output, ModelFiles("", "", ""), dtype="float32", noise_device="cpu", save_latents=True)
+
+
+def test_a_sample_is_the_same_each_time_and_one_row_an_item(store, monkeypatch):
+    asked = renders(monkeypatch, lambda request: {})
+    for sample, items in ((2, 2), (3, 3), (99, 3)):
+        count, said = check(store, sample=sample, options=options)
+        assert count == 0 and sum("rendered again, the same latents" in line for line in said) == items
+    assert check(store, sample=2, options=options)[1] == check(store, sample=2, options=options)[1]
+    assert {(o.dtype, o.noise_device, o.save_latents) for o in asked} == {("bfloat16", "model", False)}, "the recipe's"
+
+
+def test_rows_are_rendered_as_they_were_resolved(store, monkeypatch):
+    seen = {}
+    renders(monkeypatch, lambda request: seen.update({request.id: request}) or {})
+    made = request(id="full", seed=77, video_stg_blocks=[3], negative_prompt="", num_frames=9, pipeline="base")
+    change(store, part_of(1, "c"), **{k: v for k, v in made.row().items() if k not in ("id", "extra")})
+    assert check(store, sample=9, options=options)[0] == 0
+    again = seen[ITEMS[1]]
+    assert {**again.row(), "id": "full"} == made.row()
+
+
+@pytest.mark.parametrize(
+    "changes, said, problems",
+    [
+        ({"latents_sha256": "0" * 64}, f"renders to latents {'0' * 64}, the index has {'d' * 64}", 1),
+        ({"latents_sha256": "0" * 64, "device": "H200"}, "was rendered on cpu, and now on H200, where bits", 0),
+        ({"latents_sha256": "0" * 64, "numerics": '{"tp":2}'}, 'was rendered on {}, and now on {"tp":2}, where', 0),
+        ({"item_id": "9" * 32, "recipe_digest": "f" * 16}, "was rendered with other weights or LoRAs than", 0),
+        ({"item_id": "9" * 32}, "was rendered with other images than", 0),
+        (None, "could not be rendered again (latents are not finite)", 1),
+    ],
+)  # fmt: skip
+def test_what_a_sample_may_show(store, monkeypatch, changes, said, problems):
+    renders(monkeypatch, lambda request: changes)
+    count, lines = check(store, sample=1, options=options)
+    assert count == problems and said in lines[0] and lines[0].startswith("index/part-")
+    assert ("not comparable" in lines[0]) == (changes is not None and not problems)
+    assert lines[-1].endswith(f"{problems} problems" if problems else "all well")
+
+
+def test_rows_whose_clips_are_damaged_are_not_in_the_sample(store, monkeypatch):
+    seen = []
+    renders(monkeypatch, lambda request: seen.append(request.id) or {})
+    flip(store, clip_of(1))
+    check(store, sample=9, options=options)
+    assert sorted(seen) == [ITEMS[0], ITEMS[2]]
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+def test_exit_codes(tmp_path):
+    store = build(Store(str(tmp_path / "out")))
+
+    def run(*arguments: str) -> tuple[int, str]:
+        result = CliRunner().invoke(app, ["verify", *arguments])
+        return result.exit_code, result.output
+
+    assert run(store.uri) == (0, "4 rows and 4 clips checked, 0 rows in failed/: all well\n")
+    store.delete(clip_of(2))
+    code, output = run(store.uri)
+    assert code == 3 and "is missing" in output
+    code, output = run(store.uri, "--repair")
+    assert code == 0 and "repaired: index/part-fe" in output, "its row is to be rendered again; nothing else is wrong"
+    assert run(store.uri)[0] == 0
+    assert run(str(tmp_path / "none"))[0] == 2
+    code, output = run(store.uri, "--sample", "1")
+    assert code == 2 and "no model: give --checkpoint-path" in output
+    assert run(store.uri, "--sample", "-1")[0] == 2
+
+
+def test_the_sample_s_options_are_the_command_line_s(tmp_path, monkeypatch):
+    store = build(Store(str(tmp_path / "out")))
+    asked = renders(monkeypatch, lambda request: {})
+    result = CliRunner().invoke(app, ["verify", store.uri, "--sample", "1", "--model", "toy", "--tp", "2"])
+    assert result.exit_code == 0, result.output
+    [given] = asked
+    assert given.parallel.tp == 2 and given.model.provider == "ltx_ray.toy:ensure_toy_model"
+    assert not given.output.startswith(store.uri) and not given.image_roots

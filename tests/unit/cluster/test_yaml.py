@@ -1,0 +1,239 @@
+"""cluster/*.yaml against the schemas of KubeRay's CRDs, Ray's autoscaler and Kubernetes.
+
+The check is strict: a field that the schema does not know is an error, since the API server would silently drop a
+misspelled one.
+"""
+
+import copy
+import gzip
+import json
+import re
+import shlex
+import sys
+from importlib import metadata, util
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[3]
+KINDS = {"RayCluster": "rayclusters", "RayJob": "rayjobs"}
+
+
+def documents(name):
+    return list(yaml.safe_load_all((ROOT / "cluster" / name).read_text()))
+
+
+def only(name, kind):
+    (found,) = [d for d in documents(name) if d["kind"] == kind]
+    return found
+
+
+def strict(schema):
+    """A CRD's openAPIV3Schema as a JSON schema that allows only the listed fields."""
+    if not isinstance(schema, dict):
+        return schema
+    if schema.get("x-kubernetes-int-or-string"):
+        schema = {k: v for k, v in schema.items() if k not in ("anyOf", "type")} | {"type": ["integer", "string"]}
+    out = dict(schema)
+    if "properties" in out:
+        out["properties"] = {key: strict(value) for key, value in out["properties"].items()}
+        if "additionalProperties" not in out and not out.get("x-kubernetes-preserve-unknown-fields"):
+            out["additionalProperties"] = False
+    for key in ("items", "additionalProperties"):
+        if key in out:
+            out[key] = strict(out[key])
+    return out
+
+
+def validator(kind):
+    path = ROOT / f"tests/data/kuberay/{KINDS[kind]}.schema.json.gz"
+    schema = strict(json.loads(gzip.decompress(path.read_bytes())))
+    # The CRD leaves `metadata` to the API server.
+    schema["properties"]["metadata"] = {
+        "type": "object",
+        "properties": {"name": {"type": "string", "pattern": "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"}},
+        "required": ["name"],
+    }
+    return jsonschema.Draft7Validator(schema)
+
+
+def errors(document):
+    return [f"{e.json_path}: {e.message}" for e in validator(document["kind"]).iter_errors(document)]
+
+
+def cluster_spec(document):
+    return document["spec"] if document["kind"] == "RayCluster" else document["spec"]["rayClusterSpec"]
+
+
+def schedule_module():
+    spec = util.spec_from_file_location("schedule", ROOT / "jobs/schedule.py")
+    module = util.module_from_spec(spec)
+    sys.modules.setdefault("schedule", module)  # dataclasses look up their module
+    spec.loader.exec_module(module)
+    return module
+
+
+RAY_DOCUMENTS = [("raycluster.yaml", "RayCluster"), ("rayjob.yaml", "RayJob")]
+
+
+@pytest.mark.parametrize(("name", "kind"), RAY_DOCUMENTS)
+def test_kuberay_accepts_it(name, kind):
+    document = only(name, kind)
+    assert document["apiVersion"] == "ray.io/v1"
+    assert errors(document) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("spec", "enableInTreeAutoscalling"), True),
+        (("spec", "rayVersion"), 2.6),
+        (("spec", "workerGroupSpecs", 0, "maxReplica"), 3),
+        (("spec", "workerGroupSpecs", 0, "maxReplicas"), "3"),
+        (("spec", "workerGroupSpecs", 0, "template", "spec", "terminationGracePeriod"), 3),
+        (("spec", "headGroupSpec", "template", "spec", "containers", 0, "volumeMount"), []),
+        (("spec", "headGroupSpec", "template", "spec", "containers", 0, "ports", 0, "containerPort"), None),
+        (("spec", "headGroupSpec", "template", "spec", "volumes", 0, "persistentVolumeClaim"), {}),
+        (
+            ("spec", "headGroupSpec", "template", "spec", "containers", 0, "resources", "limits", "cpu"),
+            "lots",
+        ),
+        (("specs",), {}),
+    ],
+)
+def test_the_validator_rejects_mistakes(path, value):
+    document = copy.deepcopy(only("raycluster.yaml", "RayCluster"))
+    place = document
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    assert errors(document), f"{path} = {value!r} passed"
+
+
+def test_the_schemas_are_whole():
+    # An empty schema would accept everything, so look for fields deep inside each.
+    for kind in KINDS:
+        text = json.dumps(validator(kind).schema)
+        assert '"terminationGracePeriodSeconds"' in text and '"enableInTreeAutoscaling"' in text
+        assert text.count('"additionalProperties": false') > 100
+
+
+@pytest.mark.parametrize(("name", "kind"), RAY_DOCUMENTS)
+def test_what_the_operator_checks_beyond_the_schema(name, kind):
+    spec = cluster_spec(only(name, kind))
+    # As in KubeRay's ValidateRayClusterSpec; the restartPolicy is required by autoscaler v2.
+    assert spec["enableInTreeAutoscaling"]
+    pods = [spec["headGroupSpec"]["template"]["spec"]]
+    for group in spec["workerGroupSpecs"]:
+        assert 0 <= group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+        pods.append(group["template"]["spec"])
+    for pod in pods:
+        assert pod.get("restartPolicy", "Never") == "Never"
+        volumes = {volume["name"] for volume in pod["volumes"]}
+        for container in pod["containers"]:
+            assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
+            resources = container["resources"]
+            assert resources["requests"] == resources["limits"]
+    worker = pods[1]
+    (container,) = worker["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] >= 1
+    drain = {e["name"]: e["value"] for e in container["env"]}["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"]
+    assert 0 < float(drain) < worker["terminationGracePeriodSeconds"]
+
+
+@pytest.mark.parametrize(("name", "kind"), RAY_DOCUMENTS)
+def test_ray_is_the_version_that_is_tested_here(name, kind):
+    assert cluster_spec(only(name, kind))["rayVersion"] == metadata.version("ray")
+    text = "".join((ROOT / "cluster" / f).read_text() for f in ("raycluster.yaml", "autoscaler-aws.yaml"))
+    assert set(re.findall(r"rayproject/ray:([\d.]+)|==([\d.]+)\"", text)) == {
+        (metadata.version("ray"), ""),
+        ("", metadata.version("ray")),
+    }
+
+
+def test_rayjob_runs_the_render():
+    spec = only("rayjob.yaml", "RayJob")["spec"]
+    words = shlex.split(spec["entrypoint"])
+    assert words[:2] == ["python", "/opt/ltx-ray/jobs/render.py"]
+    assert "--output" in words
+    assert spec["shutdownAfterJobFinishes"] is True
+    assert spec["submissionMode"] in ("K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode")
+    assert spec["backoffLimit"] >= 1
+
+
+def test_cronjob_is_a_cronjob():
+    (job,) = documents("cronjob.yaml")
+    assert set(job) == {"apiVersion", "kind", "metadata", "spec"}
+    assert (job["apiVersion"], job["kind"]) == ("batch/v1", "CronJob")
+    spec = job["spec"]
+    assert set(spec) <= {
+        *("schedule", "timeZone", "startingDeadlineSeconds", "concurrencyPolicy", "suspend", "jobTemplate"),
+        *("successfulJobsHistoryLimit", "failedJobsHistoryLimit"),
+    }
+    assert re.fullmatch(r"\d{1,2} \d{1,2} \* \* \*", spec["schedule"])
+    assert spec["concurrencyPolicy"] == "Forbid"
+    work = spec["jobTemplate"]["spec"]
+    assert set(work) <= {"activeDeadlineSeconds", "backoffLimit", "podFailurePolicy", "template"}
+    minute, hour = map(int, spec["schedule"].split()[:2])
+    assert hour * 3600 + minute * 60 + work["activeDeadlineSeconds"] < 86400, "a retry could have another date"
+    pod = work["template"]["spec"]
+    assert pod["restartPolicy"] == "Never", "podFailurePolicy allows no other"
+    (container,) = pod["containers"]
+    (rule,) = work["podFailurePolicy"]["rules"]
+    assert rule["onExitCodes"]["containerName"] == container["name"]
+
+
+def test_cronjob_pod_is_one():
+    """CronJob has no CRD, but its pod template is of the kind that KubeRay's schema describes in full."""
+    (job,) = documents("cronjob.yaml")
+    document = copy.deepcopy(only("raycluster.yaml", "RayCluster"))
+    document["spec"]["headGroupSpec"]["template"] = job["spec"]["jobTemplate"]["spec"]["template"]
+    assert errors(document) == []
+
+
+def test_cronjob_command_is_one_of_schedule():
+    (job,) = documents("cronjob.yaml")
+    pod = job["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    python, script, *argv = container["command"]
+    assert (python, script) == ("python", "/opt/ltx-ray/jobs/schedule.py")
+    args = schedule_module().parser().parse_args(argv)
+    assert args.wait and not args.dry_run and args.date is None
+    cluster = only("raycluster.yaml", "RayCluster")
+    assert args.address == f"http://{cluster['metadata']['name']}-head-svc:8265"
+    # This pod and the head must see the manifest under the same path.
+    head = cluster["spec"]["headGroupSpec"]["template"]["spec"]
+    shared = {"data": {"claimName": "ltx-ray-data"}}
+    for volumes, mounts in (
+        (pod["volumes"], container["volumeMounts"]),
+        (head["volumes"], head["containers"][0]["volumeMounts"]),
+    ):
+        claims = {v["name"]: v["persistentVolumeClaim"] for v in volumes if "persistentVolumeClaim" in v}
+        assert claims == shared
+        assert {"name": "data", "mountPath": "/data"} in mounts
+    assert str(args.out_dir).startswith("/data/")
+
+
+def ray_autoscaler_schema():
+    (path,) = [p for p in metadata.files("ray") if str(p) == "ray/autoscaler/ray-schema.json"]
+    return json.loads(path.read_text())
+
+
+def test_ray_autoscaler_accepts_the_aws_file():
+    (config,) = documents("autoscaler-aws.yaml")
+    check = jsonschema.Draft7Validator(ray_autoscaler_schema())
+    assert [e.message for e in check.iter_errors(config)] == []
+    types = config["available_node_types"]
+    assert config["head_node_type"] in types
+    worker = types["gpu"]
+    assert (worker["min_workers"], worker["max_workers"]) == (1, config["max_workers"])
+    assert worker["node_config"]["InstanceMarketOptions"]["MarketType"] == "spot"
+    bad = {**config, "idle_timeout_minuts": 3}
+    assert not check.is_valid(bad)
+
+
+def test_every_file_is_checked_here():
+    checked = {"raycluster.yaml", "rayjob.yaml", "cronjob.yaml", "autoscaler-aws.yaml"}
+    assert {p.name for p in (ROOT / "cluster").glob("*.y*ml")} == checked

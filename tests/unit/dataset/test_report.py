@@ -1,0 +1,311 @@
+"""The report page: self-contained, safe with hostile input, complete, bounded, not lost to a bad file."""
+
+import base64
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from ltx_ray.dataset import report_data
+from ltx_ray.dataset.report import write_report
+from ltx_ray.dataset.report_text import esc, human
+from ltx_ray.dataset.thumbnails import make_strip
+from ltx_ray.dataset.timeline import make_timeline
+from tests.support import report_data as data
+
+
+class Page(HTMLParser):
+    """Tags with their attributes in order, and the text of the page outside style and script."""
+
+    def __init__(self, out, **options):
+        super().__init__()
+        self.tags, self.text, self._stack = [], "", []
+        self.source = Path(write_report(str(out), **options)).read_text(encoding="utf-8")
+        self.feed(self.source)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self._stack.append(tag)
+
+    def handle_endtag(self, tag):
+        while self._stack and self._stack.pop() != tag:
+            pass
+
+    def handle_data(self, text):
+        if not {"style", "script"} & set(self._stack[-1:]):
+            self.text += text
+
+    def all(self, tag, kind=None):
+        return [a for t, a in self.tags if t == tag and (kind is None or kind in (a.get("class") or "").split())]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """Four clips (one damaged, one gone), three failures, events."""
+    root = tmp_path_factory.mktemp("out")
+    rows = [data.index_row(i) for i in range(6)]
+    rows[1]["prompt"] = rows[2]["prompt"] = data.HOSTILE
+    rows[2]["flags"] = ["silent", data.HOSTILE]
+    rows[4]["clip"] = None
+    for i, row in enumerate(rows[:4]):
+        data.write_mp4(root / row["clip"], 64, 64, 9, seed=i)
+    (root / rows[0]["clip"]).write_bytes(b"not an mp4")
+    (root / rows[3]["clip"]).unlink()
+    data.write_mp4(root / rows[5]["clip"], 96, 64, 57, 29.97)
+    rows[5].update(width=96, num_frames=57, frame_rate=29.97)
+    data.write_parts(root, "index", rows, size=4)
+    failures = [data.failed_row(i) for i in range(1, 3)]
+    failures.append(data.failed_row(3, id=data.HOSTILE, message=data.HOSTILE, traceback=data.HOSTILE, item_id=None))
+    data.write_parts(root, "failed", failures)
+    data.write_events(root, data.run_events())
+    data.write_run(root, rows=9, rendered=6, failed=3)
+    return root
+
+
+@pytest.fixture(scope="module")
+def page(out):
+    return Page(out)
+
+
+def test_nothing_comes_from_outside(page):
+    assert "http://" not in page.source and "https://" not in page.source
+    for tag, attrs in page.tags:
+        assert tag not in ("link", "iframe", "object", "embed", "base", "form")
+        if "src" in attrs:
+            assert attrs["src"].startswith("data:image/webp;base64,")
+        if "href" in attrs:
+            assert re.fullmatch(r"#\w+|clips/\w\w/\w+\.mp4", attrs["href"])
+    assert "url(" not in page.source and "@import" not in page.source
+
+
+def test_hostile_text_stays_text(page):
+    assert len(page.all("script")) == 1
+    assert not [a for _, a in page.tags if any(name.startswith("on") for name in a)]
+    assert all((a.get("src") or "").startswith("data:") for a in page.all("img"))
+    shown = data.HOSTILE.replace("\x00", "\ufffd")
+    # Three prompts, a flag in the summary, as badge and as option, a failed row's id, message and traceback.
+    # "{{title}}" in it was not taken for a placeholder.
+    assert page.text.count(shown) == 9
+    assert "\x00" not in page.source
+    flags = [json.loads(a["data-flags"]) for a in page.all("article") if a["data-flags"]]
+    assert flags == [["silent", data.HOSTILE]]
+
+
+def test_the_policy_allows_the_one_script_and_nothing_else(page):
+    script = re.search(r"<script>(.*?)</script>", page.source, re.S)[1]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = next(a["content"] for a in page.all("meta") if a.get("http-equiv") == "Content-Security-Policy")
+    assert f"script-src 'sha256-{digest}'" in policy and "default-src 'none'" in policy
+
+
+def test_failures_come_first_and_tell_all(page):
+    assert page.source.index('id="failures"') < page.source.index('id="timeline"') < page.source.index('id="clips"')
+    assert len(page.all("ol", "failures")) == 1
+    for text in (
+        "bad-001",
+        "3 attempts",
+        "infrastructure",
+        "illegal memory access",
+        "RuntimeError",
+        "prompts.parquet:1",
+    ):
+        assert text in page.text
+
+
+def test_every_clip_has_a_card_with_a_strip_or_a_reason(page):
+    assert len(page.all("article", "clip")) == 6
+    strips = [a for t, a in page.tags if "strip" in (a.get("class") or "").split()]
+    assert len(strips) == 6
+    assert len([a for a in strips if "none" in a["class"].split()]) == 3
+    assert "cannot be decoded" in page.text and "is missing" in page.text and "stopped after stage 1" in page.text
+    images = page.all("img")
+    assert len(images) == 3 * 6 and all(a["alt"] and a["loading"] == "lazy" for a in images)
+    assert "2 clips of the index missing or damaged" in page.text
+    for text in ("seed 15", "96 × 64", "57 frames", "29.97 fps", "1.90 s", "stage 1", "silent"):
+        assert text in page.text
+
+
+def test_summary(page):
+    text = " ".join(page.text.split())
+    for part in (
+        "6 clips rendered, 3 failed",
+        "r-20260512-210407",
+        "of 9 rows",
+        "5 min 0 s",
+        "72 / h",
+        "torch 2.11.0",
+        "NVIDIA H100",
+        "9f2c41d07be3a855",
+    ):
+        assert part in text, part
+
+
+def test_flagged_clips_lead_and_the_rest_beyond_the_cap_are_counted(out):
+    page = Page(out, max_clips=2)
+    assert [a["data-id"] for a in page.all("article")] == ["clip-0002", "clip-0000"]
+    assert "4 more clips not shown here" in page.text
+
+
+def test_empty_dataset(tmp_path):
+    page = Page(tmp_path)
+    assert "Nothing rendered" in page.text and "No clips yet" in page.text
+    assert not page.all("article") and 'id="failures"' not in page.source and 'id="timeline"' not in page.source
+    with pytest.raises(FileNotFoundError, match="no dataset"):
+        write_report(str(tmp_path / "typo"))
+
+
+def test_failures_only_and_many_of_them(tmp_path):
+    data.write_parts(tmp_path, "failed", [data.failed_row(i) for i in range(report_data.MAX_FAILURES + 40)], size=100)
+    page = Page(tmp_path)
+    assert "0 clips rendered, 340 failed" in page.text and "40 more are not shown" in page.text
+    assert len(page.source) < 500_000
+
+
+def test_a_failure_that_was_rendered_since_is_not_listed(tmp_path):
+    row = data.index_row(1, clip=None)
+    data.write_parts(tmp_path, "index", [row])
+    data.write_parts(tmp_path, "failed", [data.failed_row(1, item_id=row["item_id"]), data.failed_row(2)])
+    page = Page(tmp_path)
+    assert "1 failed" in page.text and "bad-001" not in page.text and "1 earlier failure rendered since" in page.text
+
+
+def test_damaged_records_are_said_not_fatal(tmp_path):
+    data.write_parts(
+        tmp_path,
+        "index",
+        [data.index_row(1, clip="../../etc/passwd"), data.index_row(2, clip="javascript:x")],
+    )
+    (tmp_path / "index" / "part-zzz.parquet").write_bytes(b"PAR1 no")
+    (tmp_path / "index" / "_tmp.parquet").write_bytes(b"someone is writing this")
+    (tmp_path / "run.json").write_text(
+        '{"run_id": "\\ud800", "started_at": 1e300, "counts": [], "pools": 3, "state": 7}'
+    )
+    lines = [
+        '{"t": 1, "event": "call"}',
+        '{"t": 1, "event": "call", "role": [], "replica": 0, "start": "x"}',
+        "[]",
+        "{",
+        "",
+    ]
+    lines += [
+        '{"t": NaN, "event": "call"}',
+        '{"t": 2, "event": "switch", "role": "a", "replica": {}, "seconds": -1}',
+    ]
+    lines += ['{"t": 3, "event": "call", "role": "x", "replica": 1, "stage": ["y"], "start": 1, "seconds": 1}']
+    (tmp_path / "events.jsonl").write_text("\n".join(lines))
+    page = Page(tmp_path)
+    assert "part-zzz.parquet cannot be read" in page.text and "3 malformed lines skipped" in page.text
+    assert "not a path inside the dataset" in page.text and "_tmp" not in page.text
+    assert {a.get("href") for a in page.all("a")} == {"#clips", "javascript%3Ax"}
+
+
+def test_only_the_newest_run_is_on_the_timeline(tmp_path):
+    data.write_events(
+        tmp_path,
+        [
+            {"t": 5, "event": "gang_starting", "role": "old", "replica": "old-0"},
+            *data.run_events(),
+        ],
+    )
+    page = Page(tmp_path)
+    assert "old-0" not in page.text and "stage1-2" in page.text
+
+
+def test_timeline_tells_loading_switches_losses_and_failures():
+    events = data.run_events(shared=True)
+    chart = make_timeline(events)
+    for text in (
+        "loading: ",
+        "on node-0 cuda:0",
+        "switch to stage2: 3.0 s",
+        "replica lost: rank 0 died",
+        "stage 1 + 2",
+    ):
+        assert text in chart
+    assert chart.count('<rect class="k-') == sum(e["event"] in ("call", "switch", "gang_started") for e in events)
+    assert make_timeline([]) == "" and make_timeline([{"t": 1.0, "event": "run_started"}]) == ""
+
+
+def test_timeline_lanes_are_in_order_of_the_line_and_counted_naturally():
+    events = data.run_events(400, replicas=(1, 11, 2, 1))
+    lanes = re.findall(r'<div title="([^"]+)">', make_timeline(events))
+    assert lanes == ["text-0", *(f"stage1-{k}" for k in range(11)), "stage2-0", "stage2-1", "decode-0"]
+
+
+@pytest.mark.slow
+def test_ten_thousand_events_and_many_replicas_stay_small(tmp_path):
+    events = data.run_events(40_000, replicas=(2, 60, 50, 12))
+    assert len(events) > 10_000
+    data.write_events(tmp_path, events)
+    page = Page(tmp_path)
+    assert len(page.source) < 700_000
+    assert "more replicas are not drawn" in page.text
+    assert len(make_timeline(data.run_events(10_000, replicas=(1, 4, 3, 2)))) < 200_000
+
+
+def test_busy_bins_add_up():
+    """One replica at work in half of its time draws half of the area."""
+    events = [{"t": 0.0, "event": "run_started"}]
+    for i in range(1000):
+        call = {
+            "role": "text",
+            "replica": "a",
+            "stage": "text",
+            "id": str(i),
+            "start": 10.0 * i,
+            "seconds": 5.0,
+            "ok": True,
+        }
+        events.append({"t": 10.0 * i + 10, "event": "call", **call})
+    chart = make_timeline(events)
+    heights = [int(h) for h in re.findall(r"v-(\d+)h-1z", chart)]
+    assert sum(heights) / 100 / 240 == pytest.approx(0.5, abs=0.01)
+    assert ">50%</div>" in chart
+
+
+def test_strips_fit_their_budget_and_keep_what_decodes(tmp_path):
+    path = tmp_path / "a.mp4"
+    data.write_mp4(path, 320, 192, 57)
+    with path.open("rb") as file:
+        full = make_strip(file, seconds=57 / 24, budget=72_000)
+    with path.open("rb") as file:
+        small = make_strip(file, seconds=57 / 24, budget=4_000)
+    assert full.size == (320, 192) and full.problem is None and len(full.frames) == len(small.frames) == 6
+    assert sum(len(picture) for _, picture in small.frames) <= 4_000 < sum(len(picture) for _, picture in full.frames)
+    times = [time for time, _ in full.frames]
+    assert times == sorted(times) and times == pytest.approx([57 / 24 * (i + 0.5) / 6 for i in range(6)], abs=0.15)
+    with path.open("rb") as file:
+        short = make_strip(file, seconds=20.0)
+    assert short.frames and "breaks off" in short.problem
+
+
+def test_a_clip_of_one_frame(tmp_path):
+    data.write_mp4(tmp_path / "a.mp4", 64, 64, 1)
+    with (tmp_path / "a.mp4").open("rb") as file:
+        strip = make_strip(file, seconds=1 / 24)
+    assert len(strip.frames) == 1 and strip.problem is None and "--cols:1" in strip.html("a", "a.mp4")
+
+
+def test_lengths_of_time():
+    wanted = {
+        None: "–",
+        0: "0 s",
+        0.123: "0.12 s",
+        59.96: "1 min 0 s",
+        3599.6: "1 h 00 min",
+        7500: "2 h 05 min",
+        2e5: "2 d 7 h",
+    }
+    assert {seconds: human(seconds) for seconds in wanted} == wanted
+    assert [human(t, 30) for t in (0, 30, 60, 90, 3600)] == ["0", "30 s", "1 min", "1 min 30 s", "1 h"]
+    assert esc('<a b="\'">\x07') == "&lt;a b=&quot;&#x27;&quot;&gt;\ufffd"
+
+
+def test_needs_neither_torch_nor_ray():
+    code = "import sys, ltx_ray.dataset.report; assert not {'torch', 'ray'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

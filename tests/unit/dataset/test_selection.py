@@ -1,0 +1,52 @@
+"""Conditions that choose previews."""
+
+from __future__ import annotations
+
+import pytest
+
+from ltx_ray.dataset.selection import parse_filter
+
+ROW = {
+    "id": "cat-1", "seed": 7, "flags": ["frozen"], "prompt": "a cat = a dog", "negative_prompt": None,
+    "frame_rate": 29.97, "video_stg_blocks": [28],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "text, meets",
+    [
+        ("seed=7", True),
+        (" seed <= 6 ", False),
+        ("frame_rate > 29.5", True),
+        ("seed != 8", True),
+        ("id = cat-1", True),
+        ("id ~ cat", True),
+        ("id !~ cat", False),
+        ("prompt = a cat = a dog", True),
+        ("flags ~ frozen", True),
+        ("flags !~ black", True),
+        ("flags ~ froz", False),
+        ("video_stg_blocks ~ 28", True),
+        ("negative_prompt != x", True),
+        ("negative_prompt = x", False),
+        ("negative_prompt ~ x", False),
+        ("negative_prompt !~ x", True),
+    ],
+)
+def test_conditions(text, meets):
+    assert parse_filter(text)(ROW) is meets
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("seed", "legal: COLUMN OP VALUE"),
+        ("colour = red", "no column 'colour'; legal: id, "),
+        ("seed = red", "holds numbers; legal: a number"),
+        ("seed ~ 1", "legal: ~ on texts and lists"),
+        ("flags = black", "legal: columns of numbers and texts"),
+    ],
+)
+def test_conditions_that_no_row_could_meet(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_filter(text)

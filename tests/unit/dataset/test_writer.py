@@ -1,0 +1,251 @@
+"""The dataset's tables: one schema, names that say what is done, failures that are a manifest again."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ltx_ray.dataset.layout import FAILED_SCHEMA, INDEX_SCHEMA, row_key
+from ltx_ray.dataset.writer import DatasetWriter
+from ltx_ray.manifest.reader import RawRow, read_manifest
+from ltx_ray.manifest.rules import IllegalRow, RowRules, judge
+from ltx_ray.records import Clip, LoraUse, RenderRequest
+from ltx_ray.storage.store import Store
+from tests.support.results import CRASH, ITEM, NAN, OTHER, RENDERED
+from tests.support.samples import request, write_jsonl
+
+
+@pytest.fixture
+def writer(tmp_path) -> DatasetWriter:
+    return DatasetWriter(Store(str(tmp_path / "out")))
+
+
+def parts(writer: DatasetWriter, folder: str) -> dict[str, pa.Table]:
+    return {
+        n: pq.read_table(io.BytesIO(writer.store.read_bytes(f"{folder}/{n}"))) for n in writer.store.list_names(folder)
+    }
+
+
+def one_row(writer: DatasetWriter, folder: str) -> dict:
+    [table] = parts(writer, folder).values()
+    [row] = table.to_pylist()
+    return row
+
+
+def full_request() -> RenderRequest:
+    """A request with a value in every column that may be empty."""
+    plain_one = request(
+        id="cat-1", seed=2**63 - 1, video_stg_blocks=[28, 29], negative_prompt="", note={"x": 1}, prompt="雪 🐱"
+    )
+    return dataclasses.replace(plain_one, loras=(LoraUse("style", 0.5),))
+
+
+# --- index ---------------------------------------------------------------------------------------
+
+
+def test_the_index_has_every_column_of_the_contract():
+    manifest = """id prompt negative_prompt seed height width num_frames frame_rate num_inference_steps
+        video_cfg_scale video_stg_scale video_rescale_scale video_modality_scale video_stg_blocks video_skip_step
+        audio_cfg_scale audio_stg_scale audio_rescale_scale audio_modality_scale audio_stg_blocks audio_skip_step
+        distilled_lora_strength_stage_1 distilled_lora_strength_stage_2 loras images pipeline extra"""
+    ours = """item_id clip clip_sha256 latents_sha256 audio_stage flags attempts stage1_replica stage2_replica switches
+        text_seconds stage1_seconds stage2_seconds decode_seconds gpu_seconds device numerics recipe recipe_digest
+        noise_ledger versions finished_at"""
+    assert set(INDEX_SCHEMA.names) == set(manifest.split()) | set(ours.split())
+    assert set(INDEX_SCHEMA.names) - set(ours.split()) == {f.name for f in dataclasses.fields(RenderRequest)}
+    types = {name: INDEX_SCHEMA.field(name).type for name in INDEX_SCHEMA.names}
+    assert types["seed"] == pa.int64() and types["extra"] == pa.string()
+    assert types["video_stg_blocks"] == types["audio_stg_blocks"] == pa.list_(pa.int32())
+    assert types["attempts"] == types["switches"] == pa.int32()
+    assert types["flags"] == pa.list_(pa.string())
+    assert pa.types.is_list(types["images"]) and pa.types.is_struct(types["images"].value_type)
+
+
+@pytest.mark.parametrize("make", [request, full_request])
+def test_every_part_has_the_whole_schema(writer, make):
+    writer.write_index(ITEM, make(), RENDERED)
+    [table] = parts(writer, "index").values()
+    assert table.schema.equals(INDEX_SCHEMA)
+    assert table.num_rows == 1
+
+
+def test_parts_of_empty_and_of_full_rows_read_as_one_table(writer):
+    writer.write_index(ITEM, request(), dataclasses.replace(RENDERED, clip=Clip("x", "y", "z", (), "stage_1")))
+    writer.write_index(OTHER, full_request(), RENDERED)
+    table = pq.read_table(writer.store.path("index"))
+    assert table.num_rows == 2
+    assert table.schema.remove_metadata().equals(INDEX_SCHEMA)
+
+
+def test_an_index_row_says_what_was_rendered(writer):
+    made = full_request()
+    writer.write_index(ITEM, made, RENDERED)
+    row = one_row(writer, "index")
+    for name, value in made.row().items():
+        assert row[name] == value, name
+    assert row["item_id"] == ITEM and row["clip"] == f"clips/aa/{ITEM}.mp4"
+    assert (row["clip_sha256"], row["latents_sha256"]) == ("c" * 64, "d" * 64)
+    assert row["flags"] == ["silent", "prompt_truncated"]
+    assert (row["attempts"], row["switches"], row["stage1_replica"], row["stage2_replica"]) == (2, 1, "stage1-0", None)
+    assert (row["text_seconds"], row["stage1_seconds"], row["decode_seconds"]) == (1.0, 2.5, 0.0)
+    assert row["finished_at"].tzinfo is not None
+
+
+def test_writing_twice_changes_nothing(writer):
+    for _ in range(2):
+        writer.write_index(ITEM, request(id="a"), RENDERED)
+    assert writer.store.list_names("index") == [f"part-{ITEM}-{row_key('a')}.parquet"]
+
+
+def test_rows_of_one_item_have_parts_of_their_own(writer):
+    for name in ("a", "b"):
+        writer.write_index(ITEM, request(id=name), RENDERED)
+    assert len(writer.store.list_names("index")) == 2
+    assert len(row_key("a")) == 8 and row_key(None) == row_key("")
+
+
+def test_another_row_gets_a_copy_of_the_clip(writer):
+    writer.write_index(ITEM, request(id="a", note="first"), RENDERED)
+    writer.copy_index_row(ITEM, row_key("a"), request(id="b", note="second"))
+    first, second = (parts(writer, "index")[f"part-{ITEM}-{row_key(n)}.parquet"] for n in ("a", "b"))
+    assert second.schema.equals(INDEX_SCHEMA)
+    [one], [two] = first.to_pylist(), second.to_pylist()
+    assert {k for k in one if one[k] != two[k]} == {"id", "extra"}
+    assert (two["id"], two["extra"]) == ("b", '{"note": "second"}')
+
+
+# --- failures ------------------------------------------------------------------------------------
+
+
+def test_a_failed_row_says_why(writer):
+    made = full_request()
+    writer.write_failed(ITEM, made, RawRow("m.jsonl", 7, {"prompt": "x"}), CRASH)
+    [table] = parts(writer, "failed").values()
+    assert table.schema.equals(FAILED_SCHEMA)
+    [row] = table.to_pylist()
+    assert (row["item_id"], row["source"], row["stage"], row["attempts"]) == (ITEM, "m.jsonl:7", "stage2", 3)
+    assert (row["error_class"], row["message"]) == ("infrastructure", "the gang died")
+    assert row["traceback"] == "Traceback ..."
+    assert row["prompt"] == made.prompt and row["loras"] == [{"name": "style", "strength": 0.5}]
+
+
+def test_a_row_that_succeeds_is_no_longer_failed(writer):
+    raw = RawRow("m.jsonl", 1, {"prompt": "x"})
+    for failure in (CRASH, NAN):
+        writer.write_failed(ITEM, request(id="a"), raw, failure)
+        assert len(writer.store.list_names("failed")) == 1, "the newest failure only"
+        writer.write_index(ITEM, request(id="a"), RENDERED)
+        assert writer.store.list_names("failed") == []
+    writer.write_failed(ITEM, request(id="b"), raw, CRASH)
+    writer.copy_index_row(ITEM, row_key("a"), request(id="b"))
+    assert writer.store.list_names("failed") == []
+
+
+# --- failed/ as a manifest -----------------------------------------------------------------------
+
+LINES = [
+    {"prompt": "legal, all defaults"},
+    {"prompt": "legal", "id": "cat", "seed": 3, "frame_rate": 25, "note": {"deep": [1, None]}, "snow": "雪"},
+    {"prompt": "illegal", "id": "dog", "height": 1080, "note": 1},
+    {"prompt": "illegal", "seed": "ten"},
+    {"prompt": "a \ud800 half"},
+    {"prompt": "id", "id": "\ud800"},
+    {"id": "no-prompt"},
+    {"prompt": "nan", "video_cfg_scale": float("nan"), "seed": 10**30},
+    "this is no JSON",
+    "[1, 2]",
+]
+
+
+def fail_all(writer: DatasetWriter, manifest: str, rules: RowRules) -> list:
+    rows = [judge(raw, rules) for raw in read_manifest(manifest)]
+    for n, row in enumerate(rows):
+        if isinstance(row, IllegalRow):
+            writer.write_illegal(row.raw, row.messages())
+        else:
+            writer.write_failed(f"{n:032x}", row.request, row.raw, CRASH)
+    return rows
+
+
+def test_failed_rows_are_a_manifest_with_the_same_judgement(writer, tmp_path):
+    rules = RowRules(num_layers=48)
+    manifest = write_jsonl(tmp_path / "m.jsonl", LINES)
+    before = fail_all(writer, manifest, rules)
+    assert sum(isinstance(r, IllegalRow) for r in before) == 8
+    again = [judge(raw, rules) for raw in read_manifest(writer.store.path("failed"))]
+
+    def verdicts(rows: list) -> dict:
+        return {r.raw.source: r.messages() if isinstance(r, IllegalRow) else r.request for r in rows}
+
+    assert verdicts(again) == verdicts(before)
+
+
+def test_failing_again_from_failed_changes_no_name(writer, tmp_path):
+    rules = RowRules()
+    fail_all(writer, write_jsonl(tmp_path / "m.jsonl", LINES), rules)
+    names = {n for n in writer.store.list_names("failed") if "illegal" in n}
+    for raw in list(read_manifest(writer.store.path("failed"))):
+        row = judge(raw, rules)
+        if isinstance(row, IllegalRow):
+            writer.write_illegal(row.raw, row.messages())
+    assert {n for n in writer.store.list_names("failed") if "illegal" in n} == names
+
+
+def test_a_parquet_row_fails_and_reads_back_the_same(writer, tmp_path):
+    import datetime
+
+    day = datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC)
+    values = {"prompt": "x", "day": day, "raw": b"\xff\x00", "seed": 5, "map": [("k", 1)], "gap": float("nan")}
+    types = {"map": pa.map_(pa.string(), pa.int64())}
+    table = pa.table({k: pa.array([v], types.get(k)) for k, v in values.items()})
+    pq.write_table(table, tmp_path / "m.parquet")
+    [before] = fail_all(writer, str(tmp_path / "m.parquet"), RowRules())
+    [again] = [judge(raw, RowRules()) for raw in read_manifest(writer.store.path("failed"))]
+    assert again.request == before.request
+    assert json.loads(again.request.extra)["day"] == str(day)
+    assert again.raw.source == f"{tmp_path}/m.parquet:1"
+
+
+def test_the_original_row_is_kept_even_when_it_fits_no_column(writer):
+    raw = RawRow("m.jsonl", 2, {"prompt": 5, "images": [{"path": 3}], "seed": 10**40, "height": 63})
+    writer.write_illegal(raw, ["why"])
+    row = one_row(writer, "failed")
+    assert (row["prompt"], row["images"], row["seed"], row["height"]) == (None, None, None, 63)
+    assert json.loads(row["manifest_row"]) == dict(raw.values)
+    assert (row["stage"], row["attempts"], row["error_class"], row["message"]) == ("plan", 0, "row", "why")
+
+
+def test_illegal_rows_that_are_gone_from_their_manifest_are_forgotten(writer):
+    def illegal(source: str, number: int = 1) -> str:
+        return writer.write_illegal(RawRow(source, number, {"prompt": ""}), ["why"])
+
+    kept = illegal("d/m.jsonl", 1)
+    illegal("d/m.jsonl", 2)
+    others = {illegal("d/m.jsonl2"), illegal("d/m.json"), illegal("d/other.jsonl")}
+    writer.forget_illegal("d/m.jsonl", keep={kept})
+    assert set(writer.store.list_names("failed")) == {kept} | others
+
+
+def test_illegal_rows_that_are_gone_from_their_folder_are_forgotten(writer):
+    def illegal(source: str) -> str:
+        return writer.write_illegal(RawRow(source, 1, {"prompt": ""}), ["why"])
+
+    kept, beside = illegal("d/mm/x.jsonl"), illegal("d/mm2/x.jsonl")
+    illegal("d/mm/y.jsonl")
+    writer.forget_illegal("d/mm/", keep={kept})
+    assert set(writer.store.list_names("failed")) == {kept, beside}
+
+
+def test_a_retry_forgets_the_illegal_rows_of_every_manifest(writer):
+    kept = writer.write_illegal(RawRow("a.jsonl", 1, {"prompt": ""}), ["why"])
+    writer.write_illegal(RawRow("b.jsonl", 1, {"prompt": ""}), ["why"])
+    writer.write_failed(ITEM, request(id="x"), RawRow("a.jsonl", 2, {}), CRASH)
+    writer.forget_illegal(str(Path(writer.store.uri) / "failed"), keep={kept})
+    left = writer.store.list_names("failed")
+    assert kept in left and len(left) == 2

@@ -1,0 +1,264 @@
+"""docs/failure-model.md: its tests and exit codes exist. Also tests of failures that no other file covers."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from ltx_ray import run as runs
+from ltx_ray.config import PoolSpec
+from ltx_ray.driver.progress import Progress
+from ltx_ray.driver.publisher import Publisher
+from ltx_ray.engine import codec
+from ltx_ray.engine.decode import DecodeEngine
+from ltx_ray.engine.diffusion import DiffusionEngine
+from ltx_ray.engine.frames import PictureCheck
+from ltx_ray.engine.tiling import LADDER
+from ltx_ray.pools.gang import Call, Gang, GangState
+from ltx_ray.pools.pool import StartFailed
+from ltx_ray.pools.protocol import RankInfo
+from ltx_ray.records import (
+    AV,
+    CallError,
+    CallReport,
+    EngineFacts,
+    ErrorKind,
+    NoiseLedger,
+    RenderError,
+    RowError,
+    StageLatents,
+)
+from ltx_ray.shapes import AUDIO_SAMPLE_RATE, ClipShape
+from ltx_ray.stages import Stage
+from ltx_ray.storage.store import Store
+from tests.support.schedules import SPEC, Stages, WatchedReplicas
+from tests.support.simulated_runs import pools, rows, run
+
+ROOT = Path(__file__).resolve().parents[3]
+TEXT = (ROOT / "docs" / "failure-model.md").read_text()
+REFERENCE = re.compile(r"`([\w/]+\.py)::(\w+)`")
+
+
+def tables() -> list[list[str]]:
+    """The cells of every row, without the heads of the tables."""
+    lines = [line for line in TEXT.splitlines() if line.startswith("|")]
+    found = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    return [cells for cells in found if cells[-1] not in ("test", "what to do") and set(cells[0]) != {"-", " "}]
+
+
+def test_every_event_names_its_tests_or_says_that_it_has_none():
+    events = [cells for cells in tables() if not re.match(r"\d", cells[0]) and "---" not in cells[0]]
+    assert len(events) > 70 and all(len(cells) == 3 for cells in events)
+    for *_, tests in events:
+        assert tests == "no test" or ", ".join(f"`{a}::{b}`" for a, b in REFERENCE.findall(tests)) == tests
+
+
+@pytest.mark.parametrize("file", sorted({file for file, _ in REFERENCE.findall(TEXT)}))
+def test_the_tests_are_there(file):
+    tree = ast.parse((ROOT / "tests" / file).read_text())
+    defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    assert {name for path, name in REFERENCE.findall(TEXT) if path == file} <= defined
+
+
+def test_exit_codes_are_the_codes():
+    codes = {value for name, value in vars(runs).items() if name.startswith("EXIT_")}
+    section = TEXT.partition("## Exit codes")[2]
+    assert {int(code) for code in re.findall(r"^\| (\d) \|", section, re.MULTILINE)} == codes == set(range(5))
+    assert "os._exit(128 + number)" in Path(runs.__file__).read_text()
+
+
+# --- failures that no other file covers ------------------------------------------------------------------------
+
+
+def stage(video: torch.Tensor) -> StageLatents:
+    return StageLatents(AV(video, torch.zeros(2)), NoiseLedger(0, "cpu", "cpu"))
+
+
+def test_latents_that_are_not_finite_are_the_rows_fault():
+    engine = object.__new__(DiffusionEngine)
+    engine._stage1 = lambda item, conditions: stage(torch.tensor([0.0, float("nan"), float("inf")]))
+    with pytest.raises(RowError, match="2 of 3 video latents are not finite"):
+        engine.run("stage1", None, None)
+
+
+@pytest.fixture
+def decoder(monkeypatch) -> DecodeEngine:
+    engine = object.__new__(DecodeEngine)
+    engine.device, engine.dtype, engine.facts, engine._needed = torch.device("cpu"), torch.float32, EngineFacts(), {}
+    engine.audio_vae = engine.vocoder = engine.video_vae = None
+    monkeypatch.setattr("ltx_ray.engine.decode.write_mp4", lambda target, frames, **rest: list(frames))
+    return engine
+
+
+def test_frames_that_are_not_finite_are_the_rows_fault(decoder, monkeypatch):
+    chunk = torch.full((1, 3, 2, 4, 4), float("nan"))
+    monkeypatch.setattr("ltx_ray.engine.decode.decode_tiled", lambda *_: iter([chunk]))
+    with pytest.raises(RowError, match="decoded frames are not finite"):
+        list(decoder._frames(torch.zeros(1), LADDER[0], PictureCheck()))
+
+
+def test_sound_that_is_not_finite_is_the_rows_fault(decoder, monkeypatch):
+    monkeypatch.setattr(codec, "decode_audio", lambda *_: (torch.full((2, 9), float("nan")), AUDIO_SAMPLE_RATE))
+    with pytest.raises(RowError, match="the decoded sound is not finite"):
+        decoder._sound(torch.zeros(1), 9)
+
+
+@pytest.mark.parametrize("peak, silent", [(0.9e-3, True), (1.1e-3, False)])
+def test_a_silent_clip_is_flagged(decoder, monkeypatch, peak, silent):
+    monkeypatch.setattr(decoder, "_frames", lambda *_: (x for x in ()))
+    sound, shape = np.full((2, 9), peak, np.float32), ClipShape(9, 64, 64, 24.0)
+    assert ("silent" in decoder._write("x", torch.zeros(1, 128, 2, 2, 2), shape, sound, {"item_id": ""})) == silent
+
+
+def test_a_prompt_that_was_cut_is_flagged(tmp_path):
+    class Cut(WatchedReplicas):
+        def wait(self, timeout):
+            events = super().wait(timeout)
+            for at, event in enumerate(events):
+                if self.driver.policy.item_of(event.replica) and event.report.ok:
+                    facts = EngineFacts(prompt_truncated=True)
+                    events[at] = replace(event, report=replace(event.report, facts=facts))
+            return events
+
+    driver, store = run(tmp_path, rows(1), Cut)
+    driver.run(driver.tracker.plan.open())
+    assert [row["flags"] for row in table(store, "index")] == [["prompt_truncated"]]
+
+
+def table(store: Store, folder: str) -> list[dict]:
+    import pyarrow.parquet as pq
+
+    return [
+        row for name in store.list_names(folder) for row in pq.read_table(store.path(f"{folder}/{name}")).to_pylist()
+    ]
+
+
+def events(store: Store, kind: str) -> list[dict]:
+    lines = map(json.loads, store.read_bytes("events.jsonl").decode().splitlines())
+    return [event for event in lines if event["event"] == kind]
+
+
+def test_a_rank_that_failed_alone_is_not_waited_for():
+    gang = object.__new__(Gang)
+    gang.state, gang.ranks = GangState.READY, [RankInfo(n, address="1.2.3.4", device="cpu") for n in range(2)]
+    failed = CallReport(0.0, 0.0, error=CallError(ErrorKind.UNKNOWN, "RuntimeError", "no kernel"))
+    gang.call = Call(Stage.STAGE1, None, [], reports=[None, None], started=100.0, done={1: failed}, failed_at=105.0)
+    assert gang.overdue(114.0, 1.0, 1000.0) is None
+    reason = gang.overdue(116.0, 1.0, 1000.0)
+    assert reason == "rank 1 on node 1.2.3.4 (cpu) failed alone during stage1: RuntimeError: no kernel"
+
+
+def test_a_placed_gang_has_so_long_to_start():
+    gang = object.__new__(Gang)
+    gang.state, gang._placed = GangState.LOADING, 100.0
+    assert gang.overdue(109.0, 10.0, 1.0) is None
+    assert gang.overdue(111.0, 10.0, 1.0) == "not ready after 10 s (loading)"
+    gang.state = GangState.PLACING
+    assert gang.overdue(9999.0, 10.0, 1.0) is None, "finding a place is the cluster's doing"
+
+
+class BrokenProcess(RenderError):
+    kind = ErrorKind.PROCESS
+
+
+def test_a_gang_is_replaced_after_an_error_that_leaves_its_state_unknown(tmp_path):
+    """tests/unit/engine/test_base.py says which errors do."""
+    driver, store = run(tmp_path, rows(1))
+    stages, fail = Stages(store), [True]
+
+    def make(stage, item, *inputs):
+        if stage == "stage1" and fail:
+            fail.clear()
+            raise BrokenProcess("told to fail")
+        return stages(stage, item, *inputs)
+
+    driver._join_cluster().replicas.make = make
+    driver.run(driver.tracker.plan.open())
+    driver.events.flush()
+    (row,) = table(store, "index")
+    assert row["attempts"] == 2 and row["stage1_replica"] == "stage1-1"
+    (lost,) = events(store, "gang_lost")
+    assert "BrokenProcess: told to fail" in lost["reason"]
+
+
+def test_an_index_that_cannot_be_written_ends_the_run(tmp_path):
+    """It ends once the retries are used up; rows that are finished and published stay."""
+    driver, store = run(tmp_path, rows(1), publisher=Publisher(1))
+    driver.tracker.writer.write_index = lambda *_: (_ for _ in ()).throw(OSError("the store stays away"))
+    with pytest.raises(OSError, match="the store stays away"):
+        driver.run(driver.tracker.plan.open())
+    assert len(store.list_names("clips", recursive=True)) == 1 and not store.list_names("index")
+    assert runs._INDEX_PATIENCE == 600
+
+
+def test_a_report_that_fails_costs_no_exit_code(tmp_path, monkeypatch, capsys):
+    def fails(place):
+        raise RuntimeError("no pictures")
+
+    monkeypatch.setattr("ltx_ray.dataset.report.write_report", fails)
+    runs._write_report(Store(str(tmp_path)), 1, Progress())
+    assert "report.html was not written: no pictures" in capsys.readouterr().err
+
+
+def test_a_run_that_lost_its_lease_drains(tmp_path):
+    decoded = []
+
+    class Watched(WatchedReplicas):
+        def submit(self, replica, stage, item, inputs):
+            super().submit(replica, stage, item, inputs)
+            if stage == "decode":
+                decoded.append(item)
+
+    driver, store = run(tmp_path, rows(30), Watched, queue_depth=1)
+    driver._should_stop = lambda: "another run has taken over" if len(decoded) > 2 else None
+    assert driver.run(driver.tracker.plan.open())
+    assert 3 <= len(store.list_names("index")) == len(decoded) < 10 and not store.list_names("failed")
+
+
+def test_a_drain_that_leaves_nothing_is_a_finished_run(tmp_path):
+    class Last(WatchedReplicas):
+        def submit(self, replica, stage, item, inputs):
+            super().submit(replica, stage, item, inputs)
+            if stage == "decode":
+                self.driver.request_drain("SIGTERM")
+
+    driver, store = run(tmp_path, rows(1), Last)
+    assert not driver.run(driver.tracker.plan.open())
+    assert len(store.list_names("index")) == 1
+
+
+def test_no_rows_are_taken_while_too_many_are_being_written(tmp_path):
+    driver, _ = run(tmp_path, rows(3))
+    for pending, taken in ((Publisher.FULL, 0), (Publisher.FULL - 1, 3)):
+        driver.tracker.publisher = SimpleNamespace(pending=pending)
+        driver._admit(driver.tracker.plan.open())
+        assert driver.policy.in_flight == taken
+
+
+def test_gpu_hours_that_are_used_up_drain_the_run(tmp_path):
+    cards = [PoolSpec(p.name, p.roles, p.replicas, p.ranks, SPEC, gpus_per_rank=1.0) for p in pools()]
+    driver, store = run(tmp_path, rows(30), the_pools=cards, max_gpu_hours=0.1)
+    assert driver.run(driver.tracker.plan.open())
+    # 65 s a clip; what was under way is finished as far as the decode pool had it
+    assert 1 <= len(store.list_names("index")) <= 6 and not store.list_names("failed")
+    driver.events.flush()
+    (drain,) = events(store, "drain")
+    assert drain["reason"].endswith("GPU hours used (--max-gpu-hours)") and not events(store, "gang_given_back")
+
+
+def test_a_preflight_that_fails_ends_the_run(tmp_path):
+    preflight = {"prompt": "[[stage2:crash]]"}
+    driver, store = run(tmp_path, rows(3), preflight=preflight, the_pools=pools(2), max_attempts=2)
+    began = time.monotonic()
+    with pytest.raises(StartFailed, match="preflight: stage2: rank 0 died"):
+        driver.run(driver.tracker.plan.open())
+    assert not store.list_names("failed") and time.monotonic() - began < 30

@@ -1,0 +1,101 @@
+"""The progress line: its text on a terminal and in a log, its rate and the time that is left."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from ltx_ray.driver import progress as progress_module
+from ltx_ray.driver.progress import Progress, duration
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """`clock[0]` is the time."""
+    now = [1000.0]
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
+    return now
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [
+        (0, "0 s"), (59.9, "59 s"), (60, "1 min 00 s"), (185, "3 min 05 s"), (3599, "59 min 59 s"),
+        (3600, "1 h 00 min"), (8040, "2 h 14 min"), (86_400, "1 d 0 h"), (3.2 * 86_400, "3 d 4 h"),
+    ],
+)  # fmt: skip
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_a_log_gets_few_whole_lines(clock):
+    out = io.StringIO()
+    progress = Progress(out)
+    for _ in range(100):
+        clock[0] += 1
+        progress.update(0, 0, None, "text 1")
+    lines = out.getvalue().splitlines()
+    assert 3 <= len(lines) <= 5
+    assert lines[0] == "0/? clips | 1 s elapsed | text 1"
+    assert "\r" not in out.getvalue()
+
+
+def test_a_terminal_gets_one_line_that_is_rewritten(clock):
+    out = Terminal()
+    progress = Progress(out)
+    progress.update(0, 0, 10, "a long thing to do", force=True)
+    clock[0] += 0.1
+    progress.update(1, 0, 10, "")
+    assert out.getvalue().count("\r") == 1, "at most twice a second"
+    clock[0] += 1
+    progress.update(2, 0, 10, "")
+    progress.say("a message")
+    text = out.getvalue()
+    assert text.count("\n") == 1
+    shown = [line for line in text.split("\r") if line.strip()]
+    assert len(shown[1]) >= len(shown[0]), "a shorter line must cover a longer one"
+    assert shown[-1] == "a message\n"
+
+
+def test_failures_are_counted(clock):
+    out = io.StringIO()
+    Progress(out).update(3, 2, 9, "", force=True)
+    assert out.getvalue().startswith("5/9 clips | 2 failed | ")
+
+
+def test_the_rate_counts_from_the_first_clip(clock):
+    out = io.StringIO()
+    progress = Progress(out)
+    clock[0] += 100
+    progress.update(1, 0, 11, "", force=True)
+    assert "clips/h" not in out.getvalue(), "one clip gives no rate"
+    clock[0] += 50
+    progress.update(6, 0, 11, "", force=True)
+    assert "6/11 clips | 360 clips/h | 50 s left | 2 min 30 s elapsed" in out.getvalue()
+
+
+def test_clips_of_an_earlier_run_do_not_count_towards_the_rate(clock):
+    out = io.StringIO()
+    progress = Progress(out)
+    clock[0] += 1
+    progress.update(1000, 0, 1100, "", force=True)
+    clock[0] += 100
+    progress.update(1010, 0, 1100, "", force=True)
+    assert "360 clips/h | 15 min 00 s left" in out.getvalue()
+
+
+def test_nothing_is_left_at_the_end(clock):
+    out = io.StringIO()
+    progress = Progress(out)
+    progress.update(1, 0, 2, "", force=True)
+    clock[0] += 0.5
+    progress.update(2, 0, 2, "", force=True)
+    last = out.getvalue().splitlines()[-1]
+    assert "left" not in last
+    assert "2.0 clips/s" in last

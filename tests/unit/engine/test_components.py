@@ -1,0 +1,255 @@
+"""The parts around the DiT: every loader on the toy's files, the errors of files that do not fit, sane outputs.
+
+That they compute what the reference computes is the business of tests/parity.
+"""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from ltx_ray.engine import codec, components
+from ltx_ray.toy import ToyShape, make_toy_model
+
+pytestmark = pytest.mark.slow  # every test builds modules of diffusers
+
+CPU = "cpu"
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    return make_toy_model(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="module")
+def path(toy):
+    return toy["checkpoint_path"]
+
+
+@pytest.fixture(scope="module")
+def bfloat16_vocoder(path):
+    return components.load_vocoder(path, torch.bfloat16, CPU)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def changed(path, tmp_path, edit=None, edit_config=None):
+    """A copy of the file with its tensors or its config edited in place."""
+    with safe_open(path, "pt") as file:
+        tensors, metadata = {k: file.get_tensor(k) for k in file.keys()}, dict(file.metadata())  # noqa: SIM118
+    if edit:
+        edit(tensors)
+    if edit_config:
+        config = json.loads(metadata["config"])
+        edit_config(config)
+        metadata["config"] = json.dumps(config)
+    copy = str(tmp_path / "changed.safetensors")
+    save_file(tensors, copy, metadata=metadata)
+    return copy
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_connectors(path, dtype):
+    connectors = components.load_connectors(path, dtype, CPU)
+    assert {p.dtype for p in connectors.parameters()} == {dtype}
+    shape = ToyShape()
+    hidden = tuple(normal(2, 256, shape.gemma_hidden, seed=i) for i in range(shape.gemma_layers + 1))
+    mask = torch.ones(2, 256, dtype=torch.int64)
+    mask[0, :200] = 0  # padded on the left
+    video, audio = codec.encode_connectors(connectors, hidden, mask)
+    assert video.shape == (2, 256, shape.dim) and audio.shape == (2, 256, shape.audio_dim)
+    assert video.dtype == audio.dtype == dtype
+    assert torch.isfinite(video).all() and torch.isfinite(audio).all()
+
+
+def test_connectors_ignore_what_is_padding(path):
+    connectors = components.load_connectors(path, torch.float32, CPU)
+    shape = ToyShape()
+    hidden = tuple(normal(1, 128, shape.gemma_hidden, seed=i) for i in range(shape.gemma_layers + 1))
+    mask = torch.zeros(1, 128, dtype=torch.int64)
+    mask[0, 100:] = 1
+    garbled = tuple(torch.where(mask[..., None].bool(), h, 100.0) for h in hidden)
+    for a, b in zip(
+        codec.encode_connectors(connectors, hidden, mask), codec.encode_connectors(connectors, garbled, mask)
+    ):
+        assert torch.equal(a, b)
+
+
+def test_video_decode_shows_something(path):
+    vae = components.load_video_vae(path, torch.float32, CPU)
+    assert vae.encoder is None
+    pixels = codec.decode_video_tile(vae, normal(1, 128, 3, 4, 6))
+    assert pixels.shape == (1, 3, 17, 128, 192) and torch.isfinite(pixels).all()
+    assert pixels.std(dim=(1, 3, 4)).min() > 0.15  # contrast in every frame
+    assert (pixels[:, :, 1:] - pixels[:, :, :-1]).abs().mean(dim=(1, 3, 4)).min() > 0.003  # no two frames alike
+    assert (pixels.abs() > 1).float().mean() < 0.25
+    assert (pixels - pixels.mean(1, keepdim=True)).std() > 0.05  # colours
+
+
+def test_video_halves_are_the_whole(path):
+    both = components.load_video_vae(path, torch.float32, CPU, "both")
+    half = components.load_video_vae(path, torch.float32, CPU, "encoder")
+    assert half.decoder is None
+    pixels = normal(1, 3, 9, 64, 64).clamp(-1, 1)
+    latents = codec.encode_video(half, pixels)
+    assert latents.shape == (1, 128, 2, 2, 2) and torch.isfinite(latents).all() and 0.2 < latents.std() < 3
+    assert torch.equal(latents, codec.encode_video(both, pixels))
+    with pytest.raises(ValueError, match="part is 'all'; legal is"):
+        components.load_video_vae(path, torch.float32, CPU, "all")
+
+
+def test_only_the_wanted_tensors_are_read(path, monkeypatch):
+    read = []
+
+    class Spy:
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            self.file.__enter__()
+            return self
+
+        def __exit__(self, *args):
+            return self.file.__exit__(*args)
+
+        def keys(self):
+            return self.file.keys()
+
+        def metadata(self):
+            return self.file.metadata()
+
+        def get_tensor(self, key):
+            read.append(key)
+            return self.file.get_tensor(key)
+
+    opened = components._open
+    monkeypatch.setattr(components, "_open", lambda p: Spy(opened(p)))
+    components.load_video_vae(path, torch.float32, CPU)
+    assert read and all(k.startswith(("vae.decoder.", "vae.per_channel_statistics.")) for k in read)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_audio(path, dtype, bfloat16_vocoder):
+    vae = components.load_audio_decoder(path, dtype, CPU)
+    vocoder = bfloat16_vocoder if dtype == torch.bfloat16 else components.load_vocoder(path, dtype, CPU)
+    assert {p.dtype for p in vae.parameters()} == {dtype}
+    assert {t.dtype for t in [*vocoder.parameters(), *vocoder.buffers()]} == {torch.float32}
+    latents = normal(1, 8, 18, 16).to(dtype)
+    mel = codec.decode_mel(vae, latents)
+    assert mel.shape == (1, 2, 4 * 18 - 3, 64) and mel.dtype == dtype
+    waveform, rate = codec.decode_audio(vae, vocoder, latents)
+    assert rate == 48000 and waveform.dtype == torch.float32 and waveform.shape == (2, (4 * 18 - 3) * 160 * 3)
+    assert torch.isfinite(waveform).all()
+    assert 0.1 < waveform.abs().max() <= 1 and waveform.std() > 0.02 and waveform.mean().abs() < 0.05
+
+
+def test_vocoder_resampler_keeps_a_constant(bfloat16_vocoder):
+    # the computed filter is really there, and its taps for each phase sum to 1
+    out = bfloat16_vocoder.resampler(torch.ones(1, 1, 400))
+    assert out.shape == (1, 1, 1200) and (out[..., 60:-60] - 1).abs().max() < 0.01
+
+
+def test_upsampler(toy, path):
+    upsampler = components.load_upsampler(toy["spatial_upsampler_path"], torch.bfloat16, CPU)
+    mean, std = components.latent_stats(path)
+    out = codec.upsample_latents(upsampler, mean, std, normal(1, 128, 3, 2, 3).bfloat16())
+    assert out.shape == (1, 128, 3, 4, 6) and out.dtype == torch.bfloat16
+    assert torch.isfinite(out).all() and 0.2 < out.std() < 3
+
+
+def test_statistics(path):
+    for which in ("video", "audio"):
+        mean, std = components.latent_stats(path, which)
+        assert mean.shape == std.shape == (128,) and (std > 0).all()
+    with pytest.raises(ValueError, match="which is 'text'; legal is"):
+        components.latent_stats(path, "text")
+
+
+LOADERS = {
+    "vae.decoder.": components.load_video_vae,
+    "audio_vae.decoder.": components.load_audio_decoder,
+    "vocoder.vocoder.": components.load_vocoder,
+    "model.diffusion_model.video_embeddings_connector.": components.load_connectors,
+}
+
+
+@pytest.mark.parametrize("prefix", LOADERS)
+def test_missing_keys_are_named(path, tmp_path, prefix):
+    def cut(tensors):
+        for key in [k for k in tensors if k.startswith(prefix)][:12]:
+            del tensors[key]
+
+    with pytest.raises(ValueError, match=r"changed\.safetensors: .*12 missing keys: .*, …") as error:
+        LOADERS[prefix](changed(path, tmp_path, cut), torch.float32, CPU)
+    assert str(error.value).count(", ") == 10  # ten keys and the ellipsis
+
+
+@pytest.mark.parametrize("prefix", LOADERS)
+def test_unexpected_keys_are_named(path, tmp_path, prefix):
+    copy = changed(path, tmp_path, lambda t: t.update({f"{prefix}surprise": torch.zeros(1)}))
+    with pytest.raises(ValueError, match=r"1 unexpected keys: .*surprise"):
+        LOADERS[prefix](copy, torch.float32, CPU)
+
+
+def test_wrong_shapes_are_named(path, tmp_path):
+    copy = changed(path, tmp_path, lambda t: t.update({"vae.decoder.conv_in.conv.bias": torch.zeros(3)}))
+    with pytest.raises(ValueError, match=r"decoder\.conv_in\.conv\.bias \(3,\) instead of \(64,\)"):
+        components.load_video_vae(copy, torch.float32, CPU)
+
+
+def test_extra_statistics_of_older_files_are_ignored(path, tmp_path):
+    extra = {
+        f"{vae}.per_channel_statistics.{name}": torch.zeros(128)
+        for vae in ("vae", "audio_vae")
+        for name in ("channel", "mean-of-stds", "mean-of-stds_over_std-of-means")
+    }
+    copy = changed(path, tmp_path, lambda t: t.update(extra))
+    components.load_video_vae(copy, torch.float32, CPU, "both")
+    components.load_audio_decoder(copy, torch.float32, CPU)
+
+
+def test_metadata_that_cannot_be_followed_is_refused(path, tmp_path):
+    cases = {
+        "caption_proj_before_connector": lambda c: c["transformer"].update(caption_proj_before_connector=False),
+        "config.vae.timestep_conditioning": lambda c: c["vae"].update(timestep_conditioning=True),
+        "config.vae.norm_layer is 'group_norm'": lambda c: c["vae"].update(norm_layer="group_norm"),
+        "config.vae.decoder_blocks is": lambda c: c["vae"]["decoder_blocks"].insert(0, ["attn", {}]),
+        "no config.vocoder.bwe": lambda c: c["vocoder"].pop("bwe"),
+    }
+    loaders = {
+        "caption": components.load_connectors,
+        "config": components.load_video_vae,
+        "no": components.load_vocoder,
+    }
+    for words, edit in cases.items():
+        load = loaders[words.replace(".", " ").replace("_", " ").split()[0]]
+        with pytest.raises(ValueError) as error:
+            load(changed(path, tmp_path, edit_config=edit), torch.float32, CPU)
+        assert words.removeprefix("no ") in str(error.value) and "changed.safetensors" in str(error.value)
+
+
+def test_a_file_without_config(toy, tmp_path):
+    copy = str(tmp_path / "bare.safetensors")
+    save_file({"x": torch.zeros(1)}, copy)
+    with pytest.raises(ValueError, match=r"bare\.safetensors: no `config`"):
+        components.load_video_vae(copy, torch.float32, CPU)
+
+
+def test_other_widths(tmp_path):
+    shape = ToyShape(
+        layers=1, connector_layers=1, gemma_hidden=32, gemma_layers=2, encoder_layers=(1, 1, 2, 1, 1),
+        encoder_multipliers=(1, 1, 1, 2), decoder_layers=(1, 1, 1, 1, 3), decoder_base=4, audio_mult=(1, 1, 2),
+        vocoder_channels=64, bwe_channels=32, upsampler_blocks=2,
+    )  # fmt: skip
+    made = make_toy_model(tmp_path, shape=shape)
+    path = made["checkpoint_path"]
+    both = components.load_video_vae(path, torch.bfloat16, CPU, "both")
+    assert codec.encode_video(both, torch.zeros(1, 3, 1, 32, 32)).shape == (1, 128, 1, 1, 1)
+    components.load_audio_decoder(path, torch.bfloat16, CPU)
+    components.load_vocoder(path, torch.bfloat16, CPU)
+    components.load_connectors(path, torch.bfloat16, CPU)
+    components.load_upsampler(made["spatial_upsampler_path"], torch.bfloat16, CPU)

@@ -1,0 +1,436 @@
+"""The decode engine on the toy model: smaller tiles when memory runs out, previews, and latents that outlive a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import weakref
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ltx_ray.config import EngineSpec, ModelFiles, Numerics
+from ltx_ray.engine import codec
+from ltx_ray.engine.base import Rank
+from ltx_ray.engine.decode import DecodeEngine
+from ltx_ray.engine.initial_state import latent_sizes, stage_1_draws
+from ltx_ray.engine.latents import StoredLatentsGone, latents_sha256, named_latents
+from ltx_ray.records import AV, ImageCondition, NoiseLedger, RowError, StageLatents, WorkItem
+from ltx_ray.storage.store import Store
+from tests.support.samples import recipe, request
+
+CPU_MESSAGE = (
+    "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
+    "123 bytes. Error code 12 (Cannot allocate memory)"
+)
+
+
+def work(number: int = 0, **values) -> WorkItem:
+    """A small clip with little sound; 89 frames are cut in time at the first three rungs, in three ways."""
+    row = {"height": 64, "width": 64, "num_frames": 89, "frame_rate": 250.0, "seed": number, **values}
+    return WorkItem(f"{number:032x}", request(**row), recipe(dtype="float32"), "r" * 16)
+
+
+def stages(item: WorkItem) -> list[StageLatents]:
+    """What both stages could have made of `item`."""
+    generator = torch.Generator().manual_seed(item.request.seed)
+    first = NoiseLedger(item.request.seed, "cpu", "cpu", stage_1_draws(item.request, "float32"))
+    later = first.extended("stage_2.video", (1, 1, 128), "float32").extended("stage_2.audio", (1, 1, 128), "float32")
+    shapes = item.request.shape.half(), item.request.shape
+    return [
+        StageLatents(latent_sizes(shape).map(lambda size: torch.randn(size, generator=generator)), ledger)
+        for shape, ledger in zip(shapes, (first, later))
+    ]
+
+
+@pytest.fixture(scope="module")
+def loaded(toy, tmp_path_factory):
+    """The loaded parts, which no test changes."""
+    spec = EngineSpec("", ModelFiles(**toy), Numerics(dtype="float32"), str(tmp_path_factory.mktemp("unused")))
+    engine = DecodeEngine(spec, Rank())
+    engine.load()
+    return engine
+
+
+@pytest.fixture
+def made(loaded, tmp_path, monkeypatch):
+    """Engines on an output of the test's own, which share the loaded parts."""
+    monkeypatch.setenv("LTX_RAY_CACHE", str(tmp_path / "cache"))
+    for loader, part in (
+        ("video_vae", loaded.video_vae), ("audio_decoder", loaded.audio_vae), ("vocoder", loaded.vocoder),
+    ):  # fmt: skip
+        monkeypatch.setattr(f"ltx_ray.engine.components.load_{loader}", lambda *_, found=part, **__: found)
+
+    def make(**changes) -> DecodeEngine:
+        engine = DecodeEngine(dataclasses.replace(loaded.spec, output=str(tmp_path / "out"), **changes), Rank())
+        engine.load()
+        return engine
+
+    return make
+
+
+@pytest.fixture
+def out(tmp_path) -> Path:
+    return tmp_path / "out"
+
+
+class Tiles:
+    """Stands before the decoder: sees the tiles, and fails those that it was told to."""
+
+    def __init__(self, monkeypatch):
+        self.seen: list[tuple[int, ...]] = []
+        self.failing: dict[int, BaseException] = {}
+        self.decode = codec.decode_video_tile
+        monkeypatch.setattr("ltx_ray.engine.codec.decode_video_tile", self)
+
+    def __call__(self, vae, tile):
+        self.seen.append(tuple(tile.shape[2:]))
+        if error := self.failing.get(len(self.seen) - 1):
+            raise error
+        return self.decode(vae, tile)
+
+    def frames(self) -> list[int]:
+        """Latent frames of the tiles since the last look."""
+        seen, self.seen = [size[0] for size in self.seen], []
+        return seen
+
+
+@pytest.fixture
+def tiles(monkeypatch):
+    return Tiles(monkeypatch)
+
+
+def pictures(path: Path) -> np.ndarray:
+    """Luma codes (frames, height, width)."""
+    with av.open(str(path)) as clip:
+        return np.stack([f.to_ndarray(format="gray") for f in clip.decode(video=0)]).astype(float)
+
+
+def probe(path: Path) -> tuple[int, tuple[int, int], float]:
+    """Frames, (height, width), seconds of sound of a clip that plays to its end."""
+    frames = pictures(path)
+    with av.open(str(path)) as clip:
+        samples = sum(f.samples for f in clip.decode(audio=0))
+    return len(frames), frames.shape[1:], samples / 48000
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file())
+
+
+# --- the ladder ----------------------------------------------------------------------------------
+
+#: Latent frames of the tiles of 89 frames at the first three rungs, of which two groups come before the first chunk.
+CUTS = [10, 6], [5, 6, 6, 4], [3, 4, 4, 4, 4, 3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), RuntimeError(CPU_MESSAGE), MemoryError()])
+def test_smaller_tiles_when_memory_runs_out(made, out, tiles, error):
+    """At the first tile of rung 0, and at rung 1 when some frames are in the file already."""
+    engine, item = made(), work(frame_rate=100.0)
+    tiles.failing = {0: error, 3: error}
+    clip = engine.run("decode", item, *stages(item))
+    assert tiles.frames() == [10, 5, 6, 6, *CUTS[2]]
+    assert clip.flags == ("tiled_smaller",)
+    assert engine.facts.decode_rung == 2
+    count, size, seconds = probe(out / clip.path)
+    assert (count, size) == (89, (64, 64)) and seconds == pytest.approx(0.89, abs=0.03)
+    assert files(out) == [clip.path]
+    # what the first tries had muxed left no trace: the same clip as without them
+    shown = pictures(out / clip.path)
+    tiles.failing = {}
+    again = engine.run("decode", item, *stages(item))
+    assert tiles.frames() == CUTS[2], "the rung that sufficed comes first"
+    assert again.flags == clip.flags
+    assert np.abs(pictures(out / again.path) - shown).mean() < 0.5  # libx264's bytes differ from run to run
+
+
+def test_a_rung_begins_when_the_tensors_of_the_one_before_are_gone(made, monkeypatch):
+    engine, item = made(), work()
+    decode, held = codec.decode_video_tile, []
+
+    def tight(vae, tile):
+        alive = sum(ref() is not None for ref in held)
+        if tile.shape[2] < 10:
+            assert not alive
+            return decode(vae, tile)
+        frames = decode(vae, tile)
+        held.extend((weakref.ref(tile), weakref.ref(frames)))
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr("ltx_ray.engine.codec.decode_video_tile", tight)
+    gc.disable()  # what lives on until the collector runs takes the next rung's memory
+    try:
+        engine.run("decode", item, *stages(item))
+    finally:
+        gc.enable()
+    assert len(held) == 2 and engine.facts.decode_rung == 1
+
+
+def test_the_references_tiles_otherwise(made, out, tiles):
+    engine, item = made(), work()
+    clip = engine.run("decode", item, *stages(item))
+    assert tiles.frames() == CUTS[0]
+    assert clip.flags == () and engine.facts.decode_rung == 0
+    assert probe(out / clip.path)[0] == 89
+
+
+@pytest.mark.slow
+def test_the_pictures_of_all_rungs_are_close(made, out, tiles):
+    """The decoder looks beyond its tiles, so they differ, by a small part of what is in the picture."""
+    engine, item = made(), work()
+    shown = []
+    for failing in ((), (0,), (0,)):
+        tiles.frames()
+        tiles.failing = dict.fromkeys(failing, torch.OutOfMemoryError("no room"))
+        shown.append(pictures(out / engine.run("decode", item, *stages(item)).path))
+        assert engine.facts.decode_rung == len(shown) - 1
+    for other in shown[1:]:
+        assert 0.1 < np.abs(other - shown[0]).mean() < 0.35 * shown[0].std()
+
+
+@pytest.mark.slow
+def test_only_clips_of_at_least_that_size_start_lower(made, tiles):
+    engine, item = made(), work()
+    tiles.failing = {0: torch.OutOfMemoryError("no room")}
+    assert engine.run("decode", item, *stages(item)).flags == ("tiled_smaller",)
+    assert tiles.frames() == [10, *CUTS[1]]
+    tiles.failing = {}
+    for number, frames, cut in ((1, 81, [10, 5]), (2, 97, [5, 6, 6, 5]), (3, 89, CUTS[1])):
+        other = work(number, num_frames=frames)
+        clip = engine.run("decode", other, *stages(other))
+        assert tiles.frames() == cut, f"{frames} frames"
+        assert clip.flags == (("tiled_smaller",) if frames > 81 else ())
+
+
+def test_a_large_clip_that_the_known_rung_does_not_cut_is_not_flagged(made, tiles):
+    """Few frames of more pixels: rung 1 leaves them whole, as rung 0 does; the next that cuts them is rung 3."""
+    engine, item = made(), work(num_frames=41)
+    tiles.failing = {0: torch.OutOfMemoryError("no room")}
+    engine.run("decode", item, *stages(item))
+    tiles.frames(), tiles.failing.clear()
+    other = work(1, num_frames=9, width=640)
+    assert engine.run("decode", other, *stages(other)).flags == ()
+    assert engine.facts.decode_rung == 0
+
+
+@pytest.mark.parametrize("frames, tries", [(89, 3), (9, 1)])
+def test_after_the_last_rung_the_error_goes_up(made, out, tiles, frames, tries):
+    """Under torch's name, whoever raised it; a rung that would cut in the same way is not tried."""
+    engine, item = made(), work(num_frames=frames)
+    tiles.failing = dict.fromkeys(range(9), RuntimeError(CPU_MESSAGE))
+    with pytest.raises(torch.OutOfMemoryError, match=rf"{frames} frames of 64x64 in the smallest tiles: .*123 bytes"):
+        engine.run("decode", item, *stages(item))
+    assert len(tiles.frames()) == tries
+    assert files(out) == []
+    tiles.failing = {}
+    engine.run("decode", item, *stages(item))
+    assert engine.facts.decode_rung == 0, "a rung that failed is not remembered as one that sufficed"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes do not match"), RowError("not finite"), OSError(28, "full")])
+def test_other_errors_go_up_at_once(made, out, tiles, error):
+    engine, item = made(), work()
+    tiles.failing = {0: error}
+    with pytest.raises(type(error), match=str(error).replace("[", r"\[")):
+        engine.run("decode", item, *stages(item))
+    assert len(tiles.seen) == 1 and files(out) == []
+
+
+def test_the_sound_has_no_ladder(made, tiles, monkeypatch):
+    def no_room(*_):
+        raise torch.OutOfMemoryError("no room for sound")
+
+    engine, item = made(), work()
+    monkeypatch.setattr("ltx_ray.engine.codec.decode_audio", no_room)
+    with pytest.raises(torch.OutOfMemoryError, match="no room for sound"):
+        engine.run("decode", item, *stages(item))
+    assert tiles.seen == []
+
+
+# --- previews ------------------------------------------------------------------------------------
+
+
+def test_a_preview_of_half_the_size_beside_the_latents(made, out):
+    engine, item = made(stop_after="stage1"), work(height=128, width=192, frame_rate=100.0)
+    first = stages(item)[0]
+    clip = engine.run("decode", item, first)
+    assert clip.path == f"previews/00/{item.item_id}.mp4" and clip.audio_stage == "stage_1"
+    count, size, seconds = probe(out / clip.path)
+    assert (count, size) == (89, (64, 96)) and seconds == pytest.approx(0.89, abs=0.03)
+    assert clip.latents_sha256 == latents_sha256(named_latents(first))
+    assert files(out) == [f"latents/00/{item.item_id}.safetensors", clip.path]
+    stored = load_file(out / f"latents/00/{item.item_id}.safetensors")
+    assert latents_sha256({name: stored[name] for name in ("stage_1.video", "stage_1.audio")}) == clip.latents_sha256
+
+
+def test_latents_are_there_before_the_preview(made, out, tiles):
+    engine, item = made(stop_after="stage1"), work()
+    tiles.failing = {0: RowError("decoded frames are not finite")}
+    with pytest.raises(RowError):
+        engine.run("decode", item, stages(item)[0])
+    assert files(out) == [f"latents/00/{item.item_id}.safetensors"]
+
+
+def test_a_preflight_publishes_nothing(made, out):
+    engine, item = made(save_latents=True), dataclasses.replace(work(num_frames=9), preflight=True)
+    clip = engine.run("decode", item, *stages(item))
+    assert clip.path is None and clip.sha256
+    assert files(out) == []
+
+
+# --- latents that outlive a run ------------------------------------------------------------------
+
+
+def test_what_was_kept_is_fetched_again(made, out):
+    engine, item = made(), work()
+    both = stages(item)
+    place = engine.run("save_latents", item, *both)
+    assert place == str(out / f"latents/00/{item.item_id}.safetensors") == engine.facts.stored_at
+    fetched = made().run("load_latents", item)
+    assert latents_sha256(named_latents(fetched)) == latents_sha256(named_latents(both[0]))
+    assert fetched.ledger == both[0].ledger, "as it was after stage 1"
+    assert set(load_file(place)) == set(named_latents(*both))
+
+
+def test_images_count_in_the_ledger():
+    """Later images draw noise for tokens of their own; the one at frame 0 does not."""
+    plain = work().request
+    for frames, extra in (((0,), 0), ((0, 9), 1), ((8, 9), 2)):
+        images = tuple(ImageCondition("a.png", frame, 1.0, None) for frame in frames)
+        (name, shape, _), _ = stage_1_draws(dataclasses.replace(plain, images=images), "float32")
+        assert (name, shape) == ("stage_1.video", (1, plain.shape.half().video_tokens + extra, 128))
+
+
+def with_first(item: WorkItem, change) -> list[StageLatents]:
+    """Both stages, the first one's latents changed."""
+    first, second = stages(item)
+    return [StageLatents(change(first.latents), first.ledger), second]
+
+
+def with_ledger(item: WorkItem, **changes) -> list[StageLatents]:
+    first, second = stages(item)
+    return [StageLatents(first.latents, dataclasses.replace(first.ledger, **changes)), second]
+
+
+def set_nan(latents: AV) -> AV:
+    latents.audio[0, 3, 2, 1] = float("nan")
+    return latents
+
+
+FAULTS = {
+    "not of this size": (lambda i: with_first(i, lambda x: AV(x.video[:, :, 1:], x.audio)), r"stage_1\.video is .*not"),
+    "another dtype": (lambda i: with_first(i, lambda x: x.map(torch.Tensor.half)), r"float16 .*, not torch\.float32"),
+    "not finite": (lambda i: with_first(i, set_nan), r"stage_1\.audio is not finite"),
+    "another seed": (lambda i: with_ledger(i, seed=5), "not that of the item"),
+    "after stage 2": (lambda i: with_ledger(i, draws=stages(i)[1].ledger.draws), "not that of the item"),
+    "before stage 1": (lambda i: with_ledger(i, draws=()), "not that of the item"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_stored_latents_that_do_not_fit(made, fault):
+    engine, item = made(), work()
+    change, words = FAULTS[fault]
+    engine.run("save_latents", item, *change(item))
+    with pytest.raises(StoredLatentsGone, match=words):
+        engine.run("load_latents", item)
+    engine.run("save_latents", item, *stages(item))
+    engine.run("load_latents", item)
+
+
+def spoil(path: Path, how: str) -> None:
+    data = path.read_bytes()
+    metadata_end = 8 + int.from_bytes(data[:8], "little")
+    if how == "missing":
+        path.unlink()
+    elif how == "half":
+        path.write_bytes(data[: len(data) // 2])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "no ledger":
+        path.write_bytes(data[:metadata_end].replace(b'"noise_ledger"', b'"ledger_noise"') + data[metadata_end:])
+    elif how == "broken ledger":
+        path.write_bytes(data[:metadata_end].replace(b'\\"seed\\"', b'\\"sead\\"') + data[metadata_end:])
+    elif how == "no video":
+        path.write_bytes(data[:metadata_end].replace(b"stage_1.video", b"stage_3.video") + data[metadata_end:])
+
+
+@pytest.mark.parametrize(
+    "how, words",
+    [
+        ("missing", "no such file"), ("half", "not a whole safetensors file"), ("empty", "not a whole safetensors"),
+        ("no ledger", "no noise ledger"), ("broken ledger", r"cannot be read \(KeyError"),
+        ("no video", r"no stage_1\.video"),
+    ],
+)  # fmt: skip
+def test_stored_latents_that_cannot_be_read(made, how, words):
+    engine, item = made(), work()
+    place = Path(engine.run("save_latents", item, stages(item)[0]))
+    spoil(place, how)
+    with pytest.raises(StoredLatentsGone, match=words) as error:
+        engine.run("load_latents", item)
+    assert str(place) in str(error.value)
+
+
+def test_latents_of_another_item(made, out):
+    engine, item, other = made(), work(0), work(1)
+    place = Path(engine.run("save_latents", item, stages(item)[0]))
+    place.with_name(f"{other.item_id}.safetensors").write_bytes(place.read_bytes())
+    with pytest.raises(StoredLatentsGone, match=f"holds item {item.item_id}"):
+        engine.run("load_latents", other)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_node_keeps_what_the_output_refuses(made, out, tmp_path, count):
+    engine, item = made(), work(num_frames=9)
+    out.mkdir(exist_ok=True)
+    (out / "latents").write_text("in the way")
+    place = engine.run("save_latents", item, *stages(item)[:count])
+    assert Path(place).is_file() and place.startswith(str(tmp_path / "cache" / "kept"))
+    assert engine.facts.stored_at == place
+    fetched = engine.run("load_latents", item)
+    assert latents_sha256(named_latents(fetched)) == latents_sha256(named_latents(stages(item)[0]))
+    assert engine.facts.stored_at == place
+    # another output has a folder of its own
+    engine.latents.__init__(Store(str(tmp_path / "other")))
+    with pytest.raises(StoredLatentsGone):
+        engine.run("load_latents", item)
+    # when the output is back the copy goes, unless it holds more than what is published
+    (out / "latents").unlink()
+    made().run("save_latents", item, stages(item)[0])
+    assert Path(place).exists() == (count == 2)
+
+
+def test_a_finished_clip_needs_no_copy(made, out):
+    engine, item = made(), work(num_frames=9)
+    out.mkdir(exist_ok=True)
+    (out / "latents").write_text("in the way")
+    place = Path(engine.run("save_latents", item, *stages(item)))
+    assert place.exists()
+    engine.run("decode", item, *stages(item))
+    assert not place.exists()
+
+
+@pytest.mark.parametrize("stop_after", [None, "stage1"])
+def test_both_stages_are_never_replaced_by_one(made, out, stop_after):
+    """Neither by keeping nor by a run that stops after stage 1; a broken file is replaced."""
+    item = work(num_frames=9)
+    both = stages(item)
+    engine = made(stop_after=stop_after)
+    place = Path(engine.run("save_latents", item, *both))
+
+    def publish_first():
+        engine.run("decode" if stop_after else "save_latents", item, both[0])
+        return set(load_file(place))
+
+    assert publish_first() == set(named_latents(*both))
+    place.write_bytes(place.read_bytes()[:-1])
+    assert publish_first() == set(named_latents(both[0]))
+    engine.run("save_latents", item, *both)
+    assert set(load_file(place)) == set(named_latents(*both)), "and one is replaced by both"

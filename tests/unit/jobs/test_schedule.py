@@ -1,0 +1,347 @@
+"""jobs/schedule.py without Ray: one recipe and date always give the same manifest and id."""
+
+import dataclasses
+import importlib.util
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def load_schedule():
+    spec = importlib.util.spec_from_file_location("schedule", ROOT / "jobs/schedule.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["schedule"] = module  # dataclasses look up their module
+    spec.loader.exec_module(module)
+    return module
+
+
+schedule = load_schedule()
+import schedule_recipe  # on the path once schedule.py is loaded
+
+DATE = "2026-11-23"
+RECIPE = """
+name: night
+output: /data/{name}/{date}
+prompts: ["a {animal} in {place}", "just {animal}", "plain {{braces}}"]
+variables: {animal: [fox, owl, 7], place: [snow, "heavy rain"]}
+"""
+
+
+def rows(text, date=DATE, folder="."):
+    return [
+        json.loads(line)
+        for line in schedule.plan(
+            schedule.parse_recipe(text, str(folder)), date, Path("/m"), "render"
+        ).manifest.splitlines()
+    ]
+
+
+def test_templates_expand_to_every_combination():
+    prompts = [row["prompt"] for row in rows(RECIPE)]
+    assert prompts == [
+        "a fox in snow",
+        "a fox in heavy rain",
+        "a owl in snow",
+        "a owl in heavy rain",
+        "a 7 in snow",
+        "a 7 in heavy rain",
+        "just fox",
+        "just owl",
+        "just 7",
+        "plain {braces}",
+    ]
+
+
+def test_a_row_has_id_seed_defaults_and_what_made_it():
+    first = rows(RECIPE + "defaults: {height: 512, images: [{path: a.png, frame_idx: 0, strength: 1.0}]}")[0]
+    assert first["id"] == "night-2026-11-23-0001"
+    assert first["height"] == 512 and first["images"][0]["path"] == "a.png"
+    assert first["variables"] == {"animal": "fox", "place": "snow"}
+    assert 0 <= first["seed"] < 2**32
+
+
+def test_same_recipe_and_date_same_bytes_and_id():
+    # These values are fixed: a change would make existing schedules render their date again.
+    recipe = schedule.parse_recipe(RECIPE + "count: 3\nseed: 5")
+    job = schedule.plan(recipe, DATE, Path("/m"), "render")
+    assert job == schedule.plan(recipe, DATE, Path("/m"), "render")
+    assert job.rows == 3
+    assert job.manifest_path == Path("/m/night-2026-11-23.jsonl")
+    assert job.submission_id == "night-2026-11-23-51049d328049"
+    assert job.entrypoint == "render /m/night-2026-11-23.jsonl --output /data/night/2026-11-23"
+
+
+def test_the_sample_and_the_seeds_change_with_date_and_seed():
+    one, two = (RECIPE + f"count: 4\nseed: {seed}" for seed in (1, 2))
+    runs = [rows(one), rows(one, "2026-11-24"), rows(two)]
+    assert len({tuple(r["prompt"] for r in run) for run in runs}) == 3
+    assert len({r["seed"] for run in runs for r in run}) == 12
+    assert all(len({r["prompt"] for r in run}) == 4 for run in runs)
+
+
+@pytest.mark.parametrize(("total", "count"), [(1, 1), (10, 10), (10, 3), (10**12, 50)])
+def test_sample_is_without_repeats_and_in_range(total, count):
+    got = schedule_recipe.sample(total, count, "key")
+    assert got == sorted(set(got)) and len(got) == count and got[0] >= 0 and got[-1] < total
+
+
+def test_sample_is_fair():
+    hits = [0] * 10
+    for key in range(2000):
+        for i in schedule_recipe.sample(10, 3, key):
+            hits[i] += 1
+    assert all(500 < n < 700 for n in hits), hits  # 600 expected, sigma about 20
+
+
+def test_defaults_can_fix_the_seed():
+    assert {row["seed"] for row in rows(RECIPE + "defaults: {seed: 10}")} == {10}
+
+
+def test_id_depends_on_the_manifest_and_the_render_options_only(tmp_path):
+    def ident(text, out_dir="/m", command="render"):
+        return schedule.plan(schedule.parse_recipe(text), DATE, Path(out_dir), command).submission_id
+
+    base = ident(RECIPE)
+    assert base == ident(RECIPE, str(tmp_path), "wrapper render")
+    assert len({base, ident(RECIPE + "render_options: [--tp, 2]"), ident(RECIPE + "seed: 1")}) == 3
+    assert ident(RECIPE.replace("/data", "/other")) != base
+
+
+def test_render_options_are_quoted_for_the_shell():
+    recipe = schedule.parse_recipe(RECIPE + "render_options: [--lora, /a b/x.safetensors, 0.5, '$(rm)']")
+    words = shlex.split(schedule.plan(recipe, DATE, Path("/m n"), "python r.py").entrypoint)
+    assert words == [
+        *("python", "r.py", "/m n/night-2026-11-23.jsonl", "--output", "/data/night/2026-11-23"),
+        *("--lora", "/a b/x.safetensors", "0.5", "$(rm)"),
+    ]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "folder"])
+def test_rows_are_drawn_from_a_manifest(tmp_path, kind):
+    pool = [
+        {"id": "one", "prompt": "first", "seed": 3, "height": None, "tag": "x"},
+        {"id": "two", "prompt": "second", "seed": None, "height": 512, "tag": None},
+    ]
+    if kind == "jsonl":
+        name = "pool.jsonl"
+        (tmp_path / name).write_text("\n\n".join(json.dumps(row) for row in pool) + "\n")
+    else:
+        name = "pool.parquet" if kind == "parquet" else "pool"
+        path = tmp_path / name
+        if kind == "folder":
+            path.mkdir()
+            path /= "part-0.parquet"
+        pq.write_table(pa.Table.from_pylist(pool), path)
+    got = rows(f"name: n\noutput: /o\nmanifest: {name}\ndefaults: {{height: 256}}", folder=tmp_path)
+    assert got[0] == {
+        "id": "n-2026-11-23-0001",
+        "height": 256,
+        "prompt": "first",
+        "seed": 3,
+        "tag": "x",
+        "source_id": "one",
+    }
+    assert got[1]["height"] == 512 and got[1]["source_id"] == "two" and "tag" not in got[1]
+    assert got[1]["seed"] not in (None, 3)
+
+
+def test_templates_and_a_manifest_make_one_pool(tmp_path):
+    (tmp_path / "pool.jsonl").write_text('{"prompt": "drawn"}\n')
+    text = RECIPE + "manifest: pool.jsonl\n"
+    assert [r["prompt"] for r in rows(text, folder=tmp_path)][-2:] == ["plain {braces}", "drawn"]
+    assert len(rows(text + "count: 11", folder=tmp_path)) == 11
+
+
+def test_images_of_a_drawn_row_stay_findable(tmp_path):
+    images = [{"path": "img/a.png"}, {"path": "/abs/b.png"}, {"path": "s3://b/c.png"}]
+    (tmp_path / "pool.jsonl").write_text(json.dumps({"prompt": "p", "images": images}) + "\n")
+    recipe = schedule.parse_recipe("name: n\noutput: /o\nmanifest: pool.jsonl", str(tmp_path))
+    job = schedule.plan(recipe, DATE, Path("/m"), "render")
+    paths = [image["path"] for image in json.loads(job.manifest)["images"]]
+    assert paths == [f"{tmp_path}/img/a.png", "/abs/b.png", "s3://b/c.png"]
+    assert shlex.split(job.entrypoint)[-2:] == ["--image-root", str(tmp_path)]
+
+
+def test_any_script_stays_readable_in_the_manifest():
+    recipe = schedule.parse_recipe("name: n\noutput: /o\nprompts: ['雪の狐 🦊']")
+    assert "雪の狐 🦊".encode() in schedule.plan(recipe, DATE, Path("/m"), "render").manifest
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a", "recipe.*mapping"),
+        ("name: [", "not YAML"),
+        ("output: /o\nprompts: [p]", "name: None, must be given"),
+        ("name: n\nprompts: [p]", "output: None, must be given"),
+        ("name: a/b\noutput: /o\nprompts: [p]", "name: 'a/b'.*letters"),
+        ("name: 2026\noutput: /o\nprompts: [p]", "name: 2026"),
+        (f"name: {'n' * 65}\noutput: /o\nprompts: [p]", "1 to 64"),
+        ("name: n\noutput: /o/{day}\nprompts: [p]", r"output: \{day\}.*known: \{date\}, \{name\}"),
+        ("name: n\noutput: /o\nprompts: [p]\npromts: [q]", "unknown field: 'promts'.*prompts"),
+        ("name: n\noutput: /o", "prompts: .*or `manifest`"),
+        ("name: n\noutput: /o\nprompts: p", "prompts: 'p'.*list"),
+        ("name: n\noutput: /o\nprompts: [' ']", "prompts.*not blank"),
+        ("name: n\noutput: /o\nprompts: ['a {x}']", r"prompts\[0\]: \{x\}.*none are defined"),
+        ("name: n\noutput: /o\nprompts: ['a {x.y}']\nvariables: {x: [1]}", r"\{x.y\}.*known: \{x\}"),
+        ("name: n\noutput: /o\nprompts: ['a {x!r:>3}']\nvariables: {x: [1]}", r"\{x!r:>3\}"),
+        ("name: n\noutput: /o\nprompts: ['a {']", "literal brace"),
+        ("name: n\noutput: /o\nprompts: [p]\nvariables: {x: [1]}", "variables: 'x'.*used"),
+        ("name: n\noutput: /o\nprompts: ['{x}']\nvariables: {x: []}", r"variables.x: \[\]"),
+        ("name: n\noutput: /o\nprompts: [p]\ncount: 0", "count: 0"),
+        ("name: n\noutput: /o\nprompts: [p]\ncount: true", "count: True"),
+        ("name: n\noutput: /o\nprompts: [p]\ncount: 2", "count: 2, must be at most 1"),
+        ("name: n\noutput: /o\nprompts: [p]\nseed: -1", "seed: -1"),
+        ("name: n\noutput: /o\nprompts: [p]\ndefaults: {heigth: 1}", "defaults: 'heigth'.*height"),
+        ("name: n\noutput: /o\nprompts: [p]\ndefaults: {height: .nan}", "defaults.height: nan.*JSON"),
+        (
+            "name: n\noutput: /o\nprompts: [p]\nrender_options: [--output=x]",
+            "render_options.*without --output",
+        ),
+        ("name: n\noutput: /o\nprompts: [p]\nrender_options: {tp: 2}", "render_options.*list"),
+        ("name: n\noutput: /o\nmanifest: nowhere.jsonl", "manifest: '/.*nowhere.jsonl'.*readable"),
+    ],
+)
+def test_bad_recipes_say_what_is_wrong(text, message):
+    with pytest.raises(ValueError, match=message):
+        rows(text)
+
+
+def test_a_product_out_of_hand_needs_a_count():
+    values = "[" + ", ".join(map(str, range(50))) + "]"
+    text = "name: n\noutput: /o\nprompts: ['{a}{b}{c}']\nvariables:\n" + "".join(f"  {k}: {values}\n" for k in "abc")
+    with pytest.raises(ValueError, match=r"count: None.*125000"):
+        rows(text)
+    assert len(rows(text + "count: 9")) == 9
+
+
+def test_a_bad_line_of_a_manifest_is_named(tmp_path):
+    (tmp_path / "pool.jsonl").write_text('{"prompt": "p"}\nnot json\n')
+    with pytest.raises(ValueError, match=r"pool.jsonl:2: "):
+        rows("name: n\noutput: /o\nmanifest: pool.jsonl", folder=tmp_path)
+
+
+def test_write_is_by_rename_and_leaves_nothing_behind(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "m.jsonl"
+    schedule.write_atomically(path, b"one")
+    inode = path.stat().st_ino
+    schedule.write_atomically(path, b"one")
+    assert path.stat().st_ino == inode, "unchanged bytes were written again"
+    with open(path, "rb") as reader:
+        schedule.write_atomically(path, b"two")
+        assert reader.read() == b"one", "the file of an open reader changed"
+    assert path.read_bytes() == b"two"
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(schedule.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        schedule.write_atomically(path, b"three")
+    assert path.read_bytes() == b"two" and [p.name for p in path.parent.iterdir()] == ["m.jsonl"]
+
+
+@pytest.mark.parametrize("text", ["2026-13-01", "yesterday", "2026/11/23", ""])
+def test_bad_dates(text):
+    with pytest.raises(ValueError, match="--date"):
+        schedule.parse_date(text)
+
+
+def test_dry_run_writes_and_submits_nothing(tmp_path, capsys):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(RECIPE)
+    argv = [str(recipe), "--date", DATE, "--out-dir", str(tmp_path / "out"), "--dry-run"]
+    assert schedule.main(argv) == 0
+    assert "night-2026-11-23.jsonl (10 rows)" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_usage_errors_are_exit_2(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(RECIPE)
+    assert schedule.main([str(tmp_path / "none.yaml")]) == 2
+    assert schedule.main([str(recipe)]) == 2
+    assert "--address" in capsys.readouterr().err
+    assert schedule.main([str(recipe), "--address", "127.0.0.1:1"]) == 2
+    recipe.write_text(RECIPE + "colour: red")
+    assert schedule.main([str(recipe)]) == 2
+    assert "r.yaml: unknown field: 'colour'" in capsys.readouterr().err
+
+
+class FakeJobs:
+    """The part of the job API that submit_once uses; `before_submit` lets another caller act first."""
+
+    def __init__(self, statuses=None, before_submit=None):
+        self.statuses, self.before_submit, self.submitted = dict(statuses or {}), before_submit, []
+
+    def get_job_status(self, job):
+        if job not in self.statuses:
+            raise RuntimeError(f"Request failed with status code 404: Job {job} does not exist.")
+        return SimpleNamespace(value=self.statuses[job])
+
+    def submit_job(self, *, submission_id, entrypoint, metadata):
+        if self.before_submit:
+            self.before_submit(self)
+        if submission_id in self.statuses:
+            raise RuntimeError(f"Job with submission_id {submission_id} already exists.")
+        self.statuses[submission_id] = "PENDING"
+        self.submitted.append(submission_id)
+
+
+@pytest.mark.parametrize(
+    ("statuses", "name", "words", "submitted"),
+    [
+        ({}, "id", "submitted", ["id"]),
+        ({"id": "PENDING"}, "id", "already there (pending)", []),
+        ({"id": "RUNNING"}, "id", "already there (running)", []),
+        ({"id": "SUCCEEDED"}, "id", "already there (succeeded)", []),
+        ({"id": "FAILED"}, "id-2", "submitted again (previous job: failed)", ["id-2"]),
+        ({"id": "FAILED", "id-2": "RUNNING"}, "id-2", "already there (running)", []),
+        ({"id": "FAILED", "id-2": "STOPPED"}, "id-3", "submitted again (previous job: stopped)", ["id-3"]),
+    ],
+)
+def test_submit_once(statuses, name, words, submitted):
+    jobs = FakeJobs(statuses)
+    assert schedule.submit_once(jobs, "id", "true", {}) == (name, words)
+    assert jobs.submitted == submitted
+
+
+@pytest.mark.parametrize("statuses", [{}, {"id": "FAILED"}])
+def test_losing_a_race_is_success(statuses):
+    name = "id-2" if statuses else "id"
+    jobs = FakeJobs(statuses, before_submit=lambda self: self.statuses.update({name: "RUNNING"}))
+    found, words = schedule.submit_once(jobs, "id", "true", {})
+    assert found == name and "by another caller" in words and not jobs.submitted
+
+
+def test_the_example_recipe_is_good_and_needs_no_torch():
+    code = (
+        "import sys; sys.path.insert(0, 'jobs'); import schedule; "
+        "assert schedule.main(['jobs/nightly.yaml', '--date', '2026-11-23', '--dry-run']) == 0; "
+        "assert not {'torch', 'ray'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_row_fields_are_those_of_a_request():
+    from ltx_ray.records import RenderRequest
+
+    names = {f.name for f in dataclasses.fields(RenderRequest)}
+    assert names - {"prompt", "id", "extra"} == schedule_recipe.ROW_FIELDS
+
+
+def test_help_is_whole(capsys):
+    with pytest.raises(SystemExit):
+        schedule.main(["--help"])
+    assert "--entrypoint" in capsys.readouterr().out
+    assert all(f"    {name}: " in schedule.__doc__ for name in schedule_recipe.RECIPE_FIELDS)

@@ -1,0 +1,359 @@
+"""Rows of a manifest: defaults, what is legal in each column, and how an illegal row is reported."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ltx_ray.dataset.layout import INDEX_SCHEMA
+from ltx_ray.manifest.columns import COLUMNS
+from ltx_ray.manifest.reader import RawRow, read_manifest
+from ltx_ray.manifest.rules import IllegalRow, LegalRow, RowRules, check_defaults, judge
+from ltx_ray.presets import DEFAULT_NEGATIVE_PROMPT, served_pipelines
+from ltx_ray.records import LoraUse, canonical_json
+from tests.support.samples import judged, request, write_jsonl
+
+ROOT_RULES = RowRules(image_roots=("/data/images",))
+
+
+def only_message(values: dict, rules: RowRules | None = None) -> str:
+    [message] = judged({"prompt": "a cat", **values}, rules).messages()
+    return message
+
+
+# --- defaults ------------------------------------------------------------------------------------
+
+
+def test_the_defaults_are_those_of_the_hq_pipeline():
+    r = request()
+    assert (r.width, r.height, r.num_frames, r.frame_rate, r.seed) == (1920, 1088, 121, 24.0, 10)
+    assert r.num_inference_steps == 15
+    assert (r.video_cfg_scale, r.video_stg_scale, r.video_rescale_scale, r.video_modality_scale) == (3.0, 0, 0.45, 3.0)
+    assert (r.audio_cfg_scale, r.audio_stg_scale, r.audio_rescale_scale, r.audio_modality_scale) == (7.0, 0, 1.0, 3.0)
+    assert (r.distilled_lora_strength_stage_1, r.distilled_lora_strength_stage_2) == (0.25, 0.5)
+    assert r.negative_prompt == DEFAULT_NEGATIVE_PROMPT
+    assert (r.loras, r.images, r.pipeline, r.id, r.extra) == ((), (), "hq", None, None)
+
+
+def test_null_means_the_default():
+    assert request(**dict.fromkeys(set(COLUMNS) - {"prompt"})) == request()
+
+
+def test_an_empty_negative_prompt_is_empty():
+    assert request(negative_prompt="").negative_prompt == ""
+
+
+def test_the_operators_defaults_stand_between_the_row_and_the_pipeline():
+    rules = RowRules(defaults=check_defaults({"seed": 3, "height": 64, "frame_rate": 25}))
+    row = judged({"prompt": "a", "seed": 4, "height": None}, rules)
+    assert isinstance(row, LegalRow)
+    assert (row.request.seed, row.request.height, row.request.frame_rate) == (4, 64, 25.0)
+
+
+def test_the_operators_defaults_are_checked_under_their_flag():
+    with pytest.raises(ValueError, match="--num-inference-steps: 1, legal: a whole number from 2"):
+        check_defaults({"num_inference_steps": 1})
+    with pytest.raises(ValueError, match="--a2v-guidance-scale: nan, legal: a finite number"):
+        check_defaults({"video_modality_scale": float("nan")})
+    with pytest.raises(ValueError, match="--seed: 'x'"):
+        check_defaults({"seed": "x"})
+
+
+def test_unknown_columns_travel_along_as_json():
+    extra = request(b=[1, {"c": None}], a="é").extra
+    assert extra == '{"a": "é", "b": [1, {"c": null}]}'
+
+
+@pytest.mark.parametrize(
+    "value, kept",
+    [
+        (float("nan"), None),
+        ([float("inf"), {"x": float("nan")}, 1.0], [None, {"x": None}, 1.0]),
+        ("\ud800", "\ud800"),
+        ({"\udcff": "é"}, {"\udcff": "é"}),
+        (b"\xff", "b'\\xff'"),
+    ],
+)
+def test_extra_is_json_and_utf8_whatever_it_holds(value, kept):
+    extra = request(x=value).extra
+    extra.encode()
+    assert json.loads(extra, parse_constant=pytest.fail) == {"x": kept}
+
+
+# --- each column ---------------------------------------------------------------------------------
+
+ILLEGAL = [
+    ("prompt", ""),
+    ("prompt", " \n\t"),
+    ("prompt", None),
+    ("prompt", "a\x00b"),
+    ("prompt", "a \ud800"),
+    ("prompt", ["a"]),
+    ("negative_prompt", "\udfff"),
+    ("negative_prompt", "\x00"),
+    ("negative_prompt", 0),
+    ("id", ""),
+    ("id", "a/b"),
+    ("id", "../a"),
+    ("id", "a\n"),
+    ("id", "a b"),
+    ("id", "é"),
+    ("id", "x" * 129),
+    ("id", 7),
+    ("seed", -1),
+    ("seed", 2**63),
+    ("seed", 1.5),
+    ("seed", True),
+    ("seed", "10"),
+    ("seed", float("inf")),
+    ("height", 1080),
+    ("height", 0),
+    ("height", -64),
+    ("height", 2**31),
+    ("width", 100),
+    ("width", 63.5),
+    ("num_frames", 120),
+    ("num_frames", 0),
+    ("num_frames", 2**31 + 1),
+    ("frame_rate", 0),
+    ("frame_rate", -24),
+    ("frame_rate", 1e-9),
+    ("frame_rate", 1001),
+    ("frame_rate", float("nan")),
+    ("frame_rate", 10**400),
+    ("frame_rate", "24"),
+    ("num_inference_steps", 1),
+    ("num_inference_steps", 0),
+    ("num_inference_steps", 1001),
+    ("video_cfg_scale", float("inf")),
+    ("audio_modality_scale", [3.0]),
+    ("video_stg_blocks", [-1]),
+    ("video_stg_blocks", [48]),
+    ("audio_stg_blocks", [0, 10**12]),
+    ("audio_stg_blocks", [0.5]),
+    ("audio_stg_blocks", 3),
+    ("video_skip_step", -1),
+    ("audio_skip_step", 1001),
+    ("distilled_lora_strength_stage_1", float("nan")),
+    ("distilled_lora_strength_stage_2", "strong"),
+    ("loras", ["style"]),
+    ("loras", [{"name": "style", "weight": 1}]),
+    ("loras", [{"strength": 1}]),
+    ("loras", [{"name": "style", "strength": float("inf")}]),
+    ("loras", [{"name": "style"}, {"name": "style"}]),
+    ("loras", [{"name": "unknown"}]),
+    ("images", "a.png"),
+    ("images", [{"frame_idx": 0}]),
+    ("images", [{"path": ""}]),
+    ("images", [{"path": "a\x00.png"}]),
+    ("images", [{"path": "\ud800.png"}]),
+    ("images", [{"path": "a.png", "frame_idx": -1}]),
+    ("images", [{"path": "a.png", "frame_idx": 2**31}]),
+    ("images", [{"path": "a.png", "strength": 1.5}]),
+    ("images", [{"path": "a.png", "crf": 52}]),
+    ("pipeline", "turbo"),
+    ("pipeline", ""),
+    ("pipeline", "\ud800"),
+    ("pipeline", 1),
+]
+RULES = RowRules(num_layers=48, loras=(LoraUse("style", 0.7), LoraUse("light", 0.3)), image_roots=(".",))
+
+
+@pytest.mark.parametrize("column, value", ILLEGAL, ids=repr)
+def test_an_illegal_value_is_reported_once_under_its_column(column, value):
+    row = judged({"prompt": "a cat", column: value}, RULES)
+    assert isinstance(row, IllegalRow)
+    assert [p.column for p in row.problems] == [column]
+    [message] = row.messages()
+    assert message.startswith(f"m.jsonl:1:{column}")
+    assert ", legal: " in message
+    message.encode()
+    assert "\n" not in message
+
+
+LEGAL = [
+    ("prompt", " a cat ", " a cat "),
+    ("prompt", "日本語 🐱\n\u202e", "日本語 🐱\n\u202e"),
+    ("id", "A-z_0.9", "A-z_0.9"),
+    ("id", "x" * 128, "x" * 128),
+    ("seed", 0, 0),
+    ("seed", 2**63 - 1, 2**63 - 1),
+    ("seed", 7.0, 7),
+    ("height", 64, 64),
+    ("num_frames", 1, 1),
+    ("frame_rate", 29.97, 29.97),
+    ("frame_rate", 1000, 1000.0),
+    ("num_inference_steps", 2, 2),
+    ("video_cfg_scale", -1, -1.0),
+    ("video_stg_blocks", [47, 0], (47, 0)),
+    ("video_stg_blocks", [], ()),
+    ("audio_skip_step", 0, 0),
+    ("distilled_lora_strength_stage_1", 0, 0.0),
+    ("loras", [], ()),
+    ("loras", [{"name": "style"}], (LoraUse("style", 1.0),)),
+    ("loras", [{"name": "light", "strength": 2}, {"name": "style", "strength": None}],
+     (LoraUse("style", 1.0), LoraUse("light", 2.0))),
+    ("pipeline", "hq", "hq"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("column, value, parsed", LEGAL, ids=repr)
+def test_a_legal_value_is_kept(column, value, parsed):
+    # 121 frames at 1000 a second still last three audio latents
+    row = judged({"prompt": "a cat", column: value}, RULES)
+    assert isinstance(row, LegalRow), row.messages()
+    assert getattr(row.request, column) == parsed
+    assert type(getattr(row.request, column)) is type(parsed)
+
+
+def test_a_row_without_loras_takes_the_declared_ones():
+    assert judged({"prompt": "a"}, RULES).request.loras == RULES.loras
+    assert judged({"prompt": "a", "loras": None}, RULES).request.loras == RULES.loras
+
+
+def test_an_unknown_lora_names_the_declared_ones():
+    assert "(light, style)" in only_message({"loras": [{"name": "x"}]}, RULES)
+    assert "give --lora PATH" in only_message({"loras": [{"name": "x"}]})
+
+
+def test_a_pipeline_that_is_known_but_not_served_says_so():
+    said = only_message({"pipeline": "distilled"})
+    assert said.endswith("legal: hq or base (not 'distilled', which the loaded checkpoint does not serve)")
+    said = only_message({"pipeline": "hq"}, RowRules(pipelines=served_pipelines(distilled=True)))
+    assert said.endswith("legal: distilled (not 'hq', which the loaded checkpoint does not serve)")
+    assert "which is unknown" in only_message({"pipeline": "turbo"})
+
+
+# --- messages ------------------------------------------------------------------------------------
+
+
+def test_a_message_names_file_row_column_id_value_and_what_is_legal():
+    row = judge(RawRow("s3://b/m.parquet", 12, {"prompt": "a", "id": "cat-1", "height": 1080}), RowRules())
+    [message] = row.messages()
+    assert message == (
+        "s3://b/m.parquet:12:height (cat-1): 1080, legal: a positive multiple of 64 (next: 1024 or 1088)"
+    )
+
+
+def test_all_problems_of_a_row_are_listed():
+    row = judged({"id": "a/b", "height": 1, "width": 1, "num_frames": 2, "seed": -1, "prompt": " "})
+    assert {p.column for p in row.problems} == {"id", "height", "width", "num_frames", "seed", "prompt"}
+
+
+@pytest.mark.parametrize("row_id", ["a\nb", "\x1b[31m", "\ud800", "x" * 500])
+def test_an_id_that_is_none_cannot_break_the_line(row_id):
+    [message] = judged({"prompt": "a", "id": row_id}).messages()
+    message.encode()
+    assert message.isprintable()
+    assert len(message) < 500
+
+
+def test_long_values_are_cut():
+    assert len(only_message({"seed": "x" * 10_000})) < 300
+
+
+def test_a_line_that_is_no_json_is_an_illegal_row():
+    row = judge(RawRow("m.jsonl", 3, {}, unreadable="not JSON (x)"), RowRules())
+    assert row.messages() == ["m.jsonl:3:row: 'not JSON (x)', legal: one JSON object a line"]
+
+
+# --- images --------------------------------------------------------------------------------------
+
+
+def root_refused(path: str, roots: tuple[str, ...], manifest: str) -> bool:
+    row = judge(RawRow(manifest, 1, {"prompt": "a", "images": [{"path": path}]}), RowRules(image_roots=roots))
+    return isinstance(row, IllegalRow) and any("inside an --image-root" in p.legal for p in row.problems)
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """in/a.png and in/sub inside the root, out/b.png outside, and links that cross."""
+    inside, outside = tmp_path / "in", tmp_path / "out"
+    (inside / "sub").mkdir(parents=True)
+    outside.mkdir()
+    for file in (inside / "a.png", inside / "sub" / "c.png", outside / "b.png", tmp_path / "in2.png"):
+        file.write_bytes(b"x")
+    os.symlink(outside / "b.png", inside / "link.png")
+    os.symlink(outside, inside / "dir")
+    os.symlink(inside / "a.png", outside / "back.png")
+    os.symlink("loop", inside / "loop")
+    return tmp_path
+
+
+@pytest.mark.parametrize("path", ["a.png", "sub/c.png", "sub/../a.png", "./a.png", "{in}/a.png", "{out}/back.png"])
+def test_images_inside_a_root(tree, path):
+    path = path.format(**{"in": tree / "in", "out": tree / "out"})
+    assert not root_refused(path, (str(tree / "in"),), str(tree / "in" / "m.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "path", ["../out/b.png", "sub/../../out/b.png", "{out}/b.png", "link.png", "dir/b.png", "/etc/passwd",
+             "{in}/../in2.png", "{in}2.png", "s3://other/a.png", "file:///etc/passwd", "../in2.png"],
+)  # fmt: skip
+def test_images_outside_every_root(tree, path):
+    path = path.format(**{"in": tree / "in", "out": tree / "out"})
+    assert root_refused(path, (str(tree / "in"), str(tree / "in" / "sub")), str(tree / "in" / "m.jsonl"))
+
+
+def test_relative_images_count_from_the_manifest_not_from_the_root(tree):
+    manifest = str(tree / "in" / "m.jsonl")
+    assert not root_refused("../out/b.png", (str(tree / "out"),), manifest)
+    assert root_refused("b.png", (str(tree / "out"),), manifest)
+
+
+def test_images_in_an_object_store():
+    roots, manifest = ("s3://bucket/set",), "s3://bucket/set/m.jsonl"
+    for path in ("s3://bucket/set/a.png", "a.png", "sub/a.png"):
+        assert not root_refused(path, roots, manifest)
+    for path in ("s3://bucket/setx/a.png", "s3://bucket/set/../a.png", "../a.png", "/etc/passwd", "gs://bucket/set/a"):
+        assert root_refused(path, roots, manifest)
+
+
+def test_without_roots_images_come_from_the_rows_own_folder():
+    assert not root_refused("a.png", (), "/data/m.jsonl")
+    assert root_refused("../a.png", (), "/data/m.jsonl")
+    assert root_refused("/etc/passwd", (), "/data/m.jsonl")
+
+
+# --- anything at all -----------------------------------------------------------------------------
+
+SCALARS = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=8)
+    | st.sampled_from([0, 64, 121, 24.0, "hq", "base", "style", 10**400, "\ud800", "\x00"])
+)  # fmt: skip
+KEYS = st.sampled_from(["name", "strength", "path", "frame_idx", "crf", "x"])
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4), max_leaves=6
+)
+ROWS = st.fixed_dictionaries({}, optional={name: VALUES for name in [*COLUMNS, "note"]})
+SOUND_ROWS = st.builds(lambda row: {**row, "prompt": "a cat"}, st.dictionaries(KEYS | st.just("note"), VALUES))
+
+
+@settings(max_examples=200)
+@given(ROWS | SOUND_ROWS)
+def test_any_row_is_judged(values):
+    row = judged(values, RULES)
+    if isinstance(row, IllegalRow):
+        assert row.problems
+        for message in row.messages():
+            message.encode()
+            assert message.isprintable()
+    else:
+        canonical_json(row.request).encode()
+        pa.Table.from_pylist([{**dict.fromkeys(INDEX_SCHEMA.names), **row.request.row()}], schema=INDEX_SCHEMA)
+
+
+@pytest.mark.parametrize("depth", [100, 900, 100_000])
+def test_deep_nesting_is_judged(tmp_path, depth):
+    for column in ("note", "seed"):
+        nested = "[" * depth + "]" * depth
+        line = f'{{"prompt": "b", "{column}": {nested}}}'
+        uri = write_jsonl(tmp_path / "m.jsonl", [{"prompt": "a", "seed": 1}, line])
+        rows = [judge(raw, RowRules()) for raw in read_manifest(uri)]
+        assert isinstance(rows[0], LegalRow)
+        assert isinstance(rows[1], LegalRow) or rows[1].messages()

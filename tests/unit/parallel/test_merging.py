@@ -1,0 +1,184 @@
+"""Merging: the reference's rounding, shards, residences, and any sequence of switches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ltx_ray.checkpoints.lora import open_lora
+from ltx_ray.checkpoints.safetensors import read_header
+from ltx_ray.parallel.fp8 import FP8, loaded, row_scale_of, store
+from ltx_ray.parallel.layers import TPGroup
+from ltx_ray.parallel.loading import load_shard
+from ltx_ray.parallel.lora import LoraMerger, LoraSetting
+from ltx_ray.parallel.merging import merge_
+from ltx_ray.parallel.weight_cache import GIB, Memory, choose
+from tests.support.lora_files import SHAPES, USES, Model, assert_same, expected, merger
+from tests.support.lora_files import files as files
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("uses", USES)
+def test_merged_weights_are_the_references(files, uses, dtype):
+    model, merging = merger(files, dtype=dtype)
+    assert merging.switch(LoraSetting(uses)) == any(s for _, s in uses)
+    assert_same(model, expected(files, uses, dtype))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_shard_merges_like_the_whole(files, size):
+    for uses in USES:
+        whole = expected(files, uses)
+        for rank in range(size):
+            model, merging = merger(files, TPGroup(rank, size))
+            merging.switch(LoraSetting(uses))
+            for name, parameter in model.named_parameters():
+                dim, full = parameter.shard_dim, whole[name]
+                part = full if dim is None else full.narrow(dim, rank * parameter.shape[dim], parameter.shape[dim])
+                assert torch.equal(parameter, part), (name, uses)
+
+
+strengths = st.sampled_from([0.0, 0.25, 0.5, 1.0, -0.7, 1e-4])
+uses_of = st.lists(st.tuples(st.integers(0, 2), strengths), unique_by=lambda use: use[0]).map(
+    lambda uses: tuple(sorted(uses))
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(uses_of, min_size=1, max_size=6), st.sampled_from(["file", "host", "device"]),
+       st.sampled_from(["file", "host", "device"]), st.integers(0, 6))  # fmt: skip
+def test_any_sequence_of_switches_ends_in_the_bits_of_a_fresh_load(files, sequence, clean, factors, keep_at):
+    model, merging = merger(files)
+    for number, uses in enumerate(sequence):
+        if number == keep_at:  # a replica that turns out to switch, in the middle of things
+            merging.keep(0, Memory(0, 0), clean, factors)
+        merging.switch(LoraSetting(uses))
+    assert_same(model, expected(files, sequence[-1]))
+    assert not merging.switch(LoraSetting(sequence[-1]))
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+def test_a_shard_scales_its_part_of_quantized_factors(files, tmp_path, by_row):
+    tensors = {}
+    for name, tensor in load_file(files / "lora0.safetensors").items():
+        scale = tensor.float().abs().amax(1) / 127 if by_row else tensor.float().abs().max() / 127
+        tensors[name] = (tensor.float() / (scale[:, None] if by_row else scale)).round().to(torch.int8)
+        tensors[f"{name}_scale"] = scale
+    save_file(tensors, tmp_path / "small.safetensors")
+    lora = open_lora(str(tmp_path / "small.safetensors")).fit(SHAPES, "model")
+    infos = read_header(files / "model.safetensors").tensors
+
+    def merged(tp):
+        model, _ = merger(files, tp)
+        LoraMerger(model, infos, [lora], tp).switch(LoraSetting(((0, 0.5),)))
+        return dict(model.named_parameters())
+
+    whole = merged(TPGroup())
+    assert not torch.equal(whole["up.weight"], expected(files, ())["up.weight"])
+    for rank in range(4):
+        for name, part in merged(TPGroup(rank, 4)).items():
+            dim, full = part.shard_dim, whole[name]
+            full = full if dim is None else full.narrow(dim, rank * part.shape[dim], part.shape[dim])
+            assert torch.equal(part, full), name
+
+
+def test_a_merger_knows_whether_a_switch_would_change_anything(files):
+    _, merging = merger(files)
+    assert not merging.would_change(LoraSetting(((0, 0.0),)))
+    merging.switch(LoraSetting(((0, 0.5), (1, 0.0))))
+    assert not merging.would_change(LoraSetting(((0, 0.5), (1, 0.0))))
+    assert merging.would_change(LoraSetting(((0, 0.25), (1, 0.0))))
+
+
+def test_only_layers_that_change_are_touched(files, monkeypatch):
+    _, merging = merger(files)
+    merging.switch(LoraSetting(((0, 0.25),)))
+    touched = []
+    monkeypatch.setattr(merging, "_merge_one", lambda *arguments: touched.append(arguments[-1].key))
+    merging.switch(LoraSetting(((0, 0.25), (2, 0.5))))
+    assert sorted(touched) == ["down.weight", "gate.weight"]
+
+
+def test_a_merge_that_fails_is_made_good_by_the_next(files, monkeypatch):
+    model, merging = merger(files)
+    merging.switch(LoraSetting(((0, 0.25),)))
+    good, calls = merging._merge_one, []
+
+    def fails(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("no room")
+        good(*arguments)
+
+    monkeypatch.setattr(merging, "_merge_one", fails)
+    with pytest.raises(torch.OutOfMemoryError, match=r"merging into \w+\.weight: no room"):
+        merging.switch(LoraSetting(((0, 0.5),)))
+    merging.switch(LoraSetting(((0, 0.25),)))
+    assert_same(model, expected(files, ((0, 0.25),)))
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 200, 1000, 1 << 20])
+def test_chunks_do_not_show(chunk_bytes):
+    torch.manual_seed(1)
+    clean, a, b = torch.randn(48, 40).bfloat16(), torch.randn(8, 40).bfloat16(), torch.randn(48, 8).bfloat16()
+    whole = torch.matmul(b * 0.3, a).addmm_(b, a, alpha=0.7) + clean
+    products = [(a, b, 0.3), (a, b, 0.7)]
+    for first in range(0, 48, 16):  # a shard of rows, whose chunks lie where the whole's do
+        rows = slice(first, first + 16)
+        target = torch.empty(16, 40).bfloat16()
+        parts = [(a, b[rows], s) for _, _, s in products]
+        merge_(target, clean[rows], parts, first_row=first, full_columns=40, chunk_bytes=chunk_bytes)
+        assert torch.equal(target, whole[rows])
+
+
+@pytest.mark.parametrize(
+    "nbytes, device, host, reserve, where",
+    [
+        (38, 100, 0, 16, "device"),
+        (38, 50, 100, 16, "host"),
+        (38, 50, 50, 16, "file"),
+        (38, 54, 0, 16, "device"),
+        (38, 53, 57, 16, "host"),
+        (0, 0, 0, 0, "device"),
+    ],
+)
+def test_what_every_switch_needs_is_kept_where_there_is_room(nbytes, device, host, reserve, where):
+    assert choose(nbytes * GIB, Memory(device * GIB, host * GIB), reserve * GIB) == where
+
+
+def fp8_merger(files):
+    """The same model with its column-parallel and row-parallel weights in fp8."""
+    tensors = read_header(files / "model.safetensors").tensors
+    with torch.device("meta"):
+        model = Model(TPGroup())
+    for layer in (model.up, model.down):
+        old = layer.weight
+        layer.weight = nn.Parameter(torch.empty(old.shape, dtype=FP8), requires_grad=False)
+        layer.weight.shard_dim, layer.weight.row_scale = old.shard_dim, torch.empty(len(old))
+    load_shard(model, tensors, TPGroup(), dtype=torch.bfloat16, device=torch.device("cpu"))
+    loras = [open_lora(str(files / f"lora{i}.safetensors")).fit(SHAPES, "model") for i in range(3)]
+    return model, LoraMerger(model, tensors, loras, TPGroup())
+
+
+@pytest.mark.parametrize("keep", [None, "file", "host", "device"])
+def test_fp8_weights_are_those_of_the_merged_ones_whatever_was_merged_before(files, keep):
+    model, merging = fp8_merger(files)
+    for number, uses in enumerate((*USES, USES[1], (), USES[3])):
+        if number == 2 and keep is not None:
+            merging.keep(0, Memory(0, 0), keep, keep)
+        merging.switch(LoraSetting(uses))
+        for name, values in expected(files, uses).items():
+            parameter = model.get_parameter(name)
+            again = nn.Parameter(torch.empty_like(parameter), requires_grad=False)
+            if row_scale_of(parameter) is None:
+                assert torch.equal(parameter, values), (name, uses)
+                continue
+            again.row_scale = torch.empty_like(parameter.row_scale)
+            store(again, values)
+            assert torch.equal(loaded(parameter), loaded(again)), (name, uses)
+            wide = values.float()
+            assert ((loaded(parameter) - wide).abs() <= wide.abs() / 16 + again.row_scale[:, None]).all()

@@ -1,0 +1,51 @@
+"""Machines that do not fit the model are refused when a run starts."""
+
+from __future__ import annotations
+
+import pytest
+
+from ltx_ray.config import ModelFiles, Numerics
+
+
+def test_a_real_model_wants_gpus_unless_told_otherwise():
+    pytest.importorskip("ray")
+    from ltx_ray.placement.cluster import Cluster
+    from ltx_ray.placement.sizing import ParallelConfig
+
+    def pools(size: int, device: str) -> list:
+        cluster = Cluster(
+            address=None,
+            device=device,
+            parallel=ParallelConfig(),
+            numerics=Numerics(),
+            model=ModelFiles("c", "g", "u"),
+            model_bytes=size,
+            engines=dict.fromkeys(("text", "diffusion", "decode"), "m:E"),
+            output="out",
+            save_latents=False,
+            stop_after=None,
+        )
+        return cluster._lay_out(0.0)[0]
+
+    for size, device in ((46 * 2**30, "auto"), (1, "cuda")):
+        with pytest.raises(ValueError, match="GPUs: at least 1 needed, 0 free; legal: a cluster with GPUs now, or --d"):
+            pools(size, device)
+    assert pools(46 * 2**30, "cpu") and pools(1, "auto")
+
+
+def test_stages_on_gpus_of_two_models_want_noise_from_the_cpu():
+    pytest.importorskip("ray")
+    from ltx_ray.driver.loop import Driver
+    from ltx_ray.pools.pool import StartFailed
+    from ltx_ray.pools.protocol import RankInfo, ReplicaStarted
+
+    def meet(noise_device: str, *names: str) -> None:
+        driver = Driver.__new__(Driver)
+        driver.noise_device, driver._device_name = noise_device, None
+        for name in names:
+            driver._check_device(ReplicaStarted("stage1-0", [RankInfo(0, device_name=name)], 1.0))
+
+    meet("model", "H100", "", "H100")  # text and decode draw nothing, and name no device
+    meet("cpu", "H100", "H200")
+    with pytest.raises(StartFailed, match="the stages span H100 and H200, whose noise differs; give --noise-"):
+        meet("model", "H100", "H200")

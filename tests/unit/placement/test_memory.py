@@ -1,0 +1,405 @@
+"""The memory of the GPUs, before anything runs on them: what is refused, and what a refusal says."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from ltx_ray import run as runs
+from ltx_ray.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from ltx_ray.checkpoints.safetensors import TensorInfo
+from ltx_ray.checkpoints.transformer_keys import transformer_shapes
+from ltx_ray.config import EngineSpec, ModelFiles, Numerics
+from ltx_ray.driver.loop import JoinedCluster
+from ltx_ray.manifest.rules import RowProblem
+from ltx_ray.model.packing import pack
+from ltx_ray.model.transformer import Transformer
+from ltx_ray.parallel.layers import TPGroup
+from ltx_ray.placement.cluster import Cluster
+from ltx_ray.placement.memory import GIB, Gpu, MemoryBudget, can_share, known_gpus, transformer_bytes
+from ltx_ray.placement.numerics import resolve
+from ltx_ray.placement.sizing import ParallelConfig, lay_out
+from tests.support.checkpoint_files import RELEASED
+from tests.support.samples import request
+from tests.support.schedules import WatchedReplicas
+from tests.support.simulated_runs import rows, run
+
+
+def info(shape: tuple[int, ...]) -> TensorInfo:
+    return TensorInfo("x", "x", "BF16", shape, 0, 2 * math.prod(shape))
+
+
+REAL_TENSORS = {name: info(shape) for name, shape in transformer_shapes(RELEASED).items()}
+CHECKPOINT = Checkpoint("ltx", "2.3.0", RELEASED, REAL_TENSORS, 46 * 10**9)
+
+
+def room(gpu: str | Gpu, gpus: float = 2, parallel: ParallelConfig = ParallelConfig(), **numerics) -> MemoryBudget:  # noqa: B008 (frozen)
+    """Of the real model on `gpus` of that kind; text and decode have a card of their own when there are two."""
+    asked = Numerics(
+        device="cuda", attention="auto", compile="auto", tp=parallel.tp, stage2_tp=parallel.tp_of_stage2,
+        sequence_parallel=parallel.sequence_parallel, **numerics,
+    )  # fmt: skip
+    resolved = resolve(asked, (), False)
+    spec = EngineSpec("m:E", ModelFiles("c", "g", "u"), resolved, "out")
+    laid_out = lay_out(parallel, gpus, dict.fromkeys(("text", "diffusion", "decode"), spec))
+    found = known_gpus([gpu])[0] if isinstance(gpu, str) else gpu
+    return MemoryBudget(CHECKPOINT, spec.model, laid_out, resolved, found)
+
+
+@pytest.fixture(autouse=True)
+def real_files(monkeypatch):
+    """Sizes of the released upsampler and of Gemma 3 12B's text model, in bfloat16."""
+    monkeypatch.setattr(MemoryBudget, "_upsampler_bytes", int(1.0e9))
+    monkeypatch.setattr(MemoryBudget, "text_bytes", int(23.5e9))
+
+
+HD = {"height": 1088, "width": 1920}
+#: One that is far too long for a small GPU, with sound that is not.
+LONG = request(**HD, num_frames=8001, frame_rate=24.0)
+
+
+# --- bytes -------------------------------------------------------------------------------------------
+
+
+def test_the_weights_of_the_real_model():
+    assert transformer_bytes(REAL_TENSORS, 1, 2, False) / 1e9 == pytest.approx(38.0, abs=0.1)
+    assert transformer_bytes(REAL_TENSORS, 1, 4, False) / 1e9 == pytest.approx(76.0, abs=0.1)
+    assert transformer_bytes(REAL_TENSORS, 1, 2, True) / 1e9 == pytest.approx(23.3, abs=0.5)
+    assert transformer_bytes(REAL_TENSORS, 8, 2, False) / 1e9 < 7
+
+
+def held(module: torch.nn.Module, products: bool = False) -> int:
+    """Bytes of all storage behind the parameters of `module`, scales of fp8 included."""
+    storages = {}
+    for name, parameter in module.named_parameters():
+        if not products or not re.match(r"transformer_blocks.*(to_|net\.)", name):
+            storages[name] = parameter.numel() * 2
+    for number, block in enumerate(module.transformer_blocks if products else ()):
+        for key, product in block.products.items():
+            for tensor in (product.weight, product.bias, product.row_scale):
+                if tensor is not None:
+                    storages[number, key, id(tensor)] = tensor.numel() * tensor.element_size()
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_shards_are_those_of_the_model(toy, tp):
+    checkpoint = open_checkpoint(toy["checkpoint_path"])
+    with torch.device("meta"):
+        model = Transformer(checkpoint.transformer, TPGroup(0, tp))
+    assert transformer_bytes(checkpoint.tensors, tp, 2, False) == held(model)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_packed_weights_are_those_of_the_fused_path(toy, precision):
+    checkpoint = open_checkpoint(toy["checkpoint_path"])
+    with torch.device("meta"):
+        model = Transformer(checkpoint.transformer)
+    pack(model, torch.device("cpu"), torch.bfloat16, precision)
+    estimate = transformer_bytes(checkpoint.tensors, 1, 2, precision == "fp8")
+    # rows of padding beside the gates, which weigh something in a toy only
+    assert 0.9 * held(model, products=True) < estimate <= held(model, products=True)
+
+
+def test_activations_are_those_that_were_measured():
+    there, clip = room("H100"), request(**HD)
+    one, fused, plain = there.ranks[0], 2.0, 7.0
+    assert one.fused and clip.shape.video_tokens == 32_640 and clip.shape.half().video_tokens == 8_160
+    assert fused < there.clip(one, "stage2", clip) / GIB < fused + 0.7
+    assert fused / 4 < there.clip(one, "stage1", clip) / GIB < fused / 4 + 0.2
+    assert plain - 0.2 < there.clip(replace(one, fused=False), "stage2", clip) / GIB < plain + 0.7
+
+
+def test_a_clip_counts_with_its_images_and_its_ranks():
+    there, clip = room("H100"), request(**HD)
+    one = there.ranks[0]
+
+    def with_images(*frames: int) -> int:
+        return there.clip(one, "stage2", replace(clip, images=tuple(SimpleNamespace(frame_idx=f) for f in frames)))
+
+    assert with_images() == with_images(0)
+    # as much as two latent frames more
+    assert with_images(0, 8, 16) == pytest.approx(there.clip(one, "stage2", replace(clip, num_frames=137)), rel=0.01)
+    alone = replace(one, fused=False)
+    shared = replace(alone, token_ranks=4)
+    assert there.clip(shared, "stage2", clip) < 0.4 * there.clip(alone, "stage2", clip)
+    assert there.clip(shared, "stage1", clip) == there.clip(alone, "stage1", clip)
+    assert there.clip(replace(alone, item_bytes=4), "stage2", clip) > 1.9 * there.clip(alone, "stage2", clip)
+
+
+def test_files_beside_the_transformer(toy, monkeypatch):
+    monkeypatch.undo()
+    checkpoint, model = open_checkpoint(toy["checkpoint_path"]), ModelFiles(**toy)
+    spec = EngineSpec("m:E", model, Numerics(device="cuda"), "out")
+    laid_out = lay_out(ParallelConfig(), 1, dict.fromkeys(("text", "diffusion", "decode"), spec))
+    there = MemoryBudget(checkpoint, model, laid_out, Numerics(device="cuda"), Gpu("small", 8 * GIB))
+    assert 0 < there._upsampler_bytes < 2**20 < 2 * GIB
+    assert 0 < there.text_bytes < 2**24
+    there.check()
+    assert there.problem(request()) is None
+
+
+# --- GPUs --------------------------------------------------------------------------------------------
+
+
+def test_known_gpus_come_by_size_and_others_not_at_all():
+    assert [gpu.name for gpu in known_gpus(["H200", "L4", "H100"])] == ["L4", "H100", "H200"]
+    assert known_gpus(["A100"])[0].nbytes == 80 * GIB, "a name of two sizes is the larger"
+    assert known_gpus(["A100", "A100-40G"])[0].nbytes == 40 * GIB
+    assert [gpu.name for gpu in known_gpus(["A100", "Intel-GAUDI"])] == ["A100"]
+    assert known_gpus(["Intel-GAUDI"]) == known_gpus([]) == []
+
+
+def test_the_gpus_of_this_machine_by_their_own_account(monkeypatch):
+    pynvml = pytest.importorskip("ray._private.thirdparty.pynvml")
+    from ltx_ray.placement.cluster import _local_gpus_of
+
+    def refuse():
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+    sizes = [8 * GIB, 94 * GIB]
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: len(sizes))
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda index: index)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda handle: SimpleNamespace(total=sizes[handle]))
+    assert _local_gpus_of(("H100",)) == (Gpu("H100", 94 * GIB), Gpu("H100", 8 * GIB))
+    assert _local_gpus_of(())[0] == Gpu("this machine's GPU", 94 * GIB)
+    monkeypatch.setattr(pynvml, "nvmlInit", refuse)
+    assert _local_gpus_of(("H100",)) == (known_gpus(["H100"])[0],) * 2 and _local_gpus_of(()) == (None, None)
+
+
+# --- judgements --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_frames", [121, 257])
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_80_gb_have_room(num_frames, gpus):
+    there = room("H100", gpus)
+    there.check()
+    assert there.problem(request(**HD, num_frames=num_frames)) is None
+    assert room("A100-80G", gpus).problem(request(**HD, num_frames=num_frames)) is None
+
+
+def test_40_gb_in_turns_have_no_room_for_bf16_weights():
+    with pytest.raises(ValueError) as error:
+        room("A100-40G", 1).check()
+    assert re.fullmatch(
+        r"A100-40G: the weights, with text and decode beside them, need 6\d\.\d GiB of a GPU, and it has 40\.0 GiB; "
+        r"legal: text and decode on another GPU \(--share-cards off where there are several\), --tp 4 or a larger GPU",
+        str(error.value),
+    )
+    with pytest.raises(ValueError, match=r"L4: the weights need 3\d\.\d GiB .* 22.5 GiB; legal: --tp 2 or a larger"):
+        room("L4").check()
+    with pytest.raises(ValueError, match=r"A30: the weights need 37.8 GiB .*; legal: --tp 2 or a larger GPU"):
+        room("A30").check()
+    with pytest.raises(ValueError, match=r"V100: .*; legal: --tp 2 or a larger GPU"):
+        room("V100").check()
+
+
+def test_40_gb_of_its_own_have_room_in_fp8():
+    bf16, fp8 = room("A100-40G"), room("A100-40G", precision="fp8")
+    hd = request(**HD)
+    bf16.check()  # a small clip would do
+    problem = bf16.problem(hd)
+    assert problem.column == "num_frames" and problem.value == 121
+    assert "or --tp 2 or a larger GPU" in problem.legal
+    newer = room(Gpu("RTX-5000-ADA", 40 * GIB)).problem(hd)
+    assert "or --precision fp8, --tp 2 or a larger GPU" in newer.legal
+    fp8.check()
+    assert fp8.problem(hd) is None and fp8.problem(replace(hd, num_frames=257)) is None
+
+
+def test_a_row_that_has_no_room_says_what_has():
+    there = room("A100-40G", precision="fp8")
+    problem = there.problem(LONG)
+    said = re.fullmatch(
+        r"at most (\d+) at 1088x1920 \(1088x1920x8001 needs (\d+\.\d) GiB of a GPU, and A100-40G has 40.0\), "
+        r"or a larger GPU",
+        problem.legal,
+    )
+    assert said and problem.column == "num_frames" and problem.value == 8001
+    most = int(said[1])
+    assert most % 8 == 1 and 257 < most < 2001 and float(said[2]) > 100
+    assert there.problem(replace(LONG, num_frames=most)) is None
+    assert there.problem(replace(LONG, num_frames=most + 8)) is not None
+
+
+def test_a_row_of_which_no_frame_has_room():
+    there = room("A100-40G", precision="fp8")
+    problem = there.problem(request(height=64 * 1000, width=64 * 1000, num_frames=9))
+    assert (problem.column, problem.value) == ("height", 64000)
+    assert problem.legal.startswith("a smaller size than 64000x64000 (64000x64000x9 needs ")
+
+
+def test_the_neediest_pool_decides():
+    wide = room("H100", 8, ParallelConfig(stage1=1, stage2=1, sequence_parallel=4))
+    assert [rank.token_ranks for rank in wide.ranks] == [1, 4] and not wide.ranks[0].fused
+    apart = room("H100", 8, ParallelConfig(stage1=1, stage2=1, tp=4, stage2_tp=1))
+    assert [rank.tp for rank in apart.ranks] == [4, 1]
+    assert "--stage2-tp 2 or a larger" in apart.problem(replace(LONG, num_frames=1001)).legal
+
+
+def test_other_numbers_need_other_memory():
+    room("H200", dtype="float32").check()
+    with pytest.raises(ValueError, match=r"H100: .* need 9\d.\d GiB .*; legal: text and decode on"):
+        room("H100", 1, dtype="float32").check()
+    assert room("H200", precision="fp8").problem(replace(LONG, num_frames=1001)) is None
+
+
+# --- the run -----------------------------------------------------------------------------------------
+
+
+class Busy(WatchedReplicas):
+    def submit(self, replica, stage, item, inputs):
+        assert item.request.num_frames != 8001
+        super().submit(replica, stage, item, inputs)
+
+
+def joining(driver, problem) -> list:
+    """Have `driver` judge rows by `problem` once it has joined; an entry for each time that it joins."""
+    join, times = driver._join_cluster, []
+
+    def joined() -> JoinedCluster:
+        times.append(1)
+        return replace(join(), problem=problem)
+
+    driver._join_cluster = joined
+    return times
+
+
+def table(store, folder: str) -> list[dict]:
+    return [
+        row for name in store.list_names(folder) for row in pq.read_table(store.path(f"{folder}/{name}")).to_pylist()
+    ]
+
+
+def test_a_row_without_room_fails_as_an_illegal_one_and_the_others_render(tmp_path):
+    there = room("A100-40G", precision="fp8")
+    long = {"id": "long", "prompt": "a long one", "num_frames": 8001, "mood": "calm"}
+    driver, store = run(tmp_path, [long, *rows(5), {**long, "id": "twin"}], Busy)
+    times = joining(driver, there.problem)
+    assert driver.run(driver.tracker.plan.open()) is False
+    assert len(times) == 1 and not driver.tracker.items
+    assert driver.counts["illegal"] == 2 and driver.counts["rendered"] == 5 and driver.counts["rows"] == 7
+    assert len(store.list_names("index")) == 5
+    failed = {row["id"]: row for row in table(store, "failed")}
+    assert set(failed) == {"long", "twin"}
+    row = failed["long"]
+    assert (row["stage"], row["attempts"], row["error_class"]) == ("plan", 0, "row")
+    assert re.fullmatch(
+        rf"{tmp_path}/m.jsonl:1:num_frames \(long\): 8001, legal: at most \d+ at 1088x1920 \(.*\), or a larger GPU",
+        row["message"],
+    )
+    kept = json.loads(row["manifest_row"])
+    assert kept["num_frames"] == 8001 and kept["height"] == 1088 and kept["mood"] == "calm" and "extra" not in kept
+
+    # the same command on larger GPUs
+    driver, store = run(tmp_path, [long, *rows(5), {**long, "id": "twin"}])
+    driver.run(driver.tracker.plan.open())
+    assert len(store.list_names("index")) == 7 and not store.list_names("failed")
+
+
+@pytest.mark.slow
+def test_a_run_of_rows_without_room_starts_no_replica(tmp_path):
+    class Idle(WatchedReplicas):
+        def start(self, name, spec):
+            raise AssertionError(name)
+
+    driver, store = run(tmp_path, rows(600), Idle, preflight={"prompt": "preflight"})
+    joining(driver, lambda request: RowProblem("num_frames", request.num_frames, "less"))
+    assert driver.run(driver.tracker.plan.open()) is False
+    assert driver.counts["illegal"] == 600 and len(store.list_names("failed")) == 600
+
+
+def test_an_earlier_failure_of_a_row_without_room_is_not_listed_twice(tmp_path):
+    driver, store = run(tmp_path, [{"id": "a", "prompt": "x [[stage1:crash]]"}])
+    driver.run(driver.tracker.plan.open())
+    assert len(store.list_names("failed")) == 1
+    driver, store = run(tmp_path, [{"id": "a", "prompt": "x [[stage1:crash]]"}])
+    joining(driver, lambda request: RowProblem("num_frames", request.num_frames, "less"))
+    driver.run(driver.tracker.plan.open())
+    assert [name[:12] for name in store.list_names("failed")] == ["part-illegal"]
+
+
+@pytest.mark.parametrize("device, gpu", [("cpu", Gpu("tiny", GIB)), ("cuda", None), ("cuda", Gpu("tiny", GIB))])
+def test_only_gpus_of_known_memory_are_asked(toy, tmp_path, monkeypatch, device, gpu):
+    """A run joins its cluster and is refused, or goes on to its crew."""
+
+    class Reached(Exception):
+        pass
+
+    def join(cluster):
+        cluster.gpu = gpu
+        numerics = replace(cluster._numerics, device=device)
+        spec = EngineSpec("m:E", cluster._model, numerics, cluster._output)
+        engines = dict.fromkeys(("text", "diffusion", "decode"), spec)
+        return lay_out(ParallelConfig(), 2.0 if device == "cuda" else 0.0, engines), numerics
+
+    def replica_set(*_):
+        raise Reached
+
+    monkeypatch.undo()
+    monkeypatch.setattr("ltx_ray.placement.cluster.Cluster.join", join)
+    monkeypatch.setattr("ltx_ray.pools.ray_replicas.RayReplicaSet", replica_set)
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text('{"prompt": "a cat", "height": 64, "width": 64, "num_frames": 9}\n')
+    options = runs.Options(manifest=str(manifest), output=str(tmp_path / "out"), model=ModelFiles(**toy))
+    refused = device == "cuda" and gpu is not None
+    with pytest.raises(ValueError if refused else Reached) as error:
+        runs.render(options)
+    assert not refused or str(error.value).startswith("tiny: the weights need 1.5 GiB of a GPU, and it has 1.0 GiB; ")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "changes", "shares"),
+    [
+        ("H100", {}, True),
+        ("H200", {}, True),
+        ("A100-40G", {}, False),
+        ("A100-40G", {"precision": "fp8"}, False),
+        ("A100-40G", {"tp": 4}, False),
+        ("L40S", {"precision": "fp8"}, False),
+        ("H100", {"dtype": "float32"}, False),
+    ],
+)
+def test_cards_are_shared_only_where_there_is_room_for_certain(gpu, changes, shares):
+    numerics = resolve(Numerics(device="cuda", attention="auto", compile="auto", **changes), (), False)
+    assert can_share(CHECKPOINT, ModelFiles("c", "g", "u"), numerics, known_gpus([gpu])[0]) == shares
+
+
+@pytest.mark.parametrize(
+    ("mode", "address", "room", "dit"),
+    [
+        ("auto", None, True, 8), ("auto", "other:6379", True, 7), ("on", "other:6379", True, 8),
+        ("on", None, False, 7), ("off", None, True, 7),
+    ],
+)  # fmt: skip
+def test_a_cluster_shares_cards_when_it_may_and_can(mode, address, room, dit):
+    """What is left of a shared card looks free to others, so a cluster of others is shared on request only."""
+    cluster = Cluster(
+        address=address, device="cuda", parallel=ParallelConfig(), numerics=Numerics(), model=ModelFiles("c", "g", "u"),
+        model_bytes=1, engines=dict.fromkeys(("text", "diffusion", "decode"), "m:E"), output="out",
+        save_latents=False, stop_after=None, share_cards=mode, can_share=lambda numerics, gpu: room,
+    )  # fmt: skip
+    cluster._smallest = known_gpus(["H100"])[0]
+    pools, _ = cluster._lay_out(8.0, ("H100",))
+    by_name = {pool.name: pool for pool in pools}
+    assert by_name["stage1"].replicas + by_name["stage2"].replicas == dit
+    if dit == 8:
+        # never text and decode beside the same rank of the DiT
+        shares = [by_name[name].gpus_per_rank for name in ("text", "stage1", "decode")]
+        assert sum(shares) > 1 and max(shares[0], shares[2]) + shares[1] <= 1
+
+
+def test_fp8_is_no_way_out_for_gpus_that_do_not_know_it():
+    with pytest.raises(ValueError, match="--precision: 'fp8' on A100-40G, legal: bf16, or GPUs that know fp8"):
+        resolve(Numerics(device="cuda", precision="fp8"), ("H100", "A100-40G"), False)
+    assert "fp8" not in room("A100-40G").problem(LONG).legal
+    assert "fp8" in room("L40S").problem(request(**HD, num_frames=401)).legal

@@ -1,8 +1,9 @@
 """The miniature: a trained LTX-2.3 in the released file formats, small enough to ship with the package.
 
-It draws a world of one object on one ground, with one sound (`world.py`, `picture.py`, `sound.py`), and is the gauge by
-which precision, layouts and samplers are judged for quality. `shape.py` has its sizes, `export.py` its file formats,
-`measure.py` the plain rules that read a clip. `scripts/train_miniature.py` makes its weights.
+Its world (`world.py`, `picture.py`, `sound.py`) is one object on one ground, with one sound. The miniature is meant for
+judging how precision, layouts and samplers affect quality. `config.py` holds its sizes, `export.py` writes its files,
+and `measure.py` reads clips by plain rules. `scripts/train_miniature.py` trains it. docs/miniature.md says which parts
+are trained; nothing else in the package uses them yet.
 
-Importing this is cheap; torch is imported by the modules that need it.
+Importing this package does not import torch.
 """

@@ -1,6 +1,7 @@
 """The miniature's modules and files: diffusers' modules at its sizes, and their weights under the released names.
 
-Key names and metadata are the release's, so that a file written here loads through the same code as the 22B file.
+Key names and metadata are those of the release, so the code that loads the 22B file loads these files too.
+Modules are typed `Any` because torch types every child of a module as `Tensor | Module`.
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from ltx_ray.engine import singlefile
-from ltx_ray.miniature.shape import MODEL_VERSION, checkpoint_config
+from ltx_ray.checkpoints import single_file
+from ltx_ray.miniature.config import MODEL_VERSION, checkpoint_config
 from ltx_ray.miniature.spectrum import mel_filters, stft_basis
 
-#: Where the package keeps the trained weights.
+#: The folder of the trained weights.
 WEIGHTS = Path(__file__).parent / "weights"
 
 _STATISTICS = {"latents_mean": "mean-of-means", "latents_std": "std-of-means"}
@@ -27,33 +29,39 @@ _STATISTICS = {"latents_mean": "mean-of-means", "latents_std": "std-of-means"}
 # --- modules -----------------------------------------------------------------------------------------------------
 
 
-def _arguments(part: str) -> dict:
-    """What diffusers' class for a part takes, read by the product from a file that has our config and no tensors."""
+def _constructor_arguments(part: str) -> dict[str, Any]:
+    """Constructor arguments of the diffusers class for `part` ("video_vae", "audio_vae" or "vocoder").
+
+    `checkpoints.single_file` reads them from a file that has the miniature's config and no tensors.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "empty.safetensors")
         save_part(path, {})
-        return getattr(singlefile, part)(path).config
+        return getattr(single_file, part)(path).config
 
 
-def new_video_vae() -> torch.nn.Module:
-    """diffusers' AutoencoderKLLTX2Video at the miniature's size, with fresh weights from torch's global generator."""
+def new_video_vae() -> Any:
+    """AutoencoderKLLTX2Video at the miniature's size, with random weights from torch's global generator."""
     from diffusers import AutoencoderKLLTX2Video
 
-    return AutoencoderKLLTX2Video(**_arguments("video_vae"))
+    return AutoencoderKLLTX2Video(**_constructor_arguments("video_vae"))
 
 
-def new_audio_vae() -> torch.nn.Module:
-    """diffusers' AutoencoderKLLTX2Audio at the miniature's size, with fresh weights."""
+def new_audio_vae() -> Any:
+    """AutoencoderKLLTX2Audio at the miniature's size, with random weights from torch's global generator."""
     from diffusers import AutoencoderKLLTX2Audio
 
-    return AutoencoderKLLTX2Audio(**_arguments("audio_vae"))
+    return AutoencoderKLLTX2Audio(**_constructor_arguments("audio_vae"))
 
 
-def new_vocoder() -> torch.nn.Module:
-    """diffusers' LTX2VocoderWithBWE at the miniature's size, with fresh weights and its spectrogram's fixed bases."""
+def new_vocoder() -> Any:
+    """LTX2VocoderWithBWE at the miniature's size, with random weights.
+
+    Its spectrogram's DFT and mel bases are not trained; they are computed here.
+    """
     from diffusers.pipelines.ltx2 import LTX2VocoderWithBWE
 
-    module = LTX2VocoderWithBWE(**_arguments("vocoder"))
+    module = LTX2VocoderWithBWE(**_constructor_arguments("vocoder"))
     config = module.config
     forward, inverse = stft_basis(config.filter_length)
     module.mel_stft.stft_fn.forward_basis.copy_(forward)
@@ -68,10 +76,10 @@ def new_vocoder() -> torch.nn.Module:
 
 
 def released_video_vae(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """State of new_video_vae() under the released names.
+    """State dict of new_video_vae() under the released names.
 
-    The release numbers residual and resampling blocks in one row. The encoder's last residual blocks and the
-    decoder's first are diffusers' mid_block.
+    The release numbers residual and resampling blocks in one sequence. diffusers' mid_block is the last residual
+    block of the release's encoder and the first of its decoder.
     """
     downs = 1 + max(int(key.split(".")[2]) for key in state if key.startswith("encoder.down_blocks."))
     named = {}
@@ -96,7 +104,7 @@ def released_video_vae(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Ten
 
 
 def released_audio_vae(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """State of new_audio_vae() under the released names."""
+    """State dict of new_audio_vae() under the released names."""
     statistics = {f"per_channel_statistics.{new}": state[old] for old, new in _STATISTICS.items()}
     weights = {key: value for key, value in state.items() if key not in _STATISTICS}
     return {f"audio_vae.{key}": value for key, value in {**weights, **statistics}.items()}
@@ -112,7 +120,7 @@ _VOCODER_NAMES = {
 
 
 def released_vocoder(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """State of new_vocoder() under the released names."""
+    """State dict of new_vocoder() under the released names."""
     named = {}
     for key, value in state.items():
         part, name, *rest = key.split(".")
@@ -128,10 +136,10 @@ def released_vocoder(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
 
 
 def save_part(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor]) -> int:
-    """Write tensors under their released names, as bfloat16, with the single file's metadata. Returns its bytes.
+    """Write `tensors` (released names) as bfloat16 with the single file's metadata. Returns the file's size in bytes.
 
-    The bytes depend on the tensors alone: save_file writes the metadata in an order of its own, so the header is put
-    back with the metadata sorted, which does not change its length.
+    The bytes of the file depend only on the tensors. save_file writes metadata in a varying order, so the header is
+    written again with sorted metadata, which keeps its length.
     """
     metadata = {"config": json.dumps(checkpoint_config()), "model_version": MODEL_VERSION}
     rounded = {key: value.detach().to("cpu", torch.bfloat16).contiguous() for key, value in tensors.items()}
@@ -144,5 +152,5 @@ def save_part(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor]) -> i
         assert len(text) <= length, (len(text), length)
         file.seek(8)
         file.write(text.ljust(length))
-    os.chmod(path, 0o644)  # save_file keeps it to its owner
+    os.chmod(path, 0o644)  # save_file gives access to the owner only
     return os.path.getsize(path)

@@ -1,4 +1,4 @@
-"""Frames of clips of the small world, drawn by torch on any device."""
+"""Draws the frames of clips with torch, on any device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from ltx_ray.miniature.world import COLOURS, SHAPES, Clip
 
-#: The inner radius of a five-pointed star whose sides are straight lines from point to point, the outer one being 1.
+#: Inner radius of a regular pentagram whose outer radius is 1.
 _STAR_INNER = (3 - math.sqrt(5)) / 2
 
 
@@ -20,7 +20,7 @@ def draw_frames(
     width: int,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
-    """Frames (B, 3, num_frames, height, width) of the clips, sRGB as float32 in [-1, 1], with smooth edges."""
+    """Frames (B, 3, num_frames, height, width) of the clips, sRGB as float32 in [-1, 1], with antialiased edges."""
     at = torch.arange(num_frames, device=device) / max(num_frames - 1, 1)
     column = torch.arange(width, device=device) + 0.5
     row = torch.arange(height, device=device) + 0.5
@@ -45,7 +45,7 @@ def draw_frames(
         if not rows:
             continue
         distance = _DISTANCES[shape](dx[rows], dy[rows], radius[rows][..., None, None])
-        inside = (0.5 - distance).clamp(0, 1)[:, None]  # (b, 1, F, H, W): how much of each pixel the object covers
+        inside = (0.5 - distance).clamp(0, 1)[:, None]  # (b, 1, F, H, W): covered fraction of each pixel
         ink = _colours([clips[i].scene.colour for i in rows], device)
         ground = _colours([clips[i].scene.ground for i in rows], device)
         frames[rows] = ground + (ink - ground) * inside
@@ -53,12 +53,12 @@ def draw_frames(
 
 
 def _colours(names: Sequence[str], device: torch.device | str) -> torch.Tensor:
-    """(b, 3, 1, 1, 1) in [-1, 1]."""
+    """The named colours as (b, 3, 1, 1, 1) in [-1, 1]."""
     values = torch.tensor([COLOURS[name] for name in names], dtype=torch.float32, device=device)
     return (values / 127.5 - 1)[..., None, None, None]
 
 
-# Signed distances in pixels, negative inside. `r` is half the width of the bounding box.
+# Signed distances in pixels, negative inside. `dx`, `dy` are offsets from the centre, `r` is half the box's width.
 
 
 def _circle(dx: torch.Tensor, dy: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
@@ -70,23 +70,23 @@ def _square(dx: torch.Tensor, dy: torch.Tensor, r: torch.Tensor) -> torch.Tensor
 
 
 def _triangle(dx: torch.Tensor, dy: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
-    """Equilateral, a corner on top, the bounding box's centre in (0, 0)."""
-    tall = r * (math.sqrt(3) / 2)  # half of its height
-    slope = (math.sqrt(3) * dx.abs() - dy - tall) / 2
-    return torch.maximum(slope, dy - tall)
+    """Equilateral, with a corner on top. The bounding box is centred at (0, 0)."""
+    half_height = r * (math.sqrt(3) / 2)
+    slope = (math.sqrt(3) * dx.abs() - dy - half_height) / 2
+    return torch.maximum(slope, dy - half_height)
 
 
 def _star(dx: torch.Tensor, dy: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
-    """Five points, one on top, with its centre in (0, 0).
+    """Five points, one of them on top, centred at (0, 0).
 
-    Folded into the sector between a point and the notch beside it, a star is on one side of a single line.
+    All edges of a star are one line when its plane is folded into the sector between a point and the next notch.
     """
     sector = math.pi / 5
-    angle = torch.atan2(dx, -dy).abs()  # from the upper point
+    angle = torch.atan2(dx, -dy).abs()  # 0 at the upper point
     angle = (angle + sector).remainder(2 * sector).sub(sector).abs()
     length = torch.sqrt(dx**2 + dy**2)
     u, v = length * torch.cos(angle), length * torch.sin(angle)
-    outer = r / math.sin(2 * sector)  # two points are as wide apart as the box: 2 outer sin 72°
+    outer = r / math.sin(2 * sector)  # the box is as wide as the upper side points: 2 outer sin 72°
     notch_u, notch_v = _STAR_INNER * math.cos(sector), _STAR_INNER * math.sin(sector)
     edge = math.hypot(1 - notch_u, notch_v)
     return ((u - outer) * notch_v + v * (1 - notch_u)) / edge

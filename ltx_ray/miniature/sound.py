@@ -1,4 +1,4 @@
-"""Sound of clips of the small world, at any length and sample rate."""
+"""Makes the sound of clips, at any length and sample rate."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import math
 
 import numpy as np
 
-#: Hz of the even tones.
+#: Hz of the steady tones.
 TONES = {"low": 220.0, "middle": 440.0, "high": 880.0}
-#: Hz at the start and the end of the rising tone, whose pitch rises evenly: two octaves over the clip.
+#: Hz at the start and the end of the rising tone. Its pitch rises exponentially, by two octaves over the clip.
 RISING = (220.0, 880.0)
+#: RMS level of every tone.
 LEVEL_DBFS = -20.0
-#: Peak of a sine at that level, where a sine from -1 to 1 has 0 dBFS.
+#: Peak of a sine of this level; a sine from -1 to 1 has 0 dBFS.
 AMPLITUDE = 10 ** (LEVEL_DBFS / 20)
 
 
 def frequency(sound: str, at: np.ndarray) -> np.ndarray:
-    """Hz at the fractions `at` of the clip; 0 where it is silent. Raises KeyError for an unknown sound."""
+    """Pitch in Hz at the fractions `at` of the clip, 0 for silence. Raises KeyError for an unknown sound."""
     if sound == "silent":
         return np.zeros_like(at)
     if sound == "rising":
@@ -25,7 +26,7 @@ def frequency(sound: str, at: np.ndarray) -> np.ndarray:
 
 
 def make_sound(sound: str, seconds: float, rate: int = 48000, phase: float = 0.0) -> np.ndarray:
-    """Both channels alike, (2, round(seconds * rate)) float32 in [-1, 1]; `phase` is the tone's first, in turns."""
+    """Two equal channels (2, round(seconds * rate)) float32 in [-1, 1]; `phase` is the first phase in turns."""
     samples = round(seconds * rate)
     time = np.arange(samples) / rate
     if sound == "silent":

@@ -1,4 +1,7 @@
-"""Spectrograms of the audio parts: Slaney's mel scale, Hann windows, magnitudes and their logarithm."""
+"""Log-mel spectrograms for the audio VAE, and the fixed bases of the vocoder's second spectrogram.
+
+The mel scale is Slaney's (Auditory Toolbox, 1998), and windows are periodic Hann windows.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,12 @@ from functools import cache
 import numpy as np
 import torch
 
-#: The audio VAE's spectrogram: frames a second are SAMPLE_RATE / HOP.
+#: The audio VAE's spectrogram. It has SAMPLE_RATE / HOP = 100 frames a second.
 SAMPLE_RATE, FFT, HOP, MELS = 16000, 1024, 160, 64
+#: Least magnitude before the logarithm.
 _FLOOR = 1e-5
-_LINEAR = 200 / 3  # Hz a mel below 1,000 Hz; above, 27 mels are a factor of 6.4
+#: Hz of one mel below 1,000 Hz. Above, 27 mels are a factor of 6.4.
+_LINEAR = 200 / 3
 
 
 def _hertz(mels: np.ndarray) -> np.ndarray:
@@ -20,7 +25,7 @@ def _hertz(mels: np.ndarray) -> np.ndarray:
 
 
 def mel_filters(mels: int, fft: int, sample_rate: int) -> torch.Tensor:
-    """Triangles of equal area, evenly spaced in mels from 0 Hz to half the rate: (mels, fft // 2 + 1) float32."""
+    """Triangular filters (mels, fft // 2 + 1) float32 of equal area, evenly spaced in mels from 0 Hz to Nyquist."""
     top = 15 + 27 * math.log(sample_rate / 2 / 1000) / math.log(6.4)
     edges = _hertz(np.linspace(0, top, mels + 2))[:, None]
     at = np.linspace(0, sample_rate / 2, fft // 2 + 1)
@@ -30,9 +35,9 @@ def mel_filters(mels: int, fft: int, sample_rate: int) -> torch.Tensor:
 
 
 def stft_basis(size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A DFT under a periodic Hann window as (forward, inverse) filters, (size + 2, 1, size) float32 each.
+    """Forward and inverse filters, (size + 2, 1, size) float32 each, of a DFT under a periodic Hann window.
 
-    The first half of the rows are cosines, the second half negative sines.
+    The first half of the rows holds cosines and the second half negative sines.
     """
     bins = np.arange(size // 2 + 1)
     turns = np.outer(bins, np.arange(size)) % size / size
@@ -42,29 +47,28 @@ def stft_basis(size: int) -> tuple[torch.Tensor, torch.Tensor]:
     return forward, forward * (2 / size)
 
 
-#: Peak of the reference's sines, and where they lie, in bins of the DFT. Every bin from 156 to 1,000 Hz sees one.
+#: Peak of each sinusoid of the reference, and their DFT bins. They cover 156 to 1,000 Hz.
 _REFERENCE_PEAK, _REFERENCE_BINS = 0.08, range(10, 65, 2)
 
 
 @cache
 def _tables(device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Window (1024,), mel filters (64, 513) and the references (2, 1024): cosines, then sines."""
+    """Window (1024,), mel filters (64, 513) and references (2, 1024): a sum of cosines and a sum of sines."""
     time = torch.arange(FFT) / FFT
     bins = torch.tensor(_REFERENCE_BINS)[:, None]
     references = torch.stack([torch.cos(2 * math.pi * (bins * time - shift)).sum(0) for shift in (0.0, 0.25)])
     tables = (torch.hann_window(FFT), mel_filters(MELS, FFT, SAMPLE_RATE), _REFERENCE_PEAK * references)
-    return tuple(table.to(device) for table in tables)  # type: ignore[return-value]
+    window, filters, reference = (table.to(device) for table in tables)
+    return window, filters, reference
 
 
 def analyse(waveform: torch.Tensor) -> torch.Tensor:
-    """What the miniature's audio VAE encodes: two log-mel spectrograms (B, 2, frames, 64) of sound (B, samples) at
-    16 kHz.
+    """Log-mel spectrograms (B, 2, frames, 64), the audio VAE's input, of sound (B, samples) at 16 kHz.
 
-    Frame i stands for the 1,024 samples from 160 i on; nothing is padded. A spectrogram of a lone tone is the same in
-    every frame and says nothing of the tone's phase, so that no vocoder could make another frequency of it than a
-    multiple of the 100 frames a second. Therefore a reference is added to every frame, always the same: quiet cosines
-    in the first channel, sines in the second. Where a tone meets them, the first channel shows the cosine of its
-    phase and the second the sine.
+    Frame i covers the 1,024 samples from 160 i on; nothing is padded. The spectrogram of a steady tone alone would be
+    the same in every frame and lack the tone's phase, and from it a vocoder could make only multiples of the frame
+    rate, 100 Hz. A fixed reference is therefore added to every frame: quiet cosines in the first channel, sines in
+    the second. The first channel then depends on the cosine of a tone's phase and the second on the sine.
     """
     window, filters, references = _tables(str(waveform.device))
     frames = waveform.float().unfold(-1, FFT, HOP)[:, None] + references[:, None]

@@ -1,9 +1,9 @@
-"""The small world: what a clip shows and sounds like, how prompts say it, and which of it training never sees.
+"""The world of the miniature: its scenes, their prompts, its clips, and the scenes held out from training.
 
-A scene is one object on one ground with one sound. A clip is a scene with a place, a size and a path for the object.
-Places and sizes are fractions of the frame, so one clip can be drawn at any size, length and frame rate.
+A scene is one object on one ground with one sound. A clip is a scene in which the object has a place, a size and a
+path. Places and sizes are fractions of the frame, so a clip can be drawn at any size, length and frame rate.
 
-No torch here: `picture.py` draws frames and `sound.py` makes sound.
+`picture.py` draws frames and `sound.py` makes sound. This module imports neither torch nor numpy.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from functools import cache
 
-#: sRGB, 0 to 255.
+#: Name -> sRGB, 0 to 255.
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (220, 40, 40),
     "green": (40, 170, 60),
@@ -31,21 +31,21 @@ MOTIONS = ("left", "right", "up", "down", "still", "growing", "shrinking")
 SOUNDS = ("silent", "low", "middle", "high", "rising")
 SPLITS = ("train", "held_out")
 
-#: Direction of the path as (x, y) in the frame, y downwards.
+#: Direction of the path as (x, y) in the frame; y points downwards.
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-#: Width of an object's bounding box as a fraction of the frame's shorter side.
+#: Least and greatest width of the object's bounding box, as fractions of the frame's shorter side.
 SIZES = (0.25, 0.40)
-#: Length of a path as a fraction of the frame's width or height. The rule is at least 0.25.
+#: Least and greatest length of a path, as fractions of the frame's width or height.
 PATHS = (0.30, 0.55)
-#: By how much the width of a growing object grows. Twofold in area is 1.414.
+#: Least and greatest factor by which the width of a growing object grows. The area at least doubles.
 GROWTHS = (1.48, 1.60)
-#: Distance that an object keeps from the frame's edges, as a fraction of the shorter side.
+#: Least distance of the object from the frame's edges, as a fraction of the shorter side.
 MARGIN = 0.02
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a prompt says. Raises ValueError naming the field, its value and what is legal."""
+    """The content of a prompt. Raises ValueError that names the field, its value and what is legal."""
 
     shape: str
     colour: str
@@ -53,7 +53,7 @@ class Scene:
     ground: str
     sound: str
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         legal = {"shape": SHAPES, "colour": COLOURS, "motion": MOTIONS, "ground": COLOURS, "sound": SOUNDS}
         for field, values in legal.items():
             value = getattr(self, field)
@@ -81,7 +81,7 @@ _SOUND_WORDS = {
     "high": ("a high tone", "a bright tone", "a high hum"),
     "rising": ("a rising tone", "a climbing tone", "a rising hum"),
 }
-#: The first is the one that documents and tests use. `{moves}` and `{sound}` take any of the words above.
+#: The first is the canonical phrasing. `{moves}` and `{sound}` take any of the wordings above.
 _PHRASINGS = (
     "a {colour} {shape} {moves} over a {ground} ground, {sound}",
     "over a {ground} ground a {colour} {shape} {moves}, {sound}",
@@ -91,7 +91,7 @@ _PHRASINGS = (
     "{colour} {shape}, {ground} background, it {moves}, {sound}",
     "we see a {shape} that is {colour} and {moves}. behind it all is {ground}. we hear {sound}",
 )
-#: Orders of words that training never sees; the words themselves it does.
+#: Training never sees these phrasings. It sees nearly all their words in other phrasings.
 _HELD_OUT_PHRASINGS = (
     "we hear {sound} while over {ground} a {colour} {shape} {moves}",
     "{ground} ground, {sound}, one {shape} in {colour} that {moves}",
@@ -99,7 +99,7 @@ _HELD_OUT_PHRASINGS = (
 
 
 def canonical_prompt(scene: Scene) -> str:
-    """The prompt in its first phrasing: `a red circle moves left over a blue ground, a low tone`."""
+    """The prompt in the canonical phrasing: `a red circle moves left over a blue ground, a low tone`."""
     return _PHRASINGS[0].format(
         shape=scene.shape,
         colour=scene.colour,
@@ -110,7 +110,7 @@ def canonical_prompt(scene: Scene) -> str:
 
 
 def prompts(scene: Scene, split: str = "train") -> list[str]:
-    """Every prompt for a scene in the phrasings of a split, the canonical one first among those of "train"."""
+    """Every prompt for a scene in the phrasings of a split. The canonical prompt is the first of "train"."""
     _check_split(split)
     return [
         phrasing.format(shape=scene.shape, colour=scene.colour, ground=scene.ground, moves=moves, sound=sound)
@@ -120,22 +120,22 @@ def prompts(scene: Scene, split: str = "train") -> list[str]:
     ]
 
 
-# --- which scenes there are -----------------------------------------------------------------------------------------
+# --- scenes ------------------------------------------------------------------------------------------------------
 
 
-def _check_split(split: str):
+def _check_split(split: str) -> None:
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; legal is {' or '.join(SPLITS)}")
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether training never sees this combination. One in eight is held out, chosen by a digest of its words."""
+    """Whether training leaves out this scene. A digest of its words chooses one in eight."""
     return hashlib.sha256(" ".join(astuple(scene)).encode()).digest()[0] % 8 == 0
 
 
 @cache
 def scenes(split: str) -> tuple[Scene, ...]:
-    """Every scene of a split, always in the same order."""
+    """Every scene of a split, in a fixed order."""
     _check_split(split)
     grid = itertools.product(SHAPES, COLOURS, MOTIONS, COLOURS, SOUNDS)
     every = (Scene(*words) for words in grid if words[1] != words[3])
@@ -147,11 +147,11 @@ def scenes(split: str) -> tuple[Scene, ...]:
 
 @dataclass(frozen=True)
 class Clip:
-    """A scene with its object's place, size and path, for a frame of a given ratio of width to height.
+    """A scene with the place, size and path of its object, made for one aspect ratio.
 
-    Centres (x, y) are fractions of width and height, from the left and the top. Sizes are the width of the object's
-    bounding box as fractions of the frame's shorter side. `start` is what the first frame shows and `end` what the
-    last one shows; between them all change evenly. A clip of one frame shows the start.
+    `start` and `end` are the object's centres (x, y) in the first and the last frame, as fractions of width and height
+    from the left and the top. `start_size` and `end_size` are widths of its bounding box, as fractions of the frame's
+    shorter side. Centre and size change linearly from frame to frame. A clip of one frame shows the start.
     """
 
     scene: Scene
@@ -163,10 +163,10 @@ class Clip:
 
 
 def draw_clip(rng: random.Random, split: str, aspect: float, scene: Scene | None = None) -> Clip:
-    """A clip drawn from `rng` for frames of `aspect` = width / height.
+    """A random clip for frames of `aspect` = width / height.
 
-    Scene and phrasing are of `split`; a given `scene` replaces the drawn one. The held-out phrasings and the
-    canonical one are equally likely in prompts of the split "held_out".
+    Scene and phrasing belong to `split`, unless `scene` is given. In the split "held_out" one prompt in three is in the
+    canonical phrasing, so the three phrasings are equally likely.
     """
     scene = scene or rng.choice(scenes(split))
     words = prompts(scene, split)
@@ -184,22 +184,24 @@ def draw_clip(rng: random.Random, split: str, aspect: float, scene: Scene | None
     return Clip(scene, prompt, start, end, *sizes)
 
 
-def _draw_path(rng: random.Random, motion: str, size: float, aspect: float):
-    """Centres in the first and the last frame, so that the object stays whole all the way."""
+def _draw_path(
+    rng: random.Random, motion: str, size: float, aspect: float
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Centres in the first and the last frame; between them the object stays inside the frame."""
     short = min(aspect, 1.0)
-    keep = size / 2 + MARGIN
-    rooms = tuple((keep * short / side, 1 - keep * short / side) for side in (aspect, 1.0))
+    clearance = size / 2 + MARGIN
+    bounds = tuple((clearance * short / side, 1 - clearance * short / side) for side in (aspect, 1.0))
     start, end = [], []
-    for (low, high), direction in zip(rooms, DIRECTIONS.get(motion, (0, 0))):
+    for (low, high), direction in zip(bounds, DIRECTIONS.get(motion, (0, 0))):
         length = direction * rng.uniform(PATHS[0], min(PATHS[1], high - low)) if direction else 0.0
         at = rng.uniform(max(low, low - length), min(high, high - length))
         start.append(at)
         end.append(at + length)
-    return tuple(start), tuple(end)
+    return (start[0], start[1]), (end[0], end[1])
 
 
 def clips(seed: int, split: str, aspect: float) -> Iterator[Clip]:
-    """Clips without end, always the same for the same arguments."""
+    """An endless sequence of clips that depends only on the arguments."""
     rng = random.Random(f"{seed} {split} {aspect:.6f}")
     while True:
         yield draw_clip(rng, split, aspect)

@@ -1,7 +1,7 @@
-"""The training of the audio VAE and of the vocoder with bandwidth extension, together.
+"""Joint training of the audio VAE and the vocoder with bandwidth extension.
 
-The latents carry a tone's phase (`spectrum.analyse` says why and how), so the sound that comes back is compared with
-the true one sample by sample, and no adversary is needed.
+The latents carry a tone's phase (`spectrum.analyse` says how), so the decoded sound is compared with the true one
+sample by sample, without an adversarial loss.
 """
 
 from __future__ import annotations
@@ -10,35 +10,40 @@ import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from miniature_training.loop import Budget, Trainer
 
 from ltx_ray.miniature import export, measure, sound, spectrum, world
-from ltx_ray.miniature.shape import ACTIVE_AUDIO, ACTIVE_AUDIO_CHANNELS, AUDIO_BINS, AUDIO_CHANNELS
+from ltx_ray.miniature.config import ACTIVE_AUDIO, ACTIVE_AUDIO_CHANNELS, AUDIO_BINS, AUDIO_CHANNELS
+from scripts.miniature_training.loop import Budget, Trainer
 
 RATE, RATE_OUT = spectrum.SAMPLE_RATE, 48000
+#: Standard deviation of the posterior. It is a constant, because nothing samples from the posterior.
 _POSTERIOR = 0.1
+#: Largest standard deviation of the noise on latents in training, and the fraction of clips that get any.
 _NOISE, _NOISY = 0.3, 0.6
-#: Steps over which that noise rises from nothing.
+#: Steps over which that noise rises from 0.
 _NOISE_STEPS = 1000
-#: Each so many steps the second generator, which extends the band, is trained as well. It has little to do here.
+#: The bandwidth extension is trained in one of so many steps. The world has no sound above 8 kHz for it to add.
 _EXTEND_EVERY = 8
-#: Mel bins below 1,050 Hz, where the world's sounds are.
-_HEARD_BINS = 23
+#: Number of mel bins below 1,050 Hz. They hold all sounds of the world.
+_TONE_BINS = 23
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Clips of a batch, latents of a training clip, clips scored for each sound."""
+class TrainingSize:
+    """Clips of a batch, numbers of latents of training clips, and number and seconds of clips scored for each sound."""
 
     batch: int = 32
     latents: tuple[int, ...] = (10, 16, 24)
     scored: int = 8
+    scored_seconds: tuple[float, float] = (0.7, 6.0)
 
 
-SMOKE = Plan(batch=2, latents=(3, 5), scored=1)
+FULL = TrainingSize()
+SMOKE = TrainingSize(batch=2, latents=(3, 5), scored=1, scored_seconds=(0.4, 0.5))
 
 
 # --- data --------------------------------------------------------------------------------------------------------
@@ -46,35 +51,37 @@ SMOKE = Plan(batch=2, latents=(3, 5), scored=1)
 
 @dataclass(frozen=True)
 class Sounds:
-    """A batch of sounds of T latents. `heard` (B, samples + 864) at 16 kHz is what is analysed: it starts 512 samples
-    early. `low` (B, 1, N) at 16 kHz and `high` (B, 1, 3 N) at 48 kHz are what is to
-    come back, N = 160 (4 T - 3)."""
+    """A batch of sounds of T latents, with N = 160 (4 T - 3) samples at 16 kHz.
 
-    heard: torch.Tensor
+    `source` (B, N + 864) at 16 kHz is the input of the spectrogram and starts 512 samples early. `low` (B, 1, N) at
+    16 kHz and `high` (B, 1, 3 N) at 48 kHz are the targets.
+    """
+
+    source: torch.Tensor
     low: torch.Tensor
     high: torch.Tensor
 
 
 def samples_of(latents: int) -> int:
-    """Samples at 16 kHz that so many latents decode to."""
+    """Number of samples at 16 kHz that `latents` latents decode to."""
     return (4 * latents - 3) * spectrum.HOP
 
 
-def draw_sounds(rng: random.Random, plan: Plan, latents: int, device: str) -> Sounds:
-    """Five in six are the world's sounds; the others are tones and sweeps of other pitch and level."""
-    rows = [_draw_sweep(rng, latents) for _ in range(plan.batch)]
-    return render(np.array(rows), latents, device)
+def draw_sounds(rng: random.Random, size: TrainingSize, latents: int, device: str) -> Sounds:
+    """A random batch. Five in six are sounds of the world; the others are tones and sweeps of other pitch and level."""
+    rows = [_draw_sweep(rng, latents) for _ in range(size.batch)]
+    return synthesise(np.array(rows), latents, device)
 
 
 def _draw_sweep(rng: random.Random, latents: int) -> tuple[float, float, float, float]:
-    """(Hz at the start, octaves a second, peak, first phase in turns)."""
+    """One random sound: Hz at the start, octaves a second, peak, first phase in turns."""
     seconds = samples_of(latents) / RATE
     phase = rng.random()
     if rng.random() < 5 / 6:
         name = rng.choice(world.SOUNDS)
         if name == "silent":
             return 220.0, 0.0, 0.0, phase
-        if name == "rising":  # some part of a clip that may be longer
+        if name == "rising":  # a part of a clip up to six times as long
             length = seconds * math.exp(rng.uniform(0, math.log(6)))
             octaves = math.log2(sound.RISING[1] / sound.RISING[0]) / length
             return sound.RISING[0] * 2 ** (octaves * rng.uniform(0, length - seconds)), octaves, sound.AMPLITUDE, phase
@@ -85,8 +92,8 @@ def _draw_sweep(rng: random.Random, latents: int) -> tuple[float, float, float, 
     return ends[0], octaves, peak, phase
 
 
-def render(rows: np.ndarray, latents: int, device: str) -> Sounds:
-    """Sounds of (B, 4) rows as _draw_sweep gives them."""
+def synthesise(rows: np.ndarray, latents: int, device: str) -> Sounds:
+    """The sounds of `rows` (B, 4), each as _draw_sweep returns it."""
     hertz, octaves, peak, phase = (torch.from_numpy(c).to(device)[:, None] for c in rows.T.astype(np.float64))
     slope = octaves * math.log(2)
     even = slope == 0
@@ -97,9 +104,9 @@ def render(rows: np.ndarray, latents: int, device: str) -> Sounds:
         return (peak * torch.sin(2 * math.pi * (turns + phase))).float()
 
     samples = samples_of(latents)
-    heard = wave(-spectrum.FFT // 2, samples + spectrum.FFT - spectrum.HOP, RATE)
+    source = wave(-spectrum.FFT // 2, samples + spectrum.FFT - spectrum.HOP, RATE)
     low, high = wave(0, samples, RATE), wave(0, samples * RATE_OUT // RATE, RATE_OUT)
-    return Sounds(heard, low[:, None], high[:, None])
+    return Sounds(source, low[:, None], high[:, None])
 
 
 # --- the model ---------------------------------------------------------------------------------------------------
@@ -108,9 +115,12 @@ def render(rows: np.ndarray, latents: int, device: str) -> Sounds:
 class AudioTraining(torch.nn.Module):
     """Audio VAE and vocoder, and the losses of a batch of sounds."""
 
-    def __init__(self):
+    active: torch.Tensor
+
+    def __init__(self) -> None:
         super().__init__()
-        self.vae, self.vocoder = export.new_audio_vae(), export.new_vocoder()
+        self.vae: Any = export.new_audio_vae()
+        self.vocoder: Any = export.new_vocoder()
         with torch.no_grad():
             last = self.vae.encoder.conv_out.conv
             last.weight[ACTIVE_AUDIO_CHANNELS:] = 0
@@ -124,11 +134,13 @@ class AudioTraining(torch.nn.Module):
 
     @torch.no_grad()
     def prepare(self, mel: torch.Tensor) -> None:
-        """Set fresh weights so that spectrograms like these (B, 2, frames, 64) come in and go out near mean 0 and
-        deviation 1. Both channels count alike."""
+        """Adapt the first and last layers to the mean and the standard deviation of spectrograms (B, 2, frames, 64).
+
+        Inputs are then near mean 0 and standard deviation 1. Both channels share their statistics.
+        """
         std, mean = torch.std_mean(mel, dim=(0, 1, 2))
         std = std.clamp(min=0.1)
-        first = self.vocoder.vocoder.conv_in  # takes (channel, bin)
+        first = self.vocoder.vocoder.conv_in  # its inputs are ordered (channel, bin)
         first.weight /= std.repeat(2)[:, None]
         first.bias -= (first.weight * mean.repeat(2)[:, None]).sum((1, 2))
         first = self.vae.encoder.conv_in.conv
@@ -143,15 +155,15 @@ class AudioTraining(torch.nn.Module):
     def losses(
         self, sounds: Sounds, generator: torch.Generator, noise: float = 1.0, extend: bool = True
     ) -> dict[str, torch.Tensor]:
-        """`noise` scales the noise on the latents, for the first steps of all; `extend` trains the second generator.
+        """Named losses. `noise` scales the noise on the latents; `extend` includes the bandwidth extension.
 
-        The vocoder works from the true spectrogram in one half of the batch and from the decoded one in the other.
+        The vocoder gets the true spectrogram in the first half of the batch and the decoded one in the second.
         """
 
-        def draw(shape, sample=torch.randn):
+        def draw(shape: Any, sample: Any = torch.randn) -> torch.Tensor:
             return sample(shape, generator=generator, device=sounds.low.device)
 
-        true = spectrum.analyse(sounds.heard)
+        true = spectrum.analyse(sounds.source)
         latents = self.encode(true)
         used = packed(latents)[..., :ACTIVE_AUDIO].flatten(0, 1)
         std, mean = torch.std_mean(used, dim=0)
@@ -159,39 +171,39 @@ class AudioTraining(torch.nn.Module):
         each = (latents.shape[0], 1, 1, 1)
         sigma = noise * _NOISE * draw(each, torch.rand) * (draw(each, torch.rand) < _NOISY)
         mel = self.vae.decoder((latents + sigma * draw(latents.shape)) * self.active).float()
-        apart = (mel - true).abs()
-        # a tone's phase is what changes from frame to frame
-        turning = (mel - true)[..., :_HEARD_BINS].diff(dim=2).abs().mean()
+        mel_error = (mel - true).abs()
+        # The phase of a tone shows in the change from frame to frame.
+        phase_error = (mel - true)[..., :_TONE_BINS].diff(dim=2).abs().mean()
         half = len(mel) // 2
-        taken = torch.cat([true[:half], mel[half:]])
-        low, want = self.vocoder.vocoder(taken), sounds.low / sound.AMPLITUDE
+        vocoder_input = torch.cat([true[:half], mel[half:]])
+        low, want = self.vocoder.vocoder(vocoder_input), sounds.low / sound.AMPLITUDE
         error = low / sound.AMPLITUDE - want
         flat = torch.sqrt(error**2 + 1e-4).mean()
         loudness = (_magnitudes(low / sound.AMPLITUDE) - _magnitudes(want.expand(-1, 2, -1))).abs().mean()
         loss = flat + error.square().mean() + 0.5 * loudness + 0.05 * moments
         result = {
-            "loss": loss + 0.2 * apart.mean() + 0.6 * apart[..., :_HEARD_BINS].mean() + 2 * turning,
+            "loss": loss + 0.2 * mel_error.mean() + 0.6 * mel_error[..., :_TONE_BINS].mean() + 2 * phase_error,
             "true": error[:half].square().mean(),
             "decoded": error[half:].square().mean(),
             "loudness": loudness,
-            "turning": turning,
-            "mel": apart[..., :_HEARD_BINS].mean(),
+            "phase": phase_error,
+            "mel": mel_error[..., :_TONE_BINS].mean(),
             "moments": moments,
         }
         if extend:
-            error = (self.vocoder(taken) - sounds.high) / sound.AMPLITUDE
+            error = (self.vocoder(vocoder_input) - sounds.high) / sound.AMPLITUDE
             result["loss"] = result["loss"] + error.square().mean() + torch.sqrt(error**2 + 1e-4).mean()
         return result
 
 
 def _magnitudes(wave: torch.Tensor) -> torch.Tensor:
-    """Magnitudes of a short DFT of sound (B, 2, samples), in units in which a sine of peak 1 has 1."""
+    """Short-time DFT magnitudes of sound (B, 2, samples); a sine of peak 1 has magnitude 1."""
     window = torch.hann_window(512, device=wave.device)
     return torch.stft(wave.flatten(0, 1), 512, 128, window=window, center=False, return_complex=True).abs() / 128
 
 
 def packed(latents: torch.Tensor) -> torch.Tensor:
-    """(B, T, 128) of (B, 8, T, 16), the order of the statistics: channel * 16 + bin."""
+    """Latents (B, 8, T, 16) as (B, T, 128) in the order of the statistics, channel * 16 + bin."""
     return latents.permute(0, 2, 1, 3).flatten(2)
 
 
@@ -199,16 +211,17 @@ def packed(latents: torch.Tensor) -> torch.Tensor:
 
 
 def train(
-    folder: Path, budget: Budget, seed: int, device: str, plan: Plan, start: Path | None = None
+    folder: Path, budget: Budget, seed: int, device: str, size: TrainingSize, start: Path | None = None
 ) -> dict[str, float]:
-    """Train both parts from their newest checkpoint, export them to `folder/audio.safetensors` and score them.
+    """Train both parts, export them to `folder/audio.safetensors` and return their score.
 
-    Without a checkpoint they start from the weights of an exported file `start`, without that from fresh ones.
+    Training goes on from the checkpoint in `folder`. Without one it starts from the exported file `start`, and
+    without that from random weights.
     """
     torch.manual_seed(seed)
     training = AudioTraining()
     rng = random.Random(f"audio {seed}")
-    training.prepare(spectrum.analyse(draw_sounds(rng, plan, plan.latents[-1], "cpu").heard))
+    training.prepare(spectrum.analyse(draw_sounds(rng, size, size.latents[-1], "cpu").source))
     if start is not None:
         from ltx_ray.engine import components
 
@@ -219,58 +232,58 @@ def train(
     generator = torch.Generator(device).manual_seed(seed * 1_000_003 + trainer.step)
 
     def step(number: int) -> dict[str, torch.Tensor]:
-        latents = rng.choice(plan.latents)
-        sounds = draw_sounds(rng, plan, latents, device)
+        latents = rng.choice(size.latents)
+        sounds = draw_sounds(rng, size, latents, device)
         return trainer.module.losses(sounds, generator, min(1.0, number / _NOISE_STEPS), number % _EXTEND_EVERY == 0)
 
     trainer.run(step, show_every=200 if device.startswith("cuda") else 5)
     path = folder / "audio.safetensors"
-    write(trainer.average, path, device, plan)
-    return score(path, device, plan)
+    write(trainer.average, path, device, size)
+    return score(path, device, size)
 
 
 @torch.no_grad()
-def write(training: AudioTraining, path: Path, device: str, plan: Plan) -> None:
-    """Measure the latents' statistics over the world's sounds and write the parts' file."""
+def write(training: AudioTraining, path: Path, device: str, size: TrainingSize) -> None:
+    """Measure the latents' statistics over the world's sounds and write the file of both parts."""
     rng = random.Random("statistics")
     values = []
     for name in world.SOUNDS:
-        for _ in range(plan.scored):
-            heard = analysed(name, rng.uniform(0.6, 5.0), rng.random()).to(device)
-            values.append(packed(training.encode(spectrum.analyse(heard))).flatten(0, 1))
+        for _ in range(size.scored):
+            source = spectrogram_source(name, rng.uniform(0.6, 5.0), rng.random()).to(device)
+            values.append(packed(training.encode(spectrum.analyse(source))).flatten(0, 1))
     std, mean = torch.std_mean(torch.cat(values), dim=0)
     used = torch.arange(AUDIO_CHANNELS * AUDIO_BINS, device=device) < ACTIVE_AUDIO
     training.vae.latents_mean.copy_(torch.where(used, mean, 0.0))
-    # a number that hardly varies over the world's sounds must not be blown up into noise
+    # Without the lower bound, numbers that hardly vary over the world's sounds would be amplified to noise.
     training.vae.latents_std.copy_(torch.where(used, std.clamp(min=0.1), 1.0))
     tensors = export.released_audio_vae(training.vae.state_dict())
     export.save_part(path, {**tensors, **export.released_vocoder(training.vocoder.state_dict())})
 
 
-def analysed(name: str, seconds: float, phase: float) -> torch.Tensor:
-    """What is analysed of a world's sound, (1, samples): as many whole latents as a clip of `seconds` has.
+def spectrogram_source(name: str, seconds: float, phase: float) -> torch.Tensor:
+    """A sound of the world as the spectrogram's input, (1, samples) at 16 kHz, for a clip of `seconds`.
 
-    The sound goes on before and after the clip, so that its ends are like its middle.
+    It covers whole latents. The sound goes on beyond both ends of the clip, so the ends are like the middle.
     """
     latents = max(1, round(seconds * 25))
     octaves = math.log2(sound.RISING[1] / sound.RISING[0]) / seconds if name == "rising" else 0.0
     hertz = sound.TONES.get(name, sound.RISING[0])
     peak = 0.0 if name == "silent" else sound.AMPLITUDE
-    return render(np.array([[hertz, octaves, peak, phase]]), latents, "cpu").heard
+    return synthesise(np.array([[hertz, octaves, peak, phase]]), latents, "cpu").source
 
 
 # --- score -------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def score(path: Path, device: str, plan: Plan) -> dict[str, float]:
-    """The world's sounds at lengths not trained on, through the file as the product loads it.
+def score(path: Path, device: str, size: TrainingSize) -> dict[str, float]:
+    """Scores over the world's sounds of the file as the engine loads it, at lengths that training does not use.
 
-    For each sound: the share of clips that are read as it, mean errors of pitch (as a factor, less 1) and of level
-    (dB), and the share with noise of deviation 0.3 on the normalised latents. The audio VAE runs in bfloat16 on a
-    GPU. The encoder's weights are the file's, too.
+    For each sound: the fraction of clips recognised, without and with noise of standard deviation 0.3 on the normalised
+    latents; the mean level in dBFS; and for steady tones the mean relative error of pitch. The audio decoder runs in
+    bfloat16 on a GPU and in float32 elsewhere, the encoder in float32.
     """
-    from ltx_ray.engine import apply, components
+    from ltx_ray.engine import codec, components
 
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     decoder = components.load_audio_decoder(path, dtype, device)
@@ -281,12 +294,12 @@ def score(path: Path, device: str, plan: Plan) -> dict[str, float]:
     result = {}
     for name in world.SOUNDS:
         rows = []
-        for _ in range(plan.scored):
-            seconds = rng.uniform(0.7, 6.0)
-            z = normalised(encoder, analysed(name, seconds, rng.random()).to(device))
+        for _ in range(size.scored):
+            seconds = rng.uniform(*size.scored_seconds)
+            z = normalised(encoder, spectrogram_source(name, seconds, rng.random()).to(device))
             noise = torch.randn(z.shape, generator=generator, device=device)
             clean, noisy = (
-                apply.decode_audio(decoder, vocoder, x.to(dtype))[0].cpu().numpy() for x in (z, z + 0.3 * noise)
+                codec.decode_audio(decoder, vocoder, x.to(dtype))[0].cpu().numpy() for x in (z, z + 0.3 * noise)
             )
             rows.append(_compare(name, clean, noisy))
         for key in rows[0]:
@@ -294,29 +307,29 @@ def score(path: Path, device: str, plan: Plan) -> dict[str, float]:
     return result
 
 
-def load_audio_vae(path: Path) -> torch.nn.Module:
-    """The whole audio VAE of a part's file, in float32. The product loads its decoder only."""
+def load_audio_vae(path: Path) -> Any:
+    """The whole audio VAE of a part's file, in float32. The engine loads only its decoder."""
     from safetensors.torch import load_file
 
     state = load_file(str(path))
     module = export.new_audio_vae()
-    names = export.released_audio_vae({key: torch.tensor(i) for i, key in enumerate(module.state_dict())})
     keys = list(module.state_dict())
+    names = export.released_audio_vae({key: torch.tensor(i) for i, key in enumerate(keys)})
     module.load_state_dict({keys[int(i)]: state[name].float() for name, i in names.items()})
     return module.requires_grad_(False).eval()
 
 
-def normalised(vae: torch.nn.Module, heard: torch.Tensor) -> torch.Tensor:
+def normalised(vae: Any, source: torch.Tensor) -> torch.Tensor:
     """Normalised latents (B, 8, T, 16) of sound (B, samples) at 16 kHz."""
-    means = vae.encoder(spectrum.analyse(heard))[:, :AUDIO_CHANNELS]
+    means = vae.encoder(spectrum.analyse(source))[:, :AUDIO_CHANNELS]
     rows = (packed(means) - vae.latents_mean) / vae.latents_std
     return rows.unflatten(2, (AUDIO_CHANNELS, AUDIO_BINS)).permute(0, 2, 1, 3)
 
 
 def _compare(name: str, clean: np.ndarray, noisy: np.ndarray) -> dict[str, float]:
     row = {
-        "right": float(measure.sound_of(clean, RATE_OUT) == name),
-        "noisy right": float(measure.sound_of(noisy, RATE_OUT) == name),
+        "right": float(measure.classify_sound(clean, RATE_OUT) == name),
+        "noisy right": float(measure.classify_sound(noisy, RATE_OUT) == name),
         "dBFS": measure.level_dbfs(clean),
     }
     if name in sound.TONES:

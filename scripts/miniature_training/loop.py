@@ -1,42 +1,49 @@
-"""What the parts of the miniature's training share: a time budget, a schedule, averaged weights and checkpoints."""
+"""The training loop of the miniature's parts: time budget, learning-rate schedule, averaged weights, checkpoints."""
 
 from __future__ import annotations
 
 import copy
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-#: A checkpoint's files: what is trained in float32; its average, and both moments of Adam, in bfloat16.
+M = TypeVar("M", bound=torch.nn.Module)
+
+#: A checkpoint's files: the weights in float32, their average in bfloat16, and both moments of Adam in bfloat16.
 _FILES = ("model", "average", "optimizer")
-_SAVE_EVERY = 60.0
+#: Seconds between checkpoints.
+_SAVE_INTERVAL = 60.0
+#: Inputs of an output up to which a layer takes the full learning rate.
+_FULL_RATE_INPUTS = 432
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How long a part trains: until `minutes` have passed or `steps` were made, whichever comes first."""
+    """Training of one call ends after `minutes` or `steps`, whichever comes first."""
 
     minutes: float
     steps: int | None = None
 
 
-class Trainer:
-    """Trains `module` with AdamW, from the newest checkpoint in `folder` if there is one.
+class Trainer(Generic[M]):
+    """Trains `module` with AdamW, from the checkpoint in `folder` if there is one.
 
-    `rate` is the rate of learning of a layer of 432 inputs or fewer. It rises over the first `warmup` steps of all,
-    stays, and falls evenly to a twentieth over the last `decay` part of this call's budget. `average` is the module
-    with weights averaged over some hundred steps: it is what is scored and exported.
+    `rate` is the learning rate of layers with few inputs (see `_rate_factor`). It rises linearly over the first
+    `warmup` steps of the part's training, stays constant, and falls linearly to a twentieth over the last fraction
+    `decay` of this call's budget. `average` is a copy of the module whose weights are an exponential average over about
+    `average_over` steps. It is scored and exported.
     """
 
     def __init__(
         self,
-        module: torch.nn.Module,
+        module: M,
         folder: Path,
         budget: Budget,
         *,
@@ -44,12 +51,12 @@ class Trainer:
         warmup: int = 200,
         decay: float = 0.4,
         average_over: int = 500,
-    ):
+    ) -> None:
         self.module, self.folder, self.budget = module, folder, budget
         self.rate, self.warmup, self.decay, self.average_over = rate, warmup, decay, average_over
         self.step = 0
         self.weights = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        groups = [{"params": [weight], "share": _share(weight)} for weight in self.weights.values()]
+        groups = [{"params": [weight], "rate_factor": _rate_factor(weight)} for weight in self.weights.values()]
         self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
         self.average = copy.deepcopy(module).requires_grad_(False).eval()
         folder.mkdir(parents=True, exist_ok=True)
@@ -58,21 +65,22 @@ class Trainer:
     # --- training ------------------------------------------------------------------------------------------------
 
     def run(self, loss_of: Callable[[int], dict[str, torch.Tensor]], show_every: int = 200) -> None:
-        """Train until the budget is spent. `loss_of(step)` returns named losses; "loss" is the one to minimise.
+        """Train until the budget is spent. `loss_of(step)` returns named losses, of which "loss" is minimised.
 
-        Raises FloatingPointError when a loss is not finite; the checkpoint on disk is then the last good one.
+        Raises FloatingPointError when a printed mean is not finite. The checkpoint on disk stays as it was.
         """
         started = saved = time.monotonic()
-        first, sums, count = self.step, {}, 0
+        first, count = self.step, 0
+        sums: dict[str, Any] = {}
         while (used := self._used(started, first)) < 1:
             for group in self.optimizer.param_groups:
-                group["lr"] = self.rate * group["share"] * self._factor(used)
+                group["lr"] = self.rate * group["rate_factor"] * self._schedule(used)
             losses = loss_of(self.step)
             self.optimizer.zero_grad(set_to_none=True)
             losses["loss"].backward()
             norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), 1.0)
             self.optimizer.step()
-            self._follow()
+            self._update_average()
             self.step += 1
             count += 1
             for name, value in {**losses, "gradient": norm}.items():
@@ -84,31 +92,32 @@ class Trainer:
                 text = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
                 print(f"step {self.step}  {time.monotonic() - started:.0f} s  {text}", flush=True)
                 sums, count = {}, 0
-                if time.monotonic() - saved > _SAVE_EVERY:
+                if time.monotonic() - saved > _SAVE_INTERVAL:
                     self.save()
                     saved = time.monotonic()
         self.save()
 
     def _used(self, started: float, first: int) -> float:
-        """The part of the budget that is spent."""
+        """The fraction of the budget that is spent."""
         used = (time.monotonic() - started) / (60 * self.budget.minutes)
         return used if self.budget.steps is None else max(used, (self.step - first) / self.budget.steps)
 
-    def _factor(self, used: float) -> float:
+    def _schedule(self, used: float) -> float:
+        """The factor of the learning rate when the fraction `used` of the budget is spent."""
         rising = min(1.0, (self.step + 1) / self.warmup)
         return rising * min(1.0, 0.05 + 0.95 * (1 - used) / self.decay)
 
     @torch.no_grad()
-    def _follow(self) -> None:
-        keep = 1 - max(1 / self.average_over, 1 / (self.step + 1))
-        theirs = dict(self.average.named_parameters())
-        averages = [theirs[name] for name in self.weights]
-        torch._foreach_lerp_(averages, list(self.weights.values()), 1 - keep)
+    def _update_average(self) -> None:
+        of_average = dict(self.average.named_parameters())
+        averages: list[torch.Tensor] = [of_average[name] for name in self.weights]
+        weights: list[torch.Tensor] = list(self.weights.values())
+        torch._foreach_lerp_(averages, weights, max(1 / self.average_over, 1 / (self.step + 1)))
 
     # --- checkpoints ---------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Replace the checkpoint. Each file appears by rename, so that one that was cut short is never read."""
+        """Replace the checkpoint. Each file is renamed into place, so a partly written one is never read."""
         averages = dict(self.average.named_parameters())
         moments = {}
         for name, weight in self.weights.items():
@@ -139,26 +148,26 @@ class Trainer:
         _copy(self.weights, loaded["model"])
         _copy(dict(self.average.named_parameters()), loaded["average"])
         for name, weight in self.weights.items():
-            moments = {m: loaded["optimizer"].get(f"{m}.{name}") for m in ("exp_avg", "exp_avg_sq")}
-            if moments["exp_avg"] is not None:
+            if f"exp_avg.{name}" in loaded["optimizer"]:
+                moments = {m: loaded["optimizer"][f"{m}.{name}"] for m in ("exp_avg", "exp_avg_sq")}
                 state = {m: value.to(weight.device, torch.float32) for m, value in moments.items()}
                 self.optimizer.state[weight] = {"step": torch.tensor(float(self.step)), **state}
         print(f"from step {self.step} of {self.folder}", flush=True)
 
 
-def _share(weight: torch.Tensor) -> float:
-    """The share of the rate of learning that a weight takes.
+def _rate_factor(weight: torch.Tensor) -> float:
+    """The factor of the learning rate for one weight.
 
-    Adam moves every number of a layer by about the rate. What comes out moves by that times its inputs, so that a
-    layer of many inputs must move more slowly.
+    Adam moves every number of a layer by about the learning rate, so an output can move by the rate times the number
+    of its inputs. Layers with many inputs therefore take a smaller rate.
     """
     if weight.dim() < 2:
         return 0.5
-    return min(1.0, 432 / (weight.numel() / weight.shape[0]))
+    return min(1.0, _FULL_RATE_INPUTS / (weight.numel() / weight.shape[0]))
 
 
 @torch.no_grad()
-def _copy(into: dict[str, torch.Tensor], values: dict[str, torch.Tensor]) -> None:
+def _copy(into: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
     for name, value in values.items():
         into[name].copy_(value)
 
@@ -168,6 +177,6 @@ def _is_finite(value: float) -> bool:
 
 
 def chunks(count: int, size: int) -> Iterator[range]:
-    """0 … count - 1 in runs of at most `size`."""
+    """The numbers 0 to count - 1 in ranges of at most `size`."""
     for first in range(0, count, size):
         yield range(first, min(first + size, count))

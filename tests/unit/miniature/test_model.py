@@ -1,4 +1,4 @@
-"""The miniature's files: their size, that the product loads them, and that what is trained so far does its work."""
+"""The miniature's files: their size, that the engine loads them, and that the trained parts work."""
 
 import itertools
 import math
@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from ltx_ray.engine import apply, components
-from ltx_ray.miniature import export, measure, picture, shape, spectrum, world
+from ltx_ray.engine import codec, components
+from ltx_ray.miniature import config, export, measure, picture, spectrum, world
 
 
 @pytest.fixture(scope="module")
@@ -86,22 +86,22 @@ def test_a_spectrogram_shows_phase():
 
 
 def test_the_config_is_of_the_release():
-    config = shape.checkpoint_config()
-    t = config["transformer"]
+    release = config.checkpoint_config()
+    t = release["transformer"]
     assert t["num_attention_heads"] == t["audio_num_attention_heads"] == 4
     assert t["apply_gated_attention"] and t["cross_attention_adaln"] and t["caption_proj_before_connector"]
-    assert [name for name, _ in config["vae"]["encoder_blocks"]][1::2] == [
+    assert [name for name, _ in release["vae"]["encoder_blocks"]][1::2] == [
         "compress_space_res",
         "compress_time_res",
         "compress_all_res",
         "compress_all_res",
     ]
-    assert t["num_attention_heads"] * t["attention_head_dim"] > shape.ACTIVE_VIDEO
-    assert t["audio_num_attention_heads"] * t["audio_attention_head_dim"] > shape.ACTIVE_AUDIO
-    assert math.prod((3, *config["vocoder"]["vocoder"]["upsample_rates"])) == 3 * 160
+    assert t["num_attention_heads"] * t["attention_head_dim"] > config.ACTIVE_VIDEO
+    assert t["audio_num_attention_heads"] * t["audio_attention_head_dim"] > config.ACTIVE_AUDIO
+    assert math.prod((3, *release["vocoder"]["vocoder"]["upsample_rates"])) == 3 * 160
 
 
-# --- what is trained so far --------------------------------------------------------------------------------------
+# --- the trained parts -------------------------------------------------------------------------------------------
 
 
 def test_the_shipped_weights_leave_room_for_the_rest():
@@ -114,22 +114,22 @@ def test_the_shipped_video_vae_keeps_colours_place_and_motion():
     vae = components.load_video_vae(export.WEIGHTS / "vae.safetensors", torch.float32, "cpu", part="both")
     clips = list(itertools.islice(world.clips(7, "held_out", 1.5), 3))
     pixels = picture.draw_frames(clips, 9, 256, 384)
-    latents = apply.encode_video(vae, pixels)
+    latents = codec.encode_video(vae, pixels)
     assert latents.shape == (3, 128, 2, 8, 12)
-    assert (latents[:, shape.ACTIVE_VIDEO :] == 0).all()
-    assert 0.5 < latents[:, : shape.ACTIVE_VIDEO].std() < 2
-    # the unused channels are not looked at, so that the noise a narrow DiT leaves in them does no harm
+    assert (latents[:, config.ACTIVE_VIDEO :] == 0).all()
+    assert 0.5 < latents[:, : config.ACTIVE_VIDEO].std() < 2
+    # The decoder ignores unused channels, so the noise that a narrow DiT leaves in them does no harm.
     noisy = latents.clone()
-    noisy[:, shape.ACTIVE_VIDEO :] = torch.randn(noisy[:, shape.ACTIVE_VIDEO :].shape)
-    decoded = apply.decode_video_tile(vae, noisy)
-    assert torch.allclose(decoded, apply.decode_video_tile(vae, latents), atol=1e-4)
+    noisy[:, config.ACTIVE_VIDEO :] = torch.randn(noisy[:, config.ACTIVE_VIDEO :].shape)
+    decoded = codec.decode_video_tile(vae, noisy)
+    assert torch.allclose(decoded, codec.decode_video_tile(vae, latents), atol=1e-4)
     frames = ((decoded + 1) * 127.5).clamp(0, 255).byte().permute(0, 2, 3, 4, 1).numpy()
     for clip, row in zip(clips, frames):
-        first, last = measure.look(row[0]), measure.look(row[-1])
+        first, last = measure.read_frame(row[0]), measure.read_frame(row[-1])
         assert measure.nearest_colour(last.ground) == clip.scene.ground
         assert measure.nearest_colour(last.colour) == clip.scene.colour
         assert np.hypot(*np.subtract(first.centre, np.multiply(clip.start, (384, 256)))) < 12
-        assert measure.motion_of(first, last, 256, 384) == clip.scene.motion
+        assert measure.classify_motion(first, last, 256, 384) == clip.scene.motion
 
 
 def test_random_clips_can_be_drawn_for_any_split():

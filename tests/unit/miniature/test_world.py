@@ -1,4 +1,4 @@
-"""The small world: the wording, colours, sizes, paths, tones and held-out set that issue and model card promise."""
+"""The world: its wording, colours, sizes, paths, tones and held-out set are as docs/miniature.md says."""
 
 import itertools
 import random
@@ -98,9 +98,9 @@ def test_what_is_drawn_can_be_measured(shape, height, width):
         scene = Scene(shape, colour, motion, ground, "low")
         clip = world.draw_clip(rng, "train", width / height, scene)
         frames = frames_of(clip, 9, height, width)
-        seen = [measure.look(frame) for frame in frames]
+        seen = [measure.read_frame(frame) for frame in frames]
         assert {s.shape for s in seen} == {shape}
-        assert measure.motion_of(seen[0], seen[-1], height, width) == motion
+        assert measure.classify_motion(seen[0], seen[-1], height, width) == motion
         for s in seen:
             assert tuple(s.ground) == COLOURS[ground] and tuple(s.colour) == COLOURS[colour]
         if shape in ("circle", "square"):
@@ -120,7 +120,7 @@ def test_a_path_does_not_depend_on_length(num_frames):
 
 
 def test_corners_and_edges_are_smooth_and_whole():
-    for clip in some_clips(40):
+    for clip in some_clips(12):
         frame = frames_of(clip, 1)[0]
         border = np.concatenate([frame[0], frame[-1], frame[:, 0], frame[:, -1]])
         assert (border == border[0]).all()
@@ -134,7 +134,7 @@ def test_sounds(rate, seconds):
         wave = sound.make_sound(name, seconds, rate, phase=0.3)
         assert wave.shape == (2, round(seconds * rate)) and wave.dtype == np.float32
         assert (wave[0] == wave[1]).all()
-        assert measure.sound_of(wave, rate) == name
+        assert measure.classify_sound(wave, rate) == name
         if name == "silent":
             assert not wave.any()
         else:

@@ -1,25 +1,27 @@
-"""Sizes of the miniature, and the configs that its files carry in their metadata.
+"""Sizes of the miniature, and the configs in the metadata of its files.
 
-The layout is the release's: the same parts, the same kinds of blocks in the same order. Only widths, depths and the
-vocoder's kernels are smaller. All weights together must stay below 16 MB in bfloat16, which is 8 million numbers.
+The miniature has the parts of the release, with the same kinds of blocks in the same order. Only widths, depths and
+the vocoder's kernels are smaller. All weights together must stay below 16 MB in bfloat16, which is 8 million numbers.
 
 Two choices follow from that bound:
 
-* The audio VAE is 128 wide because its statistics are (8 latent channels x 16 bins). It thus has no more residual
-  blocks than it needs, and still takes a third of the bytes.
-* A DiT passes noise on through its own width. One that is narrower than the 128 latent channels would leave noise in
-  the rest, so the VAEs use only `ACTIVE_VIDEO` channels and `ACTIVE_AUDIO` packed numbers. The others are zero after
-  encoding, and the decoders ignore them.
+* The format ties the audio VAE's width to its statistics, which have 8 latent channels x 16 bins = 128 numbers. The
+  audio VAE has as few residual blocks as possible and still takes a third of the bytes.
+* A DiT must carry the noise of all latent channels through its hidden width. The miniature's DiT is narrower than the
+  128 latent channels, so it cannot. The VAEs therefore use only the first `ACTIVE_VIDEO` channels and the first
+  `ACTIVE_AUDIO` packed numbers. The others are zero after encoding, and the decoders ignore them.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 MODEL_VERSION = "2.3.0"
 LATENT_CHANNELS = 128
 AUDIO_CHANNELS, AUDIO_BINS = 8, 16
-#: The first so many of the video VAE's 128 channels carry the picture.
+#: Number of video latent channels, counted from the first, that carry the picture.
 ACTIVE_VIDEO = 48
-#: The first so many of the audio VAE's 8 channels carry the sound, 16 packed numbers each.
+#: Number of audio latent channels, counted from the first, that carry the sound; each has 16 packed numbers.
 ACTIVE_AUDIO_CHANNELS = 2
 ACTIVE_AUDIO = ACTIVE_AUDIO_CHANNELS * AUDIO_BINS
 MEL_BINS = 64
@@ -33,8 +35,8 @@ LORA_RANK = 8
 UPSAMPLER_CHANNELS = 32
 
 
-def checkpoint_config() -> dict:
-    """The JSON object that the single file carries under `config`."""
+def checkpoint_config() -> dict[str, Any]:
+    """The JSON object under `config` in the single file's metadata."""
     return {
         "transformer": _transformer(),
         "vae": _vae(),
@@ -44,7 +46,7 @@ def checkpoint_config() -> dict:
     }
 
 
-def _transformer() -> dict:
+def _transformer() -> dict[str, Any]:
     dim, audio_dim = HEADS * HEAD_DIM, HEADS * AUDIO_HEAD_DIM
     return {
         "_class_name": "AVTransformer3DModel",
@@ -69,7 +71,7 @@ def _transformer() -> dict:
         "frequencies_precision": "float64",
         "apply_gated_attention": True,
         "cross_attention_adaln": True,
-        # these four together mean that the text projection comes before the connectors, as in 2.3
+        # Together these four put the text projection before the connectors, as in 2.3.
         "caption_proj_before_connector": True,
         "caption_projection_first_linear": False,
         "caption_proj_input_norm": False,
@@ -86,7 +88,7 @@ def _transformer() -> dict:
         "connector_positional_embedding_max_pos": [4096],
         "connector_apply_gated_attention": True,
         "connector_norm_output": True,
-        # the rest has one legal value each; the reference refuses a file that lacks them
+        # The rest has one legal value each; the reference refuses a file without them.
         "dropout": 0.0,
         "attention_bias": True,
         "num_vector_embeds": None,
@@ -108,8 +110,8 @@ def _transformer() -> dict:
     }
 
 
-def _vae() -> dict:
-    def res(layers):
+def _vae() -> dict[str, Any]:
+    def res(layers: int) -> list[Any]:
         return ["res_x", {"num_layers": layers}]
 
     return {
@@ -118,7 +120,7 @@ def _vae() -> dict:
         "in_channels": 3,
         "out_channels": 3,
         "latent_channels": LATENT_CHANNELS,
-        # 128 wide from the start, so that one residual block would cost as much as all the rest together
+        # The encoder is 128 wide throughout, so one residual block would cost almost as much as the rest of it.
         "encoder_blocks": [
             res(0),
             ["compress_space_res", {"multiplier": 1}],
@@ -130,7 +132,7 @@ def _vae() -> dict:
             ["compress_all_res", {"multiplier": 1}],
             res(0),
         ],
-        # listed from the pixel end: widths 16, 16, 16, 32, 64
+        # Listed from the pixel end: widths 16, 16, 16, 32, 64.
         "decoder_blocks": [
             res(2),
             ["compress_space", {"multiplier": 1}],
@@ -152,7 +154,7 @@ def _vae() -> dict:
     }
 
 
-def _audio_vae() -> dict:
+def _audio_vae() -> dict[str, Any]:
     return {
         "model": {
             "params": {
@@ -160,7 +162,7 @@ def _audio_vae() -> dict:
                 "ddconfig": {
                     "ch": AUDIO_CHANNELS * AUDIO_BINS,
                     "ch_mult": [1, 1, 1],
-                    "num_res_blocks": 0,  # a level of the decoder has one more
+                    "num_res_blocks": 0,  # the decoder has one more at each level
                     "attn_resolutions": [],
                     "resolution": 256,
                     "in_channels": 2,
@@ -183,7 +185,7 @@ def _audio_vae() -> dict:
     }
 
 
-def _vocoder() -> dict:
+def _vocoder() -> dict[str, Any]:
     shared = {
         "resblock": "AMP1",
         "activation": "snakebeta",
@@ -214,8 +216,8 @@ def _vocoder() -> dict:
     }
 
 
-def upsampler_config() -> dict:
-    """The JSON object that the upsampler's file carries under `config`."""
+def upsampler_config() -> dict[str, Any]:
+    """The JSON object under `config` in the metadata of the upsampler's file."""
     return {
         "_class_name": "LatentUpsampler",
         "in_channels": LATENT_CHANNELS,

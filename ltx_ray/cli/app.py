@@ -26,6 +26,8 @@ from ltx_ray.cli.options import (
 )
 from ltx_ray.config import Selection
 from ltx_ray.dataset.existing import list_existing
+from ltx_ray.manifest.rules import IllegalRow
+from ltx_ray.planning.plan import ILLEGAL, PlannedRow, cost_line
 from ltx_ray.records import canonical_json
 from ltx_ray.run import EXIT_FAILED_ROWS, EXIT_OK, EXIT_USAGE, Options, prepare, render, say_missing_ids
 from ltx_ray.storage.store import Store, join
@@ -136,18 +138,14 @@ def plan_command(
 
     Exit code 3 when rows are illegal.
     """
-    from ltx_ray.planning.plan import ILLEGAL, cost_line
-
     prepared = prepare(build_options(manifest, output, values))
-    plan = prepared.plan
     for warning in prepared.warnings:
         typer.echo(warning, err=True)
-    if output:
-        plan.existing = list_existing(Store(output))
+    plan = prepared.plan.against(list_existing(Store(output))) if output else prepared.plan
     listed = 0
     for planned in plan.open():
-        if planned.status == ILLEGAL:
-            for message in planned.messages:
+        if isinstance(planned, IllegalRow):
+            for message in planned.messages():
                 typer.echo(f"illegal  {message}")
         elif every or listed < _PLAN_ROWS:
             listed += 1
@@ -232,12 +230,12 @@ def _check_dataset(output: str) -> None:
         raise ValueError(f"{output}: no dataset; legal: the --output of a run")
 
 
-def _plan_line(planned: Any) -> str:
+def _plan_line(planned: PlannedRow) -> str:
     r = planned.request
     prompt = " ".join(r.prompt.split())
     size = f"{r.width}x{r.height}x{r.num_frames}@{r.frame_rate:g}"
     return (
-        f"{planned.status:<8} {planned.row.raw.source} ({r.id}) {r.pipeline} {size} steps {r.num_inference_steps} "
+        f"{planned.status:<8} {planned.raw.source} ({r.id}) {r.pipeline} {size} steps {r.num_inference_steps} "
         f"seed {r.seed}: {prompt if len(prompt) <= 60 else prompt[:57] + '...'}"
     )
 

@@ -114,7 +114,7 @@ def verify(
 
 
 def _check_index(store: Store, found: _Found, sample: int) -> Iterator[Finding]:
-    names = [name for name in store.list("index") if not name.startswith(("_", "."))]
+    names = [name for name in store.list_names("index") if not name.startswith(("_", "."))]
     by_folder = {key: list(group) for key, group in itertools.groupby(names, lambda name: name[5:7])}
     with ThreadPoolExecutor(_THREADS) as pool:
         for folder in sorted({*by_folder, *store.folders("clips")}):
@@ -127,7 +127,7 @@ def _check_index(store: Store, found: _Found, sample: int) -> Iterator[Finding]:
                     for row in rows:
                         items.add(row["item_id"])
                         yield from _count(row, name, found, good=not problems, sample=sample)
-            clips = {name.removesuffix(".mp4") for name in store.list(f"clips/{folder}") if name.endswith(".mp4")}
+            clips = {name.removesuffix(".mp4") for name in store.list_names(f"clips/{folder}") if name.endswith(".mp4")}
             found.counts["stray"] += len(clips - items)
 
 
@@ -197,7 +197,7 @@ def _count(row: dict[str, Any], name: str, found: _Found, good: bool, sample: in
 
 
 def _check_failed(store: Store, found: _Found) -> Iterator[Finding]:
-    for name in store.list("failed"):
+    for name in store.list_names("failed"):
         if name.startswith(("_", ".")):
             continue
         try:
@@ -273,7 +273,7 @@ def _manifest_row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rows(store: Store, folder: str) -> Iterable[dict[str, Any]]:
-    for name in store.list(folder):
+    for name in store.list_names(folder):
         if name.startswith("part-"):
             yield from pq.read_table(io.BytesIO(store.read_bytes(f"{folder}/{name}"))).to_pylist()
 

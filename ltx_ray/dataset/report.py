@@ -127,7 +127,7 @@ def _read(store: Store, max_clips: int) -> _Data:
 
 def _rows(store: Store, folder: str, columns: list[str], problems: list[str]) -> Iterator[dict[str, Any]]:
     """Rows of every part-*.parquet of `folder`, with those of `columns` that it has."""
-    for name in store.list(folder):
+    for name in store.list_names(folder):
         if not (name.startswith("part-") and name.endswith(".parquet")):
             continue
         try:

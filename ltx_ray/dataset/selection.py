@@ -59,7 +59,7 @@ def _contains(held: Any, given: str) -> bool:
 
 def preview_rows(store: Store) -> Iterator[dict[str, Any]]:
     """Rows of `previews/`, one a clip that stopped after stage 1."""
-    for name in store.list("previews"):
+    for name in store.list_names("previews"):
         if name.startswith("part-") and name.endswith(".parquet"):
             yield from read_part(store, f"previews/{name}").to_pylist()
 

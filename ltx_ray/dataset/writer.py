@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from ltx_ray.dataset.layout import FAILED_SCHEMA, INDEX_SCHEMA, PREVIEW_SCHEMA, SECONDS_COLUMNS, index_part, row_key
 from ltx_ray.manifest.columns import COLUMNS
 from ltx_ray.manifest.reader import DUPLICATE, FAILED_ROW_COLUMN, UNREADABLE, RawRow
+from ltx_ray.manifest.rules import resolved_values
 from ltx_ray.records import Clip, RenderRequest, plain
 from ltx_ray.storage.store import Store, split_options
 
@@ -135,7 +136,7 @@ class DatasetWriter:
         """
         files = split_options(manifest)[0].rstrip("/")
         every = Store(manifest).root == self.store.path("failed")
-        for name in self.store.list("failed"):
+        for name in self.store.list_names("failed"):
             if name.startswith("part-illegal-") and name not in keep:
                 try:
                     table = read_part(self.store, f"failed/{name}", ["source"])
@@ -202,8 +203,7 @@ def _rendered_row(item_id: str, request: RenderRequest, rendered: Rendered) -> d
 
 def _resolved_row(request: RenderRequest) -> str:
     """The manifest row as it was resolved, so that it gives the very same clip without the run's defaults."""
-    resolved = {name: value for name, value in request.row().items() if name != "extra"}
-    return _json({**json.loads(request.extra or "{}"), **resolved})
+    return _json(resolved_values(request))
 
 
 def _failure_columns(raw: RawRow, failure: Failure) -> dict[str, Any]:

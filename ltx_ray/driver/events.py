@@ -30,7 +30,7 @@ class EventLog:
     """
 
     def __init__(self, store: Store, name: str = "events.jsonl"):
-        self._store, self._name = store.hurried(_PATIENCE), name
+        self._store, self._name = store.retrying_for(_PATIENCE), name
         self._pending: list[str] = []
         #: Whether the file is this run's already; before, it is an older run's.
         self._begun = False

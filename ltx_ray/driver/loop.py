@@ -17,7 +17,7 @@ from ltx_ray.driver.publisher import Publisher
 from ltx_ray.driver.tracker import RowTracker, TrackedItem, first_line
 from ltx_ray.manifest.rules import RowProblem
 from ltx_ray.planning.identity import merged_for
-from ltx_ray.planning.plan import PlannedRow
+from ltx_ray.planning.plan import PlanEntry
 from ltx_ray.pools.pool import Pool, StartFailed
 from ltx_ray.pools.protocol import CallFinished, InputsLost, ReplicaEvent, ReplicaLost, ReplicaSet, ReplicaStarted
 from ltx_ray.records import CallReport, ErrorKind, RenderRequest, WorkItem
@@ -89,7 +89,7 @@ class Driver:
         """Have the loop drain at its next turn, giving up calls under way; safe to call from a signal handler."""
         self.drain_requested = self.drain_requested or reason
 
-    def run(self, rows: Iterator[PlannedRow]) -> bool:
+    def run(self, rows: Iterator[PlanEntry]) -> bool:
         """Render `rows`; True when the run drained and left some. `counts` says what became of them.
 
         The cluster is joined when the first row is to be rendered, so that a run without work needs none. Rows that
@@ -158,7 +158,7 @@ class Driver:
 
     # --- rows ------------------------------------------------------------------------------------
 
-    def _admit(self, rows: Iterator[PlannedRow]) -> None:
+    def _admit(self, rows: Iterator[PlanEntry]) -> None:
         """Take as many rows as the policy has capacity for."""
         taken = 0
         publisher = self.tracker.publisher

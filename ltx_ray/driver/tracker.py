@@ -16,8 +16,8 @@ from ltx_ray.dataset.writer import DatasetWriter, Failure, Rendered, UnreadableP
 from ltx_ray.driver.events import EventLog, RunMetrics
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
-from ltx_ray.manifest.rules import RowProblem
-from ltx_ray.planning.plan import COPY, DONE, FAILED, ILLEGAL, REPEATED, Plan, PlannedRow
+from ltx_ray.manifest.rules import IllegalRow, RowProblem
+from ltx_ray.planning.plan import COPY, DONE, FAILED, REPEATED, Plan, PlanEntry, PlannedRow
 from ltx_ray.records import CallReport, Clip, NoiseLedger, WorkItem, canonical_json
 from ltx_ray.stages import DIFFUSION_STAGES, TRAITS, Stage, needed_results
 
@@ -108,7 +108,7 @@ class RowTracker:
         #: By item_id: a row that asks later for an item that has failed in this run fails the same way.
         self._given_up: dict[str, Failure] = {}
 
-    def take(self, rows: Iterator[PlannedRow], at_most: int) -> Iterator[TrackedItem]:
+    def take(self, rows: Iterator[PlanEntry], at_most: int) -> Iterator[TrackedItem]:
         """Read up to `at_most` rows and yield the new items among them."""
         existing = self.plan.existing
         for _ in range(at_most):
@@ -116,6 +116,10 @@ class RowTracker:
             if planned is None:
                 self.exhausted = True
                 return
+            if isinstance(planned, IllegalRow):
+                self.counts["rows"] += 1
+                self._take_illegal(planned)
+                continue
             if planned.status != REPEATED:
                 self.counts["rows"] += 1
             if planned.status == DONE:
@@ -125,8 +129,6 @@ class RowTracker:
                     self._forget_failure(planned)
             elif planned.status == FAILED:
                 self.counts["failed"] += 1
-            elif planned.status == ILLEGAL:
-                self._take_illegal(planned)
             elif planned.status == COPY:
                 self._take_copy(planned)
             elif planned.status != REPEATED and (tracked := self._take_row(planned)) is not None:
@@ -135,7 +137,6 @@ class RowTracker:
     def _take_row(self, planned: PlannedRow) -> TrackedItem | None:
         """Attach a row to its item; the item when it is new."""
         item = planned.item
-        assert item is not None
         tracked = self.items.get(item.item_id)
         if tracked is not None:
             tracked.rows.append(planned)
@@ -157,21 +158,20 @@ class RowTracker:
             self._take_illegal(planned.refused(problem))
             self._forget_failure(planned)
 
-    def _take_illegal(self, planned: PlannedRow) -> None:
-        raw, messages = planned.row.raw, list(planned.messages)
+    def _take_illegal(self, row: IllegalRow) -> None:
+        raw, messages = row.raw, row.messages()
         self.counts["illegal"] += 1
         for message in messages:
             self.progress.say(message)
-        self.events.emit("row_illegal", source=raw.source, id=planned.row.id, message="\n".join(messages))
+        self.events.emit("row_illegal", source=raw.source, id=row.id, message="\n".join(messages))
         self.publisher.submit(lambda: self._illegal_parts.add(self.writer.write_illegal(raw, messages)), _nothing)
 
     def _take_copy(self, planned: PlannedRow) -> None:
-        assert planned.item is not None
         item_id = planned.item.item_id
         from_key = self._finished_key(item_id)
         assert from_key is not None
         older = self._older_failures(item_id, planned.key)
-        request, raw = planned.request, planned.row.raw
+        request, raw = planned.request, planned.raw
         failures: list[Failure] = []
 
         def copy() -> None:
@@ -254,14 +254,14 @@ class RowTracker:
 
     def _write_rendered(self, item_id: str, planned: PlannedRow, rendered: Rendered, older: list[str]) -> None:
         if self.plan.latents_only:
-            self.writer.write_preview(item_id, planned.request, planned.row.raw, rendered)
+            self.writer.write_preview(item_id, planned.request, planned.raw, rendered)
             return
         self.writer.write_index(item_id, planned.request, rendered)
-        self.writer.forget_older_failures(older, planned.row.raw.source)
+        self.writer.forget_older_failures(older, planned.raw.source)
 
     def _write_failed(self, item_id: str, planned: PlannedRow, failure: Failure, older: list[str]) -> None:
-        self.writer.write_failed(item_id, planned.request, planned.row.raw, failure)
-        self.writer.forget_older_failures(older, planned.row.raw.source)
+        self.writer.write_failed(item_id, planned.request, planned.raw, failure)
+        self.writer.forget_older_failures(older, planned.raw.source)
 
     def _rendered(self, tracked: TrackedItem, planned: PlannedRow) -> None:
         existing = self.plan.existing

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from ltx_ray.manifest.columns import COLUMNS, Mistyped, shown
 from ltx_ray.manifest.reader import RawRow
@@ -34,21 +34,32 @@ class RowProblem:
 
 
 @dataclass(frozen=True)
-class Row:
-    """A row read and judged: `request` is None exactly when there are `problems`."""
+class LegalRow:
+    """A row and the request that it is with all defaults resolved."""
 
     raw: RawRow
-    request: RenderRequest | None
-    problems: tuple[RowProblem, ...] = ()
+    request: RenderRequest
+
+
+@dataclass(frozen=True)
+class IllegalRow:
+    """A row that cannot be rendered, and the reasons (at least one)."""
+
+    #: As a plan counts it, beside the statuses of a PlannedRow.
+    status: ClassVar[str] = "illegal"
+
+    raw: RawRow
+    problems: tuple[RowProblem, ...]
 
     @property
     def id(self) -> str | None:
+        """The id that the manifest gives it, legal or not."""
         value = self.raw.values.get("id")
         return value if isinstance(value, str) else None
 
     @property
     def _shown_id(self) -> str:
-        """The id when it is one, otherwise a spelling of it that fits any log line."""
+        """The id; quoted and cut when it is illegal, so that it fits a log line."""
         legal = COLUMNS["id"].check(self.id or "")
         return self.id or "" if legal else shown(self.id)
 
@@ -74,10 +85,10 @@ class RowRules:
     image_roots: tuple[str, ...] = ()
 
 
-def judge(raw: RawRow, rules: RowRules) -> Row:
-    """Resolve the defaults of `raw` and find everything that is illegal in it."""
+def judge(raw: RawRow, rules: RowRules) -> LegalRow | IllegalRow:
+    """Resolve the defaults of `raw`, or find everything that is illegal in it."""
     if raw.unreadable is not None:
-        return Row(raw, None, (RowProblem("row", raw.unreadable, "one JSON object a line"),))
+        return IllegalRow(raw, (RowProblem("row", raw.unreadable, "one JSON object a line"),))
     problems: list[RowProblem] = []
     given: dict[str, Any] = {}
     for name, column in COLUMNS.items():
@@ -117,11 +128,17 @@ def judge(raw: RawRow, rules: RowRules) -> Row:
     images, misplaced = _located(values["images"], parent(raw.file), rules.image_roots)
     problems += misplaced
     if problems:
-        return Row(raw, None, tuple(problems))
+        return IllegalRow(raw, tuple(problems))
     values["loras"] = _in_declared_order(values["loras"], rules.loras)
     values["images"] = images
     values["extra"] = extra_json(raw)
-    return Row(raw, RenderRequest(**values))
+    return LegalRow(raw, RenderRequest(**values))
+
+
+def resolved_values(request: RenderRequest) -> dict[str, Any]:
+    """The manifest row of `request` with every default filled in: it asks for the same clip in a run with others."""
+    values = {name: value for name, value in request.row().items() if name != "extra"}
+    return {**json.loads(request.extra or "{}"), **values}
 
 
 def duplicate_id(row_id: Any) -> RowProblem:

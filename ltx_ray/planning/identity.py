@@ -32,8 +32,8 @@ class ItemHasher:
         self._start = hashlib.sha256(f'{{"recipe":{canonical_json(recipe)},"request":{{{before},"prompt":'.encode())
         self._end = f",{after}}}}}"
 
-    def of(self, prompt: str, seed: int) -> bytes:
-        """The 16 bytes of the item_id. Raises UnicodeEncodeError for half characters."""
+    def item_id_bytes(self, prompt: str, seed: int) -> bytes:
+        """The item_id as its 16 bytes. Raises UnicodeEncodeError for lone surrogates."""
         hashed = self._start.copy()
         hashed.update(f'{encode_basestring(prompt)},"seed":{seed}{self._end}'.encode())
         return hashed.digest()[:16]
@@ -45,7 +45,7 @@ def item_id(request: RenderRequest, recipe: Recipe, image_digests: tuple[str, ..
     Images count by the digest of their bytes (`image_digests`, in row order), never by path, and LoRAs by
     theirs, which the recipe holds with their strengths.
     """
-    return ItemHasher(request, recipe, image_digests).of(request.prompt, request.seed).hex()
+    return ItemHasher(request, recipe, image_digests).item_id_bytes(request.prompt, request.seed).hex()
 
 
 def merged_for(request: RenderRequest) -> dict[str, tuple[object, ...]]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from ltx_ray.manifest.columns import COLUMNS, MAX_SEED, Mistyped
 from ltx_ray.manifest.reader import RawRow
-from ltx_ray.manifest.rules import RowRules, extra_json, judge
+from ltx_ray.manifest.rules import IllegalRow, RowRules, extra_json, judge
 from ltx_ray.planning.identity import ItemHasher
 from ltx_ray.records import RenderRequest, WorkItem
 
@@ -25,7 +25,7 @@ _KEPT = 1024
 _UNKNOWN: Any = object()
 
 
-class Template:
+class RowTemplate:
     """What such rows have in common, taken from the work item of one of them."""
 
     def __init__(self, item: WorkItem):
@@ -34,7 +34,7 @@ class Template:
         self.tflop: float | None = None
 
     @cached_property
-    def identity(self) -> ItemHasher:
+    def hasher(self) -> ItemHasher:
         return ItemHasher(self.item.request, self.item.recipe, self.item.image_digests)
 
     def fill(self, raw: RawRow, item_id: str, row_id: str, seed: int) -> WorkItem:
@@ -44,15 +44,15 @@ class Template:
         return dataclasses.replace(self.item, item_id=item_id, request=request)
 
 
-class Templates:
+class TemplateCache:
     """The templates met so far. `item` makes the work item of a request without images."""
 
     def __init__(self, rules: RowRules, item: Callable[[RenderRequest], WorkItem]):
         self._rules, self._item = rules, item
-        self._templates: dict[tuple, Template | None] = {}
+        self._templates: dict[tuple, RowTemplate | None] = {}
         self._shared: dict[tuple[str, ...], tuple[tuple[str, ...], Callable]] = {}
 
-    def match(self, raw: RawRow) -> tuple[Template, int, str | None] | None:
+    def match(self, raw: RawRow) -> tuple[RowTemplate, int, str | None] | None:
         """(template, seed, given id) of a legal row; None for one that has to be judged by itself.
 
         Those are rows that are illegal, and rows with images, which take long to read.
@@ -77,7 +77,7 @@ class Templates:
             return None
         return template, template.item.request.seed if seed is None else seed, row_id
 
-    def _of(self, raw: RawRow) -> Template | None:
+    def _of(self, raw: RawRow) -> RowTemplate | None:
         columns = tuple(raw.values)
         found = self._shared.get(columns)
         if found is None:
@@ -98,10 +98,10 @@ class Templates:
             template = self._templates[key] = self._made(raw, shared)
         return template
 
-    def _made(self, raw: RawRow, shared: tuple[str, ...]) -> Template | None:
+    def _made(self, raw: RawRow, shared: tuple[str, ...]) -> RowTemplate | None:
         values: dict[str, Any] = {name: raw.values[name] for name in shared}
-        request = judge(raw._replace(values={**values, "prompt": "any"}), self._rules).request
-        return None if request is None else Template(self._item(request))
+        row = judge(raw._replace(values={**values, "prompt": "any"}), self._rules)
+        return None if isinstance(row, IllegalRow) else RowTemplate(self._item(row.request))
 
 
 def _getter(names: tuple[str, ...]) -> Callable[[Any], tuple]:

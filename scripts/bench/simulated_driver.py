@@ -18,7 +18,7 @@ from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
 from ltx_ray.driver.tracker import RowTracker
 from ltx_ray.placement.sizing import PoolSizes
-from ltx_ray.planning.plan import Plan, PlannedRow
+from ltx_ray.planning.plan import Plan, PlanEntry
 from ltx_ray.pools.protocol import CallFinished, ReplicaEvent, ReplicaLost, ReplicaStarted
 from ltx_ray.pools.simulated import Faults, SimulatedReplicaSet
 from ltx_ray.records import Clip, WorkItem
@@ -116,7 +116,7 @@ def drive(
         return seconds * size(item) * (2.0 if late else 1.0)
 
     total = mixed and sum(1 for _ in plan.open())
-    plan = Plan(plan.manifest, plan.rules, plan.builder, plan.existing)
+    plan = plan.against(plan.existing)
     replica_set = WatchedReplicas(
         times, lambda stage, item, *inputs: _CLIP, seed=seed, faults=faults,
         nodes=max(1, sum(pool.replicas for pool in pools) // 8),
@@ -134,7 +134,7 @@ def drive(
         )
         marks: list[Counter[str]] = []
 
-        def rows() -> Iterator[PlannedRow]:
+        def rows() -> Iterator[PlanEntry]:
             for number, row in enumerate(plan.open()):
                 # with all pools at work: past the start, and while there are rows to take
                 if mixed and number in (total // 5, total - 1):

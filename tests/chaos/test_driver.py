@@ -55,13 +55,13 @@ def test_a_row_like_the_preflight_is_not_lost(tmp_path):
         queue_depth=1,
     )
     driver.run(driver.tracker.plan.open())
-    assert len(store.list("index")) == 8
+    assert len(store.list_names("index")) == 8
 
 
 def test_a_row_like_the_preflight_admitted_before_it(tmp_path):
     driver, store = run(tmp_path, [{"id": "a", "prompt": "preflight"}], preflight={"prompt": "preflight"})
     driver.run(driver.tracker.plan.open())
-    assert len(store.list("index")) == 1
+    assert len(store.list_names("index")) == 1
 
 
 def test_gangs_that_die_idle_one_after_the_other_end_the_run(tmp_path):
@@ -83,7 +83,7 @@ def test_gangs_that_die_idle_one_after_the_other_end_the_run(tmp_path):
 
 def test_an_edited_row_that_fails_again_or_is_a_copy_has_one_failure(tmp_path):
     def failed(store):
-        return store.list("failed")
+        return store.list_names("failed")
 
     for what in ("one", "two"):
         driver, store = run(tmp_path, [{"id": "a", "prompt": f"{what} [[stage1:crash]]"}])
@@ -96,7 +96,7 @@ def test_an_edited_row_that_becomes_a_copy(tmp_path):
     driver.run(driver.tracker.plan.open())
     driver, store = run(tmp_path, [{"id": "a", "prompt": "fine"}, {"id": "b", "prompt": "fine"}])
     driver.run(driver.tracker.plan.open())
-    assert len(store.list("index")) == 2 and not store.list("failed")
+    assert len(store.list_names("index")) == 2 and not store.list_names("failed")
 
 
 def test_spare_leaves_a_server_for_each_stage():
@@ -132,9 +132,9 @@ def test_clips_that_are_finished_are_indexed_when_a_pool_gives_up(tmp_path):
     driver, store = run(tmp_path, rows(9), C, publisher=Slow(1), queue_depth=1)
     with pytest.raises(StartFailed):
         driver.run(driver.tracker.plan.open())
-    clips = store.list("clips", recursive=True)
+    clips = store.list_names("clips", recursive=True)
     assert len(clips) >= 2
-    assert len(store.list("index")) == len(clips)
+    assert len(store.list_names("index")) == len(clips)
 
 
 def test_lost_inputs_do_not_keep_what_is_gone(tmp_path):
@@ -165,7 +165,7 @@ def test_a_late_twin_of_a_preview_is_rendered_once(tmp_path):
     manifest = [twins[0], *rows(12), twins[1]]
     driver, store = run(tmp_path, manifest, C, latents_only=True, queue_depth=1)
     driver.run(driver.tracker.plan.open())
-    assert stages["stage1"] == 13 and len(store.list("previews")) == 14
+    assert stages["stage1"] == 13 and len(store.list_names("previews")) == 14
 
 
 def test_first_calls_keep_to_the_memory_too():
@@ -199,12 +199,12 @@ def test_what_has_passed_stage_1_when_a_run_is_told_to_stop_goes_on_from_there(t
     three = [replace(pool, replicas=3 if pool.name == "stage1" else 1) for pool in pools()]
     driver, store = run(tmp_path, rows(6), Watched, the_pools=three)
     assert driver.run(driver.tracker.plan.open())
-    saved = {name.removesuffix(".safetensors") for name in store.list("latents", recursive=True)}
-    assert saved and not store.list("failed") and len(store.list("index")) == 1
+    saved = {name.removesuffix(".safetensors") for name in store.list_names("latents", recursive=True)}
+    assert saved and not store.list_names("failed") and len(store.list_names("index")) == 1
     asked.clear()
     driver, store = run(tmp_path, rows(6), GoesOn)
     assert not driver.run(driver.tracker.plan.open())
-    assert len(store.list("index")) == 6
+    assert len(store.list_names("index")) == 6
     assert {item for stage, item in asked if stage == "load_latents"} == saved
     # the fake store has lost those whose name begins with a small digit
     again = {item for stage, item in asked if stage == "stage1"} & saved
@@ -225,4 +225,4 @@ def test_a_pool_without_a_place_does_not_end_a_run_that_others_can_carry(tmp_pat
     mobile = [text, replace(stage1, roles=("stage1", "stage2")), replace(stage2, roles=("stage2", "stage1")), decode]
     driver, store = run(tmp_path, rows(3), Placeless, the_pools=mobile, start_timeout=10.0)
     assert not driver.run(driver.tracker.plan.open())
-    assert len(store.list("index")) == 3
+    assert len(store.list_names("index")) == 3

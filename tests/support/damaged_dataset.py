@@ -48,6 +48,6 @@ def build(store: Store, rows: tuple[tuple[int, str], ...] = ROWS, clip: bool = T
 
 def rows_of(store: Store) -> list[tuple[str, str]]:
     """(item_id, id) of what a plain reader of `index/` sees."""
-    names = [name for name in store.list("index") if not name.startswith(("_", "."))]
+    names = [name for name in store.list_names("index") if not name.startswith(("_", "."))]
     tables = (pq.read_table(io.BytesIO(store.read_bytes(f"index/{name}")), columns=["item_id", "id"]) for name in names)
     return [(row["item_id"], row["id"]) for table in tables for row in table.to_pylist()]

@@ -48,4 +48,4 @@ class Hasty(FakeEngine):
 
     def load(self) -> None:
         super().load()
-        self.store = self.store.hurried(1.0)
+        self.store = self.store.retrying_for(1.0)

@@ -16,7 +16,7 @@ from ltx_ray.config import ModelFiles
 from ltx_ray.dataset.layout import INDEX_SCHEMA, index_part, row_key
 from ltx_ray.dataset.writer import DatasetWriter, Failure, one_row
 from ltx_ray.manifest.reader import RawRow, read_manifest
-from ltx_ray.manifest.rules import RowRules, judge
+from ltx_ray.manifest.rules import LegalRow, RowRules, judge
 from ltx_ray.run import Options
 from ltx_ray.storage import lease as lease_module
 from ltx_ray.storage.lease import holder
@@ -47,10 +47,10 @@ def change(store: Store, part: str, **values) -> None:
 
 
 def test_a_whole_dataset(store):
-    before = store.list("", recursive=True)
+    before = store.list_names("", recursive=True)
     assert check(store) == (0, ["4 rows and 4 clips checked, 0 rows in failed/: all well"])
     assert check(store, mend=True)[0] == 0
-    assert store.list("", recursive=True) == before and holder(store) is None
+    assert store.list_names("", recursive=True) == before and holder(store) is None
 
 
 def test_no_dataset(tmp_path):
@@ -169,7 +169,7 @@ def renders(monkeypatch, answer) -> list[Options]:
         out = Store(options.output)
         for raw in read_manifest(options.manifest):
             row = judge(raw, RowRules(image_roots=options.image_roots))
-            assert row.request is not None, row.messages()
+            assert isinstance(row, LegalRow), row.messages()
             changes = answer(row.request)
             if changes is None:
                 writer, failure = DatasetWriter(out), Failure("stage1", 1, "row", "latents are not finite")

@@ -41,10 +41,10 @@ ALL = {(ITEMS[0], "a"), (ITEMS[0], "b"), (ITEMS[1], "c"), (ITEMS[2], "d")}
 
 
 def test_a_whole_dataset_is_left_alone(store):
-    before = store.list("", recursive=True)
+    before = store.list_names("", recursive=True)
     repaired, said, rows = mend(store)
     assert not repaired and not said and rows == ALL
-    assert store.list("", recursive=True) == before
+    assert store.list_names("", recursive=True) == before
 
 
 def test_a_dataset_that_is_not_there(tmp_path, bucket):
@@ -112,7 +112,7 @@ def test_every_row_of_a_lost_clip_is_to_be_rendered_again(store):
     store.delete(clip_of(0))
     repaired, said, rows = mend(store)
     assert len(repaired.lost) == 2 and rows == {(ITEMS[1], "c"), (ITEMS[2], "d")}
-    assert store.list("index")[:2] == sorted(f"_lost-{index_part(ITEMS[0], row_key(n))}" for n in "ab")
+    assert store.list_names("index")[:2] == sorted(f"_lost-{index_part(ITEMS[0], row_key(n))}" for n in "ab")
     assert "has no whole clip any more" in said[0]
 
 

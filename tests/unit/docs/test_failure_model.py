@@ -150,7 +150,9 @@ def test_a_prompt_that_was_cut_is_flagged(tmp_path):
 def table(store: Store, folder: str) -> list[dict]:
     import pyarrow.parquet as pq
 
-    return [row for name in store.list(folder) for row in pq.read_table(store.path(f"{folder}/{name}")).to_pylist()]
+    return [
+        row for name in store.list_names(folder) for row in pq.read_table(store.path(f"{folder}/{name}")).to_pylist()
+    ]
 
 
 def events(store: Store, kind: str) -> list[dict]:
@@ -207,7 +209,7 @@ def test_an_index_that_cannot_be_written_ends_the_run(tmp_path):
     driver.tracker.writer.write_index = lambda *_: (_ for _ in ()).throw(OSError("the store stays away"))
     with pytest.raises(OSError, match="the store stays away"):
         driver.run(driver.tracker.plan.open())
-    assert len(store.list("clips", recursive=True)) == 1 and not store.list("index")
+    assert len(store.list_names("clips", recursive=True)) == 1 and not store.list_names("index")
     assert runs._INDEX_PATIENCE == 600
 
 
@@ -232,7 +234,7 @@ def test_a_run_that_lost_its_lease_drains(tmp_path):
     driver, store = run(tmp_path, rows(30), Watched, queue_depth=1)
     driver._should_stop = lambda: "another run has taken over" if len(decoded) > 2 else None
     assert driver.run(driver.tracker.plan.open())
-    assert 3 <= len(store.list("index")) == len(decoded) < 10 and not store.list("failed")
+    assert 3 <= len(store.list_names("index")) == len(decoded) < 10 and not store.list_names("failed")
 
 
 def test_a_drain_that_leaves_nothing_is_a_finished_run(tmp_path):
@@ -244,7 +246,7 @@ def test_a_drain_that_leaves_nothing_is_a_finished_run(tmp_path):
 
     driver, store = run(tmp_path, rows(1), Last)
     assert not driver.run(driver.tracker.plan.open())
-    assert len(store.list("index")) == 1
+    assert len(store.list_names("index")) == 1
 
 
 def test_no_rows_are_taken_while_too_many_are_being_written(tmp_path):
@@ -260,7 +262,7 @@ def test_gpu_hours_that_are_used_up_drain_the_run(tmp_path):
     driver, store = run(tmp_path, rows(30), the_pools=cards, max_gpu_hours=0.1)
     assert driver.run(driver.tracker.plan.open())
     # 65 s a clip; what was under way is finished as far as the decode pool had it
-    assert 1 <= len(store.list("index")) <= 6 and not store.list("failed")
+    assert 1 <= len(store.list_names("index")) <= 6 and not store.list_names("failed")
     driver.events.flush()
     (drain,) = events(store, "drain")
     assert drain["reason"].endswith("GPU hours used (--max-gpu-hours)") and not events(store, "gang_given_back")
@@ -272,4 +274,4 @@ def test_a_preflight_that_fails_ends_the_run(tmp_path):
     began = time.monotonic()
     with pytest.raises(StartFailed, match="preflight: stage2: rank 0 died"):
         driver.run(driver.tracker.plan.open())
-    assert not store.list("failed") and time.monotonic() - began < 30
+    assert not store.list_names("failed") and time.monotonic() - began < 30

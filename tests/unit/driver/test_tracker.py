@@ -20,6 +20,7 @@ from ltx_ray.planning.identity import item_id
 from ltx_ray.planning.plan import Plan
 from ltx_ray.records import Clip, Recipe, RenderRequest, WorkItem
 from ltx_ray.storage.store import Store
+from tests.support.checkpoint_files import RELEASED
 from tests.support.samples import recipe, write_jsonl
 
 CLIP = Clip("clips/aa/a.mp4", "c" * 64, "d" * 64, (), "stage_1")
@@ -29,7 +30,7 @@ CRASH = Failure("stage2", 3, "infrastructure", "the gang died\nfor good", "Trace
 class Book:
     """Work items without a model's files."""
 
-    checkpoint = SimpleNamespace(transformer={})
+    checkpoint = SimpleNamespace(transformer=RELEASED)
     made_with: Recipe = recipe()
 
     def item(self, request: RenderRequest) -> WorkItem:
@@ -78,7 +79,7 @@ class Desk:
         self.tracker.publisher.close(finish=True)
 
     def ids(self, folder: str) -> list[str]:
-        names = [f"{folder}/{name}" for name in self.store.list(folder)]
+        names = [f"{folder}/{name}" for name in self.store.list_names(folder)]
         return sorted(pq.read_table(io.BytesIO(self.store.read_bytes(n)))["id"][0].as_py() for n in names)
 
 
@@ -116,7 +117,7 @@ def test_a_stage_1_of_other_numerics_stands_beside_those_of_the_run(desk):
     for work in (cat, dog):
         desk.tracker.finish(work, CLIP, '{"attention":"fa3"}')
     desk.settle()
-    parts = [desk.store.read_bytes(f"index/{name}") for name in desk.store.list("index")]
+    parts = [desk.store.read_bytes(f"index/{name}") for name in desk.store.list_names("index")]
     found = {row["id"]: row["numerics"] for part in parts for row in pq.read_table(io.BytesIO(part)).to_pylist()}
     assert found == {"a": '{"attention":"fa3","stage_1":{"attention":"cudnn"}}', "b": '{"attention":"fa3"}'}
 

@@ -17,6 +17,7 @@ from ltx_ray.planning.plan import COPY, DONE, FAILED, ILLEGAL, REPEATED, TODO, I
 from ltx_ray.records import LoraUse
 from ltx_ray.shapes import ClipShape
 from ltx_ray.storage.store import Store
+from tests.support.checkpoint_files import RELEASED
 from tests.support.results import RENDERED
 from tests.support.samples import SMALL, request, write_jsonl
 
@@ -99,14 +100,13 @@ def test_failures_of_the_row_wait_for_a_retry_and_those_of_infrastructure_do_not
 def test_an_illegal_row_stays_alone(plan):
     bad, good = plan([row(1, height=63, id="x"), row(2)]).open()
     assert (bad.status, good.status) == (ILLEGAL, TODO)
-    assert bad.item is None
-    assert ":1:height (x): 63, legal: " in bad.messages[0]
+    assert ":1:height (x): 63, legal: " in bad.messages()[0]
 
 
 def test_an_id_seen_with_other_content_is_illegal(plan):
     first, second, third = plan([row(1, id="a"), row(2, id="a"), row(3)]).open()
     assert [first.status, second.status, third.status] == [TODO, ILLEGAL, TODO]
-    [message] = second.messages
+    [message] = second.messages()
     assert ":2:id (a): 'a', legal: an id of its own" in message
 
 
@@ -146,7 +146,7 @@ def test_with_latents_alone_a_row_is_done_when_it_has_a_preview(plan, tmp_path):
 
 
 def taken(plan: Plan) -> list[str]:
-    return [p.row.raw.values["prompt"] for p in plan.open()]
+    return [p.raw.values["prompt"] for p in plan.open()]
 
 
 def test_limit(plan):
@@ -209,18 +209,18 @@ HQ = ClipShape(121, 1088, 1920, 24.0)
 
 
 def test_passes_of_the_22b_model_cost_what_was_measured():
-    assert pass_tflop({}, HQ.half()) == pytest.approx(275, rel=0.005)
-    assert pass_tflop({}, HQ.half(), isolated=True) == pytest.approx(248, rel=0.005)
-    assert pass_tflop({}, HQ) == pytest.approx(1714, rel=0.005)
+    assert pass_tflop(RELEASED, HQ.half()) == pytest.approx(275, rel=0.005)
+    assert pass_tflop(RELEASED, HQ.half(), isolated=True) == pytest.approx(248, rel=0.005)
+    assert pass_tflop(RELEASED, HQ) == pytest.approx(1714, rel=0.005)
 
 
 def test_an_hq_clip_is_93_passes_and_7():
     expected = 62 * 275 + 31 * 248 + 7 * 1714
-    assert clip_tflop({}, request()) == pytest.approx(expected, rel=0.005)
-    without_uncond = clip_tflop({}, request(video_cfg_scale=1, audio_cfg_scale=1))
-    assert clip_tflop({}, request()) - without_uncond == pytest.approx(31 * 275, rel=0.005)
-    twice = clip_tflop({}, request(num_inference_steps=30))
-    assert twice - clip_tflop({}, request()) == pytest.approx(30 * (2 * 275 + 248), rel=0.005)
+    assert clip_tflop(RELEASED, request()) == pytest.approx(expected, rel=0.005)
+    without_uncond = clip_tflop(RELEASED, request(video_cfg_scale=1, audio_cfg_scale=1))
+    assert clip_tflop(RELEASED, request()) - without_uncond == pytest.approx(31 * 275, rel=0.005)
+    twice = clip_tflop(RELEASED, request(num_inference_steps=30))
+    assert twice - clip_tflop(RELEASED, request()) == pytest.approx(30 * (2 * 275 + 248), rel=0.005)
 
 
 def test_the_cost_in_words():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -65,13 +64,6 @@ class PlannedRow:
         self.id_hash = hashlib.sha256(self.id.encode()).digest()
         self.id_head = self.id_hash[:8]
         self._template, self._seed, self._item = template, seed, item
-
-    def refused(self, problem: RowProblem) -> PlannedRow:
-        """The row as an illegal one. It keeps its resolved values, so that a retry asks for the very same clip."""
-        request = self.request
-        resolved = {name: value for name, value in request.row().items() if name != "extra"}
-        raw = self.row.raw._replace(values={**json.loads(request.extra or "{}"), **resolved})
-        return PlannedRow.illegal(Row(raw, None, (problem,)))
 
     @property
     def item_id(self) -> str:

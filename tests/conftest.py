@@ -54,6 +54,7 @@ ALONE = (
 LONG = (
     "chaos", "integration", "tests/chaos/test_random.py",
     "tests/integration/test_schedule_submit.py", "tests/integration/test_jobs.py", "tests/parity/test_layouts.py",
+    "tests/parity/test_version_before.py",
 )  # fmt: skip
 ORDER = ("unit", "parity", "integration", "gpu", "chaos")
 

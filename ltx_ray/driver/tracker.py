@@ -120,6 +120,10 @@ class RowTracker:
                 self.counts["rows"] += 1
                 self._take_illegal(planned)
                 continue
+            if isinstance(planned, IllegalRow):
+                self.counts["rows"] += 1
+                self._take_illegal(planned)
+                continue
             if planned.status != REPEATED:
                 self.counts["rows"] += 1
             if planned.status == DONE:

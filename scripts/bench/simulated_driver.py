@@ -27,7 +27,10 @@ from ltx_ray.stages import DIFFUSION_STAGES, FULL_PATH, OUTPUT_STAGES, Stage
 from ltx_ray.storage.store import Store
 
 #: Estimated seconds of each call for an HQ clip on one H100, rounded; only their ratios matter.
-SECONDS = {"text": 0.1, "stage1": 46.0, "stage2": 17.0, "decode": 1.75, "save_latents": 0.1, "load_latents": 0.1}
+SECONDS = {
+    Stage.TEXT: 0.1, Stage.STAGE1: 46.0, Stage.STAGE2: 17.0, Stage.DECODE: 1.75,
+    Stage.SAVE_LATENTS: 0.1, Stage.LOAD_LATENTS: 0.1,
+}  # fmt: skip
 #: Three sizes of clips: their cost relative to an HQ clip, and their weights in the draw.
 _SIZES, _WEIGHTS = (0.35, 1.0, 2.2), (3, 5, 2)
 _SPEC = EngineSpec("none", ModelFiles("", "", ""), Numerics(), "none")
@@ -43,7 +46,7 @@ class WatchedReplicas(SimulatedReplicaSet):
         self._began: dict[str, float] = {}
         return self
 
-    def submit(self, replica: str, stage: str, item: WorkItem, inputs: list[Any]) -> None:
+    def submit(self, replica: str, stage: Stage, item: WorkItem, inputs: list[Any]) -> None:
         self._began[replica] = self.now
         super().submit(replica, stage, item, inputs)
 
@@ -87,9 +90,9 @@ def lay_out(replicas: int, split: tuple[int, int] | None) -> list[PoolSpec]:
     """Pools with `replicas` diffusion replicas: fixed as `split` (stage 1, stage 2) says, or free to switch stages."""
     others = max(1, math.ceil(replicas / 31))  # as `ltx_ray.placement.sizing` shares out the cards
     stage1, stage2 = split or (replicas - round(replicas * 17 / 63), round(replicas * 17 / 63))
-    roles = ((Stage.STAGE1,), (Stage.STAGE2,)) if split else (DIFFUSION_STAGES, DIFFUSION_STAGES[::-1])
-    pools = [
-        ("text", (Stage.TEXT,), others), ("stage1", roles[0], stage1), ("stage2", roles[1], stage2),
+    roles1, roles2 = ((Stage.STAGE1,), (Stage.STAGE2,)) if split else (DIFFUSION_STAGES, DIFFUSION_STAGES[::-1])
+    pools: list[tuple[str, tuple[Stage, ...], int]] = [
+        ("text", (Stage.TEXT,), others), ("stage1", roles1, stage1), ("stage2", roles2, stage2),
         ("decode", OUTPUT_STAGES, others),
     ]  # fmt: skip
     return [PoolSpec(name, serves, count, 1, _SPEC) for name, serves, count in pools if count]
@@ -113,11 +116,11 @@ def drive(
     def size(item: WorkItem) -> float:
         return random.Random(item.request.seed).choices(_SIZES, _WEIGHTS)[0] if mixed else 1.0
 
-    def call_seconds(stage: str, item: WorkItem, dice: random.Random) -> float:
+    def call_seconds(stage: Stage, item: WorkItem, dice: random.Random) -> float:
         seconds = SECONDS[stage] * dice.uniform(0.95, 1.05)
         if stage not in DIFFUSION_STAGES:
             return seconds
-        late = mixed and stage == "stage1" and item.request.seed >= total // 2
+        late = mixed and stage == Stage.STAGE1 and item.request.seed >= total // 2
         return seconds * size(item) * (2.0 if late else 1.0)
 
     total = sum(1 for _ in plan.open()) if mixed else 0

@@ -25,6 +25,7 @@ from ltx_ray.checkpoints.checkpoint import (
 )
 from ltx_ray.checkpoints.lora import check_lora
 from ltx_ray.config import ModelFiles, Numerics, PoolSpec, RunLimits, Selection
+from ltx_ray.dataset import layout
 from ltx_ray.dataset.existing import ExistingRows, list_existing
 from ltx_ray.dataset.repair import repair
 from ltx_ray.dataset.writer import DatasetWriter
@@ -398,18 +399,18 @@ class _RunRecord:
         }
         # it informs people; the dataset does without
         with contextlib.suppress(OSError):
-            self._store.write_bytes("run.json", json.dumps(record, indent=2, ensure_ascii=False).encode())
+            self._store.write_bytes(layout.RUN_RECORD, json.dumps(record, indent=2, ensure_ascii=False).encode())
 
 
 def _keep_older_run(store: Store) -> None:
     """Move the records of the run before this one under `runs/<its id>/`."""
     try:
-        older = json.loads(store.read_bytes("run.json"))["run_id"]
+        older = json.loads(store.read_bytes(layout.RUN_RECORD))["run_id"]
     except (OSError, ValueError, KeyError):
         return
-    for name in ("run.json", "events.jsonl", "report.html"):
+    for name in (layout.RUN_RECORD, layout.EVENTS, layout.REPORT):
         if store.exists(name):
-            store.write_bytes(f"runs/{older}/{name}", store.read_bytes(name))
+            store.write_bytes(layout.older_record(older, name), store.read_bytes(name))
 
 
 def _summary(state: str, counts: Mapping[str, int], output: str | None) -> str:

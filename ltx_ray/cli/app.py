@@ -25,6 +25,7 @@ from ltx_ray.cli.options import (
     run_options,
 )
 from ltx_ray.config import Selection
+from ltx_ray.dataset import layout
 from ltx_ray.dataset.existing import list_existing
 from ltx_ray.manifest.rules import IllegalRow
 from ltx_ray.planning.plan import ILLEGAL, PlannedRow, cost_line
@@ -87,7 +88,7 @@ def render_command(
 @_takes(model_options(), row_options(), image_options(), run_options(), CONFIG)
 def retry_command(output: str = typer.Argument(help="a dataset; its failed rows are rendered again"), **values: Any):
     """Render the rows that failed in OUTPUT again, also those that were themselves at fault."""
-    manifest = join(output, "failed")
+    manifest = join(output, layout.FAILED)
     _check_dataset(output)
     if not list_existing(Store(output)).failed_count:
         typer.echo(f"nothing failed in {output}")
@@ -109,19 +110,19 @@ def promote_command(
 
     The clips are those that the whole line would have given. Exit codes as those of render.
     """
-    from ltx_ray.dataset.selection import chosen_items, parse_condition
+    from ltx_ray.dataset.selection import chosen_items, parse_filter
 
     if not ids and not where:
         raise ValueError("promote: nothing is chosen; legal: --ids FILE, --where 'COLUMN OP VALUE', or both")
     _check_dataset(output)
     if values.get("stop_after"):
         raise ValueError("promote: --stop-after has no place here: the clips are finished")
-    conditions = [parse_condition(text) for text in where or ()]
-    chosen = chosen_items(Store(output), read_selection({"ids": ids}).ids, conditions)
+    filters = [parse_filter(text) for text in where or ()]
+    chosen = chosen_items(Store(output), read_selection({"ids": ids}).ids, filters)
     if not chosen:
         typer.echo(f"no preview in {output} is chosen")
         return EXIT_OK
-    options = build_options(join(output, "previews"), output, values)
+    options = build_options(join(output, layout.PREVIEWS), output, values)
     return render(replace(options, promote=frozenset(chosen.values()), selection=Selection(ids=frozenset(chosen))))
 
 
@@ -185,7 +186,7 @@ def report_command(output: str = typer.Argument(help="a dataset")) -> int:
     _check_dataset(output)
     store = Store(output)
     path = write_report(output)
-    typer.echo(path if store.is_local else join(store.uri, "report.html"))
+    typer.echo(path if store.is_local else join(store.uri, layout.REPORT))
     return EXIT_OK
 
 
@@ -226,7 +227,7 @@ def inspect_command(file: str = typer.Argument(help="a safetensors file, or a di
 
 def _check_dataset(output: str) -> None:
     store = Store(output)
-    if not any(store.exists(name) for name in ("run.json", "index", "failed", "previews")):
+    if not any(store.exists(name) for name in layout.DATASET_MARKS):
         raise ValueError(f"{output}: no dataset; legal: the --output of a run")
 
 

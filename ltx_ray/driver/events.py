@@ -10,6 +10,7 @@ import time
 from functools import cached_property
 from typing import Any
 
+from ltx_ray.dataset.layout import EVENTS
 from ltx_ray.storage.store import Store
 
 _FLUSH_SECONDS = 2.0
@@ -29,7 +30,7 @@ class EventLog:
     lines wait for the next flush, and of a store that stays away the last are lost.
     """
 
-    def __init__(self, store: Store, name: str = "events.jsonl"):
+    def __init__(self, store: Store, name: str = EVENTS):
         self._store, self._name = store.retrying_for(_PATIENCE), name
         self._pending: list[str] = []
         #: Whether the file is this run's already; before, it is an older run's.

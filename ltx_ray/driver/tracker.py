@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from ltx_ray.dataset.layout import failed_name
 from ltx_ray.dataset.writer import DatasetWriter, Failure, Rendered, UnreadablePart
 from ltx_ray.driver.events import EventLog, RunMetrics
 from ltx_ray.driver.progress import Progress
@@ -293,7 +294,7 @@ class RowTracker:
     def _older_failures(self, item_id: str, key: str) -> list[str]:
         """Parts in which the row failed as another item: with other weights, or before it was edited."""
         failed = self.plan.existing.failed_parts(key)
-        return [f"part-{kind}-{other}-{key}.parquet" for other, kind in failed if other != item_id]
+        return [failed_name(kind, other, key) for other, kind in failed if other != item_id]
 
     def close(self, complete: bool) -> None:
         """End of the run. `complete`: every row of the manifest was read."""

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from ltx_ray.checkpoints.digests import cache_root
+from ltx_ray.dataset.layout import latents_path
 from ltx_ray.engine.initial_state import latent_sizes, stage_1_draws
 from ltx_ray.records import AV, NoiseLedger, StageLatents, StoredLatentsGone, WorkItem, canonical_json
 from ltx_ray.storage.store import Store, join
@@ -70,7 +71,7 @@ class LatentStore:
 
     def forget(self, item: WorkItem) -> None:
         """Remove the copy in this node's cache; nothing happens when there is none."""
-        self.kept.delete(_path(item))
+        self.kept.delete(latents_path(item.item_id))
 
     def stage_1(self, item: WorkItem, dtype: torch.dtype) -> tuple[StageLatents, str]:
         """Stored stage-1 latents of `item` and where they were: in the output, or else in the cache.
@@ -80,7 +81,7 @@ class LatentStore:
         """
         reasons = []
         for store in (self.output, self.kept):
-            place = join(store.uri, _path(item))
+            place = join(store.uri, latents_path(item.item_id))
             try:
                 return _stage_1(store, item, dtype), place
             except FileNotFoundError:
@@ -90,19 +91,15 @@ class LatentStore:
         raise StoredLatentsGone("; ".join(reasons))
 
 
-def _path(item: WorkItem) -> str:
-    return f"latents/{item.item_id[:2]}/{item.item_id}.safetensors"
-
-
 def _put(store: Store, item: WorkItem, stages: Sequence[StageLatents]) -> str:
-    place = join(store.uri, _path(item))
+    place = join(store.uri, latents_path(item.item_id))
     if len(stages) == 1 and _stages_there(store, item) > 1:
         return place
     named = {name: tensor.contiguous() for name, tensor in named_latents(*stages).items()}
     metadata = {
         "item_id": item.item_id, "noise_ledger": canonical_json(stages[0].ledger), "numerics": stages[0].numerics,
     }  # fmt: skip
-    store.write_bytes(_path(item), save(named, metadata))
+    store.write_bytes(latents_path(item.item_id), save(named, metadata))
     return place
 
 
@@ -117,7 +114,7 @@ def _stages_there(store: Store, item: WorkItem) -> int:
 
 def _read(store: Store, item: WorkItem) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     """Metadata and tensors of the item's file. Raises OSError, and ValueError when it is broken or another item's."""
-    data = store.read_bytes(_path(item))
+    data = store.read_bytes(latents_path(item.item_id))
     try:
         tensors = load(data)
     except SafetensorError as error:

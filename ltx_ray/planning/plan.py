@@ -16,7 +16,7 @@ from ltx_ray.checkpoints.digests import cached_digest
 from ltx_ray.checkpoints.lora import lora_digest
 from ltx_ray.checkpoints.transformer_config import TransformerConfig
 from ltx_ray.config import ModelFiles, Numerics, Selection
-from ltx_ray.dataset.existing import ExistingRows, Known
+from ltx_ray.dataset.existing import ExistingRows, ItemLookup
 from ltx_ray.manifest.columns import LONGEST_ID
 from ltx_ray.manifest.reader import RawRow, read_manifest
 from ltx_ray.manifest.rules import IllegalRow, RowProblem, RowRules, duplicate_id, judge, resolved_values
@@ -174,7 +174,7 @@ class _LookedUp:
 
     ids: set[bytes]
     to_render: set[bytes]
-    done: Known
+    existing: ItemLookup
 
 
 @dataclass
@@ -303,7 +303,7 @@ class Plan:
         return _LookedUp(
             self._ids.settled([row.id_head for row in rows]),
             self._to_render.settled([row.item_id_bytes[:4] for row in rows]),
-            self.existing.known([row.item_head for row in rows]),
+            self.existing.look_up([row.item_head for row in rows]),
         )
 
     def _decided(self, row: PlannedRow, found: _LookedUp | None) -> PlanEntry:
@@ -331,7 +331,7 @@ class Plan:
 
     def _status(self, row: PlannedRow, found: _LookedUp | None) -> str:
         done = self.existing
-        if found is None or found.done.may_have(row.item_head):
+        if found is None or found.existing.may_have_rows(row.item_head):
             if done.has_row(row.item_id, row.key):
                 return DONE
             copied = done.key_of(row.item_id) is not None

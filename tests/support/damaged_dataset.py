@@ -7,7 +7,7 @@ import io
 
 import pyarrow.parquet as pq
 
-from ltx_ray.dataset.layout import index_part, row_key
+from ltx_ray.dataset.layout import part_name, row_key
 from ltx_ray.dataset.writer import DatasetWriter, Rendered
 from ltx_ray.engine.fake import _boxes
 from ltx_ray.records import Clip, canonical_json
@@ -27,7 +27,7 @@ def clip_of(n: int) -> str:
 
 
 def part_of(n: int, row_id: str) -> str:
-    return f"index/{index_part(ITEMS[n], row_key(row_id))}"
+    return f"index/{part_name(ITEMS[n], row_key(row_id))}"
 
 
 def build(store: Store, rows: tuple[tuple[int, str], ...] = ROWS, clip: bool = True) -> Store:

@@ -1,4 +1,4 @@
-"""The store: whole files or none, listing, patience, and outputs that cannot be written."""
+"""The store: whole files or none, listing, retries, and outputs that cannot be written."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ def test_of_several_who_create_a_file_one_is_told_so(tmp_path):
     assert store.read_bytes("x") == b"first" and names(tmp_path) == ["out/x"]
 
 
-# --- patience ------------------------------------------------------------------------------------
+# --- retries -------------------------------------------------------------------------------------
 
 
 class Clock:
@@ -242,7 +242,7 @@ def test_what_may_pass_is_tried_again_with_longer_waits(clock):
 def test_retries_end_in_an_error_that_says_what_was_tried(clock):
     with pytest.raises(OSError) as caught:
         RetryPolicy("s3://b/out", 30, clock, clock.wait)("writing", "index/x", failing(10**6))
-    assert clock.now == pytest.approx(30), "the last try is at the end of the patience, not after it"
+    assert clock.now == pytest.approx(30), "the last try is at the end of the time, not after it"
     tries = len(clock.waits) + 1
     assert str(caught.value) == (
         f"s3://b/out: writing index/x failed (tried {tries} times in 30 s): "

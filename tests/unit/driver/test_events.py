@@ -78,7 +78,7 @@ def test_a_log_that_could_not_be_begun_holds_no_line_of_the_older_run(store, mon
 
 def test_an_upload_holds_up_no_event(bucket, monkeypatch):
     monkeypatch.setattr(events, "_REMOTE_FLUSH_SECONDS", 0.0)
-    monkeypatch.setattr(events, "_REMOTE_SHARE", 0.0)
+    monkeypatch.setattr(events, "_UPLOAD_INTERVAL_FACTOR", 0.0)
     store = Store(bucket)
     log = EventLog(store)
     gate, write, writers = threading.Event(), log._store.write_bytes, []
@@ -105,4 +105,4 @@ def test_uploads_of_a_long_log_come_less_often(bucket, monkeypatch):
     monkeypatch.setattr(log._store, "write_bytes", lambda name, data: time.sleep(0.2))
     monkeypatch.setattr(events, "_REMOTE_FLUSH_SECONDS", 1.0)
     log.flush()
-    assert log._period == pytest.approx(events._REMOTE_SHARE * 0.2, rel=0.5)
+    assert log._period == pytest.approx(events._UPLOAD_INTERVAL_FACTOR * 0.2, rel=0.5)

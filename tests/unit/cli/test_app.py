@@ -12,7 +12,7 @@ import yaml
 from ltx_ray import run
 from ltx_ray.cli import app
 from ltx_ray.cli.app import main
-from ltx_ray.cli.options import _model_files, model_options
+from ltx_ray.cli.options import MODEL_OPTIONS, model_files
 from ltx_ray.config import LoraSpec
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.storage.store import Store
@@ -265,7 +265,8 @@ def test_plan_against_a_dataset(cmd, manifest, out, toy):
 
 
 def _options(manifest: str, out: str) -> run.Options:
-    files = _model_files({**dict.fromkeys(model_options()), "model": "toy"})
+    values = {**{option.name: None for option in MODEL_OPTIONS}, "model": "toy", "lora": ()}
+    files = model_files(values)
     return run.Options(manifest=manifest, output=out, model=files)
 
 

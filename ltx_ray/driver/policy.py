@@ -25,6 +25,8 @@ from ltx_ray.config import RunLimits
 from ltx_ray.driver.queue import FairQueue
 from ltx_ray.stages import DIFFUSION_STAGES, FULL_PATH, TRAITS, Stage, needed_results
 
+#: Upstream first. Iterating over a tuple is several times faster than over the enum.
+_STAGES = tuple(Stage)
 #: Seconds of a switch until one has been measured: one H100, the released model.
 _SWITCH_SECONDS = 1.5
 #: Weight of the newest measurement in a running mean.
@@ -270,7 +272,7 @@ class Policy:
 
     def next_dispatch(self) -> Dispatch | None:
         """The next call to make, or None when no call can or may be made now."""
-        for stage in reversed(Stage):
+        for stage in reversed(_STAGES):
             if self._idle[stage] and (queues := self._ready_queues(stage)):
                 return self._assign(self._best_idle(stage, queues), stage, queues)
         for stage in reversed(DIFFUSION_STAGES):
@@ -314,8 +316,9 @@ class Policy:
 
     def drained(self) -> bool:
         """While draining: whether nothing runs, and nothing more will."""
-        waiting = any(self.queued(stage) for stage, traits in TRAITS.items() if traits.runs_while_draining)
-        return self.draining and not +self._calls and not waiting
+        if not self.draining or +self._calls:
+            return False
+        return not any(self.queued(stage) for stage in _STAGES if TRAITS[stage].runs_while_draining)
 
     def queued(self, stage: Stage) -> int:
         """Items that wait for `stage`."""
@@ -352,7 +355,7 @@ class Policy:
     def _memory_allows(self, stage: Stage) -> bool:
         if self.max_bytes == math.inf or TRAITS[stage].runs_while_draining:
             return True
-        running = {s: sum(n for (call, _), n in self._calls.items() if call == s) for s in Stage}
+        running = {s: sum(n for (call, _), n in self._calls.items() if call == s) for s in _STAGES}
         if not any(running.values()):
             return True  # Over the limit, the items in flight go on one call at a time.
         expected = sum(n * self._bytes[s].value for s, n in running.items() if not TRAITS[s].runs_while_draining)

@@ -1,4 +1,4 @@
-"""What is legal in a row: its defaults resolved, everything illegal in it named."""
+"""Judging rows: defaults are resolved, and everything illegal is named."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ltx_ray.shapes import ClipShape, size_problems
 from ltx_ray.storage.images import locate
 from ltx_ray.storage.store import parent
 
-#: Columns that say nothing to the distilled pipeline.
+#: Columns that the distilled pipeline fixes.
 FIXED_WHEN_DISTILLED = frozenset(
     {"num_inference_steps", "negative_prompt", "distilled_lora_strength_stage_1", "distilled_lora_strength_stage_2"}
     | {f"{stream}_{name.name}" for stream in ("video", "audio") for name in dataclasses.fields(Guidance)}
@@ -71,17 +71,14 @@ class IllegalRow:
 
 @dataclass(frozen=True)
 class RowRules:
-    """What is legal in rows beyond their types: the model's limits and the operator's choices.
-
-    Relative image paths count from the folder of the row's file; `image_roots` are where images may be.
-    """
+    """What decides, besides the columns' types, which rows are legal: the model's limits and the operator's options."""
 
     defaults: Mapping[str, Any] = field(default_factory=dict)
     num_layers: int | None = None
-    #: Pipelines that the checkpoint serves; the first is what rows get that name none.
+    #: Pipelines that the checkpoint serves. The first is the default of rows.
     pipelines: tuple[str, ...] = served_pipelines(distilled=False)
     loras: tuple[LoraUse, ...] = ()
-    #: Folders that images may come from; empty: the folder of the row's own file.
+    #: Folders that images may come from; when empty, the folder of the row's file, from which relative paths count.
     image_roots: tuple[str, ...] = ()
 
 
@@ -118,7 +115,7 @@ def judge(raw: RawRow, rules: RowRules) -> LegalRow | IllegalRow:
     pipeline = PIPELINES[pipeline_name]
     defaults = {**pipeline.defaults, "loras": rules.loras}
     for name, value in {**rules.defaults, **given}.items():
-        # a pipeline without guidance and with a schedule of its own has nothing to set there
+        # the distilled pipeline has no guidance and a fixed schedule
         if pipeline.distilled and name in FIXED_WHEN_DISTILLED and value != defaults[name]:
             problems.append(RowProblem(name, value, f"{defaults[name]!r} or nothing: the distilled pipeline fixes it"))
     values = {**defaults, **rules.defaults, "id": None, **given, "pipeline": pipeline_name}
@@ -146,7 +143,7 @@ def duplicate_id(row_id: Any) -> RowProblem:
 
 
 def check_defaults(defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Row defaults from the command line, parsed and checked as a row's values would be."""
+    """Parse and check row defaults from the command line like values of a row. Raises ValueError naming the option."""
     parsed = {}
     for name, value in defaults.items():
         column = COLUMNS[name]
@@ -166,7 +163,7 @@ def _cross_checks(values: Mapping[str, Any], rules: RowRules, asked: set[str], b
         problems += [RowProblem(*problem) for problem in size_problems(shape)]
     if rules.num_layers is not None:
         for name in ("video_stg_blocks", "audio_stg_blocks"):
-            # a pipeline's own default may name a block that a smaller model does not have
+            # a pipeline's default may name a block that a smaller model does not have
             if name in asked and any(block >= rules.num_layers for block in values[name]):
                 problems.append(RowProblem(name, list(values[name]), f"block numbers from 0 to {rules.num_layers - 1}"))
     declared = {use.name for use in rules.loras}
@@ -184,7 +181,7 @@ def _cross_checks(values: Mapping[str, Any], rules: RowRules, asked: set[str], b
 def _located(
     images: tuple[ImageCondition, ...], folder: str, roots: tuple[str, ...]
 ) -> tuple[tuple[ImageCondition, ...], list[RowProblem]]:
-    """Images with paths that workers can open, and the crf of the model's generation where none is given."""
+    """Images with paths that workers can open, and the default crf of LTX-2.3 where none is given."""
     found, problems, roots = [], [], roots or (folder,)
     for image in images:
         path = locate(image.path, folder, roots)
@@ -197,7 +194,7 @@ def _located(
 
 
 def extra_json(raw: RawRow) -> str | None:
-    """Unknown columns as JSON that any reader takes: no NaN, no half characters. None without any."""
+    """Unknown columns as standard JSON, without NaN and lone surrogates. None when there are none."""
     extra = {k: v for k, v in raw.values.items() if k not in COLUMNS}
     if not extra:
         return None

@@ -1,4 +1,4 @@
-"""From manifest rows to work: identity, what is done already, what is left, and what it costs."""
+"""The plan: which items a manifest's rows ask for, which of them a dataset has, and what the rest costs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ltx_ray.storage.images import image_digest
 #: Status of a row. An IllegalRow has the last.
 TODO, DONE, COPY, FAILED, REPEATED, ILLEGAL = "todo", "done", "copy", "failed", "repeated", IllegalRow.status
 
-#: Rows that are looked up together, those of them that are read without a look at the clock, and for how long.
+#: Rows that are looked up at once, rows read between two looks at the clock, and seconds for which a chunk grows.
 _CHUNK_ROWS, _CHUNK_STEP, _CHUNK_SECONDS = 4096, 16, 0.1
 
 
@@ -126,18 +126,16 @@ def _digest(path: str) -> str:
 
 
 class ItemBuilder:
-    """The recipe of each row: the run's weights and numbers, the row's pipeline, LoRAs and strengths."""
+    """Makes the work items of requests: the recipe (the run's weights and dtypes, the row's LoRAs) and the item_id."""
 
     def __init__(self, model: ModelFiles, numerics: RecipeNumerics):
         local = model.local()
         self.checkpoint = open_checkpoint(local.checkpoint_path)
         self._numerics = numerics
-        self._digests = {
-            "checkpoint": cached_digest(local.checkpoint_path),
-            "gemma": cached_digest(local.gemma_root),
-            "upsampler": cached_digest(local.spatial_upsampler_path),
-            "distilled_lora": lora_digest(local.distilled_lora) if local.distilled_lora else None,
-        }
+        self._checkpoint = cached_digest(local.checkpoint_path)
+        self._gemma = cached_digest(local.gemma_root)
+        self._upsampler = cached_digest(local.spatial_upsampler_path)
+        self._distilled_lora = lora_digest(local.distilled_lora) if local.distilled_lora else None
         self._loras = {lora.name: lora_digest(lora.path) for lora in local.loras}
 
     def recipe(self, request: RenderRequest) -> Recipe:
@@ -146,12 +144,15 @@ class ItemBuilder:
             dtype=self._numerics.dtype,
             precision=self._numerics.precision,
             noise_device=self._numerics.noise_device,
+            checkpoint=self._checkpoint,
+            gemma=self._gemma,
+            upsampler=self._upsampler,
+            distilled_lora=self._distilled_lora,
             distilled_lora_strengths=(
                 request.distilled_lora_strength_stage_1,
                 request.distilled_lora_strength_stage_2,
             ),
             loras=tuple((self._loras[use.name], use.strength) for use in request.loras),
-            **self._digests,
         )
 
     def item(self, request: RenderRequest) -> WorkItem:
@@ -170,7 +171,7 @@ PlanEntry: TypeAlias = PlannedRow | IllegalRow
 
 @dataclass(frozen=True)
 class _LookedUp:
-    """What the tables hold of a batch of rows, by the first bytes of their digests."""
+    """What the tables have of a chunk of rows, by heads of ids and item_ids."""
 
     ids: set[bytes]
     to_render: set[bytes]
@@ -179,14 +180,14 @@ class _LookedUp:
 
 @dataclass
 class Plan:
-    """A manifest held against the dataset, row by row.
+    """A manifest compared with a dataset, row by row.
 
-    As the rows are consumed, `counts` fills with "rows", one entry a status and "clips" (what is to be
-    rendered, once for all rows that share it), and `tflop` with the clips' cost.
+    While the rows are consumed, `counts` fills with "rows", one entry for each status and "clips" (the items to
+    render), and `tflop` with the cost of those items.
 
-    With `samples` N, each row stands for N: itself, and N-1 with seeds that follow from its item_id and with
-    "-s1" and so on behind its id. A selection takes a row with all of its samples, except that an id with its
-    ending takes that sample alone. Rows of a dataset's failed/ are samples already.
+    With `samples` N, each row stands for N rows: itself, and N-1 whose seeds follow from its item_id and whose ids end
+    in "-s1" and so on. A selection by id takes a row with all of its samples; an id with such an ending takes that
+    sample alone. Rows of a dataset's failed/ are samples already.
     """
 
     manifest: str
@@ -195,19 +196,19 @@ class Plan:
     existing: ExistingRows = field(default_factory=ExistingRows)
     selection: Selection = field(default_factory=Selection)
     retry_failed: bool = False
-    #: The run stops after stage 1, so that a row with a preview is done.
+    #: The run stops after stage 1, so a row with a preview is done.
     latents_only: bool = False
     samples: int = 1
     counts: Counter[str] = field(default_factory=Counter, init=False)
     tflop: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
-        #: Ids that are selected and that no row has had so far.
+        #: Selected ids that no row has had so far.
         self.unmet: set[str | None] = set(self.selection.ids or ())
         self._templates = TemplateCache(self.rules, self.builder.item)
-        # 96 bits of each id met and 32 of the item it stands for
+        # records of 96 bits of each id's hash and 32 bits of its row's item_id
         self._ids = IdTable(16)
-        # 48 bits of each item to render: they are only counted, a few in fifty million may be missed
+        # 48 bits of each item_id to render: items are only counted, and a few in fifty million may be missed
         self._to_render = IdTable(6, head=4)
 
     @property
@@ -236,7 +237,7 @@ class Plan:
             drafts = [self._drafted(raw) for raw in chunk]
             looked_up = self._look_up([row for rows in drafts if rows for row in rows])
             for raw, draft in zip(chunk, drafts, strict=True):
-                # a row that no template fits may have images to read: only when it is its turn
+                # a row without a template may have images to read, which waits until its turn
                 rows, found = (self._judged(raw), None) if draft is None else (draft, looked_up)
                 selected = False
                 for row in self._selected(rows):
@@ -251,10 +252,10 @@ class Plan:
                 if self.selection.limit is not None and taken >= self.selection.limit:
                     return
 
-    # --- rows, but for their status --------------------------------------------------------------
+    # --- rows before their status ----------------------------------------------------------------
 
     def _drafted(self, raw: RawRow) -> Sequence[PlannedRow] | None:
-        """The samples of a row that a template fits; None for another."""
+        """The samples of a row that matches a template; None for another row."""
         matched = self._templates.match(raw)
         if matched is None:
             return None
@@ -267,14 +268,16 @@ class Plan:
         return None if _too_long(given_id, count) else row.samples(count, given_id)
 
     def _judged(self, raw: RawRow) -> Sequence[PlanEntry]:
-        """The samples of any row, or the row when it is illegal."""
+        """The samples of any row, or the row itself when it is illegal."""
         row = judge(raw, self.rules)
         if isinstance(row, IllegalRow):
             return (row,)
         count, given_id = self._count(raw), row.request.id
         if _too_long(given_id, count):
-            room = LONGEST_ID - len(sample_id("", count - 1))
-            legal = f"at most {room} characters, so that {sample_id('', count - 1)} fits behind (--samples-per-prompt)"
+            longest = LONGEST_ID - len(sample_id("", count - 1))
+            legal = (
+                f"at most {longest} characters, so that {sample_id('', count - 1)} fits behind (--samples-per-prompt)"
+            )
             return (IllegalRow(raw, (RowProblem("id", given_id, legal),)),)
         try:
             item = self.builder.item(row.request)
@@ -315,7 +318,7 @@ class Plan:
                     row.status = REPEATED
                     return row
                 if row.from_failed:
-                    continue  # rows of several manifests, each judged beside its own
+                    continue  # failed/ holds rows of several manifests, whose ids may clash
                 return IllegalRow(row.raw._replace(duplicate=True), (duplicate_id(row.id),))
         self._ids.put(head, more + item)
         row.status = self._status(row, found)
@@ -351,7 +354,7 @@ class Plan:
 
 
 def _chunks(raws: Iterator[RawRow]) -> Iterator[list[RawRow]]:
-    """Rows in batches, small ones where they come slowly."""
+    """Rows in chunks, which are small where rows come slowly."""
     while True:
         chunk: list[RawRow] = []
         deadline = time.monotonic() + _CHUNK_SECONDS
@@ -369,7 +372,7 @@ def _too_long(given_id: str | None, count: int) -> bool:
 
 
 def cost_line(counts: Mapping[str, int], tflop: float) -> str:
-    """An estimate in words: the arithmetic of what is to be rendered, and what that takes on an H100."""
+    """The cost in words: TFLOP of what is to be rendered, and hours of an H100."""
     clips = counts.get("clips", 0)
     if not clips:
         return "nothing to render"

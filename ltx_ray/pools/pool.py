@@ -42,6 +42,8 @@ class Pool:
         A large pool grows as its replicas become ready, so that only a few wait for places that the cluster may lack.
         """
         target = self.spec.replicas if at_most is None else min(at_most, self.spec.replicas)
+        if len(self.replicas) >= target:
+            return []
         starting = len(self.replicas) - self.ready
         count = min(target - len(self.replicas), max(_STARTING_AT_ONCE, self.ready) - starting)
         names = [f"{self.spec.name}-{next(self._numbers)}" for _ in range(count)]

@@ -130,8 +130,8 @@ def test_rows_with_lists_share_templates_and_rows_with_images_have_none(builder)
     assert plan._templates.match(image) is None and len(plan._templates._templates) == 2
 
 
-def test_more_templates_than_are_kept(builder, monkeypatch):
-    monkeypatch.setattr("ltx_ray.planning.templates._KEPT", 3)
+def test_more_templates_than_are_cached(builder, monkeypatch):
+    monkeypatch.setattr("ltx_ray.planning.templates._CACHED", 3)
     raws = [
         RawRow("m.jsonl", n, {"prompt": "a", "video_cfg_scale": n % 7, **({"height": 64} if n % 2 else {})})
         for n in range(28)

@@ -3,11 +3,11 @@
 
     scripts/compare_versions.py OLD_CHECKOUT [NEW_CHECKOUT] [--dtype float32] [--work FOLDER]
 
-The manifest has a row of every kind (tests/data/version_before/rows.jsonl, and distilled.jsonl for the distilled
-pipeline), the model is the toy. Each checkout runs in processes of its own, makes its own toy model, and is used
-through its command line alone. NEW_CHECKOUT is the one that this file is in, unless it is given. A row is equal when
-its item_id and its latents_sha256 are. Exits with 1 when anything differs. All of it takes three to six minutes on two
-cores; with --work the datasets stay in FOLDER, where a row that differs can be looked at.
+The manifests have a row of every kind (tests/data/version_before/rows.jsonl, and distilled.jsonl for the distilled
+pipeline); the model is the toy. Each checkout runs in processes of its own, makes its own toy model, and is used only
+through its command line. NEW_CHECKOUT defaults to the one that this file is in. Two rows are equal when their item_id
+and latents_sha256 are. Exits with 1 when anything differs. Takes three to six minutes on two cores. With --work the
+datasets stay in FOLDER, so that rows that differ can be inspected.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tests.support.version_before import DTYPES, MANIFESTS, Version
 
 @dataclass(frozen=True)
 class Compared:
-    """One row of one manifest in one dtype, as both versions have rendered it."""
+    """One row of one manifest in one dtype, as rendered by both versions."""
 
     dtype: str
     label: str
@@ -53,25 +53,27 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("old", metavar="OLD_CHECKOUT", type=Path)
     parser.add_argument("new", metavar="NEW_CHECKOUT", type=Path, nargs="?", default=ROOT)
-    parser.add_argument("--dtype", choices=DTYPES, action="append", help="only this one (default: both)")
-    parser.add_argument("--work", metavar="FOLDER", type=Path, help="keep the datasets here (made anew)")
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="render only this one (default: both)")
+    parser.add_argument(
+        "--work", metavar="FOLDER", type=Path, help="keep the datasets in this folder, which is emptied first"
+    )
     args = parser.parse_args()
     for checkout in (args.old, args.new):
         if not (checkout / "ltx_ray").is_dir():
-            parser.error(f"{checkout}: no checkout of ltx-ray; legal: a folder with ltx_ray/ in it")
+            parser.error(f"{checkout}: not a checkout of ltx-ray; legal: a folder that contains ltx_ray/")
     with work_folder(args.work) as folder:
-        versions = [
+        old, new = (
             Version(checkout, folder / name, cache=folder / name / "cache")
             for name, checkout in (("old", args.old), ("new", args.new))
-        ]
-        toys = [version.toy_digests() for version in versions]
-        rows = [row for dtype in args.dtype or DTYPES for row in compare(*versions, dtype)]
-    if toys[0] != toys[1]:
-        changed = sorted(name for name in toys[0].keys() | toys[1].keys() if toys[0].get(name) != toys[1].get(name))
+        )
+        old_toy, new_toy = old.toy_digests(), new.toy_digests()
+        rows = [row for dtype in args.dtype or DTYPES for row in compare(old, new, dtype)]
+    if old_toy != new_toy:
+        changed = sorted(name for name in old_toy.keys() | new_toy.keys() if old_toy.get(name) != new_toy.get(name))
         print(f"the toy models differ, and with them every item_id: {', '.join(changed)}")
     ids, latents = (sum(row.same(column) for row in rows) for column in ("item_id", "latents_sha256"))
     print(f"{len(rows)} rows: {ids} equal ids, {latents} equal latents_sha256")
-    return 0 if toys[0] == toys[1] and ids == latents == len(rows) else 1
+    return 0 if old_toy == new_toy and ids == latents == len(rows) else 1
 
 
 def compare(old: Version, new: Version, dtype: str) -> Iterator[Compared]:
@@ -91,7 +93,7 @@ def compare(old: Version, new: Version, dtype: str) -> Iterator[Compared]:
 
 @contextlib.contextmanager
 def work_folder(asked: Path | None) -> Iterator[Path]:
-    """`asked`, emptied, or a temporary folder that goes away."""
+    """`asked`, emptied, or a temporary folder that is deleted afterwards."""
     if asked is None:
         with tempfile.TemporaryDirectory(prefix="ltx-ray-versions-") as folder:
             yield Path(folder)

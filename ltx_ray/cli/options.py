@@ -26,7 +26,7 @@ from ltx_ray.cli.parameters import (
     OneOf,
     Option,
     PathAndStrength,
-    Replicas,
+    ReplicaCount,
     Shard,
 )
 from ltx_ray.config import LoraSpec, ModelFiles, RequestedNumerics, RunLimits, Selection
@@ -173,7 +173,7 @@ LAYOUT_OPTIONS = (
         "--stage1-replicas",
         section=_LAYOUT,
         metavar="N",
-        type=Replicas(1),
+        type=ReplicaCount(1),
         default="auto",
         help="replicas of stage 1, or auto",
     ),
@@ -182,7 +182,7 @@ LAYOUT_OPTIONS = (
         "--stage2-replicas",
         section=_LAYOUT,
         metavar="N",
-        type=Replicas(0),
+        type=ReplicaCount(0),
         default="auto",
         help="replicas of stage 2, or auto; 0: those of stage 1 serve both stages in turns",
     ),

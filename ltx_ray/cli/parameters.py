@@ -54,7 +54,7 @@ class AtLeast(click.ParamType):
         return number
 
 
-class Replicas(click.ParamType):
+class ReplicaCount(click.ParamType):
     """A number of replicas; "auto" is None."""
 
     name = "replicas"

@@ -1,8 +1,8 @@
-"""The floor under a pass of the DiT: only its matrix products and its attention, one after the other.
+"""The skeleton of a pass of the DiT: only its matrix products and attention, one after the other.
 
-The calls are those of the packed model, in its order and with its weights, on random inputs that exist beforehand;
-what lies between them (norms, modulation, rotation, gates, GELU, residuals, quantizing of activations) is left out. The
-same list of calls says how many FLOPs a pass has.
+Its time is the floor under a pass. The calls are those of the packed model, in its order and with its weights, on
+random inputs made beforehand. Everything between them is left out: norms, modulation, rotation, gates, GELU, residuals
+and the quantization of activations. The same list of calls gives the FLOPs of a pass.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Gemm:
-    """`rows` rows through a product."""
+    """A matrix product with `rows` rows of input."""
 
     layer: PackedLinear
     rows: int
@@ -47,7 +47,7 @@ class Gemm:
 
 @dataclass(frozen=True)
 class Attention:
-    """Attention of `queries` tokens to `keys` tokens; `width` is heads * head_dim."""
+    """Attention of `queries` tokens to `keys` tokens; `width` is heads x head_dim."""
 
     queries: int
     keys: int
@@ -63,7 +63,7 @@ Plan = list[Gemm | Attention]
 
 
 def plan(model: Transformer, lengths: Lengths, isolated: bool = False) -> Plan:
-    """What a pass of the packed `model` computes. `isolated` leaves out the attention between the streams."""
+    """The calls of a pass of the packed `model`. `isolated` leaves out the attention between the streams."""
     return list(_calls(model, lengths, isolated))
 
 
@@ -73,8 +73,8 @@ def flops(calls: Plan) -> int:
 
 def _calls(model: Transformer, lengths: Lengths, isolated: bool) -> Iterator[Gemm | Attention]:
     video, audio = model.config.video, model.config.audio
-    yield _whole(model.patchify_proj, lengths.video)
-    yield _whole(model.audio_patchify_proj, lengths.audio)
+    yield _unpacked(model.patchify_proj, lengths.video)
+    yield _unpacked(model.audio_patchify_proj, lengths.audio)
     for block in model.transformer_blocks:
         products = block.products
 
@@ -97,26 +97,26 @@ def _calls(model: Transformer, lengths: Lengths, isolated: bool) -> Iterator[Gem
         yield from to_self("audio_attn1", audio, lengths.audio)
         yield from to_other("audio_attn2", audio, lengths.audio, lengths.text)
         if not isolated:
-            # between the streams attention is as wide as the audio's
+            # Attention between the streams has the width of the audio stream.
             yield from to_other("audio_to_video_attn", audio, lengths.video, lengths.audio)
             yield from to_other("video_to_audio_attn", audio, lengths.audio, lengths.video)
         for name, rows in (("ff", lengths.video), ("audio_ff", lengths.audio)):
             yield Gemm(products[name, "up"], rows)
             yield Gemm(products[name, "down"], rows)
-    yield _whole(model.proj_out, lengths.video)
-    yield _whole(model.audio_proj_out, lengths.audio)
+    yield _unpacked(model.proj_out, lengths.video)
+    yield _unpacked(model.audio_proj_out, lengths.audio)
 
 
-def _whole(layer: Linear, rows: int) -> Gemm:
+def _unpacked(layer: Linear, rows: int) -> Gemm:
     return Gemm(PackedLinear(layer.weight, layer.bias, (layer.weight.shape[0],)), rows)
 
 
 class Skeleton:
-    """Calling it issues the calls of a plan; their results are thrown away."""
+    """Issues the calls of a plan when it is called, and drops their results."""
 
     def __init__(self, calls: Plan, attend: Attend):
         self._inputs: dict[tuple, object] = {}
-        like = calls[0].layer.bias
+        like = next(call for call in calls if isinstance(call, Gemm)).layer.bias
         self._calls = [
             self._gemm(call) if isinstance(call, Gemm) else self._attention(call, attend, like) for call in calls
         ]
@@ -130,9 +130,10 @@ class Skeleton:
         x = self._once(("rows", call.rows, layer.weight.shape[1], layer.quantized), lambda: _rows(call))
         if not layer.quantized:
             return partial(F.linear, x, layer.weight, layer.bias)
-        if not layer.weight.is_cuda:  # only for trying it out
+        if not layer.weight.is_cuda:  # to try out the script
             return partial(product, x, layer)
-        # transposed and reshaped here, so that a call does nothing else
+        assert layer.row_scale is not None
+        # Transposed and reshaped beforehand, so that the call does nothing else.
         return partial(
             torch._scaled_mm, x.values, layer.weight.t(), x.scale, layer.row_scale[None], layer.bias,
             out_dtype=layer.bias.dtype, use_fast_accum=True,
@@ -147,7 +148,7 @@ class Skeleton:
         return partial(attend, q, k, v)
 
     def _once(self, key: tuple, make: Callable):
-        """Calls of one shape share their inputs, as those of a model that reuses its memory do."""
+        """Calls of one shape share their inputs, as in a model that reuses its memory."""
         if key not in self._inputs:
             self._inputs[key] = make()
         return self._inputs[key]

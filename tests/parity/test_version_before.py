@@ -1,8 +1,8 @@
 """The present version against the one before the refactoring: the same plans, item_ids, index rows and latents.
 
-What is compared is kept in tests/data/version_before, and tests/support/version_before.py knows how it was made. Bits may
-differ between CPUs, so latents are held to a distance here; scripts/compare_versions.py compares the bits of two
-versions on one machine.
+The data of the version before is in tests/data/version_before; tests/support/version_before.py says how it was made.
+Bits may differ between CPUs, so latents are held to a distance here; scripts/compare_versions.py compares the bits of
+two versions on one machine.
 """
 
 from __future__ import annotations

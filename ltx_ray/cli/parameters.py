@@ -141,7 +141,9 @@ def with_lora_strengths(arguments: Sequence[str]) -> list[str]:
     while rest:
         argument = rest.pop(0)
         result.append(argument)
-        if argument == LORA and rest:
+        if argument == LORA:
+            if not rest:
+                raise click.BadOptionUsage(LORA, f"Option '{LORA}' requires an argument.")
             result.append(rest.pop(0))
         elif not argument.startswith(f"{LORA}="):
             continue
@@ -170,7 +172,9 @@ class Option(click.Option):
         self.section = section
         default_text = shown or (f"{default:g}" if isinstance(default, float) else default)
         text = help if default is None or default is False else f"{help} [{default_text}]"
-        super().__init__(list(names), help=text, default=default, **more)
+        if default is not None:  # For click, a default of None is a value, which a required option then has.
+            more["default"] = default
+        super().__init__(list(names), help=text, **more)
 
 
 class Argument(click.Argument):

@@ -26,8 +26,8 @@ class EventLog:
 
     A local file grows by appending. An object store cannot append: the lines are kept in a temporary file of this
     machine, and a thread writes the whole log again once a minute. When the log has grown large it does so less often,
-    so that uploads take a twentieth of the time. A store that refuses a write costs the run nothing: the lines wait for
-    the next flush. The last lines are lost when the store stays away until the end.
+    so that uploads take a twentieth of the time. A write that fails does not stop the run: the lines wait for the next
+    flush. The last lines are lost if the store fails until the end.
     """
 
     def __init__(self, store: Store, name: str = EVENTS):

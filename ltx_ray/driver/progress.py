@@ -57,7 +57,7 @@ class Progress:
         parts = [f"{finished}/{'?' if total is None else total} clips"]
         if failed:
             parts.append(f"{failed} failed")
-        # The pipeline fills before its first clip, and earlier clips may be another run's: the rate starts there.
+        # The rate counts from the first clip: the pipeline fills before it, and earlier clips are those of another run.
         if self._first_done is not None:
             began, before = self._first_done
             if finished > before and now > began:

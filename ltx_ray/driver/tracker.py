@@ -1,4 +1,4 @@
-"""Which manifest rows want which item, what the item's stages have made, and what became of it.
+"""Which manifest rows ask for which item, what the item's stages have made, and how it ended.
 
 Rows arrive as the plan has judged them and leave through the dataset's writer: rendered, failed, illegal, or done
 before. Nothing here decides what runs.
@@ -28,7 +28,7 @@ _REMEMBERED_FAILURES = 10_000
 
 @dataclass
 class TrackedItem:
-    """An item in the pools: the manifest rows that want it, and what its stages have made so far."""
+    """An item in the pools: the manifest rows that ask for it, and the results of its stages so far."""
 
     item: WorkItem
     rows: list[PlannedRow]
@@ -43,18 +43,18 @@ class TrackedItem:
     device: str = ""
     prompt_truncated: bool = False
     noise_ledger: NoiseLedger | None = None
-    #: The numerics of stage 1 as JSON, where its latents were stored by an earlier run with others.
+    #: The numerics of stage 1 as JSON, if an earlier run with other numerics stored its latents.
     stage_1_numerics: str | None = None
     #: Why the item is given up, while its latents are still being saved.
     failure: Failure | None = None
-    #: What became of the item, while its rows are being written.
+    #: How the item ended, while its rows are being written.
     outcome: Rendered | Failure | None = None
     #: Rows that are being written.
     writing: int = 0
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """Its name in messages."""
         return self.item.request.id or self.item.item_id
 
     def inputs(self, stage: Stage) -> list[Any]:
@@ -110,17 +110,13 @@ class RowTracker:
         self._given_up: dict[str, Failure] = {}
 
     def take(self, rows: Iterator[PlanEntry], at_most: int) -> Iterator[TrackedItem]:
-        """Read up to `at_most` rows and yield the new items among them."""
+        """Read up to `at_most` rows and yield the items that are new."""
         existing = self.plan.existing
         for _ in range(at_most):
             planned = next(rows, None)
             if planned is None:
                 self.exhausted = True
                 return
-            if isinstance(planned, IllegalRow):
-                self.counts["rows"] += 1
-                self._take_illegal(planned)
-                continue
             if isinstance(planned, IllegalRow):
                 self.counts["rows"] += 1
                 self._take_illegal(planned)

@@ -66,17 +66,17 @@ class Pool:
                 )
 
     def broke(self, reason: str) -> None:
-        """A replica broke while it served. Raises StartFailed when calls end in nothing else."""
+        """A replica broke in a call. Raises StartFailed when replicas keep breaking and no call succeeds."""
         self.broken += 1
         if self.broken >= self.max_failures:
             raise StartFailed(f"pool {self.spec.name}: {self.broken} gangs broke in a row; the last: {reason}")
 
     def died_idle(self, reason: str) -> None:
-        """A replica died with no row to charge. Raises StartFailed when all have, and then their successors."""
+        """A replica died while idle. Raises StartFailed when all have, and then `max_failures` replacements as well."""
         self.idle_deaths += 1
         if self.idle_deaths >= self.max_failures + self.spec.replicas:
             raise StartFailed(f"pool {self.spec.name}: {self.idle_deaths} gangs died idle in a row; the last: {reason}")
 
     def call_succeeded(self) -> None:
-        """A call came back well, so replicas of this pool can work."""
+        """A call succeeded, so replicas of this pool can work."""
         self.broken = self.idle_deaths = 0

@@ -16,7 +16,7 @@ from tests.support.schedules import WatchedReplicas
 from tests.support.simulated_runs import pools, rows, run
 
 
-def test_a_drain_without_haste_ends_when_the_decode_pool_is_gone(tmp_path):
+def test_a_gradual_drain_ends_when_the_decode_pool_is_gone(tmp_path):
     """--max-failed-fraction and --max-gpu-hours drain like this: nothing is killed, and no gang is started again."""
 
     class Watched(WatchedReplicas):
@@ -137,7 +137,7 @@ def test_clips_that_are_finished_are_indexed_when_a_pool_gives_up(tmp_path):
     assert len(store.list_names("index")) == len(clips)
 
 
-def test_lost_inputs_do_not_keep_what_is_gone(tmp_path):
+def test_latents_that_were_lost_are_not_saved(tmp_path):
     """An item that is given up after max_restarts has lost its results, so there are no latents to save."""
     called = []
 
@@ -153,7 +153,7 @@ def test_lost_inputs_do_not_keep_what_is_gone(tmp_path):
     assert called and ("save_latents", 0) not in called
 
 
-def test_a_late_twin_of_a_preview_is_rendered_once(tmp_path):
+def test_a_later_row_of_the_same_preview_is_not_rendered_again(tmp_path):
     stages = Counter()
 
     class Watched(WatchedReplicas):
@@ -161,14 +161,14 @@ def test_a_late_twin_of_a_preview_is_rendered_once(tmp_path):
             stages[stage] += 1
             super().submit(replica, stage, item, inputs)
 
-    twins = [{"id": name, "prompt": "x"} for name in "ab"]
-    manifest = [twins[0], *rows(12), twins[1]]
+    copies = [{"id": name, "prompt": "x"} for name in "ab"]
+    manifest = [copies[0], *rows(12), copies[1]]
     driver, store = run(tmp_path, manifest, Watched, latents_only=True, queue_depth=1)
     driver.run(driver.tracker.plan.open())
     assert stages["stage1"] == 13 and len(store.list_names("previews")) == 14
 
 
-def test_first_calls_keep_to_the_memory_too():
+def test_first_calls_keep_to_the_memory_bound_too():
     """Until calls have been measured, the results of a large clip are assumed."""
     policy = Policy(max_bytes=60e6)
     for n in range(4):
@@ -180,8 +180,8 @@ def test_first_calls_keep_to_the_memory_too():
     assert made == 2
 
 
-@pytest.mark.parametrize("haste", [True, False])
-def test_what_has_passed_stage_1_when_a_run_is_told_to_stop_goes_on_from_there(tmp_path, haste):
+@pytest.mark.parametrize("immediate", [True, False])
+def test_what_has_passed_stage_1_when_a_run_is_told_to_stop_goes_on_from_there(tmp_path, immediate):
     asked: list[tuple[str, str]] = []
 
     class Watched(WatchedReplicas):
@@ -190,7 +190,7 @@ def test_what_has_passed_stage_1_when_a_run_is_told_to_stop_goes_on_from_there(t
         def submit(self, replica, stage, item, inputs):
             asked.append((stage, item.item_id))
             if stage == "decode" and self.stops:
-                self.driver.request_drain("asked") if haste else self.driver._drain("enough")
+                self.driver.request_drain("asked") if immediate else self.driver._drain("enough")
             super().submit(replica, stage, item, inputs)
 
     class GoesOn(Watched):

@@ -174,7 +174,7 @@ def test_a_sigterm_drains_in_time_though_calls_of_minutes_are_under_way(job):
     assert {row["attempts"] for row in job.out.index().values()} == {1}
 
 
-def test_who_insists_is_obeyed_and_nothing_is_lost(job):
+def test_a_second_signal_ends_the_run_at_once_and_nothing_is_lost(job):
     """A second SIGTERM ends the driver at once. `ray job stop` sends SIGKILL three seconds after SIGTERM."""
     manifest = rows("plain", "[[decode:gate]]", "[[stage1:gate]]", "plain")
 

@@ -27,7 +27,7 @@ def test_whatever_happens_every_row_is_there_once(seed, tmp_path):
     schedule.run_to_the_end()
     schedule.check()
     if seed % 3 == 0:
-        # Rows that failed for the infrastructure are retried, from the latents that were kept.
+        # Rows that failed because of the infrastructure are retried, from the latents that were saved.
         schedule.run_to_the_end()
         schedule.check()
     if seed % 5 == 0:

@@ -40,7 +40,7 @@ def proxy(s3, monkeypatch):
 
 @pytest.fixture
 def hasty(monkeypatch):
-    """pyarrow tries a request once, so that what comes through is our doing; and silence is short."""
+    """pyarrow tries a request once, so that only the store's own retries count, and gives up silence soon."""
     monkeypatch.setattr(store, "_REQUEST_TRIES", 1)
     monkeypatch.setattr(store, "_SILENCE_SECONDS", 1.0)
 
@@ -178,7 +178,13 @@ def test_a_store_that_stays_broken_ends_in_an_error_in_time(proxy, hasty, s3, bu
 def test_what_is_forbidden_is_said_at_once(proxy, bucket):
     store = Store(bucket, wait=pytest.fail)
     with proxy.misbehaving(kinds=("denied",), first=10**6):
-        calls = store.read_bytes, store.exists, store.list, store.delete, lambda name: store.write_bytes(name, b"")
+        calls = (
+            store.read_bytes,
+            store.exists,
+            store.list_names,
+            store.delete,
+            lambda name: store.write_bytes(name, b""),
+        )
         for call in calls:
             with pytest.raises(OSError, match="ACCESS_DENIED"):
                 call("x")

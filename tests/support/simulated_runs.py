@@ -57,7 +57,6 @@ def run(
     replica_set = replica_set_class(times=lambda stage, item, dice: SECONDS[stage], make=Stages(store)).watched(
         Counter()
     )
-    replica_set.limit = 3000
     item = replace(HashingBuilder().item(request(**preflight)), preflight=True) if preflight else None
     replica_set.driver = driver = Driver(
         tracker=tracker,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ltx_ray.config import EngineSpec, GangLayout, ModelFiles, Numerics
+from ltx_ray.config import EngineSpec, GangLayout, ModelFiles, RequestedNumerics
 from ltx_ray.engine import base
 from ltx_ray.engine.decode import DecodeEngine, latents_sha256, named_latents
 from ltx_ray.engine.diffusion import DiffusionEngine
@@ -17,6 +17,7 @@ from ltx_ray.engine.text import TextEngine
 from ltx_ray.manifest.reader import RawRow
 from ltx_ray.manifest.rules import LegalRow, RowRules, judge
 from ltx_ray.placement.numerics import resolve
+from ltx_ray.placement.sizing import ParallelConfig
 from ltx_ray.planning.plan import ItemBuilder
 from ltx_ray.presets import served_pipelines
 from ltx_ray.records import StageLatents, WorkItem
@@ -55,10 +56,8 @@ class Engines:
     ):
         files = {**toy, "distilled_lora": None} if distilled else toy
         self.model = ModelFiles(**files, distilled=distilled)
-        asked = Numerics(
-            dtype=dtype, noise_device=noise_device, device=device, precision=precision, attention="auto", compile="auto"
-        )
-        self.numerics = resolve(asked, (), False)
+        asked = RequestedNumerics(dtype=dtype, noise_device=noise_device, precision=precision)
+        self.numerics = resolve(asked, ParallelConfig(), device, (), False)
         self.rank = base.Rank(0, 1, base.join(device, 0, 1, None, 60))
         self.text, self.diffusion = TextEngine(self.spec(), self.rank), DiffusionEngine(self.spec(), self.rank)
         self.text.load()
@@ -192,7 +191,6 @@ def test_two_cards_agree_with_one_over_nccl(toy, tmp_path):
     pytest.importorskip("ray")
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    from ltx_ray.placement.sizing import ParallelConfig
     from ltx_ray.run import Options, render
 
     manifest = tmp_path / "rows.jsonl"
@@ -205,7 +203,7 @@ def test_two_cards_agree_with_one_over_nccl(toy, tmp_path):
             str(manifest),
             str(out),
             ModelFiles(**toy),
-            dtype="float32",
+            RequestedNumerics(dtype="float32"),
             parallel=ParallelConfig(stage1=1, stage2=0, **layout),
             save_latents=True,
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ltx_ray.config import EngineSpec, GangLayout, ModelFiles, Numerics
+from ltx_ray.config import EngineSpec, GangLayout, ModelFiles, RequestedNumerics
 from ltx_ray.engine.base import Rank
 from ltx_ray.engine.decode import named_latents
 from ltx_ray.engine.diffusion import DiffusionEngine
@@ -16,6 +16,7 @@ from ltx_ray.engine.text import TextEngine
 from ltx_ray.manifest.reader import RawRow
 from ltx_ray.manifest.rules import LegalRow, RowRules, judge
 from ltx_ray.placement.numerics import resolve
+from ltx_ray.placement.sizing import ParallelConfig
 from ltx_ray.planning.plan import ItemBuilder
 from ltx_ray.presets import served_pipelines
 from ltx_ray.records import LoraUse, WorkItem
@@ -39,8 +40,8 @@ class ToyPipeline:
 
     def __init__(self, model: ModelFiles, dtype: str = "float32", compiled: str = "off", precision: str = "bf16"):
         self.model = model
-        asked = Numerics(dtype=dtype, attention="auto", compile=compiled, precision=precision)
-        self.numerics = resolve(asked, (), False)
+        asked = RequestedNumerics(dtype=dtype, compile=compiled, precision=precision)
+        self.numerics = resolve(asked, ParallelConfig(), "cpu", (), False)
         spec = EngineSpec("", model, self.numerics, "", layout=GangLayout(DIFFUSION_STAGES, alternates=True))
         self.text, self.diffusion = TextEngine(spec, Rank()), DiffusionEngine(spec, Rank())
         self.text.load()

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from ltx_ray.checkpoints.checkpoint import open_checkpoint
 from ltx_ray.checkpoints.diffusers_names import to_diffusers, to_official
 from ltx_ray.checkpoints.lora import check_lora, lora_digest, open_lora
-from ltx_ray.cli.options import lora_files
+from ltx_ray.cli.options import lora_specs
 from ltx_ray.cli.status import inspect_lines
 from ltx_ray.parallel.layers import TPGroup
 from ltx_ray.parallel.lora import LoraMerger, LoraSetting
@@ -137,7 +137,7 @@ def test_the_name_of_an_adapter_is_its_folders(tmp_path):
         (tmp_path / name).mkdir()
     paths = [write(tmp_path / name, SPELLINGS["PEFT"], name="adapter_model.safetensors") for name in ("one", "two")]
     paths.append(write(tmp_path, SPELLINGS["official"]))
-    assert [file.name for file in lora_files([(path, 1.0) for path in paths])] == ["one", "two", "style"]
+    assert [file.name for file in lora_specs([(path, 1.0) for path in paths])] == ["one", "two", "style"]
 
 
 def test_modules_that_are_left_out_are_told(toy, tmp_path):

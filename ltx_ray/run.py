@@ -139,7 +139,7 @@ def prepare(options: Options) -> Prepared:
     elsewhere = options.retry_failed or options.promote is not None
     rules = RowRules(
         defaults=defaults,
-        num_layers=checkpoint.num_layers,
+        num_layers=checkpoint.transformer.num_layers,
         pipelines=served_pipelines(model.distilled),
         loras=tuple(LoraUse(lora.name, lora.strength) for lora in model.loras),
         image_roots=options.image_roots or (() if elsewhere else (manifest_folder(options.manifest),)),

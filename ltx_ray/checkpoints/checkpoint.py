@@ -12,17 +12,19 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 from ltx_ray.checkpoints import diffusers_layout
 from ltx_ray.checkpoints.safetensors import SafetensorsHeader, TensorInfo, listed, read_header
-from ltx_ray.checkpoints.transformer_keys import transformer_shapes
-
-TRANSFORMER_PREFIX = "model.diffusion_model."
-CONNECTOR_PREFIXES = (
-    "model.diffusion_model.video_embeddings_connector.",
-    "model.diffusion_model.audio_embeddings_connector.",
+from ltx_ray.checkpoints.transformer_config import TransformerConfig
+from ltx_ray.checkpoints.transformer_keys import (
+    AUDIO_CONNECTOR_PREFIX,
+    BLOCKS,
+    CONNECTOR_PREFIXES,
+    TRANSFORMER_PREFIX,
+    VIDEO_CONNECTOR_PREFIX,
+    transformer_shapes,
 )
+
 SUPPORTED_GENERATION = (2, 3)
 _LEGAL_GENERATION = "legal: 2.3.x (LTX-2.0 and LTX-2.5 are other architectures)"
 #: What a transformer's tensors may be stored as.
@@ -33,9 +35,9 @@ _INPUT_SCALE = ".input_scale"
 _SCALES = (".weight_scale", ".bias_scale", _INPUT_SCALE)
 #: What a single file must hold, by the prefix of its keys.
 PIECES = {
-    "model.diffusion_model.transformer_blocks.": "transformer",
-    "model.diffusion_model.video_embeddings_connector.": "video text connector",
-    "model.diffusion_model.audio_embeddings_connector.": "audio text connector",
+    f"{TRANSFORMER_PREFIX}{BLOCKS}.": "transformer",
+    VIDEO_CONNECTOR_PREFIX: "video text connector",
+    AUDIO_CONNECTOR_PREFIX: "audio text connector",
     "text_embedding_projection.": "text projection",
     "vae.decoder.": "video decoder",
     "vae.encoder.": "video encoder",
@@ -50,23 +52,15 @@ PIECES = {
 class Checkpoint:
     """What is known of a model from its headers alone.
 
-    `transformer` is `config.transformer` in the official spelling; `tensors` holds the transformer's
-    tensors by their official names without prefix (no connectors), wherever they are; `size` in bytes.
+    `tensors` are the transformer's without the connectors, by official name without `TRANSFORMER_PREFIX`, in
+    whichever files they are; `size` is in bytes.
     """
 
     path: str
     model_version: str
-    transformer: Mapping[str, Any]
+    transformer: TransformerConfig
     tensors: Mapping[str, TensorInfo]
     size: int
-
-    @property
-    def num_layers(self) -> int:
-        return int(self.transformer.get("num_layers", 48))
-
-    @property
-    def num_heads(self) -> int:
-        return int(self.transformer.get("num_attention_heads", 32))
 
     @cached_property
     def linear_layers(self) -> dict[str, tuple[int, int]]:
@@ -114,7 +108,8 @@ def _open_file(path: str) -> Checkpoint:
     for prefix, piece in PIECES.items():
         if not any(name.startswith(prefix) for name in header.tensors):
             raise ValueError(f"{path}: has no {piece} (no keys under {prefix}); legal: a whole single file")
-    return Checkpoint(path, version, header.config.get("transformer", {}), _transformer_tensors(header), header.size)
+    config = TransformerConfig.from_metadata(header.config.get("transformer", {}), path)
+    return Checkpoint(path, version, config, _transformer_tensors(header), header.size)
 
 
 def _open_directory(path: str) -> Checkpoint:
@@ -132,10 +127,11 @@ def _open_directory(path: str) -> Checkpoint:
     if parse_generation(version) != SUPPORTED_GENERATION:
         raise ValueError(f"{path}: model_version is {version!r} (transformer/config.json: {why}); {_LEGAL_GENERATION}")
     parts = diffusers_layout.read_model(path)
+    official = diffusers_layout.official_config(parts["transformer"], parts["connectors"])
     return Checkpoint(
         path,
         version,
-        diffusers_layout.official_config(parts["transformer"], parts["connectors"]),
+        TransformerConfig.from_metadata(official, path),
         diffusers_layout.official_tensors(parts["transformer"]),
         sum(info.nbytes for part in parts.values() for info in part.tensors.values()),
     )
@@ -214,11 +210,7 @@ def held_by(checkpoint_path: str) -> dict[str, str]:
 
 def check_transformer(checkpoint: Checkpoint) -> None:
     """Raise ValueError, listing the first ten, unless the transformer's tensors are those that its config says."""
-    try:
-        expected = transformer_shapes(checkpoint.transformer)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{checkpoint.path}: config.transformer has no usable {error}; legal: LTX-2.3's") from None
-    found = checkpoint.tensors
+    expected, found = transformer_shapes(checkpoint.transformer), checkpoint.tensors
     other = [name for name in expected.keys() & found.keys() if found[name].shape != expected[name]]
     problems = (
         listed("missing", expected.keys() - found.keys())
@@ -231,7 +223,7 @@ def check_transformer(checkpoint: Checkpoint) -> None:
 
 def check_parallel(checkpoint: Checkpoint, tp: int, stage2_tp: int | None = None, sequence_parallel: int = 1) -> None:
     """Raise ValueError unless the attention heads can be divided over the ranks of both stages' gangs."""
-    heads = checkpoint.num_heads
+    heads = checkpoint.transformer.video.heads
     second = tp if stage2_tp is None else stage2_tp
     for flag, value, share in (
         ("--tp", tp, tp),

@@ -1,12 +1,16 @@
-"""Architecture of the transformer, read from a checkpoint's `config` metadata; nothing is assumed 22B."""
+"""Architecture of the transformer as a checkpoint's `config` metadata states it. No torch.
+
+Widths and layers may be any; features must be those of LTX-2.3.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-#: Features that this DiT has built in, as the metadata spells them; absent means the value here.
+_T = TypeVar("_T")
+#: Features with one legal value, in the metadata's spelling. An absent field means that value.
 _FIXED = {
     "activation_fn": "gelu-approximate",
     "attention_bias": True,
@@ -20,7 +24,7 @@ _FIXED = {
     "av_cross_ada_norm": True,
     "use_audio_video_cross_attention": True,
 }
-#: Features whose absence means an older model, which this DiT is not.
+#: Features whose absence means an older generation.
 _REQUIRED = {
     "apply_gated_attention": True,
     "cross_attention_adaln": True,
@@ -30,7 +34,7 @@ _REQUIRED = {
 
 @dataclass(frozen=True)
 class StreamConfig:
-    """Widths of one stream (video or audio)."""
+    """Widths of one stream (video or audio), and the upper ends of its rotary grid's axes."""
 
     in_channels: int
     out_channels: int
@@ -46,7 +50,7 @@ class StreamConfig:
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """All that decides the shapes and the arithmetic of the DiT."""
+    """What decides the shapes and the arithmetic of the transformer."""
 
     num_layers: int
     video: StreamConfig
@@ -59,47 +63,76 @@ class TransformerConfig:
 
     @property
     def cross_max_pos(self) -> int:
-        """Time span (seconds) of the rotary grid in which video and audio meet."""
+        """Time span in seconds of the rotary grid that video and audio share."""
         return max(self.video.max_pos[0], self.audio.max_pos[0])
 
     @classmethod
     def from_metadata(cls, config: Mapping[str, Any], source: str = "checkpoint") -> TransformerConfig:
-        """Build from the `transformer` object of a checkpoint's config.
+        """Build from the `transformer` object of a checkpoint's config; absent fields have the reference's defaults.
 
-        Raises ValueError naming the field when the file describes another architecture.
+        Raises ValueError naming `source` and the field when the file describes another architecture.
         """
-        for field, expected in {**_FIXED, **_REQUIRED}.items():
-            found = config.get(field, _FIXED.get(field, not expected if field in _REQUIRED else expected))
-            if found != expected:
-                raise ValueError(f"{source}: config.transformer.{field} is {found!r}; legal: {expected!r} (LTX-2.3)")
-        heads = int(config.get("num_attention_heads", 32))
-        audio_heads = int(config.get("audio_num_attention_heads", heads))
+        fields = _Fields(config, source)
+        fields.check_architecture()
+        heads = fields.integer("num_attention_heads", 32)
+        audio_heads = fields.integer("audio_num_attention_heads", heads)
         if heads != audio_heads:
-            raise ValueError(
-                f"{source}: config.transformer.audio_num_attention_heads is {audio_heads}; legal: {heads}, "
-                f"as many as the video stream has"
-            )
+            raise fields.error("audio_num_attention_heads", audio_heads, f"{heads}, as many as the video stream has")
         return cls(
-            num_layers=int(config.get("num_layers", 48)),
+            num_layers=fields.integer("num_layers", 48),
             video=StreamConfig(
-                in_channels=int(config.get("in_channels", 128)),
-                out_channels=int(config.get("out_channels", 128)),
+                in_channels=fields.integer("in_channels", 128),
+                out_channels=fields.integer("out_channels", 128),
                 heads=heads,
-                head_dim=int(config.get("attention_head_dim", 128)),
-                context_dim=int(config.get("cross_attention_dim", 4096)),
-                max_pos=tuple(config.get("positional_embedding_max_pos", (20, 2048, 2048))),
+                head_dim=fields.integer("attention_head_dim", 128),
+                context_dim=fields.integer("cross_attention_dim", 4096),
+                max_pos=fields.integers("positional_embedding_max_pos", (20, 2048, 2048)),
             ),
             audio=StreamConfig(
-                in_channels=int(config.get("audio_in_channels", 128)),
-                out_channels=int(config.get("audio_out_channels", 128)),
+                in_channels=fields.integer("audio_in_channels", 128),
+                out_channels=fields.integer("audio_out_channels", 128),
                 heads=audio_heads,
-                head_dim=int(config.get("audio_attention_head_dim", 64)),
-                context_dim=int(config.get("audio_cross_attention_dim", 2048)),
-                max_pos=tuple(config.get("audio_positional_embedding_max_pos", (20,))),
+                head_dim=fields.integer("audio_attention_head_dim", 64),
+                context_dim=fields.integer("audio_cross_attention_dim", 2048),
+                max_pos=fields.integers("audio_positional_embedding_max_pos", (20,)),
             ),
-            norm_eps=float(config.get("norm_eps", 1e-6)),
-            rope_theta=float(config.get("positional_embedding_theta", 10000.0)),
+            norm_eps=fields.number("norm_eps", 1e-6),
+            rope_theta=fields.number("positional_embedding_theta", 10000.0),
             rope_float64=config.get("frequencies_precision") == "float64",
-            timestep_scale=float(config.get("timestep_scale_multiplier", 1000)),
-            av_timestep_scale=float(config.get("av_ca_timestep_scale_multiplier", 1)),
+            timestep_scale=fields.number("timestep_scale_multiplier", 1000),
+            av_timestep_scale=fields.number("av_ca_timestep_scale_multiplier", 1),
         )
+
+
+class _Fields:
+    """Fields of `config.transformer`, read with the errors that name them."""
+
+    def __init__(self, config: Mapping[str, Any], source: str):
+        if not isinstance(config, Mapping):
+            raise ValueError(f"{source}: config.transformer is {config!r}; legal: a JSON object")
+        self._config, self._source = config, source
+
+    def check_architecture(self) -> None:
+        for field, expected in {**_FIXED, **_REQUIRED}.items():
+            found = self._config.get(field, not expected if field in _REQUIRED else expected)
+            if found != expected:
+                raise self.error(field, found, f"{expected!r} (LTX-2.3)")
+
+    def integer(self, field: str, default: int) -> int:
+        return self._parsed(field, default, int, "an integer")
+
+    def number(self, field: str, default: float) -> float:
+        return self._parsed(field, default, float, "a number")
+
+    def integers(self, field: str, default: tuple[int, ...]) -> tuple[int, ...]:
+        return self._parsed(field, default, tuple, "a list of numbers")
+
+    def _parsed(self, field: str, default: _T, parse: Callable[[Any], _T], legal: str) -> _T:
+        value = self._config.get(field, default)
+        try:
+            return parse(value)
+        except (TypeError, ValueError):
+            raise self.error(field, value, legal) from None
+
+    def error(self, field: str, value: Any, legal: str) -> ValueError:
+        return ValueError(f"{self._source}: config.transformer.{field} is {value!r}; legal: {legal}")

@@ -18,7 +18,6 @@ import torch
 from ltx_ray.checkpoints.checkpoint import open_checkpoint
 from ltx_ray.checkpoints.digests import cache_root
 from ltx_ray.checkpoints.lora import open_lora
-from ltx_ray.checkpoints.transformer_config import TransformerConfig
 from ltx_ray.config import EngineSpec
 from ltx_ray.engine import codec, components
 from ltx_ray.engine.base import Rank, resolve_dtype
@@ -81,7 +80,6 @@ class DiffusionEngine:
         os.environ.setdefault("TRITON_CACHE_DIR", str(cache_root() / "triton"))
         model = self.spec.model.local()
         checkpoint = open_checkpoint(model.checkpoint_path)
-        config = TransformerConfig.from_metadata(checkpoint.transformer, checkpoint.path)
         layout = self.spec.layout
         self.mesh = make_mesh(self.rank.rank, self.rank.world, layout.tp)
         # Ranks with the same shard split the work of one stage, and each does all of the other's.
@@ -89,7 +87,7 @@ class DiffusionEngine:
         self._sequence_parallel = layout.sequence_parallel > 1
         tp = self.mesh.tp
         with torch.device("meta"):
-            self.transformer = Transformer(config, tp)
+            self.transformer = Transformer(checkpoint.transformer, tp)
         fused = self.spec.numerics.compile == "fused"
         if fused:
             pack(self.transformer, self.device, self.dtype, self.spec.numerics.precision)

@@ -104,11 +104,6 @@ class MemoryBudget:
         """`model` as paths on this node, `gpu` the largest that a rank may get: what that has no room for has none."""
         self.gpu = gpu
         self._checkpoint, self._model, self._numerics = checkpoint, model, numerics
-        config = checkpoint.transformer
-        self._width = int(config.get("num_attention_heads", 32)) * int(config.get("attention_head_dim", 128))
-        self._audio_width = checkpoint.num_heads * int(config.get("audio_attention_head_dim", 64))
-        self._context_width = int(config.get("cross_attention_dim", 4096))
-        self._audio_context_width = int(config.get("audio_cross_attention_dim", 2048))
         self.item_bytes = 4 if numerics.dtype == "float32" else 2
         self._shards = cache(self._shard_bytes)
         pools = [pool for pool in pools if set(DIFFUSION_STAGES) & set(pool.roles)]
@@ -187,7 +182,7 @@ class MemoryBudget:
         able = self.gpu.name not in WITHOUT_FP8
         if able and not rank.fp8 and whole and rank.item_bytes == 2 and fits(replace(rank, fp8=True, fused=True)):
             ways.append("--precision fp8")
-        heads = self._checkpoint.num_heads
+        heads = self._checkpoint.transformer.video.heads
         for tp in (n for n in range(rank.tp + 1, heads + 1) if heads % n == 0):
             if fits(replace(rank, tp=tp, fp8=False, fused=False)):
                 apart = self._numerics.tp != self._numerics.stage2_tp
@@ -210,16 +205,17 @@ class MemoryBudget:
     def clip(self, rank: RankMemory, stage: Stage, request: RenderRequest) -> int:
         """Bytes that `stage` of `request` takes beyond what is always there."""
         shape = request.shape.half() if stage == Stage.STAGE1 else request.shape
+        streams = self._checkpoint.transformer
         video, audio = _video_tokens(shape, request), shape.audio_latents
         own = math.ceil(video / rank.token_ranks) if stage == Stage.STAGE2 else video
         widths: float = _FUSED_WIDTHS if rank.fused else _WHOLE_WIDTHS + _SHARDED_WIDTHS / rank.tp
-        activations = widths * (own * self._width + audio * self._audio_width)
+        activations = widths * (own * streams.video.dim + audio * streams.audio.dim)
         if request.images and not rank.fused:
-            activations += _MODULATION_WIDTHS * own * self._width
+            activations += _MODULATION_WIDTHS * own * streams.video.dim
         # cos and sin, each for half of a head's channels: of a stream, and of the bridge between them
-        tables = video * (self._width + self._audio_context_width) + audio * 2 * self._audio_width
+        tables = video * (streams.video.dim + streams.audio.context_dim) + audio * 2 * streams.audio.dim
         # of the prompt and of the negative one
-        contexts = 2 * self._numerics.text_tokens * (self._context_width + self._audio_context_width)
+        contexts = 2 * self._numerics.text_tokens * (streams.video.context_dim + streams.audio.context_dim)
         state = (video + audio) * VIDEO_CHANNELS * _SAMPLER_BYTES[PIPELINES[request.pipeline].sampler]
         return int(rank.item_bytes * (activations + tables / rank.tp + contexts) + state)
 

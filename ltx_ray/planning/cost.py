@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from ltx_ray.checkpoints.transformer_config import TransformerConfig
 from ltx_ray.presets import PIPELINES, STAGE_2_SIGMAS
 from ltx_ray.records import RenderRequest
 from ltx_ray.sampling.passes import passes_for
@@ -15,14 +13,9 @@ TEXT_TOKENS = 1024
 H100_TFLOPS = 618.0
 
 
-def pass_tflop(config: Mapping[str, Any], shape: ClipShape, isolated: bool = False) -> float:
-    """Multiply-adds (two operations each) of one model pass over a clip of `shape`, in TFLOP.
-
-    `config` is the `transformer` object of the checkpoint's metadata.
-    """
-    layers = config.get("num_layers", 48)
-    d_v = config.get("num_attention_heads", 32) * config.get("attention_head_dim", 128)
-    d_a = config.get("audio_num_attention_heads", 32) * config.get("audio_attention_head_dim", 64)
+def pass_tflop(config: TransformerConfig, shape: ClipShape, isolated: bool = False) -> float:
+    """Multiply-adds (two operations each) of one model pass over a clip of `shape`, in TFLOP."""
+    d_v, d_a = config.video.dim, config.audio.dim
     t_v, t_a = shape.video_tokens, shape.audio_latents
 
     def attention(queries: int, keys: int, inner: int, query_dim: int, key_dim: int) -> float:
@@ -36,10 +29,10 @@ def pass_tflop(config: Mapping[str, Any], shape: ClipShape, isolated: bool = Fal
     total = stream(t_v, d_v) + stream(t_a, d_a)
     if not isolated:
         total += attention(t_v, t_a, d_a, d_v, d_a) + attention(t_a, t_v, d_a, d_a, d_v)
-    return layers * total / 1e12
+    return config.num_layers * total / 1e12
 
 
-def clip_tflop(config: Mapping[str, Any], request: RenderRequest) -> float:
+def clip_tflop(config: TransformerConfig, request: RenderRequest) -> float:
     """Both stages of a clip. res_2s makes 2n + 1 calls for n steps, Euler n."""
     pipeline = PIPELINES[request.pipeline]
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from ltx_ray.checkpoints.checkpoint import open_checkpoint
 from ltx_ray.checkpoints.digests import cached_digest
 from ltx_ray.checkpoints.lora import lora_digest
+from ltx_ray.checkpoints.transformer_config import TransformerConfig
 from ltx_ray.config import ModelFiles, Numerics, Selection
 from ltx_ray.dataset.existing import ExistingRows, Known
 from ltx_ray.manifest.columns import LONGEST_ID
@@ -122,8 +123,8 @@ class PlannedRow:
             rows.append(PlannedRow(self._raw, self._template, digest, row_id, seed))
         return rows
 
-    def tflop(self, transformer: Mapping) -> float:
-        """What its clip costs, with the model that has this `transformer` configuration."""
+    def tflop(self, transformer: TransformerConfig) -> float:
+        """Cost of the clip in TFLOP."""
         if self._template.tflop is None:
             self._template.tflop = clip_tflop(transformer, self._template.item.request)
         return self._template.tflop

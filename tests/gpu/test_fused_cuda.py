@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from ltx_ray.checkpoints.checkpoint import open_checkpoint
-from ltx_ray.checkpoints.transformer_config import TransformerConfig
 from ltx_ray.model import graphs, steps
 from ltx_ray.model.fused import FusedTransformer
 from ltx_ray.model.graphs import GraphedTransformer
@@ -112,7 +111,7 @@ def test_fp8_products_of_any_number_of_rows(normal, features):
 def packed_model(path: str, precision: str = "bf16") -> Transformer:
     checkpoint = open_checkpoint(path)
     with torch.device("meta"):
-        model = Transformer(TransformerConfig.from_metadata(checkpoint.transformer))
+        model = Transformer(checkpoint.transformer)
     pack(model, DEVICE, torch.bfloat16, precision)
     load_shard(model, checkpoint.tensors, TPGroup(), dtype=torch.bfloat16, device=DEVICE)
     return model

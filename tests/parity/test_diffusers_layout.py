@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ltx_ray.checkpoints.checkpoint import held_by, open_checkpoint
-from ltx_ray.checkpoints.transformer_config import TransformerConfig
+from ltx_ray.checkpoints.diffusers_layout import official_config, read_model
+from ltx_ray.checkpoints.safetensors import read_header
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics
 from ltx_ray.engine import codec
 from ltx_ray.engine.base import Rank
@@ -35,8 +36,10 @@ def directory(toy, tmp_path_factory) -> str:
 def test_the_transformer_is_described_alike(toy, directory):
     ours, theirs = open_checkpoint(toy["checkpoint_path"]), open_checkpoint(directory)
     assert theirs.model_version == "2.3"
-    assert TransformerConfig.from_metadata(theirs.transformer) == TransformerConfig.from_metadata(ours.transformer)
-    assert {k: v for k, v in theirs.transformer.items() if k in ours.transformer and v != ours.transformer[k]} == {}
+    assert theirs.transformer == ours.transformer
+    parts, config = read_model(directory), read_header(toy["checkpoint_path"]).config["transformer"]
+    official = official_config(parts["transformer"], parts["connectors"])
+    assert {k: v for k, v in official.items() if k in config and v != config[k]} == {}
     shapes = [{name: info.shape for name, info in c.tensors.items()} for c in (ours, theirs)]
     assert shapes[0] == shapes[1]
     assert len({info.path for info in theirs.tensors.values()}) > 1, "several shards"

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from ltx_ray.checkpoints.checkpoint import open_checkpoint
-from ltx_ray.checkpoints.transformer_config import TransformerConfig
 from ltx_ray.model import steps
 from ltx_ray.model.fused import FusedTransformer, try_fp8
 from ltx_ray.model.packing import pack
@@ -36,7 +35,7 @@ CALLS = {
 def _packed(path: str, precision: str = "bf16") -> Transformer:
     checkpoint = open_checkpoint(path)
     with torch.device("meta"):
-        model = Transformer(TransformerConfig.from_metadata(checkpoint.transformer))
+        model = Transformer(checkpoint.transformer)
     cpu = torch.device("cpu")
     pack(model, cpu, torch.float32, precision)
     load_shard(model, checkpoint.tensors, TPGroup(), dtype=torch.float32, device=cpu)

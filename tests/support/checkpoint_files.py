@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ltx_ray.checkpoints.checkpoint import (
-    PIECES,
-)
+from ltx_ray.checkpoints.checkpoint import PIECES
+from ltx_ray.checkpoints.transformer_config import TransformerConfig
 from tests.support.samples import write_safetensors
 
 BLOCK = "transformer_blocks.0.attn1.to_q"
-CONFIG = json.dumps({"transformer": {"num_layers": 1, "num_attention_heads": 4}})
+#: Fields of `config.transformer` that an LTX-2.3 file has to state.
+REQUIRED = {"apply_gated_attention": True, "cross_attention_adaln": True, "caption_proj_before_connector": True}
+#: The released 22B model's, whose widths are the defaults.
+RELEASED = TransformerConfig.from_metadata(REQUIRED)
+CONFIG = json.dumps({"transformer": {"num_layers": 1, "num_attention_heads": 4, **REQUIRED}})
 CHECKPOINT = {
     **{f"{prefix}x": (2,) for prefix in PIECES},
     f"model.diffusion_model.{BLOCK}.weight": (8, 6),

@@ -36,6 +36,7 @@ from ltx_ray.pools.simulated import Faults, SimulatedReplicaSet
 from ltx_ray.records import Clip, ErrorKind, RenderRequest, RowError, StoredLatentsGone, WorkItem
 from ltx_ray.stages import FULL_PATH, OUTPUT_STAGES
 from ltx_ray.storage.store import Store
+from tests.support.checkpoint_files import RELEASED
 from tests.support.samples import recipe, request, write_jsonl
 
 SECONDS = {"text": 0.1, "stage1": 46.0, "load_latents": 0.2, "stage2": 17.0, "decode": 1.75, "save_latents": 0.3}
@@ -56,7 +57,7 @@ class Killed(BaseException):
 class HashingBuilder:
     """Work items of requests, without a model's files."""
 
-    checkpoint = SimpleNamespace(transformer={})
+    checkpoint = SimpleNamespace(transformer=RELEASED)
 
     def item(self, request: RenderRequest) -> WorkItem:
         made_with = recipe()

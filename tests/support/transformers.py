@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from safetensors.torch import load_file
 
-from ltx_ray.checkpoints.checkpoint import CONNECTOR_PREFIXES, TRANSFORMER_PREFIX, open_checkpoint
+from ltx_ray.checkpoints.checkpoint import open_checkpoint
 from ltx_ray.checkpoints.diffusers_names import to_diffusers
-from ltx_ray.checkpoints.transformer_config import TransformerConfig
+from ltx_ray.checkpoints.transformer_keys import CONNECTOR_PREFIXES, TRANSFORMER_PREFIX
 from ltx_ray.model.rope import audio_positions, video_positions
 from ltx_ray.model.transformer import Modality, Transformer
 from ltx_ray.parallel.layers import TPGroup
@@ -23,9 +23,8 @@ TEXT = 32
 
 def load_ours(path: str, dtype: torch.dtype = torch.float32, tp: TPGroup = TPGroup()) -> Transformer:  # noqa: B008
     checkpoint = open_checkpoint(path)
-    config = TransformerConfig.from_metadata(checkpoint.transformer)
     with torch.device("meta"):
-        model = Transformer(config, tp)
+        model = Transformer(checkpoint.transformer, tp)
     load_shard(model, checkpoint.tensors, tp, dtype=dtype, device=torch.device("cpu"))
     return model
 
@@ -33,17 +32,17 @@ def load_ours(path: str, dtype: torch.dtype = torch.float32, tp: TPGroup = TPGro
 def load_diffusers(path: str):
     from diffusers import LTX2VideoTransformer3DModel
 
-    c = open_checkpoint(path).transformer
+    config = open_checkpoint(path).transformer
+    video, audio = config.video, config.audio
     with torch.device("meta"):
         model = LTX2VideoTransformer3DModel(
-            in_channels=c["in_channels"], out_channels=c["out_channels"],
-            num_attention_heads=c["num_attention_heads"], attention_head_dim=c["attention_head_dim"],
-            cross_attention_dim=c["cross_attention_dim"], gated_attn=True, cross_attn_mod=True,
-            audio_in_channels=c["audio_in_channels"], audio_out_channels=c["audio_out_channels"],
-            audio_num_attention_heads=c["audio_num_attention_heads"],
-            audio_attention_head_dim=c["audio_attention_head_dim"],
-            audio_cross_attention_dim=c["audio_cross_attention_dim"], audio_gated_attn=True, audio_cross_attn_mod=True,
-            num_layers=c["num_layers"], rope_double_precision=True, rope_type="split",
+            in_channels=video.in_channels, out_channels=video.out_channels,
+            num_attention_heads=video.heads, attention_head_dim=video.head_dim,
+            cross_attention_dim=video.context_dim, gated_attn=True, cross_attn_mod=True,
+            audio_in_channels=audio.in_channels, audio_out_channels=audio.out_channels,
+            audio_num_attention_heads=audio.heads, audio_attention_head_dim=audio.head_dim,
+            audio_cross_attention_dim=audio.context_dim, audio_gated_attn=True, audio_cross_attn_mod=True,
+            num_layers=config.num_layers, rope_double_precision=True, rope_type="split",
             timestep_scale_multiplier=1000, cross_attn_timestep_scale_multiplier=1000,
             use_prompt_embeddings=False, perturbed_attn=True,
         )  # fmt: skip

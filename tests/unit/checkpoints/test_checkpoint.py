@@ -13,7 +13,6 @@ import torch
 
 from ltx_ray.checkpoints.checkpoint import (
     PIECES,
-    TRANSFORMER_PREFIX,
     check_parallel,
     check_transformer,
     check_upsampler,
@@ -22,7 +21,7 @@ from ltx_ray.checkpoints.checkpoint import (
 )
 from ltx_ray.checkpoints.digests import cached_digest, file_digest
 from ltx_ray.checkpoints.safetensors import read_header
-from ltx_ray.checkpoints.transformer_keys import transformer_shapes
+from ltx_ray.checkpoints.transformer_keys import TRANSFORMER_PREFIX, transformer_shapes
 from tests.support.checkpoint_files import BLOCK, CHECKPOINT, CONFIG, checkpoint
 from tests.support.samples import write_safetensors
 
@@ -106,7 +105,7 @@ def test_a_config_that_is_no_json_object(tmp_path, config):
 
 def test_a_checkpoint_of_this_generation_opens(tmp_path):
     found = open_checkpoint(checkpoint(tmp_path))
-    assert (found.model_version, found.num_layers, found.num_heads) == ("2.3.0", 1, 4)
+    assert (found.model_version, found.transformer.num_layers, found.transformer.video.heads) == ("2.3.0", 1, 4)
     assert found.linear_layers == {BLOCK: (8, 6)}, "neither connectors nor biases nor the VAE"
 
 
@@ -155,7 +154,7 @@ def test_what_is_no_upsampler_is_refused(tmp_path, toy):
 
 def test_the_toy_model_opens(toy):
     found = open_checkpoint(toy["checkpoint_path"])
-    assert found.num_heads % 4 == 0
+    assert found.transformer.video.heads % 4 == 0
 
 
 @pytest.mark.parametrize("version", ["2.0", "2.0.1", "2.5", "2.5.0-rc1", "2", "3.3", "v2.3", "2.30"])
@@ -197,13 +196,12 @@ def test_tp_must_divide_the_heads(tmp_path):
 
 
 def test_the_transformers_keys_follow_from_its_config(toy):
-    from ltx_ray.checkpoints.transformer_config import TransformerConfig
     from ltx_ray.model.transformer import Transformer
 
     found = open_checkpoint(toy["checkpoint_path"])
     check_transformer(found)
     with torch.device("meta"):
-        built = Transformer(TransformerConfig.from_metadata(found.transformer))
+        built = Transformer(found.transformer)
     assert {n: tuple(p.shape) for n, p in built.named_parameters()} == transformer_shapes(found.transformer)
     names = sorted(found.tensors)
     lacking = {n: info for n, info in found.tensors.items() if n not in names[:12]}

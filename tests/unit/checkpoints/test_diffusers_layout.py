@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ltx_ray.checkpoints.checkpoint import check_gemma, check_upsampler, open_checkpoint
-from ltx_ray.checkpoints.diffusers_layout import COMPONENTS, UPSAMPLER_CLASS, WEIGHTS
+from ltx_ray.checkpoints.diffusers_layout import COMPONENTS, UPSAMPLER_CLASS, WEIGHTS, official_config, read_model
 from ltx_ray.checkpoints.digests import cached_digest
 from ltx_ray.checkpoints.transformer_config import TransformerConfig
 from ltx_ray.cli import app
@@ -43,7 +43,7 @@ CONNECTORS = {
 }  # fmt: skip
 VAE = {"timestep_conditioning": False, "scaling_factor": 1.0, "decoder_inject_noise": [False] * 5}
 UPSAMPLER = {"spatial_upsample": True, "temporal_upsample": False, "rational_spatial_scale": 2.0}
-#: The same model in the official file's words (ltx-facts.md, "The 22B configuration").
+#: The same model in the official file's words (docs/ltx-2.3.md).
 OFFICIAL = {
     "num_layers": 48, "num_attention_heads": 32, "attention_head_dim": 128, "audio_num_attention_heads": 32,
     "audio_attention_head_dim": 64, "cross_attention_dim": 4096, "audio_cross_attention_dim": 2048, "in_channels": 128,
@@ -98,8 +98,10 @@ def refused(path: Path) -> str:
 def test_it_opens_as_the_official_file_does(model):
     found = open_checkpoint(str(model))
     assert found.model_version == "2.3"
-    assert TransformerConfig.from_metadata(found.transformer) == TransformerConfig.from_metadata(OFFICIAL)
-    assert {name: found.transformer[name] for name in OFFICIAL} == OFFICIAL
+    assert found.transformer == TransformerConfig.from_metadata(OFFICIAL)
+    parts = read_model(str(model))
+    official = official_config(parts["transformer"], parts["connectors"])
+    assert {name: official[name] for name in OFFICIAL} == OFFICIAL
     where = {name: (Path(info.path).name, info.key) for name, info in found.tensors.items()}
     assert where == {
         "patchify_proj.weight": ("a.safetensors", "proj_in.weight"),
@@ -114,7 +116,7 @@ def test_other_values_are_taken_over(model):
     change(model / "transformer", num_layers=7, norm_eps=1e-5, rope_double_precision=False, rope_theta=5.0)
     change(model / "transformer", pos_embed_max_pos=30, base_width=4096, audio_pos_embed_max_pos=40)
     change(model / "transformer", cross_attn_timestep_scale_multiplier=1)
-    config = TransformerConfig.from_metadata(open_checkpoint(str(model)).transformer)
+    config = open_checkpoint(str(model)).transformer
     assert (config.num_layers, config.rope_float64, config.rope_theta, config.norm_eps) == (7, False, 5.0, 1e-5)
     assert (config.video.max_pos, config.audio.max_pos) == ((30, 2048, 4096), (40,))
     assert config.av_timestep_scale == 1

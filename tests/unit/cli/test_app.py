@@ -16,7 +16,7 @@ from ltx_ray.cli.options import _model_files, model_options
 from ltx_ray.config import LoraSpec
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.storage.store import Store
-from tests.support.checkpoint_files import BLOCK, checkpoint
+from tests.support.checkpoint_files import BLOCK, REQUIRED, checkpoint
 from tests.support.results import RENDERED
 from tests.support.samples import write_jsonl, write_safetensors
 
@@ -119,6 +119,14 @@ def test_a_checkpoint_of_another_generation(cmd, manifest, out, toy, tmp_path, v
     path = checkpoint(tmp_path, version)
     message = usage(cmd, "render", manifest, "--output", out, *model_flags(toy, checkpoint_path=path))
     assert f"{path}: model_version is {version!r}; legal: 2.3.x" in message
+
+
+def test_another_architecture_is_refused_while_planning(cmd, manifest, out, toy, tmp_path):
+    """Not only when every gang has failed to load it."""
+    config = json.dumps({"transformer": {**REQUIRED, "qk_norm": "layer_norm"}})
+    path = checkpoint(tmp_path, config=config)
+    message = usage(cmd, "plan", manifest, "--output", out, *model_flags(toy, checkpoint_path=path))
+    assert f"{path}: config.transformer.qk_norm is 'layer_norm'; legal: 'rms_norm' (LTX-2.3)" in message
 
 
 def test_weights_that_are_missing_or_cut_off(cmd, manifest, out, toy, tmp_path):

@@ -20,6 +20,7 @@ from ltx_ray.planning.identity import item_id
 from ltx_ray.planning.plan import Plan
 from ltx_ray.records import Clip, Recipe, RenderRequest, WorkItem
 from ltx_ray.storage.store import Store
+from tests.support.checkpoint_files import RELEASED
 from tests.support.samples import recipe, write_jsonl
 
 CLIP = Clip("clips/aa/a.mp4", "c" * 64, "d" * 64, (), "stage_1")
@@ -29,7 +30,7 @@ CRASH = Failure("stage2", 3, "infrastructure", "the gang died\nfor good", "Trace
 class Book:
     """Work items without a model's files."""
 
-    checkpoint = SimpleNamespace(transformer={})
+    checkpoint = SimpleNamespace(transformer=RELEASED)
     made_with: Recipe = recipe()
 
     def item(self, request: RenderRequest) -> WorkItem:

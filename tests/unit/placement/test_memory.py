@@ -15,7 +15,6 @@ import torch
 from ltx_ray import run as runs
 from ltx_ray.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ltx_ray.checkpoints.safetensors import TensorInfo
-from ltx_ray.checkpoints.transformer_config import TransformerConfig
 from ltx_ray.checkpoints.transformer_keys import transformer_shapes
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics
 from ltx_ray.driver.loop import JoinedCluster
@@ -27,23 +26,18 @@ from ltx_ray.placement.cluster import Cluster
 from ltx_ray.placement.memory import GIB, Gpu, MemoryBudget, can_share, known_gpus, transformer_bytes
 from ltx_ray.placement.numerics import resolve
 from ltx_ray.placement.sizing import ParallelConfig, lay_out
+from tests.support.checkpoint_files import RELEASED
 from tests.support.samples import request
 from tests.support.schedules import WatchedReplicas
 from tests.support.simulated_runs import rows, run
-
-REAL = {
-    "num_layers": 48, "num_attention_heads": 32, "attention_head_dim": 128, "audio_num_attention_heads": 32,
-    "audio_attention_head_dim": 64, "in_channels": 128, "audio_in_channels": 128, "out_channels": 128,
-    "audio_out_channels": 128, "cross_attention_dim": 4096, "audio_cross_attention_dim": 2048,
-}  # fmt: skip
 
 
 def info(shape: tuple[int, ...]) -> TensorInfo:
     return TensorInfo("x", "x", "BF16", shape, 0, 2 * math.prod(shape))
 
 
-REAL_TENSORS = {name: info(shape) for name, shape in transformer_shapes(REAL).items()}
-CHECKPOINT = Checkpoint("ltx", "2.3.0", REAL, REAL_TENSORS, 46 * 10**9)
+REAL_TENSORS = {name: info(shape) for name, shape in transformer_shapes(RELEASED).items()}
+CHECKPOINT = Checkpoint("ltx", "2.3.0", RELEASED, REAL_TENSORS, 46 * 10**9)
 
 
 def room(gpu: str | Gpu, gpus: float = 2, parallel: ParallelConfig = ParallelConfig(), **numerics) -> MemoryBudget:  # noqa: B008 (frozen)
@@ -98,9 +92,8 @@ def held(module: torch.nn.Module, products: bool = False) -> int:
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_shards_are_those_of_the_model(toy, tp):
     checkpoint = open_checkpoint(toy["checkpoint_path"])
-    config = TransformerConfig.from_metadata(checkpoint.transformer)
     with torch.device("meta"):
-        model = Transformer(config, TPGroup(0, tp))
+        model = Transformer(checkpoint.transformer, TPGroup(0, tp))
     assert transformer_bytes(checkpoint.tensors, tp, 2, False) == held(model)
 
 
@@ -108,7 +101,7 @@ def test_shards_are_those_of_the_model(toy, tp):
 def test_packed_weights_are_those_of_the_fused_path(toy, precision):
     checkpoint = open_checkpoint(toy["checkpoint_path"])
     with torch.device("meta"):
-        model = Transformer(TransformerConfig.from_metadata(checkpoint.transformer))
+        model = Transformer(checkpoint.transformer)
     pack(model, torch.device("cpu"), torch.bfloat16, precision)
     estimate = transformer_bytes(checkpoint.tensors, 1, 2, precision == "fp8")
     # rows of padding beside the gates, which weigh something in a toy only

@@ -17,6 +17,7 @@ from ltx_ray.planning.plan import COPY, DONE, FAILED, ILLEGAL, REPEATED, TODO, I
 from ltx_ray.records import LoraUse
 from ltx_ray.shapes import ClipShape
 from ltx_ray.storage.store import Store
+from tests.support.checkpoint_files import RELEASED
 from tests.support.results import RENDERED
 from tests.support.samples import SMALL, request, write_jsonl
 
@@ -209,18 +210,18 @@ HQ = ClipShape(121, 1088, 1920, 24.0)
 
 
 def test_passes_of_the_22b_model_cost_what_was_measured():
-    assert pass_tflop({}, HQ.half()) == pytest.approx(275, rel=0.005)
-    assert pass_tflop({}, HQ.half(), isolated=True) == pytest.approx(248, rel=0.005)
-    assert pass_tflop({}, HQ) == pytest.approx(1714, rel=0.005)
+    assert pass_tflop(RELEASED, HQ.half()) == pytest.approx(275, rel=0.005)
+    assert pass_tflop(RELEASED, HQ.half(), isolated=True) == pytest.approx(248, rel=0.005)
+    assert pass_tflop(RELEASED, HQ) == pytest.approx(1714, rel=0.005)
 
 
 def test_an_hq_clip_is_93_passes_and_7():
     expected = 62 * 275 + 31 * 248 + 7 * 1714
-    assert clip_tflop({}, request()) == pytest.approx(expected, rel=0.005)
-    without_uncond = clip_tflop({}, request(video_cfg_scale=1, audio_cfg_scale=1))
-    assert clip_tflop({}, request()) - without_uncond == pytest.approx(31 * 275, rel=0.005)
-    twice = clip_tflop({}, request(num_inference_steps=30))
-    assert twice - clip_tflop({}, request()) == pytest.approx(30 * (2 * 275 + 248), rel=0.005)
+    assert clip_tflop(RELEASED, request()) == pytest.approx(expected, rel=0.005)
+    without_uncond = clip_tflop(RELEASED, request(video_cfg_scale=1, audio_cfg_scale=1))
+    assert clip_tflop(RELEASED, request()) - without_uncond == pytest.approx(31 * 275, rel=0.005)
+    twice = clip_tflop(RELEASED, request(num_inference_steps=30))
+    assert twice - clip_tflop(RELEASED, request()) == pytest.approx(30 * (2 * 275 + 248), rel=0.005)
 
 
 def test_the_cost_in_words():

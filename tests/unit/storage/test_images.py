@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import urllib.request
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from ltx_ray.planning.plan import ILLEGAL, TODO, Plan
 from ltx_ray.records import Recipe, RowError, WorkItem
 from ltx_ray.storage import images
 from ltx_ray.storage.images import check_roots, image_digest, locate, read_image
+from tests.support.checkpoint_files import RELEASED
 from tests.support.pictures import encoded, gradient
 
 
@@ -82,7 +84,7 @@ class _Book:
     """Identity without a model."""
 
     recipe = Recipe("hq", "float32", "bf16", "cpu", "c", "g", "u", None, (0.0, 0.0))
-    checkpoint = type("C", (), {"transformer": {}})
+    checkpoint = SimpleNamespace(transformer=RELEASED)
 
     def item(self, request):
         from ltx_ray.planning.plan import _digest

@@ -41,7 +41,7 @@ from ltx_ray.model.transformer import Modality, Perturbation, Transformer
 from ltx_ray.parallel.fp8 import row_scale_of, store
 from ltx_ray.records import AV
 from ltx_ray.shapes import ClipShape
-from scripts.bench import dit_implementations, released_widths
+from scripts.bench import dit_implementations, random_transformer
 from scripts.bench.baselines import Baselines, check
 from scripts.bench.dit_implementations import Case
 from scripts.bench.skeleton import Lengths, Skeleton, flops, plan
@@ -130,7 +130,7 @@ def build_ours(case: Case, precision: str) -> Transformer:
     with torch.device("meta"):
         model = Transformer(case.config)
     pack(model, case.device, case.dtype, precision)
-    released_widths.fill(model, case.device, case.dtype, store)
+    random_transformer.fill(model, case.device, case.dtype, store)
     return model
 
 
@@ -346,7 +346,7 @@ def main() -> int:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     height, width, frames = (int(n) for n in a.shape.split("x"))
     clip = ClipShape(frames, height, width, 24.0)
-    metadata = released_widths.metadata(a.layers, a.tiny)
+    metadata = random_transformer.metadata(a.layers, a.tiny)
     case = Case.random(metadata, clip.half() if a.stage == 1 else clip, TEXT, device, getattr(torch, a.dtype))
     tokens = f"{case.shape.video_tokens} video, {case.shape.audio_latents} audio and {TEXT} text tokens"
     print(f"{name}, torch {torch.__version__}: {tokens}, {a.key}, attention {a.attention}")

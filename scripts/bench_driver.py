@@ -1,30 +1,29 @@
 #!/usr/bin/env python
-"""The driver without GPUs: planning, memory, and the same fake work through it and through Ray Data.
+"""Benchmark the driver without GPUs: planning, memory, decisions, and a comparison with Ray Data.
 
     scripts/bench_driver.py [--only planning,memory,policy,simulation,ray-data] [--rows 1000000] ...
 
-planning   rows a second from a Parquet manifest to planned rows, `Plan.open` to its end. Held to 50,000.
-memory     what planning holds above the start at --rows rows and what each row adds from there to twice as many,
-           anonymous and shared memory of the process and of those it started, after collection and trimming. Held
-           to 300 MB at a million rows and 24 bytes a row beyond.
-policy     rows a second that the real driver takes from a plan through four stages to the end, with replicas in
-           virtual time and nothing written but its log (scripts/bench/simulated_driver.py), and what it
-           holds on to for each finished row. Held to 1,000 rows a second, and to the same 24 bytes.
-simulation --simulated replicas in virtual time, with an H100's seconds, clips of three sizes, twice the steps in the
-           second half of the manifest, and crashes and lost nodes: the part of the time of the replicas of the
-           diffusion stages that is useful, with replicas that move, against every fixed split. Held to 97 %, and to
-           the best fixed split.
-ray-data   rows a second of `ltx_ray.run.render` and of a Ray Data pipeline of `map_batches` actor stages, one after the
-           other, on private clusters of the same logical slots; stages sleep an HQ clip's seconds on an H100,
-           divided by --speedup, and turning one of our replicas sleeps too (scripts/bench/sleeping_stages.py).
-           Ray Data has the best fixed split and the best of --settings; our driver chooses its own split unless
-           --fixed. Held to a ratio of 1.0 with the pipeline full: between the first and the last tenth of the
-           clips. Then the same without any sleep, as information: what a row costs each driver that costs nothing
-           itself.
-           "below" is the CPU time of all processes of the cluster.
+planning   Rows a second from a Parquet manifest to planned rows: `Plan.open` until it is exhausted. Target: 50,000.
+memory     Anonymous and shared memory of the process and its children, after garbage collection and trimming: what
+           planning holds above the start at --rows rows, and what each row adds from there to twice as many. Targets:
+           300 MB at a million rows, 24 bytes for each row beyond.
+policy     Rows a second that the real driver takes from a plan through four stages, with replicas in virtual time and
+           no output but its event log (scripts/bench/simulated_driver.py), and the memory it holds for each finished
+           row. Targets: 1,000 rows a second, 24 bytes a row.
+simulation --simulated replicas in virtual time with the call times of an H100, clips of three sizes, twice the steps in
+           the second half of the manifest, crashes, and lost nodes. Measures the useful share of the time of the
+           diffusion replicas, with replicas that switch stages and with several fixed splits. Targets: 97 %, and
+           no less than the best fixed split.
+ray-data   Rows a second of `ltx_ray.run.render` and of a Ray Data pipeline of `map_batches` actor stages, one after the
+           other, on private clusters with the same logical slots (scripts/bench/sleeping_stages.py). Stages sleep for
+           an HQ clip's seconds on an H100, divided by --speedup; our replicas also sleep when they switch stages. Ray
+           Data has the best fixed split and the best of --settings; our driver chooses its own split unless --fixed
+           is given. Target: a ratio of 1.0 with the pipeline full, which is between the first and the last tenth of
+           the clips. A second comparison without any sleep shows the drivers' own cost of a row; it has no target.
+           "children CPU" is the CPU time of all processes of the cluster but the driver.
 
-Every measurement runs in a process of its own. Ray Data needs pandas (scripts/requirements-bench.txt), which goes into
-a folder of the cache that nothing else sees.
+Every measurement runs in a process of its own. Ray Data needs pandas (scripts/requirements-bench.txt), which is
+installed into a cache folder that only Ray Data's process sees.
 """
 
 from __future__ import annotations
@@ -62,8 +61,8 @@ open(answer, "w").write(json.dumps(figures))
 """
 
 
-def alone(function: str, environment: Mapping[str, str] | None = None, **keywords: Any) -> dict[str, Any]:
-    """What `module:function` returns in a process of its own; its last words and exit 1 when it fails."""
+def run_isolated(function: str, environment: Mapping[str, str] | None = None, **keywords: Any) -> dict[str, Any]:
+    """What `module:function` returns in a process of its own. When it fails, prints the end of its log and exits."""
     module, _, name = function.partition(":")
     settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(environment or {})}
     inherited = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
@@ -79,12 +78,12 @@ def alone(function: str, environment: Mapping[str, str] | None = None, **keyword
         return json.loads(answer.read_text())
 
 
-def judged(good: bool) -> str:
+def verdict(good: bool) -> str:
     return "met" if good else "MISSED"
 
 
 def prepared(manifest: str) -> Any:
-    """A run of `manifest` with the toy model, checked and not begun."""
+    """A run of `manifest` with the toy model, validated and not started."""
     from ltx_ray.config import ModelFiles
     from ltx_ray.run import Options, prepare
 
@@ -103,12 +102,12 @@ def plan_all(manifest: str) -> dict[str, float]:
 
 def planning(arguments: argparse.Namespace, folder: Path) -> None:
     manifest = _manifest(folder, arguments.rows)
-    figures = alone("scripts.bench_driver:plan_all", manifest=manifest)
+    figures = run_isolated("scripts.bench_driver:plan_all", manifest=manifest)
     assert figures["rows"] == arguments.rows, figures
     rate = figures["rows"] / figures["seconds"]
     print(
         f"planning  {figures['rows']:,} rows in {figures['seconds']:.1f} s ({figures['cpu']:.1f} s of CPU): "
-        f"{rate:,.0f} rows/s, target {TARGET_PLANNING:,}: {judged(rate >= TARGET_PLANNING)}"
+        f"{rate:,.0f} rows/s, target {TARGET_PLANNING:,}: {verdict(rate >= TARGET_PLANNING)}"
     )
 
 
@@ -116,9 +115,9 @@ def planning(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def held_bytes(trim: bool = True) -> int:
-    """Anonymous and shared memory of this process and of those below it, shared pages counted once.
+    """Anonymous and shared memory of this process and its children, each shared page counted once.
 
-    Pages of mapped files are left out: they are the page cache's.
+    Pages of mapped files are left out, because they belong to the page cache.
     """
     import psutil
     import pyarrow as pa
@@ -139,7 +138,7 @@ def held_bytes(trim: bool = True) -> int:
 
 
 def plan_and_weigh(manifest: str, marks: list[int]) -> dict[str, Any]:
-    """Bytes above the start that planning holds when it has come to each of `marks` rows, and the most it held."""
+    """Bytes above the start that planning holds after each number of rows in `marks`, and the most it held."""
     plan = prepared(manifest).plan
     start, held, most = held_bytes(), [], 0
     for count, _ in enumerate(plan.open(), 1):
@@ -152,23 +151,23 @@ def plan_and_weigh(manifest: str, marks: list[int]) -> dict[str, Any]:
 
 def memory(arguments: argparse.Namespace, folder: Path) -> None:
     marks = [arguments.rows, 2 * arguments.rows]
-    figures = alone("scripts.bench_driver:plan_and_weigh", manifest=_manifest(folder, marks[1]), marks=marks)
+    figures = run_isolated("scripts.bench_driver:plan_and_weigh", manifest=_manifest(folder, marks[1]), marks=marks)
     first, second = figures["held"]
     slope = (second - first) / arguments.rows
-    verdict = judged(first <= TARGET_MEMORY) if arguments.rows == TARGET_ROWS else f"not run at {TARGET_ROWS:,}"
+    judgement = verdict(first <= TARGET_MEMORY) if arguments.rows == TARGET_ROWS else f"not run at {TARGET_ROWS:,}"
     print(
         f"memory    {first / MB:.0f} MB above the start ({figures['start'] / MB:.0f} MB) at {marks[0]:,} rows, "
-        f"target {TARGET_MEMORY / MB:.0f}: {verdict}; {second / MB:.0f} MB at {marks[1]:,}; "
+        f"target {TARGET_MEMORY / MB:.0f}: {judgement}; {second / MB:.0f} MB at {marks[1]:,}; "
         f"at most {figures['most'] / MB:.0f} MB untrimmed"
     )
-    print(f"memory    {slope:.1f} bytes a row from there, target {TARGET_SLOPE}: {judged(slope <= TARGET_SLOPE)}")
+    print(f"memory    {slope:.1f} bytes a row from there, target {TARGET_SLOPE}: {verdict(slope <= TARGET_SLOPE)}")
 
 
 # --- the driver in virtual time ------------------------------------------------------------------
 
 
 def complete(manifest: str, rows: int) -> dict[str, Any]:
-    """The driver over the first `rows` rows with 40 replicas, and bytes above the start at a half and at the end."""
+    """Drive the first `rows` rows with 40 replicas, and weigh the process halfway and near the end."""
     from ltx_ray.config import Selection
     from scripts.bench import simulated_driver
 
@@ -187,14 +186,14 @@ def complete(manifest: str, rows: int) -> dict[str, Any]:
 
 def policy(arguments: argparse.Namespace, folder: Path) -> None:
     rows = arguments.completions
-    figures = alone("scripts.bench_driver:complete", manifest=_manifest(folder, rows), rows=rows)
+    figures = run_isolated("scripts.bench_driver:complete", manifest=_manifest(folder, rows), rows=rows)
     assert figures["counts"]["rendered"] == rows, figures
     rate, slope = rows / figures["seconds"], figures["slope"]
     print(
         f"policy    {rows:,} rows through four stages in {figures['seconds']:.1f} s ({figures['cpu']:.1f} s of CPU): "
-        f"{rate:,.0f} rows/s, target {TARGET_COMPLETIONS:,}: {judged(rate >= TARGET_COMPLETIONS)}; "
+        f"{rate:,.0f} rows/s, target {TARGET_COMPLETIONS:,}: {verdict(rate >= TARGET_COMPLETIONS)}; "
         f"{figures['held'] / MB:.0f} MB above the start, {slope:.1f} bytes a finished row, planning included, "
-        f"target {TARGET_SLOPE}: {judged(slope <= TARGET_SLOPE)}"
+        f"target {TARGET_SLOPE}: {verdict(slope <= TARGET_SLOPE)}"
     )
 
 
@@ -202,7 +201,7 @@ def simulate(manifest: str, replicas: int, split: tuple[int, int] | None) -> dic
     from ltx_ray.pools.simulated import Faults
     from scripts.bench import simulated_driver
 
-    # a node of eight is lost every quarter of an hour, a call in a thousand kills its gang or fails
+    # Every quarter of an hour a node of eight replicas is lost; one call in a thousand fails or kills its gang.
     faults = Faults(crash=0.0005, error=0.0003, out_of_memory=0.0002, node_seconds=900.0)
     return simulated_driver.drive(
         prepared(manifest).plan, simulated_driver.lay_out(replicas, split), faults=faults, mixed=True
@@ -216,9 +215,9 @@ def simulation(arguments: argparse.Namespace, folder: Path) -> None:
     print(f"simulation  {replicas:,} replicas, {replicas * 40:,} clips, in virtual time")
     for stage2 in (None, *(round(replicas * part) for part in (0.15, 0.19, 0.23, 0.27))):
         split = None if stage2 is None else (replicas - stage2, stage2)
-        figures = alone("scripts.bench_driver:simulate", manifest=manifest, replicas=replicas, split=split)
+        figures = run_isolated("scripts.bench_driver:simulate", manifest=manifest, replicas=replicas, split=split)
         window = figures["window"]
-        name = "replicas that move" if split is None else "fixed split {} + {}".format(*split)
+        name = "switching replicas" if split is None else "fixed split {} + {}".format(*split)
         parts[name] = window["useful"] / window["there"]
         print(
             f"  {name:24}{parts[name]:8.1%} useful, {window.get('switching', 0) / window['there']:.2%} switching, "
@@ -230,8 +229,8 @@ def simulation(arguments: argparse.Namespace, folder: Path) -> None:
         )
     own, *fixed = parts.values()
     print(
-        f"simulation  {own:.1%} useful, target {TARGET_USEFUL:.0%}: {judged(own >= TARGET_USEFUL)}; against the best "
-        f"fixed split {own / max(fixed):.3f}: {judged(own >= max(fixed))}"
+        f"simulation  {own:.1%} useful, target {TARGET_USEFUL:.0%}: {verdict(own >= TARGET_USEFUL)}; against the best "
+        f"fixed split {own / max(fixed):.3f}: {verdict(own >= max(fixed))}"
     )
 
 
@@ -246,18 +245,18 @@ def ray_data(arguments: argparse.Namespace, folder: Path) -> None:
     print(
         f"ray-data  {arguments.clips:,} rows; text 1, {arguments.replicas} replicas, decode 1; an H100's seconds over "
         f"{arguments.speedup:g}\n          at most {fixed * arguments.speedup:.2f} rows/s with the best fixed split "
-        f"{split[0]} + {split[1]}, {free * arguments.speedup:.2f} with replicas that move"
+        f"{split[0]} + {split[1]}, {free * arguments.speedup:.2f} with switching replicas"
     )
     common = {"manifest": manifest, "replicas": arguments.replicas}
 
     def ours(speed: dict[str, str]) -> dict[str, float]:
-        return alone(
+        return run_isolated(
             "scripts.bench.sleeping_stages:run_ours", speed, **common, output=_empty(folder / "ours"),
             split=split if arguments.fixed else None, queue_depth=arguments.queue_depth,
         )  # fmt: skip
 
     def theirs(speed: dict[str, str], rows_a_block: int, in_flight: int) -> dict[str, float]:
-        return alone(
+        return run_isolated(
             "scripts.bench.sleeping_stages:run_ray_data",
             speed | {"PYTHONPATH": f"{ROOT}{os.pathsep}{packages}"},
             **common,
@@ -268,11 +267,11 @@ def ray_data(arguments: argparse.Namespace, folder: Path) -> None:
         )
 
     def compare(speedup: float, settings: list[tuple[int, int]]) -> tuple[float, float]:
-        """Ours over the best of Ray Data's: rows a second with the line full, and of the whole run."""
+        """Our rate over the best of Ray Data's: with the pipeline full, and over the whole run."""
         speed = {sleeping_stages.SPEEDUP: str(speedup)}
         runs: dict[str, list[dict[str, float]]] = {}
         print(_COLUMNS)
-        # in turns, so that whatever else the machine does is shared
+        # The runs alternate, so that other load on the machine affects both sides.
         for _ in range(arguments.repeat):
             for setting in (None, *settings):
                 if setting is None:
@@ -283,7 +282,7 @@ def ray_data(arguments: argparse.Namespace, folder: Path) -> None:
                 runs.setdefault(name, []).append(figures)
                 print(
                     f"  {name:40}{figures['steady']:15.2f}{figures['first_clip']:14.1f}{figures['seconds']:14.1f}"
-                    f"{figures['driver_cpu']:14.1f}{figures['below_cpu']:13.1f}",
+                    f"{figures['driver_cpu']:15.1f}{figures['children_cpu']:17.1f}",
                     flush=True,
                 )
         mine, *others = ({key: median(run[key] for run in each) for key in each[0]} for each in runs.values())
@@ -291,19 +290,21 @@ def ray_data(arguments: argparse.Namespace, folder: Path) -> None:
 
     full, whole = compare(arguments.speedup, arguments.settings)
     print(
-        f"ray-data  ours / Ray Data: {full:.3f} with the line full, target {TARGET_RATIO}: "
-        f"{judged(full >= TARGET_RATIO)}; {whole:.3f} of the whole run with the start of the actors"
+        f"ray-data  ours / Ray Data: {full:.3f} with the pipeline full, target {TARGET_RATIO}: "
+        f"{verdict(full >= TARGET_RATIO)}; {whole:.3f} over the whole run, actor start included"
     )
-    print("ray-data  the same rows without any sleep, for information: what a row costs that costs nothing")
+    print("ray-data  the same rows without any sleep, for information: the drivers' own cost of a row")
     full, whole = compare(0, arguments.empty_settings)
-    print(f"ray-data  ours / Ray Data without any sleep: {full:.3f} with the line full, {whole:.3f} of the whole run")
+    print(f"ray-data  ours / Ray Data without sleep: {full:.3f} with the pipeline full, {whole:.3f} over the whole run")
 
 
-_COLUMNS = f"{'':42}{'full, rows/s':>15}{'first clip, s':>14}{'last row, s':>14}{'driver CPU, s':>14}{'below, s':>13}"
+_COLUMNS = (
+    f"{'':42}{'full, rows/s':>15}{'first clip, s':>14}{'last row, s':>14}{'driver CPU, s':>15}{'children CPU, s':>17}"
+)
 
 
 def _requirements() -> str:
-    """A folder with what Ray Data needs beside the product's packages; filled once."""
+    """A folder with the packages that Ray Data needs beyond ours; installed once."""
     digest = hashlib.sha256(_REQUIREMENTS.read_bytes()).hexdigest()[:12]
     cache = Path(os.environ.get("LTX_RAY_CACHE") or Path.home() / ".cache" / "ltx-ray")
     target = cache / f"bench-{digest}-{sys.implementation.cache_tag}"
@@ -339,13 +340,15 @@ def _empty(folder: Path) -> str:
 
 
 def _pairs(text: str) -> list[tuple[int, int]]:
-    pairs = [tuple(int(number) for number in pair.split("x")) for pair in text.split(",")]
-    if any(len(pair) != 2 for pair in pairs):
-        raise ValueError(text)
+    """Parse "1x4,4x2"; argparse reports the ValueError."""
+    pairs = []
+    for pair in text.split(","):
+        first, second = pair.split("x")
+        pairs.append((int(first), int(second)))
     return pairs
 
 
-#: What --only takes; each section prints its own lines, from (arguments, folder for manifests and outputs).
+#: The sections that --only may name. Each takes (arguments, folder for manifests and outputs) and prints its results.
 SECTIONS = {
     "planning": planning, "memory": memory, "policy": policy, "simulation": simulation, "ray-data": ray_data,
 }  # fmt: skip
@@ -354,20 +357,27 @@ SECTIONS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(SECTIONS), help=f"some of {', '.join(SECTIONS)}")
-    parser.add_argument("--folder", type=Path, help="where manifests and outputs go (default: a temporary folder)")
+    parser.add_argument("--folder", type=Path, help="folder for manifests and outputs (default: a temporary one)")
     parser.add_argument("--rows", type=int, default=TARGET_ROWS, help="rows of planning and memory")
     parser.add_argument("--completions", type=int, default=100_000, help="rows of policy")
     parser.add_argument("--simulated", type=int, default=1000, help="replicas of simulation")
     parser.add_argument("--clips", type=int, default=1000, help="rows of ray-data")
     parser.add_argument("--replicas", type=int, default=10, help="replicas of the diffusion model in ray-data")
     parser.add_argument("--speedup", type=float, default=100.0)
-    parser.add_argument("--repeat", type=int, default=1, help="runs of each in ray-data, in turns; medians count")
-    parser.add_argument("--fixed", action="store_true", help="our driver, too, keeps the best fixed split")
+    parser.add_argument(
+        "--repeat", type=int, default=1, help="alternating runs of each side in ray-data; medians count"
+    )
+    parser.add_argument("--fixed", action="store_true", help="let our driver, too, use the best fixed split")
     parser.add_argument("--queue-depth", type=int, help="of our driver (default: its own)")
     parser.add_argument(
-        "--settings", type=_pairs, default="1x4,4x2,4x4", help="Ray Data's: ROWSxTASKS a block and in flight an actor"
+        "--settings",
+        type=_pairs,
+        default="1x4,4x2,4x4",
+        help="Ray Data's: rows in a block x tasks in flight for each actor",
     )
-    parser.add_argument("--empty-settings", type=_pairs, default="4x2,64x2", help="the same for rows without a sleep")
+    parser.add_argument(
+        "--empty-settings", type=_pairs, default="4x2,64x2", help="the same for the comparison without sleep"
+    )
     arguments = parser.parse_args()
     chosen = arguments.only.split(",")
     if unknown := set(chosen) - set(SECTIONS):

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ltx_ray.parallel.layers import TPGroup
 from ltx_ray.parallel.loading import load_shard
-from scripts.bench import released_widths
+from scripts.bench import random_transformer
 
 
 class HostPeak:
@@ -91,7 +91,7 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     path = arguments.folder / f"transformer-{arguments.layers}.safetensors"
-    infos = released_widths.write_checkpoint(path, arguments.layers)
+    infos = random_transformer.write_checkpoint(path, arguments.layers)
     size = path.stat().st_size
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"{name}, {arguments.layers} layers, {size / 1e9:.1f} GB, {'cold' if arguments.cold else 'warm'}")
@@ -115,7 +115,7 @@ def main() -> None:
         for _ in range(arguments.repeat):
             if arguments.cold:
                 forget(path)
-            model = released_widths.build(arguments.layers, group)
+            model = random_transformer.build(arguments.layers, group)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
             with HostPeak() as peak:

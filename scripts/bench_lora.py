@@ -24,7 +24,7 @@ from ltx_ray.parallel.layers import TPGroup
 from ltx_ray.parallel.loading import load_shard
 from ltx_ray.parallel.lora import LoraMerger, LoraSetting
 from ltx_ray.parallel.weight_cache import Memory
-from scripts.bench import released_widths
+from scripts.bench import random_transformer
 
 MIB = 2**20
 
@@ -85,12 +85,12 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5)
     arguments = parser.parse_args()
     device, layers, repeat = torch.device(arguments.device), arguments.layers, arguments.repeat
-    infos = released_widths.write_checkpoint(arguments.folder / f"transformer-{layers}.safetensors", layers)
-    pairs = released_widths.write_lora(arguments.folder / f"lora-{layers}.safetensors", layers)
+    infos = random_transformer.write_checkpoint(arguments.folder / f"transformer-{layers}.safetensors", layers)
+    pairs = random_transformer.write_lora(arguments.folder / f"lora-{layers}.safetensors", layers)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    print(f"{name}, {layers} layers, {len(pairs)} linear layers, rank {released_widths.LORA_RANK}, bfloat16")
+    print(f"{name}, {layers} layers, {len(pairs)} linear layers, rank {random_transformer.LORA_RANK}, bfloat16")
 
-    model = released_widths.build(layers)
+    model = random_transformer.build(layers)
     load_shard(model, infos, TPGroup(), dtype=torch.bfloat16, device=device)
     keys = [f"{module}.weight" for module in pairs]
     in_file = {i.key: i for pair in pairs.values() for i in (pair.a.tensor, pair.b.tensor)}
@@ -119,7 +119,7 @@ def main() -> None:
 
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    model = released_widths.build(layers)
+    model = random_transformer.build(layers)
     load_shard(model, infos, TPGroup(), dtype=torch.bfloat16, device=device)
     for where in ("device", "host"):
         merger = LoraMerger(model, infos, [pairs], TPGroup())

@@ -24,7 +24,7 @@ from ltx_ray.model.fused import FusedTransformer
 from ltx_ray.model.graphs import GraphedTransformer
 from ltx_ray.model.transformer import Modality
 from ltx_ray.shapes import ClipShape
-from scripts.bench import dit_implementations, released_widths
+from scripts.bench import dit_implementations, random_transformer
 from scripts.bench.baselines import Baselines, check
 from scripts.bench.dit_implementations import Case
 from scripts.bench_dit import TEXT, _best_attention, build_ours, errors, measure, on_host
@@ -34,7 +34,7 @@ SHAPES = "512x768x121,704x1280x121,1920x1088x121,1088x1920x65,512x768x257"
 
 def cases(arguments: argparse.Namespace, device: torch.device) -> dict[str, Case]:
     """By shape and stage."""
-    metadata, found = released_widths.metadata(arguments.layers), {}
+    metadata, found = random_transformer.metadata(arguments.layers), {}
     for text in arguments.shapes.split(","):
         height, width, frames = (int(n) for n in text.split("x"))
         clip = ClipShape(frames, height, width, 24.0)

@@ -16,7 +16,7 @@ from ltx_ray.driver.policy import Policy, RetryDecision
 from ltx_ray.driver.publisher import Publisher
 from ltx_ray.driver.tracker import RowTracker, TrackedItem, first_line
 from ltx_ray.manifest.rules import RowProblem
-from ltx_ray.planning.identity import merged_for
+from ltx_ray.planning.identity import merged_weights
 from ltx_ray.planning.plan import PlannedRow
 from ltx_ray.pools.pool import Pool, StartFailed
 from ltx_ray.pools.protocol import CallFinished, InputsLost, ReplicaEvent, ReplicaLost, ReplicaSet, ReplicaStarted
@@ -181,7 +181,7 @@ class Driver:
         stored = self._use_stored and (
             existing.has_latents(item.item_id) or existing.failure(item.item_id, tracked.rows[0].key) == "infra"
         )
-        self.policy.admit(item.item_id, merged_for(item.request), PATH_FROM_STORED if stored else None)
+        self.policy.admit(item.item_id, merged_weights(item.request), PATH_FROM_STORED if stored else None)
 
     # --- replicas --------------------------------------------------------------------------------
 
@@ -223,7 +223,7 @@ class Driver:
             self._preflight_running = True
             item = replace(cluster.preflight, item_id=_PREFLIGHT)
             self.tracker.items[_PREFLIGHT] = TrackedItem(item, [])
-            self.policy.admit(_PREFLIGHT, merged_for(item.request), first=True)
+            self.policy.admit(_PREFLIGHT, merged_weights(item.request), first=True)
 
     def _give_back(self, pool: Pool, name: str, why: str) -> None:
         """End a replica that is not at fault; its call costs the item no attempt."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Hashable
 from json.encoder import encode_basestring
 
 from ltx_ray.records import Recipe, RenderRequest, canonical_json, plain
+from ltx_ray.stages import Stage
 
 
 def recipe_digest(recipe: Recipe) -> str:
@@ -48,10 +50,10 @@ def item_id(request: RenderRequest, recipe: Recipe, image_digests: tuple[str, ..
     return ItemHasher(request, recipe, image_digests).of(request.prompt, request.seed).hex()
 
 
-def merged_for(request: RenderRequest) -> dict[str, tuple[object, ...]]:
-    """What a replica has to have merged for the request, by stage: rows that agree need no switch between them."""
+def merged_weights(request: RenderRequest) -> dict[Stage, Hashable]:
+    """By stage, what a replica must have merged; between rows that agree it need not switch."""
     loras = tuple((use.name, use.strength) for use in request.loras)
     return {
-        "stage1": (loras, request.distilled_lora_strength_stage_1),
-        "stage2": (loras, request.distilled_lora_strength_stage_2),
+        Stage.STAGE1: (loras, request.distilled_lora_strength_stage_1),
+        Stage.STAGE2: (loras, request.distilled_lora_strength_stage_2),
     }

@@ -100,8 +100,8 @@ class Gang:
         # Tensor parallelism communicates after every layer, so a gang never spans nodes.
         self._group: PlacementGroup = placement_group([bundle] * pool.ranks, strategy="STRICT_PACK")
         self._actors: list[Any] = []
+        #: What each rank says of its process, then a free port on the node of rank 0.
         self._described: list[ray.ObjectRef] = []
-        self._port: ray.ObjectRef | None = None
         self._started: list[ray.ObjectRef] = []
         self._pending: list[ray.ObjectRef] = [self._group.ready()]
 
@@ -158,16 +158,15 @@ class Gang:
             for rank in range(pool.ranks)
         ]
         self._described = [a.describe.remote() for a in self._actors]
-        self._port = self._actors[0].free_port.remote()
-        self._pending = [*self._described, self._port]
+        self._described.append(self._actors[0].free_port.remote())
+        self._pending = list(self._described)
         self.state = GangState.MEETING
 
     def _load(self) -> None:
-        for rank, ref in enumerate(self._described):
-            process = ray.get(ref)
-            self.ranks.append(RankInfo(rank, process.pid, process.node, process.address, process.gpus))
+        *processes, port = ray.get(self._described)
+        self.ranks = [RankInfo(rank, p.pid, p.node, p.address, p.gpus) for rank, p in enumerate(processes)]
         world = len(self._actors)
-        rendezvous = Rendezvous(self.ranks[0].address, ray.get(self._port)) if world > 1 else None
+        rendezvous = Rendezvous(self.ranks[0].address, port) if world > 1 else None
         self._started = [
             a.start.remote(self.pool.engine, rank, world, rendezvous, _RENDEZVOUS_SECONDS)
             for rank, a in enumerate(self._actors)
@@ -256,9 +255,9 @@ class Gang:
             return None
         reports = [call.done[rank] for rank in range(len(call.reports))]
         if len({(r.error.kind, r.error.type) if r.error else None for r in reports}) > 1:
-            rank, error = call.first_failure()
+            rank, failure = call.first_failure()
             raise GangLost(
-                f"the ranks disagreed during {call.stage}: {self.ranks[rank]}: {error.type}: {error.message}"
+                f"the ranks disagreed during {call.stage}: {self.ranks[rank]}: {failure.type}: {failure.message}"
             )
         self.call = None
         self._answered = time.time()
@@ -277,8 +276,8 @@ class Gang:
             return None
         if call.failed_at is not None and now - call.failed_at > _LONE_FAILURE_SECONDS:
             # The other ranks wait for the failed one in a collective, and would wait forever.
-            rank, error = call.first_failure()
-            return f"{self.ranks[rank]} failed alone during {call.stage}: {error.type}: {error.message}"
+            rank, failure = call.first_failure()
+            return f"{self.ranks[rank]} failed alone during {call.stage}: {failure.type}: {failure.message}"
         if now - call.started > call_timeout:
             return f"{call.stage} took longer than {call_timeout:g} s"
         return None

@@ -1,1 +1,1 @@
-"""What the benchmark programs in scripts/ share; none of these is run by itself but model_files.py."""
+"""Modules that the benchmark programs in scripts/ share. Only random_model.py is also a program."""

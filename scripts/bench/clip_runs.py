@@ -1,6 +1,6 @@
-"""One run of ours and one command of the reference on the same files, and the seconds of their parts.
+"""One run of ours and one command of the reference on the same files, split into the seconds of their parts.
 
-What scripts/bench_clip.py runs at each number of layers.
+scripts/bench_clip.py calls these for each number of layers.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ _PROMPTS = (
     "a city street at night with neon signs and cars passing quickly, the sound of rain in the background",
     "two children are running along the beach at sunset with waves and seagulls",
 )
-#: What the reference imports and does not use here, by module: put in its way only when it is not installed.
+#: Stubs of packages that the reference imports but does not use here, for those that are not installed.
 _STUBS = {
     "torchaudio.py": "import types\ntransforms = types.SimpleNamespace(MelSpectrogram=object, Resample=object)\n",
     "OpenImageIO.py": "",
     "scipy.py": "",
 }
-#: PyPI's fa3_fwd is the same FlashAttention-3 under another name.
+#: PyPI's fa3_fwd is FlashAttention-3 under another name.
 _SHIM = "from fa3_fwd_interface import flash_attn_func\n"
-#: On a CPU the reference wants a device to synchronize, and an autocast to float32 that CPUs do not have.
+#: On a CPU, the reference's CUDA synchronization and its autocast to float32 would fail.
 _ON_CPU = """
 import runpy, sys, torch
 torch.set_num_threads(1)
@@ -64,7 +64,7 @@ sys.exit(render(Options(model=model, parallel=parallel, limits=limits, command=(
 def ours(
     arguments: argparse.Namespace, files: dict[str, str], folder: Path, limit: float, precision: str
 ) -> dict[str, Any]:
-    """Seconds of the parts of a run of ours, those of clips as means or medians over them."""
+    """Seconds of the parts of one run of ours; figures of a clip are means or medians over all clips."""
     height, width, frames = arguments.size
     manifest, out = folder / "manifest.jsonl", folder / "ours"
     shutil.rmtree(out, ignore_errors=True)
@@ -75,7 +75,7 @@ def ours(
         "device": arguments.device, "row_defaults": {
             "height": height, "width": width, "num_frames": frames, "num_inference_steps": arguments.steps,
         },
-        # one GPU shares its replica between the stages by itself; a CPU would get one for each
+        # One GPU has one replica for both stages by default; a CPU would get one for each.
         "parallel": {"stage2": 0} if arguments.device == "cpu" else {},
     }  # fmt: skip
     began, log = time.time(), folder / "ours.log"
@@ -91,7 +91,7 @@ def ours(
 
 
 def read_events(events: list[dict[str, Any]], began: float, clips: int) -> dict[str, Any]:
-    """What events.jsonl of a run with one replica of the DiT says; `began` is when its command was given."""
+    """Figures from the events.jsonl of a run with one DiT replica whose command was given at `began`."""
     calls: dict[str, list[dict[str, Any]]] = {stage: [] for stage in ("text", "stage1", "stage2", "decode")}
     last: dict[str, dict[str, Any]] = {}
     switches = []
@@ -101,7 +101,7 @@ def read_events(events: list[dict[str, Any]], began: float, clips: int) -> dict[
             calls[event["stage"]].append(call)
             last[event["replica"]] = call
         elif event["event"] == "switch":
-            # a call's seconds include the merging that it began with; the event of that follows the call's
+            # The seconds of a call include the merging at its start, whose event follows that of the call.
             last[event["replica"]]["work"] -= event["seconds"]
             switches.append(event)
     for stage, made in calls.items():
@@ -113,11 +113,11 @@ def read_events(events: list[dict[str, Any]], began: float, clips: int) -> dict[
     alone, beside = split_by_overlap(calls["stage2"], calls["decode"])
     loaded = max(e["t"] for e in events if e["event"] == "gang_started" and e["replica"] == first["replica"])
     text = next(call["end"] for call in calls["text"] if call["item_id"] == first["item_id"])
-    # back to stage 1, too: in a longer run every turn to stage 2 has one
-    turns = len(switches) + 1
-    merging = mean(event["seconds"] for event in switches) * turns if switches else 0.0
+    # One more than seen: in a longer run, each switch to stage 2 is followed by one back to stage 1.
+    count = len(switches) + 1
+    merging = mean(event["seconds"] for event in switches) * count if switches else 0.0
     work = {stage: sum(call["work"] for call in made) for stage, made in calls.items()}
-    aside = work["text"] + work["decode"] + merging
+    others = work["text"] + work["decode"] + merging
     parts = {
         "stage 1": steady["stage1"],
         "stage 2": alone,
@@ -127,47 +127,50 @@ def read_events(events: list[dict[str, Any]], began: float, clips: int) -> dict[
     }
     return {
         **parts,
-        "clip, line full": sum(parts.values()),
+        "clip, pipeline full": sum(parts.values()),
         "text": mean(call["work"] for call in calls["text"]),
         "decode": steady["decode"],
         "start": first["start"] - began,
         "cold": first["end"] - max(loaded, text) - steady["stage1"],
         "first to last clip, a clip": (ends[-1] - ends[0]) / (clips - 1) if clips > 1 else float("nan"),
         "command to last mp4": ends[-1] - began,
-        "aside": aside / (aside + work["stage1"] + work["stage2"]),
+        "other calls' share": others / (others + work["stage1"] + work["stage2"]),
         "clips": clips,
-        "turns": turns,
+        "switches": count,
         "clean weights": sorted({str(event.get("clean_weights")) for event in switches}),
     }
 
 
 def split_by_overlap(calls: list[dict[str, Any]], others: list[dict[str, Any]]) -> tuple[float, float]:
-    """Medians of the work of `calls` that none of `others` ran beside, and of the rest; where there are none of a
-    kind, of all. The first stage-2 call of a run is never beside decoding."""
-    kinds: tuple[list[float], list[float]] = ([], [])
+    """Median seconds of the `calls` that overlap none of `others`, and of those that do.
+
+    When there are no calls of a kind, the median is over all. The first stage-2 call of a run never overlaps decoding.
+    """
+    alone: list[float] = []
+    overlapping: list[float] = []
     for call in calls:
-        met = any(other["start"] < call["end"] and other["end"] > call["start"] for other in others)
-        kinds[met].append(call["work"])
-    alone, beside = (median(kind or [call["work"] for call in calls]) for kind in kinds)
-    return alone, beside
+        overlaps = any(other["start"] < call["end"] and other["end"] > call["start"] for other in others)
+        (overlapping if overlaps else alone).append(call["work"])
+    every = [call["work"] for call in calls]
+    return median(alone or every), median(overlapping or every)
 
 
 def idle_seconds(calls: Mapping[str, list[dict[str, Any]]], dit: list[dict[str, Any]]) -> float:
-    """Seconds between two calls of the DiT's replica in which a clip waited for either stage."""
+    """Seconds between calls of the DiT's replica during which a clip waited for either stage."""
     waiting = []
     for before, after in (("text", "stage1"), ("stage1", "stage2")):
         ready = {call["item_id"]: call["end"] for call in calls[before]}
         waiting += [(ready[call["item_id"]], call["start"]) for call in calls[after]]
     idle = 0.0
     for call, following in itertools.pairwise(dit):
-        # whoever waits at a moment of the gap waits until its end or longer: calls start at ends of gaps only
+        # Calls start only at the end of a gap, so a clip that waits in a gap waits at least until its end.
         since = [max(begin, call["end"]) for begin, end in waiting if end >= following["start"] > begin]
         idle += max(0.0, following["start"] - min(since)) if since else 0.0
     return idle
 
 
 def _index_seconds(out: Path) -> dict[str, float]:
-    """Means of the index's own columns, with what a call took to merge."""
+    """Means of the index's columns of seconds, which include merging."""
     import pyarrow.parquet as parquet
 
     rows = [row for part in glob.glob(f"{out}/index/part-*.parquet") for row in parquet.read_table(part).to_pylist()]
@@ -186,7 +189,7 @@ def _failures(out: Path) -> str:
 
 
 def reference(arguments: argparse.Namespace, files: dict[str, str], folder: Path, limit: float) -> dict[str, Any]:
-    """Seconds of the parts of one command of the reference's, by its own log."""
+    """Seconds of the parts of one command of the reference, taken from its log."""
     shims = folder / "shims"
     shims.mkdir(exist_ok=True)
     (shims / "flash_attn_interface.py").write_text(_SHIM)
@@ -220,7 +223,7 @@ def reference(arguments: argparse.Namespace, files: dict[str, str], folder: Path
 
 
 def read_log(lines: list[tuple[float, str]]) -> dict[str, Any]:
-    """Parts of a command from (seconds since it was given, line) of its log; the last line says that it ended."""
+    """Seconds of the parts of a command, from its log as (seconds since the command, line), "ended: CODE" last."""
     marks = (
         ("import and set-up", "Building text encoder"),
         ("text", "Prompt encoding complete"),
@@ -234,15 +237,13 @@ def read_log(lines: list[tuple[float, str]]) -> dict[str, Any]:
         ("exit", "ended: "),
     )
     figures: dict[str, Any] = {}
-    at, since, number = 0, 0.0, 0
-    while number < len(lines) and at < len(marks):
-        when, line = lines[number]
-        # a bar is first drawn before the first step, without a rate
-        if marks[at][1] in line.replace("?it/s", "it/s"):
-            figures[marks[at][0]] = when - since
-            at, since = at + 1, when
-        number += 1
-    assert at == len(marks), f"the reference's log has no {marks[at][1]!r}"
+    left, since = list(marks), 0.0
+    for when, line in lines:
+        # A progress bar is first drawn before the first step, with "?it/s" for its rate.
+        if left and left[0][1] in line.replace("?it/s", "it/s"):
+            figures[left.pop(0)[0]] = when - since
+            since = when
+    assert not left, f"the reference's log has no {left[0][1]!r}"
     figures["clip, its command"] = lines[-1][0]
     figures["attention"] = next((line.split("self: ")[1] for _, line in lines if "attention backends" in line), "?")
     return figures
@@ -252,7 +253,7 @@ def read_log(lines: list[tuple[float, str]]) -> dict[str, Any]:
 
 
 def _environment(arguments: argparse.Namespace, path: list[Path]) -> dict[str, str]:
-    """Empty caches of compiled kernels at the beginning of a benchmark, so that its first cold start is one."""
+    """The environment of a run. Kernel caches are the benchmark's own, so that its first start is a cold one."""
     caches = arguments.folder / "caches"
     inherited = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     known = [entry for entry in inherited.get("PYTHONPATH", "").split(os.pathsep) if entry]
@@ -276,8 +277,9 @@ def _run(command: list[str], environment: dict[str, str], log: Path, limit: floa
 
 
 def _lines(command: list[str], environment: dict[str, str], log: Path, limit: float) -> Iterator[tuple[float, str]]:
-    """(when it came, line) of a command's output, progress bars too, and at last "ended: CODE". Killed at the limit."""
-    deadline, rest, code = time.monotonic() + limit, b"", None
+    """(time, line) of a command's output and progress bars, then "ended: CODE". Kills it after `limit` seconds."""
+    deadline, rest = time.monotonic() + limit, b""
+    code: int | None = None
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True
     )
@@ -290,7 +292,7 @@ def _lines(command: list[str], environment: dict[str, str], log: Path, limit: fl
                 data, when = process.stdout.read() or b"", time.time()
                 file.write(data)
                 *whole, rest = (rest + data).replace(b"\r", b"\n").split(b"\n")
-                # a bar that is being drawn has no end of line yet
+                # A progress bar that is still being drawn has no line end yet.
                 yield from ((when, text.decode(errors="replace")) for text in (*whole, rest) if text and data)
                 if not data and code is None:
                     time.sleep(0.02)

@@ -17,7 +17,7 @@ from ltx_ray.model.rope import audio_positions, video_positions
 from ltx_ray.parallel.fp8 import FP8_MAX
 from ltx_ray.records import AV
 from ltx_ray.shapes import ClipShape
-from scripts.bench import released_widths
+from scripts.bench import random_transformer
 
 SIGMA = 0.7
 #: What each peer cannot do without.
@@ -101,7 +101,7 @@ def ltx_core_model(case: Case) -> nn.Module:
 
     with torch.device("meta"):
         model = LTXModelConfigurator.from_metadata({"config": dict(case.metadata)}).eval()
-    released_widths.fill(model, case.device, case.dtype)
+    random_transformer.fill(model, case.device, case.dtype)
     return model
 
 
@@ -200,7 +200,7 @@ def diffusers(case: Case, fp8: frozenset[str], compiled: bool, levels: str) -> P
             rope_double_precision=True, rope_type="split", timestep_scale_multiplier=1000,
             cross_attn_timestep_scale_multiplier=1000, use_prompt_embeddings=False, perturbed_attn=True,
         ).eval()  # fmt: skip
-    released_widths.fill(model, case.device, case.dtype, official=to_official)
+    random_transformer.fill(model, case.device, case.dtype, official=to_official)
     attention = _diffusers_attention(model) if case.device.type == "cuda" else "native"
     if compiled:
         model.compile_repeated_blocks()

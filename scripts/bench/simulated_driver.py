@@ -1,78 +1,84 @@
-"""The real driver over replicas in virtual time: what `bench_driver.py` measures of its decisions."""
+"""The real driver over simulated replicas in virtual time, for scripts/bench_driver.py."""
 
 from __future__ import annotations
 
 import io
+import math
 import random
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec, RunLimits
+from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.driver.events import EventLog
 from ltx_ray.driver.loop import Driver, JoinedCluster
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
 from ltx_ray.driver.tracker import RowTracker
-from ltx_ray.placement.sizing import PoolSizes
 from ltx_ray.planning.plan import Plan, PlannedRow
 from ltx_ray.pools.protocol import CallFinished, ReplicaEvent, ReplicaLost, ReplicaStarted
 from ltx_ray.pools.simulated import Faults, SimulatedReplicaSet
 from ltx_ray.records import Clip, WorkItem
-from ltx_ray.stages import FULL_PATH, OUTPUT_STAGES
+from ltx_ray.stages import DIFFUSION_STAGES, FULL_PATH, OUTPUT_STAGES, Stage
 from ltx_ray.storage.store import Store
 
-#: Seconds of an HQ clip on one H100 (ltx-facts.md).
-SECONDS = {"text": 0.1, "stage1": 46.0, "stage2": 17.0, "decode": 1.75, "save_latents": 0.1, "load_latents": 0.1}
-#: Clips of other lengths, by what they cost, and how often they come.
+#: Estimated seconds of each call for an HQ clip on one H100, rounded; only their ratios matter.
+SECONDS = {
+    Stage.TEXT: 0.1, Stage.STAGE1: 46.0, Stage.STAGE2: 17.0, Stage.DECODE: 1.75,
+    Stage.SAVE_LATENTS: 0.1, Stage.LOAD_LATENTS: 0.1,
+}  # fmt: skip
+#: Three sizes of clips: their cost relative to an HQ clip, and their weights in the draw.
 _SIZES, _WEIGHTS = (0.35, 1.0, 2.2), (3, 5, 2)
 _SPEC = EngineSpec("none", ModelFiles("", "", ""), Numerics(), "none")
 _CLIP = Clip("clips/00/0.mp4", "0" * 64, "0" * 64, (), "stage_1")
-_BOTH = ("stage1", "stage2")
 
 
 class WatchedReplicas(SimulatedReplicaSet):
-    """Keeps what the replicas of the diffusion stages did with their time, in seconds: `spent`."""
+    """Adds up in `spent` how the replicas of the diffusion stages used their time, in seconds."""
 
     def watched(self) -> WatchedReplicas:
-        self.spent: Counter[str] = Counter()
+        self.spent: defaultdict[str, float] = defaultdict(float)
         self._ready_at: dict[str, float] = {}
         self._began: dict[str, float] = {}
         return self
 
-    def submit(self, replica: str, stage: str, item: WorkItem, inputs: list[Any]) -> None:
+    def submit(self, replica: str, stage: Stage, item: WorkItem, inputs: list[Any]) -> None:
         self._began[replica] = self.now
         super().submit(replica, stage, item, inputs)
 
     def wait(self, timeout: float) -> list[ReplicaEvent]:
-        event = super().wait(timeout)
-        for each in event:
-            name = each.replica
-            if isinstance(each, ReplicaStarted) and name.startswith(("stage", "diffusion")):
+        events = super().wait(timeout)
+        for event in events:
+            name = event.replica
+            if isinstance(event, ReplicaStarted) and name.startswith(("stage", "diffusion")):
                 self._ready_at[name] = self.now
             elif name not in self._ready_at:
                 continue
-            elif isinstance(each, CallFinished):
-                useful = each.report.seconds - each.report.switch_seconds
-                self.spent["useful" if each.report.ok else "failed"] += useful
-                self.spent["switching"] += each.report.switch_seconds
+            elif isinstance(event, CallFinished):
+                useful = event.report.seconds - event.report.switch_seconds
+                self.spent["useful" if event.report.ok else "failed"] += useful
+                self.spent["switching"] += event.report.switch_seconds
                 del self._began[name]
-            elif isinstance(each, ReplicaLost):
+            elif isinstance(event, ReplicaLost):
                 self.spent["lost"] += self.now - self._began.pop(name, self.now)
                 self.spent["there"] += self.now - self._ready_at.pop(name)
-        return event
+        return events
 
-    def so_far(self) -> Counter[str]:
-        """`spent`, with the time of the replicas that are there."""
+    def so_far(self) -> dict[str, float]:
+        """`spent`, with the time since the living replicas became ready, and the virtual time."""
         there = sum(self.now - since for since in self._ready_at.values())
-        return self.spent + Counter({"there": there, "now": self.now})
+        return {**self.spent, "there": self.spent["there"] + there, "now": self.now}
 
 
-class _NoWriter:
-    """Rows go nowhere: parts are written by threads beside the driver, which is what is measured."""
+class _NoWriter(DatasetWriter):
+    """Drops every row. Threads write the parts, and only the driver's own thread is measured here."""
+
+    def __init__(self) -> None:
+        pass
 
     def write_index(self, *row: Any, **more: Any) -> None:
         pass
@@ -81,12 +87,14 @@ class _NoWriter:
 
 
 def lay_out(replicas: int, split: tuple[int, int] | None) -> list[PoolSpec]:
-    """Pools of `replicas` of the diffusion stages: at home as `split` says for good, or moving when it is None."""
-    aside = PoolSizes(replicas, 0, aside=max(1, -(-replicas // 31))).aside
+    """Pools with `replicas` diffusion replicas: fixed as `split` (stage 1, stage 2) says, or free to switch stages."""
+    others = max(1, math.ceil(replicas / 31))  # as `ltx_ray.placement.sizing` shares out the cards
     stage1, stage2 = split or (replicas - round(replicas * 17 / 63), round(replicas * 17 / 63))
-    roles = (("stage1",), ("stage2",)) if split else (_BOTH, _BOTH[::-1])
-    pools = [("text", ("text",), aside), ("stage1", roles[0], stage1), ("stage2", roles[1], stage2)]
-    pools.append(("decode", OUTPUT_STAGES, aside))
+    roles1, roles2 = ((Stage.STAGE1,), (Stage.STAGE2,)) if split else (DIFFUSION_STAGES, DIFFUSION_STAGES[::-1])
+    pools: list[tuple[str, tuple[Stage, ...], int]] = [
+        ("text", (Stage.TEXT,), others), ("stage1", roles1, stage1), ("stage2", roles2, stage2),
+        ("decode", OUTPUT_STAGES, others),
+    ]  # fmt: skip
     return [PoolSpec(name, serves, count, 1, _SPEC) for name, serves, count in pools if count]
 
 
@@ -99,32 +107,32 @@ def drive(
     seed: int = 0,
     weigh: Any = None,
 ) -> dict[str, Any]:
-    """Run the driver over the plan; what it took.
+    """Run the driver over the plan; returns its counts and times.
 
-    mixed: clips of three sizes, of which the second half of the manifest is rendered with twice the steps in stage 1.
-    weigh: called with the number of finished rows now and then.
+    mixed: draw clips of three sizes, and double the stage-1 steps in the second half of the manifest.
+    weigh: called with the number of rows taken, every 5,000 rows.
     """
 
     def size(item: WorkItem) -> float:
         return random.Random(item.request.seed).choices(_SIZES, _WEIGHTS)[0] if mixed else 1.0
 
-    def times(stage: str, item: WorkItem, dice: random.Random) -> float:
+    def call_seconds(stage: Stage, item: WorkItem, dice: random.Random) -> float:
         seconds = SECONDS[stage] * dice.uniform(0.95, 1.05)
-        if stage not in _BOTH:
+        if stage not in DIFFUSION_STAGES:
             return seconds
-        late = mixed and stage == "stage1" and item.request.seed >= total // 2
+        late = mixed and stage == Stage.STAGE1 and item.request.seed >= total // 2
         return seconds * size(item) * (2.0 if late else 1.0)
 
-    total = mixed and sum(1 for _ in plan.open())
+    total = sum(1 for _ in plan.open()) if mixed else 0
     plan = Plan(plan.manifest, plan.rules, plan.builder, plan.existing)
     replica_set = WatchedReplicas(
-        times, lambda stage, item, *inputs: _CLIP, seed=seed, faults=faults,
+        call_seconds, lambda stage, item, *inputs: _CLIP, seed=seed, faults=faults,
         nodes=max(1, sum(pool.replicas for pool in pools) // 8),
     ).watched()  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         events = EventLog(Store(folder))
         tracker = RowTracker(plan, _NoWriter(), Publisher(1), events, Progress(io.StringIO()), "{}")
-        tracker.metrics = SimpleNamespace(item=lambda outcome: None, call=lambda stage, seconds: None)
+        cast(Any, tracker).metrics = SimpleNamespace(item=lambda outcome: None, call=lambda stage, seconds: None)
         driver = Driver(
             tracker=tracker,
             join_cluster=lambda: JoinedCluster(replica_set, pools, "{}"),
@@ -132,11 +140,11 @@ def drive(
             limits=RunLimits(),
             noise_device="model",
         )
-        marks: list[Counter[str]] = []
+        marks: list[dict[str, float]] = []
 
         def rows() -> Iterator[PlannedRow]:
             for number, row in enumerate(plan.open()):
-                # with all pools at work: past the start, and while there are rows to take
+                # Between these marks all pools are at work: after the start, and before rows run out.
                 if mixed and number in (total // 5, total - 1):
                     marks.append(replica_set.so_far())
                 if weigh is not None and number % 5000 == 0:
@@ -146,8 +154,13 @@ def drive(
         began, cpu = time.perf_counter(), time.process_time()
         driver.run(rows())
         seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
-    figures = {"counts": dict(tracker.counts), "seconds": seconds, "cpu": cpu, "virtual": replica_set.now}
+    figures: dict[str, Any] = {
+        "counts": dict(tracker.counts),
+        "seconds": seconds,
+        "cpu": cpu,
+        "virtual": replica_set.now,
+    }
     if mixed:
         first, last = marks
-        figures["window"] = {name: last[name] - first[name] for name in last}
+        figures["window"] = {name: last[name] - first.get(name, 0.0) for name in last}
     return figures

@@ -1,14 +1,15 @@
-"""The same work without a model for two drivers, ours and Ray Data's: every stage sleeps, and decode writes a file.
+"""The same workload without a model for two drivers, ours and Ray Data's: stages sleep, and decode writes a file.
 
-Both run on a private Ray cluster of logical slots: one GPU each for the replicas of the diffusion model, one for
-text and decode together (`ltx_ray.placement.sizing.lay_out`). `run_ours` and `run_ray_data` are each to be called
-in a process of their own, with the stages' speed in the environment, which the cluster's workers inherit.
+Both drivers run on a private Ray cluster of logical slots: one GPU for each diffusion replica, and one shared by text
+and decode (`ltx_ray.placement.sizing.lay_out`). Call `run_ours` and `run_ray_data` each in a process of its own, with
+SPEEDUP in the environment, which the workers of the cluster inherit.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 import os
 import threading
 import time
@@ -23,10 +24,11 @@ import pyarrow.parquet as pq
 from ltx_ray.engine.fake import FakeEngine
 from ltx_ray.storage.store import Store
 
-#: Seconds a call of an HQ clip takes on an H100 (shared/ltx-facts.md), and of turning a replica (docs/benchmarks.md).
+#: Estimated seconds of each call for an HQ clip on one H100, rounded; only their ratios matter.
 STAGE_SECONDS = {"text": 0.07, "stage1": 46.0, "stage2": 17.0, "decode": 1.75}
+#: Switching a replica's stage from factors in host memory (docs/benchmarks.md).
 SWITCH_SECONDS = 0.84
-#: How many times faster than that the stages are here; 0: they take no time at all.
+#: The environment variable with the factor by which stages are faster than that; 0: they do not sleep at all.
 SPEEDUP = "LTX_RAY_BENCH_SPEEDUP"
 TOY = "ltx_ray.toy:ensure_toy_model"
 
@@ -38,7 +40,7 @@ def pause(seconds: float) -> None:
 
 
 def call(store: Store | None, stage: str, name: str, made: str) -> str:
-    """One stage of row `name`, from and to a hash; decode leaves a small file in `store`, if there is one."""
+    """Run one stage of row `name`, which hashes its input `made`; decode writes a small file to `store`, if given."""
     pause(STAGE_SECONDS[stage])
     made = hashlib.sha256(f"{stage}:{name}:{made}".encode()).hexdigest()
     if stage == "decode" and store is not None:
@@ -47,7 +49,7 @@ def call(store: Store | None, stage: str, name: str, made: str) -> str:
 
 
 def best_split(replicas: int) -> tuple[int, int]:
-    """The fixed numbers of stage-1 and stage-2 replicas with the highest throughput."""
+    """The numbers of stage-1 and stage-2 replicas with the highest throughput when none switches."""
 
     def throughput(stage1: int) -> float:
         return min(stage1 / STAGE_SECONDS["stage1"], (replicas - stage1) / STAGE_SECONDS["stage2"])
@@ -60,7 +62,7 @@ def best_split(replicas: int) -> tuple[int, int]:
 
 
 class SleepingEngine(FakeEngine):
-    """Serves every stage of our pools (protocol: engine/base.py)."""
+    """Serves every stage of our pools, with the protocol of ltx_ray/engine/base.py."""
 
     def run(self, stage: str, item: Any, *inputs: Any) -> Any:
         from ltx_ray.records import Clip
@@ -81,7 +83,7 @@ class SleepingEngine(FakeEngine):
 def run_ours(
     manifest: str, output: str, replicas: int, split: tuple[int, int] | None, queue_depth: int | None
 ) -> dict[str, Any]:
-    """`ltx_ray.run.render` on `manifest`; `split` None lets the driver move replicas between the stages."""
+    """`ltx_ray.run.render` on `manifest`; with `split` None the driver may switch replicas between stages."""
     from ltx_ray.config import ModelFiles, RunLimits
     from ltx_ray.placement.sizing import ParallelConfig
     from ltx_ray.run import Options, render
@@ -102,14 +104,14 @@ def run_ours(
     assert code == 0, f"render ended with {code}"
     parts = sorted(Path(output, "index").glob("part-*"))
     figures["recorded"] = sum(pq.read_metadata(part).num_rows for part in parts)
-    return figures | _flow(output, figures, max(part.stat().st_mtime for part in parts))
+    return figures | _throughput(output, figures, max(part.stat().st_mtime for part in parts))
 
 
-# --- Ray Data's ----------------------------------------------------------------------------------
+# --- Ray Data ----------------------------------------------------------------------------------
 
 
 class StageActor:
-    """One stage as a callable class for `map_batches`, on Arrow tables."""
+    """One stage as a callable class for `map_batches` over Arrow tables."""
 
     stage = ""
 
@@ -143,17 +145,17 @@ class DecodeActor(StageActor):
 def run_ray_data(
     manifest: str, output: str, replicas: int, split: tuple[int, int], rows_a_block: int, in_flight: int
 ) -> dict[str, Any]:
-    """The same as a Ray Data pipeline with fixed actor pools.
+    """The same workload as a Ray Data pipeline with fixed actor pools.
 
-    Its rows arrive at this process as they are finished, and one Parquet file of all is written at the end: less
-    than our index, which has a row on disk as soon as its clip is there. A failed row would end the run.
+    Finished rows arrive at this process, which writes one Parquet file at the end. That is less than our index does,
+    which has a row on disk as soon as its clip is there. A failed row would end the run.
     """
     import ray
 
     with _cluster(replicas):
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
-        # the newer reader does not heed override_num_blocks: a small manifest comes as one block, for one actor
+        # The newer reader ignores override_num_blocks: a small manifest would be one block, for one actor.
         context.use_datasource_v2 = False
         context.execution_options.preserve_order = False
         rows = pq.read_metadata(manifest).num_rows
@@ -173,11 +175,11 @@ def run_ray_data(
                     compute=ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=in_flight),
                     num_gpus=gpus,
                 )
-            finished = list(data.iter_batches(batch_size=None, batch_format="pyarrow"))
+            finished: list[Any] = list(data.iter_batches(batch_size=None, batch_format="pyarrow"))
             pq.write_table(pa.concat_tables(finished), os.path.join(output, "index.parquet"))
             done = time.time()
     figures["recorded"] = sum(batch.num_rows for batch in finished)
-    return figures | _flow(output, figures, done)
+    return figures | _throughput(output, figures, done)
 
 
 # --- both ----------------------------------------------------------------------------------------
@@ -185,18 +187,18 @@ def run_ray_data(
 
 @contextmanager
 def _cluster(replicas: int) -> Iterator[str]:
-    """A private cluster of one logical GPU a replica and one for text and decode."""
+    """A private cluster with one logical GPU for each replica and one for text and decode."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
     ray.init(
         address="local",
-        # one a rank, and two for what Ray Data reads with
+        # One CPU for each rank, and two for Ray Data's readers.
         num_cpus=replicas + 4,
         num_gpus=replicas + 1,
         include_dashboard=False,
         log_to_driver=False,
-        logging_level="error",
+        logging_level=logging.ERROR,
         object_store_memory=512 * 2**20,
     )
     try:
@@ -207,26 +209,27 @@ def _cluster(replicas: int) -> Iterator[str]:
 
 @contextmanager
 def _measured() -> Iterator[dict[str, float]]:
-    """CPU seconds of this process (`driver_cpu`) and of those below it, Ray's own and the actors (`below_cpu`)."""
+    """CPU seconds of this process (`driver_cpu`) and of its children, Ray's processes and actors (`children_cpu`)."""
     import psutil
 
-    this, below, stop = psutil.Process(), {}, threading.Event()
+    this, stop = psutil.Process(), threading.Event()
+    children: dict[int, float] = {}
 
     def look() -> None:
-        # now and then, because a process that has ended takes its figures with it
+        # Called regularly, because the figures of a process are lost when it ends.
         for child in this.children(recursive=True):
             try:
                 times = child.cpu_times()
             except psutil.NoSuchProcess:
                 continue
-            below[child.pid] = times.user + times.system
+            children[child.pid] = times.user + times.system
 
     def watch() -> None:
         while not stop.wait(2.0):
             look()
 
     look()
-    before, figures = sum(below.values()), {"began": time.time()}
+    before, figures = sum(children.values()), {"began": time.time()}
     own = time.process_time()
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -235,14 +238,14 @@ def _measured() -> Iterator[dict[str, float]]:
     stop.set()
     thread.join()
     look()
-    figures["below_cpu"] = sum(below.values()) - before
+    figures["children_cpu"] = sum(children.values()) - before
 
 
-def _flow(output: str, figures: dict[str, float], recorded: float) -> dict[str, float]:
-    """Seconds to the first clip and to the last row on record, and rows a second with the line full.
+def _throughput(output: str, figures: dict[str, float], recorded: float) -> dict[str, float]:
+    """Seconds to the first clip and to the last recorded row, and rows a second with the pipeline full (`steady`).
 
-    With the line full: between the first and the last tenth of the clips, so without the start of the actors and
-    without the tail.
+    The pipeline is full between the first and the last tenth of the clips, which leaves out the start of the actors
+    and the tail.
     """
     times = sorted(entry.stat().st_mtime for entry in Path(output, "clips").rglob("*.mp4"))
     first, last = len(times) // 10, len(times) - len(times) // 10 - 1
@@ -255,7 +258,7 @@ def _flow(output: str, figures: dict[str, float], recorded: float) -> dict[str, 
 
 
 def write_manifest(path: str, rows: int) -> None:
-    """A Parquet manifest of `rows` rows whose prompts all differ, about 200 characters each, in groups of 100,000."""
+    """Write a Parquet manifest of `rows` distinct prompts of about 200 characters, in row groups of 100,000."""
     things = "a lighthouse,an old tram,a red kite,a market stall,a sleeping cat,a steam engine,a paper boat".split(",")
     places = "in heavy rain,at dawn,under neon signs,on a frozen lake,in a quiet harbour".split(",")
     tail = "Shot on 35 mm film with a slow dolly move from left to right; soft wind, distant voices and steps."

@@ -167,7 +167,7 @@ def test_a_failed_job_is_submitted_again(head, tmp_path):
     code, out = job.call("--wait")
     assert code == 3, out
     code, out = job.call("--wait")
-    assert code == 0 and "submitted again (it had failed)" in out, out
+    assert code == 0 and "submitted again (previous job: failed)" in out, out
     assert job.count() == 2
     assert sorted(name.endswith("-2") for name in jobs(head) if name.startswith("failed-")) == [False, True]
     code, out = job.call("--wait")

@@ -208,7 +208,7 @@ def test_any_script_stays_readable_in_the_manifest():
             "render_options.*without --output",
         ),
         ("name: n\noutput: /o\nprompts: [p]\nrender_options: {tp: 2}", "render_options.*list"),
-        ("name: n\noutput: /o\nmanifest: nowhere.jsonl", "manifest: '/.*nowhere.jsonl'.*can be read"),
+        ("name: n\noutput: /o\nmanifest: nowhere.jsonl", "manifest: '/.*nowhere.jsonl'.*readable"),
     ],
 )
 def test_bad_recipes_say_what_is_wrong(text, message):
@@ -305,9 +305,9 @@ class FakeJobs:
         ({"id": "PENDING"}, "id", "already there (pending)", []),
         ({"id": "RUNNING"}, "id", "already there (running)", []),
         ({"id": "SUCCEEDED"}, "id", "already there (succeeded)", []),
-        ({"id": "FAILED"}, "id-2", "submitted again (it had failed)", ["id-2"]),
+        ({"id": "FAILED"}, "id-2", "submitted again (previous job: failed)", ["id-2"]),
         ({"id": "FAILED", "id-2": "RUNNING"}, "id-2", "already there (running)", []),
-        ({"id": "FAILED", "id-2": "STOPPED"}, "id-3", "submitted again (it had stopped)", ["id-3"]),
+        ({"id": "FAILED", "id-2": "STOPPED"}, "id-3", "submitted again (previous job: stopped)", ["id-3"]),
     ],
 )
 def test_submit_once(statuses, name, words, submitted):
@@ -321,7 +321,7 @@ def test_losing_a_race_is_success(statuses):
     name = "id-2" if statuses else "id"
     jobs = FakeJobs(statuses, before_submit=lambda self: self.statuses.update({name: "RUNNING"}))
     found, words = schedule.submit_once(jobs, "id", "true", {})
-    assert found == name and "by another" in words and not jobs.submitted
+    assert found == name and "by another caller" in words and not jobs.submitted
 
 
 def test_the_example_recipe_is_good_and_needs_no_torch():

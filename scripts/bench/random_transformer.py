@@ -1,4 +1,4 @@
-"""The 22B transformer's tensors with random values, for the benchmarks: as files, or on a device."""
+"""The 22B transformer with random values at the released widths, as files or on a device, for the benchmarks."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _BLOCK_BYTES = 64 * 2**20
 
 
 def metadata(layers: int = 48, tiny: bool = False) -> dict[str, Any]:
-    """The `config` of a checkpoint of the released widths (shared facts: 32 heads of 128 and of 64), `layers` blocks.
+    """The `config` of a checkpoint with `layers` blocks at the released widths (docs/ltx-2.3.md#metadata).
 
-    `tiny` widths are for trying a script out; they are multiples of what fp8 products need.
+    `tiny` widths are for trying out a script. They are multiples of what fp8 products need.
     """
     heads, head_dim = (16, 32) if tiny else (32, 128)
     return checkpoint_config(ToyShape(layers=layers, heads=heads, head_dim=head_dim, audio_head_dim=head_dim // 2))
 
 
 def config(layers: int = 48, tiny: bool = False) -> TransformerConfig:
-    """The architecture of `metadata`."""
+    """The architecture that `metadata` describes."""
     return TransformerConfig.from_metadata(metadata(layers, tiny)["transformer"])
 
 
@@ -44,13 +44,13 @@ def build(layers: int, tp: TPGroup = TPGroup()) -> Transformer:  # noqa: B008 (f
 
 
 def values(name: str, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Random values of the parameter that a checkpoint calls `name`: always the same on one device model.
+    """Random values of the parameter `name` of a checkpoint, always the same on one device model.
 
-    Products keep the scale of what they are given, norms and modulations do something, and no bias is zero, so that
-    leaving any of them out shows in the result.
+    Linear layers keep the scale of their input, norms and modulations change theirs, and no bias is zero. An
+    implementation that leaves any of them out therefore gets another result.
     """
     rng = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
-    # bfloat16 whatever is asked for: all dtypes shall hold the same model
+    # Drawn in bfloat16, so that the model is the same in every dtype.
     noise = torch.randn(shape, generator=rng, device=device, dtype=torch.bfloat16)
     if "scale_shift_table" in name:
         noise.mul_(0.1)
@@ -70,27 +70,27 @@ def fill(
     store: Callable[[nn.Parameter, torch.Tensor], None] | None = None,
     official: Callable[[str], str] = lambda name: name,
 ) -> None:
-    """Give every parameter of `model` its `values`; those on the meta device get memory on `device`.
+    """Fill every parameter of `model` with its `values`; one on the meta device is allocated on `device`.
 
-    `store` writes into a parameter that has memory (default: a copy), `official` turns the model's names into the
-    checkpoint's.
+    `store` writes into a parameter that is allocated already (default: a copy). `official` maps the model's names to
+    the checkpoint's.
     """
     for path, module in model.named_modules():
         for key, old in module.named_parameters(recurse=False):
             new = values(official(f"{path}.{key}" if path else key), tuple(old.shape), device, dtype)
             if not old.is_meta:
-                (store or (lambda parameter, what: parameter.data.copy_(what)))(old, new)
+                (store or (lambda parameter, data: parameter.data.copy_(data)))(old, new)
                 continue
             parameter = nn.Parameter(new, requires_grad=False)
             if hasattr(old, "shard_dim"):
                 parameter.shard_dim = old.shard_dim
             setattr(module, key, parameter)
-    left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
-    assert not left, f"buffers without memory: {left}"
+    missing = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    assert not missing, f"buffers on the meta device: {missing}"
 
 
 def lora_modules(model: Transformer) -> list[str]:
-    """The 34 linear layers of each block, which the distilled LoRA changes: 1,632 at 48 blocks."""
+    """The linear layers that the distilled LoRA changes: 34 in each block, 1,632 in all 48."""
     return [
         name[: -len(".weight")]
         for name, p in model.named_parameters()
@@ -99,15 +99,15 @@ def lora_modules(model: Transformer) -> list[str]:
 
 
 def write_checkpoint(path: Path, layers: int) -> dict[str, TensorInfo]:
-    """A file with the transformer's tensors in bfloat16, random; returns where they are."""
+    """Write random bfloat16 tensors of the transformer; returns the tensors' places in the file."""
     shapes = {name: tuple(p.shape) for name, p in build(layers).named_parameters()}
     return _write(path, shapes)
 
 
 def write_lora(path: Path, layers: int, rank: int = LORA_RANK) -> dict[str, LoraPair]:
-    """A file with the factors of a LoRA on every linear layer of the blocks."""
+    """Write random factors of a LoRA on every linear layer of the blocks; returns their places in the file."""
     model = build(layers)
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for module in lora_modules(model):
         n_out, n_in = model.get_parameter(f"{module}.weight").shape
         shapes |= {f"{module}.lora_A.weight": (rank, n_in), f"{module}.lora_B.weight": (n_out, rank)}
@@ -128,7 +128,7 @@ def _write(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tenso
     header += b" " * (-len(header) % 8)
     if path.exists() and path.stat().st_size == 8 + len(header) + end:
         return dict(read_header(path).tensors)
-    # one random block again and again, at another place in each tensor: as random as a copy engine can tell
+    # One random block is repeated. Its offset differs from tensor to tensor, which is random enough for a copy.
     torch.manual_seed(0)
     block = (torch.randn(_BLOCK_BYTES // 2) * 0.02).bfloat16().view(torch.uint8).numpy().tobytes()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""A whole model at the released widths with random bfloat16 weights, for the benchmarks that render clips.
+"""A complete model at the released widths with random bfloat16 weights, for the benchmarks that render clips.
 
-    scripts/bench/model_files.py FOLDER [--layers 12] [--gemma-layers 12] [--connector-layers 8]
+    scripts/bench/random_model.py FOLDER [--layers 12] [--gemma-layers 12] [--connector-layers 8]
 
-Writes what a user downloads: the single file, the distilled LoRA of rank 384, the spatial upsampler and a Gemma
-directory. Smaller than the release are only the depths given, Gemma's vocabulary (the toy's tokenizer, 1,024 words
-instead of 262,208) and its vision tower, which nobody runs. Keys, metadata and spreads are the toy's (ltx_ray/toy), so
-that latents stay finite and pictures are smooth enough for a video encoder to treat them like pictures.
+Writes the files that a user downloads: the single file, the distilled LoRA of rank 384, the spatial upsampler and a
+Gemma directory. Smaller than the release are the depths given, Gemma's vocabulary (the toy's tokenizer, with 1,024
+words instead of 262,208) and its vision tower, which is never run. Keys, metadata and standard deviations are the
+toy's (ltx_ray/toy), so that latents stay finite and frames are smooth enough for a realistic load on the encoder.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ GEMMA = {
     "query_pre_attn_scalar": 256,
     "sliding_window": 1024,
 }
-_GEMMA_FULL_EVERY = 6  # the layers between see their sliding window only
+#: Every sixth layer of Gemma has full attention; the others see their sliding window only.
+_GEMMA_FULL_EVERY = 6
 #: Tensors from this size on are never made: they are written from one random block.
 _LAZY = 1 << 20
 #: Odd, so that the rows of a matrix larger than the block do not repeat.
@@ -82,12 +83,12 @@ def shape(layers: int = 48, gemma_layers: int = 48, connector_layers: int = 8) -
 
 
 class Plan(weights.Draw):
-    """What a file will hold: small tensors drawn, large ones on the meta device with their spread."""
+    """The tensors of a file: small ones drawn, large ones on the meta device with their distribution."""
 
     def __init__(self, seed: int):
         super().__init__(torch.Generator().manual_seed(seed))
-        #: (standard deviation, mean) of the tensors on meta.
-        self.spread: dict[str, tuple[float, float]] = {}
+        #: (standard deviation, mean) of each tensor on the meta device.
+        self.distribution: dict[str, tuple[float, float]] = {}
 
     def vector(self, key: str, shape, std: float, mean: float = 0.0) -> None:
         if math.prod(shape) < _LAZY:
@@ -95,11 +96,11 @@ class Plan(weights.Draw):
             return
         assert key not in self.tensors, key
         self.tensors[key] = torch.empty(shape, dtype=torch.bfloat16, device="meta")
-        self.spread[key] = (std, mean)
+        self.distribution[key] = (std, mean)
 
 
 def write_model(folder: Path, layers: int, gemma_layers: int, connector_layers: int = 8) -> dict[str, str]:
-    """Write the model into `folder` and return its paths by option name. What is there already, of its size, stays."""
+    """Write the model into `folder` and return its paths by option name. A file with its header and size is kept."""
     size = shape(layers, gemma_layers, connector_layers)
     paths = {name: folder / file for name, file in FILES.items()}
     paths["gemma_root"].mkdir(parents=True, exist_ok=True)
@@ -132,7 +133,7 @@ def write_model(folder: Path, layers: int, gemma_layers: int, connector_layers: 
 
 
 def _gemma_files(size: ToyShape) -> dict[str, dict]:
-    """The toy's files with the released sizes in config.json, which the toy derives from its hidden size."""
+    """The toy's files, with the released sizes in config.json in place of those derived from the hidden size."""
     files = gemma.files(size)
     kinds = ["sliding_attention"] * (_GEMMA_FULL_EVERY - 1) + ["full_attention"]
     files["config.json"]["text_config"] |= GEMMA | {
@@ -142,13 +143,13 @@ def _gemma_files(size: ToyShape) -> dict[str, dict]:
 
 
 def _draw_gemma(plan: Plan, size: ToyShape) -> None:
-    """The toy's tensors; those that follow from GEMMA again, at its sizes."""
+    """The toy's tensors, with those of the layers drawn again at the sizes in GEMMA."""
     tiny = ToyShape(gemma_hidden=size.gemma_hidden, gemma_layers=1)
     gemma.draw_weights(plan, tiny)
     layer = "language_model.model.layers."
     for key in [key for key in plan.tensors if key.startswith(layer)]:
         del plan.tensors[key]
-        plan.spread.pop(key, None)
+        plan.distribution.pop(key, None)
     dim, wide, head = size.gemma_hidden, GEMMA["intermediate_size"], GEMMA["head_dim"]
     query, few = GEMMA["num_attention_heads"] * head, GEMMA["num_key_value_heads"] * head
     matrices = {
@@ -171,7 +172,7 @@ def _draw_gemma(plan: Plan, size: ToyShape) -> None:
 
 
 def _write(path: Path, plan: Plan, metadata: dict[str, str]) -> None:
-    """The plan as a safetensors file, by several threads; at once or not at all."""
+    """Write the plan as a safetensors file with several threads, and publish it by rename."""
     table: dict[str, object] = {"__metadata__": metadata}
     places, end = {}, 0
     for name, tensor in plan.tensors.items():
@@ -186,25 +187,25 @@ def _write(path: Path, plan: Plan, metadata: dict[str, str]) -> None:
             if file.read(len(start)) == start:
                 return
     path.parent.mkdir(parents=True, exist_ok=True)
-    making = path.with_suffix(f".{os.getpid()}.tmp")
-    descriptor = os.open(making, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o644)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    descriptor = os.open(temporary, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o644)
     try:
         os.pwrite(descriptor, start, 0)
         with ThreadPoolExecutor(_WRITERS) as pool:
             list(pool.map(lambda name: _fill(descriptor, len(start) + places[name], plan, name), places))
-        os.rename(making, path)
+        os.rename(temporary, path)
     finally:
         os.close(descriptor)
-        making.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def _fill(descriptor: int, offset: int, plan: Plan, name: str) -> None:
     tensor = plan.tensors[name]
     if not tensor.is_meta:
-        _pwrite(descriptor, memoryview(tensor.view(torch.uint8).numpy().reshape(-1)), offset)
+        _pwrite(descriptor, tensor.view(torch.uint8).numpy().reshape(-1).data, offset)
         return
-    with _LOCK:  # two threads would make the same block
-        block = _block(*plan.spread[name])
+    with _LOCK:  # else several threads would compute the same block
+        block = _block(*plan.distribution[name])
     left, at = 2 * tensor.numel(), offset // 2 % _BLOCK * 2
     while left:
         part = block[at : at + min(left, len(block) - at)]
@@ -217,15 +218,15 @@ _LOCK = threading.Lock()
 
 @functools.cache
 def _uniform() -> torch.Tensor:
-    """Uniform numbers of mean 0 and standard deviation 1, as Draw's: a block that is used again and again."""
+    """A block of uniform numbers with mean 0 and standard deviation 1, as in `weights.Draw`, for all large tensors."""
     generator = torch.Generator().manual_seed(0)
     return (torch.rand(_BLOCK, generator=generator) * 2 - 1) * math.sqrt(3.0)
 
 
 @functools.lru_cache(maxsize=24)
 def _block(std: float, mean: float) -> memoryview:
-    """The block with a spread, as the bytes of bfloat16. Few spreads belong to large tensors."""
-    return memoryview((_uniform() * std + mean).bfloat16().view(torch.uint8).numpy())
+    """The block scaled and shifted, as bytes of bfloat16. Large tensors have few distributions."""
+    return (_uniform() * std + mean).bfloat16().view(torch.uint8).numpy().data
 
 
 def _pwrite(descriptor: int, data: memoryview, offset: int) -> None:
@@ -235,7 +236,7 @@ def _pwrite(descriptor: int, data: memoryview, offset: int) -> None:
 
 
 def size_of(paths: Mapping[str, str]) -> int:
-    """Bytes of the files at `paths`, folders with what is in them."""
+    """Bytes of the files at `paths`, and of those in the folders there."""
     files = [file for path in paths.values() for file in [Path(path), *Path(path).glob("*")]]
     return sum(file.stat().st_size for file in files if file.is_file())
 

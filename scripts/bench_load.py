@@ -22,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ltx_ray.parallel.layers import TPGroup
+from ltx_ray.parallel.layers import RankGroup
 from ltx_ray.parallel.loading import load_shard
 from scripts.bench import random_transformer
 
@@ -110,7 +110,7 @@ def main() -> None:
         torch.cuda.empty_cache()
     print("tp  shard GB  seconds   GB/s  of the limit  of the file's read  host MiB  device MiB above the shard")
     for tp in (int(n) for n in arguments.tp.split(",")):
-        group = TPGroup(0, tp)
+        group = RankGroup(0, tp)
         seconds, host, extra, shard = [], 0, 0, 0
         for _ in range(arguments.repeat):
             if arguments.cold:

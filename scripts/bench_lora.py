@@ -20,10 +20,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ltx_ray.parallel.layers import TPGroup
+from ltx_ray.parallel.layers import RankGroup
 from ltx_ray.parallel.loading import load_shard
 from ltx_ray.parallel.lora import LoraMerger, LoraSetting
-from ltx_ray.parallel.weight_cache import Memory
+from ltx_ray.parallel.weight_cache import FreeMemory
 from scripts.bench import random_transformer
 
 MIB = 2**20
@@ -91,13 +91,13 @@ def main() -> None:
     print(f"{name}, {layers} layers, {len(pairs)} linear layers, rank {random_transformer.LORA_RANK}, bfloat16")
 
     model = random_transformer.build(layers)
-    load_shard(model, infos, TPGroup(), dtype=torch.bfloat16, device=device)
+    load_shard(model, infos, RankGroup(), dtype=torch.bfloat16, device=device)
     keys = [f"{module}.weight" for module in pairs]
     in_file = {i.key: i for pair in pairs.values() for i in (pair.a.tensor, pair.b.tensor)}
     factors = {key: torch.empty(info.shape, dtype=torch.bfloat16, device=device) for key, info in in_file.items()}
-    from ltx_ray.parallel.loading import Slice, fill
+    from ltx_ray.parallel.loading import ShardRead, read_shards
 
-    for _ in fill([Slice(info, None, factors[key]) for key, info in in_file.items()], TPGroup()):
+    for _ in read_shards([ShardRead(info, None, factors[key]) for key, info in in_file.items()], RankGroup()):
         pass
 
     # the reference first: its results are compared with ours and thrown away
@@ -120,14 +120,14 @@ def main() -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
     model = random_transformer.build(layers)
-    load_shard(model, infos, TPGroup(), dtype=torch.bfloat16, device=device)
+    load_shard(model, infos, RankGroup(), dtype=torch.bfloat16, device=device)
     for where in ("device", "host"):
-        merger = LoraMerger(model, infos, [pairs], TPGroup())
+        merger = LoraMerger(model, infos, [pairs], RankGroup())
         began = time.perf_counter()
-        merger.keep(0, Memory(0, 0), clean=arguments.clean, factors=where)
+        merger.cache_sources(0, FreeMemory(0, 0), clean=arguments.clean, factors=where)
         _wait(device)
         print(f"factors on {where}, clean weights on {arguments.clean}: kept in {time.perf_counter() - began:.1f} s")
-        merger.switch(LoraSetting(((0, 0.5),)))
+        merger.switch_to(LoraSetting(((0, 0.5),)))
         if where == "device":
             same = sum(int((model.get_parameter(k) == expected[k]).sum()) for k in some)
             total = sum(expected[k].numel() for k in some)
@@ -143,13 +143,13 @@ def main() -> None:
         strengths = iter([0.25, 0.5] * 100)
 
         def switch(merger=merger, strengths=strengths) -> None:
-            assert merger.switch(LoraSetting(((0, next(strengths)),)))
+            assert merger.switch_to(LoraSetting(((0, next(strengths)),)))
 
         extra = extra_memory(switch, device)
         switched = median(switch, device, repeat)
 
         def copy(merger=merger) -> None:
-            merger.switch(LoraSetting())
+            merger.switch_to(LoraSetting())
 
         copied, merged = [], []
         for _ in range(repeat):
@@ -161,7 +161,7 @@ def main() -> None:
             f"  merge {merged:.1f} ms = {merged / peer_ms:.2f} x the reference; clean copy {copied:.1f} ms; switch "
             f"{switched:.1f} ms, above the copy {(switched - copied) / peer_ms:.2f} x; extra memory {extra:.1f} MiB"
         )
-        merger.switch(LoraSetting())
+        merger.switch_to(LoraSetting())
         if where == "device":
             exact = all(torch.equal(model.get_parameter(k), clean[k]) for k in some)
             print(f"  back at strength 0 the weights are the file's: {exact}")

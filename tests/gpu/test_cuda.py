@@ -59,7 +59,7 @@ class Engines:
             dtype=dtype, noise_device=noise_device, device=device, precision=precision, attention="auto", compile="auto"
         )
         self.numerics = resolve(asked, (), False)
-        self.rank = base.Rank(0, 1, base.join(device, 0, 1, None, 60))
+        self.rank = base.Rank(0, 1, base.join_gang(device, 0, 1, None, 60))
         self.text, self.diffusion = TextEngine(self.spec(), self.rank), DiffusionEngine(self.spec(), self.rank)
         self.text.load()
         self.diffusion.load()

@@ -15,7 +15,7 @@ from ltx_ray.engine import base, components, decode_steps
 from ltx_ray.engine.decode import DecodeEngine
 from ltx_ray.engine.decode_steps import ConvSum, SumOutputs
 from ltx_ray.engine.fused_decoder import fuse_decoder
-from ltx_ray.engine.initial_state import latent_sizes
+from ltx_ray.engine.patchify import latent_sizes
 from ltx_ray.records import NoiseLedger, StageLatents, WorkItem
 from tests.support.decoders import small_decoder
 from tests.support.samples import recipe, request
@@ -39,7 +39,7 @@ def memory(nbytes: float):
 @pytest.fixture
 def engine(toy, tmp_path):
     spec = EngineSpec("", ModelFiles(**toy), Numerics(dtype="bfloat16", device="cuda", compile="fused"), str(tmp_path))
-    made = DecodeEngine(spec, base.Rank(0, 1, base.join("cuda", 0, 1, None, 60)))
+    made = DecodeEngine(spec, base.Rank(0, 1, base.join_gang("cuda", 0, 1, None, 60)))
     made.load()
     return made
 

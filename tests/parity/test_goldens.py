@@ -112,19 +112,20 @@ def test_a_changed_setting_shows(golden, changes):
     assert distance(golden, **changes) > TOLERANCE
 
 
-def test_the_bridge_follows_the_tokens_own_timesteps(monkeypatch):
+def test_cross_attention_follows_the_tokens_own_timesteps(monkeypatch):
     """The audio-video rule of v1.2.0; 1.0.0 took scale and shift from the other stream's level."""
     from ltx_ray.model.transformer import Transformer
 
-    honest = Transformer._enter
+    embed = Transformer._embed
 
-    def other_rule(self, own, other, patchify, adaln, prompt, cross, gate):
-        stream, embedded = honest(self, own, other, patchify, adaln, prompt, cross, gate)
-        levels = (other.sigma * self.config.timestep_scale).flatten()
-        stream.cross_modulation = cross(levels, own.latent.dtype)[0].view(1, 1, 4, -1)
+    def other_rule(self, own, other, names):
+        stream, embedded = embed(self, own, other, names)
+        timesteps = (other.sigma * self.config.timestep_scale).flatten()
+        modulation, _ = getattr(self, names.cross_adaln)(timesteps, own.latent.dtype)
+        stream.cross_modulation = modulation.view(1, 1, 4, -1)
         return stream, embedded
 
-    monkeypatch.setattr(Transformer, "_enter", other_rule)
+    monkeypatch.setattr(Transformer, "_embed", other_rule)
     assert distance("hq_keyframes") > TOLERANCE
     assert distance("hq") <= TOLERANCE
 

@@ -17,9 +17,9 @@ from ltx_ray.config import EngineSpec
 from ltx_ray.engine.base import Rank
 from ltx_ray.engine.decode import named_latents
 from ltx_ray.engine.diffusion import DiffusionEngine
-from ltx_ray.parallel.layers import TPGroup
-from ltx_ray.parallel.mesh import Tokens
-from ltx_ray.parallel.weight_cache import Memory
+from ltx_ray.parallel.layers import RankGroup
+from ltx_ray.parallel.mesh import SequenceSharding
+from ltx_ray.parallel.weight_cache import FreeMemory
 from tests.support.pipeline import one_thread, toy_pipeline
 from tests.support.transformers import relative
 
@@ -49,17 +49,17 @@ def _rank(rank: int, world: int, port: int, spec: EngineSpec, item, conditions, 
             divided = replace(spec.layout, tp=tp, guidance_parallel=guidance, sequence_parallel=sequence)
             engine = DiffusionEngine(replace(spec, layout=divided), Rank(rank, world))
             engine.load()
-            if engine.mesh.wide.size > 1:
+            if engine.mesh.peers.size > 1:
                 # The clean weights of the second stage's merge come from all ranks, each keeping a share. Only
-                # rank 0 has room for more, and must not choose otherwise than the others.
-                share = engine.merger._clean.total // engine.mesh.wide.size
-                engine.merger.keep(0, Memory(share * (100 if rank == 0 else 1), 0), factors="file")
+                # rank 0 has room for more, and must not choose_location otherwise than the others.
+                share = engine.merger._clean.total_bytes // engine.mesh.peers.size
+                engine.merger.cache_sources(0, FreeMemory(share * (100 if rank == 0 else 1), 0), factors="file")
                 assert engine.merger.clean_weights == "gang"
             first = _everywhere(engine.run("stage1", item, conditions))
             second = engine.run("stage2", item, conditions, first)
             if rank == 0:
                 found[name] = {key: value.numpy() for key, value in named_latents(first, second).items()}
-        _tokens_come_back(TPGroup(rank, world))
+        _tokens_come_back(RankGroup(rank, world))
         queue.put((rank, found))
         dist.barrier()
     except BaseException:
@@ -70,24 +70,24 @@ def _rank(rank: int, world: int, port: int, spec: EngineSpec, item, conditions, 
 
 
 def _everywhere(latents):
-    """Rank 0's latents on all ranks, as the object store gives them."""
+    """Rank 0's latents on all ranks, as the object write_values gives them."""
     box = [latents]
     dist.broadcast_object_list(box)
     return box[0]
 
 
-def _tokens_come_back(group: TPGroup) -> None:
+def _tokens_come_back(group: RankGroup) -> None:
     """Splitting and changing hands, with a length that the ranks do not divide."""
     torch.manual_seed(0)
     whole, length = torch.randn(1, 8, 11, 6), 11
-    tokens = Tokens(group, length)
-    mine = tokens.split(whole, 2)
-    heads = tokens.to_heads(mine)
+    tokens = SequenceSharding(group, length)
+    mine = tokens.own_shard(whole, 2)
+    heads = tokens.tokens_to_heads(mine)
     assert mine.shape == (1, 8, -(-length // group.size), 6) and torch.equal(heads, tokens.own_heads(whole))
-    assert torch.equal(tokens.to_tokens(heads), mine)
-    assert torch.equal(tokens.all_heads(heads), whole)
+    assert torch.equal(tokens.heads_to_tokens(heads), mine)
+    assert torch.equal(tokens.gather_heads(heads), whole)
     flat = whole.transpose(1, 2).flatten(2)
-    assert torch.equal(tokens.gather(tokens.split(flat, 1)), flat)
+    assert torch.equal(tokens.gather_tokens(tokens.own_shard(flat, 1)), flat)
 
 
 @pytest.fixture(scope="module")

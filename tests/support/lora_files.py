@@ -9,7 +9,7 @@ from torch import nn
 
 from ltx_ray.checkpoints.lora import open_lora
 from ltx_ray.checkpoints.safetensors import read_header
-from ltx_ray.parallel.layers import ColumnLinear, Linear, RowLinear, TPGroup
+from ltx_ray.parallel.layers import ColumnParallelLinear, RankGroup, ReplicatedLinear, RowParallelLinear
 from ltx_ray.parallel.loading import load_shard
 from ltx_ray.parallel.lora import LoraMerger
 
@@ -17,10 +17,11 @@ SHAPES = {"up": (32, 16), "down": (16, 32), "gate": (4, 16), "whole": (24, 16)}
 
 
 class Model(nn.Module):
-    def __init__(self, tp: TPGroup):
+    def __init__(self, tp: RankGroup):
         super().__init__()
-        self.up, self.down, self.gate = ColumnLinear(16, 32, tp), RowLinear(32, 16, tp), ColumnLinear(16, 4, tp)
-        self.whole = Linear(16, 24)
+        self.up, self.gate = ColumnParallelLinear(16, 32, tp), ColumnParallelLinear(16, 4, tp)
+        self.down = RowParallelLinear(32, 16, tp)
+        self.whole = ReplicatedLinear(16, 24)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def files(tmp_path_factory):
     return folder
 
 
-def merger(files, tp=TPGroup(), dtype=torch.bfloat16, device="cpu"):  # noqa: B008 (frozen)
+def merger(files, tp=RankGroup(), dtype=torch.bfloat16, device="cpu"):  # noqa: B008 (frozen)
     tensors = read_header(files / "model.safetensors").tensors
     with torch.device("meta"):
         model = Model(tp)

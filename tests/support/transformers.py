@@ -12,7 +12,7 @@ from ltx_ray.checkpoints.diffusers_names import to_diffusers
 from ltx_ray.checkpoints.transformer_keys import CONNECTOR_PREFIXES, TRANSFORMER_PREFIX
 from ltx_ray.model.rope import audio_positions, video_positions
 from ltx_ray.model.transformer import Modality, Transformer
-from ltx_ray.parallel.layers import TPGroup
+from ltx_ray.parallel.layers import RankGroup
 from ltx_ray.parallel.loading import load_shard
 from ltx_ray.records import AV
 from ltx_ray.shapes import ClipShape
@@ -21,7 +21,7 @@ SHAPE = ClipShape(num_frames=17, height=128, width=192, frame_rate=24.0)
 TEXT = 32
 
 
-def load_ours(path: str, dtype: torch.dtype = torch.float32, tp: TPGroup = TPGroup()) -> Transformer:  # noqa: B008
+def load_ours(path: str, dtype: torch.dtype = torch.float32, tp: RankGroup = RankGroup()) -> Transformer:  # noqa: B008
     checkpoint = open_checkpoint(path)
     with torch.device("meta"):
         model = Transformer(checkpoint.transformer, tp)

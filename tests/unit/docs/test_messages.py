@@ -18,12 +18,12 @@ TEXT = (ROOT / "docs" / "messages.md").read_text()
 HOLE = "\x00"
 RAISED = {
     "ValueError", "RowError", "WrongDevice", "ReplicaError", "StartFailed", "OSError", "ConnectionError",
-    "FileNotFoundError", "RuntimeError", "OutOfMemoryError", "NoPicture", "StoredLatentsGone", "GangLost",
+    "FileNotFoundError", "RuntimeError", "OutOfMemoryError", "InvalidImage", "StoredLatentsGone", "GangLost",
     "InputsMissing", "UnreadablePart",
 }  # fmt: skip
 #: What is called with texts that people read, and where these stand among its arguments.
 SAID = {name: slice(0, 1) for name in (*RAISED, "say", "echo", "print", "warning", "_drain")} | {
-    "RowProblem": slice(2, 4), "Finding": slice(2, 4), "require": slice(3, 4), "named": slice(1, 2),
+    "RowProblem": slice(2, 4), "Finding": slice(2, 4), "require": slice(3, 4), "with_context": slice(1, 2),
 }  # fmt: skip
 #: Arguments by name that are read, and functions that return what is.
 NAMED = {"message", "unreadable", "should_stop"}

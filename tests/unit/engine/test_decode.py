@@ -17,9 +17,10 @@ from ltx_ray.config import EngineSpec, ModelFiles, Numerics
 from ltx_ray.engine import codec
 from ltx_ray.engine.base import Rank
 from ltx_ray.engine.decode import DecodeEngine
-from ltx_ray.engine.initial_state import latent_sizes, stage_1_draws
-from ltx_ray.engine.latents import StoredLatentsGone, latents_sha256, named_latents
-from ltx_ray.records import AV, ImageCondition, NoiseLedger, RowError, StageLatents, WorkItem
+from ltx_ray.engine.initial_state import stage_1_draws
+from ltx_ray.engine.latents import latents_sha256, named_latents
+from ltx_ray.engine.patchify import latent_sizes
+from ltx_ray.records import AV, ImageCondition, NoiseLedger, RowError, StageLatents, StoredLatentsGone, WorkItem
 from ltx_ray.storage.store import Store
 from tests.support.samples import recipe, request
 
@@ -129,7 +130,7 @@ CUTS = [10, 6], [5, 6, 6, 4], [3, 4, 4, 4, 4, 3]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), RuntimeError(CPU_MESSAGE), MemoryError()])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("out of memory"), RuntimeError(CPU_MESSAGE), MemoryError()])
 def test_smaller_tiles_when_memory_runs_out(made, out, tiles, error):
     """At the first tile of rung 0, and at rung 1 when some frames are in the file already."""
     engine, item = made(), work(frame_rate=100.0)
@@ -161,7 +162,7 @@ def test_a_rung_begins_when_the_tensors_of_the_one_before_are_gone(made, monkeyp
             return decode(vae, tile)
         frames = decode(vae, tile)
         held.extend((weakref.ref(tile), weakref.ref(frames)))
-        raise torch.OutOfMemoryError("no room")
+        raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr("ltx_ray.engine.codec.decode_video_tile", tight)
     gc.disable()  # what lives on until the collector runs takes the next rung's memory
@@ -187,7 +188,7 @@ def test_the_pictures_of_all_rungs_are_close(made, out, tiles):
     shown = []
     for failing in ((), (0,), (0,)):
         tiles.frames()
-        tiles.failing = dict.fromkeys(failing, torch.OutOfMemoryError("no room"))
+        tiles.failing = dict.fromkeys(failing, torch.OutOfMemoryError("out of memory"))
         shown.append(pictures(out / engine.run("decode", item, *stages(item)).path))
         assert engine.facts.decode_rung == len(shown) - 1
     for other in shown[1:]:
@@ -197,7 +198,7 @@ def test_the_pictures_of_all_rungs_are_close(made, out, tiles):
 @pytest.mark.slow
 def test_only_clips_of_at_least_that_size_start_lower(made, tiles):
     engine, item = made(), work()
-    tiles.failing = {0: torch.OutOfMemoryError("no room")}
+    tiles.failing = {0: torch.OutOfMemoryError("out of memory")}
     assert engine.run("decode", item, *stages(item)).flags == ("tiled_smaller",)
     assert tiles.frames() == [10, *CUTS[1]]
     tiles.failing = {}
@@ -211,7 +212,7 @@ def test_only_clips_of_at_least_that_size_start_lower(made, tiles):
 def test_a_large_clip_that_the_known_rung_does_not_cut_is_not_flagged(made, tiles):
     """Few frames of more pixels: rung 1 leaves them whole, as rung 0 does; the next that cuts them is rung 3."""
     engine, item = made(), work(num_frames=41)
-    tiles.failing = {0: torch.OutOfMemoryError("no room")}
+    tiles.failing = {0: torch.OutOfMemoryError("out of memory")}
     engine.run("decode", item, *stages(item))
     tiles.frames(), tiles.failing.clear()
     other = work(1, num_frames=9, width=640)
@@ -244,11 +245,11 @@ def test_other_errors_go_up_at_once(made, out, tiles, error):
 
 def test_the_sound_has_no_ladder(made, tiles, monkeypatch):
     def no_room(*_):
-        raise torch.OutOfMemoryError("no room for sound")
+        raise torch.OutOfMemoryError("out of memory for sound")
 
     engine, item = made(), work()
     monkeypatch.setattr("ltx_ray.engine.codec.decode_audio", no_room)
-    with pytest.raises(torch.OutOfMemoryError, match="no room for sound"):
+    with pytest.raises(torch.OutOfMemoryError, match="out of memory for sound"):
         engine.run("decode", item, *stages(item))
     assert tiles.seen == []
 

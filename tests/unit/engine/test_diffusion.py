@@ -48,7 +48,7 @@ def test_stored_latents_lead_to_the_bits_of_the_whole_line(line, rendered, tmp_p
     item, conditions, first, second = rendered
     store = LatentStore(Store(str(tmp_path / "out")))
     store.publish(item, [first])
-    stored, _ = store.stage_1(item, torch.float32)
+    stored, _ = store.load_stage_1(item, torch.float32)
     assert stored.ledger == first.ledger
     with one_thread():
         again = line.diffusion.run("stage2", item, conditions, stored)
@@ -64,7 +64,7 @@ def test_stored_latents_say_how_they_were_computed(line, rendered, tmp_path, mon
     for numerics in (now, '{"attention":"another"}'):
         store = LatentStore(Store(str(tmp_path / f"out{len(numerics)}")))
         store.publish(item, [dataclasses.replace(first, numerics=numerics)])
-        stored, _ = store.stage_1(item, torch.float32)
+        stored, _ = store.load_stage_1(item, torch.float32)
         assert stored.numerics == numerics
         with one_thread():
             line.diffusion.run("stage2", item, conditions, stored)
@@ -74,7 +74,7 @@ def test_stored_latents_say_how_they_were_computed(line, rendered, tmp_path, mon
 def test_noise_of_a_gpu_is_not_drawn_on_a_cpu(line, rendered):
     """Before anything is merged."""
     item, conditions, first, _ = rendered
-    line.diffusion._merge(item, item.request.distilled_lora_strength_stage_1)
+    line.diffusion._merge_loras(item, item.request.distilled_lora_strength_stage_1)
     switches = line.diffusion.switches
     elsewhere = dataclasses.replace(first.ledger, device="cuda", device_model="NVIDIA H100 80GB HBM3")
     with pytest.raises(WrongDevice, match=r"NVIDIA H100 80GB HBM3.* cpu; legal: .*--noise-device cpu"):
@@ -91,25 +91,30 @@ def test_noise_of_a_gpu_is_not_drawn_on_a_cpu(line, rendered):
         (GangLayout((Stage.STAGE1,), alternates=True), True),
     ],
 )
-def test_what_a_switch_needs_is_kept_near_when_it_will_be_needed(line, rendered, monkeypatch, layout, at_load):
+def test_what_a_switch_reads_is_cached_once_a_switch_is_certain(line, rendered, monkeypatch, layout, at_load):
     """At load where a replica alternates between the stages, else at the first switch."""
-    kept = []
-    honest = LoraMerger.keep
-    monkeypatch.setattr(LoraMerger, "keep", lambda self, reserve: (kept.append(reserve), honest(self, reserve)))
+    cached = []
+    cache_sources = LoraMerger.cache_sources
+
+    def counted(self, reserve):
+        cached.append(reserve)
+        cache_sources(self, reserve)
+
+    monkeypatch.setattr(LoraMerger, "cache_sources", counted)
     engine = DiffusionEngine(dataclasses.replace(line.diffusion.spec, layout=layout), Rank())
     engine.load()
-    assert len(kept) == at_load
+    assert len(cached) == at_load
     item = rendered[0]
-    engine._merge(item, 0.25)
-    engine._merge(item, 0.25)
-    assert len(kept) == at_load, "the first merge belongs to loading"
-    engine._merge(item, 0.5)
-    engine._merge(item, 0.25)
-    assert len(kept) == 1 and engine.switches == 2
+    engine._merge_loras(item, 0.25)
+    engine._merge_loras(item, 0.25)
+    assert len(cached) == at_load, "the first merge belongs to loading"
+    engine._merge_loras(item, 0.5)
+    engine._merge_loras(item, 0.25)
+    assert len(cached) == 1 and engine.switches == 2
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room for 3 GiB"), RowError("at fault")])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("tried to allocate 3 GiB"), RowError("at fault")])
 def test_a_failed_call_is_reported_by_name_and_keeps_no_tensor(line, rendered, monkeypatch, stage, error):
     item, conditions, first, _ = rendered
     actor, held = RankActor(), []

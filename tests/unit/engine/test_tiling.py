@@ -222,7 +222,7 @@ def test_planes_lie_as_i420_does():
 def flags(*chunks: torch.Tensor) -> tuple[str, ...]:
     check = PictureCheck()
     for chunk in chunks:
-        check.see(to_yuv420(chunk))
+        check.update(to_yuv420(chunk))
     return check.flags()
 
 

@@ -32,7 +32,7 @@ PASSES = {
 }
 #: Relative error of a kernel against the same arithmetic in float32, rounded once at the end.
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 1e-3}
-#: The same where both sides round to e4m3: some values lie between two of its numbers.
+#: The same where both sides round to e4m3, of which some values are rounded to different neighbours.
 FP8_ROUNDING = 1e-2
 
 
@@ -57,11 +57,11 @@ def test_modulation_kernel(normal, rows, tokens, width, dtype):
     ):
         x, y = normal(rows, width).to(dtype), normal(rows, width).to(dtype)
         table = normal(2 if levels else 1, 9, width).to(dtype)
-        wanted = [Modulation(table[:, 0], table[:, 1], quantize), Modulation(table[:, 3], table[:, 4])]
+        modulations = [Modulation(table[:, 0], table[:, 1], quantize), Modulation(table[:, 3], table[:, 4])]
         residual = Residual(y, table[:, 2]) if added else None
         ours, expected = x.clone(), x.clone()
-        found = kernels.add_norm_modulate(ours, residual, wanted, levels, norm, 1e-6)
-        right = steps.add_norm_modulate(expected, residual, wanted, levels, norm, 1e-6)
+        found = kernels.add_norm_modulate(ours, residual, modulations, levels, norm, 1e-6)
+        right = steps.add_norm_modulate(expected, residual, modulations, levels, norm, 1e-6)
         assert relative(ours, expected) <= ROUNDING[dtype]
         assert relative(values(found[0]), values(right[0])) <= (FP8_ROUNDING if quantize else ROUNDING[dtype])
         assert relative(values(found[1]).float(), values(right[1]).float()) <= ROUNDING[dtype]
@@ -94,11 +94,11 @@ def test_head_kernels(normal, rows, tokens, heads, head, dtype):
 
 @pytest.mark.parametrize("features", [(16384, 4096), (4096, 16384), (4160, 4096), (4096, 2048)])
 def test_fp8_products_of_any_number_of_rows(normal, features):
-    """At the released widths: there cuBLAS has kernels for some numbers of rows only."""
+    """At the released widths, where cuBLAS has kernels for some numbers of rows only."""
     n_out, n_in = features
-    wide, scale = normal(n_out, n_in), normal(n_out).abs() / 100
+    weight, scale = normal(n_out, n_in), normal(n_out).abs() / 100
     bias = (normal(n_out) / 100).bfloat16()
-    layer = PackedLinear(wide.to(FP8), bias, (n_out,), scale)
+    layer = PackedLinear(weight.to(FP8), bias, (n_out,), scale)
     for rows in (1, 8, 31, 32, 63, 64, 65, 100, 129, 4590):
         x = QuantizedRows(normal(rows, n_in).to(FP8), normal(rows, 1).abs() / 100)
         right = values(x) @ (layer.weight.float() * scale[:, None]).T + bias.float()
@@ -142,7 +142,7 @@ def positions() -> AV[torch.Tensor]:
 
 
 def exact(plain: Transformer, inputs: Inputs, perturbation: Perturbation, levels: int) -> AV[torch.Tensor]:
-    """The pass in float32 on a CPU, on the inputs that bfloat16 gets."""
+    """The pass in float32 on a CPU, on inputs rounded to bfloat16."""
     rounded = replace(
         inputs,
         latents=inputs.latents.map(lambda t: t.bfloat16().float()),
@@ -158,7 +158,7 @@ def exact(plain: Transformer, inputs: Inputs, perturbation: Perturbation, levels
 @pytest.mark.parametrize("name", PASSES)
 @pytest.mark.parametrize("attention", BACKENDS)
 def test_a_pass_is_as_exact_as_the_references_own_bf16(toy, attention, name, levels):
-    """The plain path rounds where the reference does; the fused one rounds less often."""
+    """The plain path rounds where the reference does, and the fused one rounds less often."""
     inputs = Inputs.random(load_ours(toy["checkpoint_path"]), seed=3)
     right = exact(load_ours(toy["checkpoint_path"]), inputs, PASSES[name], levels)
     model = packed_model(toy["checkpoint_path"])
@@ -170,7 +170,7 @@ def test_a_pass_is_as_exact_as_the_references_own_bf16(toy, attention, name, lev
 
 
 def test_graphs_give_the_bits_of_the_passes_that_they_were_made_from(toy):
-    """For every pass of a call, at several noise levels, and after the weights have changed in their places."""
+    """For every pass of a call, at several noise levels, and after weights have changed in place."""
     model = packed_model(toy["checkpoint_path"])
     inputs = Inputs.random(load_ours(toy["checkpoint_path"]), seed=4)
     eager, graphed = FusedTransformer(model, "cudnn"), GraphedTransformer(FusedTransformer(model, "cudnn"))
@@ -189,8 +189,8 @@ def test_graphs_give_the_bits_of_the_passes_that_they_were_made_from(toy):
 
 @pytest.mark.parametrize("attention", ["cudnn", *(["fa3"] if has_fa3() else [])])
 def test_graphs_of_many_kinds_of_passes_do_not_mix(toy, monkeypatch, attention):
-    """Two prompts in turns from the same tensors, both in one call, images' levels, a stream that sits out; and more
-    kinds than are kept."""
+    """Two prompts in turn, both in one batch, the noise levels of images, a disabled stream, and more shapes than are
+    kept."""
     monkeypatch.setattr(graphs, "_MAX_SHAPES", 2)
     model = packed_model(toy["checkpoint_path"])
     eager = FusedTransformer(model, attention)

@@ -12,7 +12,7 @@ from ltx_ray.parallel.loading import ShardRead, read_shards, shard_shape
 from ltx_ray.parallel.lora import LoraSetting
 from ltx_ray.parallel.merging import merge_
 from ltx_ray.parallel.weight_cache import FreeMemory
-from tests.support.lora_files import USES, expected, merger
+from tests.support.lora_files import STRENGTHS, expected, merger
 from tests.support.lora_files import files as files
 
 DEVICE = torch.device("cuda")
@@ -47,7 +47,7 @@ def test_a_shard_streams_to_the_device(tmp_path, dtype):
 @pytest.mark.parametrize("shape", [(4096, 4096), (16384, 4096), (4096, 16384), (32, 4096), (2048, 4096)])
 @pytest.mark.parametrize("rank", [384, 32, 7])
 def test_the_kernel_rounds_like_the_reference(shape, rank):
-    """Against the reference's own operations; the order of a sum over the rank may turn a last bit."""
+    """Compared with the reference's operations. The order of a sum over the rank may change a last bit."""
     torch.manual_seed(1)
     (n_out, n_in), strength = shape, 0.37
     clean, a, b = random(n_out, n_in), random(rank, n_in), random(n_out, rank)
@@ -88,23 +88,23 @@ def test_a_shard_gets_the_bits_of_the_whole(shape, dtype):
 @pytest.mark.parametrize("factors", ["file", "host", "device"])
 def test_every_cache_location_ends_in_the_bits_of_a_fresh_load(files, clean, factors):
     fresh = {}
-    for uses in USES:
+    for strengths in STRENGTHS:
         model, merging = merger(files, device=DEVICE)
-        merging.switch_to(LoraSetting(uses))
-        fresh[uses] = {name: p.cpu() for name, p in model.named_parameters()}
-        for name, value in expected(files, uses).items():
-            # another device sums in another order: at most a last bit of the product
-            assert torch.allclose(fresh[uses][name].float(), value.float(), rtol=2e-2, atol=2e-2), name
+        merging.switch_to(LoraSetting(strengths))
+        fresh[strengths] = {name: p.cpu() for name, p in model.named_parameters()}
+        for name, value in expected(files, strengths).items():
+            # Another device sums in another order, which changes at most a last bit of the product.
+            assert torch.allclose(fresh[strengths][name].float(), value.float(), rtol=2e-2, atol=2e-2), name
     model, merging = merger(files, device=DEVICE)
     merging.cache_sources(0, FreeMemory(0, 0), clean, factors)
-    for uses in [*USES, *reversed(USES), *USES[::2]]:
-        merging.switch_to(LoraSetting(uses))
+    for strengths in [*STRENGTHS, *reversed(STRENGTHS), *STRENGTHS[::2]]:
+        merging.switch_to(LoraSetting(strengths))
         for name, parameter in model.named_parameters():
-            assert torch.equal(parameter.cpu(), fresh[uses][name]), name
+            assert torch.equal(parameter.cpu(), fresh[strengths][name]), name
 
 
 def test_memory_above_the_weights_stays_small():
-    """A merge of a large layer takes no temporaries; several LoRAs hold their sum in 32 MiB."""
+    """Merging one LoRA into a large layer allocates nothing, and merging several 32 MiB for their sum."""
     torch.manual_seed(3)
     weight, a, b = random(16384, 8192), random(384, 8192), random(16384, 384)
     for products, limit in (([(a, b, 0.5)], 0), ([(a, b, 0.5), (a, b, 0.25)], 33 * 2**20)):

@@ -1,8 +1,8 @@
-"""What a bf16 run does around the model, against the reference v1.2.0: where it rounds, and to what.
+"""Where a bfloat16 run rounds around the model, against the reference v1.2.0.
 
-Whole runs cannot show this, since bf16 puts them 1e-2 from float32 whichever way they round. The arithmetic here
-is the same on every CPU, unlike the model's matrix products, so that the bits can be held. Inputs come from a
-seed (uniform draws, which are the same everywhere too); only results are recorded.
+Whole runs cannot show this, since they are 1e-2 from float32 in bfloat16 wherever they round. The arithmetic here is
+the same on every CPU, unlike the model's matrix products, so that bits can be compared. Inputs are uniform draws from a
+seed, which are the same everywhere too, and only results are recorded.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ltx_ray.shapes import ClipShape
 from tests.support.pipeline import GOLDENS
 from tests.support.transformers import relative
 
-#: The last bit of one number in some thousand: the sums of a standard deviation may run in another order elsewhere.
+#: The last bit of one number in a thousand, because another CPU may sum a standard deviation in another order.
 TOLERANCE = 1e-4
 SHAPE = ClipShape(num_frames=17, height=64, width=96, frame_rate=24.0)
 GUIDANCE = AV(
@@ -42,7 +42,7 @@ def recorded() -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def given() -> SimpleNamespace:
-    """What the recorder drew, in its order: a stage-2 start with two images, and the results of four passes."""
+    """What the recorder drew, in its order: a state of stage 2 with two images, and the results of four passes."""
     generator = torch.Generator().manual_seed(5)
 
     def draw(*size: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The engines without Ray: a request to its latents, in one process and with one thread."""
+"""The engines without Ray: from a manifest row to its latents, in one process and with one thread."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ def one_thread():
 
 
 class ToyPipeline:
-    """Text and diffusion engines of one model, kept for many requests."""
+    """Text and diffusion engines of one model, for any number of rows."""
 
     def __init__(self, model: ModelFiles, dtype: str = "float32", compiled: str = "off", precision: str = "bf16"):
         self.model = model
-        asked = Numerics(dtype=dtype, attention="auto", compile=compiled, precision=precision)
-        self.numerics = resolve(asked, (), False)
+        requested = Numerics(dtype=dtype, attention="auto", compile=compiled, precision=precision)
+        self.numerics = resolve(requested, (), False)
         spec = EngineSpec("", model, self.numerics, "", layout=GangLayout(DIFFUSION_STAGES, alternates=True))
         self.text, self.diffusion = TextEngine(spec, Rank()), DiffusionEngine(spec, Rank())
         self.text.load()
         self.diffusion.load()
 
     def item(self, row: dict) -> WorkItem:
-        """The work of a manifest row; images count from the goldens' folder."""
+        """The item of a manifest row, whose image paths are relative to the goldens' folder."""
         raw = RawRow(str(GOLDENS / "rows.jsonl"), 1, row)
         loras = tuple(LoraUse(file.name, file.strength) for file in self.model.loras)
         judged = judge(raw, RowRules(pipelines=served_pipelines(self.model.distilled), loras=loras))
@@ -67,7 +67,7 @@ class ToyPipeline:
 def toy_pipeline(
     distilled: bool = False, dtype: str = "float32", compiled: str = "off", precision: str = "bf16"
 ) -> ToyPipeline:
-    """The default toy model's line; the distilled pipeline runs on the same weights without a LoRA."""
+    """The default toy model's engines. The distilled pipeline runs on the same weights without a LoRA."""
     from ltx_ray.toy import ensure_toy_model
 
     files = ensure_toy_model()

@@ -29,7 +29,7 @@ def test_the_next_item_is_produced_while_one_is_used():
     consumer = prefetch(items())
     assert next(consumer) == 0
     deadline = time.monotonic() + 10
-    while len(produced) < 3 and time.monotonic() < deadline:  # one is ready, and the one after it waits
+    while len(produced) < 3 and time.monotonic() < deadline:  # One is ready, and the one after it waits.
         time.sleep(0.01)
     time.sleep(0.05)
     assert produced == [0, 1, 2]
@@ -47,7 +47,7 @@ def test_an_error_comes_after_the_items_before_it_and_keeps_no_tensor():
 
     consumer = prefetch(items())
     assert next(consumer) == 1
-    gc.disable()  # a reference cycle would keep device memory until the collector runs
+    gc.disable()  # A reference cycle would keep device memory until the collector runs.
     try:
         with pytest.raises(ValueError, match="of 3") as caught:
             next(consumer)

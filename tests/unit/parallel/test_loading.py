@@ -1,4 +1,4 @@
-"""Reading shards: every slice, dtype and failure, in pieces smaller than the tensors."""
+"""Reading shards: every slice, dtype and failure, in chunks smaller than the tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ltx_ray.parallel.loading import ShardRead, load_shard, read_shards, shard_s
 
 
 @pytest.fixture(autouse=True)
-def small_pieces(monkeypatch):
+def small_chunks(monkeypatch):
     monkeypatch.setattr(loading, "CHUNK_BYTES", 96)
 
 
@@ -51,7 +51,7 @@ def test_a_rank_reads_its_slices(file, size, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("size", [1, 4])
 def test_prequantized_weights_are_scaled(tmp_path, size, dtype):
-    """In float32, and rounded once: as the reference folds a scale into its weight."""
+    """In float32 and rounded once, as the reference multiplies a weight by its scale."""
     values = torch.randn(16, 24).to(torch.float8_e4m3fn)
     save_file({"w": values, "w_scale": torch.tensor(0.0371)}, tmp_path / "fp8.safetensors")
     infos = read_header(tmp_path / "fp8.safetensors").tensors
@@ -65,12 +65,12 @@ def test_prequantized_weights_are_scaled(tmp_path, size, dtype):
             assert torch.equal(into, whole.narrow(dim, rank * into.shape[dim], into.shape[dim]))
 
 
-def test_everything_wanted_comes_once(file):
+def test_every_read_is_yielded_once(file):
     tensors, infos = file
     names = list(tensors)[::-1]
-    wanted = [ShardRead(infos[n], None, torch.empty_like(tensors[n])) for n in names]
-    assert sorted(read_shards(wanted, RankGroup())) == list(range(len(names)))
-    assert all(torch.equal(w.target.float(), tensors[n].float()) for w, n in zip(wanted, names, strict=True))
+    reads = [ShardRead(infos[n], None, torch.empty_like(tensors[n])) for n in names]
+    assert sorted(read_shards(reads, RankGroup())) == list(range(len(names)))
+    assert all(torch.equal(r.target.float(), tensors[n].float()) for r, n in zip(reads, names, strict=True))
 
 
 def test_a_file_cut_off_after_its_header_was_read(file, tmp_path):
@@ -78,15 +78,15 @@ def test_a_file_cut_off_after_its_header_was_read(file, tmp_path):
     last = max(infos.values(), key=lambda info: info.end)
     with open(last.path, "r+b") as opened:
         opened.truncate(last.end - 1)
-    wanted = [ShardRead(info, None, torch.empty_like(tensors[name])) for name, info in infos.items()]
+    reads = [ShardRead(info, None, torch.empty_like(tensors[name])) for name, info in infos.items()]
     with pytest.raises(ValueError, match=rf"{last.path}: {last.key}: the file ends at byte {last.end - 1}, inside it"):
-        list(read_shards(wanted, RankGroup()))
+        list(read_shards(reads, RankGroup()))
 
 
 class Layers(nn.Module):
-    def __init__(self, tp: RankGroup, wide: int = 24):
+    def __init__(self, tp: RankGroup, hidden: int = 24):
         super().__init__()
-        self.up, self.down = ColumnParallelLinear(8, wide, tp), RowParallelLinear(wide, 8, tp)
+        self.up, self.down = ColumnParallelLinear(8, hidden, tp), RowParallelLinear(hidden, 8, tp)
 
 
 def saved(tmp_path, **change):

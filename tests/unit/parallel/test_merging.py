@@ -16,46 +16,46 @@ from ltx_ray.parallel.loading import load_shard
 from ltx_ray.parallel.lora import LoraMerger, LoraSetting
 from ltx_ray.parallel.merging import merge_
 from ltx_ray.parallel.weight_cache import GIB, FreeMemory, choose_location
-from tests.support.lora_files import SHAPES, USES, Model, assert_same, expected, merger
+from tests.support.lora_files import SHAPES, STRENGTHS, Model, assert_same, expected, merger
 from tests.support.lora_files import files as files
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("uses", USES)
-def test_merged_weights_are_the_references(files, uses, dtype):
+@pytest.mark.parametrize("strengths", STRENGTHS)
+def test_merged_weights_are_the_references(files, strengths, dtype):
     model, merging = merger(files, dtype=dtype)
-    assert merging.switch_to(LoraSetting(uses)) == any(s for _, s in uses)
-    assert_same(model, expected(files, uses, dtype))
+    assert merging.switch_to(LoraSetting(strengths)) == any(s for _, s in strengths)
+    assert_same(model, expected(files, strengths, dtype))
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_shard_merges_like_the_whole(files, size):
-    for uses in USES:
-        whole = expected(files, uses)
+    for strengths in STRENGTHS:
+        whole = expected(files, strengths)
         for rank in range(size):
             model, merging = merger(files, RankGroup(rank, size))
-            merging.switch_to(LoraSetting(uses))
+            merging.switch_to(LoraSetting(strengths))
             for name, parameter in model.named_parameters():
                 dim, full = parameter.shard_dim, whole[name]
                 part = full if dim is None else full.narrow(dim, rank * parameter.shape[dim], parameter.shape[dim])
-                assert torch.equal(parameter, part), (name, uses)
+                assert torch.equal(parameter, part), (name, strengths)
 
 
-strengths = st.sampled_from([0.0, 0.25, 0.5, 1.0, -0.7, 1e-4])
-uses_of = st.lists(st.tuples(st.integers(0, 2), strengths), unique_by=lambda use: use[0]).map(
-    lambda uses: tuple(sorted(uses))
+one_strength = st.sampled_from([0.0, 0.25, 0.5, 1.0, -0.7, 1e-4])
+any_strengths = st.lists(st.tuples(st.integers(0, 2), one_strength), unique_by=lambda entry: entry[0]).map(
+    lambda entries: tuple(sorted(entries))
 )
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(uses_of, min_size=1, max_size=6), st.sampled_from(["file", "host", "device"]),
+@given(st.lists(any_strengths, min_size=1, max_size=6), st.sampled_from(["file", "host", "device"]),
        st.sampled_from(["file", "host", "device"]), st.integers(0, 6))  # fmt: skip
 def test_any_sequence_of_switches_ends_in_the_bits_of_a_fresh_load(files, sequence, clean, factors, cached_at):
     model, merging = merger(files)
-    for number, uses in enumerate(sequence):
-        if number == cached_at:  # a replica that caches its sources when it turns out to switch
+    for number, strengths in enumerate(sequence):
+        if number == cached_at:  # Some replicas cache their sources only when they switch.
             merging.cache_sources(0, FreeMemory(0, 0), clean, factors)
-        merging.switch_to(LoraSetting(uses))
+        merging.switch_to(LoraSetting(strengths))
     assert_same(model, expected(files, sequence[-1]))
     assert not merging.switch_to(LoraSetting(sequence[-1]))
 
@@ -102,16 +102,16 @@ def test_only_layers_that_change_are_touched(files, monkeypatch):
     assert sorted(touched) == ["down.weight", "gate.weight"]
 
 
-def test_a_merge_that_fails_is_made_good_by_the_next(files, monkeypatch):
+def test_a_merge_that_fails_is_repaired_by_the_next(files, monkeypatch):
     model, merging = merger(files)
     merging.switch_to(LoraSetting(((0, 0.25),)))
-    good, calls = merging._merge_one, []
+    merge_one, calls = merging._merge_one, []
 
     def fails(*arguments):
         calls.append(1)
         if len(calls) == 3:
             raise torch.OutOfMemoryError("no memory")
-        good(*arguments)
+        merge_one(*arguments)
 
     monkeypatch.setattr(merging, "_merge_one", fails)
     with pytest.raises(torch.OutOfMemoryError, match=r"merging into \w+\.weight: no memory"):
@@ -126,7 +126,7 @@ def test_chunks_do_not_show(chunk_bytes):
     clean, a, b = torch.randn(48, 40).bfloat16(), torch.randn(8, 40).bfloat16(), torch.randn(48, 8).bfloat16()
     whole = torch.matmul(b * 0.3, a).addmm_(b, a, alpha=0.7) + clean
     products = [(a, b, 0.3), (a, b, 0.7)]
-    for first in range(0, 48, 16):  # a shard of rows, whose chunks lie where the whole's do
+    for first in range(0, 48, 16):  # A shard of rows, whose chunks have the borders of the whole weight's.
         rows = slice(first, first + 16)
         target = torch.empty(16, 40).bfloat16()
         parts = [(a, b[rows], s) for _, _, s in products]
@@ -166,18 +166,18 @@ def fp8_merger(files):
 @pytest.mark.parametrize("location", [None, "file", "host", "device"])
 def test_fp8_weights_are_those_of_the_merged_ones_whatever_was_merged_before(files, location):
     model, merging = fp8_merger(files)
-    for number, uses in enumerate((*USES, USES[1], (), USES[3])):
+    for number, strengths in enumerate((*STRENGTHS, STRENGTHS[1], (), STRENGTHS[3])):
         if number == 2 and location is not None:
             merging.cache_sources(0, FreeMemory(0, 0), location, location)
-        merging.switch_to(LoraSetting(uses))
-        for name, values in expected(files, uses).items():
+        merging.switch_to(LoraSetting(strengths))
+        for name, values in expected(files, strengths).items():
             parameter = model.get_parameter(name)
             if row_scale_of(parameter) is None:
-                assert torch.equal(parameter, values), (name, uses)
+                assert torch.equal(parameter, values), (name, strengths)
                 continue
             again = shard_parameter(torch.empty_like(parameter), None)
             again.row_scale = torch.empty_like(parameter.row_scale)
             write_values(again, values)
-            assert torch.equal(read_values(parameter), read_values(again)), (name, uses)
+            assert torch.equal(read_values(parameter), read_values(again)), (name, strengths)
             exact = values.float()
             assert ((read_values(parameter) - exact).abs() <= exact.abs() / 16 + again.row_scale[:, None]).all()

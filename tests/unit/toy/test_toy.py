@@ -191,7 +191,7 @@ def test_ensure_makes_once(tmp_path, monkeypatch):
     first = ensure_toy_model()
     assert first.keys() == FILES.keys() and all(os.path.exists(p) for p in first.values())
     assert Path(first["gemma_root"]).is_relative_to(tmp_path / "cache")
-    monkeypatch.setattr(package, "make_toy_model", lambda *a, **k: pytest.fail("made a second time"))
+    monkeypatch.setattr(package, "make_toy_model", lambda *a, **k: pytest.fail("made again"))
     assert ensure_toy_model() == first
     assert len(list((tmp_path / "cache").iterdir())) == 1
 

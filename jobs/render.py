@@ -6,7 +6,7 @@ The same as `ltx-ray render`; run it with --help for the options.
 import sys
 from pathlib import Path
 
-# a clone need not be installed on the cluster: its root is enough
+# The cluster needs a clone, which need not be installed.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ltx_ray.cli import main

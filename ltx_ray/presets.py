@@ -1,4 +1,7 @@
-"""The pipelines and their defaults: sampler, schedules, guidance, sizes, the default negative prompt."""
+"""The pipelines and their defaults: sampler, schedules, guidance, sizes, the default negative prompt.
+
+Source: `ltx_pipelines/utils/constants.py` of the reference v1.2.0 (docs/ltx-2.3.md#schedules).
+"""
 
 from __future__ import annotations
 
@@ -22,9 +25,9 @@ DEFAULT_NEGATIVE_PROMPT = (
     "inconsistent tone, cinematic oversaturation, stylized filters, or AI artifacts."
 )
 
-#: Stage 2 of every pipeline refines along this schedule.
+#: The schedule of stage 2 in every pipeline.
 STAGE_2_SIGMAS = (0.909375, 0.725, 0.421875, 0.0)
-#: H.264 quality at which LTX-2.3 saw its conditioning images.
+#: H.264 quality (CRF) of the conditioning images that LTX-2.3 was trained with.
 DEFAULT_IMAGE_CRF = 33
 DISTILLED_SIGMAS = (1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0)
 
@@ -46,13 +49,13 @@ _COMMON: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A named way to render: its row defaults, its sampler, its stage-1 schedule, the audio it keeps."""
+    """A named pipeline: its sampler, its stage-1 schedule, the stage whose audio it keeps, and its row defaults."""
 
     name: str
     sampler: str
-    #: Stage-1 levels; None computes them from the number of steps.
+    #: Noise levels of stage 1; None computes them from the number of steps.
     sigmas: tuple[float, ...] | None
-    #: Tokens that shift a computed schedule; None takes the clip's own stage-1 video tokens.
+    #: Number of tokens by which a computed schedule is shifted; None takes the clip's stage-1 video tokens.
     schedule_tokens: int | None
     audio_stage: str
     #: Whether it runs on the distilled checkpoint, which has no distilled LoRA and no guidance.

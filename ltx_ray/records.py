@@ -1,4 +1,4 @@
-"""The frozen dataclasses that flow between stages. No torch here: tensors are typed as `Any`."""
+"""The records that flow through a run: requests, items, results, reports. No torch here: tensors are typed `Any`."""
 
 from __future__ import annotations
 
@@ -64,13 +64,13 @@ class StoredLatentsGone(RenderError):
 
 @dataclass(frozen=True)
 class AV(Generic[T]):
-    """A video thing and its audio twin, so that code handles both in one line."""
+    """A value for video and one for audio, so that code handles both streams in one expression."""
 
     video: T
     audio: T
 
     def map(self, fn: Callable[..., U], *others: AV[Any]) -> AV[U]:
-        """`fn(self.video, *others.video)` and the same for audio, video first."""
+        """`fn(self.video, *others.video)`, then the same for audio."""
         return AV(fn(self.video, *(o.video for o in others)), fn(self.audio, *(o.audio for o in others)))
 
     def swapped(self) -> AV[T]:
@@ -83,7 +83,7 @@ class AV(Generic[T]):
 
 @dataclass(frozen=True)
 class Guidance:
-    """Guidance of one modality; the names are the manifest's without their `video_`/`audio_` prefix."""
+    """Guidance of one modality: the manifest's columns without their `video_` or `audio_` prefix."""
 
     cfg_scale: float
     stg_scale: float
@@ -95,7 +95,11 @@ class Guidance:
 
 @dataclass(frozen=True)
 class ImageCondition:
-    """One conditioning image of a row: where it is, the frame it sits at, how strongly it binds."""
+    """A conditioning image of a row.
+
+    `frame_idx`: the frame that it conditions. `strength`: 1 keeps the image, 0 ignores it. `crf`: quality of the H.264
+    round trip before encoding, 0 for none; None for the default of the model's generation.
+    """
 
     path: str
     frame_idx: int
@@ -105,7 +109,7 @@ class ImageCondition:
 
 @dataclass(frozen=True)
 class LoraUse:
-    """A user LoRA (declared with --lora under its file's stem) and its strength in this row."""
+    """A user LoRA, declared with --lora under its file's stem, and its strength in this row."""
 
     name: str
     strength: float
@@ -113,7 +117,7 @@ class LoraUse:
 
 @dataclass(frozen=True)
 class RenderRequest:
-    """One manifest row with every default resolved. Field names are the manifest's columns."""
+    """A manifest row with every default resolved. The fields are the manifest's columns (docs/manifest.md)."""
 
     prompt: str
     negative_prompt: str
@@ -145,6 +149,7 @@ class RenderRequest:
 
     @property
     def shape(self) -> ClipShape:
+        """The size of the finished clip."""
         return ClipShape(self.num_frames, self.height, self.width, self.frame_rate)
 
     @property
@@ -162,7 +167,7 @@ class RenderRequest:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What besides the request decides the pixels. Weight files are named by digest, never by path."""
+    """Everything besides the request that decides the pixels. Weight files count by digest, never by path."""
 
     pipeline: str
     dtype: str
@@ -178,21 +183,24 @@ class Recipe:
 
 @dataclass(frozen=True)
 class WorkItem:
-    """One clip to render: what flows through the pools. Several manifest rows may share it."""
+    """One clip to render. Several manifest rows may share it."""
 
     item_id: str
     request: RenderRequest
     recipe: Recipe
     recipe_digest: str
-    #: Digests of the request's images, in order: what the workers read must be what was planned.
+    #: Digests of the request's images, in order. The workers refuse an image that has changed since it was planned.
     image_digests: tuple[str, ...] = ()
-    #: A tiny clip that only shows that the line works; nothing of it is published.
+    #: Whether this is the tiny clip that only tries every pool. Nothing of it is published.
     preflight: bool = False
 
 
 @dataclass(frozen=True)
 class PromptContext:
-    """Text contexts of one prompt: tensors (1, S, D_video) and (1, S, D_audio) on the host."""
+    """The text contexts of one prompt: tensors (1, S, D_video) and (1, S, D_audio) on the host.
+
+    `tokens`: tokens of the prompt among the S positions. `truncated`: whether the prompt was longer.
+    """
 
     context: AV[Any]
     tokens: int
@@ -201,7 +209,7 @@ class PromptContext:
 
 @dataclass(frozen=True)
 class ImageLatents:
-    """A conditioning image encoded at the sizes of both stages: normalised latents (1, C, 1, H, W)."""
+    """A conditioning image encoded at the sizes of both stages: normalized latents (1, C, 1, H, W)."""
 
     frame_idx: int
     strength: float
@@ -211,7 +219,7 @@ class ImageLatents:
 
 @dataclass(frozen=True)
 class Conditions:
-    """What the text pool hands to the stages. `negative` is None when no guidance pass needs it."""
+    """The conditions of a clip, as the text stage makes them. `negative` is None when no guidance pass needs it."""
 
     positive: PromptContext
     negative: PromptContext | None
@@ -220,10 +228,10 @@ class Conditions:
 
 @dataclass(frozen=True)
 class NoiseLedger:
-    """Every draw a clip's generator has made so far, so that any stage can put it back there.
+    """Every draw that a clip's noise generator has made so far (docs/ltx-2.3.md#order-of-draws).
 
-    `draws` holds (name, packed shape, dtype name). Numbers of a CUDA generator depend on the GPU
-    model, hence `device_model`.
+    A stage replays the draws to put a new generator into the state in which the stage before left it. `draws` holds
+    (name, packed shape, dtype name). The numbers of a CUDA generator depend on the model of the GPU, `device_model`.
     """
 
     seed: int
@@ -232,13 +240,16 @@ class NoiseLedger:
     draws: tuple[tuple[str, tuple[int, ...], str], ...] = ()
 
     def extended(self, name: str, shape: tuple[int, ...], dtype: str) -> NoiseLedger:
+        """The ledger with one more draw."""
         return dataclasses.replace(self, draws=(*self.draws, (name, tuple(shape), dtype)))
 
 
 @dataclass(frozen=True)
 class StageLatents:
-    """What a stage hands on: unpacked latents (1, C, F, H, W) and (1, 8, T, 16) on the host, and how they were made
-    (the run's numerics as JSON, "" where that is not known)."""
+    """The result of a diffusion stage: video latents (1, C, F, H, W) and audio latents (1, 8, T, 16) on the host.
+
+    `numerics`: the numerics of the run that made them as JSON, "" where they are not known.
+    """
 
     latents: AV[Any]
     ledger: NoiseLedger
@@ -247,7 +258,7 @@ class StageLatents:
 
 @dataclass(frozen=True)
 class Clip:
-    """What the decode pool made of an item. `path` is relative to the output root (None: latents only)."""
+    """A finished clip. `path` is relative to the root of the output; None for a preflight clip."""
 
     path: str | None
     sha256: str | None
@@ -307,7 +318,7 @@ class CallReport:
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses, tuples and the like as dicts, lists and scalars (for JSON and Parquet)."""
+    """Dataclasses and tuples as dicts, lists and scalars, for JSON and Parquet."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, dict):
@@ -318,5 +329,5 @@ def plain(value: Any) -> Any:
 
 
 def canonical_json(value: Any) -> str:
-    """One spelling for equal values: sorted keys, no blanks, shortest floats, UTF-8 text."""
+    """JSON with one spelling for equal values: sorted keys, no blanks, shortest floats, UTF-8 text."""
     return json.dumps(plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)

@@ -25,18 +25,19 @@ from ltx_ray.checkpoints.checkpoint import (
 )
 from ltx_ray.checkpoints.lora import check_lora
 from ltx_ray.config import ModelFiles, Numerics, PoolSpec, RunLimits, Selection
+from ltx_ray.dataset import layout
 from ltx_ray.dataset.existing import ExistingRows, list_existing
 from ltx_ray.dataset.repair import repair
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.driver.events import EventLog
 from ltx_ray.driver.progress import Progress
 from ltx_ray.manifest.reader import RawRow, manifest_folder
-from ltx_ray.manifest.rules import Row, RowProblem, RowRules, check_defaults, judge
+from ltx_ray.manifest.rules import IllegalRow, RowProblem, RowRules, check_defaults, judge
 from ltx_ray.placement.cluster import Cluster
 from ltx_ray.placement.memory import MemoryBudget, can_share
 from ltx_ray.placement.numerics import check as check_numerics
 from ltx_ray.placement.sizing import ParallelConfig
-from ltx_ray.planning.plan import TODO, ItemBuilder, Plan, PlannedRow
+from ltx_ray.planning.plan import TODO, ItemBuilder, Plan, PlanEntry
 from ltx_ray.pools.pool import StartFailed
 from ltx_ray.presets import served_pipelines
 from ltx_ray.records import LoraUse, WorkItem, canonical_json
@@ -109,7 +110,7 @@ class Prepared:
 def prepare(options: Options) -> Prepared:
     """Check everything that needs no GPU and no Ray. Raises ValueError for a user's mistake.
 
-    What the dataset has already is for the caller to list into `plan.existing`: once, and when it may be read.
+    The plan knows no dataset yet: `plan.against` is for the caller, once the dataset may be read.
     """
     model = options.model.local()
     checkpoint = open_checkpoint(model.checkpoint_path)
@@ -148,7 +149,6 @@ def prepare(options: Options) -> Prepared:
         manifest=options.manifest,
         rules=rules,
         builder=ItemBuilder(model, numerics),
-        existing=ExistingRows(),
         selection=options.selection,
         samples=options.samples_per_prompt,
         retry_failed=options.retry_failed,
@@ -160,7 +160,7 @@ def prepare(options: Options) -> Prepared:
 def render(options: Options) -> int:
     """Render the manifest; returns the exit code. Raises ValueError for a user's mistake."""
     prepared = prepare(options)
-    rows = prepared.plan.open()
+    raws = prepared.plan.read()
     assert options.output is not None
     store = Store(options.output)
     store.check_writable()
@@ -187,10 +187,12 @@ def render(options: Options) -> int:
     try:
         # under the lease: what another run finished while this one waited is done, and nobody else mends
         clean_stale(store, _STALE_SECONDS)
-        prepared.plan.existing = list_existing(store)
-        repair(store, prepared.plan.existing, progress.say)
+        existing = list_existing(store)
+        repair(store, existing, progress.say)
+        prepared = replace(prepared, plan=prepared.plan.against(existing))
+        rows = prepared.plan.rows(raws)
         if options.promote is not None:
-            rows = _promoted(rows, options.promote, prepared.plan.existing)
+            rows = _promoted(rows, options.promote, existing)
         return _drive(prepared, rows, cluster, store, run_id, progress, lease)
     finally:
         cluster.leave()
@@ -204,7 +206,7 @@ def render(options: Options) -> int:
 
 def _drive(
     prepared: Prepared,
-    rows: Iterator[PlannedRow],
+    rows: Iterator[PlanEntry],
     cluster: Cluster,
     store: Store,
     run_id: str,
@@ -218,7 +220,7 @@ def _drive(
     options = prepared.options
     _keep_older_run(store)
     events = EventLog(store)
-    record = _RunRecord(store.hurried(_RECORD_PATIENCE), run_id, prepared)
+    record = _RunRecord(store.retrying_for(_RECORD_PATIENCE), run_id, prepared)
     record.write("running", Counter())
     events.emit("run_started", run_id=run_id)
     events.flush()
@@ -251,7 +253,7 @@ def _drive(
 
     # an object store answers each write late, but many at once
     publisher = Publisher(threads=2 if store.is_local else 16)
-    writer = DatasetWriter(store.hurried(_INDEX_PATIENCE))
+    writer = DatasetWriter(store.retrying_for(_INDEX_PATIENCE))
     tracker = RowTracker(prepared.plan, writer, publisher, events, progress, canonical_json(record.versions))
     driver = Driver(
         tracker=tracker,
@@ -295,7 +297,7 @@ def _drive(
     return code
 
 
-def _saying_what_is_missing(rows: Iterator[PlannedRow], plan: Plan, progress: Progress) -> Iterator[PlannedRow]:
+def _saying_what_is_missing(rows: Iterator[PlanEntry], plan: Plan, progress: Progress) -> Iterator[PlanEntry]:
     yield from rows
     say_missing_ids(plan, progress.say)
 
@@ -307,19 +309,22 @@ def say_missing_ids(plan: Plan, say: Callable[[str], None]) -> None:
         say(f"--ids: {len(plan.unmet)} ids are not in {plan.manifest}, such as {shown}")
 
 
-def _promoted(rows: Iterator[PlannedRow], items: frozenset[str], done: ExistingRows) -> Iterator[PlannedRow]:
+def _promoted(rows: Iterator[PlanEntry], items: frozenset[str], done: ExistingRows) -> Iterator[PlanEntry]:
     """The rows of these items; one that would now be another item than its preview, or has no latents, is illegal."""
     for planned in rows:
-        if planned.status == TODO and planned.item_id not in items and done.has_preview(planned.item_id, planned.key):
+        if isinstance(planned, IllegalRow) or planned.status != TODO:
+            yield planned
+            continue
+        if planned.item_id not in items and done.has_preview(planned.item_id, planned.key):
             continue  # an older preview of the same id
-        if planned.status == TODO and not (planned.item_id in items and done.has_latents(planned.item_id)):
+        if not (planned.item_id in items and done.has_latents(planned.item_id)):
             legal = (
                 "the model, LoRAs, --dtype, --precision and --noise-device that its preview was made with "
                 "(or it has no latents)"
             )
-            row = planned.row
-            planned = PlannedRow.illegal(Row(row.raw, None, (RowProblem("preview", planned.id, legal),)))
-        yield planned
+            yield planned.refused(RowProblem("preview", planned.id, legal))
+        else:
+            yield planned
 
 
 def _preflight_item(prepared: Prepared) -> WorkItem | None:
@@ -327,8 +332,10 @@ def _preflight_item(prepared: Prepared) -> WorkItem | None:
     values: dict[str, Any] = {"prompt": "preflight", "height": 64, "width": 64, "num_frames": 9}
     if not prepared.options.model.distilled:
         values["num_inference_steps"] = 2
-    request = judge(RawRow("preflight", 1, values), prepared.plan.rules).request
-    return replace(prepared.plan.builder.item(request), preflight=True) if request is not None else None
+    row = judge(RawRow("preflight", 1, values), prepared.plan.rules)
+    if isinstance(row, IllegalRow):
+        return None
+    return replace(prepared.plan.builder.item(row.request), preflight=True)
 
 
 def _drain_on_signals(driver) -> dict[int, Any]:
@@ -392,18 +399,18 @@ class _RunRecord:
         }
         # it informs people; the dataset does without
         with contextlib.suppress(OSError):
-            self._store.write_bytes("run.json", json.dumps(record, indent=2, ensure_ascii=False).encode())
+            self._store.write_bytes(layout.RUN_RECORD, json.dumps(record, indent=2, ensure_ascii=False).encode())
 
 
 def _keep_older_run(store: Store) -> None:
     """Move the records of the run before this one under `runs/<its id>/`."""
     try:
-        older = json.loads(store.read_bytes("run.json"))["run_id"]
+        older = json.loads(store.read_bytes(layout.RUN_RECORD))["run_id"]
     except (OSError, ValueError, KeyError):
         return
-    for name in ("run.json", "events.jsonl", "report.html"):
+    for name in (layout.RUN_RECORD, layout.EVENTS, layout.REPORT):
         if store.exists(name):
-            store.write_bytes(f"runs/{older}/{name}", store.read_bytes(name))
+            store.write_bytes(layout.older_record(older, name), store.read_bytes(name))
 
 
 def _summary(state: str, counts: Mapping[str, int], output: str | None) -> str:

@@ -1,7 +1,7 @@
-"""Pixel -> latent -> packed arithmetic of LTX-2.3, in plain ints, and which sizes are legal.
+"""Sizes of LTX-2.3's clips, latents and packed latents, and which sizes are legal.
 
-Source of the numbers: `ltx-facts.md` (the video VAE compresses 8 x 32 x 32, stage 1 runs at half
-resolution, audio has 25 latents a second of 8 channels x 16 bins).
+The video VAE compresses 8 x 32 x 32 (time, height, width), stage 1 runs at half resolution, and audio has 25 latents a
+second of 8 channels x 16 bins. Source: docs/ltx-2.3.md.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from fractions import Fraction
 
 TIME_FACTOR = 8
 SPACE_FACTOR = 32
-#: Stage 1 works at half of the requested size, so both sides must survive a further halving.
+#: Stage 1 renders at half of the requested height and width, each of which must be a multiple of `SPACE_FACTOR` there.
 SIZE_MULTIPLE = 2 * SPACE_FACTOR
 VIDEO_CHANNELS = 128
 AUDIO_LATENTS_PER_SECOND = 16000 / 160 / 4
 AUDIO_CHANNELS = 8
 AUDIO_BINS = 16
 AUDIO_SAMPLE_RATE = 48000
-#: Frames a second; below the lower bound a rate has no fraction that a file can hold.
+#: Lowest and highest frame rate. A file cannot hold the fraction of a lower one.
 FRAME_RATES = (0.01, 1000.0)
 FRAME_RATES_LEGAL = "frames a second, from 0.01 to 1000"
 
@@ -55,12 +55,12 @@ class ClipShape:
 
     @property
     def audio_latents(self) -> int:
-        """Packed length of the audio latent; Python's round, half to even, as the reference has it."""
+        """Packed length of the audio latent. Rounds half to even, like the reference."""
         return round(float(self.num_frames) / float(self.frame_rate) * AUDIO_LATENTS_PER_SECOND)
 
     @property
     def audio_samples(self) -> int:
-        """Samples at 48 kHz that last exactly as long as the picture does."""
+        """Samples at 48 kHz that last as long as the picture."""
         return round(Fraction(self.num_frames) / frame_rate_fraction(self.frame_rate) * AUDIO_SAMPLE_RATE)
 
     @property
@@ -69,10 +69,10 @@ class ClipShape:
 
 
 def frame_rate_fraction(frame_rate: float) -> Fraction:
-    """`frame_rate` as the fraction that goes into the file.
+    """`frame_rate` as the fraction that is written to the file.
 
-    Decimal spellings of the NTSC rates (23.976, 29.97, 59.94 ...) mean n*1000/1001; everything else
-    is taken as the decimal number it was written as.
+    Decimals of the NTSC rates (23.976, 29.97, 59.94 ...) mean n*1000/1001. Any other number is taken exactly as it was
+    written.
     """
     nearest = round(frame_rate)
     if nearest > 0 and frame_rate != nearest:

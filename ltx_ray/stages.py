@@ -18,11 +18,11 @@ class Stage(StrEnum):
 
     TEXT = "text"
     STAGE1 = "stage1"
-    #: Reads the stored latents of stage 1, in place of rendering them.
+    #: Reads the stored latents of stage 1 instead of rendering them.
     LOAD_LATENTS = "load_latents"
     STAGE2 = "stage2"
     DECODE = "decode"
-    #: Stores the latents of an item that does not go on.
+    #: Saves the latents of an item that does not go on.
     SAVE_LATENTS = "save_latents"
 
 
@@ -31,7 +31,7 @@ class StageTraits:
     """What holds for every call of a stage.
 
     `seconds` and `result_bytes` are guesses that serve until calls have been measured: one H100, an HQ clip of 121
-    frames at 1088x1920 (docs/benchmarks.md#parts-of-a-clip). Only their ratios count.
+    frames at 1088x1920 (docs/benchmarks.md#parts-of-a-clip). Only their ratios matter.
     """
 
     #: Results that a call takes, in the order of its arguments, as far as the item has them. A result is dropped as
@@ -39,7 +39,7 @@ class StageTraits:
     inputs: tuple[Stage, ...]
     #: Whose result a call makes.
     result: Stage
-    #: Whether a replica merges LoRAs at this stage's strengths, so that turning to the stage costs it time.
+    #: Whether a replica merges LoRAs at this stage's strengths, so that a switch to the stage takes time.
     merges_weights: bool
     #: Whether it goes on while a run drains.
     runs_while_draining: bool
@@ -73,11 +73,11 @@ TRAITS: Mapping[Stage, StageTraits] = MappingProxyType(
 
 #: The stages of a replica of the DiT.
 DIFFUSION_STAGES = tuple(stage for stage, traits in TRAITS.items() if traits.merges_weights)
-#: What an item passes through: from its prompt, from its prompt to a preview, from its stored stage-1 latents.
+#: The paths of items: from prompt to clip, from prompt to preview, and from stored stage-1 latents to clip.
 FULL_PATH = (Stage.TEXT, Stage.STAGE1, Stage.STAGE2, Stage.DECODE)
 PREVIEW_PATH = (Stage.TEXT, Stage.STAGE1, Stage.DECODE)
 PATH_FROM_STORED = (Stage.TEXT, Stage.LOAD_LATENTS, Stage.STAGE2, Stage.DECODE)
-#: The stages of a decode replica: all that has to do with the output.
+#: The stages of a decode replica: all that read or write the output.
 OUTPUT_STAGES = (Stage.DECODE, Stage.SAVE_LATENTS, Stage.LOAD_LATENTS)
 
 

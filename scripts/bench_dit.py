@@ -1,15 +1,15 @@
 #!/usr/bin/env python
-"""A pass of the DiT against ltx_core and diffusers, and against its own matrix products and attention, in one run.
+"""Benchmark a pass of the DiT against ltx_core, diffusers, and its own matrix products and attention, in one run.
 
     scripts/bench_dit.py --stage 2 --against ltx-core,diffusers --compile-peers [--precision fp8] [--graphs]
 
-One CUDA GPU; random weights at real widths, the same for every side, made anew from the parameters' names, so that only
-one side's are there at a time. Passes are text-to-video at sigma 0.7, batch 1, 1,024 text tokens. Stage 1 has half the
-height and width of --shape and is measured twice: the full pass ("cond") and the one whose streams do not see each
-other ("isolated"). Medians of CUDA events between passes that follow one another without a pause. The skeleton
-(scripts/bench/skeleton.py) runs before and after ours, so that drifting clocks show. ltx_core is the reference v1.2.0
-from PYTHONPATH, called as its pipelines call it (a timestep for every token; --peer-levels one: one for all) with
-the attention that it chooses itself.
+Needs one CUDA GPU. All sides have the same random weights at the released widths, generated from the parameters' names,
+so that only one side's are in memory at a time. Passes are text-to-video at sigma 0.7, batch 1, 1,024 text tokens. In
+stage 1, with half the height and width of --shape, two passes are measured: the full pass ("cond") and the pass without
+attention between the streams ("isolated"). Times are medians of CUDA events between consecutive passes without a pause.
+The skeleton (scripts/bench/skeleton.py) runs before and after ours to reveal drifting clocks. ltx_core is the reference
+v1.2.0 from PYTHONPATH, called as its pipelines call it: with the attention backend that it chooses itself, and with a
+timestep for every token (--peer-levels one: one for all).
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -48,13 +49,14 @@ from scripts.bench.skeleton import Lengths, Skeleton, flops, plan
 
 GIB = 2**30
 TEXT = 1024
+T = TypeVar("T")
 Call = Callable[[], object]
 Velocities = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass
 class Row:
-    """What one side took for a pass; `passes` are milliseconds, memory is above the weights, in GiB."""
+    """One side's passes in milliseconds, and in GiB its weights and the memory of a pass beyond them."""
 
     side: str
     passes: list[float]
@@ -68,10 +70,13 @@ class Row:
 
 
 def measure(side: str, call: Call, device: torch.device, repeat: int, warm: float) -> Row:
-    """Time of `repeat` passes one after the other, after `warm` seconds of them; the first may compile."""
+    """Time `repeat` consecutive passes after `warm` seconds of warm-up; the very first pass may compile."""
     memory = _memory_of(call, device)
     if device.type != "cuda":
-        marks = [time.perf_counter() for _ in range(repeat + 1) if call() or True]
+        marks = []
+        for _ in range(repeat + 1):
+            call()
+            marks.append(time.perf_counter())
         return Row(side, [1e3 * (b - a) for a, b in itertools.pairwise(marks)], memory)
     began = time.perf_counter()
     while time.perf_counter() - began < warm:
@@ -87,7 +92,7 @@ def measure(side: str, call: Call, device: torch.device, repeat: int, warm: floa
 
 
 def _memory_of(call: Call, device: torch.device) -> float | None:
-    """GiB at the peak of a pass beyond what was there, once whatever the first pass sets up is there."""
+    """Peak GiB of a pass beyond what is allocated after the first pass."""
     call()
     if device.type != "cuda":
         return None
@@ -99,8 +104,8 @@ def _memory_of(call: Call, device: torch.device) -> float | None:
     return (torch.cuda.max_memory_allocated(device) - before) / GIB
 
 
-def graphed(call: Call) -> Call:
-    """The call as the replay of a CUDA graph; its result keeps its place."""
+def graphed(call: Callable[[], T]) -> Callable[[], T]:
+    """Capture the call in a CUDA graph; each replay overwrites the result of the last."""
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
@@ -110,20 +115,22 @@ def graphed(call: Call) -> Call:
     with torch.cuda.graph(graph):
         result = call()
 
-    def replay() -> object:
+    def replay() -> T:
         graph.replay()
         return result
 
     return replay
 
 
-def on_host(velocities) -> Velocities:
-    return tuple(v.float().cpu() for v in velocities)
+def on_host(velocities: Iterable[torch.Tensor]) -> Velocities:
+    video, audio = velocities
+    return video.float().cpu(), audio.float().cpu()
 
 
 def errors(found: Velocities, expected: Velocities) -> tuple[float, float]:
-    """Relative L2 of video and of audio."""
-    return tuple(((f - e).norm() / e.norm()).item() for f, e in zip(found, expected, strict=True))
+    """Relative L2 errors of video and audio."""
+    video, audio = (((f - e).norm() / e.norm()).item() for f, e in zip(found, expected, strict=True))
+    return video, audio
 
 
 def build_ours(case: Case, precision: str) -> Transformer:
@@ -135,7 +142,7 @@ def build_ours(case: Case, precision: str) -> Transformer:
 
 
 def call_ours(case: Case, model: Transformer, attention: str, plain: bool) -> Callable[[bool], AV[torch.Tensor]]:
-    """isolated -> velocities. Every call has a noise level of its own: nothing is kept from the last."""
+    """isolated -> velocities. Each call copies the noise level, so that nothing is reused from the last call."""
     dit = model if plain else FusedTransformer(model, attention=attention)
     ropes = dit.ropes(case.positions, case.dtype)
 
@@ -153,7 +160,7 @@ def weights_gib(model: nn.Module) -> float:
 
 
 class Bench:
-    """The rows of each pass, and what each side computed."""
+    """The measurements of each pass, and the velocities that each side computed."""
 
     def __init__(self, case: Case, arguments: argparse.Namespace):
         self.case, self.arguments = case, arguments
@@ -164,7 +171,7 @@ class Bench:
         self.failed = False
 
     def run_ours(self) -> frozenset[str]:
-        """Skeleton, ours, skeleton; the names of the layers that are held in fp8."""
+        """Measure the skeleton, ours, and the skeleton again. Returns the names of the layers stored in fp8."""
         fp8 = self._run_ours()
         self._free()
         return fp8
@@ -183,7 +190,7 @@ class Bench:
             self.outputs[name]["ours"] = on_host(ours())
             self._time(name, "ours", ours).weights_gib = weights_gib(model)
             if a.graphs:
-                with self._going_on("the CUDA graph"):
+                with self._recorded_failure("the CUDA graph"):
                     replay = graphed(ours)
                     self._time(name, "ours, graph", replay)
                     self.outputs[name]["ours, graph"] = on_host(replay())
@@ -195,9 +202,9 @@ class Bench:
     def run_peer(self, name: str, fp8: frozenset[str]) -> None:
         missing = [module for module in dit_implementations.NEEDS[name] if importlib.util.find_spec(module) is None]
         if missing:
-            print(f"{name}: SKIPPED, this Python has no {', '.join(missing)}")
+            print(f"{name}: SKIPPED, not installed: {', '.join(missing)}")
             return
-        with self._going_on(name):
+        with self._recorded_failure(name):
             self._run_peer(name, fp8)
         self._free()
 
@@ -215,8 +222,8 @@ class Bench:
             row.error = errors(self.outputs[which]["ours"], self.outputs[which][peer.side])
 
     @contextlib.contextmanager
-    def _going_on(self, what: str) -> Iterator[None]:
-        """Whatever goes wrong in here is told and makes the exit code 1, but the other sides are still measured."""
+    def _recorded_failure(self, what: str) -> Iterator[None]:
+        """Print an exception and make the exit code 1, but let the other sides be measured."""
         try:
             yield
         except Exception:
@@ -231,7 +238,7 @@ class Bench:
             torch.cuda.empty_cache()
             held = torch.cuda.memory_allocated(self.case.device) / GIB
             if held > 1:
-                print(f"note: {held:.1f} GiB are still in use between two sides")
+                print(f"note: {held:.1f} GiB are still allocated between two sides")
 
     def _time(self, name: str, side: str, call: Call) -> Row:
         a = self.arguments
@@ -240,31 +247,30 @@ class Bench:
         print(f"  {name:8} {side:18} {row.ms:9.2f} ms  ({min(row.passes):.2f} to {max(row.passes):.2f})", flush=True)
         return row
 
-    def ms(self, name: str, side: str) -> float | None:
-        return next((row.ms for row in self.rows[name] if row.side == side), None)
+    def _row(self, name: str, side: str) -> Row:
+        return next(row for row in self.rows[name] if row.side == side)
 
     def floor(self, name: str) -> float:
-        """The skeleton's time: of both its runs, or of its graph where that is faster."""
+        """The skeleton's milliseconds: the median of both its runs, or its graph's when that is less."""
         both = [ms for row in self.rows[name] if row.side in ("skeleton", "skeleton again") for ms in row.passes]
         return min([statistics.median(both), *(row.ms for row in self.rows[name] if row.side == "skeleton, graph")])
 
     def figures(self) -> dict[str, float]:
-        """Case -> figure of our side, for the baselines; lower is better in all."""
-        found = {}
+        """Case -> figure of our side, for the baselines; lower is better for all of them."""
+        found: dict[str, float] = {}
         for name in self.passes:
             key = self.arguments.key + ("" if name == "cond" else f".{name}")
-            ours = next(row for row in self.rows[name] if row.side == "ours")
+            ours = self._row(name, "ours")
             found |= {f"{key}.ms": ours.ms, f"{key}.x_skeleton": ours.ms / self.floor(name)}
             if ours.pass_gib is not None:
                 found[f"{key}.pass_gib"] = ours.pass_gib
-            if graph := self.ms(name, "ours, graph"):
-                found[f"{key}.graph_ms"] = graph
+            found |= {f"{key}.graph_ms": row.ms for row in self.rows[name] if row.side == "ours, graph"}
         return found
 
     def table(self) -> str:
         lines = []
         for name in self.passes:
-            ours, floor = self.ms(name, "ours"), self.floor(name)
+            ours, floor = self._row(name, "ours").ms, self.floor(name)
             lines += [
                 "", f"stage {self.arguments.stage}, {name}: {self.flops[name] / 1e12:.5g} TFLOP",
                 f"{'side':20} {'ms':>9} {'TFLOP/s':>8} {'/skeleton':>9} {'/ours':>6} "
@@ -280,7 +286,7 @@ class Bench:
         return "\n".join(lines)
 
     def distances(self) -> dict[str, tuple[float, float]]:
-        """Relative L2 (video, audio) between any two sides, so that ours can be held against that of the peers."""
+        """Relative L2 error (video, audio) between any two sides: ours to a peer, and the peers to each other."""
         return {
             f"{name}: {found} against {expected}": errors(self.outputs[name][found], self.outputs[name][expected])
             for name in self.passes
@@ -289,26 +295,27 @@ class Bench:
 
 
 def parse() -> argparse.Namespace:
+    """The command line, with defaults resolved and `key`, the name of the case in the baselines."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", type=int, choices=(1, 2), required=True)
-    parser.add_argument("--against", default="", help="ltx-core, diffusers, or both with a comma between")
+    parser.add_argument("--against", default="", help="ltx-core, diffusers, or both with a comma")
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--precision", default="bf16", choices=("bf16", "fp8"))
     parser.add_argument("--attention", default="auto", choices=(*BACKENDS, "auto"))
-    parser.add_argument("--shape", help="HxWxFRAMES, pixels of the final clip (1088x1920x121)")
+    parser.add_argument("--shape", help="HxWxFRAMES in pixels of the final clip (default: 1088x1920x121)")
     parser.add_argument("--compile-peers", action="store_true")
     parser.add_argument("--peer-levels", default="token", choices=("token", "one"))
     parser.add_argument("--repeat", type=int, default=10)
-    parser.add_argument("--warm", type=float, default=2.0, help="seconds of passes before those that count")
-    parser.add_argument("--graphs", action="store_true", help="ours and the skeleton as CUDA graphs, too")
+    parser.add_argument("--warm", type=float, default=2.0, help="seconds of passes before those that are timed")
+    parser.add_argument("--graphs", action="store_true", help="also run ours and the skeleton as CUDA graphs")
     parser.add_argument("--check", action="store_true", help="exit 1 when a figure is 5 %% worse than its baseline")
     parser.add_argument("--record", action="store_true", help="write the figures to scripts/baselines.json")
     parser.add_argument("--json", type=Path)
-    # for trying the script out: any device, widths of a sixteenth, and our plain forward in place of the fused one
+    # To try out the script on any device, at small widths, or with the plain forward.
     parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help=argparse.SUPPRESS)
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--plain", action="store_true", help="our plain forward in place of the fused one")
+    parser.add_argument("--plain", action="store_true", help="use our plain forward in place of the fused one")
     a = parser.parse_args()
     a.against = [name for name in a.against.split(",") if name]
     if unknown := set(a.against) - set(dit_implementations.BUILDERS):
@@ -318,25 +325,25 @@ def parse() -> argparse.Namespace:
         parser.error("--plain has no fp8")
     on_cuda = torch.device(a.device).type == "cuda"
     if on_cuda and not torch.cuda.is_available():
-        print("bench_dit needs a CUDA GPU, and this Python sees none", file=sys.stderr)
+        print("bench_dit needs a CUDA GPU, and torch finds none", file=sys.stderr)
         raise SystemExit(2)
-    best = _best_attention(torch.device(a.device))
+    best = best_attention(torch.device(a.device))
     chosen = best if a.attention == "auto" else a.attention
     a.key = f"dit.stage{a.stage}.{a.precision}.{a.shape}.layers{a.layers}"
-    # whatever makes a run another case than the one that is held to its figures
-    apart = {chosen: chosen != best, "plain": a.plain, "tiny": a.tiny, a.dtype: a.dtype != "bfloat16"}
-    a.key += "".join(f".{word}" for word, holds in apart.items() if holds)
+    # Settings that make this a case of its own, with other baselines.
+    unusual = {chosen: chosen != best, "plain": a.plain, "tiny": a.tiny, a.dtype: a.dtype != "bfloat16"}
+    a.key += "".join(f".{word}" for word, holds in unusual.items() if holds)
     a.attention = chosen
     return a
 
 
-def _best_attention(device: torch.device) -> str:
-    """The first backend, in the order of their speed, that this machine has."""
+def best_attention(device: torch.device) -> str:
+    """The fastest backend that this machine has; BACKENDS is in order of speed."""
     for name in BACKENDS:
         with contextlib.suppress(RuntimeError, ImportError):
             attention_backend(name, device)
             return name
-    raise AssertionError("sdpa is everywhere")
+    raise AssertionError("sdpa is always available")
 
 
 @torch.inference_mode()
@@ -354,7 +361,7 @@ def main() -> int:
     fp8 = bench.run_ours()
     for peer in a.against:
         bench.run_peer(peer, fp8)
-    print("\nrelative L2 (video, audio), ours against the peers and the peers against each other:")
+    print("\nrelative L2 error (video, audio) between ours and the peers, and between the peers:")
     distances = bench.distances()
     for pair, (video, audio) in distances.items():
         print(f"  {pair:60} {video:.3e} {audio:.3e}")

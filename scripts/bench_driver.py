@@ -2,6 +2,7 @@
 """Benchmark the driver without GPUs: planning, memory, decisions, and a comparison with Ray Data.
 
     scripts/bench_driver.py [--only planning,memory,policy,simulation,ray-data] [--rows 1000000] ...
+    scripts/bench_driver.py --against CLONE [--rows 100000] [--completions 20000] [--repeat 5]
 
 planning   Rows a second from a Parquet manifest to planned rows: `Plan.open` until it is exhausted. Target: 50,000.
 memory     Anonymous and shared memory of the process and its children, after garbage collection and trimming: what
@@ -21,6 +22,9 @@ ray-data   Rows a second of `ltx_ray.run.render` and of a Ray Data pipeline of `
            is given. Target: a ratio of 1.0 with the pipeline full, which is between the first and the last tenth of
            the clips. A second comparison without any sleep shows the drivers' own cost of a row; it has no target.
            "children CPU" is the CPU time of all processes of the cluster but the driver.
+
+With --against, planning and policy run in turns with the code of another clone and of this one, --repeat times. The
+medians of both and the ratio of their speeds are printed. CPU time is the steadier figure on a busy machine.
 
 Every measurement runs in a process of its own. Ray Data needs pandas (scripts/requirements-bench.txt), which is
 installed into a cache folder that only Ray Data's process sees.
@@ -47,6 +51,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from ltx_ray.stages import TRAITS, Stage
 from scripts.bench import sleeping_stages
 
 MB = 10**6
@@ -61,17 +66,22 @@ open(answer, "w").write(json.dumps(figures))
 """
 
 
-def run_isolated(function: str, environment: Mapping[str, str] | None = None, **keywords: Any) -> dict[str, Any]:
-    """What `module:function` returns in a process of its own. When it fails, prints the end of its log and exits."""
+def run_isolated(
+    function: str, environment: Mapping[str, str] | None = None, *, root: Path = ROOT, **keywords: Any
+) -> dict[str, Any]:
+    """What `module:function` of the clone `root` returns in a process of its own.
+
+    When it fails, prints the end of its log and exits.
+    """
     module, _, name = function.partition(":")
-    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(environment or {})}
+    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), **(environment or {})}
     inherited = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     with tempfile.TemporaryDirectory() as folder:
         answer, log = Path(folder, "answer"), Path(folder, "log")
         with log.open("wb") as output:
             code = subprocess.run(
                 [sys.executable, "-c", _CALL, module, name, json.dumps(keywords), str(answer)],
-                env=inherited | settings, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT,
+                env=inherited | settings, stdout=output, stderr=subprocess.STDOUT, cwd=root,
             ).returncode  # fmt: skip
         if code:
             sys.exit(f"{function} ended with {code}:\n{log.read_text(errors='replace')[-4000:]}")
@@ -240,7 +250,7 @@ def simulation(arguments: argparse.Namespace, folder: Path) -> None:
 def ray_data(arguments: argparse.Namespace, folder: Path) -> None:
     packages, manifest = _requirements(), _manifest(folder, arguments.clips)
     split = sleeping_stages.best_split(arguments.replicas)
-    stage1, stage2 = sleeping_stages.STAGE_SECONDS["stage1"], sleeping_stages.STAGE_SECONDS["stage2"]
+    stage1, stage2 = TRAITS[Stage.STAGE1].seconds, TRAITS[Stage.STAGE2].seconds
     fixed, free = min(split[0] / stage1, split[1] / stage2), arguments.replicas / (stage1 + stage2)
     print(
         f"ray-data  {arguments.clips:,} rows; text 1, {arguments.replicas} replicas, decode 1; an H100's seconds over "
@@ -323,6 +333,35 @@ def _requirements() -> str:
     return str(target)
 
 
+# --- against another clone -----------------------------------------------------------------------
+
+
+def against(arguments: argparse.Namespace, folder: Path) -> None:
+    manifest, rows = _manifest(folder, arguments.rows), arguments.completions
+    calls: dict[str, dict[str, Any]] = {
+        "plan_all": {"manifest": manifest},
+        "complete": {"manifest": _manifest(folder, rows), "rows": rows},
+    }
+    clones = {"other": arguments.against.resolve(), "this": ROOT}
+    print(f"other: {clones['other']}\nthis:  {ROOT}\n{'':10}{'clone':8}{'seconds':>10}{'CPU s':>10}")
+    for function, keywords in calls.items():
+        name = {"plan_all": "planning", "complete": "policy"}[function]
+        runs: dict[str, list[dict[str, float]]] = {clone: [] for clone in clones}
+        for number in range(arguments.repeat):
+            # Each goes first in turn, so that neither gains from what the other leaves in caches.
+            for clone in list(clones)[:: 1 if number % 2 else -1]:
+                figures = run_isolated(f"scripts.bench_driver:{function}", root=clones[clone], **keywords)
+                runs[clone].append(figures)
+                print(f"{name:10}{clone:8}{figures['seconds']:10.2f}{figures['cpu']:10.2f}", flush=True)
+        medians = {
+            clone: {key: median(run[key] for run in runs[clone]) for key in ("seconds", "cpu")} for clone in runs
+        }
+        for clone, figures in medians.items():
+            print(f"{name:10}{clone:8}{figures['seconds']:10.2f}{figures['cpu']:10.2f}  medians of {arguments.repeat}")
+        ratio = {key: medians["other"][key] / medians["this"][key] for key in ("seconds", "cpu")}
+        print(f"{name:10}this over other: {ratio['seconds']:.3f} in speed, {ratio['cpu']:.3f} in speed by CPU time")
+
+
 # --- all -----------------------------------------------------------------------------------------
 
 
@@ -358,6 +397,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(SECTIONS), help=f"some of {', '.join(SECTIONS)}")
     parser.add_argument("--folder", type=Path, help="folder for manifests and outputs (default: a temporary one)")
+    parser.add_argument("--against", type=Path, metavar="CLONE", help="compare planning and policy with another clone")
     parser.add_argument("--rows", type=int, default=TARGET_ROWS, help="rows of planning and memory")
     parser.add_argument("--completions", type=int, default=100_000, help="rows of policy")
     parser.add_argument("--simulated", type=int, default=1000, help="replicas of simulation")
@@ -365,7 +405,10 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=10, help="replicas of the diffusion model in ray-data")
     parser.add_argument("--speedup", type=float, default=100.0)
     parser.add_argument(
-        "--repeat", type=int, default=1, help="alternating runs of each side in ray-data; medians count"
+        "--repeat",
+        type=int,
+        default=1,
+        help="alternating runs of each side in ray-data and with --against; medians count",
     )
     parser.add_argument("--fixed", action="store_true", help="let our driver, too, use the best fixed split")
     parser.add_argument("--queue-depth", type=int, help="of our driver (default: its own)")
@@ -385,6 +428,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="ltx-ray-bench-") as temporary:
         folder = arguments.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
+        if arguments.against is not None:
+            return against(arguments, folder)
         for name in chosen:
             SECTIONS[name](arguments, folder)
 

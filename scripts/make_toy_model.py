@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make the toy model: python scripts/make_toy_model.py OUT_DIR [--seed N]. Prints its files and their sizes."""
+"""Write the toy model to a folder and list its files: python scripts/make_toy_model.py OUT_DIR [--seed N]."""
 
 import argparse
 import sys
@@ -11,7 +11,7 @@ from ltx_ray.toy import make_toy_model
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Write a tiny, random LTX-2.3 in the released formats.")
+    parser = argparse.ArgumentParser(description="Write a tiny LTX-2.3 with random weights in the released formats.")
     parser.add_argument("out_dir", metavar="OUT_DIR", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""What holds for every test: one thread a process, no network, GPU tests skipped without a GPU."""
+"""Settings for every test: one thread a process, no network, GPU tests skipped without a GPU."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Before torch or Ray are imported. Processes that tests start, Ray's workers included, inherit all of it, and
-# so import this clone even when the environment is shared with another.
+# Set before torch or Ray are imported. Processes that tests start, Ray's workers included, inherit these variables and
+# therefore import this clone, even when it shares the environment with another.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(ROOT), *(p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and p != str(ROOT))]
@@ -20,14 +20,14 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-# Ray's agents look at every process of their node each five seconds, for a dashboard that nobody opens.
+# By default, Ray's agents inspect every process of their node every five seconds, for a dashboard that nobody opens.
 os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "60000")
-# Drawn once: processes that run tests side by side must find the same ones.
+# Drawn once, because all processes of one run must collect the same tests.
 os.environ.setdefault("LTX_RAY_PARITY_SEED", str(secrets.randbelow(10**9)))
-# A test never joins a cluster that happens to be there.
+# Tests never connect to an existing cluster.
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.pop("RAY_API_SERVER_ADDRESS", None)
-# Nor reaches a real object store; `s3` sets the endpoint.
+# They never reach a real object store either; the `s3` fixture sets the endpoint.
 os.environ.update(
     AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="test", AWS_DEFAULT_REGION="us-east-1",
     AWS_EC2_METADATA_DISABLED="true",
@@ -42,18 +42,20 @@ else:
     settings.load_profile("ltx-ray")
 
 FOLDER_MARKS = ("gpu", "parity")
-#: Folders whose tests share a cluster stay in one process when several run tests (scripts/test without arguments), but
-#: for files that need none, or that make one of their own for long; of the other folders each file does.
-TOGETHER = ("integration", "chaos", "gpu")
-ALONE = (
+#: When several processes run the tests (scripts/test without arguments), those of one of these folders share a cluster
+#: and stay in one process. Exceptions are files that need no cluster, or their own for a long time. In other folders,
+#: the tests of a file stay together.
+SHARED_CLUSTER_FOLDERS = ("integration", "chaos", "gpu")
+SEPARATE_FILES = (
     "integration/test_store_faults.py", "integration/test_schedule_submit.py", "integration/test_jobs.py",
     "chaos/test_driver.py", "chaos/test_schedules.py", "chaos/test_random.py",
 )  # fmt: skip
-#: What takes minutes, longest first, above all on clusters of its own: each of the first begins in a process of its
-#: own, what is small fills up the end.
-LONG = (
+#: Groups of tests that take minutes, mostly on clusters of their own, longest first. Each process begins with one of
+#: them, and short tests fill the end.
+LONG_GROUPS = (
     "chaos", "integration", "tests/chaos/test_random.py",
     "tests/integration/test_schedule_submit.py", "tests/integration/test_jobs.py", "tests/parity/test_layouts.py",
+    "tests/parity/test_version_before.py",
 )  # fmt: skip
 ORDER = ("unit", "parity", "integration", "gpu", "chaos")
 
@@ -71,16 +73,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if _folder(item) in FOLDER_MARKS:
             item.add_marker(_folder(item))
     if hasattr(config, "workerinput"):
-        groups = {group: place for place, group in enumerate(LONG)}
-        items.sort(key=lambda item: groups.get(_group(item.path.relative_to(ROOT).as_posix()), len(LONG)))
+        order = {group: place for place, group in enumerate(LONG_GROUPS)}
+        items.sort(key=lambda item: order.get(_group(item.path.relative_to(ROOT).as_posix()), len(LONG_GROUPS)))
     else:
-        # tests that must not find a cluster come before those that start one for the session
+        # Tests that need the absence of a cluster come before those that start one for the session.
         items.sort(key=lambda item: ORDER.index(_folder(item)) if _folder(item) in ORDER else len(ORDER))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log):
-    """`--dist loadgroup`, whose own way of passing the groups on (xdist 3.8) does nothing from pytest 9.2 on."""
+    """Implement `--dist loadgroup`: xdist 3.8 passes the groups on in a way that has no effect since pytest 9.2."""
     if config.getvalue("dist") != "loadgroup":
         return None
     from xdist.scheduler import LoadScopeScheduling
@@ -93,9 +95,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log):
 
 
 def _group(path: str) -> str:
-    """What stays together with the tests of a file, as its path in the clone says."""
+    """The name of the group of a file, whose tests stay in one process; `path` is relative to the clone."""
     folder, _, file = path.removeprefix("tests/").partition("/")
-    return folder if folder in TOGETHER and f"{folder}/{file}" not in ALONE else path
+    return folder if folder in SHARED_CLUSTER_FOLDERS and f"{folder}/{file}" not in SEPARATE_FILES else path
 
 
 def _folder(item: pytest.Item) -> str:
@@ -109,7 +111,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session")
 def toy() -> dict[str, str]:
-    """Paths of the toy model's files, by the names of the command line's options."""
+    """Paths of the toy model's files by option name."""
     from ltx_ray.toy import ensure_toy_model
 
     return ensure_toy_model()
@@ -117,9 +119,9 @@ def toy() -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def s3():
-    """A real S3 endpoint on this machine, found through the environment as a MinIO would be.
+    """A pyarrow filesystem, allowed to create buckets, on a local S3 server that lives as long as the session.
 
-    A pyarrow filesystem that may make buckets; what is stored lives as long as the session.
+    The program under test finds the server through the environment, as it would find a MinIO.
     """
     import pyarrow.fs as pafs
     from moto.server import ThreadedMotoServer
@@ -135,7 +137,7 @@ def s3():
 
 @pytest.fixture
 def bucket(s3) -> str:
-    """URI of an empty bucket of the test's own."""
+    """URI of a new, empty bucket."""
     name = f"b{secrets.token_hex(6)}"
     s3.create_dir(name)
     return f"s3://{name}"

@@ -1,1 +1,1 @@
-"""Weight files seen from outside: headers, names, digests, LoRA spellings. No torch here."""
+"""Weight files read by their headers: names, shapes, configurations, digests, LoRA formats. No torch."""

@@ -1,7 +1,6 @@
-"""Checkpoints seen from outside: what is in them, what they can serve, their digests. No torch.
+"""Model files checked by their headers, before any actor starts. No torch.
 
-A user's mistake with a file (wrong generation, a missing piece, a truncated download) is found here,
-before any actor starts.
+A wrong generation, a missing part or a truncated download is a ValueError here.
 """
 
 from __future__ import annotations
@@ -27,13 +26,13 @@ from ltx_ray.checkpoints.transformer_keys import (
 
 SUPPORTED_GENERATION = (2, 3)
 _LEGAL_GENERATION = "legal: 2.3.x (LTX-2.0 and LTX-2.5 are other architectures)"
-#: What a transformer's tensors may be stored as.
+#: Dtypes of a transformer's tensors.
 _PLAIN_DTYPES = ("BF16", "F16", "F32", "F64")
-#: Of prequantized files: their values times the tensor `<name>_scale`, if there is one.
+#: Dtypes of prequantized tensors: the values are to be multiplied by the tensor `<name>_scale`, if there is one.
 _QUANTIZED_DTYPES = ("F8_E4M3", "F8_E5M2")
 _INPUT_SCALE = ".input_scale"
 _SCALES = (".weight_scale", ".bias_scale", _INPUT_SCALE)
-#: What a single file must hold, by the prefix of its keys.
+#: Parts that a single file must hold, by the prefix of their keys.
 PIECES = {
     f"{TRANSFORMER_PREFIX}{BLOCKS}.": "transformer",
     VIDEO_CONNECTOR_PREFIX: "video text connector",
@@ -50,7 +49,7 @@ PIECES = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What is known of a model from its headers alone.
+    """A model, as its files' headers describe it.
 
     `tensors` are the transformer's without the connectors, by official name without `TRANSFORMER_PREFIX`, in
     whichever files they are; `size` is in bytes.
@@ -64,7 +63,7 @@ class Checkpoint:
 
     @cached_property
     def linear_layers(self) -> dict[str, tuple[int, int]]:
-        """Transformer linears by module name, as (out features, in features)."""
+        """(out features, in features) of the transformer's linear layers, by module name."""
         return {
             name[: -len(".weight")]: (info.shape[0], info.shape[1])
             for name, info in self.tensors.items()
@@ -73,15 +72,15 @@ class Checkpoint:
 
 
 def parse_generation(model_version: str) -> tuple[int, ...]:
-    """Leading numbers of a `model_version` such as "2.3.1" or "2.3-rc1" (empty when there are none)."""
+    """The leading numbers of a `model_version` such as "2.3.1" or "2.3-rc1"; empty when there are none."""
     match = re.match(r"\d+(?:\.\d+)*", model_version.strip())
     return tuple(int(part) for part in match.group().split(".")) if match else ()
 
 
 def open_checkpoint(path: str) -> Checkpoint:
-    """Open an LTX single file, or a directory in diffusers' layout.
+    """Open an official single file, or a directory in diffusers' layout.
 
-    Raises ValueError when it is not of the supported generation, not whole, or quantized.
+    Raises ValueError when it is of another generation or architecture, incomplete, or quantized but not in fp8.
     """
     checkpoint = _open_directory(path) if os.path.isdir(path) else _open_file(path)
     legal = (*_PLAIN_DTYPES, *_QUANTIZED_DTYPES)
@@ -147,7 +146,7 @@ def _transformer_tensors(header: SafetensorsHeader) -> dict[str, TensorInfo]:
     for name in scales:
         scale = tensors.pop(name)
         if name.endswith(_INPUT_SCALE):
-            continue  # a guess of how large inputs get; ours are measured row by row
+            continue  # a static scale of the layer's inputs, which are measured row by row here
         quantized = name[: -len("_scale")]
         if quantized not in tensors or math.prod(scale.shape) != 1:
             raise ValueError(
@@ -159,7 +158,7 @@ def _transformer_tensors(header: SafetensorsHeader) -> dict[str, TensorInfo]:
 
 
 def check_upsampler(path: str) -> None:
-    """Raise ValueError unless `path` is a spatial latent upsampler x2: the file, or a directory of diffusers."""
+    """Raise ValueError unless `path` is a spatial x2 latent upsampler, as a file or in diffusers' layout."""
     if os.path.isdir(path):
         part = diffusers_layout.read_upsampler(path)
         config, tensors, scale = part.config, part.tensors, part.config.get("rational_spatial_scale", 2.0)
@@ -173,7 +172,7 @@ def check_upsampler(path: str) -> None:
 
 
 def gemma_folders(root: str) -> tuple[str, str]:
-    """Where Gemma's weights and its tokenizer are in `root`: a Gemma directory, or one of diffusers with both."""
+    """Folders of Gemma's weights and its tokenizer in `root`, a Gemma directory or one in diffusers' layout."""
     inside = os.path.join(root, diffusers_layout.TEXT_ENCODER)
     if os.path.isdir(inside) and not os.path.isfile(os.path.join(root, "config.json")):
         return inside, os.path.join(root, diffusers_layout.TOKENIZER)
@@ -181,7 +180,7 @@ def gemma_folders(root: str) -> tuple[str, str]:
 
 
 def check_gemma(root: str) -> None:
-    """Raise ValueError unless `root` holds a Gemma 3 model and its tokenizer, whole as far as headers tell."""
+    """Raise ValueError unless `root` holds a Gemma 3 model and its tokenizer, complete as far as headers tell."""
     legal = "legal: a Gemma 3 model directory, or a diffusers directory with text_encoder/ and tokenizer/"
     model, tokenizer = gemma_folders(root)
     if not os.path.isfile(os.path.join(model, "config.json")):
@@ -192,14 +191,14 @@ def check_gemma(root: str) -> None:
     if not kind.startswith("gemma3"):
         raise ValueError(f"--gemma-root: {model}, is a {kind} (LTX-2.5 takes Gemma 4); {legal}")
     single = os.path.join(model, "model.safetensors")
-    if os.path.isfile(single):  # transformers takes it before an index, unlike diffusers
+    if os.path.isfile(single):  # transformers prefers it to an index, unlike diffusers
         read_header(single)
     else:
         diffusers_layout.read_weights(model, "model.safetensors")
 
 
 def held_by(checkpoint_path: str) -> dict[str, str]:
-    """Paths by option name that may be left out, since a checkpoint in diffusers' layout holds their files."""
+    """Default paths, by option name, of the files that a checkpoint in diffusers' layout brings along."""
     held = {}
     if os.path.isdir(os.path.join(checkpoint_path, diffusers_layout.TEXT_ENCODER)):
         held["gemma_root"] = checkpoint_path
@@ -209,7 +208,7 @@ def held_by(checkpoint_path: str) -> dict[str, str]:
 
 
 def check_transformer(checkpoint: Checkpoint) -> None:
-    """Raise ValueError, listing the first ten, unless the transformer's tensors are those that its config says."""
+    """Raise ValueError unless the transformer's tensors are those of its config, listing ten of each kind."""
     expected, found = transformer_shapes(checkpoint.transformer), checkpoint.tensors
     other = [name for name in expected.keys() & found.keys() if found[name].shape != expected[name]]
     problems = (
@@ -222,7 +221,7 @@ def check_transformer(checkpoint: Checkpoint) -> None:
 
 
 def check_parallel(checkpoint: Checkpoint, tp: int, stage2_tp: int | None = None, sequence_parallel: int = 1) -> None:
-    """Raise ValueError unless the attention heads can be divided over the ranks of both stages' gangs."""
+    """Raise ValueError unless the attention heads divide evenly over the ranks of both stages."""
     heads = checkpoint.transformer.video.heads
     second = tp if stage2_tp is None else stage2_tp
     for flag, value, share in (

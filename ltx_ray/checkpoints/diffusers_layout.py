@@ -1,9 +1,9 @@
-"""Models as directories in diffusers' layout, seen from outside. No torch.
+"""Models as directories in diffusers' layout, read by their configurations and headers. No torch.
 
-That is what LTX2Pipeline.save_pretrained and diffusers' convert_ltx2_to_diffusers.py write: a folder for each part,
-with a config.json and the weights in one safetensors file, or in several under an index. Source of the facts:
-diffusers 0.42.1, `transformer_ltx2.py`, `connectors.py` and that script; the released 2.3 directories were written
-by 0.37, which knew fewer fields.
+LTX2Pipeline.save_pretrained and diffusers' convert_ltx2_to_diffusers.py write them: a folder for each component, with
+a config.json and the weights in one safetensors file, or in several under an index. Source: diffusers 0.42.1,
+`transformer_ltx2.py`, `connectors.py` and that script. Version 0.37, which wrote the released 2.3 directories, has
+fewer fields.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ COMPONENTS = {
 UPSAMPLER, UPSAMPLER_CLASS = "latent_upsampler", "LTX2LatentUpsamplerModel"
 TEXT_ENCODER, TOKENIZER = "text_encoder", "tokenizer"
 
-#: What tells the generations apart in transformer/config.json: (generation, field, value there, diffusers' default).
-_TELLING = (
+#: Fields of transformer/config.json that tell the generations apart: (generation, field, its value there, diffusers'
+#: default).
+_GENERATION_FIELDS = (
     ("2.0", "gated_attn", False, False),
     ("2.0", "cross_attn_mod", False, False),
     ("2.0", "use_prompt_embeddings", True, True),
@@ -38,8 +39,8 @@ _TELLING = (
     ("2.5", "use_prompt_adaln_single", False, True),
     ("2.5", "use_keyframes_abs_pos_embedding", True, False),
 )
-#: Fields with one legal value, by class, as (value, diffusers' default where a config lacks the field).
-_NEEDED: dict[str, dict[str, tuple[Any, Any]]] = {
+#: Fields with one legal value, by class: (legal value, diffusers' default for an absent field).
+_REQUIRED: dict[str, dict[str, tuple[Any, Any]]] = {
     COMPONENTS["transformer"]: {
         "rope_type": ("split", "interleaved"),
         "audio_gated_attn": (True, False),
@@ -64,14 +65,15 @@ _NEEDED: dict[str, dict[str, tuple[Any, Any]]] = {
     },
     COMPONENTS["vae"]: {"timestep_conditioning": (False, False), "scaling_factor": (1.0, 1.0)},
 }
-#: Fields of transformer/config.json that the official config has under the same name, and mostly with the same default.
+#: Fields of transformer/config.json that have the same name, and mostly the same default, in the official config.
 _SAME = (
     "num_layers", "num_attention_heads", "attention_head_dim", "cross_attention_dim", "in_channels", "out_channels",
     "audio_num_attention_heads", "audio_attention_head_dim", "audio_cross_attention_dim", "audio_in_channels",
     "audio_out_channels", "norm_eps", "timestep_scale_multiplier", "activation_fn", "attention_bias",
     "norm_elementwise_affine",
 )  # fmt: skip
-#: Fields that are read one by one, or mean nothing here (perturbed_attn: whether diffusers can skip attention for STG).
+#: Fields that are read one by one, or have no effect here (perturbed_attn: whether diffusers can skip attention for
+#: STG).
 _OTHER = (
     "rope_theta", "rope_double_precision", "pos_embed_max_pos", "base_height", "base_width",
     "audio_pos_embed_max_pos", "cross_attn_timestep_scale_multiplier", "caption_channels", "perturbed_attn",
@@ -88,7 +90,7 @@ _CONNECTORS = {
     "audio_connector_num_attention_heads": "audio_connector_num_attention_heads",
     "audio_connector_attention_head_dim": "audio_connector_attention_head_dim",
 }
-#: Fields of the official config that diffusers does not carry, since its classes have them built in: as in 2.3.
+#: Fields of the official config that diffusers' classes have built in, with LTX-2.3's values.
 _BUILT_IN = {
     "apply_gated_attention": True,
     "cross_attention_adaln": True,
@@ -112,9 +114,9 @@ _BUILT_IN = {
 
 @dataclass(frozen=True)
 class Component:
-    """A part of the model in diffusers' terms: its class's arguments, and its tensors by that class's names.
+    """A component of the model: the arguments of its class in diffusers, and its tensors by that class's names.
 
-    `path` is the file or the folder that errors name.
+    `path` is the file or the folder, for messages.
     """
 
     path: str
@@ -123,15 +125,15 @@ class Component:
 
 
 def generation(config: Mapping[str, Any]) -> tuple[str, str]:
-    """(model_version, why) of a transformer/config.json; 2.3 is what has the signs of no other."""
-    for version, field, value, default in _TELLING:
+    """(model_version, the field that says so) of a transformer/config.json. It is 2.3 unless a field says otherwise."""
+    for version, field, value, default in _GENERATION_FIELDS:
         if config.get(field, default) is value:
             return version, f"{field} is {value}"
     return "2.3", ""
 
 
 def read_config(folder: str) -> dict[str, Any]:
-    """`folder`'s config.json. ValueError when there is none, or it is no JSON object."""
+    """The config.json of `folder`. Raises ValueError when there is none, or it is no JSON object."""
     path = os.path.join(folder, "config.json")
     if not os.path.isfile(path):
         raise ValueError(f"{folder}: has no config.json; legal: a folder as diffusers writes it")
@@ -139,36 +141,36 @@ def read_config(folder: str) -> dict[str, Any]:
 
 
 def check_class(folder: str, config: Mapping[str, Any], class_name: str) -> None:
-    """Raise ValueError unless `config` is that of a `class_name`."""
+    """Raise ValueError unless `config` is one of the class `class_name`."""
     if (found := config.get("_class_name")) != class_name:
         raise ValueError(f"{folder}: config.json is of a {found}; legal: {class_name} (LTX-2.3)")
 
 
 def read_component(folder: str, class_name: str) -> Component:
-    """The part of the model in `folder`, from its config and the headers of its files.
+    """The component in `folder`, from its config and the headers of its files.
 
-    Raises ValueError naming the folder, the file and the field when it is of another class, quantized or not whole.
+    Raises ValueError naming folder, file and field when it is of another class, quantized or incomplete.
     """
     config = read_config(folder)
     check_class(folder, config, class_name)
     if "quantization_config" in config:
         raise ValueError(f"{folder}: is quantized (quantization_config in its config.json); legal: plain weights")
-    for field, (legal, default) in _NEEDED.get(class_name, {}).items():
+    for field, (legal, default) in _REQUIRED.get(class_name, {}).items():
         if (value := config.get(field, default)) != legal:
             raise ValueError(f"{folder}: config.json: {field} is {value!r}; legal: {legal!r} (LTX-2.3)")
     return Component(folder, {k: v for k, v in config.items() if not k.startswith("_")}, read_weights(folder))
 
 
 def read_model(path: str) -> dict[str, Component]:
-    """The parts of the LTX-2.3 model in the directory `path`, by the names of their folders.
+    """The components of the LTX-2.3 model in the directory `path`, by the names of their folders.
 
-    The generation is for the caller to check first. Raises ValueError naming what is missing or does not fit.
+    The caller has checked the generation. Raises ValueError naming what is missing or does not fit.
     """
     for name in COMPONENTS:
         if not os.path.isdir(os.path.join(path, name)):
             raise ValueError(f"{path}: has no {name}/; legal: a whole model, with {', '.join(COMPONENTS)}")
     parts = {name: read_component(os.path.join(path, name), known) for name, known in COMPONENTS.items()}
-    known = {*_NEEDED[COMPONENTS["transformer"]], *_SAME, *_OTHER, *(field for _, field, _, _ in _TELLING)}
+    known = {*_REQUIRED[COMPONENTS["transformer"]], *_SAME, *_OTHER, *(field for _, field, _, _ in _GENERATION_FIELDS)}
     refuse_unknown(parts["transformer"], known)
     noise = parts["vae"].config.get("decoder_inject_noise", False)
     if any(noise if isinstance(noise, list) else [noise]):
@@ -177,8 +179,10 @@ def read_model(path: str) -> dict[str, Component]:
 
 
 def refuse_unknown(part: Component, known: Mapping[str, Any] | set[str]) -> None:
-    """Raise ValueError for fields of a part's config that are not in `known`, unless they are off (null or false):
-    newer versions of diffusers add fields, and only such ones can be left out without changing the model."""
+    """Raise ValueError for fields of a component's config that are not in `known`, unless they are null or false.
+
+    Newer versions of diffusers add fields. One that is off can be ignored without changing the model.
+    """
     for field, value in part.config.items():
         if field not in known and value is not None and value is not False:
             raise ValueError(
@@ -188,20 +192,20 @@ def refuse_unknown(part: Component, known: Mapping[str, Any] | set[str]) -> None
 
 
 def official_config(transformer: Component, connectors: Component) -> dict[str, Any]:
-    """`config.transformer` of the official single file, for the same model."""
-    theirs = transformer.config
+    """`config.transformer` of the official single file of the same model."""
+    diffusers = transformer.config
     official = dict(_BUILT_IN)
-    official |= {field: theirs[field] for field in _SAME if theirs.get(field) is not None}
+    official |= {field: diffusers[field] for field in _SAME if diffusers.get(field) is not None}
     official |= {
-        "positional_embedding_theta": theirs.get("rope_theta", 10000.0),
+        "positional_embedding_theta": diffusers.get("rope_theta", 10000.0),
         "positional_embedding_max_pos": [
-            theirs.get("pos_embed_max_pos", 20),
-            theirs.get("base_height", 2048),
-            theirs.get("base_width", 2048),
+            diffusers.get("pos_embed_max_pos", 20),
+            diffusers.get("base_height", 2048),
+            diffusers.get("base_width", 2048),
         ],
-        "audio_positional_embedding_max_pos": [theirs.get("audio_pos_embed_max_pos", 20)],
-        "frequencies_precision": "float64" if theirs.get("rope_double_precision", True) else "float32",
-        "av_ca_timestep_scale_multiplier": theirs.get("cross_attn_timestep_scale_multiplier", 1000),
+        "audio_positional_embedding_max_pos": [diffusers.get("audio_pos_embed_max_pos", 20)],
+        "frequencies_precision": "float64" if diffusers.get("rope_double_precision", True) else "float32",
+        "av_ca_timestep_scale_multiplier": diffusers.get("cross_attn_timestep_scale_multiplier", 1000),
     }
     texts = connectors.config
     official |= {name: texts[field] for field, name in _CONNECTORS.items() if field in texts}
@@ -215,21 +219,21 @@ def official_tensors(transformer: Component) -> dict[str, TensorInfo]:
 
 
 def upsampler_folder(path: str) -> str:
-    """The folder of the upsampler in `path`: that itself, or its latent_upsampler/ (LTX2LatentUpsamplePipeline)."""
+    """The upsampler's folder: `path` itself, or its latent_upsampler/ (as LTX2LatentUpsamplePipeline writes it)."""
     inside = os.path.join(path, UPSAMPLER)
     return inside if os.path.isdir(inside) and not os.path.isfile(os.path.join(path, "config.json")) else path
 
 
 def read_upsampler(path: str) -> Component:
-    """The latent upsampler in the directory `path`. Raises ValueError as read_component does."""
+    """The latent upsampler in the directory `path`. Raises ValueError like read_component."""
     return read_component(upsampler_folder(path), UPSAMPLER_CLASS)
 
 
 def read_weights(folder: str, name: str = WEIGHTS) -> dict[str, TensorInfo]:
-    """The tensors of `folder`, of one file or of several under an index. ValueError when there are none, or not all."""
+    """The tensors in `folder`, of one file or of several under an index. Raises ValueError when any are missing."""
     single = os.path.join(folder, name)
     index = single + ".index.json"
-    if not os.path.isfile(index):  # where both are there, diffusers follows the index too
+    if not os.path.isfile(index):  # with both, the index counts, as in diffusers
         if os.path.isfile(single):
             return dict(read_header(single).tensors)
         there = sorted(other for other in os.listdir(folder) if not other.endswith(".json"))
@@ -261,7 +265,7 @@ def _read_json(path: str) -> dict[str, Any]:
     return content
 
 
-# --- the components around the DiT -----------------------------------------------------------------------------
+# --- the components other than the DiT ---------------------------------------------------------------------------
 
 
 def _part(path: str, name: str) -> Component:
@@ -286,8 +290,8 @@ def audio_vae(path: str) -> Component:
 def vocoder(path: str) -> Component:
     """The vocoder with bandwidth extension, as LTX2VocoderWithBWE."""
     part = _part(path, "vocoder")
-    # The reference's first generator ends in tanh or else in a clamp, never in neither; what diffusers' conversion
-    # of 2.3 writes as null (the class's default too) is the clamp, which it forgets.
+    # The reference's first generator ends in tanh or in a clamp, never in neither. diffusers' conversion of 2.3 loses
+    # the clamp: it writes null, which is also the class's default.
     return replace(part, config={**part.config, "final_act_fn": part.config.get("final_act_fn") or "clamp"})
 
 

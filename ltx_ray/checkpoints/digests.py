@@ -1,4 +1,4 @@
-"""Digests of weight files, and the cache that keeps them."""
+"""Digests of weight files, and their cache."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _SAMPLE_BYTES = 64 * 1024
 
 
 def file_digest(path: str) -> str:
-    """32 hex digits for a file: its size, its head and fixed samples of the rest.
+    """32 hex digits of sha256 over a file's size, its header and fixed samples of the rest.
 
-    A 46 GB file takes some 4 MB of reading. Files up to that size are hashed whole.
+    Some 4 MiB of a 46 GB file are read. A file up to that size is hashed whole.
     """
     size = os.path.getsize(path)
     digest = hashlib.sha256(str(size).encode())
@@ -35,22 +35,16 @@ def file_digest(path: str) -> str:
 
 
 def cached_digest(path: str, cache_dir: Path | None = None) -> str:
-    """`file_digest`, or for a directory the digest over its config, tokenizer and weight files.
+    """`file_digest` of a file, or the digest over the config, tokenizer and weight files of a directory.
 
-    Cached by path, size and mtime under `cache_dir` (default: the ltx-ray cache).
+    It is cached by path, size and mtime in `cache_dir` (default: ltx-ray's cache directory).
     """
     if os.path.isdir(path):
-        # a part of a model may be a link to a folder elsewhere
-        inside = (Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names)
-        files = sorted(p for p in inside if p.suffix in (".safetensors", ".json", ".model") and p.is_file())
-        digest = hashlib.sha256()
-        for file in files:
-            digest.update(f"{file.relative_to(path)}:{cached_digest(str(file), cache_dir)}\n".encode())
-        return digest.hexdigest()[:32]
-    stat = os.stat(path)
-    key = [os.path.realpath(path), stat.st_size, stat.st_mtime_ns]
+        return _folder_digest(path, cache_dir)
+    stat, real_path = os.stat(path), os.path.realpath(path)
+    key = [real_path, stat.st_size, stat.st_mtime_ns]
     folder = (cache_dir or cache_root()) / "digests"
-    entry = folder / (hashlib.sha256(key[0].encode()).hexdigest()[:32] + ".json")
+    entry = folder / (hashlib.sha256(real_path.encode()).hexdigest()[:32] + ".json")
     try:
         stored = json.loads(entry.read_text())
         if stored["key"] == key:
@@ -64,8 +58,18 @@ def cached_digest(path: str, cache_dir: Path | None = None) -> str:
         temporary.write_text(json.dumps({"key": key, "digest": digest}))
         temporary.replace(entry)
     except OSError:
-        pass  # a read-only home only costs the reading again
+        pass  # with a read-only cache the file is read again next time
     return digest
+
+
+def _folder_digest(path: str, cache_dir: Path | None) -> str:
+    # followlinks: a component of a model may be a link to a folder elsewhere
+    inside = (Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names)
+    files = sorted(p for p in inside if p.suffix in (".safetensors", ".json", ".model") and p.is_file())
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.relative_to(path)}:{cached_digest(str(file), cache_dir)}\n".encode())
+    return digest.hexdigest()[:32]
 
 
 def cache_root() -> Path:

@@ -1,10 +1,10 @@
-"""LoRA files seen from outside: which layers they change, in whose spelling, with which alpha. No torch.
+"""LoRA files, read by their headers: which layers they change, in which format, with which alpha. No torch.
 
-Three spellings are read, also mixed: the official one (`diffusion_model.<module>.lora_A.weight`, no
-alpha), that of diffusers and PEFT (`transformer.` or `base_model.model.` in front, diffusers' module
-names, alpha in the file's metadata or in an adapter_config.json beside it), and ComfyUI's
-(`.lora_down.weight`, `.lora_up.weight`, an `.alpha` for each module; also with underscores for dots
-behind `lora_unet_`, as kohya's tools write them). Without an alpha the factors count as they are.
+Three formats are read, also mixed: the official one (`diffusion_model.<module>.lora_A.weight`, no alpha), that of
+diffusers and PEFT (prefix `transformer.` or `base_model.model.`, diffusers' module names, alpha in the file's metadata
+or in an adapter_config.json beside it), and ComfyUI's (`.lora_down.weight`, `.lora_up.weight`, an `.alpha` for each
+module; also with the prefix `lora_unet_` and underscores for dots, as kohya's tools write them). Without an alpha the
+scale is 1.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _FACTOR = re.compile(
     r"(?P<stem>.+)\.(?P<side>lora_[AB]|lora_down|lora_up|lora\.(?:down|up)|lora_linear_layer\.(?:down|up))"
     r"(?:\.(?P<adapter>\w+))??\.(?P<what>weight|weight_scale|scale_weight)"
 )
-#: Ways to change a weight that are not the sum of a low-rank product, by what their keys hold.
+#: Adapters other than a plain low-rank sum, by a part of their keys.
 _OTHER_METHODS = {
     "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "hada_w": "LoHa", "lokr_w": "LoKr", "lora_mid": "LoCon",
     "oft_": "OFT", "boft_": "BOFT", "glora": "GLoRA",
@@ -46,7 +46,7 @@ _QUANTIZED = ("F8_E4M3", "F8_E5M2", "I8")
 
 @dataclass(frozen=True)
 class Factor:
-    """One side of a LoRA: where it is, and the scale to multiply it with when it is quantized (one, or one a row)."""
+    """One factor of a LoRA, and its scale when it is quantized: one number, or one for each row."""
 
     tensor: TensorInfo
     scale: TensorInfo | None = None
@@ -58,9 +58,9 @@ class Factor:
 
 @dataclass(frozen=True)
 class LoraPair:
-    """What a LoRA adds to a layer of (out, in): strength * `scale` * b (out, rank) @ a (rank, in).
+    """A LoRA of one layer (out, in): it adds strength * `scale` * b (out, rank) @ a (rank, in) to the weight.
 
-    `scale` is alpha / rank, 1 without an alpha.
+    `scale` is alpha / rank, or 1 without an alpha (Hu et al., LoRA, arXiv:2106.09685, section 4.1).
     """
 
     a: Factor
@@ -74,7 +74,7 @@ class LoraPair:
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA file: its factor pairs under the file's own names of the modules."""
+    """A LoRA file: its pairs of factors, by the file's names of the modules."""
 
     header: SafetensorsHeader
     pairs: Mapping[str, LoraPair]
@@ -84,10 +84,10 @@ class LoraFile:
         return self.header.path
 
     def fit(self, linears: Mapping[str, tuple[int, int]], model: str) -> dict[str, LoraPair]:
-        """The pairs by official module name, of `linears` (module -> (out, in)) of the file `model`.
+        """The pairs by official module name. `linears` maps the modules of the file `model` to (out, in).
 
-        Modules that the transformer does not have are left out, as the reference does (a LoRA may hold
-        some for the connectors or a text encoder). ValueError when none is left, or a shape does not fit.
+        Modules that the transformer does not have are left out, as the reference does: a LoRA may hold some for the
+        connectors or a text encoder. Raises ValueError when none is left, or a shape does not fit.
         """
         flat = _flat(linears)
         fitting: dict[str, LoraPair] = {}
@@ -114,7 +114,7 @@ class LoraFile:
 
 
 def open_lora(path: str) -> LoraFile:
-    """Open a LoRA file. Raises ValueError, naming the file and the key, for what is none or cannot be merged."""
+    """Open a LoRA file. Raises ValueError naming file and key when it is no LoRA, or one that cannot be merged."""
     header = read_header(path)
     found: dict[str, dict[str, TensorInfo]] = {}
     understood: set[str] = set()
@@ -137,7 +137,7 @@ def open_lora(path: str) -> LoraFile:
     pairs = {}
     for stem, entry in found.items():
         if entry.keys() == {"alpha"}:
-            continue  # a vocoder's parameters are called alpha too
+            continue  # the vocoder has parameters called alpha
         if "a" not in entry or "b" not in entry:
             there = next(iter(entry.values())).key
             missing = "A (lora_A, lora_down)" if "a" not in entry else "B (lora_B, lora_up)"
@@ -163,7 +163,7 @@ def open_lora(path: str) -> LoraFile:
 
 
 def lora_digest(path: str) -> str:
-    """32 hex digits for the LoRA at `path`, with the configuration beside it: that decides alpha, hence pixels."""
+    """32 hex digits for the LoRA at `path` and the configuration beside it, whose alpha decides pixels."""
     digest, beside = cached_digest(path), _config_beside(read_header(path))
     return digest if beside is None else hashlib.sha256((digest + cached_digest(beside)).encode()).hexdigest()[:32]
 
@@ -178,7 +178,7 @@ def _belongs(name: str, stems: Mapping[str, object]) -> bool:
 
 
 def _config_beside(header: SafetensorsHeader) -> str | None:
-    """The adapter_config.json that PEFT wrote beside its adapter, known by its name or its keys."""
+    """The adapter_config.json beside an adapter that PEFT wrote, as its name or its keys tell."""
     folder, name = os.path.split(header.path)
     peft = any(key.startswith(_PEFT) for key in header.tensors)
     beside = os.path.join(folder, "adapter_config.json")
@@ -186,7 +186,7 @@ def _config_beside(header: SafetensorsHeader) -> str | None:
 
 
 class _Alphas:
-    """Alphas that a file states beside its tensors: PEFT's configuration, in the metadata or next to the file."""
+    """Alphas of PEFT's configuration, in the file's metadata or in the file beside it."""
 
     def __init__(self, header: SafetensorsHeader):
         self._path = header.path
@@ -194,14 +194,14 @@ class _Alphas:
         for prefix, config in self._configs.items():
             if config.get("use_dora"):
                 raise ValueError(f"{self._path}: {prefix or 'the adapter'} is a DoRA; legal: a plain LoRA")
-        #: PEFT's rank-stabilised LoRA divides by the root of the rank.
+        #: Rank-stabilised LoRA divides alpha by the square root of the rank (arXiv:2312.03732).
         self.by_root = any(config.get("use_rslora") for config in self._configs.values())
 
     def of(self, stem: str) -> float | None:
         others = [prefix for prefix in self._configs if prefix not in ("", "transformer.")]
         if any(stem.startswith(prefix) for prefix in others):
-            return None  # of a text encoder or the like, which is left out
-        # the transformer's own configuration counts for its modules in whichever spelling
+            return None  # a module of a text encoder or the like, which is left out
+        # The transformer's configuration applies to its modules in any spelling.
         config = self._configs.get("transformer.", self._configs.get(""))
         if config is None:
             return None
@@ -214,20 +214,20 @@ class _Alphas:
 
 
 def _bare(stem: str) -> str:
-    """A module's name without what tools put in front of it."""
+    """A module's name without the prefixes that tools add."""
     while prefix := next((p for p in _PREFIXES if stem.startswith(p)), None):
         stem = stem[len(prefix) :]
     return stem
 
 
 def _configs(header: SafetensorsHeader) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(prefix of the keys it is for, PEFT configuration)."""
+    """PEFT configurations, each with the prefix of the keys that it applies to."""
     if text := header.metadata.get("lora_adapter_metadata"):
-        packed = _json(header.path, "metadata field 'lora_adapter_metadata'", text)
-        # diffusers writes one configuration a component into one table: "transformer.lora_alpha"
-        prefixes = {key.split(".")[0] + "." for key in packed if key.endswith(".lora_alpha")} or {""}
+        table = _json(header.path, "metadata field 'lora_adapter_metadata'", text)
+        # diffusers writes the configurations of all components into one table: "transformer.lora_alpha"
+        prefixes = {key.split(".")[0] + "." for key in table if key.endswith(".lora_alpha")} or {""}
         for prefix in sorted(prefixes):
-            yield prefix, {key[len(prefix) :]: value for key, value in packed.items() if key.startswith(prefix)}
+            yield prefix, {key[len(prefix) :]: value for key, value in table.items() if key.startswith(prefix)}
     elif beside := _config_beside(header):
         with open(beside, encoding="utf-8") as file:
             yield "", _json(beside, "it", file.read())
@@ -259,7 +259,7 @@ def _check_kind(factor: Factor) -> None:
 
 
 def _flat(linears: Iterable[str]) -> dict[str, str]:
-    """Modules by their names with underscores for dots, official and diffusers'."""
+    """Official module names by their spelling with underscores for dots, official or diffusers'."""
     return {spelled.replace(".", "_"): name for name in linears for spelled in (to_diffusers(name), name)}
 
 
@@ -282,9 +282,9 @@ def _official(stem: str, linears: Mapping[str, object], flat: Mapping[str, str])
 
 
 def check_lora(checkpoint: Checkpoint, path: str) -> str | None:
-    """What to tell a user of the LoRA at `path`: modules of the transformer's blocks that this one does not have.
+    """A warning when the LoRA at `path` has modules of transformer blocks that the checkpoint lacks; None otherwise.
 
-    ValueError when it fits no layer, or cannot be merged.
+    Raises ValueError when it fits no layer, or cannot be merged.
     """
     lora, linears = open_lora(path), checkpoint.linear_layers
     fitting = lora.fit(linears, checkpoint.path)

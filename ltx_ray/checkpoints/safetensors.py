@@ -1,4 +1,4 @@
-"""Headers of safetensors files: which tensors there are, where and of which kind. No torch.
+"""Headers of safetensors files: names, places, dtypes and shapes of the tensors. No torch.
 
 Format: https://github.com/huggingface/safetensors#format
 """
@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 MAX_HEADER_BYTES = 100 * 2**20
-#: Bytes an element, by the file's name of the dtype.
+#: Bytes of an element, by the format's name of the dtype.
 ITEM_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2,
     "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
@@ -23,9 +23,9 @@ ITEM_BYTES = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a safetensors file: its file and key, dtype in the file's spelling, shape, bytes [start, end).
+    """One tensor of a safetensors file: path, key, dtype in the format's spelling, shape, and bytes [start, end).
 
-    `scale` is the tensor of one number to multiply its values with, if it is quantized.
+    `scale` is the one-element tensor by which the values of a quantized tensor are to be multiplied.
     """
 
     path: str
@@ -41,13 +41,13 @@ class TensorInfo:
         return self.end - self.start
 
     def scalar(self) -> float:
-        """The value of a tensor of one element. Raises ValueError when it is not one, or of no known kind."""
+        """The value of a one-element tensor. Raises ValueError for another size, or a dtype that is not supported."""
         if self.nbytes != ITEM_BYTES.get(self.dtype) or self.dtype not in _SCALARS:
             raise ValueError(f"{self.path}: {self.key} is {self.dtype} {self.shape}; legal: one number")
         with open(self.path, "rb") as file:
             file.seek(self.start)
             data = file.read(self.nbytes)
-        # a bfloat16 is the upper half of a float32
+        # A bfloat16 is the upper half of a float32.
         data = b"\0\0" + data if self.dtype == "BF16" else data
         return float(struct.unpack(_SCALARS[self.dtype], data)[0])
 
@@ -57,7 +57,7 @@ _SCALARS = {"F64": "<d", "F32": "<f", "F16": "<e", "BF16": "<f", "I64": "<q", "I
 
 @dataclass(frozen=True)
 class SafetensorsHeader:
-    """The table of contents of a safetensors file."""
+    """The parsed header of a safetensors file. `size` is that of the whole file, in bytes."""
 
     path: str
     metadata: Mapping[str, str]
@@ -66,7 +66,7 @@ class SafetensorsHeader:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The JSON under the metadata key `config` (empty when there is none)."""
+        """The JSON object under the metadata key `config`; empty when there is none. Raises ValueError for no JSON."""
         try:
             config = json.loads(self.metadata.get("config", "{}"))
         except (TypeError, json.JSONDecodeError) as error:
@@ -79,8 +79,8 @@ class SafetensorsHeader:
 def read_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
     """Read and check the header of the safetensors file at `path`.
 
-    Raises ValueError naming the file when it is missing, is no safetensors file, is shorter than its
-    own header says (a truncated download), or names tensors whose bytes do not fit their shapes.
+    Raises ValueError naming the file when it is missing, is no safetensors file, is shorter than its header says (a
+    truncated download), or has tensors whose bytes do not fit their shapes.
     """
     path = os.fspath(path)
     try:
@@ -124,7 +124,7 @@ def read_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
 
 
 def listed(what: str, names: Collection[str]) -> list[str]:
-    """What is wrong with `names` for a message, the first ten of them; nothing when there are none."""
+    """A message's list of `names`, cut after ten: ["12 missing (a, b, ...)"]; [] when there are none."""
     if not names:
         return []
     first = ", ".join(sorted(names)[:10])

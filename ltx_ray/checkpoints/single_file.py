@@ -1,7 +1,7 @@
-"""The parts around the DiT as the official files hold them, in diffusers' terms.
+"""The components other than the DiT in the official single files, as arguments and names of diffusers' classes.
 
-Sizes come from the file's own metadata, names by the maps below. A file that does not fit is a ValueError that names
-it. Key names: shared/ltx-facts.md, "Checkpoint key prefixes". diffusers_layout.py is the same for diffusers' layout.
+Sizes come from the file's metadata. A file that does not fit is a ValueError that names it. Prefixes of the keys:
+docs/ltx-2.3.md. diffusers_layout.py has the same functions for diffusers' layout.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any
 
 from ltx_ray.checkpoints.diffusers_layout import Component
 from ltx_ray.checkpoints.safetensors import SafetensorsHeader, TensorInfo, read_header
+from ltx_ray.checkpoints.transformer_keys import K_NORM, Q_NORM, TRANSFORMER_PREFIX
 
-#: LTX-2.0 files hold more statistics, which nothing reads.
+#: The statistics that are read. LTX-2.0 files hold more.
 _STATISTICS = {"mean-of-means": "latents_mean", "std-of-means": "latents_std"}
 
 
@@ -35,7 +36,7 @@ def _section(header: SafetensorsHeader, *names: str) -> dict[str, Any]:
 
 
 def _need(path: str, where: str, section: Mapping[str, Any], legal: Mapping[str, tuple[Any, ...]]) -> None:
-    """Refuse settings that the module has no way to follow. The first legal value is the one an absent key has."""
+    """Raise ValueError for settings that are not supported. An absent key has the first of its legal values."""
     for key, values in legal.items():
         value = section.get(key, values[0])
         if value not in values:
@@ -45,14 +46,14 @@ def _need(path: str, where: str, section: Mapping[str, Any], legal: Mapping[str,
 
 
 def _renamed(header: SafetensorsHeader, rename: Callable[[str], str | None]) -> dict[str, TensorInfo]:
-    """The tensors that `rename` gives a name, under that name."""
+    """The tensors under the names that `rename` gives them; those without one are left out."""
     named = ((rename(key), info) for key, info in header.tensors.items())
     return {name: info for name, info in named if name is not None}
 
 
 # --- text --------------------------------------------------------------------------------------------------------
 
-_CONNECTOR = re.compile(r"model\.diffusion_model\.(video|audio)_embeddings_connector\.(.+)")
+_CONNECTOR = re.compile(rf"{re.escape(TRANSFORMER_PREFIX)}(video|audio)_embeddings_connector\.(.+)")
 _PROJECTION = re.compile(r"text_embedding_projection\.(video|audio)_aggregate_embed\.(.+)")
 
 
@@ -61,7 +62,7 @@ def _connector_key(key: str) -> str | None:
         return f"{match[1]}_text_proj_in.{match[2]}"
     if match := _CONNECTOR.fullmatch(key):
         rest = match[2].replace("transformer_1d_blocks.", "transformer_blocks.")
-        return f"{match[1]}_connector." + rest.replace("q_norm", "norm_q").replace("k_norm", "norm_k")
+        return f"{match[1]}_connector." + rest.replace(Q_NORM, "norm_q").replace(K_NORM, "norm_k")
     return None
 
 
@@ -112,7 +113,7 @@ def connectors(path: str) -> Component:
         audio_connector_num_learnable_registers=registers,
         audio_gated_attn=gated,
         connector_rope_base_seq_len=t.get("connector_positional_embedding_max_pos", [1])[0],
-        rope_theta=10000.0,  # the reference's connectors have their own, fixed one
+        rope_theta=10000.0,  # fixed in the reference's connectors
         rope_double_precision=t.get("frequencies_precision", False) == "float64",
         rope_type="split",
         per_modality_projections=True,
@@ -130,7 +131,7 @@ _UP = {"compress_space": "spatial", "compress_time": "temporal", "compress_all":
 
 
 def _alternating(path: str, where: str, blocks: list, compress: Mapping[str, str]) -> tuple[list[dict], list[dict]]:
-    """Split [res, compress, res, …, res] into its res blocks and its compress blocks (with their `type`)."""
+    """Split [res, compress, res, …, res] into res blocks and compress blocks (the latter with their `type`)."""
     plain = [(name, {"num_layers": rest} if isinstance(rest, int) else rest) for name, rest in blocks]
     fits = len(plain) % 2 == 1 and all(
         (name in compress) if i % 2 else name == "res_x" for i, (name, _) in enumerate(plain)
@@ -167,12 +168,12 @@ def _video_vae_config(header: SafetensorsHeader) -> dict[str, Any]:
     for block in down:
         widths.append(widths[-1] * block.get("multiplier", 2))
 
-    up_res, up = _alternating(path, "decoder_blocks", vae["decoder_blocks"], _UP)  # listed from the pixel end
+    up_res, up = _alternating(path, "decoder_blocks", vae["decoder_blocks"], _UP)  # pixel end first
     if any(block.get("inject_noise", False) for block in up_res):
         raise ValueError(f"{path}: config.vae.decoder_blocks has inject_noise; LTX-2.3 has none")
     factors = [block.get("multiplier", 1) for block in up]
     base = vae.get("decoder_base_channels", 128)
-    # diffusers wants the width going into each upsampler, from the pixel end
+    # diffusers takes the input width of each upsampler, pixel end first
     up_widths = [base * math.prod(factors[: i + 1]) for i in range(len(factors))]
 
     space, time = ("spatial", "spatiotemporal"), ("temporal", "spatiotemporal")
@@ -190,7 +191,7 @@ def _video_vae_config(header: SafetensorsHeader) -> dict[str, Any]:
         decoder_layers_per_block=tuple(b["num_layers"] for b in up_res),
         decoder_spatio_temporal_scaling=(True,) * len(up),
         decoder_inject_noise=(False,) * len(up_res),
-        # alone among these, diffusers takes this one from the latent end
+        # the only one of these that diffusers takes latent end first
         upsample_type=tuple(b["type"] for b in reversed(up)),
         upsample_residual=tuple(b["type"] == "spatiotemporal" and b.get("residual", False) for b in up),
         upsample_factor=tuple(factors),
@@ -208,7 +209,7 @@ def _video_vae_config(header: SafetensorsHeader) -> dict[str, Any]:
 
 
 def _video_vae_key(key: str, downs: int) -> str | None:
-    """`vae.*` to diffusers' name, for an encoder of `downs` downsamplings; None for what is not wanted."""
+    """diffusers' name of a key `vae.*`, for an encoder of `downs` downsamplings; None for a key that is not read."""
     if key.startswith(prefix := "vae.per_channel_statistics."):
         return _STATISTICS.get(key.removeprefix(prefix))
     match = re.fullmatch(r"vae\.(encoder|decoder)\.(.+)", key)
@@ -219,9 +220,9 @@ def _video_vae_key(key: str, downs: int) -> str | None:
     if block is None:
         return f"{half}.{rest}"
     kind, index, rest = block[1], int(block[2]), block[3]
-    # The file numbers res and resampling blocks in one row: res 0, resample 1, res 2, … The encoder's last and the
-    # decoder's first res block is diffusers' mid_block; elsewhere a res block shares its number with the downsampler
-    # after it, or with the upsampler before it.
+    # The file numbers res and resampling blocks together: res 0, resample 1, res 2, … The encoder's last and the
+    # decoder's first res block are diffusers' mid_block. Any other res block shares its number with the downsampler
+    # after it or the upsampler before it.
     if index == (2 * downs if kind == "down" else 0):
         return f"{half}.mid_block.{rest}"
     shared = index // 2 if kind == "down" else (index - 1) // 2
@@ -289,9 +290,9 @@ def _vocoder_key(key: str) -> str | None:
         return None
     part, _, rest = key.removeprefix("vocoder.").partition(".")
     if part in ("vocoder", "bwe_generator"):
-        for theirs, ours in _VOCODER_NAMES.items():
-            if rest.startswith(theirs):
-                rest = ours + rest.removeprefix(theirs)
+        for official, diffusers in _VOCODER_NAMES.items():
+            if rest.startswith(official):
+                rest = diffusers + rest.removeprefix(official)
                 break
         rest = rest.replace(".downsample.lowpass.", ".downsample.")
     return f"{part}.{rest}"
@@ -321,7 +322,7 @@ def vocoder(path: str) -> Component:
     header = _open(path)
     bwe = _section(header, "vocoder", "bwe")
     first, second = _generator_config(header, "vocoder"), _generator_config(header, "bwe")
-    # The first generator ends in tanh or in a clamp, the second in neither.
+    # The first generator ends in tanh or in a clamp, the second in neither of them.
     final = "tanh" if _section(header, "vocoder", "vocoder").get("use_tanh_at_final", True) else "clamp"
     config = dict(
         **first,

@@ -25,7 +25,10 @@ from ltx_ray.cli.options import (
     run_options,
 )
 from ltx_ray.config import Selection
+from ltx_ray.dataset import layout
 from ltx_ray.dataset.existing import list_existing
+from ltx_ray.manifest.rules import IllegalRow
+from ltx_ray.planning.plan import ILLEGAL, PlannedRow, cost_line
 from ltx_ray.records import canonical_json
 from ltx_ray.run import EXIT_FAILED_ROWS, EXIT_OK, EXIT_USAGE, Options, prepare, render, say_missing_ids
 from ltx_ray.storage.store import Store, join
@@ -85,7 +88,7 @@ def render_command(
 @_takes(model_options(), row_options(), image_options(), run_options(), CONFIG)
 def retry_command(output: str = typer.Argument(help="a dataset; its failed rows are rendered again"), **values: Any):
     """Render the rows that failed in OUTPUT again, also those that were themselves at fault."""
-    manifest = join(output, "failed")
+    manifest = join(output, layout.FAILED)
     _check_dataset(output)
     if not list_existing(Store(output)).failed_count:
         typer.echo(f"nothing failed in {output}")
@@ -107,19 +110,19 @@ def promote_command(
 
     The clips are those that the whole line would have given. Exit codes as those of render.
     """
-    from ltx_ray.dataset.selection import chosen_items, parse_condition
+    from ltx_ray.dataset.selection import chosen_items, parse_filter
 
     if not ids and not where:
         raise ValueError("promote: nothing is chosen; legal: --ids FILE, --where 'COLUMN OP VALUE', or both")
     _check_dataset(output)
     if values.get("stop_after"):
         raise ValueError("promote: --stop-after has no place here: the clips are finished")
-    conditions = [parse_condition(text) for text in where or ()]
-    chosen = chosen_items(Store(output), read_selection({"ids": ids}).ids, conditions)
+    filters = [parse_filter(text) for text in where or ()]
+    chosen = chosen_items(Store(output), read_selection({"ids": ids}).ids, filters)
     if not chosen:
         typer.echo(f"no preview in {output} is chosen")
         return EXIT_OK
-    options = build_options(join(output, "previews"), output, values)
+    options = build_options(join(output, layout.PREVIEWS), output, values)
     return render(replace(options, promote=frozenset(chosen.values()), selection=Selection(ids=frozenset(chosen))))
 
 
@@ -136,18 +139,14 @@ def plan_command(
 
     Exit code 3 when rows are illegal.
     """
-    from ltx_ray.planning.plan import ILLEGAL, cost_line
-
     prepared = prepare(build_options(manifest, output, values))
-    plan = prepared.plan
     for warning in prepared.warnings:
         typer.echo(warning, err=True)
-    if output:
-        plan.existing = list_existing(Store(output))
+    plan = prepared.plan.against(list_existing(Store(output))) if output else prepared.plan
     listed = 0
     for planned in plan.open():
-        if planned.status == ILLEGAL:
-            for message in planned.messages:
+        if isinstance(planned, IllegalRow):
+            for message in planned.messages():
                 typer.echo(f"illegal  {message}")
         elif every or listed < _PLAN_ROWS:
             listed += 1
@@ -187,7 +186,7 @@ def report_command(output: str = typer.Argument(help="a dataset")) -> int:
     _check_dataset(output)
     store = Store(output)
     path = write_report(output)
-    typer.echo(path if store.is_local else join(store.uri, "report.html"))
+    typer.echo(path if store.is_local else join(store.uri, layout.REPORT))
     return EXIT_OK
 
 
@@ -228,16 +227,16 @@ def inspect_command(file: str = typer.Argument(help="a safetensors file, or a di
 
 def _check_dataset(output: str) -> None:
     store = Store(output)
-    if not any(store.exists(name) for name in ("run.json", "index", "failed", "previews")):
+    if not any(store.exists(name) for name in layout.DATASET_MARKS):
         raise ValueError(f"{output}: no dataset; legal: the --output of a run")
 
 
-def _plan_line(planned: Any) -> str:
+def _plan_line(planned: PlannedRow) -> str:
     r = planned.request
     prompt = " ".join(r.prompt.split())
     size = f"{r.width}x{r.height}x{r.num_frames}@{r.frame_rate:g}"
     return (
-        f"{planned.status:<8} {planned.row.raw.source} ({r.id}) {r.pipeline} {size} steps {r.num_inference_steps} "
+        f"{planned.status:<8} {planned.raw.source} ({r.id}) {r.pipeline} {size} steps {r.num_inference_steps} "
         f"seed {r.seed}: {prompt if len(prompt) <= 60 else prompt[:57] + '...'}"
     )
 

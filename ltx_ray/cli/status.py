@@ -12,15 +12,17 @@ from typing import Any
 from ltx_ray.checkpoints.diffusers_layout import COMPONENTS, generation, read_config
 from ltx_ray.checkpoints.lora import open_lora
 from ltx_ray.checkpoints.safetensors import TensorInfo, read_header
+from ltx_ray.checkpoints.transformer_keys import AUDIO_CONNECTOR_PREFIX, TRANSFORMER_PREFIX, VIDEO_CONNECTOR_PREFIX
+from ltx_ray.dataset import layout
 from ltx_ray.dataset.existing import list_existing
 from ltx_ray.driver.progress import duration
 from ltx_ray.storage.lease import holder
 from ltx_ray.storage.store import Store
 
 _PARTS = {
-    "model.diffusion_model.video_embeddings_connector.": "video connector",
-    "model.diffusion_model.audio_embeddings_connector.": "audio connector",
-    "model.diffusion_model.": "transformer",
+    VIDEO_CONNECTOR_PREFIX: "video connector",
+    AUDIO_CONNECTOR_PREFIX: "audio connector",
+    TRANSFORMER_PREFIX: "transformer",
     "text_embedding_projection.": "text projections",
     "vae.": "video VAE",
     "audio_vae.": "audio VAE",
@@ -32,7 +34,7 @@ def status_lines(output: str) -> list[str]:
     """State of the newest run into `output`, counts, and what its replicas do. ValueError for no dataset."""
     store = Store(output)
     try:
-        run = json.loads(store.read_bytes("run.json"))
+        run = json.loads(store.read_bytes(layout.RUN_RECORD))
     except OSError:
         raise ValueError(f"{output}: no run.json; legal: the --output of a run") from None
     except ValueError:
@@ -75,7 +77,7 @@ def _state(run: dict, store: Store) -> str:
 
 def _events(store: Store) -> list[dict]:
     try:
-        text = store.read_bytes("events.jsonl").decode(errors="replace")
+        text = store.read_bytes(layout.EVENTS).decode(errors="replace")
     except OSError:
         return []
     events = []

@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,9 +19,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ltx_ray.dataset import layout
 from ltx_ray.dataset.existing import list_existing
-from ltx_ray.dataset.layout import FAILED_SCHEMA, INDEX_SCHEMA, index_part, row_key
+from ltx_ray.dataset.layout import FAILED_SCHEMA, INDEX_SCHEMA, row_key
 from ltx_ray.dataset.repair import repair, set_aside
+from ltx_ray.dataset.writer import read_rows
 from ltx_ray.manifest.columns import COLUMNS
 from ltx_ray.presets import PIPELINES
 from ltx_ray.records import plain
@@ -72,7 +74,7 @@ def verify(
     and noise device. mend: parts of bad rows are moved aside. Raises ValueError when there is no dataset.
     """
     store = Store(output)
-    if not store.exists("index") and not store.exists("run.json"):
+    if not store.exists(layout.INDEX) and not store.exists(layout.RUN_RECORD):
         raise ValueError(f"{output}: no dataset; legal: the --output of a run")
     lease = Lease(store, f"verify-{os.getpid()}")
     if mend:
@@ -87,7 +89,8 @@ def verify(
                 name = os.path.basename(problem.file)
                 set_aside(store, name, problem.aside)
                 mended += 1
-                problem = dataclasses.replace(problem, todo=f"moved aside as index/_{problem.aside}-{name}")
+                now = layout.set_aside_path(name, problem.aside)
+                problem = dataclasses.replace(problem, todo=f"moved aside as {now}")
             say(str(problem))
     finally:
         if mend:
@@ -114,10 +117,10 @@ def verify(
 
 
 def _check_index(store: Store, found: _Found, sample: int) -> Iterator[Finding]:
-    names = [name for name in store.list("index") if not name.startswith(("_", "."))]
-    by_folder = {key: list(group) for key, group in itertools.groupby(names, lambda name: name[5:7])}
+    names = [name for name in store.list_names(layout.INDEX) if layout.is_visible(name)]
+    by_folder = {folder: list(group) for folder, group in itertools.groupby(names, layout.shard_of_part)}
     with ThreadPoolExecutor(_THREADS) as pool:
-        for folder in sorted({*by_folder, *store.folders("clips")}):
+        for folder in sorted({*by_folder, *store.folders(layout.CLIPS)}):
             parts = by_folder.pop(folder, [])
             items = set()
             # a window, so that not all clips of a folder are under way at once
@@ -127,8 +130,8 @@ def _check_index(store: Store, found: _Found, sample: int) -> Iterator[Finding]:
                     for row in rows:
                         items.add(row["item_id"])
                         yield from _count(row, name, found, good=not problems, sample=sample)
-            clips = {name.removesuffix(".mp4") for name in store.list(f"clips/{folder}") if name.endswith(".mp4")}
-            found.counts["stray"] += len(clips - items)
+            clips = {name for name in store.list_names(f"{layout.CLIPS}/{folder}") if name.endswith(".mp4")}
+            found.counts["stray"] += len(clips - {layout.clip_name(item_id) for item_id in items})
 
 
 def _batched(names: list[str]) -> Iterator[list[str]]:
@@ -138,7 +141,7 @@ def _batched(names: list[str]) -> Iterator[list[str]]:
 
 def _check_part(store: Store, name: str) -> tuple[str, list[dict[str, Any]], list[Finding]]:
     """Its rows, and what is wrong with it."""
-    file = f"index/{name}"
+    file = f"{layout.INDEX}/{name}"
     try:
         table = pq.read_table(io.BytesIO(store.read_bytes(file)))
     except (pa.ArrowException, ValueError) as error:
@@ -155,7 +158,7 @@ def _check_part(store: Store, name: str) -> tuple[str, list[dict[str, Any]], lis
     [row] = rows
     if not row["item_id"] or not row["id"]:
         return name, [], [Finding(file, row["id"], "its row has no id or no item_id", _AGAIN, "unreadable")]
-    if name != (due := index_part(row["item_id"], row_key(row["id"]))):
+    if name != (due := layout.part_name(row["item_id"], row_key(row["id"]))):
         what = f"is not named after its row (that would be {due})"
         return name, rows, [Finding(file, row["id"], what, _ASIDE, "duplicate")]
     if (what := _wrong_clip(store, row)) is not None:
@@ -167,7 +170,7 @@ def _wrong_clip(store: Store, row: dict[str, Any]) -> str | None:
     clip = row["clip"]
     if clip is None:
         return None
-    if clip != f"clips/{row['item_id'][:2]}/{row['item_id']}.mp4":
+    if clip != layout.clip_path(row["item_id"]):
         return f"its clip is {clip!r}, which is not that of its item"
     try:
         data = store.read_bytes(clip)
@@ -185,7 +188,7 @@ def _count(row: dict[str, Any], name: str, found: _Found, good: bool, sample: in
     found.counts["clips"] += row["clip"] is not None
     both = _short_hash(f"{row['item_id']} {row['id']}")
     if both in found.ids and good:
-        yield Finding(f"index/{name}", row["id"], "the row is in another part too", _ASIDE, "duplicate")
+        yield Finding(f"{layout.INDEX}/{name}", row["id"], "the row is in another part too", _ASIDE, "duplicate")
     alone = _short_hash(row["id"])
     found.counts["shared"] += alone in found.ids and both not in found.ids
     found.ids |= {both, alone}
@@ -197,18 +200,20 @@ def _count(row: dict[str, Any], name: str, found: _Found, good: bool, sample: in
 
 
 def _check_failed(store: Store, found: _Found) -> Iterator[Finding]:
-    for name in store.list("failed"):
-        if name.startswith(("_", ".")):
+    for name in store.list_names(layout.FAILED):
+        if not layout.is_visible(name):
             continue
         try:
-            table = pq.read_table(io.BytesIO(store.read_bytes(f"failed/{name}")))
+            table = pq.read_table(io.BytesIO(store.read_bytes(f"{layout.FAILED}/{name}")))
             table.select(FAILED_SCHEMA.names)
             found.counts["failed"] += table.num_rows
         except FileNotFoundError:
             continue  # rendered since
         except (pa.ArrowException, ValueError, KeyError) as error:
             what = f"cannot be read as a table of failed rows ({_line(error)})"
-            yield Finding(f"failed/{name}", None, what, "delete it; ltx-ray render of its manifest tries the row again")
+            yield Finding(
+                f"{layout.FAILED}/{name}", None, what, "delete it; ltx-ray render of its manifest tries the row again"
+            )
 
 
 # --- a sample rendered again ------------------------------------------------------------------------
@@ -237,8 +242,8 @@ def _render_again(
                     save_latents=False, stop_after=None, image_roots=(*asked.image_roots, *sorted(roots)),
                 )
             )  # fmt: skip
-            made = {row["id"]: row for row in _rows(Store(output), "index")}
-            failed = {row["id"]: row for row in _rows(Store(output), "failed")}
+            made = {row["id"]: row for row in read_rows(Store(output), layout.INDEX)}
+            failed = {row["id"]: row for row in read_rows(Store(output), layout.FAILED)}
         for item_id, row in again.items():
             yield from _compare(row, made.get(item_id), failed.get(item_id), say)
 
@@ -246,7 +251,7 @@ def _render_again(
 def _compare(
     row: dict[str, Any], made: dict[str, Any] | None, failed: dict[str, Any] | None, say: Callable[[str], None]
 ) -> Iterator[Finding]:
-    file = f"index/{index_part(row['item_id'], row_key(row['id']))}"
+    file = layout.index_path(row["item_id"], row_key(row["id"]))
     if made is None:
         why = failed["message"] if failed else "the run ended before it"
         yield Finding(file, row["id"], f"could not be rendered again ({_line(why)})", "mend that and verify again")
@@ -270,12 +275,6 @@ def _manifest_row(row: dict[str, Any]) -> dict[str, Any]:
     defaults = PIPELINES[row["pipeline"]].defaults
     values = {name: row[name] for name in COLUMNS if row[name] != plain(defaults.get(name))}
     return {**values, "id": row["item_id"], "prompt": row["prompt"]}
-
-
-def _rows(store: Store, folder: str) -> Iterable[dict[str, Any]]:
-    for name in store.list(folder):
-        if name.startswith("part-"):
-            yield from pq.read_table(io.BytesIO(store.read_bytes(f"{folder}/{name}"))).to_pylist()
 
 
 def _short_hash(text: str) -> int:

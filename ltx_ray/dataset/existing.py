@@ -1,4 +1,4 @@
-"""What a dataset has already, from the names of its parts alone: 20 bytes a finished row."""
+"""What a dataset has already, known from the names of its files alone: 20 bytes a finished row."""
 
 from __future__ import annotations
 
@@ -9,47 +9,44 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import pyarrow.fs as pafs
 
+from ltx_ray.dataset import layout
 from ltx_ray.storage.id_table import IdTable
 from ltx_ray.storage.store import Store
 
-_ITEM, _KEY = "([0-9a-f]{32})", "([0-9a-f]{8})"
-_PART = re.compile(rf"part-{_ITEM}-{_KEY}\.parquet")
-_FAILED_PART = re.compile(rf"part-(row|infra|illegal)-{_ITEM}-{_KEY}\.parquet")
-_LATENTS = re.compile(rf"{_ITEM}\.safetensors")
-#: Names that become records together.
-_TOGETHER = 1 << 16
+#: Names that become records at once.
+_BATCH = 1 << 16
 
 
-class _Pairs:
-    """A set of (item_id, row key), or of item ids alone (key ""): hex digits outside, bytes inside."""
+class _IdPairs:
+    """A set of (item_id, row key), or of item ids alone (key ""), as hex digits; stored as bytes."""
 
     def __init__(self, width: int):
-        self.records = IdTable(width, cap=None)
+        self.table = IdTable(width, cap=None)
         self.dropped: set[tuple[str, str]] = set()
 
     def __len__(self) -> int:
-        return len(self.records) - len(self.dropped)
+        return len(self.table) - len(self.dropped)
 
-    def load(self, digits: Iterable[str]) -> None:
-        """Take many pairs, each as the digits of both, none of them twice."""
-        waiting: list[str] = []
-        for pair in digits:
-            waiting.append(pair)
-            if len(waiting) == _TOGETHER:
-                self.records.extend(bytes.fromhex("".join(waiting)))
-                waiting.clear()
-        if waiting:
-            self.records.extend(bytes.fromhex("".join(waiting)))
-        self.records.merge()
+    def load(self, pairs: Iterable[str]) -> None:
+        """Add many pairs, each the digits of item_id and key in one string. No pair may come twice."""
+        batch: list[str] = []
+        for pair in pairs:
+            batch.append(pair)
+            if len(batch) == _BATCH:
+                self.table.extend(bytes.fromhex("".join(batch)))
+                batch.clear()
+        if batch:
+            self.table.extend(bytes.fromhex("".join(batch)))
+        self.table.merge()
 
     def has(self, item_id: str, key: str = "") -> bool:
-        name = bytes.fromhex(item_id + key)
-        return self.records.has(name[:8], name[8:]) and (item_id, key) not in self.dropped
+        record = bytes.fromhex(item_id + key)
+        return self.table.has(record[:8], record[8:]) and (item_id, key) not in self.dropped
 
     def key_of(self, item_id: str) -> str | None:
-        name = bytes.fromhex(item_id)
-        for rest in self.records.rests(name[:8]):
-            if rest[:8] == name[8:] and (item_id, key := rest[8:].hex()) not in self.dropped:
+        item_id_bytes = bytes.fromhex(item_id)
+        for rest in self.table.rests(item_id_bytes[:8]):
+            if rest[:8] == item_id_bytes[8:] and (item_id, key := rest[8:].hex()) not in self.dropped:
                 return key
         return None
 
@@ -57,9 +54,9 @@ class _Pairs:
         if (item_id, key) in self.dropped:
             self.dropped.remove((item_id, key))
         elif not self.has(item_id, key):
-            name = bytes.fromhex(item_id + key)
-            self.records.put(name[:8], name[8:])
-            self.records.settle()
+            record = bytes.fromhex(item_id + key)
+            self.table.put(record[:8], record[8:])
+            self.table.settle()
 
     def drop(self, item_id: str, key: str) -> None:
         if self.has(item_id, key):
@@ -69,15 +66,15 @@ class _Pairs:
 class ExistingRows:
     """Finished and failed rows of a dataset, and the items with stored latents or previews.
 
-    An item is named by 32 hex digits, a row of it by the 8 of its key. `add_row` and `drop_row` keep the rows
-    true while a run goes on; the rest is as it was listed.
+    An item is named by its item_id (32 hex digits), a row by its item and its key (8 hex digits, `layout.row_key`).
+    `add_row`, `drop_row`, `add_preview` and `add_failure` keep it up to date during a run; the rest is as listed.
     """
 
     def __init__(self) -> None:
-        self._rows, self._previews, self._latents = _Pairs(20), _Pairs(20), _Pairs(16)
+        self._rows, self._previews, self._latents = _IdPairs(20), _IdPairs(20), _IdPairs(16)
         self._failed: dict[tuple[str, str], str] = {}
         self._failed_parts: dict[str, list[tuple[str, str]]] = {}
-        #: Failed rows by "row" (their own fault), "infra" and "illegal".
+        #: Number of failed rows by kind: "row" (their own fault), "infra" and "illegal".
         self.failed_kinds: Counter[str] = Counter()
 
     @property
@@ -107,11 +104,11 @@ class ExistingRows:
         self._rows.add(item_id, key)
 
     def drop_row(self, item_id: str, key: str) -> None:
-        """Forget a finished row: what it stands for turned out to be missing."""
+        """Forget a finished row, whose part or clip turned out to be missing."""
         self._rows.drop(item_id, key)
 
     def failure(self, item_id: str, key: str) -> str | None:
-        """ "row", "infra" or "illegal"; None for a row that has not failed."""
+        """The kind of the row's failure ("row", "infra" or "illegal"); None when it has not failed."""
         return self._failed.get((item_id, key))
 
     def failed_parts(self, key: str) -> list[tuple[str, str]]:
@@ -137,36 +134,36 @@ class ExistingRows:
             self._failed[item_id, key] = kind
             self.failed_kinds[kind] += 1
 
-    def known(self, heads: Sequence[bytes]) -> Known:
-        """Which of many items may have rows here, by the first 8 bytes of their ids."""
-        return Known(self._rows.records, heads)
+    def look_up(self, item_heads: Sequence[bytes]) -> ItemLookup:
+        """Which of many items may have finished rows here, by the first 8 bytes of their item_ids."""
+        return ItemLookup(self._rows.table, item_heads)
 
 
-class Known:
-    """Says for a batch of items whether asking Done for rows can find any: one search in place of one for each."""
+class ItemLookup:
+    """Says for a batch of items whether they can have finished rows: one search instead of one for each item."""
 
-    def __init__(self, rows: IdTable, heads: Sequence[bytes]):
-        self._rows, self._settled, self._version = rows, rows.settled(heads), rows.version
+    def __init__(self, rows: IdTable, item_heads: Sequence[bytes]):
+        self._rows, self._settled, self._version = rows, rows.settled(item_heads), rows.version
 
-    def may_have(self, head: bytes) -> bool:
-        """False when no item with this head has a row now."""
-        return head in self._settled or self._version != self._rows.version or self._rows.recent(head)
+    def may_have_rows(self, item_head: bytes) -> bool:
+        """False when no item with this head (one of the batch's) has a row by now."""
+        return item_head in self._settled or self._version != self._rows.version or self._rows.recent(item_head)
 
 
 def list_existing(store: Store) -> ExistingRows:
-    """What is done and what has failed. Names that are not ours are passed over.
+    """List the finished and failed rows of a dataset, its previews and its latents. Other names are ignored.
 
-    On a local disk names are taken one by one; an object store's listing passes through memory once.
+    On a local disk names are taken one by one. An object store's listing is held in memory once.
     """
-    done = ExistingRows()
-    done._rows.load(_digits(_PART, _names(store, "index")))
-    done._previews.load(_digits(_PART, _names(store, "previews")))
-    done._latents.load(_digits(_LATENTS, _names(store, "latents")))
-    for name in _names(store, "failed"):
-        if match := _FAILED_PART.fullmatch(name):
+    existing = ExistingRows()
+    existing._rows.load(_digits(layout.PART, _names(store, layout.INDEX)))
+    existing._previews.load(_digits(layout.PART, _names(store, layout.PREVIEWS)))
+    existing._latents.load(_digits(layout.LATENTS_FILE, _names(store, layout.LATENTS)))
+    for name in _names(store, layout.FAILED):
+        if match := layout.FAILED_PART.fullmatch(name):
             kind, item_id, key = match.groups()
-            done.add_failure(item_id, key, kind)
-    return done
+            existing.add_failure(item_id, key, kind)
+    return existing
 
 
 def _digits(pattern: re.Pattern[str], names: Iterable[str]) -> Iterator[str]:
@@ -174,7 +171,7 @@ def _digits(pattern: re.Pattern[str], names: Iterable[str]) -> Iterator[str]:
 
 
 def _names(store: Store, folder: str) -> Iterator[str]:
-    """Names, without folders, of the files below `folder`; none when it does not exist."""
+    """Base names of the files below `folder`, at any depth; none when it does not exist."""
     if store.is_local:
         for _, _, files in os.walk(store.path(folder)):
             yield from files

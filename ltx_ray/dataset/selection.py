@@ -1,34 +1,34 @@
-"""Which rows of the previews a person has chosen: conditions on their columns, as the command line takes them."""
+"""Which previews a person has chosen: filters on their columns, in the command line's syntax."""
 
 from __future__ import annotations
 
 import json
 import operator
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pyarrow as pa
 
-from ltx_ray.dataset.layout import INDEX_SCHEMA
-from ltx_ray.dataset.writer import read_part
+from ltx_ray.dataset.layout import INDEX_SCHEMA, PREVIEWS
+from ltx_ray.dataset.writer import read_rows
 from ltx_ray.storage.store import Store
 
-_CONDITION = re.compile(r"\s*(\w+)\s*(!=|<=|>=|!~|=|<|>|~)\s*(.*?)\s*", re.DOTALL)
+_FILTER = re.compile(r"\s*(\w+)\s*(!=|<=|>=|!~|=|<|>|~)\s*(.*?)\s*", re.DOTALL)
 _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     "=": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
 }  # fmt: skip
 _LEGAL = "COLUMN OP VALUE, OP one of = != < <= > >= ~ (contains) !~"
 
-Condition = Callable[[dict[str, Any]], bool]
+RowFilter = Callable[[dict[str, Any]], bool]
 
 
-def parse_condition(text: str) -> Condition:
-    """`COLUMN OP VALUE` over a row of the index. Raises ValueError for one that no row could meet.
+def parse_filter(text: str) -> RowFilter:
+    """Parse `COLUMN OP VALUE`, a filter on rows of the index. Raises ValueError when it does not fit the column.
 
-    `~` looks for the value in a text or a list, `!~` for its absence; a null meets `!=` and `!~` alone.
+    `~` means that a text or a list contains the value, `!~` that it does not. A null passes `!=` and `!~` only.
     """
-    match = _CONDITION.fullmatch(text)
+    match = _FILTER.fullmatch(text)
     if match is None:
         raise ValueError(f"--where: {text!r}, legal: {_LEGAL}")
     name, op, given = match.groups()
@@ -57,26 +57,19 @@ def _contains(held: Any, given: str) -> bool:
     return held is not None and given in held
 
 
-def preview_rows(store: Store) -> Iterator[dict[str, Any]]:
-    """Rows of `previews/`, one a clip that stopped after stage 1."""
-    for name in store.list("previews"):
-        if name.startswith("part-") and name.endswith(".parquet"):
-            yield from read_part(store, f"previews/{name}").to_pylist()
+def chosen_items(store: Store, ids: frozenset[str] | None, filters: Iterable[RowFilter]) -> dict[str, str]:
+    """item_ids, by row id, of the previews that are among `ids` (None: all) and pass every filter.
 
-
-def chosen_items(store: Store, ids: frozenset[str] | None, conditions: Iterable[Condition]) -> dict[str, str]:
-    """By id, the item of each preview that is among `ids` (None: all) and meets every condition.
-
-    A row that was tried again after it had been edited has several previews: the newest counts. Raises ValueError
-    when `ids` names one that has no preview.
+    A row that was edited and rendered again has several previews; the newest counts. Raises ValueError when a row of
+    `ids` has no preview.
     """
-    conditions = list(conditions)
+    filters = list(filters)
     newest: dict[str, tuple[Any, str, bool]] = {}
-    for row in preview_rows(store):
-        meets = (ids is None or row["id"] in ids) and all(met(row) for met in conditions)
-        found = row["finished_at"], row["item_id"], meets
+    for row in read_rows(store, PREVIEWS):
+        passes = (ids is None or row["id"] in ids) and all(passed(row) for passed in filters)
+        found = row["finished_at"], row["item_id"], passes
         newest[row["id"]] = max(newest.get(row["id"], found), found)
     if unknown := sorted((ids or frozenset()) - newest.keys()):
         shown = ", ".join(unknown[:10])
         raise ValueError(f"--ids: {len(unknown)} ids have no preview in {store.uri}, such as {shown}")
-    return {row_id: item for row_id, (_, item, meets) in newest.items() if meets}
+    return {row_id: item_id for row_id, (_, item_id, passes) in newest.items() if passes}

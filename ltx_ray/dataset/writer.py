@@ -1,7 +1,7 @@
-"""The dataset's tables: `index/` with one row a finished manifest row, `failed/` with one a failed row.
+"""The dataset's tables: index/ with one row a finished manifest row, failed/ with one a failed row. No torch.
 
-A part holds one row and is named after its item and its row id, so that writing it twice changes
-nothing and a listing of names says what is done. No torch here.
+A part holds one row and is named after its item_id and its row's id. Writing it twice changes nothing, and a listing
+of names says what is done.
 """
 
 from __future__ import annotations
@@ -10,23 +10,25 @@ import datetime
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ltx_ray.dataset.layout import FAILED_SCHEMA, INDEX_SCHEMA, PREVIEW_SCHEMA, SECONDS_COLUMNS, index_part, row_key
+from ltx_ray.dataset import layout
+from ltx_ray.dataset.layout import FAILED_SCHEMA, INDEX_SCHEMA, PREVIEW_SCHEMA, SECONDS_COLUMNS, row_key
 from ltx_ray.manifest.columns import COLUMNS
 from ltx_ray.manifest.reader import DUPLICATE, FAILED_ROW_COLUMN, UNREADABLE, RawRow
+from ltx_ray.manifest.rules import resolved_values
 from ltx_ray.records import Clip, RenderRequest, plain
 from ltx_ray.storage.store import Store, split_options
 
 
-@dataclass
+@dataclass(frozen=True)
 class Rendered:
-    """What is known of an item when it is finished; the rest of an index row."""
+    """The columns of an index row that are known when the item is finished. `seconds`: see SECONDS_COLUMNS."""
 
     clip: Clip
     attempts: int
@@ -55,49 +57,49 @@ class Failure:
 
 
 class DatasetWriter:
-    """Writes parts under the root of `store`."""
+    """Writes the parts of the dataset at `store`."""
 
     def __init__(self, store: Store):
         self.store = store
 
     def write_index(self, item_id: str, request: RenderRequest, rendered: Rendered) -> None:
-        """Publish the index row of a manifest row whose clip is complete; a failure of it is forgotten."""
+        """Publish the index row of a manifest row whose clip is complete, and remove an older failure of it."""
         key = row_key(request.id)
         row = _rendered_row(item_id, request, rendered)
-        self.store.write_bytes(f"index/{index_part(item_id, key)}", one_row(row, INDEX_SCHEMA))
+        self.store.write_bytes(layout.index_path(item_id, key), one_row(row, INDEX_SCHEMA))
         self.forget_failure(item_id, key)
 
     def write_preview(self, item_id: str, request: RenderRequest, raw: RawRow, rendered: Rendered) -> None:
-        """Publish the row of a clip that stopped after stage 1; `clip` is that of its preview."""
+        """Publish the row of an item that stopped after stage 1; its `clip` is the preview."""
         key = row_key(request.id)
         row = {
             **_rendered_row(item_id, request, rendered),
             "source": raw.source,
             FAILED_ROW_COLUMN: _resolved_row(request),
         }
-        self.store.write_bytes(f"previews/{index_part(item_id, key)}", one_row(row, PREVIEW_SCHEMA))
+        self.store.write_bytes(layout.preview_row_path(item_id, key), one_row(row, PREVIEW_SCHEMA))
         self.forget_failure(item_id, key)
 
     def copy_index_row(self, item_id: str, from_key: str, request: RenderRequest) -> None:
-        """Give another manifest row the clip of an item that is done already."""
-        row = {**self._row("index", item_id, from_key), "id": request.id, "extra": request.extra}
+        """Publish the index row of another manifest row of a finished item, from its row with key `from_key`."""
+        row = {**self._row(layout.index_path(item_id, from_key)), "id": request.id, "extra": request.extra}
         key = row_key(request.id)
-        self.store.write_bytes(f"index/{index_part(item_id, key)}", one_row(row, INDEX_SCHEMA))
+        self.store.write_bytes(layout.index_path(item_id, key), one_row(row, INDEX_SCHEMA))
         self.forget_failure(item_id, key)
 
     def copy_preview_row(self, item_id: str, from_key: str, request: RenderRequest, raw: RawRow) -> None:
-        """Give another manifest row the preview of an item that has one already."""
+        """The same for an item that has a preview."""
         row = {
-            **self._row("previews", item_id, from_key),
+            **self._row(layout.preview_row_path(item_id, from_key)),
             "id": request.id,
             "extra": request.extra,
             "source": raw.source,
             FAILED_ROW_COLUMN: _resolved_row(request),
         }
-        self.store.write_bytes(f"previews/{index_part(item_id, row_key(request.id))}", one_row(row, PREVIEW_SCHEMA))
+        self.store.write_bytes(layout.preview_row_path(item_id, row_key(request.id)), one_row(row, PREVIEW_SCHEMA))
 
-    def _row(self, folder: str, item_id: str, key: str) -> dict[str, Any]:
-        return read_part(self.store, f"{folder}/{index_part(item_id, key)}").to_pylist()[0]
+    def _row(self, path: str) -> dict[str, Any]:
+        return read_part(self.store, path).to_pylist()[0]
 
     def write_failed(self, item_id: str, request: RenderRequest, raw: RawRow, failure: Failure) -> None:
         """Publish the failure of a legal row."""
@@ -105,13 +107,13 @@ class DatasetWriter:
         self.forget_failure(item_id, key)
         row = {**request.row(), "item_id": item_id, **_failure_columns(raw, failure)}
         row[FAILED_ROW_COLUMN] = _resolved_row(request)
-        kind = "row" if failure.error_class == "row" else "infra"
-        self.store.write_bytes(f"failed/part-{kind}-{item_id}-{key}.parquet", one_row(row, FAILED_SCHEMA))
+        kind = layout.ROW if failure.error_class == "row" else layout.INFRASTRUCTURE
+        self.store.write_bytes(layout.failed_path(kind, item_id, key), one_row(row, FAILED_SCHEMA))
 
     def write_illegal(self, raw: RawRow, messages: list[str]) -> str:
-        """Publish the failure of an illegal row; what cannot stand in its column is left out there.
+        """Publish the failure of an illegal row and return the part's name.
 
-        Returns the part's name.
+        A value that does not fit its column is null there; the manifest row as it was is in FAILED_ROW_COLUMN.
         """
         row: dict[str, Any] = {}
         for name, column in COLUMNS.items():
@@ -124,56 +126,66 @@ class DatasetWriter:
         failure = Failure("plan", 0, "row", "\n".join(messages))
         row.update(_failure_columns(raw, failure))
         content = hashlib.sha256(row[FAILED_ROW_COLUMN].encode("utf-8", "surrogatepass")).hexdigest()
-        name = f"part-illegal-{content[:32]}-{row_key(raw.source)}.parquet"
-        self.store.write_bytes(f"failed/{name}", one_row(row, FAILED_SCHEMA))
+        name = layout.failed_name(layout.ILLEGAL, content[:32], row_key(raw.source))
+        self.store.write_bytes(f"{layout.FAILED}/{name}", one_row(row, FAILED_SCHEMA))
         return name
 
     def forget_illegal(self, manifest: str, keep: set[str]) -> None:
-        """Remove the illegal rows of `manifest` that are no longer among its illegal rows (`keep`).
+        """Remove the parts of illegal rows of `manifest` but those named in `keep`, which are still illegal.
 
         When the manifest is this dataset's own failed/, its rows are those of every manifest.
         """
         files = split_options(manifest)[0].rstrip("/")
-        every = Store(manifest).root == self.store.path("failed")
-        for name in self.store.list("failed"):
-            if name.startswith("part-illegal-") and name not in keep:
-                try:
-                    table = read_part(self.store, f"failed/{name}", ["source"])
-                except (FileNotFoundError, UnreadablePart):
-                    continue
-                file = (table.column(0)[0].as_py() or "").rpartition(":")[0]
-                file = split_options(file)[0]
+        every = Store(manifest).root == self.store.path(layout.FAILED)
+        for name in self.store.list_names(layout.FAILED):
+            if layout.is_illegal_part(name) and name not in keep and (source := self._source(name)) is not None:
+                file = split_options(source.rpartition(":")[0])[0]
                 if every or file == files or file.startswith(files + "/"):
-                    self.store.delete(f"failed/{name}")
+                    self.store.delete(f"{layout.FAILED}/{name}")
 
     def forget_older_failures(self, names: Iterable[str], source: str) -> None:
-        """Remove those parts of `failed/` that are about the manifest row at `source`."""
+        """Remove those of the parts `names` of failed/ that are about the manifest row at `source`."""
         for name in names:
-            try:
-                table = read_part(self.store, f"failed/{name}", ["source"])
-            except (FileNotFoundError, UnreadablePart):
-                continue
-            if table.column(0)[0].as_py() == source:
-                self.store.delete(f"failed/{name}")
+            if self._source(name) == source:
+                self.store.delete(f"{layout.FAILED}/{name}")
 
     def forget_failure(self, item_id: str, key: str) -> None:
-        for kind in ("row", "infra"):
-            self.store.delete(f"failed/part-{kind}-{item_id}-{key}.parquet")
+        """Remove the row from failed/, if it is there."""
+        for kind in (layout.ROW, layout.INFRASTRUCTURE):
+            self.store.delete(layout.failed_path(kind, item_id, key))
+
+    def _source(self, name: str) -> str | None:
+        """Where the row of the part `name` of failed/ is in its manifest; None when the part is gone or damaged."""
+        try:
+            table = read_part(self.store, f"{layout.FAILED}/{name}", ["source"])
+        except (FileNotFoundError, UnreadablePart):
+            return None
+        return table.column(0)[0].as_py() or ""
 
 
 class UnreadablePart(OSError):
-    """A part of the dataset that is no Parquet file; the message names it."""
+    """A part of the dataset, `path` in it, that is no Parquet file."""
+
+    def __init__(self, message: str, *, path: str):
+        super().__init__(message)
+        self.path = path
 
 
-def read_part(store: Store, name: str, columns: list[str] | None = None) -> pa.Table:
-    """A part of the dataset. Raises FileNotFoundError, and UnreadablePart for one that is damaged."""
-    data = store.read_bytes(name)
+def read_part(store: Store, path: str, columns: list[str] | None = None) -> pa.Table:
+    """A part of the dataset. Raises FileNotFoundError, and UnreadablePart for a damaged one."""
+    data = store.read_bytes(path)
     try:
         return pq.read_table(io.BytesIO(data), columns=columns)
     except pa.ArrowException as error:
         raise UnreadablePart(
-            f"{store.uri}/{name} is damaged ({error}); ltx-ray verify --repair sets it aside"
+            f"{store.uri}/{path} is damaged ({error}); ltx-ray verify --repair sets it aside", path=path
         ) from None
+
+
+def read_rows(store: Store, folder: str) -> Iterator[dict[str, Any]]:
+    """All rows of index/, failed/ or previews/. Raises UnreadablePart."""
+    for name in filter(layout.is_part, store.list_names(folder)):
+        yield from read_part(store, f"{folder}/{name}").to_pylist()
 
 
 def _rendered_row(item_id: str, request: RenderRequest, rendered: Rendered) -> dict[str, Any]:
@@ -201,9 +213,8 @@ def _rendered_row(item_id: str, request: RenderRequest, rendered: Rendered) -> d
 
 
 def _resolved_row(request: RenderRequest) -> str:
-    """The manifest row as it was resolved, so that it gives the very same clip without the run's defaults."""
-    resolved = {name: value for name, value in request.row().items() if name != "extra"}
-    return _json({**json.loads(request.extra or "{}"), **resolved})
+    """The manifest row with its defaults resolved, as JSON: it asks for the same clip in a run with others."""
+    return _json(resolved_values(request))
 
 
 def _failure_columns(raw: RawRow, failure: Failure) -> dict[str, Any]:
@@ -225,7 +236,7 @@ def _json(values: Mapping[str, Any]) -> str:
 
 
 def one_row(row: Mapping[str, Any], schema: pa.Schema) -> bytes:
-    """A Parquet file of one row; columns that it lacks are null."""
+    """A Parquet file of one row. Columns that the row lacks are null."""
     complete = {name: row.get(name) for name in schema.names}
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist([complete], schema=schema), buffer, compression="zstd")

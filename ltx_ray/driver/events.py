@@ -10,36 +10,38 @@ import time
 from functools import cached_property
 from typing import Any
 
+from ltx_ray.dataset.layout import EVENTS
 from ltx_ray.storage.store import Store
 
 _FLUSH_SECONDS = 2.0
 _REMOTE_FLUSH_SECONDS = 60.0
-#: Seconds between two uploads of the whole log, as a multiple of what the last one took.
-_REMOTE_SHARE = 20.0
-#: An event that cannot be written is written with the next ones, so there is no need to wait long for the store.
-_PATIENCE = 2.0
+#: Seconds between two uploads of the whole log, as a multiple of the seconds of the last one.
+_UPLOAD_INTERVAL_FACTOR = 20.0
+#: Seconds for which a write is retried. Events that cannot be written are written with the next ones.
+_RETRY_SECONDS = 2.0
 
 
 class EventLog:
     """`events.jsonl`: one JSON object a line with `t` (seconds since the epoch) and `event`.
 
-    Local files grow by appending. An object store has no append: there the lines are kept in a temporary file
-    of this machine and the whole log is written again, by a thread beside the run, once a minute or, when it has
-    grown large, so that uploads take a twentieth of the time. A store that refuses costs the run nothing: the
-    lines wait for the next flush, and of a store that stays away the last are lost.
+    A local file grows by appending. An object store cannot append: the lines are kept in a temporary file of this
+    machine, and a thread writes the whole log again once a minute. When the log has grown large it does so less often,
+    so that uploads take a twentieth of the time. A write that fails does not stop the run: the lines wait for the next
+    flush. The last lines are lost if the store fails until the end.
     """
 
-    def __init__(self, store: Store, name: str = "events.jsonl"):
-        self._store, self._name = store.hurried(_PATIENCE), name
+    def __init__(self, store: Store, name: str = EVENTS):
+        self._store, self._name = store.retrying_for(_RETRY_SECONDS), name
         self._pending: list[str] = []
-        #: Whether the file is this run's already; before, it is an older run's.
+        #: Whether the file holds this run's events; until the first write it holds those of an older run.
         self._begun = False
         self._flushed, self._period = -math.inf, _FLUSH_SECONDS if store.is_local else _REMOTE_FLUSH_SECONDS
-        self._spool = None if store.is_local else tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (open as long as the run)
+        self._spool = None if store.is_local else tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (open for the whole run)
         self._upload: threading.Thread | None = None
         self.flush()
 
     def emit(self, event: str, **fields: Any) -> None:
+        """Add an event; it is written within seconds, or within a minute to an object store."""
         line = json.dumps({"t": round(time.time(), 3), "event": event, **fields}, ensure_ascii=False, default=str)
         self._pending.append(line + "\n")
         if time.monotonic() - self._flushed < self._period:
@@ -51,7 +53,7 @@ class EventLog:
             self._upload.start()
 
     def flush(self) -> None:
-        """Write what has not been written yet, and return when it is."""
+        """Write the pending events, and return when they are written."""
         if self._spool is None:
             self._append()
             return
@@ -72,7 +74,7 @@ class EventLog:
         self._flushed = time.monotonic()
 
     def _log(self) -> bytes:
-        """The whole log; what was pending is in the temporary file from now on, unless its disk is full."""
+        """The whole log. The pending lines move into the temporary file, unless its disk is full."""
         assert self._spool is not None
         lines = "".join(self._pending).encode("utf-8", "replace")
         self._spool.seek(0)
@@ -91,13 +93,13 @@ class EventLog:
         except OSError:
             pass
         self._flushed = time.monotonic()
-        self._period = max(_REMOTE_FLUSH_SECONDS, _REMOTE_SHARE * (self._flushed - began))
+        self._period = max(_REMOTE_FLUSH_SECONDS, _UPLOAD_INTERVAL_FACTOR * (self._flushed - began))
 
 
 class RunMetrics:
-    """Counters and timings of a run in `ray.util.metrics`, where the cluster's Prometheus finds them.
+    """Counters and timings of a run in `ray.util.metrics`, for the cluster's Prometheus.
 
-    Made when first used: metrics want a cluster, which a run without work never joins.
+    They are created on first use, because metrics need a cluster, and a run without work never joins one.
     """
 
     @cached_property
@@ -118,7 +120,9 @@ class RunMetrics:
         )
 
     def item(self, outcome: str) -> None:
+        """Count a row whose item ended: "rendered" or "failed"."""
         self._items.inc(1, tags={"outcome": outcome})
 
     def call(self, stage: str, seconds: float) -> None:
+        """Record the duration of an engine call."""
         self._seconds.observe(seconds, tags={"stage": stage})

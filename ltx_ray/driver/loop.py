@@ -1,6 +1,6 @@
-"""The driver: it carries out the decisions of the policy and reports to it what happened.
+"""The driver carries out the decisions of the policy and reports to it what happened.
 
-It knows replicas by name and results by their handles; the replica set (pools.protocol) has the processes.
+It refers to replicas by name and to results by handle. The processes are those of the replica set (pools.protocol).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ltx_ray.driver.publisher import Publisher
 from ltx_ray.driver.tracker import RowTracker, TrackedItem, first_line
 from ltx_ray.manifest.rules import RowProblem
 from ltx_ray.planning.identity import merged_weights
-from ltx_ray.planning.plan import PlannedRow
+from ltx_ray.planning.plan import PlanEntry
 from ltx_ray.pools.pool import Pool, StartFailed
 from ltx_ray.pools.protocol import CallFinished, InputsLost, ReplicaEvent, ReplicaLost, ReplicaSet, ReplicaStarted
 from ltx_ray.records import CallReport, ErrorKind, RenderRequest, WorkItem
@@ -62,7 +62,7 @@ class Driver:
         on_drain: Callable[[], None] = lambda: None,
         should_stop: Callable[[], str | None] = lambda: None,
     ):
-        """`path`: the stages of an item. `use_stored`: begin with the stored latents of stage 1 where there are some.
+        """`path`: the stages of an item. `use_stored`: start items from stored latents of stage 1, if there are any.
 
         `on_drain` is called once, when the run begins to drain. `should_stop` is called at every turn and returns a
         reason to drain, or None.
@@ -81,7 +81,7 @@ class Driver:
         #: When the call of each busy replica began.
         self._call_began: dict[str, float] = {}
         self._drain_until = float("inf")
-        #: Items whose latents are stored for the next run, because this one was told to stop.
+        #: Items whose latents are saved for the next run, because this one drains.
         self._saved: set[str] = set()
         self._device_name: str | None = None
 
@@ -89,13 +89,13 @@ class Driver:
         """Have the loop drain at its next turn, giving up calls under way; safe to call from a signal handler."""
         self.drain_requested = self.drain_requested or reason
 
-    def run(self, rows: Iterator[PlannedRow]) -> bool:
+    def run(self, rows: Iterator[PlanEntry]) -> bool:
         """Render `rows`; True when the run drained and left some. `counts` says what became of them.
 
         The cluster is joined when the first row is to be rendered, so that a run without work needs none. Rows that
         do not fit on its GPUs are refused as illegal ones are, before they are dispatched.
 
-        Raises pools.pool.StartFailed when a pool cannot be started, OSError when the output store stays away.
+        Raises pools.pool.StartFailed when a pool cannot be started, OSError when the output store keeps failing.
         """
         publisher, ended = self.tracker.publisher, False
         try:
@@ -137,7 +137,7 @@ class Driver:
             self._saved.update(self.policy.save_waiting(Stage.STAGE2))
 
     def _wait_seconds(self) -> float:
-        """Seconds to wait for events of the pools. Neither a written row nor a row that may be read is one."""
+        """Seconds to wait for events of the pools: few or none while rows are being written or may be taken."""
         if self.tracker.publisher.pending:
             return _TICK_SECONDS / 20
         return 0.0 if not self.tracker.exhausted and self.policy.capacity() else _TICK_SECONDS
@@ -147,7 +147,7 @@ class Driver:
             return True
         if self.policy.drained() or time.monotonic() > self._drain_until:
             return True
-        # Items that wait for the decode pool wait in vain once it is gone.
+        # Once the decode pool is gone, no item that waits for it can end.
         decoding = any(pool.replicas for pool in self.pools if Stage.DECODE in pool.spec.roles)
         return self.policy.draining and bool(self.pools) and not decoding and not self.policy.running
 
@@ -158,7 +158,7 @@ class Driver:
 
     # --- rows ------------------------------------------------------------------------------------
 
-    def _admit(self, rows: Iterator[PlannedRow]) -> None:
+    def _admit(self, rows: Iterator[PlanEntry]) -> None:
         """Take as many rows as the policy has capacity for."""
         taken = 0
         publisher = self.tracker.publisher
@@ -283,7 +283,7 @@ class Driver:
         )
 
     def _check_device(self, event: ReplicaStarted) -> None:
-        """Noise drawn on a GPU depends on its model, so the stages of a run must not span several."""
+        """Noise drawn on a GPU depends on its model, so the stages of a run must not span several models."""
         for rank in event.ranks:
             name = rank.device_name
             if not name or self.noise_device == "cpu":
@@ -335,7 +335,7 @@ class Driver:
             return
         pool.call_succeeded()
         tracked.take_result(stage, report, event.payload)
-        # The preflight clip says nothing of how long others take.
+        # The preflight clip takes other times than the clips of rows.
         measured = (None,) if tracked.item.preflight else (report.seconds, report.switch_seconds, report.nbytes)
         if self.policy.call_finished(item_id, *measured):
             self._finish(tracked, stage, event)
@@ -357,7 +357,7 @@ class Driver:
             self._drop_results(item_id)
             self._carry_out(self.policy.inputs_lost(item_id, self.policy.path), stage, error.message, "")
         else:
-            # Every rank failed alike. A RowError blames the row at once, another error once every attempt ended so.
+            # Every rank raised the same error. A RowError blames the row at once, another error after the last attempt.
             at_fault = error.kind == ErrorKind.ROW
             decision = self.policy.row_failed(item_id) if at_fault else self.policy.call_failed(item_id)
             blamed = "infrastructure" if error.kind == ErrorKind.INFRASTRUCTURE else "row"
@@ -382,7 +382,7 @@ class Driver:
         self.tracker.metrics.call(stage, report.seconds)
 
     def _charge_lost_call(self, pool: Pool, replica: str) -> None:
-        """A call that never came back has used its GPUs, too."""
+        """Count the GPU seconds of a call that never came back."""
         if (began := self._call_began.pop(replica, None)) is not None:
             self._gpu_seconds += (time.monotonic() - began) * pool.spec.gpus_per_rank * pool.spec.ranks
 
@@ -430,7 +430,7 @@ class Driver:
             raise StartFailed(f"preflight: {stage}: {message}\n{traceback}".rstrip())
         failure = Failure(stage, decision.attempts, blamed, message, traceback)
         if blamed == "infrastructure" and Stage.STAGE1 in tracked.payloads and stage in (Stage.STAGE2, Stage.DECODE):
-            # The row is not to blame, so its latents are saved for `ltx-ray retry`.
+            # The row is not to blame, so its latents are saved for the next run.
             tracked.failure = failure
             self.policy.admit(decision.item, path=(Stage.SAVE_LATENTS,), attempts=self.limits.max_attempts)
         else:

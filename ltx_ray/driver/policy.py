@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 from ltx_ray.driver.queue import FairQueue
 from ltx_ray.stages import DIFFUSION_STAGES, FULL_PATH, TRAITS, Stage, needed_results
 
+#: Upstream first. Iterating over a tuple is several times faster than over the enum.
+_STAGES = tuple(Stage)
 #: Seconds of a switch until one has been measured: one H100, the released model.
 _SWITCH_SECONDS = 1.5
 #: Weight of the newest measurement in a running mean.
@@ -87,7 +89,7 @@ class _Replica:
 
     @property
     def movable(self) -> bool:
-        """Whether it may serve either diffusion stage."""
+        """Whether it may serve both diffusion stages."""
         return all(stage in self.roles for stage in DIFFUSION_STAGES)
 
     def serves(self) -> tuple[Stage, ...]:
@@ -158,7 +160,7 @@ class Policy:
     def remove_replica(
         self, replica: str, charged: bool = True, inputs_lost: bool = False, given_back: bool = False
     ) -> RetryDecision | None:
-        """A replica is gone, and with it the call that it was in.
+        """A replica is gone, and with it its call.
 
         The item of that call is charged an attempt. Without `charged` that happens only when it has restarted too
         often, and never when the run has `given_back` the replica. With `inputs_lost` the item starts over.
@@ -194,7 +196,7 @@ class Policy:
     ) -> None:
         """Take an item in, behind all others or `first`.
 
-        `weights`: by stage, what a replica must have merged for it. `path`: its stages, where they are not the run's.
+        `weights`: by stage, what a replica must have merged for it. `path`: its stages, if not the run's.
         `attempts`: the number of its first attempt.
         """
         assert item not in self._items
@@ -242,7 +244,7 @@ class Policy:
     def inputs_lost(self, item: str, path: tuple[Stage, ...] | None = None) -> RetryDecision:
         """The results of earlier stages are gone, and the item starts over.
 
-        It does so on `path`, where its old path leads nowhere. It is charged only when that happens too often.
+        It does so on `path`, if its old path can no longer be used. It is charged only when that happens too often.
         """
         self._end_call(item)
         return self._restart(item, path)
@@ -269,7 +271,7 @@ class Policy:
 
     def next_dispatch(self) -> Dispatch | None:
         """The next call to make, or None when no call can or may be made now."""
-        for stage in reversed(Stage):
+        for stage in reversed(_STAGES):
             if self._idle[stage] and (queues := self._ready_queues(stage)):
                 return self._assign(self._best_idle(stage, queues), stage, queues)
         for stage in reversed(DIFFUSION_STAGES):
@@ -286,8 +288,8 @@ class Policy:
         spare = []
         serving = Counter(role for replica in self._replicas.values() for role in replica.roles)
         same_roles = Counter(frozenset(replica.roles) for replica in self._replicas.values())
-        ahead = [set(item.path[item.position :]) for item in self._items.values()]
-        needed = {roles: sum(1 for stages in ahead if stages & roles) for roles in same_roles}
+        remaining = [set(item.path[item.position :]) for item in self._items.values()]
+        needed = {roles: sum(1 for stages in remaining if stages & roles) for roles in same_roles}
         for name, replica in self._replicas.items():
             roles = frozenset(replica.roles)
             if replica.item is None and same_roles[roles] > needed[roles] and all(serving[role] > 1 for role in roles):
@@ -313,8 +315,9 @@ class Policy:
 
     def drained(self) -> bool:
         """While draining: whether nothing runs, and nothing more will."""
-        waiting = any(self.queued(stage) for stage, traits in TRAITS.items() if traits.runs_while_draining)
-        return self.draining and not +self._calls and not waiting
+        if not self.draining or +self._calls:
+            return False
+        return not any(self.queued(stage) for stage in _STAGES if TRAITS[stage].runs_while_draining)
 
     def queued(self, stage: Stage) -> int:
         """Items that wait for `stage`."""
@@ -351,13 +354,13 @@ class Policy:
     def _memory_allows(self, stage: Stage) -> bool:
         if self.max_bytes == math.inf or TRAITS[stage].runs_while_draining:
             return True
-        running = {s: sum(n for (call, _), n in self._calls.items() if call == s) for s in Stage}
+        running = {s: sum(n for (call, _), n in self._calls.items() if call == s) for s in _STAGES}
         if not any(running.values()):
             return True  # Over the limit, the items in flight go on one call at a time.
         expected = sum(n * self._bytes[s].value for s, n in running.items() if not TRAITS[s].runs_while_draining)
         return self._result_bytes + expected + self._bytes[stage].value <= self.max_bytes
 
-    # --- who runs it -----------------------------------------------------------------------------
+    # --- which replica runs it -------------------------------------------------------------------
 
     def _best_idle(self, stage: Stage, queues: list[FairQueue]) -> str:
         """The idle replica that has merged what a waiting item needs, else the one that has been idle longest."""
@@ -426,7 +429,7 @@ class Policy:
         _, weights, passed_over = queue.oldest()
         if passed_over < self.max_passed_over:
             queue = min(queues, key=lambda queue: queue.best(preference)[:2])
-            weights = queue.best(preference)[2]
+            weights = queue.best(preference).group
         item = queue.pop(weights)
         state = self._items[item]
         self._mark_busy(name)

@@ -1,4 +1,4 @@
-"""What a person sees of a run: one line that is rewritten on a terminal, plain lines in a job's log."""
+"""The progress of a run: one line that is rewritten on a terminal, plain lines in a job's log."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _LOG_PERIOD = 30.0
 
 
 class Progress:
-    """`total` may grow while the manifest is still being read. Times from `time.monotonic`."""
+    """Writes to `stream`, by default stderr. Times are from `time.monotonic`."""
 
     def __init__(self, stream: TextIO | None = None):
         self._stream = stream or sys.stderr
@@ -22,7 +22,7 @@ class Progress:
         self._width = 0
 
     def say(self, message: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         if self._width:
             self._stream.write("\r" + " " * self._width + "\r")
             self._width = 0
@@ -30,14 +30,17 @@ class Progress:
         self._stream.flush()
 
     def due(self, finished: int) -> bool:
-        """Whether `update` would show something now, with so many clips finished; cheap."""
+        """Whether `update` would print now. `finished`: clips so far. Cheap enough for every turn of the loop."""
         now = time.monotonic()
         if finished and self._first_done is None:
             self._first_done = now, finished
         return now - self._shown >= (_TERMINAL_PERIOD if self._terminal else _LOG_PERIOD)
 
     def update(self, done: int, failed: int, total: int | None, doing: str, force: bool = False) -> None:
-        """Show the state, at most twice a second on a terminal and every 30 s in a log."""
+        """Print the state, at most twice a second on a terminal and every 30 s in a log.
+
+        `total` is None while the manifest is still being read; `doing` says what the pools are busy with.
+        """
         if not self.due(done + failed) and not force:
             return
         now = self._shown = time.monotonic()
@@ -54,7 +57,7 @@ class Progress:
         parts = [f"{finished}/{'?' if total is None else total} clips"]
         if failed:
             parts.append(f"{failed} failed")
-        # the pipeline fills before the first clips, and an earlier run may have made them: the rate counts from there
+        # The rate counts from the first clip: the pipeline fills before it, and earlier clips are those of another run.
         if self._first_done is not None:
             began, before = self._first_done
             if finished > before and now > began:

@@ -1,4 +1,4 @@
-"""Writes to the output store beside the driver's loop, so that a slow store holds up no replica."""
+"""Writes to the output store on threads of their own, so that a slow store does not block the driver's loop."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 
 class Publisher:
-    """Runs writes on `threads` threads; what follows each runs on the caller's thread, in the order of the writes."""
+    """Runs writes on `threads` threads, and their callbacks on the caller's thread, in the order of the writes."""
 
-    #: Writes under way beyond which no new rows should be taken.
+    #: Pending writes beyond which the driver takes no new rows.
     FULL = 256
 
     def __init__(self, threads: int):
@@ -19,16 +19,17 @@ class Publisher:
 
     @property
     def pending(self) -> int:
+        """Writes whose callback has not run."""
         return len(self._pending)
 
     def submit(self, write: Callable[[], object], then: Callable[[], None]) -> None:
-        """Have `write` run soon, and `then` when it has gone well and `poll` is called."""
+        """Run `write` soon. `then` runs in a later `poll`, once the write has succeeded."""
         self._pending.append((self._pool.submit(write), then))
 
     def poll(self, timeout: float = 0.0) -> None:
-        """Do what follows the writes that are finished, waiting up to `timeout` seconds for the first of them.
+        """Run the callbacks of finished writes, after waiting up to `timeout` seconds for the oldest write.
 
-        Raises what a write raised.
+        Raises the exception of a write that failed.
         """
         if timeout and self._pending:
             wait([self._pending[0][0]], timeout=timeout)
@@ -38,7 +39,7 @@ class Publisher:
             then()
 
     def close(self, finish: bool) -> None:
-        """Wait for the writes that have begun; with `finish`, for all of them, and do what follows them."""
+        """Wait for the writes that have begun. With `finish`, wait for all and run their callbacks."""
         self._pool.shutdown(wait=True, cancel_futures=not finish)
         if finish:
             self.poll()

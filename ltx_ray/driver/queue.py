@@ -15,6 +15,14 @@ class Candidate(NamedTuple):
     passed_over: int
 
 
+class Choice(NamedTuple):
+    """The item to serve: the preference of its group, its order and its group."""
+
+    preference: int
+    order: int
+    group: Hashable
+
+
 class FairQueue:
     """A queue that can be served out of order, and that counts how often its oldest item has been passed over."""
 
@@ -44,10 +52,10 @@ class FairQueue:
         order, _, served, before = self._heaps[group][0]
         return Candidate(order, group, self._served - served - before)
 
-    def best(self, preference: Callable[[Hashable], int]) -> tuple[int, int, Hashable]:
-        """(preference, order, group) of the item to serve: the lowest preference of its group, then the oldest."""
+    def best(self, preference: Callable[[Hashable], int]) -> Choice:
+        """The item to serve: the oldest item of all groups with the lowest preference."""
         group = min(self._heaps, key=lambda g: (preference(g), self._heaps[g][0]))
-        return preference(group), self._heaps[group][0][0], group
+        return Choice(preference(group), self._heaps[group][0][0], group)
 
     def pop(self, group: Hashable) -> str:
         """Take the oldest item of `group` out."""

@@ -1,4 +1,4 @@
-"""Which manifest rows want which item, what the item's stages have made, and what became of it.
+"""Which manifest rows ask for which item, what the item's stages have made, and how it ended.
 
 Rows arrive as the plan has judged them and leave through the dataset's writer: rendered, failed, illegal, or done
 before. Nothing here decides what runs.
@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from ltx_ray.dataset.layout import failed_name
 from ltx_ray.dataset.writer import DatasetWriter, Failure, Rendered, UnreadablePart
 from ltx_ray.driver.events import EventLog, RunMetrics
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
-from ltx_ray.manifest.rules import RowProblem
-from ltx_ray.planning.plan import COPY, DONE, FAILED, ILLEGAL, REPEATED, Plan, PlannedRow
+from ltx_ray.manifest.rules import IllegalRow, RowProblem
+from ltx_ray.planning.plan import COPY, DONE, FAILED, REPEATED, Plan, PlanEntry, PlannedRow
 from ltx_ray.records import CallReport, Clip, NoiseLedger, WorkItem, canonical_json
 from ltx_ray.stages import DIFFUSION_STAGES, TRAITS, Stage, needed_results
 
@@ -27,7 +28,7 @@ _REMEMBERED_FAILURES = 10_000
 
 @dataclass
 class TrackedItem:
-    """An item in the pools: the manifest rows that want it, and what its stages have made so far."""
+    """An item in the pools: the manifest rows that ask for it, and the results of its stages so far."""
 
     item: WorkItem
     rows: list[PlannedRow]
@@ -42,18 +43,18 @@ class TrackedItem:
     device: str = ""
     prompt_truncated: bool = False
     noise_ledger: NoiseLedger | None = None
-    #: The numerics of stage 1 as JSON, where its latents were stored by an earlier run with others.
+    #: The numerics of stage 1 as JSON, if an earlier run with other numerics stored its latents.
     stage_1_numerics: str | None = None
     #: Why the item is given up, while its latents are still being saved.
     failure: Failure | None = None
-    #: What became of the item, while its rows are being written.
+    #: How the item ended, while its rows are being written.
     outcome: Rendered | Failure | None = None
     #: Rows that are being written.
     writing: int = 0
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """Its name in messages."""
         return self.item.request.id or self.item.item_id
 
     def inputs(self, stage: Stage) -> list[Any]:
@@ -108,14 +109,18 @@ class RowTracker:
         #: By item_id: a row that asks later for an item that has failed in this run fails the same way.
         self._given_up: dict[str, Failure] = {}
 
-    def take(self, rows: Iterator[PlannedRow], at_most: int) -> Iterator[TrackedItem]:
-        """Read up to `at_most` rows and yield the new items among them."""
+    def take(self, rows: Iterator[PlanEntry], at_most: int) -> Iterator[TrackedItem]:
+        """Read up to `at_most` rows and yield the items that are new."""
         existing = self.plan.existing
         for _ in range(at_most):
             planned = next(rows, None)
             if planned is None:
                 self.exhausted = True
                 return
+            if isinstance(planned, IllegalRow):
+                self.counts["rows"] += 1
+                self._take_illegal(planned)
+                continue
             if planned.status != REPEATED:
                 self.counts["rows"] += 1
             if planned.status == DONE:
@@ -125,8 +130,6 @@ class RowTracker:
                     self._forget_failure(planned)
             elif planned.status == FAILED:
                 self.counts["failed"] += 1
-            elif planned.status == ILLEGAL:
-                self._take_illegal(planned)
             elif planned.status == COPY:
                 self._take_copy(planned)
             elif planned.status != REPEATED and (tracked := self._take_row(planned)) is not None:
@@ -135,7 +138,6 @@ class RowTracker:
     def _take_row(self, planned: PlannedRow) -> TrackedItem | None:
         """Attach a row to its item; the item when it is new."""
         item = planned.item
-        assert item is not None
         tracked = self.items.get(item.item_id)
         if tracked is not None:
             tracked.rows.append(planned)
@@ -157,21 +159,20 @@ class RowTracker:
             self._take_illegal(planned.refused(problem))
             self._forget_failure(planned)
 
-    def _take_illegal(self, planned: PlannedRow) -> None:
-        raw, messages = planned.row.raw, list(planned.messages)
+    def _take_illegal(self, row: IllegalRow) -> None:
+        raw, messages = row.raw, row.messages()
         self.counts["illegal"] += 1
         for message in messages:
             self.progress.say(message)
-        self.events.emit("row_illegal", source=raw.source, id=planned.row.id, message="\n".join(messages))
+        self.events.emit("row_illegal", source=raw.source, id=row.id, message="\n".join(messages))
         self.publisher.submit(lambda: self._illegal_parts.add(self.writer.write_illegal(raw, messages)), _nothing)
 
     def _take_copy(self, planned: PlannedRow) -> None:
-        assert planned.item is not None
         item_id = planned.item.item_id
         from_key = self._finished_key(item_id)
         assert from_key is not None
         older = self._older_failures(item_id, planned.key)
-        request, raw = planned.request, planned.row.raw
+        request, raw = planned.request, planned.raw
         failures: list[Failure] = []
 
         def copy() -> None:
@@ -254,14 +255,14 @@ class RowTracker:
 
     def _write_rendered(self, item_id: str, planned: PlannedRow, rendered: Rendered, older: list[str]) -> None:
         if self.plan.latents_only:
-            self.writer.write_preview(item_id, planned.request, planned.row.raw, rendered)
+            self.writer.write_preview(item_id, planned.request, planned.raw, rendered)
             return
         self.writer.write_index(item_id, planned.request, rendered)
-        self.writer.forget_older_failures(older, planned.row.raw.source)
+        self.writer.forget_older_failures(older, planned.raw.source)
 
     def _write_failed(self, item_id: str, planned: PlannedRow, failure: Failure, older: list[str]) -> None:
-        self.writer.write_failed(item_id, planned.request, planned.row.raw, failure)
-        self.writer.forget_older_failures(older, planned.row.raw.source)
+        self.writer.write_failed(item_id, planned.request, planned.raw, failure)
+        self.writer.forget_older_failures(older, planned.raw.source)
 
     def _rendered(self, tracked: TrackedItem, planned: PlannedRow) -> None:
         existing = self.plan.existing
@@ -289,7 +290,7 @@ class RowTracker:
     def _older_failures(self, item_id: str, key: str) -> list[str]:
         """Parts in which the row failed as another item: with other weights, or before it was edited."""
         failed = self.plan.existing.failed_parts(key)
-        return [f"part-{kind}-{other}-{key}.parquet" for other, kind in failed if other != item_id]
+        return [failed_name(kind, other, key) for other, kind in failed if other != item_id]
 
     def close(self, complete: bool) -> None:
         """End of the run. `complete`: every row of the manifest was read."""

@@ -17,6 +17,7 @@ import torch
 
 from ltx_ray.checkpoints.digests import cache_root
 from ltx_ray.config import EngineSpec
+from ltx_ray.dataset.layout import clip_path, preview_path
 from ltx_ray.engine import codec, components
 from ltx_ray.engine.base import Rank, is_out_of_memory, resolve_dtype
 from ltx_ray.engine.frames import PictureCheck, decode_tiled, to_yuv420
@@ -94,13 +95,13 @@ class DecodeEngine:
         metadata = {"item_id": item.item_id, "recipe_digest": item.recipe_digest}
         if self.spec.stop_after:
             # Stage 1 renders at half size, and its latents are decoded at that size.
-            folder, shape, video_stage, audio_stage = "previews", item.request.shape.half(), "stage_1", "stage_1"
+            path, shape = preview_path(item.item_id), item.request.shape.half()
+            video_stage = audio_stage = "stage_1"
             metadata["preview"] = "stage_1"
         else:
-            folder, shape, video_stage = "clips", item.request.shape, "stage_2"
+            path, shape, video_stage = clip_path(item.item_id), item.request.shape, "stage_2"
             audio_stage = PIPELINES[item.request.pipeline].audio_stage
         sound = self._sound(named[f"{audio_stage}.audio"], shape.audio_samples)
-        path = f"{folder}/{item.item_id[:2]}/{item.item_id}.mp4"
         handle, temporary = tempfile.mkstemp(suffix=".mp4", dir=self.store.scratch_dir())
         os.close(handle)
         try:

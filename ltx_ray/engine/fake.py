@@ -25,6 +25,7 @@ import time
 from typing import Any
 
 from ltx_ray.config import EngineSpec
+from ltx_ray.dataset.layout import clip_path, latents_path, preview_path
 from ltx_ray.engine.base import Rank
 from ltx_ray.records import Clip, EngineFacts, RowError, StoredLatentsGone, WorkItem
 from ltx_ray.stages import TRAITS, Stage
@@ -76,21 +77,21 @@ class FakeEngine:
             return Clip(None, sha256, result, (), "stage_1")
         if self.spec.save_latents or self.spec.stop_after:
             self._save_latents(item, inputs)
-        path = f"{'previews' if self.spec.stop_after else 'clips'}/{item.item_id[:2]}/{item.item_id}.mp4"
+        path = preview_path(item.item_id) if self.spec.stop_after else clip_path(item.item_id)
         self.store.write_bytes(path, clip)
         return Clip(path, sha256, result, (), "stage_1")
 
     def _save_latents(self, item: WorkItem, stages: tuple[str, ...]) -> str:
         """Store the results of `stages` where the real engine stores latents; returns the path in the output."""
-        path = _latents(item)
+        path = latents_path(item.item_id)
         self.store.write_bytes(path, "\n".join(stages).encode())
         return path
 
     def _load_latents(self, item: WorkItem) -> str:
         try:
-            return self.store.read_bytes(_latents(item)).decode().splitlines()[0]
+            return self.store.read_bytes(latents_path(item.item_id)).decode().splitlines()[0]
         except FileNotFoundError as error:
-            raise StoredLatentsGone(f"{_latents(item)}: no such file") from error
+            raise StoredLatentsGone(f"{latents_path(item.item_id)}: no such file") from error
 
     def _follow_orders(self, stage: Stage, item: WorkItem) -> None:
         for ordered_stage, order, number, slow_attempts in _ORDER.findall(item.request.prompt):
@@ -136,10 +137,6 @@ class FakeEngine:
 def open_gate(output: str) -> None:
     """Let all calls of a run into `output` pass the gate, those that wait there now and those that come later."""
     Store(output).write_bytes(_GATE, b"")
-
-
-def _latents(item: WorkItem) -> str:
-    return f"latents/{item.item_id[:2]}/{item.item_id}.safetensors"
 
 
 def mp4_boxes(item_id: str, content: str) -> bytes:

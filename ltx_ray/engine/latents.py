@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from ltx_ray.checkpoints.digests import cache_root
+from ltx_ray.dataset.layout import latents_path
 from ltx_ray.engine.initial_state import stage_1_draws
 from ltx_ray.engine.patchify import latent_sizes
 from ltx_ray.records import AV, NoiseLedger, StageLatents, StoredLatentsGone, WorkItem, canonical_json
@@ -71,7 +72,7 @@ class LatentStore:
 
     def delete_cached(self, item: WorkItem) -> None:
         """Remove the copy in this node's cache, if there is one."""
-        self.node_cache.delete(_path(item))
+        self.node_cache.delete(latents_path(item.item_id))
 
     def load_stage_1(self, item: WorkItem, dtype: torch.dtype) -> tuple[StageLatents, str]:
         """Stored stage-1 latents of `item` and where they were: in the output, or else in the node's cache.
@@ -81,7 +82,7 @@ class LatentStore:
         """
         reasons = []
         for store in (self.output, self.node_cache):
-            location = join(store.uri, _path(item))
+            location = join(store.uri, latents_path(item.item_id))
             try:
                 return _load_stage_1(store, item, dtype), location
             except FileNotFoundError:
@@ -91,19 +92,15 @@ class LatentStore:
         raise StoredLatentsGone("; ".join(reasons))
 
 
-def _path(item: WorkItem) -> str:
-    return f"latents/{item.item_id[:2]}/{item.item_id}.safetensors"
-
-
 def _write(store: Store, item: WorkItem, stages: Sequence[StageLatents]) -> str:
-    location = join(store.uri, _path(item))
+    location = join(store.uri, latents_path(item.item_id))
     if len(stages) == 1 and _stored_stages(store, item) > 1:
         return location
     named = {name: tensor.contiguous() for name, tensor in named_latents(*stages).items()}
     metadata = {
         "item_id": item.item_id, "noise_ledger": canonical_json(stages[0].ledger), "numerics": stages[0].numerics,
     }  # fmt: skip
-    store.write_bytes(_path(item), save(named, metadata))
+    store.write_bytes(latents_path(item.item_id), save(named, metadata))
     return location
 
 
@@ -118,7 +115,7 @@ def _stored_stages(store: Store, item: WorkItem) -> int:
 
 def _load(store: Store, item: WorkItem) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     """Metadata and tensors of the item's file. Raises OSError, and ValueError for a broken file or another item's."""
-    data = store.read_bytes(_path(item))
+    data = store.read_bytes(latents_path(item.item_id))
     try:
         tensors = load(data)
     except SafetensorError as error:

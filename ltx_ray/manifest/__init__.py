@@ -1,1 +1,1 @@
-"""Parquet and JSONL manifests: reading rows, judging them."""
+"""Parquet and JSONL manifests: their columns, reading them, and judging their rows."""

@@ -1,6 +1,6 @@
-"""The manifest's columns: what each holds, what is legal in it, how values of any source become Python.
+"""The manifest's columns: type, legal values, and how a value from any source becomes Python's.
 
-One table serves the manifest reader, the command line's row defaults and the dataset's index schema.
+One table serves the manifest reader, the command line's row defaults and the schema of the dataset's index.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from ltx_ray.records import ImageCondition, LoraUse
 from ltx_ray.shapes import FRAME_RATES_LEGAL, legal_frame_rate
 
 LONGEST_ID = 128
-#: Width of the longest value that an error message repeats.
+#: Characters of a value that a message repeats.
 _SHOWN = 120
 ID_PATTERN = re.compile(rf"[A-Za-z0-9._-]{{1,{LONGEST_ID}}}")
 MAX_SEED = 2**63 - 1
 
 
 class Mistyped(Exception):
-    """The value is of another type than its column."""
+    """The value does not have its column's type."""
 
 
 @dataclass(frozen=True)
 class Column:
     """A manifest column.
 
-    `parse` turns a JSON-like value into Python and raises Mistyped; `check` says whether the parsed
-    value is legal by itself; `flag` is the reference's name of it on the command line.
+    `parse` turns a JSON-like value into Python's or raises Mistyped. `check` says whether a parsed value is legal,
+    apart from the other columns. `legal` says in words what is. `flag` is the reference's option on its command line.
     """
 
     name: str
@@ -65,7 +65,7 @@ def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise Mistyped
     try:
-        return float(value) + 0.0  # no -0.0, which would be another identity
+        return float(value) + 0.0  # turns -0.0, which would give another item_id, into 0.0
     except OverflowError:
         return math.inf
 
@@ -187,7 +187,7 @@ COLUMNS: Mapping[str, Column] = MappingProxyType({column.name: column for column
 
 
 def arrow_type_fits(column: Column, type_: pa.DataType) -> bool:
-    """Whether a Parquet column of `type_` can hold this column's values."""
+    """Whether a Parquet column of Arrow type `type_` can hold values of `column`."""
     if pa.types.is_null(type_):
         return True
     if pa.types.is_dictionary(type_):
@@ -209,13 +209,13 @@ def arrow_type_fits(column: Column, type_: pa.DataType) -> bool:
     return all(f.name in fields and _field_fits(fields[f.name], f.type) for f in inner)
 
 
-def _field_fits(wanted: pa.DataType, type_: pa.DataType) -> bool:
-    if pa.types.is_string(wanted):
+def _field_fits(expected: pa.DataType, type_: pa.DataType) -> bool:
+    if pa.types.is_string(expected):
         return pa.types.is_null(type_) or pa.types.is_string(type_) or pa.types.is_large_string(type_)
     return pa.types.is_null(type_) or pa.types.is_integer(type_) or pa.types.is_floating(type_)
 
 
 def shown(value: Any) -> str:
-    """`value` as an error message repeats it: its repr, cut at 120 characters."""
+    """`value` as a message repeats it: its repr, cut to 120 characters."""
     text = repr(value)
     return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."

@@ -1,6 +1,6 @@
-"""Parquet and JSONL manifests as a stream of rows, each a RenderRequest or the reasons why not.
+"""Parquet and JSONL manifests as a stream of raw rows.
 
-What is wrong with a file is a ValueError before the first row; what is wrong with a row stays with it.
+An unusable file is a ValueError before the first row. An unusable row is part of the stream.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ import pyarrow.parquet as pq
 from ltx_ray.manifest.columns import COLUMNS, Mistyped, arrow_type_fits, shown
 from ltx_ray.storage.store import Store, join, parent
 
-#: Rows of a JSONL file that decide whether a column as a whole has the wrong type.
+#: Rows of a JSONL file that are looked at to tell whether a whole column has the wrong type.
 _PEEK_ROWS = 1000
-#: A table written to OUT/failed carries its rows as they were in this column, so that it can be rendered again.
+#: Column of failed/ and previews/ that holds the manifest row as JSON, so that these tables are manifests themselves.
 FAILED_ROW_COLUMN = "manifest_row"
-#: Its only key when the row could not be read at all.
+#: The only key of that JSON for a row that could not be read.
 UNREADABLE = "_unreadable"
-#: A key beside its values when its id belonged to another row.
+#: A key of that JSON for a row whose id belonged to another row.
 DUPLICATE = "_duplicate_id"
-#: Parquet rows that are made Python together, and bytes of a column that are read ahead.
+#: Parquet rows that are converted at once, and bytes of a column that are read ahead.
 _PARQUET_ROWS, _PARQUET_BUFFER = 4096, 1 << 20
 
 
 class RawRow(NamedTuple):
-    """A row as read: where it stands (`file`, `number` from 1) and its values, or why it has none."""
+    """A row as read: its place (`file` and `number`, from 1) and its values, or why it has none (`unreadable`)."""
 
     file: str
     number: int
     values: Mapping[str, Any]
     unreadable: str | None = None
-    #: Known to have the id of another row; only its own manifest can mend that, not a retry.
+    #: Its id belonged to another row. Only an edit of the manifest can change that, not a retry.
     duplicate: bool = False
-    #: Read from a dataset's failed/: a row as it was resolved, one sample of its prompt.
+    #: Read from failed/ or previews/ of a dataset: its defaults are resolved, and it is one sample of its prompt.
     from_failed: bool = False
 
     @property
@@ -50,10 +50,10 @@ class RawRow(NamedTuple):
 
 
 def read_manifest(uri: str) -> Iterator[RawRow]:
-    """Stream the rows of a manifest: a .jsonl/.ndjson/.json file, a .parquet file, or a folder of either.
+    """Stream the rows of a manifest: a .jsonl, .ndjson or .json file, a .parquet file, or a folder of such files.
 
-    Raises ValueError at once (not at the first `next`) for a manifest that is missing or cannot be
-    read, that has no `prompt` column, or that has a column of the wrong type.
+    Raises ValueError at once (not at the first `next`) for a manifest that is missing or unreadable, or that has no
+    `prompt` column or a column of the wrong type.
     """
     store = Store(uri)
     kind = store.fs.get_file_info(store.root).type
@@ -85,7 +85,7 @@ def read_manifest(uri: str) -> Iterator[RawRow]:
 
 
 def manifest_folder(uri: str) -> str:
-    """The folder against which a manifest's relative image paths are resolved."""
+    """The folder from which a manifest's relative image paths count."""
     store = Store(uri)
     place = store.root if store.is_local else store.uri
     if store.fs.get_file_info(store.root).type == pafs.FileType.Directory:
@@ -95,7 +95,7 @@ def manifest_folder(uri: str) -> str:
 
 def _parquet_rows(fs: pafs.FileSystem, path: str, name: str) -> Iterator[RawRow]:
     try:
-        # closed again: a folder may have more files than a process may open
+        # closed at once: a folder may have more files than a process may open
         with fs.open_input_file(path) as file:
             schema = pq.ParquetFile(file).schema_arrow
     except (pa.ArrowException, OSError) as error:
@@ -118,7 +118,7 @@ def _parquet_values(
 ) -> Iterator[dict[str, Any]]:
     try:
         with fs.open_input_file(path) as file:
-            # otherwise whole columns of a row group are read at once, and kept until the end of the file
+            # without these options whole columns of a row group are read at once and kept until the end of the file
             parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=_PARQUET_BUFFER)
             for batch in parquet.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
                 names = batch.schema.names
@@ -138,7 +138,7 @@ def _cells(column: pa.Array) -> list[Any]:
 
 def _failed_rows(fs: pafs.FileSystem, path: str, name: str) -> Iterator[RawRow]:
     for row in _parquet_values(fs, path, name, [FAILED_ROW_COLUMN, "source"]):
-        # the row keeps its first place, so that it is known again
+        # the row keeps the place in its manifest, by which later runs recognize it
         origin, _, number = (row["source"] or f"{name}:0").rpartition(":")
         yield _parse_line(origin, int(number), row[FAILED_ROW_COLUMN])._replace(from_failed=True)
 

@@ -1,4 +1,4 @@
-"""What is legal in a row: its defaults resolved, everything illegal in it named."""
+"""Judging rows: defaults are resolved, and everything illegal is named."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from ltx_ray.manifest.columns import COLUMNS, Mistyped, shown
 from ltx_ray.manifest.reader import RawRow
@@ -17,7 +17,7 @@ from ltx_ray.shapes import ClipShape, size_problems
 from ltx_ray.storage.images import locate
 from ltx_ray.storage.store import parent
 
-#: Columns that say nothing to the distilled pipeline.
+#: Columns that the distilled pipeline fixes.
 FIXED_WHEN_DISTILLED = frozenset(
     {"num_inference_steps", "negative_prompt", "distilled_lora_strength_stage_1", "distilled_lora_strength_stage_2"}
     | {f"{stream}_{name.name}" for stream in ("video", "audio") for name in dataclasses.fields(Guidance)}
@@ -34,21 +34,32 @@ class RowProblem:
 
 
 @dataclass(frozen=True)
-class Row:
-    """A row read and judged: `request` is None exactly when there are `problems`."""
+class LegalRow:
+    """A row and the request that it is with all defaults resolved."""
 
     raw: RawRow
-    request: RenderRequest | None
-    problems: tuple[RowProblem, ...] = ()
+    request: RenderRequest
+
+
+@dataclass(frozen=True)
+class IllegalRow:
+    """A row that cannot be rendered, and the reasons (at least one)."""
+
+    #: As a plan counts it, beside the statuses of a PlannedRow.
+    status: ClassVar[str] = "illegal"
+
+    raw: RawRow
+    problems: tuple[RowProblem, ...]
 
     @property
     def id(self) -> str | None:
+        """The id that the manifest gives it, legal or not."""
         value = self.raw.values.get("id")
         return value if isinstance(value, str) else None
 
     @property
     def _shown_id(self) -> str:
-        """The id when it is one, otherwise a spelling of it that fits any log line."""
+        """The id; quoted and cut when it is illegal, so that it fits a log line."""
         legal = COLUMNS["id"].check(self.id or "")
         return self.id or "" if legal else shown(self.id)
 
@@ -60,24 +71,21 @@ class Row:
 
 @dataclass(frozen=True)
 class RowRules:
-    """What is legal in rows beyond their types: the model's limits and the operator's choices.
-
-    Relative image paths count from the folder of the row's file; `image_roots` are where images may be.
-    """
+    """What decides, besides the columns' types, which rows are legal: the model's limits and the operator's options."""
 
     defaults: Mapping[str, Any] = field(default_factory=dict)
     num_layers: int | None = None
-    #: Pipelines that the checkpoint serves; the first is what rows get that name none.
+    #: Pipelines that the checkpoint serves. The first is the default of rows.
     pipelines: tuple[str, ...] = served_pipelines(distilled=False)
     loras: tuple[LoraUse, ...] = ()
-    #: Folders that images may come from; empty: the folder of the row's own file.
+    #: Folders that images may come from; when empty, the folder of the row's file, from which relative paths count.
     image_roots: tuple[str, ...] = ()
 
 
-def judge(raw: RawRow, rules: RowRules) -> Row:
-    """Resolve the defaults of `raw` and find everything that is illegal in it."""
+def judge(raw: RawRow, rules: RowRules) -> LegalRow | IllegalRow:
+    """Resolve the defaults of `raw`, or find everything that is illegal in it."""
     if raw.unreadable is not None:
-        return Row(raw, None, (RowProblem("row", raw.unreadable, "one JSON object a line"),))
+        return IllegalRow(raw, (RowProblem("row", raw.unreadable, "one JSON object a line"),))
     problems: list[RowProblem] = []
     given: dict[str, Any] = {}
     for name, column in COLUMNS.items():
@@ -107,7 +115,7 @@ def judge(raw: RawRow, rules: RowRules) -> Row:
     pipeline = PIPELINES[pipeline_name]
     defaults = {**pipeline.defaults, "loras": rules.loras}
     for name, value in {**rules.defaults, **given}.items():
-        # a pipeline without guidance and with a schedule of its own has nothing to set there
+        # the distilled pipeline has no guidance and a fixed schedule
         if pipeline.distilled and name in FIXED_WHEN_DISTILLED and value != defaults[name]:
             problems.append(RowProblem(name, value, f"{defaults[name]!r} or nothing: the distilled pipeline fixes it"))
     values = {**defaults, **rules.defaults, "id": None, **given, "pipeline": pipeline_name}
@@ -117,11 +125,17 @@ def judge(raw: RawRow, rules: RowRules) -> Row:
     images, misplaced = _located(values["images"], parent(raw.file), rules.image_roots)
     problems += misplaced
     if problems:
-        return Row(raw, None, tuple(problems))
+        return IllegalRow(raw, tuple(problems))
     values["loras"] = _in_declared_order(values["loras"], rules.loras)
     values["images"] = images
     values["extra"] = extra_json(raw)
-    return Row(raw, RenderRequest(**values))
+    return LegalRow(raw, RenderRequest(**values))
+
+
+def resolved_values(request: RenderRequest) -> dict[str, Any]:
+    """The manifest row of `request` with every default filled in: it asks for the same clip in a run with others."""
+    values = {name: value for name, value in request.row().items() if name != "extra"}
+    return {**json.loads(request.extra or "{}"), **values}
 
 
 def duplicate_id(row_id: Any) -> RowProblem:
@@ -129,7 +143,7 @@ def duplicate_id(row_id: Any) -> RowProblem:
 
 
 def check_defaults(defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Row defaults from the command line, parsed and checked as a row's values would be."""
+    """Parse and check row defaults from the command line like values of a row. Raises ValueError naming the option."""
     parsed = {}
     for name, value in defaults.items():
         column = COLUMNS[name]
@@ -149,7 +163,7 @@ def _cross_checks(values: Mapping[str, Any], rules: RowRules, asked: set[str], b
         problems += [RowProblem(*problem) for problem in size_problems(shape)]
     if rules.num_layers is not None:
         for name in ("video_stg_blocks", "audio_stg_blocks"):
-            # a pipeline's own default may name a block that a smaller model does not have
+            # a pipeline's default may name a block that a smaller model does not have
             if name in asked and any(block >= rules.num_layers for block in values[name]):
                 problems.append(RowProblem(name, list(values[name]), f"block numbers from 0 to {rules.num_layers - 1}"))
     declared = {use.name for use in rules.loras}
@@ -167,7 +181,7 @@ def _cross_checks(values: Mapping[str, Any], rules: RowRules, asked: set[str], b
 def _located(
     images: tuple[ImageCondition, ...], folder: str, roots: tuple[str, ...]
 ) -> tuple[tuple[ImageCondition, ...], list[RowProblem]]:
-    """Images with paths that workers can open, and the crf of the model's generation where none is given."""
+    """Images with paths that workers can open, and the default crf of LTX-2.3 where none is given."""
     found, problems, roots = [], [], roots or (folder,)
     for image in images:
         path = locate(image.path, folder, roots)
@@ -180,7 +194,7 @@ def _located(
 
 
 def extra_json(raw: RawRow) -> str | None:
-    """Unknown columns as JSON that any reader takes: no NaN, no half characters. None without any."""
+    """Unknown columns as standard JSON, without NaN and lone surrogates. None when there are none."""
     extra = {k: v for k, v in raw.values.items() if k not in COLUMNS}
     if not extra:
         return None

@@ -1,1 +1,1 @@
-"""From rows to work: what is new, done, repeated or illegal, and what it costs."""
+"""Planning: which rows are new, done, repeated or illegal, the items they ask for, and what these cost."""

@@ -1,4 +1,4 @@
-"""What a clip costs, from its size and the model's widths: an estimate, in TFLOP."""
+"""An estimate of what a clip costs in TFLOP, from its size and the model's widths."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ H100_TFLOPS = 618.0
 
 
 def pass_tflop(config: TransformerConfig, shape: ClipShape, isolated: bool = False) -> float:
-    """Multiply-adds (two operations each) of one model pass over a clip of `shape`, in TFLOP."""
+    """Multiply-adds (two operations each) of one pass of the model over a clip of `shape`, in TFLOP.
+
+    `isolated` leaves out the attention between the streams.
+    """
     d_v, d_a = config.video.dim, config.audio.dim
     t_v, t_a = shape.video_tokens, shape.audio_latents
 
@@ -33,7 +36,7 @@ def pass_tflop(config: TransformerConfig, shape: ClipShape, isolated: bool = Fal
 
 
 def clip_tflop(config: TransformerConfig, request: RenderRequest) -> float:
-    """Both stages of a clip. res_2s makes 2n + 1 calls for n steps, Euler n."""
+    """TFLOP of both stages of a clip. For n steps, res_2s evaluates the model 2n + 1 times and Euler n times."""
     pipeline = PIPELINES[request.pipeline]
 
     def calls(steps: int) -> int:

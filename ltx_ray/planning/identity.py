@@ -1,4 +1,7 @@
-"""What names a clip: `item_id` hashes the resolved request and the recipe, never paths, pool sizes or versions."""
+"""The item_id, which names a clip: a hash of the resolved request and the recipe.
+
+Paths, pool sizes and versions do not count.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,14 @@ from ltx_ray.stages import Stage
 
 
 def recipe_digest(recipe: Recipe) -> str:
-    """First 16 hex of sha256 over the recipe."""
+    """The first 16 hex digits of sha256 over the recipe."""
     return hashlib.sha256(canonical_json(recipe).encode()).hexdigest()[:16]
 
 
 class ItemHasher:
-    """The identity of requests that differ in prompt and seed only.
+    """item_ids of requests that differ in prompt and seed only.
 
-    What is hashed is canonical JSON of {"recipe", "request"}; all of it before the prompt is hashed here, once.
+    The hash is over canonical JSON of {"recipe", "request"}. What comes before the prompt is hashed once, here.
     """
 
     def __init__(self, request: RenderRequest, recipe: Recipe, image_digests: tuple[str, ...] = ()):
@@ -27,15 +30,15 @@ class ItemHasher:
         for name in ("id", "extra", "loras", "prompt", "seed"):
             row.pop(name)
         row["images"] = [{**image, "path": digest} for image, digest in zip(row["images"], image_digests, strict=True)]
-        # keys are sorted, and "seed" is the one after "prompt"
+        # keys are sorted, and no key is between "prompt" and "seed"
         before = canonical_json({name: value for name, value in row.items() if name < "prompt"})[1:-1]
         after = canonical_json({name: value for name, value in row.items() if name > "seed"})[1:-1]
         assert not any("prompt" < name < "seed" for name in row)
         self._start = hashlib.sha256(f'{{"recipe":{canonical_json(recipe)},"request":{{{before},"prompt":'.encode())
         self._end = f",{after}}}}}"
 
-    def of(self, prompt: str, seed: int) -> bytes:
-        """The 16 bytes of the item_id. Raises UnicodeEncodeError for half characters."""
+    def item_id_bytes(self, prompt: str, seed: int) -> bytes:
+        """The item_id as its 16 bytes. Raises UnicodeEncodeError for lone surrogates."""
         hashed = self._start.copy()
         hashed.update(f'{encode_basestring(prompt)},"seed":{seed}{self._end}'.encode())
         return hashed.digest()[:16]
@@ -44,10 +47,10 @@ class ItemHasher:
 def item_id(request: RenderRequest, recipe: Recipe, image_digests: tuple[str, ...] = ()) -> str:
     """The 32 hex digits that name a clip.
 
-    Images count by the digest of their bytes (`image_digests`, in row order), never by path, and LoRAs by
-    theirs, which the recipe holds with their strengths.
+    Images count by the digests of their bytes (`image_digests`, in the row's order), never by path. LoRAs count by
+    their digests and strengths in the recipe.
     """
-    return ItemHasher(request, recipe, image_digests).of(request.prompt, request.seed).hex()
+    return ItemHasher(request, recipe, image_digests).item_id_bytes(request.prompt, request.seed).hex()
 
 
 def merged_weights(request: RenderRequest) -> dict[Stage, Hashable]:

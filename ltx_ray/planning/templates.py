@@ -1,6 +1,7 @@
-"""Rows that differ in prompt, seed, id and unknown columns only: judged once, hashed from where they part.
+"""Templates for rows that differ in prompt, seed, id and unknown columns only.
 
-A manifest of millions of rows has few others, and this is what makes planning it a matter of microseconds a row.
+Such rows are judged once, and what they share is hashed once. Most manifests of millions of rows have few templates,
+so that planning takes some microseconds a row.
 """
 
 from __future__ import annotations
@@ -14,27 +15,27 @@ from typing import Any
 
 from ltx_ray.manifest.columns import COLUMNS, MAX_SEED, Mistyped
 from ltx_ray.manifest.reader import RawRow
-from ltx_ray.manifest.rules import RowRules, extra_json, judge
+from ltx_ray.manifest.rules import IllegalRow, RowRules, extra_json, judge
 from ltx_ray.planning.identity import ItemHasher
 from ltx_ray.records import RenderRequest, WorkItem
 
 _PROMPT, _SEED, _ID = (COLUMNS[name] for name in ("prompt", "seed", "id"))
 _FREE = frozenset({"prompt", "seed", "id"})
-#: Templates, and sets of columns, that are kept; beyond it they are made anew.
-_KEPT = 1024
+#: Templates, and sets of columns, that are cached. Beyond it the cache starts afresh.
+_CACHED = 1024
 _UNKNOWN: Any = object()
 
 
-class Template:
-    """What such rows have in common, taken from the work item of one of them."""
+class RowTemplate:
+    """What the rows of a template share, taken from the work item of one of them."""
 
     def __init__(self, item: WorkItem):
         self.item = item
-        #: What a clip costs, once somebody has asked.
+        #: Cost of each clip in TFLOP, once it is known.
         self.tflop: float | None = None
 
     @cached_property
-    def identity(self) -> ItemHasher:
+    def hasher(self) -> ItemHasher:
         return ItemHasher(self.item.request, self.item.recipe, self.item.image_digests)
 
     def fill(self, raw: RawRow, item_id: str, row_id: str, seed: int) -> WorkItem:
@@ -44,18 +45,18 @@ class Template:
         return dataclasses.replace(self.item, item_id=item_id, request=request)
 
 
-class Templates:
-    """The templates met so far. `item` makes the work item of a request without images."""
+class TemplateCache:
+    """Templates of the rows met so far. `item` makes the work item of a request without images."""
 
     def __init__(self, rules: RowRules, item: Callable[[RenderRequest], WorkItem]):
         self._rules, self._item = rules, item
-        self._templates: dict[tuple, Template | None] = {}
+        self._templates: dict[tuple, RowTemplate | None] = {}
         self._shared: dict[tuple[str, ...], tuple[tuple[str, ...], Callable]] = {}
 
-    def match(self, raw: RawRow) -> tuple[Template, int, str | None] | None:
-        """(template, seed, given id) of a legal row; None for one that has to be judged by itself.
+    def match(self, raw: RawRow) -> tuple[RowTemplate, int, str | None] | None:
+        """(template, seed, given id) of a legal row; None for a row that has to be judged by itself.
 
-        Those are rows that are illegal, and rows with images, which take long to read.
+        Such are illegal rows, and rows with images, which take long to read.
         """
         values = raw.values
         if raw.unreadable is not None or raw.duplicate or values.get("images"):
@@ -77,16 +78,16 @@ class Templates:
             return None
         return template, template.item.request.seed if seed is None else seed, row_id
 
-    def _of(self, raw: RawRow) -> Template | None:
+    def _of(self, raw: RawRow) -> RowTemplate | None:
         columns = tuple(raw.values)
         found = self._shared.get(columns)
         if found is None:
-            _make_room(self._shared)
+            _bound(self._shared)
             names = tuple(n for n in columns if n in COLUMNS and n not in _FREE)
             found = self._shared[columns] = names, _getter(names)
         shared, get = found
         values = get(raw.values)
-        # 1, 1.0 and True are equal, but the last is no number
+        # 1, 1.0 and True are equal, but True is no legal number
         key: tuple = shared, values, tuple(map(type, values))
         try:
             template = self._templates.get(key, _UNKNOWN)
@@ -94,31 +95,31 @@ class Templates:
             key = shared, repr(values)
             template = self._templates.get(key, _UNKNOWN)
         if template is _UNKNOWN:
-            _make_room(self._templates)
+            _bound(self._templates)
             template = self._templates[key] = self._made(raw, shared)
         return template
 
-    def _made(self, raw: RawRow, shared: tuple[str, ...]) -> Template | None:
+    def _made(self, raw: RawRow, shared: tuple[str, ...]) -> RowTemplate | None:
         values: dict[str, Any] = {name: raw.values[name] for name in shared}
-        request = judge(raw._replace(values={**values, "prompt": "any"}), self._rules).request
-        return None if request is None else Template(self._item(request))
+        row = judge(raw._replace(values={**values, "prompt": "any"}), self._rules)
+        return None if isinstance(row, IllegalRow) else RowTemplate(self._item(row.request))
 
 
 def _getter(names: tuple[str, ...]) -> Callable[[Any], tuple]:
-    """itemgetter gives a tuple for two names and more."""
+    """A getter of a tuple of these items. `itemgetter` gives a tuple for two names or more only."""
     return itemgetter(*names) if len(names) > 1 else lambda values: tuple(values[name] for name in names)
 
 
 def sample_id(given_id: str, number: int) -> str:
-    """Id of a row's sample `number` (from 1), when the row has an id in the manifest."""
+    """Id of sample `number` (from 1) of a row with the id `given_id` in the manifest."""
     return f"{given_id}-s{number}"
 
 
 def sample_seed(item_id: str, number: int) -> int:
-    """Seed of a row's sample `number` (from 1); `item_id` is that of the row as it stands, its sample 0."""
+    """Seed of sample `number` (from 1) of a row. `item_id` is that of its sample 0, which has the row's own seed."""
     return int.from_bytes(hashlib.sha256(f"{item_id}:{number}".encode()).digest()[:8], "big") & MAX_SEED
 
 
-def _make_room(kept: dict) -> None:
-    if len(kept) >= _KEPT:
-        kept.clear()
+def _bound(cache: dict[Any, Any]) -> None:
+    if len(cache) >= _CACHED:
+        cache.clear()

@@ -31,7 +31,7 @@ _PING_AFTER_SECONDS = 10.0
 _PING_TIMEOUT_SECONDS = 60.0
 #: Seconds after an answer in which the next call needs no ping before it.
 _FRESH_SECONDS = 0.05
-#: How Ray's error for a dead actor says that the node is gone.
+#: Part of Ray's message about a dead actor when its node is gone.
 _NODE_LOST = "its node has died"
 
 
@@ -46,7 +46,7 @@ class GangState(StrEnum):
 
 
 class GangLost(Exception):
-    """The gang is of no more use: a rank died, failed to start, or disagreed with the others.
+    """The gang can serve no more calls: a rank died, failed to start, or disagreed with the others.
 
     `idle`: it had died before the call under way began; `node_lost`: its node is gone.
     """
@@ -100,7 +100,7 @@ class Gang:
         # Tensor parallelism communicates after every layer, so a gang never spans nodes.
         self._group: PlacementGroup = placement_group([bundle] * pool.ranks, strategy="STRICT_PACK")
         self._actors: list[Any] = []
-        #: What each rank says of its process, then a free port on the node of rank 0.
+        #: What each rank reports about its process, then a free port on the node of rank 0.
         self._described: list[ray.ObjectRef] = []
         self._started: list[ray.ObjectRef] = []
         self._pending: list[ray.ObjectRef] = [self._group.ready()]

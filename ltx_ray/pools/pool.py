@@ -42,6 +42,8 @@ class Pool:
         A large pool grows as its replicas become ready, so that only a few wait for places that the cluster may lack.
         """
         target = self.spec.replicas if at_most is None else min(at_most, self.spec.replicas)
+        if len(self.replicas) >= target:
+            return []
         starting = len(self.replicas) - self.ready
         count = min(target - len(self.replicas), max(_STARTING_AT_ONCE, self.ready) - starting)
         names = [f"{self.spec.name}-{next(self._numbers)}" for _ in range(count)]
@@ -64,17 +66,17 @@ class Pool:
                 )
 
     def broke(self, reason: str) -> None:
-        """A replica broke while it served. Raises StartFailed when calls end in nothing else."""
+        """A replica broke in a call. Raises StartFailed when replicas keep breaking and no call succeeds."""
         self.broken += 1
         if self.broken >= self.max_failures:
             raise StartFailed(f"pool {self.spec.name}: {self.broken} gangs broke in a row; the last: {reason}")
 
     def died_idle(self, reason: str) -> None:
-        """A replica died with no row to charge. Raises StartFailed when all have, and then their successors."""
+        """A replica died while idle. Raises StartFailed when all have, and then `max_failures` replacements as well."""
         self.idle_deaths += 1
         if self.idle_deaths >= self.max_failures + self.spec.replicas:
             raise StartFailed(f"pool {self.spec.name}: {self.idle_deaths} gangs died idle in a row; the last: {reason}")
 
     def call_succeeded(self) -> None:
-        """A call came back well, so replicas of this pool can work."""
+        """A call succeeded, so replicas of this pool can work."""
         self.broken = self.idle_deaths = 0

@@ -1,4 +1,4 @@
-"""What the driver may ask of its replicas, and the events that they report. No Ray here.
+"""What the driver may ask of its replicas, and the events that they report. It does not import Ray.
 
 A ReplicaSet holds the gangs of a run: on a Ray cluster (`ray_replicas.RayReplicaSet`), or in virtual time
 (`simulated.SimulatedReplicaSet`).
@@ -25,7 +25,7 @@ class RankInfo:
     address: str = ""
     gpus: str = ""
     device: str = ""
-    #: Model of the GPU, or "cpu"; "" for engines on whose device nothing depends.
+    #: Model of the GPU, or "cpu"; "" for engines whose results do not depend on the device.
     device_name: str = ""
     #: Where the weights without LoRAs and the LoRA factors are kept; None for engines that merge nothing.
     clean_weights: str | None = None
@@ -50,7 +50,7 @@ class ReplicaStarted:
 
 @dataclass(frozen=True)
 class CallFinished:
-    """A call ended alike on all ranks. `report` is that of rank 0, `payload` a handle of its result."""
+    """A call ended the same way on all ranks. `report` is that of rank 0, `payload` a handle of its result."""
 
     replica: str
     report: CallReport
@@ -61,7 +61,7 @@ class CallFinished:
 
 @dataclass(frozen=True)
 class ReplicaLost:
-    """A replica is of no more use and has been killed."""
+    """A replica has failed and has been killed."""
 
     replica: str
     reason: str
@@ -71,7 +71,7 @@ class ReplicaLost:
     inputs_lost: bool = False
     #: Whether it died before the call under way had reached it, so that the item is not to blame.
     idle: bool = False
-    #: Whether its node is gone, which is most often the cluster's doing.
+    #: Whether its node is gone, for which the item is seldom to blame.
     node_lost: bool = False
 
 

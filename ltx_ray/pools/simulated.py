@@ -1,8 +1,8 @@
 """Replicas in virtual time, for tests and benchmarks of the driver: thousands of them in one process.
 
-Calls take the seconds that `times` returns. Replicas crash, hang, run out of memory or fail alike on all ranks, and
-nodes vanish with everything on them, all drawn from one seed. An engine such as `engine.fake` makes the results, in
-this process, when a call has succeeded; its exceptions are reported as a rank would report them.
+Calls take the seconds that `times` returns. Replicas crash, hang, run out of memory or raise the same error on all
+ranks, and nodes are lost with everything on them, all drawn from one seed. When a call succeeds, an engine such as
+`engine.fake` makes its result in this process; exceptions of the engine are reported as a rank would report them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Faults:
     crash: float = 0.0
     hang: float = 0.0
     out_of_memory: float = 0.0
-    #: An exception that is alike on all ranks; `store` is one of the output store.
+    #: The same exception on all ranks; `store` is an OSError as of the output store.
     error: float = 0.0
     store: float = 0.0
     #: For each start.
@@ -53,7 +53,7 @@ class Faults:
 class _Payload:
     value: Any
     node: int
-    #: The life of the node in which it was made.
+    #: How often the node had been lost when the result was made.
     life: int
 
 
@@ -72,7 +72,7 @@ class _Replica:
     dead: bool = False
     call: _Call | None = None
     merged_stage: Stage | None = None
-    #: Calls so far: an event of an older call is void.
+    #: Calls so far; an event of an older call is ignored.
     calls: int = 0
 
 
@@ -145,7 +145,7 @@ class SimulatedReplicaSet:
         return 0.0 if first else self.switch_seconds
 
     def fault(self, stage: Stage, item: WorkItem) -> str | None:
-        """The fault that befalls this call, by its name in `Faults`."""
+        """The fault of this call by its name in `Faults`, or None."""
         fate = self._random.random()
         for name in ("crash", "hang", *_ERRORS):
             fate -= getattr(self.faults, name)
@@ -240,7 +240,7 @@ class SimulatedReplicaSet:
         self._after(self._random.expovariate(1 / self.faults.node_seconds), self._node_lost)
 
     def _node_lost(self) -> list[ReplicaEvent]:
-        """A node goes with its replicas and all results on it, and is back at once, empty."""
+        """A node is lost with its replicas and all results on it, and comes back at once, empty."""
         node = self._random.randrange(self.nodes)
         self._lives[node] += 1
         events: list[ReplicaEvent] = []

@@ -56,7 +56,7 @@ class RankActor:
         return RankProcess(os.getpid(), node, ray.util.get_node_ip_address(), gpus)
 
     def ping(self) -> None:
-        """Answers when it is this call's turn."""
+        """Return at once. Calls of an actor run in order, so the answer comes after the calls before it."""
 
     def free_port(self) -> int:
         """A port on this node for the gang's rendezvous."""
@@ -71,7 +71,7 @@ class RankActor:
         return self._report(lambda: self._start(spec, rank, world, rendezvous, timeout))[0]
 
     def _start(self, spec: EngineSpec, rank: int, world: int, rendezvous: Rendezvous | None, timeout: float) -> None:
-        # Imported modules stay for good, and collecting garbage among them takes a sixth of the time of a start.
+        # Imported modules are never freed, and collecting garbage among them takes a sixth of the time of a start.
         gc.disable()
         try:
             base = importlib.import_module("ltx_ray.engine.base")

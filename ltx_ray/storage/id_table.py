@@ -1,4 +1,7 @@
-"""Compact tables that only grow: millions of fixed-width records in sorted runs, a handful of bytes each."""
+"""Append-only sets of millions of fixed-width ids, in sorted runs that cost little more than the ids' bytes.
+
+This is the idea of a log-structured merge tree: new records go to a dict, and sorted arrays are merged now and then.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +13,19 @@ from typing import Any
 
 import numpy as np
 
-#: Arrays of this size and more are kept in a file.
+#: Arrays of this size and more live in a temporary file.
 _SPILLED_BYTES = 2**22
-#: Records that stay in a dict before they become a run.
+#: Records that the dict holds before they become a run.
 _NEWEST = 8192
 
 
 class IdTable:
-    """Records of `width` bytes, looked up by their first 8 or 4 (the `head`), which should be spread evenly.
+    """Records of `width` bytes, looked up by their first 8 or 4 bytes (the `head`), which should be spread evenly.
 
-    Several may have one head. The newest are in a dict; `settle` makes them a run, sorted by head, and merges
-    runs of like sizes up to `cap` rows: merging takes as much memory again as the runs that it merges, so the
-    cap bounds what a table needs beyond its `width` bytes a record (None: no bound, fewest runs to search).
+    Several records may share a head. The newest are in a dict. `settle` makes them a run, sorted by head, and merges
+    runs of similar sizes up to `cap` records. A merge needs as much memory again as the runs that it merges, so `cap`
+    bounds what a table needs beyond its `width` bytes a record. With None there is no bound, and the fewest runs to
+    search.
     """
 
     def __init__(self, width: int, head: int = 8, cap: int | None = 1 << 20):
@@ -30,10 +34,11 @@ class IdTable:
         self._newest: dict[bytes, tuple[bytes, ...]] = {}
         self._waiting = 0
         self._runs: list[dict[str, np.ndarray]] = []
-        rest = [("rest", f"V{width - head}")] if width > head else []
+        self._has_rest = width > head
+        rest = [("rest", f"V{width - head}")] if self._has_rest else []
         self._type = np.dtype([("head", f">u{head}"), *rest])
         self._number = np.dtype(f"u{head}").type
-        #: Counts the runs made: what `settled` said is out of date when it has changed.
+        #: Number of runs made so far. An answer of `settled` is out of date when it has changed.
         self.version = 0
 
     def __len__(self) -> int:
@@ -45,12 +50,12 @@ class IdTable:
         self._waiting += 1
 
     def rests(self, head: bytes, settled: bool = True) -> Sequence[bytes]:
-        """What follows `head` in each of its records; `settled` False: no run has it, so that none is searched."""
+        """What follows `head` in each of its records. `settled` False says that no run has it, and searches none."""
         newest = self._newest.get(head, ())
         return [*newest, *self._settled_rests(head)] if settled else newest
 
     def recent(self, head: bytes) -> bool:
-        """Whether one of the newest records, not yet in a run, has this head."""
+        """Whether one of the newest records, which are in no run yet, has this head."""
         return head in self._newest
 
     def has(self, head: bytes, rest: bytes = b"", settled: bool = True) -> bool:
@@ -66,7 +71,7 @@ class IdTable:
                 at += 1
 
     def settled(self, heads: Sequence[bytes]) -> set[bytes]:
-        """Those of `heads` that a run has: one search for many is cheap, one for each is not."""
+        """Those of `heads` that a run has. One search for many heads is far cheaper than one for each."""
         if not self._runs or not heads:
             return set()
         numbers = np.frombuffer(b"".join(heads), self._type["head"]).astype(self._number)
@@ -78,57 +83,58 @@ class IdTable:
         return {heads[at] for at in order[found]}
 
     def settle(self, least: int = _NEWEST) -> None:
-        """Make a run of the newest records when there are `least` of them."""
+        """Make a run of the newest records when there are at least `least` of them."""
         if self._waiting >= max(least, 1):
             data = b"".join(head + rest for head, rests in self._newest.items() for rest in rests)
             self._newest, self._waiting = {}, 0
             self.extend(data)
 
     def extend(self, data: bytes) -> None:
-        """Add many records at once, as they stand one behind the other in `data`."""
+        """Add many records at once: `data` is their concatenation."""
         records = np.frombuffer(data, self._type)
         run = {"head": records["head"].astype(self._number)}
-        if "rest" in self._type.names:
+        if self._has_rest:
             run["rest"] = records["rest"]
         self._runs.append(_sorted(run))
         self.version += 1
-        while len(self._runs) > 1 and self._alike(*(len(run["head"]) for run in self._runs[-2:])):
+        while len(self._runs) > 1 and self._may_merge(*(len(run["head"]) for run in self._runs[-2:])):
             self._runs[-2:] = [_sorted(*self._runs[-2:])]
 
     def merge(self) -> None:
-        """Make one run of all, whatever the cap: the fewest to search, for a table that will hardly grow."""
+        """Make one run of all, whatever the cap, for a table that will hardly grow."""
         if len(self._runs) > 1:
             self._runs = [_sorted(*self._runs)]
 
-    def _alike(self, older: int, newer: int) -> bool:
+    def _may_merge(self, older: int, newer: int) -> bool:
         return older < 2 * newer and (self._cap is None or older + newer <= self._cap)
 
 
 def _sorted(*runs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """One run of several."""
-    joined = {name: _memory([run[name] for run in runs], np.concatenate) for name in runs[0]}
-    order = joined["head"].argsort(kind="stable")  # linear where runs are sorted
+    """Merge runs into one."""
+    merged = {name: _allocate([run[name] for run in runs], np.concatenate) for name in runs[0]}
+    order = merged["head"].argsort(kind="stable")  # linear time over sorted runs
     return {
-        name: _memory([words], lambda w, out: w[0].take(order, mode="clip", out=out)) for name, words in joined.items()
+        name: _allocate([column], lambda parts, out: parts[0].take(order, mode="clip", out=out))
+        for name, column in merged.items()
     }
 
 
-def _memory(words: list[np.ndarray], fill: Callable[..., Any]) -> np.ndarray:
-    """An array filled from `words`, as long as all of them, in memory of its own; a large one in a temporary file.
+def _allocate(parts: list[np.ndarray], fill: Callable[..., Any]) -> np.ndarray:
+    """An array as long as `parts` together, filled by `fill(parts, out=array)`, in a mapping of its own.
 
-    It goes back to the system with the array; from the heap, holes would be left behind. What is in a file the
-    system may write out and drop when memory is short: that is how tables of fifty million rows fit.
+    The mapping is returned to the system with the array, where the heap would keep holes. A large array is mapped from
+    a temporary file, which the system may write out and drop when memory is short: so tables of fifty million rows fit.
     """
-    size = sum(part.nbytes for part in words)
-    array = np.frombuffer(_spilled(size) if size >= _SPILLED_BYTES else mmap.mmap(-1, size), words[0].dtype)
-    fill(words, out=array)
+    size = sum(part.nbytes for part in parts)
+    array = np.frombuffer(_map_file(size) if size >= _SPILLED_BYTES else mmap.mmap(-1, size), parts[0].dtype)
+    fill(parts, out=array)
     return array
 
 
-def _spilled(size: int) -> mmap.mmap:
+def _map_file(size: int) -> mmap.mmap:
     try:
         with tempfile.TemporaryFile(prefix="ltx-ray-") as file:
-            # now or never: a disk that is full later would kill the process
+            # allocated at once: a disk that is full at the first write would kill the process
             os.posix_fallocate(file.fileno(), 0, size)
             return mmap.mmap(file.fileno(), size)
     except OSError:

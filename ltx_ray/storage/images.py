@@ -1,4 +1,4 @@
-"""Conditioning images as files: where a row may take them from, reading them, the digest that stands for them."""
+"""Conditioning images as files: where a row may take them from, their bytes and their digests."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def check_roots(roots: Iterable[str]) -> None:
 
 
 def locate(path: str, folder: str, roots: Iterable[str]) -> str | None:
-    """Where the workers read an image that a row names, or None when it is under none of `roots`.
+    """Path or URI at which workers read an image that a row names, or None when it is below none of `roots`.
 
-    Relative paths count from `folder`. Local links are resolved first. In an object store the key must be
-    below the root's as it stands; '..' (which a client on the way may resolve) and options (which could name
-    another server) are no part of it. The options of the root, which are the operator's, are added.
+    Relative paths count from `folder`. Local links are resolved first. In an object store the key must literally begin
+    with the root's; '..' (which a client may resolve) and options (which could name another server) are refused. The
+    operator's options, those of the root, are added.
     """
     if "://" not in path and not os.path.isabs(path):
         path = join(split_options(folder)[0], path)
@@ -64,7 +64,7 @@ def _holds(root: str, path: str) -> bool:
 
 
 def _local(uri: str) -> str | None:
-    """The local path that `uri` is, None for one in an object store."""
+    """`uri` as a local path; None for an object store."""
     if uri.startswith("file://"):
         return uri.removeprefix("file://")
     return None if "://" in uri else uri
@@ -73,7 +73,7 @@ def _local(uri: str) -> str | None:
 def read_image(path: str) -> bytes:
     """Bytes of the image at `path`, as `locate` gives it.
 
-    Raises ValueError when there is none that can be used, OSError when the store does not let us see.
+    Raises ValueError when there is no usable file, OSError when the store cannot be read.
     """
     try:
         store = Store(path)
@@ -84,7 +84,7 @@ def read_image(path: str) -> bytes:
             raise ValueError(f"{info.size} bytes, over the limit of {MAX_BYTES}")
         with store.fs.open_input_file(store.root) as file:
             return file.read()
-    except FileNotFoundError:  # it was there a moment ago
+    except FileNotFoundError:  # deleted since the lookup
         raise ValueError("no such file") from None
     except pa.ArrowException as error:
         raise ValueError(str(error)) from None
@@ -92,5 +92,5 @@ def read_image(path: str) -> bytes:
 
 @lru_cache(maxsize=4096)
 def image_digest(path: str) -> str:
-    """32 hex digits of sha256 over the file's bytes. A manifest often names one image many times."""
+    """The first 32 hex digits of sha256 over the file's bytes. Cached: a manifest often names one image many times."""
     return hashlib.sha256(read_image(path)).hexdigest()[:32]

@@ -1,4 +1,4 @@
-"""Patience with a store that throttles, breaks off or stalls: what is tried again, for how long, and files that do."""
+"""Retries for a store that throttles, breaks off or stalls: which errors, for how long, and files that retry."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ T = TypeVar("T")
 _FIRST_WAIT, _LONGEST_WAIT = 0.25, 10.0
 #: Bytes that a file in an object store reads ahead: a request costs as much as a megabyte.
 _READ_AHEAD = 2**20
-#: For good, however often it is tried. Everything else may pass: a disk that is full is emptied, a server restarted.
+#: Errors that no retry can help. Every other may pass: a full disk is emptied, a server is restarted.
 _PERMANENT = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY,
     errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.EXDEV, errno.EBADF,
 }  # fmt: skip
 #: The same in the words of object stores, whose errors have no number. S3 answers a slow request with 400
-#: RequestTimeout and a token that will be renewed with 400 ExpiredToken: both are named, so that no status is shown.
+#: RequestTimeout and a token that is about to be renewed with 400 ExpiredToken; pyarrow shows the name instead of the
+#: status for both, so neither matches here.
 _PERMANENT_WORDS = re.compile(
     r"ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|INVALID_CLIENT_TOKEN"
     r"|HTTP status 30[178]|HTTP status 40[01345]|[Bb]ucket '[^']*' not found"
@@ -34,16 +35,16 @@ _GONE = re.compile("NO_SUCH_KEY|RESOURCE_NOT_FOUND")
 
 
 def is_permanent(error: OSError) -> bool:
-    """Whether trying again cannot help: not there, not allowed, not a file."""
+    """Whether a retry cannot help: the file is missing, forbidden, or no file."""
     if isinstance(error, FileNotFoundError | PermissionError):
         return True
     return error.errno in _PERMANENT or (error.errno is None and bool(_PERMANENT_WORDS.search(str(error))))
 
 
 class RetryPolicy:
-    """Calls that are repeated for up to `seconds`, with waits that double from 0.25 s to 10 s, jittered by half.
+    """Repeats failing calls for up to `seconds`, with waits that double from 0.25 s to 10 s, jittered by half.
 
-    clock, wait: monotonic seconds and sleeping, for tests.
+    `clock` (monotonic seconds) and `wait` (sleep) can be replaced for tests.
     """
 
     def __init__(
@@ -56,10 +57,10 @@ class RetryPolicy:
         self.uri, self.seconds, self.clock, self.wait = uri, seconds, clock, wait
 
     def __call__(self, doing: str, relative: str, call: Callable[[], T]) -> T:
-        """`call()`, again while it raises an OSError that may pass; it must be fit to be repeated.
+        """Return `call()`, repeated while it raises an OSError that may pass; `call` must be idempotent.
 
-        Raises what is permanent as it is, and otherwise, when the patience is spent, an OSError that names the
-        store, what was done (`doing`, as in "writing") to which file, for how long, and the last error.
+        Raises a permanent error as it is. When the time is up, raises an OSError that names the store, what was done
+        (`doing`, such as "writing") to which file, for how long, and the last error.
         """
         began, tries, pause = self.clock(), 0, _FIRST_WAIT
         while True:
@@ -67,7 +68,7 @@ class RetryPolicy:
             try:
                 return call()
             except OSError as error:
-                if _GONE.search(str(error)):  # between its lookup and its reading
+                if _GONE.search(str(error)):  # deleted between its lookup and its reading
                     raise FileNotFoundError(str(error)) from error
                 if is_permanent(error):
                     raise
@@ -81,12 +82,12 @@ class RetryPolicy:
             pause = min(2 * pause, _LONGEST_WAIT)
 
 
-class _PatientFile(io.RawIOBase):
-    """An object opened for reading, each read of which is repeated by itself."""
+class _RetryingFile(io.RawIOBase):
+    """An object opened for reading. Each read is retried by itself."""
 
-    def __init__(self, inner: pafs.FileSystem, path: str, patience: RetryPolicy):
-        self._patience, self._path, self._position = patience, path, 0
-        self._file = patience("opening", path, lambda: inner.open_input_file(path))
+    def __init__(self, inner: pafs.FileSystem, path: str, retry: RetryPolicy):
+        self._retry, self._path, self._position = retry, path, 0
+        self._file = retry("opening", path, lambda: inner.open_input_file(path))
         self._size = self._file.size()
 
     def readable(self) -> bool:
@@ -105,7 +106,7 @@ class _PatientFile(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         count = max(0, min(len(buffer), self._size - self._position))
         if count:
-            data = self._patience("reading", self._path, lambda: self._file.read_at(count, self._position))
+            data = self._retry("reading", self._path, lambda: self._file.read_at(count, self._position))
             buffer[: len(data)] = data
             count = len(data)
         self._position += count
@@ -116,26 +117,26 @@ class _PatientFile(io.RawIOBase):
         super().close()
 
 
-class _Patiently(pafs.FileSystemHandler):
-    """Another filesystem for readers; writing through it is for `Store` alone."""
+class _RetryingHandler(pafs.FileSystemHandler):
+    """Another filesystem for readers; only `Store` writes."""
 
-    def __init__(self, inner: pafs.FileSystem, patience: RetryPolicy):
-        self._inner, self._patience = inner, patience
+    def __init__(self, inner: pafs.FileSystem, retry: RetryPolicy):
+        self._inner, self._retry = inner, retry
 
     def get_type_name(self) -> str:
-        return f"patient+{self._inner.type_name}"
+        return f"retrying+{self._inner.type_name}"
 
     def normalize_path(self, path: str) -> str:
         return self._inner.normalize_path(path)
 
     def get_file_info(self, paths: list[str]) -> list[pafs.FileInfo]:
-        return self._patience("looking up", ", ".join(paths), lambda: self._inner.get_file_info(paths))
+        return self._retry("looking up", ", ".join(paths), lambda: self._inner.get_file_info(paths))
 
     def get_file_info_selector(self, selector: pafs.FileSelector) -> list[pafs.FileInfo]:
-        return self._patience("listing", selector.base_dir, lambda: self._inner.get_file_info(selector))
+        return self._retry("listing", selector.base_dir, lambda: self._inner.get_file_info(selector))
 
     def open_input_file(self, path: str) -> pa.PythonFile:
-        raw = _PatientFile(self._inner, path, self._patience)
+        raw = _RetryingFile(self._inner, path, self._retry)
         return pa.PythonFile(io.BufferedReader(raw, _READ_AHEAD), mode="r")
 
     open_input_stream = open_input_file
@@ -147,6 +148,6 @@ class _Patiently(pafs.FileSystemHandler):
     move = copy_file = open_output_stream = open_append_stream = _refuse
 
 
-def patient_reader(inner: pafs.FileSystem, patience: RetryPolicy) -> pafs.FileSystem:
-    """`inner` for reading, where every lookup, listing and read is repeated."""
-    return pafs.PyFileSystem(_Patiently(inner, patience))
+def retrying_reader(inner: pafs.FileSystem, retry: RetryPolicy) -> pafs.FileSystem:
+    """`inner` for reading, with every lookup, listing and read retried."""
+    return pafs.PyFileSystem(_RetryingHandler(inner, retry))

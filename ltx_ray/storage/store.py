@@ -1,4 +1,4 @@
-"""One small wrapper over pyarrow.fs: put-then-publish, list, exists; local paths, s3:// and gs://."""
+"""Files below one root, on a local disk or in an object store: whole files or none, with retries."""
 
 from __future__ import annotations
 
@@ -13,72 +13,71 @@ from urllib.parse import quote
 
 import pyarrow.fs as pafs
 
-from ltx_ray.storage.retry import RetryPolicy, patient_reader
+from ltx_ray.storage.retry import RetryPolicy, retrying_reader
 
-#: Seconds for which an operation is tried; a restarted or throttled store is back sooner.
-PATIENCE = 60.0
-#: Where files grow that will be published, on the disk they will be published on.
+#: Seconds for which an operation is retried. A restarted or throttled store is back sooner.
+RETRY_SECONDS = 60.0
+#: Folder for files that are being written, on the disk on which they will be published.
 SCRATCH = "_tmp"
-#: Seconds after which a connection that does not open, or over which nothing comes, is given up.
+#: Seconds after which a connection that does not open, or on which nothing arrives, is given up.
 _CONNECT_SECONDS, _SILENCE_SECONDS = 10.0, 20.0
-#: Tries of one request inside pyarrow, which repeats one part of a large upload where we repeat all of it.
-#: Its own default would be 31 tries every 200 ms, which a store that throttles is the worse for.
+#: Tries of one request inside pyarrow, which repeats one part of a large upload where a `RetryPolicy` repeats all of
+#: it. pyarrow's default is 31 tries every 200 ms, which makes throttling worse.
 _REQUEST_TRIES = 3
-_CHECK_PATIENCE = 10.0
-#: Bytes below which an object goes up in one request; less than a part of any pyarrow's uploads.
+_CHECK_RETRY_SECONDS = 10.0
+#: Bytes below which an object is uploaded in one request. It is less than one part of a multi-part upload in every
+#: version of pyarrow.
 _SMALL = 4 * 2**20
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}")
-
-
-#: What pyarrow opens by URI and we have tried or have a reason to trust.
+#: Schemes of pyarrow's URIs that are supported.
 _SCHEMES = ("s3", "gs", "gcs", "file")
 
 
 class Store:
     """A root folder on a local disk or in an object store; paths are relative to it, with '/'.
 
-    Nothing is ever seen half-written: local files are synced and renamed into place, object stores show an
-    object only when its upload is complete. Credentials, region and endpoint of an object store come from
-    the environment (AWS_ACCESS_KEY_ID, AWS_REGION, AWS_ENDPOINT_URL ...), or from options behind a '?' in
-    the URI as pyarrow has them (`s3://bucket/path?region=eu-west-1`). Keys stand in a URI as they are, not
-    percent-encoded.
+    Readers never see a half-written file: local files are synced and renamed into place, and object stores show an
+    object only when its upload is complete. Credentials, region and endpoint of an object store come from the
+    environment (AWS_ACCESS_KEY_ID, AWS_REGION, AWS_ENDPOINT_URL ...), or from pyarrow's options after a '?' in the URI
+    (`s3://bucket/path?region=eu-west-1`). Keys in a URI are not percent-encoded.
 
-    Whatever may pass (throttling, 500s, cut connections, silence, a full disk) is tried again for `patience`
-    seconds and then an OSError that says so; what is missing or forbidden is raised at once. `fs` has the same
-    patience for those who read through it. clock, wait: see Patience.
+    Errors that may pass (throttling, 500s, cut connections, silence, a full disk) are retried for `retry_seconds`, and
+    then raised as an OSError that says so; a missing or forbidden file is raised at once. Reads through `fs` are
+    retried alike. `clock` and `wait`: see RetryPolicy.
     """
 
     def __init__(
         self,
         uri: str,
-        patience: float = PATIENCE,
+        retry_seconds: float = RETRY_SECONDS,
         clock: Callable[[], float] = time.monotonic,
         wait: Callable[[float], None] = time.sleep,
     ):
         self.uri = uri.rstrip("/") if len(uri) > 1 else uri
-        self._patiently = RetryPolicy(split_options(self.uri)[0], patience, clock, wait)
+        self._retry = RetryPolicy(split_options(self.uri)[0], retry_seconds, clock, wait)
         if "://" in uri:
             place, options = split_options(uri)
             scheme, _, rest = place.rstrip("/").partition("://")
             host, slash, key = rest.partition("/")
             if scheme in ("gs", "gcs") and "retry_limit_seconds" not in options:
-                # its own loop, which would go on for a quarter of an hour
-                options += f"{'&' if options else '?'}retry_limit_seconds={max(1.0, min(patience, _SILENCE_SECONDS))}"
+                # pyarrow's own retries of gs:// would go on for a quarter of an hour
+                limit = max(1.0, min(retry_seconds, _SILENCE_SECONDS))
+                options += f"{'&' if options else '?'}retry_limit_seconds={limit}"
             plain = f"{scheme}://{host}{slash}{quote(key)}{options}"
             if scheme not in _SCHEMES:
                 raise ValueError(f"{uri}: no place that can be read or written; legal: a folder, s3:// or gs://")
-            self._fs, self.root = self._patiently("opening", "", lambda: pafs.FileSystem.from_uri(plain))
+            self._fs, self.root = self._retry("opening", "", lambda: pafs.FileSystem.from_uri(plain))
         else:
             self._fs, self.root = pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
         self._small = self._fs
         if isinstance(self._fs, pafs.S3FileSystem):
-            self._small, self._fs = (_tuned(self._fs, patience, delayed) for delayed in (True, False))
+            self._small, self._fs = (_tuned(self._fs, retry_seconds, delayed) for delayed in (True, False))
         self.is_local = isinstance(self._fs, pafs.LocalFileSystem)
-        self.fs = self._fs if self.is_local else patient_reader(self._fs, self._patiently)
+        self.fs = self._fs if self.is_local else retrying_reader(self._fs, self._retry)
 
-    def hurried(self, patience: float) -> Store:
-        """The same store with another patience, for what can wait or must not hold anything up."""
-        return Store(self.uri, patience, self._patiently.clock, self._patiently.wait)
+    def retrying_for(self, seconds: float) -> Store:
+        """The same store with other `retry_seconds`."""
+        return Store(self.uri, seconds, self._retry.clock, self._retry.wait)
 
     def path(self, relative: str = "") -> str:
         """Full path of `relative` within the filesystem."""
@@ -88,10 +87,10 @@ class Store:
         """Raise ValueError naming the URI unless a file can be made and removed under it."""
         probe = f"_probe-{secrets.token_hex(4)}"
         try:
-            store = self.hurried(min(self._patiently.seconds, _CHECK_PATIENCE))
+            store = self.retrying_for(min(self._retry.seconds, _CHECK_RETRY_SECONDS))
             store.write_bytes(probe, b"")
             store.delete(probe)
-        except Exception as error:  # every filesystem raises its own kinds
+        except Exception as error:  # each filesystem raises its own classes
             raise ValueError(f"--output: {self.uri}, cannot be written ({error})") from None
 
     def exists(self, relative: str) -> bool:
@@ -103,10 +102,10 @@ class Store:
         return info.size if info.type == pafs.FileType.File else None
 
     def _info(self, relative: str) -> pafs.FileInfo:
-        return self._patiently("looking up", relative, lambda: self._fs.get_file_info(self.path(relative)))
+        return self._retry("looking up", relative, lambda: self._fs.get_file_info(self.path(relative)))
 
-    def list(self, folder: str, recursive: bool = False) -> list[str]:
-        """Names (without folders) of the files in `folder`, sorted; empty when there is no such folder."""
+    def list_names(self, folder: str, recursive: bool = False) -> list[str]:
+        """Base names of the files in `folder`, sorted; empty when there is no such folder."""
         infos = self._listed(folder, recursive)
         return sorted(info.base_name for info in infos if info.type == pafs.FileType.File)
 
@@ -116,24 +115,24 @@ class Store:
         return sorted(info.base_name for info in infos if info.type == pafs.FileType.Directory)
 
     def sizes(self, folder: str) -> dict[str, int]:
-        """Bytes of the files in `folder`, by name."""
+        """Bytes of each file in `folder`, by base name."""
         return {info.base_name: info.size for info in self._listed(folder) if info.type == pafs.FileType.File}
 
     def _listed(self, folder: str, recursive: bool = False) -> list[pafs.FileInfo]:
         selector = pafs.FileSelector(self.path(folder), allow_not_found=True, recursive=recursive)
-        return self._patiently("listing", folder, lambda: self._fs.get_file_info(selector))
+        return self._retry("listing", folder, lambda: self._fs.get_file_info(selector))
 
     def read_bytes(self, relative: str) -> bytes:
-        """Raises FileNotFoundError when it is not there."""
+        """The whole file. Raises FileNotFoundError when there is none."""
 
         def read() -> bytes:
             with self._fs.open_input_file(self.path(relative)) as file:
                 return file.read()
 
-        return self._patiently("reading", relative, read)
+        return self._retry("reading", relative, read)
 
     def write_bytes(self, relative: str, data: bytes) -> None:
-        """Write a whole file, replacing an older one at once."""
+        """Write a whole file. It replaces an older one atomically."""
         target = self.path(relative)
 
         def write() -> None:
@@ -148,10 +147,10 @@ class Store:
             finally:
                 temporary.unlink(missing_ok=True)
 
-        self._patiently("writing", relative, write)
+        self._retry("writing", relative, write)
 
     def create(self, relative: str, data: bytes) -> bool:
-        """Write a whole local file unless there is one already: of several that try at once, one is told True.
+        """Write a whole local file unless it exists. Of several processes that try at once, one is told True.
 
         Raises OSError on a disk without hard links.
         """
@@ -168,14 +167,14 @@ class Store:
         return True
 
     def _put(self, target: str, data: bytes) -> None:
-        # in one call: a stream that is given half of it and then let go uploads the half as the object. For the same
-        # reason an upload of several parts is begun before anything is written: one that could not be begun by a
-        # write would leave an empty object in the place of an older one
+        # In one call: a stream that is closed after half of the data uploads that half as the object. For the same
+        # reason a multi-part upload begins before anything is written: if the first write had to begin it and could
+        # not, an empty object would replace the older one.
         with (self._small if len(data) < _SMALL else self._fs).open_output_stream(target) as file:
             file.write(data)
 
     def append_text(self, relative: str, text: str) -> None:
-        """Append to a local file. Object stores cannot: the caller rewrites the whole there."""
+        """Append to a local file. In an object store the caller has to rewrite the whole."""
         assert self.is_local
         path = Path(self.path(relative))
 
@@ -188,55 +187,55 @@ class Store:
                     while data:
                         data = data[file.write(data) :]
                 except OSError:
-                    file.truncate(size)  # a disk that is full took a part of it
+                    file.truncate(size)  # a full disk took part of it
                     raise
 
-        self._patiently("writing", relative, append)
+        self._retry("writing", relative, append)
 
     def publish(self, local_file: str, relative: str) -> None:
         """Move the finished `local_file` to `relative`."""
         target = self.path(relative)
         if not self.is_local:
             data = Path(local_file).read_bytes()
-            self._patiently("writing", relative, lambda: self._put(target, data))
+            self._retry("writing", relative, lambda: self._put(target, data))
             os.unlink(local_file)
             return
-        temporary = self._patiently("writing", relative, lambda: _temporary_beside(target))
+        temporary = self._retry("writing", relative, lambda: _temporary_beside(target))
 
         def write() -> None:
-            if os.path.exists(local_file):  # else it was moved by the try before
+            if os.path.exists(local_file):  # otherwise an earlier try has moved it
                 shutil.move(local_file, temporary)
             with open(temporary, "rb") as file:
                 _sync(file.fileno())
             os.replace(temporary, target)
 
         try:
-            self._patiently("writing", relative, write)
+            self._retry("writing", relative, write)
         finally:
             temporary.unlink(missing_ok=True)
 
     def move(self, relative: str, to: str) -> None:
-        """Rename a file, replacing an older `to`. An object is copied and deleted: both may be seen for a moment."""
+        """Rename a file, replacing an older `to`. Objects are copied, then deleted: for a moment both exist."""
         source, target = self.path(relative), self.path(to)
 
         def move() -> None:
             self._fs.move(source, target)
 
         try:
-            self._patiently("renaming", relative, move)
+            self._retry("renaming", relative, move)
         except FileNotFoundError:
             if not self.exists(to):  # the answer of an earlier try was lost
                 raise
 
     def delete(self, relative: str) -> None:
-        """Remove a file; nothing happens when it is not there."""
+        """Remove a file, if there is one."""
         try:
-            self._patiently("deleting", relative, lambda: self._fs.delete_file(self.path(relative)))
+            self._retry("deleting", relative, lambda: self._fs.delete_file(self.path(relative)))
         except FileNotFoundError:
             pass
 
     def scratch_dir(self) -> str | None:
-        """A folder on the same local disk for files that will be published, or None for the default."""
+        """A folder on the output's own disk for files to publish; None, the system's default, for an object store."""
         if not self.is_local:
             return None
         folder = Path(self.root) / SCRATCH
@@ -244,18 +243,19 @@ class Store:
         return str(folder)
 
     def remove_scratch(self) -> None:
-        """Remove the folder of `scratch_dir` when nothing is in it."""
+        """Remove the folder of `scratch_dir` if it is empty."""
         if self.is_local:
             try:
                 os.rmdir(self.path(SCRATCH))
             except OSError:
-                pass  # another run's file, or no such folder
+                pass  # it holds another run's file, or does not exist
 
 
 def clean_stale(store: Store, older_than_seconds: float) -> int:
-    """Remove temporaries that killed processes left in a local output; returns how many.
+    """Remove temporary files that killed processes left in a local output; returns how many.
 
-    Only those that nobody wrote to for `older_than_seconds`: others may be at work. An object store has none.
+    A file written to within the last `older_than_seconds` may belong to a running process and stays. Object stores
+    have no temporary files.
     """
     if not store.is_local:
         return 0
@@ -266,7 +266,7 @@ def clean_stale(store: Store, older_than_seconds: float) -> int:
                 os.unlink(path)
                 removed += 1
         except OSError:
-            pass  # its owner was faster
+            pass  # its owner has published or removed it
     return removed
 
 
@@ -288,30 +288,32 @@ def _temporaries(root: str) -> Iterator[str]:
             continue
 
 
-def _tuned(fs: pafs.S3FileSystem, patience: float, delayed: bool) -> pafs.S3FileSystem:
-    """The same with timeouts and few tries of its own. delayed: a small object takes one request, not three."""
+def _tuned(fs: pafs.S3FileSystem, retry_seconds: float, delayed: bool) -> pafs.S3FileSystem:
+    """`fs` with timeouts and few tries of its own. With `delayed`, a small object takes one request and not three."""
     _, (options,) = fs.__reduce__()
     changes = {
-        "connect_timeout": min(_CONNECT_SECONDS, max(1.0, patience)),
-        "request_timeout": min(_SILENCE_SECONDS, max(1.0, patience)),
+        "connect_timeout": min(_CONNECT_SECONDS, max(1.0, retry_seconds)),
+        "request_timeout": min(_SILENCE_SECONDS, max(1.0, retry_seconds)),
         "allow_delayed_open": delayed,
     }
-    changes = {name: value for name, value in changes.items() if name in options}  # older pyarrows have fewer
+    changes = {
+        name: value for name, value in changes.items() if name in options
+    }  # older versions of pyarrow have fewer
     return pafs.S3FileSystem(
         **{**options, **changes}, retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=_REQUEST_TRIES)
     )
 
 
 def _sync(handle: int) -> None:
-    """On to the disk, before a rename: a power cut must not leave the new name with nothing in it.
+    """Flush a file to the disk before it is renamed, so that a power cut cannot leave the new name with no data.
 
-    The rename itself is left to the file system's journal, which keeps a clip's before that of its index row.
+    The rename itself is left to the file system's journal, which keeps a clip's rename before its index row's.
     """
     os.fsync(handle)
 
 
 def split_options(uri: str) -> tuple[str, str]:
-    """A URI without its options, and these with their '?'; a local path has none."""
+    """A URI without its options, and the options with their '?'. A local path has none."""
     if "://" not in uri:
         return uri, ""
     place, mark, options = uri.partition("?")
@@ -319,7 +321,7 @@ def split_options(uri: str) -> tuple[str, str]:
 
 
 def join(folder: str, name: str) -> str:
-    """Path or URI of `name` below `folder`, with the folder's options."""
+    """Path or URI of `name` in `folder`, with the folder's options."""
     place, options = split_options(folder)
     return f"{place.rstrip('/')}/{name}{options}" if "://" in folder else os.path.join(folder, name)
 

@@ -1,10 +1,11 @@
-"""The transformers that ours is measured against, with the same weights and inputs: ltx_core's and diffusers'."""
+"""The transformers of ltx_core and diffusers with the weights and inputs of ours, for comparison."""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,13 +21,13 @@ from ltx_ray.shapes import ClipShape
 from scripts.bench import random_transformer
 
 SIGMA = 0.7
-#: What each peer cannot do without.
+#: The packages that each peer needs.
 NEEDS = {"ltx-core": ("ltx_core", "einops"), "diffusers": ("diffusers",)}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A pass: of what model (its checkpoint's `config`), at what size, of what inputs; sigma (1,) float32."""
+    """A pass: the model (its checkpoint's `config`), the clip's shape, and the inputs. `sigma` is (1,) float32."""
 
     metadata: Mapping[str, Any]
     shape: ClipShape
@@ -65,7 +66,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Peer:
-    """`call(isolated)` gives the velocities of video and audio; `exact` has them in bfloat16 where `call` is in fp8."""
+    """A peer's model. `call(isolated)` returns the velocities of video and audio.
+
+    `exact` holds these velocities in bfloat16, by `isolated`, when `call` computes in fp8.
+    """
 
     side: str
     note: str
@@ -75,16 +79,19 @@ class Peer:
 
 
 def ltx_core(case: Case, fp8: frozenset[str], compiled: bool, levels: str) -> Peer:
-    """The reference's LTXModel. `fp8` names the layers that are to be its FP8Linear; none: all in `case.dtype`."""
+    """The reference's LTXModel, with the layers named in `fp8` as its FP8Linear and the others in `case.dtype`."""
     model = ltx_core_model(case)
     from ltx_core.model.transformer.attention import attention_label
 
     label = attention_label(model.transformer_blocks[0].attn1.attention_function)
     call = ltx_core_call(model, case, levels)
-    exact = {}
+    exact: dict[bool, tuple[torch.Tensor, torch.Tensor]] = {}
+    largest: dict[str, torch.Tensor] = {}
     if fp8:
-        with _largest_inputs(model, _scaled(model, fp8)) as largest:
-            exact = {isolated: tuple(v.cpu() for v in call(isolated)) for isolated in (False, True)}
+        with _record_largest_inputs(_peer_layers(model, fp8)) as largest:
+            for isolated in (False, True):
+                video, audio = call(isolated)
+                exact[isolated] = video.cpu(), audio.cpu()
         _to_fp8(model, largest)
     if compiled:
         ltx_core_compiled(model)
@@ -93,7 +100,7 @@ def ltx_core(case: Case, fp8: frozenset[str], compiled: bool, levels: str) -> Pe
     return Peer(side, f"{kind}, attention {label}, timesteps by {levels}", model, call, exact)
 
 
-def ltx_core_model(case: Case) -> nn.Module:
+def ltx_core_model(case: Case) -> Any:
     """The reference's transformer with the case's weights, eager."""
     if case.device.type == "cuda":
         _name_fa3()
@@ -106,28 +113,28 @@ def ltx_core_model(case: Case) -> nn.Module:
 
 
 def ltx_core_compiled(model: nn.Module) -> None:
-    """Its blocks compiled, as its own pipelines do it."""
+    """Compile the blocks as the reference's pipelines do."""
     from ltx_core.model.transformer.compiling import CompilationConfig, compile_transformer
 
     compile_transformer(model, CompilationConfig())
 
 
-def ltx_core_call(model: nn.Module, case: Case, levels: str) -> Callable[[bool], tuple[torch.Tensor, torch.Tensor]]:
-    """isolated -> velocities, with a timestep for every "token" or "one" for all."""
+def ltx_core_call(model: Any, case: Case, levels: str) -> Callable[[bool], tuple[torch.Tensor, torch.Tensor]]:
+    """isolated -> velocities. `levels`: a timestep for every "token", or "one" for all."""
     from ltx_core.guidance import perturbations as p
     from ltx_core.model.transformer import Modality
 
-    shown = {"token": case.latents.map(lambda x: (1, x.shape[1], 1)), "one": AV((1, 1, 1), (1, 1, 1))}[levels]
+    shapes = {"token": case.latents.map(lambda x: (1, x.shape[1], 1)), "one": AV((1, 1, 1), (1, 1, 1))}[levels]
 
-    def modality(latent: torch.Tensor, context: torch.Tensor, positions: torch.Tensor, rows: tuple) -> Modality:
-        timesteps = torch.ones(rows, device=case.device) * case.sigma
+    def modality(latent: torch.Tensor, context: torch.Tensor, positions: torch.Tensor, shape: tuple) -> Any:
+        timesteps = torch.ones(shape, device=case.device) * case.sigma
         return Modality(latent=latent, sigma=case.sigma, timesteps=timesteps, positions=positions, context=context)
 
-    streams = case.latents.map(modality, case.contexts, case.positions, shown)
-    bridge = (p.PerturbationType.SKIP_A2V_CROSS_ATTN, p.PerturbationType.SKIP_V2A_CROSS_ATTN)
+    streams = case.latents.map(modality, case.contexts, case.positions, shapes)
+    between_streams = (p.PerturbationType.SKIP_A2V_CROSS_ATTN, p.PerturbationType.SKIP_V2A_CROSS_ATTN)
     configs = {
         isolated: p.BatchedPerturbationConfig(
-            [p.PerturbationConfig([p.Perturbation(kind, None) for kind in bridge] if isolated else [])],
+            [p.PerturbationConfig([p.Perturbation(kind, None) for kind in between_streams] if isolated else [])],
             model.num_blocks, case.device, case.dtype,
         )
         for isolated in (False, True)
@@ -139,53 +146,58 @@ def ltx_core_call(model: nn.Module, case: Case, levels: str) -> Callable[[bool],
     return call
 
 
-def _scaled(model: nn.Module, fp8: frozenset[str]) -> dict[str, nn.Linear]:
-    """The layers that the peer is to hold in fp8: ours, without the gates, whose inputs would cost it one more cast."""
-    return {n: m for n, m in model.named_modules() if n in fp8 and not n.endswith("to_gate_logits")}
+def _peer_layers(model: nn.Module, fp8: frozenset[str]) -> dict[str, nn.Linear]:
+    """The layers that the peer stores in fp8: as ours but for the gates, whose input it would cast once more."""
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if name in fp8 and not name.endswith("to_gate_logits") and isinstance(layer, nn.Linear)
+    }
 
 
-class _largest_inputs:
-    """Layer -> the largest magnitude that went into it while this was open."""
+@contextmanager
+def _record_largest_inputs(layers: Mapping[str, nn.Linear]) -> Iterator[dict[str, torch.Tensor]]:
+    """Layer name -> the largest magnitude of its inputs, recorded while the context is open."""
+    found: dict[str, torch.Tensor] = {}
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Linear]):
-        self.layers = layers
+    def hook_of(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            largest = inputs[0].abs().amax()
+            found[name] = torch.maximum(found.get(name, largest), largest)
 
-    def __enter__(self) -> dict[str, torch.Tensor]:
-        self.found: dict[str, torch.Tensor] = {}
+        return hook
 
-        def watch(name: str) -> Callable:
-            def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-                largest = inputs[0].abs().amax()
-                self.found[name] = torch.maximum(self.found.get(name, largest), largest)
-
-            return hook
-
-        self.hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in self.layers.items()]
-        return self.found
-
-    def __exit__(self, *error: object) -> None:
-        for hook in self.hooks:
+    hooks = [layer.register_forward_pre_hook(hook_of(name)) for name, layer in layers.items()]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
             hook.remove()
 
 
 def _to_fp8(model: nn.Module, largest: Mapping[str, torch.Tensor]) -> None:
-    """Put the reference's FP8Linear in place of these layers, with scales for what was seen to go into them."""
+    """Replace these layers with the reference's FP8Linear, scaled for the largest inputs seen."""
     from ltx_core.quantization.fp8_scaled_mm import _linear_to_fp8linear, quantize_weight_to_fp8_per_tensor
 
-    for name, seen in largest.items():
-        parent, _, key = name.rpartition(".")
+    for name, largest_input in largest.items():
+        parent, _, attribute = name.rpartition(".")
         layer = model.get_submodule(name)
         quantized = _linear_to_fp8linear(layer)
         weight, scale = quantize_weight_to_fp8_per_tensor(layer.weight.data)
-        values = {"weight": weight, "weight_scale": scale, "input_scale": seen.float() / FP8_MAX, "bias": layer.bias}
-        for what, value in values.items():
-            setattr(quantized, what, nn.Parameter(value.data, requires_grad=False))
-        setattr(model.get_submodule(parent), key, quantized)
+        values = {
+            "weight": weight,
+            "weight_scale": scale,
+            "input_scale": largest_input.float() / FP8_MAX,
+            "bias": layer.bias,
+        }
+        for key, value in values.items():
+            setattr(quantized, key, nn.Parameter(value.data, requires_grad=False))
+        setattr(model.get_submodule(parent), attribute, quantized)
 
 
 def diffusers(case: Case, fp8: frozenset[str], compiled: bool, levels: str) -> Peer:
-    """diffusers' LTX2VideoTransformer3DModel, in `case.dtype` always; it has one timestep for all tokens."""
-    from diffusers import LTX2VideoTransformer3DModel
+    """diffusers' LTX2VideoTransformer3DModel, always in `case.dtype` and with one timestep for all tokens."""
+    from diffusers import LTX2VideoTransformer3DModel as Model
 
     c = case.metadata["transformer"]
     same = (
@@ -194,12 +206,13 @@ def diffusers(case: Case, fp8: frozenset[str], compiled: bool, levels: str) -> P
         "audio_cross_attention_dim", "num_layers",
     )  # fmt: skip
     with torch.device("meta"):
-        model = LTX2VideoTransformer3DModel(
+        model: Any = Model(
             **{name: c[name] for name in same},
             gated_attn=True, cross_attn_mod=True, audio_gated_attn=True, audio_cross_attn_mod=True,
             rope_double_precision=True, rope_type="split", timestep_scale_multiplier=1000,
             cross_attn_timestep_scale_multiplier=1000, use_prompt_embeddings=False, perturbed_attn=True,
-        ).eval()  # fmt: skip
+        )  # fmt: skip
+    model.eval()
     random_transformer.fill(model, case.device, case.dtype, official=to_official)
     attention = _diffusers_attention(model) if case.device.type == "cuda" else "native"
     if compiled:
@@ -220,13 +233,13 @@ def diffusers(case: Case, fp8: frozenset[str], compiled: bool, levels: str) -> P
     return Peer("diffusers" + (" compiled" if compiled else ""), f"{kind}, attention {attention}", model, call)
 
 
-def _diffusers_attention(model: nn.Module) -> str:
-    """Choose FlashAttention-3 where it is, else cuDNN's."""
+def _diffusers_attention(model: Any) -> str:
+    """Select FlashAttention-3 where it is installed, else cuDNN's attention."""
     _name_fa3()
     from diffusers.models import attention_dispatch
 
     if "flash_attn_interface" in sys.modules:
-        # diffusers looks for the package flash_attn_3, of which PyPI's fa3-fwd has all that it calls
+        # diffusers looks for the package flash_attn_3. PyPI's fa3-fwd has the one function that diffusers calls.
         attention_dispatch._CAN_USE_FLASH_ATTN_3 = True
         attention_dispatch.flash_attn_3_func = sys.modules["flash_attn_interface"].flash_attn_func
         name = "_flash_3"
@@ -237,7 +250,7 @@ def _diffusers_attention(model: nn.Module) -> str:
 
 
 def _name_fa3() -> None:
-    """Let PyPI's fa3-fwd be found under the name that FlashAttention-3 has when it is built from source."""
+    """Make PyPI's fa3-fwd importable under the name of a FlashAttention-3 that was built from source."""
     for name in _fa3_names():
         if importlib.util.find_spec(name):
             sys.modules["flash_attn_interface"] = importlib.import_module(name)
@@ -245,7 +258,7 @@ def _name_fa3() -> None:
 
 
 def _fa3_names() -> Iterator[str]:
-    # its kernels are Hopper's
+    # Its kernels need a Hopper GPU.
     if torch.cuda.get_device_capability()[0] == 9:
         yield from ("flash_attn_interface", "fa3_fwd_interface")
 

@@ -19,18 +19,13 @@ from ltx_ray.driver.loop import Driver, JoinedCluster
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
 from ltx_ray.driver.tracker import RowTracker
-from ltx_ray.planning.plan import Plan, PlannedRow
+from ltx_ray.planning.plan import Plan, PlanEntry
 from ltx_ray.pools.protocol import CallFinished, ReplicaEvent, ReplicaLost, ReplicaStarted
 from ltx_ray.pools.simulated import Faults, SimulatedReplicaSet
 from ltx_ray.records import Clip, WorkItem
-from ltx_ray.stages import DIFFUSION_STAGES, FULL_PATH, OUTPUT_STAGES, Stage
+from ltx_ray.stages import DIFFUSION_STAGES, FULL_PATH, OUTPUT_STAGES, TRAITS, Stage
 from ltx_ray.storage.store import Store
 
-#: Estimated seconds of each call for an HQ clip on one H100, rounded; only their ratios matter.
-SECONDS = {
-    Stage.TEXT: 0.1, Stage.STAGE1: 46.0, Stage.STAGE2: 17.0, Stage.DECODE: 1.75,
-    Stage.SAVE_LATENTS: 0.1, Stage.LOAD_LATENTS: 0.1,
-}  # fmt: skip
 #: Three sizes of clips: their cost relative to an HQ clip, and their weights in the draw.
 _SIZES, _WEIGHTS = (0.35, 1.0, 2.2), (3, 5, 2)
 _SPEC = EngineSpec("none", ModelFiles("", "", ""), Numerics(), "none")
@@ -117,14 +112,14 @@ def drive(
         return random.Random(item.request.seed).choices(_SIZES, _WEIGHTS)[0] if mixed else 1.0
 
     def call_seconds(stage: Stage, item: WorkItem, dice: random.Random) -> float:
-        seconds = SECONDS[stage] * dice.uniform(0.95, 1.05)
+        seconds = TRAITS[stage].seconds * dice.uniform(0.95, 1.05)
         if stage not in DIFFUSION_STAGES:
             return seconds
         late = mixed and stage == Stage.STAGE1 and item.request.seed >= total // 2
         return seconds * size(item) * (2.0 if late else 1.0)
 
     total = sum(1 for _ in plan.open()) if mixed else 0
-    plan = Plan(plan.manifest, plan.rules, plan.builder, plan.existing)
+    plan = plan.against(plan.existing)
     replica_set = WatchedReplicas(
         call_seconds, lambda stage, item, *inputs: _CLIP, seed=seed, faults=faults,
         nodes=max(1, sum(pool.replicas for pool in pools) // 8),
@@ -142,7 +137,7 @@ def drive(
         )
         marks: list[dict[str, float]] = []
 
-        def rows() -> Iterator[PlannedRow]:
+        def rows() -> Iterator[PlanEntry]:
             for number, row in enumerate(plan.open()):
                 # Between these marks all pools are at work: after the start, and before rows run out.
                 if mixed and number in (total // 5, total - 1):

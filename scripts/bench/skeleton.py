@@ -1,8 +1,8 @@
-"""The floor under a pass of the DiT: only its matrix products and its attention, one after the other.
+"""The skeleton of a pass of the DiT: only its matrix products and attention, one after the other.
 
-The calls are those of the packed model, in its order and with its weights, on random inputs that exist beforehand;
-what lies between them (norms, modulation, rotation, gates, GELU, residuals, quantizing of activations) is left out. The
-same list of calls says how many FLOPs a pass has.
+Its time is the floor under a pass. The calls are those of the packed model, in its order and with its weights, on
+random inputs made beforehand. Everything between them is left out: norms, modulation, rotation, gates, GELU, residuals
+and the quantization of activations. The same list of calls gives the FLOPs of a pass.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Gemm:
-    """`rows` rows through a product."""
+    """A matrix product with `rows` rows of input."""
 
     layer: PackedLinear
     rows: int
@@ -49,7 +49,7 @@ class Gemm:
 
 @dataclass(frozen=True)
 class Attention:
-    """Attention of `queries` tokens to `keys` tokens; `width` is heads * head_dim."""
+    """Attention of `queries` tokens to `keys` tokens; `width` is heads x head_dim."""
 
     queries: int
     keys: int
@@ -65,7 +65,7 @@ Plan = list[Gemm | Attention]
 
 
 def plan(model: Transformer, lengths: Lengths, isolated: bool = False) -> Plan:
-    """What a pass of the packed `model` computes. `isolated` leaves out the attention between the streams."""
+    """The calls of a pass of the packed `model`. `isolated` leaves out the attention between the streams."""
     return list(_calls(model, lengths, isolated))
 
 
@@ -77,7 +77,7 @@ def _calls(model: Transformer, lengths: Lengths, isolated: bool) -> Iterator[Gem
     streams, tokens = AV(model.config.video, model.config.audio), AV(lengths.video, lengths.audio)
     by_stream = list(zip(STREAM_NAMES, streams, tokens, tokens.swapped(), strict=True))
     for names, _, own, _ in by_stream:
-        yield _whole(getattr(model, names.patchify), own)
+        yield _unpacked(getattr(model, names.patchify), own)
     for block in model.blocks:
         for names, stream, own, _ in by_stream:
             yield from _self_attention(block.packed_linears, names.self_attention, stream, own)
@@ -90,7 +90,7 @@ def _calls(model: Transformer, lengths: Lengths, isolated: bool) -> Iterator[Gem
             yield Gemm(block.packed_linears[names.feed_forward, "up"], own)
             yield Gemm(block.packed_linears[names.feed_forward, "down"], own)
     for names, _, own, _ in by_stream:
-        yield _whole(getattr(model, names.proj_out), own)
+        yield _unpacked(getattr(model, names.proj_out), own)
 
 
 def _self_attention(packed: PackedLinears, name: str, stream: StreamConfig, rows: int) -> Iterator[Gemm | Attention]:
@@ -109,16 +109,16 @@ def _cross_attention(
     yield Gemm(packed[name, "out"], rows)
 
 
-def _whole(layer: ReplicatedLinear, rows: int) -> Gemm:
+def _unpacked(layer: ReplicatedLinear, rows: int) -> Gemm:
     return Gemm(PackedLinear(layer.weight, layer.bias, (layer.weight.shape[0],)), rows)
 
 
 class Skeleton:
-    """Calling it issues the calls of a plan; their results are thrown away."""
+    """Issues the calls of a plan when it is called, and drops their results."""
 
     def __init__(self, calls: Plan, attend: Attend):
         self._inputs: dict[tuple, object] = {}
-        like = calls[0].layer.bias
+        like = next(call for call in calls if isinstance(call, Gemm)).layer.bias
         self._calls = [
             self._gemm(call) if isinstance(call, Gemm) else self._attention(call, attend, like) for call in calls
         ]
@@ -132,9 +132,10 @@ class Skeleton:
         x = self._once(("rows", call.rows, layer.weight.shape[1], layer.quantized), lambda: _rows(call))
         if not layer.quantized:
             return partial(F.linear, x, layer.weight, layer.bias)
-        if not layer.weight.is_cuda:  # only for trying it out
+        if not layer.weight.is_cuda:  # to try out the script
             return partial(linear, x, layer)
-        # transposed and reshaped here, so that a call does nothing else
+        assert layer.row_scale is not None
+        # Transposed and reshaped beforehand, so that the call does nothing else.
         return partial(
             torch._scaled_mm, x.values, layer.weight.t(), x.scale, layer.row_scale[None], layer.bias,
             out_dtype=layer.bias.dtype, use_fast_accum=True,
@@ -149,7 +150,7 @@ class Skeleton:
         return partial(attend, q, k, v)
 
     def _once(self, key: tuple, make: Callable):
-        """Calls of one shape share their inputs, as those of a model that reuses its memory do."""
+        """Calls of one shape share their inputs, as in a model that reuses its memory."""
         if key not in self._inputs:
             self._inputs[key] = make()
         return self._inputs[key]

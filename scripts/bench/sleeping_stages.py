@@ -22,10 +22,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ltx_ray.engine.fake import FakeEngine
+from ltx_ray.stages import FULL_PATH, TRAITS, Stage
 from ltx_ray.storage.store import Store
 
-#: Estimated seconds of each call for an HQ clip on one H100, rounded; only their ratios matter.
-STAGE_SECONDS = {"text": 0.07, "stage1": 46.0, "stage2": 17.0, "decode": 1.75}
+#: Estimated seconds of each call for an HQ clip on one H100.
+STAGE_SECONDS = {stage: TRAITS[stage].seconds for stage in FULL_PATH}
 #: Switching a replica's stage from factors in host memory (docs/benchmarks.md).
 SWITCH_SECONDS = 0.84
 #: The environment variable with the factor by which stages are faster than that; 0: they do not sleep at all.
@@ -39,11 +40,11 @@ def pause(seconds: float) -> None:
         time.sleep(seconds / speedup)
 
 
-def call(store: Store | None, stage: str, name: str, made: str) -> str:
+def call(store: Store | None, stage: Stage, name: str, made: str) -> str:
     """Run one stage of row `name`, which hashes its input `made`; decode writes a small file to `store`, if given."""
     pause(STAGE_SECONDS[stage])
     made = hashlib.sha256(f"{stage}:{name}:{made}".encode()).hexdigest()
-    if stage == "decode" and store is not None:
+    if stage == Stage.DECODE and store is not None:
         store.write_bytes(f"clips/{name[:2]}/{name}.mp4", made.encode())
     return made
 
@@ -52,7 +53,7 @@ def best_split(replicas: int) -> tuple[int, int]:
     """The numbers of stage-1 and stage-2 replicas with the highest throughput when none switches."""
 
     def throughput(stage1: int) -> float:
-        return min(stage1 / STAGE_SECONDS["stage1"], (replicas - stage1) / STAGE_SECONDS["stage2"])
+        return min(stage1 / STAGE_SECONDS[Stage.STAGE1], (replicas - stage1) / STAGE_SECONDS[Stage.STAGE2])
 
     stage1 = max(range(1, replicas), key=throughput)
     return stage1, replicas - stage1
@@ -64,17 +65,19 @@ def best_split(replicas: int) -> tuple[int, int]:
 class SleepingEngine(FakeEngine):
     """Serves every stage of our pools, with the protocol of ltx_ray/engine/base.py."""
 
-    def run(self, stage: str, item: Any, *inputs: Any) -> Any:
+    def run(self, stage: Stage, item: Any, *inputs: Any) -> Any:
         from ltx_ray.records import Clip
 
-        if self._phase not in (None, stage):
-            began = time.perf_counter()
-            pause(SWITCH_SECONDS)
-            self.switches, self.switch_seconds = self.switches + 1, self.switch_seconds + time.perf_counter() - began
-        self._phase = stage
+        if TRAITS[stage].merges_weights:
+            if self._merged_stage not in (None, stage):
+                began = time.perf_counter()
+                pause(SWITCH_SECONDS)
+                self.switches += 1
+                self.switch_seconds += time.perf_counter() - began
+            self._merged_stage = stage
         store = None if item.preflight else self.store
         made = call(store, stage, item.item_id, inputs[-1] if inputs else item.request.prompt)
-        if stage != "decode":
+        if stage != Stage.DECODE:
             return made
         path = f"clips/{item.item_id[:2]}/{item.item_id}.mp4"
         return Clip(None if item.preflight else path, made, made, (), "stage_1")
@@ -113,7 +116,7 @@ def run_ours(
 class StageActor:
     """One stage as a callable class for `map_batches` over Arrow tables."""
 
-    stage = ""
+    stage: Stage
 
     def __init__(self, output: str):
         self._store = Store(output)
@@ -127,19 +130,19 @@ class StageActor:
 
 
 class TextActor(StageActor):
-    stage = "text"
+    stage = Stage.TEXT
 
 
 class Stage1Actor(StageActor):
-    stage = "stage1"
+    stage = Stage.STAGE1
 
 
 class Stage2Actor(StageActor):
-    stage = "stage2"
+    stage = Stage.STAGE2
 
 
 class DecodeActor(StageActor):
-    stage = "decode"
+    stage = Stage.DECODE
 
 
 def run_ray_data(

@@ -6,26 +6,26 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.local_cluster import Job, World
+from tests.support.local_cluster import Job, LocalCluster
 
 
 @pytest.fixture(scope="session")
-def shared_world() -> Iterator[World]:
-    world = World()
-    yield world
-    world.close()
+def shared_cluster() -> Iterator[LocalCluster]:
+    cluster = LocalCluster()
+    yield cluster
+    cluster.close()
 
 
 @pytest.fixture
-def world(shared_world) -> World:
-    """Whole again, whatever the test before has done to it."""
-    shared_world.heal()
-    assert shared_world.leaks() == []
-    return shared_world
+def cluster(shared_cluster) -> LocalCluster:
+    """The cluster with all its nodes, whatever the previous test has done to it."""
+    shared_cluster.heal()
+    assert shared_cluster.leaks() == []
+    return shared_cluster
 
 
 @pytest.fixture
-def job(world, tmp_path) -> Iterator[Job]:
-    job = Job(world, tmp_path)
+def job(cluster, tmp_path) -> Iterator[Job]:
+    job = Job(cluster, tmp_path)
     yield job
     job.close()

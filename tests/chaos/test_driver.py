@@ -1,4 +1,4 @@
-"""The driver with fake pools, one situation at a time: what a review of it once found."""
+"""The driver over simulated replicas, one rare situation in each test."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from tests.support.schedules import WatchedReplicas
 from tests.support.simulated_runs import pools, rows, run
 
 
-def test_a_drain_without_haste_ends_when_the_decode_pool_is_gone(tmp_path):
-    """As --max-failed-fraction and --max-gpu-hours drain: nothing is killed, and no gang is started again."""
+def test_a_gradual_drain_ends_when_the_decode_pool_is_gone(tmp_path):
+    """--max-failed-fraction and --max-gpu-hours drain like this: nothing is killed, and no gang is started again."""
 
-    class C(WatchedReplicas):
+    class Watched(WatchedReplicas):
         def submit(self, replica, stage, item, inputs):
             if stage == "decode":
                 self.driver._drain("enough")
@@ -28,19 +28,19 @@ def test_a_drain_without_haste_ends_when_the_decode_pool_is_gone(tmp_path):
         def fault(self, stage, item):
             return "crash" if stage == "decode" and self.driver.policy.draining else super().fault(stage, item)
 
-    driver, _ = run(tmp_path, rows(3), C)
+    driver, _ = run(tmp_path, rows(3), Watched)
     assert driver.run(driver.tracker.plan.open())
 
 
 def test_the_preflight_goes_first(tmp_path):
     order = []
 
-    class C(WatchedReplicas):
+    class Watched(WatchedReplicas):
         def submit(self, replica, stage, item, inputs):
             order.append((stage, item.preflight))
             super().submit(replica, stage, item, inputs)
 
-    driver, _ = run(tmp_path, rows(8), C, preflight={"prompt": "preflight"}, the_pools=pools(4))
+    driver, _ = run(tmp_path, rows(8), Watched, preflight={"prompt": "preflight"}, the_pools=pools(4))
     driver.run(driver.tracker.plan.open())
     assert [p for s, p in order if s == "stage1"].index(True) == 0
 
@@ -55,17 +55,17 @@ def test_a_row_like_the_preflight_is_not_lost(tmp_path):
         queue_depth=1,
     )
     driver.run(driver.tracker.plan.open())
-    assert len(store.list("index")) == 8
+    assert len(store.list_names("index")) == 8
 
 
 def test_a_row_like_the_preflight_admitted_before_it(tmp_path):
     driver, store = run(tmp_path, [{"id": "a", "prompt": "preflight"}], preflight={"prompt": "preflight"})
     driver.run(driver.tracker.plan.open())
-    assert len(store.list("index")) == 1
+    assert len(store.list_names("index")) == 1
 
 
 def test_gangs_that_die_idle_one_after_the_other_end_the_run(tmp_path):
-    class C(WatchedReplicas):
+    class Watched(WatchedReplicas):
         def _started(self, name, replica, fails):
             event = super()._started(name, replica, fails)
             if name.startswith("stage1"):
@@ -73,17 +73,17 @@ def test_gangs_that_die_idle_one_after_the_other_end_the_run(tmp_path):
             return event
 
         def wait(self, timeout):
-            assert self.waits < 3000, "for ever"
+            assert self.waits < 3000, "the run does not end"
             return super().wait(timeout)
 
-    driver, _ = run(tmp_path, rows(2), C)
+    driver, _ = run(tmp_path, rows(2), Watched)
     with pytest.raises(StartFailed):
         driver.run(driver.tracker.plan.open())
 
 
 def test_an_edited_row_that_fails_again_or_is_a_copy_has_one_failure(tmp_path):
     def failed(store):
-        return store.list("failed")
+        return store.list_names("failed")
 
     for what in ("one", "two"):
         driver, store = run(tmp_path, [{"id": "a", "prompt": f"{what} [[stage1:crash]]"}])
@@ -96,7 +96,7 @@ def test_an_edited_row_that_becomes_a_copy(tmp_path):
     driver.run(driver.tracker.plan.open())
     driver, store = run(tmp_path, [{"id": "a", "prompt": "fine"}, {"id": "b", "prompt": "fine"}])
     driver.run(driver.tracker.plan.open())
-    assert len(store.list("index")) == 2 and not store.list("failed")
+    assert len(store.list_names("index")) == 2 and not store.list_names("failed")
 
 
 def test_spare_leaves_a_server_for_each_stage():
@@ -123,53 +123,53 @@ def test_clips_that_are_finished_are_indexed_when_a_pool_gives_up(tmp_path):
         def submit(self, write, then):
             super().submit(lambda: (time.sleep(0.3), write()), then)
 
-    class C(WatchedReplicas):
+    class Watched(WatchedReplicas):
         def submit(self, replica, stage, item, inputs):
             if item.request.id == "r5" and stage == "text":
                 raise StartFailed("gave up")
             super().submit(replica, stage, item, inputs)
 
-    driver, store = run(tmp_path, rows(9), C, publisher=Slow(1), queue_depth=1)
+    driver, store = run(tmp_path, rows(9), Watched, publisher=Slow(1), queue_depth=1)
     with pytest.raises(StartFailed):
         driver.run(driver.tracker.plan.open())
-    clips = store.list("clips", recursive=True)
+    clips = store.list_names("clips", recursive=True)
     assert len(clips) >= 2
-    assert len(store.list("index")) == len(clips)
+    assert len(store.list_names("index")) == len(clips)
 
 
-def test_lost_inputs_do_not_keep_what_is_gone(tmp_path):
-    """Over max_restarts at the last attempt the item is given up: its results are gone, so there is nothing to keep."""
+def test_latents_that_were_lost_are_not_saved(tmp_path):
+    """An item that is given up after max_restarts has lost its results, so there are no latents to save."""
     called = []
 
-    class C(WatchedReplicas):
+    class Watched(WatchedReplicas):
         def submit(self, replica, stage, item, inputs):
             called.append((stage, len(inputs)))
             if stage == "decode":
-                inputs = [replace(payload, life=-1) for payload in inputs]  # their node was lost meanwhile
+                inputs = [replace(payload, life=-1) for payload in inputs]  # as if their node had been lost
             super().submit(replica, stage, item, inputs)
 
-    driver, _ = run(tmp_path, rows(1), C, max_attempts=1)
+    driver, _ = run(tmp_path, rows(1), Watched, max_attempts=1)
     driver.run(driver.tracker.plan.open())
     assert called and ("save_latents", 0) not in called
 
 
-def test_a_late_twin_of_a_preview_is_rendered_once(tmp_path):
+def test_a_later_row_of_the_same_preview_is_not_rendered_again(tmp_path):
     stages = Counter()
 
-    class C(WatchedReplicas):
+    class Watched(WatchedReplicas):
         def submit(self, replica, stage, item, inputs):
             stages[stage] += 1
             super().submit(replica, stage, item, inputs)
 
-    twins = [{"id": name, "prompt": "x"} for name in "ab"]
-    manifest = [twins[0], *rows(12), twins[1]]
-    driver, store = run(tmp_path, manifest, C, latents_only=True, queue_depth=1)
+    copies = [{"id": name, "prompt": "x"} for name in "ab"]
+    manifest = [copies[0], *rows(12), copies[1]]
+    driver, store = run(tmp_path, manifest, Watched, latents_only=True, queue_depth=1)
     driver.run(driver.tracker.plan.open())
-    assert stages["stage1"] == 13 and len(store.list("previews")) == 14
+    assert stages["stage1"] == 13 and len(store.list_names("previews")) == 14
 
 
-def test_first_calls_keep_to_the_memory_too():
-    """Before any has been measured, what a large clip's take is reckoned with."""
+def test_first_calls_keep_to_the_memory_bound_too():
+    """Until calls have been measured, the results of a large clip are assumed."""
     policy = Policy(max_bytes=60e6)
     for n in range(4):
         policy.add_replica(f"t{n}", ("text",))
@@ -180,8 +180,8 @@ def test_first_calls_keep_to_the_memory_too():
     assert made == 2
 
 
-@pytest.mark.parametrize("haste", [True, False])
-def test_what_has_passed_stage_1_when_a_run_is_told_to_stop_goes_on_from_there(tmp_path, haste):
+@pytest.mark.parametrize("immediate", [True, False])
+def test_what_has_passed_stage_1_when_a_run_is_told_to_stop_goes_on_from_there(tmp_path, immediate):
     asked: list[tuple[str, str]] = []
 
     class Watched(WatchedReplicas):
@@ -190,7 +190,7 @@ def test_what_has_passed_stage_1_when_a_run_is_told_to_stop_goes_on_from_there(t
         def submit(self, replica, stage, item, inputs):
             asked.append((stage, item.item_id))
             if stage == "decode" and self.stops:
-                self.driver.request_drain("asked") if haste else self.driver._drain("enough")
+                self.driver.request_drain("asked") if immediate else self.driver._drain("enough")
             super().submit(replica, stage, item, inputs)
 
     class GoesOn(Watched):
@@ -199,20 +199,20 @@ def test_what_has_passed_stage_1_when_a_run_is_told_to_stop_goes_on_from_there(t
     three = [replace(pool, replicas=3 if pool.name == "stage1" else 1) for pool in pools()]
     driver, store = run(tmp_path, rows(6), Watched, the_pools=three)
     assert driver.run(driver.tracker.plan.open())
-    saved = {name.removesuffix(".safetensors") for name in store.list("latents", recursive=True)}
-    assert saved and not store.list("failed") and len(store.list("index")) == 1
+    saved = {name.removesuffix(".safetensors") for name in store.list_names("latents", recursive=True)}
+    assert saved and not store.list_names("failed") and len(store.list_names("index")) == 1
     asked.clear()
     driver, store = run(tmp_path, rows(6), GoesOn)
     assert not driver.run(driver.tracker.plan.open())
-    assert len(store.list("index")) == 6
+    assert len(store.list_names("index")) == 6
     assert {item for stage, item in asked if stage == "load_latents"} == saved
-    # the fake store has lost those whose name begins with a small digit
+    # The simulated store has lost the latents of items whose id begins with a small digit.
     again = {item for stage, item in asked if stage == "stage1"} & saved
     assert again == {item for item in saved if item[0] < "8"}
 
 
 def test_a_pool_without_a_place_does_not_end_a_run_that_others_can_carry(tmp_path):
-    """Mobile replicas of stage 1 serve stage 2 as well, so that its pool may wait for a place."""
+    """Replicas of stage 1 that can switch serve stage 2 as well, so the pool of stage 2 may wait for a place."""
 
     class Placeless(WatchedReplicas):
         def _started(self, name, replica, fails):
@@ -222,7 +222,7 @@ def test_a_pool_without_a_place_does_not_end_a_run_that_others_can_carry(tmp_pat
             return {"stage2-0": 9999.0} if self._replicas["stage1-0"].ready else {}
 
     text, stage1, stage2, decode = pools()
-    mobile = [text, replace(stage1, roles=("stage1", "stage2")), replace(stage2, roles=("stage2", "stage1")), decode]
-    driver, store = run(tmp_path, rows(3), Placeless, the_pools=mobile, start_timeout=10.0)
+    switching = [text, replace(stage1, roles=("stage1", "stage2")), replace(stage2, roles=("stage2", "stage1")), decode]
+    driver, store = run(tmp_path, rows(3), Placeless, the_pools=switching, start_timeout=10.0)
     assert not driver.run(driver.tracker.plan.open())
-    assert len(store.list("index")) == 3
+    assert len(store.list_names("index")) == 3

@@ -1,4 +1,4 @@
-"""Ranks, nodes, drivers and disks fail on a cluster of several nodes: every row once, with its own bits."""
+"""Failures of ranks, nodes, drivers and disks on a real cluster: every row is there once, with its own bits."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tests.support.local_cluster import Job, rows, undisturbed, wait_for
 
 pytestmark = pytest.mark.slow
 
-APART = ParallelConfig(stage1=1, stage2=1)
+SEPARATE = ParallelConfig(stage1=1, stage2=1)
 SHARED = ParallelConfig(stage1=1, stage2=0)
 
 
 def whole(job: Job, count: int) -> dict[str, dict]:
-    """The index, when nothing is wrong and all `count` rows are in it."""
+    """The index, after asserting that nothing is wrong and that it has all `count` rows."""
     index = job.out.index()
     wrong = job.check([f"r{n}" for n in range(count)], undisturbed(index, job.folder / "alone"))
     assert wrong == [] and len(index) == count
@@ -56,12 +56,12 @@ def test_ranks_are_killed_one_hangs_one_raises_alone_and_memory_runs_out(job):
     for what in ("stage2 took longer than 6 s", "told to fail alone", "OutOfMemoryError"):
         assert what in reasons
     assert all(index[name]["attempts"] >= 2 for name in ("r5", "r6", "r7"))
-    # the two kills cost one row each at most
+    # Each of the two kills costs at most one row an attempt.
     assert sum(row["attempts"] - 1 for row in index.values()) <= 5
 
 
 def test_a_stopped_process_is_a_hanging_rank(job):
-    """SIGSTOP: it neither answers nor ends when it is asked to."""
+    """After SIGSTOP a process neither answers nor ends when asked."""
     driver = job.start(
         rows(*["[[stage1:slow:0.5]]"] * 3),
         parallel=ParallelConfig(tp=2, stage1=1, stage2=0),
@@ -86,14 +86,14 @@ def test_the_death_of_an_idle_rank_costs_no_row_an_attempt(job):
 
 
 def test_latents_that_die_with_their_node_are_made_again(job):
-    # stage 2 holds the first row until stage 1 has done the others
+    # Stage 2 holds the first row until stage 1 has finished the others.
     driver = job.start(rows("[[stage1:big]] [[stage2:gate]]", *["[[stage1:big]]"] * 3))
     job.until(lambda: sum(e["stage"] == "stage1" for e in job.out.events("call")) == 4, "stage 1 of every row")
     (gang,) = job.out.gangs("stage1")
     (other,) = job.until(lambda: job.out.gangs("stage2"), "stage 2")
     assert node(gang) != node(other)
-    job.world.remove_node(node(gang))
-    job.world.add_node()
+    job.cluster.remove_node(node(gang))
+    job.cluster.add_node()
     job.open_gate()
     driver.ends(0)
     index = whole(job, 4)
@@ -107,7 +107,7 @@ def test_a_node_that_never_comes_back_does_not_end_the_run(job):
     driver = job.start(rows(*["[[stage1:gate]]"] * 4), parallel=parallel, limits=limits)
     gangs = job.until(lambda: len(found := job.out.gangs("diffusion")) == 2 and found, "both gangs")
     assert node(gangs[0]) != node(gangs[1])
-    job.world.remove_node(node(gangs[1]))
+    job.cluster.remove_node(node(gangs[1]))
     job.until(lambda: job.out.events("gang_lost"), "a lost gang")
     time.sleep(limits.start_timeout + 2)
     job.open_gate()
@@ -131,7 +131,7 @@ def test_a_pool_larger_than_any_node_is_refused_after_the_start_timeout(job):
 def test_replicas_come_up_on_a_node_that_joins(job):
     driver = job.start(rows(*["[[stage1:gate]]"] * 8), parallel=ParallelConfig(tp=2, max_replicas=5))
     job.until(lambda: job.out.gangs("stage1"), "stage 1")
-    added = job.world.add_node()
+    added = job.cluster.add_node()
     job.until(lambda: added in {node(gang) for gang in job.out.events("gang_started")}, "gang on the new node")
     job.open_gate()
     driver.ends(0)
@@ -144,21 +144,21 @@ def test_a_killed_driver_is_followed_by_two_of_which_one_goes_on(job):
     first = job.start(manifest, parallel=SHARED)
     job.until(lambda: len(job.out.events("item_finished")) >= 3, "third row")
     first.kill()
-    assert job.world.leaks() == []
+    assert job.cluster.leaks() == []
     before = job.out.index()
     assert 3 <= len(before) < 8
     logs = [driver.ends(0) for driver in [job.start(manifest, parallel=SHARED) for _ in range(2)]]
     after = whole(job, 8)
-    # not rendered again: `finished_at` is what it was
+    # The equal `finished_at` shows that they were not rendered again.
     assert all(after[name] == row for name, row in before.items())
     assert sum("is in use by run" in log for log in logs) == 1
     assert any("0 rendered, 8 done before" in log for log in logs)
 
 
 def test_a_sigterm_drains_in_time_though_calls_of_minutes_are_under_way(job):
-    """The decode pool finishes what it has; stage 1 is given up."""
+    """The decode pool finishes its clip; calls of stage 1 are abandoned."""
     manifest = rows("[[decode:slow:3]]", *["[[stage1:gate]]"] * 4)
-    driver = job.start(manifest, parallel=APART)
+    driver = job.start(manifest, parallel=SEPARATE)
     job.until(lambda: [e for e in job.out.events("call") if e["stage"] == "stage2"], "row before its decoding")
     asked = time.monotonic()
     driver.signal(signal.SIGTERM)
@@ -169,13 +169,13 @@ def test_a_sigterm_drains_in_time_though_calls_of_minutes_are_under_way(job):
     assert set(before) == {"r0"}
     assert json.loads((job.out.folder / "run.json").read_text())["state"] == "drained"
     job.open_gate()
-    job.start(manifest, parallel=APART).ends(0)
+    job.start(manifest, parallel=SEPARATE).ends(0)
     assert whole(job, 5)["r0"] == before["r0"] and len(list((job.out.folder / "runs").iterdir())) == 1
     assert {row["attempts"] for row in job.out.index().values()} == {1}
 
 
-def test_who_insists_is_obeyed_and_nothing_is_lost(job):
-    """A second SIGTERM ends the driver at once; `ray job stop` sends SIGKILL three seconds after SIGTERM."""
+def test_a_second_signal_ends_the_run_at_once_and_nothing_is_lost(job):
+    """A second SIGTERM ends the driver at once. `ray job stop` sends SIGKILL three seconds after SIGTERM."""
     manifest = rows("plain", "[[decode:gate]]", "[[stage1:gate]]", "plain")
 
     def decodings() -> int:
@@ -184,7 +184,7 @@ def test_who_insists_is_obeyed_and_nothing_is_lost(job):
 
     insistence = [(0.5, signal.SIGTERM, 128 + signal.SIGTERM), (3, signal.SIGKILL, -signal.SIGKILL)]
     for times, (seconds, insistent, code) in enumerate(insistence):
-        driver = job.start(manifest, parallel=APART, limits=RunLimits(grace=120))
+        driver = job.start(manifest, parallel=SEPARATE, limits=RunLimits(grace=120))
         job.until(lambda times=times: decodings() > times, "decoding of the second row")
         driver.signal(signal.SIGTERM)
         job.until(lambda driver=driver: "draining: SIGTERM" in driver.log, "drain")
@@ -194,19 +194,19 @@ def test_who_insists_is_obeyed_and_nothing_is_lost(job):
         driver.signal(insistent)
         assert driver.wait() == code
         assert time.monotonic() - asked < 5
-        assert job.world.leaks() == []
+        assert job.cluster.leaks() == []
         assert set(job.out.index()) == {"r0"}
     before = job.out.index()
     job.open_gate()
-    job.start(manifest, parallel=APART).ends(0)
+    job.start(manifest, parallel=SEPARATE).ends(0)
     assert whole(job, 4)["r0"] == before["r0"]
 
 
 @pytest.fixture
 def full_disk(job):
-    """The disk for clips is full: a file system of four pages is, or, where none can be mounted, the engine says so.
+    """A full disk for clips: a file system of four pages or, where none can be mounted, the engine's report of one.
 
-    Prompt, options, and how to make room.
+    Yields a prompt, options, and a function that frees space.
     """
     clips = job.out.folder / "clips"
     clips.mkdir(parents=True)
@@ -216,8 +216,8 @@ def full_disk(job):
         yield "[[decode:full:3]]", {}, lambda: None
         return
     (clips / "filler").write_bytes(bytes(16384))
-    hasty = dict.fromkeys(("text", "diffusion", "decode"), "tests.support.engines:Hasty")
-    yield "plain", {"engines": hasty}, (clips / "filler").unlink
+    engines = dict.fromkeys(("text", "diffusion", "decode"), "tests.support.engines:BriefStoreRetries")
+    yield "plain", {"engines": engines}, (clips / "filler").unlink
     subprocess.run(["umount", str(clips)], check=True)
 
 

@@ -1,4 +1,4 @@
-"""A hundred random schedules of faults and interruptions: every row once, with the bits of an undisturbed run."""
+"""A hundred random schedules of faults in virtual time: every row is there once, with undisturbed bits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ done: set[int] = set()
 
 @pytest.fixture(autouse=True)
 def no_waiting_for_the_disk(monkeypatch):
-    """Nobody pulls the plug here."""
+    """These tests do not cut the power."""
     monkeypatch.setattr(store, "_sync", lambda handle: None)
 
 
@@ -27,14 +27,14 @@ def test_whatever_happens_every_row_is_there_once(seed, tmp_path):
     schedule.run_to_the_end()
     schedule.check()
     if seed % 3 == 0:
-        # once more: what failed for infrastructure's sake is tried again, from the latents that were kept
+        # Rows that failed because of the infrastructure are retried, from the latents that were saved.
         schedule.run_to_the_end()
         schedule.check()
     if seed % 5 == 0:
-        # the same rows under other names, behind those that are there
-        twins = [{**row, "id": f"{row['id']}-again"} for row in schedule.rows if row["prompt"]]
+        # The same rows under other names become copies of those in the index.
+        copies = [{**row, "id": f"{row['id']}-again"} for row in schedule.rows if row["prompt"]]
         rendered = {row["item_id"] for row in schedule.index()}
-        while not schedule.run(manifest=write_jsonl(tmp_path / "twins.jsonl", twins)):
+        while not schedule.run(manifest=write_jsonl(tmp_path / "copies.jsonl", copies)):
             pass
         copied = {row["id"] for row in schedule.index() if row["item_id"] in rendered}
         assert {i for i in copied if i.endswith("-again")} == {f"{i}-again" for i in copied if not i.endswith("-again")}
@@ -45,8 +45,8 @@ def test_all_of_it_has_happened():
     if done != set(SEEDS):
         pytest.skip("not every schedule was run")
     least = {
-        "split", "mobile", "shared", "twin", "poison", "illegal", "repeated", "crash", "hang", "out_of_memory", "error",
-        "store", "node lost", "died idle", "inputs lost", "failed start", "gave up starting", "RowError",
+        "split", "switching", "shared", "copy", "injected", "illegal", "repeated", "crash", "hang", "out_of_memory",
+        "error", "store", "node lost", "died idle", "inputs lost", "failed start", "gave up starting", "RowError",
         "StoredLatentsGone", "killed", "drained", "too many failed", "preflight",
     }  # fmt: skip
     assert not {what for what in least if seen[what] < 5}, seen

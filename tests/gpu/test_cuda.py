@@ -15,7 +15,7 @@ from ltx_ray.engine.decode import DecodeEngine, latents_sha256, named_latents
 from ltx_ray.engine.diffusion import DiffusionEngine
 from ltx_ray.engine.text import TextEngine
 from ltx_ray.manifest.reader import RawRow
-from ltx_ray.manifest.rules import RowRules, judge
+from ltx_ray.manifest.rules import LegalRow, RowRules, judge
 from ltx_ray.placement.numerics import resolve
 from ltx_ray.planning.plan import ItemBuilder
 from ltx_ray.presets import served_pipelines
@@ -71,7 +71,7 @@ class Engines:
         """The item of a manifest row."""
         rules = RowRules(num_layers=4, pipelines=served_pipelines(self.model.distilled))
         judged = judge(RawRow(str(GOLDENS / "rows.jsonl"), 1, row), rules)
-        assert judged.request, judged.messages()
+        assert isinstance(judged, LegalRow), judged.messages()
         return ItemBuilder(self.model, self.numerics).item(judged.request)
 
     def stages(self, row: dict, output: str = "") -> list[StageLatents]:

@@ -59,7 +59,7 @@ def _alive(pid: int) -> bool:
 
 def test_a_rank_without_memory_is_named_with_its_node_device_and_tensor(cluster):
     with pytest.raises(GangLost) as caught:
-        start("NoRoom")
+        start("ShardOutOfMemory")
     message = str(caught.value)
     assert message.startswith(f"rank 1 on node {caught.value.gang.ranks[1].address} (cpu): OutOfMemoryError: ")
     assert "blocks.3.attn1.to_q.weight" in message
@@ -69,7 +69,7 @@ def test_a_rank_without_memory_is_named_with_its_node_device_and_tensor(cluster)
 def test_a_rendezvous_that_times_out(cluster, monkeypatch):
     monkeypatch.setattr(gangs, "_RENDEZVOUS_SECONDS", 3.0)
     with pytest.raises(GangLost, match=r"rank 0 on node \S+ \(cpu\): \w+: .*(?i:timeout|timed out)"):
-        start("Late")
+        start("LateToRendezvous")
 
 
 def test_a_replica_whose_merge_failed_serves_no_other_row(runner):
@@ -78,7 +78,7 @@ def test_a_replica_whose_merge_failed_serves_no_other_row(runner):
         {"id": name, "prompt": f"{name} {mark}", "height": 64, "width": 64, "num_frames": 9}
         for name, mark in (("first", ""), ("second", "merge"), ("third", ""))
     ]
-    engines = {**FAKE, "diffusion": f"{ENGINES}:HalfMerged"}
+    engines = {**FAKE, "diffusion": f"{ENGINES}:FailsWhileMerging"}
     assert runner.render(rows, fake=False, engines=engines, stage1=1, stage2=0) == 0
     index = runner.index()
     assert {name: row["attempts"] for name, row in index.items()} == {"first": 1, "second": 2, "third": 1}
@@ -93,7 +93,7 @@ def test_merges_that_never_succeed_stop_the_run(runner):
         {"id": f"r{n}", "prompt": "merge always", "height": 64, "width": 64, "num_frames": 9, "seed": n}
         for n in range(5)
     ]
-    engines = {**FAKE, "diffusion": f"{ENGINES}:HalfMerged"}
+    engines = {**FAKE, "diffusion": f"{ENGINES}:FailsWhileMerging"}
     limits = RunLimits(max_attempts=1)
     assert runner.render(rows, fake=False, engines=engines, limits=limits, stage1=1, stage2=0) == 1
     assert sum(event["event"] == "gang_lost" for event in runner.events()) == 2

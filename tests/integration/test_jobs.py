@@ -1,8 +1,9 @@
-"""`ray job submit` of jobs/render.py on a real local head, as the README has it."""
+"""`ray job submit` of jobs/render.py on a real local head, as in the README."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,11 +33,11 @@ def test_submitted_job_renders_parquet_prompts(tmp_path):
         "--output", str(out), "--model", "toy", "--stage2-replicas", "0",
     ]  # fmt: skip
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=240, env={**_environment(), "LTX_RAY_PYTHON": sys.executable}
+        command, capture_output=True, text=True, timeout=240, env={**os.environ, "LTX_RAY_PYTHON": sys.executable}
     )
     log = done.stdout + done.stderr
     assert "prompts.parquet:3:width (bad): 100, legal: a positive multiple of 64" in log, log
-    # ray turns the job's exit code 3 into its own 1
+    # Ray reports the job's exit code 3 as its own 1.
     assert done.returncode == 1 and "exit code 3" in log, log
     run = json.loads((out / "run.json").read_text())
     assert run["state"] == "finished"
@@ -45,9 +46,3 @@ def test_submitted_job_renders_parquet_prompts(tmp_path):
     assert {row["id"] for row in index} == {"p0", "p1"}
     assert all((out / row["clip"]).stat().st_size > 1000 for row in index)
     assert "http://" not in (out / "report.html").read_text()
-
-
-def _environment() -> dict[str, str]:
-    import os
-
-    return dict(os.environ)

@@ -17,7 +17,7 @@ IMAGE = (Path(__file__).parents[1] / "parity" / "goldens" / "a.png").read_bytes(
 
 def table(store: Store, folder: str) -> list[dict]:
     return [pq.read_table(io.BytesIO(store.read_bytes(f"{folder}/{name}"))).to_pylist()[0]
-            for name in store.list(folder)]  # fmt: skip
+            for name in store.list_names(folder)]  # fmt: skip
 
 
 def events(store: Store) -> list[dict]:
@@ -66,4 +66,4 @@ def test_manifest_images_and_dataset_in_a_bucket(runner, bucket):
     assert render() == 0
     assert table(out, "index") == [done] and [r["id"] for r in table(out, "failed")] == ["text"]
     assert json.loads(out.read_bytes("run.json"))["counts"]["already_done"] == 1
-    assert len([name for name in out.list("runs", recursive=True) if name == "run.json"]) == 2
+    assert len([name for name in out.list_names("runs", recursive=True) if name == "run.json"]) == 2

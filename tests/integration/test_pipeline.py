@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ltx_ray.config import EngineSpec, GangLayout, LoraSpec, ModelFiles, Numerics, Selection
-from ltx_ray.dataset.selection import chosen_items, parse_condition
+from ltx_ray.dataset.selection import chosen_items, parse_filter
 from ltx_ray.engine.base import Rank
 from ltx_ray.engine.diffusion import DiffusionEngine
 from ltx_ray.engine.latents import latents_sha256, named_latents
@@ -117,7 +117,7 @@ def test_previews_are_promoted_to_the_clips_of_an_uninterrupted_run(split, tmp_p
     assert not [e for e in split.events(output) if e["event"] == "call"]
 
     def promote(*conditions: str, **changed) -> int:
-        items = chosen_items(Store(str(output)), None, map(parse_condition, conditions))
+        items = chosen_items(Store(str(output)), None, map(parse_filter, conditions))
         requested = {"promote": frozenset(items.values()), "selection": Selection(ids=frozenset(items))}
         return split.render(str(output / "previews"), output, stage1=1, stage2=0, **{**options, **requested, **changed})
 

@@ -1,6 +1,6 @@
-"""jobs/schedule.py and cluster/local together, on a real Ray head: a schedule that fires twice runs once.
+"""jobs/schedule.py and cluster/local on a real Ray head: a schedule that fires twice runs once.
 
-One head for all tests; the jobs are shell one-liners in place of the render.
+All tests share one head. Their jobs are shell one-liners instead of a render.
 """
 
 import json
@@ -17,13 +17,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 LOCAL = str(ROOT / "cluster/local")
 ENV = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"LTX_RAY_PYTHON": sys.executable}
-# A command that says where it is and then waits for its stdin to end.
+# A command that prints the address of its cluster and waits for the end of its stdin.
 REPORT = (
     "import os, sys, json; print(json.dumps({k: os.environ[k] for k in "
     "('RAY_ADDRESS', 'RAY_API_SERVER_ADDRESS', 'RAY_AUTH_MODE', 'RAY_AUTH_TOKEN')}), flush=True); "
     "sys.stdin.read(); sys.exit(7)"
 )
-#: The head's secret, which everything that talks to it needs.
+#: The head's token, which every request needs.
 TOKEN: dict[str, str] = {}
 
 pytestmark = [
@@ -39,7 +39,7 @@ def start(command, *options):
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        # a shell's background job, which the tests may be part of, ignores it
+        # The tests may run in a shell's background job, which ignores SIGINT.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
@@ -58,7 +58,7 @@ def temp_dir(gcs_address):
 
 
 def processes_of(folder):
-    """Command lines that name the folder. Every Ray process but a worker names its session's folder."""
+    """Command lines of the processes that name the folder, as every Ray process but a worker does."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -72,7 +72,7 @@ def processes_of(folder):
 
 @pytest.fixture(scope="module")
 def head():
-    """A head for the module; its end is checked here too: exit code, processes and files."""
+    """A head for the module. Also checks what it leaves: exit code, processes and files."""
     process = start([sys.executable, "-c", REPORT])
     try:
         line = process.stdout.readline()
@@ -131,7 +131,7 @@ class Schedule:
         return process.returncode, out
 
     def count(self):
-        """How often the job's command ran; it ends with the last one's arguments checked."""
+        """How often the job's command ran. Also checks the arguments of the last run."""
         lines = self.runs.read_text().splitlines()
         assert lines[-1] == f"{self.folder}/{self.name}-2026-11-23.jsonl --output {self.folder}/out"
         return len(lines)
@@ -147,7 +147,7 @@ def test_twice_in_a_row_is_one_job(head, tmp_path):
     assert code == 0 and ": already there (succeeded)" in out, out
     assert job.count() == 1
     assert len([name for name in jobs(head) if name.startswith("twice-2026-11-23-")]) == 1
-    # An entrypoint's `python` is the one beside LTX_RAY_PYTHON, activated or not.
+    # The entrypoint's `python` is the one beside LTX_RAY_PYTHON, whether its environment is activated or not.
     assert (tmp_path / "prefix").read_text().strip() == sys.prefix
 
 
@@ -162,7 +162,7 @@ def test_at_once_is_one_job(head, tmp_path):
 
 
 def test_a_failed_job_is_submitted_again(head, tmp_path):
-    # Some rows failed (3), then all is well. The file is what a render would find already done.
+    # First some rows fail (3), then none. The file stands for what the second render finds done.
     job = Schedule(tmp_path, head, "failed", f"[ -e {tmp_path}/done ] || {{ touch {tmp_path}/done; exit 3; }}")
     code, out = job.call("--wait")
     assert code == 3, out
@@ -187,7 +187,7 @@ def test_no_cluster_is_exit_1_with_its_address(tmp_path):
 
 
 def test_a_second_head_comes_and_goes_on_sigterm(head):
-    """It runs beside the first, hands the signal to its command, and leaves the first alone."""
+    """It runs beside the first, forwards the signal to its command, and does not affect the first."""
     code = (
         "import os, signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(4)); "
         "print(os.environ['RAY_ADDRESS'], flush=True); time.sleep(60)"

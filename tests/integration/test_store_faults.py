@@ -40,13 +40,13 @@ def proxy(s3, monkeypatch):
 
 @pytest.fixture
 def hasty(monkeypatch):
-    """pyarrow tries a request once, so that what comes through is our doing; and silence is short."""
+    """pyarrow tries a request once, so that only the store's own retries count, and gives up silence soon."""
     monkeypatch.setattr(store, "_REQUEST_TRIES", 1)
     monkeypatch.setattr(store, "_SILENCE_SECONDS", 1.0)
 
 
-def impatient(uri: str, patience: float = 30.0) -> Store:
-    return Store(uri, patience, wait=lambda seconds: time.sleep(seconds / 20))
+def quick_store(uri: str, retry_seconds: float = 30.0) -> Store:
+    return Store(uri, retry_seconds, wait=lambda seconds: time.sleep(seconds / 20))
 
 
 def objects(s3: pafs.S3FileSystem, bucket: str) -> dict[str, int]:
@@ -69,7 +69,7 @@ def put(s3: pafs.S3FileSystem, bucket: str, name: str, data: bytes) -> None:
 @pytest.mark.parametrize("kind", [*PASSING, "stall"])
 def test_every_operation_comes_through_what_passes(proxy, hasty, s3, bucket, tmp_path, kind):
     """Each meets the fault in its first three requests."""
-    store = impatient(bucket)
+    store = quick_store(bucket)
     put(s3, bucket, "d/old", b"old")
 
     def write() -> None:
@@ -97,7 +97,7 @@ def test_every_operation_comes_through_what_passes(proxy, hasty, s3, bucket, tmp
         "read": lambda: store.read_bytes("d/old") == b"old" or pytest.fail("read"),
         "exists": lambda: store.exists("d/old") or pytest.fail("exists"),
         "not there": lambda: not store.exists("d/none") or pytest.fail("not there"),
-        "list": lambda: store.list("d") == ["old"] or pytest.fail("list"),
+        "list": lambda: store.list_names("d") == ["old"] or pytest.fail("list"),
         "write": write,
         "publish": publish,
         "move": move,
@@ -118,7 +118,7 @@ def test_every_operation_comes_through_what_passes(proxy, hasty, s3, bucket, tmp
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_store_that_fails_half_of_the_time(proxy, hasty, s3, bucket, tmp_path, seed):
-    store = impatient(bucket)
+    store = quick_store(bucket)
     contents = {f"x{n}": os.urandom(n * 1000) for n in range(12)}
     with proxy.misbehaving(kinds=PASSING, probability=0.5, seed=seed) as faults:
         for n, (name, data) in enumerate(contents.items()):
@@ -127,7 +127,7 @@ def test_a_store_that_fails_half_of_the_time(proxy, hasty, s3, bucket, tmp_path,
                 store.publish(str(tmp_path / name), name)
             else:
                 store.write_bytes(name, data)
-        assert store.list("") == sorted(contents)
+        assert store.list_names("") == sorted(contents)
         assert {name: store.read_bytes(name) for name in contents} == contents
         for name in list(contents)[:4]:
             store.delete(name)
@@ -139,7 +139,7 @@ def test_a_store_that_fails_half_of_the_time(proxy, hasty, s3, bucket, tmp_path,
 @pytest.mark.parametrize("pattern", ["partNumber=1", "partNumber=2", "uploads", r"\?uploadId"])
 def test_a_large_upload_that_breaks_off_shows_nothing_and_is_made_again(proxy, hasty, s3, bucket, kind, pattern):
     put(s3, bucket, "clip", b"the older one")
-    store = impatient(bucket, patience=0)
+    store = quick_store(bucket, retry_seconds=0)
     with proxy.misbehaving(kinds=(kind,), methods=("PUT", "POST"), pattern=pattern, first=10**6) as faults:
         with pytest.raises(OSError, match="writing clip failed"):
             store.write_bytes("clip", LARGE)
@@ -147,18 +147,18 @@ def test_a_large_upload_that_breaks_off_shows_nothing_and_is_made_again(proxy, h
     whole = kind == "lost_response" and pattern == r"\?uploadId"  # carried out, and not told so
     assert objects(s3, bucket) == {"clip": len(LARGE) if whole else 13}
     with proxy.misbehaving(kinds=(kind,), methods=("PUT", "POST"), pattern=pattern, first=2):
-        impatient(bucket).write_bytes("clip", LARGE)
+        quick_store(bucket).write_bytes("clip", LARGE)
     assert read(s3, bucket, "clip") == LARGE
 
 
 @pytest.mark.parametrize("kind", [*PASSING, "stall"])
 def test_a_store_that_stays_broken_ends_in_an_error_in_time(proxy, hasty, s3, bucket, tmp_path, kind):
-    store = Store(bucket, patience=1.0)
+    store = Store(bucket, retry_seconds=1.0)
     (tmp_path / "clip").write_bytes(b"clip")
     calls = {
         "reading x": lambda: store.read_bytes("x"),
         "looking up x": lambda: store.exists("x"),
-        "listing x": lambda: store.list("x"),
+        "listing x": lambda: store.list_names("x"),
         "writing x": lambda: store.write_bytes("x", b"1"),
         "writing y": lambda: store.publish(str(tmp_path / "clip"), "y"),
         "deleting x": lambda: store.delete("x"),
@@ -178,7 +178,13 @@ def test_a_store_that_stays_broken_ends_in_an_error_in_time(proxy, hasty, s3, bu
 def test_what_is_forbidden_is_said_at_once(proxy, bucket):
     store = Store(bucket, wait=pytest.fail)
     with proxy.misbehaving(kinds=("denied",), first=10**6):
-        calls = store.read_bytes, store.exists, store.list, store.delete, lambda name: store.write_bytes(name, b"")
+        calls = (
+            store.read_bytes,
+            store.exists,
+            store.list_names,
+            store.delete,
+            lambda name: store.write_bytes(name, b""),
+        )
         for call in calls:
             with pytest.raises(OSError, match="ACCESS_DENIED"):
                 call("x")
@@ -188,7 +194,7 @@ def test_what_is_forbidden_is_said_at_once(proxy, bucket):
 
 def test_pyarrow_s_own_tries_come_first(proxy, bucket):
     """One part of a large upload is repeated there, where we would repeat all of it."""
-    store = Store(bucket, patience=0)
+    store = Store(bucket, retry_seconds=0)
     with proxy.misbehaving(kinds=("slow_down",), methods=("PUT",), pattern="partNumber=2", first=2) as faults:
         store.write_bytes("clip", LARGE)
     assert faults.met["PUT", "ok"] == 2 and faults.met["PUT", "slow_down"] == 2
@@ -203,7 +209,7 @@ def test_a_small_object_is_one_request(proxy, bucket):
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
 def test_a_manifest_is_read_through_faults(proxy, hasty, s3, bucket, tmp_path, form, monkeypatch):
-    monkeypatch.setattr(store, "PATIENCE", 60.0)
+    monkeypatch.setattr(store, "RETRY_SECONDS", 60.0)
     rows = 30_000
     if form == "jsonl":
         data = "".join(f'{{"prompt": "row {n} {"x" * 60}"}}\n' for n in range(rows)).encode()
@@ -228,11 +234,11 @@ def test_an_image_is_read_through_faults(proxy, hasty, s3, bucket):
 
 
 def test_a_dataset_is_listed_repaired_and_verified_through_faults(proxy, hasty, bucket):
-    store = impatient(bucket)
+    store = quick_store(bucket)
     said: list[str] = []
     with proxy.misbehaving(kinds=PASSING, probability=0.3, seed=3) as faults:
         build(store)
-        store.move("index/" + store.list("index")[0], "index/part-renamed.parquet")
+        store.move("index/" + store.list_names("index")[0], "index/part-renamed.parquet")
         done = list_existing(store)
         assert done.row_count == 3
         repaired = repair(store, done, said.append)
@@ -242,7 +248,7 @@ def test_a_dataset_is_listed_repaired_and_verified_through_faults(proxy, hasty, 
 
 
 def test_a_report_is_written_through_faults(proxy, hasty, bucket):
-    store = build(impatient(bucket))
+    store = build(quick_store(bucket))
     with proxy.misbehaving(kinds=PASSING, probability=0.2, seed=6):
         result = CliRunner().invoke(app, ["report", bucket])
     assert (result.exit_code, result.output) == (0, f"{bucket}/report.html\n")
@@ -253,23 +259,23 @@ def test_a_report_is_written_through_faults(proxy, hasty, bucket):
 def test_an_endpoint_where_nobody_listens_is_said_before_the_run(bucket):
     place = "s3://b/out?scheme=http&endpoint_override=127.0.0.1:9&region=us-east-1"
     with pytest.raises(ValueError, match=r"cannot be written .*s3://b/out: writing _probe-.* failed .*NETWORK_CONN"):
-        Store(place, patience=0).check_writable()
+        Store(place, retry_seconds=0).check_writable()
 
 
 def test_a_lease_is_taken_and_kept_through_faults(proxy, hasty, bucket, monkeypatch):
     monkeypatch.setattr("ltx_ray.storage.lease._RENEW_SECONDS", 0.1)
-    store = impatient(bucket)
+    store = quick_store(bucket)
     with proxy.misbehaving(kinds=PASSING, probability=0.3, seed=4):
         lease = Lease(store, "mine")
         lease.acquire(pytest.fail)
         time.sleep(1.5)
-        assert holder(store)["run_id"] == "mine" and not lease.lost
+        assert holder(store).run_id == "mine" and not lease.lost
     lease.release()
     assert holder(store) is None
 
 
 def test_many_threads_share_a_store_that_throttles(proxy, hasty, s3, bucket):
-    store, errors = impatient(bucket), []
+    store, errors = quick_store(bucket), []
 
     def work(n: int) -> None:
         try:

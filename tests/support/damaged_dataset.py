@@ -7,7 +7,7 @@ import io
 
 import pyarrow.parquet as pq
 
-from ltx_ray.dataset.layout import index_part, row_key
+from ltx_ray.dataset.layout import part_name, row_key
 from ltx_ray.dataset.writer import DatasetWriter, Rendered
 from ltx_ray.engine.fake import mp4_boxes
 from ltx_ray.records import Clip, canonical_json
@@ -27,7 +27,7 @@ def clip_of(n: int) -> str:
 
 
 def part_of(n: int, row_id: str) -> str:
-    return f"index/{index_part(ITEMS[n], row_key(row_id))}"
+    return f"index/{part_name(ITEMS[n], row_key(row_id))}"
 
 
 def build(store: Store, rows: tuple[tuple[int, str], ...] = ROWS, clip: bool = True) -> Store:
@@ -48,6 +48,6 @@ def build(store: Store, rows: tuple[tuple[int, str], ...] = ROWS, clip: bool = T
 
 def rows_of(store: Store) -> list[tuple[str, str]]:
     """(item_id, id) of what a plain reader of `index/` sees."""
-    names = [name for name in store.list("index") if not name.startswith(("_", "."))]
+    names = [name for name in store.list_names("index") if not name.startswith(("_", "."))]
     tables = (pq.read_table(io.BytesIO(store.read_bytes(f"index/{name}")), columns=["item_id", "id"]) for name in names)
     return [(row["item_id"], row["id"]) for table in tables for row in table.to_pylist()]

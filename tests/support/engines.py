@@ -1,4 +1,4 @@
-"""Engines that break in one way each, named by dotted path in the tests of gangs."""
+"""Engines that each fail in one way. Tests name them by dotted path."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from ltx_ray.engine.fake import FakeEngine
 from ltx_ray.records import ReplicaError
 
 
-class NoRoom(FakeEngine):
-    """Rank 1 has no memory for a tensor of its shard."""
+class ShardOutOfMemory(FakeEngine):
+    """Rank 1 runs out of memory while it loads its shard."""
 
     def load(self) -> None:
         super().load()
@@ -18,8 +18,8 @@ class NoRoom(FakeEngine):
             raise MemoryError("model.safetensors: blocks.3.attn1.to_q.weight: tried to allocate 32 MiB")
 
 
-class Late(FakeEngine):
-    """Rank 1 comes to the rendezvous when the others have given up."""
+class LateToRendezvous(FakeEngine):
+    """Rank 1 reaches the rendezvous after the others have given up."""
 
     @staticmethod
     def join_gang(device: str, rank: int, world: int, rendezvous: tuple[str, int] | None, timeout: float) -> str:
@@ -29,23 +29,23 @@ class Late(FakeEngine):
         return base.join_gang(device, rank, world, rendezvous, timeout)
 
 
-class HalfMerged(FakeEngine):
-    """The first stage-1 call of a row whose prompt says so (every one, if it says always) fails while merging."""
+class FailsWhileMerging(FakeEngine):
+    """The first stage-1 call of a row with "merge" in its prompt fails while merging; with "always", every call."""
 
     failed = False
 
     def run(self, stage, item, *inputs):
-        told = "merge" in item.request.prompt and stage == "stage1"
-        if told and (self._tries("merge", item) == 1 or "always" in item.request.prompt):
-            HalfMerged.failed = True
+        fails = "merge" in item.request.prompt and stage == "stage1"
+        if fails and (self._tries("merge", item) == 1 or "always" in item.request.prompt):
+            FailsWhileMerging.failed = True
             raise ReplicaError("OutOfMemoryError: merging into blocks.0.ff.net.2.weight: no room")
-        assert not HalfMerged.failed, "a replica that failed to merge serves another row"
+        assert not FailsWhileMerging.failed, "a replica that failed to merge serves another row"
         return super().run(stage, item, *inputs)
 
 
-class Hasty(FakeEngine):
-    """Gives a store that refuses a second, not a minute."""
+class BriefStoreRetries(FakeEngine):
+    """Retries a failing store for a second instead of a minute."""
 
     def load(self) -> None:
         super().load()
-        self.store = self.store.hurried(1.0)
+        self.store = self.store.retrying_for(1.0)

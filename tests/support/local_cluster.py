@@ -1,4 +1,4 @@
-"""A Ray cluster of several nodes on this machine, drivers in processes of their own, and what must hold afterwards."""
+"""A Ray cluster of several local nodes, drivers in processes of their own, and checks of what they leave."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ sys.exit(run.render(options))
 """
 _SYSTEM = {
     **SYSTEM,
-    # a raylet that is gone is missed within two seconds, not fifteen
+    # A dead raylet is noticed within two seconds instead of fifteen.
     "health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4,
-    # the toy model's latents are to lie on the node that made them, as those of a real clip do
+    # The toy model's small latents stay on the node that made them, as those of a real clip do.
     "max_direct_call_object_size": 4096,
 }  # fmt: skip
-#: What a run may leave in its output.
-_KEPT = re.compile(
+#: Files that a run may leave in its output.
+_EXPECTED_FILES = re.compile(
     r"(clips|previews)/[0-9a-f]{2}/[0-9a-f]{32}\.mp4|latents/[0-9a-f]{2}/[0-9a-f]{32}\.safetensors"
     r"|(index|failed|previews)/part-[\w-]+\.parquet|(runs/[^/]+/)?(run\.json|events\.jsonl|report\.html)|_fake/[\w-]+"
 )
@@ -64,14 +64,14 @@ def wait_for(condition: Callable[[], T], what: str | Callable[[], str], seconds:
 
 
 def rows(*prompts: str) -> list[dict]:
-    """Manifest rows r0, r1, ... of the smallest size, which differ in their seeds too."""
+    """Manifest rows r0, r1, ... of the smallest size, with different seeds."""
     return [{"id": f"r{n}", "prompt": prompt, "seed": n, **SIZE} for n, prompt in enumerate(prompts)]
 
 
-class World:
-    """A head without slots and `workers` nodes of `slots` logical CPUs each.
+class LocalCluster:
+    """A head without slots, and `workers` nodes with `slots` logical CPUs each.
 
-    Drivers connect to the head's raylet, so that any worker node may die under them.
+    Drivers connect to the head's raylet, so that any worker node may die.
     """
 
     def __init__(self, workers: int = 3, slots: int = 3):
@@ -85,7 +85,7 @@ class World:
         self.heal()
 
     def nodes(self) -> list[str]:
-        """Ids of the worker nodes that live."""
+        """Ids of the living worker nodes."""
         dead = {node["NodeID"] for node in self._cluster.global_state.node_table() if not node["Alive"]}
         return sorted(node.node_id for node in self._cluster.worker_nodes if node.node_id not in dead)
 
@@ -93,25 +93,25 @@ class World:
         return self._cluster.add_node(num_cpus=self.slots, **self._node).node_id
 
     def remove_node(self, node_id: str) -> None:
-        """SIGKILL the node's raylet; returns when the cluster has noticed."""
+        """Kill the node's raylet with SIGKILL; returns when the cluster has noticed."""
         node = next(node for node in self._cluster.worker_nodes if node.node_id == node_id)
         self._cluster.remove_node(node, allow_graceful=False)
 
     def heal(self) -> None:
-        """Bring the cluster back to its number of nodes."""
+        """Restore the cluster's number of nodes."""
         for _ in range(len(self.nodes()), self.workers):
             self.add_node()
         for node_id in self.nodes()[self.workers :]:
             self.remove_node(node_id)
 
     def leaks(self, seconds: float = 20) -> list[str]:
-        """Actors and placement groups of which the cluster still knows `seconds` after their runs have ended."""
+        """Actors and placement groups that still exist `seconds` after their runs have ended."""
         end = time.monotonic() + seconds
-        while (found := self._at_large()) and time.monotonic() < end:
+        while (found := self._alive()) and time.monotonic() < end:
             time.sleep(0.1)
         return found
 
-    def _at_large(self) -> list[str]:
+    def _alive(self) -> list[str]:
         state = self._cluster.global_state
         actors = [a for a in state.actor_table(None).values() if a["State"] != "DEAD"]
         groups = [g for g in state.placement_group_table().values() if g["state"] != "REMOVED"]
@@ -124,7 +124,7 @@ class World:
 
 
 class Dataset:
-    """An output, read back."""
+    """The output of a run, read back."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -136,22 +136,22 @@ class Dataset:
         return _by_id(self.folder / "failed")
 
     def events(self, kind: str, every_run: bool = False) -> list[dict]:
-        """Events of the newest run, or of every run there was."""
+        """Events of the newest run, or of every run."""
         logs = [*sorted(self.folder.glob("runs/*/events.jsonl"))] if every_run else []
         return [e for log in [*logs, self.folder / "events.jsonl"] for e in _events(log) if e["event"] == kind]
 
     def gangs(self, role: str) -> list[dict]:
-        """What is known of the gangs of `role` that have come up in the newest run, oldest first."""
+        """The `gang_started` events of `role` in the newest run, oldest first."""
         return [event for event in self.events("gang_started") if event["role"] == role]
 
     def pids(self) -> set[int]:
-        """Of every rank of every run."""
+        """The process ids of every rank of every run."""
         return {rank["pid"] for event in self.events("gang_started", every_run=True) for rank in event["ranks"]}
 
     def leftovers(self) -> list[str]:
         """Files that are neither part of the dataset nor records of its runs."""
         names = (path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if not path.is_dir())
-        return sorted(name for name in names if not _KEPT.fullmatch(name))
+        return sorted(name for name in names if not _EXPECTED_FILES.fullmatch(name))
 
 
 def _events(log: Path) -> Iterable[dict]:
@@ -163,20 +163,20 @@ def _events(log: Path) -> Iterable[dict]:
         try:
             yield json.loads(line)
         except ValueError:
-            continue  # cut off by a kill
+            continue  # truncated by a kill
 
 
 def _by_id(folder: Path) -> dict[str, dict]:
     found = [row for part in sorted(folder.glob("part-*.parquet")) for row in pq.read_table(part).to_pylist()]
-    assert len({row["id"] for row in found}) == len(found), f"a row is twice in {folder}"
+    assert len({row["id"] for row in found}) == len(found), f"{folder} has a row twice"
     return {row["id"]: row for row in found}
 
 
 class Job:
     """Runs of one manifest into one output, each by a driver in a process of its own."""
 
-    def __init__(self, world: World, folder: Path):
-        self.world, self.folder = world, folder
+    def __init__(self, cluster: LocalCluster, folder: Path):
+        self.cluster, self.folder = cluster, folder
         folder.mkdir(parents=True, exist_ok=True)
         self.out = Dataset(folder / "out")
         self._drivers: list[Driver] = []
@@ -190,7 +190,7 @@ class Job:
         fake: bool = True,
         **options: Any,
     ) -> Driver:
-        """Begin to render `manifest`: rows, or the path of some."""
+        """Start rendering `manifest`: rows, or the path of a manifest."""
         if not isinstance(manifest, str):
             path = self.folder / "rows.jsonl"
             path.write_text("".join(json.dumps(row) + "\n" for row in manifest))
@@ -200,7 +200,7 @@ class Job:
         driver = Driver(
             Options(
                 manifest, str(self.out.folder), MODEL, parallel=parallel, limits=limits,
-                ray_address=options.pop("ray_address", self.world.address), preflight=options.pop("preflight", False),
+                ray_address=options.pop("ray_address", self.cluster.address), preflight=options.pop("preflight", False),
                 **options,
             ),
             self.folder / f"driver-{len(self._drivers)}",
@@ -209,7 +209,7 @@ class Job:
         return driver
 
     def until(self, condition: Callable[[], T], what: str) -> T:
-        """The first true value of `condition`, which is to come while the newest driver runs."""
+        """The first true value of `condition`, which must occur while the newest driver runs."""
         driver = self._drivers[-1]
         wait_for(lambda: condition() or not driver.running, lambda: f"{what}; the driver says:\n{driver.log}")
         value = condition()
@@ -220,7 +220,7 @@ class Job:
         open_gate(str(self.out.folder))
 
     def check(self, names: Iterable[str], expected: dict[str, str]) -> list[str]:
-        """What is wrong after the last run: rows, bits, processes, files. `expected`: latents_sha256 by id."""
+        """What is wrong with rows, bits, processes and files after the last run. `expected`: latents_sha256 by id."""
         index, failed, wrong = self.out.index(), self.out.failed(), []
         if set(index) | set(failed) != set(names) or set(index) & set(failed):
             wrong.append(f"rows: {sorted(names)} in, index has {sorted(index)} and failed {sorted(failed)}")
@@ -229,8 +229,8 @@ class Job:
             clip = self.out.folder / row["clip"]
             if not clip.is_file() or hashlib.sha256(clip.read_bytes()).hexdigest() != row["clip_sha256"]:
                 wrong.append(f"{name}: its clip is not the one in the index")
-        wrong += self.world.leaks()
-        wrong += [f"process {pid} is still there" for pid in _alive(self.out.pids())]
+        wrong += self.cluster.leaks()
+        wrong += [f"process {pid} is still running" for pid in _survivors(self.out.pids())]
         wrong += [f"file {name}" for name in self.out.leftovers()]
         return wrong
 
@@ -239,8 +239,8 @@ class Job:
             driver.kill()
 
 
-def _alive(pids: set[int], seconds: float = 10) -> set[int]:
-    """Those that do not end within `seconds`."""
+def _survivors(pids: set[int], seconds: float = 10) -> set[int]:
+    """The processes that do not end within `seconds`."""
     end = time.monotonic() + seconds
     while (left := {pid for pid in pids if _runs(pid)}) and time.monotonic() < end:
         time.sleep(0.1)
@@ -281,14 +281,14 @@ class Driver:
         self._process.send_signal(number)
 
     def wait(self, seconds: float = 120) -> int:
-        """Its exit code."""
+        """Wait for the driver's end; returns its exit code."""
         try:
             return self._process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"the driver runs for more than {seconds:g} s:\n{self.log}") from None
+            raise AssertionError(f"the driver still runs after {seconds:g} s:\n{self.log}") from None
 
     def ends(self, code: int, seconds: float = 120) -> str:
-        """Its log, once it has ended with `code`."""
+        """Wait for the driver to end with `code`; returns its log."""
         found = self.wait(seconds)
         assert found == code, f"exit {found}, not {code}:\n{self.log}"
         return self.log
@@ -299,7 +299,7 @@ class Driver:
             self._process.wait()
 
     def processes(self) -> set[int]:
-        """Those that it has started, and theirs: of a cluster of its own, every one."""
+        """The living processes that it has started, directly or not, such as those of a cluster of its own."""
         return {int(path.parent.name) for path in Path("/proc").glob("[0-9]*/environ") if self._started(path)}
 
     def _started(self, environ: Path) -> bool:
@@ -310,7 +310,7 @@ class Driver:
 
 
 def undisturbed(items: dict[str, dict], folder: Path) -> dict[str, str]:
-    """latents_sha256 by id that the fake engine makes of rows of the index when nothing happens to it."""
+    """latents_sha256 by id that the fake engine computes for rows of the index in an undisturbed run."""
     numerics = Numerics(dtype="float32")
     engine = FakeEngine(EngineSpec("", MODEL, numerics, output=str(folder)), Rank())
     engine.load()

@@ -14,7 +14,7 @@ from ltx_ray.engine.decode import named_latents
 from ltx_ray.engine.diffusion import DiffusionEngine
 from ltx_ray.engine.text import TextEngine
 from ltx_ray.manifest.reader import RawRow
-from ltx_ray.manifest.rules import RowRules, judge
+from ltx_ray.manifest.rules import LegalRow, RowRules, judge
 from ltx_ray.placement.numerics import resolve
 from ltx_ray.planning.plan import ItemBuilder
 from ltx_ray.presets import served_pipelines
@@ -51,7 +51,7 @@ class ToyPipeline:
         raw = RawRow(str(GOLDENS / "rows.jsonl"), 1, row)
         loras = tuple(LoraUse(file.name, file.strength) for file in self.model.loras)
         judged = judge(raw, RowRules(pipelines=served_pipelines(self.model.distilled), loras=loras))
-        assert judged.request, judged.messages()
+        assert isinstance(judged, LegalRow), judged.messages()
         return ItemBuilder(self.model, self.numerics).item(judged.request)
 
     def latents(self, row: dict) -> dict[str, torch.Tensor]:

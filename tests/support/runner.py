@@ -1,4 +1,4 @@
-"""Runs in this process on a Ray cluster, and their datasets read back."""
+"""Runs the driver in this process on a Ray cluster, and reads its dataset back."""
 
 from __future__ import annotations
 

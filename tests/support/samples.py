@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ltx_ray.manifest.reader import RawRow
-from ltx_ray.manifest.rules import Row, RowRules, judge
+from ltx_ray.manifest.rules import IllegalRow, LegalRow, RowRules, judge
 from ltx_ray.records import Recipe, RenderRequest
 
 #: Columns of the smallest clip in the fewest steps.
@@ -24,7 +24,7 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any] | str]) -> str:
     return str(path)
 
 
-def judged(values: Mapping[str, Any], rules: RowRules | None = None) -> Row:
+def judged(values: Mapping[str, Any], rules: RowRules | None = None) -> LegalRow | IllegalRow:
     """The judgement on a row of the file m.jsonl, line 1."""
     return judge(RawRow("m.jsonl", 1, values), rules or RowRules())
 
@@ -32,7 +32,7 @@ def judged(values: Mapping[str, Any], rules: RowRules | None = None) -> Row:
 def request(**values: Any) -> RenderRequest:
     """A legal request; `values` are those of its manifest row."""
     row = judged({"prompt": "a cat", **values})
-    assert row.request is not None, row.messages()
+    assert isinstance(row, LegalRow), row.messages()
     return row.request
 
 

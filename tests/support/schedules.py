@@ -1,6 +1,6 @@
-"""Random schedules of faults, interruptions and layouts around the real driver, in virtual time: no Ray, no model.
+"""Random schedules of faults, interruptions and layouts for the real driver in virtual time, without Ray or a model.
 
-A schedule is drawn from one number. It renders a manifest into a folder, in as many runs as it takes.
+A seed determines a schedule, which renders a manifest into a folder in as many runs as that takes.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ from tests.support.checkpoint_files import RELEASED
 from tests.support.samples import recipe, request, write_jsonl
 
 SECONDS = {"text": 0.1, "stage1": 46.0, "load_latents": 0.2, "stage2": 17.0, "decode": 1.75, "save_latents": 0.3}
-#: Events after which a run is taken for one that never ends; the longest here have about 3000.
+#: A run with more waits than this counts as endless; the longest here have about 3,000.
 ENDLESS = 30_000
-POISON = re.compile(r"\[\[(\w+):(\w+)\]\]")
+INJECTED = re.compile(r"\[\[(\w+):(\w+)\]\]")
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}")
-#: What a row may fail for here; `_TOLD` came as an exception of the engine's.
+#: Messages with which a row may fail here; `_TOLD` are those of an exception in the engine.
 _TOLD = re.compile("told to fail")
 _REASONS = re.compile("told to fail|by chance|rank 0 died|took longer than|node was lost|no inputs|legal")
 SPEC = EngineSpec("", ModelFiles("", "", ""), Numerics(), "")
 
 
 class Killed(BaseException):
-    """The driver's process ends here."""
+    """Stands for the death of the driver's process."""
 
 
 class HashingBuilder:
-    """Work items of requests, without a model's files."""
+    """Builds work items without the files of a model."""
 
     checkpoint = SimpleNamespace(transformer=RELEASED)
 
@@ -69,7 +69,7 @@ def hashed(*parts: str) -> str:
 
 
 def undisturbed(item_id: str) -> str:
-    """The latents of an item that goes from stage to stage."""
+    """The hash that stands for the final latents of an item."""
     made = hashed("text", item_id)
     for stage in ("stage1", "stage2"):
         made = hashed(stage, item_id, made)
@@ -77,7 +77,7 @@ def undisturbed(item_id: str) -> str:
 
 
 class Stages:
-    """What the replicas do: hashes of the item and of what the stage before made; decode writes a file."""
+    """The work of the replicas: each stage hashes the item and the previous result, and decode writes a file."""
 
     def __init__(self, store: Store):
         self.store, self.decoded = store, Counter()
@@ -111,7 +111,7 @@ class Stages:
 
 
 class WatchedReplicas(SimulatedReplicaSet):
-    """Poisons rows, watches what happens, and interrupts the driver after so many events."""
+    """Injects the faults that prompts ask for, counts what happens, and interrupts the driver at a given wait."""
 
     driver: Driver
     drain_at = kill_at = -1
@@ -126,7 +126,7 @@ class WatchedReplicas(SimulatedReplicaSet):
 
     def fault(self, stage, item):
         drawn = super().fault(stage, item)
-        for where, fault in POISON.findall(item.request.prompt):
+        for where, fault in INJECTED.findall(item.request.prompt):
             if where == stage and fault != "row":
                 drawn = fault
         if drawn is not None:
@@ -135,28 +135,28 @@ class WatchedReplicas(SimulatedReplicaSet):
 
     def wait(self, timeout):
         self.waits += 1
-        assert self.waits < ENDLESS, "this never ends"
+        assert self.waits < ENDLESS, "the run does not end"
         known = {name for pool in self.driver.pools for name in pool.replicas}
-        assert known == set(self._replicas), "the driver and the replica set know other replicas"
+        assert known == set(self._replicas), "the driver and the replica set disagree on the replicas"
         if self.waits == self.kill_at:
             raise Killed
         if self.waits == self.drain_at:
             self.driver.request_drain("SIGTERM")
-        event = super().wait(timeout)
-        for one in event:
-            if isinstance(one, InputsLost) or (isinstance(one, ReplicaLost) and one.inputs_lost):
+        events = super().wait(timeout)
+        for event in events:
+            if isinstance(event, InputsLost) or (isinstance(event, ReplicaLost) and event.inputs_lost):
                 self.seen["inputs lost"] += 1
-            elif isinstance(one, ReplicaLost):
-                kind = "died idle" if one.idle else "node lost" if "node" in one.reason else "gang lost"
-                self.seen[kind if one.served else "failed start"] += 1
-            elif isinstance(one, CallFinished) and (error := one.report.error) is not None:
+            elif isinstance(event, ReplicaLost):
+                kind = "died idle" if event.idle else "node lost" if "node" in event.reason else "gang lost"
+                self.seen[kind if event.served else "failed start"] += 1
+            elif isinstance(event, CallFinished) and (error := event.report.error) is not None:
                 if error.kind in (ErrorKind.ROW, ErrorKind.STORED_LATENTS_GONE):
                     self.seen[error.type] += 1
-        return event
+        return events
 
 
 class Schedule:
-    """One manifest, one output folder, and what befalls the runs that render it."""
+    """One manifest, one output folder, and the faults and interruptions of the runs that render it."""
 
     def __init__(self, seed: int, folder: Path, seen: Counter[str]):
         self.dice = dice = random.Random(seed)
@@ -175,7 +175,7 @@ class Schedule:
 
     def _pools(self) -> list[PoolSpec]:
         dice, ranks = self.dice, self.dice.choice([1, 1, 2])
-        self.layout = dice.choice(["split", "mobile", "shared"])
+        self.layout = dice.choice(["split", "switching", "shared"])
         self.seen[self.layout] += 1
 
         def pool(name: str, roles: tuple[str, ...], replicas: int) -> PoolSpec:
@@ -186,9 +186,9 @@ class Schedule:
         if self.layout == "shared":
             pools.append(pool("diffusion", ("stage1", "stage2"), first))
         else:
-            mobile = self.layout == "mobile"
-            pools.append(pool("stage1", ("stage1", "stage2") if mobile else ("stage1",), first))
-            pools.append(pool("stage2", ("stage2", "stage1") if mobile else ("stage2",), second))
+            switching = self.layout == "switching"
+            pools.append(pool("stage1", ("stage1", "stage2") if switching else ("stage1",), first))
+            pools.append(pool("stage2", ("stage2", "stage1") if switching else ("stage2",), second))
         return [*pools, pool("decode", OUTPUT_STAGES, dice.randint(1, 2))]
 
     def _rows(self) -> list[dict]:
@@ -198,39 +198,39 @@ class Schedule:
             kind = dice.random()
             if rows and kind < 0.12:
                 row["prompt"] = dice.choice(rows)["prompt"]
-                self.seen["twin"] += 1
+                self.seen["copy"] += 1
             elif kind < 0.2:
                 stage = dice.choice(FULL_PATH)
                 fault = dice.choice(["crash", "hang", "out_of_memory", "error", "store", "row"])
                 row["prompt"] += f" [[{stage}:{fault}]]"
-                self.seen["poison"] += 1
+                self.seen["injected"] += 1
             elif kind < 0.24:
                 row["prompt"] = ""
                 self.seen["illegal"] += 1
             elif rows and kind < 0.28:
                 row = dict(dice.choice(rows))
-                if not row["prompt"]:  # an illegal row is on record once for each of its places
+                if not row["prompt"]:  # an illegal row is recorded once for each of its lines
                     continue
                 self.seen["repeated"] += 1
             if kind > 0.9 and row["prompt"]:
-                row["loras"] = []  # judged by itself, not by a template
+                row["loras"] = []  # not planned by a template
             rows.append(row)
         return rows
 
     # --- runs ------------------------------------------------------------------------------------
 
     def run_to_the_end(self) -> None:
-        """Run again until a run comes to its end by itself."""
+        """Run again and again until a run ends undisturbed."""
         interruptions = [
             self.dice.choice(["drain", "kill", "none", "fraction"]) for _ in range(self.dice.randint(0, 3))
         ]
         for interruption in itertools.chain(interruptions, itertools.repeat("none", 40)):
             if self.run(interruption):
                 return
-        raise AssertionError("no run came to its end")
+        raise AssertionError("no run ended")
 
     def run(self, interruption: str = "none", manifest: str | None = None) -> bool:
-        """True when nothing is left to do. What was in the index before is not touched."""
+        """Run once. True when nothing is left to do. Asserts that no row of the index is rendered again."""
         self.runs += 1
         before = {row["item_id"] for row in self.index()}
         replica_set = self._replica_set()
@@ -275,11 +275,11 @@ class Schedule:
         except StartFailed:
             self.seen["gave up starting"] += 1
             ended = False
-        assert replica_set.alive == 0, "a replica outlives its run"
-        assert not before & set(replica_set.called), "rendered again"
-        assert not [name for name, times in replica_set.make.decoded.items() if times > 1], "rendered twice"
+        assert replica_set.alive == 0, "a replica outlived its run"
+        assert not before & set(replica_set.called), "a row of the index was rendered again"
+        assert not [name for name, times in replica_set.make.decoded.items() if times > 1], "an item was decoded twice"
         if ended and interruption == "none" and driver.drain_requested is None:
-            assert not self.tracker.items, "items are left"
+            assert not self.tracker.items, "items are left over"
         return ended
 
     def _replica_set(self) -> WatchedReplicas:
@@ -296,7 +296,7 @@ class Schedule:
         self.seen["preflight"] += 1
         return replace(plan.builder.item(request(prompt="preflight")), preflight=True)
 
-    # --- what came of it -------------------------------------------------------------------------
+    # --- the result ------------------------------------------------------------------------------
 
     def index(self) -> list[dict]:
         return self._parts("index")
@@ -305,20 +305,20 @@ class Schedule:
         return self._parts("failed")
 
     def _parts(self, folder: str) -> list[dict]:
-        names = [f"{folder}/{name}" for name in self.store.list(folder) if name.startswith("part-")]
+        names = [f"{folder}/{name}" for name in self.store.list_names(folder) if name.startswith("part-")]
         return [row for name in names for row in pq.read_table(io.BytesIO(self.store.read_bytes(name))).to_pylist()]
 
     def check(self) -> None:
         index, failed = self.index(), self.failed()
-        wanted = {row["id"]: row for row in self.rows}
+        expected = {row["id"]: row for row in self.rows}
         ids = [row["id"] or json.loads(row["manifest_row"])["id"] for row in failed] + [row["id"] for row in index]
-        assert sorted(ids) == sorted(wanted), "every row once, in the index or among the failures"
-        poisoned = {row["id"] for row in self.rows if POISON.search(row["prompt"])}
+        assert sorted(ids) == sorted(expected), "each row must be there once, in the index or among the failures"
+        injected = {row["id"] for row in self.rows if INJECTED.search(row["prompt"])}
         for row in index:
             assert row["latents_sha256"] == undisturbed(row["item_id"])
             assert self.store.read_bytes(row["clip"]).decode() == row["latents_sha256"]
             assert 1 <= row["attempts"] <= self.k
-            assert row["id"] not in poisoned and wanted[row["id"]]["prompt"]
+            assert row["id"] not in injected and expected[row["id"]]["prompt"]
         for row in failed:
             self._check_failure(row)
         left = [p for p in Path(self.store.root).rglob("*") if _TEMPORARY.fullmatch(p.name) or p.name == "_tmp"]
@@ -326,12 +326,12 @@ class Schedule:
 
     def _check_failure(self, row: dict) -> None:
         assert row["traceback"] or not _TOLD.search(row["message"])
-        assert _REASONS.search(row["message"]), "it failed for a reason of its own"
+        assert _REASONS.search(row["message"]), "an unexpected reason"
         if not row["prompt"]:
             assert (row["stage"], row["attempts"]) == ("plan", 0)
             return
         assert 1 <= row["attempts"] <= self.k
-        found = POISON.search(row["prompt"])
+        found = INJECTED.search(row["prompt"])
         if found is None:
             assert self.faults != Faults(), f"{row['id']} failed with nothing wrong: {row['message']}"
             return

@@ -1,8 +1,8 @@
-"""Ray's setup_worker.py without its half second of imports: set a worker's environment, then become the worker.
+"""A replacement of Ray's setup_worker.py without its half second of imports.
 
-Every rank has an environment of its own, so Ray runs that script before each of them; `clusters.QUICK` names this one
-in its place. It sets variables, which is all that is asked of it here, and fails when asked for more; a `$` in one,
-which Ray would expand, it refuses. Clusters of the product's own, in other tests, have Ray's.
+Ray runs that script before every worker with an environment of its own, which every rank has. `ray_settings.QUICK`
+names this one instead. It sets environment variables and becomes the worker, which is all that the tests need; it fails
+when asked for more, and for a value with a `$`, which Ray would expand. The product's own clusters use Ray's script.
 """
 
 from __future__ import annotations
@@ -11,18 +11,20 @@ import json
 import os
 import sys
 
-OURS = ("--serialized-runtime-env-context=", "--language=")
+OWN_ARGUMENTS = ("--serialized-runtime-env-context=", "--language=")
 
 
 def main(*arguments: str) -> None:
-    context, language = (next((a.partition("=")[2] for a in arguments if a.startswith(name)), "") for name in OURS)
-    wanted = json.loads(context or "{}")
-    variables = wanted.pop("env_vars", None) or {}
+    context, language = (
+        next((a.partition("=")[2] for a in arguments if a.startswith(name)), "") for name in OWN_ARGUMENTS
+    )
+    settings = json.loads(context or "{}")
+    variables = settings.pop("env_vars", None) or {}
     assert not any("$" in value for value in variables.values()), variables
     os.environ.update(variables)
-    python = wanted.pop("py_executable", sys.executable)
-    assert language == "PYTHON" and not any(wanted.values()), arguments
-    os.execv(python, [python, *(a for a in arguments if not a.startswith(OURS))])
+    python = settings.pop("py_executable", sys.executable)
+    assert language == "PYTHON" and not any(settings.values()), arguments
+    os.execv(python, [python, *(a for a in arguments if not a.startswith(OWN_ARGUMENTS))])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The driver over replicas in virtual time, ready to render rows into a folder."""
+"""Drivers over replicas in virtual time, ready to render rows into a folder."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def run(
     publisher=None,
     **limits,
 ):
-    """A driver that is about to render `rows` into tmp_path/out, and its output."""
+    """A driver that is ready to render `rows` into tmp_path/out, and the store of its output."""
     store = Store(str(tmp_path / "out"))
     manifest = write_jsonl(tmp_path / "m.jsonl", rows)
     plan = Plan(manifest, RowRules(), HashingBuilder(), list_existing(store), latents_only=latents_only)
@@ -57,7 +57,6 @@ def run(
     replica_set = replica_set_class(times=lambda stage, item, dice: SECONDS[stage], make=Stages(store)).watched(
         Counter()
     )
-    replica_set.limit = 3000
     item = replace(HashingBuilder().item(request(**preflight)), preflight=True) if preflight else None
     replica_set.driver = driver = Driver(
         tracker=tracker,

@@ -13,10 +13,10 @@ from ltx_ray.cli import verify as verify_module
 from ltx_ray.cli.app import app
 from ltx_ray.cli.verify import verify
 from ltx_ray.config import ModelFiles
-from ltx_ray.dataset.layout import INDEX_SCHEMA, index_part, row_key
+from ltx_ray.dataset.layout import INDEX_SCHEMA, part_name, row_key
 from ltx_ray.dataset.writer import DatasetWriter, Failure, one_row
 from ltx_ray.manifest.reader import RawRow, read_manifest
-from ltx_ray.manifest.rules import RowRules, judge
+from ltx_ray.manifest.rules import LegalRow, RowRules, judge
 from ltx_ray.run import Options
 from ltx_ray.storage import lease as lease_module
 from ltx_ray.storage.lease import holder
@@ -47,10 +47,10 @@ def change(store: Store, part: str, **values) -> None:
 
 
 def test_a_whole_dataset(store):
-    before = store.list("", recursive=True)
+    before = store.list_names("", recursive=True)
     assert check(store) == (0, ["4 rows and 4 clips checked, 0 rows in failed/: all well"])
     assert check(store, mend=True)[0] == 0
-    assert store.list("", recursive=True) == before and holder(store) is None
+    assert store.list_names("", recursive=True) == before and holder(store) is None
 
 
 def test_no_dataset(tmp_path):
@@ -131,7 +131,7 @@ def test_every_row_of_an_altered_clip_is_a_problem(store):
 def test_an_oddly_named_copy_is_a_problem(store):
     store.write_bytes("index/part-copy.parquet", store.read_bytes(part_of(1, "c")))
     count, said = check(store)
-    due = index_part(ITEMS[1], row_key("c"))
+    due = part_name(ITEMS[1], row_key("c"))
     what = f"index/part-copy.parquet (c): is not named after its row (that would be {due}"
     assert count == 1 and said[0].startswith(what)
     assert check(store, mend=True)[0] == 0 and check(store)[0] == 0 and len(rows_of(store)) == 4
@@ -169,7 +169,7 @@ def renders(monkeypatch, answer) -> list[Options]:
         out = Store(options.output)
         for raw in read_manifest(options.manifest):
             row = judge(raw, RowRules(image_roots=options.image_roots))
-            assert row.request is not None, row.messages()
+            assert isinstance(row, LegalRow), row.messages()
             changes = answer(row.request)
             if changes is None:
                 writer, failure = DatasetWriter(out), Failure("stage1", 1, "row", "latents are not finite")
@@ -177,7 +177,7 @@ def renders(monkeypatch, answer) -> list[Options]:
                 continue
             values = {**row.request.row(), "item_id": row.request.id, "latents_sha256": "d" * 64, "device": "cpu",
                       "numerics": "{}", "recipe_digest": "e" * 16, **changes}  # fmt: skip
-            part = index_part(values["item_id"], row_key(row.request.id))
+            part = part_name(values["item_id"], row_key(row.request.id))
             out.write_bytes(f"index/{part}", one_row(values, INDEX_SCHEMA))
         return 0
 

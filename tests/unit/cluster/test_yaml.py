@@ -1,7 +1,7 @@
-"""cluster/*.yaml against the schemas of those who read them: KubeRay's CRDs, Ray's autoscaler, Kubernetes.
+"""cluster/*.yaml against the schemas of KubeRay's CRDs, Ray's autoscaler and Kubernetes.
 
-Strictly: a field that the schema does not know is an error, as a misspelled one would otherwise be dropped
-by the API server without a word.
+The check is strict: a field that the schema does not know is an error, since the API server would silently drop a
+misspelled one.
 """
 
 import copy
@@ -31,7 +31,7 @@ def only(name, kind):
 
 
 def strict(schema):
-    """A CRD's openAPIV3Schema as a JSON schema that knows no other fields than the listed ones."""
+    """A CRD's openAPIV3Schema as a JSON schema that allows only the listed fields."""
     if not isinstance(schema, dict):
         return schema
     if schema.get("x-kubernetes-int-or-string"):
@@ -50,7 +50,7 @@ def strict(schema):
 def validator(kind):
     path = ROOT / f"tests/data/kuberay/{KINDS[kind]}.schema.json.gz"
     schema = strict(json.loads(gzip.decompress(path.read_bytes())))
-    # The CRD leaves metadata to the API server.
+    # The CRD leaves `metadata` to the API server.
     schema["properties"]["metadata"] = {
         "type": "object",
         "properties": {"name": {"type": "string", "pattern": "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"}},
@@ -70,7 +70,7 @@ def cluster_spec(document):
 def schedule_module():
     spec = util.spec_from_file_location("schedule", ROOT / "jobs/schedule.py")
     module = util.module_from_spec(spec)
-    sys.modules.setdefault("schedule", module)  # dataclasses look their module up
+    sys.modules.setdefault("schedule", module)  # dataclasses look up their module
     spec.loader.exec_module(module)
     return module
 
@@ -113,7 +113,7 @@ def test_the_validator_rejects_mistakes(path, value):
 
 
 def test_the_schemas_are_whole():
-    # An empty schema accepts everything, so look for a field that lies deep in each.
+    # An empty schema would accept everything, so look for fields deep inside each.
     for kind in KINDS:
         text = json.dumps(validator(kind).schema)
         assert '"terminationGracePeriodSeconds"' in text and '"enableInTreeAutoscaling"' in text
@@ -123,7 +123,7 @@ def test_the_schemas_are_whole():
 @pytest.mark.parametrize(("name", "kind"), RAY_DOCUMENTS)
 def test_what_the_operator_checks_beyond_the_schema(name, kind):
     spec = cluster_spec(only(name, kind))
-    # KubeRay's ValidateRayClusterSpec; restartPolicy is for autoscaler v2.
+    # As in KubeRay's ValidateRayClusterSpec; the restartPolicy is required by autoscaler v2.
     assert spec["enableInTreeAutoscaling"]
     pods = [spec["headGroupSpec"]["template"]["spec"]]
     for group in spec["workerGroupSpecs"]:
@@ -177,7 +177,7 @@ def test_cronjob_is_a_cronjob():
     work = spec["jobTemplate"]["spec"]
     assert set(work) <= {"activeDeadlineSeconds", "backoffLimit", "podFailurePolicy", "template"}
     minute, hour = map(int, spec["schedule"].split()[:2])
-    assert hour * 3600 + minute * 60 + work["activeDeadlineSeconds"] < 86400, "a retry could see another date"
+    assert hour * 3600 + minute * 60 + work["activeDeadlineSeconds"] < 86400, "a retry could have another date"
     pod = work["template"]["spec"]
     assert pod["restartPolicy"] == "Never", "podFailurePolicy allows no other"
     (container,) = pod["containers"]
@@ -186,7 +186,7 @@ def test_cronjob_is_a_cronjob():
 
 
 def test_cronjob_pod_is_one():
-    """CronJob has no CRD, but its pod is of the kind that KubeRay's schema holds in full."""
+    """CronJob has no CRD, but its pod template is of the kind that KubeRay's schema describes in full."""
     (job,) = documents("cronjob.yaml")
     document = copy.deepcopy(only("raycluster.yaml", "RayCluster"))
     document["spec"]["headGroupSpec"]["template"] = job["spec"]["jobTemplate"]["spec"]["template"]
@@ -203,7 +203,7 @@ def test_cronjob_command_is_one_of_schedule():
     assert args.wait and not args.dry_run and args.date is None
     cluster = only("raycluster.yaml", "RayCluster")
     assert args.address == f"http://{cluster['metadata']['name']}-head-svc:8265"
-    # The manifest's folder has to be the same one for this pod and for the head.
+    # This pod and the head must see the manifest under the same path.
     head = cluster["spec"]["headGroupSpec"]["template"]["spec"]
     shared = {"data": {"claimName": "ltx-ray-data"}}
     for volumes, mounts in (

@@ -121,11 +121,11 @@ def test_a_look_up_of_many_never_misses_a_row():
     for n in range(10_000):
         done.add_row(item(n), A)
     heads = [bytes.fromhex(item(n))[:8] for n in range(20_000)]
-    known = done.known(heads)
-    assert all(known.may_have(head) for head in heads[:10_000])
-    assert not any(known.may_have(head) for head in heads[10_000:])
+    known = done.look_up(heads)
+    assert all(known.may_have_rows(head) for head in heads[:10_000])
+    assert not any(known.may_have_rows(head) for head in heads[10_000:])
     done.add_row(item(15_000), A)
-    assert known.may_have(heads[15_000]) and not known.may_have(heads[15_001])
+    assert known.may_have_rows(heads[15_000]) and not known.may_have_rows(heads[15_001])
     for _ in range(10_000):  # until what was new is in a run
         done.add_row(secrets.token_hex(16), A)
-    assert known.may_have(heads[15_000])
+    assert known.may_have_rows(heads[15_000])

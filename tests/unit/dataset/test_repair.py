@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ltx_ray.dataset.existing import list_existing
-from ltx_ray.dataset.layout import INDEX_SCHEMA, index_part, row_key
+from ltx_ray.dataset.layout import INDEX_SCHEMA, part_name, row_key
 from ltx_ray.dataset.repair import is_whole_mp4, repair
 from ltx_ray.engine.mp4 import write_mp4
 from ltx_ray.storage.store import Store
@@ -41,10 +41,10 @@ ALL = {(ITEMS[0], "a"), (ITEMS[0], "b"), (ITEMS[1], "c"), (ITEMS[2], "d")}
 
 
 def test_a_whole_dataset_is_left_alone(store):
-    before = store.list("", recursive=True)
+    before = store.list_names("", recursive=True)
     repaired, said, rows = mend(store)
     assert not repaired and not said and rows == ALL
-    assert store.list("", recursive=True) == before
+    assert store.list_names("", recursive=True) == before
 
 
 def test_a_dataset_that_is_not_there(tmp_path, bucket):
@@ -66,7 +66,7 @@ def test_a_duplicated_part_is_moved_aside(store, name):
 def test_a_renamed_part_gets_its_name_back(store):
     store.move(part_of(1, "c"), "index/part-renamed.parquet")
     repaired, _, rows = mend(store)
-    assert repaired.published == [index_part(ITEMS[1], row_key("c"))] and rows == ALL
+    assert repaired.published == [part_name(ITEMS[1], row_key("c"))] and rows == ALL
     table = pq.read_table(io.BytesIO(store.read_bytes(part_of(1, "c"))))
     assert table.schema.equals(INDEX_SCHEMA) and table.to_pylist()[0]["latents_sha256"] == "d" * 64
 
@@ -104,7 +104,7 @@ def test_an_oddly_named_part_that_cannot_be_read_is_moved_aside(store, content):
 def test_an_empty_part_is_moved_aside_and_its_row_is_to_be_rendered_again(store):
     store.write_bytes(part_of(2, "d"), b"")
     repaired, said, rows = mend(store)
-    assert repaired.unreadable == [index_part(ITEMS[2], row_key("d"))] and rows == ALL - {(ITEMS[2], "d")}
+    assert repaired.unreadable == [part_name(ITEMS[2], row_key("d"))] and rows == ALL - {(ITEMS[2], "d")}
     assert "rendered again" in said[0]
 
 
@@ -112,7 +112,7 @@ def test_every_row_of_a_lost_clip_is_to_be_rendered_again(store):
     store.delete(clip_of(0))
     repaired, said, rows = mend(store)
     assert len(repaired.lost) == 2 and rows == {(ITEMS[1], "c"), (ITEMS[2], "d")}
-    assert store.list("index")[:2] == sorted(f"_lost-{index_part(ITEMS[0], row_key(n))}" for n in "ab")
+    assert store.list_names("index")[:2] == sorted(f"_lost-{part_name(ITEMS[0], row_key(n))}" for n in "ab")
     assert "has no whole clip any more" in said[0]
 
 
@@ -135,7 +135,7 @@ def test_a_row_that_was_rendered_without_a_clip_is_whole(store):
     build(store, rows=((2, "latents-only"),), clip=False)
     store.delete(clip_of(2))
     repaired, _, rows = mend(store)
-    assert repaired.lost == [index_part(ITEMS[2], row_key("d"))]
+    assert repaired.lost == [part_name(ITEMS[2], row_key("d"))]
     assert rows == (ALL | {(ITEMS[2], "latents-only")}) - {(ITEMS[2], "d")}
 
 

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from ltx_ray.dataset import report
+from ltx_ray.dataset import report_data
 from ltx_ray.dataset.report import write_report
+from ltx_ray.dataset.report_text import esc, human
 from ltx_ray.dataset.thumbnails import make_strip
-from ltx_ray.dataset.timeline import esc, human, make_timeline
+from ltx_ray.dataset.timeline import make_timeline
 from tests.support import report_data as data
 
 
@@ -159,7 +160,7 @@ def test_empty_dataset(tmp_path):
 
 
 def test_failures_only_and_many_of_them(tmp_path):
-    data.write_parts(tmp_path, "failed", [data.failed_row(i) for i in range(report.MAX_FAILURES + 40)], size=100)
+    data.write_parts(tmp_path, "failed", [data.failed_row(i) for i in range(report_data.MAX_FAILURES + 40)], size=100)
     page = Page(tmp_path)
     assert "0 clips rendered, 340 failed" in page.text and "40 more are not shown" in page.text
     assert len(page.source) < 500_000

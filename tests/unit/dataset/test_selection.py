@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ltx_ray.dataset.selection import parse_condition
+from ltx_ray.dataset.selection import parse_filter
 
 ROW = {
     "id": "cat-1", "seed": 7, "flags": ["frozen"], "prompt": "a cat = a dog", "negative_prompt": None,
@@ -34,7 +34,7 @@ ROW = {
     ],
 )
 def test_conditions(text, meets):
-    assert parse_condition(text)(ROW) is meets
+    assert parse_filter(text)(ROW) is meets
 
 
 @pytest.mark.parametrize(
@@ -49,4 +49,4 @@ def test_conditions(text, meets):
 )
 def test_conditions_that_no_row_could_meet(text, message):
     with pytest.raises(ValueError, match=message):
-        parse_condition(text)
+        parse_filter(text)

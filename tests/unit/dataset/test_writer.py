@@ -14,7 +14,7 @@ import pytest
 from ltx_ray.dataset.layout import FAILED_SCHEMA, INDEX_SCHEMA, row_key
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.manifest.reader import RawRow, read_manifest
-from ltx_ray.manifest.rules import RowRules, judge
+from ltx_ray.manifest.rules import IllegalRow, RowRules, judge
 from ltx_ray.records import Clip, LoraUse, RenderRequest
 from ltx_ray.storage.store import Store
 from tests.support.results import CRASH, ITEM, NAN, OTHER, RENDERED
@@ -27,7 +27,9 @@ def writer(tmp_path) -> DatasetWriter:
 
 
 def parts(writer: DatasetWriter, folder: str) -> dict[str, pa.Table]:
-    return {n: pq.read_table(io.BytesIO(writer.store.read_bytes(f"{folder}/{n}"))) for n in writer.store.list(folder)}
+    return {
+        n: pq.read_table(io.BytesIO(writer.store.read_bytes(f"{folder}/{n}"))) for n in writer.store.list_names(folder)
+    }
 
 
 def one_row(writer: DatasetWriter, folder: str) -> dict:
@@ -98,13 +100,13 @@ def test_an_index_row_says_what_was_rendered(writer):
 def test_writing_twice_changes_nothing(writer):
     for _ in range(2):
         writer.write_index(ITEM, request(id="a"), RENDERED)
-    assert writer.store.list("index") == [f"part-{ITEM}-{row_key('a')}.parquet"]
+    assert writer.store.list_names("index") == [f"part-{ITEM}-{row_key('a')}.parquet"]
 
 
 def test_rows_of_one_item_have_parts_of_their_own(writer):
     for name in ("a", "b"):
         writer.write_index(ITEM, request(id=name), RENDERED)
-    assert len(writer.store.list("index")) == 2
+    assert len(writer.store.list_names("index")) == 2
     assert len(row_key("a")) == 8 and row_key(None) == row_key("")
 
 
@@ -137,12 +139,12 @@ def test_a_row_that_succeeds_is_no_longer_failed(writer):
     raw = RawRow("m.jsonl", 1, {"prompt": "x"})
     for failure in (CRASH, NAN):
         writer.write_failed(ITEM, request(id="a"), raw, failure)
-        assert len(writer.store.list("failed")) == 1, "the newest failure only"
+        assert len(writer.store.list_names("failed")) == 1, "the newest failure only"
         writer.write_index(ITEM, request(id="a"), RENDERED)
-        assert writer.store.list("failed") == []
+        assert writer.store.list_names("failed") == []
     writer.write_failed(ITEM, request(id="b"), raw, CRASH)
     writer.copy_index_row(ITEM, row_key("a"), request(id="b"))
-    assert writer.store.list("failed") == []
+    assert writer.store.list_names("failed") == []
 
 
 # --- failed/ as a manifest -----------------------------------------------------------------------
@@ -164,7 +166,7 @@ LINES = [
 def fail_all(writer: DatasetWriter, manifest: str, rules: RowRules) -> list:
     rows = [judge(raw, rules) for raw in read_manifest(manifest)]
     for n, row in enumerate(rows):
-        if row.request is None:
+        if isinstance(row, IllegalRow):
             writer.write_illegal(row.raw, row.messages())
         else:
             writer.write_failed(f"{n:032x}", row.request, row.raw, CRASH)
@@ -175,22 +177,24 @@ def test_failed_rows_are_a_manifest_with_the_same_judgement(writer, tmp_path):
     rules = RowRules(num_layers=48)
     manifest = write_jsonl(tmp_path / "m.jsonl", LINES)
     before = fail_all(writer, manifest, rules)
-    assert sum(r.request is None for r in before) == 8
+    assert sum(isinstance(r, IllegalRow) for r in before) == 8
     again = [judge(raw, rules) for raw in read_manifest(writer.store.path("failed"))]
-    assert {r.raw.source: (r.request, r.messages()) for r in again} == {
-        r.raw.source: (r.request, r.messages()) for r in before
-    }
+
+    def verdicts(rows: list) -> dict:
+        return {r.raw.source: r.messages() if isinstance(r, IllegalRow) else r.request for r in rows}
+
+    assert verdicts(again) == verdicts(before)
 
 
 def test_failing_again_from_failed_changes_no_name(writer, tmp_path):
     rules = RowRules()
     fail_all(writer, write_jsonl(tmp_path / "m.jsonl", LINES), rules)
-    names = {n for n in writer.store.list("failed") if "illegal" in n}
+    names = {n for n in writer.store.list_names("failed") if "illegal" in n}
     for raw in list(read_manifest(writer.store.path("failed"))):
         row = judge(raw, rules)
-        if row.request is None:
+        if isinstance(row, IllegalRow):
             writer.write_illegal(row.raw, row.messages())
-    assert {n for n in writer.store.list("failed") if "illegal" in n} == names
+    assert {n for n in writer.store.list_names("failed") if "illegal" in n} == names
 
 
 def test_a_parquet_row_fails_and_reads_back_the_same(writer, tmp_path):
@@ -225,7 +229,7 @@ def test_illegal_rows_that_are_gone_from_their_manifest_are_forgotten(writer):
     illegal("d/m.jsonl", 2)
     others = {illegal("d/m.jsonl2"), illegal("d/m.json"), illegal("d/other.jsonl")}
     writer.forget_illegal("d/m.jsonl", keep={kept})
-    assert set(writer.store.list("failed")) == {kept} | others
+    assert set(writer.store.list_names("failed")) == {kept} | others
 
 
 def test_illegal_rows_that_are_gone_from_their_folder_are_forgotten(writer):
@@ -235,7 +239,7 @@ def test_illegal_rows_that_are_gone_from_their_folder_are_forgotten(writer):
     kept, beside = illegal("d/mm/x.jsonl"), illegal("d/mm2/x.jsonl")
     illegal("d/mm/y.jsonl")
     writer.forget_illegal("d/mm/", keep={kept})
-    assert set(writer.store.list("failed")) == {kept, beside}
+    assert set(writer.store.list_names("failed")) == {kept, beside}
 
 
 def test_a_retry_forgets_the_illegal_rows_of_every_manifest(writer):
@@ -243,5 +247,5 @@ def test_a_retry_forgets_the_illegal_rows_of_every_manifest(writer):
     writer.write_illegal(RawRow("b.jsonl", 1, {"prompt": ""}), ["why"])
     writer.write_failed(ITEM, request(id="x"), RawRow("a.jsonl", 2, {}), CRASH)
     writer.forget_illegal(str(Path(writer.store.uri) / "failed"), keep={kept})
-    left = writer.store.list("failed")
+    left = writer.store.list_names("failed")
     assert kept in left and len(left) == 2

@@ -1,4 +1,4 @@
-"""docs/compatibility.md: its tests are there, its messages are the code's, and no cell is empty."""
+"""docs/compatibility.md: its tests exist, its messages are those of the code, and no cell is empty."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import pytest
 ROOT = Path(__file__).resolve().parents[3]
 TEXT = (ROOT / "docs" / "compatibility.md").read_text()
 QUOTED = re.compile(r"(?<!`)`([^`]+)`")
-#: file::function, both optionally followed by a case
+#: file::function, optionally followed by a case
 REFERENCE = re.compile(r"([\w/]+\.py)::(\w+)(?:\[([^\]]+)\])?")
-#: A message with less fixed text than this fits anything; it must then stand in the test that the cell names.
+#: A message with less fixed text than this would match anything; it must be in the test that its cell names.
 LEAST_FIXED = 16
-#: What a message fills in is a <placeholder> in the document, or one word.
+#: In the document, a filled-in part is a <placeholder> or one word.
 FILLED = r"(?:<[^<>]+>|\S+)"
 
 
 def cells() -> list[str]:
-    """Cells of all tables but the first of each row, and what is said between the tables."""
+    """The cells of all tables, without the first of each row."""
     found = []
     for line in TEXT.splitlines():
         if line.startswith("|") and not line.startswith(("| ---", "|---")):
@@ -30,7 +30,7 @@ def cells() -> list[str]:
 
 
 def references(text: str) -> list[tuple[str, str, str | None]]:
-    """(file, function, case) in the order of the text; a case alone belongs to the function before it."""
+    """(file, function, case) in the order of the text; a bare case belongs to the function before it."""
     found: list[tuple[str, str, str | None]] = []
     for quoted in QUOTED.findall(text):
         if match := REFERENCE.fullmatch(quoted):
@@ -47,7 +47,7 @@ def parsed(path: Path) -> ast.Module:
 
 @cache
 def templates() -> list[re.Pattern]:
-    """Every string of the package that could be a message, as a pattern."""
+    """The patterns of all strings in the package that could be messages."""
     found = []
     for path in sorted((ROOT / "ltx_ray").rglob("*.py")):
         tree = parsed(path)
@@ -93,7 +93,7 @@ def test_every_cell_names_a_test():
 
 @pytest.mark.parametrize("file", sorted({file for file, *_ in references(TEXT)}))
 def test_the_tests_are_there(file):
-    """Case names must stand in the test file, or be those of goldens."""
+    """A case must be named in its test file or be that of a golden."""
     tree = parsed(ROOT / "tests" / file)
     functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
     words = {node.value for node in ast.walk(tree) if _is_text(node)}
@@ -105,7 +105,7 @@ def test_the_tests_are_there(file):
 
 
 def refusals() -> list[tuple[str, str]]:
-    """(message, its cell) of every refusal."""
+    """(message, cell) of every refusal."""
     return [(match[1], cell) for cell in cells() for match in re.finditer(r"refused: `([^`]+)`", cell)]
 
 

@@ -1,6 +1,6 @@
-"""docs/messages.md lists the messages of the code: each is there, and nothing that the code no longer says.
+"""docs/messages.md lists exactly the messages of the code.
 
-A message is found where it is raised, said or printed; what it fills in is a <placeholder> on both sides.
+A message is found where it is raised, logged or printed. What it fills in is a <placeholder> on both sides.
 """
 
 from __future__ import annotations
@@ -14,38 +14,38 @@ from ltx_ray.manifest.columns import COLUMNS
 
 ROOT = Path(__file__).resolve().parents[3]
 TEXT = (ROOT / "docs" / "messages.md").read_text()
-#: Stands for what a message fills in.
+#: The mark of a placeholder.
 HOLE = "\x00"
 RAISED = {
     "ValueError", "RowError", "WrongDevice", "ReplicaError", "StartFailed", "OSError", "ConnectionError",
     "FileNotFoundError", "RuntimeError", "OutOfMemoryError", "InvalidImage", "StoredLatentsGone", "GangLost",
     "InputsMissing", "UnreadablePart",
 }  # fmt: skip
-#: What is called with texts that people read, and where these stand among its arguments.
+#: Functions and classes that take messages, with the position of these among the arguments.
 SAID = {name: slice(0, 1) for name in (*RAISED, "say", "echo", "print", "warning", "_drain")} | {
     "RowProblem": slice(2, 4), "Finding": slice(2, 4), "require": slice(3, 4), "with_context": slice(1, 2),
 }  # fmt: skip
-#: Arguments by name that are read, and functions that return what is.
+#: Keyword arguments that take messages, and functions that return some.
 NAMED = {"message", "unreadable", "should_stop"}
 RETURNED = {"messages", "overdue", "check_lora", "submit_once", "size_problems", "cost_line"} | {
     "_wrong_clip", "_summary", "_state",
 }  # fmt: skip
-#: The engine for tests speaks to nobody.
+#: The fake engine is left out: only tests see its messages.
 FILES = {*(ROOT / "ltx_ray").rglob("*.py"), *(ROOT / "jobs").glob("*.py")} - {ROOT / "ltx_ray" / "engine" / "fake.py"}
 
 
 def normal(text: str) -> str:
-    """What a template is compared by: holes for <placeholders>, single spaces."""
+    """The form in which templates are compared: marks for <placeholders>, single spaces."""
     return re.sub(rf"{HOLE}+", HOLE, " ".join(re.sub(r"<[^<>\n]*>", HOLE, text).split()))
 
 
 def worded(template: str) -> bool:
-    """Whether it says something besides what it fills in and passes on."""
+    """Whether the template has words of its own besides what it fills in."""
     return len(re.sub(r"[^A-Za-z]", "", template.removeprefix("error: "))) >= 3
 
 
 class Finder(ast.NodeVisitor):
-    """Templates of the messages in one file, with the lines where they begin."""
+    """Collects the templates of the messages in one file, with the lines where they begin."""
 
     def __init__(self, tree: ast.Module):
         self.found: dict[str, int] = {}
@@ -59,7 +59,7 @@ class Finder(ast.NodeVisitor):
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
         self._functions.append(node)
         for inner in ast.walk(node) if node.name in RETURNED else ():
-            # a dictionary has its messages as keys, a pair or a problem as the last
+            # A dictionary has messages as its keys; a pair or a problem, as its last element.
             if isinstance(inner, ast.Dict):
                 self._take(inner.keys)
             elif isinstance(inner, ast.Return):
@@ -72,7 +72,7 @@ class Finder(ast.NodeVisitor):
     def visit_Call(self, node: ast.Call) -> None:
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         if name in SAID and not any(isinstance(arg, ast.Starred) for arg in node.args):
-            # OSError(errno, text)
+            # As in OSError(errno, text).
             self._take(node.args[1:2] if name in RAISED and len(node.args) > 1 else node.args[SAID[name]])
         self._take(keyword.value for keyword in node.keywords if keyword.arg in NAMED)
         self.generic_visit(node)
@@ -84,13 +84,13 @@ class Finder(ast.NodeVisitor):
                     self.found.setdefault(template, expression.lineno)
 
     def texts(self, node: ast.expr | None, follow: bool = False) -> Iterator[str]:
-        """What an expression may read as; a local name that stands for texts, with `follow`."""
+        """The texts that an expression may give; with `follow`, also those assigned to a local name."""
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield re.sub(r"%[sd]", HOLE, node.value)
         elif isinstance(node, ast.JoinedStr):
             yield "".join(self._part(value) for value in node.values)
         elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-            # what may follow or not is filled in
+            # An optional end counts as filled in.
             right = () if isinstance(node.right, ast.IfExp) else self.texts(node.right)
             yield next(self.texts(node.left), HOLE) + next(iter(right), HOLE)
         elif isinstance(node, ast.IfExp):
@@ -115,7 +115,7 @@ class Finder(ast.NodeVisitor):
 
 
 def said() -> dict[str, str]:
-    """Templates of the code, with a place of each."""
+    """The templates of the code, with one place of each."""
     found = {normal(column.legal): f"the column {column.name}" for column in COLUMNS.values()}
     for path in sorted(FILES):
         lines = Finder(ast.parse(path.read_text())).found
@@ -124,7 +124,7 @@ def said() -> dict[str, str]:
 
 
 def listed() -> list[str]:
-    """First cells of the tables of the document, which quote a message each."""
+    """The messages in the first cells of the document's tables."""
     return [normal(quoted) for _, quoted in re.findall(r"^\| (`+)(.*?)\1 \|", TEXT, re.MULTILINE)]
 
 

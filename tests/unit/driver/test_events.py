@@ -1,4 +1,4 @@
-"""events.jsonl: every event once and in order, whatever the store does, and never at the run's cost."""
+"""events.jsonl holds every event once and in order whatever the store does, and never holds up the run."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ def numbers(store: Store) -> list[int]:
     return [json.loads(line)["n"] for line in store.read_bytes("events.jsonl").decode().splitlines()]
 
 
-def eventually(true, seconds: float = 10.0) -> None:
+def eventually(condition, seconds: float = 10.0) -> None:
     end = time.monotonic() + seconds
-    while not true():
+    while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
 
 
-def refuse(monkeypatch, store_of: EventLog) -> None:
-    def no(*args: object) -> None:
+def refuse_writes(monkeypatch, log: EventLog) -> None:
+    def refuse(*args: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(store_of._store, "write_bytes", no)
-    monkeypatch.setattr(store_of._store, "append_text", no)
+    monkeypatch.setattr(log._store, "write_bytes", refuse)
+    monkeypatch.setattr(log._store, "append_text", refuse)
 
 
-def test_a_new_log_replaces_the_older_run_s(store):
+def test_a_new_log_replaces_that_of_the_older_run(store):
     store.write_bytes("events.jsonl", b"older")
     log = EventLog(store)
     assert store.read_bytes("events.jsonl") == b""
@@ -53,7 +53,7 @@ def test_lines_that_could_not_be_written_come_with_the_next(store, monkeypatch):
     log.emit("a", n=1)
     log.flush()
     with monkeypatch.context() as broken:
-        refuse(broken, log)
+        refuse_writes(broken, log)
         log.emit("b", n=2)
         log.flush()
         log.emit("c", n=3)
@@ -64,7 +64,7 @@ def test_lines_that_could_not_be_written_come_with_the_next(store, monkeypatch):
     assert numbers(store) == [1, 2, 3, 4]
 
 
-def test_a_log_that_could_not_be_begun_holds_no_line_of_the_older_run(store, monkeypatch):
+def test_a_log_whose_first_write_failed_holds_no_line_of_the_older_run(store, monkeypatch):
     store.write_bytes("events.jsonl", b'{"n": 0}\n')
     with monkeypatch.context() as broken:
         broken.setattr(Store, "write_bytes", lambda *a: (_ for _ in ()).throw(OSError("no")))
@@ -76,9 +76,9 @@ def test_a_log_that_could_not_be_begun_holds_no_line_of_the_older_run(store, mon
     assert numbers(store) == [1]
 
 
-def test_an_upload_holds_up_no_event(bucket, monkeypatch):
+def test_a_slow_upload_holds_up_no_event(bucket, monkeypatch):
     monkeypatch.setattr(events, "_REMOTE_FLUSH_SECONDS", 0.0)
-    monkeypatch.setattr(events, "_REMOTE_SHARE", 0.0)
+    monkeypatch.setattr(events, "_UPLOAD_INTERVAL_FACTOR", 0.0)
     store = Store(bucket)
     log = EventLog(store)
     gate, write, writers = threading.Event(), log._store.write_bytes, []
@@ -92,7 +92,7 @@ def test_an_upload_holds_up_no_event(bucket, monkeypatch):
     began = time.monotonic()
     for n in range(1000):
         log.emit("a", n=n)
-    assert time.monotonic() - began < 2 and writers == ["events"], "one upload at a time, beside the run"
+    assert time.monotonic() - began < 2 and writers == ["events"], "one upload at a time, on its own thread"
     gate.set()
     eventually(lambda: len(numbers(store)) == 1)
     log.flush()
@@ -105,4 +105,4 @@ def test_uploads_of_a_long_log_come_less_often(bucket, monkeypatch):
     monkeypatch.setattr(log._store, "write_bytes", lambda name, data: time.sleep(0.2))
     monkeypatch.setattr(events, "_REMOTE_FLUSH_SECONDS", 1.0)
     log.flush()
-    assert log._period == pytest.approx(events._REMOTE_SHARE * 0.2, rel=0.5)
+    assert log._period == pytest.approx(events._UPLOAD_INTERVAL_FACTOR * 0.2, rel=0.5)

@@ -1,4 +1,4 @@
-"""The policy: single facts of what runs where, and when replicas move between the stages."""
+"""The policy: what runs where, and when replicas move between the stages."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import pytest
 from ltx_ray.driver.policy import Policy, RetryDecision
 from ltx_ray.stages import FULL_PATH, OUTPUT_STAGES, PATH_FROM_STORED
 
-TEXT, ASIDE = ("text",), OUTPUT_STAGES
-EITHER, EITHER_BUT_SECOND = ("stage1", "stage2"), ("stage2", "stage1")
+TEXT, DECODE_POOL = ("text",), OUTPUT_STAGES
+MOVABLE, MOVABLE_FROM_STAGE2 = ("stage1", "stage2"), ("stage2", "stage1")
 NBYTES = {"text": 3, "stage1": 2, "stage2": 8, "decode": 1}
 
 
-def make(pools: dict[str, tuple[str, ...]], items: int = 0, **options) -> Policy:
+def make_policy(replicas: dict[str, tuple[str, ...]], items: int = 0, **options) -> Policy:
     policy = Policy(**options)
-    for name, roles in pools.items():
+    for name, roles in replicas.items():
         policy.add_replica(name, roles)
     for n in range(items):
         policy.admit(f"i{n}")
@@ -26,16 +26,17 @@ def make(pools: dict[str, tuple[str, ...]], items: int = 0, **options) -> Policy
 
 
 def calls(policy: Policy) -> list[tuple[str, str, str]]:
+    """The calls that the policy makes now: (item, stage, replica)."""
     made: list[tuple[str, str, str]] = []
     while len(made) < 100 and (d := policy.next_dispatch()) is not None:
         made.append((d.item, d.stage, d.replica))
     return made
 
 
-SPLIT = {"t": TEXT, "a": ("stage1",), "b": ("stage2",), "d": ASIDE}
+ONE_EACH = {"t": TEXT, "a": ("stage1",), "b": ("stage2",), "d": DECODE_POOL}
 
 
-def test_room_is_depth_for_each_server_of_the_first_stage():
+def test_capacity_is_the_queue_depth_for_each_replica_of_the_first_stage():
     policy = Policy(queue_depth=3)
     assert policy.capacity() == 3, "rows may wait for the first replica"
     for name in ("t1", "t2"):
@@ -48,7 +49,7 @@ def test_room_is_depth_for_each_server_of_the_first_stage():
 
 
 def test_a_clip_goes_through_every_stage_once():
-    policy = make(SPLIT, items=1)
+    policy = make_policy(ONE_EACH, items=1)
     for stage, replica in zip(FULL_PATH, "tabd"):
         assert calls(policy) == [("i0", stage, replica)]
         assert policy.call_finished("i0") == (stage == "decode")
@@ -56,7 +57,7 @@ def test_a_clip_goes_through_every_stage_once():
 
 
 def test_upstream_stops_when_the_queue_behind_it_is_full():
-    policy = make({"t": TEXT}, items=5, queue_depth=2)
+    policy = make_policy({"t": TEXT}, items=5, queue_depth=2)
     for n in range(2):
         assert calls(policy) == [(f"i{n}", "text", "t")]
         policy.call_finished(f"i{n}")
@@ -66,7 +67,7 @@ def test_upstream_stops_when_the_queue_behind_it_is_full():
 
 
 def test_the_queue_before_decode_is_bounded_too():
-    policy = make({"t": TEXT, "a": ("stage1",), "b": ("stage2",)}, items=3, queue_depth=1)
+    policy = make_policy({"t": TEXT, "a": ("stage1",), "b": ("stage2",)}, items=3, queue_depth=1)
     while made := calls(policy):
         for item, _, _ in made:
             policy.call_finished(item)
@@ -74,21 +75,21 @@ def test_the_queue_before_decode_is_bounded_too():
 
 
 def test_a_retried_item_goes_before_younger_ones():
-    policy = make({"t": TEXT}, items=3)
+    policy = make_policy({"t": TEXT}, items=3)
     assert calls(policy) == [("i0", "text", "t")]
     policy.call_failed("i0")
     assert calls(policy) == [("i0", "text", "t")]
 
 
-def run_all(policy: Policy, rows: list[str]) -> tuple[list[str], int]:
-    """Feed rows of these kinds through the only stage as room allows: (kinds in the order they ran, switches)."""
+def run_all(policy: Policy, weights: list[str]) -> tuple[list[str], int]:
+    """Run an item with each of these weights: (weights in the order in which the items ran, switches)."""
     ran, switched, fed = [], 0, 0
-    while fed < len(rows) or policy.in_flight:
-        while fed < len(rows) and policy.capacity():
-            policy.admit(f"i{fed}", {"stage1": rows[fed]})
+    while fed < len(weights) or policy.in_flight:
+        while fed < len(weights) and policy.capacity():
+            policy.admit(f"i{fed}", {"stage1": weights[fed]})
             fed += 1
         while (d := policy.next_dispatch()) is not None:
-            ran.append(rows[int(d.item[1:])])
+            ran.append(weights[int(d.item[1:])])
             switched += d.switched
         for item in list(policy.running.values()):
             policy.call_finished(item)
@@ -96,25 +97,25 @@ def run_all(policy: Policy, rows: list[str]) -> tuple[list[str], int]:
 
 
 def one_stage(replicas: int, **options) -> Policy:
-    return make({f"a{n}": ("stage1",) for n in range(replicas)}, path=("stage1",), **options)
+    return make_policy({f"a{n}": ("stage1",) for n in range(replicas)}, path=("stage1",), **options)
 
 
 def test_rows_that_need_the_same_weights_stay_together():
     ran, switched = run_all(one_stage(1, queue_depth=4), ["a", "b"] * 40)
     assert sorted(ran) == sorted(["a", "b"] * 40)
-    assert switched <= 16, "strictly in order it would be 79"
+    assert switched <= 16, "in the order of the rows there would be 79"
 
 
-def test_each_replica_keeps_to_its_kind():
+def test_each_replica_keeps_its_weights():
     _, switched = run_all(one_stage(2, queue_depth=4), ["a", "b"] * 40)
     assert switched <= 2
 
 
-def merged(*kinds: str) -> Policy:
-    """Idle replicas a0, a1, ... that have these merged."""
-    policy = one_stage(len(kinds))
-    for n, kind in enumerate(kinds):
-        policy.admit(f"w{n}", {"stage1": kind})
+def merged(*weights: str) -> Policy:
+    """Idle replicas a0, a1, ... of which each has merged one of `weights`."""
+    policy = one_stage(len(weights))
+    for n, name in enumerate(weights):
+        policy.admit(f"w{n}", {"stage1": name})
     for item, _, _ in calls(policy):
         policy.call_finished(item)
     return policy
@@ -126,16 +127,16 @@ def test_an_item_goes_to_the_replica_that_has_its_weights():
     assert calls(policy) == [("x", "stage1", "a1")]
 
 
-def test_what_another_replica_has_merged_is_left_to_it():
+def test_an_item_is_left_to_the_replica_that_has_merged_its_weights():
     policy = merged("a", "b")
     policy.admit("first", {"stage1": "b"})
     calls(policy)
     policy.admit("x", {"stage1": "b"})
     policy.admit("y", {"stage1": "c"})
-    assert calls(policy) == [("y", "stage1", "a0")], "x is older, but a1 is soon there for it"
+    assert calls(policy) == [("y", "stage1", "a0")], "x is older, but a1 has its weights and is soon idle"
 
 
-def test_a_replica_that_is_gone_has_nothing_merged():
+def test_the_weights_of_a_lost_replica_no_longer_count():
     policy = merged("a", "b")
     policy.remove_replica("a1")
     policy.admit("x", {"stage1": "b"})
@@ -143,12 +144,12 @@ def test_a_replica_that_is_gone_has_nothing_merged():
     assert calls(policy) == [("x", "stage1", "a0")]
 
 
-def test_a_lone_row_of_its_kind_is_not_passed_over_for_ever():
+def test_a_lone_row_with_other_weights_is_not_passed_over_for_ever():
     ran, _ = run_all(one_stage(1, queue_depth=4, max_passed_over=5), ["a"] * 3 + ["b"] + ["a"] * 60)
     assert 3 <= ran.index("b") <= 3 + 5
 
 
-def test_without_kinds_the_oldest_goes_first():
+def test_without_weights_the_oldest_goes_first():
     policy = one_stage(2, queue_depth=4)
     for n in range(6):
         policy.admit(f"i{n}")
@@ -156,7 +157,7 @@ def test_without_kinds_the_oldest_goes_first():
 
 
 def test_attempts_are_capped_and_uncharged_losses_are_free():
-    policy = make({"t": TEXT}, items=1, max_attempts=2)
+    policy = make_policy({"t": TEXT}, items=1, max_attempts=2)
     for _ in range(3):
         calls(policy)
         assert policy.inputs_lost("i0") == RetryDecision("i0", True, 1)
@@ -171,7 +172,7 @@ def test_attempts_are_capped_and_uncharged_losses_are_free():
 
 
 def test_lost_inputs_start_over():
-    policy = make(SPLIT, items=1)
+    policy = make_policy(ONE_EACH, items=1)
     calls(policy)
     policy.call_finished("i0")
     assert calls(policy) == [("i0", "stage1", "a")]
@@ -180,7 +181,7 @@ def test_lost_inputs_start_over():
 
 
 def stages_run(policy: Policy) -> list[str]:
-    """Stages of the calls until nothing is left."""
+    """The stages of the calls until no call is left."""
     ran = []
     while (call := policy.next_dispatch()) is not None:
         ran.append(call.stage)
@@ -188,14 +189,14 @@ def stages_run(policy: Policy) -> list[str]:
     return ran
 
 
-def test_stored_latents_take_the_place_of_stage_1():
-    policy = make(SPLIT)
+def test_stored_latents_replace_stage_1():
+    policy = make_policy(ONE_EACH)
     policy.admit("x", path=PATH_FROM_STORED)
     assert stages_run(policy) == list(PATH_FROM_STORED)
 
 
-def test_when_the_stored_latents_are_gone_the_item_takes_the_other_way():
-    policy = make(SPLIT)
+def test_when_the_stored_latents_are_gone_the_item_takes_the_full_path():
+    policy = make_policy(ONE_EACH)
     policy.admit("x", path=PATH_FROM_STORED)
     assert calls(policy) == [("x", "text", "t")]
     policy.call_finished("x")
@@ -204,8 +205,8 @@ def test_when_the_stored_latents_are_gone_the_item_takes_the_other_way():
     assert stages_run(policy) == list(FULL_PATH)
 
 
-def test_an_item_that_is_given_up_is_kept_in_one_try():
-    policy = make(SPLIT, max_attempts=3)
+def test_the_latents_of_an_item_that_is_given_up_are_saved_in_one_attempt():
+    policy = make_policy(ONE_EACH, max_attempts=3)
     policy.admit("x", path=("save_latents",), attempts=3)
     policy.draining = True
     assert not policy.drained()
@@ -215,7 +216,7 @@ def test_an_item_that_is_given_up_is_kept_in_one_try():
 
 
 def test_draining_lets_only_the_last_stage_finish():
-    policy = make(SPLIT, items=3)
+    policy = make_policy(ONE_EACH, items=3)
     calls(policy)
     policy.call_finished("i0")
     policy.draining = True
@@ -234,26 +235,26 @@ def test_draining_lets_only_the_last_stage_finish():
     assert policy.drained() and policy.in_flight == 2
 
 
-def test_what_never_happens_is_an_assertion():
-    policy = make({"t": TEXT}, items=1)
+def test_misuse_is_an_assertion():
+    policy = make_policy({"t": TEXT}, items=1)
     with pytest.raises(AssertionError):
         policy.admit("i0")
     with pytest.raises(AssertionError):
         policy.add_replica("t", TEXT)
     with pytest.raises(AssertionError):
         policy.call_finished("i0")
-    assert policy.remove_replica("nobody") is None
+    assert policy.remove_replica("unknown") is None
 
 
-def test_a_shared_replica_waits_for_work_of_its_stage_that_is_being_made():
-    policy = make({"t": TEXT, "d": EITHER, "c": ASIDE}, queue_depth=4)
+def test_a_shared_replica_waits_for_items_that_are_about_to_reach_its_stage():
+    policy = make_policy({"t": TEXT, "d": MOVABLE, "c": DECODE_POOL}, queue_depth=4)
     policy.admit("one")
     assert policy.next_dispatch().stage == "text"
     policy.call_finished("one")
     policy.admit("two")
     assert {policy.next_dispatch().stage for _ in range(2)} == {"stage1", "text"}
     policy.call_finished("one")
-    # `two` is in the text pool: stage 1 will have work at once, so there is no switch for `one` yet
+    # `two` is in the text pool and reaches stage 1 soon, so the replica does not switch for `one` yet.
     assert policy.next_dispatch() is None
     policy.call_finished("two")
     assert policy.next_dispatch().item == "two"
@@ -262,20 +263,22 @@ def test_a_shared_replica_waits_for_work_of_its_stage_that_is_being_made():
 
 
 def test_only_idle_replicas_beyond_the_items_in_flight_are_spare():
-    policy = make({"t1": TEXT, "t2": TEXT, "a": EITHER, "b": EITHER_BUT_SECOND, "c": EITHER, "d": ASIDE}, items=2)
-    assert policy.spare_replicas() == ["a"], "two items want text, a diffusion replica each, and to be decoded"
+    policy = make_policy(
+        {"t1": TEXT, "t2": TEXT, "a": MOVABLE, "b": MOVABLE_FROM_STAGE2, "c": MOVABLE, "d": DECODE_POOL}, items=2
+    )
+    assert policy.spare_replicas() == ["a"], "each of two items needs a text, a diffusion and a decode replica"
     assert [call[1] for call in calls(policy)] == ["text", "text"]
     policy.call_finished("i0")
     assert calls(policy) == [("i0", "stage1", "a")]
-    assert policy.spare_replicas() == ["t1", "b"], "of a kind, one stays; what runs stays"
+    assert policy.spare_replicas() == ["t1", "b"], "one of each role stays, and so does a busy one"
     policy.remove_replica("t1")
     policy.call_finished("i1")
-    assert policy.spare_replicas() == ["b"], "nobody needs text, but something may come back"
+    assert policy.spare_replicas() == ["b"], "no item needs text, but one may start over"
 
 
 def test_results_in_flight_stay_within_memory():
-    pools = {f"{role[0]}{n}": role for role in (TEXT, ("stage1",), ("stage2",)) for n in range(4)} | {"d": ASIDE}
-    policy, held, peak, fed, done = make(pools, max_bytes=30.0), {}, 0, 0, 0
+    pools = {f"{role[0]}{n}": role for role in (TEXT, ("stage1",), ("stage2",)) for n in range(4)} | {"d": DECODE_POOL}
+    policy, results, peak, fed, done = make_policy(pools, max_bytes=30.0), {}, 0, 0, 0
     for _ in range(2000):
         while policy.capacity() and fed < 200:
             policy.admit(f"i{fed}")
@@ -283,23 +286,23 @@ def test_results_in_flight_stay_within_memory():
         calls(policy)
         if not policy.running:
             break
-        # the slowest of the line is decode, so that results pile up before it
+        # Decode is the slowest stage here, so that results pile up before it.
         item = max(policy.running.values(), key=lambda i: (policy.stage_of(i) != "decode", i))
         stage = policy.stage_of(item)
         done += policy.call_finished(item, 1.0, nbytes=NBYTES[stage])
-        held.setdefault(item, {})[stage] = NBYTES[stage]
+        results.setdefault(item, {})[stage] = NBYTES[stage]
         if stage == "stage2":
-            held[item].pop("text")
+            results[item].pop("text")
         elif stage == "decode":
-            del held[item]
-        if fed > 60:  # what a result takes is known by then
-            peak = max(peak, sum(sum(h.values()) for h in held.values()))
+            del results[item]
+        if fed > 60:  # the sizes of results have been measured by then
+            peak = max(peak, sum(sum(h.values()) for h in results.values()))
     assert done == fed == 200
     assert 20 <= peak <= 30 + NBYTES["stage2"], peak
 
 
-def test_contexts_take_memory_only_while_a_stage_reads_them():
-    policy = make(SPLIT, items=1, max_bytes=NBYTES["stage1"] + NBYTES["stage2"] + NBYTES["text"])
+def test_contexts_take_memory_only_until_the_last_stage_that_reads_them():
+    policy = make_policy(ONE_EACH, items=1, max_bytes=NBYTES["stage1"] + NBYTES["stage2"] + NBYTES["text"])
     for stage in FULL_PATH[:-1]:
         calls(policy)
         policy.call_finished("i0", 1.0, nbytes=NBYTES[stage])
@@ -307,7 +310,7 @@ def test_contexts_take_memory_only_while_a_stage_reads_them():
     assert calls(policy) == [("i0", "decode", "d"), ("i1", "text", "t")]
     policy.admit("i2")
     policy.call_finished("i1", 1.0, nbytes=NBYTES["text"])
-    assert calls(policy) == [], "no room for another result beside those"
+    assert calls(policy) == [], "there is no memory for another result"
     policy.call_finished("i0", 1.0, nbytes=NBYTES["decode"])
     assert calls(policy) == [("i1", "stage1", "a"), ("i2", "text", "t")]
 
@@ -318,7 +321,7 @@ HQ = {"text": 0.1, "stage1": 46.0, "stage2": 17.0, "decode": 1.75}
 
 
 class Flow:
-    """Time passes: replicas take `seconds` a call and `switch` to turn; rows never run out until `clips` are there."""
+    """A run in virtual time: a call takes about `seconds` of its stage, a merge `switch` seconds."""
 
     def __init__(self, policy: Policy, seconds=HQ, switch: float = 1.5, seed: int = 0):
         self.policy, self.seconds, self.switch, self.seed = policy, seconds, switch, seed
@@ -327,7 +330,7 @@ class Flow:
         self.calls: list[tuple[float, int, str, str, float, float]] = []
 
     def run(self, clips: int, rows: int | None = None) -> Flow:
-        """Until so many clips more are done; no more than `rows` rows come."""
+        """Go on until `clips` more clips are done, with at most `rows` rows in all; None: rows never run out."""
         end = self.clips + clips
         number = itertools.count()
         while self.clips < end:
@@ -336,39 +339,40 @@ class Flow:
                 self.fed += 1
             while (call := self.policy.next_dispatch()) is not None:
                 self.moves += call.moved
-                # no two clips take the same time
+                # The seconds of calls are spread by a fifth around the mean.
                 chance = zlib.crc32(f"{call.item}{call.stage}{self.seed}".encode()) % 97 / 97
                 seconds = self.seconds[call.stage] * (0.8 + 0.4 * chance)
-                turning = self.switch if call.switched else 0.0
-                at = self.now + seconds + turning
-                heapq.heappush(self.calls, (at, next(number), call.item, call.replica, seconds, turning))
-            self.now, _, item, replica, seconds, turning = heapq.heappop(self.calls)
+                switching = self.switch if call.switched else 0.0
+                at = self.now + seconds + switching
+                heapq.heappush(self.calls, (at, next(number), call.item, call.replica, seconds, switching))
+            self.now, _, item, replica, seconds, switching = heapq.heappop(self.calls)
             self.busy[replica] = self.busy.get(replica, 0.0) + seconds
-            self.clips += self.policy.call_finished(item, seconds + turning, turning)
+            self.clips += self.policy.call_finished(item, seconds + switching, switching)
         return self
 
     def measured(self, clips: int) -> tuple[float, float]:
-        """Of so many clips more: the share of their time that moving replicas render, and moves for 100 clips."""
+        """Over `clips` more clips: the busy share of the movable replicas' time, and moves per 100 clips."""
         self.busy, moves, began = {}, self.moves, self.now
         self.run(clips)
-        movers = [name for name in self.policy.assignments if len(self.policy._replicas[name].roles) > 1]
-        share = sum(self.busy.get(name, 0.0) for name in movers) / (len(movers) * (self.now - began))
+        movable = [name for name in self.policy.assignments if len(self.policy._replicas[name].roles) > 1]
+        share = sum(self.busy.get(name, 0.0) for name in movable) / (len(movable) * (self.now - began))
         return share, (self.moves - moves) * 100 / clips
 
 
 def flow_of(first: int, second: int, **options) -> Flow:
-    pools = {f"a{n}": EITHER for n in range(first)} | {f"b{n}": EITHER_BUT_SECOND for n in range(second)}
-    aside = -(-(first + second) // 16)
-    pools |= {f"t{n}": TEXT for n in range(aside)} | {f"d{n}": ASIDE for n in range(aside)}
-    return Flow(make(pools), **options)
+    """Movable replicas, `first` that begin with stage 1 and `second` with stage 2, and others enough for them."""
+    pools = {f"a{n}": MOVABLE for n in range(first)} | {f"b{n}": MOVABLE_FROM_STAGE2 for n in range(second)}
+    others = -(-(first + second) // 16)
+    pools |= {f"t{n}": TEXT for n in range(others)} | {f"d{n}": DECODE_POOL for n in range(others)}
+    return Flow(make_policy(pools), **options)
 
 
 @pytest.mark.parametrize(
     "first, second, seed, most_moves",
-    # the fewer replicas, the more often one has to turn: once for each queue that it fills or empties
+    # The fewer replicas there are, the more often one has to move: once for each queue that it fills or empties.
     [(1, 0, 0, 60), (1, 1, 0, 80), (2, 1, 0, 80), (5, 2, 0, 16), (8, 4, 1, 12), (22, 9, 0, 4)],
 )
-def test_a_steady_line_keeps_its_replicas_busy_and_seldom_turns_one(first, second, seed, most_moves):
+def test_steady_work_keeps_replicas_busy_and_they_seldom_move(first, second, seed, most_moves):
     flow = flow_of(first, second, seed=seed)
     flow.run(12 * (first + second))
     share, moves = flow.measured(300)
@@ -392,34 +396,34 @@ def test_the_split_follows_the_work():
 
 
 def test_two_replicas_take_turns():
-    """One for each stage would leave the second idle most of the time."""
+    """With one replica for each stage, the second would be idle most of the time."""
     flow = flow_of(1, 1).run(10)
     flow.measured(200)
     assert min(flow.busy[name] for name in ("a0", "b0")) / max(flow.busy.values()) >= 0.9
 
 
-def test_the_last_rows_need_no_more_than_the_replicas_that_are_there():
+def test_the_last_rows_are_finished_by_the_replicas_that_are_there():
     flow = flow_of(4, 0).run(40, rows=40)
     assert flow.clips == flow.fed == 40 and flow.policy.in_flight == 0
 
 
 def test_fixed_replicas_never_move():
     pools = {f"a{n}": ("stage1",) for n in range(1)} | {f"b{n}": ("stage2",) for n in range(6)}
-    flow = Flow(make(pools | {"t": TEXT, "d": ASIDE})).run(60)
+    flow = Flow(make_policy(pools | {"t": TEXT, "d": DECODE_POOL})).run(60)
     assert flow.moves == 0
     assert flow.policy.assignments == {name: roles[0] for name, roles in pools.items()}
 
 
 def test_moving_has_to_pay():
-    """A replica that will have work at home before it could turn there and back stays."""
+    """A replica stays if its own stage will have work before it could merge there and back."""
     quick = {"text": 0.1, "stage1": 0.5, "stage2": 0.5, "decode": 0.01}
     flow = flow_of(4, 4, seconds=quick, switch=30.0).run(100)
     assert flow.measured(400)[1] <= 1
 
 
 @pytest.mark.parametrize("replicas, moves", [(40, True), (28, True), (27, False)])
-def test_a_replica_more_than_its_stage_has_work_for_moves_however_short_the_wait(replicas, moves):
-    """100 replicas at 46 and 17 s a clip: stage 2 has work for 27; the last of more would wait for under a second."""
+def test_a_surplus_replica_moves_however_short_its_wait(replicas, moves):
+    """Of 100 replicas at 46 and 17 s a clip, stage 2 needs 27. With 28, the last one waits for less than a second."""
     path = ("stage1", "stage2", "decode")
     policy = Policy()
     for n in range(100 - replicas):
@@ -435,7 +439,7 @@ def test_a_replica_more_than_its_stage_has_work_for_moves_however_short_the_wait
     started = []
     while (call := policy.next_dispatch()) is not None:
         started.append(call)
-    # one clip is through, so that both stages have been measured, and its replica is idle again
+    # One clip has passed stage 2, so that both stages have been measured and its replica is idle again.
     first = next(call for call in started if call.stage == "stage2")
     policy.call_finished(first.item, 17.0)
     after = policy.next_dispatch()

@@ -1,4 +1,4 @@
-"""The progress line: what it says, on a terminal and in a log, and how it counts what is left."""
+"""The progress line: its text on a terminal and in a log, its rate and the time that is left."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_durations(seconds, text):
     assert duration(seconds) == text
 
 
-def test_a_log_gets_whole_lines_seldom(clock):
+def test_a_log_gets_few_whole_lines(clock):
     out = io.StringIO()
     progress = Progress(out)
     for _ in range(100):
@@ -46,24 +46,24 @@ def test_a_log_gets_whole_lines_seldom(clock):
     assert "\r" not in out.getvalue()
 
 
-def test_a_terminal_gets_one_line_rewritten(clock):
+def test_a_terminal_gets_one_line_that_is_rewritten(clock):
     out = Terminal()
     progress = Progress(out)
     progress.update(0, 0, 10, "a long thing to do", force=True)
     clock[0] += 0.1
     progress.update(1, 0, 10, "")
-    assert out.getvalue().count("\r") == 1, "twice a second at most"
+    assert out.getvalue().count("\r") == 1, "at most twice a second"
     clock[0] += 1
     progress.update(2, 0, 10, "")
     progress.say("a message")
     text = out.getvalue()
     assert text.count("\n") == 1
     shown = [line for line in text.split("\r") if line.strip()]
-    assert len(shown[1]) >= len(shown[0]), "the longer line is covered"
+    assert len(shown[1]) >= len(shown[0]), "a shorter line must cover a longer one"
     assert shown[-1] == "a message\n"
 
 
-def test_failures_are_named(clock):
+def test_failures_are_counted(clock):
     out = io.StringIO()
     Progress(out).update(3, 2, 9, "", force=True)
     assert out.getvalue().startswith("5/9 clips | 2 failed | ")
@@ -74,13 +74,13 @@ def test_the_rate_counts_from_the_first_clip(clock):
     progress = Progress(out)
     clock[0] += 100
     progress.update(1, 0, 11, "", force=True)
-    assert "clips/h" not in out.getvalue(), "one clip tells no rate"
+    assert "clips/h" not in out.getvalue(), "one clip gives no rate"
     clock[0] += 50
     progress.update(6, 0, 11, "", force=True)
     assert "6/11 clips | 360 clips/h | 50 s left | 2 min 30 s elapsed" in out.getvalue()
 
 
-def test_clips_of_an_earlier_run_do_not_count_into_the_rate(clock):
+def test_clips_of_an_earlier_run_do_not_count_towards_the_rate(clock):
     out = io.StringIO()
     progress = Progress(out)
     clock[0] += 1

@@ -1,4 +1,4 @@
-"""Writes beside the loop: what follows them comes in order, what they raise is raised, and an end is an end."""
+"""Writes on threads: callbacks run in order, exceptions are raised, and `close` ends them."""
 
 from __future__ import annotations
 
@@ -29,43 +29,43 @@ class Gate:
             raise self.error
 
 
-def test_what_follows_comes_in_the_order_of_the_writes(publisher):
-    followed, slow, quick = [], Gate(), threading.Event()
-    publisher.submit(slow, lambda: followed.append("slow"))
-    publisher.submit(quick.set, lambda: followed.append("quick"))
+def test_callbacks_run_in_the_order_of_the_writes(publisher):
+    called, slow, quick = [], Gate(), threading.Event()
+    publisher.submit(slow, lambda: called.append("slow"))
+    publisher.submit(quick.set, lambda: called.append("quick"))
     assert quick.wait(10)
     publisher.poll()
-    assert (followed, publisher.pending) == ([], 2)
+    assert (called, publisher.pending) == ([], 2)
     slow.go.set()
     publisher.poll(timeout=10)
     publisher.poll(timeout=10)
-    assert (followed, publisher.pending) == (["slow", "quick"], 0)
+    assert (called, publisher.pending) == (["slow", "quick"], 0)
 
 
-def test_what_follows_runs_on_the_callers_thread(publisher):
+def test_callbacks_run_on_the_callers_thread(publisher):
     threads = []
     publisher.submit(lambda: threads.append(threading.get_ident()), lambda: threads.append(threading.get_ident()))
     publisher.poll(timeout=10)
     assert threads[0] != threads[1] == threading.get_ident()
 
 
-def test_a_write_that_fails_is_raised_and_nothing_follows_it(publisher):
-    followed, bad = [], Gate(OSError("the store is gone"))
-    publisher.submit(bad, lambda: followed.append("bad"))
-    publisher.submit(lambda: None, lambda: followed.append("good"))
+def test_the_error_of_a_write_is_raised_and_its_callback_does_not_run(publisher):
+    called, bad = [], Gate(OSError("the store is gone"))
+    publisher.submit(bad, lambda: called.append("bad"))
+    publisher.submit(lambda: None, lambda: called.append("good"))
     bad.go.set()
     with pytest.raises(OSError, match="the store is gone"):
         publisher.poll(timeout=10)
     publisher.poll(timeout=10)
-    assert followed == ["good"]
+    assert called == ["good"]
 
 
-def test_what_follows_may_write_again(publisher):
-    followed = []
-    publisher.submit(lambda: None, lambda: publisher.submit(lambda: None, lambda: followed.append("again")))
+def test_a_callback_may_submit_another_write(publisher):
+    called = []
+    publisher.submit(lambda: None, lambda: publisher.submit(lambda: None, lambda: called.append("again")))
     publisher.poll(timeout=10)
     publisher.poll(timeout=10)
-    assert followed == ["again"]
+    assert called == ["again"]
 
 
 def test_polling_nothing_does_not_wait(publisher):
@@ -73,28 +73,28 @@ def test_polling_nothing_does_not_wait(publisher):
 
 
 def test_closing_with_finish_writes_everything(publisher):
-    written, followed = [], []
+    written, called = [], []
     for n in range(20):
-        publisher.submit(lambda n=n: written.append(n), lambda n=n: followed.append(n))
+        publisher.submit(lambda n=n: written.append(n), lambda n=n: called.append(n))
     publisher.close(finish=True)
-    assert sorted(written) == followed == list(range(20))
+    assert sorted(written) == called == list(range(20))
 
 
-def test_closing_without_finish_leaves_what_has_not_begun():
-    publisher, gates, written = Publisher(threads=1), Gate(), []
-    publisher.submit(gates, lambda: written.append("followed"))
-    publisher.submit(lambda: written.append("late"), lambda: written.append("followed"))
-    assert gates.begun.wait(10)
+def test_closing_without_finish_drops_writes_that_have_not_begun():
+    publisher, gate, written = Publisher(threads=1), Gate(), []
+    publisher.submit(gate, lambda: written.append("callback"))
+    publisher.submit(lambda: written.append("late"), lambda: written.append("callback"))
+    assert gate.begun.wait(10)
     closing = threading.Thread(target=publisher.close, args=(False,))
     closing.start()
     closing.join(0.05)
-    assert closing.is_alive(), "a write that has begun is waited for: half a file is worth nothing"
-    gates.go.set()
+    assert closing.is_alive(), "close waits for a write that has begun, so that no file is half-written"
+    gate.go.set()
     closing.join(10)
     assert not closing.is_alive() and written == []
 
 
-def test_closing_with_finish_raises_what_a_write_raised():
+def test_closing_with_finish_raises_the_error_of_a_write():
     publisher, bad = Publisher(threads=1), Gate(OSError("full"))
     publisher.submit(bad, lambda: None)
     bad.go.set()

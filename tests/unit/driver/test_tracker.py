@@ -1,4 +1,4 @@
-"""The driver's books: every manifest row is written once, whatever it shares its item with and whenever it comes."""
+"""The tracker writes every row of the manifest once, whichever rows share its item and whenever it arrives."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ CLIP = Clip("clips/aa/a.mp4", "c" * 64, "d" * 64, (), "stage_1")
 CRASH = Failure("stage2", 3, "infrastructure", "the gang died\nfor good", "Traceback")
 
 
-class Book:
-    """Work items without a model's files."""
+class FakeBuilder:
+    """Builds work items without the files of a model."""
 
     checkpoint = SimpleNamespace(transformer=RELEASED)
-    made_with: Recipe = recipe()
+    run_recipe: Recipe = recipe()
 
     def item(self, request: RenderRequest) -> WorkItem:
-        return WorkItem(item_id(request, self.made_with), request, self.made_with, "e" * 16)
+        return WorkItem(item_id(request, self.run_recipe), request, self.run_recipe, "e" * 16)
 
 
 class GatedWriter(DatasetWriter):
-    """Holds index rows back until `go` is set."""
+    """Writes index rows only while `go` is set."""
 
     def __init__(self, store: Store):
         super().__init__(store)
@@ -51,17 +51,17 @@ class GatedWriter(DatasetWriter):
         super().write_index(*args)
 
 
-class Desk:
-    """Books over a folder, and what is in it."""
+class Output:
+    """A folder, a tracker that writes into it, and what is in it."""
 
     def __init__(self, tmp_path):
         self.folder, self.store = tmp_path, Store(str(tmp_path / "out"))
         self.said = io.StringIO()
 
-    def open(self, rows: list[dict], **options) -> Desk:
+    def open(self, rows: list[dict], **options) -> Output:
         manifest = write_jsonl(self.folder / "m.jsonl", rows)
         self.writer = GatedWriter(self.store)
-        plan = Plan(manifest, RowRules(), Book(), list_existing(self.store), **options)  # type: ignore[arg-type]
+        plan = Plan(manifest, RowRules(), FakeBuilder(), list_existing(self.store), **options)  # type: ignore[arg-type]
         self.tracker = RowTracker(plan, self.writer, Publisher(2), EventLog(self.store), Progress(self.said), "{}")
         self.counted: list[str] = []
         self.tracker.metrics = SimpleNamespace(item=self.counted.append)  # type: ignore[assignment]
@@ -79,154 +79,154 @@ class Desk:
         self.tracker.publisher.close(finish=True)
 
     def ids(self, folder: str) -> list[str]:
-        names = [f"{folder}/{name}" for name in self.store.list(folder)]
+        names = [f"{folder}/{name}" for name in self.store.list_names(folder)]
         return sorted(pq.read_table(io.BytesIO(self.store.read_bytes(n)))["id"][0].as_py() for n in names)
 
 
 @pytest.fixture
-def desk(tmp_path):
-    desk = Desk(tmp_path)
-    yield desk
-    desk.writer.go.set()
-    desk.close()
+def output(tmp_path):
+    output = Output(tmp_path)
+    yield output
+    output.writer.go.set()
+    output.close()
 
 
 def rows(*ids: str, prompt: str = "a cat") -> list[dict]:
     return [{"id": row_id, "prompt": prompt} for row_id in ids]
 
 
-def test_rows_that_share_an_item_are_one_work_and_each_is_written(desk):
-    desk.open([*rows("a", "b"), *rows("c", prompt="a dog")])
-    cat, dog = desk.take()
+def test_rows_that_share_an_item_are_one_item_and_each_is_written(output):
+    output.open([*rows("a", "b"), *rows("c", prompt="a dog")])
+    cat, dog = output.take()
     assert [planned.id for planned in cat.rows] == ["a", "b"] and cat.name == "a"
-    assert desk.tracker.exhausted
-    desk.tracker.finish(cat, CLIP, "{}")
-    desk.tracker.fail(dog, CRASH)
-    desk.settle()
-    assert desk.ids("index") == ["a", "b"] and desk.ids("failed") == ["c"]
-    assert desk.tracker.counts == {"rows": 3, "rendered": 2, "failed": 1}
-    assert sorted(desk.counted) == ["failed", "rendered", "rendered"]
-    assert not desk.tracker.items
-    assert "c: failed in stage2: the gang died\n" in desk.said.getvalue()
+    assert output.tracker.exhausted
+    output.tracker.finish(cat, CLIP, "{}")
+    output.tracker.fail(dog, CRASH)
+    output.settle()
+    assert output.ids("index") == ["a", "b"] and output.ids("failed") == ["c"]
+    assert output.tracker.counts == {"rows": 3, "rendered": 2, "failed": 1}
+    assert sorted(output.counted) == ["failed", "rendered", "rendered"]
+    assert not output.tracker.items
+    assert "c: failed in stage2: the gang died\n" in output.said.getvalue()
 
 
-def test_a_stage_1_of_other_numerics_stands_beside_those_of_the_run(desk):
-    desk.open([*rows("a"), *rows("b", prompt="a dog")])
-    cat, dog = desk.take()
+def test_other_numerics_of_stage_1_are_recorded_with_those_of_the_run(output):
+    output.open([*rows("a"), *rows("b", prompt="a dog")])
+    cat, dog = output.take()
     cat.stage_1_numerics = '{"attention":"cudnn"}'
-    for work in (cat, dog):
-        desk.tracker.finish(work, CLIP, '{"attention":"fa3"}')
-    desk.settle()
-    parts = [desk.store.read_bytes(f"index/{name}") for name in desk.store.list("index")]
+    for tracked in (cat, dog):
+        output.tracker.finish(tracked, CLIP, '{"attention":"fa3"}')
+    output.settle()
+    parts = [output.store.read_bytes(f"index/{name}") for name in output.store.list_names("index")]
     found = {row["id"]: row["numerics"] for part in parts for row in pq.read_table(io.BytesIO(part)).to_pylist()}
     assert found == {"a": '{"attention":"fa3","stage_1":{"attention":"cudnn"}}', "b": '{"attention":"fa3"}'}
 
 
-def test_rows_are_taken_a_few_at_a_time(desk):
-    desk.open([{"id": f"r{n}", "prompt": f"clip {n}"} for n in range(5)])
-    assert [work.name for work in desk.take(3)] == ["r0", "r1", "r2"]
-    assert not desk.tracker.exhausted
-    assert [work.name for work in desk.take(3)] == ["r3", "r4"]
-    assert desk.tracker.exhausted
+def test_rows_are_taken_a_few_at_a_time(output):
+    output.open([{"id": f"r{n}", "prompt": f"clip {n}"} for n in range(5)])
+    assert [tracked.name for tracked in output.take(3)] == ["r0", "r1", "r2"]
+    assert not output.tracker.exhausted
+    assert [tracked.name for tracked in output.take(3)] == ["r3", "r4"]
+    assert output.tracker.exhausted
 
 
 @pytest.mark.parametrize("outcome", ["rendered", "failed"])
-def test_a_twin_that_comes_while_the_rows_are_being_written(desk, outcome):
-    desk.open(rows("a", "b"))
-    (work,) = desk.take(1)
-    desk.writer.go.clear()
+def test_a_row_of_the_same_item_that_arrives_while_rows_are_being_written(output, outcome):
+    output.open(rows("a", "b"))
+    (tracked,) = output.take(1)
+    output.writer.go.clear()
     if outcome == "rendered":
-        desk.tracker.finish(work, CLIP, "{}")
-        assert desk.writer.begun.wait(10)
+        output.tracker.finish(tracked, CLIP, "{}")
+        assert output.writer.begun.wait(10)
     else:
-        desk.tracker.fail(work, CRASH)
-    assert desk.take() == [], "it is no new work"
-    desk.writer.go.set()
-    desk.settle()
-    assert desk.ids("index" if outcome == "rendered" else "failed") == ["a", "b"]
-    assert desk.tracker.counts == {"rows": 2, outcome: 2} and not desk.tracker.items
+        output.tracker.fail(tracked, CRASH)
+    assert output.take() == [], "it is not a new item"
+    output.writer.go.set()
+    output.settle()
+    assert output.ids("index" if outcome == "rendered" else "failed") == ["a", "b"]
+    assert output.tracker.counts == {"rows": 2, outcome: 2} and not output.tracker.items
 
 
-def test_a_twin_that_comes_when_the_clip_is_in_the_index_is_a_copy(desk):
-    desk.open(rows("a", "b"))
-    (work,) = desk.take(1)
-    desk.tracker.finish(work, CLIP, "{}")
-    desk.settle()
-    assert desk.take() == []
-    desk.settle()
-    assert desk.ids("index") == ["a", "b"] and desk.tracker.counts["rendered"] == 2
+def test_a_row_of_the_same_item_that_arrives_when_the_clip_is_in_the_index_is_a_copy(output):
+    output.open(rows("a", "b"))
+    (tracked,) = output.take(1)
+    output.tracker.finish(tracked, CLIP, "{}")
+    output.settle()
+    assert output.take() == []
+    output.settle()
+    assert output.ids("index") == ["a", "b"] and output.tracker.counts["rendered"] == 2
 
 
-def test_a_twin_that_comes_while_the_latents_are_being_kept(desk):
-    desk.open(rows("a", "b"))
-    (work,) = desk.take(1)
-    work.failure = CRASH
-    assert desk.take() == []
-    desk.tracker.fail(work, work.failure)
-    desk.settle()
-    assert desk.ids("failed") == ["a", "b"] and desk.ids("index") == []
+def test_a_row_of_the_same_item_that_arrives_while_latents_are_being_saved(output):
+    output.open(rows("a", "b"))
+    (tracked,) = output.take(1)
+    tracked.failure = CRASH
+    assert output.take() == []
+    output.tracker.fail(tracked, tracked.failure)
+    output.settle()
+    assert output.ids("failed") == ["a", "b"] and output.ids("index") == []
 
 
-def test_what_an_item_held_is_let_go(desk):
-    desk.open(rows("a"))
-    (work,) = desk.take()
-    work.payloads["stage1"] = object()
-    desk.tracker.finish(work, CLIP, "{}")
-    assert not work.payloads
+def test_the_results_of_a_finished_item_are_dropped(output):
+    output.open(rows("a"))
+    (tracked,) = output.take()
+    tracked.payloads["stage1"] = object()
+    output.tracker.finish(tracked, CLIP, "{}")
+    assert not tracked.payloads
 
 
-def test_illegal_rows_are_on_record_and_forgotten_when_they_are_legal(desk):
-    desk.open([{"id": "a", "prompt": ""}, *rows("b")])
-    assert [work.name for work in desk.take()] == ["b"]
-    desk.settle()
-    desk.tracker.close(complete=True)
-    assert desk.ids("failed") == ["a"] and desk.tracker.counts["illegal"] == 1
-    assert "m.jsonl:1:prompt" in desk.said.getvalue()
-    desk.close()
-    desk.open(rows("a", "b"))
-    desk.take()
-    desk.tracker.close(complete=False)
-    assert desk.ids("failed") == ["a"], "who knows what the rest of the manifest says"
-    desk.tracker.close(complete=True)
-    assert desk.ids("failed") == []
+def test_illegal_rows_are_on_record_and_forgotten_when_they_are_legal(output):
+    output.open([{"id": "a", "prompt": ""}, *rows("b")])
+    assert [tracked.name for tracked in output.take()] == ["b"]
+    output.settle()
+    output.tracker.close(complete=True)
+    assert output.ids("failed") == ["a"] and output.tracker.counts["illegal"] == 1
+    assert "m.jsonl:1:prompt" in output.said.getvalue()
+    output.close()
+    output.open(rows("a", "b"))
+    output.take()
+    output.tracker.close(complete=False)
+    assert output.ids("failed") == ["a"], "the rest of the manifest is unknown"
+    output.tracker.close(complete=True)
+    assert output.ids("failed") == []
 
 
-def test_a_row_that_was_edited_leaves_its_older_failure_behind(desk):
-    desk.open(rows("a"))
-    (work,) = desk.take()
-    desk.tracker.fail(work, CRASH)
-    desk.close()
-    desk.open(rows("a", prompt="a dog"))
-    (work,) = desk.take()
-    desk.tracker.finish(work, CLIP, "{}")
-    desk.settle()
-    assert desk.ids("index") == ["a"] and desk.ids("failed") == []
+def test_a_row_that_was_edited_leaves_its_older_failure_behind(output):
+    output.open(rows("a"))
+    (tracked,) = output.take()
+    output.tracker.fail(tracked, CRASH)
+    output.close()
+    output.open(rows("a", prompt="a dog"))
+    (tracked,) = output.take()
+    output.tracker.finish(tracked, CLIP, "{}")
+    output.settle()
+    assert output.ids("index") == ["a"] and output.ids("failed") == []
 
 
-def test_finished_and_failed_rows_of_an_earlier_run_are_counted(desk):
-    desk.open([*rows("a"), *rows("b", prompt="a dog")])
-    cat, dog = desk.take()
-    desk.tracker.finish(cat, CLIP, "{}")
-    desk.tracker.fail(dog, Failure("stage1", 1, "row", "not finite"))
-    desk.close()
-    desk.open([*rows("a", "a"), *rows("b", prompt="a dog")])
-    assert desk.take() == []
-    assert desk.tracker.counts == {"rows": 2, "already_done": 1, "failed": 1}
+def test_finished_and_failed_rows_of_an_earlier_run_are_counted(output):
+    output.open([*rows("a"), *rows("b", prompt="a dog")])
+    cat, dog = output.take()
+    output.tracker.finish(cat, CLIP, "{}")
+    output.tracker.fail(dog, Failure("stage1", 1, "row", "not finite"))
+    output.close()
+    output.open([*rows("a", "a"), *rows("b", prompt="a dog")])
+    assert output.take() == []
+    assert output.tracker.counts == {"rows": 2, "already_done": 1, "failed": 1}
 
 
-def test_closed_without_finishing_a_row_is_not_half_there(desk):
-    desk.open(rows("a", "b", "c", "d"))
-    (work,) = desk.take()
-    desk.writer.go.clear()
-    desk.tracker.finish(work, CLIP, "{}")
-    assert desk.writer.begun.wait(10)
-    closing = threading.Thread(target=desk.tracker.publisher.close, args=(False,))
+def test_no_row_is_half_written_when_the_publisher_closes_without_finishing(output):
+    output.open(rows("a", "b", "c", "d"))
+    (tracked,) = output.take()
+    output.writer.go.clear()
+    output.tracker.finish(tracked, CLIP, "{}")
+    assert output.writer.begun.wait(10)
+    closing = threading.Thread(target=output.tracker.publisher.close, args=(False,))
     closing.start()
-    desk.writer.go.set()
+    output.writer.go.set()
     closing.join(10)
-    written = desk.ids("index")
-    assert 1 <= len(written) <= 4 and desk.tracker.counts["rendered"] == 0
-    desk.open(rows("a", "b", "c", "d"))
-    assert desk.take() == [], "the rest are copies"
-    desk.settle()
-    assert desk.ids("index") == ["a", "b", "c", "d"]
+    written = output.ids("index")
+    assert 1 <= len(written) <= 4 and output.tracker.counts["rendered"] == 0
+    output.open(rows("a", "b", "c", "d"))
+    assert output.take() == [], "the rest are copies"
+    output.settle()
+    assert output.ids("index") == ["a", "b", "c", "d"]

@@ -42,7 +42,7 @@ def rendered(pipeline):
         return item, conditions, first, pipeline.diffusion.run("stage2", item, conditions, first)
 
 
-def test_stored_latents_lead_to_the_bits_of_the_whole_line(pipeline, rendered, tmp_path, monkeypatch):
+def test_stored_latents_lead_to_the_bits_of_an_uninterrupted_run(pipeline, rendered, tmp_path, monkeypatch):
     """With images at frame 0 and later, whose tokens are in the ledger."""
     monkeypatch.setenv("LTX_RAY_CACHE", str(tmp_path / "cache"))
     item, conditions, first, second = rendered

@@ -1,4 +1,4 @@
-"""jobs/schedule.py without Ray: a recipe and a date always give the same manifest and the same id."""
+"""jobs/schedule.py without Ray: one recipe and date always give the same manifest and id."""
 
 import dataclasses
 import importlib.util
@@ -19,13 +19,13 @@ ROOT = Path(__file__).resolve().parents[3]
 def load_schedule():
     spec = importlib.util.spec_from_file_location("schedule", ROOT / "jobs/schedule.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules["schedule"] = module  # dataclasses look their module up
+    sys.modules["schedule"] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     return module
 
 
 schedule = load_schedule()
-import schedule_recipe  # schedule.py puts its folder on the path
+import schedule_recipe  # on the path once schedule.py is loaded
 
 DATE = "2026-11-23"
 RECIPE = """
@@ -70,7 +70,7 @@ def test_a_row_has_id_seed_defaults_and_what_made_it():
 
 
 def test_same_recipe_and_date_same_bytes_and_id():
-    # Fixed: a change of these means that a schedule in use renders its day again.
+    # These values are fixed: a change would make existing schedules render their date again.
     recipe = schedule.parse_recipe(RECIPE + "count: 3\nseed: 5")
     job = schedule.plan(recipe, DATE, Path("/m"), "render")
     assert job == schedule.plan(recipe, DATE, Path("/m"), "render")
@@ -235,10 +235,10 @@ def test_write_is_by_rename_and_leaves_nothing_behind(tmp_path, monkeypatch):
     schedule.write_atomically(path, b"one")
     inode = path.stat().st_ino
     schedule.write_atomically(path, b"one")
-    assert path.stat().st_ino == inode, "the same bytes were written again"
+    assert path.stat().st_ino == inode, "unchanged bytes were written again"
     with open(path, "rb") as reader:
         schedule.write_atomically(path, b"two")
-        assert reader.read() == b"one", "a reader saw a file change under it"
+        assert reader.read() == b"one", "the file of an open reader changed"
     assert path.read_bytes() == b"two"
 
     def full(_):
@@ -279,7 +279,7 @@ def test_usage_errors_are_exit_2(tmp_path, capsys, monkeypatch):
 
 
 class FakeJobs:
-    """The job API as far as submit_once needs it; `before_submit` is where another caller gets in."""
+    """The part of the job API that submit_once uses; `before_submit` lets another caller act first."""
 
     def __init__(self, statuses=None, before_submit=None):
         self.statuses, self.before_submit, self.submitted = dict(statuses or {}), before_submit, []

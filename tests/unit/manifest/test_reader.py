@@ -13,7 +13,7 @@ import pytest
 
 from ltx_ray.manifest.columns import COLUMNS, arrow_type_fits
 from ltx_ray.manifest.reader import manifest_folder, read_manifest
-from ltx_ray.manifest.rules import RowRules, judge
+from ltx_ray.manifest.rules import LegalRow, RowRules, judge
 from tests.support.samples import write_jsonl
 
 
@@ -28,7 +28,7 @@ def prompts(uri: str) -> list[str | None]:
 
 def requests(uri: str):
     rows = [judge(raw, RowRules()) for raw in read_manifest(uri)]
-    assert not [m for row in rows for m in row.messages()]
+    assert all(isinstance(row, LegalRow) for row in rows)
     return [row.request for row in rows]
 
 
@@ -206,7 +206,7 @@ def test_a_jsonl_value_that_is_wrong_in_one_row_stays_with_the_row(tmp_path):
     uri = write_jsonl(tmp_path / "m.jsonl", [{"prompt": "a", "seed": "ten"}, {"prompt": "b", "seed": 10}])
     bad, good = (judge(raw, RowRules()) for raw in read_manifest(uri))
     assert bad.messages() == [f"{uri}:1:seed: 'ten', legal: a whole number from 0 to 2^63-1"]
-    assert good.request is not None
+    assert isinstance(good, LegalRow)
 
 
 # --- types that fit ------------------------------------------------------------------------------

@@ -275,7 +275,9 @@ def joining(driver, problem) -> list:
 
 
 def table(store, folder: str) -> list[dict]:
-    return [row for name in store.list(folder) for row in pq.read_table(store.path(f"{folder}/{name}")).to_pylist()]
+    return [
+        row for name in store.list_names(folder) for row in pq.read_table(store.path(f"{folder}/{name}")).to_pylist()
+    ]
 
 
 def test_a_row_without_room_fails_as_an_illegal_one_and_the_others_render(tmp_path):
@@ -286,7 +288,7 @@ def test_a_row_without_room_fails_as_an_illegal_one_and_the_others_render(tmp_pa
     assert driver.run(driver.tracker.plan.open()) is False
     assert len(times) == 1 and not driver.tracker.items
     assert driver.counts["illegal"] == 2 and driver.counts["rendered"] == 5 and driver.counts["rows"] == 7
-    assert len(store.list("index")) == 5
+    assert len(store.list_names("index")) == 5
     failed = {row["id"]: row for row in table(store, "failed")}
     assert set(failed) == {"long", "twin"}
     row = failed["long"]
@@ -301,7 +303,7 @@ def test_a_row_without_room_fails_as_an_illegal_one_and_the_others_render(tmp_pa
     # the same command on larger GPUs
     driver, store = run(tmp_path, [long, *rows(5), {**long, "id": "twin"}])
     driver.run(driver.tracker.plan.open())
-    assert len(store.list("index")) == 7 and not store.list("failed")
+    assert len(store.list_names("index")) == 7 and not store.list_names("failed")
 
 
 @pytest.mark.slow
@@ -313,17 +315,17 @@ def test_a_run_of_rows_without_room_starts_no_replica(tmp_path):
     driver, store = run(tmp_path, rows(600), Idle, preflight={"prompt": "preflight"})
     joining(driver, lambda request: RowProblem("num_frames", request.num_frames, "less"))
     assert driver.run(driver.tracker.plan.open()) is False
-    assert driver.counts["illegal"] == 600 and len(store.list("failed")) == 600
+    assert driver.counts["illegal"] == 600 and len(store.list_names("failed")) == 600
 
 
 def test_an_earlier_failure_of_a_row_without_room_is_not_listed_twice(tmp_path):
     driver, store = run(tmp_path, [{"id": "a", "prompt": "x [[stage1:crash]]"}])
     driver.run(driver.tracker.plan.open())
-    assert len(store.list("failed")) == 1
+    assert len(store.list_names("failed")) == 1
     driver, store = run(tmp_path, [{"id": "a", "prompt": "x [[stage1:crash]]"}])
     joining(driver, lambda request: RowProblem("num_frames", request.num_frames, "less"))
     driver.run(driver.tracker.plan.open())
-    assert [name[:12] for name in store.list("failed")] == ["part-illegal"]
+    assert [name[:12] for name in store.list_names("failed")] == ["part-illegal"]
 
 
 @pytest.mark.parametrize("device, gpu", [("cpu", Gpu("tiny", GIB)), ("cuda", None), ("cuda", Gpu("tiny", GIB))])

@@ -52,7 +52,7 @@ def check(samples: list[PlannedRow], builder: ItemBuilder) -> None:
         if number:
             assert planned.request.seed == int.from_bytes(digest[:8], "big") & MAX_SEED
         assert builder.item(planned.request).item_id == planned.item_id
-        assert (planned.item.request.id, planned.row.raw) == (planned.id, samples[0].row.raw)
+        assert (planned.item.request.id, planned.raw) == (planned.id, samples[0].raw)
     assert len({planned.item_id for planned in samples}) == len(samples)
 
 
@@ -91,7 +91,7 @@ def test_samples_of_the_same_row_are_the_same(plan):
 def test_ids_that_belong_to_a_sample_of_another_row(plan):
     rows = list(plan({"id": "a-s1", "prompt": "b"}, {"id": "a"}).open())
     assert [p.status for p in rows] == [TODO] * 3 + [TODO, ILLEGAL, TODO]
-    assert "'a-s1', legal: an id of its own" in rows[4].messages[0]
+    assert "'a-s1', legal: an id of its own" in rows[4].messages()[0]
 
 
 def test_an_id_without_room_for_the_sample_is_illegal(plan):
@@ -99,8 +99,8 @@ def test_an_id_without_room_for_the_sample_is_illegal(plan):
     assert [status for status, _ in shown(plan({"id": fits}))] == [TODO] * 3
     [row] = plan({"id": longer}).open()
     assert row.status == ILLEGAL
-    assert ":1:id (xxx" in row.messages[0]
-    assert row.messages[0].endswith("legal: at most 125 characters, so that -s2 fits behind (--samples-per-prompt)")
+    assert ":1:id (xxx" in row.messages()[0]
+    assert row.messages()[0].endswith("legal: at most 125 characters, so that -s2 fits behind (--samples-per-prompt)")
     assert [status for status, _ in shown(plan({"id": "x" * 128}, samples=1))] == [TODO]
     assert [status for status, _ in shown(plan({"id": fits}, samples=11))] == [ILLEGAL]
 
@@ -129,7 +129,7 @@ def test_samples_are_done_and_fail_one_by_one(plan, tmp_path):
     rows = list(plan({"id": "a"}, {"prompt": "b"}).open())
     writer = DatasetWriter(Store(str(tmp_path / "out")))
     writer.write_index(rows[1].item_id, rows[1].request, RENDERED)
-    writer.write_failed(rows[5].item_id, rows[5].request, rows[5].row.raw, Failure("stage1", 1, "row", "nan"))
+    writer.write_failed(rows[5].item_id, rows[5].request, rows[5].raw, Failure("stage1", 1, "row", "nan"))
     done = list_existing(writer.store)
     again = list(plan({"id": "a"}, {"prompt": "b"}, existing=done).open())
     assert [p.status for p in again] == [TODO, "done", TODO, TODO, TODO, FAILED]

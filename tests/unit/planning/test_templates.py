@@ -16,7 +16,7 @@ from ltx_ray.dataset.existing import ExistingRows
 from ltx_ray.dataset.layout import row_key
 from ltx_ray.manifest.columns import COLUMNS, MAX_SEED
 from ltx_ray.manifest.reader import RawRow
-from ltx_ray.manifest.rules import RowRules, check_defaults, judge
+from ltx_ray.manifest.rules import IllegalRow, RowRules, check_defaults, judge
 from ltx_ray.planning.identity import ItemHasher, item_id
 from ltx_ray.planning.plan import ILLEGAL, ItemBuilder, Plan
 from ltx_ray.records import ImageCondition, LoraUse, Recipe, RenderRequest, canonical_json, plain
@@ -61,16 +61,15 @@ def test_rows_are_planned_as_each_would_be_by_itself(builder, rows, defaults, de
     raws = [RawRow("m.jsonl", n, values) for n, values in enumerate(rows, 1)]
     plan = Plan("", rules, builder, ExistingRows())
     # twice, so that every row also meets the template that it made itself
-    for raw, planned in zip(raws * 2, plan._rows(iter(raws * 2)), strict=True):
+    for raw, planned in zip(raws * 2, plan.rows(iter(raws * 2)), strict=True):
         expected = judge(raw, rules)
-        if expected.request is None:
-            assert planned.status == ILLEGAL and list(planned.messages) == expected.messages()
-            assert planned.item is None and planned.row == expected
+        if isinstance(expected, IllegalRow):
+            assert planned == expected
         elif planned.status == ILLEGAL:
-            assert "an id of its own" in planned.messages[0]
+            assert "an id of its own" in planned.messages()[0]
         else:
             item = builder.item(expected.request)
-            assert planned.item == item and planned.request == item.request and planned.row.raw == raw
+            assert planned.item == item and planned.request == item.request and planned.raw == raw
             assert planned.item_id == item.item_id == spelled_out(item.request, item.recipe)
             assert planned.id == item.request.id and planned.key == row_key(planned.id)
 
@@ -101,19 +100,19 @@ def test_an_identity_in_pieces_is_that_of_the_whole(prompt, seed, negative, scal
     expected = spelled_out(one, by, digests)
     assert item_id(one, by, digests) == expected
     other = RenderRequest(**{**vars(one), "prompt": "other", "seed": 1})
-    assert ItemHasher(other, by, digests).of(prompt, seed).hex() == expected
+    assert ItemHasher(other, by, digests).item_id_bytes(prompt, seed).hex() == expected
 
 
 def test_true_is_no_number_even_after_a_row_with_1(builder):
     rows = [{"prompt": "a", "video_skip_step": value} for value in (1, True, 1.0)]
     plan = Plan("", RowRules(), builder, ExistingRows())
-    statuses = [p.status for p in plan._rows(RawRow("m.jsonl", n, row) for n, row in enumerate(rows))]
+    statuses = [p.status for p in plan.rows(RawRow("m.jsonl", n, row) for n, row in enumerate(rows))]
     assert statuses == ["todo", ILLEGAL, "repeated"]
 
 
 def test_rows_of_one_template_share_what_they_do_not_differ_in(builder):
     raws = [RawRow("m.jsonl", n, {"prompt": f"clip {n}", "id": f"id-{n}", "seed": n, "note": n}) for n in range(9)]
-    items = [planned.item for planned in Plan("", RowRules(), builder, ExistingRows())._rows(iter(raws))]
+    items = [planned.item for planned in Plan("", RowRules(), builder, ExistingRows()).rows(iter(raws))]
     assert len({id(item.recipe) for item in items}) == 1
     assert [(i.request.prompt, i.request.id, i.request.seed, i.request.extra) for i in items] == [
         (f"clip {n}", f"id-{n}", n, f'{{"note": {n}}}') for n in range(9)
@@ -125,20 +124,20 @@ def test_rows_with_lists_share_templates_and_rows_with_images_have_none(builder)
     rules = RowRules(loras=(LoraUse("style", 1.0),))
     plan = Plan("", rules, builder, ExistingRows())
     raws = [RawRow("m.jsonl", n, {"prompt": f"clip {n}", **row}) for n, row in enumerate(rows)]
-    assert [p.item for p in plan._rows(iter(raws))] == [builder.item(judge(raw, rules).request) for raw in raws]
+    assert [p.item for p in plan.rows(iter(raws))] == [builder.item(judge(raw, rules).request) for raw in raws]
     assert len(plan._templates._templates) == 2
     image = RawRow("m.jsonl", 1, {"prompt": "a", "images": [{"path": "a.png"}]})
     assert plan._templates.match(image) is None and len(plan._templates._templates) == 2
 
 
-def test_more_templates_than_are_kept(builder, monkeypatch):
-    monkeypatch.setattr("ltx_ray.planning.templates._KEPT", 3)
+def test_more_templates_than_are_cached(builder, monkeypatch):
+    monkeypatch.setattr("ltx_ray.planning.templates._CACHED", 3)
     raws = [
         RawRow("m.jsonl", n, {"prompt": "a", "video_cfg_scale": n % 7, **({"height": 64} if n % 2 else {})})
         for n in range(28)
     ]
     plan = Plan("", RowRules(), builder, ExistingRows())
-    assert [p.item_id for p in plan._rows(iter(raws))] == [
+    assert [p.item_id for p in plan.rows(iter(raws))] == [
         builder.item(judge(r, RowRules()).request).item_id for r in raws
     ]
     assert len(plan._templates._templates) <= 3
@@ -154,10 +153,10 @@ def test_parquet_batches_and_row_groups_lose_no_row(builder, tmp_path, monkeypat
     table = pa.table({"prompt": prompts, "seed": pa.array([None if n % 3 else n % 80 for n in range(count)])})
     pq.write_table(table, path, row_group_size=30)
     planned = list(Plan(path, RowRules(), builder, ExistingRows()).open())
-    assert [p.row.raw.source for p in planned] == [f"{path}:{n}" for n in range(1, count + 1)]
+    assert [p.raw.source for p in planned] == [f"{path}:{n}" for n in range(1, count + 1)]
     assert [p.request.prompt for p in planned] == prompts
     first = {}
     for p in planned:
         assert (p.status == "repeated") == (p.item_id in first)
         first[p.item_id] = True
-    assert COLUMNS["seed"].name in planned[0].row.raw.values
+    assert COLUMNS["seed"].name in planned[0].raw.values

@@ -1,4 +1,4 @@
-"""Which figures of a benchmark count as worse than those recorded."""
+"""Which figures of a benchmark count as worse than the recorded ones."""
 
 from __future__ import annotations
 

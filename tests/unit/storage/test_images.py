@@ -97,7 +97,7 @@ class _Book:
 def plan_of(folder, rows):
     plan = Plan(str(folder / "m.jsonl"), RowRules(), _Book(), ExistingRows())
     rows = [{"prompt": "x", "num_frames": 9, **row} for row in rows]
-    return list(plan._rows(RawRow(str(folder / "m.jsonl"), n, row) for n, row in enumerate(rows, 1)))
+    return list(plan.rows(RawRow(str(folder / "m.jsonl"), n, row) for n, row in enumerate(rows, 1)))
 
 
 def test_an_item_is_known_by_its_images_bytes_not_their_path(tmp_path):
@@ -113,7 +113,7 @@ def test_an_unreadable_image_makes_its_row_illegal(tmp_path):
     (tmp_path / "a.png").write_bytes(encoded(gradient()))
     good, bad = plan_of(tmp_path, [{"images": [{"path": "a.png"}]}, {"images": [{"path": "none.png"}]}])
     assert (good.status, bad.status) == (TODO, ILLEGAL)
-    assert "m.jsonl:2:images: " in bad.messages[0] and "no such file" in bad.messages[0]
+    assert "m.jsonl:2:images: " in bad.messages()[0] and "no such file" in bad.messages()[0]
 
 
 def test_the_resolved_row_names_the_file_and_the_crf(tmp_path):
@@ -162,13 +162,13 @@ def test_why_an_image_in_an_object_store_makes_its_row_illegal(s3, bucket, monke
     paths = ["none.png", "secret/a.png", "large.png", f"{bucket}none/a.png", "secret"]
     plan = Plan("", RowRules(image_roots=(bucket, f"{bucket}none")), _Book(), ExistingRows())
     rows = [{"prompt": "x", "images": [{"path": path}]} for path in paths]
-    planned = list(plan._rows(RawRow(f"{bucket}/m/m.jsonl", n, row) for n, row in enumerate(rows, 1)))
+    planned = list(plan.rows(RawRow(f"{bucket}/m/m.jsonl", n, row) for n, row in enumerate(rows, 1)))
     assert [p.status for p in planned] == [ILLEGAL] * 5
     why = ["no such file", "ACCESS_DENIED", "over the limit", "no such file", "no such file"]
     for number, (row, path, reason) in enumerate(zip(planned, paths, why), 1):
         full = path if "://" in path else f"{bucket}/m/{path}"
         start = f"{bucket}/m/m.jsonl:{number}:images: '{full}', legal: an image that can be read ("
-        assert row.messages[0].startswith(start) and reason in row.messages[0]
+        assert row.messages()[0].startswith(start) and reason in row.messages()[0]
 
 
 def test_what_workers_say_of_an_image(s3, bucket, monkeypatch):

@@ -45,7 +45,7 @@ def _none_is_renewed_after_its_test(monkeypatch):
 
 
 def leave_lease(store: Store, **changes) -> None:
-    space = lease_module._pid_space()
+    space = lease_module._pid_namespace()
     entry = {"run_id": "other", "host": "elsewhere", "pid": 1, "pids": space, "expires": time.time() + 60, **changes}
     store.write_bytes("_lease.json", json.dumps(entry).encode())
 
@@ -76,8 +76,8 @@ def waits(store, monkeypatch) -> list[float]:
 def test_a_free_output_is_taken_and_given_back(store):
     lease = Lease(store, "mine")
     lease.acquire(pytest.fail)
-    assert holder(store)["run_id"] == "mine"
-    assert holder(store)["pid"] == os.getpid()
+    assert holder(store).run_id == "mine"
+    assert holder(store).pid == os.getpid()
     lease.release()
     assert holder(store) is None
     assert not store.exists("_lease.json")
@@ -89,7 +89,7 @@ def test_a_run_waits_for_another_and_says_so_once(store, waits):
     Lease(store, "mine").acquire(said.append)
     assert len(waits) == 3
     assert len(said) == 1 and "in use by run other on elsewhere" in said[0]
-    assert holder(store)["run_id"] == "mine"
+    assert holder(store).run_id == "mine"
 
 
 @pytest.mark.slow
@@ -102,12 +102,12 @@ def test_a_stale_lease_is_taken_over(store, stale):
     }[stale]
     leave_lease(store, **changes)
     Lease(store, "mine").acquire(pytest.fail)
-    assert holder(store)["run_id"] == "mine"
+    assert holder(store).run_id == "mine"
 
 
 def test_a_live_run_on_this_machine_holds_its_lease(store):
     leave_lease(store, host=socket.gethostname(), pid=os.getpid())
-    assert holder(store)["run_id"] == "other"
+    assert holder(store).run_id == "other"
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"expires": "soon", "pid": 1}', b"\xff"])
@@ -121,8 +121,8 @@ def test_a_thread_renews_the_lease_until_it_is_released(store, monkeypatch):
     monkeypatch.setattr(lease_module, "_RENEW_SECONDS", 0.05)
     lease = Lease(store, "mine")
     lease.acquire(pytest.fail)
-    before = holder(store)["expires"]
-    eventually(lambda: holder(store)["expires"] != before)
+    before = holder(store).expires
+    eventually(lambda: holder(store).expires != before)
     assert not lease.lost
     lease.release()
     time.sleep(0.2)
@@ -134,7 +134,7 @@ def test_releasing_leaves_the_lease_of_the_run_that_took_over(store):
     lease.acquire(pytest.fail)
     leave_lease(store)
     lease.release()
-    assert holder(store)["run_id"] == "other"
+    assert holder(store).run_id == "other"
 
 
 # --- two at once, and stores that do not answer ---------------------------------------------------
@@ -196,7 +196,7 @@ def test_a_lease_that_another_run_took_over_is_lost(store, monkeypatch):
     leave_lease(store)
     eventually(lambda: lease.lost)
     lease.release()
-    assert holder(store)["run_id"] == "other", "it is left to its holder"
+    assert holder(store).run_id == "other", "it is left to its holder"
 
 
 def test_a_lease_that_vanished_is_written_again(store, monkeypatch):
@@ -205,12 +205,12 @@ def test_a_lease_that_vanished_is_written_again(store, monkeypatch):
     lease.acquire(pytest.fail)
     store.delete("_lease.json")
     eventually(lambda: holder(store) is not None)
-    assert holder(store)["run_id"] == "mine" and not lease.lost
+    assert holder(store).run_id == "mine" and not lease.lost
     lease.release()
 
 
 def test_a_store_that_does_not_answer_is_not_a_free_output(tmp_path, monkeypatch):
-    store = Store(str(tmp_path), patience=0)
+    store = Store(str(tmp_path), retry_seconds=0)
     leave_lease(store)
 
     def silent(self, relative: str) -> bytes:
@@ -224,11 +224,11 @@ def test_a_store_that_does_not_answer_is_not_a_free_output(tmp_path, monkeypatch
 
 def test_a_store_that_fails_for_a_while_costs_no_lease(tmp_path, monkeypatch):
     monkeypatch.setattr(lease_module, "_RENEW_SECONDS", 0.05)
-    monkeypatch.setattr(lease_module, "_RENEW_PATIENCE", 0.0)
+    monkeypatch.setattr(lease_module, "_RENEW_RETRY_SECONDS", 0.0)
     store = Store(str(tmp_path))
     lease = Lease(store, "mine")
     lease.acquire(pytest.fail)
-    before, write, failed = holder(store)["expires"], Store.write_bytes, []
+    before, write, failed = holder(store).expires, Store.write_bytes, []
 
     def refuse(self, relative: str, data: bytes) -> None:
         failed.append(relative)
@@ -237,7 +237,7 @@ def test_a_store_that_fails_for_a_while_costs_no_lease(tmp_path, monkeypatch):
     monkeypatch.setattr(Store, "write_bytes", refuse)
     eventually(lambda: len(failed) > 2)
     monkeypatch.setattr(Store, "write_bytes", write)
-    eventually(lambda: holder(store)["expires"] != before)
+    eventually(lambda: holder(store).expires != before)
     assert not lease.lost
     lease.release()
 

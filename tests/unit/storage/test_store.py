@@ -1,4 +1,4 @@
-"""The store: whole files or none, listing, patience, and outputs that cannot be written."""
+"""The store: whole files or none, listing, retries, and outputs that cannot be written."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ def test_append(tmp_path):
 def test_listing(store):
     for name in ("index/b", "index/a", "index/sub/c", "other"):
         store.write_bytes(name, b"")
-    assert store.list("index") == ["a", "b"]
-    assert store.list("index", recursive=True) == ["a", "b", "c"]
-    assert store.list("none") == []
-    assert store.list("") == ["other"]
+    assert store.list_names("index") == ["a", "b"]
+    assert store.list_names("index", recursive=True) == ["a", "b", "c"]
+    assert store.list_names("none") == []
+    assert store.list_names("") == ["other"]
 
 
 def test_publish_to_an_object_store(bucket, tmp_path):
@@ -82,7 +82,7 @@ def test_publish_moves_the_finished_file(tmp_path):
 
 @pytest.mark.parametrize("action", ["write", "publish"])
 def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, action):
-    store = Store(str(tmp_path / "out"), patience=0)
+    store = Store(str(tmp_path / "out"), retry_seconds=0)
     store.write_bytes("x", b"old")
     source = tmp_path / "source"
     source.write_bytes(b"new")
@@ -117,7 +117,7 @@ def test_an_output_that_cannot_be_written(tmp_path, place):
 
 def test_an_object_store_that_cannot_be_written(bucket):
     Store(f"{bucket}/out").check_writable()
-    assert Store(bucket).list("", recursive=True) == []
+    assert Store(bucket).list_names("", recursive=True) == []
     with pytest.raises(ValueError, match=f"--output: {bucket}none/out, cannot be written .*NO_SUCH_BUCKET"):
         Store(f"{bucket}none/out").check_writable()
 
@@ -125,7 +125,7 @@ def test_an_object_store_that_cannot_be_written(bucket):
 def test_keys_stand_in_a_uri_as_they_are(bucket):
     Store(bucket).write_bytes("a b/100%25#é.txt", b"1")
     assert Store(f"{bucket}/a b/100%25#é.txt").read_bytes("") == b"1"
-    assert Store(f"{bucket}/a b").list("") == ["100%25#é.txt"]
+    assert Store(f"{bucket}/a b").list_names("") == ["100%25#é.txt"]
 
 
 def test_options_of_a_uri(s3, bucket, monkeypatch):
@@ -195,7 +195,7 @@ def test_of_several_who_create_a_file_one_is_told_so(tmp_path):
     assert store.read_bytes("x") == b"first" and names(tmp_path) == ["out/x"]
 
 
-# --- patience ------------------------------------------------------------------------------------
+# --- retries -------------------------------------------------------------------------------------
 
 
 class Clock:
@@ -239,10 +239,10 @@ def test_what_may_pass_is_tried_again_with_longer_waits(clock):
     assert len(set(clock.waits)) == 8, "without jitter, throttled workers come back together"
 
 
-def test_patience_ends_in_an_error_that_says_what_was_tried(clock):
+def test_retries_end_in_an_error_that_says_what_was_tried(clock):
     with pytest.raises(OSError) as caught:
         RetryPolicy("s3://b/out", 30, clock, clock.wait)("writing", "index/x", failing(10**6))
-    assert clock.now == pytest.approx(30), "the last try is at the end of the patience, not after it"
+    assert clock.now == pytest.approx(30), "the last try is at the end of the time, not after it"
     tries = len(clock.waits) + 1
     assert str(caught.value) == (
         f"s3://b/out: writing index/x failed (tried {tries} times in 30 s): "
@@ -289,7 +289,7 @@ def test_what_may_pass(error):
 
 
 def test_a_full_disk_is_waited_for_and_leaves_nothing_half_written(tmp_path, clock, monkeypatch):
-    store = Store(str(tmp_path / "out"), patience=60, clock=clock, wait=clock.wait)
+    store = Store(str(tmp_path / "out"), retry_seconds=60, clock=clock, wait=clock.wait)
     store.append_text("log", "one\n")
     store.write_bytes("x", b"old")
     full, real, there = [3], os.fsync, b"old"
@@ -321,7 +321,7 @@ def test_a_line_that_was_cut_by_a_full_disk_is_not_in_the_file_twice(tmp_path, c
     import resource
     import signal
 
-    store = Store(str(tmp_path), patience=5, clock=clock, wait=clock.wait)
+    store = Store(str(tmp_path), retry_seconds=5, clock=clock, wait=clock.wait)
     store.append_text("log", "one\n")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -333,7 +333,7 @@ def test_a_line_that_was_cut_by_a_full_disk_is_not_in_the_file_twice(tmp_path, c
         if mends:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    store = Store(str(tmp_path), patience=5, clock=clock, wait=wait)
+    store = Store(str(tmp_path), retry_seconds=5, clock=clock, wait=wait)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (6, hard))
         if mends:

@@ -1,4 +1,4 @@
-"""Random schedules of mishaps on a real Ray cluster, drawn from a seed; also what `scripts/chaos` runs."""
+"""Random schedules of failures on a real Ray cluster, each drawn from a seed. `scripts/chaos` runs this module."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from pathlib import Path
 
 from ltx_ray.config import RunLimits
 from ltx_ray.placement.sizing import ParallelConfig
-from tests.support.local_cluster import SIZE, Driver, Job, World, wait_for
+from tests.support.local_cluster import SIZE, Driver, Job, LocalCluster, wait_for
 
 KINDS = ("rank", "leader", "raylet", "driver", "sigterm")
 ENGINES = ("toy", "fake")
 _ROWS = 6
 _NO_GUIDANCE = {"cfg": 1.0, "stg": 0.0, "modality": 1.0}
-#: Two steps, and one pass of the model a step instead of four.
+#: Two steps, each with one pass of the model instead of four.
 _QUICK = {
     "num_inference_steps": 2,
     **{f"{av}_{what}_scale": value for av in ("video", "audio") for what, value in _NO_GUIDANCE.items()},
@@ -31,10 +31,10 @@ _CALLS = 20
 
 @dataclass
 class Outcome:
-    """What one schedule did and what was wrong afterwards."""
+    """What happened in one schedule, and what was wrong afterwards."""
 
     seed: int
-    mishaps: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
     lost: int = 0
     retries: int = 0
     rows: int = 0
@@ -43,47 +43,47 @@ class Outcome:
 
 
 class Trials:
-    """Schedules with one engine on one cluster, each held against the bits of a run that nothing disturbed."""
+    """Schedules with one engine on one cluster, each compared bit for bit with an undisturbed run."""
 
-    def __init__(self, world: World, engine: str, folder: Path, tp: int = 2):
+    def __init__(self, cluster: LocalCluster, engine: str, folder: Path, tp: int = 2):
         assert engine in ENGINES, engine
-        self._world, self._fake, self._folder, self._tp = world, engine == "fake", folder, tp
+        self._cluster, self._fake, self._folder, self._tp = cluster, engine == "fake", folder, tp
         orders = "[[stage1:big]] [[stage1:slow:0.3]] [[stage2:slow:0.2]]" if self._fake else "a ball, take"
         quick = {} if self._fake else _QUICK
         self._rows = [{"id": f"r{n}", "prompt": f"{orders} {n}", "seed": n, **SIZE, **quick} for n in range(_ROWS)]
-        quiet = Job(world, folder / "quiet")
-        self._start(quiet, self._rows).ends(0, 300)
-        index = quiet.out.index()
+        undisturbed = Job(cluster, folder / "undisturbed")
+        self._start(undisturbed, self._rows).ends(0, 300)
+        index = undisturbed.out.index()
         self.expected = {name: row["latents_sha256"] for name, row in index.items()}
         assert len(set(self.expected.values())) == _ROWS
-        assert quiet.check(self.expected, self.expected) == []
+        assert undisturbed.check(self.expected, self.expected) == []
 
-    def _mishaps(self, draw: random.Random) -> int:
+    def _count_failures(self, draw: random.Random) -> int:
         return draw.randint(2, 3) if self._tp > 1 else 2
 
     def _start(self, job: Job, rows: list[dict]) -> Driver:
-        # with the toy model torch loads in every rank: stages that share them load it half as often
+        # Every rank with the toy model imports torch; sharing replicas between the stages halves their number.
         parallel = ParallelConfig(tp=self._tp) if self._fake else ParallelConfig(tp=self._tp, stage1=1, stage2=0)
         return job.start(
             rows, parallel=parallel, fake=self._fake, dtype="float32", limits=RunLimits(max_attempts=6, call_timeout=60)
         )
 
     def run(self, seed: int) -> Outcome:
-        """One schedule: rows, mishaps and their moments drawn from `seed`."""
-        self._world.heal()
+        """Run one schedule, whose rows, failures and times are drawn from `seed`."""
+        self._cluster.heal()
         draw, began = random.Random(seed), time.monotonic()
         rows = self._rows[: draw.randint(_ROWS - 1, _ROWS)]
-        moments = sorted((draw.randrange(_CALLS), draw.random() / 2) for _ in range(self._mishaps(draw)))
-        # drawn before anything runs, so that a seed is the same mishaps whatever there is to strike
-        mishaps = [(*moment, draw.choice(KINDS), draw.random()) for moment in moments]
-        job, outcome = Job(self._world, self._folder / f"seed-{seed}"), Outcome(seed)
+        moments = sorted((draw.randrange(_CALLS), draw.random() / 2) for _ in range(self._count_failures(draw)))
+        # Drawn before anything runs, so that a seed always means the same failures, whatever the targets.
+        failures = [(*moment, draw.choice(KINDS), draw.random()) for moment in moments]
+        job, outcome = Job(self._cluster, self._folder / f"seed-{seed}"), Outcome(seed)
         try:
             driver = self._start(job, rows)
-            for calls, pause, kind, which in mishaps:
-                if self._come(job, driver, kind, calls):
+            for calls, pause, kind, which in failures:
+                if self._wait_for_failure(job, driver, kind, calls):
                     time.sleep(pause)
-                    outcome.mishaps.append(f"{kind}@{calls}")
-                    driver = self._strike(job, driver, kind, which, rows)
+                    outcome.failures.append(f"{kind}@{calls}")
+                    driver = self._cause(job, driver, kind, which, rows)
             if (code := driver.wait(300)) != 0:
                 outcome.wrong.append(f"exit {code}:\n{driver.log}")
             outcome.lost = len(job.out.events("gang_lost", every_run=True))
@@ -97,47 +97,47 @@ class Trials:
         outcome.seconds = time.monotonic() - began
         return outcome
 
-    def _come(self, job: Job, driver: Driver, kind: str, calls: int) -> bool:
-        """Wait for a mishap's moment, and for something to strike; False when the run is over before."""
+    def _wait_for_failure(self, job: Job, driver: Driver, kind: str, calls: int) -> bool:
+        """Wait until `calls` calls have ended and the failure has a target. False when the run ends before."""
 
-        def now() -> bool:
-            there = kind in ("driver", "sigterm") or self._targets(job, kind)
-            return not driver.running or (len(job.out.events("call", every_run=True)) >= calls and bool(there))
+        def due() -> bool:
+            target = kind in ("driver", "sigterm") or self._targets(job, kind)
+            return not driver.running or (len(job.out.events("call", every_run=True)) >= calls and bool(target))
 
-        wait_for(now, f"{calls} calls and a {kind}", 300)
+        wait_for(due, f"{calls} calls and a {kind}", 300)
         return driver.running
 
     def _targets(self, job: Job, kind: str) -> list[dict]:
-        """Ranks of gangs that are up: leaders are those of gangs of several, where there are such."""
+        """The ranks of living gangs; as leaders, with `tp` above 1, only those of gangs with several ranks."""
         gone = {e["replica"] for what in ("gang_lost", "gang_given_back") for e in job.out.events(what)}
         gangs = [e for e in job.out.events("gang_started") if e["replica"] not in gone]
         if kind == "leader" and self._tp > 1:
             return [gang["ranks"][0] for gang in gangs if len(gang["ranks"]) > 1]
-        nodes = set(self._world.nodes())
+        nodes = set(self._cluster.nodes())
         return [rank for gang in gangs for rank in gang["ranks"] if rank["node"] in nodes]
 
-    def _strike(self, job: Job, driver: Driver, kind: str, which: float, rows: list[dict]) -> Driver:
-        """Returns the driver that goes on."""
+    def _cause(self, job: Job, driver: Driver, kind: str, which: float, rows: list[dict]) -> Driver:
+        """Cause the failure. Returns the driver that runs afterwards."""
         if kind in ("driver", "sigterm"):
             if kind == "driver":
                 driver.kill()
             else:
                 driver.signal(signal.SIGTERM)
             code = driver.wait(60)
-            # -15: asked to end before it had begun; 0: it had just finished
+            # -15 means that it got SIGTERM before it had a handler; 0, that it had just finished.
             assert code in (-signal.SIGKILL, -signal.SIGTERM, 4, 0), f"exit {code}:\n{driver.log}"
             return driver if code == 0 else self._start(job, rows)
         if targets := self._targets(job, kind):
             target = targets[int(which * len(targets))]
             if kind == "raylet":
-                self._world.remove_node(target["node"])
+                self._cluster.remove_node(target["node"])
                 time.sleep(which)
-                self._world.heal()
+                self._cluster.heal()
             else:
                 try:
                     os.kill(target["pid"], signal.SIGKILL)
                 except ProcessLookupError:
-                    pass  # its run has ended in the same moment
+                    pass  # its run ended at the same moment
         return driver
 
 
@@ -145,22 +145,26 @@ _ROW = "{:>6}  {:<38} {:>5} {:>8} {:>5}  {:<10} {:<6} {:>8}"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="scripts/chaos", description="Random mishaps on a cluster of four nodes.")
-    parser.add_argument("--schedules", type=int, default=20, help="how many (default: 20)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first; the others count on from it (default: 0)")
-    parser.add_argument("--engine", choices=ENGINES, default="toy", help="the toy model, or none (default: toy)")
-    parser.add_argument("--tp", type=int, default=2, help="ranks of a replica (default: 2)")
-    asked = parser.parse_args()
-    world, violations = World(), 0
+    parser = argparse.ArgumentParser(prog="scripts/chaos", description="Random failures on a cluster of four nodes.")
+    parser.add_argument("--schedules", type=int, default=20, help="number of schedules (default: 20)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the first schedule; the others count up from it (default: 0)"
+    )
+    parser.add_argument(
+        "--engine", choices=ENGINES, default="toy", help="the toy model or the fake engine (default: toy)"
+    )
+    parser.add_argument("--tp", type=int, default=2, help="ranks in a replica (default: 2)")
+    arguments = parser.parse_args()
+    cluster, violations = LocalCluster(), 0
     try:
         with tempfile.TemporaryDirectory(prefix="ltx-ray-chaos-") as folder:
-            trials = Trials(world, asked.engine, Path(folder), asked.tp)
+            trials = Trials(cluster, arguments.engine, Path(folder), arguments.tp)
             print(_ROW.format("seed", "events (at call)", "lost", "retries", "rows", "equal bits", "leaks", "seconds"))
-            for seed in range(asked.seed, asked.seed + asked.schedules):
+            for seed in range(arguments.seed, arguments.seed + arguments.schedules):
                 outcome = trials.run(seed)
                 other = sum("latents" in what for what in outcome.wrong)
                 leaks = sum(what.startswith(("actor", "placement", "process", "file")) for what in outcome.wrong)
-                events = ", ".join(outcome.mishaps) or "none in time"
+                events = ", ".join(outcome.failures) or "none in time"
                 print(
                     _ROW.format(
                         seed, events, outcome.lost, outcome.retries, outcome.rows, "no" if other else "yes",
@@ -172,8 +176,8 @@ def main() -> int:
                     print(f"        {what}", flush=True)
                 violations += bool(outcome.wrong)
     finally:
-        world.close()
-    print(f"{asked.schedules} schedules with the {asked.engine} engine, {violations} with a violation")
+        cluster.close()
+    print(f"{arguments.schedules} schedules with the {arguments.engine} engine, {violations} with a violation")
     return 1 if violations else 0
 
 

@@ -28,11 +28,11 @@ def _offset(batch, frame, pixel, channel, frames, area, CHANNELS: tl.constexpr, 
 
 @triton.jit(do_not_specialize=["frames", "height", "width"])
 def _finish_sum_kernel(
-    y, bias, x, kept, padded, frames, height, width, eps,
+    y, bias, x, sum_out, padded, frames, height, width, eps,
     CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_Q: tl.constexpr, S_T: tl.constexpr, S_H: tl.constexpr,
-    S_W: tl.constexpr, WIDTH_FIRST: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, KEEP: tl.constexpr,
+    S_W: tl.constexpr, WIDTH_FIRST: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, WRITE_SUM: tl.constexpr,
     PAD: tl.constexpr, LEAD: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr, LAST: tl.constexpr,
-    KEEP_LAST: tl.constexpr, ALIGN: tl.constexpr,
+    SUM_LAST: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     S: tl.constexpr = S_T * S_H * S_W
     frame = tl.program_id(1)
@@ -67,9 +67,9 @@ def _finish_sum_kernel(
         in_frame = in_frame & (out_frame >= 0)[:, None]
     out_frame, out_pixel = out_frame[:, None], out_pixel[:, None]
 
-    if KEEP:
-        at = _offset(batch, out_frame, out_pixel, channel, out_frames, out_area, CHANNELS, KEEP_LAST)
-        tl.store(kept + at, sum32.to(kept.dtype.element_ty), mask=in_frame)
+    if WRITE_SUM:
+        at = _offset(batch, out_frame, out_pixel, channel, out_frames, out_area, CHANNELS, SUM_LAST)
+        tl.store(sum_out + at, sum32.to(sum_out.dtype.element_ty), mask=in_frame)
     if PAD:
         if NORM:
             sum32 *= tl.rsqrt(tl.sum(sum32 * sum32, axis=1) / CHANNELS + eps)[:, None]
@@ -99,10 +99,10 @@ def finish_sum(total: ConvSum, outputs: SumOutputs) -> tuple[torch.Tensor | None
 
     s_t, s_h, s_w = total.factors
     size = (batch, channels, frames * s_t - (s_t - 1), height * s_h, width * s_w)
-    kept = padded = None
-    if outputs.keep is not None:
-        in_place = expansion == 1 and outputs.keep == outputs.layout
-        kept = y if in_place else torch.empty(size, dtype=y.dtype, device=y.device, memory_format=outputs.keep)
+    sum_out = padded = None
+    if outputs.sum_layout is not None:
+        in_place = expansion == 1 and outputs.sum_layout == outputs.layout
+        sum_out = y if in_place else torch.empty(size, dtype=y.dtype, device=y.device, memory_format=outputs.sum_layout)
     lead, tail = outputs.pads or (0, 0)
     if outputs.pads is not None:
         size = (*size[:2], size[2] + lead + tail, *size[3:])
@@ -114,12 +114,12 @@ def finish_sum(total: ConvSum, outputs: SumOutputs) -> tuple[torch.Tensor | None
     block_q = max(_TILE // block_c, min_rows, triton.next_power_of_2(expansion))
     _finish_sum_kernel[(triton.cdiv(height * width * expansion, block_q), frames, batch)](
         y, y if total.bias is None else total.bias, y if x is None else x,
-        y if kept is None else kept, y if padded is None else padded,
+        y if sum_out is None else sum_out, y if padded is None else padded,
         frames, height, width, 0.0 if outputs.eps is None else outputs.eps,
         CHANNELS=channels, BLOCK_C=block_c, BLOCK_Q=block_q, S_T=s_t, S_H=s_h, S_W=s_w,
-        WIDTH_FIRST=total.width_first, BIAS=total.bias is not None, RESIDUAL=x is not None, KEEP=kept is not None,
-        PAD=padded is not None, LEAD=lead, TAIL=tail, NORM=outputs.eps is not None, LAST=last,
-        KEEP_LAST=outputs.keep == torch.channels_last_3d,
+        WIDTH_FIRST=total.width_first, BIAS=total.bias is not None, RESIDUAL=x is not None,
+        WRITE_SUM=sum_out is not None, PAD=padded is not None, LEAD=lead, TAIL=tail, NORM=outputs.eps is not None,
+        LAST=last, SUM_LAST=outputs.sum_layout == torch.channels_last_3d,
         ALIGN=16 if not last and height * width % 16 == 0 else 1, num_warps=8 if block_c * block_q > _TILE else 4,
     )  # fmt: skip
-    return kept, padded
+    return sum_out, padded

@@ -30,13 +30,13 @@ class ConvSum:
 class SumOutputs:
     """What is made of a sum whose tensors have the memory format `layout`.
 
-    keep: the memory format in which the sum itself is returned, rounded, or None. pads: how often the first and the
-    last frame are repeated before and after the input of the next convolution, None when there is none. eps: that input
-    also gets an RMS norm over the channels and SiLU.
+    sum_layout: the memory format in which the sum itself is returned, rounded, or None. pads: how often the first and
+    the last frame are repeated before and after the input of the next convolution, None when there is none. eps: that
+    input also gets an RMS norm over the channels and SiLU.
     """
 
     layout: torch.memory_format
-    keep: torch.memory_format | None = None
+    sum_layout: torch.memory_format | None = None
     pads: tuple[int, int] | None = None
     eps: float | None = None
 
@@ -60,12 +60,12 @@ def finish_sum(total: ConvSum, outputs: SumOutputs) -> tuple[torch.Tensor | None
     else:
         sum32 = sum32.unflatten(1, (-1, s_t, s_h, s_w))
     sum32 = sum32.permute(0, 1, 5, 2, 6, 3, 7, 4).flatten(6, 7).flatten(4, 5).flatten(2, 3)[:, :, s_t - 1 :]
-    kept = sum32.to(total.y.dtype).contiguous(memory_format=outputs.keep) if outputs.keep else None
+    sum_out = sum32.to(total.y.dtype).contiguous(memory_format=outputs.sum_layout) if outputs.sum_layout else None
     if outputs.pads is None:
-        return kept, None
+        return sum_out, None
     if outputs.eps is not None:
         sum32 = F.silu(sum32 * torch.rsqrt(sum32.square().mean(1, keepdim=True) + outputs.eps))
     before, after = outputs.pads
     first, last = sum32[:, :, :1].expand(-1, -1, before, -1, -1), sum32[:, :, -1:].expand(-1, -1, after, -1, -1)
     padded = torch.cat((first, sum32, last), dim=2)
-    return kept, padded.to(total.y.dtype).contiguous(memory_format=outputs.layout)
+    return sum_out, padded.to(total.y.dtype).contiguous(memory_format=outputs.layout)

@@ -65,21 +65,21 @@ class _FusedForward:
         assert temb is None
         total, residual = ConvSum(latents.contiguous(memory_format=self.layout)), None
         for step in self.steps:
-            keep, pads = self.layout if step.starts_residual else None, step.pads(causal or self.causal)
-            kept, padded = self.finish_sum(total, SumOutputs(self.layout, keep, pads, step.eps))
+            sum_layout, pads = self.layout if step.starts_residual else None, step.pads(causal or self.causal)
+            sum_out, padded = self.finish_sum(total, SumOutputs(self.layout, sum_layout, pads, step.eps))
             # Tensors are freed once they are read. Of their size, three exist at once, with the convolution's result.
             del total
             if step.starts_residual:
-                residual = kept
+                residual = sum_out
             conv = step.conv.conv
             y = conv._conv_forward(padded, conv.weight, None).contiguous(memory_format=self.layout)
             x = residual if step.ends_residual else None
             total = ConvSum(y, conv.bias, x, step.factors, step.width_first)
-            del kept, padded, y, x
+            del sum_out, padded, y, x
             if step.ends_residual:
                 residual = None
         # The blending of tiles, which follows, reads whole frames.
-        pixels, _ = self.finish_sum(total, SumOutputs(self.layout, keep=torch.contiguous_format))
+        pixels, _ = self.finish_sum(total, SumOutputs(self.layout, sum_layout=torch.contiguous_format))
         assert pixels is not None
         return pixels
 

@@ -53,7 +53,7 @@ class TextEngine:
             weights, dtype=self.dtype, output_loading_info=True
         )
         whole, report = loaded
-        # transformers initialises weights that it does not find with random numbers.
+        # Transformers initialises weights that it does not find with random numbers.
         if missing := sorted(key for key in report["missing_keys"] if "language_model" in key):
             raise ValueError(f"{weights}: Gemma: {len(missing)} missing keys: {', '.join(missing[:10])}")
         # The vision tower is never used.

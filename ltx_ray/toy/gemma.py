@@ -162,7 +162,7 @@ def files(s: ToyShape) -> dict[str, dict]:
 
 def draw_weights(draw: Draw, s: ToyShape) -> None:
     """Draw the text model, and a vision tower just large enough for the class to load."""
-    dim, head_dim, wide = s.gemma_hidden, s.gemma_hidden // s.gemma_heads, 2 * s.gemma_hidden
+    dim, head_dim, hidden = s.gemma_hidden, s.gemma_hidden // s.gemma_heads, 2 * s.gemma_hidden
 
     def matrix(key: str, n_out: int, n_in: int, gain: float = 1.0) -> None:
         draw.vector(f"{key}.weight", (n_out, n_in), gain / math.sqrt(n_in))
@@ -178,9 +178,9 @@ def draw_weights(draw: Draw, s: ToyShape) -> None:
         matrix(f"{block}self_attn.o_proj", dim, s.gemma_heads * head_dim)
         for name in ("q", "k"):
             draw.vector(f"{block}self_attn.{name}_norm.weight", (head_dim,), 0.2)
-        matrix(f"{block}mlp.gate_proj", wide, dim)
-        matrix(f"{block}mlp.up_proj", wide, dim)
-        matrix(f"{block}mlp.down_proj", dim, wide)
+        matrix(f"{block}mlp.gate_proj", hidden, dim)
+        matrix(f"{block}mlp.up_proj", hidden, dim)
+        matrix(f"{block}mlp.down_proj", dim, hidden)
     draw.vector("language_model.model.norm.weight", (dim,), 0.2)
 
     eye, top = _VISION["hidden_size"], "vision_tower.vision_model."

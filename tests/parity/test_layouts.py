@@ -50,8 +50,8 @@ def _rank(rank: int, world: int, port: int, spec: EngineSpec, item, conditions, 
             engine = DiffusionEngine(replace(spec, layout=divided), Rank(rank, world))
             engine.load()
             if engine.mesh.peers.size > 1:
-                # The clean weights of the second stage's merge come from all ranks, each keeping a share. Only
-                # rank 0 has room for more, and must not choose_location otherwise than the others.
+                # Each rank caches a share of the clean weights, from which stage 2 is merged. Only rank 0 has memory
+                # for more, and must choose as the others do.
                 share = engine.merger._clean.total_bytes // engine.mesh.peers.size
                 engine.merger.cache_sources(0, FreeMemory(share * (100 if rank == 0 else 1), 0), factors="file")
                 assert engine.merger.clean_weights == "gang"

@@ -1,8 +1,8 @@
 """H.264 and AAC encoded into one mp4 as frames arrive. No torch: frames are I420 bytes, sound is float32 samples.
 
-Source of the settings: docs/ltx-2.3.md#encoding; `ltx_pipelines/utils/media_io/encode.py` and `color/audio_mux.py` of
-the reference v1.2.0 (libx264 veryfast, CRF 19). The frame rate stays a fraction, where the reference truncates it to a
-whole number.
+Source of the settings: docs/ltx-2.3.md#encoding; `ltx_pipelines/utils/media_io/encode.py` and
+`ltx_core/color/audio_mux.py` of the reference v1.2.0 (libx264 veryfast, CRF 19). The frame rate stays a fraction, where
+the reference truncates it to a whole number.
 """
 
 from __future__ import annotations

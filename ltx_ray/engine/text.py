@@ -1,7 +1,7 @@
 """The text engine: prompts through Gemma and the connectors, and images through the video encoder.
 
 Every prompt is encoded alone, padded to one fixed size, so that its context does not depend on the prompts beside it.
-Source: docs/ltx-2.3.md#text; `tokenizer.py`, `base_encoder.py` and `embeddings_processor.py` in
+Source: docs/ltx-2.3.md#text; `tokenizer.py`, `encoders/base_encoder.py` and `embeddings_processor.py` in
 `ltx_core/text_encoders/gemma/` of the reference v1.2.0.
 """
 

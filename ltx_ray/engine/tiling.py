@@ -1,6 +1,6 @@
 """How the video decoder's work is cut into overlapping tiles and blended.
 
-Source: docs/ltx-2.3.md#upsampling-and-decoding; `tiling.py` and `video_vae.py` in `ltx_core/model/video_vae/` and
+Source: docs/ltx-2.3.md#upsampling-and-decoding; `ltx_core/tiling.py`, `ltx_core/model/video_vae/video_vae.py` and
 `ltx_pipelines/utils/helpers.py` of the reference v1.2.0, whose automatic tiles for the convolutional decoder are the
 first of LADDER. The others are ours, for when memory does not suffice.
 """

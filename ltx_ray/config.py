@@ -1,4 +1,4 @@
-"""Everything about a run that does not change pixels, and the spec that engines are built from."""
+"""Settings of a run: model files, numerics, limits and selection, and the specs of its pools and engines."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from ltx_ray.stages import Stage
 
-#: FlashAttention-3 by the modules that have it: the package fa3-fwd, and a build from its source.
+#: Modules that provide FlashAttention-3: that of the package fa3-fwd, and that of a build from source.
 FA3_MODULES = ("fa3_fwd_interface", "flash_attn_interface")
 
 
@@ -22,15 +22,18 @@ class LoraSpec:
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Where the model's files are. `provider` names a function (`module:function`) that makes them
-    available on a node and returns the paths there; it is called wherever the files are needed."""
+    """Paths of the model's files.
+
+    `provider` names a function (`module:function`) that makes the files available on a node and returns their paths
+    there by field name. It is called on every node that needs the files.
+    """
 
     checkpoint_path: str
     gemma_root: str
     spatial_upsampler_path: str
     distilled_lora: str | None = None
     loras: tuple[LoraSpec, ...] = ()
-    #: Whether the checkpoint is the distilled one, which serves the distilled pipeline alone.
+    #: Whether the checkpoint is the distilled one, which serves only the distilled pipeline.
     distilled: bool = False
     provider: str | None = None
 
@@ -44,22 +47,40 @@ class ModelFiles:
 
 
 @dataclass(frozen=True)
-class Numerics:
-    """How the arithmetic is done, resolved once a run by the driver and recorded with every clip."""
+class RecipeNumerics:
+    """The part of the numerics that belongs to an item's recipe, and so to its item_id."""
 
     dtype: str = "bfloat16"
+    #: Format of the DiT's linear layers: "bf16" or "fp8".
     precision: str = "bf16"
+    #: Where noise is drawn: "model" (on the model's own device) or "cpu".
     noise_device: str = "model"
+
+
+@dataclass(frozen=True)
+class RequestedNumerics(RecipeNumerics):
+    """How a user wants the arithmetic done. `placement.numerics.resolve` replaces each "auto"."""
+
+    device: str = "auto"
+    attention: str = "auto"
+    compile: str = "auto"
+
+
+@dataclass(frozen=True)
+class Numerics(RecipeNumerics):
+    """How the arithmetic is done: resolved by the driver, once a run, and recorded with every clip."""
+
     device: str = "cpu"
     attention: str = "sdpa"
     guidance_batching: int = 1
+    #: Padded length of a prompt, and the number of prompts in one text batch.
     text_tokens: int = 1024
     text_batch: int = 1
     compile: str = "off"
-    #: Ranks that share a stage-1 replica's weights, those of stage 2, those that share its guidance passes,
-    #: and those that share stage 2's tokens.
+    #: Ranks that share the weights of a stage-1 replica and of a stage-2 replica.
     tp: int = 1
     stage2_tp: int = 1
+    #: Groups of `tp` ranks that share the guidance passes of stage 1, and groups that share the tokens of stage 2.
     guidance_parallel: int = 1
     sequence_parallel: int = 1
 
@@ -74,16 +95,17 @@ class GangLayout:
     #: Groups of `tp` ranks that share the guidance passes of stage 1, and that share the tokens of stage 2.
     guidance_parallel: int = 1
     sequence_parallel: int = 1
-    #: Whether the gang is certain to alternate between the diffusion stages, so that it prepares for switches at once.
+    #: Whether the gang is certain to alternate between the diffusion stages. It then prepares for switches at once.
     alternates: bool = False
-    #: Whether text and decode have ranks on the same cards.
+    #: Whether replicas of text and decode run on the same GPUs.
     shared_card: bool = False
 
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """What a pool's engine is made of; travels to the rank actors."""
+    """What an engine is built from; it is sent to the rank actors."""
 
+    #: Dotted path of the engine class, `module:class`.
     engine: str
     model: ModelFiles
     numerics: Numerics
@@ -95,9 +117,10 @@ class EngineSpec:
 
 @dataclass(frozen=True)
 class PoolSpec:
-    """One pool: `roles` lists the stages its replicas serve (two when stages share replicas)."""
+    """One pool of replicas."""
 
     name: str
+    #: The stages that its replicas serve, the one that they begin with first.
     roles: tuple[Stage, ...]
     replicas: int
     ranks: int
@@ -108,22 +131,29 @@ class PoolSpec:
 
 @dataclass(frozen=True)
 class RunLimits:
-    """Bounds the driver keeps. Times in seconds."""
+    """Limits that the driver enforces. Times in seconds."""
 
+    #: Attempts at a row before it fails.
     max_attempts: int = 3
+    #: Items that wait before a stage, for each of its replicas.
     queue_depth: int = 4
+    #: Time for a replica to start, and for one call of a stage.
     start_timeout: float = 1800.0
     call_timeout: float = 7200.0
+    #: The run drains when a larger fraction of its rows has failed.
     max_failed_fraction: float | None = None
+    #: The run drains when its replicas have used so many GPU hours.
     max_gpu_hours: float | None = None
-    #: What the decode pool has to finish its clips when the run is told to stop.
+    #: Time for the decode pool to finish its clips when the run is told to stop.
     grace: float = 20.0
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which rows of the manifest this run takes."""
+    """The rows of the manifest that a run takes. None selects every row."""
 
+    #: The first so many rows.
     limit: int | None = None
     ids: frozenset[str] | None = None
+    #: (I, N): every N-th row, beginning with row I; rows are counted from 0.
     shard: tuple[int, int] | None = None

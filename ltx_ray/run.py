@@ -1,20 +1,16 @@
-"""One run from end to end: model and plan checked, cluster joined, driver run, records written."""
+"""One run from end to end: what was asked for is checked, rows are planned, driven over a cluster and recorded."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
-import importlib.metadata
-import json
-import os
 import secrets
-import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from enum import IntEnum
 from typing import Any
 
-import ltx_ray
 from ltx_ray.checkpoints.checkpoint import (
     Checkpoint,
     check_gemma,
@@ -24,20 +20,25 @@ from ltx_ray.checkpoints.checkpoint import (
     open_checkpoint,
 )
 from ltx_ray.checkpoints.lora import check_lora
-from ltx_ray.config import ModelFiles, Numerics, PoolSpec, RunLimits, Selection
-from ltx_ray.dataset import layout
+from ltx_ray.config import EngineSpec, ModelFiles, Numerics, RequestedNumerics, RunLimits, Selection
 from ltx_ray.dataset.existing import ExistingRows, list_existing
 from ltx_ray.dataset.repair import repair
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.driver.events import EventLog
+from ltx_ray.driver.loop import Driver, JoinedCluster
 from ltx_ray.driver.progress import Progress
+from ltx_ray.driver.publisher import Publisher
+from ltx_ray.driver.run_record import RunRecord, keep_older_run, recorded_counts
+from ltx_ray.driver.signals import DrainSignals
+from ltx_ray.driver.tracker import RowTracker
 from ltx_ray.manifest.reader import RawRow, manifest_folder
-from ltx_ray.manifest.rules import IllegalRow, RowProblem, RowRules, check_defaults, judge
-from ltx_ray.placement.cluster import Cluster
-from ltx_ray.placement.memory import MemoryBudget, can_share
+from ltx_ray.manifest.rules import IllegalRow, RowRules, check_defaults, judge
+from ltx_ray.placement.cluster import Cluster, Placement
+from ltx_ray.placement.memory import MemoryBudget
 from ltx_ray.placement.numerics import check as check_numerics
 from ltx_ray.placement.sizing import ParallelConfig
-from ltx_ray.planning.plan import TODO, ItemBuilder, Plan, PlanEntry
+from ltx_ray.planning.plan import ItemBuilder, Plan, PlanEntry
+from ltx_ray.planning.promotion import promoted
 from ltx_ray.pools.pool import StartFailed
 from ltx_ray.presets import served_pipelines
 from ltx_ray.records import LoraUse, WorkItem, canonical_json
@@ -46,21 +47,35 @@ from ltx_ray.storage.images import check_roots
 from ltx_ray.storage.lease import Lease
 from ltx_ray.storage.store import Store, clean_stale
 
-#: A temporary file this old has no process that is still writing it.
+#: No process is still writing a temporary file of this age, in seconds.
 _STALE_SECONDS = 3600.0
-#: Seconds for which the output may stay away before a run ends, and for which its own record is worth waiting.
-_INDEX_PATIENCE, _RECORD_PATIENCE = 600.0, 10.0
-#: Rows up to which a run into an object store ends with a report.
+#: Seconds for which the output may stay away before the run ends.
+_OUTPUT_RETRY_SECONDS = 600.0
+#: Threads that write rows. An object store takes long for each write, but takes many at once.
+_LOCAL_WRITERS, _REMOTE_WRITERS = 2, 16
+#: A run into an object store ends with a report for up to so many rows, because the report reads every row.
 _REMOTE_REPORT_ROWS = 500
-
-EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_FAILED_ROWS, EXIT_DRAINED = 0, 1, 2, 3, 4
 
 _ENGINES = {
     "text": "ltx_ray.engine.text:TextEngine",
     "diffusion": "ltx_ray.engine.diffusion:DiffusionEngine",
     "decode": "ltx_ray.engine.decode:DecodeEngine",
 }
-_PACKAGES = ("torch", "ray", "diffusers", "transformers", "safetensors", "av", "pyarrow")
+
+
+class ExitCode(IntEnum):
+    """How a command ends (docs/failure-model.md#exit-codes)."""
+
+    #: Every row is in the index.
+    OK = 0
+    #: Anything that no other code stands for.
+    ERROR = 1
+    #: The options, the model, the manifest or the cluster do not allow what was asked for.
+    USAGE = 2
+    #: Some rows failed; or, of `plan` and `verify`: something is wrong.
+    FAILED_ROWS = 3
+    #: The run was told to stop and left rows. The same command goes on.
+    DRAINED = 4
 
 
 @dataclass(frozen=True)
@@ -70,45 +85,47 @@ class Options:
     manifest: str
     output: str | None
     model: ModelFiles
-    dtype: str = "bfloat16"
-    precision: str = "bf16"
-    attention: str = "auto"
-    compile: str = "auto"
-    share_cards: str = "auto"
-    noise_device: str = "model"
-    row_defaults: Mapping[str, Any] = field(default_factory=dict)
+    numerics: RequestedNumerics = RequestedNumerics()  # noqa: RUF009 (frozen)
     parallel: ParallelConfig = ParallelConfig()  # noqa: RUF009 (frozen)
-    device: str = "auto"
+    #: Whether text and decode run on the DiT's GPUs: "on", "off", or "auto" for "on" in a private cluster.
+    share_cards: str = "auto"
+    #: Address of a running Ray cluster; None for that of RAY_ADDRESS, or else a private one.
     ray_address: str | None = None
+    #: Defaults of row fields, by column.
+    row_defaults: Mapping[str, Any] = field(default_factory=dict)
     selection: Selection = Selection()  # noqa: RUF009 (frozen)
     samples_per_prompt: int = 1
     save_latents: bool = False
+    #: "stage1" for previews; None for finished clips.
     stop_after: str | None = None
     image_roots: tuple[str, ...] = ()
     limits: RunLimits = RunLimits()  # noqa: RUF009 (frozen)
+    #: Whether rows that failed by their own fault are tried again.
     retry_failed: bool = False
-    #: The rows are previews, of which these items go on from their stored latents or not at all.
+    #: The rows are previews. These items go on from their stored latents; the other rows are passed over.
     promote: frozenset[str] | None = None
-    #: Whether a tiny clip goes through the line before pools grow beyond one replica.
+    #: Whether a tiny clip goes through every pool before a pool grows beyond one replica.
     preflight: bool = True
+    #: The command line, for the record.
     command: tuple[str, ...] = ()
+    #: Dotted paths of the engines, by kind.
     engines: Mapping[str, str] = field(default_factory=lambda: dict(_ENGINES))
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Options found to be legal, with what was learnt on the way."""
+    """Options that were found to be legal, and what follows from them."""
 
     options: Options
     checkpoint: Checkpoint
+    #: The manifest, before it is held against a dataset.
     plan: Plan
-    numerics: Numerics
-    #: What a user should know, though it stops nothing.
+    #: What a user should know, though it prevents nothing.
     warnings: tuple[str, ...] = ()
 
 
 def prepare(options: Options) -> Prepared:
-    """Check everything that needs no GPU and no Ray. Raises ValueError for a user's mistake.
+    """Check everything that needs neither GPU nor Ray. Raises ValueError for a user's mistake.
 
     The plan knows no dataset yet: `plan.against` is for the caller, once the dataset may be read.
     """
@@ -121,185 +138,236 @@ def prepare(options: Options) -> Prepared:
     check_upsampler(model.spatial_upsampler_path)
     check_gemma(model.gemma_root)
     loras = ([model.distilled_lora] if model.distilled_lora else []) + [lora.path for lora in model.loras]
-    warnings = [said for path in loras if (said := check_lora(checkpoint, path)) is not None]
+    warnings = [warning for path in loras if (warning := check_lora(checkpoint, path)) is not None]
     defaults = check_defaults(options.row_defaults)
     check_roots(options.image_roots)
-    numerics = Numerics(
-        dtype=options.dtype,
-        precision=options.precision,
-        noise_device=options.noise_device,
-        attention=options.attention,
-        compile=options.compile,
-        tp=parallel.tp,
-        stage2_tp=parallel.tp_of_stage2,
-        guidance_parallel=parallel.guidance_parallel,
-        sequence_parallel=parallel.sequence_parallel,
-    )
-    check_numerics(numerics)
-    # rows that are retried or promoted stand in another file than the one their paths count from
-    elsewhere = options.retry_failed or options.promote is not None
+    check_numerics(options.numerics, parallel)
+    # Paths of retried and promoted rows count from the manifest that the rows were in first.
+    own_folder = () if options.retry_failed or options.promote is not None else (manifest_folder(options.manifest),)
     rules = RowRules(
         defaults=defaults,
         num_layers=checkpoint.transformer.num_layers,
         pipelines=served_pipelines(model.distilled),
         loras=tuple(LoraUse(lora.name, lora.strength) for lora in model.loras),
-        image_roots=options.image_roots or (() if elsewhere else (manifest_folder(options.manifest),)),
+        image_roots=options.image_roots or own_folder,
     )
     plan = Plan(
         manifest=options.manifest,
         rules=rules,
-        builder=ItemBuilder(model, numerics),
+        builder=ItemBuilder(model, options.numerics),
         selection=options.selection,
         samples=options.samples_per_prompt,
         retry_failed=options.retry_failed,
         latents_only=options.stop_after is not None,
     )
-    return Prepared(options, checkpoint, plan, numerics, tuple(warnings))
+    return Prepared(options, checkpoint, plan, tuple(warnings))
 
 
-def render(options: Options) -> int:
-    """Render the manifest; returns the exit code. Raises ValueError for a user's mistake."""
+def render(options: Options) -> ExitCode:
+    """Render the manifest. Raises ValueError for a user's mistake, ConnectionError without an answer of the cluster."""
     prepared = prepare(options)
+    # What is wrong with the manifest as a whole is said before the output is touched.
     raws = prepared.plan.read()
     assert options.output is not None
     store = Store(options.output)
     store.check_writable()
-    progress = Progress()
-    for warning in prepared.warnings:
-        progress.say(warning)
-    run_id = f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
-    lease = Lease(store, run_id)
-    lease.acquire(progress.say)
-    cluster = Cluster(
-        address=options.ray_address,
-        device=options.device,
-        parallel=options.parallel,
-        numerics=prepared.numerics,
-        model=options.model,
-        model_bytes=prepared.checkpoint.size,
-        engines=options.engines,
-        output=options.output,
-        save_latents=options.save_latents,
-        stop_after=options.stop_after,
-        share_cards=options.share_cards,
-        can_share=lambda numerics, gpu: can_share(prepared.checkpoint, options.model.local(), numerics, gpu),
-    )
-    try:
-        # under the lease: what another run finished while this one waited is done, and nobody else mends
-        clean_stale(store, _STALE_SECONDS)
-        existing = list_existing(store)
-        repair(store, existing, progress.say)
-        prepared = replace(prepared, plan=prepared.plan.against(existing))
-        rows = prepared.plan.rows(raws)
-        if options.promote is not None:
-            rows = _promoted(rows, options.promote, existing)
-        return _drive(prepared, rows, cluster, store, run_id, progress, lease)
-    finally:
-        cluster.leave()
-        if not lease.lost:
-            # its workers are gone: what they left half-written nobody will finish
-            with contextlib.suppress(OSError):
-                clean_stale(store, 0)
-                store.remove_scratch()
-        lease.release()
+    return Run(prepared, store).execute(raws)
 
 
-def _drive(
-    prepared: Prepared,
-    rows: Iterator[PlanEntry],
-    cluster: Cluster,
-    store: Store,
-    run_id: str,
-    progress: Progress,
-    lease: Lease,
-) -> int:
-    from ltx_ray.driver.loop import Driver, JoinedCluster
-    from ltx_ray.driver.publisher import Publisher
-    from ltx_ray.driver.tracker import RowTracker
+class Run:
+    """One run into an output: from its lease to the last temporary file."""
 
-    options = prepared.options
-    _keep_older_run(store)
-    events = EventLog(store)
-    record = _RunRecord(store.retrying_for(_RECORD_PATIENCE), run_id, prepared)
-    record.write("running", Counter())
-    events.emit("run_started", run_id=run_id)
-    events.flush()
-
-    def join_cluster() -> JoinedCluster:
-        from ltx_ray.pools.ray_replicas import RayReplicaSet
-
-        record.pools, record.numerics = cluster.join()
-        room = None
-        if cluster.gpu is not None and record.numerics.device == "cuda":
-            model = options.model.local()
-            room = MemoryBudget(prepared.checkpoint, model, record.pools, record.numerics, cluster.gpu)
-            room.check()
-        _drain_on_signals(driver)  # Ray has put a handler of its own in the way
-        record.write("running", tracker.counts)
-        replicas = {pool.name: pool.replicas for pool in record.pools}
-        events.emit("cluster_joined", pools=replicas, tp=options.parallel.tp, device=record.numerics.device)
-        return JoinedCluster(
-            RayReplicaSet(options.limits.start_timeout, options.limits.call_timeout),
-            record.pools,
-            canonical_json(record.numerics),
-            cluster.max_bytes,
-            _preflight_item(prepared) if options.preflight and max(replicas.values()) > 1 else None,
-            elastic=options.parallel.max_replicas is not None,
-            problem=room.problem if room is not None else lambda request: None,
+    def __init__(self, prepared: Prepared, store: Store):
+        self.prepared, self.options, self.store = prepared, prepared.options, store
+        self.run_id = f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
+        self.progress = Progress()
+        self.lease = Lease(store, self.run_id)
+        options = self.options
+        self.cluster = Cluster(
+            address=options.ray_address,
+            parallel=replace(options.parallel, with_stage2=options.stop_after is None),
+            requested=options.numerics,
+            checkpoint=prepared.checkpoint,
+            model=options.model,
+            engines=self._engines,
+            share_cards=options.share_cards,
         )
 
-    def note_drain() -> None:
-        record.write("draining", tracker.counts)
+    def execute(self, raws: Iterator[RawRow]) -> ExitCode:
+        """Render the manifest's rows, `raws`."""
+        for warning in self.prepared.warnings:
+            self.progress.say(warning)
+        self.lease.acquire(self.progress.say)
+        try:
+            existing = self._repaired_rows()
+            plan = self.prepared.plan.against(existing)
+            return _Drive(self, plan).execute(self._chosen(plan, plan.rows(raws)))
+        finally:
+            self._leave()
 
-    # an object store answers each write late, but many at once
-    publisher = Publisher(threads=2 if store.is_local else 16)
-    writer = DatasetWriter(store.retrying_for(_INDEX_PATIENCE))
-    tracker = RowTracker(prepared.plan, writer, publisher, events, progress, canonical_json(record.versions))
-    driver = Driver(
-        tracker=tracker,
-        join_cluster=join_cluster,
-        path=PREVIEW_PATH if options.stop_after else FULL_PATH,
-        limits=options.limits,
-        noise_device=options.noise_device,
-        use_stored=not options.stop_after,
-        on_drain=note_drain,
-        should_stop=lambda: f"another run has taken over {store.uri}" if lease.lost else None,
-    )
-    if options.selection.ids:
-        rows = _saying_what_is_missing(rows, prepared.plan, progress)
-    state, code = "failed", EXIT_ERROR
-    handlers = _drain_on_signals(driver)
-    try:
-        drained = driver.run(rows)
+    def _repaired_rows(self) -> ExistingRows:
+        """What the dataset has, mended. The lease is held: rows that another run has finished since count as done."""
+        clean_stale(self.store, _STALE_SECONDS)
+        existing = list_existing(self.store)
+        repair(self.store, existing, self.progress.say)
+        return existing
+
+    def _chosen(self, plan: Plan, rows: Iterator[PlanEntry]) -> Iterator[PlanEntry]:
+        """`rows`, of which a promotion leaves some out. Ids that are selected and missing are named at the end."""
+        yield from rows if self.options.promote is None else promoted(rows, self.options.promote, plan.existing)
+        say_missing_ids(plan, self.progress.say)
+
+    def _engines(self, numerics: Numerics) -> dict[str, EngineSpec]:
+        return {
+            kind: EngineSpec(
+                engine=path,
+                model=self.options.model,
+                numerics=numerics,
+                output=self.store.root if self.store.is_local else self.store.uri,
+                save_latents=self.options.save_latents,
+                stop_after=self.options.stop_after,
+            )
+            for kind, path in self.options.engines.items()
+        }
+
+    def _leave(self) -> None:
+        """Leave the cluster, delete temporary files and give the lease back."""
+        self.cluster.leave()
+        if not self.lease.lost:
+            # The run's workers have ended, so nobody finishes the files that they have begun.
+            with contextlib.suppress(OSError):
+                clean_stale(self.store, 0)
+                self.store.remove_scratch()
+        self.lease.release()
+
+
+class _Drive:
+    """The part of a run that renders: the driver on its cluster, and the records of both."""
+
+    def __init__(self, run: Run, plan: Plan):
+        options, store = run.options, run.store
+        assert options.output is not None
+        self._run, self._options, self._plan = run, options, plan
+        keep_older_run(store)
+        self._events = EventLog(store)
+        self._record = RunRecord(
+            store,
+            run_id=run.run_id,
+            command=options.command,
+            manifest=options.manifest,
+            output=options.output,
+            checkpoint=run.prepared.checkpoint,
+            parallel=options.parallel,
+            requested=options.numerics,
+        )
+        self._tracker = RowTracker(
+            plan,
+            DatasetWriter(store.retrying_for(_OUTPUT_RETRY_SECONDS)),
+            Publisher(threads=_LOCAL_WRITERS if store.is_local else _REMOTE_WRITERS),
+            self._events,
+            run.progress,
+            canonical_json(self._record.versions),
+        )
+        self._driver = Driver(
+            tracker=self._tracker,
+            join_cluster=self._join_cluster,
+            path=PREVIEW_PATH if options.stop_after else FULL_PATH,
+            limits=options.limits,
+            noise_device=options.numerics.noise_device,
+            use_stored=not options.stop_after,
+            on_drain=lambda: self._record.write("draining", self._tracker.counts),
+            should_stop=lambda: f"another run has taken over {store.uri}" if run.lease.lost else None,
+        )
+        self._signals = DrainSignals(self._driver)
+
+    def execute(self, rows: Iterator[PlanEntry]) -> ExitCode:
+        self._record.write("running", Counter())
+        self._events.emit("run_started", run_id=self._run.run_id)
+        self._events.flush()
+        state, code = "failed", ExitCode.ERROR
+        try:
+            with self._signals:
+                state, code = self._drive(rows)
+        except ConnectionError:
+            raise  # The cluster does not answer.
+        except SystemExit:
+            # A signal came while the cluster was being joined, when Ray's handler has replaced ours.
+            state, code = "drained", ExitCode.DRAINED
+        except (StartFailed, OSError) as error:
+            # An OSError is the output's, which has stayed away for as long as it is retried.
+            self._run.progress.say(str(error))
+        finally:
+            self._finish(state)
+        counts = recorded_counts(self._tracker.counts)
+        self._run.progress.say(_summary(state, counts, self._options.output))
+        return code
+
+    def _drive(self, rows: Iterator[PlanEntry]) -> tuple[str, ExitCode]:
+        """Render `rows`; the run's state and its exit code."""
+        drained = self._driver.run(rows)
+        counts = self._tracker.counts
         state = "drained" if drained else "finished"
-        bad = tracker.counts["failed"] + tracker.counts["illegal"]
-        code = EXIT_DRAINED if drained else EXIT_FAILED_ROWS if bad else EXIT_OK
-        if driver.too_many_failed:
-            code = EXIT_FAILED_ROWS
-    except ConnectionError:
-        raise  # the cluster's
-    except SystemExit:
-        # told to stop while the cluster was being joined, when Ray's handler of signals is in the place of ours
-        state, code = "drained", EXIT_DRAINED
-    except (StartFailed, OSError) as error:
-        # an OSError is the output store's: it has been tried for as long as its patience lasts
-        progress.say(str(error))
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        if not lease.lost:  # the records are another run's by now
-            record.write(state, tracker.counts)
-            events.emit("run_finished", state=state, counts=record.counts(tracker.counts))
-            events.flush()
-            if not driver.drain_requested:  # who asked to stop does not want to wait for a page of pictures
-                _write_report(store, tracker.counts["rows"], progress)
-    progress.say(_summary(state, record.counts(tracker.counts), options.output))
-    return code
+        if self._driver.too_many_failed:
+            return state, ExitCode.FAILED_ROWS
+        if drained:
+            return state, ExitCode.DRAINED
+        return state, ExitCode.FAILED_ROWS if counts["failed"] + counts["illegal"] else ExitCode.OK
+
+    def _join_cluster(self) -> JoinedCluster:
+        """What the driver calls when the first row is to be rendered."""
+        from ltx_ray.pools.ray_replicas import RayReplicaSet
+
+        options, run = self._options, self._run
+        placement = run.cluster.join()
+        budget = self._memory_budget(placement)
+        self._record.place(placement.pools, placement.numerics)
+        self._signals.install()  # Ray has set a handler of its own.
+        self._record.write("running", self._tracker.counts)
+        replicas = {pool.name: pool.replicas for pool in placement.pools}
+        self._events.emit("cluster_joined", pools=replicas, tp=options.parallel.tp, device=placement.numerics.device)
+        preflight = options.preflight and max(replicas.values()) > 1
+        return JoinedCluster(
+            RayReplicaSet(options.limits.start_timeout, options.limits.call_timeout),
+            placement.pools,
+            canonical_json(placement.numerics),
+            placement.store_bytes,
+            _preflight_item(run.prepared) if preflight else None,
+            elastic=options.parallel.max_replicas is not None,
+            problem=budget.problem if budget is not None else lambda request: None,
+        )
+
+    def _memory_budget(self, placement: Placement) -> MemoryBudget | None:
+        """The memory that rows are held against; None where it is not known. Raises ValueError for too small GPUs."""
+        if placement.largest_gpu is None:
+            return None
+        checkpoint, model = self._run.prepared.checkpoint, self._options.model.local()
+        budget = MemoryBudget(checkpoint, model, placement.pools, placement.numerics, placement.largest_gpu)
+        budget.check()
+        return budget
+
+    def _finish(self, state: str) -> None:
+        """Record how the run ended, unless another run has taken the output over and the records are its own."""
+        if self._run.lease.lost:
+            return
+        counts = self._tracker.counts
+        self._record.write(state, counts)
+        self._events.emit("run_finished", state=state, counts=recorded_counts(counts))
+        self._events.flush()
+        # A run that was told to stop does not wait for a report.
+        if not self._driver.drain_requested:
+            _write_report(self._run.store, counts["rows"], self._run.progress.say)
 
 
-def _saying_what_is_missing(rows: Iterator[PlanEntry], plan: Plan, progress: Progress) -> Iterator[PlanEntry]:
-    yield from rows
-    say_missing_ids(plan, progress.say)
+def _write_report(store: Store, rows: int, say: Callable[[str], None]) -> None:
+    from ltx_ray.dataset.report import write_report
+
+    if not store.is_local and rows > _REMOTE_REPORT_ROWS:
+        say(f"report.html is left to `ltx-ray report {store.uri}`: it reads every row of the index")
+        return
+    try:
+        write_report(store.root if store.is_local else store.uri)
+    except Exception as error:  # The report must never change how a run ends.
+        say(f"report.html was not written: {error}")
 
 
 def say_missing_ids(plan: Plan, say: Callable[[str], None]) -> None:
@@ -309,26 +377,8 @@ def say_missing_ids(plan: Plan, say: Callable[[str], None]) -> None:
         say(f"--ids: {len(plan.unmet)} ids are not in {plan.manifest}, such as {shown}")
 
 
-def _promoted(rows: Iterator[PlanEntry], items: frozenset[str], done: ExistingRows) -> Iterator[PlanEntry]:
-    """The rows of these items; one that would now be another item than its preview, or has no latents, is illegal."""
-    for planned in rows:
-        if isinstance(planned, IllegalRow) or planned.status != TODO:
-            yield planned
-            continue
-        if planned.item_id not in items and done.has_preview(planned.item_id, planned.key):
-            continue  # an older preview of the same id
-        if not (planned.item_id in items and done.has_latents(planned.item_id)):
-            legal = (
-                "the model, LoRAs, --dtype, --precision and --noise-device that its preview was made with "
-                "(or it has no latents)"
-            )
-            yield planned.refused(RowProblem("preview", planned.id, legal))
-        else:
-            yield planned
-
-
 def _preflight_item(prepared: Prepared) -> WorkItem | None:
-    """The smallest clip there is, with the run's own defaults otherwise; None when these leave no such clip."""
+    """The smallest clip, with the run's defaults otherwise; None when the defaults make it illegal."""
     values: dict[str, Any] = {"prompt": "preflight", "height": 64, "width": 64, "num_frames": 9}
     if not prepared.options.model.distilled:
         values["num_inference_steps"] = 2
@@ -336,81 +386,6 @@ def _preflight_item(prepared: Prepared) -> WorkItem | None:
     if isinstance(row, IllegalRow):
         return None
     return replace(prepared.plan.builder.item(row.request), preflight=True)
-
-
-def _drain_on_signals(driver) -> dict[int, Any]:
-    """First SIGTERM or SIGINT drains, a second one ends the process at once."""
-
-    def handle(number: int, frame: Any) -> None:
-        if driver.drain_requested:
-            os._exit(128 + number)
-        driver.request_drain(signal.Signals(number).name)
-
-    try:
-        return {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # not in the main thread, where signals do not arrive anyway
-        return {}
-
-
-def _write_report(store: Store, rows: int, progress: Progress) -> None:
-    from ltx_ray.dataset.report import write_report
-
-    if not store.is_local and rows > _REMOTE_REPORT_ROWS:
-        progress.say(f"report.html is left to `ltx-ray report {store.uri}`: it reads every row of the index")
-        return
-    try:
-        write_report(store.root if store.is_local else store.uri)
-    except Exception as error:  # a page of pictures must never cost a run its exit code
-        progress.say(f"report.html was not written: {error}")
-
-
-class _RunRecord:
-    """`run.json`."""
-
-    def __init__(self, store: Store, run_id: str, prepared: Prepared):
-        self._store, self._run_id, self._prepared = store, run_id, prepared
-        self.pools: list[PoolSpec] = []
-        self.numerics = prepared.numerics
-        self._started = _now()
-        self.versions = {"ltx_ray": ltx_ray.__version__, **{name: _version(name) for name in _PACKAGES}}
-
-    @staticmethod
-    def counts(counts: Counter) -> dict[str, int]:
-        return {name: counts[name] for name in ("rows", "rendered", "already_done", "failed", "illegal")}
-
-    def write(self, state: str, counts: Counter) -> None:
-        options = self._prepared.options
-        record = {
-            "run_id": self._run_id,
-            "state": state,
-            "started_at": self._started,
-            "finished_at": None if state == "running" else _now(),
-            "command": list(options.command),
-            "manifest": options.manifest,
-            "output": options.output,
-            "checkpoint": self._prepared.checkpoint.path,
-            "model_version": self._prepared.checkpoint.model_version,
-            "pools": {p.name: p.replicas for p in self.pools},
-            "tp": options.parallel.tp,
-            "numerics": json.loads(canonical_json(self.numerics)),
-            "device": self.numerics.device,
-            "counts": self.counts(counts),
-            "versions": self.versions,
-        }
-        # it informs people; the dataset does without
-        with contextlib.suppress(OSError):
-            self._store.write_bytes(layout.RUN_RECORD, json.dumps(record, indent=2, ensure_ascii=False).encode())
-
-
-def _keep_older_run(store: Store) -> None:
-    """Move the records of the run before this one under `runs/<its id>/`."""
-    try:
-        older = json.loads(store.read_bytes(layout.RUN_RECORD))["run_id"]
-    except (OSError, ValueError, KeyError):
-        return
-    for name in (layout.RUN_RECORD, layout.EVENTS, layout.REPORT):
-        if store.exists(name):
-            store.write_bytes(layout.older_record(older, name), store.read_bytes(name))
 
 
 def _summary(state: str, counts: Mapping[str, int], output: str | None) -> str:
@@ -423,14 +398,3 @@ def _summary(state: str, counts: Mapping[str, int], output: str | None) -> str:
     if counts["failed"] + counts["illegal"]:
         parts.append(f"listed in {output}/failed")
     return f"{state}: {counts['rows']} rows, {', '.join(parts)}"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -1,4 +1,4 @@
-"""`ltx-ray verify`: index against clips by sha256, and a sample rendered again to compare its latents."""
+"""`ltx-ray verify`: checks the index against the clips by sha256, and renders a sample again to compare its latents."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import itertools
 import json
 import os
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,9 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ltx_ray.dataset import layout
+from ltx_ray.dataset import repair as dataset_repair
 from ltx_ray.dataset.existing import list_existing
 from ltx_ray.dataset.layout import FAILED_SCHEMA, INDEX_SCHEMA, row_key
-from ltx_ray.dataset.repair import repair, set_aside
 from ltx_ray.dataset.writer import read_rows
 from ltx_ray.manifest.columns import COLUMNS
 from ltx_ray.presets import PIPELINES
@@ -32,141 +31,210 @@ from ltx_ray.storage.lease import Lease
 from ltx_ray.storage.store import Store, parent
 
 _THREADS = 8
-_AGAIN = "run ltx-ray verify --repair, then ltx-ray render: it is rendered again"
-_ASIDE = "run ltx-ray verify --repair: it is set aside, and its row has a part of its own"
+#: Parts that are read at once: enough for every thread, and not all clips of a folder.
+_BATCH = 8 * _THREADS
+_RENDER_AGAIN = "run ltx-ray verify --repair, then ltx-ray render: the row is rendered again"
+_SET_ASIDE = "run ltx-ray verify --repair: the part is set aside, and its row keeps its own part"
+
+#: A row of the index, by column.
+IndexRow = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong with a file of the dataset. `aside`: how its part is to be renamed so that it is mended."""
+    """Something wrong with a file of the dataset."""
 
     file: str
+    #: The id of its row; None where the row is not known.
     id: str | None
-    what: str
-    todo: str
-    aside: str | None = None
+    problem: str
+    remedy: str
+    #: Why the part is to be set aside, as `dataset.repair.set_aside` takes it; None for a file that stays.
+    set_aside: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.file}{f' ({self.id})' if self.id else ''}: {self.what}; {self.todo}"
+        return f"{self.file}{f' ({self.id})' if self.id else ''}: {self.problem}; {self.remedy}"
 
 
-@dataclass
-class _Found:
-    """What the check of the index has met; of a million rows 200 bytes each stay in memory."""
+@dataclass(frozen=True)
+class _CheckedPart:
+    """A part of the index: its rows as far as they can be read, and what is wrong with it."""
 
-    counts: Counter[str] = field(default_factory=Counter)
-    ids: set[int] = field(default_factory=set)
-    #: Rows to be rendered again, as a heap of (order, file, row) that gives away the last in order.
-    sample: list[tuple[int, str, dict[str, Any]]] = field(default_factory=list)
-    last_item: str | None = None
+    name: str
+    rows: tuple[IndexRow, ...] = ()
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def path(self) -> str:
+        return f"{layout.INDEX}/{self.name}"
 
 
 def verify(
     output: str,
     say: Callable[[str], None],
     sample: int = 0,
-    mend: bool = False,
+    repair: bool = False,
     options: Callable[[str, str], Options] | None = None,
 ) -> int:
-    """Check the dataset at `output` and say what is wrong, one line a problem; returns how many there are.
+    """Check the dataset at `output` and say what is wrong with it, a line for each problem; returns their number.
 
-    sample: so many rows are rendered again, with `options(manifest, output)` and each row's own dtype, precision
-    and noise device. mend: parts of bad rows are moved aside. Raises ValueError when there is no dataset.
+    `sample`: so many rows are rendered again, by `options(manifest, output)` with each row's own dtype, precision and
+    noise device. `repair`: parts of bad rows are set aside. Raises ValueError when there is no dataset.
     """
     store = Store(output)
     if not store.exists(layout.INDEX) and not store.exists(layout.RUN_RECORD):
         raise ValueError(f"{output}: no dataset; legal: the --output of a run")
-    lease = Lease(store, f"verify-{os.getpid()}")
-    if mend:
-        lease.acquire(say)
-    try:
-        if mend:
-            repair(store, list_existing(store), say)
-        found, problems, mended = _Found(), 0, 0
-        for problem in itertools.chain(_check_index(store, found, sample), _check_failed(store, found)):
-            problems += 1
-            if mend and problem.aside is not None:
-                name = os.path.basename(problem.file)
-                set_aside(store, name, problem.aside)
-                mended += 1
-                now = layout.set_aside_path(name, problem.aside)
-                problem = dataclasses.replace(problem, todo=f"moved aside as {now}")
-            say(str(problem))
-    finally:
-        if mend:
-            lease.release()
-    counts = found.counts
-    if counts["stray"]:
-        say(f"note: {counts['stray']} clips have no row in the index (a run was cut between the two, or goes on now)")
-    if counts["shared"]:
-        say(f"note: {counts['shared']} rows have the id of another row with other content (of several manifests)")
+    check = _Check(store, sample)
+    problems, moved = _check_files(check, say, repair)
+    if check.clips_without_row:
+        say(f"note: {check.clips_without_row} clips have no row in the index (a run was interrupted, or goes on now)")
+    if check.shared_ids:
+        say(f"note: {check.shared_ids} rows have the id of another row with other content (of several manifests)")
     if sample:
         assert options is not None
-        for problem in _render_again([row for *_, row in sorted(found.sample, reverse=True)], options, say):
+        for finding in _render_again(check.sampled_rows(), options, say):
             problems += 1
-            say(str(problem))
+            say(str(finding))
     say(
-        f"{counts['rows']} rows and {counts['clips']} clips checked, {counts['failed']} rows in failed/: "
+        f"{check.rows} rows and {check.clips} clips checked, {check.failed_rows} rows in failed/: "
         + (f"{problems} problems" if problems else "all well")
-        + (f", {mended} parts moved aside; ltx-ray render renders their rows again" if mended else "")
+        + (f", {moved} parts set aside; ltx-ray render renders their rows again" if moved else "")
     )
     return problems
+
+
+def _check_files(check: _Check, say: Callable[[str], None], repair: bool) -> tuple[int, int]:
+    """Check all files; the number of problems, and that of the parts that were set aside."""
+    store, problems, moved = check.store, 0, 0
+    lease = Lease(store, f"verify-{os.getpid()}")
+    if repair:
+        lease.acquire(say)
+    try:
+        if repair:
+            dataset_repair.repair(store, list_existing(store), say)
+        for finding in itertools.chain(check.index(), check.failed()):
+            problems += 1
+            if repair and finding.set_aside is not None:
+                name = os.path.basename(finding.file)
+                dataset_repair.set_aside(store, name, finding.set_aside)
+                moved += 1
+                now = layout.set_aside_path(name, finding.set_aside)
+                finding = dataclasses.replace(finding, remedy=f"set aside as {now}")
+            say(str(finding))
+    finally:
+        if repair:
+            lease.release()
+    return problems, moved
 
 
 # --- the index against the clips --------------------------------------------------------------------
 
 
-def _check_index(store: Store, found: _Found, sample: int) -> Iterator[Finding]:
-    names = [name for name in store.list_names(layout.INDEX) if layout.is_visible(name)]
-    by_folder = {folder: list(group) for folder, group in itertools.groupby(names, layout.shard_of_part)}
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for folder in sorted({*by_folder, *store.folders(layout.CLIPS)}):
-            parts = by_folder.pop(folder, [])
-            items = set()
-            # a window, so that not all clips of a folder are under way at once
-            for some in _batched(parts):
-                for name, rows, problems in pool.map(lambda name: _check_part(store, name), some):
-                    yield from problems
-                    for row in rows:
-                        items.add(row["item_id"])
-                        yield from _count(row, name, found, good=not problems, sample=sample)
-            clips = {name for name in store.list_names(f"{layout.CLIPS}/{folder}") if name.endswith(".mp4")}
-            found.counts["stray"] += len(clips - {layout.clip_name(item_id) for item_id in items})
+@dataclass
+class _Check:
+    """A pass over the files of a dataset. It keeps 200 bytes of a row in memory."""
+
+    store: Store
+    #: Rows to choose for rendering again.
+    sample: int
+    rows: int = 0
+    clips: int = 0
+    failed_rows: int = 0
+    clips_without_row: int = 0
+    #: Rows that have the id of another row, with other content.
+    shared_ids: int = 0
+    #: Short hashes of ids, and of ids with their items.
+    _seen: set[int] = field(default_factory=set)
+    #: A heap of (negative hash of the item, part, row): the item with the largest hash is on top, and leaves first.
+    _sampled: list[tuple[int, str, IndexRow]] = field(default_factory=list)
+    _last_item_id: str | None = None
+
+    def sampled_rows(self) -> list[IndexRow]:
+        """The rows of the items with the smallest hashes, which are spread over the dataset. One row an item."""
+        return [row for *_, row in sorted(self._sampled, key=lambda entry: entry[:2], reverse=True)]
+
+    def index(self) -> Iterator[Finding]:
+        """Check the parts of the index and their clips, folder by folder."""
+        names = [name for name in self.store.list_names(layout.INDEX) if layout.is_visible(name)]
+        by_folder = {folder: list(group) for folder, group in itertools.groupby(names, layout.shard_of_part)}
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for folder in sorted({*by_folder, *self.store.folders(layout.CLIPS)}):
+                item_ids: set[str] = set()
+                for names in _batched(by_folder.pop(folder, [])):
+                    for part in pool.map(lambda name: _check_part(self.store, name), names):
+                        yield from part.findings
+                        for row in part.rows:
+                            item_ids.add(row["item_id"])
+                            yield from self._count(row, part)
+                clips = {name for name in self.store.list_names(f"{layout.CLIPS}/{folder}") if name.endswith(".mp4")}
+                self.clips_without_row += len(clips - {layout.clip_name(item_id) for item_id in item_ids})
+
+    def _count(self, row: IndexRow, part: _CheckedPart) -> Iterator[Finding]:
+        self.rows += 1
+        self.clips += row["clip"] is not None
+        of_row, of_id = _short_hash(f"{row['item_id']} {row['id']}"), _short_hash(row["id"])
+        if of_row in self._seen and not part.findings:
+            yield Finding(part.path, row["id"], "the row is in another part too", _SET_ASIDE, "duplicate")
+        self.shared_ids += of_id in self._seen and of_row not in self._seen
+        self._seen |= {of_row, of_id}
+        # The parts of an item follow each other, so that comparing with the last one gives one row an item.
+        if self.sample and not part.findings and row["clip"] is not None and row["item_id"] != self._last_item_id:
+            self._last_item_id = row["item_id"]
+            add = heapq.heappush if len(self._sampled) < self.sample else heapq.heappushpop
+            add(self._sampled, (-_short_hash(row["item_id"]), part.name, row))
+
+    def failed(self) -> Iterator[Finding]:
+        """Check that the parts of failed/ can be read."""
+        for name in self.store.list_names(layout.FAILED):
+            if not layout.is_visible(name):
+                continue
+            file = f"{layout.FAILED}/{name}"
+            try:
+                table = pq.read_table(io.BytesIO(self.store.read_bytes(file)))
+                table.select(FAILED_SCHEMA.names)
+                self.failed_rows += table.num_rows
+            except FileNotFoundError:
+                continue  # A run has rendered the row since.
+            except (pa.ArrowException, ValueError, KeyError) as error:
+                problem = f"cannot be read as a table of failed rows ({_one_line(error)})"
+                yield Finding(file, None, problem, "delete it; ltx-ray render of its manifest tries the row again")
 
 
 def _batched(names: list[str]) -> Iterator[list[str]]:
-    size = 8 * _THREADS
-    return (names[start : start + size] for start in range(0, len(names), size))
+    return (names[start : start + _BATCH] for start in range(0, len(names), _BATCH))
 
 
-def _check_part(store: Store, name: str) -> tuple[str, list[dict[str, Any]], list[Finding]]:
-    """Its rows, and what is wrong with it."""
+def _check_part(store: Store, name: str) -> _CheckedPart:
     file = f"{layout.INDEX}/{name}"
+
+    def unusable(problem: str, row_id: str | None = None, rows: tuple[IndexRow, ...] = ()) -> _CheckedPart:
+        return _CheckedPart(name, rows, (Finding(file, row_id, problem, _RENDER_AGAIN, "unreadable"),))
+
     try:
         table = pq.read_table(io.BytesIO(store.read_bytes(file)))
     except (pa.ArrowException, ValueError) as error:
-        what = f"cannot be read as Parquet ({_line(error)})"
-        return name, [], [Finding(file, None, what, _AGAIN, "unreadable")]
+        return unusable(f"cannot be read as Parquet ({_one_line(error)})")
     schema = table.schema.remove_metadata()
     if not schema.equals(INDEX_SCHEMA):
         wrong = [c.name for c in INDEX_SCHEMA if c.name not in schema.names or schema.field(c.name).type != c.type]
-        what = f"has not the columns of an index ({', '.join(wrong) or 'more, or another order'})"
-        return name, [], [Finding(file, None, what, _AGAIN, "unreadable")]
-    rows = table.to_pylist()
+        return unusable(f"does not have the columns of an index ({', '.join(wrong) or 'more, or another order'})")
+    rows = tuple(table.to_pylist())
     if len(rows) != 1:
-        return name, rows, [Finding(file, None, f"holds {len(rows)} rows, legal: 1", _AGAIN, "unreadable")]
+        return unusable(f"holds {len(rows)} rows, legal: 1", rows=rows)
     [row] = rows
     if not row["item_id"] or not row["id"]:
-        return name, [], [Finding(file, row["id"], "its row has no id or no item_id", _AGAIN, "unreadable")]
-    if name != (due := layout.part_name(row["item_id"], row_key(row["id"]))):
-        what = f"is not named after its row (that would be {due})"
-        return name, rows, [Finding(file, row["id"], what, _ASIDE, "duplicate")]
-    if (what := _wrong_clip(store, row)) is not None:
-        return name, rows, [Finding(file, row["id"], what, _AGAIN, "lost")]
-    return name, rows, []
+        return unusable("its row has no id or no item_id", row["id"])
+    if name != (expected := layout.part_name(row["item_id"], row_key(row["id"]))):
+        problem = f"is not named after its row (that would be {expected})"
+        return _CheckedPart(name, rows, (Finding(file, row["id"], problem, _SET_ASIDE, "duplicate"),))
+    wrong_clip = _wrong_clip(store, row)
+    if wrong_clip is not None:
+        return _CheckedPart(name, rows, (Finding(file, row["id"], wrong_clip, _RENDER_AGAIN, "lost"),))
+    return _CheckedPart(name, rows)
 
 
-def _wrong_clip(store: Store, row: dict[str, Any]) -> str | None:
+def _wrong_clip(store: Store, row: IndexRow) -> str | None:
+    """What is wrong with the clip of a row; None when it is the row's own, or when the row has none."""
     clip = row["clip"]
     if clip is None:
         return None
@@ -183,95 +251,71 @@ def _wrong_clip(store: Store, row: dict[str, Any]) -> str | None:
     return None
 
 
-def _count(row: dict[str, Any], name: str, found: _Found, good: bool, sample: int) -> Iterator[Finding]:
-    found.counts["rows"] += 1
-    found.counts["clips"] += row["clip"] is not None
-    both = _short_hash(f"{row['item_id']} {row['id']}")
-    if both in found.ids and good:
-        yield Finding(f"{layout.INDEX}/{name}", row["id"], "the row is in another part too", _ASIDE, "duplicate")
-    alone = _short_hash(row["id"])
-    found.counts["shared"] += alone in found.ids and both not in found.ids
-    found.ids |= {both, alone}
-    # one row an item, whose parts follow each other; hashes come in no order, so that the sample is spread
-    if good and sample and row["clip"] is not None and row["item_id"] != found.last_item:
-        found.last_item = row["item_id"]
-        add = heapq.heappush if len(found.sample) < sample else heapq.heappushpop
-        add(found.sample, (-_short_hash(row["item_id"]), name, row))
-
-
-def _check_failed(store: Store, found: _Found) -> Iterator[Finding]:
-    for name in store.list_names(layout.FAILED):
-        if not layout.is_visible(name):
-            continue
-        try:
-            table = pq.read_table(io.BytesIO(store.read_bytes(f"{layout.FAILED}/{name}")))
-            table.select(FAILED_SCHEMA.names)
-            found.counts["failed"] += table.num_rows
-        except FileNotFoundError:
-            continue  # rendered since
-        except (pa.ArrowException, ValueError, KeyError) as error:
-            what = f"cannot be read as a table of failed rows ({_line(error)})"
-            yield Finding(
-                f"{layout.FAILED}/{name}", None, what, "delete it; ltx-ray render of its manifest tries the row again"
-            )
-
-
 # --- a sample rendered again ------------------------------------------------------------------------
 
 
 def _render_again(
-    rows: list[dict[str, Any]], options: Callable[[str, str], Options], say: Callable[[str], None]
+    rows: list[IndexRow], options: Callable[[str, str], Options], say: Callable[[str], None]
 ) -> Iterator[Finding]:
-    """Render `rows` once more, each by its own recipe's numbers, and compare what can be compared."""
+    """Render `rows` once more, each with the numerics of its recipe, and compare what can be compared."""
 
-    def numbers(row: dict[str, Any]) -> tuple[str, str, str]:
+    def numerics_of(row: IndexRow) -> tuple[str, str, str]:
         recipe = json.loads(row["recipe"])
         return recipe["dtype"], recipe["precision"], recipe["noise_device"]
 
-    for (dtype, precision, noise_device), group in itertools.groupby(sorted(rows, key=numbers), numbers):
-        again = {row["item_id"]: row for row in group}
+    for numerics, group in itertools.groupby(sorted(rows, key=numerics_of), numerics_of):
+        dtype, precision, noise_device = numerics
+        by_item = {row["item_id"]: row for row in group}
         with tempfile.TemporaryDirectory(prefix="ltx-ray-verify-") as folder:
             manifest, output = os.path.join(folder, "sample.jsonl"), os.path.join(folder, "out")
             with open(manifest, "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(_manifest_row(row)) + "\n" for row in again.values())
-            asked = options(manifest, output)
-            roots = {parent(image["path"]) for row in again.values() for image in row["images"] or ()}
+                file.writelines(json.dumps(_manifest_row(row)) + "\n" for row in by_item.values())
+            given = options(manifest, output)
+            roots = {parent(image["path"]) for row in by_item.values() for image in row["images"] or ()}
             render(
                 dataclasses.replace(
-                    asked, dtype=dtype, precision=precision, noise_device=noise_device, row_defaults={},
-                    save_latents=False, stop_after=None, image_roots=(*asked.image_roots, *sorted(roots)),
+                    given,
+                    numerics=dataclasses.replace(
+                        given.numerics, dtype=dtype, precision=precision, noise_device=noise_device
+                    ),
+                    row_defaults={},
+                    save_latents=False,
+                    stop_after=None,
+                    image_roots=(*given.image_roots, *sorted(roots)),
                 )
-            )  # fmt: skip
-            made = {row["id"]: row for row in read_rows(Store(output), layout.INDEX)}
+            )
+            rendered = {row["id"]: row for row in read_rows(Store(output), layout.INDEX)}
             failed = {row["id"]: row for row in read_rows(Store(output), layout.FAILED)}
-        for item_id, row in again.items():
-            yield from _compare(row, made.get(item_id), failed.get(item_id), say)
+        for item_id, row in by_item.items():
+            yield from _compare(row, rendered.get(item_id), failed.get(item_id), say)
 
 
 def _compare(
-    row: dict[str, Any], made: dict[str, Any] | None, failed: dict[str, Any] | None, say: Callable[[str], None]
+    row: IndexRow, rendered: IndexRow | None, failed: dict[str, Any] | None, say: Callable[[str], None]
 ) -> Iterator[Finding]:
+    """Compare a row of the index with what it was rendered to again."""
     file = layout.index_path(row["item_id"], row_key(row["id"]))
-    if made is None:
+    if rendered is None:
         why = failed["message"] if failed else "the run ended before it"
-        yield Finding(file, row["id"], f"could not be rendered again ({_line(why)})", "mend that and verify again")
-    elif made["item_id"] != row["item_id"]:
-        what = "other weights or LoRAs" if made["recipe_digest"] != row["recipe_digest"] else "other images"
-        say(f"{file} ({row['id']}): not comparable: it was rendered with {what} than are given now")
-    elif made["latents_sha256"] == row["latents_sha256"]:
+        yield Finding(file, row["id"], f"could not be rendered again ({_one_line(why)})", "fix that and verify again")
+    elif rendered["item_id"] != row["item_id"]:
+        other = "other weights or LoRAs" if rendered["recipe_digest"] != row["recipe_digest"] else "other images"
+        say(f"{file} ({row['id']}): not comparable: it was rendered with {other} than are given now")
+    elif rendered["latents_sha256"] == row["latents_sha256"]:
         say(f"{file} ({row['id']}): rendered again, the same latents")
-    elif (made["device"], made["numerics"]) != (row["device"], row["numerics"]):
-        now = made["device"] if made["device"] != row["device"] else made["numerics"]
-        then = row["device"] if made["device"] != row["device"] else row["numerics"]
+    elif (rendered["device"], rendered["numerics"]) != (row["device"], row["numerics"]):
+        differs = "device" if rendered["device"] != row["device"] else "numerics"
+        then, now = row[differs], rendered[differs]
         say(f"{file} ({row['id']}): not comparable: it was rendered on {then}, and now on {now}, where bits may differ")
     else:
-        what = f"renders to latents {made['latents_sha256']}, the index has {row['latents_sha256']}"
-        yield Finding(file, row["id"], what, "see `versions` of both: a library or a kernel has changed its bits")
+        problem = f"renders to latents {rendered['latents_sha256']}, the index has {row['latents_sha256']}"
+        yield Finding(file, row["id"], problem, "see `versions` of both: a library or a kernel has changed its bits")
 
 
-def _manifest_row(row: dict[str, Any]) -> dict[str, Any]:
-    """The row as a manifest's, under its item's name (ids of two manifests may clash)."""
-    # a default may name what may not be asked for, such as a block that a smaller model has not
+def _manifest_row(row: IndexRow) -> dict[str, Any]:
+    """The row of a manifest that renders the same item. Its id is the item_id, since ids of two manifests may clash."""
+    # Values that equal the pipeline's defaults are left out: a default may be illegal for a row to ask for, such as a
+    # block that a smaller model does not have.
     defaults = PIPELINES[row["pipeline"]].defaults
     values = {name: row[name] for name in COLUMNS if row[name] != plain(defaults.get(name))}
     return {**values, "id": row["item_id"], "prompt": row["prompt"]}
@@ -281,5 +325,5 @@ def _short_hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
 
 
-def _line(message: object) -> str:
+def _one_line(message: object) -> str:
     return " ".join(str(message).split())[:200]

@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 
+from ltx_ray.config import RunLimits
 from ltx_ray.driver.queue import FairQueue
 from ltx_ray.stages import DIFFUSION_STAGES, FULL_PATH, TRAITS, Stage, needed_results
 
@@ -117,8 +118,8 @@ class Policy:
     all items in flight.
     """
 
-    queue_depth: int = 4
-    max_attempts: int = 3
+    queue_depth: int = RunLimits.queue_depth
+    max_attempts: int = RunLimits.max_attempts
     path: tuple[Stage, ...] = FULL_PATH
     max_restarts: int = 10
     max_passed_over: int = 16

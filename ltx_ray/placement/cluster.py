@@ -1,127 +1,148 @@
-"""The Ray cluster of a run: the one asked for, or a private local one; joined when there is work."""
+"""The Ray cluster of a run: the one that was asked for, or a private local one. A run joins it when there is work."""
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 
-from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec
-from ltx_ray.placement.memory import Gpu, known_gpus
+from ltx_ray.checkpoints.checkpoint import Checkpoint
+from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec, RequestedNumerics
+from ltx_ray.placement.memory import Gpu, can_share, known_gpus
 from ltx_ray.placement.numerics import has_fa3, resolve
 from ltx_ray.placement.sizing import ParallelConfig, Resources, check_schedulable, lay_out, slots_needed
-from ltx_ray.storage.store import Store
 
-#: A larger checkpoint is not rendered on CPUs unless that is asked for: it would take days a clip.
+#: A larger checkpoint is rendered on CPUs on request only, because a clip would take days.
 _CPU_MODEL_BYTES = 4 * 2**30
 #: Object store of a private cluster without GPUs: contexts and latents of a few small clips.
 _LOCAL_STORE_BYTES = 512 * 2**20
-#: How much of the cluster's object store the results of a run may fill; the rest is for what is being passed on.
+#: Part of the cluster's object store that the results of a run may fill. The rest holds what calls pass on.
 _STORE_SHARE = 0.5
-#: How Ray's resources name a node's GPU model.
+#: Prefix of the GPU model among the resources of a Ray node.
 _MODEL_PREFIX = "accelerator_type:"
 
 
+@dataclass(frozen=True)
+class Placement:
+    """What a run gets on its cluster."""
+
+    pools: list[PoolSpec]
+    numerics: Numerics
+    #: The largest GPU that a rank may get; None on CPUs, and where the memory of no GPU is known.
+    largest_gpu: Gpu | None
+    #: Bytes of the object store that the results of the run's items in flight may take together.
+    store_bytes: float
+
+
+@dataclass(frozen=True)
+class _FreeGpus:
+    """The GPUs that a run may use. Of `models`, Ray's names, some or all may be unknown."""
+
+    count: float
+    models: tuple[str, ...] = ()
+    #: Those of known memory, where any are.
+    largest: Gpu | None = None
+    smallest: Gpu | None = None
+
+
 class Cluster:
-    """`address`: of a running cluster, None for a private one. `engines`: dotted paths by pool kind. `share_cards`:
-    "on", "off", or "auto" for private clusters only; `can_share`: whether a GPU has room for that."""
+    """Joins a cluster and lays the pools of one run out on it."""
 
     def __init__(
         self,
         *,
         address: str | None,
-        device: str,
         parallel: ParallelConfig,
-        numerics: Numerics,
+        requested: RequestedNumerics,
+        checkpoint: Checkpoint,
         model: ModelFiles,
-        model_bytes: int,
-        engines: Mapping[str, str],
-        output: str,
-        save_latents: bool,
-        stop_after: str | None,
-        share_cards: str = "off",
-        can_share: Callable[[Numerics, Gpu], bool] = lambda numerics, gpu: False,
+        engines: Callable[[Numerics], Mapping[str, EngineSpec]],
+        share_cards: str,
     ):
-        self._address = address or os.environ.get("RAY_ADDRESS")
-        self._device, self._parallel, self._numerics = device, parallel, numerics
-        self._model, self._model_bytes, self._engines = model, model_bytes, engines
-        self._output = Store(output).uri if "://" in output else os.path.abspath(output)
-        self._save_latents, self._stop_after = save_latents, stop_after
-        self._share_cards, self._can_share = share_cards, can_share
-        self._joined = False
-        #: What the results of a run's items in flight may take together.
-        self.max_bytes = float("inf")
-        #: The largest GPU that a rank may get, and the smallest; None where none is known.
-        self.gpu: Gpu | None = None
-        self._smallest: Gpu | None = None
+        """`address` of a running cluster; None for that of RAY_ADDRESS, or else a private one.
 
-    def join(self) -> tuple[list[PoolSpec], Numerics]:
-        """Join or start the cluster and lay the pools out on it. Raises ValueError when they do not fit."""
+        `engines` gives the engines by kind (text, diffusion, decode) for the resolved numerics. `share_cards`: whether
+        text and decode may run on the DiT's GPUs: "on", "off", or "auto" for "on" in private clusters.
+        """
+        self._address = address or os.environ.get("RAY_ADDRESS")
+        self._parallel, self._requested = parallel, requested
+        self._checkpoint, self._model, self._engines = checkpoint, model, engines
+        self._share_cards = share_cards
+        self._joined = False
+
+    def join(self) -> Placement:
+        """Join or start the cluster. Raises ValueError when the pools do not fit, ConnectionError without an answer."""
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        # a signal in the middle of joining should end us, not abort us with a stack of Ray's
+        # With Ray's own handler, a signal that comes while the run joins would abort it with a trace of Ray's stack.
         os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
         import ray
 
-        common = {"logging_level": "error", "log_to_driver": False}
-        if self._address:
-            if not ray.is_initialized():
-                _check_reachable(self._address)
-                self._joined = True
-                ray.init(address=self._address, **common)
-            free = Resources.of(ray.available_resources())
-            models = _free_gpu_models()
-            self.gpu, self._smallest = _known_ends(models)
-            # auto takes what is free, so that a run fits beside others
-            pools, numerics = self._lay_out(free.gpus, models)
-            if not self._parallel.max_replicas:
-                check_schedulable(pools, free)
-        else:
-            gpus = float(_local_gpus())
-            models = _local_gpu_models() if gpus else ()
-            if gpus:
-                self.gpu, self._smallest = _local_gpus_of(models)
-            pools, numerics = self._lay_out(gpus, models)
-            free = Resources(slots_needed(pools).cpus, gpus)
-            check_schedulable(pools, free)
-            self._joined = True
-            ray.init(
-                address="local",
-                num_cpus=int(free.cpus) + 1,
-                include_dashboard=False,
-                object_store_memory=None if gpus else _LOCAL_STORE_BYTES,
-                **common,
-            )
-        self.max_bytes = _STORE_SHARE * ray.cluster_resources().get("object_store_memory", float("inf"))
-        return pools, numerics
+        found, pools, numerics = self._join_running(self._address) if self._address else self._start_private()
+        store_bytes = _STORE_SHARE * ray.cluster_resources().get("object_store_memory", float("inf"))
+        largest = found.largest if numerics.device == "cuda" else None
+        return Placement(pools, numerics, largest, store_bytes)
 
-    def _lay_out(self, gpus: float, gpu_models: Collection[str] = ()) -> tuple[list[PoolSpec], Numerics]:
-        wants_gpus = self._device == "cuda" or self._model_bytes > _CPU_MODEL_BYTES
-        if self._device == "cpu":
-            gpus = 0.0
-        elif not gpus and wants_gpus:
-            if not self._parallel.max_replicas:
-                raise ValueError("GPUs: at least 1 needed, 0 free; legal: a cluster with GPUs now, or --device cpu")
-            gpus = float(self._parallel.max_replicas)  # those that the autoscaler is going to bring
-        numerics = resolve(replace(self._numerics, device="cuda" if gpus else "cpu"), gpu_models, has_fa3())
-        engines = {
-            name: EngineSpec(
-                engine=path,
-                model=self._model,
-                numerics=numerics,
-                output=self._output,
-                save_latents=self._save_latents,
-                stop_after=self._stop_after,
-            )
-            for name, path in self._engines.items()
-        }
-        # others would take what is left of a shared card for free: a cluster that is not ours is shared on request only
+    def _join_running(self, address: str) -> tuple[_FreeGpus, list[PoolSpec], Numerics]:
+        import ray
+
+        if not ray.is_initialized():
+            _check_reachable(address)
+            self._joined = True
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+        free = Resources.of(ray.available_resources())
+        models = _free_gpu_models()
+        found = _FreeGpus(free.gpus, models, *_known_extremes(models))
+        # The pools are sized for what is free, so that the run fits beside others.
+        pools, numerics = self._lay_out(found)
+        if not self._parallel.max_replicas:
+            check_schedulable(pools, free)
+        return found, pools, numerics
+
+    def _start_private(self) -> tuple[_FreeGpus, list[PoolSpec], Numerics]:
+        import ray
+
+        found = _local_gpus()
+        pools, numerics = self._lay_out(found)
+        # A private cluster has as many logical CPUs as its pools ask for.
+        slots = Resources(slots_needed(pools).cpus, found.count)
+        check_schedulable(pools, slots)
+        self._joined = True
+        ray.init(
+            address="local",
+            num_cpus=int(slots.cpus) + 1,
+            include_dashboard=False,
+            object_store_memory=None if found.count else _LOCAL_STORE_BYTES,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+        )
+        return found, pools, numerics
+
+    def _lay_out(self, found: _FreeGpus) -> tuple[list[PoolSpec], Numerics]:
+        gpus = self._usable_gpus(found.count)
+        device = "cuda" if gpus else "cpu"
+        numerics = resolve(self._requested, self._parallel, device, found.models, has_fa3())
+        # Ray shows what is left of a shared GPU as free, so a cluster with other jobs shares GPUs on request only.
         allowed = self._share_cards == "on" or (self._share_cards == "auto" and not self._address)
-        share = allowed and self._smallest is not None and self._can_share(numerics, self._smallest)
-        parallel = replace(self._parallel, with_stage2=self._stop_after is None, share_cards=share)
-        return lay_out(parallel, gpus, engines), numerics
+        share_cards = allowed and found.smallest is not None and self._can_share(numerics, found.smallest)
+        return lay_out(self._parallel, gpus, self._engines(numerics), share_cards), numerics
+
+    def _usable_gpus(self, free: float) -> float:
+        """GPUs to lay the pools out on; 0 renders on CPUs. Raises ValueError when GPUs are missing."""
+        if self._requested.device == "cpu":
+            return 0.0
+        if free or (self._requested.device == "auto" and self._checkpoint.size <= _CPU_MODEL_BYTES):
+            return free
+        if not self._parallel.max_replicas:
+            raise ValueError("GPUs: at least 1 needed, 0 free; legal: a cluster with GPUs now, or --device cpu")
+        return float(self._parallel.max_replicas)  # The autoscaler is going to add them.
+
+    def _can_share(self, numerics: Numerics, gpu: Gpu) -> bool:
+        return can_share(self._checkpoint, self._model.local(), numerics, gpu)
 
     def leave(self) -> None:
+        """Disconnect from the cluster, and end a private one. Does nothing unless `join` has connected."""
         if self._joined:
             import ray
 
@@ -129,7 +150,7 @@ class Cluster:
 
 
 def _check_reachable(address: str) -> None:
-    """Raise ConnectionError unless something listens there; Ray itself would try for minutes."""
+    """Raise ConnectionError unless something listens at `address`; Ray itself would try for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not port.isdigit():
         return  # "auto", "local" and the like
@@ -139,7 +160,16 @@ def _check_reachable(address: str) -> None:
         raise ConnectionError(f"--ray-address: {address}, cannot be reached ({error.strerror or error})") from None
 
 
-def _local_gpus() -> int:
+def _local_gpus() -> _FreeGpus:
+    """The GPUs of this machine that CUDA_VISIBLE_DEVICES does not hide."""
+    count = _local_gpu_count()
+    if not count:
+        return _FreeGpus(0.0)
+    models = _local_gpu_models()
+    return _FreeGpus(float(count), models, *_local_extremes(models))
+
+
+def _local_gpu_count() -> int:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([v for v in visible.split(",") if v.strip() and v.strip() != "-1"])
@@ -149,16 +179,18 @@ def _local_gpus() -> int:
 
 
 def _local_gpu_models() -> tuple[str, ...]:
-    """Ray's name of this machine's GPUs; none when it does not know them."""
+    """Ray's name of this machine's GPUs; empty when Ray does not know them."""
     from ray._private.accelerators import NvidiaGPUAcceleratorManager
 
     model = NvidiaGPUAcceleratorManager.get_current_node_accelerator_type()
     return (model,) if model else ()
 
 
-def _local_gpus_of(models: Sequence[str]) -> tuple[Gpu | None, Gpu | None]:
-    """This machine's largest and its smallest GPU as the driver says: which of several CUDA_VISIBLE_DEVICES means is
-    CUDA's to know."""
+def _local_extremes(models: Sequence[str]) -> tuple[Gpu | None, Gpu | None]:
+    """The largest and the smallest GPU of this machine, hidden ones included, by what the driver reports.
+
+    Which of several GPUs an entry of CUDA_VISIBLE_DEVICES means is known to CUDA alone.
+    """
     from ray._private.thirdparty import pynvml
 
     try:
@@ -168,17 +200,17 @@ def _local_gpus_of(models: Sequence[str]) -> tuple[Gpu | None, Gpu | None]:
         name = next(iter(models), "this machine's GPU")
         return Gpu(name, max(sizes)), Gpu(name, min(sizes))
     except (pynvml.NVMLError, ValueError):
-        return _known_ends(models)
+        return _known_extremes(models)
 
 
-def _known_ends(models: Collection[str]) -> tuple[Gpu | None, Gpu | None]:
-    """The largest and the smallest of these models whose memory is known."""
+def _known_extremes(models: Collection[str]) -> tuple[Gpu | None, Gpu | None]:
+    """The largest and the smallest of the models whose memory is known."""
     known = known_gpus(models)
     return (known[-1], known[0]) if known else (None, None)
 
 
 def _free_gpu_models() -> tuple[str, ...]:
-    """The GPU models of the nodes that have some of a GPU free; of all nodes when none has."""
+    """GPU models of the nodes on which some of a GPU is free; of all nodes when there are none."""
     import ray
     from ray._private.state import available_resources_per_node
 
@@ -187,5 +219,5 @@ def _free_gpu_models() -> tuple[str, ...]:
 
 
 def _gpu_models(resources: Iterable[str]) -> tuple[str, ...]:
-    """The GPU models that a cluster's resources name."""
+    """The GPU models among the names of a cluster's resources."""
     return tuple(name.removeprefix(_MODEL_PREFIX) for name in resources if name.startswith(_MODEL_PREFIX))

@@ -1,20 +1,22 @@
-"""How many replicas of each role a cluster gets."""
+"""How many replicas each pool gets, and the pools that follow from it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from enum import Enum
+from typing import NamedTuple
 
 from ltx_ray.config import EngineSpec, GangLayout, PoolSpec
 from ltx_ray.stages import DIFFUSION_STAGES, OUTPUT_STAGES, Stage
 
-#: GPU time of stage 1 over stage 2 for an HQ clip (ltx-facts.md): how replicas are shared out.
+#: GPU time of stage 1 over that of stage 2 for an HQ clip on one H100 (docs/benchmarks.md#parts-of-a-clip).
 _STAGE_RATIO = 2.3
-#: What is left of a replica's speed when it serves both stages in turns, and switches.
-_SHARED_SPEED = 0.9
-#: Cards of the DiT that one replica each of text and decode keep up with (ltx-facts.md: 0.1 + 1.75 s of 63 s a clip).
-_CARDS_A_PAIR = 31
+#: Speed of a replica that alternates between the stages, and so has to switch, over that of one that does not.
+_ALTERNATING_SPEED = 0.9
+#: GPUs of the DiT that one replica each of text and decode keep up with: (0.1 + 1.75) s of 63 s a clip, with margin.
+_DIT_GPUS_PER_PAIR = 31
 
 
 @dataclass(frozen=True)
@@ -26,38 +28,30 @@ class Resources:
 
     @classmethod
     def of(cls, resources: Mapping[str, float]) -> Resources:
+        """From what Ray calls a cluster's resources."""
         return cls(resources.get("CPU", 0.0), resources.get("GPU", 0.0))
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """The shape a user asked for; None means auto.
+    """The layout and the numbers of replicas that a user asked for.
 
-    A gang of stage 1 has `tp` times `guidance_parallel` ranks, one of stage 2 `stage2_tp` (None: as stage 1)
-    times `sequence_parallel`.
+    A gang of stage 1 has `tp` times `guidance_parallel` ranks, one of stage 2 `stage2_tp` times `sequence_parallel`.
     """
 
     tp: int = 1
+    #: Replicas of each stage. None leaves the number to `choose_replicas`; `stage2` 0 has those of stage 1 serve both.
     stage1: int | None = None
     stage2: int | None = None
+    #: Whether the run renders stage 2 at all.
     with_stage2: bool = True
+    #: None: as `tp`.
     stage2_tp: int | None = None
     guidance_parallel: int = 1
     sequence_parallel: int = 1
-    #: Replicas of the DiT that a growing cluster may be asked for, of both stages together; None: what is there.
+    #: Replicas of the DiT, of both stages together, that a growing cluster may be asked for. None: as many as fit on
+    #: the GPUs that are free.
     max_replicas: int | None = None
-    #: Whether text and decode share cards with ranks of the DiT where there are several gangs. The cluster decides: the
-    #: rest of a shared card looks free to others, and its memory must suffice for certain.
-    share_cards: bool = False
-
-    @property
-    def mobile(self) -> bool:
-        """Whether replicas may move between the stages: nobody has said how many each gets, and gangs are alike."""
-        return self.stage1 is None and self.stage2 is None and self.with_stage2 and self.alike
-
-    @property
-    def alike(self) -> bool:
-        return self.shared_ranks is not None and self.ranks[0] == self.ranks[1]
 
     @property
     def tp_of_stage2(self) -> int:
@@ -65,31 +59,42 @@ class ParallelConfig:
 
     @property
     def ranks(self) -> tuple[int, int]:
-        """Ranks of a gang of stage 1 and of stage 2."""
+        """Ranks of a gang of stage 1 and of a gang of stage 2."""
         return self.tp * self.guidance_parallel, self.tp_of_stage2 * self.sequence_parallel
 
     @property
-    def shared_ranks(self) -> int | None:
+    def alternating_ranks(self) -> int | None:
         """Ranks of a gang that serves both stages in turns; None when their layouts do not allow it."""
         widths = {self.guidance_parallel, self.sequence_parallel} - {1}
         if self.tp_of_stage2 != self.tp or len(widths) > 1:
             return None
         return self.tp * max(widths, default=1)
 
+    @property
+    def interchangeable(self) -> bool:
+        """Whether a gang of one stage can serve the other: both stages have the same layout."""
+        return self.alternating_ranks is not None and self.ranks[0] == self.ranks[1]
+
+    @property
+    def movable(self) -> bool:
+        """Whether the driver may move replicas between the stages: their numbers are open, their gangs the same."""
+        return self.stage1 is None and self.stage2 is None and self.with_stage2 and self.interchangeable
+
     def check(self, distilled: bool) -> None:
-        """Raise ValueError for layouts that nothing can use."""
+        """Raise ValueError for a layout that no pipeline can use, and for options that contradict each other."""
         legal = [1] if distilled else [1, 2, 3, 4]
         if self.guidance_parallel not in legal:
             why = "the distilled pipeline has no guidance" if distilled else "there are four passes at most"
             raise ValueError(f"--guidance-parallel: {self.guidance_parallel}, legal: {legal} ({why})")
         if self.max_replicas is not None and (self.stage1 or self.stage2):
             raise ValueError("--max-replicas and a number of --stage1-replicas or --stage2-replicas exclude each other")
-        if self.max_replicas is not None and not self.alike:
+        if self.max_replicas is not None and not self.interchangeable:
             raise ValueError(
-                f"--max-replicas: {self.max_replicas}, but stage 1 has gangs of {self.ranks[0]} at --tp {self.tp}, "
-                f"those of stage 2 {self.ranks[1]} at --stage2-tp {self.tp_of_stage2}; legal: alike in both stages"
+                f"--max-replicas: {self.max_replicas}, but a gang of stage 1 has {self.ranks[0]} ranks at --tp "
+                f"{self.tp}, and one of stage 2 has {self.ranks[1]} at --stage2-tp {self.tp_of_stage2}; "
+                f"legal: the same layout in both stages"
             )
-        if self.stage2 == 0 and self.with_stage2 and self.shared_ranks is None:
+        if self.stage2 == 0 and self.with_stage2 and self.alternating_ranks is None:
             raise ValueError(
                 f"--stage2-replicas: 0, but stage 1 has --tp {self.tp} --guidance-parallel {self.guidance_parallel} "
                 f"and stage 2 --stage2-tp {self.tp_of_stage2} --sequence-parallel {self.sequence_parallel}; "
@@ -97,100 +102,161 @@ class ParallelConfig:
             )
 
 
+class Colocation(Enum):
+    """Which GPUs the single-rank replicas run on, those of text and of decode."""
+
+    #: On GPUs of their own, one of text and one of decode on each.
+    NONE = "none"
+    #: Beside ranks of the DiT, both beside the same one where it has to be.
+    BOTH = "both"
+    #: Beside ranks of the DiT, each beside another one.
+    SEPARATE = "separate"
+
+
+#: By colocation: the part of a GPU that a rank of the DiT asks Ray for, and that of a replica of text or decode. A rank
+#: asks for more than half, so that two of a gang never share a GPU. Beside a rank, two single-rank replicas fit at 0.2,
+#: and only one of them at 0.3.
+_GPU_SHARES = {Colocation.NONE: (1.0, 0.5), Colocation.BOTH: (0.6, 0.2), Colocation.SEPARATE: (0.6, 0.3)}
+
+
 @dataclass(frozen=True)
 class PoolSizes:
-    """How many of each there are. No stage-2 replicas: those of stage 1 serve both stages (or there is one stage).
-    `aside`: of text and of decode, each; `shared_card`: whether these share a card with the DiT."""
+    """Replicas of each pool. With `stage2` 0 those of stage 1 serve both stages, or the run has one stage."""
 
     stage1: int
     stage2: int
-    aside: int = 1
-    shared_card: bool = False
-    #: Whether of text and decode only one may be beside the same rank: there are several gangs to share with.
-    apart: bool = False
+    #: Replicas of text, and of decode.
+    single_rank: int = 1
+    colocation: Colocation = Colocation.NONE
 
 
-def choose_replicas(parallel: ParallelConfig, gpus: float) -> PoolSizes:
-    """What a cluster of `gpus` cards gets. Without GPUs: one each.
+def choose_replicas(parallel: ParallelConfig, gpus: float, share_cards: bool = False) -> PoolSizes:
+    """Replicas for a cluster with `gpus` free GPUs; those of a machine without any are one of each pool.
 
-    Text and decode together would fill a card of their own for every 31 of the DiT. With fewer they share the DiT's
-    cards where the memory allows it (`parallel.share_cards`), or where only one gang fits. What a user left open is
-    chosen for throughput: a replica's speed counts as its ranks.
+    What the user left open is chosen for the most clips an hour, where a replica's speed counts as its ranks.
+    `share_cards`: text and decode may run beside the DiT, whose GPUs certainly have the memory. They do while the DiT
+    has too few GPUs to keep a pair of them busy, and in any case when the DiT's smallest layout takes every GPU.
     """
-    if parallel.share_cards and parallel.max_replicas is None and 0 < gpus <= _CARDS_A_PAIR:
-        chosen = _choose(parallel, gpus, gpus)
+    if not gpus:
+        return PoolSizes(*_replicas_without_gpus(parallel))
+    if parallel.max_replicas is not None:
+        gpus = _gpus_to_grow_to(parallel, parallel.max_replicas, gpus)
+    elif share_cards and gpus <= _DIT_GPUS_PER_PAIR:
+        stage1, stage2 = _diffusion_replicas(parallel, int(gpus))
         ranks1, ranks2 = parallel.ranks
-        if gpus - 1 < chosen.stage1 * ranks1 + chosen.stage2 * ranks2 <= int(gpus):
-            return replace(chosen, aside=1, shared_card=True, apart=chosen.stage1 + chosen.stage2 > 1)
-        # a card is left over in any case, or there are too few for what was asked for
-    return _choose(parallel, gpus, None)
+        # Where the DiT leaves a GPU over, text and decode get it. An alternating gang counts with its stage-1 ranks.
+        if stage1 * ranks1 + stage2 * ranks2 == int(gpus):
+            several_gangs = stage1 + stage2 > 1
+            return PoolSizes(stage1, stage2, 1, Colocation.SEPARATE if several_gangs else Colocation.BOTH)
+    if gpus < _fewest_gpus(parallel) + 1:
+        return PoolSizes(*_diffusion_replicas(parallel, int(gpus)), 1, Colocation.BOTH)
+    # Each pair of text and decode takes one GPU out of every 32.
+    pairs = math.ceil(gpus / (_DIT_GPUS_PER_PAIR + 1))
+    return PoolSizes(*_diffusion_replicas(parallel, int(gpus - pairs)), pairs)
 
 
-def _choose(parallel: ParallelConfig, gpus: float, for_dit: float | None) -> PoolSizes:
-    """`for_dit`: the cards that the DiT may take, None: all but those of text and decode."""
-    ranks1, ranks2 = parallel.ranks
-    most = parallel.max_replicas
-    least = parallel.shared_ranks or ranks1 + ranks2
+def _replicas_without_gpus(parallel: ParallelConfig) -> tuple[int, int]:
+    if parallel.max_replicas is None:
+        return _as_requested(parallel, 1, 1)
+    split = _movable_split(parallel.max_replicas) if parallel.movable else (parallel.max_replicas, 0)
+    return _as_requested(parallel, *split)
+
+
+def _gpus_to_grow_to(parallel: ParallelConfig, replicas: int, gpus: float) -> float:
+    """GPUs of a cluster that has grown to `replicas` replicas of the DiT, with those of text and decode."""
+    ranks = parallel.ranks[0]
+    if replicas == 1:
+        # One more GPU is for text and decode. The only replica shares its own with them when that one is not free.
+        return min(max(gpus, ranks), ranks + 1)
+    return replicas * ranks + math.ceil(replicas * ranks / _DIT_GPUS_PER_PAIR)
+
+
+def _fewest_gpus(parallel: ParallelConfig) -> int:
+    """GPUs of the smallest DiT that renders: one gang for all stages, or one of each stage."""
     if not parallel.with_stage2:
-        least = ranks1
-    if most is not None and gpus:
-        # one may share its cards with text and decode; more get them a card of their own, as below
-        gpus = min(max(gpus, ranks1), ranks1 + 1)
-        if most > 1:
-            gpus = most * ranks1 + math.ceil(most * ranks1 / _CARDS_A_PAIR)
-    shared_card = gpus > 0 and gpus < least + 1
-    aside = 1 if gpus == 0 or shared_card else math.ceil(gpus / (_CARDS_A_PAIR + 1))
-    cards = int(for_dit if for_dit is not None else gpus if shared_card else gpus - aside)
-    if gpus == 0:
-        stage1, stage2 = 1, 1
-        if most is not None:
-            stage1, stage2 = _parted(most) if parallel.mobile else (most, 0)
-    elif parallel.mobile:
-        stage1, stage2 = _parted(max(1, cards // ranks1))
-    else:
-        stage1, stage2 = _fastest(parallel, cards)
+        return parallel.ranks[0]
+    return parallel.alternating_ranks or sum(parallel.ranks)
+
+
+def _diffusion_replicas(parallel: ParallelConfig, gpus: int) -> tuple[int, int]:
+    """Replicas of stage 1 and of stage 2 on `gpus` GPUs that the DiT has to itself; as many as the user asked for."""
+    if parallel.movable:
+        return _movable_split(max(1, gpus // parallel.ranks[0]))
+    return _as_requested(parallel, *_fastest_split(parallel, gpus))
+
+
+def _as_requested(parallel: ParallelConfig, stage1: int, stage2: int) -> tuple[int, int]:
+    """The chosen numbers, but for those that the user gave."""
     stage1 = stage1 if parallel.stage1 is None else parallel.stage1
     stage2 = stage2 if parallel.stage2 is None else parallel.stage2
-    return PoolSizes(stage1, stage2 if parallel.with_stage2 else 0, aside, shared_card)
+    return stage1, stage2 if parallel.with_stage2 else 0
 
 
-def _parted(replicas: int) -> tuple[int, int]:
-    """Where replicas that may move begin: in stage 1 and in stage 2."""
+def _movable_split(replicas: int) -> tuple[int, int]:
+    """The stages in which movable replicas begin: divided as the stages' times are, with one in each stage at least."""
     if replicas == 1:
         return 1, 0
     stage2 = min(max(1, round(replicas / (1 + _STAGE_RATIO))), replicas - 1)
     return replicas - stage2, stage2
 
 
-def _fastest(parallel: ParallelConfig, gpus: int) -> tuple[int, int]:
-    """Replicas of both stages on `gpus` cards for the most clips an hour; fewer cards, then fewer gangs, break ties."""
-    ranks1, ranks2 = parallel.ranks
+class _Split(NamedTuple):
+    """A division of GPUs among the stages. The largest is the best: fewer GPUs, then fewer gangs break a tie."""
+
+    #: Clips in the time that one rank takes for stage 2.
+    speed: float
+    gpus_left: int
+    minus_gangs: int
+    stage1: int
+    stage2: int
+
+
+def _fastest_split(parallel: ParallelConfig, gpus: int) -> tuple[int, int]:
+    """Replicas of stage 1 and of stage 2 for the most clips an hour on `gpus` GPUs; the fewest when none fits."""
     if not parallel.with_stage2:
-        return max(1, gpus // ranks1), 0
-    best = (0.0, 0, 0, 1, 0 if parallel.shared_ranks else 1)
-    counts1 = range(1, gpus // ranks1 + 1) if parallel.stage1 is None else [parallel.stage1]
-    for stage1 in counts1:
-        counts2 = range(1, gpus // ranks2 + 1) if parallel.stage2 is None else [parallel.stage2]
-        for stage2 in counts2:
-            used = stage1 * ranks1 + stage2 * ranks2
-            if stage2 and used <= gpus:
+        return max(1, gpus // parallel.ranks[0]), 0
+    dedicated = max(_dedicated_splits(parallel, gpus), default=None)
+    alternating = _alternating_split(parallel, gpus)
+    if alternating is None:
+        return (dedicated.stage1, dedicated.stage2) if dedicated else (1, 1)
+    if dedicated is None:
+        return alternating.stage1, alternating.stage2
+    fits = alternating.gpus_left >= 0
+    best = alternating if fits and alternating.speed > dedicated.speed else dedicated
+    return best.stage1, best.stage2
+
+
+def _dedicated_splits(parallel: ParallelConfig, gpus: int) -> Iterator[_Split]:
+    """Every division of `gpus` GPUs in which each replica serves one stage. The slower stage decides the speed."""
+    ranks1, ranks2 = parallel.ranks
+    for stage1 in range(1, gpus // ranks1 + 1) if parallel.stage1 is None else (parallel.stage1,):
+        left = gpus - stage1 * ranks1
+        for stage2 in range(1, left // ranks2 + 1) if parallel.stage2 is None else (parallel.stage2,):
+            if stage2 and stage2 * ranks2 <= left:
                 speed = min(stage1 * ranks1 / _STAGE_RATIO, stage2 * ranks2)
-                best = max(best, (speed, -used, -stage1 - stage2, stage1, stage2))
-    if (shared := parallel.shared_ranks) and not parallel.stage2:
-        stage1 = parallel.stage1 or max(1, gpus // shared)
-        # in the stage that does not split its work over all ranks, the others only repeat it
-        speed = _SHARED_SPEED * stage1 / (_STAGE_RATIO / ranks1 + 1 / ranks2)
-        if parallel.stage2 == 0 or (stage1 * shared <= gpus and speed > best[0]) or best[0] == 0:
-            best = (speed, -stage1 * shared, -stage1, stage1, 0)
-    return best[3], best[4]
+                yield _Split(speed, left - stage2 * ranks2, -stage1 - stage2, stage1, stage2)
 
 
-def lay_out(parallel: ParallelConfig, gpus: float, engines: Mapping[str, EngineSpec]) -> list[PoolSpec]:
-    """The pools of a run. `engines` by pool name: text, diffusion, decode."""
-    count = choose_replicas(parallel, gpus)
-    # more than half a card, so that two ranks of a gang never land on one
-    card = 0.0 if gpus == 0 else 0.6 if count.shared_card else 1.0
-    aside = 0.0 if gpus == 0 else 0.5 if not count.shared_card else 0.3 if count.apart else 0.2
+def _alternating_split(parallel: ParallelConfig, gpus: int) -> _Split | None:
+    """As many replicas as fit, each for both stages; None where layouts or numbers of replicas do not allow it.
+
+    In the stage that does not divide its work among all ranks of a gang, the other ranks repeat it.
+    """
+    ranks = parallel.alternating_ranks
+    if not ranks or parallel.stage2:
+        return None
+    ranks1, ranks2 = parallel.ranks
+    stage1 = parallel.stage1 or max(1, gpus // ranks)
+    speed = _ALTERNATING_SPEED * stage1 / (_STAGE_RATIO / ranks1 + 1 / ranks2)
+    return _Split(speed, gpus - stage1 * ranks, -stage1, stage1, 0)
+
+
+def lay_out(
+    parallel: ParallelConfig, gpus: float, engines: Mapping[str, EngineSpec], share_cards: bool = False
+) -> list[PoolSpec]:
+    """The pools of a run. `engines` by kind: text, diffusion, decode. `share_cards` as in `choose_replicas`."""
+    sizes = choose_replicas(parallel, gpus, share_cards)
+    rank_gpus, single_rank_gpus = _GPU_SHARES[sizes.colocation] if gpus else (0.0, 0.0)
 
     def diffusion_pool(
         name: str, roles: tuple[Stage, ...], replicas: int, tp: int, ranks: int, alternates: bool = False
@@ -201,27 +267,27 @@ def lay_out(parallel: ParallelConfig, gpus: float, engines: Mapping[str, EngineS
             guidance_parallel=parallel.guidance_parallel if Stage.STAGE1 in roles else 1,
             sequence_parallel=parallel.sequence_parallel if Stage.STAGE2 in roles else 1,
             alternates=alternates,
-            shared_card=count.shared_card,
+            shared_card=sizes.colocation is not Colocation.NONE,
         )
         engine = replace(engines["diffusion"], layout=layout)
-        return PoolSpec(name, roles, replicas, ranks, engine, cpus_per_rank=1.0, gpus_per_rank=card)
+        return PoolSpec(name, roles, replicas, ranks, engine, gpus_per_rank=rank_gpus)
 
     def single_rank_pool(name: str, roles: tuple[Stage, ...]) -> PoolSpec:
-        return PoolSpec(name, roles, count.aside, 1, engines[name], gpus_per_rank=aside)
+        return PoolSpec(name, roles, sizes.single_rank, 1, engines[name], gpus_per_rank=single_rank_gpus)
 
     ranks1, ranks2 = parallel.ranks
     pools = [single_rank_pool("text", (Stage.TEXT,))]
-    if count.stage2 or not parallel.with_stage2:
-        # A replica that may move between the stages begins in the first of its roles.
-        roles1 = (Stage.STAGE1, Stage.STAGE2) if parallel.mobile else (Stage.STAGE1,)
-        roles2 = (Stage.STAGE2, Stage.STAGE1) if parallel.mobile else (Stage.STAGE2,)
-        pools.append(diffusion_pool("stage1", roles1, count.stage1, parallel.tp, ranks1))
-        if count.stage2:
-            pools.append(diffusion_pool("stage2", roles2, count.stage2, parallel.tp_of_stage2, ranks2))
+    if sizes.stage2 or not parallel.with_stage2:
+        # A movable replica begins in the first of its roles.
+        roles1 = (Stage.STAGE1, Stage.STAGE2) if parallel.movable else (Stage.STAGE1,)
+        roles2 = (Stage.STAGE2, Stage.STAGE1) if parallel.movable else (Stage.STAGE2,)
+        pools.append(diffusion_pool("stage1", roles1, sizes.stage1, parallel.tp, ranks1))
+        if sizes.stage2:
+            pools.append(diffusion_pool("stage2", roles2, sizes.stage2, parallel.tp_of_stage2, ranks2))
     else:
-        shared = parallel.shared_ranks
-        assert shared is not None, parallel
-        pools.append(diffusion_pool("diffusion", DIFFUSION_STAGES, count.stage1, parallel.tp, shared, alternates=True))
+        ranks = parallel.alternating_ranks
+        assert ranks is not None, parallel
+        pools.append(diffusion_pool("diffusion", DIFFUSION_STAGES, sizes.stage1, parallel.tp, ranks, alternates=True))
     pools.append(single_rank_pool("decode", OUTPUT_STAGES))
     return pools
 
@@ -237,9 +303,9 @@ def slots_needed(pools: list[PoolSpec]) -> Resources:
 def check_schedulable(pools: list[PoolSpec], free: Resources) -> None:
     """Raise ValueError naming what is needed and what is free when the pools do not fit."""
     needed = slots_needed(pools)
-    # two of them never share a card
-    whole = sum(pool.replicas * pool.ranks for pool in pools if pool.gpus_per_rank > 0.5)
-    needed = replace(needed, gpus=max(needed.gpus, float(whole)))
+    # Ranks that ask for more than half a GPU need one each, even where the fractions add up to fewer GPUs.
+    undivided = sum(pool.replicas * pool.ranks for pool in pools if pool.gpus_per_rank > 0.5)
+    needed = replace(needed, gpus=max(needed.gpus, float(undivided)))
     short = [
         f"{what}: {need:g} needed, {have:g} free"
         for what, need, have in (("CPU slots", needed.cpus, free.cpus), ("GPUs", needed.gpus, free.gpus))

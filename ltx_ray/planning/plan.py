@@ -15,7 +15,7 @@ from ltx_ray.checkpoints.checkpoint import open_checkpoint
 from ltx_ray.checkpoints.digests import cached_digest
 from ltx_ray.checkpoints.lora import lora_digest
 from ltx_ray.checkpoints.transformer_config import TransformerConfig
-from ltx_ray.config import ModelFiles, Numerics, Selection
+from ltx_ray.config import ModelFiles, RecipeNumerics, Selection
 from ltx_ray.dataset.existing import ExistingRows, ItemLookup
 from ltx_ray.manifest.columns import LONGEST_ID
 from ltx_ray.manifest.reader import RawRow, read_manifest
@@ -129,7 +129,7 @@ def _digest(path: str) -> str:
 class ItemBuilder:
     """Makes the work items of requests: the recipe (the run's weights and dtypes, the row's LoRAs) and the item_id."""
 
-    def __init__(self, model: ModelFiles, numerics: Numerics):
+    def __init__(self, model: ModelFiles, numerics: RecipeNumerics):
         local = model.local()
         self.checkpoint = open_checkpoint(local.checkpoint_path)
         self._numerics = numerics

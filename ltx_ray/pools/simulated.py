@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ltx_ray.config import PoolSpec
+from ltx_ray.config import PoolSpec, RunLimits
 from ltx_ray.pools.protocol import CallFinished, InputsLost, RankInfo, ReplicaEvent, ReplicaLost, ReplicaStarted
 from ltx_ray.records import CallError, CallReport, ErrorKind, RenderError, WorkItem
 from ltx_ray.stages import TRAITS, Stage
@@ -87,7 +87,7 @@ class SimulatedReplicaSet:
     nodes: int = 8
     start_seconds: float = 40.0
     switch_seconds: float = 1.5
-    call_timeout: float = 7200.0
+    call_timeout: float = RunLimits.call_timeout
     now: float = 0.0
 
     def __post_init__(self) -> None:

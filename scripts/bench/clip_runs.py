@@ -48,13 +48,15 @@ runpy.run_module("ltx_pipelines.ti2vid_two_stages_hq", run_name="__main__", alte
 """
 _RENDER = """
 import json, sys
-from ltx_ray.config import ModelFiles, RunLimits
+from ltx_ray.config import ModelFiles, RequestedNumerics, RunLimits
 from ltx_ray.placement.sizing import ParallelConfig
 from ltx_ray.run import Options, render
 spec = json.loads(sys.argv[1])
 model, parallel = ModelFiles(**spec.pop("model")), ParallelConfig(**spec.pop("parallel"))
+numerics = RequestedNumerics(**spec.pop("numerics"))
 limits = RunLimits(max_attempts=1, start_timeout=300.0, call_timeout=300.0)
-sys.exit(render(Options(model=model, parallel=parallel, limits=limits, command=("bench_clip",), **spec)))
+options = Options(model=model, numerics=numerics, parallel=parallel, limits=limits, command=("bench_clip",), **spec)
+sys.exit(render(options))
 """
 
 
@@ -71,8 +73,8 @@ def ours(
     rows = [{"id": f"clip-{i}", "prompt": _PROMPTS[i % len(_PROMPTS)], "seed": i} for i in range(arguments.clips)]
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
     spec = {
-        "manifest": str(manifest), "output": str(out), "model": files, "precision": precision,
-        "device": arguments.device, "row_defaults": {
+        "manifest": str(manifest), "output": str(out), "model": files,
+        "numerics": {"precision": precision, "device": arguments.device}, "row_defaults": {
             "height": height, "width": width, "num_frames": frames, "num_inference_steps": arguments.steps,
         },
         # One GPU has one replica for both stages by default; a CPU would get one for each.

@@ -1,4 +1,4 @@
-"""A gang that cannot start or merge dies as one, says where and on what, and leaves nothing behind."""
+"""A gang that cannot start or merge ends as a whole, says where and why it failed, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ENGINES = "tests.support.engines"
 
 
 def start(engine: str, ranks: int = 2) -> Gang:
-    """A gang of `engine`, followed until it is ready or lost."""
+    """A gang of `engine`, once it is ready; raises GangLost with the gang when it is lost."""
     import ray
 
     spec = EngineSpec(
@@ -88,7 +88,7 @@ def test_a_replica_whose_merge_failed_serves_no_other_row(runner):
 
 
 def test_merges_that_never_succeed_stop_the_run(runner):
-    """Not three replicas for each of a million rows."""
+    """Each row would cost replicas otherwise, however many rows there are."""
     rows = [
         {"id": f"r{n}", "prompt": "merge always", "height": 64, "width": 64, "num_frames": 9, "seed": n}
         for n in range(5)

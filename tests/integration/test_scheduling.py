@@ -1,4 +1,4 @@
-"""The driver on real Ray with an engine that is told how to fail: nothing lost, nothing twice."""
+"""The driver on real Ray with an engine that fails as its prompts say: no row is lost, and none is rendered twice."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_shared_replica_switches_seldom(runner):
     slow = "[[stage1:slow:0.1]] [[stage2:slow:0.1]]"
     assert runner.render(rows(*(slow + letter for letter in "abcdefgh")), stage1=1, stage2=0) == 0
     switches = sum(row["switches"] for row in runner.index().values())
-    # eight clips in turns of up to four: stage 1, stage 2, stage 1, stage 2
+    # Eight clips are rendered in turns of up to four: stage 1, stage 2, stage 1, stage 2.
     assert 2 <= switches <= 8
     assert {row["stage1_replica"] for row in runner.index().values()} == {"diffusion-0"}
 
@@ -59,7 +59,7 @@ def test_a_dead_rank_costs_an_attempt_and_the_row_is_rendered(runner):
     index = runner.index()
     assert {name: row["attempts"] for name, row in index.items()} == {"r0": 1, "r1": 2, "r2": 3, "r3": 1}
     lost = [e for e in runner.events() if e["event"] == "gang_lost"]
-    # a replica that is at home in the other stage may have taken the call, when it came up first
+    # A replica that began in the other stage may have taken the call, when it was ready first.
     assert sorted(e["role"].rstrip("12") for e in lost) == ["decode", "decode", "stage"]
     assert not runner.failed()
 
@@ -116,7 +116,7 @@ def test_a_retry_renders_what_failed_without_the_runs_defaults(runner):
 def test_a_row_rendered_as_another_item_leaves_its_old_failure(runner):
     manifest = [{"id": "r0", "prompt": "[[stage1:crash:3]]", **SIZE}]
     assert runner.render(manifest) == 3
-    assert runner.render([{**manifest[0], "prompt": "mended"}]) == 0
+    assert runner.render([{**manifest[0], "prompt": "corrected"}]) == 0
     assert not runner.failed()
 
 
@@ -134,7 +134,7 @@ def test_too_many_failures_stop_the_run(runner):
     bad = [{"id": f"b{n}", "prompt": "fine", "height": 100} for n in range(12)]
     assert runner.render([*bad, *good], limits=RunLimits(max_failed_fraction=0.5)) == 3
     assert len(runner.index()) < 30
-    # what was done before counts as well
+    # Rows that were done before count as well.
     assert runner.render(good) == 0
     assert runner.render([*good, *bad], limits=RunLimits(max_failed_fraction=0.5)) == 3
     assert json.loads((runner.output / "run.json").read_text())["state"] == "finished"
@@ -152,7 +152,7 @@ def test_an_address_where_nothing_listens_is_said_at_once(runner, monkeypatch):
 def test_a_rank_that_fails_alone_takes_its_gang_with_it(runner):
     assert runner.render(rows("[[stage1:lone:1]]"), tp=2) == 0
     (lost,) = [e for e in runner.events() if e["event"] == "gang_lost"]
-    assert lost["role"] in ("stage1", "stage2"), "whichever was up first took the call"
+    assert lost["role"] in ("stage1", "stage2"), "the replica that was ready first took the call"
 
 
 def test_a_hanging_call_is_ended_at_its_deadline(runner):
@@ -167,7 +167,7 @@ def test_an_illegal_row_is_listed_and_the_others_render(runner):
     assert set(runner.index()) == {"r0", "r1"}
     failed = runner.failed()["bad"]
     assert failed["stage"] == "plan" and "rows.jsonl:3:height (bad): 100" in failed["message"]
-    # mending the manifest takes the row off the list
+    # Correcting the manifest takes the row off the list.
     assert runner.render([*rows("one", "two"), {"id": "bad", "prompt": "x", **SIZE}]) == 0
     assert not runner.failed() and set(runner.index()) == {"r0", "r1", "bad"}
 

@@ -1,4 +1,4 @@
-"""Verify on a dataset that a run made: a sample rendered again on real Ray."""
+"""`ltx-ray verify` on a dataset that a run made: a sample is rendered again on real Ray."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import pyarrow.parquet as pq
 
-from ltx_ray.config import EngineSpec, ModelFiles, Numerics, RunLimits
+from ltx_ray.config import EngineSpec, ModelFiles, Numerics, RequestedNumerics, RunLimits
 from ltx_ray.engine.base import Rank
 from ltx_ray.engine.fake import FakeEngine, open_gate
 from ltx_ray.placement.sizing import ParallelConfig
@@ -188,6 +188,7 @@ class Job:
         parallel: ParallelConfig = ParallelConfig(tp=2, stage1=1, stage2=1),  # noqa: B008 (frozen)
         limits: RunLimits = RunLimits(),  # noqa: B008 (frozen)
         fake: bool = True,
+        dtype: str = RequestedNumerics.dtype,
         **options: Any,
     ) -> Driver:
         """Start rendering `manifest`: rows, or the path of a manifest."""
@@ -199,7 +200,7 @@ class Job:
             options = {"engines": FAKE, **options}
         driver = Driver(
             Options(
-                manifest, str(self.out.folder), MODEL, parallel=parallel, limits=limits,
+                manifest, str(self.out.folder), MODEL, RequestedNumerics(dtype=dtype), parallel, limits=limits,
                 ray_address=options.pop("ray_address", self.cluster.address), preflight=options.pop("preflight", False),
                 **options,
             ),

@@ -1,4 +1,4 @@
-"""The engines without Ray: a request to its latents, in one process and with one thread."""
+"""The engines without Ray: from a manifest row to its latents, in one process and with one thread."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ltx_ray.config import EngineSpec, GangLayout, ModelFiles, Numerics
+from ltx_ray.config import EngineSpec, GangLayout, ModelFiles, RequestedNumerics
 from ltx_ray.engine.base import Rank
 from ltx_ray.engine.decode import named_latents
 from ltx_ray.engine.diffusion import DiffusionEngine
@@ -16,6 +16,7 @@ from ltx_ray.engine.text import TextEngine
 from ltx_ray.manifest.reader import RawRow
 from ltx_ray.manifest.rules import LegalRow, RowRules, judge
 from ltx_ray.placement.numerics import resolve
+from ltx_ray.placement.sizing import ParallelConfig
 from ltx_ray.planning.plan import ItemBuilder
 from ltx_ray.presets import served_pipelines
 from ltx_ray.records import LoraUse, WorkItem
@@ -35,19 +36,19 @@ def one_thread():
 
 
 class ToyPipeline:
-    """Text and diffusion engines of one model, kept for many requests."""
+    """Text and diffusion engines of one model, for any number of rows."""
 
     def __init__(self, model: ModelFiles, dtype: str = "float32", compiled: str = "off", precision: str = "bf16"):
         self.model = model
-        asked = Numerics(dtype=dtype, attention="auto", compile=compiled, precision=precision)
-        self.numerics = resolve(asked, (), False)
+        asked = RequestedNumerics(dtype=dtype, compile=compiled, precision=precision)
+        self.numerics = resolve(asked, ParallelConfig(), "cpu", (), False)
         spec = EngineSpec("", model, self.numerics, "", layout=GangLayout(DIFFUSION_STAGES, alternates=True))
         self.text, self.diffusion = TextEngine(spec, Rank()), DiffusionEngine(spec, Rank())
         self.text.load()
         self.diffusion.load()
 
     def item(self, row: dict) -> WorkItem:
-        """The work of a manifest row; images count from the goldens' folder."""
+        """The item of a manifest row, whose image paths are relative to the goldens' folder."""
         raw = RawRow(str(GOLDENS / "rows.jsonl"), 1, row)
         loras = tuple(LoraUse(file.name, file.strength) for file in self.model.loras)
         judged = judge(raw, RowRules(pipelines=served_pipelines(self.model.distilled), loras=loras))
@@ -67,7 +68,7 @@ class ToyPipeline:
 def toy_pipeline(
     distilled: bool = False, dtype: str = "float32", compiled: str = "off", precision: str = "bf16"
 ) -> ToyPipeline:
-    """The default toy model's line; the distilled pipeline runs on the same weights without a LoRA."""
+    """The default toy model's engines. The distilled pipeline runs on the same weights without a LoRA."""
     from ltx_ray.toy import ensure_toy_model
 
     files = ensure_toy_model()

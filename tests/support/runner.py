@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from ltx_ray.config import ModelFiles, RunLimits
+from ltx_ray.config import ModelFiles, RequestedNumerics, RunLimits
 from ltx_ray.placement.sizing import ParallelConfig
 from ltx_ray.run import Options, render
 
@@ -35,6 +35,7 @@ class Runner:
         stage1: int | None = None,
         stage2: int | None = None,
         fake: bool = True,
+        dtype: str = RequestedNumerics.dtype,
         limits: RunLimits = RunLimits(),  # noqa: B008 (frozen)
         **options,
     ) -> int:
@@ -46,6 +47,7 @@ class Runner:
             Options(
                 manifest=manifest,
                 output=str(output or self.output),
+                numerics=RequestedNumerics(dtype=dtype),
                 parallel=ParallelConfig(tp=tp, stage1=stage1, stage2=stage2),
                 ray_address=self.cluster,
                 limits=limits,

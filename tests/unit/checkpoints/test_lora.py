@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from ltx_ray.checkpoints.checkpoint import open_checkpoint
 from ltx_ray.checkpoints.diffusers_names import to_diffusers, to_official
 from ltx_ray.checkpoints.lora import check_lora, lora_digest, open_lora
-from ltx_ray.cli.options import lora_files
+from ltx_ray.cli.options import lora_specs
 from ltx_ray.cli.status import inspect_lines
-from ltx_ray.parallel.layers import TPGroup
+from ltx_ray.parallel.layers import RankGroup
 from ltx_ray.parallel.lora import LoraMerger, LoraSetting
 from tests.support.transformers import load_ours
 
@@ -138,7 +138,7 @@ def test_an_adapter_is_named_after_its_folder(tmp_path):
         (tmp_path / name).mkdir()
     paths = [write(tmp_path / name, SPELLINGS["PEFT"], name="adapter_model.safetensors") for name in ("one", "two")]
     paths.append(write(tmp_path, SPELLINGS["official"]))
-    assert [file.name for file in lora_files([(path, 1.0) for path in paths])] == ["one", "two", "style"]
+    assert [file.name for file in lora_specs([(path, 1.0) for path in paths])] == ["one", "two", "style"]
 
 
 def test_modules_that_are_left_out_give_a_warning(toy, tmp_path):
@@ -209,7 +209,7 @@ def merged(toy, path: str, strength: float, dtype=torch.float32) -> dict[str, to
     checkpoint = open_checkpoint(toy["checkpoint_path"])
     model = load_ours(toy["checkpoint_path"], dtype)
     loras = [open_lora(path).fit(checkpoint.linear_layers, checkpoint.path)]
-    LoraMerger(model, checkpoint.tensors, loras, TPGroup()).switch(LoraSetting(((0, strength),)))
+    LoraMerger(model, checkpoint.tensors, loras, RankGroup()).switch_to(LoraSetting(((0, strength),)))
     return dict(model.named_parameters())
 
 

@@ -1,8 +1,10 @@
-"""The command line: every bad input has its message and its exit code, and none of them starts Ray."""
+"""The command line: each wrong input has its message and its exit code, and none of them starts Ray."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,8 @@ import yaml
 from ltx_ray import run
 from ltx_ray.cli import app
 from ltx_ray.cli.app import main
-from ltx_ray.cli.options import _model_files, model_options
-from ltx_ray.config import LoraSpec
+from ltx_ray.cli.options import MODEL_OPTIONS, model_files
+from ltx_ray.config import LoraSpec, RunLimits
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.storage.store import Store
 from tests.support.checkpoint_files import BLOCK, REQUIRED, checkpoint
@@ -37,7 +39,7 @@ def no_ray(monkeypatch):
 
 @pytest.fixture
 def cmd(capfd):
-    """Runs the command line; gives exit code, stdout and stderr."""
+    """Runs the command line; returns exit code, stdout and stderr."""
 
     def call(*args) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as caught:
@@ -61,13 +63,13 @@ def out(tmp_path) -> str:
 
 @pytest.fixture
 def options(monkeypatch):
-    """What `render` is asked to do, in place of doing it."""
+    """The options with which `render` is called, in place of a run."""
     seen = []
     monkeypatch.setattr(app, "render", lambda options: seen.append(options) or 0)
     return seen
 
 
-# --- bad input: exit code 2 ----------------------------------------------------------------------
+# --- wrong input: exit code 2 ----------------------------------------------------------------------
 
 
 def usage(cmd, *args) -> str:
@@ -105,7 +107,7 @@ def test_an_output_that_cannot_be_written(cmd, manifest, tmp_path):
     assert f"--output: {tmp_path}/file/out, cannot be written" in message
 
 
-def test_an_output_of_an_unknown_kind(cmd, manifest):
+def test_an_output_of_an_unknown_scheme(cmd, manifest):
     assert "nowhere" in usage(cmd, "render", manifest, "--output", "nowhere://x/y", "--model", "toy")
 
 
@@ -203,15 +205,15 @@ def test_options_that_do_not_parse(cmd, manifest, out):
         assert code == 2 and err
 
 
-def test_the_shape_of_a_run(cmd, manifest, out, options):
+def test_the_layout_of_a_run(cmd, manifest, out, options):
     code, _, _ = cmd("render", manifest, "--output", out, "--model", "toy", "--stage2-replicas", "0", "--tp", "2")
     assert code == 0
     assert (options[0].parallel.tp, options[0].parallel.stage1, options[0].parallel.stage2) == (2, None, 0)
 
 
-# --- bad rows: exit code 3, the others are planned ------------------------------------------------
+# --- illegal rows: exit code 3, and the others are planned ------------------------------------------------
 
-BAD_ROWS = [
+ILLEGAL_ROWS = [
     ({"height": 1080}, ":1:height (x): 1080, legal: a positive multiple of 64 (next: 1024 or 1088)"),
     ({"num_frames": 10}, ":1:num_frames (x): 10, legal: 8*k + 1 with k >= 0 (next: 9 or 17)"),
     ({"num_inference_steps": 1}, ":1:num_inference_steps (x): 1, legal: a whole number from 2"),
@@ -223,7 +225,7 @@ BAD_ROWS = [
 ]
 
 
-@pytest.mark.parametrize("changes, words", BAD_ROWS)
+@pytest.mark.parametrize("changes, words", ILLEGAL_ROWS)
 def test_an_illegal_row_is_listed_and_the_others_are_planned(cmd, tmp_path, changes, words):
     manifest = write_jsonl(tmp_path / "m.jsonl", [{**GOOD, "id": "x", **changes}, {**GOOD, "seed": 1}])
     code, out, _ = cmd("plan", manifest, "--model", "toy")
@@ -265,7 +267,8 @@ def test_plan_against_a_dataset(cmd, manifest, out, toy):
 
 
 def _options(manifest: str, out: str) -> run.Options:
-    files = _model_files({**dict.fromkeys(model_options()), "model": "toy"})
+    values = {**{option.name: None for option in MODEL_OPTIONS}, "model": "toy", "lora": ()}
+    files = model_files(values)
     return run.Options(manifest=manifest, output=out, model=files)
 
 
@@ -337,6 +340,34 @@ CONFIG = {
     "max-failed-fraction": 0.5,
     "limit": 3,
 }
+
+
+def test_values_of_a_config_file_are_converted_as_those_of_the_command_line(cmd, manifest, tmp_path, options):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model: toy\nframe-rate: 29.97\nseed: 7\ngrace: 5\npreflight: no\nstage1-replicas: auto\nray-address:\n"
+        "negative-prompt: 3\ndtype: float32\nshard: 1/4\n"
+    )
+    code, _, err = cmd("render", manifest, "--output", "o", "--config", path)
+    assert code == 0, err
+    [given] = options
+    assert dict(given.row_defaults) == {"frame_rate": 29.97, "seed": 7, "negative_prompt": "3"}
+    assert given.limits.grace == 5.0 and isinstance(given.limits.grace, float)
+    assert not given.preflight and given.parallel.stage1 is None and given.ray_address is None
+    assert given.numerics.dtype == "float32" and given.selection.shard == (1, 4)
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("dtype: fp16", "--dtype: 'fp16', legal: bfloat16 or float32"),
+        ("limit: 0", "--limit: 0, legal: a number from 1"),
+        ("lora: [{path: a, strength: high}]", "--lora: a high, legal: a finite number as its strength"),
+    ],
+)
+def test_values_of_a_config_file_are_checked_as_those_of_the_command_line(cmd, manifest, tmp_path, content, words):
+    (tmp_path / "run.yaml").write_text(f"model: toy\n{content}\n")
+    assert words in usage(cmd, "render", manifest, "--output", "o", "--config", tmp_path / "run.yaml")
 
 
 @pytest.mark.parametrize("form", ["--config {}", "--config={}"])
@@ -451,3 +482,46 @@ def test_retry_renders_what_failed(cmd, out, options):
     assert code == 0, err
     assert (options[0].manifest, options[0].output) == (f"{out}/failed", out)
     assert options[0].retry_failed and options[0].image_roots == ("/x",)
+
+
+# --- the help page and the defaults --------------------------------------------------------------
+
+
+def test_the_help_of_each_command_fits_80_columns(cmd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for name, command in app.app.commands.items():
+        code, out, _ = cmd(name, "--help")
+        assert code == 0 and max(map(len, out.splitlines())) <= 80
+        for option in command.params:
+            assert option.opts[0] in out if option.opts[0].startswith("-") else option.name.upper() in out
+        titles = [line for line in out.splitlines() if line.endswith(":") and not line.startswith(" ")]
+        assert len(titles) == len(set(titles)), titles
+        # Texts are not squeezed into a narrow column: fewer than half of the lines continue the one before.
+        texts = [line for line in out.splitlines() if line.startswith("  ")]
+        assert sum(line.startswith(" " * 10) for line in texts) < 0.5 * len(texts), name
+
+
+def test_the_help_names_sections_and_defaults(cmd):
+    _, out, _ = cmd("render", "--help")
+    sections = [line[:-1] for line in out.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert sections == [
+        "Arguments", "Output", "Model", "Rows", "Defaults of columns that a row leaves empty", "Numerics", "Cluster",
+        "Replicas and their layout", "Limits", "Other",
+    ]  # fmt: skip
+    text = " ".join(out.split())
+    assert "attempts at a row [3]" in text and "time for a replica to start [1800]" in text
+
+
+def test_without_options_a_run_has_the_defaults_of_its_settings(cmd, manifest, options):
+    assert cmd("render", manifest, "--output", "o", "--model", "toy")[0] == 0
+    [given] = options
+    assert given == run.Options(manifest=manifest, output="o", model=given.model, command=given.command)
+
+
+def test_the_documented_defaults_are_those_of_the_limits():
+    page = (Path(__file__).resolve().parents[3] / "docs" / "operations.md").read_text()
+    documented = dict(re.findall(r"^\| `--([a-z-]+) [A-Z]+` \| ([\d.]+|none) \|", page, re.MULTILINE))
+    limits = dataclasses.asdict(RunLimits())
+    assert {name.replace("-", "_") for name in documented} == set(limits)
+    for name, text in documented.items():
+        assert limits[name.replace("-", "_")] == (None if text == "none" else float(text)), name

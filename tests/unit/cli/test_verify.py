@@ -1,4 +1,4 @@
-"""What verify finds in a damaged dataset, what it mends, and what it makes of a sample rendered again."""
+"""What verify finds in a damaged dataset and repairs, and what it makes of a sample that is rendered again."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import io
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
 from ltx_ray.cli import verify as verify_module
 from ltx_ray.cli.app import app
 from ltx_ray.cli.verify import verify
-from ltx_ray.config import ModelFiles
+from ltx_ray.config import ModelFiles, RequestedNumerics
 from ltx_ray.dataset.layout import INDEX_SCHEMA, part_name, row_key
 from ltx_ray.dataset.writer import DatasetWriter, Failure, one_row
 from ltx_ray.manifest.reader import RawRow, read_manifest
@@ -49,7 +49,7 @@ def change(store: Store, part: str, **values) -> None:
 def test_a_whole_dataset(store):
     before = store.list_names("", recursive=True)
     assert check(store) == (0, ["4 rows and 4 clips checked, 0 rows in failed/: all well"])
-    assert check(store, mend=True)[0] == 0
+    assert check(store, repair=True)[0] == 0
     assert store.list_names("", recursive=True) == before and holder(store) is None
 
 
@@ -96,7 +96,7 @@ DAMAGE = {
     "clip elsewhere": (lambda s: change(s, part_of(1, "c"), clip="clips/x.mp4"), "(c): its clip is 'clips/x.mp4'", ""),
     "truncated part": (lambda s: truncate(s, part_of(1, "c")), "cannot be read as Parquet", ""),
     "empty part": (lambda s: s.write_bytes(part_of(1, "c"), b""), "cannot be read as Parquet", ""),
-    "missing column": (without_column, "has not the columns of an index (flags)", ""),
+    "missing column": (without_column, "does not have the columns of an index (flags)", ""),
     "two rows": (two_rows, "holds 2 rows, legal: 1", ""),
     "no id": (lambda s: change(s, part_of(1, "c"), id=None), "its row has no id or no item_id", ""),
     "row of another name": (lambda s: change(s, part_of(1, "c"), id="z"), "(z): is not named after its row", ""),
@@ -104,18 +104,18 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_damage_is_found_and_mended(store, kind):
+def test_damage_is_found_and_repaired(store, kind):
     damage, what, more = DAMAGE[kind]
     damage(store)
     count, (line, *_, summary) = check(store)
     assert count == 1 and line.startswith(f"{part_of(1, 'c')}") and what in line and more in line
-    copied = "it is set aside, and its row has a part of its own"
-    again = ", then ltx-ray render: it is rendered again"
+    copied = "the part is set aside, and its row keeps its own part"
+    again = ", then ltx-ray render: the row is rendered again"
     assert line.endswith(f"run ltx-ray verify --repair{': ' + copied if 'named after' in line else again}")
     assert summary.endswith("1 problems")
     assert check(store)[0] == 1, "nothing was changed"
 
-    _, said = check(store, mend=True)
+    _, said = check(store, repair=True)
     assert any("index/_" in line or "index/_lost-*" in line for line in said)
     assert check(store)[0] == 0
     assert sorted(rows_of(store)) == sorted([(ITEMS[0], "a"), (ITEMS[0], "b"), (ITEMS[2], "d")])
@@ -134,7 +134,7 @@ def test_an_oddly_named_copy_is_a_problem(store):
     due = part_name(ITEMS[1], row_key("c"))
     what = f"index/part-copy.parquet (c): is not named after its row (that would be {due}"
     assert count == 1 and said[0].startswith(what)
-    assert check(store, mend=True)[0] == 0 and check(store)[0] == 0 and len(rows_of(store)) == 4
+    assert check(store, repair=True)[0] == 0 and check(store)[0] == 0 and len(rows_of(store)) == 4
 
 
 def test_clips_without_a_row_and_shared_ids_are_notes(store):
@@ -186,7 +186,8 @@ def renders(monkeypatch, answer) -> list[Options]:
 
 
 def options(manifest: str, output: str) -> Options:
-    return Options(manifest, output, ModelFiles("", "", ""), dtype="float32", noise_device="cpu", save_latents=True)
+    numerics = RequestedNumerics(dtype="float32", noise_device="cpu")
+    return Options(manifest, output, ModelFiles("", "", ""), numerics, save_latents=True)
 
 
 def test_a_sample_is_the_same_each_time_and_one_row_an_item(store, monkeypatch):
@@ -195,7 +196,9 @@ def test_a_sample_is_the_same_each_time_and_one_row_an_item(store, monkeypatch):
         count, said = check(store, sample=sample, options=options)
         assert count == 0 and sum("rendered again, the same latents" in line for line in said) == items
     assert check(store, sample=2, options=options)[1] == check(store, sample=2, options=options)[1]
-    assert {(o.dtype, o.noise_device, o.save_latents) for o in asked} == {("bfloat16", "model", False)}, "the recipe's"
+    assert {(o.numerics.dtype, o.numerics.noise_device, o.save_latents) for o in asked} == {
+        ("bfloat16", "model", False)
+    }, "the recipe's"
 
 
 def test_rows_are_rendered_as_they_were_resolved(store, monkeypatch):

@@ -16,6 +16,7 @@ import torch
 
 from ltx_ray import run as runs
 from ltx_ray.config import PoolSpec
+from ltx_ray.driver import signals
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
 from ltx_ray.engine import codec
@@ -70,10 +71,10 @@ def test_the_tests_are_there(file):
 
 
 def test_exit_codes_are_the_codes():
-    codes = {value for name, value in vars(runs).items() if name.startswith("EXIT_")}
+    codes = set(runs.ExitCode)
     section = TEXT.partition("## Exit codes")[2]
     assert {int(code) for code in re.findall(r"^\| (\d) \|", section, re.MULTILINE)} == codes == set(range(5))
-    assert "os._exit(128 + number)" in Path(runs.__file__).read_text()
+    assert "os._exit(128 + number)" in Path(signals.__file__).read_text()
 
 
 # --- failures that no other file covers ------------------------------------------------------------------------
@@ -93,7 +94,8 @@ def test_latents_that_are_not_finite_are_the_rows_fault():
 @pytest.fixture
 def decoder(monkeypatch) -> DecodeEngine:
     engine = object.__new__(DecodeEngine)
-    engine.device, engine.dtype, engine.facts, engine._needed = torch.device("cpu"), torch.float32, EngineFacts(), {}
+    engine.device, engine.dtype, engine.facts = torch.device("cpu"), torch.float32, EngineFacts()
+    engine._rung_by_size = {}
     engine.audio_vae = engine.vocoder = engine.video_vae = None
     monkeypatch.setattr("ltx_ray.engine.decode.write_mp4", lambda target, frames, **rest: list(frames))
     return engine
@@ -197,7 +199,7 @@ def test_an_index_that_cannot_be_written_ends_the_run(tmp_path):
     with pytest.raises(OSError, match="the store stays away"):
         driver.run(driver.tracker.plan.open())
     assert len(store.list_names("clips", recursive=True)) == 1 and not store.list_names("index")
-    assert runs._INDEX_PATIENCE == 600
+    assert runs._OUTPUT_RETRY_SECONDS == 600
 
 
 def test_a_report_that_fails_costs_no_exit_code(tmp_path, monkeypatch, capsys):
@@ -205,7 +207,7 @@ def test_a_report_that_fails_costs_no_exit_code(tmp_path, monkeypatch, capsys):
         raise RuntimeError("no pictures")
 
     monkeypatch.setattr("ltx_ray.dataset.report.write_report", fails)
-    runs._write_report(Store(str(tmp_path)), 1, Progress())
+    runs._write_report(Store(str(tmp_path)), 1, Progress().say)
     assert "report.html was not written: no pictures" in capsys.readouterr().err
 
 

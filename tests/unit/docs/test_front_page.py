@@ -7,7 +7,6 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import typer
 
 from ltx_ray.cli.app import app
 
@@ -24,10 +23,9 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 @cache
 def commands() -> dict[str, set[str]]:
     """Each command of `ltx-ray` with its options."""
-    found = typer.main.get_command(app).commands
     return {
         name: {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
-        for name, command in found.items()
+        for name, command in app.commands.items()
     }
 
 

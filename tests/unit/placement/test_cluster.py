@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import pytest
 
-from ltx_ray.config import ModelFiles, Numerics
+from ltx_ray.checkpoints.checkpoint import Checkpoint
+from ltx_ray.config import EngineSpec, ModelFiles, Numerics, RequestedNumerics
+from tests.support.checkpoint_files import RELEASED
 
 
 def test_a_real_model_wants_gpus_unless_told_otherwise():
     pytest.importorskip("ray")
-    from ltx_ray.placement.cluster import Cluster
+    from ltx_ray.placement.cluster import Cluster, _FreeGpus
     from ltx_ray.placement.sizing import ParallelConfig
+
+    spec = EngineSpec("m:E", ModelFiles("c", "g", "u"), Numerics(), "out")
 
     def pools(size: int, device: str) -> list:
         cluster = Cluster(
             address=None,
-            device=device,
             parallel=ParallelConfig(),
-            numerics=Numerics(),
-            model=ModelFiles("c", "g", "u"),
-            model_bytes=size,
-            engines=dict.fromkeys(("text", "diffusion", "decode"), "m:E"),
-            output="out",
-            save_latents=False,
-            stop_after=None,
+            requested=RequestedNumerics(device=device),
+            checkpoint=Checkpoint("c", "2.3.0", RELEASED, {}, size),
+            model=spec.model,
+            engines=lambda numerics: dict.fromkeys(("text", "diffusion", "decode"), spec),
+            share_cards="off",
         )
-        return cluster._lay_out(0.0)[0]
+        return cluster._lay_out(_FreeGpus(0.0))[0]
 
     for size, device in ((46 * 2**30, "auto"), (1, "cuda")):
         with pytest.raises(ValueError, match="GPUs: at least 1 needed, 0 free; legal: a cluster with GPUs now, or --d"):
@@ -45,7 +46,7 @@ def test_stages_on_gpus_of_two_models_want_noise_from_the_cpu():
         for name in names:
             driver._check_device(ReplicaStarted("stage1-0", [RankInfo(0, device_name=name)], 1.0))
 
-    meet("model", "H100", "", "H100")  # text and decode draw nothing, and name no device
+    meet("model", "H100", "", "H100")  # Text and decode draw no noise and name no device.
     meet("cpu", "H100", "H200")
     with pytest.raises(StartFailed, match="the stages span H100 and H200, whose noise differs; give --noise-"):
         meet("model", "H100", "H200")

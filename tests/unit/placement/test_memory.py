@@ -16,13 +16,13 @@ from ltx_ray import run as runs
 from ltx_ray.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ltx_ray.checkpoints.safetensors import TensorInfo
 from ltx_ray.checkpoints.transformer_keys import transformer_shapes
-from ltx_ray.config import EngineSpec, ModelFiles, Numerics
+from ltx_ray.config import EngineSpec, ModelFiles, Numerics, RequestedNumerics
 from ltx_ray.driver.loop import JoinedCluster
 from ltx_ray.manifest.rules import RowProblem
-from ltx_ray.model.packing import pack
+from ltx_ray.model.packing import pack_linears
 from ltx_ray.model.transformer import Transformer
-from ltx_ray.parallel.layers import TPGroup
-from ltx_ray.placement.cluster import Cluster
+from ltx_ray.parallel.layers import RankGroup
+from ltx_ray.placement.cluster import Cluster, Placement, _FreeGpus
 from ltx_ray.placement.memory import GIB, Gpu, MemoryBudget, can_share, known_gpus, transformer_bytes
 from ltx_ray.placement.numerics import resolve
 from ltx_ray.placement.sizing import ParallelConfig, lay_out
@@ -40,13 +40,9 @@ REAL_TENSORS = {name: info(shape) for name, shape in transformer_shapes(RELEASED
 CHECKPOINT = Checkpoint("ltx", "2.3.0", RELEASED, REAL_TENSORS, 46 * 10**9)
 
 
-def room(gpu: str | Gpu, gpus: float = 2, parallel: ParallelConfig = ParallelConfig(), **numerics) -> MemoryBudget:  # noqa: B008 (frozen)
-    """Of the real model on `gpus` of that kind; text and decode have a card of their own when there are two."""
-    asked = Numerics(
-        device="cuda", attention="auto", compile="auto", tp=parallel.tp, stage2_tp=parallel.tp_of_stage2,
-        sequence_parallel=parallel.sequence_parallel, **numerics,
-    )  # fmt: skip
-    resolved = resolve(asked, (), False)
+def budget(gpu: str | Gpu, gpus: float = 2, parallel: ParallelConfig = ParallelConfig(), **numerics) -> MemoryBudget:  # noqa: B008 (frozen)
+    """Of the real model on `gpus` GPUs of one kind; with two of them, text and decode have one of their own."""
+    resolved = resolve(RequestedNumerics(**numerics), parallel, "cuda", (), False)
     spec = EngineSpec("m:E", ModelFiles("c", "g", "u"), resolved, "out")
     laid_out = lay_out(parallel, gpus, dict.fromkeys(("text", "diffusion", "decode"), spec))
     found = known_gpus([gpu])[0] if isinstance(gpu, str) else gpu
@@ -82,7 +78,7 @@ def held(module: torch.nn.Module, products: bool = False) -> int:
         if not products or not re.match(r"transformer_blocks.*(to_|net\.)", name):
             storages[name] = parameter.numel() * 2
     for number, block in enumerate(module.transformer_blocks if products else ()):
-        for key, product in block.products.items():
+        for key, product in block.packed_linears.items():
             for tensor in (product.weight, product.bias, product.row_scale):
                 if tensor is not None:
                     storages[number, key, id(tensor)] = tensor.numel() * tensor.element_size()
@@ -93,7 +89,7 @@ def held(module: torch.nn.Module, products: bool = False) -> int:
 def test_shards_are_those_of_the_model(toy, tp):
     checkpoint = open_checkpoint(toy["checkpoint_path"])
     with torch.device("meta"):
-        model = Transformer(checkpoint.transformer, TPGroup(0, tp))
+        model = Transformer(checkpoint.transformer, RankGroup(0, tp))
     assert transformer_bytes(checkpoint.tensors, tp, 2, False) == held(model)
 
 
@@ -102,36 +98,42 @@ def test_packed_weights_are_those_of_the_fused_path(toy, precision):
     checkpoint = open_checkpoint(toy["checkpoint_path"])
     with torch.device("meta"):
         model = Transformer(checkpoint.transformer)
-    pack(model, torch.device("cpu"), torch.bfloat16, precision)
+    pack_linears(model, torch.device("cpu"), torch.bfloat16, precision)
     estimate = transformer_bytes(checkpoint.tensors, 1, 2, precision == "fp8")
     # rows of padding beside the gates, which weigh something in a toy only
     assert 0.9 * held(model, products=True) < estimate <= held(model, products=True)
 
 
 def test_activations_are_those_that_were_measured():
-    there, clip = room("H100"), request(**HD)
+    there, clip = budget("H100"), request(**HD)
     one, fused, plain = there.ranks[0], 2.0, 7.0
     assert one.fused and clip.shape.video_tokens == 32_640 and clip.shape.half().video_tokens == 8_160
-    assert fused < there.clip(one, "stage2", clip) / GIB < fused + 0.7
-    assert fused / 4 < there.clip(one, "stage1", clip) / GIB < fused / 4 + 0.2
-    assert plain - 0.2 < there.clip(replace(one, fused=False), "stage2", clip) / GIB < plain + 0.7
+    assert fused < there.clip_bytes(one, "stage2", clip) / GIB < fused + 0.7
+    assert fused / 4 < there.clip_bytes(one, "stage1", clip) / GIB < fused / 4 + 0.2
+    assert plain - 0.2 < there.clip_bytes(replace(one, fused=False), "stage2", clip) / GIB < plain + 0.7
 
 
 def test_a_clip_counts_with_its_images_and_its_ranks():
-    there, clip = room("H100"), request(**HD)
+    there, clip = budget("H100"), request(**HD)
     one = there.ranks[0]
 
     def with_images(*frames: int) -> int:
-        return there.clip(one, "stage2", replace(clip, images=tuple(SimpleNamespace(frame_idx=f) for f in frames)))
+        return there.clip_bytes(
+            one, "stage2", replace(clip, images=tuple(SimpleNamespace(frame_idx=f) for f in frames))
+        )
 
     assert with_images() == with_images(0)
     # as much as two latent frames more
-    assert with_images(0, 8, 16) == pytest.approx(there.clip(one, "stage2", replace(clip, num_frames=137)), rel=0.01)
+    assert with_images(0, 8, 16) == pytest.approx(
+        there.clip_bytes(one, "stage2", replace(clip, num_frames=137)), rel=0.01
+    )
     alone = replace(one, fused=False)
-    shared = replace(alone, token_ranks=4)
-    assert there.clip(shared, "stage2", clip) < 0.4 * there.clip(alone, "stage2", clip)
-    assert there.clip(shared, "stage1", clip) == there.clip(alone, "stage1", clip)
-    assert there.clip(replace(alone, item_bytes=4), "stage2", clip) > 1.9 * there.clip(alone, "stage2", clip)
+    shared = replace(alone, sequence_parallel=4)
+    assert there.clip_bytes(shared, "stage2", clip) < 0.4 * there.clip_bytes(alone, "stage2", clip)
+    assert there.clip_bytes(shared, "stage1", clip) == there.clip_bytes(alone, "stage1", clip)
+    assert there.clip_bytes(replace(alone, element_bytes=4), "stage2", clip) > 1.9 * there.clip_bytes(
+        alone, "stage2", clip
+    )
 
 
 def test_files_beside_the_transformer(toy, monkeypatch):
@@ -159,7 +161,7 @@ def test_known_gpus_come_by_size_and_others_not_at_all():
 
 def test_the_gpus_of_this_machine_by_their_own_account(monkeypatch):
     pynvml = pytest.importorskip("ray._private.thirdparty.pynvml")
-    from ltx_ray.placement.cluster import _local_gpus_of
+    from ltx_ray.placement.cluster import _local_extremes
 
     def refuse():
         raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
@@ -169,10 +171,10 @@ def test_the_gpus_of_this_machine_by_their_own_account(monkeypatch):
     monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: len(sizes))
     monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda index: index)
     monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda handle: SimpleNamespace(total=sizes[handle]))
-    assert _local_gpus_of(("H100",)) == (Gpu("H100", 94 * GIB), Gpu("H100", 8 * GIB))
-    assert _local_gpus_of(())[0] == Gpu("this machine's GPU", 94 * GIB)
+    assert _local_extremes(("H100",)) == (Gpu("H100", 94 * GIB), Gpu("H100", 8 * GIB))
+    assert _local_extremes(())[0] == Gpu("this machine's GPU", 94 * GIB)
     monkeypatch.setattr(pynvml, "nvmlInit", refuse)
-    assert _local_gpus_of(("H100",)) == (known_gpus(["H100"])[0],) * 2 and _local_gpus_of(()) == (None, None)
+    assert _local_extremes(("H100",)) == (known_gpus(["H100"])[0],) * 2 and _local_extremes(()) == (None, None)
 
 
 # --- judgements --------------------------------------------------------------------------------------
@@ -180,44 +182,44 @@ def test_the_gpus_of_this_machine_by_their_own_account(monkeypatch):
 
 @pytest.mark.parametrize("num_frames", [121, 257])
 @pytest.mark.parametrize("gpus", [1, 2])
-def test_80_gb_have_room(num_frames, gpus):
-    there = room("H100", gpus)
+def test_80_gb_suffice(num_frames, gpus):
+    there = budget("H100", gpus)
     there.check()
     assert there.problem(request(**HD, num_frames=num_frames)) is None
-    assert room("A100-80G", gpus).problem(request(**HD, num_frames=num_frames)) is None
+    assert budget("A100-80G", gpus).problem(request(**HD, num_frames=num_frames)) is None
 
 
-def test_40_gb_in_turns_have_no_room_for_bf16_weights():
+def test_40_gb_shared_with_text_and_decode_do_not_hold_bf16_weights():
     with pytest.raises(ValueError) as error:
-        room("A100-40G", 1).check()
+        budget("A100-40G", 1).check()
     assert re.fullmatch(
         r"A100-40G: the weights, with text and decode beside them, need 6\d\.\d GiB of a GPU, and it has 40\.0 GiB; "
         r"legal: text and decode on another GPU \(--share-cards off where there are several\), --tp 4 or a larger GPU",
         str(error.value),
     )
     with pytest.raises(ValueError, match=r"L4: the weights need 3\d\.\d GiB .* 22.5 GiB; legal: --tp 2 or a larger"):
-        room("L4").check()
+        budget("L4").check()
     with pytest.raises(ValueError, match=r"A30: the weights need 37.8 GiB .*; legal: --tp 2 or a larger GPU"):
-        room("A30").check()
+        budget("A30").check()
     with pytest.raises(ValueError, match=r"V100: .*; legal: --tp 2 or a larger GPU"):
-        room("V100").check()
+        budget("V100").check()
 
 
-def test_40_gb_of_its_own_have_room_in_fp8():
-    bf16, fp8 = room("A100-40G"), room("A100-40G", precision="fp8")
+def test_40_gb_suffice_in_fp8():
+    bf16, fp8 = budget("A100-40G"), budget("A100-40G", precision="fp8")
     hd = request(**HD)
     bf16.check()  # a small clip would do
     problem = bf16.problem(hd)
     assert problem.column == "num_frames" and problem.value == 121
     assert "or --tp 2 or a larger GPU" in problem.legal
-    newer = room(Gpu("RTX-5000-ADA", 40 * GIB)).problem(hd)
+    newer = budget(Gpu("RTX-5000-ADA", 40 * GIB)).problem(hd)
     assert "or --precision fp8, --tp 2 or a larger GPU" in newer.legal
     fp8.check()
     assert fp8.problem(hd) is None and fp8.problem(replace(hd, num_frames=257)) is None
 
 
-def test_a_row_that_has_no_room_says_what_has():
-    there = room("A100-40G", precision="fp8")
+def test_a_row_that_does_not_fit_says_what_does():
+    there = budget("A100-40G", precision="fp8")
     problem = there.problem(LONG)
     said = re.fullmatch(
         r"at most (\d+) at 1088x1920 \(1088x1920x8001 needs (\d+\.\d) GiB of a GPU, and A100-40G has 40.0\), "
@@ -231,26 +233,26 @@ def test_a_row_that_has_no_room_says_what_has():
     assert there.problem(replace(LONG, num_frames=most + 8)) is not None
 
 
-def test_a_row_of_which_no_frame_has_room():
-    there = room("A100-40G", precision="fp8")
+def test_a_row_of_which_no_frame_fits():
+    there = budget("A100-40G", precision="fp8")
     problem = there.problem(request(height=64 * 1000, width=64 * 1000, num_frames=9))
     assert (problem.column, problem.value) == ("height", 64000)
     assert problem.legal.startswith("a smaller size than 64000x64000 (64000x64000x9 needs ")
 
 
 def test_the_neediest_pool_decides():
-    wide = room("H100", 8, ParallelConfig(stage1=1, stage2=1, sequence_parallel=4))
-    assert [rank.token_ranks for rank in wide.ranks] == [1, 4] and not wide.ranks[0].fused
-    apart = room("H100", 8, ParallelConfig(stage1=1, stage2=1, tp=4, stage2_tp=1))
-    assert [rank.tp for rank in apart.ranks] == [4, 1]
-    assert "--stage2-tp 2 or a larger" in apart.problem(replace(LONG, num_frames=1001)).legal
+    wide = budget("H100", 8, ParallelConfig(stage1=1, stage2=1, sequence_parallel=4))
+    assert [rank.sequence_parallel for rank in wide.ranks] == [1, 4] and not wide.ranks[0].fused
+    separate = budget("H100", 8, ParallelConfig(stage1=1, stage2=1, tp=4, stage2_tp=1))
+    assert [rank.tp for rank in separate.ranks] == [4, 1]
+    assert "--stage2-tp 2 or a larger" in separate.problem(replace(LONG, num_frames=1001)).legal
 
 
 def test_other_numbers_need_other_memory():
-    room("H200", dtype="float32").check()
+    budget("H200", dtype="float32").check()
     with pytest.raises(ValueError, match=r"H100: .* need 9\d.\d GiB .*; legal: text and decode on"):
-        room("H100", 1, dtype="float32").check()
-    assert room("H200", precision="fp8").problem(replace(LONG, num_frames=1001)) is None
+        budget("H100", 1, dtype="float32").check()
+    assert budget("H200", precision="fp8").problem(replace(LONG, num_frames=1001)) is None
 
 
 # --- the run -----------------------------------------------------------------------------------------
@@ -280,8 +282,8 @@ def table(store, folder: str) -> list[dict]:
     ]
 
 
-def test_a_row_without_room_fails_as_an_illegal_one_and_the_others_render(tmp_path):
-    there = room("A100-40G", precision="fp8")
+def test_a_row_that_does_not_fit_fails_as_an_illegal_one_and_the_others_render(tmp_path):
+    there = budget("A100-40G", precision="fp8")
     long = {"id": "long", "prompt": "a long one", "num_frames": 8001, "mood": "calm"}
     driver, store = run(tmp_path, [long, *rows(5), {**long, "id": "twin"}], Busy)
     times = joining(driver, there.problem)
@@ -307,7 +309,7 @@ def test_a_row_without_room_fails_as_an_illegal_one_and_the_others_render(tmp_pa
 
 
 @pytest.mark.slow
-def test_a_run_of_rows_without_room_starts_no_replica(tmp_path):
+def test_a_run_of_rows_that_do_not_fit_starts_no_replica(tmp_path):
     class Idle(WatchedReplicas):
         def start(self, name, spec):
             raise AssertionError(name)
@@ -318,7 +320,7 @@ def test_a_run_of_rows_without_room_starts_no_replica(tmp_path):
     assert driver.counts["illegal"] == 600 and len(store.list_names("failed")) == 600
 
 
-def test_an_earlier_failure_of_a_row_without_room_is_not_listed_twice(tmp_path):
+def test_an_earlier_failure_of_a_row_that_does_not_fit_is_not_listed_twice(tmp_path):
     driver, store = run(tmp_path, [{"id": "a", "prompt": "x [[stage1:crash]]"}])
     driver.run(driver.tracker.plan.open())
     assert len(store.list_names("failed")) == 1
@@ -330,17 +332,15 @@ def test_an_earlier_failure_of_a_row_without_room_is_not_listed_twice(tmp_path):
 
 @pytest.mark.parametrize("device, gpu", [("cpu", Gpu("tiny", GIB)), ("cuda", None), ("cuda", Gpu("tiny", GIB))])
 def test_only_gpus_of_known_memory_are_asked(toy, tmp_path, monkeypatch, device, gpu):
-    """A run joins its cluster and is refused, or goes on to its crew."""
+    """A run joins its cluster and is refused, or goes on to start replicas."""
 
     class Reached(Exception):
         pass
 
     def join(cluster):
-        cluster.gpu = gpu
-        numerics = replace(cluster._numerics, device=device)
-        spec = EngineSpec("m:E", cluster._model, numerics, cluster._output)
-        engines = dict.fromkeys(("text", "diffusion", "decode"), spec)
-        return lay_out(ParallelConfig(), 2.0 if device == "cuda" else 0.0, engines), numerics
+        found = _FreeGpus(2.0 if device == "cuda" else 0.0, (), gpu, gpu)
+        pools, numerics = cluster._lay_out(found)
+        return Placement(pools, numerics, gpu if device == "cuda" else None, float("inf"))
 
     def replica_set(*_):
         raise Reached
@@ -369,27 +369,31 @@ def test_only_gpus_of_known_memory_are_asked(toy, tmp_path, monkeypatch, device,
         ("H100", {"dtype": "float32"}, False),
     ],
 )
-def test_cards_are_shared_only_where_there_is_room_for_certain(gpu, changes, shares):
-    numerics = resolve(Numerics(device="cuda", attention="auto", compile="auto", **changes), (), False)
+def test_gpus_are_shared_only_where_they_certainly_have_the_memory(gpu, changes, shares):
+    parallel = ParallelConfig(tp=changes.pop("tp", 1))
+    numerics = resolve(RequestedNumerics(**changes), parallel, "cuda", (), False)
     assert can_share(CHECKPOINT, ModelFiles("c", "g", "u"), numerics, known_gpus([gpu])[0]) == shares
 
 
 @pytest.mark.parametrize(
-    ("mode", "address", "room", "dit"),
+    ("mode", "address", "fits", "dit"),
     [
         ("auto", None, True, 8), ("auto", "other:6379", True, 7), ("on", "other:6379", True, 8),
         ("on", None, False, 7), ("off", None, True, 7),
     ],
 )  # fmt: skip
-def test_a_cluster_shares_cards_when_it_may_and_can(mode, address, room, dit):
-    """What is left of a shared card looks free to others, so a cluster of others is shared on request only."""
+def test_a_cluster_shares_gpus_when_it_may_and_can(monkeypatch, mode, address, fits, dit):
+    """What is left of a shared GPU looks free to other jobs, so a cluster with other jobs is shared on request only."""
+    monkeypatch.setattr("ltx_ray.placement.cluster.can_share", lambda *_: fits)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    spec = EngineSpec("m:E", ModelFiles("c", "g", "u"), Numerics(), "out")
     cluster = Cluster(
-        address=address, device="cuda", parallel=ParallelConfig(), numerics=Numerics(), model=ModelFiles("c", "g", "u"),
-        model_bytes=1, engines=dict.fromkeys(("text", "diffusion", "decode"), "m:E"), output="out",
-        save_latents=False, stop_after=None, share_cards=mode, can_share=lambda numerics, gpu: room,
+        address=address, parallel=ParallelConfig(), requested=RequestedNumerics(device="cuda"), checkpoint=CHECKPOINT,
+        model=spec.model, engines=lambda numerics: dict.fromkeys(("text", "diffusion", "decode"), spec),
+        share_cards=mode,
     )  # fmt: skip
-    cluster._smallest = known_gpus(["H100"])[0]
-    pools, _ = cluster._lay_out(8.0, ("H100",))
+    [gpu] = known_gpus(["H100"])
+    pools, _ = cluster._lay_out(_FreeGpus(8.0, ("H100",), gpu, gpu))
     by_name = {pool.name: pool for pool in pools}
     assert by_name["stage1"].replicas + by_name["stage2"].replicas == dit
     if dit == 8:
@@ -398,8 +402,8 @@ def test_a_cluster_shares_cards_when_it_may_and_can(mode, address, room, dit):
         assert sum(shares) > 1 and max(shares[0], shares[2]) + shares[1] <= 1
 
 
-def test_fp8_is_no_way_out_for_gpus_that_do_not_know_it():
-    with pytest.raises(ValueError, match="--precision: 'fp8' on A100-40G, legal: bf16, or GPUs that know fp8"):
-        resolve(Numerics(device="cuda", precision="fp8"), ("H100", "A100-40G"), False)
-    assert "fp8" not in room("A100-40G").problem(LONG).legal
-    assert "fp8" in room("L40S").problem(request(**HD, num_frames=401)).legal
+def test_fp8_is_no_remedy_on_gpus_that_do_not_support_it():
+    with pytest.raises(ValueError, match="--precision: 'fp8' on A100-40G, legal: bf16, or GPUs that support fp8"):
+        resolve(RequestedNumerics(precision="fp8"), ParallelConfig(), "cuda", ("H100", "A100-40G"), False)
+    assert "fp8" not in budget("A100-40G").problem(LONG).legal
+    assert "fp8" in budget("L40S").problem(request(**HD, num_frames=401)).legal

@@ -1,13 +1,12 @@
-"""How replicas, ranks and cards are shared out."""
+"""Replicas, ranks and GPUs of each pool."""
 
 from __future__ import annotations
-
-import dataclasses
 
 import pytest
 
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec
 from ltx_ray.placement.sizing import (
+    Colocation,
     ParallelConfig,
     PoolSizes,
     Resources,
@@ -23,77 +22,109 @@ ENGINES = {
 }
 
 
+OWN, BOTH, SEPARATE = Colocation.NONE, Colocation.BOTH, Colocation.SEPARATE
+
+
 @pytest.mark.parametrize(
-    "parallel, gpus, replicas",
+    "parallel, gpus, sizes",
     [
+        # without GPUs: one replica of each pool
         (ParallelConfig(), 0, PoolSizes(1, 1)),
-        (ParallelConfig(), 1, PoolSizes(1, 0, shared_card=True)),
+        (ParallelConfig(with_stage2=False), 0, PoolSizes(1, 0)),
+        (ParallelConfig(stage1=2, stage2=0), 0, PoolSizes(2, 0)),
+        # one gang, or one of each stage, takes every GPU: text and decode run beside it
+        (ParallelConfig(), 1, PoolSizes(1, 0, colocation=BOTH)),
+        (ParallelConfig(tp=8), 8, PoolSizes(1, 0, colocation=BOTH)),
+        (ParallelConfig(guidance_parallel=3), 3, PoolSizes(1, 0, colocation=BOTH)),
+        (ParallelConfig(guidance_parallel=3, sequence_parallel=2), 5, PoolSizes(1, 1, colocation=BOTH)),
+        # otherwise text and decode have a GPU out of every 32, and movable replicas divide the rest 2.3 : 1
         (ParallelConfig(), 2, PoolSizes(1, 0)),
         (ParallelConfig(), 3, PoolSizes(1, 1)),
         (ParallelConfig(), 4, PoolSizes(2, 1)),
         (ParallelConfig(), 8, PoolSizes(5, 2)),
         (ParallelConfig(), 32, PoolSizes(22, 9)),
-        (ParallelConfig(), 1000, PoolSizes(675, 293, aside=32)),
+        (ParallelConfig(), 33, PoolSizes(22, 9, single_rank=2)),
+        (ParallelConfig(), 1000, PoolSizes(675, 293, single_rank=32)),
         (ParallelConfig(tp=2), 8, PoolSizes(2, 1)),
-        (ParallelConfig(tp=8), 8, PoolSizes(1, 0, shared_card=True)),
+        # numbers that the user gave
         (ParallelConfig(stage1=1), 8, PoolSizes(1, 1)),
         (ParallelConfig(stage2=1), 8, PoolSizes(3, 1)),
         (ParallelConfig(stage2=0), 8, PoolSizes(7, 0)),
         (ParallelConfig(stage1=2, stage2=3), 8, PoolSizes(2, 3)),
         (ParallelConfig(with_stage2=False), 8, PoolSizes(7, 0)),
+        # layouts that differ between the stages: the fastest division
         (ParallelConfig(guidance_parallel=3, sequence_parallel=2), 8, PoolSizes(1, 1)),
-        (ParallelConfig(guidance_parallel=3, sequence_parallel=2), 5, PoolSizes(1, 1, shared_card=True)),
-        (ParallelConfig(guidance_parallel=3), 3, PoolSizes(1, 0, shared_card=True)),
         (ParallelConfig(sequence_parallel=4), 17, PoolSizes(10, 1)),
+        (ParallelConfig(tp=2, stage2_tp=1), 8, PoolSizes(2, 2)),
+        # of two that are as fast, the one with fewer GPUs
+        (ParallelConfig(stage2=2), 9, PoolSizes(5, 2)),
     ],
 )
-def test_replicas_for_the_most_clips_an_hour(parallel, gpus, replicas):
-    assert choose_replicas(parallel, gpus) == replicas
+def test_replicas_for_the_most_clips_an_hour(parallel, gpus, sizes):
+    assert choose_replicas(parallel, gpus) == sizes
 
 
 @pytest.mark.parametrize(
-    "parallel, gpus, replicas",
+    "parallel, gpus, sizes",
     [
         (ParallelConfig(), 0, PoolSizes(1, 1)),
-        (ParallelConfig(), 1, PoolSizes(1, 0, shared_card=True)),
-        (ParallelConfig(), 2, PoolSizes(1, 1, shared_card=True, apart=True)),
-        (ParallelConfig(), 8, PoolSizes(6, 2, shared_card=True, apart=True)),
-        (ParallelConfig(), 31, PoolSizes(22, 9, shared_card=True, apart=True)),
-        # from here on a card of their own is busy enough
+        (ParallelConfig(), 1, PoolSizes(1, 0, colocation=BOTH)),
+        (ParallelConfig(), 2, PoolSizes(1, 1, colocation=SEPARATE)),
+        (ParallelConfig(), 8, PoolSizes(6, 2, colocation=SEPARATE)),
+        (ParallelConfig(), 31, PoolSizes(22, 9, colocation=SEPARATE)),
+        # from 32 on, a GPU of their own is busy enough
         (ParallelConfig(), 32, PoolSizes(22, 9)),
-        # a card is left over
+        # the DiT leaves a GPU over, and they get it
         (ParallelConfig(tp=2), 3, PoolSizes(1, 0)),
         (ParallelConfig(stage1=1), 8, PoolSizes(1, 1)),
         (ParallelConfig(stage1=2, stage2=3), 8, PoolSizes(2, 3)),
-        (ParallelConfig(stage1=4, stage2=4), 8, PoolSizes(4, 4, shared_card=True, apart=True)),
-        (ParallelConfig(with_stage2=False), 8, PoolSizes(8, 0, shared_card=True, apart=True)),
-        (ParallelConfig(tp=2), 4, PoolSizes(1, 1, shared_card=True, apart=True)),
-        (ParallelConfig(tp=8), 8, PoolSizes(1, 0, shared_card=True)),
+        (ParallelConfig(stage1=4, stage2=4), 8, PoolSizes(4, 4, colocation=SEPARATE)),
+        (ParallelConfig(with_stage2=False), 8, PoolSizes(8, 0, colocation=SEPARATE)),
+        (ParallelConfig(tp=2), 4, PoolSizes(1, 1, colocation=SEPARATE)),
+        (ParallelConfig(tp=8), 8, PoolSizes(1, 0, colocation=BOTH)),
     ],
 )
-def test_text_and_decode_share_cards_where_memory_allows(parallel, gpus, replicas):
-    sharing = dataclasses.replace(parallel, share_cards=True)
-    assert choose_replicas(sharing, gpus) == replicas
-    check_schedulable(lay_out(sharing, gpus, ENGINES), Resources(1000, gpus))
+def test_text_and_decode_share_gpus_where_memory_allows(parallel, gpus, sizes):
+    assert choose_replicas(parallel, gpus, share_cards=True) == sizes
+    check_schedulable(lay_out(parallel, gpus, ENGINES, share_cards=True), Resources(1000, gpus))
 
 
 @pytest.mark.parametrize(
-    "parallel, gpus, replicas",
+    "parallel, gpus, sizes",
     [
         (ParallelConfig(max_replicas=100), 0, PoolSizes(70, 30)),
-        (ParallelConfig(max_replicas=100), 1, PoolSizes(70, 30, aside=4)),
-        (ParallelConfig(max_replicas=100), 8, PoolSizes(70, 30, aside=4)),
-        (ParallelConfig(max_replicas=1), 1, PoolSizes(1, 0, shared_card=True)),
+        (ParallelConfig(max_replicas=100), 1, PoolSizes(70, 30, single_rank=4)),
+        (ParallelConfig(max_replicas=100), 8, PoolSizes(70, 30, single_rank=4)),
+        (ParallelConfig(max_replicas=1), 1, PoolSizes(1, 0, colocation=BOTH)),
+        (ParallelConfig(max_replicas=1), 2, PoolSizes(1, 0)),
         (ParallelConfig(max_replicas=4, tp=2), 2, PoolSizes(3, 1)),
         (ParallelConfig(max_replicas=6, stage2=0), 8, PoolSizes(6, 0)),
         (ParallelConfig(max_replicas=6, with_stage2=False), 8, PoolSizes(6, 0)),
     ],
 )
-def test_a_growing_cluster_is_asked_for_the_replicas_that_were_named(parallel, gpus, replicas):
-    assert choose_replicas(parallel, gpus) == replicas
+@pytest.mark.parametrize("share_cards", [False, True])
+def test_a_growing_cluster_is_asked_for_the_replicas_that_were_named(parallel, gpus, sizes, share_cards):
+    assert choose_replicas(parallel, gpus, share_cards) == sizes
 
 
-def test_who_may_move_says_so_in_the_order_of_its_roles():
+@pytest.mark.parametrize(
+    "colocation, parallel, gpus, share_cards, rank, single_rank",
+    [
+        (OWN, ParallelConfig(), 8, False, 1.0, 0.5),
+        (BOTH, ParallelConfig(), 1, False, 0.6, 0.2),
+        (SEPARATE, ParallelConfig(), 8, True, 0.6, 0.3),
+    ],
+)
+def test_what_each_pool_asks_of_a_gpu(colocation, parallel, gpus, share_cards, rank, single_rank):
+    assert choose_replicas(parallel, gpus, share_cards).colocation is colocation
+    for pool in lay_out(parallel, gpus, ENGINES, share_cards):
+        assert pool.gpus_per_rank == (single_rank if pool.name in ("text", "decode") else rank)
+        if pool.name not in ("text", "decode"):
+            assert pool.engine.layout.shared_card == (colocation is not OWN)
+    assert {pool.gpus_per_rank for pool in lay_out(parallel, 0, ENGINES)} == {0.0}
+
+
+def test_a_movable_replica_begins_in_the_first_of_its_roles():
     pools = {pool.name: pool.roles for pool in lay_out(ParallelConfig(), 8, ENGINES)}
     assert pools == {
         "text": ("text",), "stage1": ("stage1", "stage2"), "stage2": ("stage2", "stage1"),
@@ -106,7 +137,7 @@ def test_who_may_move_says_so_in_the_order_of_its_roles():
 def test_a_number_of_replicas_and_their_maximum_exclude_each_other():
     with pytest.raises(ValueError, match="--max-replicas and a number of --stage1-replicas"):
         ParallelConfig(stage1=2, max_replicas=4).check(distilled=False)
-    with pytest.raises(ValueError, match=r"--max-replicas: 4, but .* at --tp 2"):
+    with pytest.raises(ValueError, match=r"--max-replicas: 4, but a gang of stage 1 has 2 ranks at --tp 2"):
         ParallelConfig(tp=2, stage2_tp=1, max_replicas=4).check(distilled=False)
     ParallelConfig(stage2=0, max_replicas=4).check(distilled=False)
 
@@ -116,9 +147,9 @@ def test_a_number_of_replicas_and_their_maximum_exclude_each_other():
     "parallel",
     [ParallelConfig(), ParallelConfig(tp=2), ParallelConfig(sequence_parallel=2), ParallelConfig(tp=2, stage2_tp=1)],
 )
-def test_what_is_chosen_fits_whenever_a_pair_of_gangs_does(parallel, gpus):
+def test_what_is_chosen_fits_whenever_a_gang_of_each_stage_does(parallel, gpus):
     pools = lay_out(parallel, gpus, ENGINES)
-    least = parallel.shared_ranks or sum(parallel.ranks)
+    least = parallel.alternating_ranks or sum(parallel.ranks)
     if gpus >= least:
         check_schedulable(pools, Resources(1000, gpus))
     else:
@@ -145,7 +176,7 @@ def test_a_gang_for_both_stages_has_ranks_for_either():
     "parallel",
     [ParallelConfig(tp=2, stage2_tp=1, stage2=0), ParallelConfig(guidance_parallel=3, sequence_parallel=2, stage2=0)],
 )
-def test_layouts_that_no_gang_serves_in_turns(parallel):
+def test_layouts_in_which_no_gang_can_serve_both_stages(parallel):
     with pytest.raises(ValueError, match=r"--stage2-replicas: 0, but stage 1 has --tp"):
         parallel.check(distilled=False)
 
@@ -213,8 +244,8 @@ def test_gangs_that_break_with_no_good_call_in_between_end_the_run():
     ("parallel", "gpus"), [(ParallelConfig(stage1=3, stage2=1), 3), (ParallelConfig(stage1=8, stage2=4), 8)]
 )
 @pytest.mark.parametrize("share", [True, False])
-def test_ranks_of_the_dit_want_a_card_each(parallel, gpus, share):
-    """Fractions that add up to the cards there are do not fit on them."""
-    pools = lay_out(dataclasses.replace(parallel, share_cards=share), gpus, ENGINES)
+def test_each_rank_of_the_dit_needs_a_gpu_of_its_own(parallel, gpus, share):
+    """The fractions of a GPU that the pools ask for add up to the GPUs that there are, and still do not fit."""
+    pools = lay_out(parallel, gpus, ENGINES, share)
     with pytest.raises(ValueError, match=rf"GPUs: \d+ needed, {gpus} free"):
         check_schedulable(pools, Resources(1000, gpus))

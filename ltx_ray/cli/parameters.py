@@ -1,0 +1,204 @@
+"""Options and arguments of the `ltx-ray` command: types that check values, and a help page in sections.
+
+A value that is not legal raises ValueError with the option, the value and what is legal, as every message does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ltx_ray.config import LoraSpec
+
+LORA = "--lora"
+#: Width of the column of options in a help page. A longer option has its text below it.
+_OPTIONS_WIDTH = 32
+
+
+def _name(param: click.Parameter | None) -> str:
+    assert param is not None
+    return param.opts[0].lstrip("-")
+
+
+# --- types -------------------------------------------------------------------------------------------------------
+
+
+class OneOf(click.ParamType):
+    name = "choice"
+
+    def __init__(self, *legal: str):
+        self._legal = legal
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value not in self._legal:
+            raise ValueError(f"--{_name(param)}: {value!r}, legal: {' or '.join(self._legal)}")
+        return str(value)
+
+
+class AtLeast(click.ParamType):
+    """A number of the type of `least`."""
+
+    name = "number"
+
+    def __init__(self, least: int | float):
+        self._least = least
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | float:
+        number = (click.INT if isinstance(self._least, int) else click.FLOAT).convert(value, param, ctx)
+        if not number >= self._least:
+            raise ValueError(f"--{_name(param)}: {number}, legal: a number from {self._least:g}")
+        return number
+
+
+class ReplicaCount(click.ParamType):
+    """A number of replicas; "auto" is None."""
+
+    name = "replicas"
+
+    def __init__(self, least: int):
+        self._least = least
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        text = str(value)
+        if text == "auto":
+            return None
+        if not text.isdigit() or int(text) < self._least:
+            raise ValueError(f"--{_name(param)}: {text!r}, legal: auto or a number from {self._least}")
+        return int(text)
+
+
+class Fraction(click.ParamType):
+    name = "fraction"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = click.FLOAT.convert(value, param, ctx)
+        if not 0 <= number <= 1:
+            raise ValueError(f"--{_name(param)}: {number}, legal: a part of the rows, from 0 to 1")
+        return number
+
+
+class BlockNumbers(click.ParamType):
+    """Numbers of transformer blocks with commas or blanks between them."""
+
+    name = "blocks"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        parts = str(value).replace(",", " ").split()
+        if not all(part.isdigit() for part in parts):
+            raise ValueError(f"--{_name(param)}: {value!r}, legal: block numbers, such as 28,29")
+        return [int(part) for part in parts]
+
+
+class IdsFile(click.ParamType):
+    """The ids in a text file, one a line."""
+
+    name = "file"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> frozenset[str]:
+        try:
+            lines = Path(value).read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--ids: {value}, cannot be read ({error})") from None
+        return frozenset(line.strip() for line in lines if line.strip())
+
+
+class Shard(click.ParamType):
+    """`I/N` as (I, N)."""
+
+    name = "shard"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        index, _, count = str(value).partition("/")
+        if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+            raise ValueError(f"--shard: {value!r}, legal: I/N with I from 0 to N-1")
+        return int(index), int(count)
+
+
+class PathAndStrength(click.ParamType):
+    """A LoRA's path and its strength, which `with_lora_strengths` has added where the user gave none."""
+
+    name = "lora"
+    is_composite = True
+    arity = 2
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float]:
+        path, strength = value
+        if not (_is_number(strength) and math.isfinite(float(strength))):
+            raise ValueError(f"--lora: {path} {strength}, legal: a finite number as its strength")
+        return path, float(strength)
+
+
+def with_lora_strengths(arguments: Sequence[str]) -> list[str]:
+    """`arguments` in which every `--lora PATH` has its strength behind it.
+
+    Options have a fixed number of values for click's parser, and `--lora PATH [STRENGTH]` has one or two.
+    """
+    rest, result = list(arguments), []
+    while rest:
+        argument = rest.pop(0)
+        result.append(argument)
+        if argument == LORA:
+            if not rest:
+                raise click.BadOptionUsage(LORA, f"Option '{LORA}' requires an argument.")
+            result.append(rest.pop(0))
+        elif not argument.startswith(f"{LORA}="):
+            continue
+        result.append(rest.pop(0) if rest and _is_number(rest[0]) else str(LoraSpec.strength))
+    return result
+
+
+def _is_number(text: Any) -> bool:
+    try:
+        float(text)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+# --- the help page -----------------------------------------------------------------------------------------------
+
+
+class Option(click.Option):
+    """An option that stands in a section of the help page, and whose default its text ends with."""
+
+    def __init__(
+        self, *names: str, section: str, help: str, default: Any = None, shown: str | None = None, **more: Any
+    ):
+        """`names`: flags, and before them the name of the value where it is not that of the flag."""
+        self.section = section
+        default_text = shown or (f"{default:g}" if isinstance(default, float) else default)
+        text = help if default is None or default is False else f"{help} [{default_text}]"
+        if default is not None:  # For click, a default of None is a value, which a required option then has.
+            more["default"] = default
+        super().__init__(list(names), help=text, **more)
+
+
+class Argument(click.Argument):
+    """An argument with a line on the help page."""
+
+    def __init__(self, name: str, description: str):
+        super().__init__([name])
+        self.description = description
+
+
+class Command(click.Command):
+    """A command whose help page has the sections of its options."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, with_lora_strengths(args))
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            if isinstance(param, Argument):
+                sections.setdefault("Arguments", []).append((param.make_metavar(ctx), param.description))
+            elif (record := param.get_help_record(ctx)) is not None:
+                section = param.section if isinstance(param, Option) else "Other"
+                sections.setdefault(section, []).append(record)
+        for title, rows in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(rows, col_max=_OPTIONS_WIDTH)

@@ -1,0 +1,117 @@
+"""`run.json`: what the newest run is, how far it is and what it runs on. It informs people; no run reads it back."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.metadata
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ltx_ray
+from ltx_ray.checkpoints.checkpoint import Checkpoint
+from ltx_ray.config import Numerics, PoolSpec, RequestedNumerics
+from ltx_ray.dataset import layout
+from ltx_ray.placement.sizing import ParallelConfig
+from ltx_ray.records import canonical_json, plain
+from ltx_ray.storage.store import Store
+
+#: Seconds for which the output may stay away before the record is given up.
+_RETRY_SECONDS = 10.0
+_PACKAGES = ("torch", "ray", "diffusers", "transformers", "safetensors", "av", "pyarrow")
+#: The counts of rows that the record and the last line of a run have.
+_COUNTS = ("rows", "rendered", "already_done", "failed", "illegal")
+
+
+class RunRecord:
+    """The record of one run. It is written again whenever the run's state changes."""
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        run_id: str,
+        command: Sequence[str],
+        manifest: str,
+        output: str,
+        checkpoint: Checkpoint,
+        parallel: ParallelConfig,
+        requested: RequestedNumerics,
+    ):
+        self._store = store.retrying_for(_RETRY_SECONDS)
+        self._started = _now()
+        self._run: dict[str, Any] = {"command": list(command), "manifest": manifest, "output": output}
+        self._model = {"checkpoint": checkpoint.path, "model_version": checkpoint.model_version}
+        self._run_id, self._tp = run_id, parallel.tp
+        self._pools: dict[str, int] = {}
+        self._numerics = _unresolved(requested, parallel)
+        #: Of this package and of those whose versions may change bits, by name; None for one that is missing.
+        self.versions = {"ltx_ray": ltx_ray.__version__, **{name: _version(name) for name in _PACKAGES}}
+
+    def place(self, pools: Sequence[PoolSpec], numerics: Numerics) -> None:
+        """Take in what the run got on its cluster."""
+        self._pools = {pool.name: pool.replicas for pool in pools}
+        self._numerics = json.loads(canonical_json(numerics))
+
+    def write(self, state: str, counts: Mapping[str, int]) -> None:
+        """`state`: running, draining, drained, finished or failed. A store that stays away loses the record."""
+        record = {
+            "run_id": self._run_id,
+            "state": state,
+            "started_at": self._started,
+            "finished_at": None if state == "running" else _now(),
+            **self._run,
+            **self._model,
+            "pools": self._pools,
+            "tp": self._tp,
+            "numerics": self._numerics,
+            "device": self._numerics["device"],
+            "counts": recorded_counts(counts),
+            "versions": self.versions,
+        }
+        with contextlib.suppress(OSError):
+            self._store.write_bytes(layout.RUN_RECORD, json.dumps(record, indent=2, ensure_ascii=False).encode())
+
+
+def recorded_counts(counts: Mapping[str, int]) -> dict[str, int]:
+    """The counts that people see, zeros included."""
+    return {name: counts.get(name, 0) for name in _COUNTS}
+
+
+def keep_older_run(store: Store) -> None:
+    """Copy the records of the run before this one to `runs/<its id>/`."""
+    try:
+        older = json.loads(store.read_bytes(layout.RUN_RECORD))["run_id"]
+    except (OSError, ValueError, KeyError):
+        return
+    for name in (layout.RUN_RECORD, layout.EVENTS, layout.REPORT):
+        if store.exists(name):
+            store.write_bytes(layout.older_record(older, name), store.read_bytes(name))
+
+
+def _unresolved(requested: RequestedNumerics, parallel: ParallelConfig) -> dict[str, Any]:
+    """The numerics of a run that has joined no cluster, in the fields of resolved ones."""
+    fields = Numerics(
+        dtype=requested.dtype,
+        precision=requested.precision,
+        noise_device=requested.noise_device,
+        attention=requested.attention,
+        compile=requested.compile,
+        tp=parallel.tp,
+        stage2_tp=parallel.tp_of_stage2,
+        guidance_parallel=parallel.guidance_parallel,
+        sequence_parallel=parallel.sequence_parallel,
+    )
+    return dict(sorted(plain(fields).items()))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

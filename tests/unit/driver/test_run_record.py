@@ -1,0 +1,62 @@
+"""`run.json`, and the records of the run before."""
+
+from __future__ import annotations
+
+import json
+
+from ltx_ray.checkpoints.checkpoint import Checkpoint
+from ltx_ray.config import EngineSpec, ModelFiles, Numerics, RequestedNumerics
+from ltx_ray.driver.run_record import RunRecord, keep_older_run
+from ltx_ray.placement.sizing import ParallelConfig, lay_out
+from ltx_ray.storage.store import Store
+from tests.support.checkpoint_files import RELEASED
+
+
+def record(store: Store, run_id: str = "r1", **requested) -> RunRecord:
+    return RunRecord(
+        store,
+        run_id=run_id,
+        command=["ltx-ray", "render"],
+        manifest="m.jsonl",
+        output="out",
+        checkpoint=Checkpoint("ltx.safetensors", "2.3.0", RELEASED, {}, 1),
+        parallel=ParallelConfig(tp=2, guidance_parallel=3),
+        requested=RequestedNumerics(**requested),
+    )
+
+
+def test_before_the_cluster_is_joined_the_numerics_are_those_asked_for(tmp_path):
+    store = Store(str(tmp_path))
+    record(store, precision="fp8", device="cuda").write("running", {"rows": 2})
+    found = json.loads(store.read_bytes("run.json"))
+    assert found["numerics"] == {
+        "attention": "auto", "compile": "auto", "device": "cpu", "dtype": "bfloat16", "guidance_batching": 1,
+        "guidance_parallel": 3, "noise_device": "model", "precision": "fp8", "sequence_parallel": 1, "stage2_tp": 2,
+        "text_batch": 1, "text_tokens": 1024, "tp": 2,
+    }  # fmt: skip
+    assert (found["state"], found["finished_at"], found["pools"], found["tp"]) == ("running", None, {}, 2)
+    assert found["counts"] == {"rows": 2, "rendered": 0, "already_done": 0, "failed": 0, "illegal": 0}
+
+
+def test_afterwards_they_are_the_resolved_ones(tmp_path):
+    store, numerics = Store(str(tmp_path)), Numerics(device="cuda", attention="fa3", compile="fused")
+    spec = EngineSpec("m:E", ModelFiles("c", "g", "u"), numerics, "out")
+    a_record = record(store)
+    a_record.place(lay_out(ParallelConfig(), 8, dict.fromkeys(("text", "diffusion", "decode"), spec)), numerics)
+    a_record.write("finished", {"rows": 1, "rendered": 1, "calls": 9})
+    found = json.loads(store.read_bytes("run.json"))
+    assert (found["numerics"]["attention"], found["device"], found["state"]) == ("fa3", "cuda", "finished")
+    assert found["pools"] == {"text": 1, "stage1": 5, "stage2": 2, "decode": 1} and found["finished_at"]
+    assert "calls" not in found["counts"]
+
+
+def test_the_records_of_the_run_before_are_kept(tmp_path):
+    store = Store(str(tmp_path))
+    keep_older_run(store)
+    assert store.list_names("runs", recursive=True) == []
+    record(store, "r1").write("finished", {})
+    store.write_bytes("events.jsonl", b"{}")
+    keep_older_run(store)
+    record(store, "r2").write("running", {})
+    assert json.loads(store.read_bytes("runs/r1/run.json"))["run_id"] == "r1"
+    assert store.read_bytes("runs/r1/events.jsonl") == b"{}" and not store.exists("runs/r1/report.html")

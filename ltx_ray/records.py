@@ -73,6 +73,10 @@ class AV(Generic[T]):
         """`fn(self.video, *others.video)`, then the same for audio."""
         return AV(fn(self.video, *(o.video for o in others)), fn(self.audio, *(o.audio for o in others)))
 
+    def swapped(self) -> AV[T]:
+        """For each stream, what the other one has."""
+        return AV(self.audio, self.video)
+
     def __iter__(self):
         return iter((self.video, self.audio))
 

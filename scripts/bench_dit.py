@@ -35,11 +35,11 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ltx_ray.model.attention_backends import BACKENDS, backend
+from ltx_ray.model.attention_backends import BACKENDS, attention_backend
 from ltx_ray.model.fused import FusedTransformer
-from ltx_ray.model.packing import pack
+from ltx_ray.model.packing import pack_linears
 from ltx_ray.model.transformer import Modality, Perturbation, Transformer
-from ltx_ray.parallel.fp8 import row_scale_of, store
+from ltx_ray.parallel.fp8 import row_scale_of, write_values
 from ltx_ray.records import AV
 from ltx_ray.shapes import ClipShape
 from scripts.bench import dit_implementations, random_transformer
@@ -136,8 +136,8 @@ def errors(found: Velocities, expected: Velocities) -> tuple[float, float]:
 def build_ours(case: Case, precision: str) -> Transformer:
     with torch.device("meta"):
         model = Transformer(case.config)
-    pack(model, case.device, case.dtype, precision)
-    random_transformer.fill(model, case.device, case.dtype, store)
+    pack_linears(model, case.device, case.dtype, precision)
+    random_transformer.fill(model, case.device, case.dtype, write_values)
     return model
 
 
@@ -179,7 +179,7 @@ class Bench:
     def _run_ours(self) -> frozenset[str]:
         case, a = self.case, self.arguments
         model = build_ours(case, a.precision)
-        attend = backend(a.attention, case.device)
+        attend = attention_backend(a.attention, case.device)
         lengths = Lengths(case.shape.video_tokens, case.shape.audio_latents, TEXT)
         call = call_ours(case, model, a.attention, a.plain)
         for name in self.passes:
@@ -341,7 +341,7 @@ def best_attention(device: torch.device) -> str:
     """The fastest backend that this machine has; BACKENDS is in order of speed."""
     for name in BACKENDS:
         with contextlib.suppress(RuntimeError, ImportError):
-            backend(name, device)
+            attention_backend(name, device)
             return name
     raise AssertionError("sdpa is always available")
 

@@ -26,7 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ltx_ray.checkpoints.safetensors import TensorInfo
-from ltx_ray.parallel.layers import TPGroup
+from ltx_ray.parallel.layers import RankGroup
 from ltx_ray.parallel.loading import load_shard
 from scripts.bench import random_transformer
 
@@ -96,7 +96,7 @@ class Load:
 
 
 def load(
-    path: Path, infos: Mapping[str, TensorInfo], group: TPGroup, arguments: argparse.Namespace, device: torch.device
+    path: Path, infos: Mapping[str, TensorInfo], group: RankGroup, arguments: argparse.Namespace, device: torch.device
 ) -> Load:
     on_cuda = device.type == "cuda"
     if arguments.cold:
@@ -146,7 +146,7 @@ def main() -> None:
         print(f"bus         {rate / 1e9:6.2f} GB/s")
     print("tp  shard GB  seconds   GB/s  of the limit  of the file's read  host MiB  device MiB above the shard")
     for tp in (int(n) for n in arguments.tp.split(",")):
-        loads = [load(path, infos, TPGroup(0, tp), arguments, device) for _ in range(arguments.repeat)]
+        loads = [load(path, infos, RankGroup(0, tp), arguments, device) for _ in range(arguments.repeat)]
         seconds, shard = statistics.median(each.seconds for each in loads), loads[0].shard
         rate = shard / seconds
         print(

@@ -26,10 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ltx_ray.checkpoints.lora import LoraPair
 from ltx_ray.model.transformer import Transformer
-from ltx_ray.parallel.layers import TPGroup
-from ltx_ray.parallel.loading import Slice, fill, load_shard
+from ltx_ray.parallel.layers import RankGroup
+from ltx_ray.parallel.loading import ShardRead, load_shard, read_shards
 from ltx_ray.parallel.lora import LoraMerger, LoraSetting
-from ltx_ray.parallel.weight_cache import Memory
+from ltx_ray.parallel.weight_cache import FreeMemory
 from scripts.bench import random_transformer
 
 MIB = 2**20
@@ -101,7 +101,7 @@ def measure_reference(model: Transformer, pairs: Mapping[str, LoraPair], repeat:
     device = weights[keys[0]].device
     in_file = {info.key: info for pair in pairs.values() for info in (pair.a.tensor, pair.b.tensor)}
     factors = {key: torch.empty(info.shape, dtype=torch.bfloat16, device=device) for key, info in in_file.items()}
-    for _ in fill([Slice(info, None, factors[key]) for key, info in in_file.items()], TPGroup()):
+    for _ in read_shards([ShardRead(info, None, factors[key]) for key, info in in_file.items()], RankGroup()):
         pass
     for weight in weights:  # else the model would keep the tensors that the reference replaces
         model.get_parameter(weight).data = torch.empty(0, dtype=torch.bfloat16, device=device)
@@ -134,10 +134,10 @@ def measure_ours(model: Transformer, merger: LoraMerger, device: torch.device, p
     strengths = itertools.cycle((0.25, 0.5))
 
     def switch() -> None:
-        assert merger.switch(LoraSetting(((0, next(strengths)),)))
+        assert merger.switch_to(LoraSetting(((0, next(strengths)),)))
 
     def restore() -> None:
-        merger.switch(LoraSetting())
+        merger.switch_to(LoraSetting())
 
     extra, switched = extra_memory(switch, device), median(switch, device, repeat)
     copies, merges = [], []
@@ -168,7 +168,7 @@ def main() -> None:
 
     def load() -> Transformer:
         model = random_transformer.build(layers)
-        load_shard(model, infos, TPGroup(), dtype=torch.bfloat16, device=device)
+        load_shard(model, infos, RankGroup(), dtype=torch.bfloat16, device=device)
         return model
 
     # The reference comes first: only a sample of its results stays in memory.
@@ -177,12 +177,12 @@ def main() -> None:
         torch.cuda.empty_cache()
     model = load()
     for where in ("device", "host"):
-        merger = LoraMerger(model, infos, [pairs], TPGroup())
+        merger = LoraMerger(model, infos, [pairs], RankGroup())
         began = time.perf_counter()
-        merger.keep(0, Memory(0, 0), clean=arguments.clean, factors=where)
+        merger.cache_sources(0, FreeMemory(0, 0), clean=arguments.clean, factors=where)
         _wait(device)
         print(f"factors on {where}, clean weights on {arguments.clean}: kept in {time.perf_counter() - began:.1f} s")
-        merger.switch(LoraSetting(((0, 0.5),)))
+        merger.switch_to(LoraSetting(((0, 0.5),)))
         if where == "device":
             print_agreement(model, peer.merged)
         measure_ours(model, merger, device, peer.on_device if where == "device" else peer.from_host, repeat)

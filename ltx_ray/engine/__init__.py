@@ -1,1 +1,1 @@
-
+"""The work of one rank: text, diffusion and decoding. Nothing here imports Ray."""

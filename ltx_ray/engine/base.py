@@ -1,8 +1,8 @@
-"""What engines have in common: where they run, in which dtype, and what their errors mean.
+"""What engines share: their place in a gang, their dtype, and what their errors mean.
 
-An engine is a class `(spec: EngineSpec, rank: Rank)` with `load()` and `run(stage, item, *inputs)`. Its `facts` are
-an EngineFacts of the last of these calls. `switches` and `switch_seconds` count LoRA merges, in engines that merge.
-A class may have a `join` of its own.
+An engine is a class `(spec: EngineSpec, rank: Rank)` with `load()` and `run(stage, item, *inputs)`. Its `facts` are an
+EngineFacts of the last of these calls. `switches` and `switch_seconds` count LoRA merges, in engines that merge. A
+class may have a `join_gang` of its own.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     import torch
 
 
-#: Messages of a lack of memory where torch raises no OutOfMemoryError: on a CPU, in the CUDA driver, in cuDNN, and
-#: when the memory suffices for the workspace of none of cuDNN's algorithms.
+#: What messages say about a lack of memory where torch raises no OutOfMemoryError: on a CPU, in the CUDA driver, in
+#: cuDNN, and when the memory suffices for the workspace of none of cuDNN's algorithms.
 _NO_MEMORY = (
     "DefaultCPUAllocator", "not enough memory", "CUDA error: out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED",
     "unable to find an engine",
@@ -59,7 +59,7 @@ def _torch_errors(*names: str) -> tuple[type[BaseException], ...]:
 
 @dataclass(frozen=True)
 class Rank:
-    """This process within its gang, and the device it computes on."""
+    """This process within its gang, and the device that it computes on."""
 
     rank: int = 0
     world: int = 1
@@ -74,11 +74,11 @@ def resolve_dtype(name: str) -> torch.dtype:
     return getattr(torch, name)
 
 
-def join(device: str, rank: int, world: int, rendezvous: tuple[str, int] | None, timeout: float) -> str:
-    """Make this process a rank of its gang and return the device it computes on.
+def join_gang(device: str, rank: int, world: int, rendezvous: tuple[str, int] | None, timeout: float) -> str:
+    """Make this process a rank of its gang, and return the device that it computes on.
 
-    `device` is "cpu" or "cuda"; `rendezvous` is (host, port) on rank 0's node, None for a gang of one;
-    `timeout` in seconds. Raises RuntimeError when the GPU that was asked for is not there.
+    `device` is "cpu" or "cuda"; `rendezvous` is (host, port) on rank 0's node, None for a gang of one; `timeout` is in
+    seconds. Raises RuntimeError when there is no GPU although one was requested.
     """
     import torch
     import torch.distributed as dist
@@ -87,13 +87,13 @@ def join(device: str, rank: int, world: int, rendezvous: tuple[str, int] | None,
         if not torch.cuda.is_available():
             raise RuntimeError("a GPU was promised to this rank, but torch sees none")
         torch.cuda.set_device(0)
-        # The default would compute float32 convolutions in TF32.
+        # By default, float32 convolutions would be computed in TF32.
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-        backend, place = "nccl", "cuda:0"
+        backend, device_name = "nccl", "cuda:0"
     else:
         # The bits of a sum depend on how many threads share it.
         torch.set_num_threads(1)
-        backend, place = "gloo", "cpu"
+        backend, device_name = "gloo", "cpu"
     if rendezvous is not None:
         host, port = rendezvous
         dist.init_process_group(
@@ -103,4 +103,4 @@ def join(device: str, rank: int, world: int, rendezvous: tuple[str, int] | None,
             world_size=world,
             timeout=timedelta(seconds=timeout),
         )
-    return place
+    return device_name

@@ -1,36 +1,57 @@
-"""The parts around the DiT at work: contexts, latents, pixels and sound from the modules that components.py loads.
+"""Running the parts around the transformer that components.py loads: contexts, latents, pixels and sound.
 
-They run as v1.2.0 of the reference runs them, down to the order in which it rounds.
+They compute as v1.2.0 of the reference does, down to the order in which it rounds (docs/ltx-2.3.md#text,
+#upsampling-and-decoding, #sound).
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+
+#: A module of diffusers, whose attributes have no types.
+DiffusersModule = Any
 
 
 class RoundedRope(torch.nn.Module):
-    """The connector's RoPE tables, rounded to the run's dtype as in the reference; diffusers leaves them float32."""
+    """The RoPE tables of a connector, rounded to the run's dtype as in the reference; diffusers keeps float32."""
 
     def __init__(self, rope: torch.nn.Module, dtype: torch.dtype):
         super().__init__()
         self.rope = rope
         self.dtype = dtype
 
-    def forward(self, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         cos, sin = self.rope(*args, **kwargs)
         return cos.to(self.dtype), sin.to(self.dtype)
 
 
 class ConnectorAttention:
-    """Gated self-attention with split RoPE that rotates in the run's dtype, as the reference; diffusers' own
-    processor rotates in float32, which in a bfloat16 run puts the contexts about 1 % off."""
+    """An attention processor with gates and split RoPE that rotates in the run's dtype, as the reference does.
 
-    def __call__(self, attn, x, context=None, attention_mask=None, query_rotary_emb=None, key_rotary_emb=None):
-        assert context is None and key_rotary_emb is None  # self-attention; x is (B, S, D)
-        heads = lambda t: t.unflatten(2, (attn.heads, -1)).transpose(1, 2)  # noqa: E731  (B, H, S, d)
-        q = self._rotate(heads(attn.norm_q(attn.to_q(x))), *query_rotary_emb)
-        k = self._rotate(heads(attn.norm_k(attn.to_k(x))), *query_rotary_emb)
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, heads(attn.to_v(x)), attn_mask=attention_mask)
+    The processor of diffusers rotates in float32, which in a bfloat16 run changes the contexts by about 1 %.
+    """
+
+    def __call__(
+        self,
+        attn: DiffusersModule,
+        x: torch.Tensor,
+        context: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        query_rotary_emb: Any = None,
+        key_rotary_emb: Any = None,
+    ) -> torch.Tensor:
+        """Self-attention of x (B, S, D)."""
+        assert context is None and key_rotary_emb is None
+
+        def by_head(t: torch.Tensor) -> torch.Tensor:
+            """(B, S, H * d) -> (B, H, S, d)."""
+            return t.unflatten(2, (attn.heads, -1)).transpose(1, 2)
+
+        q = self._rotate(by_head(attn.norm_q(attn.to_q(x))), *query_rotary_emb)
+        k = self._rotate(by_head(attn.norm_k(attn.to_k(x))), *query_rotary_emb)
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, by_head(attn.to_v(x)), attn_mask=attention_mask)
         out = out.transpose(1, 2)
         if attn.to_gate_logits is not None:
             out = out * (2.0 * torch.sigmoid(attn.to_gate_logits(x))).unsqueeze(-1)
@@ -43,18 +64,19 @@ class ConnectorAttention:
 
 
 def _per_channel(vector: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """(C,) -> (1, C, 1, 1, 1) in the dtype and on the device of `like`."""
     return vector.to(like).view(1, -1, 1, 1, 1)
 
 
 @torch.inference_mode()
 def encode_connectors(
-    connectors: torch.nn.Module, hidden_states: tuple[torch.Tensor, ...], attention_mask: torch.Tensor
+    connectors: DiffusersModule, hidden_states: tuple[torch.Tensor, ...], attention_mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(video context, audio context) of Gemma's hidden states.
 
-    hidden_states: layers + 1 of (B, S, D); attention_mask: (B, S) of 0 and 1, padding on either side; S a multiple
-    of the registers. Returns (B, S, video dim) and (B, S, audio dim): valid tokens first, then registers; no mask is
-    needed with them.
+    hidden_states: layers + 1 of (B, S, D); attention_mask: (B, S) of 0 and 1, with padding on either side; S is a
+    multiple of the number of registers. Returns (B, S, video dim) and (B, S, audio dim), valid tokens first and then
+    registers, so that no mask is needed with them.
     """
     dtype = connectors.video_text_proj_in.weight.dtype
     stacked = torch.stack([h.to(dtype) for h in hidden_states], dim=-1)
@@ -63,10 +85,10 @@ def encode_connectors(
 
 
 @torch.inference_mode()
-def encode_video(vae: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    """Normalised latents (B, 128, F', H/32, W/32) of pixels (B, 3, F, H, W) in [-1, 1], F = 8 (F' - 1) + 1.
+def encode_video(vae: DiffusersModule, pixels: torch.Tensor) -> torch.Tensor:
+    """Normalised latents (B, 128, F', H/32, W/32) of pixels (B, 3, F, H, W) in [-1, 1], where F = 8 (F' - 1) + 1.
 
-    The means of the posterior; nothing is sampled.
+    They are the means of the posterior; nothing is sampled.
     """
     moments = vae.encoder(pixels.to(vae.latents_mean.dtype))
     means = moments[:, : moments.shape[1] // 2]
@@ -74,10 +96,10 @@ def encode_video(vae: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def decode_video_tile(vae: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
+def decode_video_tile(vae: DiffusersModule, latents: torch.Tensor) -> torch.Tensor:
     """Pixels (B, 3, 8 (F' - 1) + 1, 32 H', 32 W') of normalised latents (B, 128, F', H', W').
 
-    Nominally in [-1, 1] but not clamped, in the latents' dtype; un-normalised and decoded in the VAE's dtype.
+    Nominally in [-1, 1] but not clamped. Computed in the VAE's dtype, returned in that of the latents.
     """
     x = latents.to(vae.latents_mean.dtype)
     x = x * _per_channel(vae.latents_std, x) + _per_channel(vae.latents_mean, x)
@@ -86,16 +108,16 @@ def decode_video_tile(vae: torch.nn.Module, latents: torch.Tensor) -> torch.Tens
 
 @torch.inference_mode()
 def upsample_latents(
-    upsampler: torch.nn.Module, mean: torch.Tensor, std: torch.Tensor, latent: torch.Tensor
+    upsampler: DiffusersModule, mean: torch.Tensor, std: torch.Tensor, latent: torch.Tensor
 ) -> torch.Tensor:
-    """Normalised latents (B, 128, F', H', W') at twice the height and width; mean and std as of latent_stats."""
+    """Normalised latents (B, 128, F', H', W') at twice their height and width. `mean` and `std` are of latent_stats."""
     x = latent * _per_channel(std, latent) + _per_channel(mean, latent)
     x = upsampler(x)
     return (x - _per_channel(mean, x)) / _per_channel(std, x)
 
 
 @torch.inference_mode()
-def decode_mel(audio_vae: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
+def decode_mel(audio_vae: DiffusersModule, latents: torch.Tensor) -> torch.Tensor:
     """Log-mel spectrogram (B, 2, 4 T - 3, 64), in the VAE's dtype, of normalised latents (B, 8, T, 16)."""
     batch, channels, frames, bins = latents.shape
     x = latents.to(audio_vae.latents_mean.dtype)
@@ -106,11 +128,11 @@ def decode_mel(audio_vae: torch.nn.Module, latents: torch.Tensor) -> torch.Tenso
 
 @torch.inference_mode()
 def decode_audio(
-    audio_vae: torch.nn.Module, vocoder: torch.nn.Module, latents: torch.Tensor
+    audio_vae: DiffusersModule, vocoder: DiffusersModule, latents: torch.Tensor
 ) -> tuple[torch.Tensor, int]:
-    """(waveform float32 (2, N) in [-1, 1], samples a second) of the normalised latents (1, 8, T, 16) of one clip.
+    """(waveform float32 (2, N) in [-1, 1], samples per second) of the normalised latents (1, 8, T, 16) of one clip.
 
-    The vocoder computes in float32. Like v1.2.0, the waveform then passes through the spectrogram's dtype: in a
+    The vocoder computes in float32. As in v1.2.0, the waveform then passes through the spectrogram's dtype: in a
     bfloat16 run its values are bfloat16 numbers.
     """
     assert latents.shape[0] == 1, latents.shape

@@ -1,8 +1,8 @@
-"""The parts around the DiT, loaded into diffusers' modules.
+"""The parts around the transformer, loaded into diffusers' modules (docs/ltx-2.3.md#diffusers).
 
-Every loader builds its module on the meta device and takes exactly its tensors, cast to the run's dtype. The
-official files (checkpoints/single_file.py) and directories in diffusers' layout (checkpoints/diffusers_layout.py)
-give the same modules. A file that does not fit raises a ValueError that names it. codec.py runs the modules.
+Every loader builds its module on the meta device and takes exactly the tensors of the module, cast to the run's dtype.
+Official files (checkpoints/single_file.py) and directories in diffusers' layout (checkpoints/diffusers_layout.py) give
+the same modules. A file that does not fit raises a ValueError that names it. codec.py runs the modules.
 """
 
 from __future__ import annotations
@@ -18,48 +18,49 @@ import torch
 from ltx_ray.checkpoints import diffusers_layout, single_file
 from ltx_ray.checkpoints.diffusers_layout import Component, refuse_unknown
 from ltx_ray.checkpoints.safetensors import TensorInfo
-from ltx_ray.engine.codec import ConnectorAttention, RoundedRope
+from ltx_ray.engine.codec import ConnectorAttention, DiffusersModule, RoundedRope
 from ltx_ray.engine.fused_decoder import fuse_decoder
 
 Path = str | os.PathLike[str]
 Device = str | torch.device
 
+#: The two halves of a VAE.
 _HALVES = ("encoder", "decoder")
 
 
-def _source(path: Path) -> ModuleType:
-    """Who knows what is at `path`."""
+def _layout(path: Path) -> ModuleType:
+    """The module of checkpoints/ that reads the layout at `path`."""
     return diffusers_layout if os.path.isdir(path) else single_file
 
 
-def load_connectors(path: Path, dtype: torch.dtype, device: Device) -> torch.nn.Module:
-    """Text projections and connectors as diffusers' LTX2TextConnectors."""
+def load_connectors(path: Path, dtype: torch.dtype, device: Device) -> DiffusersModule:
+    """Text projections and connectors as diffusers' LTX2TextConnectors, run by codec.encode_connectors."""
     from diffusers.pipelines.ltx2 import LTX2TextConnectors
 
-    part = _source(path).connectors(str(path))
+    part = _layout(path).connectors(str(path))
     module = _load(LTX2TextConnectors, part, "text connectors", dtype, device)
     for connector in (module.video_connector, module.audio_connector):
         connector.rope = RoundedRope(connector.rope, dtype)
         for block in connector.transformer_blocks:
             block.attn1.set_processor(ConnectorAttention())
-    return _real(module)
+    return _materialized(module)
 
 
 def load_video_vae(
     path: Path, dtype: torch.dtype, device: Device, part: str = "decoder", fused: bool = False
-) -> torch.nn.Module:
+) -> DiffusersModule:
     """The video VAE as diffusers' AutoencoderKLLTX2Video; `part` is "decoder", "encoder" or "both".
 
-    Only the wanted half is read; the other is None in the module. Either has latents_mean and latents_std. `fused`:
-    the decoder computes as fused_decoder.py has it. Raises RuntimeError when that cannot be.
+    A half that `part` leaves out is not read, and is None in the module. Both parts have latents_mean and latents_std.
+    `fused`: the decoder computes as in fused_decoder.py. Raises RuntimeError where that is impossible.
     """
     from diffusers import AutoencoderKLLTX2Video
 
     if part not in (*_HALVES, "both"):
         raise ValueError(f"part is {part!r}; legal is 'decoder', 'encoder' or 'both'")
     without = [half for half in _HALVES if part not in (half, "both")]
-    component = _source(path).video_vae(str(path))
-    vae = _real(_load(AutoencoderKLLTX2Video, component, f"video VAE ({part})", dtype, device, without))
+    component = _layout(path).video_vae(str(path))
+    vae = _materialized(_load(AutoencoderKLLTX2Video, component, f"video VAE ({part})", dtype, device, without))
     if fused and vae.decoder is not None:
         try:
             fuse_decoder(vae.decoder)
@@ -72,107 +73,108 @@ def load_video_vae(
 
 
 def latent_stats(path: Path, which: str = "video") -> tuple[torch.Tensor, torch.Tensor]:
-    """(mean, std) of the VAE's latents, (128,) each, in the file's dtype on the CPU.
+    """(mean, std) of the VAE's latents, each (128,), in the file's dtype on the CPU.
 
-    `which` is "video" (per channel) or "audio" (per packed index, channel * 16 + bin).
+    `which` is "video" (by channel) or "audio" (by packed index, channel * 16 + bin).
     """
     if which not in ("video", "audio"):
         raise ValueError(f"which is {which!r}; legal is 'video' or 'audio'")
-    source = _source(path)
-    part = source.video_vae(str(path)) if which == "video" else source.audio_vae(str(path))
+    layout = _layout(path)
+    part = layout.video_vae(str(path)) if which == "video" else layout.audio_vae(str(path))
     names = ("latents_mean", "latents_std")
     _refuse(part.path, f"{which} statistics", "missing keys", set(names) - part.tensors.keys())
-    state = _read({name: part.tensors[name] for name in names}, None, "cpu")
+    state = _read_tensors({name: part.tensors[name] for name in names}, None, "cpu")
     return state["latents_mean"], state["latents_std"]
 
 
-def load_audio_decoder(path: Path, dtype: torch.dtype, device: Device) -> torch.nn.Module:
-    """The decoding half of the audio VAE as diffusers' AutoencoderKLLTX2Audio (its encoder is None)."""
+def load_audio_decoder(path: Path, dtype: torch.dtype, device: Device) -> DiffusersModule:
+    """The decoder of the audio VAE as diffusers' AutoencoderKLLTX2Audio, whose encoder is None."""
     from diffusers import AutoencoderKLLTX2Audio
 
-    part = _source(path).audio_vae(str(path))
-    return _real(_load(AutoencoderKLLTX2Audio, part, "audio VAE (decoder)", dtype, device, ["encoder"]))
+    part = _layout(path).audio_vae(str(path))
+    return _materialized(_load(AutoencoderKLLTX2Audio, part, "audio VAE (decoder)", dtype, device, ["encoder"]))
 
 
-def load_vocoder(path: Path, dtype: torch.dtype, device: Device) -> torch.nn.Module:
+def load_vocoder(path: Path, dtype: torch.dtype, device: Device) -> DiffusersModule:
     """The vocoder with bandwidth extension as diffusers' LTX2VocoderWithBWE.
 
-    Its weights are rounded to `dtype` but held in float32: v1.2.0 stores them in the run's dtype and computes in
-    float32 (its comment: bfloat16 spoils the spectrum by 40-90 %).
+    Its weights are rounded to `dtype` and held in float32, because v1.2.0 stores them in the run's dtype and computes
+    in float32 (its comment: bfloat16 degrades the spectrum by 40-90 %).
     """
     from diffusers.pipelines.ltx2 import LTX2VocoderWithBWE
     from diffusers.pipelines.ltx2.vocoder import UpSample1d
 
-    module = _load(LTX2VocoderWithBWE, _source(path).vocoder(str(path)), "vocoder", dtype, device).float()
-    # The resampler's filter is computed, not stored, so the one built on meta holds no numbers.
+    module = _load(LTX2VocoderWithBWE, _layout(path).vocoder(str(path)), "vocoder", dtype, device).float()
+    # The resampler's filter is computed and not stored, so the one built on the meta device has no values.
     ratio = module.config.output_sampling_rate // module.config.input_sampling_rate
     resampler = UpSample1d(ratio=ratio, window_type="hann", persistent=False)
     resampler.filter = resampler.filter.to(device=device, dtype=torch.float32)
     module.resampler = resampler
-    return _real(module)
+    return _materialized(module)
 
 
-def load_upsampler(path: Path, dtype: torch.dtype, device: Device) -> torch.nn.Module:
-    """A latent upsampler as diffusers' LTX2LatentUpsamplerModel."""
+def load_upsampler(path: Path, dtype: torch.dtype, device: Device) -> DiffusersModule:
+    """The latent upsampler as diffusers' LTX2LatentUpsamplerModel."""
     from diffusers.pipelines.ltx2 import LTX2LatentUpsamplerModel
 
-    part = _source(path).upsampler(str(path))
-    return _real(_load(LTX2LatentUpsamplerModel, part, "latent upsampler", dtype, device))
+    part = _layout(path).upsampler(str(path))
+    return _materialized(_load(LTX2LatentUpsamplerModel, part, "latent upsampler", dtype, device))
 
 
 # --- filling a module --------------------------------------------------------------------------------------------
 
 
-def _load(
-    cls: Any, part: Component, what: str, dtype: torch.dtype, device: Device, without: Iterable[str] = ()
-) -> torch.nn.Module:
-    """A `cls` filled with the part's tensors, ready for inference. Its halves `without` are None and not read."""
+def _load(cls: Any, part: Component, what: str, dtype: torch.dtype, device: Device, without: Iterable[str] = ()) -> Any:
+    """A `cls` filled with the part's tensors, ready for inference. Its parts `without` are None and not read."""
     arguments = inspect.signature(cls).parameters
     refuse_unknown(part, set(arguments))
     with torch.device("meta"):
         module = cls(**{field: value for field, value in part.config.items() if field in arguments})
-    for half in without:
-        setattr(module, half, None)
+    for name in without:
+        setattr(module, name, None)
     found = {name: info for name, info in part.tensors.items() if name.split(".")[0] not in without}
-    want = module.state_dict()
-    _refuse(part.path, what, "missing keys", want.keys() - found.keys())
-    _refuse(part.path, what, "unexpected keys", found.keys() - want.keys())
+    expected = module.state_dict()
+    _refuse(part.path, what, "missing keys", expected.keys() - found.keys())
+    _refuse(part.path, what, "unexpected keys", found.keys() - expected.keys())
     _refuse(
         part.path,
         what,
         "keys of another shape than the config says",
         (
-            f"{name} {info.shape} instead of {tuple(want[name].shape)}"
+            f"{name} {info.shape} instead of {tuple(expected[name].shape)}"
             for name, info in found.items()
-            if info.shape != want[name].shape
+            if info.shape != expected[name].shape
         ),
     )
-    module.load_state_dict(_read(found, dtype, device), strict=True, assign=True)
+    module.load_state_dict(_read_tensors(found, dtype, device), strict=True, assign=True)
     return module.requires_grad_(False).eval()
 
 
-def _real(module: torch.nn.Module) -> torch.nn.Module:
-    """The module, in which nothing was left on meta (a buffer that no file holds)."""
+def _materialized(module: DiffusersModule) -> DiffusersModule:
+    """The module, after a check that nothing was left on the meta device, such as a buffer that no file holds."""
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         assert not tensor.is_meta, name
     return module
 
 
 def _refuse(path: str, what: str, problem: str, keys: Iterable[str]) -> None:
+    """Raise ValueError naming the first ten `keys`, when there are any."""
     keys = sorted(keys)
     if keys:
         shown = ", ".join(keys[:10]) + (", …" if len(keys) > 10 else "")
         raise ValueError(f"{path}: {what}: {len(keys)} {problem}: {shown}")
 
 
-def _open(path: Path):
+def _open(path: str) -> Any:
     from safetensors import safe_open
 
-    return safe_open(str(path), framework="pt", device="cpu")
+    return safe_open(path, framework="pt", device="cpu")
 
 
-def _read(tensors: Mapping[str, TensorInfo], dtype: torch.dtype | None, device: Device) -> dict[str, torch.Tensor]:
-    """The tensors from their files, cast (dtype None: as they are) and moved."""
+def _read_tensors(
+    tensors: Mapping[str, TensorInfo], dtype: torch.dtype | None, device: Device
+) -> dict[str, torch.Tensor]:
+    """The tensors from their files, as `dtype` (None: that of the file) on `device`."""
     state = {}
     for path in {info.path for info in tensors.values()}:
         with _open(path) as file:

@@ -1,4 +1,4 @@
-"""The decode engine: latents to frames and sound, muxed where they are decoded, published when complete.
+"""The decode engine: latents to frames and sound, encoded in the same process and published when complete.
 
 It also serves the stages that deal with stored latents: LOAD_LATENTS reads those of stage 1, and SAVE_LATENTS stores
 those of a clip that could not be finished.
@@ -23,7 +23,7 @@ from ltx_ray.engine.base import Rank, is_out_of_memory, resolve_dtype
 from ltx_ray.engine.frames import PictureCheck, decode_tiled, to_yuv420
 from ltx_ray.engine.latents import LatentStore, latents_sha256, named_latents
 from ltx_ray.engine.mp4 import write_mp4
-from ltx_ray.engine.prefetch import ahead
+from ltx_ray.engine.prefetch import prefetch
 from ltx_ray.engine.tiling import LADDER, Tiling, distinct_rungs
 from ltx_ray.presets import PIPELINES
 from ltx_ray.records import Clip, EngineFacts, RowError, StageLatents, WorkItem
@@ -44,20 +44,21 @@ class DecodeEngine:
         self.device = torch.device(rank.device)
         self.dtype = resolve_dtype(spec.numerics.dtype)
         self.facts = EngineFacts()
-        #: By size of a clip (pixels x frames): the rung at which it could be decoded, when not at the first.
-        self._needed: dict[int, int] = {}
+        #: By size of a clip (pixels x frames): the rung that sufficed for it, where that was not the first.
+        self._rung_by_size: dict[int, int] = {}
 
     def load(self) -> None:
+        """Load the decoders. Raises ValueError for files that do not fit, RuntimeError as load_video_vae does."""
         path = self.spec.model.local().checkpoint_path
         self.store = Store(self.spec.output)
         self.latents = LatentStore(self.store)
-        # built once for all processes, and for all nodes where the cache is shared
+        # Kernels are compiled once for all processes, and for all nodes where the cache is shared.
         os.environ.setdefault("TRITON_CACHE_DIR", str(cache_root() / "triton"))
         fused = self.spec.numerics.compile == "fused" and self.device.type == "cuda"
         self.video_vae = components.load_video_vae(path, self.dtype, self.device, part="decoder", fused=fused)
         if self.device.type == "cpu" and self.dtype == torch.bfloat16:
-            # where the reference has its weights: a CPU rounds bf16 convolutions by the memory order. Float32 there is
-            # slower so, and so is a GPU that decodes unfused
+            # The reference has its weights in this format, and a CPU rounds bfloat16 convolutions by memory format.
+            # Float32 on a CPU would be slower in it, and so would a GPU that decodes without fused steps.
             self.video_vae.decoder.to(memory_format=torch.channels_last_3d)
         self.audio_vae = components.load_audio_decoder(path, self.dtype, self.device)
         self.vocoder = components.load_vocoder(path, self.dtype, self.device)
@@ -67,8 +68,8 @@ class DecodeEngine:
         """Serve one of three stages for `item`.
 
         DECODE publishes the clip, or the preview when the run stops after stage 1, and before it the latents if the
-        run saves them; nothing of a preflight item is published. Returns the Clip. Raises RowError when the clip is
-        not finite, OutOfMemoryError when memory does not suffice for the smallest tiles.
+        run saves them. Nothing of a preflight item is published. Returns the Clip. Raises RowError when the clip is not
+        finite, OutOfMemoryError when memory does not suffice for the smallest tiles.
         LOAD_LATENTS returns the stored latents of stage 1. Raises StoredLatentsGone.
         SAVE_LATENTS stores the latents of `stages`, on this node when the output refuses them. Returns where.
         """
@@ -76,15 +77,15 @@ class DecodeEngine:
             try:
                 return self._decode(item, stages)
             finally:
-                self._give_back()
+                self._release_cached_memory()
         if stage == Stage.LOAD_LATENTS:
-            latents, place = self.latents.stage_1(item, self.dtype)
-            self.facts = EngineFacts(stored_at=place)
+            latents, location = self.latents.load_stage_1(item, self.dtype)
+            self.facts = EngineFacts(stored_at=location)
             return latents
         assert stage == Stage.SAVE_LATENTS and stages, stage
-        place = self.latents.keep(item, stages)
-        self.facts = EngineFacts(stored_at=place)
-        return place
+        location = self.latents.save(item, stages)
+        self.facts = EngineFacts(stored_at=location)
+        return location
 
     def _decode(self, item: WorkItem, stages: tuple[StageLatents, ...]) -> Clip:
         named = named_latents(*stages)
@@ -93,18 +94,18 @@ class DecodeEngine:
             self.latents.publish(item, stages)
         metadata = {"item_id": item.item_id, "recipe_digest": item.recipe_digest}
         if self.spec.stop_after:
-            # stage 1 renders at half size: as they are, its latents make the preview
+            # Stage 1 renders at half size, and its latents are decoded at that size.
             path, shape = preview_path(item.item_id), item.request.shape.half()
-            picture = audio_stage = "stage_1"
+            video_stage = audio_stage = "stage_1"
             metadata["preview"] = "stage_1"
         else:
-            path, shape, picture = clip_path(item.item_id), item.request.shape, "stage_2"
+            path, shape, video_stage = clip_path(item.item_id), item.request.shape, "stage_2"
             audio_stage = PIPELINES[item.request.pipeline].audio_stage
         sound = self._sound(named[f"{audio_stage}.audio"], shape.audio_samples)
         handle, temporary = tempfile.mkstemp(suffix=".mp4", dir=self.store.scratch_dir())
         os.close(handle)
         try:
-            flags = self._write(temporary, named[f"{picture}.video"], shape, sound, metadata)
+            flags = self._write(temporary, named[f"{video_stage}.video"], shape, sound, metadata)
             sha256 = _file_sha256(temporary)
             if item.preflight:
                 return Clip(None, sha256, digest, flags, audio_stage)
@@ -114,24 +115,25 @@ class DecodeEngine:
             if os.path.exists(temporary):
                 os.unlink(temporary)
         if not self.spec.stop_after:
-            self.latents.forget(item)  # kept when an earlier attempt failed; the clip needs them no more
+            # An earlier attempt that failed may have cached them. A finished clip needs them no longer.
+            self.latents.delete_cached(item)
         return Clip(path, sha256, digest, flags, audio_stage)
 
-    def _give_back(self) -> None:
-        """What PyTorch keeps of the frames' memory, some 10 GiB, is needed by those who share the card."""
+    def _release_cached_memory(self) -> None:
+        """Free what PyTorch caches of the frames' memory, some 10 GiB that other processes on the card need."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _write(
         self, target: str, latent: torch.Tensor, shape: ClipShape, sound: np.ndarray, metadata: dict[str, str]
     ) -> tuple[str, ...]:
-        """Decode and mux to `target`, in smaller tiles when memory does not suffice; returns the clip's flags.
+        """Decode and encode to `target`, in smaller tiles when memory does not suffice. Returns the clip's flags.
 
         The first rung is one that sufficed for a clip of this size or smaller. Raises OutOfMemoryError after the last.
         """
         size = shape.num_frames * shape.height * shape.width
         rungs = distinct_rungs(latent.shape[2:])
-        known = max((rung for at, rung in self._needed.items() if at <= size), default=0)
+        known = max((rung for known_size, rung in self._rung_by_size.items() if known_size <= size), default=0)
         first = max(rung for rung in rungs if rung <= known)
         reason = ""
         for rung in (r for r in rungs if r >= first):
@@ -139,8 +141,8 @@ class DecodeEngine:
             try:
                 write_mp4(
                     target,
-                    # the GPU makes the next frames while the CPU encodes the last
-                    ahead(self._frames(latent, LADDER[rung], check)),
+                    # The GPU decodes the next frames while the CPU encodes the last ones.
+                    prefetch(self._frames(latent, LADDER[rung], check)),
                     width=shape.width,
                     height=shape.height,
                     frame_rate=frame_rate_fraction(shape.frame_rate),
@@ -154,19 +156,21 @@ class DecodeEngine:
                 reason = str(error)
             else:
                 if rung > first:
-                    self._needed[size] = rung
+                    self._rung_by_size[size] = rung
                 self.facts = EngineFacts(decode_rung=rung)
                 silent = ("silent",) if np.abs(sound).max() < _SILENT_PEAK else ()
-                # pixels differ a little from those in the reference's tiles
+                # Pixels of smaller tiles differ slightly from those of the reference's.
                 return check.flags() + silent + (("tiled_smaller",) if rung else ())
-            # here, where the error and with it the frames' tensors are gone
-            self._give_back()
+            # Outside the except block, where the error and with it the frames' tensors are gone.
+            self._release_cached_memory()
             _log.warning("%s: no memory to decode in %s (%s)", metadata["item_id"], LADDER[rung], reason)
         raise torch.OutOfMemoryError(
             f"decoding {shape.num_frames} frames of {shape.width}x{shape.height} in the smallest tiles: {reason}"
         )
 
     def _frames(self, latent: torch.Tensor, tiling: Tiling, check: PictureCheck) -> Generator[np.ndarray, None, None]:
+        """Chunks of I420 frames (f, 3 * height / 2, width) uint8 of a latent (1, C, F, H, W)."""
+
         def decode(tile: torch.Tensor) -> torch.Tensor:
             return codec.decode_video_tile(self.video_vae, tile)
 
@@ -174,11 +178,11 @@ class DecodeEngine:
             if not torch.isfinite(chunk).all():
                 raise RowError("decoded frames are not finite")
             frames = to_yuv420(chunk)
-            check.see(frames)
+            check.update(frames)
             yield frames.cpu().numpy()
 
     def _sound(self, latent: torch.Tensor, samples: int) -> np.ndarray:
-        """Stereo float32 (2, samples): the decoded sound, cut or padded to the length of the picture."""
+        """Stereo float32 (2, samples) of a latent (1, 8, T, 16), cut or padded to the length of the video."""
         latent = latent.to(self.device, self.dtype)
         waveform, rate = codec.decode_audio(self.audio_vae, self.vocoder, latent)
         assert rate == AUDIO_SAMPLE_RATE, rate

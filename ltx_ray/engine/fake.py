@@ -1,12 +1,18 @@
-"""An engine for tests of scheduling and failure: the same protocol, deterministic, no model and no torch.
+"""An engine for tests of scheduling and failure: the same protocol, deterministic, without a model or torch.
 
-A prompt may carry orders such as `[[stage1:crash]]`, `[[stage2:crash:2]]` (the first two tries only),
-`[[decode:hang]]`, `[[text:slow:0.5]]` (seconds), `[[text:slow:60:1]]` (the first try only), `[[stage1:row]]` (the row
-is at fault), `[[stage1:error]]` (any other exception), `[[stage1:store]]` (a store that does not answer),
-`[[stage1:full]]` (its disk is full), `[[stage1:memory]]` (out of memory), `[[load_latents:gone]]` (no stored latents),
-`[[stage1:lone]]` (one rank of several fails), `[[stage1:stuck]]` (one rank of several hangs), `[[stage1:gate]]` (waits
-for `open_gate`), `[[stage1:big]]` (a result of 1 MB, too large to travel with the report). Tries are counted by files
-under the output, so that they outlive the process.
+A prompt may contain orders `[[stage:order]]`:
+
+* `[[stage1:crash]]`, `[[stage2:crash:2]]`: the process dies, in the second example on the first two attempts only
+* `[[decode:hang]]`: the call never returns
+* `[[text:slow:0.5]]`, `[[text:slow:60:1]]`: it takes so many seconds, in the second example on the first attempt only
+* `[[stage1:row]]`: the row is at fault; `[[stage1:error]]`: any other exception
+* `[[stage1:store]]`: a store does not answer; `[[stage1:full]]`: its disk is full; `[[stage1:memory]]`: out of memory
+* `[[load_latents:gone]]`: there are no stored latents
+* `[[stage1:lone]]`: the last rank of several fails; `[[stage1:stuck]]`: it hangs
+* `[[stage1:gate]]`: the call waits for `open_gate`
+* `[[stage1:big]]`: the result has 1 MB, too much to travel with the report
+
+Attempts are counted in files below the output, so that the count outlives the process.
 """
 
 from __future__ import annotations
@@ -26,7 +32,9 @@ from ltx_ray.stages import TRAITS, Stage
 from ltx_ray.storage.store import Store, join
 
 _ORDER = re.compile(r"\[\[(\w+):(\w+)(?::([\d.]+))?(?::(\d+))?\]\]")
+#: Characters of a big result.
 _BIG = 2**20
+#: The gate is open once this file exists.
 _GATE = "_fake/open"
 
 
@@ -40,41 +48,41 @@ class FakeEngine:
         self._merged_stage: Stage | None = None
 
     @staticmethod
-    def join(device: str, rank: int, world: int, rendezvous: tuple[str, int] | None, timeout: float) -> str:
+    def join_gang(device: str, rank: int, world: int, rendezvous: tuple[str, int] | None, timeout: float) -> str:
         return "cpu"
 
     def load(self) -> None:
         self.store = Store(self.spec.output)
 
     def run(self, stage: Stage, item: WorkItem, *inputs: Any) -> Any:
-        self._obey(stage, item)
+        self._follow_orders(stage, item)
         if TRAITS[stage].merges_weights and stage != self._merged_stage:
             self._merged_stage, self.switches = stage, self.switches + 1
-        inputs = tuple(made.strip() for made in inputs)
+        inputs = tuple(value.strip() for value in inputs)
         if stage == Stage.LOAD_LATENTS:
             return self._load_latents(item)
         if stage == Stage.SAVE_LATENTS:
             return join(self.store.uri, self._save_latents(item, inputs))
-        made = hashlib.sha256(f"{stage}:{item.item_id}:{inputs}".encode()).hexdigest()
+        result = hashlib.sha256(f"{stage}:{item.item_id}:{inputs}".encode()).hexdigest()
         if stage == Stage.DECODE:
-            return self._publish(item, made, inputs)
+            return self._publish(item, result, inputs)
         if f"[[{stage}:big]]" in item.request.prompt:
-            made = made.ljust(_BIG)
-        return made if self.rank.rank == 0 else None
+            result = result.ljust(_BIG)
+        return result if self.rank.rank == 0 else None
 
-    def _publish(self, item: WorkItem, made: str, inputs: tuple[str, ...]) -> Clip:
-        clip = _boxes(item.item_id, made)
+    def _publish(self, item: WorkItem, result: str, inputs: tuple[str, ...]) -> Clip:
+        clip = mp4_boxes(item.item_id, result)
         sha256 = hashlib.sha256(clip).hexdigest()
         if item.preflight:
-            return Clip(None, sha256, made, (), "stage_1")
+            return Clip(None, sha256, result, (), "stage_1")
         if self.spec.save_latents or self.spec.stop_after:
             self._save_latents(item, inputs)
         path = preview_path(item.item_id) if self.spec.stop_after else clip_path(item.item_id)
         self.store.write_bytes(path, clip)
-        return Clip(path, sha256, made, (), "stage_1")
+        return Clip(path, sha256, result, (), "stage_1")
 
     def _save_latents(self, item: WorkItem, stages: tuple[str, ...]) -> str:
-        """Store the results of the stages where the real latents would be; returns the path in the output."""
+        """Store the results of `stages` where the real engine stores latents; returns the path in the output."""
         path = latents_path(item.item_id)
         self.store.write_bytes(path, "\n".join(stages).encode())
         return path
@@ -85,17 +93,17 @@ class FakeEngine:
         except FileNotFoundError as error:
             raise StoredLatentsGone(f"{latents_path(item.item_id)}: no such file") from error
 
-    def _obey(self, stage: Stage, item: WorkItem) -> None:
-        for where, order, number, slow_tries in _ORDER.findall(item.request.prompt):
-            if where != stage:
+    def _follow_orders(self, stage: Stage, item: WorkItem) -> None:
+        for ordered_stage, order, number, slow_attempts in _ORDER.findall(item.request.prompt):
+            if ordered_stage != stage:
                 continue
             if order == "slow":
-                if not slow_tries or self._tries(stage, item) <= int(slow_tries):
+                if not slow_attempts or self._count_attempt(stage, item) <= int(slow_attempts):
                     time.sleep(float(number or 0.2))
             elif order == "gate":
                 while not self.store.exists(_GATE):
                     time.sleep(0.05)
-            elif number and self._tries(stage, item) > int(number):
+            elif number and self._count_attempt(stage, item) > int(number):
                 continue
             elif order == "crash":
                 os._exit(1)
@@ -118,19 +126,20 @@ class FakeEngine:
             elif order == "stuck" and self.rank.rank == self.rank.world - 1:
                 time.sleep(3600)
 
-    def _tries(self, stage: Stage, item: WorkItem) -> int:
+    def _count_attempt(self, stage: Stage, item: WorkItem) -> int:
+        """The number of this attempt, from 1."""
         name = f"_fake/{item.item_id}-{stage}-{self.rank.rank}"
-        tries = 1 + (int(self.store.read_bytes(name)) if self.store.exists(name) else 0)
-        self.store.write_bytes(name, str(tries).encode())
-        return tries
+        attempt = 1 + (int(self.store.read_bytes(name)) if self.store.exists(name) else 0)
+        self.store.write_bytes(name, str(attempt).encode())
+        return attempt
 
 
 def open_gate(output: str) -> None:
-    """Let every call pass that waits, or will, at the gate of a run into `output`."""
+    """Let all calls of a run into `output` pass the gate, those that wait there now and those that come later."""
     Store(output).write_bytes(_GATE, b"")
 
 
-def _boxes(item_id: str, made: str) -> bytes:
-    """The boxes of an mp4, for those who check that a clip is whole and whose it is; it does not play."""
-    contents = {b"ftyp": b"isom", b"moov": item_id.encode(), b"mdat": made.encode()}
+def mp4_boxes(item_id: str, content: str) -> bytes:
+    """An mp4 that does not play, with the boxes by which a check sees that a clip is whole and which item it is of."""
+    contents = {b"ftyp": b"isom", b"moov": item_id.encode(), b"mdat": content.encode()}
     return b"".join((8 + len(content)).to_bytes(4) + kind + content for kind, content in contents.items())

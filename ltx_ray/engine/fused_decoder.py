@@ -1,16 +1,17 @@
-"""The video VAE's decoder with everything between its convolutions done in one pass over the data.
+"""The video VAE's decoder with everything between two convolutions done in one pass over the data.
 
-diffusers' modules norm, activate, pad and add one after the other, and cuDNN adds a bias and moves the channels last
-and back around every convolution. That is some twenty reads and writes of a picture that the convolution needs once.
-Here the activations stay channels last, and a convolution's bias, the residual, the spreading of channels over pixels,
-norm, SiLU and the padding in time are one step: plain PyTorch in decode_steps.py, a Triton kernel in decode_kernels.py.
-Both compute in float32 and round once, which is closer to exact than the modules' chain in bfloat16.
+The modules of diffusers norm, activate, pad and add one after the other, and cuDNN adds a bias and moves channels last
+and back around every convolution. That makes some twenty reads and writes of data that the convolution needs once. Here
+activations stay channels-last. A convolution's bias, the residual, the move of channels to pixels, norm, SiLU and the
+padding in time are one step, in plain PyTorch (decode_steps.py) or as a Triton kernel (decode_kernels.py). Both compute
+in float32 and round once, which is closer to the exact result than a chain of modules in bfloat16.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -19,40 +20,41 @@ from ltx_ray.engine.decode_steps import ConvSum, FinishSum, SumOutputs, finish_s
 
 @dataclass(frozen=True)
 class _Step:
-    """A convolution and what happens to its input.
+    """A convolution (LTX2VideoCausalConv3d of diffusers) and what happens to its input and output.
 
-    `eps`: the input is normed and activated. `opens`: the input, before that, is kept as the residual which is added
-    to the output of the next step that `closes`. `factors`, `width_first`: how its channels are spread, as in ConvSum.
+    `eps`: the input is normed and activated. `starts_residual`: the input, before that, is the residual, which is added
+    to the output of the next step that `ends_residual`. `factors`, `width_first`: how channels move, as in ConvSum.
     """
 
-    conv: torch.nn.Module  # diffusers' LTX2VideoCausalConv3d
+    conv: Any
     eps: float | None = None
-    opens: bool = False
-    closes: bool = False
+    starts_residual: bool = False
+    ends_residual: bool = False
     factors: tuple[int, int, int] = (1, 1, 1)
     width_first: bool = False
 
     def pads(self, causal: bool) -> tuple[int, int]:
-        more = self.conv.kernel_size[0] - 1
-        return (more, 0) if causal else (more // 2, more // 2)
+        """Frames that are repeated before and after the input."""
+        padding = self.conv.kernel_size[0] - 1
+        return (padding, 0) if causal else (padding // 2, padding // 2)
 
 
-def _steps(decoder: torch.nn.Module) -> Iterator[_Step]:
+def _steps(decoder: Any) -> Iterator[_Step]:
     yield _Step(decoder.conv_in)
     for block in (decoder.mid_block, *decoder.up_blocks):
         for upsampler in getattr(block, "upsamplers", None) or ():
             yield _Step(upsampler.conv, factors=upsampler.stride)
         for resnet in block.resnets:
-            yield _Step(resnet.conv1, resnet.norm1.eps, opens=True)
-            yield _Step(resnet.conv2, resnet.norm2.eps, closes=True)
+            yield _Step(resnet.conv1, resnet.norm1.eps, starts_residual=True)
+            yield _Step(resnet.conv2, resnet.norm2.eps, ends_residual=True)
     patch = (decoder.patch_size_t, decoder.patch_size, decoder.patch_size)
     yield _Step(decoder.conv_out, decoder.norm_out.eps, factors=patch, width_first=True)
 
 
-class _Forward:
-    """Takes the place of the decoder's forward."""
+class _FusedForward:
+    """Replaces the decoder's `forward`."""
 
-    def __init__(self, decoder: torch.nn.Module, finish: FinishSum, layout: torch.memory_format):
+    def __init__(self, decoder: Any, finish: FinishSum, layout: torch.memory_format):
         self.causal, self.steps = decoder.is_causal, list(_steps(decoder))
         self.finish_sum, self.layout = finish, layout
 
@@ -61,55 +63,58 @@ class _Forward:
     ) -> torch.Tensor:
         """Pixels (B, 3, F', H', W'), contiguous, of un-normalised latents (B, C, F, H, W)."""
         assert temb is None
-        total, x = ConvSum(latents.contiguous(memory_format=self.layout)), None
+        total, residual = ConvSum(latents.contiguous(memory_format=self.layout)), None
         for step in self.steps:
-            keep, pads = self.layout if step.opens else None, step.pads(causal or self.causal)
-            kept, padded = self.finish_sum(total, SumOutputs(self.layout, keep, pads, step.eps))
-            # a picture is let go as soon as it is read: with the convolution's result there are three of them
+            sum_layout, pads = self.layout if step.starts_residual else None, step.pads(causal or self.causal)
+            sum_out, padded = self.finish_sum(total, SumOutputs(self.layout, sum_layout, pads, step.eps))
+            # Tensors are freed once they are read. Of their size, three exist at once, with the convolution's result.
             del total
-            if step.opens:
-                x = kept
+            if step.starts_residual:
+                residual = sum_out
             conv = step.conv.conv
             y = conv._conv_forward(padded, conv.weight, None).contiguous(memory_format=self.layout)
-            total = ConvSum(y, conv.bias, x if step.closes else None, step.factors, step.width_first)
-            del kept, padded, y
-            if step.closes:
-                x = None
-        # what comes next, the blending of tiles, goes over whole pictures
-        return self.finish_sum(total, SumOutputs(self.layout, keep=torch.contiguous_format))[0]
+            x = residual if step.ends_residual else None
+            total = ConvSum(y, conv.bias, x, step.factors, step.width_first)
+            del sum_out, padded, y, x
+            if step.ends_residual:
+                residual = None
+        # The blending of tiles, which follows, reads whole frames.
+        pixels, _ = self.finish_sum(total, SumOutputs(self.layout, sum_layout=torch.contiguous_format))
+        assert pixels is not None
+        return pixels
 
 
-def fuse_decoder(decoder: torch.nn.Module, channels_last: bool = True) -> bool:
-    """Let diffusers' LTX2VideoDecoder3d decode as above, in place; False, and nothing is changed, when it has parts
-    that the steps above do not know.
+def fuse_decoder(decoder: Any, channels_last: bool = True) -> bool:
+    """Make diffusers' LTX2VideoDecoder3d decode in fused steps, in place.
 
-    On CUDA with the kernel, and what importing or building it raises. Weights keep their names and values; they are
-    laid out as the activations are.
+    Returns False, and changes nothing, when it has parts that the steps do not cover. On CUDA it uses the kernel, and
+    raises what importing or compiling that raises. Weights keep their names and values and get the memory format of the
+    activations.
     """
-    if not _known(decoder):
+    if not _is_supported(decoder):
         return False
     step: FinishSum = finish_sum
     layout = torch.channels_last_3d if channels_last else torch.contiguous_format
     weight = decoder.conv_in.conv.weight
     if weight.is_cuda:
-        from ltx_ray.engine import decode_kernels  # needs Triton, which is not everywhere
+        from ltx_ray.engine import decode_kernels  # Triton is not installed everywhere.
 
         step = decode_kernels.finish_sum
         step(ConvSum(weight.new_zeros((1, 1, 1, 1, 1))), SumOutputs(layout, pads=(1, 1)))
     decoder.to(memory_format=layout)
-    decoder.forward = _Forward(decoder, step, layout)
+    decoder.forward = _FusedForward(decoder, step, layout)
     return True
 
 
-def _known(decoder: torch.nn.Module) -> bool:
-    """Whether the decoder has no timestep, noise, change of width within a block, residual upsampler, other
-    activation or strided convolution. LTX-2.3's has none of them."""
+def _is_supported(decoder: Any) -> bool:
+    """Whether the decoder has no timestep, noise, change of width within a block, residual upsampler, other activation
+    or strided convolution. That of LTX-2.3 has none of them."""
     silu = torch.nn.SiLU
 
-    def plain(conv: torch.nn.Module) -> bool:
+    def plain(conv: torch.nn.Conv3d) -> bool:
         return conv.stride == conv.dilation == (1, 1, 1) and conv.groups == 1 and conv.bias is not None
 
-    def resnet(r: torch.nn.Module) -> bool:
+    def plain_resnet(r: Any) -> bool:
         extras = (r.norm3, r.conv_shortcut, r.per_channel_scale1, r.per_channel_scale2, r.scale_shift_table)
         dropped = r.dropout.p and r.training
         norms = r.norm1.channel_dim == r.norm2.channel_dim == 1
@@ -121,7 +126,7 @@ def _known(decoder: torch.nn.Module) -> bool:
         and decoder.scale_shift_table is None
         and isinstance(decoder.conv_act, silu)
         and decoder.norm_out.channel_dim == 1
-        and all(b.time_embedder is None and all(map(resnet, b.resnets)) for b in blocks)
+        and all(b.time_embedder is None and all(map(plain_resnet, b.resnets)) for b in blocks)
         and all(b.conv_in is None for b in decoder.up_blocks)
         and not any(u.residual for b in decoder.up_blocks for u in b.upsamplers or ())
         and all(map(plain, (m for m in decoder.modules() if isinstance(m, torch.nn.Conv3d))))

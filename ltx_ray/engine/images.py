@@ -1,8 +1,9 @@
-"""A conditioning image from its bytes to what the video encoder takes.
+"""A conditioning image, from its bytes to the pixels that the video encoder takes.
 
-Source: `decode.py`, `resize.py` and `range_map.py` of the reference v1.2.0: orientation and colour profile
-are applied, alpha is dropped, one H.264 frame is encoded and decoded at the row's crf (before the resize, so
-the result depends on the libx264 build), then the picture is scaled to cover and cut at its centre.
+Orientation and colour profile are applied and alpha is dropped. One H.264 frame is encoded and decoded at the row's
+crf, before the resize, so the result depends on the libx264 build. The picture is then scaled to cover the clip and cut
+at its centre. Source: docs/ltx-2.3.md#images; `decode.py`, `resize.py` and `range_map.py` in
+`ltx_pipelines/utils/media_io/` of the reference v1.2.0.
 """
 
 from __future__ import annotations
@@ -16,25 +17,28 @@ import torch
 import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
-#: EXIF orientations that are turned; mirrored ones are left, as in the reference.
+#: EXIF orientations that are rotated, in degrees. Mirrored ones are left as they are, as in the reference.
 _ROTATIONS = {3: 180, 6: 270, 8: 90}
 
 
-class NoPicture(Exception):
-    """The bytes are no picture that can be decoded."""
+class InvalidImage(Exception):
+    """The bytes cannot be decoded as an image."""
 
 
 def image_pixels(data: bytes, crf: int, height: int, width: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Pixels (1, 3, 1, height, width) float32 in [-1, 1], scaled on `device`. Raises NoPicture."""
+    """Pixels (1, 3, 1, height, width) float32 in [-1, 1], scaled on `device`. `crf` 0 leaves H.264 out.
+
+    Raises InvalidImage.
+    """
     try:
         rgb = decode_rgb(data)
     except UnidentifiedImageError:
-        raise NoPicture("not a known image format") from None
+        raise InvalidImage("not a known image format") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise NoPicture(str(error)) from None
+        raise InvalidImage(str(error)) from None
     if crf and min(rgb.shape[:2]) >= 2:
         rgb = through_h264(rgb, crf)
-    # a GPU interpolates with other roundings than a CPU, and the reference does it on the device
+    # A GPU rounds the interpolation otherwise than a CPU, and the reference interpolates on the device.
     return cover(torch.from_numpy(rgb).to(device).float(), height, width) / 127.5 - 1.0
 
 
@@ -42,9 +46,9 @@ def decode_rgb(data: bytes) -> np.ndarray:
     """(H, W, 3) uint8 in sRGB, upright."""
     with Image.open(io.BytesIO(data)) as source:
         image: Image.Image = source
-        turn = _ROTATIONS.get(image.getexif().get(ExifTags.Base.Orientation))
-        if turn:
-            image = image.rotate(turn, expand=True)
+        rotation = _ROTATIONS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        if rotation:
+            image = image.rotate(rotation, expand=True)
         profile = image.info.get("icc_profile")
         if image.mode == "RGBA":
             image = image.convert("RGB")
@@ -59,13 +63,15 @@ def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         target = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
-        return ImageCms.profileToProfile(image, source, target, outputMode="RGB")
+        converted = ImageCms.profileToProfile(image, source, target, outputMode="RGB")
     except (ImageCms.PyCMSError, OSError, ValueError):
-        return image.convert("RGB")  # a broken profile costs the colours, not the row
+        return image.convert("RGB")  # A broken profile costs the colours, not the row.
+    assert converted is not None  # It is None only for conversions in place.
+    return converted
 
 
 def through_h264(rgb: np.ndarray, crf: int) -> np.ndarray:
-    """The picture as it comes back from one H.264 frame at `crf`; an odd row or column is lost."""
+    """The picture (H, W, 3) uint8 after one H.264 frame at `crf`. An odd row or column is lost."""
     height, width = (side // 2 * 2 for side in rgb.shape[:2])
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
@@ -76,7 +82,7 @@ def through_h264(rgb: np.ndarray, crf: int) -> np.ndarray:
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
     buffer.seek(0)
-    with av.open(buffer) as container:
+    with av.open(buffer, "r") as container:
         return next(container.decode(video=0)).to_ndarray(format="rgb24")
 
 

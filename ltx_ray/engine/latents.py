@@ -1,7 +1,7 @@
-"""A clip's latents outside the pools: their names and digest, and their file, from which a later run can go on.
+"""A clip's latents outside the pools: their names, their digest, and the file from which a later run can continue.
 
-`latents/<2 hex>/<item_id>.safetensors` holds stage_1.video, stage_1.audio and, where there is a second stage, its
-two; the metadata has the item_id, the noise ledger as it was after stage 1, and the numerics that made it.
+`latents/<2 hex>/<item_id>.safetensors` holds stage_1.video, stage_1.audio and, where there is a second stage, its two.
+The metadata has the item_id, the noise ledger after stage 1, and the numerics that computed them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from safetensors.torch import load, save
 
 from ltx_ray.checkpoints.digests import cache_root
 from ltx_ray.dataset.layout import latents_path
-from ltx_ray.engine.initial_state import latent_sizes, stage_1_draws
+from ltx_ray.engine.initial_state import stage_1_draws
+from ltx_ray.engine.patchify import latent_sizes
 from ltx_ray.records import AV, NoiseLedger, StageLatents, StoredLatentsGone, WorkItem, canonical_json
 from ltx_ray.storage.store import Store, join
 
@@ -25,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 
 def named_latents(*stages: StageLatents) -> dict[str, torch.Tensor]:
-    """`stage_1.video`, `stage_1.audio`, `stage_2.video`, ... in the order in which they were made."""
+    """`stage_1.video`, `stage_1.audio`, `stage_2.video`, ... in the order in which they were computed."""
     return {
         f"stage_{n}.{name}": tensor
         for n, stage in enumerate(stages, start=1)
@@ -46,74 +47,74 @@ def latents_sha256(named: dict[str, torch.Tensor]) -> str:
 class LatentStore:
     """Latents in the output, and in this node's cache while the output cannot be written.
 
-    Nowhere is a file with both stages replaced by one with the first stage alone.
+    A file with both stages is never replaced by one with the first stage alone, in either place.
     """
 
     def __init__(self, output: Store):
         self.output = output
         name = output.root if output.is_local else output.uri
-        self.kept = Store(str(cache_root() / "kept" / hashlib.sha256(name.encode()).hexdigest()[:12]))
+        self.node_cache = Store(str(cache_root() / "kept" / hashlib.sha256(name.encode()).hexdigest()[:12]))
 
     def publish(self, item: WorkItem, stages: Sequence[StageLatents]) -> str:
-        """Write the latents of `stages` to the output; returns where they are. Raises OSError when it refuses."""
-        place = _put(self.output, item, stages)
-        if _stages_there(self.kept, item) <= len(stages):
-            self.forget(item)
-        return place
+        """Write the latents of `stages` to the output, and return where they are. Raises OSError when it refuses."""
+        location = _write(self.output, item, stages)
+        if _stored_stages(self.node_cache, item) <= len(stages):
+            self.delete_cached(item)
+        return location
 
-    def keep(self, item: WorkItem, stages: Sequence[StageLatents]) -> str:
-        """`publish`, or write to the cache when the output refuses. Raises OSError when that refuses too."""
+    def save(self, item: WorkItem, stages: Sequence[StageLatents]) -> str:
+        """`publish`, or write to the node's cache when the output refuses. Raises OSError when both refuse."""
         try:
             return self.publish(item, stages)
         except OSError as error:
             _log.warning("%s: the output cannot be written (%s); its latents stay on this node", item.item_id, error)
-        return _put(self.kept, item, stages)
+        return _write(self.node_cache, item, stages)
 
-    def forget(self, item: WorkItem) -> None:
-        """Remove the copy in this node's cache; nothing happens when there is none."""
-        self.kept.delete(latents_path(item.item_id))
+    def delete_cached(self, item: WorkItem) -> None:
+        """Remove the copy in this node's cache, if there is one."""
+        self.node_cache.delete(latents_path(item.item_id))
 
-    def stage_1(self, item: WorkItem, dtype: torch.dtype) -> tuple[StageLatents, str]:
-        """Stored stage-1 latents of `item` and where they were: in the output, or else in the cache.
+    def load_stage_1(self, item: WorkItem, dtype: torch.dtype) -> tuple[StageLatents, str]:
+        """Stored stage-1 latents of `item` and where they were: in the output, or else in the node's cache.
 
-        Raises StoredLatentsGone when neither has a file of this item with latents of its sizes, in `dtype`, finite,
-        and with the ledger of their noise.
+        Raises StoredLatentsGone when neither has a file of this item with finite latents of the item's sizes in
+        `dtype` and with the ledger of their noise.
         """
         reasons = []
-        for store in (self.output, self.kept):
-            place = join(store.uri, latents_path(item.item_id))
+        for store in (self.output, self.node_cache):
+            location = join(store.uri, latents_path(item.item_id))
             try:
-                return _stage_1(store, item, dtype), place
+                return _load_stage_1(store, item, dtype), location
             except FileNotFoundError:
-                reasons.append(f"{place}: no such file")
+                reasons.append(f"{location}: no such file")
             except (OSError, ValueError) as error:
-                reasons.append(f"{place}: {error}")
+                reasons.append(f"{location}: {error}")
         raise StoredLatentsGone("; ".join(reasons))
 
 
-def _put(store: Store, item: WorkItem, stages: Sequence[StageLatents]) -> str:
-    place = join(store.uri, latents_path(item.item_id))
-    if len(stages) == 1 and _stages_there(store, item) > 1:
-        return place
+def _write(store: Store, item: WorkItem, stages: Sequence[StageLatents]) -> str:
+    location = join(store.uri, latents_path(item.item_id))
+    if len(stages) == 1 and _stored_stages(store, item) > 1:
+        return location
     named = {name: tensor.contiguous() for name, tensor in named_latents(*stages).items()}
     metadata = {
         "item_id": item.item_id, "noise_ledger": canonical_json(stages[0].ledger), "numerics": stages[0].numerics,
     }  # fmt: skip
     store.write_bytes(latents_path(item.item_id), save(named, metadata))
-    return place
+    return location
 
 
-def _stages_there(store: Store, item: WorkItem) -> int:
-    """How many stages the item's file has; 0 when there is none, or one that is of no use."""
+def _stored_stages(store: Store, item: WorkItem) -> int:
+    """How many stages the item's file has; 0 when there is no file, or none that can be used."""
     try:
-        _, tensors = _read(store, item)
+        _, tensors = _load(store, item)
     except (FileNotFoundError, ValueError):
         return 0
     return sum(f"stage_{n}.video" in tensors and f"stage_{n}.audio" in tensors for n in (1, 2))
 
 
-def _read(store: Store, item: WorkItem) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    """Metadata and tensors of the item's file. Raises OSError, and ValueError when it is broken or another item's."""
+def _load(store: Store, item: WorkItem) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """Metadata and tensors of the item's file. Raises OSError, and ValueError for a broken file or another item's."""
     data = store.read_bytes(latents_path(item.item_id))
     try:
         tensors = load(data)
@@ -126,8 +127,8 @@ def _read(store: Store, item: WorkItem) -> tuple[dict[str, str], dict[str, torch
     return metadata, tensors
 
 
-def _stage_1(store: Store, item: WorkItem, dtype: torch.dtype) -> StageLatents:
-    metadata, tensors = _read(store, item)
+def _load_stage_1(store: Store, item: WorkItem, dtype: torch.dtype) -> StageLatents:
+    metadata, tensors = _load(store, item)
     sizes = latent_sizes(item.request.shape.half())
     for name, size in zip(("stage_1.video", "stage_1.audio"), sizes, strict=True):
         tensor = tensors.get(name)
@@ -137,7 +138,7 @@ def _stage_1(store: Store, item: WorkItem, dtype: torch.dtype) -> StageLatents:
             raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {dtype} {size}")
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{name} is not finite")
-    ledger = _ledger(metadata.get("noise_ledger"))
+    ledger = _parse_ledger(metadata.get("noise_ledger"))
     draws = stage_1_draws(item.request, str(dtype).removeprefix("torch."))
     if (ledger.seed, ledger.draws) != (item.request.seed, draws):
         raise ValueError("its noise ledger is not that of the item after stage 1")
@@ -145,7 +146,7 @@ def _stage_1(store: Store, item: WorkItem, dtype: torch.dtype) -> StageLatents:
     return StageLatents(latents, ledger, metadata.get("numerics", ""))
 
 
-def _ledger(text: str | None) -> NoiseLedger:
+def _parse_ledger(text: str | None) -> NoiseLedger:
     if text is None:
         raise ValueError("no noise ledger")
     try:

@@ -1,7 +1,8 @@
-"""H.264 and AAC into one mp4, streamed. No torch: frames are I420 bytes, sound is float32 samples.
+"""H.264 and AAC encoded into one mp4 as frames arrive. No torch: frames are I420 bytes, sound is float32 samples.
 
-Source of the settings: `encode.py` and `audio_mux.py` of the reference v1.2.0 (libx264 veryfast, CRF 19).
-The frame rate stays a fraction, where the reference truncates it to a whole number.
+Source of the settings: docs/ltx-2.3.md#encoding; `ltx_pipelines/utils/media_io/encode.py` and
+`ltx_core/color/audio_mux.py` of the reference v1.2.0 (libx264 veryfast, CRF 19). The frame rate stays a fraction, where
+the reference truncates it to a whole number.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import numpy as np
 
 CRF = 19
 PRESET = "veryfast"
-#: x264 encodes other bytes with another number of threads, so it is fixed.
+#: The bytes that x264 encodes depend on its number of threads, so it is fixed.
 THREADS = 8
+#: FFmpeg's codes.
 _BT709 = 1
 _LIMITED_RANGE = 1
+#: Samples of an audio frame, as AAC encodes them.
 _AUDIO_BLOCK = 1024
 
 
@@ -32,15 +35,16 @@ def write_mp4(
     sample_rate: int,
     metadata: Mapping[str, str],
 ) -> int:
-    """Encode chunks of I420 frames (f, 3*height/2, width) uint8 and stereo sound (2, samples) to `path`.
+    """Encode chunks of I420 frames (f, 3 * height / 2, width) uint8 and stereo `audio` (2, samples) to `path`.
 
-    Both tracks start at 0; the sound is as long as it is given. Returns the number of frames. Raises
-    ValueError for no frames or sound that is not stereo.
+    Both tracks start at 0, and the sound is neither cut nor padded. `frame_rate` is in frames per second, `sample_rate`
+    in samples per second. Returns the number of frames. Raises ValueError without frames, or for sound that is not
+    stereo.
     """
     if audio is not None and (audio.ndim != 2 or audio.shape[0] != 2):
         raise ValueError(f"audio has shape {audio.shape}; legal: (2, samples)")
     count = 0
-    # lengths are kept in this unit; the default of milliseconds would cut the sound between samples
+    # The unit of durations. The default, milliseconds, would cut the sound between two samples.
     options = {"movflags": "use_metadata_tags+faststart", "movie_timescale": str(sample_rate)}
     with av.open(path, mode="w", format="mp4", options=options) as container:
         for key, value in metadata.items():
@@ -66,15 +70,15 @@ def write_mp4(
         if not count:
             raise ValueError("no frames to encode")
         container.mux(video.encode())
-        if sound is not None:
-            for frame in _audio_frames(audio, sample_rate):
-                container.mux(sound.encode(frame))
+        if audio is not None and sound is not None:
+            for block in _audio_frames(audio, sample_rate):
+                container.mux(sound.encode(block))
             container.mux(sound.encode())
     return count
 
 
 def _audio_frames(audio: np.ndarray, sample_rate: int) -> Iterator[av.AudioFrame]:
-    # through 16 bits, as the reference has it; the encoder itself wants planar floats
+    # Samples pass through 16 bits, as in the reference. The encoder itself takes planar floats.
     samples = (np.clip(audio, -1.0, 1.0) * 32767.0).astype(np.int16)
     planar = samples.astype(np.float32) / 32768.0
     for start in range(0, planar.shape[1], _AUDIO_BLOCK):

@@ -1,63 +1,68 @@
-"""Two halves of a work side by side: one thread makes what another one uses."""
+"""A generator run in a thread of its own, one item ahead of its consumer."""
 
 from __future__ import annotations
 
 import queue
 import threading
 from collections.abc import Generator, Iterator
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 
 T = TypeVar("T")
-_END = object()
-#: How often a thread that waits looks whether anybody still wants what it has, in seconds.
-_LOOK = 0.1
+#: Seconds between two looks of a waiting producer at whether its consumer has stopped.
+_POLL_SECONDS = 0.1
 
 
+@dataclass(frozen=True)
 class _Failed:
-    def __init__(self, error: BaseException):
-        self.error = error
+    error: BaseException
 
 
-def ahead(items: Generator[T, None, None]) -> Iterator[T]:
-    """`items`, made in a thread of their own and one ahead of the one in use; raises what making them raised.
+class _End:
+    pass
 
-    The thread ends with this iterator, also when that is closed before its end.
+
+def prefetch(items: Generator[T, None, None]) -> Iterator[T]:
+    """The items of a generator, which a thread produces one ahead of the one in use. Raises what producing raised.
+
+    The thread ends with this iterator, also when that is closed early.
     """
-    ready: queue.Queue = queue.Queue(maxsize=1)
+    ready: queue.Queue[T | _Failed | _End] = queue.Queue(maxsize=1)
     stop = threading.Event()
 
-    def hand_over(item: object) -> bool:
+    def put(item: T | _Failed | _End) -> bool:
+        """Wait for the consumer to take the item before; False when it has stopped."""
         while not stop.is_set():
             try:
-                ready.put(item, timeout=_LOOK)
+                ready.put(item, timeout=_POLL_SECONDS)
                 return True
             except queue.Full:
                 continue
         return False
 
-    def make() -> None:
+    def produce() -> None:
         try:
-            # the mode belongs to a thread, not to a process
+            # Inference mode belongs to a thread, not to a process.
             with torch.inference_mode():
                 for item in items:
-                    if not hand_over(item):
+                    if not put(item):
                         break
                     del item
                 items.close()
         except BaseException as error:
-            hand_over(_Failed(error))
+            put(_Failed(error))
         else:
-            hand_over(_END)
+            put(_End())
 
-    thread = threading.Thread(target=make, daemon=True)
+    thread = threading.Thread(target=produce, daemon=True)
     thread.start()
     try:
-        while (item := ready.get()) is not _END:
+        while not isinstance(item := ready.get(), _End):
             if isinstance(item, _Failed):
                 error = item.error
-                # what the error holds (the tensors of all its frames) must go with it
+                # Nothing here may outlive the error, whose frames hold tensors.
                 del item
                 try:
                     raise error

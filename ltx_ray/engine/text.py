@@ -1,13 +1,15 @@
-"""The text engine: prompts through Gemma and the connectors.
+"""The text engine: prompts through Gemma and the connectors, and images through the video encoder.
 
-Source: `tokenizer.py`, `base_encoder.py` and `embeddings_processor.py` of the reference v1.2.0. Every
-prompt is encoded alone in one fixed padded size, so that its context never depends on its company.
+Every prompt is encoded alone, padded to one fixed size, so that its context does not depend on the prompts beside it.
+Source: docs/ltx-2.3.md#text; `tokenizer.py`, `encoders/base_encoder.py` and `embeddings_processor.py` in
+`ltx_core/text_encoders/gemma/` of the reference v1.2.0.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
+from typing import Any
 
 import torch
 
@@ -15,19 +17,19 @@ from ltx_ray.checkpoints.checkpoint import gemma_folders
 from ltx_ray.config import EngineSpec
 from ltx_ray.engine import codec, components
 from ltx_ray.engine.base import Rank, resolve_dtype
-from ltx_ray.engine.images import NoPicture, image_pixels
+from ltx_ray.engine.images import InvalidImage, image_pixels
 from ltx_ray.records import AV, Conditions, EngineFacts, ImageLatents, PromptContext, RowError, WorkItem
-from ltx_ray.sampling.passes import passes_for
+from ltx_ray.sampling.passes import Pass, passes_for
 from ltx_ray.shapes import ClipShape
 from ltx_ray.stages import Stage
 from ltx_ray.storage.images import read_image
 
-#: Contexts kept: the negative prompt is usually the same for all rows.
-_KEPT = 16
+#: Prompts whose contexts are cached. The negative prompt is usually the same for all rows.
+_CACHED_PROMPTS = 16
 
 
 class TextEngine:
-    """Gemma's text model, the text projections and both connectors."""
+    """Gemma's text model, the text projections and both connectors, and the video encoder once a row has images."""
 
     def __init__(self, spec: EngineSpec, rank: Rank):
         self.spec, self.rank = spec, rank
@@ -38,6 +40,7 @@ class TextEngine:
         self._contexts: OrderedDict[str, PromptContext] = OrderedDict()
 
     def load(self) -> None:
+        """Load all but the video encoder. Raises ValueError naming what the files lack."""
         from transformers import AutoTokenizer, Gemma3ForConditionalGeneration
 
         model = self.spec.model.local()
@@ -45,22 +48,28 @@ class TextEngine:
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        whole, report = Gemma3ForConditionalGeneration.from_pretrained(
+        # With output_loading_info the method returns two values, which its annotation does not say.
+        loaded: Any = Gemma3ForConditionalGeneration.from_pretrained(
             weights, dtype=self.dtype, output_loading_info=True
         )
-        # transformers draws at random what it does not find
+        whole, report = loaded
+        # Transformers initialises weights that it does not find with random numbers.
         if missing := sorted(key for key in report["missing_keys"] if "language_model" in key):
             raise ValueError(f"{weights}: Gemma: {len(missing)} missing keys: {', '.join(missing[:10])}")
-        # the vision tower is never used
+        # The vision tower is never used.
         self.gemma = whole.model.language_model.eval().to(self.device)
-        del whole
+        del whole, loaded
         self.connectors = components.load_connectors(model.checkpoint_path, self.dtype, self.device)
 
     @torch.inference_mode()
     def run(self, stage: Stage, item: WorkItem) -> Conditions:
-        """Contexts of the item's prompts, the negative one only when a pass needs it, and its images encoded."""
+        """Contexts of the item's prompts, the negative one only when a pass needs it, and its encoded images.
+
+        Raises RowError for images that cannot be decoded or have changed since the run was planned, OSError when their
+        store does not answer.
+        """
         request = item.request
-        negative = self.encode(request.negative_prompt) if "uncond" in passes_for(request.guidance) else None
+        negative = self.encode(request.negative_prompt) if Pass.UNCOND in passes_for(request.guidance) else None
         positive = self.encode(request.prompt)
         truncated = positive.truncated or (negative is not None and negative.truncated)
         self.facts = EngineFacts(prompt_truncated=truncated)
@@ -71,12 +80,12 @@ class TextEngine:
         if not images:
             return ()
         if self._encoder is None:
-            # half a gigabyte that runs from text alone never need
+            # It takes half a gigabyte, which runs from text alone never need.
             path = self.spec.model.local().checkpoint_path
             self._encoder = components.load_video_vae(path, self.dtype, self.device, part="encoder")
         latents = []
         for image, digest in zip(images, item.image_digests, strict=True):
-            data = _read(image.path, digest)
+            data = read_planned_image(image.path, digest)
 
             def encoded(shape: ClipShape, data: bytes = data, crf: int = image.crf or 0) -> torch.Tensor:
                 pixels = image_pixels(data, crf, shape.height, shape.width, self.device).to(self.dtype)
@@ -84,14 +93,14 @@ class TextEngine:
 
             shape = item.request.shape
             try:
-                both = encoded(shape.half()), encoded(shape)
-            except NoPicture as error:
+                stage_1, stage_2 = encoded(shape.half()), encoded(shape)
+            except InvalidImage as error:
                 raise RowError(f"images: {image.path} cannot be decoded ({error})") from None
-            latents.append(ImageLatents(image.frame_idx, image.strength, *both))
+            latents.append(ImageLatents(image.frame_idx, image.strength, stage_1, stage_2))
         return tuple(latents)
 
     def encode(self, text: str) -> PromptContext:
-        """Context of one prompt, (1, S, D_video) and (1, S, D_audio) on the host, S the padded size."""
+        """Context of one prompt: (1, S, D_video) and (1, S, D_audio) on the host, where S is the padded size."""
         if text in self._contexts:
             self._contexts.move_to_end(text)
             return self._contexts[text]
@@ -102,28 +111,28 @@ class TextEngine:
         video, audio = codec.encode_connectors(self.connectors, hidden, mask.to(self.device))
         context = PromptContext(AV(video.cpu(), audio.cpu()), tokens=int(mask.sum()), truncated=truncated)
         self._contexts[text] = context
-        if len(self._contexts) > _KEPT:
+        if len(self._contexts) > _CACHED_PROMPTS:
             self._contexts.popitem(last=False)
         return context
 
     def tokenize(self, text: str) -> tuple[torch.Tensor, torch.Tensor, bool]:
-        """(ids (1, S), mask (1, S), whether it was cut): stripped, one leading <bos>, padded on the left."""
+        """(ids (1, S), mask (1, S), whether the prompt was cut). Stripped, one leading <bos>, padded on the left."""
         size = self.spec.numerics.text_tokens
-        every = self.tokenizer(text.strip(), padding=False, truncation=False).input_ids
+        all_ids = self.tokenizer(text.strip(), padding=False, truncation=False).input_ids
         bos = self.tokenizer.bos_token_id
-        if not every or every[0] != bos:
-            every = [bos, *every]
-        ids = every[:size]
+        if not all_ids or all_ids[0] != bos:
+            all_ids = [bos, *all_ids]
+        ids = all_ids[:size]
         padding = size - len(ids)
         padded = [self.tokenizer.pad_token_id] * padding + ids
         mask = [0] * padding + [1] * len(ids)
-        return torch.tensor([padded]), torch.tensor([mask]), len(every) > size
+        return torch.tensor([padded]), torch.tensor([mask]), len(all_ids) > size
 
 
-def _read(path: str, digest: str) -> bytes:
-    """The image's bytes, which must be those that the plan saw.
+def read_planned_image(path: str, digest: str) -> bytes:
+    """The bytes of an image, which must have the `digest` that the plan recorded.
 
-    Raises RowError when they are not, OSError when the store does not answer or refuses this node.
+    Raises RowError when they do not, OSError when the store does not answer or refuses this node.
     """
     try:
         data = read_image(path)

@@ -1,7 +1,8 @@
-"""How the video decoder's work is cut into overlapping tiles and blended, in plain numbers.
+"""How the video decoder's work is cut into overlapping tiles and blended.
 
-Source: `tiling.py`, `video_vae.py` and `helpers.py` of the reference v1.2.0, whose automatic layout for the
-convolutional decoder is the first of LADDER. The others are ours, for when memory does not suffice.
+Source: docs/ltx-2.3.md#upsampling-and-decoding; `ltx_core/tiling.py`, `ltx_core/model/video_vae/video_vae.py` and
+`ltx_pipelines/utils/helpers.py` of the reference v1.2.0, whose automatic tiles for the convolutional decoder are the
+first of LADDER. The others are ours, for when memory does not suffice.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from ltx_ray.shapes import SPACE_FACTOR, TIME_FACTOR
 
 @dataclass(frozen=True)
 class Tiling:
-    """Tiles of `long_side` pixels on the clip's longer side, the other in proportion, and of `frames` frames."""
+    """Sizes of tiles and of their overlaps, in pixels and frames.
+
+    `long_side` is that of the clip's longer side. The other side is in proportion.
+    """
 
     long_side: int
     side_overlap: int
@@ -24,8 +28,8 @@ class Tiling:
     frames_overlap: int
 
 
-#: From the reference's tiles down: shorter ones first, which also shortens the stretch of whole pictures that is
-#: held, then narrower ones. Beyond the last, those pictures take more memory than the tiles.
+#: From the reference's tiles to smaller ones. Shorter tiles come first, because fewer whole frames then exist at once.
+#: Beyond the last rung, those frames take more memory than the tiles.
 LADDER = (
     Tiling(768, 64, 80, 24),
     Tiling(768, 64, 40, 16),
@@ -46,7 +50,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Span:
-    """A latent range with the lengths over which it fades into its neighbours."""
+    """A range of latents, and the lengths over which it fades into the neighbours on its left and right."""
 
     start: int
     end: int
@@ -55,7 +59,7 @@ class Span:
 
 
 def split(length: int, size: int, overlap: int) -> list[Span]:
-    """Cut `length` into ranges of `size` that overlap by `overlap`; the last may be shorter."""
+    """Cut `length` into ranges of `size` that overlap by `overlap`. The last one may be shorter."""
     if length <= size:
         return [Span(0, length, 0, 0)]
     stride = size - overlap
@@ -72,13 +76,13 @@ def split(length: int, size: int, overlap: int) -> list[Span]:
 
 
 def split_causal(length: int, size: int, overlap: int) -> list[Span]:
-    """`split` in time: later tiles start one latent frame early, since their first frame covers one pixel frame."""
+    """`split` along time. Later tiles start one latent frame early, because their first one decodes to one frame."""
     first, *rest = split(length, size, overlap)
     return [first, *(Span(s.start - 1, s.end, s.left + 1, s.right) for s in rest)]
 
 
 def ramp(length: int, left: int, right: int, from_zero: bool) -> torch.Tensor:
-    """Weights (length,) that rise over `left` and fall over `right`. `from_zero`: the first weight is 0."""
+    """Weights (length,) that rise over `left` and fall over `right` pixels. `from_zero`: the first weight is 0."""
     weights = torch.ones(length)
     if left:
         left = min(left, length)
@@ -91,7 +95,7 @@ def ramp(length: int, left: int, right: int, from_zero: bool) -> torch.Tensor:
 
 
 def time_intervals(latent_frames: int, tiling: Tiling) -> list[Interval]:
-    """Tiles along time."""
+    """Tiles along the time of a latent of `latent_frames`."""
     size, overlap = tiling.frames // TIME_FACTOR, tiling.frames_overlap // TIME_FACTOR
     spans = split_causal(latent_frames, max(2, overlap + 1, size), overlap)
     intervals = []
@@ -118,7 +122,7 @@ def side_intervals(latent_side: int, latent_long_side: int, tiling: Tiling) -> l
 
 
 def sums_to_one(intervals: list[Interval], length: int) -> bool:
-    """Whether the tiles' weights add up to 1 at every pixel, so that no divisor is needed."""
+    """Whether the tiles' weights add up to 1 at every one of `length` pixels, so that no division is needed."""
     total = torch.zeros(length)
     for interval in intervals:
         total[interval.pixel] += interval.weights
@@ -126,7 +130,7 @@ def sums_to_one(intervals: list[Interval], length: int) -> bool:
 
 
 def distinct_rungs(latent_size: Sequence[int]) -> list[int]:
-    """The rungs of LADDER that cut a latent of (F, H, W) otherwise than the rung before; the first is always one."""
+    """The rungs of LADDER that cut a latent (F, H, W) in another way than the rung before, and the first one."""
     frames, height, width = latent_size
 
     def cut(tiling: Tiling) -> list[list[slice]]:

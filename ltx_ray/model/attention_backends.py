@@ -1,7 +1,7 @@
-"""Attention without masks by several implementations, chosen once a run by the driver.
+"""Implementations of attention without masks, one of which the driver chooses for a run.
 
-All take queries (B, T, H, D), keys and values (B, S, H, D), any strides whose last axis is contiguous, and give
-(B, T, H, D). They round differently, each within its documented error; the run's numerics name the one in use.
+All take queries (B, T, H, D), keys and values (B, S, H, D) of any strides whose last axis is contiguous, and return
+(B, T, H, D). Each rounds in its own way, so the run's numerics name the one in use.
 """
 
 from __future__ import annotations
@@ -16,18 +16,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ltx_ray.config import FA3_MODULES
 
+#: (queries, keys, values) -> what each query attends to.
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
-_SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-#: Queries that FlashAttention-3 works on at once; keys from which splitting them pays, and into how many at most.
-_QUERY_TILE = 128
-_MANY_KEYS = 4096
-_MOST_SPLITS = 8
 BACKENDS = ("fa3", "cudnn", "flash", "sdpa")
+_SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+#: Compute capability of Hopper GPUs, which FlashAttention-3 is written for.
+_HOPPER = 9
+#: Queries in a tile of FlashAttention-3.
+_QUERY_TILE = 128
+#: Keys from which splitting them is faster, and the largest number of parts.
+_SPLIT_FROM_KEYS = 4096
+_MAX_SPLITS = 8
 
 
-def backend(name: str, device: torch.device | None = None) -> Attend:
-    """The implementation called `name`. Raises RuntimeError saying what is missing when `device` cannot run it."""
+def attention_backend(name: str, device: torch.device | None = None) -> Attend:
+    """The implementation called `name`. Raises RuntimeError saying what is missing where `device` cannot run it."""
     assert name in BACKENDS, name
     if name == "sdpa":
         return _sdpa
@@ -35,21 +39,21 @@ def backend(name: str, device: torch.device | None = None) -> Attend:
         raise RuntimeError(f"attention {name!r} needs CUDA, and this replica runs on {device.type}")
     if name == "fa3":
         return _fa3(device)
-    chosen = _SDPA[name]
+    sdp_backend = _SDPA[name]
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        with sdpa_kernel(chosen):
+        with sdpa_kernel(sdp_backend):
             return _sdpa(q, k, v)
 
     return attend
 
 
 def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 
 
 def _fa3(device: torch.device | None) -> Attend:
-    if device is not None and torch.cuda.get_device_capability(device)[0] != 9:
+    if device is not None and torch.cuda.get_device_capability(device)[0] != _HOPPER:
         raise RuntimeError(
             f"attention 'fa3' needs a Hopper GPU, and this replica has {torch.cuda.get_device_name(device)}; "
             "legal: --attention cudnn"
@@ -64,15 +68,15 @@ def _fa3(device: torch.device | None) -> Attend:
     processors = torch.cuda.get_device_properties(device).multi_processor_count
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        out = function(q, k, v, num_splits=_splits(q, k, processors))
-        # older versions give the log-sum-exp beside it
+        out = function(q, k, v, num_splits=_num_splits(q, k, processors))
+        # Older versions return the log-sum-exp as well.
         return out[0] if isinstance(out, tuple) else out
 
     return attend
 
 
-def _splits(q: torch.Tensor, k: torch.Tensor, processors: int) -> int:
-    """Parts into which the keys are split: more than one where few queries meet many keys, as sound meets picture."""
+def _num_splits(q: torch.Tensor, k: torch.Tensor, processors: int) -> int:
+    """Parts into which keys are split, so that few queries on many keys, as of audio on video, occupy the GPU."""
     batch, tokens, heads, _ = q.shape
     tiles = batch * heads * -(-tokens // _QUERY_TILE)
-    return 1 if k.shape[1] < _MANY_KEYS else max(1, min(_MOST_SPLITS, processors // tiles))
+    return 1 if k.shape[1] < _SPLIT_FROM_KEYS else max(1, min(_MAX_SPLITS, processors // tiles))

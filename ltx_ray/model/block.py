@@ -1,27 +1,52 @@
-"""One block of the DiT: two streams that attend to themselves, to the text and to each other."""
+"""One block of the transformer: two streams that attend to themselves, to the text and to each other."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ltx_ray.checkpoints.transformer_config import StreamConfig, TransformerConfig
+from ltx_ray.checkpoints.transformer_keys import (
+    AUDIO,
+    CROSS_GATE_ROWS,
+    CROSS_ROWS,
+    FEED_FORWARD_DOWN,
+    FEED_FORWARD_FACTOR,
+    FEED_FORWARD_UP,
+    MODULATION_ROWS,
+    PROMPT_ROWS,
+    VIDEO,
+    StreamNames,
+)
 from ltx_ray.model.attention import Attention
 from ltx_ray.model.rope import RopeTable
-from ltx_ray.parallel.layers import ColumnLinear, RowLinear, TPGroup, replicated
-from ltx_ray.parallel.mesh import Tokens
+from ltx_ray.parallel.layers import ColumnParallelLinear, RankGroup, RowParallelLinear, replicated
+from ltx_ray.parallel.mesh import SequenceSharding
 from ltx_ray.records import AV
+
+if TYPE_CHECKING:
+    from ltx_ray.model.packing import PackedLinears
+
+#: What each stream's modules and tables are called.
+STREAM_NAMES = AV(VIDEO, AUDIO)
+#: Rows of a block's modulation, each (shift, scale, gate), as docs/ltx-2.3.md#transformer lists them.
+SELF_ATTENTION_ROWS, FEED_FORWARD_ROWS, TEXT_ATTENTION_ROWS = slice(0, 3), slice(3, 6), slice(6, 9)
+#: Rows of the modulation of cross-attention, each (scale, shift), by the stream that receives.
+CROSS_ATTENTION_ROWS = AV(slice(0, 2), slice(2, 4))
+#: Row of the same table that holds the gate.
+CROSS_GATE_ROW = slice(CROSS_ROWS, CROSS_ROWS + CROSS_GATE_ROWS)
 
 
 @dataclass
 class Stream:
-    """A modality inside the model. N is 1 when all its tokens share a timestep, else T.
+    """A modality inside the transformer. N is 1 when all of its tokens share a timestep, and T otherwise.
 
-    x (B, T, D); context (B, S, D); modulation (B, N, 9, D); prompt_modulation (B, 1, 2, D);
-    cross_modulation (B, N, 4, D); cross_gate (B, 1, 1, D). With `tokens`, T counts this rank's part of them.
+    x (B, T, D); context (B, S, D); modulation (B, N, 9, D); prompt_modulation (B, 1, 2, D); cross_modulation
+    (B, N, 4, D); cross_gate (B, 1, 1, D). With `sharding`, the T tokens are those of this rank.
     """
 
     x: torch.Tensor
@@ -33,21 +58,22 @@ class Stream:
     cross_modulation: torch.Tensor
     cross_gate: torch.Tensor
     enabled: bool = True
-    tokens: Tokens | None = None
+    sharding: SequenceSharding | None = None
 
 
 class FeedForward(nn.Module):
-    """D -> 4D -> D with tanh-approximated GELU, the hidden part divided over the ranks."""
+    """D -> 4D -> D with GELU approximated by tanh. The hidden features are divided over the tensor-parallel ranks."""
 
-    def __init__(self, dim: int, tp: TPGroup):
+    def __init__(self, dim: int, tp: RankGroup):
         super().__init__()
-        # the checkpoint numbers the layers net.0.proj and net.2
-        up = nn.Module()
-        up.proj = ColumnLinear(dim, 4 * dim, tp)
-        self.net = nn.ModuleDict({"0": up, "2": RowLinear(4 * dim, dim, tp)})
+        hidden = FEED_FORWARD_FACTOR * dim
+        # The checkpoint names the layers net.0.proj and net.2.
+        up = nn.ModuleDict({"proj": ColumnParallelLinear(dim, hidden, tp)})
+        self.net = nn.ModuleDict({"0": up, "2": RowParallelLinear(hidden, dim, tp)})
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.net["2"](F.gelu(self.net["0"].proj(x), approximate="tanh"))
+        up, down = self.get_submodule(FEED_FORWARD_UP), self.get_submodule(FEED_FORWARD_DOWN)
+        return down(F.gelu(up(x), approximate="tanh"))
 
 
 def rms_norm(x: torch.Tensor, eps: float) -> torch.Tensor:
@@ -56,119 +82,107 @@ def rms_norm(x: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """x * (1 + scale) + shift."""
     return x * (1 + scale) + shift
 
 
-def _table_rows(table: torch.Tensor, modulation: torch.Tensor, rows: slice) -> tuple[torch.Tensor, ...]:
-    """The block's table plus the timestep's modulation, rows `rows` (within the table): (B, N, D) each."""
-    return (table[None, None, rows].to(modulation.dtype) + modulation).unbind(dim=2)
-
-
 class AVBlock(nn.Module):
-    """Source: `transformer.py` of the reference v1.2.0 (`BasicAVTransformerBlock`)."""
+    """A block of both streams. Source: `BasicAVTransformerBlock` in `ltx_core/model/transformer/transformer.py` of the
+    reference v1.2.0; docs/ltx-2.3.md#transformer."""
 
-    def __init__(self, config: TransformerConfig, tp: TPGroup):
+    #: Packed layers of the fused path, which packing.pack_linears sets.
+    packed_linears: PackedLinears
+
+    def __init__(self, config: TransformerConfig, tp: RankGroup):
         super().__init__()
-        video, audio, eps = config.video, config.audio, config.norm_eps
-        self.eps = eps
+        self.eps = config.norm_eps
+        streams = AV(config.video, config.audio)
+        # Attention between the streams is as wide as the audio stream, in both directions.
+        for names, stream, other in zip(STREAM_NAMES, streams, streams.swapped(), strict=True):
+            self.add_module(names.self_attention, self._attention(stream, stream.dim, stream, tp))
+            self.add_module(names.text_attention, self._attention(stream, stream.context_dim, stream, tp))
+            self.add_module(names.cross_attention, self._attention(stream, other.dim, config.audio, tp))
+            self.add_module(names.feed_forward, FeedForward(stream.dim, tp))
+            self.register_parameter(names.table, replicated(MODULATION_ROWS, stream.dim))
+            self.register_parameter(names.prompt_table, replicated(PROMPT_ROWS, stream.dim))
+            self.register_parameter(names.cross_table, replicated(CROSS_ROWS + CROSS_GATE_ROWS, stream.dim))
 
-        def attend(to: StreamConfig, context_dim: int, heads_of: StreamConfig) -> Attention:
-            return Attention(to.dim, context_dim, heads_of.heads, heads_of.head_dim, eps, tp)
+    def _attention(self, to: StreamConfig, context_dim: int, heads_of: StreamConfig, tp: RankGroup) -> Attention:
+        return Attention(to.dim, context_dim, heads_of.heads, heads_of.head_dim, self.eps, tp)
 
-        self.attn1 = attend(video, video.dim, video)
-        self.attn2 = attend(video, video.context_dim, video)
-        self.ff = FeedForward(video.dim, tp)
-        self.scale_shift_table = replicated(9, video.dim)
-        self.prompt_scale_shift_table = replicated(2, video.dim)
-        self.audio_attn1 = attend(audio, audio.dim, audio)
-        self.audio_attn2 = attend(audio, audio.context_dim, audio)
-        self.audio_ff = FeedForward(audio.dim, tp)
-        self.audio_scale_shift_table = replicated(9, audio.dim)
-        self.audio_prompt_scale_shift_table = replicated(2, audio.dim)
-        # across the streams, attention is as wide as the audio's
-        self.audio_to_video_attn = attend(video, audio.dim, audio)
-        self.video_to_audio_attn = attend(audio, video.dim, audio)
-        self.scale_shift_table_a2v_ca_video = replicated(5, video.dim)
-        self.scale_shift_table_a2v_ca_audio = replicated(5, audio.dim)
+    def _modulation(self, table: str, modulation: torch.Tensor, rows: slice) -> tuple[torch.Tensor, ...]:
+        """`rows` of the block's `table` plus the same rows of the timestep's `modulation`: (B, N, D) each."""
+        return (getattr(self, table)[None, None, rows].to(modulation.dtype) + modulation).unbind(dim=2)
 
     def forward(self, streams: AV[Stream], values_only: AV[bool], isolated: bool) -> None:
-        """Update both streams' `x` in place of the old ones.
+        """Replace the `x` of both streams.
 
-        `values_only` says whose self-attention is perturbed; `isolated` keeps the streams apart.
-        A disabled stream is not updated, but the other still attends to it.
+        `values_only` perturbs a stream's self-attention. `isolated` leaves out the attention between the streams. A
+        disabled stream is not updated, but the other one still attends to it.
         """
-        video, audio = streams
-        if video.enabled:
-            self._attend_self_and_text(
-                video, self.attn1, self.attn2, self.scale_shift_table, self.prompt_scale_shift_table, values_only.video
-            )
-        if audio.enabled:
-            self._attend_self_and_text(
-                audio, self.audio_attn1, self.audio_attn2, self.audio_scale_shift_table,
-                self.audio_prompt_scale_shift_table, values_only.audio,
-            )  # fmt: skip
+        streams.map(self._attend_to_self_and_text, STREAM_NAMES, values_only)
         if not isolated:
-            self._attend_across(video, audio)
-        if video.enabled:
-            self._feed_forward(video, self.ff, self.scale_shift_table)
-        if audio.enabled:
-            self._feed_forward(audio, self.audio_ff, self.audio_scale_shift_table)
+            self._attend_across(streams)
+        streams.map(self._feed_forward, STREAM_NAMES)
 
-    def _attend_self_and_text(
-        self,
-        s: Stream,
-        to_self: Attention,
-        to_text: Attention,
-        table: torch.Tensor,
-        prompt_table: torch.Tensor,
-        values_only: bool,
-    ) -> None:
-        shift, scale, gate = _table_rows(table, s.modulation[:, :, 0:3], slice(0, 3))
-        attended = to_self(
+    def _attend_to_self_and_text(self, s: Stream, names: StreamNames, values_only: bool) -> None:
+        if not s.enabled:
+            return
+        self_attention, text_attention = getattr(self, names.self_attention), getattr(self, names.text_attention)
+        shift, scale, gate = self._modulation(names.table, s.modulation[:, :, SELF_ATTENTION_ROWS], SELF_ATTENTION_ROWS)
+        attended = self_attention(
             modulate(rms_norm(s.x, self.eps), shift, scale),
             q_rope=s.rope,
             values_only=values_only,
-            x_tokens=s.tokens,
-            context_tokens=s.tokens,
+            x_sharding=s.sharding,
+            context_sharding=s.sharding,
         )
         x = s.x + attended * gate
-        shift, scale, gate = _table_rows(table, s.modulation[:, :, 6:9], slice(6, 9))
-        shift_kv, scale_kv = _table_rows(prompt_table, s.prompt_modulation, slice(0, 2))
+        shift, scale, gate = self._modulation(names.table, s.modulation[:, :, TEXT_ATTENTION_ROWS], TEXT_ATTENTION_ROWS)
+        prompt_shift, prompt_scale = self._modulation(names.prompt_table, s.prompt_modulation, slice(0, 2))
         queries = modulate(rms_norm(x, self.eps), shift, scale)
-        s.x = x + to_text(queries, modulate(s.context, shift_kv, scale_kv), x_tokens=s.tokens) * gate
+        text = modulate(s.context, prompt_shift, prompt_scale)
+        s.x = x + text_attention(queries, text, x_sharding=s.sharding) * gate
 
-    def _attend_across(self, video: Stream, audio: Stream) -> None:
-        # both directions read the streams as they were before either wrote
-        video_normed, audio_normed = rms_norm(video.x, self.eps), rms_norm(audio.x, self.eps)
-        video_table, audio_table = self.scale_shift_table_a2v_ca_video, self.scale_shift_table_a2v_ca_audio
+    def _attend_across(self, streams: AV[Stream]) -> None:
+        # Both directions read the streams as they were before either was written.
+        normed = streams.map(lambda s: rms_norm(s.x, self.eps))
 
-        def scaled(normed: torch.Tensor, s: Stream, table: torch.Tensor, rows: slice) -> torch.Tensor:
-            scale, shift = _table_rows(table, s.cross_modulation[:, :, rows], rows)
-            return modulate(normed, shift, scale)
+        def attend(
+            s: Stream,
+            names: StreamNames,
+            x: torch.Tensor,
+            other: Stream,
+            other_names: StreamNames,
+            other_x: torch.Tensor,
+            rows: slice,
+        ) -> None:
+            if not s.enabled:
+                return
 
-        if video.enabled:
-            (gate,) = _table_rows(video_table, video.cross_gate, slice(4, 5))
-            attended = self.audio_to_video_attn(
-                scaled(video_normed, video, video_table, slice(0, 2)),
-                scaled(audio_normed, audio, audio_table, slice(0, 2)),
-                q_rope=video.cross_rope,
-                k_rope=audio.cross_rope,
-                x_tokens=video.tokens,
-                context_tokens=audio.tokens,
+            def modulated(x: torch.Tensor, s: Stream, names: StreamNames) -> torch.Tensor:
+                scale, shift = self._modulation(names.cross_table, s.cross_modulation[:, :, rows], rows)
+                return modulate(x, shift, scale)
+
+            (gate,) = self._modulation(names.cross_table, s.cross_gate, CROSS_GATE_ROW)
+            attended = getattr(self, names.cross_attention)(
+                modulated(x, s, names),
+                modulated(other_x, other, other_names),
+                q_rope=s.cross_rope,
+                k_rope=other.cross_rope,
+                x_sharding=s.sharding,
+                context_sharding=other.sharding,
             )
-            video.x = video.x + attended * gate
-        if audio.enabled:
-            (gate,) = _table_rows(audio_table, audio.cross_gate, slice(4, 5))
-            attended = self.video_to_audio_attn(
-                scaled(audio_normed, audio, audio_table, slice(2, 4)),
-                scaled(video_normed, video, video_table, slice(2, 4)),
-                q_rope=audio.cross_rope,
-                k_rope=video.cross_rope,
-                x_tokens=audio.tokens,
-                context_tokens=video.tokens,
-            )
-            audio.x = audio.x + attended * gate
+            s.x = s.x + attended * gate
 
-    def _feed_forward(self, s: Stream, ff: FeedForward, table: torch.Tensor) -> None:
-        shift, scale, gate = _table_rows(table, s.modulation[:, :, 3:6], slice(3, 6))
-        s.x = s.x + ff(modulate(rms_norm(s.x, self.eps), shift, scale)) * gate
+        streams.map(
+            attend, STREAM_NAMES, normed, streams.swapped(), STREAM_NAMES.swapped(), normed.swapped(),
+            CROSS_ATTENTION_ROWS,
+        )  # fmt: skip
+
+    def _feed_forward(self, s: Stream, names: StreamNames) -> None:
+        if not s.enabled:
+            return
+        feed_forward = getattr(self, names.feed_forward)
+        shift, scale, gate = self._modulation(names.table, s.modulation[:, :, FEED_FORWARD_ROWS], FEED_FORWARD_ROWS)
+        s.x = s.x + feed_forward(modulate(rms_norm(s.x, self.eps), shift, scale)) * gate

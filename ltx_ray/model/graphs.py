@@ -1,7 +1,7 @@
 """Passes of the fused path as CUDA graphs, where launching their kernels would take longer than running them.
 
-A graph reads and writes fixed places: what changes from pass to pass is copied there. The weights stay where they
-are when a LoRA is merged, so graphs outlive switches. A replay gives the bits of the pass that it was made from.
+A graph reads and writes fixed memory, to which whatever changes from pass to pass is copied. Weights stay in place when
+a LoRA is merged, so graphs outlive switches. A replay has the bits of the pass that was captured.
 """
 
 from __future__ import annotations
@@ -13,95 +13,103 @@ from typing import Any
 
 import torch
 
-from ltx_ray.model.fused import FusedTransformer, Tables
+from ltx_ray.model.fused import FusedTransformer, ModulationTables
 from ltx_ray.model.rope import RopeTable
 from ltx_ray.model.transformer import NO_PERTURBATION, Modality, Perturbation
 from ltx_ray.records import AV
 
-#: Video tokens (of all batch entries) up to which a pass is launch-bound; above, its kernels outlast their launches.
+#: Video tokens of all batch entries up to which a pass is launch-bound. Above, kernels take longer than their launches.
 LAUNCH_BOUND_TOKENS = 20_000
-#: Input sizes whose graphs are kept, at most three for a size of clips; each holds its inputs and its results, and all
-#: share one pool for what is between.
-_KEPT_SHAPES = 9
+#: Input shapes whose graphs are kept. A clip size has at most three. Each shape holds its inputs and its results, and
+#: all share one memory pool for what lies between.
+_MAX_SHAPES = 9
 _log = logging.getLogger(__name__)
+
+#: What a graph is captured for besides the shapes of its inputs: the perturbation and the enabled streams.
+_Call = tuple[Perturbation, AV[bool]]
+
+
+@dataclass(frozen=True)
+class _Graph:
+    graph: torch.cuda.CUDAGraph
+    velocities: AV[torch.Tensor]
 
 
 @dataclass
-class _Shape:
-    """The fixed places of a shape, what was copied into them last, and the graphs that read them."""
+class _GraphedShape:
+    """The fixed inputs of one shape, the tensors last copied into them by number, and the graphs that read them."""
 
     inputs: AV[Modality]
-    tables: AV[Tables]
+    tables: AV[ModulationTables]
     sources: dict[int, torch.Tensor] = field(default_factory=dict)
-    graphs: dict[Any, tuple[torch.cuda.CUDAGraph, AV[torch.Tensor]]] = field(default_factory=dict)
+    graphs: dict[_Call, _Graph] = field(default_factory=dict)
 
 
 class GraphedTransformer:
-    """A FusedTransformer whose small passes are replayed from graphs from their second time on."""
+    """A FusedTransformer whose small passes are replayed from graphs, from the second pass of a kind on."""
 
     def __init__(self, dit: FusedTransformer, max_tokens: int = LAUNCH_BOUND_TOKENS):
         self._dit, self._max_tokens = dit, max_tokens
         self.ropes = dit.ropes
-        self._shapes: OrderedDict[Any, _Shape] = OrderedDict()
+        self._shapes: OrderedDict[Any, _GraphedShape] = OrderedDict()
         self._seen: set[Any] = set()
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
 
     def __call__(self, inputs: AV[Modality], perturbation: Perturbation = NO_PERTURBATION) -> AV[torch.Tensor]:
-        """As `FusedTransformer.__call__`."""
+        """Do as `FusedTransformer.__call__`."""
         latent, tables = inputs.video.latent, self._dit.tables(inputs)
         if latent.shape[0] * latent.shape[1] > self._max_tokens:
             return self._dit.run(inputs, tables, perturbation)
-        sizes = tuple((tuple(tensor.shape), tensor.dtype) for tensor in _tensors(inputs, tables))
-        kind = sizes, perturbation, inputs.map(lambda m: m.enabled)
-        if kind not in self._seen:
-            # the first time, kernels are compiled and libraries set up, which no graph may hold
-            self._seen.add(kind)
+        shapes = tuple((tuple(tensor.shape), tensor.dtype) for tensor in _tensors(inputs, tables))
+        call = perturbation, inputs.map(lambda modality: modality.enabled)
+        if (shapes, call) not in self._seen:
+            # The first pass compiles kernels and initialises libraries, which must not happen during a capture.
+            self._seen.add((shapes, call))
             return self._dit.run(inputs, tables, perturbation)
-        shape = self._shape(sizes, inputs, tables)
-        self._copy(shape, inputs, tables)
-        key = kind[1:]
-        if key not in shape.graphs:
-            shape.graphs[key] = self._capture(shape, key)
-        graph, out = shape.graphs[key]
-        graph.replay()
-        return out.map(torch.clone)
+        shape = self._shape(shapes, inputs, tables)
+        self._copy_inputs(shape, inputs, tables)
+        if call not in shape.graphs:
+            shape.graphs[call] = self._capture(shape, call)
+        captured = shape.graphs[call]
+        captured.graph.replay()
+        return captured.velocities.map(torch.clone)
 
-    def _shape(self, sizes: Any, inputs: AV[Modality], tables: AV[Tables]) -> _Shape:
-        if sizes not in self._shapes:
-            if len(self._shapes) == _KEPT_SHAPES:
+    def _shape(self, shapes: Any, inputs: AV[Modality], tables: AV[ModulationTables]) -> _GraphedShape:
+        if shapes not in self._shapes:
+            if len(self._shapes) == _MAX_SHAPES:
                 self._shapes.popitem(last=False)
-            self._shapes[sizes] = _Shape(inputs.map(_fixed), tables.map(_fixed))
-        self._shapes.move_to_end(sizes)
-        return self._shapes[sizes]
+            self._shapes[shapes] = _GraphedShape(inputs.map(_empty_like), tables.map(_empty_like))
+        self._shapes.move_to_end(shapes)
+        return self._shapes[shapes]
 
-    def _copy(self, shape: _Shape, inputs: AV[Modality], tables: AV[Tables]) -> None:
-        """Bring the inputs to their places; those that are there already since an earlier pass stay."""
-        new, places = _tensors(inputs, tables), _tensors(shape.inputs, shape.tables)
-        for number, (source, place) in enumerate(zip(new, places, strict=True)):
+    def _copy_inputs(self, shape: _GraphedShape, inputs: AV[Modality], tables: AV[ModulationTables]) -> None:
+        """Copy the inputs to the fixed memory, except those that an earlier pass has copied."""
+        sources, targets = _tensors(inputs, tables), _tensors(shape.inputs, shape.tables)
+        for number, (source, target) in enumerate(zip(sources, targets, strict=True)):
             if shape.sources.get(number) is not source:
-                place.copy_(source)
+                target.copy_(source)
                 shape.sources[number] = source
 
-    def _capture(self, shape: _Shape, key: tuple[Perturbation, AV[bool]]) -> tuple[torch.cuda.CUDAGraph, AV]:
-        perturbation, enabled = key
-        inputs = shape.inputs.map(lambda m, on: replace(m, enabled=on), enabled)
+    def _capture(self, shape: _GraphedShape, call: _Call) -> _Graph:
+        perturbation, enabled = call
+        inputs = shape.inputs.map(lambda modality, on: replace(modality, enabled=on), enabled)
         graph = torch.cuda.CUDAGraph()
-        if not any(kept.graphs for kept in self._shapes.values()):
-            # a pool that no graph is left of is gone
+        if not any(other.graphs for other in self._shapes.values()):
+            # The pool went with the last of its graphs.
             self._pool = torch.cuda.graph_pool_handle()
         torch.cuda.synchronize()
-        # other threads of the process may go on with the device meanwhile
+        # "thread_local" lets other threads of the process use the device meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            out = self._dit.run(inputs, shape.tables, perturbation)
-        return graph, out
+            velocities = self._dit.run(inputs, shape.tables, perturbation)
+        return _Graph(graph, velocities)
 
 
-def _tensors(inputs: AV[Modality], tables: AV[Tables]) -> list[torch.Tensor]:
+def _tensors(inputs: AV[Modality], tables: AV[ModulationTables]) -> list[torch.Tensor]:
     """Every tensor that a pass reads besides the weights, in a fixed order."""
     found = []
     for part in (*inputs, *tables):
-        for one in fields(part):
-            value = getattr(part, one.name)
+        for entry in fields(part):
+            value = getattr(part, entry.name)
             if isinstance(value, RopeTable):
                 found += [value.cos, value.sin]
             elif isinstance(value, torch.Tensor):
@@ -109,14 +117,14 @@ def _tensors(inputs: AV[Modality], tables: AV[Tables]) -> list[torch.Tensor]:
     return found
 
 
-def _fixed(part: Any) -> Any:
-    """A copy of a dataclass with tensors of its own, not filled yet."""
+def _empty_like(part: Any) -> Any:
+    """A copy of a dataclass with new, uninitialised tensors."""
 
-    def own(value: Any) -> Any:
+    def empty(value: Any) -> Any:
         if isinstance(value, RopeTable):
             return RopeTable(torch.empty_like(value.cos), torch.empty_like(value.sin))
         if isinstance(value, torch.Tensor):
             return torch.empty(value.shape, dtype=value.dtype, device=value.device)
         return value
 
-    return replace(part, **{one.name: own(getattr(part, one.name)) for one in fields(part)})
+    return replace(part, **{entry.name: empty(getattr(part, entry.name)) for entry in fields(part)})

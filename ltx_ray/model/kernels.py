@@ -1,7 +1,7 @@
-"""The steps of `steps.py` as Triton kernels: one pass over the data each, a row of all channels at a time.
+"""The functions of `steps.py` as Triton kernels, each of which makes one pass over the data.
 
-A row fits in the registers of a program, so norms need no second read. Modulations are read again by every
-program, but lie in the caches: a stage has a handful of noise levels.
+A program takes one row with all of its channels. The row fits in registers, so norms need no second read. Every program
+reads the modulations again, but they stay in the caches, because a stage has a handful of noise levels.
 """
 
 from __future__ import annotations
@@ -14,89 +14,91 @@ import triton.language as tl
 
 from ltx_ray.model.packing import PackedLinear
 from ltx_ray.model.rope import RopeTable
-from ltx_ray.model.steps import Levels, Modulation, Quantized, Residual, Rows
-from ltx_ray.parallel.fp8 import FP8, FP8_MAX, SMALLEST_SCALE
+from ltx_ray.model.steps import Activations, Modulation, Norm, QuantizedRows, Residual, TokenLevels
+from ltx_ray.parallel.fp8 import FP8, FP8_MAX, MIN_SCALE
 
-_NORMS = {None: 0, "rms": 1, "layer": 2}
+#: Norms as the kernels' NORM.
+_NORMS: dict[Norm | None, int] = {None: 0, "rms": 1, "layer": 2}
 
 
 @triton.jit
-def _store_row(out, row_scale, row, columns, inside, width, wide, QUANTIZE: tl.constexpr, MAX: tl.constexpr,
-               SMALLEST: tl.constexpr):  # fmt: skip
+def _store_row(out, row_scale, row, columns, in_row, width, x32, QUANTIZE: tl.constexpr, MAX: tl.constexpr,
+               LEAST_SCALE: tl.constexpr):  # fmt: skip
     if QUANTIZE:
-        peak = tl.max(tl.where(inside, tl.abs(wide), 0.0), axis=0)
-        scale = tl.maximum(peak / MAX, SMALLEST)
+        peak = tl.max(tl.where(in_row, tl.abs(x32), 0.0), axis=0)
+        scale = tl.maximum(peak / MAX, LEAST_SCALE)
         tl.store(row_scale + row, scale)
-        wide = tl.minimum(tl.maximum(wide / scale, -MAX), MAX)
-    tl.store(out + row * width + columns, wide.to(out.dtype.element_ty), mask=inside)
+        x32 = tl.minimum(tl.maximum(x32 / scale, -MAX), MAX)
+    tl.store(out + row * width + columns, x32.to(out.dtype.element_ty), mask=in_row)
 
 
 @triton.jit
-def _modulated_kernel(
-    x, value, gate, level_of, tokens, shift_0, scale_0, out_0, row_scale_0, shift_1, scale_1, out_1, row_scale_1,
+def _add_norm_modulate_kernel(
+    x, value, gate, level_index, tokens, shift_0, scale_0, out_0, row_scale_0, shift_1, scale_1, out_1, row_scale_1,
     gate_stride, stride_0, stride_1, eps,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, RESIDUAL: tl.constexpr, INDEXED: tl.constexpr, NORM: tl.constexpr,
     OUTS: tl.constexpr, QUANTIZE_0: tl.constexpr, QUANTIZE_1: tl.constexpr, MAX: tl.constexpr,
-    SMALLEST: tl.constexpr,
+    LEAST_SCALE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
-    inside = columns < WIDTH
-    level = tl.load(level_of + row % tokens).to(tl.int64) if INDEXED else tl.zeros((), tl.int64)
+    in_row = columns < WIDTH
+    level = tl.load(level_index + row % tokens).to(tl.int64) if INDEXED else tl.zeros((), tl.int64)
     at = row * WIDTH + columns
-    wide = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    x32 = tl.load(x + at, mask=in_row, other=0.0).to(tl.float32)
     if RESIDUAL:
-        added = tl.load(value + at, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        wide += added * tl.load(gate + level * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)
-        kept = wide.to(x.dtype.element_ty)
-        tl.store(x + at, kept, mask=inside)
-        wide = kept.to(tl.float32)
+        added = tl.load(value + at, mask=in_row, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        x32 += added * tl.load(gate + level * gate_stride + columns, mask=in_row, other=0.0).to(tl.float32)
+        rounded = x32.to(x.dtype.element_ty)
+        tl.store(x + at, rounded, mask=in_row)
+        x32 = rounded.to(tl.float32)
     if NORM == 2:
-        wide = tl.where(inside, wide - tl.sum(wide, axis=0) / WIDTH, 0.0)
+        x32 = tl.where(in_row, x32 - tl.sum(x32, axis=0) / WIDTH, 0.0)
     if NORM > 0:
-        wide *= tl.rsqrt(tl.sum(wide * wide, axis=0) / WIDTH + eps)
+        x32 *= tl.rsqrt(tl.sum(x32 * x32, axis=0) / WIDTH + eps)
     if OUTS > 0:
-        scale = tl.load(scale_0 + level * stride_0 + columns, mask=inside, other=0.0).to(tl.float32)
-        shift = tl.load(shift_0 + level * stride_0 + columns, mask=inside, other=0.0).to(tl.float32)
-        _store_row(out_0, row_scale_0, row, columns, inside, WIDTH, wide * (1 + scale) + shift, QUANTIZE_0, MAX,
-                   SMALLEST)  # fmt: skip
+        scale = tl.load(scale_0 + level * stride_0 + columns, mask=in_row, other=0.0).to(tl.float32)
+        shift = tl.load(shift_0 + level * stride_0 + columns, mask=in_row, other=0.0).to(tl.float32)
+        _store_row(out_0, row_scale_0, row, columns, in_row, WIDTH, x32 * (1 + scale) + shift, QUANTIZE_0, MAX,
+                   LEAST_SCALE)  # fmt: skip
     if OUTS > 1:
-        scale = tl.load(scale_1 + level * stride_1 + columns, mask=inside, other=0.0).to(tl.float32)
-        shift = tl.load(shift_1 + level * stride_1 + columns, mask=inside, other=0.0).to(tl.float32)
-        _store_row(out_1, row_scale_1, row, columns, inside, WIDTH, wide * (1 + scale) + shift, QUANTIZE_1, MAX,
-                   SMALLEST)  # fmt: skip
+        scale = tl.load(scale_1 + level * stride_1 + columns, mask=in_row, other=0.0).to(tl.float32)
+        shift = tl.load(shift_1 + level * stride_1 + columns, mask=in_row, other=0.0).to(tl.float32)
+        _store_row(out_1, row_scale_1, row, columns, in_row, WIDTH, x32 * (1 + scale) + shift, QUANTIZE_1, MAX,
+                   LEAST_SCALE)  # fmt: skip
 
 
-def modulated(
+def add_norm_modulate(
     x: torch.Tensor,
     residual: Residual | None,
     modulations: Sequence[Modulation],
-    levels: Levels | None,
-    norm: str | None,
+    levels: TokenLevels | None,
+    norm: Norm | None,
     eps: float,
-) -> list[Rows]:
-    """As `steps.modulated`, for at most two modulations."""
+) -> list[Activations]:
+    """Do as `steps.add_norm_modulate`, for at most two modulations."""
     rows, width = x.shape
     assert x.is_contiguous() and len(modulations) <= 2, (x.shape, x.stride(), len(modulations))
     assert residual is None or residual.value.is_contiguous(), residual.value.stride()
     outs = [_empty_rows(rows, width, x, m.quantize) for m in modulations]
     first, second = ([*zip(modulations, outs, strict=True), (None, None), (None, None)])[:2]
-    _modulated_kernel[(rows,)](
+    _add_norm_modulate_kernel[(rows,)](
         x, x if residual is None else residual.value, x if residual is None else residual.gate,
-        x if levels is None else levels.of_token, 1 if levels is None else len(levels.of_token),
+        x if levels is None else levels.index, 1 if levels is None else len(levels.index),
         *_pointers(*first, x), *_pointers(*second, x),
         0 if residual is None else _level_stride(residual.gate), _stride_of(first[0]), _stride_of(second[0]), eps,
         WIDTH=width, BLOCK=triton.next_power_of_2(width), RESIDUAL=residual is not None, INDEXED=levels is not None,
         NORM=_NORMS[norm], OUTS=len(modulations), QUANTIZE_0=_quantizes(first[0]), QUANTIZE_1=_quantizes(second[0]),
-        MAX=FP8_MAX, SMALLEST=SMALLEST_SCALE, num_warps=8,
+        MAX=FP8_MAX, LEAST_SCALE=MIN_SCALE, num_warps=8,
     )  # fmt: skip
     return outs
 
 
-def _pointers(m: Modulation | None, out: Rows | None, unused: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _pointers(m: Modulation | None, out: Activations | None, unused: torch.Tensor) -> tuple[torch.Tensor, ...]:
     if m is None:
         return unused, unused, unused, unused
-    if isinstance(out, Quantized):
+    assert out is not None
+    if isinstance(out, QuantizedRows):
         return m.shift, m.scale, out.values, out.scale
     return m.shift, m.scale, out, unused
 
@@ -117,26 +119,26 @@ def _level_stride(table: torch.Tensor) -> int:
     return table.stride(0) if len(table) > 1 else 0
 
 
-def _empty_rows(rows: int, width: int, like: torch.Tensor, quantize: bool) -> Rows:
+def _empty_rows(rows: int, width: int, like: torch.Tensor, quantize: bool) -> Activations:
     if not quantize:
         return torch.empty((rows, width), dtype=like.dtype, device=like.device)
     values = torch.empty((rows, width), dtype=FP8, device=like.device)
-    return Quantized(values, torch.empty((rows, 1), dtype=torch.float32, device=like.device))
+    return QuantizedRows(values, torch.empty((rows, 1), dtype=torch.float32, device=like.device))
 
 
 @triton.jit
-def _norm_one(x, weight, stride, row, first, second, inside, cos, sin, eps, WIDTH: tl.constexpr, ROPE: tl.constexpr):
-    a = tl.load(x + row * stride + first, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(x + row * stride + second, mask=inside, other=0.0).to(tl.float32)
+def _norm_one(x, weight, stride, row, first, second, in_row, cos, sin, eps, WIDTH: tl.constexpr, ROPE: tl.constexpr):
+    a = tl.load(x + row * stride + first, mask=in_row, other=0.0).to(tl.float32)
+    b = tl.load(x + row * stride + second, mask=in_row, other=0.0).to(tl.float32)
     inverse = tl.rsqrt((tl.sum(a * a, axis=0) + tl.sum(b * b, axis=0)) / WIDTH + eps)
-    a *= inverse * tl.load(weight + first, mask=inside, other=0.0).to(tl.float32)
-    b *= inverse * tl.load(weight + second, mask=inside, other=0.0).to(tl.float32)
+    a *= inverse * tl.load(weight + first, mask=in_row, other=0.0).to(tl.float32)
+    b *= inverse * tl.load(weight + second, mask=in_row, other=0.0).to(tl.float32)
     if ROPE:
-        turned = a * cos - b * sin
+        rotated = a * cos - b * sin
         b = b * cos + a * sin
-        a = turned
-    tl.store(x + row * stride + first, a.to(x.dtype.element_ty), mask=inside)
-    tl.store(x + row * stride + second, b.to(x.dtype.element_ty), mask=inside)
+        a = rotated
+    tl.store(x + row * stride + first, a.to(x.dtype.element_ty), mask=in_row)
+    tl.store(x + row * stride + second, b.to(x.dtype.element_ty), mask=in_row)
 
 
 @triton.jit
@@ -145,26 +147,26 @@ def _norm_heads_kernel(
     WIDTH: tl.constexpr, HALF_HEAD: tl.constexpr, BLOCK: tl.constexpr, PAIR: tl.constexpr, ROPE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    # a pair of channels that turn together: one from the first half of a head, its partner from the second
+    # A pair of channels that rotate together: one in the first half of a head, its partner in the second.
     pair = tl.arange(0, BLOCK)
-    inside = pair < WIDTH // 2
+    in_row = pair < WIDTH // 2
     first = pair // HALF_HEAD * (2 * HALF_HEAD) + pair % HALF_HEAD
     second = first + HALF_HEAD
     c = tl.zeros((BLOCK,), tl.float32)
     s = tl.zeros((BLOCK,), tl.float32)
     if ROPE:
-        place = row % tokens * (WIDTH // 2) + pair
-        c = tl.load(cos + place, mask=inside, other=0.0).to(tl.float32)
-        s = tl.load(sin + place, mask=inside, other=0.0).to(tl.float32)
-    _norm_one(x_0, weight_0, stride_0, row, first, second, inside, c, s, eps, WIDTH, ROPE)
+        at = row % tokens * (WIDTH // 2) + pair
+        c = tl.load(cos + at, mask=in_row, other=0.0).to(tl.float32)
+        s = tl.load(sin + at, mask=in_row, other=0.0).to(tl.float32)
+    _norm_one(x_0, weight_0, stride_0, row, first, second, in_row, c, s, eps, WIDTH, ROPE)
     if PAIR:
-        _norm_one(x_1, weight_1, stride_1, row, first, second, inside, c, s, eps, WIDTH, ROPE)
+        _norm_one(x_1, weight_1, stride_1, row, first, second, in_row, c, s, eps, WIDTH, ROPE)
 
 
 def norm_heads_(
     parts: Sequence[tuple[torch.Tensor, torch.Tensor]], heads: int, eps: float, table: RopeTable | None
 ) -> None:
-    """As `steps.norm_heads_`, for one tensor or two of as many rows."""
+    """Do as `steps.norm_heads_`, for one tensor or for two of the same shape."""
     (x, weight), (other, other_weight) = parts[0], parts[-1]
     rows, width = x.shape
     assert len(parts) <= 2 and other.shape == x.shape and x.stride(1) == other.stride(1) == 1, (x.shape, other.shape)
@@ -178,29 +180,29 @@ def norm_heads_(
 
 
 @triton.jit
-def _gated_kernel(
+def _apply_gates_kernel(
     values, logits, out, row_scale, value_stride, logit_stride,
     WIDTH: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr, QUANTIZE: tl.constexpr, MAX: tl.constexpr,
-    SMALLEST: tl.constexpr,
+    LEAST_SCALE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
-    inside = columns < WIDTH
-    wide = tl.load(values + row * value_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    logit = tl.load(logits + row * logit_stride + columns // HEAD, mask=inside, other=0.0).to(tl.float32)
-    _store_row(out, row_scale, row, columns, inside, WIDTH, wide * (2 * tl.sigmoid(logit)), QUANTIZE, MAX, SMALLEST)
+    in_row = columns < WIDTH
+    x32 = tl.load(values + row * value_stride + columns, mask=in_row, other=0.0).to(tl.float32)
+    logit = tl.load(logits + row * logit_stride + columns // HEAD, mask=in_row, other=0.0).to(tl.float32)
+    _store_row(out, row_scale, row, columns, in_row, WIDTH, x32 * (2 * tl.sigmoid(logit)), QUANTIZE, MAX, LEAST_SCALE)
 
 
-def gated(values: torch.Tensor, logits: torch.Tensor, quantize: bool) -> Rows:
-    """As `steps.gated`; heads lie side by side in every row of `values`."""
-    rows, heads, head = values.shape
-    assert values.stride()[1:] == (head, 1) and logits.stride(1) == 1, (values.stride(), logits.stride())
-    out = _empty_rows(rows, heads * head, values, quantize)
-    target, row_scale = (out.values, out.scale) if isinstance(out, Quantized) else (out, out)
-    _gated_kernel[(rows,)](
-        values, logits, target, row_scale, values.stride(0), logits.stride(0),
-        WIDTH=heads * head, HEAD=head, BLOCK=triton.next_power_of_2(heads * head), QUANTIZE=quantize, MAX=FP8_MAX,
-        SMALLEST=SMALLEST_SCALE, num_warps=4,
+def apply_gates(heads_out: torch.Tensor, logits: torch.Tensor, quantize: bool) -> Activations:
+    """Do as `steps.apply_gates`. Heads are contiguous in every row of `heads_out`."""
+    rows, heads, head_dim = heads_out.shape
+    assert heads_out.stride()[1:] == (head_dim, 1) and logits.stride(1) == 1, (heads_out.stride(), logits.stride())
+    out = _empty_rows(rows, heads * head_dim, heads_out, quantize)
+    target, row_scale = (out.values, out.scale) if isinstance(out, QuantizedRows) else (out, out)
+    _apply_gates_kernel[(rows,)](
+        heads_out, logits, target, row_scale, heads_out.stride(0), logits.stride(0),
+        WIDTH=heads * head_dim, HEAD=head_dim, BLOCK=triton.next_power_of_2(heads * head_dim), QUANTIZE=quantize,
+        MAX=FP8_MAX, LEAST_SCALE=MIN_SCALE, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -208,30 +210,30 @@ def gated(values: torch.Tensor, logits: torch.Tensor, quantize: bool) -> Rows:
 @triton.jit
 def _gelu_kernel(
     x, out, row_scale, WIDTH: tl.constexpr, BLOCK: tl.constexpr, QUANTIZE: tl.constexpr, MAX: tl.constexpr,
-    SMALLEST: tl.constexpr,
+    LEAST_SCALE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
-    inside = columns < WIDTH
-    wide = tl.load(x + row * WIDTH + columns, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    # 0.5 (1 + tanh(z)) is the sigmoid of 2 z
-    wide *= tl.sigmoid(2 * 0.7978845608028654 * (wide + 0.044715 * wide * wide * wide))
-    _store_row(out, row_scale, row, columns, inside, WIDTH, wide, QUANTIZE, MAX, SMALLEST)
+    in_row = columns < WIDTH
+    x32 = tl.load(x + row * WIDTH + columns, mask=in_row, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    # 0.5 (1 + tanh(z)) is the sigmoid of 2z.
+    x32 *= tl.sigmoid(2 * 0.7978845608028654 * (x32 + 0.044715 * x32 * x32 * x32))
+    _store_row(out, row_scale, row, columns, in_row, WIDTH, x32, QUANTIZE, MAX, LEAST_SCALE)
 
 
-def gelu(x: torch.Tensor, quantize: bool) -> Rows:
-    """As `steps.gelu`."""
+def gelu(x: torch.Tensor, quantize: bool) -> Activations:
+    """Do as `steps.gelu`."""
     rows, width = x.shape
     assert x.is_contiguous(), x.stride()
     out = _empty_rows(rows, width, x, quantize)
-    target, row_scale = (out.values, out.scale) if isinstance(out, Quantized) else (out, out)
+    target, row_scale = (out.values, out.scale) if isinstance(out, QuantizedRows) else (out, out)
     _gelu_kernel[(rows,)](
         x, target, row_scale, WIDTH=width, BLOCK=triton.next_power_of_2(width), QUANTIZE=quantize, MAX=FP8_MAX,
-        SMALLEST=SMALLEST_SCALE, num_warps=16 if width > 4096 else 8,
+        LEAST_SCALE=MIN_SCALE, num_warps=16 if width > 4096 else 8,
     )  # fmt: skip
     return out
 
 
-def gelu_product(x: torch.Tensor, layer: PackedLinear) -> torch.Tensor:
-    """As `steps.gelu_product`: the product's epilogue applies it, which costs no pass over the hidden rows."""
+def linear_gelu(x: torch.Tensor, layer: PackedLinear) -> torch.Tensor:
+    """Do as `steps.linear_gelu`. The product's epilogue applies GELU, which saves a pass over the hidden rows."""
     return torch._addmm_activation(layer.bias, x, layer.weight.t(), use_gelu=True)

@@ -1,27 +1,44 @@
-"""Weights of the DiT laid out for the fused path: layers of one input side by side, so that one product serves them.
+"""Weights of the fused path: linear layers that read the same input are packed, so that one matrix product serves them.
 
-The parameters keep the checkpoint's names and become views of the packed storage, so that loading and LoRA
-merging see the layers one by one. With precision fp8, products over the video's many rows are held in e4m3 with
-a scale for every output feature; those over the audio's few rows stay in bfloat16, where fp8 would win nothing.
+Parameters keep the checkpoint's names and become views of the packed memory, so loading and LoRA merging see the layers
+one by one. With precision fp8, layers over the many video tokens are held in e4m3 with a scale for every output
+feature. Layers over the few audio tokens stay in bfloat16, where fp8 would gain nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal, cast
 
 import torch
-from torch import nn
 
+from ltx_ray.checkpoints.transformer_keys import (
+    AUDIO,
+    CROSS_ATTENTIONS,
+    FEED_FORWARD_DOWN,
+    FEED_FORWARD_UP,
+    FEED_FORWARDS,
+    SELF_ATTENTIONS,
+    TO_GATES,
+    TO_K,
+    TO_OUT,
+    TO_Q,
+    TO_V,
+    VIDEO,
+)
 from ltx_ray.model.block import AVBlock
 from ltx_ray.model.transformer import Transformer
 from ltx_ray.parallel.fp8 import FP8
+from ltx_ray.parallel.layers import ShardParameter, shard_parameter
 
 
 @dataclass(frozen=True)
 class PackedLinear:
-    """x -> x @ weight.T + bias: weight (N, K), bias (N,), of which `sizes` are the layers' parts and what is left is
-    padding. In fp8: row_scale (N,) float32."""
+    """x -> x @ weight.T + bias for several layers at once: weight (N, K), bias (N,), in fp8 row_scale (N,) float32.
+
+    `sizes` are the layers' output features in order. The rest of the N is padding.
+    """
 
     weight: torch.Tensor
     bias: torch.Tensor
@@ -32,76 +49,75 @@ class PackedLinear:
     def quantized(self) -> bool:
         return self.row_scale is not None
 
-    def split(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The layers' parts of what the product gave, (R, N)."""
-        return rows[:, : sum(self.sizes)].split(self.sizes, dim=1)
+    def split(self, outputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The outputs (R, N) of the packed layer -> those of each layer (R, size)."""
+        return outputs[:, : sum(self.sizes)].split(self.sizes, dim=1)
 
 
-#: Output features come in multiples of this: rows of a product start where vector loads may, and fp8 demands it.
+#: A packed layer within a module of a block.
+Packed = Literal["qkv", "gates", "out", "q_gates", "kv", "up", "down"]
+#: Packed layers of a block by (module, packed layer).
+PackedLinears = dict[tuple[str, Packed], PackedLinear]
+
+#: Output features come in multiples of this, where rows may be loaded as vectors. fp8 products demand it.
 _MULTIPLE = 16
-#: Products of an attention by what feeds them, and the layers that each is made of. The gates ride along with the
-#: queries of a cross-attention for nothing; beside queries, keys and values they break the GEMM's tiling.
-_OF_SELF = {"qkv": ("to_q", "to_k", "to_v"), "gates": ("to_gate_logits",), "out": ("to_out.0",)}
-_OF_CROSS = {"q_gates": ("to_q", "to_gate_logits"), "kv": ("to_k", "to_v"), "out": ("to_out.0",)}
-_OF_FEED_FORWARD = {"up": ("net.0.proj",), "down": ("net.2",)}
-_SELF_ATTENTIONS = ("attn1", "audio_attn1")
-_CROSS_ATTENTIONS = ("attn2", "audio_attn2", "audio_to_video_attn", "video_to_audio_attn")
-_FEED_FORWARDS = ("ff", "audio_ff")
-#: Products whose rows are the audio's tokens.
-_AUDIO_ROWS = {
-    *((name, product) for name in ("audio_attn1", "audio_attn2", "audio_ff")
-      for product in (*_OF_SELF, *_OF_CROSS, *_OF_FEED_FORWARD)),
-    ("audio_to_video_attn", "kv"), ("video_to_audio_attn", "q_gates"), ("video_to_audio_attn", "out"),
-}  # fmt: skip
-
-#: (module of a block, product) -> Product, of one block.
-Products = dict[tuple[str, str], PackedLinear]
+#: Packed layers of each kind of module, and the layers that each consists of. Gates cost nothing beside the queries of
+#: a cross-attention. Beside queries, keys and values they would break the tiles of the matrix product.
+_SELF_ATTENTION: dict[Packed, tuple[str, ...]] = {"qkv": (TO_Q, TO_K, TO_V), "gates": (TO_GATES,), "out": (TO_OUT,)}
+_CROSS_ATTENTION: dict[Packed, tuple[str, ...]] = {"q_gates": (TO_Q, TO_GATES), "kv": (TO_K, TO_V), "out": (TO_OUT,)}
+_FEED_FORWARD: dict[Packed, tuple[str, ...]] = {"up": (FEED_FORWARD_UP,), "down": (FEED_FORWARD_DOWN,)}
+#: Packed layers whose input are audio tokens.
+_AUDIO_INPUTS: set[tuple[str, Packed]] = {
+    *((AUDIO.self_attention, packed) for packed in _SELF_ATTENTION),
+    *((AUDIO.text_attention, packed) for packed in _CROSS_ATTENTION),
+    *((AUDIO.feed_forward, packed) for packed in _FEED_FORWARD),
+    (VIDEO.cross_attention, "kv"),
+    (AUDIO.cross_attention, "q_gates"),
+    (AUDIO.cross_attention, "out"),
+}
 
 
-def layers_of_products() -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    """(module, product, layers) of a block, in the order in which a pass uses them."""
-    for name in (*_SELF_ATTENTIONS, *_CROSS_ATTENTIONS, *_FEED_FORWARDS):
-        kinds = _OF_SELF if name in _SELF_ATTENTIONS else _OF_CROSS if name in _CROSS_ATTENTIONS else _OF_FEED_FORWARD
-        for product, layers in kinds.items():
-            yield name, product, layers
+def packed_layers() -> Iterator[tuple[str, Packed, tuple[str, ...]]]:
+    """(module, packed layer, layers that it consists of) of a block."""
+    kinds = (SELF_ATTENTIONS, _SELF_ATTENTION), (CROSS_ATTENTIONS, _CROSS_ATTENTION), (FEED_FORWARDS, _FEED_FORWARD)
+    for modules, packed_of_kind in kinds:
+        for module in modules:
+            for packed, layers in packed_of_kind.items():
+                yield module, packed, layers
 
 
-def pack(model: Transformer, device: torch.device, dtype: torch.dtype, precision: str = "bf16") -> None:
-    """Allocate the blocks' linear layers of `model` (on the meta device) on `device`, packed; their values are garbage.
+def pack_linears(model: Transformer, device: torch.device, dtype: torch.dtype, precision: str = "bf16") -> None:
+    """Allocate the linear layers of the blocks of `model`, which are on the meta device, packed on `device`.
 
-    All other parameters stay where they are. Afterwards `block.products` holds what was packed.
+    Their values are undefined until load_shard fills them. All other parameters stay where they are. The packed layers
+    are then in `packed_linears` of each block.
     """
     assert model.tp.size == 1, "the fused path is for whole weights"
-    for block in model.transformer_blocks:
-        block.products = _pack_block(block, device, dtype, precision)
+    for block in model.blocks:
+        block.packed_linears = _pack_block(block, device, dtype, precision)
 
 
-def _pack_block(block: AVBlock, device: torch.device, dtype: torch.dtype, precision: str) -> Products:
-    products: Products = {}
-    for name, kind, layers in layers_of_products():
+def _pack_block(block: AVBlock, device: torch.device, dtype: torch.dtype, precision: str) -> PackedLinears:
+    packed_by_name: PackedLinears = {}
+    for name, packed, layers in packed_layers():
         modules = [block.get_submodule(f"{name}.{layer}") for layer in layers]
-        sizes = tuple(module.weight.shape[0] for module in modules)
-        total, inputs = -(-sum(sizes) // _MULTIPLE) * _MULTIPLE, modules[0].weight.shape[1]
-        fp8 = precision == "fp8" and (name, kind) not in _AUDIO_ROWS
+        weights = [cast(ShardParameter, module.weight) for module in modules]
+        sizes = tuple(len(weight) for weight in weights)
+        total, inputs = -(-sum(sizes) // _MULTIPLE) * _MULTIPLE, weights[0].shape[1]
+        fp8 = precision == "fp8" and (name, packed) not in _AUDIO_INPUTS
         weight = torch.empty((total, inputs), dtype=FP8 if fp8 else dtype, device=device)
         bias = torch.empty(total, dtype=dtype, device=device)
         row_scale = torch.empty(total, dtype=torch.float32, device=device) if fp8 else None
         for padded in (weight.view(torch.uint8) if fp8 else weight, bias, row_scale):
             if padded is not None:
                 padded[sum(sizes) :] = 0
-        products[name, kind] = PackedLinear(weight, bias, sizes, row_scale)
+        packed_by_name[name, packed] = PackedLinear(weight, bias, sizes, row_scale)
         start = 0
-        for module, size in zip(modules, sizes, strict=True):
+        for module, old, size in zip(modules, weights, sizes, strict=True):
             rows = slice(start, start + size)
-            module.weight = _view(weight[rows], module.weight)
-            module.bias = _view(bias[rows], module.bias)
+            module.weight = shard_parameter(weight[rows], old.shard_dim)
+            module.bias = shard_parameter(bias[rows], cast(ShardParameter, module.bias).shard_dim)
             if row_scale is not None:
                 module.weight.row_scale = row_scale[rows]
             start += size
-    return products
-
-
-def _view(values: torch.Tensor, old: nn.Parameter) -> nn.Parameter:
-    parameter = nn.Parameter(values, requires_grad=False)
-    parameter.shard_dim = old.shard_dim
-    return parameter
+    return packed_by_name

@@ -1,8 +1,8 @@
-"""Tensor-parallel layers: every parameter knows which slice of the file's tensor is its own.
+"""Tensor-parallel layers, each of whose parameters knows which slice of the file's tensor it holds.
 
-Column-parallel layers hold rows of the weight (output features), row-parallel layers hold columns
-(input features) and sum their partial products over the gang. With one rank nothing is sliced and
-nothing is communicated.
+Column-parallel layers hold rows of the weight (output features). Row-parallel layers hold columns (input features) and
+sum their partial products over the ranks, as in Megatron-LM (arXiv:1909.08053). A single rank holds everything and
+communicates nothing.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from torch import nn
 
 
 @dataclass(frozen=True)
-class TPGroup:
-    """The ranks that share a model, and which of them this is. `group` None is the default group."""
+class RankGroup:
+    """Ranks that compute together, and which of them this process is. `group` None is the default process group."""
 
     rank: int = 0
     size: int = 1
     group: dist.ProcessGroup | None = None
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Add `tensor` up over the ranks, in place."""
+        """Sum `tensor` over the ranks, in place."""
         if self.size > 1:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def min_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The least of each element over the ranks, in place."""
+        """Take the elementwise minimum of `tensor` over the ranks, in place."""
         if self.size > 1:
             dist.all_reduce(tensor, dist.ReduceOp.MIN, group=self.group)
         return tensor
@@ -42,25 +42,37 @@ class TPGroup:
         return tensor
 
     def slice(self, length: int) -> slice:
-        """This rank's part of an axis of `length`, which the ranks divide evenly."""
+        """This rank's part of an axis of `length`, which the group's size must divide."""
         assert length % self.size == 0, f"{length} is not divisible over {self.size} ranks"
         part = length // self.size
         return slice(self.rank * part, (self.rank + 1) * part)
 
 
-def _parameter(shape: tuple[int, ...], shard_dim: int | None) -> nn.Parameter:
-    parameter = nn.Parameter(torch.empty(shape), requires_grad=False)
-    parameter.shard_dim = shard_dim
+#: A group of this rank alone.
+SINGLE_RANK = RankGroup()
+
+
+class ShardParameter(nn.Parameter):
+    """A rank's slice of a tensor along `shard_dim`, or all of it when that is None. `row_scale` as in fp8.py."""
+
+    shard_dim: int | None
+    row_scale: torch.Tensor | None
+
+
+def shard_parameter(values: torch.Tensor, shard_dim: int | None) -> ShardParameter:
+    """A parameter, without gradients, on the memory of `values`."""
+    parameter = ShardParameter(values, requires_grad=False)
+    parameter.shard_dim, parameter.row_scale = shard_dim, None
     return parameter
 
 
-def replicated(*shape: int) -> nn.Parameter:
-    """A parameter that every rank holds whole."""
-    return _parameter(shape, None)
+def replicated(*shape: int) -> ShardParameter:
+    """A parameter of which every rank holds all."""
+    return shard_parameter(torch.empty(shape), None)
 
 
-class Linear(nn.Module):
-    """A linear layer that every rank holds whole: (..., in) -> (..., out)."""
+class ReplicatedLinear(nn.Module):
+    """A linear layer of which every rank holds all: (..., in) -> (..., out)."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
@@ -71,46 +83,46 @@ class Linear(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
 
-class ColumnLinear(nn.Module):
-    """Linear whose outputs are divided over the ranks: (..., in) -> (..., out / tp)."""
+class ColumnParallelLinear(nn.Module):
+    """A linear layer whose outputs are divided over the ranks: (..., in) -> (..., out / tp)."""
 
-    def __init__(self, in_features: int, out_features: int, tp: TPGroup):
+    def __init__(self, in_features: int, out_features: int, tp: RankGroup):
         super().__init__()
-        self.weight = _parameter((out_features // tp.size, in_features), 0)
-        self.bias = _parameter((out_features // tp.size,), 0)
+        self.weight = shard_parameter(torch.empty(out_features // tp.size, in_features), 0)
+        self.bias = shard_parameter(torch.empty(out_features // tp.size), 0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight, self.bias)
 
 
-class RowLinear(nn.Module):
-    """Linear whose inputs are divided over the ranks: (..., in / tp) -> (..., out), summed over them."""
+class RowParallelLinear(nn.Module):
+    """A linear layer whose inputs are divided over the ranks: (..., in / tp) -> (..., out), the same on every rank."""
 
-    def __init__(self, in_features: int, out_features: int, tp: TPGroup):
+    def __init__(self, in_features: int, out_features: int, tp: RankGroup):
         super().__init__()
         self.tp = tp
-        self.weight = _parameter((out_features, in_features // tp.size), 1)
+        self.weight = shard_parameter(torch.empty(out_features, in_features // tp.size), 1)
         self.bias = replicated(out_features)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.tp.size == 1:
             return F.linear(x, self.weight, self.bias)
-        # the bias belongs to the whole sum, so it is added once, after it
+        # Every rank has the bias, which must enter the sum once.
         return self.tp.sum_(F.linear(x, self.weight)).add_(self.bias)
 
 
-class HeadsRMSNorm(nn.Module):
-    """Affine RMS norm over all heads together, of which this rank holds some: (..., dim / tp)."""
+class ShardedRMSNorm(nn.Module):
+    """RMS norm with weights over all heads together, of which each rank holds some: (..., dim / tp)."""
 
-    def __init__(self, dim: int, eps: float, tp: TPGroup):
+    def __init__(self, dim: int, eps: float, tp: RankGroup):
         super().__init__()
         self.dim, self.eps, self.tp = dim, eps, tp
-        self.weight = _parameter((dim // tp.size,), 0)
+        self.weight = shard_parameter(torch.empty(dim // tp.size), 0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.tp.size == 1:
             return F.rms_norm(x, (self.dim,), self.weight, self.eps)
-        wide = x.float()
-        squares = self.tp.sum_(wide.square().sum(-1, keepdim=True))
-        normed = wide * torch.rsqrt(squares / self.dim + self.eps)
+        x32 = x.float()
+        squares = self.tp.sum_(x32.square().sum(-1, keepdim=True))
+        normed = x32 * torch.rsqrt(squares / self.dim + self.eps)
         return (normed * self.weight.float()).to(x.dtype)

@@ -1,9 +1,8 @@
-"""A rank's shard straight from safetensors files, at the speed of the disk or of the bus.
+"""A rank's shard read straight from safetensors files, at the speed of the disk or of the bus.
 
-A rank reads its own slices and nothing else, in file order, in pieces: a few threads read them into
-small pinned buffers and send each to the device while the next is read, so that host memory stays
-small however large the shard is. Dtypes are converted on the device. On a CPU the bytes are read in
-place. There is never a state dict.
+A rank reads its own slices and nothing else, in file order and in chunks. On a GPU a few threads read chunks into small
+pinned buffers and send each to the device while the next one is read, so host memory stays small however large the
+shard is; dtypes are converted on the device. On a CPU bytes are read in place. No state dict ever exists.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import os
 import queue
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,14 +19,14 @@ import torch
 from torch import nn
 
 from ltx_ray.checkpoints.safetensors import TensorInfo, listed
-from ltx_ray.parallel.fp8 import row_scale_of, store
-from ltx_ray.parallel.layers import TPGroup
+from ltx_ray.parallel.fp8 import row_scale_of, write_values
+from ltx_ray.parallel.layers import RankGroup, ShardParameter, shard_parameter
 
-#: Bytes read at once, and threads that read. Each has two pinned buffers, so a rank pins at most 256 MiB.
-PIECE_BYTES = 16 * 2**20
-LANES = 8
+#: Bytes of a chunk, and threads that read chunks. Each has two pinned buffers, so a rank pins at most 256 MiB.
+CHUNK_BYTES = 16 * 2**20
+READER_THREADS = 8
 _SCRATCH_BYTES = 2 * 2**20
-#: Bytes of weights that exist unquantized at once on their way to fp8.
+#: Bytes of unquantized weights that exist at once on their way to fp8.
 _QUANTIZED_BATCH_BYTES = 2**30
 
 TORCH_DTYPES = {
@@ -38,16 +38,16 @@ TORCH_DTYPES = {
 
 
 @dataclass(frozen=True)
-class Slice:
-    """A slice to read: this rank's part of `info` along `shard_dim` (None: all), into `into` (contiguous)."""
+class ShardRead:
+    """A slice to read: this rank's part of `info` along `shard_dim` (None: all of it), into the contiguous `target`."""
 
     info: TensorInfo
     shard_dim: int | None
-    into: torch.Tensor
+    target: torch.Tensor
 
 
-def shard_shape(info: TensorInfo, shard_dim: int | None, tp: TPGroup) -> tuple[int, ...]:
-    """The shape of this rank's part of a tensor."""
+def shard_shape(info: TensorInfo, shard_dim: int | None, tp: RankGroup) -> tuple[int, ...]:
+    """Shape of this rank's part of a tensor."""
     shape = list(info.shape)
     if shard_dim is not None:
         part = tp.slice(shape[shard_dim])
@@ -55,54 +55,44 @@ def shard_shape(info: TensorInfo, shard_dim: int | None, tp: TPGroup) -> tuple[i
     return tuple(shape)
 
 
-def fill(wanted: Sequence[Slice], tp: TPGroup) -> Iterator[int]:
-    """Read every slice into its tensor; yields the places in `wanted` of those that are there, as they come.
+def read_shards(reads: Sequence[ShardRead], tp: RankGroup) -> Iterator[int]:
+    """Read every slice into its target. Yields the index in `reads` of each as it is complete, in any order.
 
-    On a GPU the current stream waits for what is yielded, so that work queued after it sees the values.
-    All of `wanted` lies on one device. Raises ValueError for a file that ends too early, else what the
-    reading or the copying raised, with the file and the tensor in the message.
+    All targets lie on one device. On a GPU the current stream waits for what is yielded, so that work queued after it
+    sees the values. Raises ValueError for a file that ends too early, and otherwise what reading or copying raised,
+    with the file and the tensor in the message.
     """
-    order = sorted(range(len(wanted)), key=lambda i: (wanted[i].info.path, wanted[i].info.start))
-    pieces = [piece for i in order for piece in _pieces(i, wanted[i], tp)]
-    files = _Files()
+    order = sorted(range(len(reads)), key=lambda i: (reads[i].info.path, reads[i].info.start))
+    chunks = [chunk for i in order for chunk in _chunks(i, reads[i], tp)]
+    files = _OpenFiles()
     try:
-        if pieces and wanted[0].into.is_cuda:
-            yield from _fill_gpu(pieces, len(wanted), files, wanted[0].into.device)
+        if chunks and reads[0].target.is_cuda:
+            yield from _read_to_gpu(chunks, len(reads), files, reads[0].target.device)
         else:
-            buffer = torch.empty(0, dtype=torch.uint8)
-            left = _counts(pieces, len(wanted))
-            for piece in pieces:
-                with _naming(piece):
-                    if not piece.converts:
-                        files.read(piece, piece.target.view(torch.uint8))
-                    else:
-                        if buffer.numel() < piece.nbytes:
-                            buffer = torch.empty(PIECE_BYTES, dtype=torch.uint8)
-                        files.read(piece, buffer[: piece.nbytes])
-                        piece.target.copy_(piece.scaled(buffer[: piece.nbytes].view(piece.dtype)))
-                left[piece.index] -= 1
-                if not left[piece.index]:
-                    yield piece.index
+            yield from _read_to_host(chunks, len(reads), files)
     finally:
         files.close()
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """A part of a slice: `rows` runs of `run` bytes, `pitch` apart from byte `offset` on, for `target` (flat)."""
+class _Chunk:
+    """Part of a read: `rows` runs of `row_bytes`, `row_stride` bytes apart from byte `offset` on, for a flat `target`.
+
+    `index` is that of the read. `scale`: the values are multiplied by it.
+    """
 
     index: int
     info: TensorInfo
     offset: int
     rows: int
-    run: int
-    pitch: int
+    row_bytes: int
+    row_stride: int
     target: torch.Tensor
     scale: float | None = None
 
     @property
     def nbytes(self) -> int:
-        return self.rows * self.run
+        return self.rows * self.row_bytes
 
     @property
     def dtype(self) -> torch.dtype:
@@ -113,176 +103,192 @@ class _Piece:
         return self.target.dtype != self.dtype or self.scale is not None
 
     def scaled(self, values: torch.Tensor) -> torch.Tensor:
-        """The values that the file means: quantized ones are multiplied in float32."""
+        """`values` times the scale, in float32, where there is one."""
         return values if self.scale is None else values.float().mul_(self.scale)
 
 
-def _pieces(index: int, want: Slice, tp: TPGroup) -> Iterator[_Piece]:
-    info, flat = want.info, want.into.view(-1)
+def _chunks(index: int, read: ShardRead, tp: RankGroup) -> Iterator[_Chunk]:
+    info, flat = read.info, read.target.view(-1)
     if info.dtype not in TORCH_DTYPES:
         raise ValueError(f"{info.path}: {info.key} has dtype {info.dtype}; legal: {', '.join(TORCH_DTYPES)}")
-    assert tuple(want.into.shape) == shard_shape(info, want.shard_dim, tp), (info.key, want.into.shape)
-    item = TORCH_DTYPES[info.dtype].itemsize
+    assert tuple(read.target.shape) == shard_shape(info, read.shard_dim, tp), (info.key, read.target.shape)
+    itemsize = TORCH_DTYPES[info.dtype].itemsize
     scale = None if info.scale is None else info.scale.scalar()
     if not flat.numel():
         return
-    if want.shard_dim is None or want.shard_dim == 0 or tp.size == 1:
-        part = tp.slice(info.shape[0]) if want.shard_dim == 0 else slice(0, 0)
+    if read.shard_dim is None or read.shard_dim == 0 or tp.size == 1:
+        part = tp.slice(info.shape[0]) if read.shard_dim == 0 else slice(0, 0)
         start = info.start + part.start * (info.nbytes // info.shape[0] if info.shape else 0)
-        step = PIECE_BYTES // item
+        step = CHUNK_BYTES // itemsize
         for at in range(0, flat.numel(), step):
             count = min(step, flat.numel() - at)
-            yield _Piece(index, info, start + at * item, 1, count * item, 0, flat[at : at + count], scale)
+            yield _Chunk(index, info, start + at * itemsize, 1, count * itemsize, 0, flat[at : at + count], scale)
         return
-    assert want.shard_dim == 1 and len(info.shape) == 2, (info.key, want.shard_dim)
+    assert read.shard_dim == 1 and len(info.shape) == 2, (info.key, read.shard_dim)
     part = tp.slice(info.shape[1])
-    width, pitch = part.stop - part.start, info.shape[1] * item
-    step = max(1, PIECE_BYTES // (width * item))
+    width, row_stride = part.stop - part.start, info.shape[1] * itemsize
+    step = max(1, CHUNK_BYTES // (width * itemsize))
     for row in range(0, info.shape[0], step):
         rows = min(step, info.shape[0] - row)
         target = flat[row * width : (row + rows) * width]
-        offset = info.start + row * pitch + part.start * item
-        yield _Piece(index, info, offset, rows, width * item, pitch, target, scale)
+        offset = info.start + row * row_stride + part.start * itemsize
+        yield _Chunk(index, info, offset, rows, width * itemsize, row_stride, target, scale)
 
 
-class _Files:
-    """Open files by path; safe to read from several threads."""
+class _OpenFiles:
+    """Open files by path. Several threads may read at once."""
 
     def __init__(self) -> None:
-        self._open: dict[str, int] = {}
+        self._descriptors: dict[str, int] = {}
         self._lock = threading.Lock()
         self._scratch = threading.local()
 
-    def read(self, piece: _Piece, into: torch.Tensor) -> None:
-        """The bytes of `piece` into `into` (uint8, on the host)."""
-        descriptor, room = self._get(piece.info.path), into.numpy()
-        if piece.rows == 1:
-            _read_fully(descriptor, memoryview(room), piece.offset)
+    def read(self, chunk: _Chunk, into: torch.Tensor) -> None:
+        """Read the bytes of `chunk` into `into` (uint8, on the host)."""
+        descriptor, buffer = self._descriptor(chunk.info.path), into.numpy()
+        if chunk.rows == 1:
+            _read_fully(descriptor, buffer, chunk.offset)
             return
-        # Runs of a few KiB, far apart: the kernel fetches whole pages anyway, and a call or a page fault for each
-        # costs more than to take the rows whole, a cacheful at a time, and to keep the columns wanted.
-        room = room.reshape(piece.rows, piece.run)
-        step = max(1, _SCRATCH_BYTES // piece.pitch)
-        for row in range(0, piece.rows, step):
-            count = min(step, piece.rows - row)
-            # the last row ends where its run does, which may be the end of the file
-            whole = self._rows(count * piece.pitch)[: (count - 1) * piece.pitch + piece.run]
-            _read_fully(descriptor, memoryview(whole), piece.offset + row * piece.pitch)
-            runs = np.lib.stride_tricks.as_strided(whole, (count, piece.run), (piece.pitch, 1), writeable=False)
-            np.copyto(room[row : row + count], runs)
+        # The runs are a few KiB long and far apart. The kernel fetches whole pages anyway, and a call or a page fault
+        # for each run costs more than reading whole rows, as many as fit in the cache, and copying the columns out.
+        buffer = buffer.reshape(chunk.rows, chunk.row_bytes)
+        step = max(1, _SCRATCH_BYTES // chunk.row_stride)
+        for row in range(0, chunk.rows, step):
+            count = min(step, chunk.rows - row)
+            # The last row is read up to the end of its run only, which may be the end of the file.
+            rows = self._scratch_bytes(count * chunk.row_stride)[: (count - 1) * chunk.row_stride + chunk.row_bytes]
+            _read_fully(descriptor, rows, chunk.offset + row * chunk.row_stride)
+            runs = np.lib.stride_tricks.as_strided(
+                rows, (count, chunk.row_bytes), (chunk.row_stride, 1), writeable=False
+            )
+            np.copyto(buffer[row : row + count], runs)
 
-    def _rows(self, size: int) -> np.ndarray:
-        held = getattr(self._scratch, "rows", None)
-        if held is None or len(held) < size:
-            held = self._scratch.rows = np.empty(size, dtype=np.uint8)
-        return held
+    def _scratch_bytes(self, size: int) -> np.ndarray:
+        scratch = getattr(self._scratch, "buffer", None)
+        if scratch is None or len(scratch) < size:
+            scratch = self._scratch.buffer = np.empty(size, dtype=np.uint8)
+        return scratch
 
-    def _get(self, path: str) -> int:
+    def _descriptor(self, path: str) -> int:
         with self._lock:
-            if path not in self._open:
-                self._open[path] = os.open(path, os.O_RDONLY)
-            return self._open[path]
+            if path not in self._descriptors:
+                self._descriptors[path] = os.open(path, os.O_RDONLY)
+            return self._descriptors[path]
 
     def close(self) -> None:
-        for descriptor in self._open.values():
+        for descriptor in self._descriptors.values():
             os.close(descriptor)
-        self._open.clear()
+        self._descriptors.clear()
 
 
-def _read_fully(descriptor: int, room: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(room):
-        got = os.preadv(descriptor, [room[done:]], offset + done)
-        if not got:
+def _read_fully(descriptor: int, into: np.ndarray, offset: int) -> None:
+    """Fill `into` (contiguous uint8) from byte `offset` of the file on."""
+    buffer, done = into.data, 0
+    while done < len(buffer):
+        count = os.preadv(descriptor, [buffer[done:]], offset + done)
+        if not count:
             raise ValueError(f"the file ends at byte {offset + done}, inside it; fetch it again")
-        done += got
+        done += count
 
 
-def _fill_gpu(pieces: list[_Piece], count: int, files: _Files, device: torch.device) -> Iterator[int]:
-    todo: queue.SimpleQueue[_Piece] = queue.SimpleQueue()
-    for piece in pieces:
-        todo.put(piece)
+def _read_to_host(chunks: list[_Chunk], reads: int, files: _OpenFiles) -> Iterator[int]:
+    buffer = torch.empty(0, dtype=torch.uint8)
+    remaining = _chunks_per_read(chunks, reads)
+    for chunk in chunks:
+        with _errors_name_tensor(chunk):
+            if not chunk.converts:
+                files.read(chunk, chunk.target.view(torch.uint8))
+            else:
+                if buffer.numel() < chunk.nbytes:
+                    buffer = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
+                files.read(chunk, buffer[: chunk.nbytes])
+                chunk.target.copy_(chunk.scaled(buffer[: chunk.nbytes].view(chunk.dtype)))
+        remaining[chunk.index] -= 1
+        if not remaining[chunk.index]:
+            yield chunk.index
+
+
+def _read_to_gpu(chunks: list[_Chunk], reads: int, files: _OpenFiles, device: torch.device) -> Iterator[int]:
+    todo: queue.SimpleQueue[_Chunk] = queue.SimpleQueue()
+    for chunk in chunks:
+        todo.put(chunk)
     sent: queue.SimpleQueue[tuple[int, torch.cuda.Event] | BaseException] = queue.SimpleQueue()
     stop = threading.Event()
-    # what the tensors held may still be in use by work queued before
-    free = torch.cuda.current_stream(device).record_event()
+    # Work queued earlier may still use the targets' memory.
+    targets_free = torch.cuda.current_stream(device).record_event()
 
-    def lane() -> None:
+    def reader() -> None:
         try:
-            run_lane()
+            send_chunks()
         except BaseException as error:
-            sent.put(error)  # the reader raises it in its own thread
+            sent.put(error)  # The consumer raises it in its own thread.
 
-    def run_lane() -> None:
+    def send_chunks() -> None:
         stream = torch.cuda.Stream(device)
-        stream.wait_event(free)
-        buffers = [torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
-        busy: list[torch.cuda.Event | None] = [None, None]
+        stream.wait_event(targets_free)
+        buffers = [torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        copied: list[torch.cuda.Event | None] = [None, None]
         turn = 0
         while not stop.is_set():
             try:
-                piece = todo.get_nowait()
+                chunk = todo.get_nowait()
             except queue.Empty:
                 break
-            with _naming(piece):
-                if busy[turn] is not None:
-                    busy[turn].synchronize()
-                buffer = buffers[turn][: piece.nbytes]
-                files.read(piece, buffer)
+            with _errors_name_tensor(chunk):
+                last_copy = copied[turn]
+                if last_copy is not None:
+                    last_copy.synchronize()
+                buffer = buffers[turn][: chunk.nbytes]
+                files.read(chunk, buffer)
                 with torch.cuda.stream(stream):
-                    source = buffer.view(piece.dtype)
-                    if piece.converts:
-                        source = piece.scaled(source.to(device, non_blocking=True))
-                    piece.target.copy_(source, non_blocking=True)
-                    busy[turn] = stream.record_event()
-            sent.put((piece.index, busy[turn]))
+                    source = buffer.view(chunk.dtype)
+                    if chunk.converts:
+                        source = chunk.scaled(source.to(device, non_blocking=True))
+                    chunk.target.copy_(source, non_blocking=True)
+                    event = copied[turn] = stream.record_event()
+            sent.put((chunk.index, event))
             turn = 1 - turn
-        # the buffers go back to their pool only when the copies from them are done
+        # The allocator reuses the buffers when this function returns, so the copies from them must be done.
         stream.synchronize()
 
-    lanes = [threading.Thread(target=lane, daemon=True) for _ in range(min(LANES, os.cpu_count() or 1, len(pieces)))]
-    for thread in lanes:
+    count = min(READER_THREADS, os.cpu_count() or 1, len(chunks))
+    threads = [threading.Thread(target=reader, daemon=True) for _ in range(count)]
+    for thread in threads:
         thread.start()
     try:
-        left = _counts(pieces, count)
-        for _ in range(len(pieces)):
+        remaining = _chunks_per_read(chunks, reads)
+        for _ in range(len(chunks)):
             arrived = sent.get()
             if isinstance(arrived, BaseException):
                 raise arrived
             index, event = arrived
             torch.cuda.current_stream(device).wait_event(event)
-            left[index] -= 1
-            if not left[index]:
+            remaining[index] -= 1
+            if not remaining[index]:
                 yield index
     finally:
         stop.set()
-        for thread in lanes:
+        for thread in threads:
             thread.join()
 
 
-def _counts(pieces: list[_Piece], count: int) -> list[int]:
-    counts = [0] * count
-    for piece in pieces:
-        counts[piece.index] += 1
+def _chunks_per_read(chunks: list[_Chunk], reads: int) -> list[int]:
+    counts = [0] * reads
+    for chunk in chunks:
+        counts[chunk.index] += 1
     return counts
 
 
-class _naming:
-    """Adds the file and the tensor to what is raised inside, and keeps its type where that takes one text."""
-
-    def __init__(self, piece: _Piece):
-        self._what = f"{piece.info.path}: {piece.info.key}"
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is not None:
-            raise named(error, self._what) from error
+@contextmanager
+def _errors_name_tensor(chunk: _Chunk) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        raise with_context(error, f"{chunk.info.path}: {chunk.info.key}") from error
 
 
-def named(error: BaseException, what: str) -> BaseException:
-    """`error` again, with `what` in front of its message."""
+def with_context(error: BaseException, what: str) -> BaseException:
+    """A copy of `error` with `what` in front of its message, of the same type where its constructor takes one text."""
     kind = type(error) if isinstance(error, ValueError | RuntimeError) else RuntimeError
     try:
         return kind(f"{what}: {error}")
@@ -291,13 +297,13 @@ def named(error: BaseException, what: str) -> BaseException:
 
 
 def load_shard(
-    module: nn.Module, tensors: Mapping[str, TensorInfo], tp: TPGroup, *, dtype: torch.dtype, device: torch.device
+    module: nn.Module, tensors: Mapping[str, TensorInfo], tp: RankGroup, *, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Fill `module` with this rank's slices of `tensors`, as `dtype` on `device`.
 
-    Parameters on the meta device are allocated; others, which `packing.pack` laid out, are filled where they are,
-    those in fp8 from values that exist in `dtype` for a moment only. Raises ValueError naming the file and the
-    first ten keys when names or shapes do not match, and the tensor when the device's memory is too small.
+    Parameters on the meta device are allocated. Others, which `packing.pack_linears` laid out, are filled in place;
+    those in fp8 are quantized from values that exist in `dtype` for a moment only. Raises ValueError naming the file
+    and the first ten keys when names or shapes do not match, and the tensor when the device's memory is too small.
     """
     expected = dict(module.named_parameters())
     problems = listed("missing", expected.keys() - tensors.keys()) + listed(
@@ -306,8 +312,10 @@ def load_shard(
     if problems:
         where = next(iter(tensors.values())).path if tensors else "the checkpoint"
         raise ValueError(f"{where}: the transformer's keys do not fit the model: {'; '.join(problems)}")
-    wanted, quantized = [], []
+    reads: list[ShardRead] = []
+    quantized: list[_QuantizedRead] = []
     for name, parameter in expected.items():
+        assert isinstance(parameter, ShardParameter), name
         info, dim = tensors[name], parameter.shard_dim
         if len(info.shape) != parameter.dim() or shard_shape(info, dim, tp) != tuple(parameter.shape):
             raise ValueError(
@@ -315,39 +323,47 @@ def load_shard(
                 f"{tp.size} gets {tuple(parameter.shape)}"
             )
         if row_scale_of(parameter) is not None:
-            quantized.append((info, dim, parameter))
+            quantized.append(_QuantizedRead(info, parameter))
             continue
         if parameter.is_meta:
             parameter = _allocated(parameter, info, dtype, device)
             owner, _, leaf = name.rpartition(".")
             setattr(module.get_submodule(owner), leaf, parameter)
-        wanted.append(Slice(info, dim, parameter.data))
-    for _ in fill(wanted, tp):
+        reads.append(ShardRead(info, dim, parameter.data))
+    for _ in read_shards(reads, tp):
         pass
     _load_quantized(quantized, tp, dtype, device)
 
 
-def _allocated(parameter: nn.Parameter, info: TensorInfo, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+@dataclass(frozen=True)
+class _QuantizedRead:
+    """A parameter in fp8 and the tensor that it is quantized from."""
+
+    info: TensorInfo
+    parameter: ShardParameter
+
+
+def _allocated(parameter: ShardParameter, info: TensorInfo, dtype: torch.dtype, device: torch.device) -> ShardParameter:
     try:
-        loaded = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device), requires_grad=False)
+        values = torch.empty(parameter.shape, dtype=dtype, device=device)
     except RuntimeError as error:
-        raise named(error, f"{info.path}: {info.key}") from error
-    loaded.shard_dim = parameter.shard_dim
-    return loaded
+        raise with_context(error, f"{info.path}: {info.key}") from error
+    return shard_parameter(values, parameter.shard_dim)
 
 
-def _load_quantized(
-    parts: list[tuple[TensorInfo, int | None, nn.Parameter]], tp: TPGroup, dtype: torch.dtype, device: torch.device
-) -> None:
-    """Fill parameters in fp8, a batch of them at a time, so that few exist in `dtype` at once."""
-    parts = sorted(parts, key=lambda part: (part[0].path, part[0].start))
-    while parts:
-        batch, size = [], 0
-        while parts and (not batch or size + parts[0][2].numel() * dtype.itemsize <= _QUANTIZED_BATCH_BYTES):
-            batch.append(parts.pop(0))
-            size += batch[-1][2].numel() * dtype.itemsize
-        values = [torch.empty(parameter.shape, dtype=dtype, device=device) for _, _, parameter in batch]
-        wanted = [Slice(info, dim, plain) for (info, dim, _), plain in zip(batch, values, strict=True)]
-        for index in fill(wanted, tp):
-            store(batch[index][2], values[index])
-        del values, wanted  # before the next batch takes as much
+def _load_quantized(reads: list[_QuantizedRead], tp: RankGroup, dtype: torch.dtype, device: torch.device) -> None:
+    """Fill parameters in fp8, a batch at a time, so that few of them exist in `dtype` at once."""
+    reads = sorted(reads, key=lambda read: (read.info.path, read.info.start))
+    while reads:
+        batch: list[_QuantizedRead] = []
+        size = 0
+        while reads and (not batch or size + reads[0].parameter.numel() * dtype.itemsize <= _QUANTIZED_BATCH_BYTES):
+            batch.append(reads.pop(0))
+            size += batch[-1].parameter.numel() * dtype.itemsize
+        values = [torch.empty(read.parameter.shape, dtype=dtype, device=device) for read in batch]
+        shard_reads = [
+            ShardRead(read.info, read.parameter.shard_dim, target) for read, target in zip(batch, values, strict=True)
+        ]
+        for index in read_shards(shard_reads, tp):
+            write_values(batch[index].parameter, values[index])
+        del values, shard_reads  # The next batch needs the memory.

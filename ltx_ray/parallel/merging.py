@@ -1,24 +1,34 @@
-"""target <- clean + sum of strength * B @ A, rounded as the reference does.
+"""target <- clean + sum of strength * B @ A, rounded as in the reference.
 
-Source of the rounding: `fuse_loras.py` of the reference v1.2.0. The first product is
-round(round(B * strength) @ A); later ones are added to it by addmm, unrounded but for the sum; the
-clean weight comes last. On a GPU one Triton kernel does all of it, a tile at a time, in one pass over
-the weight. Every element's sum runs over the rank in the same order wherever the tile lies, so that a
-shard gets the bits of the whole.
+Source of the rounding: docs/ltx-2.3.md#lora, `ltx_core/loader/fuse_loras.py` of the reference v1.2.0. The first product
+is round(round(B * strength) @ A). Later ones are added to it by addmm, and only the sum is rounded. The clean weight
+comes last.
+
+On a GPU one Triton kernel does all of it in one pass over the weight, a tile at a time. Every element sums over the
+rank of the LoRA in the same order wherever its tile lies, so a shard has the bits of the whole weight.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
 MERGE_CHUNK_BYTES = 32 * 2**20
 _log = logging.getLogger(__name__)
-#: One LoRA's part in a layer: A (rank, in), B (out, rank), strength.
-FactorProduct = tuple[torch.Tensor, torch.Tensor, float]
+
+
+class FactorProduct(NamedTuple):
+    """strength * B @ A: what one LoRA adds to a layer."""
+
+    a: torch.Tensor
+    """(rank, in)"""
+    b: torch.Tensor
+    """(out, rank)"""
+    strength: float
 
 
 def merge_(
@@ -32,9 +42,9 @@ def merge_(
 ) -> None:
     """target (out, in) <- clean + products; `clean` may be `target` itself. All of one dtype and device.
 
-    Temporaries stay within `chunk_bytes`. Where the arithmetic goes in chunks of rows, their borders
-    count in the whole weight, of which this shard begins at row `first_row` and has `full_columns`
-    columns, so that every layout makes the same products.
+    Temporaries stay within `chunk_bytes`. Where the arithmetic goes in chunks of rows, the borders of the chunks are
+    those of the whole weight, of which this shard begins at row `first_row` and which has `full_columns` columns. Every
+    layout thus computes the same matrix products.
     """
     if not products:
         if clean is not target:
@@ -44,7 +54,7 @@ def merge_(
         kernel(target, clean, products, chunk_bytes)
         return
     columns = full_columns or target.shape[1]
-    # half for the product, half for B's rows times the strength (which are as wide as the rank)
+    # Half is for the product, and half for B's rows times the strength, which are as wide as the rank.
     step = max(1, chunk_bytes // 2 // (max(columns, *(a.shape[0] for a, _, _ in products)) * target.element_size()))
     start = 0
     while start < target.shape[0]:
@@ -54,6 +64,7 @@ def merge_(
 
 
 def _delta(products: Sequence[FactorProduct], rows: slice) -> torch.Tensor:
+    """`rows` of the sum of the products: (rows, in)."""
     delta: torch.Tensor | None = None
     for a, b, strength in products:
         part = b[rows]
@@ -68,18 +79,21 @@ def _delta(products: Sequence[FactorProduct], rows: slice) -> torch.Tensor:
 
 
 def _matmul(b: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-    # a single row would go to a matrix-vector routine, which rounds otherwise than the same row of a matrix
+    # A single row would go to a matrix-vector routine, which rounds otherwise than the same row of a matrix.
     return torch.matmul(b, a) if len(b) > 1 else torch.matmul(b.expand(2, -1).contiguous(), a)[:1]
 
 
+_Kernel = Callable[[torch.Tensor, torch.Tensor, Sequence[FactorProduct], int], None]
+
+
 @cache
-def _kernel():
-    """The Triton kernel where it works: it needs Triton, and a C compiler when it is first used."""
+def _kernel() -> _Kernel | None:
+    """The Triton kernel, or None where Triton or the C compiler that it needs at first use is missing."""
     try:
         from ltx_ray.parallel.merge_kernel import merge
 
         tile = torch.zeros(16, 16, dtype=torch.bfloat16, device="cuda")
-        merge(tile, tile, [(tile, tile, 1.0)], MERGE_CHUNK_BYTES)
+        merge(tile, tile, [FactorProduct(tile, tile, 1.0)], MERGE_CHUNK_BYTES)
     except Exception as error:
         _log.warning("merging without its kernel, more slowly: %s: %s", type(error).__name__, error)
         return None

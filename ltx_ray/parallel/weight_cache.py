@@ -1,7 +1,7 @@
-"""Where the tensors that merging starts from are kept: on the device, in host memory, or in the file.
+"""Where the tensors that LoRA merging reads are cached: on the device, in host memory, over the gang, or in the file.
 
-The clean weights and the LoRA factors are needed again at every switch. The nearer they are, the
-faster the switch; what is near is chosen from the memory that is there.
+Every switch of LoRAs reads the clean weights and the LoRA factors. The location is chosen from the free memory: the
+closer to the device, the faster the switch.
 """
 
 from __future__ import annotations
@@ -11,32 +11,39 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from ltx_ray.checkpoints.safetensors import TensorInfo
-from ltx_ray.parallel.layers import TPGroup
-from ltx_ray.parallel.loading import TORCH_DTYPES, Slice, fill, named, shard_shape
+from ltx_ray.parallel.layers import SINGLE_RANK, RankGroup
+from ltx_ray.parallel.loading import TORCH_DTYPES, ShardRead, read_shards, shard_shape, with_context
 
 GIB = 2**30
 #: Bytes of a batch of tensors that is read from a file on its way to the device.
 _BATCH_BYTES = 128 * 2**20
-#: Host memory is taken and pinned in slabs of this size.
+#: Host memory is allocated and pinned in slabs of this size.
 _SLAB_BYTES = GIB
-#: Groups of tensors that are under way from host memory at once.
-_SLOTS = 3
+#: Device buffers of the ring through which tensors come from host memory, and how large the ring may grow.
+_RING_BUFFERS = 3
 _RING_BYTES = 64 * 2**20
+#: Slices of a slab or a buffer start at multiples of this, as copy engines prefer.
+_ALIGNMENT = 256
+
+#: "gang": each rank keeps its share on the device and broadcasts it to its peers.
+Location = Literal["file", "host", "device", "gang"]
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Free bytes: on this rank's device, and this rank's share of its node's memory."""
+class FreeMemory:
+    """Free bytes on this rank's device, and this rank's share of the free bytes of its node."""
 
     device: int
     host: int
 
     @classmethod
-    def now(cls, device: torch.device) -> Memory:
+    def measure(cls, device: torch.device) -> FreeMemory:
+        """What is free now; nothing on a CPU, where the file is in host memory already."""
         if device.type != "cuda":
             return cls(0, 0)
         free, _ = torch.cuda.mem_get_info(device)
@@ -45,11 +52,11 @@ class Memory:
                    _free_host_bytes() // max(1, cards))  # fmt: skip
 
 
-def choose(nbytes: int, memory: Memory, reserve: int) -> str:
-    """Where `nbytes` that every switch needs go: "device", "host" or "file".
+def choose_location(nbytes: int, memory: FreeMemory, reserve: int) -> Location:
+    """Where to cache `nbytes`: "device" or "host" when they fit there, otherwise "file".
 
-    `reserve` bytes of the device stay free for the activations and for whoever shares it; of the host's
-    memory, a third does.
+    `reserve` bytes of the device stay free for activations and for other processes on it, and a third of the host's
+    memory stays free.
     """
     if nbytes + reserve <= memory.device:
         return "device"
@@ -57,7 +64,7 @@ def choose(nbytes: int, memory: Memory, reserve: int) -> str:
 
 
 def _free_host_bytes() -> int:
-    """What this machine, or the container, has left."""
+    """Free bytes of this machine, or of the container when its limit is lower."""
     table = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     free = int(table["MemAvailable"].split()[0]) * 1024
     try:
@@ -65,181 +72,200 @@ def _free_host_bytes() -> int:
         stat = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
         used = int(Path("/sys/fs/cgroup/memory.current").read_text()) - int(stat["inactive_file"])
     except (OSError, ValueError, KeyError):
-        return free  # no limit, or none that can be read
+        return free  # There is no limit, or none that can be read.
     return max(0, min(free, limit - used))
 
 
 @dataclass(frozen=True)
-class Part:
-    """A tensor of the store: where it is in its file, and this rank's axis."""
+class ShardSource:
+    """A tensor in its file, and the axis along which ranks divide it (None: every rank has all of it)."""
 
     info: TensorInfo
     shard_dim: int | None
 
+    def read_into(self, target: torch.Tensor) -> ShardRead:
+        return ShardRead(self.info, self.shard_dim, target)
+
 
 class WeightCache:
-    """This rank's slices of named tensors, kept in "file", "host", "device" or spread over the "gang".
+    """This rank's slices of named tensors, cached in one `location`. They start in their files.
 
-    `dtype` is what they are converted to, None for the file's own. With `group`, a gang whose ranks all
-    hold the same slices (whole weights), each rank can keep its share on the device for all.
+    `dtype` is what they are converted to (None: each file's own). `peers` are ranks that hold the same slices, so that
+    each can cache a share of them for all.
     """
 
     def __init__(
         self,
-        parts: Mapping[str, Part],
-        tp: TPGroup,
+        sources: Mapping[str, ShardSource],
+        tp: RankGroup,
         device: torch.device,
         dtype: torch.dtype | None = None,
-        group: TPGroup = TPGroup(),  # noqa: B008 (frozen)
+        peers: RankGroup = SINGLE_RANK,
     ):
-        self._parts, self._tp, self._device, self._dtype, self._group = parts, tp, device, dtype, group
-        self.where = "file"
-        self._kept: dict[str, torch.Tensor] = {}
+        self._sources, self._tp, self._device, self._dtype, self._peers = sources, tp, device, dtype, peers
+        self.location: Location = "file"
+        self._cached: dict[str, torch.Tensor] = {}
 
     def shape(self, name: str) -> tuple[int, ...]:
-        part = self._parts[name]
-        return shard_shape(part.info, part.shard_dim, self._tp)
+        """Shape of this rank's slice."""
+        source = self._sources[name]
+        return shard_shape(source.info, source.shard_dim, self._tp)
 
     def nbytes(self, name: str) -> int:
+        """Bytes of this rank's slice."""
         return math.prod(self.shape(name)) * self._dtype_of(name).itemsize
 
     @property
-    def total(self) -> int:
-        return sum(self.nbytes(name) for name in self._parts)
+    def total_bytes(self) -> int:
+        """Bytes of all slices of this rank."""
+        return sum(self.nbytes(name) for name in self._sources)
 
-    def keep(self, where: str, source: Mapping[str, torch.Tensor] | None = None) -> None:
-        """Keep everything in `where` from now on: copied from `source`, or read from the files."""
-        assert where in ("file", "host", "device", "gang"), where
-        if where == self.where:
+    def move_to(self, location: Location, values: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Cache everything in `location` from now on, copied from `values` or else read from the files.
+
+        Raises RuntimeError, OutOfMemoryError included, naming the tensor for which there was no memory.
+        """
+        if location == self.location:
             return
-        kept: dict[str, torch.Tensor] = {}
+        cached = self._allocate(location)
+        if values is None:
+            for _ in read_shards([self._sources[name].read_into(t) for name, t in cached.items()], self._tp):
+                pass
+        else:
+            for name, tensor in cached.items():
+                tensor.copy_(values[name], non_blocking=True)
+            if self._device.type == "cuda":
+                torch.cuda.current_stream(self._device).synchronize()
+        self._cached, self.location = cached, location
+
+    def _allocate(self, location: Location) -> dict[str, torch.Tensor]:
+        cached: dict[str, torch.Tensor] = {}
         slab = torch.empty(0, dtype=torch.uint8)
-        left = sum(-(-self.nbytes(name) // 256) * 256 for name in self._parts)
-        for number, name in enumerate(self._parts if where != "file" else ()):
-            if where == "gang" and number % self._group.size != self._group.rank:
+        remaining = sum(_aligned(self.nbytes(name)) for name in self._sources)
+        for number, name in enumerate(self._sources if location != "file" else ()):
+            if location == "gang" and number % self._peers.size != self._peers.rank:
                 continue
             shape, dtype, size = self.shape(name), self._dtype_of(name), self.nbytes(name)
             try:
-                if where == "host":
-                    # slices start at multiples of 256 bytes, which every copy engine likes
-                    taken = -(-size // 256) * 256
+                if location == "host":
+                    taken = _aligned(size)
                     if slab.numel() < taken:
-                        room = min(max(_SLAB_BYTES, taken), left)
-                        slab = torch.empty(room, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
-                    kept[name], slab, left = slab[:size].view(dtype).view(shape), slab[taken:], left - taken
+                        slab_bytes = min(max(_SLAB_BYTES, taken), remaining)
+                        slab = torch.empty(slab_bytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+                    cached[name] = slab[:size].view(dtype).view(shape)
+                    slab, remaining = slab[taken:], remaining - taken
                 else:
-                    kept[name] = torch.empty(shape, dtype=dtype, device=self._device)
+                    cached[name] = torch.empty(shape, dtype=dtype, device=self._device)
             except RuntimeError as error:
-                raise named(
-                    error, f"{self._parts[name].info.path}: {self._parts[name].info.key}, kept on {where}"
-                ) from error
-        if source is None:
-            for _ in fill([Slice(self._parts[n].info, self._parts[n].shard_dim, t) for n, t in kept.items()], self._tp):
-                pass
-        else:
-            for name, tensor in kept.items():
-                tensor.copy_(source[name], non_blocking=True)
-            if self._device.type == "cuda":
-                torch.cuda.current_stream(self._device).synchronize()
-        self._kept, self.where = kept, where
+                info = self._sources[name].info
+                raise with_context(error, f"{info.path}: {info.key}, kept on {location}") from error
+        return cached
 
-    def fetch_into(self, names: Sequence[str], into: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, tensor on the device) for `names` in order; `into` is where what is elsewhere is copied to.
+    def fetch_into(
+        self, names: Sequence[str], targets: Mapping[str, torch.Tensor]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor on the device) for `names` in order.
 
-        What is kept on the device is given as it is: read it only.
+        A tensor cached on the device is yielded itself and must not be written. Any other is copied into its target.
         """
-        if self.where == "device":
-            yield from ((name, self._kept[name]) for name in names)
-        elif self.where == "gang":
-            owners = {name: number % self._group.size for number, name in enumerate(self._parts)}
+        if self.location == "device":
+            yield from ((name, self._cached[name]) for name in names)
+        elif self.location == "gang":
+            owners = {name: number % self._peers.size for number, name in enumerate(self._sources)}
             for name in names:
-                if name in self._kept:
-                    into[name].copy_(self._kept[name])
-                self._group.broadcast_(into[name], owners[name])
-                yield name, into[name]
-        elif self.where == "host" and self._device.type == "cuda":
+                if name in self._cached:
+                    targets[name].copy_(self._cached[name])
+                self._peers.broadcast_(targets[name], owners[name])
+                yield name, targets[name]
+        elif self.location == "host" and self._device.type == "cuda":
             main, side = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)
             side.wait_stream(main)
             for name in names:
                 with torch.cuda.stream(side):
-                    into[name].copy_(self._kept[name], non_blocking=True)
+                    targets[name].copy_(self._cached[name], non_blocking=True)
                 main.wait_event(side.record_event())
-                yield name, into[name]
-        elif self.where == "host":
+                yield name, targets[name]
+        elif self.location == "host":
             for name in names:
-                into[name].copy_(self._kept[name])
-                yield name, into[name]
+                targets[name].copy_(self._cached[name])
+                yield name, targets[name]
         else:
-            yield from self._read(names, into)
+            yield from self._read_files(names, targets)
 
     def fetch(self, groups: Sequence[Sequence[str]]) -> Iterator[list[torch.Tensor]]:
-        """The tensors of each group on the device, group by group; good until the next group is asked for."""
-        if self.where == "device":
+        """The tensors of each group on the device, group by group. A group is valid until the next one is requested."""
+        if self.location == "device":
             for names in groups:
-                yield [self._kept[name] for name in names]
-        elif self.where == "gang":
+                yield [self._cached[name] for name in names]
+        elif self.location == "gang":
             for names in groups:
-                into = {n: torch.empty(self.shape(n), dtype=self._dtype_of(n), device=self._device) for n in names}
-                yield [tensor for _, tensor in self.fetch_into(names, into)]
-        elif self.where == "host" and self._device.type == "cuda":
-            yield from self._ring(groups)
-        elif self.where == "host":
+                yield [tensor for _, tensor in self.fetch_into(names, self._empty(names))]
+        elif self.location == "host" and self._device.type == "cuda":
+            yield from self._copy_through_ring(groups)
+        elif self.location == "host":
             for names in groups:
-                yield [self._kept[name] for name in names]
+                yield [self._cached[name] for name in names]
         else:
             for batch in self._batches(groups):
-                flat = [name for names in batch for name in names]
-                read = {n: torch.empty(self.shape(n), dtype=self._dtype_of(n), device=self._device) for n in flat}
-                for _ in self._read(flat, read):
+                all_names = [name for names in batch for name in names]
+                tensors = self._empty(all_names)
+                for _ in self._read_files(all_names, tensors):
                     pass
                 for names in batch:
-                    yield [read[name] for name in names]
+                    yield [tensors[name] for name in names]
 
-    def _read(self, names: Sequence[str], into: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-        wanted = [Slice(self._parts[name].info, self._parts[name].shard_dim, into[name]) for name in names]
-        there, at = set(), 0
-        for index in fill(wanted, self._tp):
-            there.add(index)
-            while at in there:
-                yield names[at], into[names[at]]
-                at += 1
-        assert at == len(names), f"{len(names) - at} tensors have no elements"
+    def _empty(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        return {n: torch.empty(self.shape(n), dtype=self._dtype_of(n), device=self._device) for n in names}
+
+    def _read_files(
+        self, names: Sequence[str], targets: Mapping[str, torch.Tensor]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        reads = [self._sources[name].read_into(targets[name]) for name in names]
+        arrived: set[int] = set()
+        following = 0
+        for index in read_shards(reads, self._tp):
+            arrived.add(index)
+            while following in arrived:
+                yield names[following], targets[names[following]]
+                following += 1
+        assert following == len(names), f"{len(names) - following} tensors have no elements"
 
     def _batches(self, groups: Sequence[Sequence[str]]) -> Iterator[list[Sequence[str]]]:
         batch: list[Sequence[str]] = []
         size = 0
         for names in groups:
-            needed = sum(self.nbytes(name) for name in names)
-            if batch and size + needed > _BATCH_BYTES:
+            group_bytes = sum(self.nbytes(name) for name in names)
+            if batch and size + group_bytes > _BATCH_BYTES:
                 yield batch
                 batch, size = [], 0
             batch.append(names)
-            size += needed
+            size += group_bytes
         if batch:
             yield batch
 
-    def _ring(self, groups: Sequence[Sequence[str]]) -> Iterator[list[torch.Tensor]]:
-        """Copies from pinned memory run a few groups ahead of the work, in a fixed ring of device buffers."""
+    def _copy_through_ring(self, groups: Sequence[Sequence[str]]) -> Iterator[list[torch.Tensor]]:
+        """Groups from pinned memory, copied while earlier ones are in use, through a fixed ring of device buffers."""
         main, side = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)
-        room = max((sum(-(-self.nbytes(n) // 256) * 256 for n in names) for names in groups), default=0)
-        # several LoRAs of a high rank: fewer groups ahead, so that the buffers stay small
-        count = _SLOTS if _SLOTS * room <= _RING_BYTES else 2
-        slots = [torch.empty(room, dtype=torch.uint8, device=self._device) for _ in range(count)]
+        buffer_bytes = max((sum(_aligned(self.nbytes(n)) for n in names) for names in groups), default=0)
+        # Several LoRAs of a high rank make large groups. Two buffers then keep the ring small.
+        count = _RING_BUFFERS if _RING_BUFFERS * buffer_bytes <= _RING_BYTES else 2
+        buffers = [torch.empty(buffer_bytes, dtype=torch.uint8, device=self._device) for _ in range(count)]
         side.wait_stream(main)
         copied: list[tuple[list[torch.Tensor], torch.cuda.Event]] = []
         used: list[torch.cuda.Event | None] = [None] * count
 
         def send(number: int) -> None:
-            slot, at, tensors = slots[number % count], 0, []
-            if used[number % count] is not None:
-                side.wait_event(used[number % count])
+            buffer, offset, tensors = buffers[number % count], 0, []
+            last_use = used[number % count]
+            if last_use is not None:
+                side.wait_event(last_use)
             with torch.cuda.stream(side):
                 for name in groups[number]:
                     size = self.nbytes(name)
-                    tensor = slot[at : at + size].view(self._dtype_of(name)).view(self.shape(name))
-                    tensor.copy_(self._kept[name], non_blocking=True)
+                    tensor = buffer[offset : offset + size].view(self._dtype_of(name)).view(self.shape(name))
+                    tensor.copy_(self._cached[name], non_blocking=True)
                     tensors.append(tensor)
-                    at += -(-size // 256) * 256
+                    offset += _aligned(size)
             copied.append((tensors, side.record_event()))
 
         for number in range(min(count - 1, len(groups))):
@@ -254,4 +280,8 @@ class WeightCache:
         side.synchronize()
 
     def _dtype_of(self, name: str) -> torch.dtype:
-        return self._dtype or TORCH_DTYPES[self._parts[name].info.dtype]
+        return self._dtype or TORCH_DTYPES[self._sources[name].info.dtype]
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT

@@ -77,10 +77,10 @@ class RankActor:
             base = importlib.import_module("ltx_ray.engine.base")
             module, _, name = spec.engine.partition(":")
             engine = getattr(importlib.import_module(module), name)
-            join = getattr(engine, "join", base.join)
+            join_gang = getattr(engine, "join_gang", base.join_gang)
             self.device = spec.numerics.device
             meeting = (rendezvous.host, rendezvous.port) if rendezvous is not None else None
-            self.device = join(spec.numerics.device, rank, world, meeting, timeout)
+            self.device = join_gang(spec.numerics.device, rank, world, meeting, timeout)
             self.engine = engine(spec, base.Rank(rank, world, self.device))
             self.engine.load()
         finally:

@@ -1,39 +1,53 @@
-"""Which model passes guidance needs. No torch, so that the plan can count them.
+"""Which model passes guidance takes. No torch, because planning counts them.
 
-Source: `guiders.py` and `denoisers.py` of the reference v1.2.0.
+Source: docs/ltx-2.3.md#guidance; `ltx_core/components/guiders.py` and `ltx_pipelines/utils/denoisers.py` of the
+reference v1.2.0.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from enum import StrEnum
 
 from ltx_ray.records import Guidance
 
-#: Names of the passes, in the order in which the reference makes them.
-PASSES = ("cond", "uncond", "perturbed", "isolated")
+
+class Pass(StrEnum):
+    """A model pass by what it takes away, in the order in which the reference makes them."""
+
+    COND = "cond"
+    UNCOND = "uncond"
+    PERTURBED = "perturbed"
+    ISOLATED = "isolated"
 
 
-def wants_uncond(g: Guidance) -> bool:
+def needs_uncond(g: Guidance) -> bool:
+    """Whether a stream needs the pass on the negative prompt (CFG, arXiv:2207.12598)."""
     return not math.isclose(g.cfg_scale, 1.0)
 
 
-def wants_perturbed(g: Guidance) -> bool:
-    # without blocks the pass would repeat the first one, and its difference be zero
+def needs_perturbed(g: Guidance) -> bool:
+    """Whether a stream needs the pass without self-attention in its `stg_blocks` (STG, arXiv:2411.18664)."""
+    # Without blocks the pass would repeat the first one, and their difference would be zero.
     return not math.isclose(g.stg_scale, 0.0) and bool(g.stg_blocks)
 
 
-def wants_isolated(g: Guidance) -> bool:
+def needs_isolated(g: Guidance) -> bool:
+    """Whether a stream needs the pass without attention between the streams (LTX-2, arXiv:2601.03233)."""
     return not math.isclose(g.modality_scale, 1.0)
 
 
-def passes_for(guidance: Iterable[Guidance]) -> tuple[str, ...]:
-    """The passes of a call for the streams that take part in it; one serves both whenever either wants it."""
+def passes_for(guidance: Iterable[Guidance]) -> tuple[Pass, ...]:
+    """The passes of a call, given the guidance of each stream that takes part.
+
+    A pass is made for both streams when either needs it.
+    """
     streams = tuple(guidance)
-    wanted = {
-        "cond": True,
-        "uncond": any(wants_uncond(g) for g in streams),
-        "perturbed": any(wants_perturbed(g) for g in streams),
-        "isolated": any(wants_isolated(g) for g in streams),
+    needed = {
+        Pass.COND: True,
+        Pass.UNCOND: any(needs_uncond(g) for g in streams),
+        Pass.PERTURBED: any(needs_perturbed(g) for g in streams),
+        Pass.ISOLATED: any(needs_isolated(g) for g in streams),
     }
-    return tuple(name for name in PASSES if wanted[name])
+    return tuple(name for name in Pass if needed[name])

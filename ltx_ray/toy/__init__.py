@@ -1,10 +1,9 @@
-"""The toy model: the five pieces of LTX-2.3 that a user downloads, at tiny widths and with random weights.
+"""The toy model: the pieces of LTX-2.3 that a user downloads, at tiny widths and with random weights.
 
-File formats, key names, metadata and features are those of the release (see shared/ltx-facts.md, "Checkpoint
-key prefixes" and "Metadata of the single file"), so whatever loads the release loads the toy. The weights are
-random, so its pictures mean nothing.
+File formats, key names, metadata and features are those of the release (docs/ltx-2.3.md#checkpoint), so whatever loads
+the release loads the toy. The weights are random, so its pictures mean nothing.
 
-Importing this is cheap; torch is imported when a model is made.
+Importing this package is cheap, because torch is imported when a model is made.
 """
 
 from __future__ import annotations
@@ -16,11 +15,14 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
+from ltx_ray.checkpoints import transformer_keys
 from ltx_ray.toy.config import MODEL_VERSION, ToyShape, checkpoint_config, upsampler_config
 
 __all__ = ["FILES", "ToyShape", "make_toy_model", "ensure_toy_model"]
 
+#: File or folder of each piece, by the name under which the command line takes it.
 FILES = {
     "checkpoint_path": "ltx-2.3-toy-dev.safetensors",
     "distilled_lora": "ltx-2.3-toy-distilled-lora-1.1.safetensors",
@@ -31,11 +33,11 @@ FILES = {
 _DEFAULT = ToyShape()
 
 
-def _save(path: Path, tensors: dict, metadata: dict[str, str]):
+def _save(path: Path, tensors: dict[str, Any], metadata: dict[str, str]) -> None:
     """Write a safetensors file whose bytes depend on its contents alone.
 
-    save_file writes the metadata in the order of a hash map, another one in each process; here the header is put
-    back with its metadata sorted, which does not change its length.
+    save_file writes the metadata in the order of a hash map, which differs between processes. The header is written
+    again with sorted metadata, which does not change its length.
     """
     from safetensors.torch import save_file
 
@@ -51,10 +53,9 @@ def _save(path: Path, tensors: dict, metadata: dict[str, str]):
 
 
 def make_toy_model(out_dir: str | os.PathLike, *, seed: int = 0, shape: ToyShape = _DEFAULT) -> dict[str, str]:
-    """Write the five pieces into `out_dir` (made if need be) and return where they are.
+    """Write the pieces into `out_dir`, which is made if it does not exist, and return their paths by the keys of FILES.
 
-    The result has the keys `checkpoint_path`, `distilled_lora`, `spatial_upsampler_path` and `gemma_root`, the
-    names under which the command line takes them. The bytes depend on `seed` and `shape` alone.
+    The bytes depend on `seed` and `shape` alone.
     """
     import torch
 
@@ -93,22 +94,24 @@ def make_toy_model(out_dir: str | os.PathLike, *, seed: int = 0, shape: ToyShape
     return {name: str(path) for name, path in paths.items()}
 
 
-def _digest(package: Path = Path(__file__).parent) -> str:
-    """Twelve hex digits that tell this generator from another: over the names and bytes of all its files, no others,
-    and the default shape."""
+def _digest(
+    package: Path = Path(__file__).parent,
+    tensor_names: Path = Path(transformer_keys.__file__),
+) -> str:
+    """Twelve hex digits that identify this generator: its default shape, its source, and the tensor names it uses."""
     digest = hashlib.sha256(json.dumps(dataclasses.asdict(_DEFAULT)).encode())
-    for file in sorted(package.glob("[!.]*.py")):
+    for file in [*sorted(package.glob("[!.]*.py")), tensor_names]:
         source = file.read_bytes()
         digest.update(f"{file.name} {len(source)}\n".encode() + source)
     return digest.hexdigest()[:12]
 
 
 def ensure_toy_model(cache_dir: str | os.PathLike | None = None) -> dict[str, str]:
-    """The default toy model, made on first use; the same paths as make_toy_model returns.
+    """The paths of the default toy model, as make_toy_model returns them. The model is made on first use.
 
-    `cache_dir` defaults to $LTX_RAY_CACHE, otherwise `ltx-ray` in the user's cache directory. The folder's name
-    holds a digest of this generator, so another version of it makes its own. It appears by rename when complete:
-    any number of processes may call this at once.
+    `cache_dir` defaults to $LTX_RAY_CACHE, otherwise to `ltx-ray` in the user's cache directory. The folder's name has
+    a digest of the generator, so every version of it makes a folder of its own. The folder is published by rename when
+    it is complete, so any number of processes may call this at once.
     """
     if cache_dir is None:
         cache_dir = os.environ.get("LTX_RAY_CACHE") or (
@@ -121,12 +124,13 @@ def ensure_toy_model(cache_dir: str | os.PathLike | None = None) -> dict[str, st
         making = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=cache))
         try:
             make_toy_model(making)
-            making.chmod(0o755)  # mkdtemp's own mode would keep a shared cache to one user
+            making.chmod(0o755)  # With the mode that mkdtemp sets, a shared cache would serve one user only.
             try:
                 os.rename(making, folder)
             except OSError:
-                if not folder.is_dir():  # otherwise another process was first, with the same bytes
+                if not folder.is_dir():
                     raise
+                # Another process was first, with the same bytes.
         finally:
             shutil.rmtree(making, ignore_errors=True)
     return {name: str(folder / file) for name, file in FILES.items()}

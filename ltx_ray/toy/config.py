@@ -1,29 +1,37 @@
-"""Sizes of the toy model, and the configs that its files carry in their metadata, as the release has them."""
+"""Sizes of the toy model, and the configurations in the metadata of its files (docs/ltx-2.3.md#metadata)."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 MODEL_VERSION = "2.3.0"
-LATENT_CHANNELS = 128  # of the video VAE; the first width of its encoder too
-AUDIO_LATENT = (8, 16)  # channels x bins; 8 * 16 is also the width of the audio VAE (its statistics are per ch)
+#: Channels of the video VAE's latents, and the first width of its encoder.
+LATENT_CHANNELS = 128
+#: Channels and bins of audio latents. Their product is also the width of the audio VAE.
+AUDIO_LATENT = (8, 16)
+#: Learnable registers of a text connector.
 REGISTERS = 128
+#: Side of the patches of pixels that the video VAE begins with.
 PATCH = 4
 MEL_BINS = 64
+#: Window and hop, in samples, of the mel transform before the bandwidth extension.
 BWE_FFT = 512
 BWE_HOP = 80
 
 
 @dataclass(frozen=True)
 class ToyShape:
-    """Widths and depths of a toy model. Tuples run in the order of the checkpoint's own config lists.
+    """Widths and depths of a toy model. Tuples are in the order of the lists in the checkpoint's config.
 
     Raises ValueError naming the field, its value and what is legal.
     """
 
     layers: int = 4
-    heads: int = 4  # of video and of audio: the model requires them to be equal
+    #: Attention heads of the video stream and of the audio stream, which must be equal.
+    heads: int = 4
     head_dim: int = 32
     audio_head_dim: int = 16
     connector_layers: int = 2
@@ -32,7 +40,8 @@ class ToyShape:
     gemma_heads: int = 4
     gemma_kv_heads: int = 2
     encoder_layers: tuple[int, ...] = (1, 1, 1, 1, 1)
-    encoder_multipliers: tuple[int, ...] = (1, 1, 1, 1)  # the release has 2, 2, 2, 1
+    #: The release has 2, 2, 2, 1.
+    encoder_multipliers: tuple[int, ...] = (1, 1, 1, 1)
     decoder_layers: tuple[int, ...] = (1, 2, 2, 1, 1)
     decoder_base: int = 8
     audio_mult: tuple[int, ...] = (1, 1, 1)
@@ -43,8 +52,8 @@ class ToyShape:
     upsampler_blocks: int = 1
     lora_rank: int = 8
 
-    def __post_init__(self):
-        def check(field, legal, ok):
+    def __post_init__(self) -> None:
+        def check(field: str, legal: str, ok: Callable[[Any], bool]) -> None:
             value = getattr(self, field)
             whole = all(isinstance(v, int) and v > 0 for v in (value if isinstance(value, tuple) else (value,)))
             if not (whole and ok(value)):
@@ -76,10 +85,19 @@ class ToyShape:
         return self.heads * self.audio_head_dim
 
 
-def checkpoint_config(shape: ToyShape) -> dict:
-    """The JSON object that the single file carries under `config`."""
-    s = shape
-    transformer = {
+def checkpoint_config(shape: ToyShape) -> dict[str, Any]:
+    """The JSON object `config` in the metadata of the single file."""
+    return {
+        "transformer": _transformer(shape),
+        "vae": _video_vae(shape),
+        "audio_vae": _audio_vae(shape),
+        "vocoder": _vocoder(shape),
+        "scheduler": {"_class_name": "RectifiedFlowScheduler", "sampler": "LinearQuadratic", "shifting": "SD3"},
+    }
+
+
+def _transformer(s: ToyShape) -> dict[str, Any]:
+    return {
         "_class_name": "AVTransformer3DModel",
         "num_layers": s.layers,
         "num_attention_heads": s.heads,
@@ -102,7 +120,7 @@ def checkpoint_config(shape: ToyShape) -> dict:
         "frequencies_precision": "float64",
         "apply_gated_attention": True,
         "cross_attention_adaln": True,
-        # the four below together mean "the text projection comes before the connectors" (2.3)
+        # The next four together mean that the text is projected before the connectors, as in 2.3.
         "caption_proj_before_connector": True,
         "caption_projection_first_linear": False,
         "caption_proj_input_norm": False,
@@ -119,7 +137,7 @@ def checkpoint_config(shape: ToyShape) -> dict:
         "connector_positional_embedding_max_pos": [4096],
         "connector_apply_gated_attention": True,
         "connector_norm_output": True,
-        # the rest has one legal value each; the reference refuses a file that lacks them
+        # Each of the others has one legal value. The reference refuses a file without them.
         "dropout": 0.0,
         "attention_bias": True,
         "num_vector_embeds": None,
@@ -139,9 +157,14 @@ def checkpoint_config(shape: ToyShape) -> dict:
         "av_cross_ada_norm": True,
         "use_middle_indices_grid": True,
     }
+
+
+def _video_vae(s: ToyShape) -> dict[str, Any]:
+    def res(layers: int) -> list[Any]:
+        return ["res_x", {"num_layers": layers}]
+
     e, m, d = s.encoder_layers, s.encoder_multipliers, s.decoder_layers
-    res = lambda n: ["res_x", {"num_layers": n}]  # noqa: E731
-    vae = {
+    return {
         "_class_name": "CausalVideoAutoencoder",
         "dims": 3,
         "in_channels": 3,
@@ -158,7 +181,8 @@ def checkpoint_config(shape: ToyShape) -> dict:
             ["compress_all_res", {"multiplier": m[3]}],
             res(e[4]),
         ],
-        "decoder_blocks": [  # listed from the pixel end; built in reverse
+        # From the pixels inwards; the decoder applies them in reverse.
+        "decoder_blocks": [
             res(d[0]),
             ["compress_space", {"multiplier": 2}],
             res(d[1]),
@@ -177,7 +201,10 @@ def checkpoint_config(shape: ToyShape) -> dict:
         "timestep_conditioning": False,
         "spatial_padding_mode": "zeros",
     }
-    audio_vae = {
+
+
+def _audio_vae(s: ToyShape) -> dict[str, Any]:
+    return {
         "model": {
             "params": {
                 "sampling_rate": 16000,
@@ -205,6 +232,9 @@ def checkpoint_config(shape: ToyShape) -> dict:
             "mel": {"n_mel_channels": MEL_BINS, "mel_fmin": 0, "mel_fmax": 8000},
         },
     }
+
+
+def _vocoder(s: ToyShape) -> dict[str, Any]:
     generator = {
         "resblock": "AMP1",
         "activation": "snakebeta",
@@ -214,7 +244,7 @@ def checkpoint_config(shape: ToyShape) -> dict:
         "use_tanh_at_final": False,
         "use_bias_at_final": False,
     }
-    vocoder = {
+    return {
         "vocoder": {
             **generator,
             "upsample_initial_channel": s.vocoder_channels,
@@ -233,13 +263,10 @@ def checkpoint_config(shape: ToyShape) -> dict:
             "num_mels": MEL_BINS,
         },
     }
-    scheduler = {"_class_name": "RectifiedFlowScheduler", "sampler": "LinearQuadratic", "shifting": "SD3"}
-    return {"transformer": transformer, "vae": vae, "audio_vae": audio_vae, "vocoder": vocoder, "scheduler": scheduler}
 
 
-def upsampler_config(shape: ToyShape) -> dict:
-    """The JSON object that the upsampler's file carries under `config`."""
-    s = shape
+def upsampler_config(s: ToyShape) -> dict[str, Any]:
+    """The JSON object `config` in the metadata of the upsampler's file."""
     return {
         "_class_name": "LatentUpsampler",
         "in_channels": LATENT_CHANNELS,

@@ -1,4 +1,4 @@
-"""The toy's text encoder: a Gemma 3 directory with a tokenizer for any language, its configs and its weights."""
+"""The toy's text encoder: a Gemma 3 directory with a tokenizer for any language, configurations and weights."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ voice whisper laughing singing dancing falling flying water fire smoke wind sky 
 
 
 def _train_bpe(words: list[str], size: int) -> list[tuple[str, str]]:
-    """Plain byte-pair merging over words, most frequent pair first, ties in alphabetical order: at most `size`."""
+    """Up to `size` merges of byte-pair encoding over words: the most frequent pair first, ties alphabetically."""
     counts: dict[tuple[str, ...], int] = {}
     for word in words:
         key = tuple("▁" + word)
         counts[key] = counts.get(key, 0) + 1
-    merges = []
+    merges: list[tuple[str, str]] = []
     while len(merges) < size:
         pairs: dict[tuple[str, str], int] = {}
-        for word, n in counts.items():
-            for pair in pairwise(word):
+        for pieces, n in counts.items():
+            for pair in pairwise(pieces):
                 pairs[pair] = pairs.get(pair, 0) + n
         if not pairs:
             break
         best = min(pairs, key=lambda p: (-pairs[p], p))
         merges.append(best)
         merged: dict[tuple[str, ...], int] = {}
-        for word, n in counts.items():
+        for pieces, n in counts.items():
             out: list[str] = []
-            for piece in word:
+            for piece in pieces:
                 if out and (out[-1], piece) == best:
                     out[-1] += piece
                 else:
@@ -52,7 +52,7 @@ def _train_bpe(words: list[str], size: int) -> list[tuple[str, str]]:
 
 
 def _tokenizer_json() -> dict:
-    """A Gemma-like tokenizer.json: spaces become U+2581, BPE, unknown characters fall back to their bytes."""
+    """A tokenizer.json like Gemma's: spaces become U+2581, and characters without a token become their bytes."""
     pieces = [*_SPECIALS, *(f"<0x{b:02X}>" for b in range(256)), "▁", "\n", *(chr(c) for c in range(33, 127))]
     known = set(pieces)
     merges = []
@@ -106,7 +106,7 @@ def _tokenizer_json() -> dict:
 
 
 def files(s: ToyShape) -> dict[str, dict]:
-    """Every JSON file of the Gemma directory, by name."""
+    """The JSON files of the Gemma directory by name."""
     text = {
         "model_type": "gemma3_text",
         "hidden_size": s.gemma_hidden,
@@ -117,7 +117,7 @@ def files(s: ToyShape) -> dict[str, dict]:
         "num_hidden_layers": s.gemma_layers,
         "query_pre_attn_scalar": s.gemma_hidden // s.gemma_heads,
         "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
-        "sliding_window": 64,  # short, so that long prompts do pass it
+        "sliding_window": 64,  # Shorter than long prompts, so that it has an effect.
         "layer_types": ["full_attention" if (i + 1) % 3 == 0 else "sliding_attention" for i in range(s.gemma_layers)],
         "vocab_size": _VOCAB,
     }
@@ -160,14 +160,14 @@ def files(s: ToyShape) -> dict[str, dict]:
     }  # fmt: skip
 
 
-def draw_weights(draw: Draw, s: ToyShape):
-    """The text model, and a vision tower just large enough for the class to load."""
-    dim, head_dim, wide = s.gemma_hidden, s.gemma_hidden // s.gemma_heads, 2 * s.gemma_hidden
+def draw_weights(draw: Draw, s: ToyShape) -> None:
+    """Draw the text model, and a vision tower just large enough for the class to load."""
+    dim, head_dim, hidden = s.gemma_hidden, s.gemma_hidden // s.gemma_heads, 2 * s.gemma_hidden
 
-    def matrix(key, n_out, n_in, gain=1.0):
+    def matrix(key: str, n_out: int, n_in: int, gain: float = 1.0) -> None:
         draw.vector(f"{key}.weight", (n_out, n_in), gain / math.sqrt(n_in))
 
-    # embeddings are multiplied by sqrt(dim) as they are looked up; norm weights are stored as distances from 1
+    # Gemma multiplies embeddings by sqrt(dim) and stores norm weights as their difference from 1.
     matrix("language_model.model.embed_tokens", _VOCAB, dim)
     for layer in range(s.gemma_layers):
         block = f"language_model.model.layers.{layer}."
@@ -178,9 +178,9 @@ def draw_weights(draw: Draw, s: ToyShape):
         matrix(f"{block}self_attn.o_proj", dim, s.gemma_heads * head_dim)
         for name in ("q", "k"):
             draw.vector(f"{block}self_attn.{name}_norm.weight", (head_dim,), 0.2)
-        matrix(f"{block}mlp.gate_proj", wide, dim)
-        matrix(f"{block}mlp.up_proj", wide, dim)
-        matrix(f"{block}mlp.down_proj", dim, wide)
+        matrix(f"{block}mlp.gate_proj", hidden, dim)
+        matrix(f"{block}mlp.up_proj", hidden, dim)
+        matrix(f"{block}mlp.down_proj", dim, hidden)
     draw.vector("language_model.model.norm.weight", (dim,), 0.2)
 
     eye, top = _VISION["hidden_size"], "vision_tower.vision_model."

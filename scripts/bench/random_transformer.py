@@ -16,7 +16,7 @@ from ltx_ray.checkpoints.lora import Factor, LoraPair
 from ltx_ray.checkpoints.safetensors import TensorInfo, read_header
 from ltx_ray.checkpoints.transformer_config import TransformerConfig
 from ltx_ray.model.transformer import Transformer
-from ltx_ray.parallel.layers import TPGroup
+from ltx_ray.parallel.layers import RankGroup, ShardParameter, shard_parameter
 from ltx_ray.toy.config import ToyShape, checkpoint_config
 
 LORA_RANK = 384
@@ -37,7 +37,7 @@ def config(layers: int = 48, tiny: bool = False) -> TransformerConfig:
     return TransformerConfig.from_metadata(metadata(layers, tiny)["transformer"])
 
 
-def build(layers: int, tp: TPGroup = TPGroup()) -> Transformer:  # noqa: B008 (frozen)
+def build(layers: int, tp: RankGroup = RankGroup()) -> Transformer:  # noqa: B008 (frozen)
     """The transformer on the meta device."""
     with torch.device("meta"):
         return Transformer(config(layers), tp)
@@ -81,10 +81,8 @@ def fill(
             if not old.is_meta:
                 (store or (lambda parameter, data: parameter.data.copy_(data)))(old, new)
                 continue
-            parameter = nn.Parameter(new, requires_grad=False)
-            if hasattr(old, "shard_dim"):
-                parameter.shard_dim = old.shard_dim
-            setattr(module, key, parameter)
+            ours = isinstance(old, ShardParameter)
+            setattr(module, key, shard_parameter(new, old.shard_dim) if ours else nn.Parameter(new, False))
     missing = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     assert not missing, f"buffers on the meta device: {missing}"
 

@@ -16,11 +16,13 @@ import torch.nn.functional as F
 
 from ltx_ray.checkpoints.transformer_config import StreamConfig
 from ltx_ray.model.attention_backends import Attend
-from ltx_ray.model.packing import PackedLinear
-from ltx_ray.model.steps import Quantized, product
+from ltx_ray.model.block import STREAM_NAMES
+from ltx_ray.model.packing import PackedLinear, PackedLinears
+from ltx_ray.model.steps import QuantizedRows, linear
 from ltx_ray.model.transformer import Transformer
 from ltx_ray.parallel.fp8 import FP8, FP8_MAX
-from ltx_ray.parallel.layers import Linear
+from ltx_ray.parallel.layers import ReplicatedLinear
+from ltx_ray.records import AV
 
 
 @dataclass(frozen=True)
@@ -72,42 +74,42 @@ def flops(calls: Plan) -> int:
 
 
 def _calls(model: Transformer, lengths: Lengths, isolated: bool) -> Iterator[Gemm | Attention]:
-    video, audio = model.config.video, model.config.audio
-    yield _unpacked(model.patchify_proj, lengths.video)
-    yield _unpacked(model.audio_patchify_proj, lengths.audio)
-    for block in model.transformer_blocks:
-        products = block.products
-
-        def to_self(name: str, stream: StreamConfig, rows: int, products=products) -> Iterator[Gemm | Attention]:
-            yield Gemm(products[name, "qkv"], rows)
-            yield Gemm(products[name, "gates"], rows)
-            yield Attention(rows, rows, stream.heads, stream.dim)
-            yield Gemm(products[name, "out"], rows)
-
-        def to_other(
-            name: str, stream: StreamConfig, rows: int, keys: int, products=products
-        ) -> Iterator[Gemm | Attention]:
-            yield Gemm(products[name, "q_gates"], rows)
-            yield Gemm(products[name, "kv"], keys)
-            yield Attention(rows, keys, stream.heads, stream.dim)
-            yield Gemm(products[name, "out"], rows)
-
-        yield from to_self("attn1", video, lengths.video)
-        yield from to_other("attn2", video, lengths.video, lengths.text)
-        yield from to_self("audio_attn1", audio, lengths.audio)
-        yield from to_other("audio_attn2", audio, lengths.audio, lengths.text)
+    streams, tokens = AV(model.config.video, model.config.audio), AV(lengths.video, lengths.audio)
+    by_stream = list(zip(STREAM_NAMES, streams, tokens, tokens.swapped(), strict=True))
+    for names, _, own, _ in by_stream:
+        yield _unpacked(getattr(model, names.patchify), own)
+    for block in model.blocks:
+        for names, stream, own, _ in by_stream:
+            yield from _self_attention(block.packed_linears, names.self_attention, stream, own)
+            yield from _cross_attention(block.packed_linears, names.text_attention, stream, own, lengths.text)
         if not isolated:
-            # Attention between the streams has the width of the audio stream.
-            yield from to_other("audio_to_video_attn", audio, lengths.video, lengths.audio)
-            yield from to_other("video_to_audio_attn", audio, lengths.audio, lengths.video)
-        for name, rows in (("ff", lengths.video), ("audio_ff", lengths.audio)):
-            yield Gemm(products[name, "up"], rows)
-            yield Gemm(products[name, "down"], rows)
-    yield _unpacked(model.proj_out, lengths.video)
-    yield _unpacked(model.audio_proj_out, lengths.audio)
+            # Attention between the streams is as wide as the audio stream.
+            for names, _, own, other in by_stream:
+                yield from _cross_attention(block.packed_linears, names.cross_attention, streams.audio, own, other)
+        for names, _, own, _ in by_stream:
+            yield Gemm(block.packed_linears[names.feed_forward, "up"], own)
+            yield Gemm(block.packed_linears[names.feed_forward, "down"], own)
+    for names, _, own, _ in by_stream:
+        yield _unpacked(getattr(model, names.proj_out), own)
 
 
-def _unpacked(layer: Linear, rows: int) -> Gemm:
+def _self_attention(packed: PackedLinears, name: str, stream: StreamConfig, rows: int) -> Iterator[Gemm | Attention]:
+    yield Gemm(packed[name, "qkv"], rows)
+    yield Gemm(packed[name, "gates"], rows)
+    yield Attention(rows, rows, stream.heads, stream.dim)
+    yield Gemm(packed[name, "out"], rows)
+
+
+def _cross_attention(
+    packed: PackedLinears, name: str, stream: StreamConfig, rows: int, keys: int
+) -> Iterator[Gemm | Attention]:
+    yield Gemm(packed[name, "q_gates"], rows)
+    yield Gemm(packed[name, "kv"], keys)
+    yield Attention(rows, keys, stream.heads, stream.dim)
+    yield Gemm(packed[name, "out"], rows)
+
+
+def _unpacked(layer: ReplicatedLinear, rows: int) -> Gemm:
     return Gemm(PackedLinear(layer.weight, layer.bias, (layer.weight.shape[0],)), rows)
 
 
@@ -131,7 +133,7 @@ class Skeleton:
         if not layer.quantized:
             return partial(F.linear, x, layer.weight, layer.bias)
         if not layer.weight.is_cuda:  # to try out the script
-            return partial(product, x, layer)
+            return partial(linear, x, layer)
         assert layer.row_scale is not None
         # Transposed and reshaped beforehand, so that the call does nothing else.
         return partial(
@@ -154,10 +156,10 @@ class Skeleton:
         return self._inputs[key]
 
 
-def _rows(call: Gemm) -> torch.Tensor | Quantized:
+def _rows(call: Gemm) -> torch.Tensor | QuantizedRows:
     like = call.layer.bias
     x = torch.randn((call.rows, call.layer.weight.shape[1]), device=like.device, dtype=like.dtype)
     if not call.layer.quantized:
         return x
     scale = x.float().abs().amax(dim=1, keepdim=True) / FP8_MAX
-    return Quantized((x.float() / scale).clamp_(-FP8_MAX, FP8_MAX).to(FP8), scale)
+    return QuantizedRows((x.float() / scale).clamp_(-FP8_MAX, FP8_MAX).to(FP8), scale)

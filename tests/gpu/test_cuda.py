@@ -1,4 +1,4 @@
-"""The line on a CUDA device: close to the CPU's result, repeatable, and through Ray on one card."""
+"""The pipeline on a CUDA device: close to the CPU's result, repeatable, and through Ray on one card."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ CASES = {
     "distilled-image": {**DISTILLED, "pipeline": "distilled", "images": [FIRST]},
     "distilled-keyframes": {**DISTILLED, "pipeline": "distilled", "images": [FIRST, LATER]},
 }
-#: Relative L2 of bf16 against float32 on a CPU, in stage 1 and in stage 2: of the reference, and of ours.
+#: Relative L2 of bfloat16 against float32 on a CPU, in stage 1 and in stage 2, of the reference and of ours.
 BF16_FLOOR = {"stage_1": 5e-2, "stage_2": 1e-2}
 
 
@@ -58,7 +58,7 @@ class Engines:
         self.model = ModelFiles(**files, distilled=distilled)
         asked = RequestedNumerics(dtype=dtype, noise_device=noise_device, precision=precision)
         self.numerics = resolve(asked, ParallelConfig(), device, (), False)
-        self.rank = base.Rank(0, 1, base.join(device, 0, 1, None, 60))
+        self.rank = base.Rank(0, 1, base.join_gang(device, 0, 1, None, 60))
         self.text, self.diffusion = TextEngine(self.spec(), self.rank), DiffusionEngine(self.spec(), self.rank)
         self.text.load()
         self.diffusion.load()
@@ -67,14 +67,14 @@ class Engines:
         return EngineSpec("", self.model, self.numerics, output, layout=GangLayout(DIFFUSION_STAGES, alternates=True))
 
     def item(self, row: dict) -> WorkItem:
-        """The work of a manifest row."""
+        """The item of a manifest row."""
         rules = RowRules(num_layers=4, pipelines=served_pipelines(self.model.distilled))
         judged = judge(RawRow(str(GOLDENS / "rows.jsonl"), 1, row), rules)
         assert isinstance(judged, LegalRow), judged.messages()
         return ItemBuilder(self.model, self.numerics).item(judged.request)
 
     def stages(self, row: dict, output: str = "") -> list[StageLatents]:
-        """Both stages of `row`; with `output` the clip too."""
+        """Both stages of `row`, and its clip when there is an `output`."""
         item = self.item(row)
         contexts = self.text.run("text", item)
         first = self.diffusion.run("stage1", item, contexts)
@@ -89,13 +89,13 @@ class Engines:
 
 
 def stages(toy, device: str, dtype: str, noise_device: str = "cpu", output: str = "") -> list[StageLatents]:
-    """Both stages of ROW on engines made for it."""
+    """Both stages of ROW on new engines."""
     return Engines(toy, device, dtype, noise_device).stages(ROW, output)
 
 
 @pytest.fixture(scope="module")
 def latents(toy):
-    """Latents by name of a case, on engines kept for the module; those on a CPU are made once."""
+    """Latents by name of a case, on engines that the module shares. Those on a CPU are computed once."""
     engines, on_cpu = {}, {}
 
     def run(case: str, device: str, dtype: str) -> dict[str, torch.Tensor]:
@@ -136,7 +136,7 @@ def bf16_noise_is_rounded_float32_noise() -> bool:
 
 @pytest.mark.parametrize("case", CASES)
 def test_bfloat16_is_repeatable_and_within_its_noise_floor(latents, case):
-    """Of float32, where both dtypes start from the same noise; else of the CPU in bfloat16, as far from it again."""
+    """From float32 where both dtypes draw the same noise, otherwise twice that from a CPU in bfloat16."""
     first, again = (latents(case, DEVICE, "bfloat16") for _ in range(2))
     assert all(x.dtype == torch.bfloat16 and x.isfinite().all() for x in first.values())
     assert latents_sha256(first) == latents_sha256(again)
@@ -147,7 +147,7 @@ def test_bfloat16_is_repeatable_and_within_its_noise_floor(latents, case):
 
 
 def test_fp8_is_repeatable_and_near_bf16(toy, latents):
-    """Where it is not bf16 itself, over two samplers' steps and a switch of the LoRA."""
+    """Over both stages and a switch of the LoRA, and not equal to bf16."""
     engines = Engines(toy, DEVICE, "bfloat16", precision="fp8")
     first, again = (named_latents(*engines.stages(ROW)) for _ in range(2))
     assert latents_sha256(first) == latents_sha256(again)
@@ -156,14 +156,14 @@ def test_fp8_is_repeatable_and_near_bf16(toy, latents):
 
 
 @pytest.mark.parametrize("noise_device", ["cpu", "model"])
-def test_engines_made_anew_give_the_same_bits_and_a_clip(toy, tmp_path, noise_device):
+def test_new_engines_give_the_same_bits_and_a_clip(toy, tmp_path, noise_device):
     first = named_latents(*stages(toy, DEVICE, "bfloat16", noise_device, output=str(tmp_path)))
     again = named_latents(*stages(toy, DEVICE, "bfloat16", noise_device))
     assert latents_sha256(first) == latents_sha256(again)
 
 
 def test_stage_2_continues_the_cuda_generator(toy):
-    """The ledger names the device model, and a fresh process state gives the same second stage."""
+    """The ledger names the GPU model, and stage 2 does not depend on the process's own generator."""
     first, second = stages(toy, "cuda", "bfloat16", "model")
     assert first.ledger.device == "cuda" and first.ledger.device_model == torch.cuda.get_device_name(0)
     assert [name for name, *_ in second.ledger.draws] == [
@@ -176,7 +176,7 @@ def test_stage_2_continues_the_cuda_generator(toy):
 
 
 def test_noise_of_a_cpu_is_drawn_on_a_cpu(toy):
-    """Stage 2 of what a CPU began, on a GPU whose own rows have its noise."""
+    """Stage 2 on a GPU after stage 1 on a CPU, although the GPU draws the noise of its own rows."""
     cpu, gpu = Engines(toy, "cpu", "float32"), Engines(toy, "cuda", "float32", "model")
     item = cpu.item(ROW)
     contexts = cpu.text.run("text", item)
@@ -195,7 +195,7 @@ def test_two_cards_agree_with_one_over_nccl(toy, tmp_path):
 
     manifest = tmp_path / "rows.jsonl"
     manifest.write_text(json.dumps(ROW) + "\n")
-    layouts = {"one": {}, "tp": {"tp": 2}, "wide": {"guidance_parallel": 2, "sequence_parallel": 2}}
+    layouts = {"one": {}, "tp": {"tp": 2}, "parallel": {"guidance_parallel": 2, "sequence_parallel": 2}}
     found = {}
     for name, layout in layouts.items():
         out = tmp_path / name
@@ -209,7 +209,7 @@ def test_two_cards_agree_with_one_over_nccl(toy, tmp_path):
         )
         assert render(options) == 0
         found[name] = load_file(next((out / "latents").rglob("*.safetensors")))
-    for layout in ("tp", "wide"):
+    for layout in ("tp", "parallel"):
         for name, error in distances(found[layout], found["one"]).items():
             assert error <= 1e-5, f"{layout} {name}: {error:.1e}"
 
@@ -232,8 +232,8 @@ def test_one_card_serves_all_pools_through_ray(toy, tmp_path):
     assert set(devices.values()) == {"cuda:0"}
 
 
-def test_replicas_of_one_stage_and_those_that_seldom_turn_give_the_same_bits(toy):
-    """Weights that are merged in the first call, and again when a replica turns, in place of while it loads."""
+def test_replicas_of_one_stage_and_those_that_seldom_switch_give_the_same_bits(toy):
+    """They cache no sources when they are loaded, but at their first switch."""
     engines = Engines(toy, DEVICE, "bfloat16", noise_device="model")
     expected = latents_sha256(named_latents(*engines.stages(ROW)))
 

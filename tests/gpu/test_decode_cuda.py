@@ -1,4 +1,4 @@
-"""Decoding on a card: without room for the reference's tiles, and fused."""
+"""Decoding on a card: when memory does not suffice for the reference's tiles, and in fused steps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ltx_ray.engine import base, components, decode_steps
 from ltx_ray.engine.decode import DecodeEngine
 from ltx_ray.engine.decode_steps import ConvSum, SumOutputs
 from ltx_ray.engine.fused_decoder import fuse_decoder
-from ltx_ray.engine.initial_state import latent_sizes
+from ltx_ray.engine.patchify import latent_sizes
 from ltx_ray.records import NoiseLedger, StageLatents, WorkItem
 from tests.support.decoders import small_decoder
 from tests.support.samples import recipe, request
@@ -27,7 +27,7 @@ ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 1e-3}
 
 @contextmanager
 def memory(nbytes: float):
-    """As if the card had `nbytes`."""
+    """Limit the memory of the card to `nbytes`."""
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(nbytes / torch.cuda.get_device_properties(0).total_memory)
     try:
@@ -39,9 +39,9 @@ def memory(nbytes: float):
 @pytest.fixture
 def engine(toy, tmp_path):
     spec = EngineSpec("", ModelFiles(**toy), Numerics(dtype="bfloat16", device="cuda", compile="fused"), str(tmp_path))
-    made = DecodeEngine(spec, base.Rank(0, 1, base.join("cuda", 0, 1, None, 60)))
-    made.load()
-    return made
+    engine = DecodeEngine(spec, base.Rank(0, 1, base.join_gang("cuda", 0, 1, None, 60)))
+    engine.load()
+    return engine
 
 
 def clip_of(number: int, **size: int) -> tuple[WorkItem, list[StageLatents]]:
@@ -60,7 +60,7 @@ def frames(engine: DecodeEngine, path: str) -> int:
 def test_smaller_tiles_where_the_references_do_not_fit(engine):
     item, stages = clip_of(1, height=704, width=1280, num_frames=121)
     small, small_stages = clip_of(2, height=128, width=192, num_frames=17)
-    engine.run("decode", small, *small_stages)  # what libraries keep for themselves is there now
+    engine.run("decode", small, *small_stages)  # Libraries have allocated their workspaces now.
     torch.cuda.empty_cache()
     idle = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -75,15 +75,15 @@ def test_smaller_tiles_where_the_references_do_not_fit(engine):
             assert clip.flags == ("tiled_smaller",) and frames(engine, clip.path) == 121
             assert engine.run("decode", small, *small_stages).flags == ()
     assert 0 < rungs[0] < rungs[1], "less memory, smaller tiles"
-    # with the whole card again, where the ladder was left
+    # With all of the card's memory again, it starts at the rung that sufficed.
     engine.run("decode", item, *stages)
     assert engine.facts.decode_rung == rungs[1]
 
 
-def test_when_nothing_fits_the_error_goes_up_and_nothing_stays(engine):
+def test_when_nothing_fits_the_error_is_raised_and_memory_is_freed(engine):
     item, stages = clip_of(1, height=704, width=1280, num_frames=121)
     small, small_stages = clip_of(2, height=128, width=192, num_frames=17)
-    engine.run("decode", small, *small_stages)  # what libraries keep for themselves is there now
+    engine.run("decode", small, *small_stages)  # Libraries have allocated their workspaces now.
     before = torch.cuda.memory_allocated()
     torch.cuda.empty_cache()
     with memory(torch.cuda.memory_reserved() + 2**27):
@@ -106,34 +106,36 @@ def test_decode_kernel(size, channels, factors, layout, dtype):
     from ltx_ray.engine import decode_kernels
 
     rng = torch.Generator("cuda").manual_seed(0)
-    spread = factors[0] * factors[1] * factors[2]
+    expansion = factors[0] * factors[1] * factors[2]
 
     def normal(channels: int) -> torch.Tensor:
         x = torch.randn((size[0], channels, *size[1:]), generator=rng, device="cuda").to(dtype)
         return x.contiguous(memory_format=layout)
 
-    bias = torch.randn(channels * spread, generator=rng, device="cuda").to(dtype)
-    for add, wanted, width_first in (
+    bias = torch.randn(channels * expansion, generator=rng, device="cuda").to(dtype)
+    for add, outputs, width_first in (
         (True, SumOutputs(layout, layout, (1, 1), 1e-8), False),
         (False, SumOutputs(layout, layout, (1, 1), 1e-8), False),
         (False, SumOutputs(layout, None, (2, 0), 1e-8), False),
         (False, SumOutputs(layout, None, (1, 1)), False),
         (False, SumOutputs(layout, torch.contiguous_format), True),
     ):
-        y, x = normal(channels * spread), normal(channels) if add and spread == 1 else None
-        expected = decode_steps.finish_sum(ConvSum(y, bias, x, factors, width_first), wanted)
-        given = [ConvSum(y.clone(), bias, x, factors, width_first) for _ in range(2)]  # the sum may go where y is
-        first, second = (decode_kernels.finish_sum(total, wanted) for total in given)
+        y, x = normal(channels * expansion), normal(channels) if add and expansion == 1 else None
+        expected = decode_steps.finish_sum(ConvSum(y, bias, x, factors, width_first), outputs)
+        given = [
+            ConvSum(y.clone(), bias, x, factors, width_first) for _ in range(2)
+        ]  # The kernel may write the sum into y.
+        first, second = (decode_kernels.finish_sum(total, outputs) for total in given)
         for e, a, b in zip(expected, first, second, strict=True):
             assert (e is None) == (a is None)
             if e is not None:
                 assert a.shape == e.shape and a.dtype == e.dtype and torch.equal(a, b)
-                assert relative(a, e) < ROUNDING[dtype], (add, wanted)
+                assert relative(a, e) < ROUNDING[dtype], (add, outputs)
 
 
 @pytest.mark.parametrize("kind", ["toy", "random", "narrow"])
 def test_fused_pixels_are_no_further_from_exact(kind, toy):
-    """Against float32 on a CPU, both in bfloat16 on the card."""
+    """Compared with float32 on a CPU, when both run in bfloat16 on the card."""
     if kind == "toy":
         decoder = components.load_video_vae(toy["checkpoint_path"], torch.bfloat16, "cpu").decoder
     else:
@@ -161,7 +163,7 @@ def test_fused_takes_no_more_memory():
         for fuse in (False, True):
             if fuse:
                 assert fuse_decoder(decoder)
-            decoder(latents)  # what libraries keep for themselves is there now
+            decoder(latents)  # Libraries have allocated their workspaces now.
             idle = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             decoder(latents)

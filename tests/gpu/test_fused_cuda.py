@@ -12,12 +12,12 @@ from ltx_ray.checkpoints.checkpoint import open_checkpoint
 from ltx_ray.model import graphs, steps
 from ltx_ray.model.fused import FusedTransformer
 from ltx_ray.model.graphs import GraphedTransformer
-from ltx_ray.model.packing import PackedLinear, pack
+from ltx_ray.model.packing import PackedLinear, pack_linears
 from ltx_ray.model.rope import RopeTable, audio_positions, video_positions
-from ltx_ray.model.steps import Levels, Modulation, Quantized, Residual
+from ltx_ray.model.steps import Modulation, QuantizedRows, Residual, TokenLevels
 from ltx_ray.model.transformer import NO_PERTURBATION, Modality, Perturbation, Transformer
 from ltx_ray.parallel.fp8 import FP8
-from ltx_ray.parallel.layers import TPGroup
+from ltx_ray.parallel.layers import RankGroup
 from ltx_ray.parallel.loading import load_shard
 from ltx_ray.placement.numerics import has_fa3
 from ltx_ray.records import AV
@@ -32,7 +32,7 @@ PASSES = {
 }
 #: Relative error of a kernel against the same arithmetic in float32, rounded once at the end.
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 1e-3}
-#: The same where both sides round to e4m3: some values lie between two of its numbers.
+#: The same where both sides round to e4m3, of which some values are rounded to different neighbours.
 FP8_ROUNDING = 1e-2
 
 
@@ -51,17 +51,17 @@ def normal():
 def test_modulation_kernel(normal, rows, tokens, width, dtype):
     from ltx_ray.model import kernels
 
-    indexed = Levels(torch.arange(tokens, dtype=torch.int32, device=DEVICE) % 2)
+    indexed = TokenLevels(torch.arange(tokens, dtype=torch.int32, device=DEVICE) % 2)
     for norm, added, levels, quantize in itertools.product(
         (None, "rms", "layer"), (False, True), (None, indexed), (False, True)
     ):
         x, y = normal(rows, width).to(dtype), normal(rows, width).to(dtype)
         table = normal(2 if levels else 1, 9, width).to(dtype)
-        wanted = [Modulation(table[:, 0], table[:, 1], quantize), Modulation(table[:, 3], table[:, 4])]
+        modulations = [Modulation(table[:, 0], table[:, 1], quantize), Modulation(table[:, 3], table[:, 4])]
         residual = Residual(y, table[:, 2]) if added else None
         ours, expected = x.clone(), x.clone()
-        found = kernels.modulated(ours, residual, wanted, levels, norm, 1e-6)
-        right = steps.modulated(expected, residual, wanted, levels, norm, 1e-6)
+        found = kernels.add_norm_modulate(ours, residual, modulations, levels, norm, 1e-6)
+        right = steps.add_norm_modulate(expected, residual, modulations, levels, norm, 1e-6)
         assert relative(ours, expected) <= ROUNDING[dtype]
         assert relative(values(found[0]), values(right[0])) <= (FP8_ROUNDING if quantize else ROUNDING[dtype])
         assert relative(values(found[1]).float(), values(right[1]).float()) <= ROUNDING[dtype]
@@ -86,7 +86,7 @@ def test_head_kernels(normal, rows, tokens, heads, head, dtype):
     heads_out, logits = packed[:, 2 * width : 3 * width].unflatten(1, (heads, -1)), packed[:, 3 * width :]
     for quantize in (False, True):
         limit = FP8_ROUNDING if quantize else ROUNDING[dtype]
-        found, right = kernels.gated(heads_out, logits, quantize), steps.gated(heads_out, logits, quantize)
+        found, right = kernels.apply_gates(heads_out, logits, quantize), steps.apply_gates(heads_out, logits, quantize)
         assert relative(values(found).float(), values(right).float()) <= limit
         found, right = kernels.gelu(packed, quantize), steps.gelu(packed, quantize)
         assert relative(values(found).float(), values(right).float()) <= limit
@@ -94,15 +94,15 @@ def test_head_kernels(normal, rows, tokens, heads, head, dtype):
 
 @pytest.mark.parametrize("features", [(16384, 4096), (4096, 16384), (4160, 4096), (4096, 2048)])
 def test_fp8_products_of_any_number_of_rows(normal, features):
-    """At the released widths: there cuBLAS has kernels for some numbers of rows only."""
+    """At the released widths, where cuBLAS has kernels for some numbers of rows only."""
     n_out, n_in = features
-    wide, scale = normal(n_out, n_in), normal(n_out).abs() / 100
+    weight, scale = normal(n_out, n_in), normal(n_out).abs() / 100
     bias = (normal(n_out) / 100).bfloat16()
-    layer = PackedLinear(wide.to(FP8), bias, (n_out,), scale)
+    layer = PackedLinear(weight.to(FP8), bias, (n_out,), scale)
     for rows in (1, 8, 31, 32, 63, 64, 65, 100, 129, 4590):
-        x = Quantized(normal(rows, n_in).to(FP8), normal(rows, 1).abs() / 100)
+        x = QuantizedRows(normal(rows, n_in).to(FP8), normal(rows, 1).abs() / 100)
         right = values(x) @ (layer.weight.float() * scale[:, None]).T + bias.float()
-        found = steps.product(x, layer)
+        found = steps.linear(x, layer)
         assert found.shape == (rows, n_out) and found.dtype == torch.bfloat16
         errors = (found.float() - right).norm(dim=1) / right.norm(dim=1)
         assert errors.max() <= FP8_ROUNDING, rows
@@ -112,8 +112,8 @@ def packed_model(path: str, precision: str = "bf16") -> Transformer:
     checkpoint = open_checkpoint(path)
     with torch.device("meta"):
         model = Transformer(checkpoint.transformer)
-    pack(model, DEVICE, torch.bfloat16, precision)
-    load_shard(model, checkpoint.tensors, TPGroup(), dtype=torch.bfloat16, device=DEVICE)
+    pack_linears(model, DEVICE, torch.bfloat16, precision)
+    load_shard(model, checkpoint.tensors, RankGroup(), dtype=torch.bfloat16, device=DEVICE)
     return model
 
 
@@ -129,7 +129,7 @@ def call(run, ropes, inputs: Inputs, perturbation: Perturbation, sigma: float = 
 
     def modality(x, c, tables, times, of_token) -> Modality:
         return Modality(x.to(DEVICE, torch.bfloat16), at, times, c.to(DEVICE, torch.bfloat16), *tables,
-                        level_of=of_token)  # fmt: skip
+                        level_index=of_token)  # fmt: skip
 
     with torch.inference_mode():
         return run(
@@ -142,7 +142,7 @@ def positions() -> AV[torch.Tensor]:
 
 
 def exact(plain: Transformer, inputs: Inputs, perturbation: Perturbation, levels: int) -> AV[torch.Tensor]:
-    """The pass in float32 on a CPU, on the inputs that bfloat16 gets."""
+    """The pass in float32 on a CPU, on inputs rounded to bfloat16."""
     rounded = replace(
         inputs,
         latents=inputs.latents.map(lambda t: t.bfloat16().float()),
@@ -158,7 +158,7 @@ def exact(plain: Transformer, inputs: Inputs, perturbation: Perturbation, levels
 @pytest.mark.parametrize("name", PASSES)
 @pytest.mark.parametrize("attention", BACKENDS)
 def test_a_pass_is_as_exact_as_the_references_own_bf16(toy, attention, name, levels):
-    """The plain path rounds where the reference does; the fused one rounds less often."""
+    """The plain path rounds where the reference does, and the fused one rounds less often."""
     inputs = Inputs.random(load_ours(toy["checkpoint_path"]), seed=3)
     right = exact(load_ours(toy["checkpoint_path"]), inputs, PASSES[name], levels)
     model = packed_model(toy["checkpoint_path"])
@@ -170,7 +170,7 @@ def test_a_pass_is_as_exact_as_the_references_own_bf16(toy, attention, name, lev
 
 
 def test_graphs_give_the_bits_of_the_passes_that_they_were_made_from(toy):
-    """For every pass of a call, at several noise levels, and after the weights have changed in their places."""
+    """For every pass of a call, at several noise levels, and after weights have changed in place."""
     model = packed_model(toy["checkpoint_path"])
     inputs = Inputs.random(load_ours(toy["checkpoint_path"]), seed=4)
     eager, graphed = FusedTransformer(model, "cudnn"), GraphedTransformer(FusedTransformer(model, "cudnn"))
@@ -189,9 +189,9 @@ def test_graphs_give_the_bits_of_the_passes_that_they_were_made_from(toy):
 
 @pytest.mark.parametrize("attention", ["cudnn", *(["fa3"] if has_fa3() else [])])
 def test_graphs_of_many_kinds_of_passes_do_not_mix(toy, monkeypatch, attention):
-    """Two prompts in turns from the same tensors, both in one call, images' levels, a stream that sits out; and more
-    kinds than are kept."""
-    monkeypatch.setattr(graphs, "_KEPT_SHAPES", 2)
+    """Two prompts in turn, both in one batch, the noise levels of images, a disabled stream, and more shapes than are
+    kept."""
+    monkeypatch.setattr(graphs, "_MAX_SHAPES", 2)
     model = packed_model(toy["checkpoint_path"])
     eager = FusedTransformer(model, attention)
     graphed = GraphedTransformer(FusedTransformer(model, attention))
@@ -210,7 +210,7 @@ def test_graphs_of_many_kinds_of_passes_do_not_mix(toy, monkeypatch, attention):
             times = at[:, None] * torch.tensor([[1.0, 0.4, 0.0]], device=DEVICE)[:, :levels]
 
             def modality(x, c, tables, times, of, on, at=at) -> Modality:
-                return Modality(x.expand(len(c), -1, -1), at, times, c, *tables, enabled=on, level_of=of)
+                return Modality(x.expand(len(c), -1, -1), at, times, c, *tables, enabled=on, level_index=of)
 
             index = AV(of if levels > 1 else None, None)
             inputs = latents.map(modality, contexts, ropes, AV(times, at[:, None]), index, AV(True, sound))

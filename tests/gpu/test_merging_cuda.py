@@ -7,12 +7,12 @@ import torch
 from safetensors.torch import save_file
 
 from ltx_ray.checkpoints.safetensors import read_header
-from ltx_ray.parallel.layers import TPGroup
-from ltx_ray.parallel.loading import Slice, fill, shard_shape
+from ltx_ray.parallel.layers import RankGroup
+from ltx_ray.parallel.loading import ShardRead, read_shards, shard_shape
 from ltx_ray.parallel.lora import LoraSetting
 from ltx_ray.parallel.merging import merge_
-from ltx_ray.parallel.weight_cache import Memory
-from tests.support.lora_files import USES, expected, merger
+from ltx_ray.parallel.weight_cache import FreeMemory
+from tests.support.lora_files import STRENGTHS, expected, merger
 from tests.support.lora_files import files as files
 
 DEVICE = torch.device("cuda")
@@ -24,30 +24,30 @@ def random(*shape, dtype=torch.bfloat16):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_shard_streams_to_the_device(tmp_path, dtype):
-    """Tensors of several pieces, rows and columns of them, converted on the way."""
+    """Tensors of several chunks, and rows and columns of them, converted on the way."""
     torch.manual_seed(0)
     tensors = {"wide": torch.randn(4096, 8192).bfloat16(), "tall": torch.randn(8192, 1024), "bias": torch.randn(64)}
     save_file(tensors, tmp_path / "a.safetensors")
     infos = read_header(tmp_path / "a.safetensors").tensors
     for size in (1, 4):
-        tp = TPGroup(size - 1, size)
+        tp = RankGroup(size - 1, size)
         for dim in (None, 0, 1):
             names = [name for name, tensor in tensors.items() if dim is None or dim < tensor.dim()]
-            wanted = [
-                Slice(infos[n], dim, torch.full(shard_shape(infos[n], dim, tp), torch.nan, dtype=dtype, device=DEVICE))
-                for n in names
-            ]
-            assert sorted(fill(wanted, tp)) == list(range(len(names)))
-            for name, want in zip(names, wanted, strict=True):
+            targets = {
+                n: torch.full(shard_shape(infos[n], dim, tp), torch.nan, dtype=dtype, device=DEVICE) for n in names
+            }
+            reads = [ShardRead(infos[n], dim, targets[n]) for n in names]
+            assert sorted(read_shards(reads, tp)) == list(range(len(names)))
+            for name, target in targets.items():
                 whole = tensors[name]
                 part = whole if dim is None else whole.tensor_split(size, dim)[-1]
-                assert torch.equal(want.into.cpu(), part.to(dtype)), (name, size, dim)
+                assert torch.equal(target.cpu(), part.to(dtype)), (name, size, dim)
 
 
 @pytest.mark.parametrize("shape", [(4096, 4096), (16384, 4096), (4096, 16384), (32, 4096), (2048, 4096)])
 @pytest.mark.parametrize("rank", [384, 32, 7])
 def test_the_kernel_rounds_like_the_reference(shape, rank):
-    """Against the reference's own operations; the order of a sum over the rank may turn a last bit."""
+    """Compared with the reference's operations. The order of a sum over the rank may change a last bit."""
     torch.manual_seed(1)
     (n_out, n_in), strength = shape, 0.37
     clean, a, b = random(n_out, n_in), random(rank, n_in), random(n_out, rank)
@@ -74,7 +74,7 @@ def test_a_shard_gets_the_bits_of_the_whole(shape, dtype):
         merge_(whole, clean, products)
         for size in (2, 4, 8):
             for rank in (0, size - 1):
-                rows, columns = TPGroup(rank, size).slice(n_out), TPGroup(rank, size).slice(n_in)
+                rows, columns = RankGroup(rank, size).slice(n_out), RankGroup(rank, size).slice(n_in)
                 part = torch.empty_like(clean[rows])
                 merge_(part, clean[rows], [(a, b[rows], s) for a, b, s in products], first_row=rows.start)
                 assert torch.equal(part, whole[rows])
@@ -86,25 +86,25 @@ def test_a_shard_gets_the_bits_of_the_whole(shape, dtype):
 
 @pytest.mark.parametrize("clean", ["file", "host", "device"])
 @pytest.mark.parametrize("factors", ["file", "host", "device"])
-def test_every_residence_ends_in_the_bits_of_a_fresh_load(files, clean, factors):
+def test_every_cache_location_ends_in_the_bits_of_a_fresh_load(files, clean, factors):
     fresh = {}
-    for uses in USES:
+    for strengths in STRENGTHS:
         model, merging = merger(files, device=DEVICE)
-        merging.switch(LoraSetting(uses))
-        fresh[uses] = {name: p.cpu() for name, p in model.named_parameters()}
-        for name, value in expected(files, uses).items():
-            # another device sums in another order: at most a last bit of the product
-            assert torch.allclose(fresh[uses][name].float(), value.float(), rtol=2e-2, atol=2e-2), name
+        merging.switch_to(LoraSetting(strengths))
+        fresh[strengths] = {name: p.cpu() for name, p in model.named_parameters()}
+        for name, value in expected(files, strengths).items():
+            # Another device sums in another order, which changes at most a last bit of the product.
+            assert torch.allclose(fresh[strengths][name].float(), value.float(), rtol=2e-2, atol=2e-2), name
     model, merging = merger(files, device=DEVICE)
-    merging.keep(0, Memory(0, 0), clean, factors)
-    for uses in [*USES, *reversed(USES), *USES[::2]]:
-        merging.switch(LoraSetting(uses))
+    merging.cache_sources(0, FreeMemory(0, 0), clean, factors)
+    for strengths in [*STRENGTHS, *reversed(STRENGTHS), *STRENGTHS[::2]]:
+        merging.switch_to(LoraSetting(strengths))
         for name, parameter in model.named_parameters():
-            assert torch.equal(parameter.cpu(), fresh[uses][name]), name
+            assert torch.equal(parameter.cpu(), fresh[strengths][name]), name
 
 
 def test_memory_above_the_weights_stays_small():
-    """A merge of a large layer takes no temporaries; several LoRAs hold their sum in 32 MiB."""
+    """Merging one LoRA into a large layer allocates nothing, and merging several 32 MiB for their sum."""
     torch.manual_seed(3)
     weight, a, b = random(16384, 8192), random(384, 8192), random(16384, 384)
     for products, limit in (([(a, b, 0.5)], 0), ([(a, b, 0.5), (a, b, 0.25)], 33 * 2**20)):

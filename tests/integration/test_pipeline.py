@@ -1,4 +1,4 @@
-"""The whole line on real Ray with the toy model: pixels do not depend on how they were made."""
+"""The whole pipeline on real Ray with the toy model: latents do not depend on how they were computed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ ROWS = [{**row, "num_inference_steps": 3} for row in ROWS]
 
 @pytest.fixture(scope="module")
 def split(cluster, tmp_path_factory):
-    """The three rows in float32 through split pools of one rank, with latents kept."""
+    """The rows in float32, with stage 1 and stage 2 in pools of one rank each, and with saved latents."""
     from tests.support.runner import Runner
 
     runner = Runner(cluster, tmp_path_factory.mktemp("split"))
@@ -88,7 +88,7 @@ def test_latents_hash_is_of_the_stored_latents(split):
 
 
 def test_same_latents_in_other_pools_in_another_order_and_after_a_resume(split, tmp_path):
-    """The last row in shared pools, then the others through two replicas of stage 1."""
+    """The last row in a pool for both stages, then the others through two replicas of stage 1."""
     output = tmp_path / "out"
     manifest = split.manifest(ROWS[::-1], name="reversed.jsonl")
     options = {"fake": False, "dtype": "float32"}
@@ -100,8 +100,8 @@ def test_same_latents_in_other_pools_in_another_order_and_after_a_resume(split, 
     assert hashes(split.index(output)) == hashes(split.index())
 
 
-def test_previews_are_promoted_to_the_clips_of_the_whole_line(split, tmp_path):
-    """Trial in one run, the chosen rows finished by another: the same bits, and stage 1 is not rendered again."""
+def test_previews_are_promoted_to_the_clips_of_an_uninterrupted_run(split, tmp_path):
+    """One run renders previews and another finishes the chosen rows: the same bits, without rendering stage 1 again."""
     output = tmp_path / "out"
     options = {"fake": False, "dtype": "float32"}
     manifest = split.manifest(ROWS[:3], name="trial.jsonl")
@@ -112,14 +112,14 @@ def test_previews_are_promoted_to_the_clips_of_the_whole_line(split, tmp_path):
     with av.open(str(output / previews["tall"]["clip"])) as clip:
         video = clip.streams.video[0]
         assert (video.width, video.height, len(list(clip.decode(video)))) == (32, 64, 17)
-    # the same command finds nothing to do
+    # The same command finds nothing to do.
     assert split.render(manifest, output, stop_after="stage1", stage1=1, **options) == 0
     assert not [e for e in split.events(output) if e["event"] == "call"]
 
     def promote(*conditions: str, **changed) -> int:
         items = chosen_items(Store(str(output)), None, map(parse_filter, conditions))
-        asked = {"promote": frozenset(items.values()), "selection": Selection(ids=frozenset(items))}
-        return split.render(str(output / "previews"), output, stage1=1, stage2=0, **{**options, **asked, **changed})
+        requested = {"promote": frozenset(items.values()), "selection": Selection(ids=frozenset(items))}
+        return split.render(str(output / "previews"), output, stage1=1, stage2=0, **{**options, **requested, **changed})
 
     assert promote("id ~ a", "num_frames < 17") == 0
     assert promote("id = tall") == 0
@@ -132,7 +132,7 @@ def test_previews_are_promoted_to_the_clips_of_the_whole_line(split, tmp_path):
     whole = hashes(split.index())
     assert hashes(split.index(output)) == {name: whole[name] for name in ("image", "tall")}
 
-    # with another recipe it would be another clip: refused
+    # Another recipe would give another clip, so it is refused.
     assert promote("id = wide", dtype="bfloat16") == 3
     assert "that its preview was made with" in split.failed(output)["wide"]["message"]
 
@@ -151,7 +151,7 @@ def test_tensor_parallel_latents_agree(split, tmp_path):
 
 
 def test_stage_2_alone_gives_the_same_bits(split, toy):
-    """From the stored stage-1 latents and the ledger, in another process than the one that made them."""
+    """From the stored stage-1 latents and the ledger, in another process than the one that computed them."""
     row = split.index()["tall"]
     model = ModelFiles(**toy)
     numerics = Numerics(dtype="float32")
@@ -183,12 +183,12 @@ def test_stage_2_alone_gives_the_same_bits(split, toy):
 
 
 def test_lora_sets_of_rows(cluster, tmp_path, toy):
-    """Rows with their own LoRAs and strengths on one replica: the latents of a fresh load, and few switches."""
+    """Rows with their own LoRAs and strengths on one replica have the latents of a fresh load, with few switches."""
     from tests.support.runner import Runner
 
     factors = load_file(toy["distilled_lora"])
     files = []
-    for name, part in (("style", "attn1"), ("camera", "ff.")):  # ComfyUI's spelling, with an alpha
+    for name, part in (("style", "attn1"), ("camera", "ff.")):  # In ComfyUI's spelling, with an alpha.
         path, renamed = tmp_path / f"{name}.safetensors", {}
         for key, tensor in factors.items():
             if part in key:
@@ -208,8 +208,8 @@ def test_lora_sets_of_rows(cluster, tmp_path, toy):
     used = [[(use["name"], use["strength"]) for use in index[f"r{n}"]["loras"]] for n in range(3)]
     assert used == [[], [("style", 0.7)], [("style", 1.0), ("camera", 1.0)]]
     assert len(set(hashes(index).values())) == 4
-    # each stage of each set once is 6 merges, of which the first belongs to loading
+    # Each stage of each set once makes 6 merges, the first of which belongs to loading.
     assert sum(event["event"] == "switch" for event in runner.events()) <= 7
-    # alone, on weights that were never merged with anything else
-    alone = ToyPipeline(model, dtype="float32")
-    assert latents_sha256(alone.latents(rows[2])) == index["r2"]["latents_sha256"]
+    # On weights into which nothing else was ever merged.
+    fresh = ToyPipeline(model, dtype="float32")
+    assert latents_sha256(fresh.latents(rows[2])) == index["r2"]["latents_sha256"]

@@ -55,8 +55,8 @@ class Dataset(Version):
         row = self.rows()[row_id]
         assert row["item_id"] == kept("ids.json")["float32"][row_id]["item_id"]
         assert self.clips()[row_id] == row["clip_sha256"]
-        apart = version_before.distances(self.out, row["item_id"])
-        assert max(apart.values()) <= version_before.tolerance(), apart
+        distances = version_before.distances(self.out, row["item_id"])
+        assert max(distances.values()) <= version_before.tolerance(), distances
 
 
 @pytest.fixture
@@ -122,8 +122,8 @@ def test_its_failed_rows_are_retried(dataset, cluster):
     assert set(dataset.rows()) == FINISHED | {"seed-0", "seed-largest"}
     now = dataset.rows("failed")
     assert set(now) == {"faulty", "illegal"}
-    alike = ("item_id", "source", "stage", "attempts", "error_class", "message", "manifest_row", "prompt")
-    for name in alike:
+    same = ("item_id", "source", "stage", "attempts", "error_class", "message", "manifest_row", "prompt")
+    for name in same:
         assert now["faulty"][name] == before["faulty"][name], name
     assert now["illegal"]["message"].split(", legal:")[0] == before["illegal"]["message"].split(", legal:")[0]
 

@@ -1,11 +1,11 @@
 """Renders jobs with the reference from PyPI (ltx-pipelines 1.0.0), in float32 on the CPU: pypi_runner.py JOBS.json
 
-Runs in the environment of `scripts/setup --parity`, started by test_pypi_reference.py; knows nothing of ltx_ray.
-A job is {files, row, out}: a toy model's files, a manifest row with nothing left to defaults, and the safetensors
-file that gets the four final latents. Prints the versions it ran, as JSON.
+test_pypi_reference.py starts it in the environment of `scripts/setup --parity`, without ltx_ray. A job is {files, row,
+out}: a toy model's files, a manifest row that leaves nothing to defaults, and the safetensors file for the four final
+latents. Prints the versions of its packages as JSON.
 
-The reference computes in bfloat16. For float32 its modules see a torch whose bfloat16 is float32, and weights are
-upcast as they are read, so that LoRAs too are fused by its own code in float32.
+The reference computes in bfloat16. To run in float32, its modules see a torch whose bfloat16 is float32, and weights
+are upcast as they are read, so that its own code merges LoRAs in float32 too.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ PACKAGES = ("ltx-core", "ltx-pipelines", "transformers", "torch")
 
 
 def stub(name: str) -> None:
-    """A module that can be imported and nothing else: torchaudio has no CPU build, scipy is large."""
+    """Register an empty module: torchaudio has no CPU build, and scipy is large."""
     module = ModuleType(name)
-    module.__spec__ = ModuleSpec(name, None)  # others look for it before they import
+    module.__spec__ = ModuleSpec(name, None)  # Other packages look at it before they import the module.
     sys.modules[name] = module
 
 
 class Float32Torch(ModuleType):
-    """torch as seen by a module that is to run in float32."""
+    """torch as a module sees it that is to run in float32."""
 
     bfloat16 = torch.float32
 
@@ -41,7 +41,7 @@ class Float32Torch(ModuleType):
 
 
 def prepare():
-    """Import the pipeline's module and make it run in float32 and without CUDA."""
+    """Import the pipeline's module and make it run in float32 without CUDA."""
     for name in ("torchaudio", "scipy"):
         stub(name)
     import ltx_pipelines.ti2vid_two_stages_hq as pipeline
@@ -65,13 +65,13 @@ def prepare():
 
     sft_loader.SafetensorsStateDictLoader.load = load_float32
 
-    # It asks for the sentencepiece file only to find the folder; the toy's tokenizer is a tokenizer.json.
+    # It looks for the sentencepiece file only to find the folder, and the toy has a tokenizer.json instead.
     find = base_encoder.find_matching_file
     base_encoder.find_matching_file = lambda root, pattern: find(
         root, "tokenizer.json" if pattern == "tokenizer.model" else pattern
     )
-    # Not compared: prompt enhancement (the toy's tokenizer has no image token) and sound (a vocoder takes a second
-    # to make). Collecting garbage for the GPU's sake takes as long.
+    # Neither prompt enhancement (the toy's tokenizer has no image token) nor sound (building a vocoder takes a second)
+    # is compared. Garbage collection, which is for the GPU, takes as long.
     base_encoder.Gemma3Processor = lambda **_: None
     pipeline.ModelLedger.vocoder = pipeline.vae_decode_audio = lambda *_: None
     pipeline.cleanup_memory = helpers.cleanup_memory = lambda: None
@@ -79,7 +79,7 @@ def prepare():
 
 
 def use_gemma_config(gemma_root: str) -> None:
-    """The reference knows the 12B model alone; give it the directory's own config."""
+    """Give the reference, which has the 12B model's config built in, that of the directory."""
     from ltx_core.text_encoders.gemma.encoders import encoder_configurator
     from transformers import Gemma3Config
 

@@ -21,7 +21,7 @@ from ltx_ray.engine.text import TextEngine
 from tests.support.diffusers_directory import write_directory
 from tests.support.pipeline import ToyPipeline, one_thread, toy_pipeline
 
-#: The image is for the video encoder.
+#: Its image goes through the video encoder.
 ROW = {
     "prompt": "a cat", "height": 64, "width": 128, "num_frames": 9, "num_inference_steps": 2,
     "images": [{"path": "a.png", "strength": 0.8}],
@@ -33,7 +33,7 @@ def directory(toy, tmp_path_factory) -> str:
     return str(write_directory(toy, tmp_path_factory.mktemp("diffusers")))
 
 
-def test_the_transformer_is_described_alike(toy, directory):
+def test_both_layouts_describe_the_same_transformer(toy, directory):
     ours, theirs = open_checkpoint(toy["checkpoint_path"]), open_checkpoint(directory)
     assert theirs.model_version == "2.3"
     assert theirs.transformer == ours.transformer
@@ -69,11 +69,13 @@ def test_a_text_encoder_that_lacks_a_tensor_is_refused(directory, tmp_path):
         TextEngine(EngineSpec("", model, Numerics(), ""), Rank()).load()
 
 
-def _rendered(line: ToyPipeline) -> dict[str, torch.Tensor]:
-    """The four latents of ROW, its frames and its sound, and one so loud that the vocoder's clamp acts, which
-    diffusers' conversion forgets."""
-    latents = line.latents(ROW)
-    decode = DecodeEngine(EngineSpec("", line.model, line.numerics, "out"), Rank())
+def _rendered(pipeline: ToyPipeline) -> dict[str, torch.Tensor]:
+    """The four latents of ROW, its frames and its sound, and one so loud that the vocoder clamps it.
+
+    diffusers' conversion leaves the clamp out.
+    """
+    latents = pipeline.latents(ROW)
+    decode = DecodeEngine(EngineSpec("", pipeline.model, pipeline.numerics, "out"), Rank())
     decode.load()
     loud = torch.randn(1, 2, 9, 64, generator=torch.Generator().manual_seed(0)) * 8
     with one_thread(), torch.inference_mode():

@@ -1,4 +1,4 @@
-"""Our DiT against diffusers' on the same weights, in float32: relative L2 at most 1e-5."""
+"""Our transformer against diffusers' on the same weights, in float32: relative L2 at most 1e-5."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def test_plain(pair, sigma):
 
 
 def test_streams_at_different_levels(pair):
-    """The bridge's gate follows the other stream's level; its scale and shift are made equal here."""
+    """The gate of cross-attention follows the other stream's level. Its scale and shift are made constant here."""
     ours, theirs = pair
     inputs = Inputs.random(ours, seed=2)
     inputs = Inputs(inputs.latents, inputs.contexts, AV(0.8, 0.3))
     found = inputs.ours(ours, NO_PERTURBATION)
     crossed = inputs.theirs(theirs, use_cross_timestep=True)
     own = inputs.theirs(theirs, use_cross_timestep=False)
-    # v1.2.0 takes scale and shift from the stream itself and the gate from the other: neither of the two
+    # v1.2.0 takes scale and shift from the stream itself and the gate from the other, which is neither of the two.
     for name in ("video", "audio"):
         assert relative(getattr(found, name), getattr(crossed, name)) > 1e-4
         assert relative(getattr(found, name), getattr(own, name)) > 1e-4
@@ -52,7 +52,7 @@ def test_streams_at_different_levels(pair):
 
 
 def test_per_token_timesteps(pair):
-    """diffusers has no rule like v1.2.0's for the gate, so the gate is made constant in both."""
+    """diffusers has no rule like that of v1.2.0 for the gate, so the gate is made constant in both."""
     ours, theirs = pair
     inputs = Inputs.random(ours, seed=3).with_mask(seed=4)
     with _constant(theirs, "gate"), _constant_ours(ours, "gate"):
@@ -90,7 +90,7 @@ def test_isolated(pair):
 
 
 class _constant:
-    """Take the timestep out of diffusers' bridge modulation, leaving its bias."""
+    """Remove the timestep from diffusers' modulation of cross-attention, so that only its bias is left."""
 
     names = {
         "gate": ("av_cross_attn_video_a2v_gate", "av_cross_attn_audio_v2a_gate"),
@@ -101,12 +101,12 @@ class _constant:
         self.linears = [getattr(model, name).linear for name in self.names[what]]
 
     def __enter__(self):
-        self.kept = [linear.weight.data.clone() for linear in self.linears]
+        self.weights = [linear.weight.data.clone() for linear in self.linears]
         for linear in self.linears:
             linear.weight.data.zero_()
 
     def __exit__(self, *error):
-        for linear, weight in zip(self.linears, self.kept, strict=True):
+        for linear, weight in zip(self.linears, self.weights, strict=True):
             linear.weight.data.copy_(weight)
 
 

@@ -1,4 +1,4 @@
-"""The fused path against `Transformer.forward`, on a CPU: the same function, whatever a call asks for."""
+"""The fused path against `Transformer.forward` on a CPU: the same function for every kind of pass."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 
 from ltx_ray.checkpoints.checkpoint import open_checkpoint
 from ltx_ray.model import steps
-from ltx_ray.model.fused import FusedTransformer, try_fp8
-from ltx_ray.model.packing import pack
+from ltx_ray.model.fused import FusedTransformer, check_fp8
+from ltx_ray.model.packing import pack_linears
 from ltx_ray.model.rope import audio_positions, video_positions
 from ltx_ray.model.transformer import NO_PERTURBATION, Modality, Perturbation, Transformer
-from ltx_ray.parallel.fp8 import loaded, row_scale_of, store
-from ltx_ray.parallel.layers import TPGroup
+from ltx_ray.parallel.fp8 import read_values, row_scale_of, write_values
+from ltx_ray.parallel.layers import RankGroup
 from ltx_ray.parallel.loading import load_shard
 from ltx_ray.records import AV
 from tests.support.transformers import SHAPE, Inputs, load_ours, relative
@@ -37,22 +37,22 @@ def _packed(path: str, precision: str = "bf16") -> Transformer:
     with torch.device("meta"):
         model = Transformer(checkpoint.transformer)
     cpu = torch.device("cpu")
-    pack(model, cpu, torch.float32, precision)
-    load_shard(model, checkpoint.tensors, TPGroup(), dtype=torch.float32, device=cpu)
+    pack_linears(model, cpu, torch.float32, precision)
+    load_shard(model, checkpoint.tensors, RankGroup(), dtype=torch.float32, device=cpu)
     return model
 
 
-def _call(run, ropes, inputs: Inputs, enabled: AV[bool], timesteps: torch.Tensor, level_of=None, batch: int = 1):
+def _call(run, ropes, inputs: Inputs, enabled: AV[bool], timesteps: torch.Tensor, level_index=None, batch: int = 1):
     sigma = torch.tensor([0.7]).expand(batch)
 
     def modality(latent, context, tables, on, times, index) -> Modality:
         x, c = (t.expand(batch, -1, -1).clone() for t in (latent, context))
-        # entries of a batch differ
+        # The entries of a batch differ.
         x *= torch.linspace(1, 1.5, batch).view(-1, 1, 1)
-        return Modality(x, sigma, times.expand(batch, -1), c, *tables, enabled=on, level_of=index)
+        return Modality(x, sigma, times.expand(batch, -1), c, *tables, enabled=on, level_index=index)
 
     times = AV(timesteps, torch.tensor([[0.7]]))
-    return run(inputs.latents.map(modality, inputs.contexts, ropes, enabled, times, AV(level_of, None)))
+    return run(inputs.latents.map(modality, inputs.contexts, ropes, enabled, times, AV(level_index, None)))
 
 
 def _both(plain: Transformer, packed: Transformer, inputs: Inputs, call: str, batch: int):
@@ -83,36 +83,36 @@ def test_agrees_with_the_plain_forward(toy, call, batch):
 
 
 def test_modulations_are_those_of_the_call(toy):
-    """A second call at another level gets modulations of its own, though they are remembered within a call."""
+    """A call at another noise level gets modulations of its own, although passes of one call share them."""
     plain, packed = load_ours(toy["checkpoint_path"]), _packed(toy["checkpoint_path"])
     inputs, fused = Inputs.random(plain, seed=4), FusedTransformer(packed)
     positions = AV(video_positions(SHAPE), audio_positions(SHAPE.audio_latents))
     with torch.inference_mode():
         for sigma in (0.9, 0.3, 0.9):
-            leveled = replace(inputs, sigma=AV(sigma, sigma))
-            own = leveled.ours(plain, NO_PERTURBATION)
+            at_sigma = replace(inputs, sigma=AV(sigma, sigma))
+            own = at_sigma.ours(plain, NO_PERTURBATION)
             at = torch.tensor([sigma])
             parts = zip(inputs.latents, inputs.contexts, fused.ropes(positions, torch.float32), strict=True)
             found = fused(AV(*(Modality(x, at, at.reshape(1, 1), c, *tables) for x, c, tables in parts)))
             assert max(relative(a, b) for a, b in zip(found, own, strict=True)) <= 1e-5
 
 
-def test_fp8_weights_are_near_and_the_arithmetic_is_theirs(toy):
-    """What fp8 changes is the rounding of weights and rows: far below the signal, and far above float32's."""
+def test_fp8_weights_are_near_and_so_are_the_velocities(toy):
+    """fp8 changes the rounding of weights and rows, by far less than the signal and far more than float32."""
     plain, packed = load_ours(toy["checkpoint_path"]), _packed(toy["checkpoint_path"], "fp8")
     fp8 = {name for name, p in packed.named_parameters() if row_scale_of(p) is not None}
     assert "transformer_blocks.0.attn1.to_q.weight" in fp8 and "transformer_blocks.0.ff.net.2.weight" in fp8
     assert not any(".audio_attn" in name or ".audio_ff" in name for name in fp8)
     for name in sorted(fp8):
-        assert relative(loaded(packed.get_parameter(name)), plain.get_parameter(name)) <= 0.04, name
+        assert relative(read_values(packed.get_parameter(name)), plain.get_parameter(name)) <= 0.04, name
     found, expected = _both(plain, packed, Inputs.random(plain, seed=5), "plain", 1)
     for ours, theirs in zip(found, expected, strict=True):
         assert 1e-4 <= relative(ours, theirs) <= 0.1
 
 
-def test_products_in_fp8_that_a_device_has_not_are_named(toy, monkeypatch):
-    product = _packed(toy["checkpoint_path"], "fp8").transformer_blocks[0].products["attn1", "qkv"]
-    try_fp8(product, "a card")
+def test_a_device_without_fp8_products_is_named(toy, monkeypatch):
+    layer = _packed(toy["checkpoint_path"], "fp8").transformer_blocks[0].packed_linears["attn1", "qkv"]
+    check_fp8(layer, "a card")
 
     reason: Exception
 
@@ -120,25 +120,25 @@ def test_products_in_fp8_that_a_device_has_not_are_named(toy, monkeypatch):
         assert rows.values.shape[1] == layer.weight.shape[1]
         raise reason
 
-    monkeypatch.setattr(steps, "product", refuse)
+    monkeypatch.setattr(steps, "linear", refuse)
     reason = torch.OutOfMemoryError("20 MiB")
     with pytest.raises(torch.OutOfMemoryError, match=r"^20 MiB$"):
-        try_fp8(product, "a card")
+        check_fp8(layer, "a card")
     reason = RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED\nand more")
     with pytest.raises(RuntimeError, match=r"for a card \(CUBLAS_STATUS_NOT_SUPPORTED\); legal: --precision bf16"):
-        try_fp8(product, "a card")
+        check_fp8(layer, "a card")
 
 
 def test_packed_parameters_are_views_under_the_checkpoint_s_names(toy):
     plain, packed = load_ours(toy["checkpoint_path"]), _packed(toy["checkpoint_path"])
     assert [name for name, _ in plain.named_parameters()] == [name for name, _ in packed.named_parameters()]
     attention = packed.transformer_blocks[0].attn1
-    whole = packed.transformer_blocks[0].products["attn1", "qkv"].weight
-    store(attention.to_k.weight, torch.full_like(attention.to_k.weight, 2.0))
+    whole = packed.transformer_blocks[0].packed_linears["attn1", "qkv"].weight
+    write_values(attention.to_k.weight, torch.full_like(attention.to_k.weight, 2.0))
     assert int((whole == 2.0).all(dim=1).sum()) == len(attention.to_k.weight)
 
 
-def test_warming_up_leaves_no_trace(toy):
+def test_warming_up_changes_no_weight(toy):
     packed = _packed(toy["checkpoint_path"])
     before = {name: parameter.clone() for name, parameter in packed.named_parameters()}
     FusedTransformer(packed).warm_up()

@@ -1,6 +1,6 @@
 """Final latents against those of the reference v1.2.0, recorded in float32 on the toy model.
 
-And the other way round: when one thing is broken, the distance must show it.
+Other tests break one thing each, which must show in the distance.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.support.pipeline import GOLDENS, ToyPipeline, toy_pipeline
 from tests.support.transformers import relative
 
 RECORDED = {path.stem: path for path in sorted(GOLDENS.glob("*.safetensors"))}
-#: Recorded on a toy model of another shape, which its metadata gives.
+#: Recorded on a toy model of another shape, which is in its metadata.
 WIDTHS = GOLDENS / "widths" / "base.safetensors"
 TOLERANCE = 1e-4
 #: Relative L2 of the reference's bf16 against its own float32, in stage 1 and in stage 2.
@@ -38,28 +38,28 @@ def distance(name: str, compiled: str = "off", **changes) -> float:
     return max(relative(found[key], value) for key, value in expected.items())
 
 
-def test_there_is_one_for_every_pipeline():
+def test_every_pipeline_has_a_golden():
     assert {load(name)[0]["pipeline"] for name in RECORDED} == {"hq", "base", "distilled"}
 
 
 @pytest.mark.parametrize("compiled", ["off", "fused"])
 @pytest.mark.parametrize("name", RECORDED)
 def test_latents_are_the_references(name, compiled):
-    """Of the path that rounds where the reference does, and of the fused one with two guidance passes in one."""
+    """With the plain path, which rounds where the reference does, and the fused one, which batches guidance."""
     assert distance(name, compiled) <= TOLERANCE
 
 
 def test_other_widths_and_a_users_lora(tmp_path):
-    """A model whose widths RoPE does not fill evenly, with few heads, a LoRA of the user's and the distilled one."""
+    """A model whose widths RoPE does not fill evenly, with few heads, a user LoRA and the distilled one."""
     with safe_open(WIDTHS, "pt") as file:
         metadata, expected = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
     shape = ToyShape(**json.loads(metadata["shape"]))
     files, others = (make_toy_model(tmp_path / str(seed), seed=seed, shape=shape) for seed in (1, 2))
-    line = ToyPipeline(ModelFiles(**files, loras=(LoraSpec("style", others["distilled_lora"]),)))
+    pipeline = ToyPipeline(ModelFiles(**files, loras=(LoraSpec("style", others["distilled_lora"]),)))
     request = json.loads(metadata["request"])
-    found = line.latents(request)
+    found = pipeline.latents(request)
     assert max(relative(found[key], value) for key, value in expected.items()) <= TOLERANCE
-    other = line.latents({**request, "loras": [{"name": "style", "strength": 0.71}]})
+    other = pipeline.latents({**request, "loras": [{"name": "style", "strength": 0.71}]})
     assert max(relative(other[key], value) for key, value in expected.items()) > TOLERANCE
 
 
@@ -74,10 +74,10 @@ def test_bfloat16_stays_within_its_noise_floor(name):
 
 
 def test_fp8_is_near_whatever_was_merged_before():
-    """Both stages with their switch of the LoRA: twice the same bits, off the exact latents by the rounding of fp8."""
+    """Two stages with a switch of LoRAs between them give the same bits twice, off by the rounding of fp8."""
     request, expected = load("hq")
-    line = toy_pipeline(dtype="bfloat16", compiled="fused", precision="fp8")
-    found, again = (line.latents(request) for _ in range(2))
+    pipeline = toy_pipeline(dtype="bfloat16", compiled="fused", precision="fp8")
+    found, again = (pipeline.latents(request) for _ in range(2))
     for key, value in expected.items():
         assert torch.equal(found[key], again[key])
         assert 1e-2 < relative(found[key].float(), value) <= 0.5, key
@@ -112,19 +112,20 @@ def test_a_changed_setting_shows(golden, changes):
     assert distance(golden, **changes) > TOLERANCE
 
 
-def test_the_bridge_follows_the_tokens_own_timesteps(monkeypatch):
-    """The audio-video rule of v1.2.0; 1.0.0 took scale and shift from the other stream's level."""
+def test_cross_attention_follows_the_tokens_own_timesteps(monkeypatch):
+    """As in v1.2.0. In 1.0.0, scale and shift came from the other stream's noise level."""
     from ltx_ray.model.transformer import Transformer
 
-    honest = Transformer._enter
+    embed = Transformer._embed
 
-    def other_rule(self, own, other, patchify, adaln, prompt, cross, gate):
-        stream, embedded = honest(self, own, other, patchify, adaln, prompt, cross, gate)
-        levels = (other.sigma * self.config.timestep_scale).flatten()
-        stream.cross_modulation = cross(levels, own.latent.dtype)[0].view(1, 1, 4, -1)
+    def other_rule(self, own, other, names):
+        stream, embedded = embed(self, own, other, names)
+        timesteps = (other.sigma * self.config.timestep_scale).flatten()
+        modulation, _ = getattr(self, names.cross_adaln)(timesteps, own.latent.dtype)
+        stream.cross_modulation = modulation.view(1, 1, 4, -1)
         return stream, embedded
 
-    monkeypatch.setattr(Transformer, "_enter", other_rule)
+    monkeypatch.setattr(Transformer, "_embed", other_rule)
     assert distance("hq_keyframes") > TOLERANCE
     assert distance("hq") <= TOLERANCE
 
@@ -132,8 +133,8 @@ def test_the_bridge_follows_the_tokens_own_timesteps(monkeypatch):
 def test_breaking_the_sigma_shift_shows(monkeypatch):
     from ltx_ray.engine import diffusion
 
-    honest = diffusion.shifted_sigmas
-    monkeypatch.setattr(diffusion, "shifted_sigmas", lambda steps, tokens: honest(steps, tokens * 4))
+    original = diffusion.shifted_sigmas
+    monkeypatch.setattr(diffusion, "shifted_sigmas", lambda steps, tokens: original(steps, tokens * 4))
     assert distance("hq") > TOLERANCE
 
 
@@ -144,17 +145,17 @@ def test_breaking_the_samplers_seeds_shows(monkeypatch, seed):
 
 
 def test_breaking_the_anchor_refinement_shows(monkeypatch):
-    """Only steps with h < 0.5 are refined: there must be one in the golden."""
+    """Only steps with h < 0.5 are refined, so the golden must have one."""
     monkeypatch.setattr(res2s, "_REFINE_BELOW_H", 0.0)
     assert distance("hq_portrait") > TOLERANCE
 
 
 def test_breaking_the_ledger_shows(monkeypatch):
-    honest = noise.ClipNoise.__init__
+    original = noise.ClipNoise.__init__
     monkeypatch.setattr(
         noise.ClipNoise,
         "__init__",
-        lambda self, ledger, device: honest(self, replace(ledger, draws=ledger.draws[:1]), device),
+        lambda self, ledger, device: original(self, replace(ledger, draws=ledger.draws[:1]), device),
     )
     assert distance("hq") > TOLERANCE
 
@@ -162,10 +163,10 @@ def test_breaking_the_ledger_shows(monkeypatch):
 def test_breaking_the_merge_shows(monkeypatch):
     from ltx_ray.parallel import lora
 
-    honest = lora.merge_
+    original = lora.merge_
 
     def stronger(target, clean, products, **where):
-        honest(target, clean, [(a, b, s * 1.05) for a, b, s in products], **where)
+        original(target, clean, [(a, b, s * 1.05) for a, b, s in products], **where)
 
     monkeypatch.setattr(lora, "merge_", stronger)
     assert distance("hq", distilled_lora_strength_stage_1=0.2500001) > TOLERANCE

@@ -1,4 +1,4 @@
-"""Every way to share a clip over ranks gives the latents of one rank."""
+"""Every way of dividing a clip over ranks gives the latents of one rank."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from ltx_ray.config import EngineSpec
 from ltx_ray.engine.base import Rank
 from ltx_ray.engine.decode import named_latents
 from ltx_ray.engine.diffusion import DiffusionEngine
-from ltx_ray.parallel.layers import TPGroup
-from ltx_ray.parallel.mesh import Tokens
-from ltx_ray.parallel.weight_cache import Memory
+from ltx_ray.parallel.layers import RankGroup
+from ltx_ray.parallel.mesh import SequenceSharding
+from ltx_ray.parallel.weight_cache import FreeMemory
 from tests.support.pipeline import one_thread, toy_pipeline
 from tests.support.transformers import relative
 
@@ -30,7 +30,7 @@ LAYOUTS = {
     "sequence": (2, (1, 1, 2)),
     "tp, guidance, sequence": (4, (2, 2, 2)),
 }
-#: All four guidance passes, timesteps that differ by token, and tokens appended for a keyframe.
+#: All four guidance passes, timesteps that differ by token, and keyframe tokens.
 ROW = {
     "num_frames": 9, "num_inference_steps": 2, "height": 64, "width": 128, "prompt": "a lighthouse",
     "video_stg_scale": 1.0, "video_stg_blocks": [1], "audio_skip_step": 1,
@@ -49,17 +49,17 @@ def _rank(rank: int, world: int, port: int, spec: EngineSpec, item, conditions, 
             divided = replace(spec.layout, tp=tp, guidance_parallel=guidance, sequence_parallel=sequence)
             engine = DiffusionEngine(replace(spec, layout=divided), Rank(rank, world))
             engine.load()
-            if engine.mesh.wide.size > 1:
-                # The clean weights of the second stage's merge come from all ranks, each keeping a share. Only
-                # rank 0 has room for more, and must not choose otherwise than the others.
-                share = engine.merger._clean.total // engine.mesh.wide.size
-                engine.merger.keep(0, Memory(share * (100 if rank == 0 else 1), 0), factors="file")
+            if engine.mesh.peers.size > 1:
+                # Each rank caches a share of the clean weights, from which stage 2 is merged. Only rank 0 has memory
+                # for more, and must choose as the others do.
+                share = engine.merger._clean.total_bytes // engine.mesh.peers.size
+                engine.merger.cache_sources(0, FreeMemory(share * (100 if rank == 0 else 1), 0), factors="file")
                 assert engine.merger.clean_weights == "gang"
-            first = _everywhere(engine.run("stage1", item, conditions))
+            first = _broadcast(engine.run("stage1", item, conditions))
             second = engine.run("stage2", item, conditions, first)
             if rank == 0:
                 found[name] = {key: value.numpy() for key, value in named_latents(first, second).items()}
-        _tokens_come_back(TPGroup(rank, world))
+        _check_sequence_sharding(RankGroup(rank, world))
         queue.put((rank, found))
         dist.barrier()
     except BaseException:
@@ -69,38 +69,38 @@ def _rank(rank: int, world: int, port: int, spec: EngineSpec, item, conditions, 
         dist.destroy_process_group()
 
 
-def _everywhere(latents):
-    """Rank 0's latents on all ranks, as the object store gives them."""
+def _broadcast(latents):
+    """Rank 0's latents on all ranks, as the object write_values gives them."""
     box = [latents]
     dist.broadcast_object_list(box)
     return box[0]
 
 
-def _tokens_come_back(group: TPGroup) -> None:
-    """Splitting and changing hands, with a length that the ranks do not divide."""
+def _check_sequence_sharding(group: RankGroup) -> None:
+    """Every exchange and its inverse, with a length that the ranks do not divide."""
     torch.manual_seed(0)
     whole, length = torch.randn(1, 8, 11, 6), 11
-    tokens = Tokens(group, length)
-    mine = tokens.split(whole, 2)
-    heads = tokens.to_heads(mine)
-    assert mine.shape == (1, 8, -(-length // group.size), 6) and torch.equal(heads, tokens.own_heads(whole))
-    assert torch.equal(tokens.to_tokens(heads), mine)
-    assert torch.equal(tokens.all_heads(heads), whole)
+    sharding = SequenceSharding(group, length)
+    mine = sharding.own_shard(whole, 2)
+    heads = sharding.tokens_to_heads(mine)
+    assert mine.shape == (1, 8, -(-length // group.size), 6) and torch.equal(heads, sharding.own_heads(whole))
+    assert torch.equal(sharding.heads_to_tokens(heads), mine)
+    assert torch.equal(sharding.gather_heads(heads), whole)
     flat = whole.transpose(1, 2).flatten(2)
-    assert torch.equal(tokens.gather(tokens.split(flat, 1)), flat)
+    assert torch.equal(sharding.gather_tokens(sharding.own_shard(flat, 1)), flat)
 
 
 @pytest.fixture(scope="module")
 def rendered():
     """(latents of one rank, latents by layout)."""
-    line = toy_pipeline()
-    item = line.item(ROW)
+    pipeline = toy_pipeline()
+    item = pipeline.item(ROW)
     with one_thread():
-        conditions = line.text.run("text", item)
+        conditions = pipeline.text.run("text", item)
     found = {}
     for world in sorted({ranks for ranks, _ in LAYOUTS.values()}):
-        found |= _gang(world, line.diffusion.spec, item, conditions)
-    return line.latents(ROW), found
+        found |= _gang(world, pipeline.diffusion.spec, item, conditions)
+    return pipeline.latents(ROW), found
 
 
 def _gang(world: int, spec: EngineSpec, item, conditions) -> dict[str, dict[str, np.ndarray]]:
@@ -127,12 +127,12 @@ def _gang(world: int, spec: EngineSpec, item, conditions) -> dict[str, dict[str,
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_layout_gives_the_latents_of_one_rank(rendered, layout):
-    alone, found = rendered
-    for name, expected in alone.items():
+    one_rank, found = rendered
+    for name, expected in one_rank.items():
         assert relative(torch.from_numpy(found[layout][name]), expected) <= 1e-5, name
 
 
-def test_sharing_the_guidance_passes_changes_no_bit(rendered):
-    alone, found = rendered
-    for name, expected in alone.items():
+def test_dividing_the_guidance_passes_changes_no_bit(rendered):
+    one_rank, found = rendered
+    for name, expected in one_rank.items():
         assert np.array_equal(found["guidance"][name], expected.numpy()), name

@@ -1,7 +1,7 @@
-"""Final latents against those of the reference from PyPI (1.0.0), run side by side in float32 on toy models.
+"""Final latents against those of the reference from PyPI (1.0.0), both rendered here in float32 on toy models.
 
-Models and settings are drawn anew each time; LTX_RAY_PARITY_SEED draws those of an earlier run again. The
-reference runs in an environment of its own, which `scripts/setup --parity` makes.
+Models and settings are drawn anew in each run. LTX_RAY_PARITY_SEED draws those of an earlier run again. The reference
+runs in an environment of its own, which `scripts/setup --parity` makes.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ class Rendered:
     expected: dict[str, torch.Tensor]
 
     @cached_property
-    def line(self) -> ToyPipeline:
+    def pipeline(self) -> ToyPipeline:
         return ToyPipeline(self.model)
 
     def distances(self, **changes) -> dict[str, float]:
         """Relative L2 of each latent, with `changes` made to our row."""
-        found = self.line.latents({**self.case.row, **changes})
+        found = self.pipeline.latents({**self.case.row, **changes})
         assert [found[key].shape for key in LATENTS] == [self.expected[key].shape for key in LATENTS]
         return {key: relative(found[key], self.expected[key]) for key in LATENTS}
 
@@ -82,7 +82,7 @@ def rendered(tmp_path_factory) -> list[Rendered]:
         for case, model, out in zip(cases, models, outs, strict=True)
     ]
     (folder / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
-    # -I: neither this clone nor the runner's folder is on its path
+    # -I keeps this clone and the runner's folder off its path.
     command = [PARITY / "bin" / "python", "-I", RUNNER, folder / "jobs.json"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, f"the reference failed, LTX_RAY_PARITY_SEED={SEED}:\n{run.stderr[-4000:]}"
@@ -101,8 +101,8 @@ def test_latents_are_the_references(rendered, number):
 
 
 def test_a_changed_setting_shows(rendered):
-    """Our stage 2 at another strength of the distilled LoRA: stage 1 stays, both latents of stage 2 leave."""
+    """With our stage 2 at another strength of the distilled LoRA, stage 1 agrees and both latents of stage 2 do not."""
     strength = rendered[0].case.row["distilled_lora_strength_stage_2"] + 0.05
     distances = rendered[0].distances(distilled_lora_strength_stage_2=strength)
-    apart = [key for key in LATENTS if not distances[key] <= TOLERANCE]
-    assert apart == ["stage_2.video", "stage_2.audio"], rendered[0].explain(distances)
+    differing = [key for key in LATENTS if not distances[key] <= TOLERANCE]
+    assert differing == ["stage_2.video", "stage_2.audio"], rendered[0].explain(distances)

@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 from ltx_ray.checkpoints.checkpoint import open_checkpoint
 from ltx_ray.checkpoints.lora import open_lora
 from ltx_ray.model.transformer import NO_PERTURBATION, Perturbation
-from ltx_ray.parallel.layers import TPGroup
+from ltx_ray.parallel.layers import RankGroup
 from ltx_ray.parallel.lora import LoraMerger, LoraSetting
 from ltx_ray.records import AV
 from tests.support.transformers import Inputs, load_ours, relative
@@ -26,7 +26,7 @@ def _rank(rank: int, world: int, port: int, path: str, queue) -> None:
     dist.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world, timeout=timedelta(seconds=120)
     )
-    model = load_ours(path, tp=TPGroup(rank, world))
+    model = load_ours(path, tp=RankGroup(rank, world))
     inputs = Inputs.random(model, seed=1)
     results = [inputs.ours(model, p) for p in (*PASSES, NO_PERTURBATION)]
     queue.put((rank, [(r.video.clone().numpy(), r.audio.clone().numpy()) for r in results]))
@@ -68,17 +68,17 @@ def test_merging_a_shard_is_sharding_the_merged(toy, world, dtype):
     checkpoint = open_checkpoint(toy["checkpoint_path"])
     loras = [open_lora(toy["distilled_lora"]).fit(checkpoint.linear_layers, checkpoint.path)]
     clean = {name: p.detach().clone() for name, p in whole.named_parameters()}
-    LoraMerger(whole, checkpoint.tensors, loras, TPGroup()).switch(LoraSetting(((0, 0.5),)))
+    LoraMerger(whole, checkpoint.tensors, loras, RankGroup()).switch_to(LoraSetting(((0, 0.5),)))
     merged = dict(whole.named_parameters())
     changed = [name for name in merged if not torch.equal(merged[name], clean[name])]
     assert len(changed) > 100
     for rank in range(world):
-        tp = TPGroup(rank, world)
+        tp = RankGroup(rank, world)
         shard = load_ours(toy["checkpoint_path"], dtype, tp)
         merger = LoraMerger(shard, checkpoint.tensors, loras, tp)
         for strength in (0.25, 0.5, 0.0, 0.3, 0.5):
-            assert merger.switch(LoraSetting(((0, strength),)))
-        assert not merger.switch(LoraSetting(((0, 0.5),)))
+            assert merger.switch_to(LoraSetting(((0, strength),)))
+        assert not merger.switch_to(LoraSetting(((0, 0.5),)))
         for name, parameter in shard.named_parameters():
             expected = merged[name]
             if parameter.shard_dim is not None and world > 1:
@@ -88,7 +88,7 @@ def test_merging_a_shard_is_sharding_the_merged(toy, world, dtype):
                     parameter.shape[parameter.shard_dim],
                 )
             assert torch.equal(parameter, expected), name
-        merger.switch(LoraSetting(((0, 0.0),)))
+        merger.switch_to(LoraSetting(((0, 0.0),)))
         if world == 1:
             for name, parameter in shard.named_parameters():
                 assert torch.equal(parameter, clean[name]), name

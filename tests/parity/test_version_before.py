@@ -85,11 +85,11 @@ def test_the_index_has_the_columns_of_before(outputs, index):
 
 
 def test_latents_are_those_of_before(outputs, index):
-    apart, tolerance = {}, version_before.tolerance()
+    distances, tolerance = {}, version_before.tolerance()
     for manifest in MANIFESTS:
         for label in version_before.labels(manifest):
             for name, distance in version_before.distances(outputs[manifest], index[label]["item_id"]).items():
-                apart[f"{label}: {name}"] = distance
-    assert len(apart) == 4 * len(index)
-    too_far = {name: f"{distance:.1e}" for name, distance in apart.items() if not distance <= tolerance}
+                distances[f"{label}: {name}"] = distance
+    assert len(distances) == 4 * len(index)
+    too_far = {name: f"{distance:.1e}" for name, distance in distances.items() if not distance <= tolerance}
     assert not too_far

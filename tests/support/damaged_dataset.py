@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from ltx_ray.dataset.layout import part_name, row_key
 from ltx_ray.dataset.writer import DatasetWriter, Rendered
-from ltx_ray.engine.fake import _boxes
+from ltx_ray.engine.fake import mp4_boxes
 from ltx_ray.records import Clip, canonical_json
 from ltx_ray.storage.store import Store
 from tests.support.samples import recipe, request
@@ -19,7 +19,7 @@ ROWS = ((0, "a"), (0, "b"), (1, "c"), (2, "d"))
 
 
 def boxes(item_id: str) -> bytes:
-    return _boxes(item_id, hashlib.sha256(item_id.encode()).hexdigest())
+    return mp4_boxes(item_id, hashlib.sha256(item_id.encode()).hexdigest())
 
 
 def clip_of(n: int) -> str:

@@ -1,4 +1,4 @@
-"""A video decoder built as the release's, of small widths and random weights."""
+"""A video decoder with the structure of the release's, small widths and random weights."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import torch
 
 
 def small_decoder(widths: tuple[int, ...] = (32, 64, 64, 128), **changes) -> torch.nn.Module:
-    """`widths`: of the channels that go into each upsampler, from the pixel end; the decoder ends with half the
-    first. Float32, on the CPU."""
+    """A decoder in float32 on the CPU.
+
+    `widths` are the input channels of each upsampler, from the pixels inwards. The last convolution has half the first.
+    """
     from diffusers.models.autoencoders.autoencoder_kl_ltx2 import LTX2VideoDecoder3d
 
     arguments = dict(

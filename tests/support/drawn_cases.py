@@ -1,4 +1,4 @@
-"""Toy models and manifest rows drawn at random, for comparisons that no fixed case can be fitted to."""
+"""Toy models and manifest rows drawn at random, so that nothing can be fitted to fixed cases."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _USER_LORA = "user-lora"
 
 @dataclass(frozen=True)
 class Case:
-    """A model (its widths, the seed of its weights, whether it has a user LoRA) and a row with every value given."""
+    """A model (its widths and the seed of its weights) and a row that leaves nothing to defaults."""
 
     shape: ToyShape
     model_seed: int
@@ -37,7 +37,7 @@ class Case:
 
 
 def draw_case(seed: str, portrait: bool) -> Case:
-    """A case small enough for a second or two on a CPU. The same `seed` gives the same case."""
+    """A case that takes a second or two on a CPU. The same `seed` gives the same case."""
     rng = random.Random(seed)
     shape = _shape(rng)
     long, short = rng.choice(((128, 64), (192, 64), (192, 128), (256, 128)))
@@ -57,7 +57,7 @@ def draw_case(seed: str, portrait: bool) -> Case:
         "images": [],
         "pipeline": "hq",
     }
-    # One for both streams: when one of them sits a call out, 1.0.0 still lets it take part in the unconditional pass.
+    # The same for both streams: in 1.0.0, a stream that skips a call still takes part in the unconditional pass.
     skip_step = rng.choice((0, 0, 1))
     for stream in ("video", "audio"):
         blocks = rng.sample(range(shape.layers), rng.randint(1, shape.layers))
@@ -88,7 +88,7 @@ def _shape(rng: random.Random) -> ToyShape:
         upsampler_channels=rng.choice((32, 64)),
         upsampler_blocks=rng.randint(1, 2),
         lora_rank=rng.randint(1, 12),
-        # not drawn: nothing in the latents comes from these, so they are the smallest
+        # The latents do not depend on these, so they are the smallest.
         decoder_layers=(1, 1, 1, 1, 1),
         decoder_base=1,
         vocoder_channels=64,
@@ -101,18 +101,18 @@ def _number(rng: random.Random, low: float, high: float) -> float:
 
 
 def _sometimes(rng: random.Random, neutral: float, low: float, high: float) -> float:
-    """Mostly a number in between, at times the one that turns the thing off."""
+    """Mostly a number between `low` and `high`, at times the one that turns the feature off."""
     return neutral if rng.random() < 0.2 else _number(rng, low, high)
 
 
 def _prompt(rng: random.Random) -> str:
-    # 900 words are more than the 1,024 tokens that are read
+    # 900 words make more than the 1,024 tokens that a prompt is cut to.
     words = rng.choices(_WORDS, k=900 if rng.random() < 0.1 else rng.randint(1, 40))
     return rng.choice(("", " ", "\n")) + " ".join(words)
 
 
 def _user_lora(path: Path, files: dict[str, str], seed: int) -> str:
-    """A LoRA of another rank and type, for some of the layers that the distilled one covers."""
+    """A LoRA of another rank and dtype, for some of the layers that the distilled one covers."""
     rng, generator, tensors = random.Random(seed), torch.Generator().manual_seed(seed), {}
     rank, dtype = rng.randint(1, 8), rng.choice((torch.float32, torch.float16, torch.bfloat16))
     with safe_open(files["distilled_lora"], "pt") as file:

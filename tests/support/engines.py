@@ -22,11 +22,11 @@ class LateToRendezvous(FakeEngine):
     """Rank 1 reaches the rendezvous after the others have given up."""
 
     @staticmethod
-    def join(device: str, rank: int, world: int, rendezvous: tuple[str, int] | None, timeout: float) -> str:
+    def join_gang(device: str, rank: int, world: int, rendezvous: tuple[str, int] | None, timeout: float) -> str:
         if rank == 1:
             time.sleep(timeout + 60)
             raise TimeoutError("too late")
-        return base.join(device, rank, world, rendezvous, timeout)
+        return base.join_gang(device, rank, world, rendezvous, timeout)
 
 
 class FailsWhileMerging(FakeEngine):

@@ -1,4 +1,4 @@
-"""A small model with every kind of layer, LoRAs for it, and the reference's merge written plainly."""
+"""A small model with every kind of layer, LoRAs for it, and the reference's merge in a few lines."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from torch import nn
 
 from ltx_ray.checkpoints.lora import open_lora
 from ltx_ray.checkpoints.safetensors import read_header
-from ltx_ray.parallel.layers import ColumnLinear, Linear, RowLinear, TPGroup
+from ltx_ray.parallel.layers import (
+    SINGLE_RANK,
+    ColumnParallelLinear,
+    RankGroup,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
 from ltx_ray.parallel.loading import load_shard
 from ltx_ray.parallel.lora import LoraMerger
 
@@ -17,10 +23,11 @@ SHAPES = {"up": (32, 16), "down": (16, 32), "gate": (4, 16), "whole": (24, 16)}
 
 
 class Model(nn.Module):
-    def __init__(self, tp: TPGroup):
+    def __init__(self, tp: RankGroup):
         super().__init__()
-        self.up, self.down, self.gate = ColumnLinear(16, 32, tp), RowLinear(32, 16, tp), ColumnLinear(16, 4, tp)
-        self.whole = Linear(16, 24)
+        self.up, self.gate = ColumnParallelLinear(16, 32, tp), ColumnParallelLinear(16, 4, tp)
+        self.down = RowParallelLinear(32, 16, tp)
+        self.whole = ReplicatedLinear(16, 24)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +56,7 @@ def files(tmp_path_factory):
     return folder
 
 
-def merger(files, tp=TPGroup(), dtype=torch.bfloat16, device="cpu"):  # noqa: B008 (frozen)
+def merger(files, tp=SINGLE_RANK, dtype=torch.bfloat16, device="cpu"):
     tensors = read_header(files / "model.safetensors").tensors
     with torch.device("meta"):
         model = Model(tp)
@@ -58,14 +65,14 @@ def merger(files, tp=TPGroup(), dtype=torch.bfloat16, device="cpu"):  # noqa: B0
     return model, LoraMerger(model, tensors, loras, tp)
 
 
-def expected(files, uses, dtype=torch.bfloat16):
-    """Whole weights as the reference merges them, written plainly."""
+def expected(files, strengths, dtype=torch.bfloat16):
+    """Whole weights as the reference merges them."""
     weights = {k: v.to(dtype) for k, v in load_file(files / "model.safetensors").items()}
-    if not any(strength for _, strength in uses):
+    if not any(strength for _, strength in strengths):
         return weights
     for name in SHAPES:
         delta = None
-        for index, strength in uses:
+        for index, strength in strengths:
             factors = load_file(files / f"lora{index}.safetensors")
             if f"{name}.lora_A.weight" not in factors:
                 continue
@@ -82,7 +89,8 @@ def assert_same(model, weights):
         assert torch.equal(parameter, weights[name]), name
 
 
-USES = [
+#: Strengths by LoRA index, to be merged one after the other.
+STRENGTHS = [
     (),
     ((0, 0.25),),
     ((0, 0.5), (1, -1.5)),

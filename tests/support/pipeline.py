@@ -1,4 +1,4 @@
-"""The engines without Ray: a request to its latents, in one process and with one thread."""
+"""The engines without Ray: from a manifest row to its latents, in one process and with one thread."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def one_thread():
 
 
 class ToyPipeline:
-    """Text and diffusion engines of one model, kept for many requests."""
+    """Text and diffusion engines of one model, for any number of rows."""
 
     def __init__(self, model: ModelFiles, dtype: str = "float32", compiled: str = "off", precision: str = "bf16"):
         self.model = model
@@ -48,7 +48,7 @@ class ToyPipeline:
         self.diffusion.load()
 
     def item(self, row: dict) -> WorkItem:
-        """The work of a manifest row; images count from the goldens' folder."""
+        """The item of a manifest row, whose image paths are relative to the goldens' folder."""
         raw = RawRow(str(GOLDENS / "rows.jsonl"), 1, row)
         loras = tuple(LoraUse(file.name, file.strength) for file in self.model.loras)
         judged = judge(raw, RowRules(pipelines=served_pipelines(self.model.distilled), loras=loras))
@@ -68,7 +68,7 @@ class ToyPipeline:
 def toy_pipeline(
     distilled: bool = False, dtype: str = "float32", compiled: str = "off", precision: str = "bf16"
 ) -> ToyPipeline:
-    """The default toy model's line; the distilled pipeline runs on the same weights without a LoRA."""
+    """The default toy model's engines. The distilled pipeline runs on the same weights without a LoRA."""
     from ltx_ray.toy import ensure_toy_model
 
     files = ensure_toy_model()

@@ -1,4 +1,4 @@
-"""Our DiT and diffusers' on the same file, and inputs for both."""
+"""Our transformer and diffusers' on the same file, and inputs for both."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ltx_ray.checkpoints.diffusers_names import to_diffusers
 from ltx_ray.checkpoints.transformer_keys import CONNECTOR_PREFIXES, TRANSFORMER_PREFIX
 from ltx_ray.model.rope import audio_positions, video_positions
 from ltx_ray.model.transformer import Modality, Transformer
-from ltx_ray.parallel.layers import TPGroup
+from ltx_ray.parallel.layers import SINGLE_RANK, RankGroup
 from ltx_ray.parallel.loading import load_shard
 from ltx_ray.records import AV
 from ltx_ray.shapes import ClipShape
@@ -21,7 +21,7 @@ SHAPE = ClipShape(num_frames=17, height=128, width=192, frame_rate=24.0)
 TEXT = 32
 
 
-def load_ours(path: str, dtype: torch.dtype = torch.float32, tp: TPGroup = TPGroup()) -> Transformer:  # noqa: B008
+def load_ours(path: str, dtype: torch.dtype = torch.float32, tp: RankGroup = SINGLE_RANK) -> Transformer:
     checkpoint = open_checkpoint(path)
     with torch.device("meta"):
         model = Transformer(checkpoint.transformer, tp)
@@ -57,7 +57,7 @@ def load_diffusers(path: str):
 
 @dataclass(frozen=True)
 class Inputs:
-    """A call of the DiT: latents (1, T, C), contexts (1, S, D), sigmas, and a mask (1, T) of video timesteps."""
+    """Inputs of a pass: latents (1, T, C), contexts (1, S, D), sigmas, and a denoise mask (1, T) of the video."""
 
     latents: AV[torch.Tensor]
     contexts: AV[torch.Tensor]
@@ -79,7 +79,7 @@ class Inputs:
         )
 
     def with_mask(self, seed: int) -> Inputs:
-        """Every video token at a level of its own."""
+        """The same with a noise level for every video token."""
         rng = torch.Generator().manual_seed(seed)
         return replace(self, video_mask=torch.rand((1, SHAPE.video_tokens), generator=rng))
 

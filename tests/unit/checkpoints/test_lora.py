@@ -14,7 +14,7 @@ from ltx_ray.checkpoints.diffusers_names import to_diffusers, to_official
 from ltx_ray.checkpoints.lora import check_lora, lora_digest, open_lora
 from ltx_ray.cli.options import lora_specs
 from ltx_ray.cli.status import inspect_lines
-from ltx_ray.parallel.layers import TPGroup
+from ltx_ray.parallel.layers import RankGroup
 from ltx_ray.parallel.lora import LoraMerger, LoraSetting
 from tests.support.transformers import load_ours
 
@@ -208,7 +208,7 @@ def merged(toy, path: str, strength: float, dtype=torch.float32) -> dict[str, to
     checkpoint = open_checkpoint(toy["checkpoint_path"])
     model = load_ours(toy["checkpoint_path"], dtype)
     loras = [open_lora(path).fit(checkpoint.linear_layers, checkpoint.path)]
-    LoraMerger(model, checkpoint.tensors, loras, TPGroup()).switch(LoraSetting(((0, strength),)))
+    LoraMerger(model, checkpoint.tensors, loras, RankGroup()).switch_to(LoraSetting(((0, strength),)))
     return dict(model.named_parameters())
 
 

@@ -94,7 +94,8 @@ def test_latents_that_are_not_finite_are_the_rows_fault():
 @pytest.fixture
 def decoder(monkeypatch) -> DecodeEngine:
     engine = object.__new__(DecodeEngine)
-    engine.device, engine.dtype, engine.facts, engine._needed = torch.device("cpu"), torch.float32, EngineFacts(), {}
+    engine.device, engine.dtype, engine.facts = torch.device("cpu"), torch.float32, EngineFacts()
+    engine._rung_by_size = {}
     engine.audio_vae = engine.vocoder = engine.video_vae = None
     monkeypatch.setattr("ltx_ray.engine.decode.write_mp4", lambda target, frames, **rest: list(frames))
     return engine

@@ -1,6 +1,6 @@
-"""The parts around the DiT: every loader on the toy's files, the errors of files that do not fit, sane outputs.
+"""The parts around the transformer: every loader on the toy's files, errors of files that do not fit, sane outputs.
 
-That they compute what the reference computes is the business of tests/parity.
+tests/parity compares what they compute with the reference.
 """
 
 import json
@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from ltx_ray.engine import codec, components
 from ltx_ray.toy import ToyShape, make_toy_model
 
-pytestmark = pytest.mark.slow  # every test builds modules of diffusers
+pytestmark = pytest.mark.slow  # Every test builds modules of diffusers.
 
 CPU = "cpu"
 
@@ -38,7 +38,7 @@ def normal(*shape, seed=0):
 
 
 def changed(path, tmp_path, edit=None, edit_config=None):
-    """A copy of the file with its tensors or its config edited in place."""
+    """A copy of the file with edited tensors or an edited config."""
     with safe_open(path, "pt") as file:
         tensors, metadata = {k: file.get_tensor(k) for k in file.keys()}, dict(file.metadata())  # noqa: SIM118
     if edit:
@@ -59,14 +59,14 @@ def test_connectors(path, dtype):
     shape = ToyShape()
     hidden = tuple(normal(2, 256, shape.gemma_hidden, seed=i) for i in range(shape.gemma_layers + 1))
     mask = torch.ones(2, 256, dtype=torch.int64)
-    mask[0, :200] = 0  # padded on the left
+    mask[0, :200] = 0  # Padding on the left.
     video, audio = codec.encode_connectors(connectors, hidden, mask)
     assert video.shape == (2, 256, shape.dim) and audio.shape == (2, 256, shape.audio_dim)
     assert video.dtype == audio.dtype == dtype
     assert torch.isfinite(video).all() and torch.isfinite(audio).all()
 
 
-def test_connectors_ignore_what_is_padding(path):
+def test_connectors_ignore_padding(path):
     connectors = components.load_connectors(path, torch.float32, CPU)
     shape = ToyShape()
     hidden = tuple(normal(1, 128, shape.gemma_hidden, seed=i) for i in range(shape.gemma_layers + 1))
@@ -84,10 +84,10 @@ def test_video_decode_shows_something(path):
     assert vae.encoder is None
     pixels = codec.decode_video_tile(vae, normal(1, 128, 3, 4, 6))
     assert pixels.shape == (1, 3, 17, 128, 192) and torch.isfinite(pixels).all()
-    assert pixels.std(dim=(1, 3, 4)).min() > 0.15  # contrast in every frame
-    assert (pixels[:, :, 1:] - pixels[:, :, :-1]).abs().mean(dim=(1, 3, 4)).min() > 0.003  # no two frames alike
+    assert pixels.std(dim=(1, 3, 4)).min() > 0.15, "every frame has contrast"
+    assert (pixels[:, :, 1:] - pixels[:, :, :-1]).abs().mean(dim=(1, 3, 4)).min() > 0.003, "neighbours differ"
     assert (pixels.abs() > 1).float().mean() < 0.25
-    assert (pixels - pixels.mean(1, keepdim=True)).std() > 0.05  # colours
+    assert (pixels - pixels.mean(1, keepdim=True)).std() > 0.05, "it has colours"
 
 
 def test_video_halves_are_the_whole(path):
@@ -102,7 +102,7 @@ def test_video_halves_are_the_whole(path):
         components.load_video_vae(path, torch.float32, CPU, "all")
 
 
-def test_only_the_wanted_tensors_are_read(path, monkeypatch):
+def test_only_the_tensors_of_the_part_are_read(path, monkeypatch):
     read = []
 
     class Spy:
@@ -148,7 +148,7 @@ def test_audio(path, dtype, bfloat16_vocoder):
 
 
 def test_vocoder_resampler_keeps_a_constant(bfloat16_vocoder):
-    # the computed filter is really there, and its taps for each phase sum to 1
+    # The filter has been computed, and its taps for each phase sum to 1.
     out = bfloat16_vocoder.resampler(torch.ones(1, 1, 400))
     assert out.shape == (1, 1, 1200) and (out[..., 60:-60] - 1).abs().max() < 0.01
 
@@ -185,7 +185,7 @@ def test_missing_keys_are_named(path, tmp_path, prefix):
 
     with pytest.raises(ValueError, match=r"changed\.safetensors: .*12 missing keys: .*, …") as error:
         LOADERS[prefix](changed(path, tmp_path, cut), torch.float32, CPU)
-    assert str(error.value).count(", ") == 10  # ten keys and the ellipsis
+    assert str(error.value).count(", ") == 10, "ten keys and the ellipsis"
 
 
 @pytest.mark.parametrize("prefix", LOADERS)

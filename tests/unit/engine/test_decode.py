@@ -1,4 +1,4 @@
-"""The decode engine on the toy model: smaller tiles when memory runs out, previews, and latents that outlive a run."""
+"""The decode engine on the toy model: smaller tiles when memory runs out, previews, and stored latents."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from ltx_ray.config import EngineSpec, ModelFiles, Numerics
 from ltx_ray.engine import codec
 from ltx_ray.engine.base import Rank
 from ltx_ray.engine.decode import DecodeEngine
-from ltx_ray.engine.initial_state import latent_sizes, stage_1_draws
-from ltx_ray.engine.latents import StoredLatentsGone, latents_sha256, named_latents
-from ltx_ray.records import AV, ImageCondition, NoiseLedger, RowError, StageLatents, WorkItem
+from ltx_ray.engine.initial_state import stage_1_draws
+from ltx_ray.engine.latents import latents_sha256, named_latents
+from ltx_ray.engine.patchify import latent_sizes
+from ltx_ray.records import AV, ImageCondition, NoiseLedger, RowError, StageLatents, StoredLatentsGone, WorkItem
 from ltx_ray.storage.store import Store
 from tests.support.samples import recipe, request
 
@@ -30,13 +31,13 @@ CPU_MESSAGE = (
 
 
 def work(number: int = 0, **values) -> WorkItem:
-    """A small clip with little sound; 89 frames are cut in time at the first three rungs, in three ways."""
+    """A small clip with little sound. The first three rungs cut its 89 frames along time in three ways."""
     row = {"height": 64, "width": 64, "num_frames": 89, "frame_rate": 250.0, "seed": number, **values}
     return WorkItem(f"{number:032x}", request(**row), recipe(dtype="float32"), "r" * 16)
 
 
 def stages(item: WorkItem) -> list[StageLatents]:
-    """What both stages could have made of `item`."""
+    """Random latents of both stages of `item`, with their ledgers."""
     generator = torch.Generator().manual_seed(item.request.seed)
     first = NoiseLedger(item.request.seed, "cpu", "cpu", stage_1_draws(item.request, "float32"))
     later = first.extended("stage_2.video", (1, 1, 128), "float32").extended("stage_2.audio", (1, 1, 128), "float32")
@@ -49,7 +50,7 @@ def stages(item: WorkItem) -> list[StageLatents]:
 
 @pytest.fixture(scope="module")
 def loaded(toy, tmp_path_factory):
-    """The loaded parts, which no test changes."""
+    """An engine with loaded parts, which no test changes."""
     spec = EngineSpec("", ModelFiles(**toy), Numerics(dtype="float32"), str(tmp_path_factory.mktemp("unused")))
     engine = DecodeEngine(spec, Rank())
     engine.load()
@@ -58,7 +59,7 @@ def loaded(toy, tmp_path_factory):
 
 @pytest.fixture
 def made(loaded, tmp_path, monkeypatch):
-    """Engines on an output of the test's own, which share the loaded parts."""
+    """A function that makes engines with an output of the test's own and the loaded parts."""
     monkeypatch.setenv("LTX_RAY_CACHE", str(tmp_path / "cache"))
     for loader, part in (
         ("video_vae", loaded.video_vae), ("audio_decoder", loaded.audio_vae), ("vocoder", loaded.vocoder),
@@ -79,7 +80,7 @@ def out(tmp_path) -> Path:
 
 
 class Tiles:
-    """Stands before the decoder: sees the tiles, and fails those that it was told to."""
+    """Replaces the decoding of tiles: records their sizes, and raises the errors in `failing` by number of the tile."""
 
     def __init__(self, monkeypatch):
         self.seen: list[tuple[int, ...]] = []
@@ -94,7 +95,7 @@ class Tiles:
         return self.decode(vae, tile)
 
     def frames(self) -> list[int]:
-        """Latent frames of the tiles since the last look."""
+        """Latent frames of the tiles since the last call."""
         seen, self.seen = [size[0] for size in self.seen], []
         return seen
 
@@ -111,7 +112,7 @@ def pictures(path: Path) -> np.ndarray:
 
 
 def probe(path: Path) -> tuple[int, tuple[int, int], float]:
-    """Frames, (height, width), seconds of sound of a clip that plays to its end."""
+    """Frames, (height, width) and seconds of sound of a clip, decoded to its end."""
     frames = pictures(path)
     with av.open(str(path)) as clip:
         samples = sum(f.samples for f in clip.decode(audio=0))
@@ -124,14 +125,14 @@ def files(folder: Path) -> list[str]:
 
 # --- the ladder ----------------------------------------------------------------------------------
 
-#: Latent frames of the tiles of 89 frames at the first three rungs, of which two groups come before the first chunk.
+#: Latent frames of the tiles of 89 frames at the first three rungs. The first chunk is complete after two of them.
 CUTS = [10, 6], [5, 6, 6, 4], [3, 4, 4, 4, 4, 3]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), RuntimeError(CPU_MESSAGE), MemoryError()])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("out of memory"), RuntimeError(CPU_MESSAGE), MemoryError()])
 def test_smaller_tiles_when_memory_runs_out(made, out, tiles, error):
-    """At the first tile of rung 0, and at rung 1 when some frames are in the file already."""
+    """At the first tile of rung 0, and at rung 1 after some frames have been encoded."""
     engine, item = made(), work(frame_rate=100.0)
     tiles.failing = {0: error, 3: error}
     clip = engine.run("decode", item, *stages(item))
@@ -141,16 +142,16 @@ def test_smaller_tiles_when_memory_runs_out(made, out, tiles, error):
     count, size, seconds = probe(out / clip.path)
     assert (count, size) == (89, (64, 64)) and seconds == pytest.approx(0.89, abs=0.03)
     assert files(out) == [clip.path]
-    # what the first tries had muxed left no trace: the same clip as without them
+    # What the first attempts encoded left no trace in the clip.
     shown = pictures(out / clip.path)
     tiles.failing = {}
     again = engine.run("decode", item, *stages(item))
     assert tiles.frames() == CUTS[2], "the rung that sufficed comes first"
     assert again.flags == clip.flags
-    assert np.abs(pictures(out / again.path) - shown).mean() < 0.5  # libx264's bytes differ from run to run
+    assert np.abs(pictures(out / again.path) - shown).mean() < 0.5  # libx264's bytes differ from run to run.
 
 
-def test_a_rung_begins_when_the_tensors_of_the_one_before_are_gone(made, monkeypatch):
+def test_a_rung_begins_after_the_tensors_of_the_one_before_are_freed(made, monkeypatch):
     engine, item = made(), work()
     decode, held = codec.decode_video_tile, []
 
@@ -161,10 +162,10 @@ def test_a_rung_begins_when_the_tensors_of_the_one_before_are_gone(made, monkeyp
             return decode(vae, tile)
         frames = decode(vae, tile)
         held.extend((weakref.ref(tile), weakref.ref(frames)))
-        raise torch.OutOfMemoryError("no room")
+        raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr("ltx_ray.engine.codec.decode_video_tile", tight)
-    gc.disable()  # what lives on until the collector runs takes the next rung's memory
+    gc.disable()  # A reference cycle would take the next rung's memory until the collector runs.
     try:
         engine.run("decode", item, *stages(item))
     finally:
@@ -172,7 +173,7 @@ def test_a_rung_begins_when_the_tensors_of_the_one_before_are_gone(made, monkeyp
     assert len(held) == 2 and engine.facts.decode_rung == 1
 
 
-def test_the_references_tiles_otherwise(made, out, tiles):
+def test_the_references_tiles_when_memory_suffices(made, out, tiles):
     engine, item = made(), work()
     clip = engine.run("decode", item, *stages(item))
     assert tiles.frames() == CUTS[0]
@@ -182,12 +183,12 @@ def test_the_references_tiles_otherwise(made, out, tiles):
 
 @pytest.mark.slow
 def test_the_pictures_of_all_rungs_are_close(made, out, tiles):
-    """The decoder looks beyond its tiles, so they differ, by a small part of what is in the picture."""
+    """They differ, because tiles cut off what the decoder would see beyond them, by little of the contrast."""
     engine, item = made(), work()
     shown = []
     for failing in ((), (0,), (0,)):
         tiles.frames()
-        tiles.failing = dict.fromkeys(failing, torch.OutOfMemoryError("no room"))
+        tiles.failing = dict.fromkeys(failing, torch.OutOfMemoryError("out of memory"))
         shown.append(pictures(out / engine.run("decode", item, *stages(item)).path))
         assert engine.facts.decode_rung == len(shown) - 1
     for other in shown[1:]:
@@ -197,7 +198,7 @@ def test_the_pictures_of_all_rungs_are_close(made, out, tiles):
 @pytest.mark.slow
 def test_only_clips_of_at_least_that_size_start_lower(made, tiles):
     engine, item = made(), work()
-    tiles.failing = {0: torch.OutOfMemoryError("no room")}
+    tiles.failing = {0: torch.OutOfMemoryError("out of memory")}
     assert engine.run("decode", item, *stages(item)).flags == ("tiled_smaller",)
     assert tiles.frames() == [10, *CUTS[1]]
     tiles.failing = {}
@@ -209,9 +210,9 @@ def test_only_clips_of_at_least_that_size_start_lower(made, tiles):
 
 
 def test_a_large_clip_that_the_known_rung_does_not_cut_is_not_flagged(made, tiles):
-    """Few frames of more pixels: rung 1 leaves them whole, as rung 0 does; the next that cuts them is rung 3."""
+    """Rungs 0 to 2 do not cut few frames of more pixels. Rung 3 is the first that does."""
     engine, item = made(), work(num_frames=41)
-    tiles.failing = {0: torch.OutOfMemoryError("no room")}
+    tiles.failing = {0: torch.OutOfMemoryError("out of memory")}
     engine.run("decode", item, *stages(item))
     tiles.frames(), tiles.failing.clear()
     other = work(1, num_frames=9, width=640)
@@ -221,7 +222,7 @@ def test_a_large_clip_that_the_known_rung_does_not_cut_is_not_flagged(made, tile
 
 @pytest.mark.parametrize("frames, tries", [(89, 3), (9, 1)])
 def test_after_the_last_rung_the_error_goes_up(made, out, tiles, frames, tries):
-    """Under torch's name, whoever raised it; a rung that would cut in the same way is not tried."""
+    """As torch's OutOfMemoryError, whatever was raised. A rung that would cut in the same way is not tried."""
     engine, item = made(), work(num_frames=frames)
     tiles.failing = dict.fromkeys(range(9), RuntimeError(CPU_MESSAGE))
     with pytest.raises(torch.OutOfMemoryError, match=rf"{frames} frames of 64x64 in the smallest tiles: .*123 bytes"):
@@ -243,12 +244,12 @@ def test_other_errors_go_up_at_once(made, out, tiles, error):
 
 
 def test_the_sound_has_no_ladder(made, tiles, monkeypatch):
-    def no_room(*_):
-        raise torch.OutOfMemoryError("no room for sound")
+    def fail(*_):
+        raise torch.OutOfMemoryError("out of memory for sound")
 
     engine, item = made(), work()
-    monkeypatch.setattr("ltx_ray.engine.codec.decode_audio", no_room)
-    with pytest.raises(torch.OutOfMemoryError, match="no room for sound"):
+    monkeypatch.setattr("ltx_ray.engine.codec.decode_audio", fail)
+    with pytest.raises(torch.OutOfMemoryError, match="out of memory for sound"):
         engine.run("decode", item, *stages(item))
     assert tiles.seen == []
 
@@ -287,19 +288,19 @@ def test_a_preflight_publishes_nothing(made, out):
 # --- latents that outlive a run ------------------------------------------------------------------
 
 
-def test_what_was_kept_is_fetched_again(made, out):
+def test_saved_latents_are_loaded_again(made, out):
     engine, item = made(), work()
     both = stages(item)
-    place = engine.run("save_latents", item, *both)
-    assert place == str(out / f"latents/00/{item.item_id}.safetensors") == engine.facts.stored_at
-    fetched = made().run("load_latents", item)
-    assert latents_sha256(named_latents(fetched)) == latents_sha256(named_latents(both[0]))
-    assert fetched.ledger == both[0].ledger, "as it was after stage 1"
-    assert set(load_file(place)) == set(named_latents(*both))
+    location = engine.run("save_latents", item, *both)
+    assert location == str(out / f"latents/00/{item.item_id}.safetensors") == engine.facts.stored_at
+    loaded_again = made().run("load_latents", item)
+    assert latents_sha256(named_latents(loaded_again)) == latents_sha256(named_latents(both[0]))
+    assert loaded_again.ledger == both[0].ledger, "as it was after stage 1"
+    assert set(load_file(location)) == set(named_latents(*both))
 
 
 def test_images_count_in_the_ledger():
-    """Later images draw noise for tokens of their own; the one at frame 0 does not."""
+    """Noise is drawn for the keyframe tokens of later images, and not for an image at frame 0."""
     plain = work().request
     for frames, extra in (((0,), 0), ((0, 9), 1), ((8, 9), 2)):
         images = tuple(ImageCondition("a.png", frame, 1.0, None) for frame in frames)
@@ -308,7 +309,7 @@ def test_images_count_in_the_ledger():
 
 
 def with_first(item: WorkItem, change) -> list[StageLatents]:
-    """Both stages, the first one's latents changed."""
+    """Both stages, with changed latents of the first."""
     first, second = stages(item)
     return [StageLatents(change(first.latents), first.ledger), second]
 
@@ -371,66 +372,66 @@ def spoil(path: Path, how: str) -> None:
 )  # fmt: skip
 def test_stored_latents_that_cannot_be_read(made, how, words):
     engine, item = made(), work()
-    place = Path(engine.run("save_latents", item, stages(item)[0]))
-    spoil(place, how)
+    location = Path(engine.run("save_latents", item, stages(item)[0]))
+    spoil(location, how)
     with pytest.raises(StoredLatentsGone, match=words) as error:
         engine.run("load_latents", item)
-    assert str(place) in str(error.value)
+    assert str(location) in str(error.value)
 
 
 def test_latents_of_another_item(made, out):
     engine, item, other = made(), work(0), work(1)
-    place = Path(engine.run("save_latents", item, stages(item)[0]))
-    place.with_name(f"{other.item_id}.safetensors").write_bytes(place.read_bytes())
+    location = Path(engine.run("save_latents", item, stages(item)[0]))
+    location.with_name(f"{other.item_id}.safetensors").write_bytes(location.read_bytes())
     with pytest.raises(StoredLatentsGone, match=f"holds item {item.item_id}"):
         engine.run("load_latents", other)
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_node_keeps_what_the_output_refuses(made, out, tmp_path, count):
+def test_latents_that_the_output_refuses_stay_on_the_node(made, out, tmp_path, count):
     engine, item = made(), work(num_frames=9)
     out.mkdir(exist_ok=True)
     (out / "latents").write_text("in the way")
-    place = engine.run("save_latents", item, *stages(item)[:count])
-    assert Path(place).is_file() and place.startswith(str(tmp_path / "cache" / "kept"))
-    assert engine.facts.stored_at == place
-    fetched = engine.run("load_latents", item)
-    assert latents_sha256(named_latents(fetched)) == latents_sha256(named_latents(stages(item)[0]))
-    assert engine.facts.stored_at == place
-    # another output has a folder of its own
+    location = engine.run("save_latents", item, *stages(item)[:count])
+    assert Path(location).is_file() and location.startswith(str(tmp_path / "cache" / "kept"))
+    assert engine.facts.stored_at == location
+    loaded_again = engine.run("load_latents", item)
+    assert latents_sha256(named_latents(loaded_again)) == latents_sha256(named_latents(stages(item)[0]))
+    assert engine.facts.stored_at == location
+    # Another output has a folder of its own.
     engine.latents.__init__(Store(str(tmp_path / "other")))
     with pytest.raises(StoredLatentsGone):
         engine.run("load_latents", item)
-    # when the output is back the copy goes, unless it holds more than what is published
+    # The copy is removed when the output is writable again, unless it has more stages than what is published.
     (out / "latents").unlink()
     made().run("save_latents", item, stages(item)[0])
-    assert Path(place).exists() == (count == 2)
+    assert Path(location).exists() == (count == 2)
 
 
-def test_a_finished_clip_needs_no_copy(made, out):
+def test_a_finished_clip_removes_the_copy(made, out):
     engine, item = made(), work(num_frames=9)
     out.mkdir(exist_ok=True)
     (out / "latents").write_text("in the way")
-    place = Path(engine.run("save_latents", item, *stages(item)))
-    assert place.exists()
+    location = Path(engine.run("save_latents", item, *stages(item)))
+    assert location.exists()
     engine.run("decode", item, *stages(item))
-    assert not place.exists()
+    assert not location.exists()
 
 
 @pytest.mark.parametrize("stop_after", [None, "stage1"])
 def test_both_stages_are_never_replaced_by_one(made, out, stop_after):
-    """Neither by keeping nor by a run that stops after stage 1; a broken file is replaced."""
+    """Neither by saving nor by a run that stops after stage 1. A broken file is replaced."""
     item = work(num_frames=9)
     both = stages(item)
     engine = made(stop_after=stop_after)
-    place = Path(engine.run("save_latents", item, *both))
+    location = Path(engine.run("save_latents", item, *both))
 
     def publish_first():
         engine.run("decode" if stop_after else "save_latents", item, both[0])
-        return set(load_file(place))
+        return set(load_file(location))
 
     assert publish_first() == set(named_latents(*both))
-    place.write_bytes(place.read_bytes()[:-1])
+    location.write_bytes(location.read_bytes()[:-1])
     assert publish_first() == set(named_latents(both[0]))
     engine.run("save_latents", item, *both)
-    assert set(load_file(place)) == set(named_latents(*both)), "and one is replaced by both"
+    assert set(load_file(location)) == set(named_latents(*both)), "and one is replaced by both"

@@ -1,4 +1,4 @@
-"""The fused decoder with its steps in plain PyTorch; tests/gpu holds the kernel to them."""
+"""The fused decoder with its steps in plain PyTorch. tests/gpu compares the kernel with them."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def test_same_pixels(widths, size, channels_last, causal):
     latents = torch.randn((size[0], 128, *size[1:]), generator=torch.Generator().manual_seed(1))
     before = latents.clone()
     with torch.inference_mode():
-        wanted = decoder(latents, causal=causal)
+        expected = decoder(latents, causal=causal)
         assert fuse_decoder(decoder, channels_last)
         pixels = decoder(latents, causal=causal)
-    assert pixels.shape == wanted.shape == (size[0], 3, 8 * size[1] - 7, 32 * size[2], 32 * size[3])
-    assert pixels.is_contiguous() and relative(pixels, wanted) < 1e-5
+    assert pixels.shape == expected.shape == (size[0], 3, 8 * size[1] - 7, 32 * size[2], 32 * size[3])
+    assert pixels.is_contiguous() and relative(pixels, expected) < 1e-5
     assert torch.equal(latents, before) and list(decoder.state_dict()) == names
 
 
@@ -40,8 +40,8 @@ def test_reflected_sides():
     decoder = small_decoder((8, 16, 16, 32), spatial_padding_mode="reflect")
     latents = torch.randn((1, 128, 2, 3, 4), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        wanted = decoder(latents)
-        assert fuse_decoder(decoder) and relative(decoder(latents), wanted) < 1e-5
+        expected = decoder(latents)
+        assert fuse_decoder(decoder) and relative(decoder(latents), expected) < 1e-5
 
 
 def test_closer_to_exact_than_the_modules():
@@ -49,10 +49,10 @@ def test_closer_to_exact_than_the_modules():
     exact = copy.deepcopy(decoder).float()
     latents = torch.randn((1, 128, 2, 4, 5), generator=torch.Generator().manual_seed(1)).bfloat16()
     with torch.inference_mode():
-        wanted, plain = exact(latents.float()), decoder(latents)
+        expected, plain = exact(latents.float()), decoder(latents)
         assert fuse_decoder(decoder)
         pixels = decoder(latents)
-    assert pixels.dtype == torch.bfloat16 and relative(pixels, wanted) < relative(plain, wanted)
+    assert pixels.dtype == torch.bfloat16 and relative(pixels, expected) < relative(plain, expected)
 
 
 @pytest.mark.parametrize(
@@ -65,12 +65,12 @@ def test_closer_to_exact_than_the_modules():
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_what_has_other_parts_stays_as_it_is(change):
+def test_a_decoder_with_other_parts_is_not_fused(change):
     decoder = small_decoder(**change)
     assert not fuse_decoder(decoder) and "forward" not in vars(decoder)
 
 
-def test_on_a_cpu_the_modules_decode(toy):
+def test_a_decoder_on_a_cpu_is_not_fused(toy):
     vae = components.load_video_vae(toy["checkpoint_path"], torch.bfloat16, "cpu")
     assert "forward" not in vars(vae.decoder)
-    assert fuse_decoder(vae.decoder), "only because of where it is"
+    assert fuse_decoder(vae.decoder), "it could be fused, but is not on a CPU"

@@ -1,5 +1,5 @@
-"""The diffusion engine on the toy model: stage 2 from stored latents, whose noise it accepts, when it prepares for
-switches, and what a failed call leaves behind."""
+"""The diffusion engine on the toy model: stage 2 from stored latents, ledgers of other devices, caches for switches,
+and failed calls."""
 
 from __future__ import annotations
 
@@ -28,58 +28,58 @@ ROW = {
 
 
 @pytest.fixture(scope="module")
-def line() -> ToyPipeline:
+def pipeline() -> ToyPipeline:
     return toy_pipeline()
 
 
 @pytest.fixture(scope="module")
-def rendered(line):
+def rendered(pipeline):
     """(item, conditions, stage 1, stage 2)."""
-    item = line.item(ROW)
+    item = pipeline.item(ROW)
     with one_thread():
-        conditions = line.text.run("text", item)
-        first = line.diffusion.run("stage1", item, conditions)
-        return item, conditions, first, line.diffusion.run("stage2", item, conditions, first)
+        conditions = pipeline.text.run("text", item)
+        first = pipeline.diffusion.run("stage1", item, conditions)
+        return item, conditions, first, pipeline.diffusion.run("stage2", item, conditions, first)
 
 
-def test_stored_latents_lead_to_the_bits_of_the_whole_line(line, rendered, tmp_path, monkeypatch):
-    """With images at frame 0 and later, which the ledger counts."""
+def test_stored_latents_lead_to_the_bits_of_an_uninterrupted_run(pipeline, rendered, tmp_path, monkeypatch):
+    """With images at frame 0 and later, whose tokens are in the ledger."""
     monkeypatch.setenv("LTX_RAY_CACHE", str(tmp_path / "cache"))
     item, conditions, first, second = rendered
     store = LatentStore(Store(str(tmp_path / "out")))
     store.publish(item, [first])
-    stored, _ = store.stage_1(item, torch.float32)
+    stored, _ = store.load_stage_1(item, torch.float32)
     assert stored.ledger == first.ledger
     with one_thread():
-        again = line.diffusion.run("stage2", item, conditions, stored)
+        again = pipeline.diffusion.run("stage2", item, conditions, stored)
     assert latents_sha256(named_latents(stored, again)) == latents_sha256(named_latents(first, second))
 
 
-def test_stored_latents_say_how_they_were_computed(line, rendered, tmp_path, monkeypatch):
-    """And stage 2 tells the driver when that was otherwise than now."""
+def test_stored_latents_say_how_they_were_computed(pipeline, rendered, tmp_path, monkeypatch):
+    """Stage 2 reports their numerics when those are not the run's."""
     monkeypatch.setenv("LTX_RAY_CACHE", str(tmp_path / "cache"))
     item, conditions, first, _ = rendered
-    now = canonical_json(line.diffusion.spec.numerics)
+    now = canonical_json(pipeline.diffusion.spec.numerics)
     assert first.numerics == now
     for numerics in (now, '{"attention":"another"}'):
         store = LatentStore(Store(str(tmp_path / f"out{len(numerics)}")))
         store.publish(item, [dataclasses.replace(first, numerics=numerics)])
-        stored, _ = store.stage_1(item, torch.float32)
+        stored, _ = store.load_stage_1(item, torch.float32)
         assert stored.numerics == numerics
         with one_thread():
-            line.diffusion.run("stage2", item, conditions, stored)
-        assert line.diffusion.facts.stage_1_numerics == (None if numerics == now else numerics)
+            pipeline.diffusion.run("stage2", item, conditions, stored)
+        assert pipeline.diffusion.facts.stage_1_numerics == (None if numerics == now else numerics)
 
 
-def test_noise_of_a_gpu_is_not_drawn_on_a_cpu(line, rendered):
-    """Before anything is merged."""
+def test_noise_of_a_gpu_is_not_drawn_on_a_cpu(pipeline, rendered):
+    """The call fails before it merges anything."""
     item, conditions, first, _ = rendered
-    line.diffusion._merge(item, item.request.distilled_lora_strength_stage_1)
-    switches = line.diffusion.switches
-    elsewhere = dataclasses.replace(first.ledger, device="cuda", device_model="NVIDIA H100 80GB HBM3")
+    pipeline.diffusion._merge_loras(item, item.request.distilled_lora_strength_stage_1)
+    switches = pipeline.diffusion.switches
+    other_device = dataclasses.replace(first.ledger, device="cuda", device_model="NVIDIA H100 80GB HBM3")
     with pytest.raises(WrongDevice, match=r"NVIDIA H100 80GB HBM3.* cpu; legal: .*--noise-device cpu"):
-        line.diffusion.run("stage2", item, conditions, StageLatents(first.latents, elsewhere))
-    assert line.diffusion.switches == switches
+        pipeline.diffusion.run("stage2", item, conditions, StageLatents(first.latents, other_device))
+    assert pipeline.diffusion.switches == switches
 
 
 @pytest.mark.parametrize(
@@ -91,41 +91,46 @@ def test_noise_of_a_gpu_is_not_drawn_on_a_cpu(line, rendered):
         (GangLayout((Stage.STAGE1,), alternates=True), True),
     ],
 )
-def test_what_a_switch_needs_is_kept_near_when_it_will_be_needed(line, rendered, monkeypatch, layout, at_load):
-    """At load where a replica alternates between the stages, else at the first switch."""
-    kept = []
-    honest = LoraMerger.keep
-    monkeypatch.setattr(LoraMerger, "keep", lambda self, reserve: (kept.append(reserve), honest(self, reserve)))
-    engine = DiffusionEngine(dataclasses.replace(line.diffusion.spec, layout=layout), Rank())
+def test_what_a_switch_reads_is_cached_once_a_switch_is_certain(pipeline, rendered, monkeypatch, layout, at_load):
+    """When it is loaded where a replica alternates between the stages, otherwise at its first switch."""
+    cached = []
+    cache_sources = LoraMerger.cache_sources
+
+    def counted(self, reserve):
+        cached.append(reserve)
+        cache_sources(self, reserve)
+
+    monkeypatch.setattr(LoraMerger, "cache_sources", counted)
+    engine = DiffusionEngine(dataclasses.replace(pipeline.diffusion.spec, layout=layout), Rank())
     engine.load()
-    assert len(kept) == at_load
+    assert len(cached) == at_load
     item = rendered[0]
-    engine._merge(item, 0.25)
-    engine._merge(item, 0.25)
-    assert len(kept) == at_load, "the first merge belongs to loading"
-    engine._merge(item, 0.5)
-    engine._merge(item, 0.25)
-    assert len(kept) == 1 and engine.switches == 2
+    engine._merge_loras(item, 0.25)
+    engine._merge_loras(item, 0.25)
+    assert len(cached) == at_load, "the first merge belongs to loading"
+    engine._merge_loras(item, 0.5)
+    engine._merge_loras(item, 0.25)
+    assert len(cached) == 1 and engine.switches == 2
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room for 3 GiB"), RowError("at fault")])
-def test_a_failed_call_is_reported_by_name_and_keeps_no_tensor(line, rendered, monkeypatch, stage, error):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("tried to allocate 3 GiB"), RowError("at fault")])
+def test_a_failed_call_is_reported_by_name_and_keeps_no_tensor(pipeline, rendered, monkeypatch, stage, error):
     item, conditions, first, _ = rendered
-    actor, held = RankActor(), []
-    actor.engine = line.diffusion
+    actor, tensors = RankActor(), []
+    actor.engine = pipeline.diffusion
 
     def fail(inputs, *_):
-        held.extend(weakref.ref(modality.latent) for modality in inputs)
+        tensors.extend(weakref.ref(modality.latent) for modality in inputs)
         raise type(error)(*error.args)
 
-    monkeypatch.setattr(line.diffusion.transformer, "forward", fail)
-    gc.disable()  # what lives on until the collector runs keeps the device's memory until then
+    monkeypatch.setattr(pipeline.diffusion.transformer, "forward", fail)
+    gc.disable()  # A reference cycle would keep device memory until the collector runs.
     try:
         report, payload = actor.run(stage, item, conditions, *([first] if stage == "stage2" else []))
-        alive = [ref for ref in held if ref() is not None]
+        alive = [ref for ref in tensors if ref() is not None]
     finally:
         gc.enable()
     assert (report.error.type, payload) == (type(error).__name__, None)
     assert report.error.kind == error_kind(error)
-    assert len(held) == 2 and not alive
+    assert len(tensors) == 2 and not alive

@@ -1,4 +1,4 @@
-"""The mp4: as many frames as given at their exact rate, sound to the sample, colours tagged."""
+"""The mp4: all frames at their exact rate, sound of the exact length, tagged colours."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def write(path, frames=9, rate: float = 24.0, audio="matching", chunks=2) -> int
 
 
 def decoded_sound(path) -> np.ndarray:
-    """What a player hears: packets that the edit list cuts off are left out."""
+    """What a player plays, without the packets that the edit list cuts off."""
     with av.open(str(path)) as container:
         return np.concatenate([f.to_ndarray() for f in container.decode(audio=0)], axis=1)
 
@@ -87,7 +87,7 @@ def test_the_sound_is_in_sync_to_the_sample(tmp_path):
     assert np.abs(heard).argmax(axis=1).tolist() == [20_000, 20_000]
 
 
-def test_the_channels_stay_apart_and_loud_sound_is_clipped(tmp_path):
+def test_the_channels_do_not_mix_and_loud_sound_is_clipped(tmp_path):
     loud = tone(18_000) * 4
     write(tmp_path / "x.mp4", audio=loud)
     left, right = np.abs(decoded_sound(tmp_path / "x.mp4"))[:, 2000:16_000].max(axis=1)
@@ -117,7 +117,7 @@ def test_the_pictures_come_back_in_order(tmp_path):
     assert luma == pytest.approx(pictures(17)[:, 0, 0].tolist(), abs=3)
 
 
-def test_the_index_stands_in_front_so_that_a_browser_can_start(tmp_path):
+def test_the_index_comes_first_so_that_a_browser_can_start(tmp_path):
     write(tmp_path / "x.mp4")
     content = (tmp_path / "x.mp4").read_bytes()
     assert 0 < content.index(b"moov") < content.index(b"mdat")

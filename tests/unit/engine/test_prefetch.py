@@ -1,4 +1,4 @@
-"""Making things in a thread, one ahead of their use."""
+"""A generator in a thread of its own, one item ahead of its consumer."""
 
 from __future__ import annotations
 
@@ -10,55 +10,55 @@ import weakref
 import pytest
 import torch
 
-from ltx_ray.engine.prefetch import ahead
+from ltx_ray.engine.prefetch import prefetch
 
 
-def test_everything_comes_once_and_in_order():
-    assert list(ahead(x for x in range(50))) == list(range(50))
-    assert list(ahead(x for x in ())) == []
+def test_every_item_comes_once_and_in_order():
+    assert list(prefetch(x for x in range(50))) == list(range(50))
+    assert list(prefetch(x for x in ())) == []
 
 
-def test_the_next_is_made_while_one_is_used():
-    made = []
+def test_the_next_item_is_produced_while_one_is_used():
+    produced = []
 
     def items():
         for number in range(4):
-            made.append(number)
+            produced.append(number)
             yield number
 
-    using = ahead(items())
-    assert next(using) == 0
+    consumer = prefetch(items())
+    assert next(consumer) == 0
     deadline = time.monotonic() + 10
-    while len(made) < 3 and time.monotonic() < deadline:  # one is ready, the one after it waits for its place
+    while len(produced) < 3 and time.monotonic() < deadline:  # One is ready, and the one after it waits.
         time.sleep(0.01)
     time.sleep(0.05)
-    assert made == [0, 1, 2]
-    assert list(using) == [1, 2, 3]
+    assert produced == [0, 1, 2]
+    assert list(consumer) == [1, 2, 3]
 
 
-def test_what_is_raised_comes_after_what_was_made_and_holds_nothing():
-    held = []
+def test_an_error_comes_after_the_items_before_it_and_keeps_no_tensor():
+    alive = []
 
     def items():
         tensor = torch.zeros(3)
-        held.append(weakref.ref(tensor))
+        alive.append(weakref.ref(tensor))
         yield 1
         raise ValueError(f"of {len(tensor)}")
 
-    using = ahead(items())
-    assert next(using) == 1
-    gc.disable()  # what lives on until the collector runs keeps the device's memory until then
+    consumer = prefetch(items())
+    assert next(consumer) == 1
+    gc.disable()  # A reference cycle would keep device memory until the collector runs.
     try:
         with pytest.raises(ValueError, match="of 3") as caught:
-            next(using)
+            next(consumer)
         del caught
-        using.close()
-        assert held[0]() is None
+        consumer.close()
+        assert alive[0]() is None
     finally:
         gc.enable()
 
 
-def test_the_thread_ends_with_its_reader():
+def test_the_thread_ends_with_its_consumer():
     before, ended = threading.active_count(), []
 
     def items():
@@ -68,14 +68,14 @@ def test_the_thread_ends_with_its_reader():
         finally:
             ended.append(True)
 
-    using = ahead(items())
-    next(using)
-    using.close()
+    consumer = prefetch(items())
+    next(consumer)
+    consumer.close()
     assert ended == [True] and threading.active_count() == before
 
 
-def test_inference_mode_goes_with_the_work():
+def test_items_are_produced_in_inference_mode():
     def items():
         yield torch.is_inference_mode_enabled()
 
-    assert list(ahead(items())) == [True]
+    assert list(prefetch(items())) == [True]

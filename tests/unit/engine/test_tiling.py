@@ -1,4 +1,4 @@
-"""Tiles of the video decoder: they cover everything, blend to the untiled picture, and what frames tell."""
+"""Tiles of the video decoder, which cover everything and blend to the untiled picture; colours, and flags of frames."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def ranges(intervals) -> list[tuple[int, int]]:
 
 
 def test_the_layout_of_an_hq_clip():
-    """34 x 60 latents: 768 px on the long side and 448 on the short one, 64 overlapping; 80 frames, 24 overlapping."""
+    """34 x 60 latents in tiles of 768 x 448 pixels that overlap by 64, and of 80 frames that overlap by 24."""
     assert ranges(side_intervals(60, 60, LADDER[0])) == [(0, 24), (22, 46), (44, 60)]
     assert ranges(side_intervals(34, 60, LADDER[0])) == [(0, 14), (12, 26), (24, 34)]
     assert ranges(time_intervals(16, LADDER[0])) == [(0, 10), (6, 16)]
@@ -95,7 +95,7 @@ def test_every_rung_of_an_hq_clip_needs_at_most_two_thirds_of_the_one_before():
 
 
 @given(st.tuples(st.integers(1, 40), st.integers(2, 70), st.integers(2, 70)))
-def test_rungs_that_change_nothing_are_left_out(latent_size):
+def test_rungs_that_cut_in_the_same_way_are_left_out(latent_size):
     rungs = distinct_rungs(latent_size)
     assert rungs[0] == 0 and rungs == sorted(rungs)
     for rung, tiling in enumerate(LADDER):
@@ -114,7 +114,7 @@ def test_rungs_of_some_clips():
 
 
 def linear_decoder(latent: torch.Tensor) -> torch.Tensor:
-    """Nearest-neighbour "decoder": the first latent makes one frame, each later one eight."""
+    """A "decoder" by nearest neighbours, with one frame of the first latent and eight of each later one."""
     rgb = latent[:, :3]
     frames = torch.cat((rgb[:, :, :1], rgb[:, :, 1:].repeat_interleave(TIME_FACTOR, dim=2)), dim=2)
     return frames.repeat_interleave(SPACE_FACTOR, dim=3).repeat_interleave(SPACE_FACTOR, dim=4)
@@ -124,12 +124,12 @@ def linear_decoder(latent: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     "frames, height, width",
     [
-        (1, 2, 2),  # one tile
-        (3, 2, 40),  # tiles along the width
-        (3, 30, 4),  # along the height
-        (2, 5, 35),  # a very wide one, whose weights do not add up to 1
-        (25, 2, 3),  # along time
-        (12, 2, 26),  # along time and width
+        (1, 2, 2),  # One tile.
+        (3, 2, 40),  # Tiles along the width.
+        (3, 30, 4),  # Along the height.
+        (2, 5, 35),  # A very wide clip, whose weights do not add up to 1.
+        (25, 2, 3),  # Along time.
+        (12, 2, 26),  # Along time and width.
     ],
 )
 def test_tiled_is_untiled(frames, height, width, rung):
@@ -150,11 +150,11 @@ def test_tiled_is_untiled(frames, height, width, rung):
     assert (tiles == 1) == (frames <= size[0] and max(height, width) <= size[1])
 
 
-def test_a_wide_clip_takes_the_way_with_a_divisor():
+def test_the_weights_of_a_very_wide_clip_do_not_sum_to_one():
     assert not sums_to_one(side_intervals(5, 35, LADDER[0]), 5 * SPACE_FACTOR)
 
 
-def test_chunks_come_one_stretch_of_time_at_a_time():
+def test_chunks_come_one_interval_of_time_at_a_time():
     seen = []
 
     def decode(tile: torch.Tensor) -> torch.Tensor:
@@ -199,13 +199,13 @@ def test_pure_colours(name, dtype, tolerance):
         assert abs(plane[0, 0, 0].item() - value) <= tolerance
 
 
-def test_what_is_out_of_range_is_clipped():
+def test_values_out_of_range_are_clipped():
     assert torch.equal(to_yuv420(torch.full((1, 3, 1, 2, 2), 9.0)), to_yuv420(torch.full((1, 3, 1, 2, 2), 1.0)))
     assert torch.equal(to_yuv420(torch.full((1, 3, 1, 2, 2), -9.0)), to_yuv420(torch.full((1, 3, 1, 2, 2), -1.0)))
 
 
-def test_planes_lie_as_i420_does():
-    """Red on the left, blue on the right: luma whole, each chroma plane at half size, Cb before Cr."""
+def test_planes_are_laid_out_as_i420():
+    """Red on the left, blue on the right: luma at full size, then Cb and Cr at half size."""
     chunk = torch.full((1, 3, 1, 8, 8), -1.0)
     chunk[:, 0, :, :, :4] = 1.0
     chunk[:, 2, :, :, 4:] = 1.0
@@ -222,7 +222,7 @@ def test_planes_lie_as_i420_does():
 def flags(*chunks: torch.Tensor) -> tuple[str, ...]:
     check = PictureCheck()
     for chunk in chunks:
-        check.see(to_yuv420(chunk))
+        check.update(to_yuv420(chunk))
     return check.flags()
 
 
@@ -233,7 +233,7 @@ def still(value: float, frames: int = 4) -> torch.Tensor:
 MOVING = torch.rand(1, 3, 4, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
-def test_a_lively_picture_has_no_flags():
+def test_a_moving_picture_has_no_flags():
     assert flags(MOVING) == ()
 
 
@@ -243,7 +243,7 @@ def test_black_and_frozen():
     assert flags(-1.0 + 0.02 * (MOVING > 0)) == ("black",)
 
 
-def test_one_frame_cannot_stand_still():
+def test_one_frame_is_not_frozen():
     assert flags(still(0.2, 1)) == ()
     assert flags(still(-1.0, 1)) == ("black",)
 
@@ -256,7 +256,7 @@ def test_one_bright_frame_or_a_bright_dot_is_not_black():
 
 
 def test_chunks_are_seen_as_one_clip():
-    """A change at the seam of two chunks is a change; two equal chunks stand still."""
+    """A change between two chunks counts as a change. Two equal chunks are frozen."""
     assert flags(still(0.2), still(0.4)) == ()
     assert flags(still(0.2), still(0.2)) == ("frozen",)
     assert flags(still(0.2, 1), still(0.4, 1)) == ()

@@ -1,4 +1,4 @@
-"""Reading shards: every slice, dtype and failure, in pieces smaller than the tensors."""
+"""Reading shards: every slice, dtype and failure, in chunks smaller than the tensors."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import nn
 
 from ltx_ray.checkpoints.safetensors import read_header
 from ltx_ray.parallel import loading
-from ltx_ray.parallel.layers import ColumnLinear, RowLinear, TPGroup
-from ltx_ray.parallel.loading import Slice, fill, load_shard, shard_shape
+from ltx_ray.parallel.layers import ColumnParallelLinear, RankGroup, RowParallelLinear
+from ltx_ray.parallel.loading import ShardRead, load_shard, read_shards, shard_shape
 
 
 @pytest.fixture(autouse=True)
-def small_pieces(monkeypatch):
-    monkeypatch.setattr(loading, "PIECE_BYTES", 96)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(loading, "CHUNK_BYTES", 96)
 
 
 @pytest.fixture
@@ -38,11 +38,11 @@ def file(tmp_path):
 def test_a_rank_reads_its_slices(file, size, dtype):
     tensors, infos = file
     for rank in range(size):
-        tp = TPGroup(rank, size)
+        tp = RankGroup(rank, size)
         for name, tensor in tensors.items():
             for dim in [None, *range(tensor.dim())]:
                 into = torch.full(shard_shape(infos[name], dim, tp), torch.nan, dtype=dtype)
-                assert list(fill([Slice(infos[name], dim, into)], tp)) == [0]
+                assert list(read_shards([ShardRead(infos[name], dim, into)], tp)) == [0]
                 part = tensor.shape[dim] // size if dim is not None else 0
                 expected = tensor if dim is None else tensor.narrow(dim, rank * part, part)
                 assert torch.equal(into, expected.to(dtype)), (name, dim, rank)
@@ -51,26 +51,26 @@ def test_a_rank_reads_its_slices(file, size, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("size", [1, 4])
 def test_prequantized_weights_are_scaled(tmp_path, size, dtype):
-    """In float32, and rounded once: as the reference folds a scale into its weight."""
+    """In float32 and rounded once, as the reference multiplies a weight by its scale."""
     values = torch.randn(16, 24).to(torch.float8_e4m3fn)
     save_file({"w": values, "w_scale": torch.tensor(0.0371)}, tmp_path / "fp8.safetensors")
     infos = read_header(tmp_path / "fp8.safetensors").tensors
     info = replace(infos["w"], scale=infos["w_scale"])
     whole = (values.float() * torch.tensor(0.0371)).to(dtype)
     for rank in range(size):
-        tp = TPGroup(rank, size)
+        tp = RankGroup(rank, size)
         for dim in (0, 1):
             into = torch.empty(shard_shape(info, dim, tp), dtype=dtype)
-            assert list(fill([Slice(info, dim, into)], tp)) == [0]
+            assert list(read_shards([ShardRead(info, dim, into)], tp)) == [0]
             assert torch.equal(into, whole.narrow(dim, rank * into.shape[dim], into.shape[dim]))
 
 
-def test_everything_wanted_comes_once(file):
+def test_every_read_is_yielded_once(file):
     tensors, infos = file
     names = list(tensors)[::-1]
-    wanted = [Slice(infos[n], None, torch.empty_like(tensors[n])) for n in names]
-    assert sorted(fill(wanted, TPGroup())) == list(range(len(names)))
-    assert all(torch.equal(w.into.float(), tensors[n].float()) for w, n in zip(wanted, names, strict=True))
+    reads = [ShardRead(infos[n], None, torch.empty_like(tensors[n])) for n in names]
+    assert sorted(read_shards(reads, RankGroup())) == list(range(len(names)))
+    assert all(torch.equal(r.target.float(), tensors[n].float()) for r, n in zip(reads, names, strict=True))
 
 
 def test_a_file_cut_off_after_its_header_was_read(file, tmp_path):
@@ -78,15 +78,15 @@ def test_a_file_cut_off_after_its_header_was_read(file, tmp_path):
     last = max(infos.values(), key=lambda info: info.end)
     with open(last.path, "r+b") as opened:
         opened.truncate(last.end - 1)
-    wanted = [Slice(info, None, torch.empty_like(tensors[name])) for name, info in infos.items()]
+    reads = [ShardRead(info, None, torch.empty_like(tensors[name])) for name, info in infos.items()]
     with pytest.raises(ValueError, match=rf"{last.path}: {last.key}: the file ends at byte {last.end - 1}, inside it"):
-        list(fill(wanted, TPGroup()))
+        list(read_shards(reads, RankGroup()))
 
 
 class Layers(nn.Module):
-    def __init__(self, tp: TPGroup, wide: int = 24):
+    def __init__(self, tp: RankGroup, hidden: int = 24):
         super().__init__()
-        self.up, self.down = ColumnLinear(8, wide, tp), RowLinear(wide, 8, tp)
+        self.up, self.down = ColumnParallelLinear(8, hidden, tp), RowParallelLinear(hidden, 8, tp)
 
 
 def saved(tmp_path, **change):
@@ -105,7 +105,7 @@ def load(infos, tp):
 
 def test_shards_put_together_are_the_file(tmp_path):
     tensors, infos = saved(tmp_path)
-    shards = [load(infos, TPGroup(rank, 4)) for rank in range(4)]
+    shards = [load(infos, RankGroup(rank, 4)) for rank in range(4)]
     assert torch.equal(torch.cat([s.up.weight for s in shards]), tensors["up.weight"])
     assert torch.equal(torch.cat([s.down.weight for s in shards], 1), tensors["down.weight"])
     assert torch.equal(torch.cat([s.up.bias for s in shards]), tensors["up.bias"])
@@ -125,5 +125,5 @@ def test_shards_put_together_are_the_file(tmp_path):
 def test_a_file_that_does_not_fit(tmp_path, change, words):
     _, infos = saved(tmp_path, **change)
     with pytest.raises(ValueError, match=words) as caught:
-        load(infos, TPGroup())
+        load(infos, RankGroup())
     assert "m.safetensors" in str(caught.value)

@@ -1,4 +1,4 @@
-"""Merging: the reference's rounding, shards, residences, and any sequence of switches."""
+"""Merging: the reference's rounding, shards, every place of the sources, and any sequence of switches."""
 
 from __future__ import annotations
 
@@ -7,58 +7,57 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from ltx_ray.checkpoints.lora import open_lora
 from ltx_ray.checkpoints.safetensors import read_header
-from ltx_ray.parallel.fp8 import FP8, loaded, row_scale_of, store
-from ltx_ray.parallel.layers import TPGroup
+from ltx_ray.parallel.fp8 import FP8, read_values, row_scale_of, write_values
+from ltx_ray.parallel.layers import RankGroup, shard_parameter
 from ltx_ray.parallel.loading import load_shard
 from ltx_ray.parallel.lora import LoraMerger, LoraSetting
 from ltx_ray.parallel.merging import merge_
-from ltx_ray.parallel.weight_cache import GIB, Memory, choose
-from tests.support.lora_files import SHAPES, USES, Model, assert_same, expected, merger
+from ltx_ray.parallel.weight_cache import GIB, FreeMemory, choose_location
+from tests.support.lora_files import SHAPES, STRENGTHS, Model, assert_same, expected, merger
 from tests.support.lora_files import files as files
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("uses", USES)
-def test_merged_weights_are_the_references(files, uses, dtype):
+@pytest.mark.parametrize("strengths", STRENGTHS)
+def test_merged_weights_are_the_references(files, strengths, dtype):
     model, merging = merger(files, dtype=dtype)
-    assert merging.switch(LoraSetting(uses)) == any(s for _, s in uses)
-    assert_same(model, expected(files, uses, dtype))
+    assert merging.switch_to(LoraSetting(strengths)) == any(s for _, s in strengths)
+    assert_same(model, expected(files, strengths, dtype))
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_shard_merges_like_the_whole(files, size):
-    for uses in USES:
-        whole = expected(files, uses)
+    for strengths in STRENGTHS:
+        whole = expected(files, strengths)
         for rank in range(size):
-            model, merging = merger(files, TPGroup(rank, size))
-            merging.switch(LoraSetting(uses))
+            model, merging = merger(files, RankGroup(rank, size))
+            merging.switch_to(LoraSetting(strengths))
             for name, parameter in model.named_parameters():
                 dim, full = parameter.shard_dim, whole[name]
                 part = full if dim is None else full.narrow(dim, rank * parameter.shape[dim], parameter.shape[dim])
-                assert torch.equal(parameter, part), (name, uses)
+                assert torch.equal(parameter, part), (name, strengths)
 
 
-strengths = st.sampled_from([0.0, 0.25, 0.5, 1.0, -0.7, 1e-4])
-uses_of = st.lists(st.tuples(st.integers(0, 2), strengths), unique_by=lambda use: use[0]).map(
-    lambda uses: tuple(sorted(uses))
+one_strength = st.sampled_from([0.0, 0.25, 0.5, 1.0, -0.7, 1e-4])
+any_strengths = st.lists(st.tuples(st.integers(0, 2), one_strength), unique_by=lambda entry: entry[0]).map(
+    lambda entries: tuple(sorted(entries))
 )
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(uses_of, min_size=1, max_size=6), st.sampled_from(["file", "host", "device"]),
+@given(st.lists(any_strengths, min_size=1, max_size=6), st.sampled_from(["file", "host", "device"]),
        st.sampled_from(["file", "host", "device"]), st.integers(0, 6))  # fmt: skip
-def test_any_sequence_of_switches_ends_in_the_bits_of_a_fresh_load(files, sequence, clean, factors, keep_at):
+def test_any_sequence_of_switches_ends_in_the_bits_of_a_fresh_load(files, sequence, clean, factors, cached_at):
     model, merging = merger(files)
-    for number, uses in enumerate(sequence):
-        if number == keep_at:  # a replica that turns out to switch, in the middle of things
-            merging.keep(0, Memory(0, 0), clean, factors)
-        merging.switch(LoraSetting(uses))
+    for number, strengths in enumerate(sequence):
+        if number == cached_at:  # Some replicas cache their sources only when they switch.
+            merging.cache_sources(0, FreeMemory(0, 0), clean, factors)
+        merging.switch_to(LoraSetting(strengths))
     assert_same(model, expected(files, sequence[-1]))
-    assert not merging.switch(LoraSetting(sequence[-1]))
+    assert not merging.switch_to(LoraSetting(sequence[-1]))
 
 
 @pytest.mark.parametrize("by_row", [False, True])
@@ -74,13 +73,13 @@ def test_a_shard_scales_its_part_of_quantized_factors(files, tmp_path, by_row):
 
     def merged(tp):
         model, _ = merger(files, tp)
-        LoraMerger(model, infos, [lora], tp).switch(LoraSetting(((0, 0.5),)))
+        LoraMerger(model, infos, [lora], tp).switch_to(LoraSetting(((0, 0.5),)))
         return dict(model.named_parameters())
 
-    whole = merged(TPGroup())
+    whole = merged(RankGroup())
     assert not torch.equal(whole["up.weight"], expected(files, ())["up.weight"])
     for rank in range(4):
-        for name, part in merged(TPGroup(rank, 4)).items():
+        for name, part in merged(RankGroup(rank, 4)).items():
             dim, full = part.shard_dim, whole[name]
             full = full if dim is None else full.narrow(dim, rank * part.shape[dim], part.shape[dim])
             assert torch.equal(part, full), name
@@ -89,35 +88,35 @@ def test_a_shard_scales_its_part_of_quantized_factors(files, tmp_path, by_row):
 def test_a_merger_knows_whether_a_switch_would_change_anything(files):
     _, merging = merger(files)
     assert not merging.would_change(LoraSetting(((0, 0.0),)))
-    merging.switch(LoraSetting(((0, 0.5), (1, 0.0))))
+    merging.switch_to(LoraSetting(((0, 0.5), (1, 0.0))))
     assert not merging.would_change(LoraSetting(((0, 0.5), (1, 0.0))))
     assert merging.would_change(LoraSetting(((0, 0.25), (1, 0.0))))
 
 
 def test_only_layers_that_change_are_touched(files, monkeypatch):
     _, merging = merger(files)
-    merging.switch(LoraSetting(((0, 0.25),)))
+    merging.switch_to(LoraSetting(((0, 0.25),)))
     touched = []
     monkeypatch.setattr(merging, "_merge_one", lambda *arguments: touched.append(arguments[-1].key))
-    merging.switch(LoraSetting(((0, 0.25), (2, 0.5))))
+    merging.switch_to(LoraSetting(((0, 0.25), (2, 0.5))))
     assert sorted(touched) == ["down.weight", "gate.weight"]
 
 
-def test_a_merge_that_fails_is_made_good_by_the_next(files, monkeypatch):
+def test_a_merge_that_fails_is_repaired_by_the_next(files, monkeypatch):
     model, merging = merger(files)
-    merging.switch(LoraSetting(((0, 0.25),)))
-    good, calls = merging._merge_one, []
+    merging.switch_to(LoraSetting(((0, 0.25),)))
+    merge_one, calls = merging._merge_one, []
 
     def fails(*arguments):
         calls.append(1)
         if len(calls) == 3:
-            raise torch.OutOfMemoryError("no room")
-        good(*arguments)
+            raise torch.OutOfMemoryError("no memory")
+        merge_one(*arguments)
 
     monkeypatch.setattr(merging, "_merge_one", fails)
-    with pytest.raises(torch.OutOfMemoryError, match=r"merging into \w+\.weight: no room"):
-        merging.switch(LoraSetting(((0, 0.5),)))
-    merging.switch(LoraSetting(((0, 0.25),)))
+    with pytest.raises(torch.OutOfMemoryError, match=r"merging into \w+\.weight: no memory"):
+        merging.switch_to(LoraSetting(((0, 0.5),)))
+    merging.switch_to(LoraSetting(((0, 0.25),)))
     assert_same(model, expected(files, ((0, 0.25),)))
 
 
@@ -127,7 +126,7 @@ def test_chunks_do_not_show(chunk_bytes):
     clean, a, b = torch.randn(48, 40).bfloat16(), torch.randn(8, 40).bfloat16(), torch.randn(48, 8).bfloat16()
     whole = torch.matmul(b * 0.3, a).addmm_(b, a, alpha=0.7) + clean
     products = [(a, b, 0.3), (a, b, 0.7)]
-    for first in range(0, 48, 16):  # a shard of rows, whose chunks lie where the whole's do
+    for first in range(0, 48, 16):  # A shard of rows, whose chunks have the borders of the whole weight's.
         rows = slice(first, first + 16)
         target = torch.empty(16, 40).bfloat16()
         parts = [(a, b[rows], s) for _, _, s in products]
@@ -136,7 +135,7 @@ def test_chunks_do_not_show(chunk_bytes):
 
 
 @pytest.mark.parametrize(
-    "nbytes, device, host, reserve, where",
+    "nbytes, device, host, reserve, location",
     [
         (38, 100, 0, 16, "device"),
         (38, 50, 100, 16, "host"),
@@ -146,39 +145,39 @@ def test_chunks_do_not_show(chunk_bytes):
         (0, 0, 0, 0, "device"),
     ],
 )
-def test_what_every_switch_needs_is_kept_where_there_is_room(nbytes, device, host, reserve, where):
-    assert choose(nbytes * GIB, Memory(device * GIB, host * GIB), reserve * GIB) == where
+def test_what_every_switch_needs_is_cached_where_it_fits(nbytes, device, host, reserve, location):
+    assert choose_location(nbytes * GIB, FreeMemory(device * GIB, host * GIB), reserve * GIB) == location
 
 
 def fp8_merger(files):
     """The same model with its column-parallel and row-parallel weights in fp8."""
     tensors = read_header(files / "model.safetensors").tensors
     with torch.device("meta"):
-        model = Model(TPGroup())
+        model = Model(RankGroup())
     for layer in (model.up, model.down):
         old = layer.weight
-        layer.weight = nn.Parameter(torch.empty(old.shape, dtype=FP8), requires_grad=False)
-        layer.weight.shard_dim, layer.weight.row_scale = old.shard_dim, torch.empty(len(old))
-    load_shard(model, tensors, TPGroup(), dtype=torch.bfloat16, device=torch.device("cpu"))
+        layer.weight = shard_parameter(torch.empty(old.shape, dtype=FP8), old.shard_dim)
+        layer.weight.row_scale = torch.empty(len(old))
+    load_shard(model, tensors, RankGroup(), dtype=torch.bfloat16, device=torch.device("cpu"))
     loras = [open_lora(str(files / f"lora{i}.safetensors")).fit(SHAPES, "model") for i in range(3)]
-    return model, LoraMerger(model, tensors, loras, TPGroup())
+    return model, LoraMerger(model, tensors, loras, RankGroup())
 
 
-@pytest.mark.parametrize("keep", [None, "file", "host", "device"])
-def test_fp8_weights_are_those_of_the_merged_ones_whatever_was_merged_before(files, keep):
+@pytest.mark.parametrize("location", [None, "file", "host", "device"])
+def test_fp8_weights_are_those_of_the_merged_ones_whatever_was_merged_before(files, location):
     model, merging = fp8_merger(files)
-    for number, uses in enumerate((*USES, USES[1], (), USES[3])):
-        if number == 2 and keep is not None:
-            merging.keep(0, Memory(0, 0), keep, keep)
-        merging.switch(LoraSetting(uses))
-        for name, values in expected(files, uses).items():
+    for number, strengths in enumerate((*STRENGTHS, STRENGTHS[1], (), STRENGTHS[3])):
+        if number == 2 and location is not None:
+            merging.cache_sources(0, FreeMemory(0, 0), location, location)
+        merging.switch_to(LoraSetting(strengths))
+        for name, values in expected(files, strengths).items():
             parameter = model.get_parameter(name)
-            again = nn.Parameter(torch.empty_like(parameter), requires_grad=False)
             if row_scale_of(parameter) is None:
-                assert torch.equal(parameter, values), (name, uses)
+                assert torch.equal(parameter, values), (name, strengths)
                 continue
+            again = shard_parameter(torch.empty_like(parameter), None)
             again.row_scale = torch.empty_like(parameter.row_scale)
-            store(again, values)
-            assert torch.equal(loaded(parameter), loaded(again)), (name, uses)
-            wide = values.float()
-            assert ((loaded(parameter) - wide).abs() <= wide.abs() / 16 + again.row_scale[:, None]).all()
+            write_values(again, values)
+            assert torch.equal(read_values(parameter), read_values(again)), (name, strengths)
+            exact = values.float()
+            assert ((read_values(parameter) - exact).abs() <= exact.abs() / 16 + again.row_scale[:, None]).all()

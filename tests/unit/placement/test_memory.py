@@ -19,9 +19,9 @@ from ltx_ray.checkpoints.transformer_keys import transformer_shapes
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics, RequestedNumerics
 from ltx_ray.driver.loop import JoinedCluster
 from ltx_ray.manifest.rules import RowProblem
-from ltx_ray.model.packing import pack
+from ltx_ray.model.packing import pack_linears
 from ltx_ray.model.transformer import Transformer
-from ltx_ray.parallel.layers import TPGroup
+from ltx_ray.parallel.layers import RankGroup
 from ltx_ray.placement.cluster import Cluster, Placement, _FreeGpus
 from ltx_ray.placement.memory import GIB, Gpu, MemoryBudget, can_share, known_gpus, transformer_bytes
 from ltx_ray.placement.numerics import resolve
@@ -78,7 +78,7 @@ def held(module: torch.nn.Module, products: bool = False) -> int:
         if not products or not re.match(r"transformer_blocks.*(to_|net\.)", name):
             storages[name] = parameter.numel() * 2
     for number, block in enumerate(module.transformer_blocks if products else ()):
-        for key, product in block.products.items():
+        for key, product in block.packed_linears.items():
             for tensor in (product.weight, product.bias, product.row_scale):
                 if tensor is not None:
                     storages[number, key, id(tensor)] = tensor.numel() * tensor.element_size()
@@ -89,7 +89,7 @@ def held(module: torch.nn.Module, products: bool = False) -> int:
 def test_shards_are_those_of_the_model(toy, tp):
     checkpoint = open_checkpoint(toy["checkpoint_path"])
     with torch.device("meta"):
-        model = Transformer(checkpoint.transformer, TPGroup(0, tp))
+        model = Transformer(checkpoint.transformer, RankGroup(0, tp))
     assert transformer_bytes(checkpoint.tensors, tp, 2, False) == held(model)
 
 
@@ -98,7 +98,7 @@ def test_packed_weights_are_those_of_the_fused_path(toy, precision):
     checkpoint = open_checkpoint(toy["checkpoint_path"])
     with torch.device("meta"):
         model = Transformer(checkpoint.transformer)
-    pack(model, torch.device("cpu"), torch.bfloat16, precision)
+    pack_linears(model, torch.device("cpu"), torch.bfloat16, precision)
     estimate = transformer_bytes(checkpoint.tensors, 1, 2, precision == "fp8")
     # rows of padding beside the gates, which weigh something in a toy only
     assert 0.9 * held(model, products=True) < estimate <= held(model, products=True)

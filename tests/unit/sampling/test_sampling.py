@@ -9,9 +9,9 @@ import torch
 
 from ltx_ray.records import AV, Guidance, NoiseLedger, WrongDevice
 from ltx_ray.sampling.guidance import GuidedDenoiser, combine, skips
-from ltx_ray.sampling.noise import ClipNoise, SamplerNoise, check_drawable, noised
+from ltx_ray.sampling.noise import ClipNoise, SamplerNoise, add_noise, check_noise_device
 from ltx_ray.sampling.passes import passes_for
-from ltx_ray.sampling.res2s import _inject, coefficients, sample_res2s
+from ltx_ray.sampling.res2s import _replace_with_noise, coefficients, sample_res2s
 from ltx_ray.sampling.sigmas import shifted_sigmas
 
 PLAIN = Guidance(cfg_scale=1.0, stg_scale=0.0, rescale_scale=0.0, modality_scale=1.0, stg_blocks=(), skip_step=0)
@@ -69,7 +69,8 @@ def test_noise_injection_is_the_references():
     x = torch.linspace(-1, 1, 6, dtype=torch.float64).view(1, 2, 3)
     noise = torch.linspace(1, -2, 6, dtype=torch.float64).view(1, 2, 3)
     sigmas = torch.tensor([0.9, 0.6])
-    found = _inject(AV(x, x), AV(x * 0.3 + 0.1, x * 0.3 + 0.1), AV(noise, noise), sigmas[0], sigmas[1]).video
+    end = x * 0.3 + 0.1
+    found = _replace_with_noise(AV(x, x), AV(end, end), AV(noise, noise), sigmas[0], sigmas[1]).video
     expected = [  # v1.2.0
         0.20182068422790866, 0.10216420222303983, 0.0025077202181712083,
         -0.09714876178669757, -0.1968052437915662, -0.2964617257964349,
@@ -77,7 +78,7 @@ def test_noise_injection_is_the_references():
     assert found.flatten().tolist() == pytest.approx(expected, rel=1e-12)
 
 
-def test_ledger_puts_the_generator_where_it_was():
+def test_a_generator_after_the_ledgers_draws_goes_on_as_the_first_one():
     first = ClipNoise(NoiseLedger(7, "cpu", "cpu"), torch.device("cpu"))
     shapes = [(1, 12, 8), (1, 5, 6), (1, 48, 8), (1, 5, 6)]
     drawn = [first.draw(str(n), shape, torch.bfloat16) for n, shape in enumerate(shapes)]
@@ -86,10 +87,10 @@ def test_ledger_puts_the_generator_where_it_was():
     for n in (2, 3):
         assert torch.equal(again.draw(str(n), shapes[n], torch.bfloat16), drawn[n])
     assert again.ledger == first.ledger
-    # a draw more, or one of another size, and the numbers after it are others
+    # With a draw less, or one of another size, the numbers after it differ.
     for draws in (halfway.draws[:1], (("0", (1, 12, 9), "bfloat16"), halfway.draws[1])):
-        astray = ClipNoise(NoiseLedger(7, "cpu", "cpu", draws), torch.device("cpu"))
-        assert not torch.equal(astray.draw("2", shapes[2], torch.bfloat16), drawn[2])
+        other = ClipNoise(NoiseLedger(7, "cpu", "cpu", draws), torch.device("cpu"))
+        assert not torch.equal(other.draw("2", shapes[2], torch.bfloat16), drawn[2])
 
 
 def test_first_draw_is_the_seeds():
@@ -111,10 +112,10 @@ def test_first_draw_is_the_seeds():
 def test_noise_can_be_drawn_again_on_the_same_kind_of_device(device, model, here, legal):
     ledger = NoiseLedger(7, device, model)
     if legal:
-        check_drawable(ledger, here)
+        check_noise_device(ledger, here)
         return
     with pytest.raises(WrongDevice, match=rf"{model}.*{here}; legal: GPUs of one model, or --noise-device cpu"):
-        check_drawable(ledger, here)
+        check_noise_device(ledger, here)
 
 
 def test_sampler_noise_is_standard_and_the_same_for_every_clip():
@@ -132,13 +133,13 @@ def test_sampler_noise_is_standard_and_the_same_for_every_clip():
     assert correlation[0, 1] == pytest.approx(1)
 
 
-def test_noised_mixes_by_scale_and_keeps_what_is_masked():
+def test_noise_is_mixed_by_scale_and_the_mask_keeps_the_clean_latent():
     noise, latent, clean = (torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(n)) for n in range(3))
-    assert torch.equal(noised(noise, latent, clean, None, 1.0), noise)
-    mixed = noised(noise, latent, clean, None, 0.25)
+    assert torch.equal(add_noise(noise, latent, clean, None, 1.0), noise)
+    mixed = add_noise(noise, latent, clean, None, 0.25)
     assert torch.allclose(mixed, 0.75 * latent + 0.25 * noise)
     mask = torch.tensor([0.0, 1.0, 0.5, 1.0, 1.0, 1.0]).view(1, 6, 1)
-    masked = noised(noise, latent, clean, mask, 0.25)
+    masked = add_noise(noise, latent, clean, mask, 0.25)
     assert torch.equal(masked[:, 0], clean[:, 0]) and torch.allclose(masked[:, 1], mixed[:, 1])
     assert torch.allclose(masked[:, 2], (clean[:, 2] + mixed[:, 2]) / 2)
 
@@ -166,7 +167,7 @@ def test_combine():
     rescaled = combine(guidance(**{**g.__dict__, "rescale_scale": 0.4}), results)
     assert torch.allclose(rescaled, expected * (0.4 * c.std() / expected.std() + 0.6), atol=1e-6)
     assert torch.equal(combine(PLAIN, {"cond": c}), c)
-    # nothing was perturbed: the pass was not made and would have changed nothing
+    # No block is perturbed: the pass is not made, and its term is zero.
     without = {"cond": c, "uncond": u, "isolated": m}
     assert torch.allclose(combine(g, without), c + 2 * (c - u) + (c - m), atol=1e-6)
     assert combine(g, {k: v.bfloat16() for k, v in results.items()}).dtype == torch.bfloat16
@@ -192,12 +193,12 @@ def test_a_stream_that_skips_uses_its_last_result():
     assert calls == [("cond", AV(True, True)), ("cond", AV(False, True))]
     assert second.video is first.video and torch.equal(second.audio, latents.audio + 2)
     both = GuidedDenoiser(run_pass, AV(guidance(skip_step=1), guidance(skip_step=1)))
-    kept = both(latents, torch.tensor(1.0), 0)
+    result = both(latents, torch.tensor(1.0), 0)
     calls.clear()
-    assert both(latents, torch.tensor(0.9), 1) is kept and not calls
+    assert both(latents, torch.tensor(0.9), 1) is result and not calls
 
 
-def test_a_stream_that_skips_asks_for_no_pass():
+def test_a_stream_that_skips_needs_no_pass():
     calls: list[str] = []
 
     def run_pass(name, latents, sigma, enabled):
@@ -213,7 +214,7 @@ def test_a_stream_that_skips_asks_for_no_pass():
     assert calls == ["cond", "isolated"]
 
 
-class _Silent:
+class _ZeroNoise:
     """A noise source of zeros."""
 
     def substep(self, like):
@@ -236,9 +237,9 @@ def test_res2s_call_order_and_result():
     assert len(seen) == 7
     assert [step for _, step, _, _ in seen] == [0, 0, 1, 0, 2, 0, 3]
     assert [d for _, _, d, _ in seen] == [torch.float32, torch.float64] * 3 + [torch.float32]
-    levels = [level for level, *_ in seen]
-    assert levels[1] == pytest.approx(math.sqrt(levels[0] * levels[2]))
-    assert levels[-1] == pytest.approx(0.0011)
+    called_at = [sigma for sigma, *_ in seen]
+    assert called_at[1] == pytest.approx(math.sqrt(called_at[0] * called_at[2]))
+    assert called_at[-1] == pytest.approx(0.0011)
 
 
 def test_res2s_blends_after_every_call_and_injection():
@@ -249,7 +250,7 @@ def test_res2s_blends_after_every_call_and_injection():
         blended += 1
         return x
 
-    sample_res2s(lambda x, s, n: x, pair(2), shifted_sigmas(3, 18), _Silent(), blend)
+    sample_res2s(lambda x, s, n: x, pair(2), shifted_sigmas(3, 18), _ZeroNoise(), blend)
     assert blended == 3 * 4 + 1
 
 

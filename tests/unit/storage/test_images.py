@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from ltx_ray.dataset.existing import ExistingRows
-from ltx_ray.engine.images import NoPicture, cover, decode_rgb, image_pixels, through_h264
-from ltx_ray.engine.text import _read
+from ltx_ray.engine.images import InvalidImage, cover, decode_rgb, image_pixels, through_h264
+from ltx_ray.engine.text import read_planned_image
 from ltx_ray.manifest.reader import RawRow
 from ltx_ray.manifest.rules import RowRules, judge
 from ltx_ray.planning.identity import item_id
@@ -69,7 +69,7 @@ def test_pixels_are_between_minus_one_and_one():
 
 @pytest.mark.parametrize("data", [b"", b"not an image", encoded(gradient())[:60]])
 def test_what_is_no_picture_is_said(data):
-    with pytest.raises(NoPicture, match=r"not a known image format|truncated"):
+    with pytest.raises(InvalidImage, match=r"not a known image format|truncated"):
         image_pixels(data, 33, 64, 64)
 
 
@@ -175,15 +175,15 @@ def test_what_workers_say_of_an_image(s3, bucket, monkeypatch):
     """What is wrong with the image is the row's fault; what is wrong with the store or the node is not."""
     put(s3, f"{bucket}/a.png", b"one")
     digest = image_digest(f"{bucket}/a.png")
-    assert _read(f"{bucket}/a.png", digest) == b"one"
+    assert read_planned_image(f"{bucket}/a.png", digest) == b"one"
     with pytest.raises(RowError, match=f"{bucket}/b.png cannot be read .no such file"):
-        _read(f"{bucket}/b.png", digest)
+        read_planned_image(f"{bucket}/b.png", digest)
     put(s3, f"{bucket}/a.png", b"two")
     with pytest.raises(RowError, match=f"{bucket}/a.png has changed since the run was planned"):
-        _read(f"{bucket}/a.png", digest)
+        read_planned_image(f"{bucket}/a.png", digest)
     deny(bucket, "a")
     with pytest.raises(OSError, match=f"{bucket}/a.png cannot be read here .*ACCESS_DENIED"):
-        _read(f"{bucket}/a.png", digest)
+        read_planned_image(f"{bucket}/a.png", digest)
 
 
 @pytest.mark.parametrize(

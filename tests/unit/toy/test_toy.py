@@ -1,4 +1,4 @@
-"""The toy model: same bytes from the same seed, the released key names and metadata, a tokenizer for any language."""
+"""The toy model: the same bytes as ever, the released key names and metadata, a tokenizer for any language."""
 
 import dataclasses
 import hashlib
@@ -12,9 +12,12 @@ from pathlib import Path
 import pytest
 
 from ltx_ray import toy as package
+from ltx_ray.checkpoints import transformer_keys
 from ltx_ray.toy import FILES, ToyShape, ensure_toy_model, make_toy_model
 
 ROOT = Path(__file__).resolve().parents[3]
+#: sha256 over the name and digest of every file of the default toy model, one a line.
+TOY_SHA256 = "c4f3ec5c7d1925db99de1bbde927444608d9e4647af9761e8606ae6957fcd9c9"
 
 
 def digests(folder) -> dict[str, str]:
@@ -39,13 +42,19 @@ def toy(tmp_path_factory):
 
 @pytest.mark.slow
 def test_same_seed_same_bytes_in_another_process(toy, tmp_path):
-    # another process, because save_file orders its metadata by a hash seeded once a process
+    # In another process, because save_file orders metadata by a hash that is seeded once in a process.
     command = [sys.executable, str(ROOT / "scripts" / "make_toy_model.py"), str(tmp_path / "again")]
     shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert all(name in shown for name in FILES.values())
     first = digests(Path(toy["checkpoint_path"]).parent)
     assert first == digests(tmp_path / "again")
     assert len(first) == 11
+
+
+def test_the_bytes_do_not_change(toy):
+    """Goldens and caches of every machine rely on them."""
+    lines = "".join(f"{name} {digest}\n" for name, digest in digests(Path(toy["checkpoint_path"]).parent).items())
+    assert hashlib.sha256(lines.encode()).hexdigest() == TOY_SHA256
 
 
 def test_other_seed_other_weights(toy, tmp_path):
@@ -140,7 +149,7 @@ def test_tokenizer_pads_left_and_knows_words(toy):
     tokenizer = AutoTokenizer.from_pretrained(toy["gemma_root"])
     out = tokenizer(["rain", "a camera follows the woman"], padding=True)
     assert out.input_ids[0][0] == 0 and out.attention_mask[0][0] == 0
-    assert len(out.input_ids[1]) < 12  # words, not characters
+    assert len(out.input_ids[1]) < 12  # Words are tokens, not only characters.
 
 
 def test_gemma_loads_completely_and_is_finite(toy):
@@ -182,7 +191,7 @@ def test_ensure_makes_once(tmp_path, monkeypatch):
     first = ensure_toy_model()
     assert first.keys() == FILES.keys() and all(os.path.exists(p) for p in first.values())
     assert Path(first["gemma_root"]).is_relative_to(tmp_path / "cache")
-    monkeypatch.setattr(package, "make_toy_model", lambda *a, **k: pytest.fail("made a second time"))
+    monkeypatch.setattr(package, "make_toy_model", lambda *a, **k: pytest.fail("made again"))
     assert ensure_toy_model() == first
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
@@ -205,13 +214,21 @@ def test_another_generator_has_another_folder(tmp_path):
     assert package._digest(copy) != package._digest()
 
 
+def test_other_tensor_names_have_another_folder(tmp_path):
+    names = tmp_path / "transformer_keys.py"
+    names.write_bytes(Path(transformer_keys.__file__).read_bytes())
+    assert package._digest(tensor_names=names) == package._digest()
+    names.write_bytes(names.read_bytes().replace(b"patchify_proj", b"patchify_in"))
+    assert package._digest(tensor_names=names) != package._digest()
+
+
 def test_ensure_survives_another_process_winning(tmp_path, monkeypatch):
     real = package.make_toy_model
 
     def slow(out_dir, **kwargs):
         made = real(out_dir, **kwargs)
         monkeypatch.setattr(package, "make_toy_model", real)
-        ensure_toy_model(tmp_path)  # the other process, which publishes first
+        ensure_toy_model(tmp_path)  # The other process, which publishes first.
         return made
 
     monkeypatch.setattr(package, "make_toy_model", slow)

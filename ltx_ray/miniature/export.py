@@ -1,0 +1,156 @@
+"""The miniature's modules and files: diffusers' modules at its sizes, and their weights under the released names.
+
+Key names and metadata are those of the release, so the code that loads the 22B file loads these files too.
+Modules are typed `Any` because torch types every child of a module as `Tensor | Module`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from ltx_ray.checkpoints import single_file
+from ltx_ray.miniature.config import MODEL_VERSION, checkpoint_config
+from ltx_ray.miniature.spectrum import mel_filters, stft_basis
+
+#: The folder of the trained weights.
+WEIGHTS = Path(__file__).parent / "weights"
+
+_STATISTICS = {"latents_mean": "mean-of-means", "latents_std": "std-of-means"}
+
+
+# --- modules -----------------------------------------------------------------------------------------------------
+
+
+def _constructor_arguments(part: str) -> dict[str, Any]:
+    """Constructor arguments of the diffusers class for `part` ("video_vae", "audio_vae" or "vocoder").
+
+    `checkpoints.single_file` reads them from a file that has the miniature's config and no tensors.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "empty.safetensors")
+        save_part(path, {})
+        return getattr(single_file, part)(path).config
+
+
+def new_video_vae() -> Any:
+    """AutoencoderKLLTX2Video at the miniature's size, with random weights from torch's global generator."""
+    from diffusers import AutoencoderKLLTX2Video
+
+    return AutoencoderKLLTX2Video(**_constructor_arguments("video_vae"))
+
+
+def new_audio_vae() -> Any:
+    """AutoencoderKLLTX2Audio at the miniature's size, with random weights from torch's global generator."""
+    from diffusers import AutoencoderKLLTX2Audio
+
+    return AutoencoderKLLTX2Audio(**_constructor_arguments("audio_vae"))
+
+
+def new_vocoder() -> Any:
+    """LTX2VocoderWithBWE at the miniature's size, with random weights.
+
+    Its spectrogram's DFT and mel bases are not trained; they are computed here.
+    """
+    from diffusers.pipelines.ltx2 import LTX2VocoderWithBWE
+
+    module = LTX2VocoderWithBWE(**_constructor_arguments("vocoder"))
+    config = module.config
+    forward, inverse = stft_basis(config.filter_length)
+    module.mel_stft.stft_fn.forward_basis.copy_(forward)
+    module.mel_stft.stft_fn.inverse_basis.copy_(inverse)
+    module.mel_stft.mel_basis.copy_(
+        mel_filters(config.num_mel_channels, config.filter_length, config.input_sampling_rate)
+    )
+    return module
+
+
+# --- released names ----------------------------------------------------------------------------------------------
+
+
+def released_video_vae(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """State dict of new_video_vae() under the released names.
+
+    The release numbers residual and resampling blocks in one sequence. diffusers' mid_block is the last residual
+    block of the release's encoder and the first of its decoder.
+    """
+    downs = 1 + max(int(key.split(".")[2]) for key in state if key.startswith("encoder.down_blocks."))
+    named = {}
+    for key, value in state.items():
+        if key in _STATISTICS:
+            named[f"vae.per_channel_statistics.{_STATISTICS[key]}"] = value
+            continue
+        half, kind, *rest = key.replace("resnets.", "res_blocks.").split(".")
+        direction, last = ("down", 2 * downs) if half == "encoder" else ("up", 0)
+        if kind == "mid_block":
+            kind = f"{direction}_blocks.{last}"
+        elif kind == f"{direction}_blocks":
+            index = 2 * int(rest.pop(0)) + (0 if half == "encoder" else 1)
+            if rest[0] == f"{direction}samplers":
+                del rest[:2]
+                index += half == "encoder"
+            else:
+                index += half == "decoder"
+            kind = f"{direction}_blocks.{index}"
+        named[".".join(("vae", half, kind, *rest))] = value
+    return named
+
+
+def released_audio_vae(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """State dict of new_audio_vae() under the released names."""
+    statistics = {f"per_channel_statistics.{new}": state[old] for old, new in _STATISTICS.items()}
+    weights = {key: value for key, value in state.items() if key not in _STATISTICS}
+    return {f"audio_vae.{key}": value for key, value in {**weights, **statistics}.items()}
+
+
+_VOCODER_NAMES = {
+    "conv_in": "conv_pre",
+    "conv_out": "conv_post",
+    "act_out": "act_post",
+    "upsamplers": "ups",
+    "resnets": "resblocks",
+}
+
+
+def released_vocoder(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """State dict of new_vocoder() under the released names."""
+    named = {}
+    for key, value in state.items():
+        part, name, *rest = key.split(".")
+        if part != "mel_stft":
+            name = _VOCODER_NAMES[name]
+            if rest[-2:] == ["downsample", "filter"]:
+                rest[-1:] = ["lowpass", "filter"]
+        named[".".join(("vocoder", part, name, *rest))] = value
+    return named
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+def save_part(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor]) -> int:
+    """Write `tensors` (released names) as bfloat16 with the single file's metadata. Returns the file's size in bytes.
+
+    The bytes of the file depend only on the tensors. save_file writes metadata in a varying order, so the header is
+    written again with sorted metadata, which keeps its length.
+    """
+    metadata = {"config": json.dumps(checkpoint_config()), "model_version": MODEL_VERSION}
+    rounded = {key: value.detach().to("cpu", torch.bfloat16).contiguous() for key, value in tensors.items()}
+    save_file(rounded, str(path), metadata=metadata)
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= length, (len(text), length)
+        file.seek(8)
+        file.write(text.ljust(length))
+    os.chmod(path, 0o644)  # save_file gives access to the owner only
+    return os.path.getsize(path)

@@ -1,0 +1,182 @@
+"""The training loop of the miniature's parts: time budget, learning-rate schedule, averaged weights, checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+M = TypeVar("M", bound=torch.nn.Module)
+
+#: A checkpoint's files: the weights in float32, their average in bfloat16, and both moments of Adam in bfloat16.
+_FILES = ("model", "average", "optimizer")
+#: Seconds between checkpoints.
+_SAVE_INTERVAL = 60.0
+#: Inputs of an output up to which a layer takes the full learning rate.
+_FULL_RATE_INPUTS = 432
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Training of one call ends after `minutes` or `steps`, whichever comes first."""
+
+    minutes: float
+    steps: int | None = None
+
+
+class Trainer(Generic[M]):
+    """Trains `module` with AdamW, from the checkpoint in `folder` if there is one.
+
+    `rate` is the learning rate of layers with few inputs (see `_rate_factor`). It rises linearly over the first
+    `warmup` steps of the part's training, stays constant, and falls linearly to a twentieth over the last fraction
+    `decay` of this call's budget. `average` is a copy of the module whose weights are an exponential average over about
+    `average_over` steps. It is scored and exported.
+    """
+
+    def __init__(
+        self,
+        module: M,
+        folder: Path,
+        budget: Budget,
+        *,
+        rate: float,
+        warmup: int = 200,
+        decay: float = 0.4,
+        average_over: int = 500,
+    ) -> None:
+        self.module, self.folder, self.budget = module, folder, budget
+        self.rate, self.warmup, self.decay, self.average_over = rate, warmup, decay, average_over
+        self.step = 0
+        self.weights = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        groups = [{"params": [weight], "rate_factor": _rate_factor(weight)} for weight in self.weights.values()]
+        self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
+        self.average = copy.deepcopy(module).requires_grad_(False).eval()
+        folder.mkdir(parents=True, exist_ok=True)
+        self._load()
+
+    # --- training ------------------------------------------------------------------------------------------------
+
+    def run(self, loss_of: Callable[[int], dict[str, torch.Tensor]], show_every: int = 200) -> None:
+        """Train until the budget is spent. `loss_of(step)` returns named losses, of which "loss" is minimised.
+
+        Raises FloatingPointError when a printed mean is not finite. The checkpoint on disk stays as it was.
+        """
+        started = saved = time.monotonic()
+        first, count = self.step, 0
+        sums: dict[str, Any] = {}
+        while (used := self._used(started, first)) < 1:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.rate * group["rate_factor"] * self._schedule(used)
+            losses = loss_of(self.step)
+            self.optimizer.zero_grad(set_to_none=True)
+            losses["loss"].backward()
+            norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), 1.0)
+            self.optimizer.step()
+            self._update_average()
+            self.step += 1
+            count += 1
+            for name, value in {**losses, "gradient": norm}.items():
+                sums[name] = sums.get(name, 0) + value.detach()
+            if self.step % show_every == 0 or self._used(started, first) >= 1:
+                shown = {name: float(total) / count for name, total in sums.items()}
+                if not all(map(_is_finite, shown.values())):
+                    raise FloatingPointError(f"step {self.step}: {shown}")
+                text = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+                print(f"step {self.step}  {time.monotonic() - started:.0f} s  {text}", flush=True)
+                sums, count = {}, 0
+                if time.monotonic() - saved > _SAVE_INTERVAL:
+                    self.save()
+                    saved = time.monotonic()
+        self.save()
+
+    def _used(self, started: float, first: int) -> float:
+        """The fraction of the budget that is spent."""
+        used = (time.monotonic() - started) / (60 * self.budget.minutes)
+        return used if self.budget.steps is None else max(used, (self.step - first) / self.budget.steps)
+
+    def _schedule(self, used: float) -> float:
+        """The factor of the learning rate when the fraction `used` of the budget is spent."""
+        rising = min(1.0, (self.step + 1) / self.warmup)
+        return rising * min(1.0, 0.05 + 0.95 * (1 - used) / self.decay)
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        of_average = dict(self.average.named_parameters())
+        averages: list[torch.Tensor] = [of_average[name] for name in self.weights]
+        weights: list[torch.Tensor] = list(self.weights.values())
+        torch._foreach_lerp_(averages, weights, max(1 / self.average_over, 1 / (self.step + 1)))
+
+    # --- checkpoints ---------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Replace the checkpoint. Each file is renamed into place, so a partly written one is never read."""
+        averages = dict(self.average.named_parameters())
+        moments = {}
+        for name, weight in self.weights.items():
+            state = self.optimizer.state.get(weight, {})
+            for moment in ("exp_avg", "exp_avg_sq"):
+                if moment in state:
+                    moments[f"{moment}.{name}"] = state[moment].to(torch.bfloat16)
+        tensors = {
+            "model": {name: weight.detach() for name, weight in self.weights.items()},
+            "average": {name: averages[name].to(torch.bfloat16) for name in self.weights},
+            "optimizer": moments,
+        }
+        for file in _FILES:
+            target, partial = self.folder / f"{file}.safetensors", self.folder / f".{file}.partial"
+            contents = {name: value.contiguous() for name, value in tensors[file].items()}
+            save_file(contents, str(partial), metadata={"step": json.dumps(self.step)})
+            partial.rename(target)
+
+    def _load(self) -> None:
+        paths = {file: self.folder / f"{file}.safetensors" for file in _FILES}
+        if not all(path.exists() for path in paths.values()):
+            return
+        loaded = {}
+        for file, path in paths.items():
+            with safe_open(str(path), "pt") as opened:
+                self.step = json.loads(opened.metadata()["step"])
+                loaded[file] = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        _copy(self.weights, loaded["model"])
+        _copy(dict(self.average.named_parameters()), loaded["average"])
+        for name, weight in self.weights.items():
+            if f"exp_avg.{name}" in loaded["optimizer"]:
+                moments = {m: loaded["optimizer"][f"{m}.{name}"] for m in ("exp_avg", "exp_avg_sq")}
+                state = {m: value.to(weight.device, torch.float32) for m, value in moments.items()}
+                self.optimizer.state[weight] = {"step": torch.tensor(float(self.step)), **state}
+        print(f"from step {self.step} of {self.folder}", flush=True)
+
+
+def _rate_factor(weight: torch.Tensor) -> float:
+    """The factor of the learning rate for one weight.
+
+    Adam moves every number of a layer by about the learning rate, so an output can move by the rate times the number
+    of its inputs. Layers with many inputs therefore take a smaller rate.
+    """
+    if weight.dim() < 2:
+        return 0.5
+    return min(1.0, _FULL_RATE_INPUTS / (weight.numel() / weight.shape[0]))
+
+
+@torch.no_grad()
+def _copy(into: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
+    for name, value in values.items():
+        into[name].copy_(value)
+
+
+def _is_finite(value: float) -> bool:
+    return value - value == 0
+
+
+def chunks(count: int, size: int) -> Iterator[range]:
+    """The numbers 0 to count - 1 in ranges of at most `size`."""
+    for first in range(0, count, size):
+        yield range(first, min(first + size, count))

@@ -206,7 +206,7 @@ class Run:
             self._leave()
 
     def _repaired_rows(self) -> ExistingRows:
-        """What the dataset has, mended. The lease is held: rows that another run has finished since count as done."""
+        """Repair the dataset and list its rows, under the lease: rows that another run has just finished are done."""
         clean_stale(self.store, _STALE_SECONDS)
         existing = list_existing(self.store)
         repair(self.store, existing, self.progress.say)

@@ -163,7 +163,7 @@ def _is_number(text: Any) -> bool:
 
 
 class Option(click.Option):
-    """An option that stands in a section of the help page, and whose default its text ends with."""
+    """An option in a section of the help page. Its text ends with its default, in brackets."""
 
     def __init__(
         self, *names: str, section: str, help: str, default: Any = None, shown: str | None = None, **more: Any

@@ -98,12 +98,12 @@ class FakeEngine:
             if ordered_stage != stage:
                 continue
             if order == "slow":
-                if not slow_attempts or self._count_attempt(stage, item) <= int(slow_attempts):
+                if not slow_attempts or self.count_attempt(stage, item) <= int(slow_attempts):
                     time.sleep(float(number or 0.2))
             elif order == "gate":
                 while not self.store.exists(_GATE):
                     time.sleep(0.05)
-            elif number and self._count_attempt(stage, item) > int(number):
+            elif number and self.count_attempt(stage, item) > int(number):
                 continue
             elif order == "crash":
                 os._exit(1)
@@ -126,7 +126,7 @@ class FakeEngine:
             elif order == "stuck" and self.rank.rank == self.rank.world - 1:
                 time.sleep(3600)
 
-    def _count_attempt(self, stage: Stage, item: WorkItem) -> int:
+    def count_attempt(self, stage: Stage, item: WorkItem) -> int:
         """The number of this attempt, from 1."""
         name = f"_fake/{item.item_id}-{stage}-{self.rank.rank}"
         attempt = 1 + (int(self.store.read_bytes(name)) if self.store.exists(name) else 0)

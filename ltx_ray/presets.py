@@ -26,7 +26,7 @@ DEFAULT_NEGATIVE_PROMPT = (
 )
 
 #: The schedule of stage 2 in every pipeline.
-STAGE_2_SIGMAS = (0.909375, 0.725, 0.421875, 0.0)
+STAGE2_SIGMAS = (0.909375, 0.725, 0.421875, 0.0)
 #: H.264 quality (CRF) of the conditioning images that LTX-2.3 was trained with.
 DEFAULT_IMAGE_CRF = 33
 DISTILLED_SIGMAS = (1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0)
@@ -45,6 +45,25 @@ _COMMON: dict[str, Any] = {
     "video_cfg_scale": 3.0,
     "audio_cfg_scale": 7.0,
 }
+
+
+@dataclass(frozen=True)
+class SamplerTraits:
+    """What the planner has to know of a sampler. sampling/samplers.py has the samplers themselves."""
+
+    calls_per_step: int
+    extra_calls: int
+    #: Bytes that it keeps for each latent channel of a token while the model runs.
+    state_bytes: int
+
+    def model_calls(self, steps: int) -> int:
+        """Evaluations of the model for `steps` steps, each of which may take several passes."""
+        return self.calls_per_step * steps + self.extra_calls
+
+
+SAMPLER_TRAITS: Mapping[str, SamplerTraits] = MappingProxyType(
+    {"res_2s": SamplerTraits(2, 1, state_bytes=6 * 8), "euler": SamplerTraits(1, 0, state_bytes=3 * 4)}
+)
 
 
 @dataclass(frozen=True)

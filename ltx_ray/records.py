@@ -213,8 +213,8 @@ class ImageLatents:
 
     frame_idx: int
     strength: float
-    stage_1: Any
-    stage_2: Any
+    stage1: Any
+    stage2: Any
 
 
 @dataclass(frozen=True)
@@ -290,7 +290,7 @@ class EngineFacts:
     #: The draws of noise so far, after a diffusion stage.
     noise_ledger: NoiseLedger | None = None
     #: The numerics of stage 1 as JSON, where they are not those of the run: its latents were stored by an earlier one.
-    stage_1_numerics: str | None = None
+    stage1_numerics: str | None = None
     #: Where stored latents were read from or written to.
     stored_at: str | None = None
     #: The rung of engine.tiling.LADDER at which a clip was decoded.

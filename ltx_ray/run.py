@@ -201,7 +201,7 @@ class Run:
         try:
             existing = self._repaired_rows()
             plan = self.prepared.plan.against(existing)
-            return _Drive(self, plan).execute(self._chosen(plan, plan.rows(raws)))
+            return _Rendering(self, plan).execute(self._chosen(plan, plan.rows(raws)))
         finally:
             self._leave()
 
@@ -241,7 +241,7 @@ class Run:
         self.lease.release()
 
 
-class _Drive:
+class _Rendering:
     """The part of a run that renders: the driver on its cluster, and the records of both."""
 
     def __init__(self, run: Run, plan: Plan):
@@ -287,7 +287,7 @@ class _Drive:
         state, code = "failed", ExitCode.ERROR
         try:
             with self._signals:
-                state, code = self._drive(rows)
+                state, code = self._run_driver(rows)
         except ConnectionError:
             raise  # The cluster does not answer.
         except SystemExit:
@@ -302,7 +302,7 @@ class _Drive:
         self._run.progress.say(_summary(state, counts, self._options.output))
         return code
 
-    def _drive(self, rows: Iterator[PlanEntry]) -> tuple[str, ExitCode]:
+    def _run_driver(self, rows: Iterator[PlanEntry]) -> tuple[str, ExitCode]:
         """Render `rows`; the run's state and its exit code."""
         drained = self._driver.run(rows)
         counts = self._tracker.counts
@@ -354,7 +354,7 @@ class _Drive:
         self._events.emit("run_finished", state=state, counts=recorded_counts(counts))
         self._events.flush()
         # A run that was told to stop does not wait for a report.
-        if not self._driver.drain_requested:
+        if state != "drained" and not self._driver.drain_requested:
             _write_report(self._run.store, counts["rows"], self._run.progress.say)
 
 

@@ -1,7 +1,8 @@
 """The stages of a clip: one type, and one table of what each takes, costs and leaves behind.
 
-`stage1` is the spelling everywhere in the code, in events and in logs. Stored names keep the reference's spelling
-`stage_1`: latents (`stage_1.video`), draws of noise, the columns `audio_stage` and `distilled_lora_strength_stage_1`.
+`stage1` is the spelling in code, events, logs and the index's own columns (`stage1_seconds`, `stage1_replica`). Four
+stored names have the reference's spelling `stage_1`: latents (`stage_1.video`), draws of noise, values of the column
+`audio_stage`, and `distilled_lora_strength_stage_1`.
 """
 
 from __future__ import annotations

@@ -87,12 +87,12 @@ def _events(store: Store) -> list[dict[str, Any]]:
 
 
 def _replica_lines(events: list[dict[str, Any]]) -> Iterator[str]:
-    """The last call of each replica that has not been lost since, and the rate at which clips are finished."""
+    """The last call of each replica that has not ended since, and the rate at which clips are finished."""
     calls: dict[str, dict[str, Any]] = {}
     for event in events:
         if event.get("event") == "call":
             calls[event["replica"]] = event
-        elif event.get("event") == "gang_lost":
+        elif event.get("event") in ("gang_lost", "gang_given_back"):
             calls.pop(event["replica"], None)
     now = time.time()
     for replica, call in sorted(calls.items()):

@@ -89,7 +89,7 @@ class _Replica:
     item: str | None = None
 
     @property
-    def movable(self) -> bool:
+    def serves_both(self) -> bool:
         """Whether it may serve both diffusion stages."""
         return all(stage in self.roles for stage in DIFFUSION_STAGES)
 
@@ -452,7 +452,7 @@ class Policy:
     def _count_server(self, replica: _Replica, count: int) -> None:
         for stage in replica.serves():
             self._servers[stage] += count
-        if replica.movable and replica.assigned is not None:
+        if replica.serves_both and replica.assigned is not None:
             self._movable[replica.assigned] += count
 
     def _enqueue(self, item: str) -> None:

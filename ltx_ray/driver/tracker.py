@@ -44,7 +44,7 @@ class TrackedItem:
     prompt_truncated: bool = False
     noise_ledger: NoiseLedger | None = None
     #: The numerics of stage 1 as JSON, if an earlier run with other numerics stored its latents.
-    stage_1_numerics: str | None = None
+    stage1_numerics: str | None = None
     #: Why the item is given up, while its latents are still being saved.
     failure: Failure | None = None
     #: How the item ended, while its rows are being written.
@@ -75,7 +75,7 @@ class TrackedItem:
         if stage in DIFFUSION_STAGES:
             self.device = report.device
             self.noise_ledger = facts.noise_ledger
-            self.stage_1_numerics = facts.stage_1_numerics or self.stage_1_numerics
+            self.stage1_numerics = facts.stage1_numerics or self.stage1_numerics
         if stage == Stage.TEXT:
             self.prompt_truncated = facts.prompt_truncated
 
@@ -205,8 +205,8 @@ class RowTracker:
 
     def finish(self, tracked: TrackedItem, clip: Clip, numerics: str) -> None:
         """The item's last stage returned `clip`. `numerics` of the run as JSON."""
-        if tracked.stage_1_numerics is not None:
-            numerics = canonical_json({**json.loads(numerics), "stage_1": json.loads(tracked.stage_1_numerics)})
+        if tracked.stage1_numerics is not None:
+            numerics = canonical_json({**json.loads(numerics), "stage_1": json.loads(tracked.stage1_numerics)})
         seconds = {f"{stage}_seconds": spent for stage, spent in tracked.seconds.items()}
         rendered = Rendered(
             clip=clip,

@@ -79,7 +79,7 @@ class DecodeEngine:
             finally:
                 self._release_cached_memory()
         if stage == Stage.LOAD_LATENTS:
-            latents, location = self.latents.load_stage_1(item, self.dtype)
+            latents, location = self.latents.load_stage1(item, self.dtype)
             self.facts = EngineFacts(stored_at=location)
             return latents
         assert stage == Stage.SAVE_LATENTS and stages, stage

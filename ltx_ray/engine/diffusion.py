@@ -33,7 +33,7 @@ from ltx_ray.parallel.layers import SINGLE_RANK, RankGroup
 from ltx_ray.parallel.loading import load_shard
 from ltx_ray.parallel.lora import LoraMerger, LoraSetting
 from ltx_ray.parallel.mesh import make_mesh
-from ltx_ray.presets import PIPELINES, STAGE_2_SIGMAS
+from ltx_ray.presets import PIPELINES, STAGE2_SIGMAS
 from ltx_ray.records import (
     AV,
     Conditions,
@@ -134,7 +134,7 @@ class DiffusionEngine:
         numerics = canonical_json(self.spec.numerics)
         other_numerics = bool(latents) and latents[0].numerics not in ("", numerics)
         self.facts = self._facts(
-            noise_ledger=result.ledger, stage_1_numerics=latents[0].numerics if other_numerics else None
+            noise_ledger=result.ledger, stage1_numerics=latents[0].numerics if other_numerics else None
         )
         if self.rank.rank != 0:
             return None
@@ -157,7 +157,7 @@ class DiffusionEngine:
         shape = request.shape.half()
         noise = ClipNoise(self._new_ledger(request.seed), self.device)
         zeros = latent_sizes(shape).map(lambda size: torch.zeros(size, dtype=self.dtype, device=self.device))
-        images = [self._conditioning(image.frame_idx, image.strength, image.stage_1) for image in conditions.images]
+        images = [self._conditioning(image.frame_idx, image.strength, image.stage1) for image in conditions.images]
         state = noised_state(shape, "stage_1", noise, patchify(zeros), 1.0, images)
         model = self._stage_model(item, state, conditions)
         denoise = model.denoise if pipeline.distilled else self._guided(model, request.guidance)
@@ -168,20 +168,20 @@ class DiffusionEngine:
         latents = self._sample(pipeline.sampler, denoise, state, sigmas, noise.ledger)
         return StageLatents(unpatchify(latents, shape), noise.ledger)
 
-    def _stage2(self, item: WorkItem, conditions: Conditions, stage_1: StageLatents) -> StageLatents:
+    def _stage2(self, item: WorkItem, conditions: Conditions, stage1: StageLatents) -> StageLatents:
         """Denoising without guidance, from upsampled latents of stage 1 that are noised again."""
-        check_noise_device(stage_1.ledger, _device_name(self.device))
+        check_noise_device(stage1.ledger, _device_name(self.device))
         request, pipeline = item.request, PIPELINES[item.request.pipeline]
         self._merge_loras(item, request.distilled_lora_strength_stage_2)
         shape = request.shape
-        noise = ClipNoise(stage_1.ledger, self.device)
-        video, audio = stage_1.latents.map(lambda t: t.to(self.device, self.dtype))
+        noise = ClipNoise(stage1.ledger, self.device)
+        video, audio = stage1.latents.map(lambda t: t.to(self.device, self.dtype))
         upsampled = codec.upsample_latents(self.upsampler, *self.latent_stats, video)
-        images = [self._conditioning(image.frame_idx, image.strength, image.stage_2) for image in conditions.images]
-        state = noised_state(shape, "stage_2", noise, patchify(AV(upsampled, audio)), STAGE_2_SIGMAS[0], images)
+        images = [self._conditioning(image.frame_idx, image.strength, image.stage2) for image in conditions.images]
+        state = noised_state(shape, "stage_2", noise, patchify(AV(upsampled, audio)), STAGE2_SIGMAS[0], images)
         sequence_group = self.mesh.peers if self._sequence_parallel else SINGLE_RANK
         model = self._stage_model(item, state, replace(conditions, negative=None), sequence_group)
-        sigmas = torch.tensor(STAGE_2_SIGMAS)
+        sigmas = torch.tensor(STAGE2_SIGMAS)
         latents = self._sample(pipeline.sampler, model.denoise, state, sigmas, noise.ledger)
         return StageLatents(unpatchify(latents, shape), noise.ledger)
 

@@ -60,7 +60,7 @@ class LatentState:
         return AV(x.video[:, : self.video_tokens], x.audio)
 
 
-def stage_1_draws(request: RenderRequest, dtype: str) -> tuple[tuple[str, tuple[int, ...], str], ...]:
+def stage1_draws(request: RenderRequest, dtype: str) -> tuple[tuple[str, tuple[int, ...], str], ...]:
     """The draws in the noise ledger of `request` after stage 1, with latents of `dtype` (docs/ltx-2.3.md#noise)."""
     shape = request.shape.half()
     keyframes = sum(image.frame_idx != 0 for image in request.images)

@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 
 from ltx_ray.checkpoints.digests import cache_root
 from ltx_ray.dataset.layout import latents_path
-from ltx_ray.engine.initial_state import stage_1_draws
+from ltx_ray.engine.initial_state import stage1_draws
 from ltx_ray.engine.patchify import latent_sizes
 from ltx_ray.records import AV, NoiseLedger, StageLatents, StoredLatentsGone, WorkItem, canonical_json
 from ltx_ray.storage.store import Store, join
@@ -74,7 +74,7 @@ class LatentStore:
         """Remove the copy in this node's cache, if there is one."""
         self.node_cache.delete(latents_path(item.item_id))
 
-    def load_stage_1(self, item: WorkItem, dtype: torch.dtype) -> tuple[StageLatents, str]:
+    def load_stage1(self, item: WorkItem, dtype: torch.dtype) -> tuple[StageLatents, str]:
         """Stored stage-1 latents of `item` and where they were: in the output, or else in the node's cache.
 
         Raises StoredLatentsGone when neither has a file of this item with finite latents of the item's sizes in
@@ -84,7 +84,7 @@ class LatentStore:
         for store in (self.output, self.node_cache):
             location = join(store.uri, latents_path(item.item_id))
             try:
-                return _load_stage_1(store, item, dtype), location
+                return _load_stage1(store, item, dtype), location
             except FileNotFoundError:
                 reasons.append(f"{location}: no such file")
             except (OSError, ValueError) as error:
@@ -127,7 +127,7 @@ def _load(store: Store, item: WorkItem) -> tuple[dict[str, str], dict[str, torch
     return metadata, tensors
 
 
-def _load_stage_1(store: Store, item: WorkItem, dtype: torch.dtype) -> StageLatents:
+def _load_stage1(store: Store, item: WorkItem, dtype: torch.dtype) -> StageLatents:
     metadata, tensors = _load(store, item)
     sizes = latent_sizes(item.request.shape.half())
     for name, size in zip(("stage_1.video", "stage_1.audio"), sizes, strict=True):
@@ -139,7 +139,7 @@ def _load_stage_1(store: Store, item: WorkItem, dtype: torch.dtype) -> StageLate
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{name} is not finite")
     ledger = _parse_ledger(metadata.get("noise_ledger"))
-    draws = stage_1_draws(item.request, str(dtype).removeprefix("torch."))
+    draws = stage1_draws(item.request, str(dtype).removeprefix("torch."))
     if (ledger.seed, ledger.draws) != (item.request.seed, draws):
         raise ValueError("its noise ledger is not that of the item after stage 1")
     latents = AV(tensors["stage_1.video"], tensors["stage_1.audio"])

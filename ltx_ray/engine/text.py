@@ -93,10 +93,10 @@ class TextEngine:
 
             shape = item.request.shape
             try:
-                stage_1, stage_2 = encoded(shape.half()), encoded(shape)
+                stage1, stage2 = encoded(shape.half()), encoded(shape)
             except InvalidImage as error:
                 raise RowError(f"images: {image.path} cannot be decoded ({error})") from None
-            latents.append(ImageLatents(image.frame_idx, image.strength, stage_1, stage_2))
+            latents.append(ImageLatents(image.frame_idx, image.strength, stage1, stage2))
         return tuple(latents)
 
     def encode(self, text: str) -> PromptContext:

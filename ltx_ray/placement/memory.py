@@ -21,7 +21,7 @@ from ltx_ray.checkpoints.safetensors import TensorInfo, read_header
 from ltx_ray.config import ModelFiles, Numerics, PoolSpec
 from ltx_ray.manifest.rules import RowProblem
 from ltx_ray.placement.numerics import WITHOUT_FP8
-from ltx_ray.presets import PIPELINES
+from ltx_ray.presets import PIPELINES, SAMPLER_TRAITS
 from ltx_ray.records import RenderRequest
 from ltx_ray.shapes import TIME_FACTOR, VIDEO_CHANNELS, ClipShape
 from ltx_ray.stages import DIFFUSION_STAGES, Stage
@@ -52,8 +52,6 @@ _FUSED_WIDTHS = 8
 _PLAIN_WIDTHS, _PLAIN_SHARDED_WIDTHS = 6, 22
 #: More widths for each token in the plain path when images give tokens noise levels of their own: their modulations.
 _MODULATION_WIDTHS = 14
-#: Bytes that a sampler keeps for each latent channel of a token while the model runs, by the sampler's name.
-_SAMPLER_BYTES = {"res_2s": 6 * 8, "euler": 3 * 4}
 
 
 def _any_of(*names: str) -> str:
@@ -240,7 +238,7 @@ class MemoryBudget:
         # The prompt and the negative prompt.
         contexts = 2 * self._numerics.text_tokens * (config.video.context_dim + config.audio.context_dim)
         latent_elements = (video_tokens + audio_tokens) * VIDEO_CHANNELS
-        sampler_state = latent_elements * _SAMPLER_BYTES[PIPELINES[request.pipeline].sampler]
+        sampler_state = latent_elements * SAMPLER_TRAITS[PIPELINES[request.pipeline].sampler].state_bytes
         return int(rank.element_bytes * (activations + rotary / rank.tp + contexts) + sampler_state)
 
     def _count_weight_bytes(self, tp: int, fp8: bool) -> int:

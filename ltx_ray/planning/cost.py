@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ltx_ray.checkpoints.transformer_config import TransformerConfig
-from ltx_ray.presets import PIPELINES, STAGE_2_SIGMAS
+from ltx_ray.presets import PIPELINES, SAMPLER_TRAITS, STAGE2_SIGMAS
 from ltx_ray.records import RenderRequest
 from ltx_ray.sampling.passes import passes_for
 from ltx_ray.shapes import ClipShape
@@ -37,14 +37,12 @@ def pass_tflop(config: TransformerConfig, shape: ClipShape, isolated: bool = Fal
 
 
 def clip_tflop(config: TransformerConfig, request: RenderRequest) -> float:
-    """TFLOP of both stages of a clip. For n steps, res_2s evaluates the model 2n + 1 times and Euler n times."""
+    """TFLOP of both stages of a clip."""
     pipeline = PIPELINES[request.pipeline]
 
-    def calls(steps: int) -> int:
-        return 2 * steps + 1 if pipeline.sampler == "res_2s" else steps
-
+    calls = SAMPLER_TRAITS[pipeline.sampler].model_calls
     steps = request.num_inference_steps if pipeline.sigmas is None else len(pipeline.sigmas) - 1
     half = request.shape.half()
-    stage_1 = sum(pass_tflop(config, half, name == "isolated") for name in passes_for(request.guidance))
-    stage_2 = pass_tflop(config, request.shape)
-    return calls(steps) * stage_1 + calls(len(STAGE_2_SIGMAS) - 1) * stage_2
+    stage1 = sum(pass_tflop(config, half, name == "isolated") for name in passes_for(request.guidance))
+    stage2 = pass_tflop(config, request.shape)
+    return calls(steps) * stage1 + calls(len(STAGE2_SIGMAS) - 1) * stage2

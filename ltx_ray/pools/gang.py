@@ -31,6 +31,13 @@ _PING_AFTER_SECONDS = 10.0
 _PING_TIMEOUT_SECONDS = 60.0
 #: Seconds after an answer in which the next call needs no ping before it.
 _FRESH_SECONDS = 0.05
+#: Errors of a call whose rank died. Ray's memory monitor reports its kills with an error of their own.
+_RANK_DIED = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.OutOfMemoryError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.WorkerCrashedError,
+)
 #: Part of Ray's message about a dead actor when its node is gone.
 _NODE_LOST = "its node has died"
 
@@ -39,7 +46,7 @@ class GangState(StrEnum):
     """The steps of a gang's life."""
 
     PLACING = "placing"
-    MEETING = "meeting"
+    RENDEZVOUS = "rendezvous"
     LOADING = "loading"
     READY = "ready"
     DEAD = "dead"
@@ -129,7 +136,7 @@ class Gang:
                 return False
             if self.state is GangState.PLACING:
                 self._spawn()
-            elif self.state is GangState.MEETING:
+            elif self.state is GangState.RENDEZVOUS:
                 self._load()
             elif self.state is GangState.LOADING:
                 self.state = GangState.READY
@@ -160,7 +167,7 @@ class Gang:
         self._described = [a.describe.remote() for a in self._actors]
         self._described.append(self._actors[0].free_port.remote())
         self._pending = list(self._described)
-        self.state = GangState.MEETING
+        self.state = GangState.RENDEZVOUS
 
     def _load(self) -> None:
         *processes, port = ray.get(self._described)
@@ -243,7 +250,7 @@ class Gang:
             if rank not in call.done and ref in ready:
                 try:
                     call.done[rank] = ray.get(ref)
-                except ray.exceptions.RayActorError as error:
+                except _RANK_DIED as error:
                     reason = f"rank {rank} died during {call.stage}: {_first_line(error)}"
                     raise GangLost(reason, node_lost=_NODE_LOST in str(error)) from error
                 except ray.exceptions.RayError as error:

@@ -250,7 +250,7 @@ class SimulatedReplicaSet:
             replica.dead = True
             if replica.call is not None:
                 del self._replicas[name]
-                events.append(ReplicaLost(name, "its node was lost", served=True))
+                events.append(ReplicaLost(name, "its node was lost", served=True, node_lost=True))
         self._schedule_node_loss()
         return events
 

@@ -79,8 +79,8 @@ class RankActor:
             engine = getattr(importlib.import_module(module), name)
             join_gang = getattr(engine, "join_gang", base.join_gang)
             self.device = spec.numerics.device
-            meeting = (rendezvous.host, rendezvous.port) if rendezvous is not None else None
-            self.device = join_gang(spec.numerics.device, rank, world, meeting, timeout)
+            address = (rendezvous.host, rendezvous.port) if rendezvous is not None else None
+            self.device = join_gang(spec.numerics.device, rank, world, address, timeout)
             self.engine = engine(spec, base.Rank(rank, world, self.device))
             self.engine.load()
         finally:

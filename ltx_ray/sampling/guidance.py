@@ -98,7 +98,7 @@ class GuidedDenoiser:
                 {name: result.video for name, result in results.items()},
                 {name: result.audio for name, result in results.items()},
             )
-            # Step 0 is never skipped, so a stream that skips a call has a last result.
+            # Step 0 is never skipped, so a stream that skips has a last result. In the first call this is unused.
             last = by_stream.map(lambda results: results[Pass.COND]) if self._last is None else self._last
             self._last = self.guidance.map(
                 lambda g, results, skip, x0: x0 if skip else combine(g, results), by_stream, skipped, last

@@ -6,11 +6,13 @@ import time
 from collections import Counter
 from dataclasses import replace
 
+import pyarrow.parquet as pq
 import pytest
 
 from ltx_ray.driver.policy import Policy
 from ltx_ray.driver.publisher import Publisher
 from ltx_ray.pools.pool import StartFailed
+from ltx_ray.pools.protocol import ReplicaLost
 from ltx_ray.stages import FULL_PATH
 from tests.support.schedules import WatchedReplicas
 from tests.support.simulated_runs import pools, rows, run
@@ -226,3 +228,26 @@ def test_a_pool_without_a_place_does_not_end_a_run_that_others_can_carry(tmp_pat
     driver, store = run(tmp_path, rows(3), Placeless, the_pools=switching, start_timeout=10.0)
     assert not driver.run(driver.tracker.plan.open())
     assert len(store.list_names("index")) == 3
+
+
+@pytest.mark.parametrize("node_lost, attempts", [(True, 1), (False, 2)])
+def test_a_lost_node_costs_its_rows_no_attempt(tmp_path, node_lost, attempts):
+    """A rank that dies costs one: its row may have killed it."""
+
+    class LosesOne(WatchedReplicas):
+        lost = False
+
+        def wait(self, timeout):
+            events = super().wait(timeout)
+            for at, event in enumerate(events):
+                item = self.driver.policy.item_of(event.replica)
+                if item and not self.lost and self.driver.policy.stage_of(item) == "stage1":
+                    self.lost = True
+                    self.kill(event.replica)
+                    events[at] = ReplicaLost(event.replica, "lost by the test", served=True, node_lost=node_lost)
+            return events
+
+    driver, store = run(tmp_path, rows(1), LosesOne)
+    assert not driver.run(driver.tracker.plan.open())
+    (name,) = store.list_names("index")
+    assert pq.read_table(store.path(f"index/{name}"))["attempts"].to_pylist() == [attempts]

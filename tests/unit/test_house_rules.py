@@ -18,18 +18,18 @@ CODE = [path for folder in ("ltx_ray", "jobs", "scripts") for path in sorted((RO
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 FOLDERS = (".ci", ".github", "cluster", "docs", "jobs", "ltx_ray", "scripts", "tests")
 
-#: Classes before the package had rooms; their names say nothing to a stranger, or meant several things.
+#: Class names of earlier versions that must not come back: each meant several things, or nothing to a stranger.
 OLD_CLASSES = (
     "Books Work Line Joined Verdict Crew RayCrew SimulatedCrew News Started Answered Lost Wanted Replicas Room Problem "
     "RecipeBook Done Patience Records Start PlacedImage Residence"
 ).split()
-#: Modules of that time, as the last part of what is imported. Elsewhere `done`, `apply` and others are English words.
+#: Module names of earlier versions, as the last part of an import. Elsewhere `done` or `apply` are English words.
 OLD_MODULES = (
     "actors ahead apply books chosen cliprun crew diffusersfiles diffusersnames directory dit_peers done fakedrive "
     "fakework headers imagefiles line lorafiles metrics modelfiles mux news patience realfiles realsize residence "
     "singlefile start tables transformerkeys"
 ).split()
-#: Private words of that time, which may not even be a part of a name.
+#: Words that may not even be a part of a name.
 OLD_WORDS = "books crew crews news patience residence mobile".split()
 #: English adverbs that were names; they may be a part of one (`read_ahead`, `test_they_are_told_apart`).
 OLD_NAMES = (*OLD_CLASSES, "ahead", "aside", "apart", "alike")

@@ -113,7 +113,7 @@ def test_rows_that_share_an_item_are_one_item_and_each_is_written(output):
 def test_other_numerics_of_stage_1_are_recorded_with_those_of_the_run(output):
     output.open([*rows("a"), *rows("b", prompt="a dog")])
     cat, dog = output.take()
-    cat.stage_1_numerics = '{"attention":"cudnn"}'
+    cat.stage1_numerics = '{"attention":"cudnn"}'
     for tracked in (cat, dog):
         output.tracker.finish(tracked, CLIP, '{"attention":"fa3"}')
     output.settle()

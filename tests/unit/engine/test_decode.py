@@ -17,7 +17,7 @@ from ltx_ray.config import EngineSpec, ModelFiles, Numerics
 from ltx_ray.engine import codec
 from ltx_ray.engine.base import Rank
 from ltx_ray.engine.decode import DecodeEngine
-from ltx_ray.engine.initial_state import stage_1_draws
+from ltx_ray.engine.initial_state import stage1_draws
 from ltx_ray.engine.latents import latents_sha256, named_latents
 from ltx_ray.engine.patchify import latent_sizes
 from ltx_ray.records import AV, ImageCondition, NoiseLedger, RowError, StageLatents, StoredLatentsGone, WorkItem
@@ -39,7 +39,7 @@ def work(number: int = 0, **values) -> WorkItem:
 def stages(item: WorkItem) -> list[StageLatents]:
     """Random latents of both stages of `item`, with their ledgers."""
     generator = torch.Generator().manual_seed(item.request.seed)
-    first = NoiseLedger(item.request.seed, "cpu", "cpu", stage_1_draws(item.request, "float32"))
+    first = NoiseLedger(item.request.seed, "cpu", "cpu", stage1_draws(item.request, "float32"))
     later = first.extended("stage_2.video", (1, 1, 128), "float32").extended("stage_2.audio", (1, 1, 128), "float32")
     shapes = item.request.shape.half(), item.request.shape
     return [
@@ -304,7 +304,7 @@ def test_images_count_in_the_ledger():
     plain = work().request
     for frames, extra in (((0,), 0), ((0, 9), 1), ((8, 9), 2)):
         images = tuple(ImageCondition("a.png", frame, 1.0, None) for frame in frames)
-        (name, shape, _), _ = stage_1_draws(dataclasses.replace(plain, images=images), "float32")
+        (name, shape, _), _ = stage1_draws(dataclasses.replace(plain, images=images), "float32")
         assert (name, shape) == ("stage_1.video", (1, plain.shape.half().video_tokens + extra, 128))
 
 

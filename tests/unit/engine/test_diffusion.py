@@ -48,7 +48,7 @@ def test_stored_latents_lead_to_the_bits_of_an_uninterrupted_run(pipeline, rende
     item, conditions, first, second = rendered
     store = LatentStore(Store(str(tmp_path / "out")))
     store.publish(item, [first])
-    stored, _ = store.load_stage_1(item, torch.float32)
+    stored, _ = store.load_stage1(item, torch.float32)
     assert stored.ledger == first.ledger
     with one_thread():
         again = pipeline.diffusion.run("stage2", item, conditions, stored)
@@ -64,11 +64,11 @@ def test_stored_latents_say_how_they_were_computed(pipeline, rendered, tmp_path,
     for numerics in (now, '{"attention":"another"}'):
         store = LatentStore(Store(str(tmp_path / f"out{len(numerics)}")))
         store.publish(item, [dataclasses.replace(first, numerics=numerics)])
-        stored, _ = store.load_stage_1(item, torch.float32)
+        stored, _ = store.load_stage1(item, torch.float32)
         assert stored.numerics == numerics
         with one_thread():
             pipeline.diffusion.run("stage2", item, conditions, stored)
-        assert pipeline.diffusion.facts.stage_1_numerics == (None if numerics == now else numerics)
+        assert pipeline.diffusion.facts.stage1_numerics == (None if numerics == now else numerics)
 
 
 def test_noise_of_a_gpu_is_not_drawn_on_a_cpu(pipeline, rendered):

@@ -258,3 +258,11 @@ def test_res2s_keeps_the_latents_dtype():
     sigmas = torch.tensor([0.909375, 0.725, 0.0])
     result = sample_res2s(lambda x, s, n: x, pair(2, torch.bfloat16), sigmas, SamplerNoise("cpu"), lambda x: x)
     assert result.video.dtype == torch.bfloat16
+
+
+def test_the_planner_knows_every_sampler():
+    from ltx_ray.presets import PIPELINES, SAMPLER_TRAITS
+    from ltx_ray.sampling.samplers import SAMPLERS
+
+    assert SAMPLERS.keys() == SAMPLER_TRAITS.keys() >= {pipeline.sampler for pipeline in PIPELINES.values()}
+    assert [traits.model_calls(15) for traits in SAMPLER_TRAITS.values()] == [31, 15]

@@ -289,7 +289,7 @@ def _dumps(what: str, value: Any) -> str:
 
 
 def manifest_bytes(rows: Iterator[Row]) -> bytes:
-    """Rows as JSONL in UTF-8, one object a line, keys in the order of the rows."""
+    """Rows as JSONL in UTF-8, one object per line, keys in the order of the rows."""
     return "".join(_dumps(row.get("id", "row"), row) + "\n" for row in rows).encode()
 
 

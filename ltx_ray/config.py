@@ -68,7 +68,7 @@ class RequestedNumerics(RecipeNumerics):
 
 @dataclass(frozen=True)
 class Numerics(RecipeNumerics):
-    """How the arithmetic is done: resolved by the driver, once a run, and recorded with every clip."""
+    """How the arithmetic is done: resolved by the driver, once per run, and recorded with every clip."""
 
     device: str = "cpu"
     attention: str = "sdpa"
@@ -142,7 +142,7 @@ class RunLimits:
     call_timeout: float = 7200.0
     #: The run drains when a larger fraction of its rows has failed.
     max_failed_fraction: float | None = None
-    #: The run drains when its replicas have used so many GPU hours.
+    #: The run drains when calls have used this many GPU hours.
     max_gpu_hours: float | None = None
     #: Time for the decode pool to finish its clips when the run is told to stop.
     grace: float = 20.0
@@ -152,7 +152,7 @@ class RunLimits:
 class Selection:
     """The rows of the manifest that a run takes. None selects every row."""
 
-    #: The first so many rows.
+    #: Take only the first `limit` rows.
     limit: int | None = None
     ids: frozenset[str] | None = None
     #: (I, N): every N-th row, beginning with row I; rows are counted from 0.

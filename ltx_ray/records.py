@@ -18,7 +18,7 @@ U = TypeVar("U")
 class ErrorKind(StrEnum):
     """What the failure of a call says of the row, the machine and the replica."""
 
-    #: The row cannot be rendered, whoever tries. It fails without another attempt.
+    #: The row cannot be rendered on any replica. It fails without another attempt.
     ROW = "row"
     #: Memory, a disk, the network or a store failed. No row is to blame.
     INFRASTRUCTURE = "infrastructure"
@@ -45,7 +45,7 @@ class RowError(RenderError):
 
 
 class WrongDevice(RenderError):
-    """The noise of this clip was drawn on a device of another model, so this replica cannot go on with it."""
+    """The noise of this clip was drawn on a device of another model, so this replica cannot continue with it."""
 
     kind = ErrorKind.INFRASTRUCTURE
 
@@ -57,7 +57,7 @@ class ReplicaError(RenderError):
 
 
 class StoredLatentsGone(RenderError):
-    """There are no stored stage-1 latents from which stage 2 could go on; the message says where and why."""
+    """There are no stored stage-1 latents from which stage 2 could resume; the message says where and why."""
 
     kind = ErrorKind.STORED_LATENTS_GONE
 
@@ -228,7 +228,7 @@ class Conditions:
 
 @dataclass(frozen=True)
 class NoiseLedger:
-    """Every draw that a clip's noise generator has made so far (docs/ltx-2.3.md#order-of-draws).
+    """Every draw of a clip's initial noise so far (docs/ltx-2.3.md#order-of-draws).
 
     A stage replays the draws to put a new generator into the state in which the stage before left it. `draws` holds
     (name, packed shape, dtype name). The numbers of a CUDA generator depend on the model of the GPU, `device_model`.

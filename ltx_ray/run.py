@@ -49,11 +49,11 @@ from ltx_ray.storage.store import Store, clean_stale
 
 #: No process is still writing a temporary file of this age, in seconds.
 _STALE_SECONDS = 3600.0
-#: Seconds for which the output may stay away before the run ends.
+#: Seconds for which an output that cannot be reached is retried before the run ends.
 _OUTPUT_RETRY_SECONDS = 600.0
 #: Threads that write rows. An object store takes long for each write, but takes many at once.
 _LOCAL_WRITERS, _REMOTE_WRITERS = 2, 16
-#: A run into an object store ends with a report for up to so many rows, because the report reads every row.
+#: A run into an object store ends with a report for up to this many rows, because the report reads every row.
 _REMOTE_REPORT_ROWS = 500
 
 _ENGINES = {
@@ -74,7 +74,7 @@ class ExitCode(IntEnum):
     USAGE = 2
     #: Some rows failed; or, of `plan` and `verify`: something is wrong.
     FAILED_ROWS = 3
-    #: The run was told to stop and left rows. The same command goes on.
+    #: The run was told to stop and left rows. The same command resumes.
     DRAINED = 4
 
 
@@ -87,7 +87,8 @@ class Options:
     model: ModelFiles
     numerics: RequestedNumerics = RequestedNumerics()  # noqa: RUF009 (frozen)
     parallel: ParallelConfig = ParallelConfig()  # noqa: RUF009 (frozen)
-    #: Whether text and decode run on the DiT's GPUs: "on", "off", or "auto" for "on" in a private cluster.
+    #: Whether text and decode run on the DiT's GPUs: "on" (for at most 31 GPUs with enough memory), "off", or "auto"
+    #: for "on" in a private cluster. One gang that fills the cluster shares in any case.
     share_cards: str = "auto"
     #: Address of a running Ray cluster; None for that of RAY_ADDRESS, or else a private one.
     ray_address: str | None = None
@@ -102,7 +103,7 @@ class Options:
     limits: RunLimits = RunLimits()  # noqa: RUF009 (frozen)
     #: Whether rows that failed by their own fault are tried again.
     retry_failed: bool = False
-    #: The rows are previews. These items go on from their stored latents; the other rows are passed over.
+    #: The rows are previews. These items resume from their stored latents; the other rows are passed over.
     promote: frozenset[str] | None = None
     #: Whether a tiny clip goes through every pool before a pool grows beyond one replica.
     preflight: bool = True
@@ -118,7 +119,7 @@ class Prepared:
 
     options: Options
     checkpoint: Checkpoint
-    #: The manifest, before it is held against a dataset.
+    #: The manifest, before it is compared with a dataset.
     plan: Plan
     #: What a user should know, though it prevents nothing.
     warnings: tuple[str, ...] = ()
@@ -166,7 +167,7 @@ def prepare(options: Options) -> Prepared:
 def render(options: Options) -> ExitCode:
     """Render the manifest. Raises ValueError for a user's mistake, ConnectionError without an answer of the cluster."""
     prepared = prepare(options)
-    # What is wrong with the manifest as a whole is said before the output is touched.
+    # What is wrong with the manifest as a whole is reported before the output is touched.
     raws = prepared.plan.read()
     assert options.output is not None
     store = Store(options.output)
@@ -294,7 +295,7 @@ class _Rendering:
             # A signal came while the cluster was being joined, when Ray's handler has replaced ours.
             state, code = "drained", ExitCode.DRAINED
         except (StartFailed, OSError) as error:
-            # An OSError is the output's, which has stayed away for as long as it is retried.
+            # An OSError is the output's, which could not be reached for as long as it is retried.
             self._run.progress.say(str(error))
         finally:
             self._finish(state)
@@ -337,7 +338,7 @@ class _Rendering:
         )
 
     def _memory_budget(self, placement: Placement) -> MemoryBudget | None:
-        """The memory that rows are held against; None where it is not known. Raises ValueError for too small GPUs."""
+        """The memory that rows are compared with; None where it is not known. Raises ValueError for too small GPUs."""
         if placement.largest_gpu is None:
             return None
         checkpoint, model = self._run.prepared.checkpoint, self._options.model.local()

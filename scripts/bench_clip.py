@@ -11,17 +11,17 @@ The model has random weights at the released widths (scripts/bench/random_model.
 
 ours       `ltx_ray.run.render` of --clips rows in a process of its own, on a private Ray cluster with the product's own
            placement: on one card, text, decode and a replica that serves both stages in turns share it.
-reference  `python -m ltx_pipelines.ti2vid_two_stages_hq` (v1.2.0) of one clip, one process a clip as its users run it:
-           eager bfloat16, FlashAttention-3 where fa3_fwd is installed. --reference names a folder with ltx-core and
+reference  `python -m ltx_pipelines.ti2vid_two_stages_hq` (v1.2.0) of one clip, one process per clip as its users run
+           it: eager bfloat16, FlashAttention-3 where fa3_fwd is installed. --reference names a folder with ltx-core and
            ltx-pipelines below packages/.
 
 Figures for 48 layers that were not measured are EXTRAPOLATED and labelled so. A part that depends on the number of
 layers follows the line through two measured numbers of layers; from one, ours is multiplied by 48/n, which scales its
 constant share too. The other parts take the reference's smallest and our largest measurement. All of this favours the
 reference. Merging again counts as measured at 48 layers (bf16) with clean weights in pinned host memory, since they do
-not fit beside text and decode on an 80 GB card. Gemma, which the reference loads for every clip and we once a run, has
-as many blocks as the DiT unless --gemma-layers says otherwise; the release has 48 of both. The files are in the page
-cache for both sides.
+not fit beside text and decode on an 80 GB card. Gemma, which the reference loads for every clip and we once per run,
+has as many blocks as the DiT unless --gemma-layers says otherwise; the release has 48 of both. The files are in the
+page cache for both sides.
 
 clip, pipeline full  the sum of the five parts above it: the medians of stage 1 and of stage 2 without concurrent
                      decoding, the slowdown by decoding another clip, merging again (both ways), and idle time
@@ -121,13 +121,13 @@ def _table(side: str, runs: Runs) -> None:
 
 def _rates(arguments: argparse.Namespace, found: Mapping[str, Runs]) -> dict[str, float]:
     """Print the clips an hour of every side, and ours over the reference's. Returns these ratios by case."""
-    print("\nclips an hour on one GPU: ours with the pipeline full, the reference one command a clip")
+    print("\nclips an hour on one GPU: ours with the pipeline full, the reference one command per clip")
     ratios: dict[str, float] = {}
     theirs = _with_extrapolated(_REFERENCE, found.get(_REFERENCE, {}))
     for side, runs in found.items():
         for n, figures in sorted(_with_extrapolated(side, runs).items()):
             seconds = figures[total_of(side)]
-            line = f"{n:3} layers  {side:10} {3600 / seconds:8.1f} ({seconds:.2f} s a clip)"
+            line = f"{n:3} layers  {side:10} {3600 / seconds:8.1f} ({seconds:.2f} s per clip)"
             if side != _REFERENCE and n in theirs:
                 whole = theirs[n][total_of(_REFERENCE)] / seconds
                 stages = _stages(theirs[n]) / _stages(figures)

@@ -10,7 +10,7 @@ memory     Anonymous and shared memory of the process and its children, after ga
            300 MB at a million rows, 24 bytes for each row beyond.
 policy     Rows a second that the real driver takes from a plan through four stages, with replicas in virtual time and
            no output but its event log (scripts/bench/simulated_driver.py), and the memory it holds for each finished
-           row. Targets: 1,000 rows a second, 24 bytes a row.
+           row. Targets: 1,000 rows a second, 24 bytes per row.
 simulation --simulated replicas in virtual time with the call times of an H100, clips of three sizes, twice the steps in
            the second half of the manifest, crashes, and lost nodes. Measures the useful share of the time of the
            diffusion replicas, with replicas that switch stages and with several fixed splits. Targets: 97 %, and
@@ -170,7 +170,7 @@ def memory(arguments: argparse.Namespace, folder: Path) -> None:
         f"target {TARGET_MEMORY / MB:.0f}: {judgement}; {second / MB:.0f} MB at {marks[1]:,}; "
         f"at most {figures['most'] / MB:.0f} MB untrimmed"
     )
-    print(f"memory    {slope:.1f} bytes a row from there, target {TARGET_SLOPE}: {verdict(slope <= TARGET_SLOPE)}")
+    print(f"memory    {slope:.1f} bytes per row from there, target {TARGET_SLOPE}: {verdict(slope <= TARGET_SLOPE)}")
 
 
 # --- the driver in virtual time ------------------------------------------------------------------
@@ -287,7 +287,10 @@ def ray_data(arguments: argparse.Namespace, folder: Path) -> None:
                 if setting is None:
                     name, figures = f"ours, {'fixed' if arguments.fixed else 'own'} split", ours(speed)
                 else:
-                    name, figures = "Ray Data, {} rows a block, {} in flight".format(*setting), theirs(speed, *setting)
+                    name, figures = (
+                        "Ray Data, {} rows per block, {} in flight".format(*setting),
+                        theirs(speed, *setting),
+                    )
                 assert figures["rows"] == figures["recorded"] == arguments.clips, figures
                 runs.setdefault(name, []).append(figures)
                 print(

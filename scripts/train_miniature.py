@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train a part of the miniature: python scripts/train_miniature.py --part vae --minutes 8 --out DIR.
 
-Training goes on from the checkpoint in DIR/<part>. It ends after the given minutes, writes the part's weights under the
+Training resumes from the checkpoint in DIR/<part>. It ends after the given minutes, writes the part's weights under the
 released names beside the checkpoint, and prints the part's score as one line of JSON. `--smoke` runs three small steps,
 for tests.
 """

@@ -130,7 +130,7 @@ def open_lora(path: str) -> LoraFile:
             side = _SIDES[match["side"]] + ("" if match["what"] == "weight" else "_scale")
             entry = found.setdefault(match["stem"], {})
             if side in entry:
-                raise ValueError(f"{path}: {name} is a second factor of {match['stem']}; legal: one adapter a file")
+                raise ValueError(f"{path}: {name} is a second factor of {match['stem']}; legal: one adapter per file")
             entry[side] = info
             understood.add(name)
     alphas = _Alphas(header)

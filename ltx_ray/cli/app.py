@@ -81,7 +81,7 @@ def render_command(manifest: str, output: str, **values: Any) -> ExitCode:
     """Render every row of MANIFEST into a dataset of clips with sound.
 
     Exit codes: 0 every row is in the index, 3 some rows failed (they are listed), 2 wrong usage or manifest, 4 drained
-    on request (the same command goes on), 1 anything else.
+    on request (the same command resumes), 1 anything else.
     """
     return render(build_options(manifest, output, values))
 
@@ -220,7 +220,7 @@ def report_command(output: str) -> ExitCode:
 def verify_command(output: str, sample: int, repair: bool, **values: Any) -> ExitCode:
     """Check that every row of OUTPUT's index has its clip, unchanged.
 
-    Exit codes: 0 all well, 3 problems found (one a line), 2 wrong usage.
+    Exit codes: 0 all well, 3 problems found (one per line), 2 wrong usage.
     """
     from ltx_ray.cli.verify import verify
 
@@ -228,7 +228,7 @@ def verify_command(output: str, sample: int, repair: bool, **values: Any) -> Exi
         return build_options(sample_manifest, sample_output, values)
 
     if sample:
-        options("", "")  # What is wrong with them is said before the clips are read.
+        options("", "")  # What is wrong with them is reported before the clips are read.
     return ExitCode.FAILED_ROWS if verify(output, click.echo, sample, repair, options) else ExitCode.OK
 
 

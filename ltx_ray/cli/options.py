@@ -80,7 +80,9 @@ MODEL_OPTIONS = (
 
 NUMERICS_OPTIONS = (
     _numerics_option("--dtype", "bfloat16 or float32", "dtype"),
-    _numerics_option("--precision", "linear layers of the DiT: bf16, or fp8 (faster, half the memory)", "precision"),
+    _numerics_option(
+        "--precision", "linear layers of the DiT: bf16, or fp8 (faster, about 60 % of the weight memory)", "precision"
+    ),
     _numerics_option("--noise-device", "device that draws noise: model or cpu", "noise_device"),
     _numerics_option("--device", "auto (GPUs if the cluster has any), cuda or cpu", "device"),
     _numerics_option("--attention", "auto, fa3 (package fa3-fwd), cudnn, flash or sdpa", "attention"),
@@ -119,9 +121,9 @@ IMAGE_OPTIONS = (
 SELECTION_OPTIONS = (
     Option("--limit", section=_ROWS, metavar="N", type=AtLeast(1), help="the first N rows, each with all its samples"),
     Option(
-        "--ids", section=_ROWS, metavar="FILE", type=IdsFile(), help="the rows whose ids the file lists, one a line"
+        "--ids", section=_ROWS, metavar="FILE", type=IdsFile(), help="the rows whose ids the file lists, one per line"
     ),
-    Option("--shard", section=_ROWS, metavar="I/N", type=Shard(), help="every N-th row from row I, counted from 0"),
+    Option("--shard", section=_ROWS, metavar="I/N", type=Shard(), help="every N-th row from row I, from 0 to N-1"),
     Option(
         "--samples-per-prompt",
         section=_ROWS,
@@ -156,7 +158,10 @@ CLUSTER_OPTIONS = (
         metavar="NAME",
         type=OneOf("auto", "on", "off"),
         default=Options.share_cards,
-        help="text and decode use the DiT's GPUs while these are few: on, off, or auto (on in a private cluster)",
+        help=(
+            "text and decode use the DiT's GPUs: off, on, or auto (on in a private cluster); on needs at most 31 GPUs "
+            "with enough memory; one gang that fills the cluster shares in any case"
+        ),
     ),
     Option(
         "--preflight/--no-preflight",
@@ -273,7 +278,7 @@ LIMIT_OPTIONS = (
         section=_LIMITS,
         metavar="X",
         type=AtLeast(0.0),
-        help="drain when so many GPU hours are used",
+        help="drain once calls have used X GPU hours",
     ),
 )
 

@@ -94,7 +94,7 @@ class BlockNumbers(click.ParamType):
 
 
 class IdsFile(click.ParamType):
-    """The ids in a text file, one a line."""
+    """The ids in a text file, one per line."""
 
     name = "file"
 

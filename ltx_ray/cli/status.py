@@ -57,7 +57,7 @@ def status_lines(output: str) -> list[str]:
 def _state(run: Mapping[str, Any], store: Store) -> str:
     state = run.get("state", "unknown")
     if state in ("running", "draining") and holder(store) is None:
-        return "interrupted (run the same command to go on)"
+        return "interrupted (run the same command to resume)"
     return str(state)
 
 

@@ -76,9 +76,9 @@ def verify(
     repair: bool = False,
     options: Callable[[str, str], Options] | None = None,
 ) -> int:
-    """Check the dataset at `output` and say what is wrong with it, a line for each problem; returns their number.
+    """Check the dataset at `output` and say what is wrong with it, one line per problem; returns their number.
 
-    `sample`: so many rows are rendered again, by `options(manifest, output)` with each row's own dtype, precision and
+    `sample`: this many rows are rendered again, by `options(manifest, output)` with each row's own dtype, precision and
     noise device. `repair`: parts of bad rows are set aside. Raises ValueError when there is no dataset.
     """
     store = Store(output)
@@ -87,7 +87,9 @@ def verify(
     check = _Check(store, sample)
     problems, moved = _check_files(check, say, repair)
     if check.clips_without_row:
-        say(f"note: {check.clips_without_row} clips have no row in the index (a run was interrupted, or goes on now)")
+        say(
+            f"note: {check.clips_without_row} clips have no row in the index (a run was interrupted, or is running now)"
+        )
     if check.shared_ids:
         say(f"note: {check.shared_ids} rows have the id of another row with other content (of several manifests)")
     if sample:

@@ -54,7 +54,7 @@ class _Lane:
 
 
 def make_timeline(events: list[dict[str, Any]]) -> str:
-    """A section of HTML with one lane a replica, grouped by role; "" when no event is about a replica.
+    """A section of HTML with one lane per replica, grouped by role; "" when no event is about a replica.
 
     `events` are those of events.jsonl, each with a finite number `t` (seconds since the epoch) and `event`.
     """

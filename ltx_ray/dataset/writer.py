@@ -1,4 +1,4 @@
-"""The dataset's tables: index/ with one row a finished manifest row, failed/ with one a failed row. No torch.
+"""The dataset's tables: index/ with one row per finished manifest row, failed/ with one per failed row. No torch.
 
 A part holds one row and is named after its item_id and its row's id. Writing it twice changes nothing, and a listing
 of names says what is done.

@@ -22,7 +22,7 @@ _RETRY_SECONDS = 2.0
 
 
 class EventLog:
-    """`events.jsonl`: one JSON object a line with `t` (seconds since the epoch) and `event`.
+    """`events.jsonl`: one JSON object per line with `t` (seconds since the epoch) and `event`.
 
     A local file grows by appending. An object store cannot append: the lines are kept in a temporary file of this
     machine, and a thread writes the whole log again once a minute. When the log has grown large it does so less often,

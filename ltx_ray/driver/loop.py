@@ -133,7 +133,7 @@ class Driver:
             self._handle(event)
         self._check_placing()
         if self.policy.draining and not self._preflight_running:
-            # The next run goes on from a finished stage 1.
+            # The next run resumes from a finished stage 1.
             self._saved.update(self.policy.save_waiting(Stage.STAGE2))
 
     def _wait_seconds(self) -> float:
@@ -177,7 +177,7 @@ class Driver:
             self.tracker.refuse(tracked, problem)
             return
         existing = self.tracker.plan.existing
-        # A row that failed for infrastructure's sake may have its latents on the node that saved them.
+        # A row that failed because of an infrastructure failure may have its latents on the node that saved them.
         stored = self._use_stored and (
             existing.has_latents(item.item_id) or existing.failure(item.item_id, tracked.rows[0].key) == "infra"
         )

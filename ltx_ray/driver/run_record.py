@@ -17,7 +17,7 @@ from ltx_ray.placement.sizing import ParallelConfig
 from ltx_ray.records import canonical_json, plain
 from ltx_ray.storage.store import Store
 
-#: Seconds for which the output may stay away before the record is given up.
+#: Seconds for which an output that cannot be reached is retried before the record is given up.
 _RETRY_SECONDS = 10.0
 _PACKAGES = ("torch", "ray", "diffusers", "transformers", "safetensors", "av", "pyarrow")
 #: The counts of rows that the record and the last line of a run have.
@@ -55,7 +55,7 @@ class RunRecord:
         self._numerics = json.loads(canonical_json(numerics))
 
     def write(self, state: str, counts: Mapping[str, int]) -> None:
-        """`state`: running, draining, drained, finished or failed. A store that stays away loses the record."""
+        """`state`: running, draining, drained, finished or failed. A store that cannot be reached loses the record."""
         record = {
             "run_id": self._run_id,
             "state": state,

@@ -4,7 +4,7 @@ A prompt may contain orders `[[stage:order]]`:
 
 * `[[stage1:crash]]`, `[[stage2:crash:2]]`: the process dies, in the second example on the first two attempts only
 * `[[decode:hang]]`: the call never returns
-* `[[text:slow:0.5]]`, `[[text:slow:60:1]]`: it takes so many seconds, in the second example on the first attempt only
+* `[[text:slow:0.5]]`, `[[text:slow:60:1]]`: it takes this many seconds, in the second example on the first attempt only
 * `[[stage1:row]]`: the row is at fault; `[[stage1:error]]`: any other exception
 * `[[stage1:store]]`: a store does not answer; `[[stage1:full]]`: its disk is full; `[[stage1:memory]]`: out of memory
 * `[[load_latents:gone]]`: there are no stored latents

@@ -85,7 +85,7 @@ class RowRules:
 def judge(raw: RawRow, rules: RowRules) -> LegalRow | IllegalRow:
     """Resolve the defaults of `raw`, or find everything that is illegal in it."""
     if raw.unreadable is not None:
-        return IllegalRow(raw, (RowProblem("row", raw.unreadable, "one JSON object a line"),))
+        return IllegalRow(raw, (RowProblem("row", raw.unreadable, "one JSON object per line"),))
     problems: list[RowProblem] = []
     given: dict[str, Any] = {}
     for name, column in COLUMNS.items():

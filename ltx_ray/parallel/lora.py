@@ -96,8 +96,8 @@ class LoraMerger:
         """Cache factors and clean weights as close to the device as memory allows.
 
         `reserve` bytes of the device stay free. `clean` and `factors` give a location instead of choosing it. What is
-        merged is taken out first. All peers call this together and choose alike, because a share of the clean weights
-        is of use only when every peer caches its own.
+        merged is taken out first. All peers call this together and make the same choice, because a share of the clean
+        weights is of use only when every peer caches its own.
         """
         memory = self._minimum_over_peers(memory or FreeMemory.measure(self._device))
         if self._device.type != "cuda" and clean is None and factors is None:

@@ -1,1 +1,1 @@
-"""What fits where on a cluster, decided once a run."""
+"""What fits where on a cluster, decided once per run."""

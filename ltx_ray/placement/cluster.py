@@ -64,7 +64,8 @@ class Cluster:
         """`address` of a running cluster; None for that of RAY_ADDRESS, or else a private one.
 
         `engines` gives the engines by kind (text, diffusion, decode) for the resolved numerics. `share_cards`: whether
-        text and decode may run on the DiT's GPUs: "on", "off", or "auto" for "on" in private clusters.
+        text and decode may run on the DiT's GPUs: "on" for at most 31 GPUs with enough memory, "off", or "auto" for
+        "on" in a private cluster. A gang that fills the cluster shares in any case.
         """
         self._address = address or os.environ.get("RAY_ADDRESS")
         self._parallel, self._requested = parallel, requested

@@ -15,7 +15,7 @@ from ltx_ray.stages import DIFFUSION_STAGES, OUTPUT_STAGES, Stage
 _STAGE_RATIO = 2.3
 #: Speed of a replica that alternates between the stages, and so has to switch, over that of one that does not.
 _ALTERNATING_SPEED = 0.9
-#: GPUs of the DiT that one replica each of text and decode keep up with: (0.1 + 1.75) s of 63 s a clip, with margin.
+#: GPUs of the DiT that one replica each of text and decode keep up with: (0.1 + 1.75) s of 63 s per clip, with margin.
 _DIT_GPUS_PER_PAIR = 31
 
 
@@ -315,6 +315,6 @@ def check_schedulable(pools: list[PoolSpec], free: Resources) -> None:
         shape = ", ".join(f"{p.name} {p.replicas} x {p.ranks}" for p in pools)
         raise ValueError(
             f"the pools ({shape} ranks) cannot be scheduled: {'; '.join(short)}; "
-            f"legal: fewer --stage1-replicas/--stage2-replicas, fewer ranks a replica (--tp and the like), "
+            f"legal: fewer --stage1-replicas/--stage2-replicas, fewer ranks per replica (--tp and the like), "
             f"or a larger cluster"
         )

@@ -1,7 +1,7 @@
 """Templates for rows that differ in prompt, seed, id and unknown columns only.
 
 Such rows are judged once, and what they share is hashed once. Most manifests of millions of rows have few templates,
-so planning takes a few microseconds a row.
+so planning takes a few microseconds per row.
 """
 
 from __future__ import annotations

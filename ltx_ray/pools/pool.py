@@ -20,7 +20,7 @@ class Pool:
     """`spec.replicas` is the number of replicas that there should be."""
 
     spec: PoolSpec
-    #: Failures in a row that end the run.
+    #: Consecutive failures that end the run.
     max_failures: int
     #: By name, whether the replica is ready.
     replicas: dict[str, bool] = field(default_factory=dict)
@@ -69,13 +69,13 @@ class Pool:
         """A replica broke in a call. Raises StartFailed when replicas keep breaking and no call succeeds."""
         self.broken += 1
         if self.broken >= self.max_failures:
-            raise StartFailed(f"pool {self.spec.name}: {self.broken} gangs broke in a row; the last: {reason}")
+            raise StartFailed(f"pool {self.spec.name}: {self.broken} consecutive gangs broke; the last: {reason}")
 
     def died_idle(self, reason: str) -> None:
         """A replica died while idle. Raises StartFailed when all have, and then `max_failures` replacements as well."""
         self.idle_deaths += 1
         if self.idle_deaths >= self.max_failures + self.spec.replicas:
-            raise StartFailed(f"pool {self.spec.name}: {self.idle_deaths} gangs died idle in a row; the last: {reason}")
+            raise StartFailed(f"pool {self.spec.name}: {self.idle_deaths} consecutive idle deaths; the last: {reason}")
 
     def call_succeeded(self) -> None:
         """A call succeeded, so replicas of this pool can work."""

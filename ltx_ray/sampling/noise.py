@@ -25,10 +25,10 @@ def check_noise_device(ledger: NoiseLedger, device_name: str) -> None:
 
 
 class ClipNoise:
-    """The generator of a clip, after the draws that the ledger lists. Every draw extends the ledger.
+    """The generator of a clip's initial noise in both stages, after the draws that the ledger lists.
 
-    Draws are made on the ledger's device, since another one gives other numbers, and returned on `device`. Their order
-    is that of docs/ltx-2.3.md#order-of-draws.
+    Every draw extends the ledger. Draws are made on the ledger's device, since another one gives other numbers, and
+    returned on `device`. Their order is that of docs/ltx-2.3.md#order-of-draws.
     """
 
     def __init__(self, ledger: NoiseLedger, device: torch.device):

@@ -26,7 +26,7 @@ _POSTERIOR = 0.1
 _NOISE, _NOISY = 0.3, 0.6
 #: Steps over which that noise rises from 0.
 _NOISE_STEPS = 1000
-#: The bandwidth extension is trained in one of so many steps. The world has no sound above 8 kHz for it to add.
+#: The bandwidth extension is trained in one step out of this many. The world has no sound above 8 kHz for it to add.
 _EXTEND_EVERY = 8
 #: Number of mel bins below 1,050 Hz. They hold all sounds of the world.
 _TONE_BINS = 23
@@ -215,7 +215,7 @@ def train(
 ) -> dict[str, float]:
     """Train both parts, export them to `folder/audio.safetensors` and return their score.
 
-    Training goes on from the checkpoint in `folder`. Without one it starts from the exported file `start`, and
+    Training resumes from the checkpoint in `folder`. Without one it starts from the exported file `start`, and
     without that from random weights.
     """
     torch.manual_seed(seed)

@@ -189,7 +189,7 @@ def train(
 ) -> dict[str, float]:
     """Train the video VAE, export it to `folder/vae.safetensors` and return its score.
 
-    Training goes on from the checkpoint in `folder`. Without one it starts from the exported file `start`, and
+    Training resumes from the checkpoint in `folder`. Without one it starts from the exported file `start`, and
     without that from random weights.
     """
     torch.manual_seed(seed)

@@ -92,7 +92,7 @@ def test_infrastructure_failures_are_retried_by_the_same_command(runner):
     assert set(runner.index()) == {"r0"} and not runner.failed()
 
 
-def test_a_call_that_fails_alike_on_all_ranks_costs_no_gang(runner):
+def test_a_call_that_fails_the_same_way_on_all_ranks_costs_no_gang(runner):
     assert runner.render(rows("[[stage1:error:2]]", "[[stage1:error]]", "[[decode:store]]"), tp=2) == 3
     assert runner.index()["r0"]["attempts"] == 3
     failed = runner.failed()["r1"]

@@ -92,7 +92,7 @@ def test_it_is_continued(dataset, cluster):
     assert "first.jsonl:8:width (illegal): 300, legal: " in said
     assert f"repaired: index/part-{rows['extra']['item_id']}" in said
 
-    # seed-0 goes on from the latents that the version before kept, and faulty is left to `retry`
+    # seed-0 resumes from the latents that the version before kept, and faulty is left to `retry`
     calls = dataset.calls()
     assert set(calls) == {"seed-0", "unicode", "extra"}
     assert "stage1" in calls["unicode"] and "stage1" in calls["extra"] and "stage1" not in calls["seed-0"]

@@ -1,6 +1,6 @@
 """Final latents against those of the reference from PyPI (1.0.0), both rendered here in float32 on toy models.
 
-Models and settings are drawn anew in each run. LTX_RAY_PARITY_SEED draws those of an earlier run again. The reference
+Models and settings are drawn again in each run. LTX_RAY_PARITY_SEED draws those of an earlier run again. The reference
 runs in an environment of its own, which `scripts/setup --parity` makes.
 """
 

@@ -38,7 +38,7 @@ class FailsWhileMerging(FakeEngine):
         fails = "merge" in item.request.prompt and stage == "stage1"
         if fails and (self.count_attempt("merge", item) == 1 or "always" in item.request.prompt):
             FailsWhileMerging.failed = True
-            raise ReplicaError("OutOfMemoryError: merging into blocks.0.ff.net.2.weight: no room")
+            raise ReplicaError("OutOfMemoryError: merging into blocks.0.ff.net.2.weight: out of memory")
         assert not FailsWhileMerging.failed, "a replica that failed to merge serves another row"
         return super().run(stage, item, *inputs)
 

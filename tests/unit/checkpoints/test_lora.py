@@ -162,7 +162,7 @@ GOOD = {A: torch.ones(2, 6), B: torch.ones(8, 2)}
         ({**GOOD, f"{next(iter(LINEARS))}.dora_scale": torch.ones(8)}, "DoRA"),
         ({"x.lokr_w1": torch.ones(2, 2)}, "LoKr"),
         ({**GOOD, "patchify_proj.diff": torch.ones(2)}, "changes a weight or bias as a whole"),
-        ({**GOOD, A.replace("A.weight", "A.other.weight"): GOOD[A]}, "one adapter a file"),
+        ({**GOOD, A.replace("A.weight", "A.other.weight"): GOOD[A]}, "one adapter per file"),
         ({**GOOD, A: GOOD[A].to(torch.int8)}, "I8 without a scale"),
         ({**GOOD, A + "_scale": torch.ones(3)}, r"one for each of 2 rows"),
         ({**GOOD, A + "_scale": torch.ones(1, 2)}, r"one for each of 2 rows"),

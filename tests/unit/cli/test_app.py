@@ -462,7 +462,7 @@ def test_status_of_a_killed_run(cmd, tmp_path, lease):
     store.write_bytes("run.json", b'{"run_id": "r1", "state": "running"}')
     if lease is not None:
         store.write_bytes("_lease.json", json.dumps(lease).encode())
-    assert "run r1: interrupted (run the same command to go on)" in cmd("status", tmp_path)[1]
+    assert "run r1: interrupted (run the same command to resume)" in cmd("status", tmp_path)[1]
     store.write_bytes("_lease.json", json.dumps({"expires": 1e12, "run_id": "r1", "host": "x", "pid": 1}).encode())
     assert "run r1: running" in cmd("status", tmp_path)[1]
 

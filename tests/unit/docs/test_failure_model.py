@@ -195,8 +195,8 @@ def test_a_gang_is_replaced_after_an_error_that_leaves_its_state_unknown(tmp_pat
 def test_an_index_that_cannot_be_written_ends_the_run(tmp_path):
     """It ends once the retries are used up; rows that are finished and published stay."""
     driver, store = run(tmp_path, rows(1), publisher=Publisher(1))
-    driver.tracker.writer.write_index = lambda *_: (_ for _ in ()).throw(OSError("the store stays away"))
-    with pytest.raises(OSError, match="the store stays away"):
+    driver.tracker.writer.write_index = lambda *_: (_ for _ in ()).throw(OSError("the store cannot be reached"))
+    with pytest.raises(OSError, match="the store cannot be reached"):
         driver.run(driver.tracker.plan.open())
     assert len(store.list_names("clips", recursive=True)) == 1 and not store.list_names("index")
     assert runs._OUTPUT_RETRY_SECONDS == 600
@@ -250,7 +250,7 @@ def test_gpu_hours_that_are_used_up_drain_the_run(tmp_path):
     cards = [PoolSpec(p.name, p.roles, p.replicas, p.ranks, SPEC, gpus_per_rank=1.0) for p in pools()]
     driver, store = run(tmp_path, rows(30), the_pools=cards, max_gpu_hours=0.1)
     assert driver.run(driver.tracker.plan.open())
-    # 65 s a clip; what was under way is finished as far as the decode pool had it
+    # 65 s per clip; what was under way is finished as far as the decode pool had it
     assert 1 <= len(store.list_names("index")) <= 6 and not store.list_names("failed")
     driver.events.flush()
     (drain,) = events(store, "drain")

@@ -383,7 +383,7 @@ def test_steady_work_keeps_replicas_busy_and_they_seldom_move(first, second, see
 @pytest.mark.parametrize("first, second", [(7, 0), (1, 6), (6, 1)])
 def test_a_wrong_split_is_corrected(first, second):
     flow = flow_of(first, second).run(100)
-    assert list(flow.policy.assignments.values()).count("stage1") in (4, 5, 6), "46 s and 17 s a clip: 5 of 7"
+    assert list(flow.policy.assignments.values()).count("stage1") in (4, 5, 6), "46 s and 17 s per clip: 5 of 7"
     assert flow.measured(200)[0] >= 0.97
 
 
@@ -423,7 +423,7 @@ def test_moving_has_to_pay():
 
 @pytest.mark.parametrize("replicas, moves", [(40, True), (28, True), (27, False)])
 def test_a_surplus_replica_moves_however_short_its_wait(replicas, moves):
-    """Of 100 replicas at 46 and 17 s a clip, stage 2 needs 27. With 28, the last one waits for less than a second."""
+    """Of 100 replicas at 46 and 17 s per clip, stage 2 needs 27. With 28, the last one waits for less than a second."""
     path = ("stage1", "stage2", "decode")
     policy = Policy()
     for n in range(100 - replicas):

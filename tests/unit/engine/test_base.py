@@ -16,7 +16,7 @@ from ltx_ray.records import ErrorKind, ReplicaError, RowError, StoredLatentsGone
         (WrongDevice("drawn on another GPU"), ErrorKind.INFRASTRUCTURE),
         (ReplicaError("half merged"), ErrorKind.REPLICA),
         (StoredLatentsGone("no such file"), ErrorKind.STORED_LATENTS_GONE),
-        (OSError("the store stays away"), ErrorKind.INFRASTRUCTURE),
+        (OSError("the store cannot be reached"), ErrorKind.INFRASTRUCTURE),
         (RuntimeError("shapes do not match"), ErrorKind.UNKNOWN),
         (MemoryError(), ErrorKind.PROCESS),
         (torch.OutOfMemoryError("tried to allocate 32 MiB"), ErrorKind.PROCESS),

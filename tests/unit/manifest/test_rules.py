@@ -259,7 +259,7 @@ def test_long_values_are_cut():
 
 def test_a_line_that_is_not_json_is_an_illegal_row():
     row = judge(RawRow("m.jsonl", 3, {}, unreadable="not JSON (x)"), RowRules())
-    assert row.messages() == ["m.jsonl:3:row: 'not JSON (x)', legal: one JSON object a line"]
+    assert row.messages() == ["m.jsonl:3:row: 'not JSON (x)', legal: one JSON object per line"]
 
 
 # --- images --------------------------------------------------------------------------------------

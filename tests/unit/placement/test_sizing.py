@@ -236,7 +236,7 @@ def test_gangs_that_break_with_no_good_call_in_between_end_the_run():
     a_pool.broke("half merged")
     a_pool.call_succeeded()
     a_pool.broke("half merged")
-    with pytest.raises(StartFailed, match="pool stage1: 2 gangs broke in a row; the last: half merged"):
+    with pytest.raises(StartFailed, match="pool stage1: 2 consecutive gangs broke; the last: half merged"):
         a_pool.broke("half merged")
 
 

@@ -16,7 +16,7 @@ from ltx_ray.checkpoints import transformer_keys
 from ltx_ray.toy import FILES, ToyShape, ensure_toy_model, make_toy_model
 
 ROOT = Path(__file__).resolve().parents[3]
-#: sha256 over the name and digest of every file of the default toy model, one a line.
+#: sha256 over the name and digest of every file of the default toy model, one per line.
 TOY_SHA256 = "c4f3ec5c7d1925db99de1bbde927444608d9e4647af9761e8606ae6957fcd9c9"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -23,13 +22,11 @@ from ltx_ray.checkpoints.transformer_keys import (
     StreamNames,
 )
 from ltx_ray.model.attention import Attention
+from ltx_ray.model.packed_linear import PackedLinears
 from ltx_ray.model.rope import RopeTable
 from ltx_ray.parallel.layers import ColumnParallelLinear, RankGroup, RowParallelLinear, replicated
 from ltx_ray.parallel.mesh import SequenceSharding
 from ltx_ray.records import AV
-
-if TYPE_CHECKING:
-    from ltx_ray.model.packing import PackedLinears
 
 #: What each stream's modules and tables are called.
 STREAM_NAMES = AV(VIDEO, AUDIO)

@@ -27,7 +27,7 @@ from ltx_ray.model.block import (
     TEXT_ATTENTION_ROWS,
     AVBlock,
 )
-from ltx_ray.model.packing import PackedLinear
+from ltx_ray.model.packed_linear import PackedLinear
 from ltx_ray.model.rope import RopeTable, audio_positions, video_positions
 from ltx_ray.model.steps import Activations, Modulation, Norm, Residual, TokenLevels
 from ltx_ray.model.transformer import NO_PERTURBATION, Modality, Perturbation, Transformer

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ltx_ray.model.packing import PackedLinear
+from ltx_ray.model.packed_linear import PackedLinear
 from ltx_ray.model.rope import RopeTable
 from ltx_ray.model.steps import Activations, Modulation, Norm, QuantizedRows, Residual, TokenLevels
 from ltx_ray.parallel.fp8 import FP8, FP8_MAX, MIN_SCALE

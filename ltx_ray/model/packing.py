@@ -8,8 +8,7 @@ feature. Layers over the few audio tokens stay in bfloat16, where fp8 would gain
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal, cast
+from typing import cast
 
 import torch
 
@@ -28,36 +27,10 @@ from ltx_ray.checkpoints.transformer_keys import (
     VIDEO,
 )
 from ltx_ray.model.block import AVBlock
+from ltx_ray.model.packed_linear import Packed, PackedLinear, PackedLinears
 from ltx_ray.model.transformer import Transformer
 from ltx_ray.parallel.fp8 import FP8
 from ltx_ray.parallel.layers import ShardParameter, shard_parameter
-
-
-@dataclass(frozen=True)
-class PackedLinear:
-    """x -> x @ weight.T + bias for several layers at once: weight (N, K), bias (N,), in fp8 row_scale (N,) float32.
-
-    `sizes` are the layers' output features in order. The rest of the N is padding.
-    """
-
-    weight: torch.Tensor
-    bias: torch.Tensor
-    sizes: tuple[int, ...]
-    row_scale: torch.Tensor | None = None
-
-    @property
-    def quantized(self) -> bool:
-        return self.row_scale is not None
-
-    def split(self, outputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The outputs (R, N) of the packed layer -> those of each layer (R, size)."""
-        return outputs[:, : sum(self.sizes)].split(self.sizes, dim=1)
-
-
-#: A packed layer within a module of a block.
-Packed = Literal["qkv", "gates", "out", "q_gates", "kv", "up", "down"]
-#: Packed layers of a block by (module, packed layer).
-PackedLinears = dict[tuple[str, Packed], PackedLinear]
 
 #: Output features come in multiples of this, where rows may be loaded as vectors. fp8 products demand it.
 _MULTIPLE = 16

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from ltx_ray.model.packing import PackedLinear
+from ltx_ray.model.packed_linear import PackedLinear
 from ltx_ray.model.rope import RopeTable
 from ltx_ray.parallel.fp8 import FP8, FP8_MAX, MIN_SCALE
 

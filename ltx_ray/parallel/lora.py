@@ -17,10 +17,11 @@ from torch import nn
 
 from ltx_ray.checkpoints.lora import Factor, LoraPair
 from ltx_ray.checkpoints.safetensors import TensorInfo
+from ltx_ray.parallel.factors import FactorProduct
 from ltx_ray.parallel.fp8 import row_scale_of, write_values
 from ltx_ray.parallel.layers import SINGLE_RANK, RankGroup, ShardParameter
 from ltx_ray.parallel.loading import with_context
-from ltx_ray.parallel.merging import FactorProduct, merge_
+from ltx_ray.parallel.merging import merge_
 from ltx_ray.parallel.weight_cache import FreeMemory, Location, ShardSource, WeightCache, choose_location
 
 _log = logging.getLogger(__name__)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 
-if TYPE_CHECKING:
-    from ltx_ray.parallel.merging import FactorProduct
+from ltx_ray.parallel.factors import FactorProduct
 
 
 @triton.jit

@@ -13,22 +13,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import NamedTuple
 
 import torch
 
+from ltx_ray.parallel.factors import FactorProduct
+
 MERGE_CHUNK_BYTES = 32 * 2**20
 _log = logging.getLogger(__name__)
-
-
-class FactorProduct(NamedTuple):
-    """strength * B @ A: what one LoRA adds to a layer."""
-
-    a: torch.Tensor
-    """(rank, in)"""
-    b: torch.Tensor
-    """(out, rank)"""
-    strength: float
 
 
 def merge_(

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from ltx_ray.checkpoints.transformer_config import StreamConfig
 from ltx_ray.model.attention_backends import Attend
 from ltx_ray.model.block import STREAM_NAMES
-from ltx_ray.model.packing import PackedLinear, PackedLinears
+from ltx_ray.model.packed_linear import PackedLinear, PackedLinears
 from ltx_ray.model.steps import QuantizedRows, linear
 from ltx_ray.model.transformer import Transformer
 from ltx_ray.parallel.fp8 import FP8, FP8_MAX

@@ -12,7 +12,8 @@ from ltx_ray.checkpoints.checkpoint import open_checkpoint
 from ltx_ray.model import graphs, steps
 from ltx_ray.model.fused import FusedTransformer
 from ltx_ray.model.graphs import GraphedTransformer
-from ltx_ray.model.packing import PackedLinear, pack_linears
+from ltx_ray.model.packed_linear import PackedLinear
+from ltx_ray.model.packing import pack_linears
 from ltx_ray.model.rope import RopeTable, audio_positions, video_positions
 from ltx_ray.model.steps import Modulation, QuantizedRows, Residual, TokenLevels
 from ltx_ray.model.transformer import NO_PERTURBATION, Modality, Perturbation, Transformer

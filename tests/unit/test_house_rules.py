@@ -148,3 +148,29 @@ def test_tests_do_not_import_from_tests(folder):
                 parts = name.split(".")
                 assert not any(part.startswith("test_") for part in parts), place(path, line)
                 assert folder != "unit" or parts[1] in ("support", "unit"), f"{place(path, line)} imports {name}"
+
+
+def test_no_files_import_each_other_in_a_circle():
+    """Imports for type checkers count: what two files share belongs in a third."""
+    package = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+        for path in CODE
+        if path.is_relative_to(ROOT / "ltx_ray")
+    }
+    imports = {module: set() for module in package}
+    for module, path in package.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+                imports[module].update(name for name in names if name in package)
+    ended: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join([*path[path.index(module) :], module])
+        if module not in ended:
+            for imported in imports[module]:
+                visit(imported, (*path, module))
+            ended.add(module)
+
+    for module in package:
+        visit(module, ())

@@ -331,3 +331,11 @@ def plain(value: Any) -> Any:
 def canonical_json(value: Any) -> str:
     """JSON with one spelling for equal values: sorted keys, no blanks, shortest floats, UTF-8 text."""
     return json.dumps(plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def first_line(message: str | BaseException) -> str:
+    """The first line of a message, or of an exception's; an exception without one is named by its class."""
+    text = str(message).strip()
+    if text:
+        return text.splitlines()[0]
+    return type(message).__name__ if isinstance(message, BaseException) else "no message"

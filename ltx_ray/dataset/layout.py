@@ -1,6 +1,7 @@
 """The output's layout: schemas of its tables, and the names of everything in it.
 
-All paths are relative to the output's root, with '/'. docs/operations.md describes them for users.
+All paths are relative to the output's root, with '/'. docs/operations.md describes them for users. The files of a run
+in progress belong to storage: the lease (lease.py) and temporary files (store.py).
 """
 
 from __future__ import annotations
@@ -12,8 +13,6 @@ import pyarrow as pa
 
 from ltx_ray.manifest.columns import COLUMNS
 from ltx_ray.manifest.reader import FAILED_ROW_COLUMN
-from ltx_ray.storage.lease import LEASE_FILE
-from ltx_ray.storage.store import SCRATCH
 
 # --- folders and files -------------------------------------------------------------------------------------------
 
@@ -27,9 +26,6 @@ RUN_RECORD = "run.json"
 EVENTS = "events.jsonl"
 REPORT = "report.html"
 RUNS = "runs"
-#: Files of a run in progress.
-LEASE = LEASE_FILE
-TEMPORARY = SCRATCH
 #: A folder that holds one of these is a dataset.
 DATASET_MARKS = (RUN_RECORD, INDEX, FAILED, PREVIEWS)
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ltx_ray.dataset import layout
-from ltx_ray.dataset.report_text import first_line
+from ltx_ray.dataset.report_text import short
 from ltx_ray.dataset.thumbnails import Strip, make_strip
 from ltx_ray.storage.store import Store
 
@@ -103,7 +103,7 @@ def make_strips(store: Store, clips: list[dict[str, Any]]) -> list[Strip]:
         except FileNotFoundError:
             return Strip((), None, f"{row['clip']} is missing")
         except OSError as error:
-            return Strip((), None, f"{row['clip']} cannot be read: {first_line(error)}")
+            return Strip((), None, f"{row['clip']} cannot be read: {short(error)}")
 
     with ThreadPoolExecutor(max(1, min(4, os.cpu_count() or 1))) as pool:  # PyAV decodes outside the GIL
         return list(pool.map(one, clips))
@@ -118,7 +118,7 @@ def _rows(store: Store, folder: str, columns: list[str], problems: list[str]) ->
                 for batch in file.iter_batches(1024, columns=present):
                     yield from batch.to_pylist()
         except (pa.ArrowException, OSError) as error:
-            problems.append(f"{folder}/{name} cannot be read: {first_line(error)}")
+            problems.append(f"{folder}/{name} cannot be read: {short(error)}")
 
 
 def _text(store: Store, name: str, problems: list[str]) -> str | None:
@@ -127,7 +127,7 @@ def _text(store: Store, name: str, problems: list[str]) -> str | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        problems.append(f"{name} cannot be read: {first_line(error)}")
+        problems.append(f"{name} cannot be read: {short(error)}")
         return None
 
 

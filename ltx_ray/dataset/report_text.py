@@ -8,6 +8,7 @@ import re
 from datetime import UTC, datetime
 from typing import Any
 
+from ltx_ray.records import first_line
 from ltx_ray.stages import Stage
 
 #: What the report calls the stages that have a column of seconds in the index.
@@ -69,6 +70,6 @@ def words(flag: Any) -> str:
     return str(flag).replace("_", " ")
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of the error's message, or its class without one; at most 300 characters."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+def short(error: BaseException) -> str:
+    """The first line of the error's message, at most 300 characters of it."""
+    return first_line(error)[:300]

@@ -14,13 +14,13 @@ from ltx_ray.config import PoolSpec, RunLimits
 from ltx_ray.dataset.writer import Failure
 from ltx_ray.driver.policy import Policy, RetryDecision
 from ltx_ray.driver.publisher import Publisher
-from ltx_ray.driver.tracker import RowTracker, TrackedItem, first_line
+from ltx_ray.driver.tracker import RowTracker, TrackedItem
 from ltx_ray.manifest.rules import RowProblem
 from ltx_ray.planning.identity import merged_weights
 from ltx_ray.planning.plan import PlanEntry
 from ltx_ray.pools.pool import Pool, StartFailed
 from ltx_ray.pools.protocol import CallFinished, InputsLost, ReplicaEvent, ReplicaLost, ReplicaSet, ReplicaStarted
-from ltx_ray.records import CallReport, ErrorKind, RenderRequest, WorkItem
+from ltx_ray.records import CallReport, ErrorKind, RenderRequest, WorkItem, first_line
 from ltx_ray.stages import PATH_FROM_STORED, Stage
 
 _TICK_SECONDS = 0.5

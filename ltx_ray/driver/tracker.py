@@ -19,7 +19,7 @@ from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
 from ltx_ray.manifest.rules import IllegalRow, RowProblem
 from ltx_ray.planning.plan import COPY, DONE, FAILED, REPEATED, Plan, PlanEntry, PlannedRow
-from ltx_ray.records import CallReport, Clip, NoiseLedger, WorkItem, canonical_json
+from ltx_ray.records import CallReport, Clip, NoiseLedger, WorkItem, canonical_json, first_line
 from ltx_ray.stages import DIFFUSION_STAGES, TRAITS, Stage, needed_results
 
 #: Failed items that are remembered for rows that ask for the same clip later.
@@ -297,11 +297,6 @@ class RowTracker:
         self.publisher.poll()
         if complete and self.plan.complete:
             self.writer.forget_illegal(self.plan.manifest, keep=self._illegal_parts)
-
-
-def first_line(text: str) -> str:
-    """The first line of a message."""
-    return text.strip().splitlines()[0] if text.strip() else "no message"
 
 
 def _nothing() -> None:

@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from ltx_ray.config import PoolSpec
 from ltx_ray.pools.protocol import RankInfo
 from ltx_ray.pools.worker import RankActor, Rendezvous
-from ltx_ray.records import CallError, CallReport, WorkItem
+from ltx_ray.records import CallError, CallReport, WorkItem, first_line
 from ltx_ray.stages import Stage
 
 _RENDEZVOUS_SECONDS = 300.0
@@ -144,7 +144,7 @@ class Gang:
                 self._answered = time.time() - _FRESH_SECONDS
                 return True
         except ray.exceptions.RayError as error:
-            raise GangLost(f"{self.state}: {_first_line(error)}") from error
+            raise GangLost(f"{self.state}: {first_line(error)}") from error
         return False
 
     def _spawn(self) -> None:
@@ -231,7 +231,7 @@ class Gang:
                 try:
                     ray.get(ref)
                 except ray.exceptions.RayError as error:
-                    raise GangLost(f"a rank died while idle: {_first_line(error)}", idle=True) from error
+                    raise GangLost(f"a rank died while idle: {first_line(error)}", idle=True) from error
         self._pings = [ref for ref in self._pings if ref not in ready]
         if not self._pings:
             self._answered = time.time()
@@ -251,11 +251,11 @@ class Gang:
                 try:
                     call.done[rank] = ray.get(ref)
                 except _RANK_DIED as error:
-                    reason = f"rank {rank} died during {call.stage}: {_first_line(error)}"
+                    reason = f"rank {rank} died during {call.stage}: {first_line(error)}"
                     raise GangLost(reason, node_lost=_NODE_LOST in str(error)) from error
                 except ray.exceptions.RayError as error:
                     # The call never began on this rank, because its inputs are gone.
-                    raise InputsMissing(f"rank {rank} has no inputs for {call.stage}: {_first_line(error)}") from error
+                    raise InputsMissing(f"rank {rank} has no inputs for {call.stage}: {first_line(error)}") from error
         if len(call.done) < len(call.reports):
             if call.failed_at is None and not all(r.ok for r in call.done.values()):
                 call.failed_at = time.time()
@@ -296,7 +296,3 @@ class Gang:
         for actor in self._actors:
             ray.kill(actor, no_restart=True)
         remove_placement_group(self._group)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -25,7 +25,7 @@ from ltx_ray.planning.identity import item_id, recipe_digest
 from ltx_ray.planning.templates import RowTemplate, TemplateCache, sample_id, sample_seed
 from ltx_ray.records import Recipe, RenderRequest, WorkItem
 from ltx_ray.storage.id_table import IdTable
-from ltx_ray.storage.images import image_digest
+from ltx_ray.storage.images import check_image, image_digest
 
 #: Statuses of a row. An IllegalRow has the last one.
 TODO, DONE, COPY, FAILED, REPEATED, ILLEGAL = "todo", "done", "copy", "failed", "repeated", IllegalRow.status
@@ -112,15 +112,16 @@ class PlannedRow:
 
 
 class UnreadableImage(Exception):
-    """A conditioning image of a row cannot be read."""
+    """A conditioning image of a row cannot be read, or cannot be used."""
 
     def __init__(self, path: str, reason: str):
         super().__init__(f"{path}: {reason}")
         self.path, self.reason = path, reason
 
 
-def _digest(path: str) -> str:
+def _digest(path: str, crf: int = 0) -> str:
     try:
+        check_image(path, crf)
         return image_digest(path)
     except (ValueError, OSError) as error:
         raise UnreadableImage(path, str(error)) from None
@@ -159,7 +160,7 @@ class ItemBuilder:
     def item(self, request: RenderRequest) -> WorkItem:
         """Raises UnreadableImage."""
         recipe = self.recipe(request)
-        digests = tuple(_digest(image.path) for image in request.images)
+        digests = tuple(_digest(image.path, image.crf or 0) for image in request.images)
         name = item_id(request, recipe, digests)
         if request.id is None:
             request = dataclasses.replace(request, id=name[:16])

@@ -39,7 +39,7 @@ from ltx_ray.placement.numerics import check as check_numerics
 from ltx_ray.placement.sizing import ParallelConfig
 from ltx_ray.planning.plan import ItemBuilder, Plan, PlanEntry
 from ltx_ray.planning.promotion import promoted
-from ltx_ray.pools.pool import StartFailed
+from ltx_ray.pools.pool import ModelRefused, StartFailed
 from ltx_ray.presets import served_pipelines
 from ltx_ray.records import LoraUse, WorkItem, canonical_json
 from ltx_ray.stages import FULL_PATH, PREVIEW_PATH
@@ -284,6 +284,8 @@ class _Rendering:
     def execute(self, rows: Iterator[PlanEntry]) -> ExitCode:
         self._record.write("running", Counter())
         self._events.emit("run_started", run_id=self._run.run_id)
+        for warning in self._run.prepared.warnings:
+            self._events.emit("warning", message=warning)
         self._events.flush()
         state, code = "failed", ExitCode.ERROR
         try:
@@ -297,6 +299,7 @@ class _Rendering:
         except (StartFailed, OSError) as error:
             # An OSError is the output's, which could not be reached for as long as it is retried.
             self._run.progress.say(str(error))
+            code = ExitCode.USAGE if isinstance(error, ModelRefused) else code
         finally:
             self._finish(state)
         counts = recorded_counts(self._tracker.counts)

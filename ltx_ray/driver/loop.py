@@ -18,7 +18,7 @@ from ltx_ray.driver.tracker import RowTracker, TrackedItem
 from ltx_ray.manifest.rules import RowProblem
 from ltx_ray.planning.identity import merged_weights
 from ltx_ray.planning.plan import PlanEntry
-from ltx_ray.pools.pool import Pool, StartFailed
+from ltx_ray.pools.pool import ModelRefused, Pool, StartFailed
 from ltx_ray.pools.protocol import CallFinished, InputsLost, ReplicaEvent, ReplicaLost, ReplicaSet, ReplicaStarted
 from ltx_ray.records import CallReport, ErrorKind, RenderRequest, WorkItem, first_line
 from ltx_ray.stages import PATH_FROM_STORED, Stage
@@ -95,7 +95,8 @@ class Driver:
         The cluster is joined when the first row is to be rendered, so that a run without work needs none. Rows that
         do not fit on its GPUs are refused as illegal ones are, before they are dispatched.
 
-        Raises pools.pool.StartFailed when a pool cannot be started, OSError when the output store keeps failing.
+        Raises pools.pool.StartFailed when a pool cannot be started, or ModelRefused, which is one, when the model
+        cannot be used, and OSError when the output store keeps failing.
         """
         publisher, ended = self.tracker.publisher, False
         try:
@@ -345,6 +346,8 @@ class Driver:
     def _call_failed(self, event: CallFinished, pool: Pool, tracked: TrackedItem, stage: Stage) -> None:
         error, item_id = event.report.error, tracked.item.item_id
         assert error is not None
+        if error.kind == ErrorKind.MODEL:
+            raise ModelRefused(error.message)
         if error.kind in (ErrorKind.REPLICA, ErrorKind.PROCESS):
             self._replicas.kill(event.replica)
             name = "" if error.kind == ErrorKind.REPLICA else f"{error.type}: "

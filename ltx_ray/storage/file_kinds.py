@@ -17,16 +17,15 @@ _BEGINNINGS = {
     b"%!PS": "a PostScript document",
     b"\xc5\xd0\xd3\xc6": "a PostScript document",
     b"8BPS": "a Photoshop document",
-    b"\x89PNG": "a PNG picture, which is damaged if it cannot be read",
-    b"\xff\xd8\xff": "a JPEG picture, which is damaged if it cannot be read",
+    b"\x89PNG": "a PNG picture",
+    b"\xff\xd8\xff": "a JPEG picture",
 }
 #: What text begins with, in lower case and after blanks.
 _TEXTS = {"<!doctype html": "a web page", "<html": "a web page", "<svg": "an SVG drawing"}
 #: Brands of ISO media files, whose first box begins with its size.
 _BRANDS = {
     b"heic": "a HEIC picture", b"heix": "a HEIC picture", b"mif1": "a HEIF picture", b"msf1": "a HEIF picture",
-    b"avif": "an AVIF picture, which is damaged or wants a Pillow with AVIF",
-    b"avis": "an AVIF picture, which is damaged or wants a Pillow with AVIF",
+    b"avif": "an AVIF picture", b"avis": "an AVIF picture",
 }  # fmt: skip
 
 

@@ -17,6 +17,8 @@ from ltx_ray.storage.file_kinds import named_kind
 #: Formats that are opened, by Pillow's names. None of them needs another program, as EPS does.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 _SHOWN_FORMATS = "AVIF, BMP, GIF, JPEG, JPEG 2000, PNG, PPM, TIFF and WebP"
+#: Kinds of files that are among these formats.
+_READABLE = ("a PNG picture", "a JPEG picture", "an AVIF picture")
 #: Pillow's modes whose conversion to RGB keeps what the picture shows.
 _MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"})
 #: A picture of more pixels is refused. Pillow takes it for a decompression bomb; it would take gigabytes.
@@ -40,6 +42,8 @@ def open_picture(data: bytes) -> Image.Image:
             image = Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
     except UnidentifiedImageError:
         kind = named_kind(data)
+        if kind in _READABLE:
+            raise InvalidImage(f"{kind} whose header is damaged, or which this Pillow does not read") from None
         but = f" but {kind}" if kind else ""
         raise InvalidImage(f"not a known image format{but}; read are {_SHOWN_FORMATS}") from None
     except Image.DecompressionBombError:

@@ -132,7 +132,6 @@ OTHER_FILES = {
     "video": (b"\0\0\0\x18ftypisom\0\0\0\0", "a video"),
     "PSD": (b"8BPS\0\1" + b"\0" * 100, "a Photoshop document"),
     "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12345\n", "a Git LFS pointer"),
-    "damaged header": (ORDINARY["png"][:20] + b"?" + ORDINARY["png"][21:], "a PNG picture, which is damaged"),
 }
 
 
@@ -149,6 +148,12 @@ def test_what_is_no_picture_is_named_for_what_it_is(kind):
         InvalidImage, match=f"^not a known image format{' but ' if name else ''}{name}.*; read are AVIF"
     ):
         image_pixels(data, 33, 64, 64)
+
+
+def test_a_damaged_header_is_named_as_that():
+    data = ORDINARY["png"]
+    with pytest.raises(InvalidImage, match=r"^a PNG picture whose header is damaged"):
+        image_pixels(data[:20] + b"?" + data[21:], 33, 64, 64)
 
 
 @pytest.mark.parametrize("format_", ["EPS", "ICO", "TGA", "PCX", "SGI", "PDF"])
@@ -307,5 +312,5 @@ def test_planning_reads_a_bad_picture_once(planned, tmp_path, monkeypatch):
 
 def test_kinds_of_files_are_named_by_their_first_bytes():
     assert named_kind(json.dumps({"a": 1}).encode()) is None
-    assert named_kind(b"\0\0\0\x1cftypavif") == "an AVIF picture, which is damaged or wants a Pillow with AVIF"
+    assert named_kind(b"\0\0\0\x1cftypavif") == "an AVIF picture"
     assert named_kind(b"PK\x03\x04data.pkl") == "a zip archive, which PyTorch's .pt and .ckpt files are too"

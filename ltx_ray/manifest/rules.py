@@ -188,9 +188,11 @@ def _schedule_problems(pipeline: Pipeline, steps: int, shape: ClipShape) -> list
     if not computed or is_sampled(steps, shape.half().video_tokens):
         return []
     frames = most_frames(steps, shape)
-    what = "fewer steps, or a smaller size" if frames is None else f"at most {frames}"
-    where = f"at {shape.height}x{shape.width} with {steps} steps"
-    return [RowProblem("num_frames", shape.num_frames, f"{what} {where}: the noise levels of more tokens coincide")]
+    size = f"{shape.height}x{shape.width}"
+    if frames is None:
+        return [RowProblem("height", shape.height, f"a size less than {size}: a frame has too many tokens")]
+    legal = f"at most {frames} at {size} with {steps} steps: the noise levels of more tokens coincide"
+    return [RowProblem("num_frames", shape.num_frames, legal)]
 
 
 def _located(

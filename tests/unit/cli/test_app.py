@@ -277,7 +277,7 @@ ILLEGAL_ROWS = [
     ),
     (
         {"num_frames": 9, "height": 64 * 2**20, "width": 64, "num_inference_steps": 15},
-        ":1:num_frames (x): 9, legal: fewer steps, or a smaller size at 67108864x64 with 15 steps",
+        ":1:height (x): 67108864, legal: a size less than 67108864x64: a frame has too many tokens",
     ),
 ]
 

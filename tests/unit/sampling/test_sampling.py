@@ -43,8 +43,8 @@ def test_the_planner_knows_the_schedules_of_the_sampler():
 # The first sizes that fail, found with the reference's scheduler (v1.2.0).
 @pytest.mark.parametrize(
     "height, width, steps, frames",
-    [(704, 1280, 15, 1337), (1088, 1920, 15, 577), (1088, 1920, 30, 545), (1088, 1920, 1000, 385), (1408, 2560, 50, 297),
-     (2176, 3840, 15, 145), (2176, 3840, 50, 121)],
+    [(704, 1280, 15, 1337), (1088, 1920, 15, 577), (1088, 1920, 30, 545), (1088, 1920, 1000, 385),
+     (1408, 2560, 50, 297), (2176, 3840, 15, 145), (2176, 3840, 50, 121)],
 )  # fmt: skip
 def test_the_first_clip_whose_levels_coincide(height, width, steps, frames):
     shape = ClipShape(frames, height, width, 24.0)

@@ -25,7 +25,7 @@ def test_a_dataset_keeps_the_noise_that_its_first_clips_had(tmp_path):
     store = Store(str(tmp_path))
     run_into(store).check_noise("NVIDIA H100")
     run_into(store).check_noise("NVIDIA H100")
-    with pytest.raises(ValueError, match="on NVIDIA H100, and this run draws it on cpu, .* GPUs of the model NV"):
+    with pytest.raises(ValueError, match=r"on NVIDIA H100, and this run draws it on cpu, .* GPUs of the model NV"):
         run_into(store).check_noise("cpu")
     run_into(store, allow_other_noise=True).check_noise("NVIDIA A100")
     assert read_identity(store).noise_family == "NVIDIA H100"

@@ -187,6 +187,8 @@ class Recipe:
     distilled_lora: str | None
     distilled_lora_strengths: tuple[float, float]
     loras: tuple[tuple[str, float], ...] = ()
+    #: How digests are made, and seeds of samples (docs/dataset.md#schemes).
+    scheme: int = 1
 
 
 @dataclass(frozen=True)

@@ -322,6 +322,14 @@ ILLEGAL_ROWS = [
     ({"pipeline": "turbo"}, ":1:pipeline (x): 'turbo', legal: hq"),
     ({"loras": [{"name": "none"}]}, ":1:loras (x): 'none', legal: a name declared with --lora"),
     ({"prompt": " "}, ":1:prompt (x): ' ', legal: text that is not blank"),
+    (
+        {"num_frames": 577, "height": 1088, "width": 1920, "num_inference_steps": 15},
+        ":1:num_frames (x): 577, legal: at most 569 at 1088x1920 with 15 steps: the noise levels of",
+    ),
+    (
+        {"num_frames": 9, "height": 64 * 2**20, "width": 64, "num_inference_steps": 15},
+        ":1:height (x): 67108864, legal: a size less than 67108864x64: a frame has too many tokens",
+    ),
 ]
 
 

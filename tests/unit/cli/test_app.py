@@ -408,8 +408,8 @@ def test_an_empty_config_file_changes_nothing(cmd, manifest, tmp_path, options):
         ("steps: 3", "unknown option 'steps'; legal: a2v-guidance-scale,"),
         ("- model", "holds no mapping"),
         ("model: [", "cannot be read"),
-        ("lora: [{strength: 1}]", "lora: {'strength': 1}, legal: "),
-        ("lora: [{path: a, weight: 1}]", "lora: {'path': 'a', 'weight': 1}, legal: "),
+        ("lora: [{strength: 1}]", "lora: {'strength': '1'}, legal: "),
+        ("lora: [{path: a, weight: 1}]", "lora: {'path': 'a', 'weight': '1'}, legal: "),
     ],
 )
 def test_a_config_file_that_is_refused(cmd, manifest, tmp_path, content, words):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import secrets
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
@@ -21,6 +20,7 @@ from ltx_ray.checkpoints.checkpoint import (
 )
 from ltx_ray.checkpoints.lora import check_lora
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics, RequestedNumerics, RunLimits, Selection
+from ltx_ray.dataset.clip_rate import rate_text
 from ltx_ray.dataset.existing import ExistingRows, list_existing
 from ltx_ray.dataset.repair import repair
 from ltx_ray.dataset.writer import DatasetWriter
@@ -276,13 +276,13 @@ class _Rendering:
             limits=options.limits,
             noise_device=options.numerics.noise_device,
             use_stored=not options.stop_after,
-            on_drain=lambda: self._record.write("draining", self._tracker.counts),
+            on_drain=lambda: self._write_record("draining"),
             should_stop=lambda: f"another run has taken over {store.uri}" if run.lease.lost else None,
         )
         self._signals = DrainSignals(self._driver)
 
     def execute(self, rows: Iterator[PlanEntry]) -> ExitCode:
-        self._record.write("running", Counter())
+        self._write_record("running")
         self._events.emit("run_started", run_id=self._run.run_id)
         self._events.flush()
         state, code = "failed", ExitCode.ERROR
@@ -300,7 +300,8 @@ class _Rendering:
         finally:
             self._finish(state)
         counts = recorded_counts(self._tracker.counts)
-        self._run.progress.say(_summary(state, counts, self._options.output))
+        rate = self._record.clips_per_hour
+        self._run.progress.say(_summary(state, counts, rate, self._options.output))
         return code
 
     def _run_driver(self, rows: Iterator[PlanEntry]) -> tuple[str, ExitCode]:
@@ -323,7 +324,7 @@ class _Rendering:
         budget = self._memory_budget(placement)
         self._record.place(placement.pools, placement.numerics)
         self._signals.install()  # Ray has set a handler of its own.
-        self._record.write("running", self._tracker.counts)
+        self._write_record("running")
         replicas = {pool.name: pool.replicas for pool in placement.pools}
         self._events.emit("cluster_joined", pools=replicas, tp=options.parallel.tp, device=placement.numerics.device)
         preflight = options.preflight and max(replicas.values()) > 1
@@ -346,12 +347,15 @@ class _Rendering:
         budget.check()
         return budget
 
+    def _write_record(self, state: str) -> None:
+        self._record.write(state, self._tracker.counts, self._tracker.rate.clips)
+
     def _finish(self, state: str) -> None:
         """Record how the run ended, unless another run has taken the output over and the records are its own."""
         if self._run.lease.lost:
             return
         counts = self._tracker.counts
-        self._record.write(state, counts)
+        self._write_record(state)
         self._events.emit("run_finished", state=state, counts=recorded_counts(counts))
         self._events.flush()
         # A run that was told to stop does not wait for a report.
@@ -389,8 +393,8 @@ def _preflight_item(prepared: Prepared) -> WorkItem | None:
     return replace(prepared.plan.builder.item(row.request), preflight=True)
 
 
-def _summary(state: str, counts: Mapping[str, int], output: str | None) -> str:
-    parts = [f"{counts['rendered']} rendered"]
+def _summary(state: str, counts: Mapping[str, int], rate: float | None, output: str | None) -> str:
+    parts = [f"{counts['rendered']} rendered" + (f" ({rate_text(rate)})" if rate else "")]
     if counts["already_done"]:
         parts.append(f"{counts['already_done']} done before")
     for what in ("failed", "illegal"):

@@ -51,6 +51,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from schedule_recipe import Recipe, SourceManifest, expand, manifest_bytes, parse_recipe, require
 
+from ltx_ray.storage.locations import parent, resolve
+from ltx_ray.storage.text import read_text
+
 #: Seconds between two status requests of --wait: at first, and at most.
 POLL_SECONDS = 0.5, 5.0
 #: Seconds for which --wait tolerates a silent dashboard, as when the head is being replaced.
@@ -258,8 +261,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         date = parse_date(args.date)
         try:
-            recipe = parse_recipe(Path(args.recipe).read_bytes(), os.path.dirname(args.recipe) or ".")
-        except (OSError, ValueError) as error:
+            recipe = parse_recipe(read_text(args.recipe), parent(resolve(args.recipe)))
+        except ValueError as error:
             raise ValueError(f"{args.recipe}: {error}") from None
         job = plan(recipe, date, args.out_dir, args.entrypoint)
         address = args.address or ""

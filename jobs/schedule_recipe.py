@@ -11,7 +11,6 @@ import io
 import itertools
 import json
 import math
-import os
 import re
 import string
 import sys
@@ -26,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from ltx_ray.manifest.columns import COLUMNS, Mistyped
 from ltx_ray.manifest.text_values import legal_value
 from ltx_ray.manifest.yaml_text import YamlNode, read_yaml
+from ltx_ray.storage.locations import resolve
 
 Row = dict[str, Any]
 
@@ -69,7 +69,7 @@ def require(what: str, value: Any, ok: bool, legal: str, line: int | None = None
         raise ValueError(f"{what}: {value!r}, must be {legal}" + (f" (line {line})" if line else ""))
 
 
-def parse_recipe(text: str | bytes, folder: str = ".") -> Recipe:
+def parse_recipe(text: str, folder: str = ".") -> Recipe:
     """Parse YAML; a relative `manifest` is resolved against `folder`.
 
     Every value is the text that stands there, and numbers are what they look like. Raises ValueError with the field,
@@ -211,10 +211,10 @@ def _parse_manifest(node: YamlNode | None, folder: str) -> str | None:
     if node is None:
         return None
     require("manifest", node.data, isinstance(node.content, str) and bool(node.content), "a path or URI", node.line)
-    manifest = cast(str, node.content)
-    if "://" in manifest:
-        return manifest
-    return os.path.abspath(os.path.join(folder, os.path.expanduser(manifest)))
+    try:
+        return resolve(cast(str, node.content), folder)
+    except ValueError as error:
+        raise ValueError(f"manifest: {error}") from None
 
 
 def _parse_defaults(node: YamlNode | None) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import click
@@ -11,6 +10,7 @@ import click
 from ltx_ray.cli.parameters import LORA, BlockNumbers, ConfigValue
 from ltx_ray.config import LoraSpec
 from ltx_ray.manifest.yaml_text import YamlNode, read_yaml
+from ltx_ray.storage.text import read_text
 
 
 def read_config(path: str, options: Iterable[click.Option]) -> dict[str, ConfigValue]:
@@ -40,8 +40,8 @@ def read_config(path: str, options: Iterable[click.Option]) -> dict[str, ConfigV
 
 def _read_mapping(path: str) -> dict[str, YamlNode]:
     try:
-        root = read_yaml(Path(path).read_bytes())
-    except (OSError, ValueError) as error:
+        root = read_yaml(read_text(path))
+    except ValueError as error:
         raise ValueError(f"--config: {path}, cannot be read ({' '.join(str(error).split())})") from None
     if root.is_nothing:
         return {}

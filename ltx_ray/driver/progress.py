@@ -7,6 +7,7 @@ import time
 from typing import TextIO
 
 from ltx_ray.dataset.clip_rate import rate_text
+from ltx_ray.storage.credentials import masked
 
 _TERMINAL_PERIOD = 0.5
 _LOG_PERIOD = 30.0
@@ -27,7 +28,7 @@ class Progress:
         if self._width:
             self._stream.write("\r" + " " * self._width + "\r")
             self._width = 0
-        self._stream.write(message + "\n")
+        self._stream.write(masked(message) + "\n")
         self._stream.flush()
 
     def due(self) -> bool:

@@ -7,7 +7,6 @@ converts it by the type of the option or of the column that it is for.
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -54,14 +53,13 @@ class YamlNode:
         return None if self.is_nothing else self.content
 
 
-def read_yaml(source: str | bytes) -> YamlNode:
-    """The document in a file's bytes (UTF-8 or UTF-16, with or without a byte order mark) or in a text.
+def read_yaml(text: str) -> YamlNode:
+    """The document in a YAML file's text.
 
-    A file without content is a value that is not given. Anchors, aliases and merge keys (`<<`) are resolved. Raises
+    A text without content is a value that is not given. Anchors, aliases and merge keys (`<<`) are resolved. Raises
     ValueError with the line for what is no YAML, and for several documents, a key that stands twice, a key that is no
     text, a tag, and an anchor that contains itself or stands for very much.
     """
-    text = source if isinstance(source, str) else _decoded(source)
     try:
         root = yaml.compose(text, Loader=_TextLoader)
         return YamlNode("", 1, plain=True) if root is None else _Builder().node(root)
@@ -73,21 +71,6 @@ def read_yaml(source: str | bytes) -> YamlNode:
         raise ValueError(f"line {mark.line + 1 if mark else 1}: {' '.join(_problem(error).split())}") from None
     except RecursionError:
         raise ValueError("lists or mappings that are nested too deeply") from None
-
-
-def _decoded(data: bytes) -> str:
-    # A text in YAML begins with an ASCII character, so the zeros of UTF-16 show without a byte order mark too.
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        encoding = "utf-16"
-    elif b"\0" in data[:2]:
-        encoding = "utf-16-be" if data[:1] == b"\0" else "utf-16-le"
-    else:
-        encoding = "utf-8-sig"
-    try:
-        return data.decode(encoding)
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"line {line}: {error.reason}; legal: text in UTF-8 or UTF-16") from None
 
 
 def _problem(error: yaml.MarkedYAMLError) -> str:

@@ -132,9 +132,7 @@ def test_an_option_that_is_given_twice_is_refused(ask, content):
     assert found.code == 2 and "in line 2, but line 1 says it too; legal: one" in found.text
 
 
-@pytest.mark.parametrize(
-    "content", ["seed: 1\nseed: 2", "seed: 1\n---\nseed: 2", "seed:\t1", "seed: !!int 1", b"a: \xff"]
-)
+@pytest.mark.parametrize("content", ["seed: 1\nseed: 2", "seed: 1\n---\nseed: 2", "seed:\t1", "seed: !!int 1"])
 def test_a_file_that_cannot_be_read_names_its_line(ask, tmp_path, content):
     found = ask(content)
     assert found.code == 2 and f"--config: {tmp_path / 'c.yaml'}, cannot be read (line " in found.text

@@ -26,17 +26,16 @@ def test_a_plain_null_is_not_given_and_a_quoted_one_is_text(text):
     assert node.data == {"plain": None, "single": text, "double": text, "tagged": text}
 
 
-@pytest.mark.parametrize("source", ["", "\n", "# a comment", "---", "---\n...\n", b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("source", ["", "\n", "# a comment", "---", "---\n...\n", "\ufeff"])
 def test_a_file_without_content_is_not_given(source):
     assert read_yaml(source).is_nothing
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
 @pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])
-def test_a_file_as_editors_write_it(encoding, ending):
-    text = "prompt: ein Fuchs, 狐 🦊\ntext: |\n  one\n  two\n"
-    data = text.replace("\n", ending).encode(encoding)
-    assert read_yaml(data).data == {"prompt": "ein Fuchs, 狐 🦊", "text": "one\ntwo\n"}
+def test_a_text_as_editors_write_it(mark, ending):
+    text = mark + "prompt: ein Fuchs, 狐 🦊\ntext: |\n  one\n  two\n".replace("\n", ending)
+    assert read_yaml(text).data == {"prompt": "ein Fuchs, 狐 🦊", "text": "one\ntwo\n"}
 
 
 def test_values_have_their_lines():
@@ -75,8 +74,7 @@ def test_anchors_and_merge_keys():
         ("a: {<<: 3}", "line 1: <<: '3'; legal: an alias of a mapping"),
         ("a: x\nb: \x07", "line 2: the character U+0007, which YAML does not allow"),
         ("[" * 5000, "nested too deeply"),
-        (b"a: 1\nb: \xfc", "line 2: "),
-        (b"\xff\xfea", "line 1: "),
+        ("a: 1\nb\0: 2", "line 2: the character U+0000, which YAML does not allow"),
     ],
 )
 def test_what_is_refused(source, words):

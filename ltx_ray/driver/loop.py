@@ -19,7 +19,7 @@ from ltx_ray.driver.work_left import WorkLeft
 from ltx_ray.manifest.rules import RowProblem
 from ltx_ray.planning.identity import merged_weights
 from ltx_ray.planning.plan import PlanEntry
-from ltx_ray.pools.pool import Pool, StartFailed
+from ltx_ray.pools.pool import ModelRefused, Pool, StartFailed
 from ltx_ray.pools.protocol import CallFinished, InputsLost, ReplicaEvent, ReplicaLost, ReplicaSet, ReplicaStarted
 from ltx_ray.records import CallReport, ErrorKind, RenderRequest, WorkItem, first_line
 from ltx_ray.stages import PATH_FROM_STORED, Stage
@@ -59,14 +59,16 @@ class Driver:
         path: tuple[Stage, ...],
         limits: RunLimits,
         noise_device: str,
+        check_noise: Callable[[str], None] = lambda family: None,
         use_stored: bool = False,
         on_drain: Callable[[], None] = lambda: None,
         should_stop: Callable[[], str | None] = lambda: None,
     ):
         """`path`: the stages of an item. `use_stored`: start items from stored latents of stage 1, if there are any.
 
-        `on_drain` is called once, when the run begins to drain. `should_stop` is called at every turn and returns a
-        reason to drain, or None.
+        `check_noise` is called once, with the model of the GPU (or "cpu") on which noise is drawn, and raises
+        ValueError when the dataset does not allow it. `on_drain` is called once, when the run begins to drain.
+        `should_stop` is called at every turn and returns a reason to drain, or None.
         """
         self.tracker, self.limits, self.noise_device = tracker, limits, noise_device
         self.events, self.progress, self.counts = tracker.events, tracker.progress, tracker.counts
@@ -75,7 +77,7 @@ class Driver:
         self.too_many_failed = False
         self.drain_requested: str | None = None
         self._join_cluster, self._on_drain, self._use_stored = join_cluster, on_drain, use_stored
-        self._should_stop = should_stop
+        self._should_stop, self._check_noise = should_stop, check_noise
         self._cluster: JoinedCluster | None = None
         self._preflight_admitted = self._preflight_running = False
         self._gpu_seconds = 0.0
@@ -94,10 +96,16 @@ class Driver:
     def run(self, rows: Iterator[PlanEntry]) -> bool:
         """Render `rows`; True when the run drained and left some. `counts` says what became of them.
 
-        The cluster is joined when the first row is to be rendered, so that a run without work needs none. Rows that
-        do not fit on its GPUs are refused as illegal ones are, before they are dispatched.
+                The cluster is joined when the first row is to be rendered, so that a run without work needs none. Rows that
+                do not fit on its GPUs are refused as illegal ones are, before they are dispatched.
 
-        Raises pools.pool.StartFailed when a pool cannot be started, OSError when the output store keeps failing.
+        <<<<<<< HEAD
+                Raises pools.pool.StartFailed when a pool cannot be started, or ModelRefused, which is one, when the model
+                cannot be used, and OSError when the output store keeps failing.
+        =======
+                Raises pools.pool.StartFailed when a pool cannot be started, OSError when the output store keeps failing, and
+                what `check_noise` raises.
+        >>>>>>> identity
         """
         publisher, ended = self.tracker.publisher, False
         try:
@@ -275,7 +283,10 @@ class Driver:
     def _replica_started(self, event: ReplicaStarted) -> None:
         pool = self._pool(event.replica)
         pool.started(event.replica)
+        known = self._device_name
         self._check_device(event)
+        if known is None and self._device_name is not None:
+            self._check_noise(self._device_name)
         self.policy.add_replica(event.replica, pool.spec.roles)
         self.events.emit(
             "gang_started",
@@ -349,6 +360,8 @@ class Driver:
     def _call_failed(self, event: CallFinished, pool: Pool, tracked: TrackedItem, stage: Stage) -> None:
         error, item_id = event.report.error, tracked.item.item_id
         assert error is not None
+        if error.kind == ErrorKind.MODEL:
+            raise ModelRefused(error.message)
         if error.kind in (ErrorKind.REPLICA, ErrorKind.PROCESS):
             self._replicas.kill(event.replica)
             name = "" if error.kind == ErrorKind.REPLICA else f"{error.type}: "
@@ -461,8 +474,7 @@ class Driver:
 
     def _check_limits(self) -> None:
         limits = self.limits
-        failed = self.counts["failed"] + self.counts["illegal"]
-        finished = self.counts["rendered"] + self.counts["already_done"] + failed
+        failed, finished = self.tracker.failed, self.tracker.done + self.tracker.failed
         if limits.max_failed_fraction is not None and finished >= 10:
             fraction = failed / finished
             if fraction > limits.max_failed_fraction:
@@ -475,25 +487,12 @@ class Driver:
         """Print the state when it is due, and at the end, where the rate of the whole run follows it."""
         if not (self.progress.due() or ended):
             return
-        failed = self.counts["failed"] + self.counts["illegal"]
-        done = self.counts["rendered"] + self.counts["already_done"]
-        total = self.counts["rows"] if self.tracker.exhausted else None
+        tracker, now = self.tracker, time.monotonic()
+        total = self.counts["rows"] if tracker.exhausted else None
         running = Counter(self.policy.stage_of(item) for item in self.policy.running.values())
         starting = sum(len(pool.replicas) - pool.ready for pool in self.pools)
         busy = [f"{stage} {n}" for stage, n in sorted(running.items())]
         doing = ", ".join([*busy, f"{starting} gangs starting"] if starting else busy)
-        rate, left = (None, None) if ended else (self.tracker.rate.per_hour(time.monotonic()), self._seconds_left())
-        self.progress.update(done, failed, total, doing, ended, rate=rate, left=left)
-
-    def _seconds_left(self) -> float | None:
-        """Seconds that the run still takes; None while rows are still read, or when some will be left."""
-        if not self.tracker.exhausted or self.policy.draining:
-            return None
-        now, policy = time.monotonic(), self.policy
-        spent = {item: now - self._call_began[replica] for replica, item in policy.running.items()}
-        items = (
-            (tracked.item, policy.remaining_path(name), spent.get(name, 0.0))
-            for name, tracked in self.tracker.items.items()
-            if tracked.outcome is None
-        )
-        return self._work_left.left(items, ((pool.spec.roles, pool.ready) for pool in self.pools))
+        rate = None if ended else tracker.rate.per_hour(now)
+        left = self._work_left.in_flight(tracker, self.policy, self.pools, self._call_began, now)
+        self.progress.update(tracker.done, tracker.failed, total, doing, ended, rate=rate, left=left)

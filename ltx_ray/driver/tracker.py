@@ -20,6 +20,7 @@ from ltx_ray.driver.events import EventLog, RunMetrics
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
 from ltx_ray.manifest.rules import IllegalRow, RowProblem
+from ltx_ray.planning.identity import recipe_json
 from ltx_ray.planning.plan import COPY, DONE, FAILED, REPEATED, Plan, PlanEntry, PlannedRow
 from ltx_ray.records import CallReport, Clip, NoiseLedger, WorkItem, canonical_json, first_line
 from ltx_ray.stages import DIFFUSION_STAGES, TRAITS, Stage, needed_results
@@ -76,7 +77,7 @@ class TrackedItem:
         self.payloads[TRAITS[stage].result] = payload
         facts = report.facts
         if stage in DIFFUSION_STAGES:
-            self.device = report.device
+            self.device = facts.device_name or report.device
             self.noise_ledger = facts.noise_ledger
             self.stage1_numerics = facts.stage1_numerics or self.stage1_numerics
         if stage == Stage.TEXT:
@@ -113,6 +114,16 @@ class RowTracker:
         self._illegal_parts: set[str] = set()
         #: By item_id: a row that asks later for an item that has failed in this run fails the same way.
         self._given_up: dict[str, Failure] = {}
+
+    @property
+    def done(self) -> int:
+        """Rows that have their clip, of this run or from before."""
+        return self.counts["rendered"] + self.counts["already_done"]
+
+    @property
+    def failed(self) -> int:
+        """Rows that have failed or are illegal."""
+        return self.counts["failed"] + self.counts["illegal"]
 
     def take(self, rows: Iterator[PlanEntry], at_most: int) -> Iterator[TrackedItem]:
         """Read up to `at_most` rows and yield the items that are new."""
@@ -221,7 +232,7 @@ class RowTracker:
         rendered = Rendered(
             clip=clip,
             attempts=tracked.attempts,
-            recipe=canonical_json(tracked.item.recipe),
+            recipe=recipe_json(tracked.item.recipe),
             recipe_digest=tracked.item.recipe_digest,
             numerics=numerics,
             noise_ledger=canonical_json(tracked.noise_ledger),

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import combinations
 from typing import TypeAlias
 
+from ltx_ray.driver.policy import Policy
+from ltx_ray.driver.tracker import RowTracker
+from ltx_ray.pools.pool import Pool
 from ltx_ray.records import RenderRequest, WorkItem
 from ltx_ray.stages import Stage
 
@@ -59,6 +62,23 @@ class WorkLeft:
             units[kind[0]] += count * _units(kind)
             seconds[kind[0]] += spent
         return {stage: seconds[stage] / units[stage] for stage in calls if calls[stage] >= _LEAST_CALLS}
+
+    def in_flight(
+        self, tracker: RowTracker, policy: Policy, pools: Iterable[Pool], call_began: Mapping[str, float], now: float
+    ) -> float | None:
+        """Seconds that a run still takes; None while rows are still read, or when some will be left.
+
+        `call_began`: by busy replica, in the time of `now`.
+        """
+        if not tracker.exhausted or policy.draining:
+            return None
+        spent = {item: now - call_began[replica] for replica, item in policy.running.items()}
+        items = (
+            (tracked.item, policy.remaining_path(name), spent.get(name, 0.0))
+            for name, tracked in tracker.items.items()
+            if tracked.outcome is None
+        )
+        return self.left(items, ((pool.spec.roles, pool.ready) for pool in pools))
 
     def left(
         self,

@@ -23,11 +23,8 @@ from ltx_ray.checkpoints.checkpoint import Checkpoint
 from ltx_ray.checkpoints.diffusers_names import to_diffusers, to_official
 from ltx_ray.checkpoints.digests import cached_digest
 from ltx_ray.checkpoints.safetensors import SafetensorsHeader, TensorInfo, read_header
-<<<<<<< HEAD
 from ltx_ray.checkpoints.values import first_not_finite
-=======
 from ltx_ray.config import NEWEST_SCHEME
->>>>>>> identity
 
 _SIDES = {
     "lora_A": "a", "lora_down": "a", "lora.down": "a", "lora_linear_layer.down": "a",
@@ -185,7 +182,6 @@ def open_lora(path: str) -> LoraFile:
     return LoraFile(header, pairs)
 
 
-<<<<<<< HEAD
 def _refuse_reference(header: SafetensorsHeader) -> None:
     """Raise ValueError for an IC-LoRA: without its reference, a clip would be something that nobody asked for."""
     for key in (prefix + key for key in _REFERENCE_KEYS for prefix in ("", "ss_")):
@@ -196,10 +192,7 @@ def _refuse_reference(header: SafetensorsHeader) -> None:
             )
 
 
-def lora_digest(path: str) -> str:
-=======
 def lora_digest(path: str, scheme: int = NEWEST_SCHEME) -> str:
->>>>>>> identity
     """32 hex digits for the LoRA at `path` and the configuration beside it, whose alpha decides pixels."""
     digest, beside = cached_digest(path, scheme=scheme), _config_beside(read_header(path))
     if beside is None:

@@ -99,13 +99,8 @@ class Driver:
         The cluster is joined when the first row is to be rendered, so that a run without work needs none. Rows that
         do not fit on its GPUs are refused as illegal ones are, before they are dispatched.
 
-<<<<<<< HEAD
         Raises pools.pool.StartFailed when a pool cannot be started, or ModelRefused, which is one, when the model
-        cannot be used, and OSError when the output store keeps failing.
-=======
-        Raises pools.pool.StartFailed when a pool cannot be started, OSError when the output store keeps failing, and
-        what `check_noise` raises.
->>>>>>> identity
+        cannot be used, OSError when the output store keeps failing, and what `check_noise` raises.
         """
         publisher, ended = self.tracker.publisher, False
         try:

@@ -19,6 +19,10 @@ A recipe is YAML:
     defaults: {height: 512}             # row fields, for rows without a value of their own
     render_options: [--tp, 4]           # added to the command line of jobs/render.py
 
+Every value is the text that stands there: 12:30 in a prompt, `off` among the options. Numbers are what they look like
+(0750 is 750), and those of `defaults` have the types of the manifest's columns. Nothing, ~ and null mean that a field
+is not given; in a list, and in quotes, they are text.
+
 A row without a seed of its own or from `defaults` gets one drawn from (recipe's seed, name, date, row number).
 Each row records its origin in `variables` or `source_id`; the index has both in `extra`.
 
@@ -266,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             file = resolve(args.recipe)
             recipe = parse_recipe(read_text(file), parent(file))
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             raise ValueError(f"{args.recipe}: {error}") from None
         job = plan(recipe, date, args.out_dir, args.entrypoint)
         address = args.address or ""

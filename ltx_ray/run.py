@@ -7,7 +7,6 @@ import datetime
 import json
 import os
 import secrets
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
@@ -23,6 +22,7 @@ from ltx_ray.checkpoints.checkpoint import (
 )
 from ltx_ray.checkpoints.lora import check_lora
 from ltx_ray.config import NEWEST_SCHEME, EngineSpec, ModelFiles, Numerics, RequestedNumerics, RunLimits, Selection
+from ltx_ray.dataset.clip_rate import rate_text
 from ltx_ray.dataset.existing import ExistingRows, list_existing
 from ltx_ray.dataset.identity import DatasetIdentity, changed_numerics, read_identity, write_identity
 from ltx_ray.dataset.repair import repair
@@ -348,13 +348,13 @@ class _Rendering:
             noise_device=options.numerics.noise_device,
             check_noise=run.check_noise,
             use_stored=not options.stop_after,
-            on_drain=lambda: self._record.write("draining", self._tracker.counts),
+            on_drain=lambda: self._write_record("draining"),
             should_stop=lambda: f"another run has taken over {store.name}" if run.lease.lost else None,
         )
         self._signals = DrainSignals(self._driver)
 
     def execute(self, rows: Iterator[PlanEntry]) -> ExitCode:
-        self._record.write("running", Counter())
+        self._write_record("running")
         self._events.emit("run_started", run_id=self._run.run_id)
         for warning in self._run.prepared.warnings:
             self._events.emit("warning", message=warning)
@@ -375,7 +375,8 @@ class _Rendering:
         finally:
             self._finish(state)
         counts = recorded_counts(self._tracker.counts)
-        self._run.progress.say(_summary(state, counts, self._run.store.name))
+        rate = self._record.clips_per_hour
+        self._run.progress.say(_summary(state, counts, rate, self._run.store.name))
         return code
 
     def _run_driver(self, rows: Iterator[PlanEntry]) -> tuple[str, ExitCode]:
@@ -401,7 +402,7 @@ class _Rendering:
         budget = self._memory_budget(placement)
         self._record.place(placement.pools, placement.numerics)
         self._signals.install()  # Ray has set a handler of its own.
-        self._record.write("running", self._tracker.counts)
+        self._write_record("running")
         replicas = {pool.name: pool.replicas for pool in placement.pools}
         self._events.emit("cluster_joined", pools=replicas, tp=options.parallel.tp, device=placement.numerics.device)
         preflight = options.preflight and max(replicas.values()) > 1
@@ -424,12 +425,15 @@ class _Rendering:
         budget.check()
         return budget
 
+    def _write_record(self, state: str) -> None:
+        self._record.write(state, self._tracker.counts, self._tracker.rate.clips)
+
     def _finish(self, state: str) -> None:
         """Record how the run ended, unless another run has taken the output over and the records are its own."""
         if self._run.lease.lost:
             return
         counts = self._tracker.counts
-        self._record.write(state, counts)
+        self._write_record(state)
         self._events.emit("run_finished", state=state, counts=recorded_counts(counts))
         self._events.flush()
         # A run that was told to stop does not wait for a report.
@@ -472,8 +476,8 @@ def _preflight_item(prepared: Prepared) -> WorkItem | None:
     return replace(prepared.plan.builder.item(row.request), preflight=True)
 
 
-def _summary(state: str, counts: Mapping[str, int], output: str) -> str:
-    parts = [f"{counts['rendered']} rendered"]
+def _summary(state: str, counts: Mapping[str, int], rate: float | None, output: str) -> str:
+    parts = [f"{counts['rendered']} rendered" + (f" ({rate_text(rate)})" if rate else "")]
     if counts["already_done"]:
         parts.append(f"{counts['already_done']} done before")
     for what in ("failed", "illegal"):

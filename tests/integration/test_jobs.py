@@ -6,10 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+
+from ltx_ray.cli.status import status_lines
+from ltx_ray.dataset.clip_rate import rate_text
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
@@ -42,6 +46,13 @@ def test_submitted_job_renders_parquet_prompts(tmp_path):
     run = json.loads((out / "run.json").read_text())
     assert run["state"] == "finished"
     assert run["counts"] == {"rows": 3, "rendered": 2, "already_done": 0, "failed": 0, "illegal": 1}
+    # The last line, `status` and the report say the rate of the record.
+    began, ended = (datetime.fromisoformat(run[name]) for name in ("started_at", "finished_at"))
+    assert run["clips"] == 2
+    assert run["clips_per_hour"] == pytest.approx(2 / (ended - began).total_seconds() * 3600)
+    rate = rate_text(run["clips_per_hour"])
+    assert f"finished: 3 rows, 2 rendered ({rate}), 1 illegal" in log, log
+    assert status_lines(str(out))[-1] == rate and rate in (out / "report.html").read_text()
     index = [pq.read_table(part).to_pylist()[0] for part in (out / "index").glob("part-*.parquet")]
     assert {row["id"] for row in index} == {"p0", "p1"}
     assert all((out / row["clip"]).stat().st_size > 1000 for row in index)

@@ -33,9 +33,11 @@ from ltx_ray.driver.signals import DrainSignals
 from ltx_ray.driver.tracker import RowTracker
 from ltx_ray.manifest.reader import RawRow, manifest_folder
 from ltx_ray.manifest.rules import IllegalRow, RowRules, check_defaults, judge
+from ltx_ray.placement.address import find_cluster
 from ltx_ray.placement.cluster import Cluster, Placement
 from ltx_ray.placement.memory import MemoryBudget
 from ltx_ray.placement.numerics import check as check_numerics
+from ltx_ray.placement.private_cluster import temporary_folder
 from ltx_ray.placement.sizing import ParallelConfig
 from ltx_ray.planning.plan import ItemBuilder, Plan, PlanEntry
 from ltx_ray.planning.promotion import promoted
@@ -167,25 +169,29 @@ def prepare(options: Options) -> Prepared:
 def render(options: Options) -> ExitCode:
     """Render the manifest. Raises ValueError for a user's mistake, ConnectionError without an answer of the cluster."""
     prepared = prepare(options)
+    address = find_cluster(options.ray_address)
+    if address is None:
+        temporary_folder()
     # What is wrong with the manifest as a whole is reported before the output is touched.
     raws = prepared.plan.read()
     assert options.output is not None
     store = Store(options.output)
     store.check_writable()
-    return Run(prepared, store).execute(raws)
+    return Run(prepared, store, address).execute(raws)
 
 
 class Run:
     """One run into an output: from its lease to the last temporary file."""
 
-    def __init__(self, prepared: Prepared, store: Store):
+    def __init__(self, prepared: Prepared, store: Store, address: str | None):
+        """`address` of the cluster; None for a private one."""
         self.prepared, self.options, self.store = prepared, prepared.options, store
         self.run_id = f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
         self.progress = Progress()
         self.lease = Lease(store, self.run_id)
         options = self.options
         self.cluster = Cluster(
-            address=options.ray_address,
+            address=address,
             parallel=replace(options.parallel, with_stage2=options.stop_after is None),
             requested=options.numerics,
             checkpoint=prepared.checkpoint,
@@ -316,10 +322,11 @@ class _Rendering:
 
     def _join_cluster(self) -> JoinedCluster:
         """What the driver calls when the first row is to be rendered."""
-        from ltx_ray.pools.ray_replicas import RayReplicaSet
-
         options, run = self._options, self._run
         placement = run.cluster.join()
+        # Only now: joining sets variables that Ray reads when it is imported.
+        from ltx_ray.pools.ray_replicas import RayReplicaSet
+
         budget = self._memory_budget(placement)
         self._record.place(placement.pools, placement.numerics)
         self._signals.install()  # Ray has set a handler of its own.

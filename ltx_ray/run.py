@@ -29,7 +29,7 @@ from ltx_ray.driver.loop import Driver, JoinedCluster
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
 from ltx_ray.driver.run_record import RunRecord, keep_older_run, recorded_counts
-from ltx_ray.driver.signals import DrainSignals
+from ltx_ray.driver.signals import RunSignals, Stopped
 from ltx_ray.driver.tracker import RowTracker
 from ltx_ray.manifest.reader import RawRow, manifest_folder
 from ltx_ray.manifest.rules import IllegalRow, RowRules, check_defaults, judge
@@ -168,6 +168,15 @@ def prepare(options: Options) -> Prepared:
 
 def render(options: Options) -> ExitCode:
     """Render the manifest. Raises ValueError for a user's mistake, ConnectionError without an answer of the cluster."""
+    with RunSignals() as signals:
+        try:
+            return _render(options, signals)
+        except Stopped as signal:
+            Progress().say(f"stopped by {signal} before the first clip; the same command starts again")
+            return ExitCode.DRAINED
+
+
+def _render(options: Options, signals: RunSignals) -> ExitCode:
     prepared = prepare(options)
     address = find_cluster(options.ray_address)
     if address is None:
@@ -177,14 +186,15 @@ def render(options: Options) -> ExitCode:
     assert options.output is not None
     store = Store(options.output)
     store.check_writable()
-    return Run(prepared, store, address).execute(raws)
+    return Run(prepared, store, address, signals).execute(raws)
 
 
 class Run:
     """One run into an output: from its lease to the last temporary file."""
 
-    def __init__(self, prepared: Prepared, store: Store, address: str | None):
+    def __init__(self, prepared: Prepared, store: Store, address: str | None, signals: RunSignals):
         """`address` of the cluster; None for a private one."""
+        self.signals = signals
         self.prepared, self.options, self.store = prepared, prepared.options, store
         self.run_id = f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
         self.progress = Progress()
@@ -204,7 +214,11 @@ class Run:
         """Render the manifest's rows, `raws`."""
         for warning in self.prepared.warnings:
             self.progress.say(warning)
-        self.lease.acquire(self.progress.say)
+        try:
+            self.lease.acquire(self.progress.say)
+        except BaseException:
+            self.lease.release()
+            raise
         try:
             existing = self._repaired_rows()
             plan = self.prepared.plan.against(existing)
@@ -239,6 +253,8 @@ class Run:
 
     def _leave(self) -> None:
         """Leave the cluster, delete temporary files and give the lease back."""
+        # That takes seconds, and the next run would have to do what is left out. A second signal ends it nevertheless.
+        self.signals.action = lambda name: None
         self.cluster.leave()
         if not self.lease.lost:
             # The run's workers have ended, so nobody finishes the files that they have begun.
@@ -285,29 +301,37 @@ class _Rendering:
             on_drain=lambda: self._record.write("draining", self._tracker.counts),
             should_stop=lambda: f"another run has taken over {store.uri}" if run.lease.lost else None,
         )
-        self._signals = DrainSignals(self._driver)
 
     def execute(self, rows: Iterator[PlanEntry]) -> ExitCode:
-        self._record.write("running", Counter())
-        self._events.emit("run_started", run_id=self._run.run_id)
-        self._events.flush()
+        run = self._run
+        state, code = self._drive(rows)
+        # A run that was told to stop does not wait for a report.
+        if state != "drained" and not self._driver.drain_requested and not run.lease.lost:
+            _write_report(run.store, self._tracker.counts["rows"], run.progress.say, run.signals)
+        counts = recorded_counts(self._tracker.counts)
+        run.progress.say(_summary(state, counts, self._options.output))
+        return code
+
+    def _drive(self, rows: Iterator[PlanEntry]) -> tuple[str, ExitCode]:
+        """Render `rows` and record how it went; the run's state and its exit code."""
         state, code = "failed", ExitCode.ERROR
         try:
-            with self._signals:
-                state, code = self._run_driver(rows)
+            self._record.write("running", Counter())
+            self._events.emit("run_started", run_id=self._run.run_id)
+            self._events.flush()
+            state, code = self._run_driver(rows)
         except ConnectionError:
             raise  # The cluster does not answer.
-        except SystemExit:
-            # A signal came while the cluster was being joined, when Ray's handler has replaced ours.
+        except (Stopped, SystemExit):
+            # A signal came before the cluster was joined. While it was being joined, Ray's handler has replaced ours.
             state, code = "drained", ExitCode.DRAINED
         except (StartFailed, OSError) as error:
             # An OSError is the output's, which could not be reached for as long as it is retried.
             self._run.progress.say(str(error))
         finally:
+            self._run.signals.action = self._driver.request_drain
             self._finish(state)
-        counts = recorded_counts(self._tracker.counts)
-        self._run.progress.say(_summary(state, counts, self._options.output))
-        return code
+        return state, code
 
     def _run_driver(self, rows: Iterator[PlanEntry]) -> tuple[str, ExitCode]:
         """Render `rows`; the run's state and its exit code."""
@@ -329,7 +353,9 @@ class _Rendering:
 
         budget = self._memory_budget(placement)
         self._record.place(placement.pools, placement.numerics)
-        self._signals.install()  # Ray has set a handler of its own.
+        # Until now there was nothing to finish, and Ray has set a handler of its own.
+        run.signals.action = self._driver.request_drain
+        run.signals.install()
         self._record.write("running", self._tracker.counts)
         replicas = {pool.name: pool.replicas for pool in placement.pools}
         self._events.emit("cluster_joined", pools=replicas, tp=options.parallel.tp, device=placement.numerics.device)
@@ -361,21 +387,21 @@ class _Rendering:
         self._record.write(state, counts)
         self._events.emit("run_finished", state=state, counts=recorded_counts(counts))
         self._events.flush()
-        # A run that was told to stop does not wait for a report.
-        if state != "drained" and not self._driver.drain_requested:
-            _write_report(self._run.store, counts["rows"], self._run.progress.say)
 
 
-def _write_report(store: Store, rows: int, say: Callable[[str], None]) -> None:
+def _write_report(store: Store, rows: int, say: Callable[[str], None], signals: RunSignals) -> None:
     from ltx_ray.dataset.report import write_report
 
     if not store.is_local and rows > _REMOTE_REPORT_ROWS:
         say(f"report.html is left to `ltx-ray report {store.uri}`: it reads every row of the index")
         return
+    action, signals.action = signals.action, None
     try:
         write_report(store.root if store.is_local else store.uri)
-    except Exception as error:  # The report must never change how a run ends.
+    except (Exception, Stopped) as error:  # The report must never change how a run ends.
         say(f"report.html was not written: {error}")
+    finally:
+        signals.action = action
 
 
 def say_missing_ids(plan: Plan, say: Callable[[str], None]) -> None:

@@ -6,6 +6,8 @@ import sys
 import time
 from typing import TextIO
 
+from ltx_ray.storage.credentials import masked
+
 _TERMINAL_PERIOD = 0.5
 _LOG_PERIOD = 30.0
 
@@ -25,7 +27,7 @@ class Progress:
         """Print a line that stays."""
         clear = "\r" + " " * self._width + "\r" if self._width else ""
         self._width = 0
-        self._write(f"{clear}{message}\n")
+        self._write(f"{clear}{masked(message)}\n")
 
     def _write(self, text: str) -> None:
         try:

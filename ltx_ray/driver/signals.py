@@ -21,7 +21,7 @@ class Stopped(BaseException):
 
 
 class RunSignals:
-    """Context of a run. The first signal calls `action` with its name, or raises Stopped in the main thread without one.
+    """Context of a run. The first signal calls `action` with its name, or raises Stopped where there is none.
 
     The handlers from before are put back when the context ends. SIGHUP stays ignored where it is, as under `nohup`.
     """

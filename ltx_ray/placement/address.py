@@ -1,6 +1,6 @@
-"""The address of a running Ray cluster: what a user gave, and whether a cluster answers there. Never imports Ray early.
+"""The address of a running Ray cluster: what a user gave, and whether a cluster answers there.
 
-Ray itself tries a wrong address for minutes, and then ends with a message of its own.
+Ray itself tries a wrong address for minutes, and ends with a message of its own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import threading
 from pathlib import Path
 
 #: What may be given.
-_LEGAL = "host:port of the cluster's GCS, such as 127.0.0.1:6379; auto, the cluster that runs on this machine; local"
+_LEGAL = "host:port of a head, such as 127.0.0.1:6379, auto (the cluster of this machine), or local (a private one)"
 _HOST_AND_PORT = re.compile(r"(?P<host>\[[0-9a-fA-F:.%\w]+\]|[^\s:/\[\]]+):(?P<port>[0-9]{1,5})")
 #: Seconds for the whole of the check, and for each of its steps: to connect, to be greeted, and to be answered.
 _CHECK_SECONDS = 9.0
@@ -98,7 +98,8 @@ def _what_a_uri_is(scheme: str, rest: str) -> str:
     if scheme in ("http", "https"):
         return "is the address of a dashboard, which takes jobs (ray job submit)"
     if scheme == "ray":
-        return f"is the address of a Ray Client server, and a run joins the cluster itself, as {rest.partition(':')[0]}:6379"
+        head = rest.partition("/")[0].rpartition(":")[0] or rest
+        return f"is the address of a Ray Client server; a run joins the cluster itself, as at {head}:6379"
     return f"has the scheme {scheme}://"
 
 
@@ -115,7 +116,7 @@ def _greeting(host: str, port: int) -> bytes:
 
 def _ask(option: str, address: str) -> None:
     """Raise ValueError unless a GCS answers at `address` and takes this process's token."""
-    import grpc
+    import grpc  # It comes with Ray.
 
     token = _token()
     metadata = (("authorization", f"Bearer {token}"),) if token else ()

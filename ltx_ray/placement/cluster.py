@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ltx_ray.checkpoints.checkpoint import Checkpoint
+from ltx_ray.checkpoints.digests import writable_cache_root
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec, RequestedNumerics
 from ltx_ray.placement.memory import Gpu, can_share, known_gpus
 from ltx_ray.placement.numerics import has_fa3, resolve
@@ -111,6 +112,8 @@ class Cluster:
         # A private cluster has as many logical CPUs as its pools ask for.
         slots = Resources(slots_needed(pools).cpus, found.count)
         check_schedulable(pools, slots)
+        if numerics.device == "cuda":
+            writable_cache_root()  # Triton keeps its kernels there.
         address = self._private.start(
             num_cpus=int(slots.cpus) + 1,
             include_dashboard=False,

@@ -1,12 +1,12 @@
 """The process that a private cluster hangs on. It is run by its path and imports Ray alone.
 
 Its argument is a JSON object with the arguments of `ray.init`. It starts a cluster, writes one line to its standard
-output, `{"address": ...}` or `{"error": ...}`, and ends the cluster and itself when its standard input is closed: by the
-run, or by the kernel when the run has died.
+output, `{"address": ...}` or `{"error": ...}`, and ends the cluster and itself when its standard input is closed: by
+the run, or by the kernel when the run has died.
 
-The run starts it in a session of its own and with the signals that end a run blocked, which every process of the cluster
-inherits. A signal to the run's process group, or to all processes of its systemd unit or its Slurm step, reaches the run
-alone, which drains while its cluster goes on.
+The run starts it in a session of its own and with the signals that end a run blocked. Every process of the cluster
+inherits both. A signal to the run's process group, or to every process of its systemd unit or Slurm step, therefore
+reaches the run alone, and its cluster goes on until the run has drained.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ def main() -> None:
     try:
         import ray
 
-        context = ray.init(address="local", logging_level=logging.ERROR, log_to_driver=False, **json.loads(sys.argv[1]))
-        session.append(context.address_info["session_dir"])
-        reply = {"address": context.address_info["gcs_address"]}
+        ray.init(address="local", logging_level=logging.ERROR, log_to_driver=False, **json.loads(sys.argv[1]))
+        context = ray.get_runtime_context()
+        session.append(os.path.join(os.environ["RAY_TMPDIR"], "ray", context.get_session_name()))
+        reply = {"address": context.gcs_address}
     except BaseException as error:
         reply = {"error": f"{type(error).__name__}: {error}"}
     try:

@@ -321,7 +321,9 @@ class _Rendering:
         state, code = self._drive(rows)
         # A run that was told to stop does not wait for a report.
         if state != "drained" and not self._driver.drain_requested and not run.lease.lost:
-            _write_report(run.store, self._tracker.counts["rows"], run.progress.say, run.signals)
+            run.signals.action = None
+            _write_report(run.store, self._tracker.counts["rows"], run.progress.say)
+            run.signals.action = self._driver.request_drain
         counts = recorded_counts(self._tracker.counts)
         run.progress.say(_summary(state, counts, run.store.name))
         return code
@@ -403,19 +405,16 @@ class _Rendering:
         self._events.flush()
 
 
-def _write_report(store: Store, rows: int, say: Callable[[str], None], signals: RunSignals) -> None:
-    from ltx_ray.dataset.report import write_report
-
+def _write_report(store: Store, rows: int, say: Callable[[str], None]) -> None:
     if not store.is_local and rows > _REMOTE_REPORT_ROWS:
         say(f"report.html is left to `ltx-ray report {store.name}`: it reads every row of the index")
         return
-    action, signals.action = signals.action, None
     try:
+        from ltx_ray.dataset.report import write_report
+
         write_report(store.uri)
     except (Exception, Stopped) as error:  # The report must never change how a run ends.
         say(f"report.html was not written: {error}")
-    finally:
-        signals.action = action
 
 
 def say_missing_ids(plan: Plan, say: Callable[[str], None]) -> None:

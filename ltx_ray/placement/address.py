@@ -12,8 +12,6 @@ import sys
 import threading
 from pathlib import Path
 
-#: What may be given.
-_LEGAL = "host:port of a head, such as 127.0.0.1:6379, auto (the cluster of this machine), or local (a private one)"
 _HOST_AND_PORT = re.compile(r"(?P<host>\[[0-9a-fA-F:.%\w]+\]|[^\s:/\[\]]+):(?P<port>[0-9]{1,5})")
 #: Seconds for the whole of the check, and for each of its steps: to connect, to be greeted, and to be answered.
 _CHECK_SECONDS = 9.0
@@ -27,11 +25,10 @@ def find_cluster(given: str | None) -> str | None:
 
     Raises ValueError within ten seconds when it is no address, or when no cluster answers there.
     """
-    option = "--ray-address" if given and given.strip() != "auto" else "RAY_ADDRESS"
-    address = (given or "").strip()
-    if address in ("", "auto"):
-        # Ray, too, lets the variable say which cluster "auto" is.
-        address = os.environ.get("RAY_ADDRESS", "").strip() or address
+    option, address = "--ray-address", (given or "").strip()
+    # Ray, too, lets the variable say which cluster "auto" is.
+    if address in ("", "auto") and (variable := os.environ.get("RAY_ADDRESS", "").strip()):
+        option, address = "RAY_ADDRESS", variable
     if address in ("", "local"):
         return None
     if _has_joined():
@@ -40,7 +37,7 @@ def find_cluster(given: str | None) -> str | None:
 
     def check() -> None:
         try:
-            found.append(_checked(option, _found_here() if address == "auto" else address))
+            found.append(_checked(option, _found_here(option) if address == "auto" else address))
         except ValueError as error:
             found.append(error)
 
@@ -48,7 +45,7 @@ def find_cluster(given: str | None) -> str | None:
     thread = threading.Thread(target=check, name="cluster address", daemon=True)
     thread.start()
     thread.join(_CHECK_SECONDS)
-    answer = found[0] if found else ValueError(f"{option}: {address}, does not answer; legal: {_LEGAL}")
+    answer = found[0] if found else _refusal(option, address, "does not answer")
     if isinstance(answer, ValueError):
         raise answer
     return answer
@@ -60,15 +57,17 @@ def _has_joined() -> bool:
     return ray is not None and ray.is_initialized()
 
 
-def _found_here() -> str:
+def _found_here(option: str) -> str:
     """The address of the cluster of this machine that Ray would take for "auto"."""
+    if "RAY_AUTH_MODE" not in os.environ and _saved_token():
+        os.environ["RAY_AUTH_MODE"] = "token"  # As Ray does for "auto" alone. It has to know before it is imported.
     from ray._private.services import canonicalize_bootstrap_address_or_die
 
     try:
         return canonicalize_bootstrap_address_or_die("auto")
     except (ConnectionError, ValueError):
         raise ValueError(
-            "--ray-address: auto, but not exactly one cluster runs on this machine; legal: host:port of one, or local"
+            f"{option}: auto, but not exactly one cluster runs on this machine; legal: host:port of one, or local"
         ) from None
 
 
@@ -76,22 +75,26 @@ def _checked(option: str, address: str) -> str:
     """`address` when a cluster that this process may join answers there; else ValueError."""
     scheme, found, rest = address.partition("://")
     if found:
-        raise ValueError(f"{option}: {address}, {_what_a_uri_is(scheme.lower(), rest)}; legal: {_LEGAL}")
+        raise _refusal(option, address, _what_a_uri_is(scheme.lower(), rest))
     match = _HOST_AND_PORT.fullmatch(address)
     if match is None or not 0 < int(match["port"]) < 65536:
-        raise ValueError(f"{option}: {address}, is no address; legal: {_LEGAL}")
+        raise _refusal(option, address, "is no address")
     try:
         greeting = _greeting(match["host"].strip("[]"), int(match["port"]))
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise ValueError(f"{option}: {address}, cannot be reached ({reason}); legal: {_LEGAL}") from None
+        raise _refusal(option, address, f"cannot be reached ({error.strerror or error})") from None
     if greeting.startswith(b"HTTP/"):
-        raise ValueError(
-            f"{option}: {address}, is the port of a dashboard, which takes jobs (ray job submit); legal: {_LEGAL}"
-        )
+        raise _refusal(option, address, "is the port of a dashboard, which takes jobs (ray job submit)")
     if os.environ.get("RAY_USE_TLS", "0") in ("", "0"):
         _ask(option, address)
     return address
+
+
+def _refusal(option: str, address: str, what: str) -> ValueError:
+    return ValueError(
+        f"{option}: {address}, {what}; "
+        "legal: host:port of a head, such as 127.0.0.1:6379, auto (the cluster of this machine), or local (a private one)"
+    )
 
 
 def _what_a_uri_is(scheme: str, rest: str) -> str:
@@ -115,7 +118,7 @@ def _greeting(host: str, port: int) -> bytes:
 
 
 def _ask(option: str, address: str) -> None:
-    """Raise ValueError unless a GCS answers at `address` and takes this process's token."""
+    """Raise ValueError unless a head answers at `address` and takes this process's token."""
     import grpc  # It comes with Ray.
 
     token = _token()
@@ -132,14 +135,17 @@ def _ask(option: str, address: str) -> None:
             f"{option}: {address}, {wrong}; legal: RAY_AUTH_MODE=token, with the cluster's token in RAY_AUTH_TOKEN or "
             "~/.ray/auth_token"
         )
-    wrong = "is the port of another service" if code is grpc.StatusCode.UNIMPLEMENTED else "does not answer as a GCS"
-    raise ValueError(f"{option}: {address}, {wrong}; legal: {_LEGAL}")
+    known = code is not grpc.StatusCode.UNIMPLEMENTED
+    raise _refusal(option, address, "does not answer as a head" if known else "is the port of another service")
 
 
 def _token() -> str | None:
     """The token that Ray will send; None when it sends none."""
-    if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
-        return None
+    return _saved_token() if os.environ.get("RAY_AUTH_MODE", "").lower() == "token" else None
+
+
+def _saved_token() -> str | None:
+    """The token that this process would find, in Ray's order."""
     if token := os.environ.get("RAY_AUTH_TOKEN"):
         return token.strip()
     path = os.environ.get("RAY_AUTH_TOKEN_PATH")

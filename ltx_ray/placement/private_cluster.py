@@ -75,7 +75,7 @@ class PrivateCluster:
         if "error" in reply:
             raise ConnectionError(
                 f"the private Ray cluster did not start: {first_line(reply['error'])}; "
-                f"its logs are in {folder}/ray/session_latest/logs"
+                f"its logs are in {os.path.join(folder, 'ray', 'session_latest', 'logs')}"
             )
         return str(reply["address"])
 

@@ -27,8 +27,10 @@ os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "60000")
 # With a token of its own, Ray neither looks for one in the home directory nor writes one there.
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-# Sessions of Ray, and the file that says which cluster "auto" is, are of this process alone.
-RAY_FOLDER = os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ltx-")
+# Temporary files have a folder of this process's own, with Ray's sessions and the file that says which cluster "auto" is.
+# Those of tests stay where pytest keeps the last three runs.
+os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+TEMPORARY = tempfile.tempdir = os.environ["TMPDIR"] = os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ltx-")
 # Drawn once, because all processes of one run must collect the same tests.
 os.environ.setdefault("LTX_RAY_PARITY_SEED", str(secrets.randbelow(10**9)))
 # Tests never connect to an existing cluster.
@@ -112,7 +114,7 @@ def _folder(item: pytest.Item) -> str:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    shutil.rmtree(RAY_FOLDER, ignore_errors=True)
+    shutil.rmtree(TEMPORARY, ignore_errors=True)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -92,8 +92,8 @@ def _checked(option: str, address: str) -> str:
 
 def _refusal(option: str, address: str, what: str) -> ValueError:
     return ValueError(
-        f"{option}: {address}, {what}; "
-        "legal: host:port of a head, such as 127.0.0.1:6379, auto (the cluster of this machine), or local (a private one)"
+        f"{option}: {address}, {what}; legal: host:port of a head, such as 127.0.0.1:6379, "
+        "auto (the cluster of this machine), or local (a private one)"
     )
 
 

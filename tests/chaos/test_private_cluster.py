@@ -18,7 +18,7 @@ from tests.support.local_cluster import FAKE, MODEL, Dataset, Driver, rows, wait
 
 pytestmark = pytest.mark.slow
 
-SHARED = ParallelConfig(stage1=1, stage2=0)
+SEPARATE = ParallelConfig(stage1=1, stage2=1)
 
 
 class PrivateRun:
@@ -32,7 +32,7 @@ class PrivateRun:
         manifest = self.folder / "rows.jsonl"
         manifest.write_text("".join(json.dumps(row) + "\n" for row in rows(*prompts)))
         options = Options(
-            str(manifest), str(self.out.folder), MODEL, RequestedNumerics(), SHARED, engines=FAKE,
+            str(manifest), str(self.out.folder), MODEL, RequestedNumerics(), SEPARATE, engines=FAKE,
             preflight=False, limits=RunLimits(grace=grace),
         )  # fmt: skip
         self._drivers.append(Driver(options, self.folder / f"driver-{len(self._drivers)}", **where))

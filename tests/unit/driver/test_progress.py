@@ -99,3 +99,15 @@ def test_nothing_is_left_at_the_end(clock):
     last = out.getvalue().splitlines()[-1]
     assert "left" not in last
     assert "2.0 clips/s" in last
+
+
+def test_a_terminal_that_was_closed_stops_no_run():
+    """As when `tee` ends with the Ctrl-C that drains the run."""
+
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError(32, "Broken pipe")
+
+    progress = Progress(Closed())
+    progress.say("draining: SIGINT")
+    progress.update(1, 0, 2, "", force=True)

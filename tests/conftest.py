@@ -27,7 +27,7 @@ os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "60000")
 # With a token of its own, Ray neither looks for one in the home directory nor writes one there.
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-# Temporary files have a folder of this process's own, with Ray's sessions and the file that says which cluster "auto" is.
+# Temporary files have a folder of this process's own. Ray keeps its sessions there, and which cluster "auto" is.
 # Those of tests stay where pytest keeps the last three runs.
 os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
 TEMPORARY = tempfile.tempdir = os.environ["TMPDIR"] = os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ltx-")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 
@@ -37,10 +36,10 @@ def test_the_first_signal_drains_and_the_second_ends_the_process(ended, clock, n
         signals.action = asked.append
         signal.signal(number, signal.SIG_DFL)  # as a library may do
         signals.install()
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
         assert asked == [number.name] and not ended
         clock[0] += 0.4
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
         # the handler of this test returns, where os._exit would not
         assert ended == [128 + number] and asked == [number.name]
     assert signal.getsignal(number) is before
@@ -52,7 +51,7 @@ def test_signals_that_come_together_are_one(ended, clock):
         signals.action = asked.append
         # `timeout` sends its signal to the process and to its group; a terminal that closes sends several kinds.
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGHUP):
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
             clock[0] += 0.05
     assert asked == ["SIGTERM"] and not ended
 
@@ -60,7 +59,7 @@ def test_signals_that_come_together_are_one(ended, clock):
 @pytest.mark.parametrize("number", SIGNALS)
 def test_where_nothing_is_under_way_a_signal_raises(ended, clock, number):
     with RunSignals(), pytest.raises(Stopped, match=number.name):
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
     assert not ended
 
 
@@ -69,7 +68,7 @@ def test_a_hang_up_that_nohup_ignores_stays_ignored():
     try:
         with RunSignals():
             assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-            os.kill(os.getpid(), signal.SIGHUP)
+            signal.raise_signal(signal.SIGHUP)
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)

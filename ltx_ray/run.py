@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import os
 import secrets
 from collections import Counter
@@ -21,8 +22,9 @@ from ltx_ray.checkpoints.checkpoint import (
     open_checkpoint,
 )
 from ltx_ray.checkpoints.lora import check_lora
-from ltx_ray.config import EngineSpec, ModelFiles, Numerics, RequestedNumerics, RunLimits, Selection
+from ltx_ray.config import NEWEST_SCHEME, EngineSpec, ModelFiles, Numerics, RequestedNumerics, RunLimits, Selection
 from ltx_ray.dataset.existing import ExistingRows, list_existing
+from ltx_ray.dataset.identity import DatasetIdentity, changed_numerics, read_identity, write_identity
 from ltx_ray.dataset.repair import repair
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.driver.events import EventLog
@@ -33,18 +35,17 @@ from ltx_ray.driver.run_record import RunRecord, keep_older_run, recorded_counts
 from ltx_ray.driver.signals import RunSignals, Stopped
 from ltx_ray.driver.tracker import RowTracker
 from ltx_ray.manifest.reader import RawRow, manifest_folder
-from ltx_ray.manifest.rules import IllegalRow, RowRules, check_defaults, judge
-from ltx_ray.placement.address import find_cluster
-from ltx_ray.placement.cluster import Cluster, Placement
+from ltx_ray.manifest.rules import RowRules, check_defaults
+from ltx_ray.placement.cluster import Cluster, Placement, where_to_run
 from ltx_ray.placement.memory import MemoryBudget
 from ltx_ray.placement.numerics import check as check_numerics
-from ltx_ray.placement.private_cluster import temporary_folder
 from ltx_ray.placement.sizing import ParallelConfig
 from ltx_ray.planning.plan import ItemBuilder, Plan, PlanEntry
+from ltx_ray.planning.preflight import preflight_item
 from ltx_ray.planning.promotion import promoted
-from ltx_ray.pools.pool import StartFailed
+from ltx_ray.pools.pool import ModelRefused, StartFailed
 from ltx_ray.presets import served_pipelines
-from ltx_ray.records import LoraUse, WorkItem, canonical_json
+from ltx_ray.records import LoraUse, canonical_json
 from ltx_ray.stages import FULL_PATH, PREVIEW_PATH
 from ltx_ray.storage.credentials import masked
 from ltx_ray.storage.images import check_roots
@@ -56,6 +57,7 @@ from ltx_ray.storage.store import Store, clean_stale
 _STALE_SECONDS = 3600.0
 #: Seconds for which an output that cannot be reached is retried before the run ends.
 _OUTPUT_RETRY_SECONDS = 600.0
+_CHECK_RETRY_SECONDS = 10.0
 #: Threads that write rows. An object store takes long for each write, but takes many at once.
 _LOCAL_WRITERS, _REMOTE_WRITERS = 2, 16
 #: A run into an object store ends with a report for up to this many rows, because the report reads every row.
@@ -112,6 +114,10 @@ class Options:
     promote: frozenset[str] | None = None
     #: Whether a tiny clip goes through every pool before a pool grows beyond one replica.
     preflight: bool = True
+    #: Whether noise may be drawn on another device than that of the dataset's other clips.
+    allow_other_noise: bool = False
+    #: The scheme of item_ids; None for that of the output's rows, or the newest.
+    scheme: int | None = None
     #: The command line, for the record.
     command: tuple[str, ...] = ()
     #: Dotted paths of the engines, by kind.
@@ -160,13 +166,23 @@ def prepare(options: Options) -> Prepared:
     plan = Plan(
         manifest=options.manifest,
         rules=rules,
-        builder=ItemBuilder(model, options.numerics),
+        builder=ItemBuilder(model, options.numerics, options.scheme or _scheme_of(options.output)),
         selection=options.selection,
         samples=options.samples_per_prompt,
         retry_failed=options.retry_failed,
         latents_only=options.stop_after is not None,
     )
     return Prepared(options, checkpoint, plan, tuple(warnings))
+
+
+def _scheme_of(output: str | None) -> int:
+    """The scheme of the rows at `output`. A store that does not answer has none; `Run` reads it once more."""
+    if output is None:
+        return NEWEST_SCHEME
+    try:
+        return read_identity(Store(output, _CHECK_RETRY_SECONDS)).scheme
+    except OSError:
+        return NEWEST_SCHEME
 
 
 def render(options: Options) -> ExitCode:
@@ -183,9 +199,7 @@ def _render(options: Options, signals: RunSignals) -> ExitCode:
     assert options.output is not None
     _check_output(options.output)
     prepared = prepare(options)
-    address = find_cluster(options.ray_address)
-    if address is None:
-        temporary_folder()
+    address = where_to_run(options.ray_address)
     # What is wrong with the manifest as a whole is reported before the output is touched.
     raws = prepared.plan.read()
     store = Store(options.output)
@@ -213,6 +227,7 @@ class Run:
         self.run_id = f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
         self.progress = Progress()
         self.lease = Lease(store, self.run_id)
+        self.identity = DatasetIdentity()
         options = self.options
         self.cluster = Cluster(
             address=address,
@@ -229,17 +244,51 @@ class Run:
         self.progress.say(f"rendering {recorded(self.options.manifest)} into {self.store.name}")
         for warning in self.prepared.warnings:
             self.progress.say(warning)
+        self.lease.acquire(self.progress.say)
         try:
-            self.lease.acquire(self.progress.say)
-        except BaseException:
-            self.lease.release()
-            raise
-        try:
+            self._take_identity()
             existing = self._repaired_rows()
             plan = self.prepared.plan.against(existing)
             return _Rendering(self, plan).execute(self._chosen(plan, plan.rows(raws)))
         finally:
             self._leave()
+
+    def _take_identity(self) -> None:
+        """Read what holds for the dataset's rows, or lay it down for a new one."""
+        scheme = self.prepared.plan.builder.scheme
+        identity = read_identity(self.store)
+        if self.options.scheme is not None:
+            identity = replace(identity, scheme=self.options.scheme)
+        if identity.scheme != scheme:
+            raise ValueError(
+                f"{self.store.name}: its rows have scheme {identity.scheme}, and the rows of this run were planned for "
+                f"scheme {scheme}, because the output did not answer or was new; legal: the same command again"
+            )
+        self.identity = identity
+        write_identity(self.store, identity)
+
+    def check_noise(self, family: str) -> None:
+        """Take in where noise is drawn: "cpu", or the model of the GPU. Raises ValueError when it was elsewhere."""
+        before = self.identity.noise_family
+        if before not in (None, family) and not self.options.allow_other_noise:
+            raise ValueError(
+                f"{self.store.name}: the noise of its clips was drawn on {before}, and this run draws it on {family}, "
+                f"which gives other clips for the same rows; legal: {_same_noise(before)}, another --output, or "
+                f"--allow-other-noise"
+            )
+        self._record_identity(replace(self.identity, noise_family=before or family))
+
+    def check_numerics(self, numerics: Numerics) -> None:
+        """Say in what the run computes otherwise than the one before."""
+        now = json.loads(canonical_json(numerics))
+        if changed := changed_numerics(self.identity.numerics, now):
+            self.progress.say(f"numerics differ from those of the run before: {changed}")
+        self._record_identity(replace(self.identity, numerics=now))
+
+    def _record_identity(self, identity: DatasetIdentity) -> None:
+        if identity != self.identity:
+            self.identity = identity
+            write_identity(self.store, identity)
 
     def _repaired_rows(self) -> ExistingRows:
         """Repair the dataset and list its rows, under the lease: rows that another run has just finished are done."""
@@ -312,6 +361,7 @@ class _Rendering:
             path=PREVIEW_PATH if options.stop_after else FULL_PATH,
             limits=options.limits,
             noise_device=options.numerics.noise_device,
+            check_noise=run.check_noise,
             use_stored=not options.stop_after,
             on_drain=lambda: self._record.write("draining", self._tracker.counts),
             should_stop=lambda: f"another run has taken over {store.name}" if run.lease.lost else None,
@@ -335,6 +385,8 @@ class _Rendering:
         try:
             self._record.write("running", Counter())
             self._events.emit("run_started", run_id=self._run.run_id)
+            for warning in self._run.prepared.warnings:
+                self._events.emit("warning", message=warning)
             self._events.flush()
             state, code = self._run_driver(rows)
         except ConnectionError:
@@ -345,6 +397,7 @@ class _Rendering:
         except (StartFailed, OSError) as error:
             # An OSError is the output's, which could not be reached for as long as it is retried.
             self._run.progress.say(str(error))
+            code = ExitCode.USAGE if isinstance(error, ModelRefused) else code
         finally:
             self._run.signals.action = self._driver.request_drain
             self._finish(state)
@@ -364,7 +417,10 @@ class _Rendering:
     def _join_cluster(self) -> JoinedCluster:
         """What the driver calls when the first row is to be rendered."""
         options, run = self._options, self._run
+        if options.numerics.noise_device == "cpu":
+            run.check_noise("cpu")
         placement = run.cluster.join()
+        run.check_numerics(placement.numerics)
         # Only now: joining sets variables that Ray reads when it is imported.
         from ltx_ray.pools.ray_replicas import RayReplicaSet
 
@@ -382,7 +438,7 @@ class _Rendering:
             placement.pools,
             canonical_json(placement.numerics),
             placement.store_bytes,
-            _preflight_item(run.prepared) if preflight else None,
+            preflight_item(run.prepared.plan, options.model.distilled) if preflight else None,
             elastic=options.parallel.max_replicas is not None,
             problem=budget.problem if budget is not None else lambda request: None,
         )
@@ -425,15 +481,9 @@ def say_missing_ids(plan: Plan, say: Callable[[str], None]) -> None:
         say(f"--ids: {len(plan.unmet)} ids are not in {recorded(plan.manifest)}, such as {shown}")
 
 
-def _preflight_item(prepared: Prepared) -> WorkItem | None:
-    """The smallest clip, with the run's defaults otherwise; None when the defaults make it illegal."""
-    values: dict[str, Any] = {"prompt": "preflight", "height": 64, "width": 64, "num_frames": 9}
-    if not prepared.options.model.distilled:
-        values["num_inference_steps"] = 2
-    row = judge(RawRow("preflight", 1, values), prepared.plan.rules)
-    if isinstance(row, IllegalRow):
-        return None
-    return replace(prepared.plan.builder.item(row.request), preflight=True)
+def _same_noise(family: str) -> str:
+    """What draws noise as the dataset's other clips have it."""
+    return "--noise-device cpu" if family == "cpu" else f"GPUs of the model {family}"
 
 
 def _summary(state: str, counts: Mapping[str, int], output: str) -> str:

@@ -13,9 +13,10 @@ from typing import Any
 from ltx_ray.checkpoints.checkpoint import Checkpoint
 from ltx_ray.checkpoints.digests import writable_cache_root
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec, RequestedNumerics
+from ltx_ray.placement.address import find_cluster
 from ltx_ray.placement.memory import Gpu, can_share, known_gpus
 from ltx_ray.placement.numerics import has_fa3, resolve
-from ltx_ray.placement.private_cluster import PrivateCluster
+from ltx_ray.placement.private_cluster import PrivateCluster, temporary_folder
 from ltx_ray.placement.sizing import ParallelConfig, Resources, check_schedulable, lay_out, slots_needed
 from ltx_ray.records import first_line
 
@@ -50,6 +51,17 @@ class _FreeGpus:
     #: Those of known memory, where any are.
     largest: Gpu | None = None
     smallest: Gpu | None = None
+
+
+def where_to_run(given: str | None) -> str | None:
+    """The address of the cluster that `given` or RAY_ADDRESS names; None for a private one.
+
+    Raises ValueError when no cluster answers there, or when a private one would have no folder for its files.
+    """
+    address = find_cluster(given)
+    if address is None:
+        temporary_folder()
+    return address
 
 
 class Cluster:

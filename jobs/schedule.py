@@ -137,13 +137,16 @@ def connect(address: str) -> Any:
     # Ray lets these variables override the address that it is given.
     for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
         os.environ.pop(name, None)
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Without it, Ray would not send the token.
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     try:
         return JobSubmissionClient(address)
     except AuthenticationError as error:
-        raise ConnectionError(str(error).partition("\n")[0] + " (Ray's token: $RAY_AUTH_TOKEN)") from None
+        text = str(error).partition("\n")[0]
+        raise ConnectionError(f"{text}; legal: the cluster's token in RAY_AUTH_TOKEN") from None
 
 
 def _status(client: Any, job: str) -> str | None:
@@ -296,4 +299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

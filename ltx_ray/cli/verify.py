@@ -26,7 +26,7 @@ from ltx_ray.dataset.writer import read_rows
 from ltx_ray.manifest.columns import COLUMNS
 from ltx_ray.presets import PIPELINES
 from ltx_ray.records import plain
-from ltx_ray.run import Options, render
+from ltx_ray.run import ExitCode, Options, render
 from ltx_ray.storage.lease import Lease
 from ltx_ray.storage.locations import parent
 from ltx_ray.storage.store import Store
@@ -275,7 +275,7 @@ def _render_again(
                 file.writelines(json.dumps(_manifest_row(row)) + "\n" for row in by_item.values())
             given = options(manifest, output)
             roots = {parent(image["path"]) for row in by_item.values() for image in row["images"] or ()}
-            render(
+            code = render(
                 dataclasses.replace(
                     given,
                     numerics=dataclasses.replace(
@@ -288,6 +288,8 @@ def _render_again(
                     image_roots=(*given.image_roots, *sorted(roots)),
                 )
             )
+            if code is ExitCode.DRAINED:
+                raise SystemExit(code)
             rendered = {row["id"]: row for row in read_rows(Store(output), layout.INDEX)}
             failed = {row["id"]: row for row in read_rows(Store(output), layout.FAILED)}
         for item_id, row in by_item.items():

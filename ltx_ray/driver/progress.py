@@ -25,11 +25,17 @@ class Progress:
 
     def say(self, message: str) -> None:
         """Print a line that stays."""
-        if self._width:
-            self._stream.write("\r" + " " * self._width + "\r")
-            self._width = 0
-        self._stream.write(masked(message) + "\n")
-        self._stream.flush()
+        clear = "\r" + " " * self._width + "\r" if self._width else ""
+        self._width = 0
+        self._write(f"{clear}{masked(message)}\n")
+
+    def _write(self, text: str) -> None:
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except OSError:
+            # The terminal was closed, `tee` ended with the Ctrl-C that drains the run, or the log's disk is full.
+            pass
 
     def due(self) -> bool:
         """Whether `update` would print now. Cheap enough for every turn of the loop."""
@@ -64,9 +70,8 @@ class Progress:
         parts.append(f"{duration(now - self._began)} elapsed")
         line = " | ".join(parts) + (f" | {doing}" if doing else "")
         if self._terminal:
-            self._stream.write("\r" + line.ljust(self._width))
+            self._write("\r" + line.ljust(self._width))
             self._width = len(line)
-            self._stream.flush()
         else:
             self.say(line)
 

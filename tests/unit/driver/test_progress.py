@@ -90,3 +90,15 @@ def test_what_is_not_known_is_left_out(clock):
     out = io.StringIO()
     Progress(out).update(5_000_003, 0, None, "", force=True)
     assert out.getvalue() == "5000003/? clips | 0 s elapsed\n"
+
+
+def test_a_terminal_that_was_closed_stops_no_run():
+    """As when `tee` ends with the Ctrl-C that drains the run."""
+
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError(32, "Broken pipe")
+
+    progress = Progress(Closed())
+    progress.say("draining: SIGINT")
+    progress.update(1, 0, 2, "", force=True)

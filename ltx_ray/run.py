@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import os
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -43,8 +44,10 @@ from ltx_ray.pools.pool import StartFailed
 from ltx_ray.presets import served_pipelines
 from ltx_ray.records import LoraUse, WorkItem, canonical_json
 from ltx_ray.stages import FULL_PATH, PREVIEW_PATH
+from ltx_ray.storage.credentials import masked
 from ltx_ray.storage.images import check_roots
 from ltx_ray.storage.lease import Lease
+from ltx_ray.storage.locations import is_in_job_copy, recorded
 from ltx_ray.storage.store import Store, clean_stale
 
 #: No process is still writing a temporary file of this age, in seconds.
@@ -166,13 +169,24 @@ def prepare(options: Options) -> Prepared:
 
 def render(options: Options) -> ExitCode:
     """Render the manifest. Raises ValueError for a user's mistake, ConnectionError without an answer of the cluster."""
+    assert options.output is not None
+    _check_output(options.output)
     prepared = prepare(options)
     # What is wrong with the manifest as a whole is reported before the output is touched.
     raws = prepared.plan.read()
-    assert options.output is not None
     store = Store(options.output)
     store.check_writable()
     return Run(prepared, store).execute(raws)
+
+
+def _check_output(output: str) -> None:
+    """Refuse a place that Ray deletes. Manifests and images may be there."""
+    if is_in_job_copy(output):
+        name = os.path.basename(output)
+        raise ValueError(
+            f"--output: {output}, is in the copy that Ray makes of a job's working directory, and is lost with it; "
+            f"legal: a place outside of it, such as {os.path.join(os.path.expanduser('~'), name)}, s3:// or gs://"
+        )
 
 
 class Run:
@@ -224,7 +238,7 @@ class Run:
                 engine=path,
                 model=self.options.model,
                 numerics=numerics,
-                output=self.store.root if self.store.is_local else self.store.uri,
+                output=self.store.uri,
                 save_latents=self.options.save_latents,
                 stop_after=self.options.stop_after,
             )
@@ -254,9 +268,9 @@ class _Rendering:
         self._record = RunRecord(
             store,
             run_id=run.run_id,
-            command=options.command,
-            manifest=options.manifest,
-            output=options.output,
+            command=[masked(argument) for argument in options.command],
+            manifest=recorded(options.manifest),
+            output=store.name,
             checkpoint=run.prepared.checkpoint,
             parallel=options.parallel,
             requested=options.numerics,
@@ -277,7 +291,7 @@ class _Rendering:
             noise_device=options.numerics.noise_device,
             use_stored=not options.stop_after,
             on_drain=lambda: self._record.write("draining", self._tracker.counts),
-            should_stop=lambda: f"another run has taken over {store.uri}" if run.lease.lost else None,
+            should_stop=lambda: f"another run has taken over {store.name}" if run.lease.lost else None,
         )
         self._signals = DrainSignals(self._driver)
 
@@ -300,7 +314,7 @@ class _Rendering:
         finally:
             self._finish(state)
         counts = recorded_counts(self._tracker.counts)
-        self._run.progress.say(_summary(state, counts, self._options.output))
+        self._run.progress.say(_summary(state, counts, self._run.store.name))
         return code
 
     def _run_driver(self, rows: Iterator[PlanEntry]) -> tuple[str, ExitCode]:
@@ -363,10 +377,10 @@ def _write_report(store: Store, rows: int, say: Callable[[str], None]) -> None:
     from ltx_ray.dataset.report import write_report
 
     if not store.is_local and rows > _REMOTE_REPORT_ROWS:
-        say(f"report.html is left to `ltx-ray report {store.uri}`: it reads every row of the index")
+        say(f"report.html is left to `ltx-ray report {store.name}`: it reads every row of the index")
         return
     try:
-        write_report(store.root if store.is_local else store.uri)
+        write_report(store.uri)
     except Exception as error:  # The report must never change how a run ends.
         say(f"report.html was not written: {error}")
 
@@ -375,7 +389,7 @@ def say_missing_ids(plan: Plan, say: Callable[[str], None]) -> None:
     """Name ids that were selected and that the manifest, read to its end, does not have."""
     if plan.unmet:
         shown = ", ".join(sorted(str(row_id) for row_id in plan.unmet)[:10])
-        say(f"--ids: {len(plan.unmet)} ids are not in {plan.manifest}, such as {shown}")
+        say(f"--ids: {len(plan.unmet)} ids are not in {recorded(plan.manifest)}, such as {shown}")
 
 
 def _preflight_item(prepared: Prepared) -> WorkItem | None:
@@ -389,7 +403,7 @@ def _preflight_item(prepared: Prepared) -> WorkItem | None:
     return replace(prepared.plan.builder.item(row.request), preflight=True)
 
 
-def _summary(state: str, counts: Mapping[str, int], output: str | None) -> str:
+def _summary(state: str, counts: Mapping[str, int], output: str) -> str:
     parts = [f"{counts['rendered']} rendered"]
     if counts["already_done"]:
         parts.append(f"{counts['already_done']} done before")

@@ -20,7 +20,7 @@ from ltx_ray.cli.options import (
     build_options,
     output_option,
 )
-from ltx_ray.cli.parameters import Argument, AtLeast, Command, IdsFile, Option
+from ltx_ray.cli.parameters import Argument, AtLeast, Command, IdsFile, Location, Option
 from ltx_ray.config import Selection
 from ltx_ray.dataset import layout
 from ltx_ray.dataset.existing import list_existing
@@ -28,7 +28,9 @@ from ltx_ray.manifest.rules import IllegalRow
 from ltx_ray.planning.plan import ILLEGAL, PlannedRow, cost_line
 from ltx_ray.records import canonical_json
 from ltx_ray.run import ExitCode, Options, prepare, render, say_missing_ids
-from ltx_ray.storage.store import Store, join
+from ltx_ray.storage.credentials import mask_tracebacks, masked
+from ltx_ray.storage.locations import join, recorded
+from ltx_ray.storage.store import Store
 
 #: Rows that `plan` lists without --all.
 _PLAN_ROWS = 40
@@ -57,10 +59,10 @@ class _Commands(click.Group):
         try:
             code = super().invoke(ctx)
         except ValueError as error:
-            click.echo(f"error: {error}", err=True)
+            click.echo(f"error: {masked(str(error))}", err=True)
             code = ExitCode.USAGE
         except OSError as error:  # The store's, or a ConnectionError of the cluster.
-            click.echo(f"error: {error}", err=True)
+            click.echo(f"error: {masked(str(error))}", err=True)
             code = ExitCode.ERROR
         ctx.exit(int(code))
 
@@ -72,7 +74,7 @@ app = _Commands(name="ltx-ray")
     name="render",
     short_help="render a manifest into a dataset of clips",
     params=[
-        Argument("manifest", "Parquet or JSONL file, or a folder of them; local, s3:// or gs://"),
+        Argument("manifest", "Parquet or JSONL file, or a folder of them; local, s3:// or gs://", Location()),
         output_option(required=True, help="where the dataset goes: a folder, s3:// or gs://"),
         *MODEL_OPTIONS, *SELECTION_OPTIONS, *IMAGE_OPTIONS, *ROW_OPTIONS, *RUN_OPTIONS, CONFIG_OPTION,
     ],
@@ -90,7 +92,7 @@ def render_command(manifest: str, output: str, **values: Any) -> ExitCode:
     name="retry",
     short_help="render the failed rows of a dataset again",
     params=[
-        Argument("output", "a dataset"),
+        Argument("output", "a dataset", Location()),
         *MODEL_OPTIONS, *ROW_OPTIONS, *IMAGE_OPTIONS, *RUN_OPTIONS, CONFIG_OPTION,
     ],
 )  # fmt: skip
@@ -102,7 +104,7 @@ def retry_command(output: str, **values: Any) -> ExitCode:
     manifest = join(output, layout.FAILED)
     _check_dataset(output)
     if not list_existing(Store(output)).failed_count:
-        click.echo(f"nothing failed in {output}")
+        click.echo(f"nothing failed in {recorded(output)}")
         return ExitCode.OK
     return render(build_options(manifest, output, values, retry_failed=True))
 
@@ -111,7 +113,7 @@ def retry_command(output: str, **values: Any) -> ExitCode:
     name="promote",
     short_help="finish chosen previews of a dataset",
     params=[
-        Argument("output", "a dataset with previews, made with --stop-after stage1"),
+        Argument("output", "a dataset with previews, made with --stop-after stage1", Location()),
         Option("--ids", section="Rows", metavar="FILE", type=IdsFile(), help="previews whose ids the file lists"),
         Option(
             "--where", section="Rows", metavar="CONDITION", multiple=True,
@@ -134,7 +136,7 @@ def promote_command(output: str, ids: frozenset[str] | None, where: Sequence[str
         raise ValueError("promote: --stop-after does not apply here: the clips are finished")
     chosen = chosen_items(Store(output), ids, [parse_filter(text) for text in where])
     if not chosen:
-        click.echo(f"no preview in {output} is chosen")
+        click.echo(f"no preview in {recorded(output)} is chosen")
         return ExitCode.OK
     options = build_options(join(output, layout.PREVIEWS), output, values)
     return render(replace(options, promote=frozenset(chosen.values()), selection=Selection(ids=frozenset(chosen))))
@@ -144,7 +146,7 @@ def promote_command(output: str, ids: frozenset[str] | None, where: Sequence[str
     name="plan",
     short_help="say what would be rendered, and what it costs",
     params=[
-        Argument("manifest", "Parquet or JSONL file, or a folder of them; local, s3:// or gs://"),
+        Argument("manifest", "Parquet or JSONL file, or a folder of them; local, s3:// or gs://", Location()),
         output_option(required=False, help="the dataset to compare with"),
         Option("every", "--all", section="Listing", is_flag=True, help=f"every row, not only the first {_PLAN_ROWS}"),
         Option("--resolved", section="Listing", is_flag=True, help="rows as they would be rendered, as JSON"),
@@ -158,13 +160,13 @@ def plan_command(manifest: str, output: str | None, every: bool, resolved: bool,
     """
     prepared = prepare(build_options(manifest, output, values))
     for warning in prepared.warnings:
-        click.echo(warning, err=True)
+        click.echo(masked(warning), err=True)
     plan = prepared.plan.against(list_existing(Store(output))) if output else prepared.plan
     listed = 0
     for row in plan.open():
         if isinstance(row, IllegalRow):
             for message in row.messages():
-                click.echo(f"illegal  {message}")
+                click.echo(f"illegal  {masked(message)}")
         elif every or listed < _PLAN_ROWS:
             listed += 1
             click.echo(canonical_json(row.request) if resolved else _plan_line(row))
@@ -179,7 +181,9 @@ def plan_command(manifest: str, output: str | None, every: bool, resolved: bool,
     return ExitCode.FAILED_ROWS if counts[ILLEGAL] else ExitCode.OK
 
 
-@app.command(name="status", short_help="say how far the newest run is", params=[Argument("output", "a dataset")])
+@app.command(
+    name="status", short_help="say how far the newest run is", params=[Argument("output", "a dataset", Location())]
+)
 def status_command(output: str) -> ExitCode:
     """Say how far the newest run into OUTPUT is."""
     from ltx_ray.cli.status import status_lines
@@ -189,7 +193,9 @@ def status_command(output: str) -> ExitCode:
     return ExitCode.OK
 
 
-@app.command(name="report", short_help="write a page with every clip", params=[Argument("output", "a dataset")])
+@app.command(
+    name="report", short_help="write a page with every clip", params=[Argument("output", "a dataset", Location())]
+)
 def report_command(output: str) -> ExitCode:
     """Write OUTPUT/report.html, one page with every clip, its pictures and its timings."""
     from ltx_ray.dataset.report import write_report
@@ -197,7 +203,7 @@ def report_command(output: str) -> ExitCode:
     _check_dataset(output)
     store = Store(output)
     path = write_report(output)
-    click.echo(path if store.is_local else join(store.uri, layout.REPORT))
+    click.echo(path if store.is_local else join(store.name, layout.REPORT))
     return ExitCode.OK
 
 
@@ -205,7 +211,7 @@ def report_command(output: str) -> ExitCode:
     name="verify",
     short_help="check a dataset, and repair it",
     params=[
-        Argument("output", "a dataset"),
+        Argument("output", "a dataset", Location()),
         Option(
             "--sample", section="Checks", metavar="N", type=AtLeast(0), default=0,
             help="render N rows again and compare their latents (needs the model)",
@@ -235,7 +241,7 @@ def verify_command(output: str, sample: int, repair: bool, **values: Any) -> Exi
 @app.command(
     name="inspect",
     short_help="say what a weight file or a model directory holds",
-    params=[Argument("file", "a safetensors file, or a directory of them")],
+    params=[Argument("file", "a safetensors file, or a directory of them", Location(local=True))],
 )
 def inspect_command(file: str) -> ExitCode:
     """Say what a weight file or a model directory holds."""
@@ -249,7 +255,7 @@ def inspect_command(file: str) -> ExitCode:
 def _check_dataset(output: str) -> None:
     store = Store(output)
     if not any(store.exists(name) for name in layout.DATASET_MARKS):
-        raise ValueError(f"{output}: no dataset; legal: the --output of a run")
+        raise ValueError(f"{store.name}: no dataset; legal: the --output of a run")
 
 
 def _plan_line(row: PlannedRow) -> str:
@@ -266,6 +272,7 @@ def _plan_line(row: PlannedRow) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the console script and of `jobs/render.py`."""
+    mask_tracebacks()
     app.main(args=list(sys.argv[1:] if argv is None else argv), prog_name="ltx-ray")
 
 

@@ -23,6 +23,7 @@ from ltx_ray.cli.parameters import (
     BlockNumbers,
     Fraction,
     IdsFile,
+    Location,
     OneOf,
     Option,
     PathAndStrength,
@@ -52,22 +53,34 @@ def _numerics_option(flag: str, help: str, field: str) -> Option:
 MODEL_OPTIONS = (
     Option("--model", section=_MODEL, metavar="toy", help="a tiny model with random weights, made here"),
     Option(
-        "--checkpoint-path", section=_MODEL, metavar="PATH", help="LTX-2.3: a single file, or a diffusers directory"
+        "--checkpoint-path",
+        section=_MODEL,
+        metavar="PATH",
+        type=Location(local=True),
+        help="LTX-2.3: a single file, or a diffusers directory",
     ),
     Option(
         "--distilled-checkpoint-path",
         section=_MODEL,
         metavar="PATH",
+        type=Location(local=True),
         help="the distilled LTX-2.3 instead, for the pipeline distilled",
     ),
-    Option("--gemma-root", section=_MODEL, metavar="DIR", help="Gemma 3 (a diffusers directory may hold it)"),
+    Option(
+        "--gemma-root",
+        section=_MODEL,
+        metavar="DIR",
+        type=Location(local=True),
+        help="Gemma 3 (a diffusers directory may hold it)",
+    ),
     Option(
         "--spatial-upsampler-path",
         section=_MODEL,
         metavar="PATH",
+        type=Location(local=True),
         help="latent upsampler x2 (a diffusers directory may hold it)",
     ),
-    Option("--distilled-lora", section=_MODEL, metavar="PATH", help="distilled LoRA"),
+    Option("--distilled-lora", section=_MODEL, metavar="PATH", type=Location(local=True), help="distilled LoRA"),
     Option(
         LORA,
         section=_MODEL,
@@ -113,6 +126,7 @@ IMAGE_OPTIONS = (
         "--image-root",
         section=_ROWS,
         metavar="DIR",
+        type=Location(),
         multiple=True,
         help="folder or s3:// prefix that images may be in; repeatable [the manifest's folder]",
     ),
@@ -287,7 +301,7 @@ RUN_OPTIONS = (*OUTPUT_OPTIONS, *NUMERICS_OPTIONS, *CLUSTER_OPTIONS, *LAYOUT_OPT
 
 
 def output_option(required: bool, help: str) -> Option:
-    return Option("--output", section=_OUTPUT, metavar="URI", required=required, help=help)
+    return Option("--output", section=_OUTPUT, metavar="URI", type=Location(), required=required, help=help)
 
 
 def _take_config(ctx: click.Context, param: click.Parameter, path: str | None) -> None:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import click
 
 from ltx_ray.config import LoraSpec
+from ltx_ray.storage.locations import recorded, resolve
+from ltx_ray.storage.text import read_text
 
 LORA = "--lora"
 #: Width of the column of options in a help page. A longer option has its text below it.
@@ -22,6 +23,12 @@ _OPTIONS_WIDTH = 32
 def _name(param: click.Parameter | None) -> str:
     assert param is not None
     return param.opts[0].lstrip("-")
+
+
+def _shown_name(param: click.Parameter | None) -> str:
+    """An option with its dashes, an argument in capitals, as the help page has them."""
+    assert param is not None
+    return param.opts[0] if param.opts[0].startswith("-") else param.opts[0].upper()
 
 
 # --- types -------------------------------------------------------------------------------------------------------
@@ -93,6 +100,24 @@ class BlockNumbers(click.ParamType):
         return [int(part) for part in parts]
 
 
+class Location(click.ParamType):
+    """A path or URI as the location that it means. With `local`, object stores are refused."""
+
+    name = "location"
+
+    def __init__(self, local: bool = False):
+        self._local = local
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            location = resolve(str(value))
+        except ValueError as error:
+            raise ValueError(f"{_shown_name(param)}: {error}") from None
+        if self._local and "://" in location:
+            raise ValueError(f"{_shown_name(param)}: {recorded(location)}, legal: a local path")
+        return location
+
+
 class IdsFile(click.ParamType):
     """The ids in a text file, one per line."""
 
@@ -100,8 +125,8 @@ class IdsFile(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> frozenset[str]:
         try:
-            lines = Path(value).read_text().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+            lines = read_text(value).split("\n")
+        except ValueError as error:
             raise ValueError(f"--ids: {value}, cannot be read ({error})") from None
         return frozenset(line.strip() for line in lines if line.strip())
 
@@ -129,7 +154,7 @@ class PathAndStrength(click.ParamType):
         path, strength = value
         if not (_is_number(strength) and math.isfinite(float(strength))):
             raise ValueError(f"--lora: {path} {strength}, legal: a finite number as its strength")
-        return path, float(strength)
+        return Location(local=True).convert(path, param, ctx), float(strength)
 
 
 def with_lora_strengths(arguments: Sequence[str]) -> list[str]:
@@ -180,8 +205,8 @@ class Option(click.Option):
 class Argument(click.Argument):
     """An argument with a line on the help page."""
 
-    def __init__(self, name: str, description: str):
-        super().__init__([name])
+    def __init__(self, name: str, description: str, type: click.ParamType):
+        super().__init__([name], type=type)
         self.description = description
 
 

@@ -41,7 +41,7 @@ def status_lines(output: str) -> list[str]:
     try:
         run = json.loads(store.read_bytes(layout.RUN_RECORD))
     except OSError:
-        raise ValueError(f"{output}: no run.json; legal: the --output of a run") from None
+        raise ValueError(f"{store.name}: no run.json; legal: the --output of a run") from None
     except ValueError:
         run = {}
     if not isinstance(run, dict):

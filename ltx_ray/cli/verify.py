@@ -28,7 +28,8 @@ from ltx_ray.presets import PIPELINES
 from ltx_ray.records import plain
 from ltx_ray.run import Options, render
 from ltx_ray.storage.lease import Lease
-from ltx_ray.storage.store import Store, parent
+from ltx_ray.storage.locations import parent
+from ltx_ray.storage.store import Store
 
 _THREADS = 8
 #: Parts that are read at once: enough for every thread, and not all clips of a folder.
@@ -83,7 +84,7 @@ def verify(
     """
     store = Store(output)
     if not store.exists(layout.INDEX) and not store.exists(layout.RUN_RECORD):
-        raise ValueError(f"{output}: no dataset; legal: the --output of a run")
+        raise ValueError(f"{store.name}: no dataset; legal: the --output of a run")
     check = _Check(store, sample)
     problems, moved = _check_files(check, say, repair)
     if check.clips_without_row:

@@ -42,7 +42,7 @@ def write_report(output_dir: str, *, max_clips: int = 2000) -> str:
     """
     store = Store(output_dir)
     if not store.exists(""):
-        raise FileNotFoundError(f"{output_dir}: there is no dataset")
+        raise FileNotFoundError(f"{store.name}: there is no dataset")
     data = read_report_data(store, max_clips)
     strips = make_strips(store, data.clips)
     template = resources.files(__package__).joinpath("report_template.html").read_text(encoding="utf-8")

@@ -71,5 +71,5 @@ def chosen_items(store: Store, ids: frozenset[str] | None, filters: Iterable[Row
         newest[row["id"]] = max(newest.get(row["id"], found), found)
     if unknown := sorted((ids or frozenset()) - newest.keys()):
         shown = ", ".join(unknown[:10])
-        raise ValueError(f"--ids: {len(unknown)} ids have no preview in {store.uri}, such as {shown}")
+        raise ValueError(f"--ids: {len(unknown)} ids have no preview in {store.name}, such as {shown}")
     return {row_id: item_id for row_id, (_, item_id, passes) in newest.items() if passes}

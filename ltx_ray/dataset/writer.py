@@ -23,7 +23,9 @@ from ltx_ray.manifest.columns import COLUMNS
 from ltx_ray.manifest.reader import DUPLICATE, FAILED_ROW_COLUMN, UNREADABLE, RawRow
 from ltx_ray.manifest.rules import resolved_values
 from ltx_ray.records import Clip, RenderRequest, plain
-from ltx_ray.storage.store import Store, split_options
+from ltx_ray.storage.credentials import masked, without_credentials
+from ltx_ray.storage.locations import join, recorded, resolve, split_options
+from ltx_ray.storage.store import Store
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class DatasetWriter:
         """Publish the failure of a legal row."""
         key = row_key(request.id)
         self.forget_failure(item_id, key)
-        row = {**request.row(), "item_id": item_id, **_failure_columns(raw, failure)}
+        row = {**_recorded_row(request), "item_id": item_id, **_failure_columns(raw, failure)}
         row[FAILED_ROW_COLUMN] = _resolved_row(request)
         kind = layout.ROW if failure.error_class == "row" else layout.INFRASTRUCTURE
         self.store.write_bytes(layout.failed_path(kind, item_id, key), one_row(row, FAILED_SCHEMA))
@@ -120,6 +122,8 @@ class DatasetWriter:
             try:
                 value = raw.values.get(name)
                 row[name] = None if value is None else plain(column.parse(value))
+                if name == "images":
+                    row[name] = _recorded_images(row[name])
                 pa.array([row[name]], type=column.type)
             except Exception:
                 row[name] = None
@@ -135,18 +139,18 @@ class DatasetWriter:
 
         When the manifest is this dataset's own failed/, its rows are those of every manifest.
         """
-        files = split_options(manifest)[0].rstrip("/")
+        files = _place(recorded(manifest))
         every = Store(manifest).root == self.store.path(layout.FAILED)
         for name in self.store.list_names(layout.FAILED):
             if layout.is_illegal_part(name) and name not in keep and (source := self._source(name)) is not None:
-                file = split_options(source.rpartition(":")[0])[0]
+                file = _place(source.rpartition(":")[0])
                 if every or file == files or file.startswith(files + "/"):
                     self.store.delete(f"{layout.FAILED}/{name}")
 
     def forget_older_failures(self, names: Iterable[str], source: str) -> None:
         """Remove those of the parts `names` of failed/ that are about the manifest row at `source`."""
         for name in names:
-            if self._source(name) == source:
+            if (older := self._source(name)) is not None and _same_row(older, source):
                 self.store.delete(f"{layout.FAILED}/{name}")
 
     def forget_failure(self, item_id: str, key: str) -> None:
@@ -161,6 +165,19 @@ class DatasetWriter:
         except (FileNotFoundError, UnreadablePart):
             return None
         return table.column(0)[0].as_py() or ""
+
+
+def _place(file: str) -> str:
+    """The location of a manifest as `source` has it. A dataset may name it by a relative path."""
+    try:
+        return resolve(split_options(file)[0])
+    except ValueError:
+        return file
+
+
+def _same_row(source: str, other: str) -> bool:
+    (file, _, number), (other_file, _, other_number) = source.rpartition(":"), other.rpartition(":")
+    return number == other_number and _place(file) == _place(other_file)
 
 
 class UnreadablePart(OSError):
@@ -178,7 +195,7 @@ def read_part(store: Store, path: str, columns: list[str] | None = None) -> pa.T
         return pq.read_table(io.BytesIO(data), columns=columns)
     except pa.ArrowException as error:
         raise UnreadablePart(
-            f"{store.uri}/{path} is damaged ({error}); ltx-ray verify --repair sets it aside", path=path
+            f"{join(store.name, path)} is damaged ({error}); ltx-ray verify --repair sets it aside", path=path
         ) from None
 
 
@@ -190,7 +207,7 @@ def read_rows(store: Store, folder: str) -> Iterator[dict[str, Any]]:
 
 def _rendered_row(item_id: str, request: RenderRequest, rendered: Rendered) -> dict[str, Any]:
     return {
-        **request.row(),
+        **_recorded_row(request),
         "item_id": item_id,
         "clip": rendered.clip.path,
         "clip_sha256": rendered.clip.sha256,
@@ -214,18 +231,39 @@ def _rendered_row(item_id: str, request: RenderRequest, rendered: Rendered) -> d
 
 def _resolved_row(request: RenderRequest) -> str:
     """The manifest row with its defaults resolved, as JSON: it asks for the same clip in a run with others."""
-    return _json(resolved_values(request))
+    values = resolved_values(request)
+    return _json({**values, "images": _recorded_images(values["images"])})
+
+
+def _recorded_row(request: RenderRequest) -> dict[str, Any]:
+    """The request's columns as the tables have them."""
+    row = request.row()
+    return {**row, "images": _recorded_images(row["images"])}
+
+
+def _recorded_images(images: Any) -> Any:
+    """A value of the column `images` without credentials, and without the options of the run's own roots."""
+    if not isinstance(images, list):
+        return images
+    return [
+        {**image, "path": split_options(without_credentials(image["path"]))[0]}
+        if isinstance(image, Mapping) and isinstance(image.get("path"), str)
+        else image
+        for image in images
+    ]
 
 
 def _failure_columns(raw: RawRow, failure: Failure) -> dict[str, Any]:
     values = {**raw.values} if raw.unreadable is None else {UNREADABLE: raw.unreadable}
+    if "images" in values:
+        values["images"] = _recorded_images(values["images"])
     return {
         "source": raw.source,
         "stage": failure.stage,
         "attempts": failure.attempts,
         "error_class": failure.error_class,
-        "message": failure.message,
-        "traceback": failure.traceback,
+        "message": masked(failure.message),
+        "traceback": masked(failure.traceback),
         "failed_at": datetime.datetime.now(datetime.UTC),
         FAILED_ROW_COLUMN: _json({**values, DUPLICATE: True} if raw.duplicate else values),
     }

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from ltx_ray.dataset.layout import EVENTS
+from ltx_ray.storage.credentials import masked
 from ltx_ray.storage.store import Store
 
 _FLUSH_SECONDS = 2.0
@@ -43,7 +44,7 @@ class EventLog:
     def emit(self, event: str, **fields: Any) -> None:
         """Add an event; it is written within seconds, or within a minute to an object store."""
         line = json.dumps({"t": round(time.time(), 3), "event": event, **fields}, ensure_ascii=False, default=str)
-        self._pending.append(line + "\n")
+        self._pending.append(masked(line) + "\n")
         if time.monotonic() - self._flushed < self._period:
             return
         if self._spool is None:

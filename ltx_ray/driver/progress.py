@@ -6,6 +6,8 @@ import sys
 import time
 from typing import TextIO
 
+from ltx_ray.storage.credentials import masked
+
 _TERMINAL_PERIOD = 0.5
 _LOG_PERIOD = 30.0
 
@@ -26,7 +28,7 @@ class Progress:
         if self._width:
             self._stream.write("\r" + " " * self._width + "\r")
             self._width = 0
-        self._stream.write(message + "\n")
+        self._stream.write(masked(message) + "\n")
         self._stream.flush()
 
     def due(self, finished: int) -> bool:

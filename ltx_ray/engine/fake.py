@@ -29,7 +29,8 @@ from ltx_ray.dataset.layout import clip_path, latents_path, preview_path
 from ltx_ray.engine.base import Rank
 from ltx_ray.records import Clip, EngineFacts, RowError, StoredLatentsGone, WorkItem
 from ltx_ray.stages import TRAITS, Stage
-from ltx_ray.storage.store import Store, join
+from ltx_ray.storage.locations import join
+from ltx_ray.storage.store import Store
 
 _ORDER = re.compile(r"\[\[(\w+):(\w+)(?::([\d.]+))?(?::(\d+))?\]\]")
 #: Characters of a big result.
@@ -62,7 +63,7 @@ class FakeEngine:
         if stage == Stage.LOAD_LATENTS:
             return self._load_latents(item)
         if stage == Stage.SAVE_LATENTS:
-            return join(self.store.uri, self._save_latents(item, inputs))
+            return join(self.store.name, self._save_latents(item, inputs))
         result = hashlib.sha256(f"{stage}:{item.item_id}:{inputs}".encode()).hexdigest()
         if stage == Stage.DECODE:
             return self._publish(item, result, inputs)

@@ -20,7 +20,8 @@ from ltx_ray.dataset.layout import latents_path
 from ltx_ray.engine.initial_state import stage1_draws
 from ltx_ray.engine.patchify import latent_sizes
 from ltx_ray.records import AV, NoiseLedger, StageLatents, StoredLatentsGone, WorkItem, canonical_json
-from ltx_ray.storage.store import Store, join
+from ltx_ray.storage.locations import join
+from ltx_ray.storage.store import Store
 
 _log = logging.getLogger(__name__)
 
@@ -52,8 +53,8 @@ class LatentStore:
 
     def __init__(self, output: Store):
         self.output = output
-        name = output.root if output.is_local else output.uri
-        self.node_cache = Store(str(cache_root() / "kept" / hashlib.sha256(name.encode()).hexdigest()[:12]))
+        folder = hashlib.sha256(output.name.encode()).hexdigest()[:12]
+        self.node_cache = Store(str(cache_root() / "kept" / folder))
 
     def publish(self, item: WorkItem, stages: Sequence[StageLatents]) -> str:
         """Write the latents of `stages` to the output, and return where they are. Raises OSError when it refuses."""
@@ -82,7 +83,7 @@ class LatentStore:
         """
         reasons = []
         for store in (self.output, self.node_cache):
-            location = join(store.uri, latents_path(item.item_id))
+            location = join(store.name, latents_path(item.item_id))
             try:
                 return _load_stage1(store, item, dtype), location
             except FileNotFoundError:
@@ -93,7 +94,7 @@ class LatentStore:
 
 
 def _write(store: Store, item: WorkItem, stages: Sequence[StageLatents]) -> str:
-    location = join(store.uri, latents_path(item.item_id))
+    location = join(store.name, latents_path(item.item_id))
     if len(stages) == 1 and _stored_stages(store, item) > 1:
         return location
     named = {name: tensor.contiguous() for name, tensor in named_latents(*stages).items()}

@@ -18,7 +18,8 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from ltx_ray.manifest.columns import COLUMNS, Mistyped, arrow_type_fits, shown
-from ltx_ray.storage.store import Store, join, parent
+from ltx_ray.storage.locations import join, parent
+from ltx_ray.storage.store import Store
 
 #: Rows of a JSONL file that are looked at to tell whether a whole column has the wrong type.
 _PEEK_ROWS = 1000
@@ -58,7 +59,7 @@ def read_manifest(uri: str) -> Iterator[RawRow]:
     store = Store(uri)
     kind = store.fs.get_file_info(store.root).type
     if kind == pafs.FileType.NotFound:
-        raise ValueError(f"{uri}: no such manifest; legal: a .jsonl or .parquet file, or a folder of them")
+        raise ValueError(f"{store.name}: no such manifest; legal: a .jsonl or .parquet file, or a folder of them")
     if kind == pafs.FileType.Directory:
         selector = pafs.FileSelector(store.root, recursive=True)
         files = sorted(
@@ -69,10 +70,10 @@ def read_manifest(uri: str) -> Iterator[RawRow]:
             and not any(part.startswith((".", "_")) for part in info.path[len(store.root) :].split("/"))
         )
         if not files:
-            raise ValueError(f"{uri}: holds no .parquet or .jsonl file")
-        names = [join(store.uri, path[len(store.root) + 1 :]) for path in files]
+            raise ValueError(f"{store.name}: holds no .parquet or .jsonl file")
+        names = [join(store.name, path[len(store.root) + 1 :]) for path in files]
     else:
-        files, names = [store.root], [uri]
+        files, names = [store.root], [store.name]
     readers = []
     for path, name in zip(files, names, strict=True):
         if path.endswith((".jsonl", ".ndjson", ".json")):
@@ -87,10 +88,9 @@ def read_manifest(uri: str) -> Iterator[RawRow]:
 def manifest_folder(uri: str) -> str:
     """The folder from which a manifest's relative image paths count."""
     store = Store(uri)
-    place = store.root if store.is_local else store.uri
     if store.fs.get_file_info(store.root).type == pafs.FileType.Directory:
-        return place
-    return parent(place)
+        return store.uri
+    return parent(store.uri)
 
 
 def _parquet_rows(fs: pafs.FileSystem, path: str, name: str) -> Iterator[RawRow]:

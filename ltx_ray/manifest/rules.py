@@ -15,7 +15,7 @@ from ltx_ray.presets import DEFAULT_IMAGE_CRF, PIPELINES, served_pipelines
 from ltx_ray.records import Guidance, ImageCondition, LoraUse, RenderRequest
 from ltx_ray.shapes import ClipShape, size_problems
 from ltx_ray.storage.images import locate
-from ltx_ray.storage.store import parent
+from ltx_ray.storage.locations import parent, recorded
 
 #: Columns that the distilled pipeline fixes.
 FIXED_WHEN_DISTILLED = frozenset(
@@ -186,7 +186,9 @@ def _located(
     for image in images:
         path = locate(image.path, folder, roots)
         if path is None:
-            problems.append(RowProblem("images", image.path, f"a path inside an --image-root ({', '.join(roots)})"))
+            problems.append(
+                RowProblem("images", image.path, f"a path inside an --image-root ({', '.join(map(recorded, roots))})")
+            )
         else:
             crf = DEFAULT_IMAGE_CRF if image.crf is None else image.crf
             found.append(dataclasses.replace(image, path=path, crf=crf))

@@ -10,64 +10,60 @@ from functools import lru_cache
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from ltx_ray.storage.store import Store, join, split_options
+from ltx_ray.storage.credentials import without_credentials
+from ltx_ray.storage.locations import recorded, resolve, split_options
+from ltx_ray.storage.store import Store
 
 #: An image of more bytes is refused before it is decoded.
 MAX_BYTES = 256 * 2**20
 
 
 def check_roots(roots: Iterable[str]) -> None:
-    """Raise ValueError unless each of `roots` is a local folder or a place in an object store."""
+    """Raise ValueError unless each of `roots`, which are locations, is a local folder or a place in an object store."""
     for root in roots:
-        local = _local(root)
-        if local is None:
-            bucket = split_options(root)[0].partition("://")[2].partition("/")[0]
+        if "://" in root:
             try:
-                legal = bool(bucket) and bool(Store(root).fs)
+                legal = bool(Store(root).fs)
             except (OSError, ValueError):
                 legal = False
         else:
-            legal = os.path.isdir(os.path.expanduser(local))
+            legal = os.path.isdir(root)
         if not legal:
-            raise ValueError(f"--image-root: {root}, legal: a folder, or a place such as s3://bucket/folder")
+            raise ValueError(f"--image-root: {recorded(root)}, legal: a folder, or a place such as s3://bucket/folder")
 
 
 def locate(path: str, folder: str, roots: Iterable[str]) -> str | None:
-    """Path or URI at which workers read an image that a row names, or None when it is below none of `roots`.
+    """The location at which workers read an image that a row names, or None when it is below none of `roots`.
 
     Relative paths count from `folder`. Local links are resolved first. In an object store the key must literally begin
     with the root's; '..' (which a client may resolve) and options (which could name another server) are refused. The
-    operator's options, those of the root, are added.
+    operator's options and credentials, those of the root, are added.
     """
-    if "://" not in path and not os.path.isabs(path):
-        path = join(split_options(folder)[0], path)
-    local = _local(path)
-    if local is not None:
-        full = os.path.realpath(local)
+    if "://" not in path or path.startswith("file:"):
+        try:
+            location = resolve(path, split_options(folder and resolve(folder))[0])
+        except ValueError:
+            return None
+    else:
+        location = path
+    if "://" not in location:
+        full = os.path.realpath(location)
         return full if any(_holds(root, full) for root in roots) else None
-    if "?" in path or {".", ".."} & set(path.split("/")):
+    if "?" in location or {".", ".."} & set(location.split("/")):
         return None
     for root in roots:
         place, options = split_options(root)
-        if _local(root) is None and path.startswith(place.rstrip("/") + "/"):
-            return path + options
+        bare = without_credentials(place)
+        for prefix in (place, bare):
+            if "://" in root and location.startswith(prefix.rstrip("/") + "/"):
+                return place + location.removeprefix(prefix) + options
     return None
 
 
 def _holds(root: str, path: str) -> bool:
     """Whether the local `root` holds the resolved `path`."""
-    local = _local(root)
-    if local is None:
-        return False
-    top = os.path.realpath(os.path.expanduser(local))
-    return os.path.commonpath([path, top]) == top
-
-
-def _local(uri: str) -> str | None:
-    """`uri` as a local path; None for an object store."""
-    if uri.startswith("file://"):
-        return uri.removeprefix("file://")
-    return None if "://" in uri else uri
+    top = resolve(root)
+    return "://" not in top and os.path.commonpath([path, os.path.realpath(top)]) == os.path.realpath(top)
 
 
 def read_image(path: str) -> bytes:

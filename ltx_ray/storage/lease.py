@@ -104,7 +104,7 @@ class Lease:
                     break
                 continue
             if not announced:
-                say(f"{self._store.uri} is in use by run {entry.run_id} on {entry.host}; waiting for it")
+                say(f"{self._store.name} is in use by run {entry.run_id} on {entry.host}; waiting for it")
                 announced = True
             time.sleep(_POLL_SECONDS)
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)

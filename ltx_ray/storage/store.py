@@ -13,6 +13,8 @@ from urllib.parse import quote
 
 import pyarrow.fs as pafs
 
+from ltx_ray.storage.credentials import encoded_user_info, split_user_info
+from ltx_ray.storage.locations import recorded, resolve, split_options
 from ltx_ray.storage.retry import RetryPolicy, retrying_reader
 
 #: Seconds for which an operation is retried. A restarted or throttled store is back sooner.
@@ -29,8 +31,6 @@ _CHECK_RETRY_SECONDS = 10.0
 #: version of pyarrow.
 _SMALL = 4 * 2**20
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}")
-#: Schemes of pyarrow's URIs that are supported.
-_SCHEMES = ("s3", "gs", "gcs", "file")
 
 
 class Store:
@@ -39,7 +39,8 @@ class Store:
     Readers never see a half-written file: local files are synced and renamed into place, and object stores show an
     object only when its upload is complete. Credentials, region and endpoint of an object store come from the
     environment (AWS_ACCESS_KEY_ID, AWS_REGION, AWS_ENDPOINT_URL ...), or from pyarrow's options after a '?' in the URI
-    (`s3://bucket/path?region=eu-west-1`). Keys in a URI are not percent-encoded.
+    (`s3://bucket/path?region=eu-west-1`), or stand before the bucket (`s3://KEY:SECRET@bucket/path`). Names of objects
+    in a URI are not percent-encoded. `uri` is resolved; `name` is what messages and records call the store.
 
     Errors that may pass (throttling, 500s, cut connections, silence, a full disk) are retried for `retry_seconds`, and
     then raised as an OSError that says so. Errors for a missing or forbidden file are raised at once. Reads through
@@ -53,22 +54,14 @@ class Store:
         clock: Callable[[], float] = time.monotonic,
         wait: Callable[[float], None] = time.sleep,
     ):
-        self.uri = uri.rstrip("/") if len(uri) > 1 else uri
-        self._retry = RetryPolicy(split_options(self.uri)[0], retry_seconds, clock, wait)
-        if "://" in uri:
-            place, options = split_options(uri)
-            scheme, _, rest = place.rstrip("/").partition("://")
-            host, slash, key = rest.partition("/")
-            if scheme in ("gs", "gcs") and "retry_limit_seconds" not in options:
-                # By default, pyarrow itself retries gs:// for a quarter of an hour.
-                limit = max(1.0, min(retry_seconds, _SILENCE_SECONDS))
-                options += f"{'&' if options else '?'}retry_limit_seconds={limit}"
-            plain = f"{scheme}://{host}{slash}{quote(key)}{options}"
-            if scheme not in _SCHEMES:
-                raise ValueError(f"{uri}: unsupported scheme; legal: a folder, s3:// or gs://")
+        self.uri = resolve(uri)
+        self.name = recorded(self.uri)
+        self._retry = RetryPolicy(split_options(self.name)[0], retry_seconds, clock, wait)
+        if "://" in self.uri:
+            plain = _pyarrow_uri(self.uri, retry_seconds)
             self._fs, self.root = self._retry("opening", "", lambda: pafs.FileSystem.from_uri(plain))
         else:
-            self._fs, self.root = pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
+            self._fs, self.root = pafs.LocalFileSystem(), self.uri
         self._small = self._fs
         if isinstance(self._fs, pafs.S3FileSystem):
             self._small, self._fs = (_tuned(self._fs, retry_seconds, delayed) for delayed in (True, False))
@@ -91,7 +84,7 @@ class Store:
             store.write_bytes(probe, b"")
             store.delete(probe)
         except Exception as error:  # each filesystem raises its own classes
-            raise ValueError(f"--output: {self.uri}, cannot be written ({error})") from None
+            raise ValueError(f"--output: {self.name}, cannot be written ({error})") from None
 
     def exists(self, relative: str) -> bool:
         return self._info(relative).type != pafs.FileType.NotFound
@@ -288,6 +281,19 @@ def _temporaries(root: str) -> Iterator[str]:
             continue
 
 
+def _pyarrow_uri(uri: str, retry_seconds: float) -> str:
+    """The URI of an object store as pyarrow reads it: percent-encoded, and with bounds for its own retries."""
+    place, options = split_options(uri)
+    scheme, _, rest = place.partition("://")
+    info, rest = split_user_info(rest)
+    host, slash, key = rest.partition("/")
+    if scheme in ("gs", "gcs") and "retry_limit_seconds" not in options:
+        # By default, pyarrow itself retries gs:// for a quarter of an hour.
+        limit = max(1.0, min(retry_seconds, _SILENCE_SECONDS))
+        options += f"{'&' if options else '?'}retry_limit_seconds={limit}"
+    return f"{scheme}://{encoded_user_info(info)}{host}{slash}{quote(key)}{options}"
+
+
 def _tuned(fs: pafs.S3FileSystem, retry_seconds: float, delayed: bool) -> pafs.S3FileSystem:
     """`fs` with timeouts and few retries of its own. With `delayed`, a small object takes one request and not three."""
     _, (options,) = fs.__reduce__()
@@ -309,26 +315,6 @@ def _sync(handle: int) -> None:
     The rename itself is left to the file system's journal, which keeps a clip's rename before its index row's.
     """
     os.fsync(handle)
-
-
-def split_options(uri: str) -> tuple[str, str]:
-    """A URI without its options, and the options with their '?'. A local path has none."""
-    if "://" not in uri:
-        return uri, ""
-    place, mark, options = uri.partition("?")
-    return place, mark + options
-
-
-def join(folder: str, name: str) -> str:
-    """Path or URI of `name` in `folder`, with the folder's options."""
-    place, options = split_options(folder)
-    return f"{place.rstrip('/')}/{name}{options}" if "://" in folder else os.path.join(folder, name)
-
-
-def parent(uri: str) -> str:
-    """Path or URI of the folder that holds `uri`, with its options."""
-    place, options = split_options(uri)
-    return os.path.dirname(place) + options
 
 
 def _temporary_beside(target: str) -> Path:

@@ -253,9 +253,9 @@ def test_components_in_the_directory_need_no_option(model, tmp_path, monkeypatch
     assert "no model: give --spatial-upsampler-path, or" in capsys.readouterr().err
     (model / "latent_upsampler").mkdir()
     assert render("--distilled-checkpoint-path", str(model)) == 0
-    assert render("--checkpoint-path", str(model), "--distilled-lora", "l", "--gemma-root", "g") == 0
+    assert render("--checkpoint-path", str(model), "--distilled-lora", "/l", "--gemma-root", "/g") == 0
     assert [(files.checkpoint_path, files.distilled) for files in seen] == [(str(model), True), (str(model), False)]
-    assert [files.gemma_root for files in seen] == [str(model), "g"]
+    assert [files.gemma_root for files in seen] == [str(model), "/g"]
     assert {files.spatial_upsampler_path for files in seen} == {str(model / "latent_upsampler")}
 
 

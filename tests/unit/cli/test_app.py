@@ -17,6 +17,7 @@ from ltx_ray.cli.app import main
 from ltx_ray.cli.options import MODEL_OPTIONS, model_files
 from ltx_ray.config import LoraSpec, RunLimits
 from ltx_ray.dataset.writer import DatasetWriter
+from ltx_ray.storage.locations import resolve
 from ltx_ray.storage.store import Store
 from tests.support.checkpoint_files import BLOCK, REQUIRED, checkpoint
 from tests.support.results import RENDERED
@@ -318,12 +319,12 @@ def test_loras_with_and_without_strength(cmd, manifest, options):
     assert code == 0, err
     assert options[0].manifest == manifest
     assert options[0].model.loras == (
-        LoraSpec("one", "a/one.safetensors", 0.5),
-        LoraSpec("two", "two.safetensors", 1.0),
-        LoraSpec("-3", "-3.safetensors", -0.1),
+        LoraSpec("one", resolve("a/one.safetensors"), 0.5),
+        LoraSpec("two", resolve("two.safetensors"), 1.0),
+        LoraSpec("-3", resolve("-3.safetensors"), -0.1),
     )
     cmd("render", manifest, "--output", "o", "--model", "toy", "--lora=x.safetensors", "2")
-    assert options[1].model.loras == (LoraSpec("x", "x.safetensors", 2.0),)
+    assert options[1].model.loras == (LoraSpec("x", resolve("x.safetensors"), 2.0),)
 
 
 CONFIG = {
@@ -377,7 +378,7 @@ def test_a_config_file_holds_the_same_names_and_the_command_line_wins(cmd, manif
     code, _, err = cmd("render", manifest, *form.format(path).split(), "--num-inference-steps", "5", "--limit", "1")
     assert code == 0, err
     [given] = options
-    assert given.output == "from-config"
+    assert given.output == resolve("from-config")
     assert dict(given.row_defaults) == {
         "num_inference_steps": 5, "num_frames": 17, "video_stg_blocks": [1, 2], "video_modality_scale": 1.0
     }  # fmt: skip
@@ -392,7 +393,7 @@ def test_a_config_file_of_one_lora_and_one_root(cmd, manifest, tmp_path, options
     path.write_text(yaml.safe_dump({"model": "toy", "lora": "a.safetensors", "image_root": "/x", "shard": "0/2"}))
     code, _, err = cmd("render", manifest, "--output", "o", "--config", path)
     assert code == 0, err
-    assert options[0].model.loras == (LoraSpec("a", "a.safetensors", 1.0),)
+    assert options[0].model.loras == (LoraSpec("a", resolve("a.safetensors"), 1.0),)
     assert options[0].image_roots == ("/x",)
     assert options[0].selection.shard == (0, 2)
 
@@ -515,7 +516,7 @@ def test_the_help_names_sections_and_defaults(cmd):
 def test_without_options_a_run_has_the_defaults_of_its_settings(cmd, manifest, options):
     assert cmd("render", manifest, "--output", "o", "--model", "toy")[0] == 0
     [given] = options
-    assert given == run.Options(manifest=manifest, output="o", model=given.model, command=given.command)
+    assert given == run.Options(manifest=manifest, output=resolve("o"), model=given.model, command=given.command)
 
 
 def test_the_documented_defaults_are_those_of_the_limits():

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from ltx_ray.storage.locations import join, parent
 from ltx_ray.storage.retry import RetryPolicy, is_permanent
-from ltx_ray.storage.store import Store, clean_stale, join, parent
+from ltx_ray.storage.store import Store, clean_stale
 
 
 @pytest.fixture(params=["local", "s3"])

@@ -163,7 +163,7 @@ def plan_command(manifest: str, output: str | None, every: bool, resolved: bool,
         click.echo(masked(warning), err=True)
     plan = prepared.plan.against(list_existing(Store(output))) if output else prepared.plan
     listed = 0
-    for row in plan.open():
+    for row in plan.rows(plan.read(lambda note: click.echo(note, err=True))):
         if isinstance(row, IllegalRow):
             for message in row.messages():
                 click.echo(f"illegal  {masked(message)}")

@@ -20,7 +20,8 @@ import pyarrow.fs as pafs
 
 from ltx_ray.manifest.columns import COLUMNS, Mistyped
 from ltx_ray.manifest.outputs import names_of_an_output
-from ltx_ray.storage.store import Store, join
+from ltx_ray.storage.locations import join
+from ltx_ray.storage.store import Store
 
 JSON, PARQUET = "json", "parquet"
 _ENDINGS = {".jsonl": JSON, ".ndjson": JSON, ".json": JSON, ".parquet": PARQUET, ".pq": PARQUET}
@@ -130,7 +131,7 @@ def list_files(store: Store, skipped: Skipped) -> list[ManifestFile]:
     found.sort()
     above = _folder_texts(store.root)
     texts = [above | _folder_texts(os.path.dirname(relative), whole=True) for relative, _ in found]
-    names = [join(store.uri, relative) for relative, _ in found]
+    names = [join(store.name, relative) for relative, _ in found]
     return [
         ManifestFile(store.path(relative), name, form, values)
         for (relative, form), name, values in zip(found, names, _typed(names, texts), strict=True)

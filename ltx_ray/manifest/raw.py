@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from ltx_ray.storage.retry import is_permanent
+
 #: Column of failed/ and previews/ that holds the manifest row as JSON, so that these tables are manifests themselves.
 FAILED_ROW_COLUMN = "manifest_row"
 #: The keys of that JSON for a row that could not be read: why, and whose fault it is.
@@ -55,7 +57,7 @@ def stored_row(file: str, number: int, values: dict[str, Any]) -> RawRow:
 
 
 def is_damage(error: Exception) -> bool:
-    """Whether `error` came from a file's bytes. Errors of a disk have a number, those of a store a class of their own."""
+    """Whether `error` came from a file's bytes, and not from the disk (with a number) or the store that holds them."""
     if isinstance(error, pa.ArrowException | UnicodeDecodeError | EOFError):
         return True
-    return type(error) is OSError and error.errno is None
+    return type(error) is OSError and error.errno is None and not is_permanent(error)

@@ -117,7 +117,7 @@ def _is_plain_extension(type_: pa.DataType) -> bool:
 
 
 def _needs_care(type_: pa.DataType) -> bool:
-    """Whether values of `type_` may be bytes, or finer than Python's times (which pyarrow gives to pandas, if it can)."""
+    """Whether values of `type_` may be bytes, or times finer than Python's, for which pyarrow wants pandas."""
     if isinstance(type_, pa.BaseExtensionType):
         return not _is_plain_extension(type_)
     if pa.types.is_dictionary(type_) or pa.types.is_run_end_encoded(type_):

@@ -196,14 +196,14 @@ class _Values:
         while True:
             try:
                 value, end = _DECODER.raw_decode(self._buffer, self._position)
-                break
             except (ValueError, RecursionError):
                 # it may be cut off
                 if len(self._buffer) - self._position > _LONGEST_ROW or not self._read(size):
                     raise
                 size *= 2
-        written, self._position = self._buffer[self._position : end], end
-        return value, written
+                continue
+            written, self._position = self._buffer[self._position : end], end
+            return value, written
 
     def _read(self, size: int) -> bool:
         piece = self._text.read(size)

@@ -100,6 +100,8 @@ def judge(raw: RawRow, rules: RowRules) -> LegalRow | IllegalRow:
             continue
         if column.check(parsed):
             given[name] = parsed
+        elif isinstance(parsed, str) and _has_surrogates(parsed):
+            problems.append(RowProblem(name, value, f"{column.legal}, in UTF-8"))
         else:
             problems.append(RowProblem(name, value, column.legal))
     if raw.duplicate:
@@ -221,11 +223,16 @@ def _standard_json(value: Any) -> str:
     except ValueError:
         finite = without_floats(value, lambda number: not math.isfinite(number))
         text = json.dumps(finite, sort_keys=True, ensure_ascii=False, default=str)
+    return json.dumps(json.loads(text), sort_keys=True) if _has_surrogates(text) else text
+
+
+def _has_surrogates(text: str) -> bool:
+    """Whether `text` has lone surrogates, as bytes that are not UTF-8 leave them."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        return json.dumps(json.loads(text), sort_keys=True)
-    return text
+        return True
+    return False
 
 
 def _short(value: Any) -> Any:

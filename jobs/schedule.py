@@ -13,7 +13,7 @@ A recipe is YAML:
     output: s3://clips/nightly/{date}   # {date} and {name} are filled in
     prompts: ["a {animal} in {place}"]  # templates; "{{" and "}}" are literal braces
     variables: {animal: [fox, owl], place: [snow, rain]}
-    manifest: pool.parquet              # and/or rows of a manifest (JSONL, Parquet; relative to the recipe)
+    manifest: pool.parquet              # and/or rows of a manifest, as render reads it (relative to the recipe)
     count: 3                            # size of a seeded sample, a different one each date; absent = all rows
     seed: 7                             # decides the sample and the seed of each row (default 0)
     defaults: {height: 512}             # row fields, for rows without a value of their own
@@ -45,7 +45,8 @@ from typing import Any
 # Python adds a program's own folder to the path; a test that loads this file by its path does not.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from schedule_recipe import Recipe, SourceManifest, expand, manifest_bytes, parse_recipe, require
+from schedule_pool import SourceManifest
+from schedule_recipe import Recipe, expand, manifest_bytes, parse_recipe, require
 
 #: Seconds between two status requests of --wait: at first, and at most.
 POLL_SECONDS = 0.5, 5.0
@@ -82,6 +83,8 @@ def plan(recipe: Recipe, date: str, out_dir: Path, command: str) -> Submission:
     data = manifest_bytes(expand(recipe, date, source))
     output = recipe.output.format(date=date, name=recipe.name)
     options = list(recipe.render_options)
+    for note in source.notes if source is not None else ():
+        print(f"schedule.py: {note}", file=sys.stderr)
     if source is not None and source.has_images:
         options += ["--image-root", source.folder]
     # The job starts in a folder of its own and needs absolute paths. The id does not depend on them.
@@ -264,6 +267,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"schedule.py: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # The store of the recipe's manifest.
+        print(f"schedule.py: {error}", file=sys.stderr)
+        return 1
     print(f"manifest  {job.manifest_path} ({job.rows} rows)")
     print(f"job       {job.submission_id}\nruns      {job.entrypoint}")
     if args.dry_run:

@@ -28,7 +28,7 @@ class SourceManifest:
         self.has_images = False
         try:
             self._manifest = open_manifest(uri)
-            self._length = sum(1 for _ in self._manifest.rows())
+            self._length = sum(1 for _ in self._manifest.rows(extra=False))
             #: The folder that images may be in.
             self.folder = recorded(manifest_folder(uri))
         except (OSError, ValueError) as error:

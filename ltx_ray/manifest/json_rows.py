@@ -35,15 +35,17 @@ _END_OF_FILE, _BYTE_ORDER_MARK = "\x1a", "\ufeff"
 _JOINTS = f" \t\r\n{_END_OF_FILE}{_BYTE_ORDER_MARK}"
 
 
-def json_rows(fs: pafs.FileSystem, file: ManifestFile) -> Callable[[], Iterator[RawRow]] | ValueError:
+def json_rows(fs: pafs.FileSystem, file: ManifestFile) -> Callable[[bool], Iterator[RawRow]] | ValueError:
     """A function that begins to read the rows of a file, or the reason why it is no manifest.
+
+    Its argument has no meaning: a line is read as a whole.
 
     Raises ValueError for a file that cannot be read, or with a column of the wrong type.
     """
     rows = partial(_rows, fs, file)
     peeked = _Peeked()
     try:
-        for row in itertools.islice(rows(), _PEEK_ROWS):
+        for row in itertools.islice(rows(True), _PEEK_ROWS):
             peeked.look_at(row)
     except OSError as error:
         raise ValueError(f"{file.name}: cannot be read ({error})") from None
@@ -93,7 +95,7 @@ class _Peeked:
 # --- text --------------------------------------------------------------------------------------------------------
 
 
-def _rows(fs: pafs.FileSystem, file: ManifestFile) -> Iterator[RawRow]:
+def _rows(fs: pafs.FileSystem, file: ManifestFile, extra: bool) -> Iterator[RawRow]:
     number = 0
     try:
         raw = fs.open_input_stream(file.path, compression=file.form.codec)
@@ -124,13 +126,14 @@ def _is_lines(head: str) -> bool:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
-        return not head.startswith("[") and not _begins_with_object(head)
+        return not head.startswith("[") and not _spans_lines(head, len(line))
     return not isinstance(value, list) or bool(rest.strip(_JOINTS))
 
 
-def _begins_with_object(text: str) -> bool:
+def _spans_lines(head: str, line: int) -> bool:
+    """Whether `head` begins with a JSON value that ends after the first line, of `line` characters."""
     try:
-        return isinstance(json.JSONDecoder().raw_decode(text)[0], dict)
+        return json.JSONDecoder().raw_decode(head)[1] > line
     except (ValueError, RecursionError):
         return False
 
@@ -153,17 +156,18 @@ def _value_rows(name: str, text: io.TextIOWrapper) -> Iterator[RawRow]:
     for number in itertools.count(1):
         if values.at_end():
             if is_array:
-                yield RawRow(name, number, {}, unreadable="not JSON (the array has no end)")
+                yield RawRow(name, number, {}, fault=DAMAGE, unreadable="not JSON (the array has no end)")
             return
         if is_array and values.take("]"):
             if not values.at_end():
-                yield RawRow(name, number, {}, unreadable="not JSON (more text after the end of the array)")
+                why = "not JSON (more text after the end of the array)"
+                yield RawRow(name, number, {}, fault=DAMAGE, unreadable=why)
             return
         try:
             value, written = values.next()
         except (ValueError, RecursionError) as error:
-            why = getattr(error, "msg", error)
-            yield RawRow(name, number, {}, unreadable=f"not JSON ({why}), and the rest of the file is not read")
+            why = f"not JSON ({getattr(error, 'msg', error)}), and the rest of the file is not read"
+            yield RawRow(name, number, {}, fault=DAMAGE, unreadable=why)
             return
         yield _row_of(name, number, written, value)
 
@@ -232,12 +236,20 @@ def parse_line(name: str, number: int, line: str) -> RawRow:
 def _row_of(name: str, number: int, text: str, values: Any) -> RawRow:
     if not isinstance(values, dict):
         return RawRow(name, number, {}, unreadable=f"a JSON {json_type(values)}, not an object")
-    # a name that is given twice shows as one key
-    if text.count('":') != len(values) and (twice := _given_twice(text)) is not None:
+    # A key that is given twice is there once. Most rows need no second look: they have as many keys as are written.
+    written = text.count('":')
+    if written != len(values) and written != _keys(values) and (twice := _given_twice(text)) is not None:
         return RawRow(name, number, {}, unreadable=f"{twice!r} is given twice")
     if len(text) > LARGEST_VALUE:
         values = {k: short(v) if isinstance(v, str) and k not in COLUMNS else v for k, v in values.items()}
     return RawRow(name, number, values)
+
+
+def _keys(value: Any) -> int:
+    """How many keys a JSON value has, with those of the objects in it."""
+    if isinstance(value, dict):
+        return len(value) + sum(map(_keys, value.values()))
+    return sum(map(_keys, value)) if isinstance(value, list) else 0
 
 
 def _given_twice(text: str) -> str | None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -16,7 +15,7 @@ from ltx_ray.manifest.columns import COLUMNS, arrow_type_fits
 from ltx_ray.manifest.files import ManifestFile
 from ltx_ray.manifest.json_rows import json_type
 from ltx_ray.manifest.raw import DAMAGE, FAILED_ROW_COLUMN, RawRow, is_damage, stored_row
-from ltx_ray.manifest.values import LARGEST_VALUE, Cells, cells_of
+from ltx_ray.manifest.values import LARGEST_VALUE, Cells, cells_of, is_bytes, is_text
 
 #: Bytes that are converted at once, and bytes of a column that are read ahead.
 _BATCH_BYTES, _BUFFER = 1 << 24, 1 << 20
@@ -31,8 +30,10 @@ _STORED = (FAILED_ROW_COLUMN, _SOURCE)
 _DAMAGED: Any = object()
 
 
-def parquet_rows(fs: pafs.FileSystem, file: ManifestFile, most_rows: int) -> Callable[[], Iterator[RawRow]]:
+def parquet_rows(fs: pafs.FileSystem, file: ManifestFile, most_rows: int) -> Callable[[bool], Iterator[RawRow]]:
     """A function that begins to read the rows of a file, at most `most_rows` at once.
+
+    Its argument says whether it reads columns that no request has.
 
     Raises ValueError for a file that cannot be read, without a prompt column, or with a column of the wrong type.
     """
@@ -47,19 +48,20 @@ def parquet_rows(fs: pafs.FileSystem, file: ManifestFile, most_rows: int) -> Cal
         if names.count(name) > 1:
             raise ValueError(f"{file.name}: has {names.count(name)} columns '{name}'; legal: one column of each name")
     if all(name in names and pa.types.is_string(schema.field(name).type) for name in _STORED):
-        return partial(_failed_rows, fs, file, most_rows)
+        return lambda extra: _failed_rows(fs, file, most_rows)
     if "prompt" not in names and "prompt" not in file.folder_values:
         raise ValueError(f"{file.name}: has no column 'prompt' (it has {', '.join(names) or 'none'})")
     for name in names:
         column, found = COLUMNS.get(name), schema.field(name).type
         if column is not None and not arrow_type_fits(column, found):
             raise ValueError(f"{file.name}: column '{name}' has type {found}; legal: {column.type} ({column.legal})")
-    return partial(_rows, fs, file, most_rows)
+    known = [name for name in names if name in COLUMNS or name in file.folder_values]
+    return lambda extra: _rows(fs, file, most_rows, names if extra else known, COLUMNS)
 
 
 def _failed_rows(fs: pafs.FileSystem, file: ManifestFile, most_rows: int) -> Iterator[RawRow]:
     """Rows of failed/ or previews/. They keep the place in their manifest, by which later runs recognize them."""
-    for row in _rows(fs, file, most_rows, _STORED):
+    for row in _rows(fs, file, most_rows, _STORED, _STORED):
         if row.unreadable is not None:
             yield row._replace(from_failed=True)
             continue
@@ -77,13 +79,13 @@ def _failed_rows(fs: pafs.FileSystem, file: ManifestFile, most_rows: int) -> Ite
 
 
 def _rows(
-    fs: pafs.FileSystem, file: ManifestFile, most_rows: int, columns: Sequence[str] | None = None
+    fs: pafs.FileSystem, file: ManifestFile, most_rows: int, columns: Sequence[str], needed: Container[str]
 ) -> Iterator[RawRow]:
-    """The rows of a file; of `columns`, or of all of them."""
+    """The rows of a file with these `columns`. A row that lacks one that is `needed` cannot be read."""
     done, after = 0, 0
     try:
         with fs.open_input_file(file.path) as opened:
-            table = _Table(opened, columns, most_rows)
+            table = _Table(opened, columns, needed, most_rows)
             for groups in table.runs():
                 after = done + table.count(groups)
                 try:
@@ -105,17 +107,19 @@ def _rows(
 class _Table:
     """An open Parquet file, of which some columns are read."""
 
-    def __init__(self, file: pa.NativeFile, columns: Sequence[str] | None, most_rows: int):
+    def __init__(self, file: pa.NativeFile, columns: Sequence[str], needed: Container[str], most_rows: int):
         # Without the buffer, whole columns of a row group are read at once and kept until the end of the file. Dates in
         # Spark's old format reach beyond the years that nanoseconds can count.
-        self._parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=_BUFFER, coerce_int96_timestamp_unit="us")
-        self._metadata, self._most_rows = self._parquet.metadata, most_rows
-        self._needed = COLUMNS if columns is None else columns
-        self._columns = None if columns is None else list(columns)
-        schema = self._parquet.schema_arrow
+        options = {"pre_buffer": False, "buffer_size": _BUFFER, "coerce_int96_timestamp_unit": "us"}
+        self._parquet = pq.ParquetFile(file, **options)
+        schema, self._metadata, self._most_rows = self._parquet.schema_arrow, self._parquet.metadata, most_rows
+        # Arrow converts indices to the type that the writer had in memory, and fails when a text is not UTF-8.
+        dictionaries = [field.name for field in schema if _is_dictionary_of_texts(field.type)]
+        if dictionaries:
+            self._parquet = pq.ParquetFile(file, metadata=self._metadata, read_dictionary=dictionaries, **options)
+        self._columns, self._needed = list(columns), needed
         self._cells: dict[str, Cells] = {
-            name: cells_of(schema.field(name).type, known=name in self._needed)
-            for name in (schema.names if columns is None else columns)
+            name: cells_of(schema.field(name).type, known=name in needed) for name in columns
         }
 
     def runs(self) -> Iterator[list[int]]:
@@ -194,6 +198,10 @@ class _Table:
             first = next(self._parquet.iter_batches(_PROBE_ROWS, row_groups=[group], columns=self._columns))
             size = max(size, first.nbytes / first.num_rows)
         return max(1, min(self._most_rows, int(_BATCH_BYTES / max(1.0, size))))
+
+
+def _is_dictionary_of_texts(type_: pa.DataType) -> bool:
+    return pa.types.is_dictionary(type_) and (is_text(type_.value_type) or is_bytes(type_.value_type))
 
 
 def _may_repeat_long_texts(chunk: pq.ColumnChunkMetaData) -> bool:

@@ -25,7 +25,8 @@ from ltx_ray.storage.store import Store
 #: Most Parquet rows that are converted at once.
 _PARQUET_ROWS = 4096
 
-RowSource = Callable[[], Iterator[RawRow]]
+#: Begins to read a file, with the columns that no request has or without.
+RowSource = Callable[[bool], Iterator[RawRow]]
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,12 @@ class Manifest:
     #: Files that it does not read, in sentences.
     notes: tuple[str, ...] = ()
 
-    def rows(self) -> Iterator[RawRow]:
-        """Its rows from the first on, each time. Raises OSError when a file cannot be read any longer."""
-        return itertools.chain.from_iterable(source() for source in self._sources)
+    def rows(self, extra: bool = True) -> Iterator[RawRow]:
+        """Its rows from the first on, each time. Raises OSError when a file cannot be read any longer.
+
+        Without `extra`, Parquet columns that no request has are not read.
+        """
+        return itertools.chain.from_iterable(source(extra) for source in self._sources)
 
 
 def read_manifest(uri: str) -> Iterator[RawRow]:
@@ -96,9 +100,9 @@ def _source(fs: pafs.FileSystem, file: ManifestFile) -> RowSource | ValueError:
 # --- values in folders' names --------------------------------------------------------------------------------------
 
 
-def _with_folder_values(source: RowSource, given: Mapping[str, Any]) -> Iterator[RawRow]:
+def _with_folder_values(source: RowSource, given: Mapping[str, Any], extra: bool) -> Iterator[RawRow]:
     """Rows with the values that their folders' names give them. Rows of a dataset's failed/ have theirs already."""
-    for row in source():
+    for row in source(extra):
         if row.unreadable is not None or row.from_failed:
             yield row
             continue

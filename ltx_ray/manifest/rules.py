@@ -23,6 +23,8 @@ FIXED_WHEN_DISTILLED = frozenset(
     {"num_inference_steps", "negative_prompt", "distilled_lora_strength_stage_1", "distilled_lora_strength_stage_2"}
     | {f"{stream}_{name.name}" for stream in ("video", "audio") for name in dataclasses.fields(Guidance)}
 )
+#: Columns that take any text.
+_FREE_TEXT = frozenset({"prompt", "negative_prompt"})
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,8 @@ def judge(raw: RawRow, rules: RowRules) -> LegalRow | IllegalRow:
             continue
         if column.check(parsed):
             given[name] = parsed
-        elif isinstance(parsed, str) and _has_surrogates(parsed):
-            problems.append(RowProblem(name, value, f"{column.legal}, in UTF-8"))
+        elif name in _FREE_TEXT and (_has_surrogates(parsed) or "\0" in parsed):
+            problems.append(RowProblem(name, value, f"{column.legal}, in UTF-8 without NUL"))
         else:
             problems.append(RowProblem(name, value, column.legal))
     if raw.duplicate:

@@ -29,8 +29,12 @@ def cells_of(type_: pa.DataType, known: bool) -> Cells:
         return _listed
     if pa.types.is_floating(type_):
         return _floats
-    if _is_text(type_):
+    if is_text(type_):
         return _texts if known else _short_texts
+    if pa.types.is_dictionary(type_):
+        return partial(_from_dictionary, cells=cells_of(type_.value_type, known))
+    if getattr(type_, "unit", None) == "ns" and not known:
+        return partial(_nanoseconds, micros=_in_micros(type_))
     if not known and _needs_care(type_):
         return _careful
     return partial(_nested, known=known)
@@ -82,6 +86,12 @@ def _short_texts(column: pa.Array) -> list[Any]:
     return [value if value is None else short(value) for value in values]
 
 
+def _from_dictionary(column: pa.DictionaryArray, cells: Cells) -> list[Any]:
+    """A column whose rows share values: each value is converted once."""
+    values = cells(column.dictionary)
+    return [None if index is None else values[index] for index in column.indices.to_pylist()]
+
+
 def _nested(column: pa.Array, known: bool) -> list[Any]:
     """A column of any other type. Its classes of errors are Arrow's, Python's and the time zone database's."""
     try:
@@ -91,6 +101,20 @@ def _nested(column: pa.Array, known: bool) -> list[Any]:
     return [without_floats(value, math.isnan) for value in values] if known else values
 
 
+def _nanoseconds(column: pa.Array, micros: pa.DataType) -> list[Any]:
+    """A column of times. Most writers have a finer unit than their values need."""
+    try:
+        return _nested(column.cast(micros), known=False)
+    except pa.ArrowInvalid:
+        return _careful(column)
+
+
+def _in_micros(type_: pa.DataType) -> pa.DataType:
+    if pa.types.is_timestamp(type_):
+        return pa.timestamp("us", type_.tz)
+    return pa.time64("us") if pa.types.is_time(type_) else pa.duration("us")
+
+
 def _careful(column: pa.Array) -> list[Any]:
     return [_value(scalar) for scalar in column]
 
@@ -98,11 +122,11 @@ def _careful(column: pa.Array) -> list[Any]:
 # --- single values -----------------------------------------------------------------------------------------------
 
 
-def _is_text(type_: pa.DataType) -> bool:
+def is_text(type_: pa.DataType) -> bool:
     return pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_string_view(type_)
 
 
-def _is_bytes(type_: pa.DataType) -> bool:
+def is_bytes(type_: pa.DataType) -> bool:
     return (
         pa.types.is_binary(type_)
         or pa.types.is_large_binary(type_)
@@ -122,7 +146,7 @@ def _needs_care(type_: pa.DataType) -> bool:
         return not _is_plain_extension(type_)
     if pa.types.is_dictionary(type_) or pa.types.is_run_end_encoded(type_):
         return _needs_care(type_.value_type)
-    if _is_bytes(type_):
+    if is_bytes(type_):
         return True
     if pa.types.is_timestamp(type_) or pa.types.is_time(type_) or pa.types.is_duration(type_):
         return type_.unit == "ns"
@@ -139,18 +163,18 @@ def _value(scalar: pa.Scalar) -> Any:
     if not scalar.is_valid:
         return None
     type_ = scalar.type
-    if not _needs_care(type_) and not _is_text(type_):
+    if not _needs_care(type_) and not is_text(type_):
         try:
             return scalar.as_py()
         except Exception:  # whose classes are Arrow's, Python's and the time zone database's
             pass
     if isinstance(type_, pa.BaseExtensionType) or pa.types.is_dictionary(type_) or pa.types.is_run_end_encoded(type_):
         return _value(scalar.value)
-    if _is_text(type_):
+    if is_text(type_):
         return short(_text(scalar) or "")
-    if _is_bytes(type_):
+    if is_bytes(type_):
         buffer = scalar.as_buffer()
-        return buffer.hex() if buffer.size <= _SHORT_BYTES else digest_of(buffer)
+        return buffer.to_pybytes().hex() if buffer.size <= _SHORT_BYTES else digest_of(buffer)
     if pa.types.is_struct(type_):
         return {type_.field(n).name: _value(scalar[n]) for n in range(type_.num_fields)}
     if pa.types.is_map(type_):
@@ -165,7 +189,7 @@ def _time(scalar: pa.Scalar) -> Any:
     type_ = scalar.type
     try:
         if getattr(type_, "unit", None) == "ns":
-            return _nanoseconds(scalar)
+            return _finest_time(scalar)
         if pa.types.is_timestamp(type_) and type_.tz:
             # the zone is unknown here
             return str(pa.scalar(scalar.value, pa.timestamp(type_.unit, "UTC")).as_py())
@@ -178,25 +202,20 @@ def _time(scalar: pa.Scalar) -> Any:
         return None
 
 
-def _nanoseconds(scalar: pa.Scalar) -> str:
+def _finest_time(scalar: pa.Scalar) -> str:
     """A time of nanoseconds, written as Python writes it down to the microsecond, and with three more digits if any."""
-    type_ = scalar.type
     micros, rest = divmod(scalar.value, 1000)
-    if pa.types.is_duration(type_):
-        length = datetime.timedelta(microseconds=micros)
-        fraction = "" if length.microseconds else ".000000"
-        return f"{length}{fraction}{rest:03}" if rest else str(length)
-    if pa.types.is_time(type_):
-        time = pa.scalar(micros, pa.time64("us")).as_py()
-        return f"{time.isoformat('microseconds')}{rest:03}" if rest else str(time)
-    moment = _zoned(micros, type_.tz)
-    text = moment.isoformat(" ", "microseconds")
-    end = len("2026-01-31 12:00:00.000000")  # where the zone begins
-    return f"{text[:end]}{rest:03}{text[end:]}" if rest else str(moment)
-
-
-def _zoned(micros: int, zone: str | None) -> datetime.datetime:
+    type_ = _in_micros(scalar.type)
     try:
-        return pa.scalar(micros, pa.timestamp("us", zone)).as_py()
-    except pa.ArrowInvalid:
-        return pa.scalar(micros, pa.timestamp("us", "UTC")).as_py()
+        time = pa.scalar(micros, type_).as_py()
+    except pa.ArrowInvalid:  # the zone is unknown here
+        time = pa.scalar(micros, pa.timestamp("us", "UTC")).as_py()
+    if not rest:
+        return str(time)
+    if isinstance(time, datetime.timedelta):
+        return f"{time}{'' if time.microseconds else '.000000'}{rest:03}"
+    if isinstance(time, datetime.time):
+        return f"{time.isoformat('microseconds')}{rest:03}"
+    text = time.isoformat(" ", "microseconds")
+    end = len("2026-01-31 12:00:00.000000")  # where the zone begins
+    return f"{text[:end]}{rest:03}{text[end:]}"

@@ -226,14 +226,17 @@ class Plan:
         """`rows` of `read`."""
         return self.rows(self.read())
 
-    def read(self, say: Callable[[str], None] = lambda message: None) -> Iterator[RawRow]:
-        """Check the manifest as a whole (ValueError), name the files that it leaves out, and return its rows."""
+    def read(self, say: Callable[[str], None] = lambda message: None, extra: bool = True) -> Iterator[RawRow]:
+        """Check the manifest as a whole (ValueError), name the files that it leaves out, and return its rows.
+
+        Without `extra` the rows may lack columns that no request has, which may be large.
+        """
         if self.retry_failed and self.samples != 1:
             raise ValueError(f"--samples-per-prompt: {self.samples}, legal: 1 for a retry, whose rows are samples")
         manifest = open_manifest(self.manifest)
         for note in manifest.notes:
             say(note)
-        return manifest.rows()
+        return manifest.rows(extra)
 
     def rows(self, raws: Iterator[RawRow]) -> Iterator[PlanEntry]:
         """The selected ones of `raws` with their samples, judged, counted and with a status."""

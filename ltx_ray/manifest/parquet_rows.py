@@ -110,9 +110,14 @@ class _Table:
     def __init__(self, file: pa.NativeFile, columns: Sequence[str], needed: Container[str], most_rows: int):
         # Without the buffer, whole columns of a row group are read at once and kept until the end of the file. Dates in
         # Spark's old format reach beyond the years that nanoseconds can count.
-        options = {"pre_buffer": False, "buffer_size": _BUFFER, "coerce_int96_timestamp_unit": "us"}
+        options = {
+            "pre_buffer": False, "buffer_size": _BUFFER, "coerce_int96_timestamp_unit": "us",
+            "page_checksum_verification": True,
+        }  # fmt: skip
         self._parquet = pq.ParquetFile(file, **options)
         schema, self._metadata, self._most_rows = self._parquet.schema_arrow, self._parquet.metadata, most_rows
+        if not set(columns) <= set(schema.names):
+            raise pa.ArrowInvalid("its columns have changed since the run began")
         # Arrow converts indices to the type that the writer had in memory, and fails when a text is not UTF-8.
         dictionaries = [field.name for field in schema if _is_dictionary_of_texts(field.type)]
         if dictionaries:
@@ -142,11 +147,8 @@ class _Table:
     def batches(self, groups: Sequence[int]) -> Iterator[tuple[Iterator[dict[str, Any]], int]]:
         """(the values of some rows, how many)."""
         for batch in self._read(groups):
-            names = batch.schema.names
-            cells = zip(
-                *(self._cells[name](column) for name, column in zip(names, batch.columns, strict=True)), strict=True
-            )
-            yield map(dict, map(zip, itertools.repeat(names), cells)), batch.num_rows
+            columns = [cells(batch.column(name)) for name, cells in self._cells.items()]
+            yield map(dict, map(zip, itertools.repeat(self._columns), zip(*columns, strict=True))), batch.num_rows
 
     def undamaged(self, groups: Sequence[int], file: str, number: int, error: Exception) -> Iterator[RawRow]:
         """Rows of damaged row groups, from `number` on. One row stands for all that in turn lack a needed column."""

@@ -71,7 +71,7 @@ def open_manifest(uri: str) -> Manifest:
         if isinstance(source, ValueError):
             if not (is_folder and file.form.ambiguous):
                 raise source
-            skipped.add(file.path.removeprefix(store.path("")), str(source).removeprefix(f"{file.name}: "))
+            skipped.add(file.path.removeprefix(store.path()).lstrip("/"), str(source).removeprefix(f"{file.name}: "))
         else:
             sources.append(source)
     notes = tuple(f"{store.name}: skipped {names} ({why})" for names, why in skipped.reasons())

@@ -83,8 +83,8 @@ def plan(recipe: Recipe, date: str, out_dir: Path, command: str) -> Submission:
     data = manifest_bytes(expand(recipe, date, source))
     output = recipe.output.format(date=date, name=recipe.name)
     options = list(recipe.render_options)
-    for note in source.notes if source is not None else ():
-        print(f"schedule.py: {note}", file=sys.stderr)
+    if source is not None:
+        source.say_skipped(lambda note: print(f"schedule.py: {note}", file=sys.stderr))
     if source is not None and source.has_images:
         options += ["--image-root", source.folder]
     # The job starts in a folder of its own and needs absolute paths. The id does not depend on them.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,9 @@ class SourceManifest:
     def __len__(self) -> int:
         return self._length
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Files of a folder that are not read, in sentences."""
-        return self._manifest.notes
+    def say_skipped(self, say: Callable[[str], None]) -> None:
+        """Name what the manifest leaves out of a folder."""
+        self._manifest.say_skipped(say)
 
     def take(self, indices: Sequence[int]) -> Iterator[dict[str, Any]]:
         """The rows at these ascending indices, as JSON values.

@@ -33,9 +33,10 @@ RowSource = Callable[[bool], Iterator[RawRow]]
 class Manifest:
     """A manifest whose files were found to be usable."""
 
+    #: Its location, as messages have it.
+    name: str
     _sources: tuple[RowSource, ...]
-    #: Files that it does not read, in sentences.
-    notes: tuple[str, ...] = ()
+    _skipped: Skipped
 
     def rows(self, extra: bool = True) -> Iterator[RawRow]:
         """Its rows from the first on, each time. Raises OSError when a file cannot be read any longer.
@@ -43,6 +44,11 @@ class Manifest:
         Without `extra`, Parquet columns that no request has are not read.
         """
         return itertools.chain.from_iterable(source(extra) for source in self._sources)
+
+    def say_skipped(self, say: Callable[[str], None]) -> None:
+        """Name what it leaves out of a folder, one sentence for each reason."""
+        for names, why in self._skipped.reasons():
+            say(f"{self.name}: skipped {names} ({why})")
 
 
 def read_manifest(uri: str) -> Iterator[RawRow]:
@@ -74,11 +80,10 @@ def open_manifest(uri: str) -> Manifest:
             skipped.add(file.path.removeprefix(store.path()).lstrip("/"), str(source).removeprefix(f"{file.name}: "))
         else:
             sources.append(source)
-    notes = tuple(f"{store.name}: skipped {names} ({why})" for names, why in skipped.reasons())
     if not sources:
-        left_out = "".join(f"; {note.removeprefix(store.name + ': ')}" for note in notes)
+        left_out = "".join(f"; skipped {names} ({why})" for names, why in skipped.reasons())
         raise ValueError(f"{store.name}: holds no .parquet or .jsonl file{left_out}")
-    return Manifest(tuple(sources), notes)
+    return Manifest(store.name, tuple(sources), skipped)
 
 
 def manifest_folder(uri: str) -> str:

@@ -234,8 +234,7 @@ class Plan:
         if self.retry_failed and self.samples != 1:
             raise ValueError(f"--samples-per-prompt: {self.samples}, legal: 1 for a retry, whose rows are samples")
         manifest = open_manifest(self.manifest)
-        for note in manifest.notes:
-            say(note)
+        manifest.say_skipped(say)
         return manifest.rows(extra)
 
     def rows(self, raws: Iterator[RawRow]) -> Iterator[PlanEntry]:

@@ -111,7 +111,6 @@ def test_folders(tmp_path):
     (folder / "height=64" / "out" / "events.jsonl").write_text("{}\n")
     expected = same_requests(folder, tmp_path)
     assert [row.request.height for row in expected] == [1024, 64, 64, 64, 64]
-    assert len(pool.SourceManifest(str(folder)).notes) == 2
 
 
 def test_what_a_folder_leaves_out_is_said(tmp_path, capsys):

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
-
-# The machine that submits needs a clone, which need not be installed.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ltx_ray.manifest.raw import RawRow
 from ltx_ray.manifest.reader import manifest_folder, open_manifest
@@ -30,7 +25,7 @@ class SourceManifest:
             self._manifest = open_manifest(uri)
             self._length = sum(1 for _ in self._manifest.rows(extra=False))
             #: The folder that images may be in.
-            self.folder = recorded(manifest_folder(uri))
+            self.folder = manifest_folder(uri)
         except (OSError, ValueError) as error:
             raise ValueError(f"manifest: {recorded(uri)!r}, must be readable JSONL or Parquet ({error})") from None
 

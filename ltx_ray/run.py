@@ -214,6 +214,7 @@ class Run:
 
     def execute(self, raws: Iterator[RawRow]) -> ExitCode:
         """Render the manifest's rows, `raws`."""
+        self.progress.say(f"rendering {recorded(self.options.manifest)} into {self.store.name}")
         for warning in self.prepared.warnings:
             self.progress.say(warning)
         self.lease.acquire(self.progress.say)

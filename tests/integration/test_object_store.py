@@ -8,7 +8,9 @@ import json
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 
+from ltx_ray.cli import main
 from ltx_ray.cli.status import status_lines
 from ltx_ray.storage.store import Store
 
@@ -67,3 +69,60 @@ def test_manifest_images_and_dataset_in_a_bucket(runner, bucket):
     assert table(out, "index") == [rendered] and [r["id"] for r in table(out, "failed")] == ["text"]
     assert json.loads(out.read_bytes("run.json"))["counts"]["already_done"] == 1
     assert len([name for name in out.list_names("runs", recursive=True) if name == "run.json"]) == 2
+
+
+KEY, SECRET = "AKIAIOSFODNN7EXAMPLE", "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY"
+
+
+def test_credentials_in_uris_are_used_and_stand_nowhere(runner, bucket, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    place = bucket.replace("s3://", f"s3://{KEY}:{SECRET}@")
+    row = {"prompt": "a tree", "height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 2}
+    rows = [
+        {"id": "relative", "images": [{"path": "pics/a.png"}]},
+        {"id": "whole", "images": [{"path": f"{bucket}/set/pics/a.png"}]},
+        {"id": "text", "images": [{"path": "rows.jsonl"}]},
+        {"id": "illegal", "width": 65, "images": [{"path": f"{place}/other/a.png"}]},
+        {"id": "gone", "images": [{"path": f"{place}/set/pics/none.png"}]},
+    ]
+    store = Store(bucket)
+    store.write_bytes("set/rows.jsonl", "".join(json.dumps({**row, **r}) + "\n" for r in rows).encode())
+    store.write_bytes("set/pics/a.png", IMAGE)
+    (tmp_path / "run.yaml").write_text(f"image-root: {place}/set\n")
+
+    def run(command: str, *arguments: str) -> int:
+        with pytest.raises(SystemExit) as caught:
+            main([command, *arguments])
+        return caught.value.code
+
+    options = ("--model", "toy", "--stage1-replicas", "1", "--stage2-replicas", "0", "--save-latents")
+    monkeypatch.setattr("sys.argv", ["ltx-ray", "render", f"{place}/set/rows.jsonl", f"--output={place}/out"])
+    common = (*options, "--config", "run.yaml")
+    assert run("plan", f"{place}/set/rows.jsonl", *common) == 3
+    cluster = ("--ray-address", runner.cluster)
+    assert run("render", f"{place}/set/rows.jsonl", "--output", f"{place}/out", *common, *cluster) == 3
+    out = Store(f"{bucket}/out")
+    assert {r["id"] for r in table(out, "index")} == {"relative", "whole"}
+    assert {i["path"] for r in table(out, "index") for i in r["images"]} == {f"{bucket}/set/pics/a.png"}
+    # The row of a failure has what a retry with credentials needs.
+    assert run("retry", f"{place}/out", *common, *cluster) == 3
+    assert {r["id"] for r in table(out, "failed")} == {"text", "illegal", "gone"}
+    assert run("verify", f"{place}/out") == 0 and run("status", f"{place}/out") == 0
+    assert run("report", f"{place}/out") == 0
+    assert run("render", f"{place}/none.jsonl", "--output", f"{place}/out", *common) == 2
+    assert json.loads(out.read_bytes("run.json"))["output"] == f"{bucket}/out"
+
+    console = "".join(capfd.readouterr())
+    written = {name: out.read_bytes(name) for name in _every_file(out)}
+    assert "run.json" in written and "report.html" in written and any(n.startswith("failed/") for n in written)
+    written = {**written, "console": console.encode()}
+    for name, data in written.items():
+        content = repr(pq.read_table(io.BytesIO(data)).to_pylist()).encode() if name.endswith(".parquet") else data
+        for secret in (KEY, SECRET, SECRET[:12], SECRET.replace("/", "%2F").replace("+", "%2B")):
+            assert secret.encode() not in content, (name, content)
+
+
+def _every_file(store: Store, folder: str = "") -> list[str]:
+    within = f"{folder}/" if folder else ""
+    files = [within + name for name in store.list_names(folder)]
+    return files + [name for inner in store.folders(folder) for name in _every_file(store, within + inner)]

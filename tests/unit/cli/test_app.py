@@ -108,6 +108,54 @@ def test_an_output_that_cannot_be_written(cmd, manifest, tmp_path):
     assert f"--output: {tmp_path}/file/out, cannot be written" in message
 
 
+def test_an_output_in_the_copy_of_a_job(cmd, manifest, tmp_path, monkeypatch):
+    copy = tmp_path / "session_1/runtime_resources/working_dir_files/_ray_pkg_1"
+    monkeypatch.setenv("HOME", "/home/me")
+    for folder in (copy, copy / "jobs"):
+        folder.mkdir(parents=True)
+        monkeypatch.chdir(folder)
+        for output in ("out", f"{folder}/out", f"file://{folder}/out"):
+            message = usage(cmd, "render", manifest, "--output", output, "--model", "toy")
+            assert f"--output: {folder}/out, is in the copy that Ray makes" in message
+            assert "legal: a place outside of it, such as /home/me/out, s3:// or gs://" in message
+        assert not (folder / "out").exists()
+
+
+def test_a_path_means_the_same_in_every_place(cmd, tmp_path, monkeypatch, options, toy):
+    home = tmp_path / "home"
+    (home / "pics").mkdir(parents=True)
+    (home / "work").mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(home / "work")
+    write_jsonl(home / "m.jsonl", [{**GOOD, "id": "a"}, {**GOOD, "id": "b", "seed": 4}])
+    (home / "ids.txt").write_bytes("b\r\n".encode("utf-16"))
+    (home / "run.yaml").write_text("output: ~/ds/\nimage-root: [~/pics, ../pics]\n")
+    forms = ("~/{}", "../{}", (home / "{}").as_uri(), f"file:{home}/{{}}", f"{home}/work//../{{}}")
+    for form in (form.replace("%7B%7D", "{}") for form in forms):
+        place = form.format
+        flags = model_flags({name: place(Path(path).name) for name, path in toy.items()})
+        flags += ["--image-root", place("pics"), "--ids", place("ids.txt"), "--lora", place("l.safetensors")]
+        code, _, err = cmd("render", place("m.jsonl"), f"--output={place('ds')}/", *flags)
+        assert code == 0, err
+        given = options.pop()
+        assert (given.manifest, given.output, given.image_roots) == (f"{home}/m.jsonl", f"{home}/ds", (f"{home}/pics",))
+        assert given.selection.ids == {"b"} and given.model.loras[0].path == f"{home}/l.safetensors"
+        assert given.model.checkpoint_path == str(home / Path(toy["checkpoint_path"]).name)
+        code, _, err = cmd("render", place("m.jsonl"), "--config", place("run.yaml"), "--model", "toy")
+        assert code == 0, err
+        assert (options[0].output, options.pop().image_roots) == (f"{home}/ds", (f"{home}/pics",) * 2)
+        for command in ("status", "report", "verify"):
+            assert f"{home}/ds: no " in usage(cmd, command, place("ds"))
+    assert "--ids: ~/none.txt, cannot be read (no such file)" in usage(
+        cmd, "render", "m", "--output", "o", "--model", "toy", "--ids", "~/none.txt"
+    )
+
+
+def test_a_model_in_an_object_store(cmd, manifest, out):
+    message = usage(cmd, "render", manifest, "--output", out, "--checkpoint-path", "s3://k:s@b/x.safetensors")
+    assert "--checkpoint-path: s3://b/x.safetensors, legal: a local path" in message
+
+
 def test_an_output_of_an_unknown_scheme(cmd, manifest):
     assert "nowhere" in usage(cmd, "render", manifest, "--output", "nowhere://x/y", "--model", "toy")
 

@@ -220,12 +220,13 @@ class _Values:
 
 def parse_line(name: str, number: int, line: str) -> RawRow:
     """The row that `line` is, legal JSON or not."""
+    values, whole = None, False
     try:
         values, end = _DECODER.raw_decode(line)
-        rest = line[end:]
-        if rest != "\n" and rest.strip():
-            raise ValueError("Extra data")
+        whole = line[end:] == "\n" or not line[end:].strip()
     except (ValueError, RecursionError):
+        pass
+    if not whole:
         try:
             values = _LENIENT_DECODER.decode(line.strip(_JOINTS))
         except (ValueError, RecursionError) as error:

@@ -30,6 +30,8 @@ _CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 #: What such a folder's name has for a null.
 _NULL = "__HIVE_DEFAULT_PARTITION__"
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
+#: Bytes of a file called run.json by which it is told whether a run wrote it.
+_LONGEST_RECORD = 1 << 20
 #: Names that a note repeats.
 _SHOWN = 3
 
@@ -170,7 +172,7 @@ def _own_names(store: Store, below: str, children: Sequence[tuple[str, pafs.File
 
     def read(name: str) -> bytes:
         with store.fs.open_input_file(store.path(below + name)) as file:
-            return file.read()
+            return file.read(_LONGEST_RECORD)
 
     return names_of_an_output(
         [name for name, type_ in children if type_ == pafs.FileType.Directory],

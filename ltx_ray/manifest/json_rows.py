@@ -248,14 +248,23 @@ def _row_of(name: str, number: int, text: str, values: Any) -> RawRow:
 
 def _keys(value: Any) -> int:
     """How many keys a JSON value has, with those of the objects in it."""
-    if isinstance(value, dict):
-        return len(value) + sum(map(_keys, value.values()))
-    return sum(map(_keys, value)) if isinstance(value, list) else 0
+    count, waiting = 0, [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            count += len(value)
+            waiting.extend(value.values())
+        elif isinstance(value, list):
+            waiting.extend(value)
+    return count
 
 
 def _given_twice(text: str) -> str | None:
     """The first column of a request that an object gives more than once."""
-    pairs = _PAIRS_DECODER.decode(text.strip(_JOINTS))
+    try:
+        pairs = _PAIRS_DECODER.decode(text.strip(_JOINTS))
+    except RecursionError:
+        return None
     counts = Counter(key for key, _ in pairs)
     return next((key for key, count in counts.items() if count > 1 and key in COLUMNS), None)
 

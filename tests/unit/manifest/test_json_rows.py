@@ -179,6 +179,13 @@ def test_a_column_that_is_given_twice_makes_its_row_illegal(tmp_path):
     assert found[2:] == [None, None]
 
 
+@pytest.mark.parametrize("depth", [100, 900, 100_000])
+def test_deep_objects_concern_their_row(tmp_path, depth):
+    deep = '{"prompt": "a", "seed": 5, "x": ' + '{"x": ' * depth + "1" + "}" * depth + "}"
+    first, *_ = reasons(tmp_path / "m.jsonl", "\n".join([LINES[0], deep]))
+    assert first is None
+
+
 def test_a_line_without_end_is_passed_over(tmp_path, monkeypatch):
     monkeypatch.setattr("ltx_ray.manifest.json_rows._LONGEST_ROW", 1000)
     long = json.dumps({"prompt": "long", "x": "y" * 5000})

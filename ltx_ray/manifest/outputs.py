@@ -14,6 +14,8 @@ LATENTS = "latents"
 INDEX = "index"
 FAILED = "failed"
 PREVIEWS = "previews"
+#: What holds for all rows.
+DATASET = "dataset.json"
 #: Records of the newest run. Those of older ones are below `RUNS`.
 RUN_RECORD = "run.json"
 EVENTS = "events.jsonl"
@@ -28,7 +30,7 @@ FAILED_PART = re.compile(rf"part-(row|infra|illegal)-{ITEM_ID_DIGITS}-{KEY_DIGIT
 
 _TABLES = (INDEX, FAILED, PREVIEWS)
 _OWN_FOLDERS = frozenset({*_TABLES, CLIPS, LATENTS, RUNS})
-_OWN_FILES = frozenset({RUN_RECORD, EVENTS, REPORT})
+_OWN_FILES = frozenset({DATASET, RUN_RECORD, EVENTS, REPORT})
 
 
 def names_of_an_output(

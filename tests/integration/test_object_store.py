@@ -32,11 +32,13 @@ def test_manifest_images_and_dataset_in_a_bucket(runner, bucket):
         {"id": "image", "images": [{"path": "img/a 1.png"}, {"path": f"{bucket}/set/img/a 1.png", "frame_idx": 8}]},
         {"id": "elsewhere", "images": [{"path": f"{bucket}/set-other/a.png"}]},
         {"id": "text", "images": [{"path": "rows.jsonl"}]},
+        {"id": "half", "images": [{"path": "img/half.png"}]},
     ]
     store, out = Store(bucket), Store(f"{bucket}/out")
     lines = [json.dumps({**row, **r}) + "\n" for r in rows]
     store.write_bytes("set/rows.jsonl", "".join(lines).encode())
     store.write_bytes("set/img/a 1.png", IMAGE)
+    store.write_bytes("set/img/half.png", IMAGE[: len(IMAGE) // 2])
     store.write_bytes("set-other/a.png", IMAGE)
     manifest = f"{bucket}/set/rows.jsonl"
 
@@ -52,21 +54,23 @@ def test_manifest_images_and_dataset_in_a_bucket(runner, bucket):
     failed = {r["id"]: r for r in table(out, "failed")}
     refused = f"{bucket}/set/rows.jsonl:2:images (elsewhere): '{bucket}/set-other/a.png', legal: a path inside an --im"
     assert failed["elsewhere"]["message"].startswith(refused)
-    assert failed["text"]["message"] == f"images: {manifest} cannot be decoded (not a known image format)"
-    assert (failed["text"]["stage"], failed["text"]["error_class"]) == ("text", "row")
+    assert f"'{manifest}', legal: an image that can be read (not a known image format;" in failed["text"]["message"]
+    half = f"images: {bucket}/set/img/half.png cannot be decoded (image file is truncated)"
+    assert (failed["half"]["message"], failed["half"]["attempts"]) == (half, 1)
+    assert (failed["half"]["stage"], failed["half"]["error_class"]) == ("text", "row")
     assert "gang_started" in {e["event"] for e in events(out)}
-    summary = "1 rows in the index, 2 in failed/ (1 illegal, 1 of their own fault, 0 of infrastructure's)"
+    summary = "1 rows in the index, 3 in failed/ (2 illegal, 1 of their own fault, 0 of infrastructure's)"
     assert summary in status_lines(out.uri)
 
     # a second run finds nothing to do
     assert render() == 3
     assert table(out, "index") == [rendered]
-    assert [e["event"] for e in events(out)] == ["run_started", "row_illegal", "run_finished"]
+    assert [e["event"] for e in events(out)] == ["run_started", "row_illegal", "row_illegal", "run_finished"]
 
     # the manifest is corrected
     store.write_bytes("set/rows.jsonl", lines[0].encode())
     assert render() == 0
-    assert table(out, "index") == [rendered] and [r["id"] for r in table(out, "failed")] == ["text"]
+    assert table(out, "index") == [rendered] and [r["id"] for r in table(out, "failed")] == ["half"]
     assert json.loads(out.read_bytes("run.json"))["counts"]["already_done"] == 1
     assert len([name for name in out.list_names("runs", recursive=True) if name == "run.json"]) == 2
 

@@ -13,7 +13,7 @@ A recipe is YAML:
     output: s3://clips/nightly/{date}   # {date} and {name} are filled in
     prompts: ["a {animal} in {place}"]  # templates; "{{" and "}}" are literal braces
     variables: {animal: [fox, owl], place: [snow, rain]}
-    manifest: pool.parquet              # and/or rows of a manifest (JSONL, Parquet; relative to the recipe)
+    manifest: pool.parquet              # and/or rows of a manifest, as render reads it (relative to the recipe)
     count: 3                            # size of a seeded sample, a different one each date; absent = all rows
     seed: 7                             # decides the sample and the seed of each row (default 0)
     defaults: {height: 512}             # row fields, for rows without a value of their own
@@ -51,7 +51,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 # The cluster needs a clone, which need not be installed.
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
-from schedule_recipe import Recipe, SourceManifest, expand, manifest_bytes, parse_recipe, require
+from schedule_pool import SourceManifest
+from schedule_recipe import Recipe, expand, manifest_bytes, parse_recipe, require
 
 from ltx_ray.storage.credentials import masked, without_credentials
 from ltx_ray.storage.locations import parent, resolve
@@ -89,6 +90,8 @@ def plan(recipe: Recipe, date: str, out_dir: Path, command: str) -> Submission:
     `command` is in shell words; the manifest's path and the render's options are appended, quoted.
     """
     source = SourceManifest(recipe.manifest) if recipe.manifest else None
+    if source is not None:
+        source.say_skipped(lambda note: print(f"schedule.py: {note}", file=sys.stderr))
     data = manifest_bytes(expand(recipe, date, source))
     output = recipe.output.format(date=date, name=recipe.name)
     options = list(recipe.render_options)
@@ -282,6 +285,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"schedule.py: {masked(str(error))}", file=sys.stderr)
         return 2
+    except OSError as error:  # The store of the recipe's manifest.
+        print(f"schedule.py: {error}", file=sys.stderr)
+        return 1
     print(f"manifest  {job.manifest_path} ({job.rows} rows)")
     print(f"job       {job.submission_id}\nruns      {job.entrypoint}")
     if args.dry_run:

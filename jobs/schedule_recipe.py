@@ -7,17 +7,16 @@ schedule.py, the program, describes the fields of a recipe.
 from __future__ import annotations
 
 import hashlib
-import io
 import itertools
 import json
 import math
 import re
 import string
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 # The machine that submits needs a clone, which need not be installed.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -296,7 +295,15 @@ def _fill(recipe: Recipe, template: PromptTemplate, index: int) -> Row:
     return {**row, "variables": chosen} if chosen else row
 
 
-def expand(recipe: Recipe, date: str, source: SourceManifest | None = None) -> Iterator[Row]:
+class Pool(Protocol):
+    """Rows that a recipe draws from: schedule_pool.SourceManifest."""
+
+    def __len__(self) -> int: ...
+
+    def take(self, indices: Sequence[int]) -> Iterator[Row]: ...
+
+
+def expand(recipe: Recipe, date: str, source: Pool | None = None) -> Iterator[Row]:
     """The rows of one date, in manifest order, as dicts of JSON values without nulls.
 
     `source` is the recipe's manifest. Raises ValueError when there are fewer than `count` rows, or more than
@@ -334,78 +341,12 @@ def _dumps(what: str, value: Any) -> str:
 
 def manifest_bytes(rows: Iterator[Row]) -> bytes:
     """Rows as JSONL in UTF-8, one object per line, keys in the order of the rows."""
-    return "".join(_dumps(row.get("id", "row"), row) + "\n" for row in rows).encode()
+    return b"".join(_line(_dumps(row.get("id", "row"), row)) for row in rows)
 
 
-# ---- rows of an existing manifest ---------------------------------------------------------------------
-
-
-class SourceManifest:
-    """A manifest (JSONL, a Parquet file or a folder of them) whose rows are counted first and read when picked.
-
-    Raises ValueError when it cannot be read.
-    """
-
-    def __init__(self, uri: str) -> None:
-        from pyarrow import dataset, fs
-
-        self.uri = uri
-        #: Whether a row that was taken has images; known once the rows are taken.
-        self.has_images = False
-        self._take: Callable[[Sequence[int]], Iterator[Row]] = self._take_lines
-        self._is_folder = False
-        self._fs: fs.FileSystem
-        self._path: str
-        try:
-            self._fs, self._path = fs.FileSystem.from_uri(uri) if "://" in uri else (fs.LocalFileSystem(), uri)
-            if uri.endswith((".jsonl", ".json")):
-                self._length = sum(1 for _ in self._lines())
-            else:
-                parquet = dataset.dataset(self._path, filesystem=self._fs, format="parquet")
-                self._length = parquet.count_rows()
-                self._is_folder = self._fs.get_file_info(self._path).type == fs.FileType.Directory
-                self._take = lambda indices: iter(parquet.take(indices).to_pylist() if indices else ())
-        except (OSError, ValueError) as error:
-            raise ValueError(f"manifest: {uri!r}, must be readable JSONL or Parquet ({error})") from None
-
-    def __len__(self) -> int:
-        return self._length
-
-    @property
-    def folder(self) -> str:
-        """The folder that the manifest's relative image paths are relative to."""
-        return self.uri if self._is_folder else self.uri.rpartition("/")[0]
-
-    def take(self, indices: Sequence[int]) -> Iterator[Row]:
-        """The rows at these ascending indices.
-
-        Relative image paths become absolute, because the manifest of the date lies in another folder.
-        """
-        for row in self._take(indices):
-            if row.get("images"):
-                self.has_images = True
-                row["images"] = [self._absolute(image) for image in row["images"]]
-            yield row
-
-    def _lines(self) -> Iterator[tuple[int, str]]:
-        """(line number from 1, text) of every line that is not blank."""
-        with io.TextIOWrapper(self._fs.open_input_stream(self._path), encoding="utf-8") as text:
-            yield from ((n, line) for n, line in enumerate(text, 1) if line.strip())
-
-    def _take_lines(self, indices: Sequence[int]) -> Iterator[Row]:
-        picked = set(indices)
-        for index, (n, line) in enumerate(self._lines()):
-            if index not in picked:
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{self.uri}:{n}: {error}") from None
-            require(f"{self.uri}:{n}", row, isinstance(row, dict), "a JSON object")
-            yield row
-
-    def _absolute(self, image: Any) -> Any:
-        path = image.get("path") if isinstance(image, dict) else None
-        if not isinstance(path, str) or "://" in path or path.startswith("/"):
-            return image  # the render reports it when it is illegal
-        return {**image, "path": f"{self.folder}/{path}"}
+def _line(text: str) -> bytes:
+    """A line of JSON. Text that is not UTF-8 stays as JSON escapes it, and the render reports its row."""
+    try:
+        return f"{text}\n".encode()
+    except UnicodeEncodeError:
+        return f"{json.dumps(json.loads(text))}\n".encode()

@@ -34,7 +34,8 @@ from ltx_ray.driver.publisher import Publisher
 from ltx_ray.driver.run_record import RunRecord, keep_older_run, recorded_counts
 from ltx_ray.driver.signals import RunSignals, Stopped
 from ltx_ray.driver.tracker import RowTracker
-from ltx_ray.manifest.reader import RawRow, manifest_folder
+from ltx_ray.manifest.raw import RawRow
+from ltx_ray.manifest.reader import manifest_folder
 from ltx_ray.manifest.rules import RowRules, check_defaults
 from ltx_ray.placement.cluster import Cluster, Placement, where_to_run
 from ltx_ray.placement.memory import MemoryBudget
@@ -201,7 +202,10 @@ def _render(options: Options, signals: RunSignals) -> ExitCode:
     prepared = prepare(options)
     address = where_to_run(options.ray_address)
     # What is wrong with the manifest as a whole is reported before the output is touched.
-    raws = prepared.plan.read()
+    notes: list[str] = []
+    raws = prepared.plan.read(notes.append)
+    if not (options.retry_failed or options.promote is not None):  # whose manifest is a table of a dataset
+        prepared = replace(prepared, warnings=(*prepared.warnings, *notes))
     store = Store(options.output)
     store.check_writable()
     return Run(prepared, store, address, signals).execute(raws)

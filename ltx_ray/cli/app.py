@@ -163,7 +163,8 @@ def plan_command(manifest: str, output: str | None, every: bool, resolved: bool,
         click.echo(masked(warning), err=True)
     plan = prepared.plan.against(list_existing(Store(output))) if output else prepared.plan
     listed = 0
-    for row in plan.open():
+    raws = plan.read(lambda note: click.echo(note, err=True), extra=resolved)
+    for row in plan.rows(raws):
         if isinstance(row, IllegalRow):
             for message in row.messages():
                 click.echo(f"illegal  {masked(message)}")

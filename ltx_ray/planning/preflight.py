@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ltx_ray.manifest.reader import RawRow
+from ltx_ray.manifest.raw import RawRow
 from ltx_ray.manifest.rules import IllegalRow, judge
 from ltx_ray.planning.plan import Plan
 from ltx_ray.records import WorkItem

@@ -61,6 +61,8 @@ class _Commands(click.Group):
         except ValueError as error:
             click.echo(f"error: {masked(str(error))}", err=True)
             code = ExitCode.USAGE
+        except BrokenPipeError:
+            raise  # The reader of the output has seen enough, as `head` does; click ends the command without a word.
         except OSError as error:  # The store's, or a ConnectionError of the cluster.
             click.echo(f"error: {masked(str(error))}", err=True)
             code = ExitCode.ERROR

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, ClassVar, Generic, TypeVar
 
+from ltx_ray.measures import PictureMeasures, SoundMeasures
 from ltx_ray.shapes import ClipShape
 
 T = TypeVar("T")
@@ -265,6 +266,8 @@ class Clip:
     latents_sha256: str
     flags: tuple[str, ...]
     audio_stage: str
+    picture: PictureMeasures = field(default_factory=PictureMeasures)
+    sound: SoundMeasures = field(default_factory=SoundMeasures)
 
 
 @dataclass(frozen=True)

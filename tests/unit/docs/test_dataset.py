@@ -1,4 +1,4 @@
-"""docs/dataset.md: its table has the columns and types of the index, its flags are those of the code, with their limits."""
+"""docs/dataset.md: its columns and types are those of the index, its flags and limits those of the code."""
 
 from __future__ import annotations
 

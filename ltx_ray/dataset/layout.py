@@ -130,7 +130,7 @@ def older_record(run_id: str, name: str) -> str:
 
 _MANIFEST_COLUMNS = [*((column.name, column.type) for column in COLUMNS.values()), ("extra", pa.string())]
 SECONDS_COLUMNS = ("text_seconds", "stage1_seconds", "stage2_seconds", "decode_seconds", "gpu_seconds")
-#: What is measured of a clip (`measures.PictureMeasures` and `SoundMeasures`, whose fields these are).
+#: What is measured of a clip (`records.PictureMeasures` and `SoundMeasures`, whose fields these are).
 _MEASURE_COLUMNS = [
     ("loudness_lufs", pa.float64()),
     ("clipped_samples", pa.int64()),

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from ltx_ray.engine.motion import BLOCK, CutCheck, MotionCheck
 from ltx_ray.engine.tiling import Interval, Tiling, side_intervals, sums_to_one, time_intervals
-from ltx_ray.measures import PictureMeasures
+from ltx_ray.records import PictureMeasures
 from ltx_ray.shapes import SPACE_FACTOR, TIME_FACTOR
 
 #: BT.709, rows Y, Cb, Cr over R, G, B.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ltx_ray.measures import SoundMeasures
+from ltx_ray.records import SoundMeasures
 from ltx_ray.shapes import AUDIO_SAMPLE_RATE
 
 #: The two filters of K-weighting: a shelf for the head, then a high-pass; (b, a) of each.

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from ltx_ray.dataset.writer import Failure, Rendered
-from ltx_ray.measures import PictureMeasures, SoundMeasures
-from ltx_ray.records import Clip
+from ltx_ray.records import Clip, PictureMeasures, SoundMeasures
 
 ITEM, OTHER = "a" * 32, "b" * 32
 RENDERED = Rendered(

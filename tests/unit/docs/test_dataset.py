@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ltx_ray import measures
+from ltx_ray import records
 from ltx_ray.dataset.layout import INDEX_SCHEMA
 from ltx_ray.engine import frames, loudness, motion
 from ltx_ray.manifest.columns import COLUMNS
@@ -31,7 +31,7 @@ def test_every_column_has_a_line_with_its_type_in_the_order_of_the_code():
 
 
 def test_every_flag_has_a_line():
-    source = "".join(path.read_text() for path in Path(measures.__file__).parent.rglob("*.py"))
+    source = "".join(path.read_text() for path in Path(records.__file__).parent.rglob("*.py"))
     flags = {name.strip("`") for name, *_ in rows("Flags")}
     assert flags == {"black", "frozen", "silent", "prompt_truncated", "tiled_smaller"}
     assert all(f'("{flag}",)' in source for flag in flags)
@@ -40,9 +40,9 @@ def test_every_flag_has_a_line():
 @pytest.mark.parametrize(
     "title, words, value",
     [
-        ("Flags", r"`still_share` > ([\d.]+)", measures.FROZEN_SHARE),
-        ("Flags", r"`sound_seconds` < ([\d.]+)", measures.SILENT_SECONDS),
-        ("Flags", r"`frame_rate` < ([\d.]+)", measures.SHORT_CLIP_SECONDS),
+        ("Flags", r"`still_share` > ([\d.]+)", records.FROZEN_SHARE),
+        ("Flags", r"`sound_seconds` < ([\d.]+)", records.SILENT_SECONDS),
+        ("Flags", r"`frame_rate` < ([\d.]+)", records.SHORT_CLIP_SECONDS),
         ("What is measured", r"differs by (\d+) codes or more from eight frames", motion._MOVED_CODES),
         ("What is measured", r"every block is less than (\d+) codes", motion._STILL_CODES),
         ("What is measured", r"frame before by (\d+) codes or more", motion._CUT_CODES),

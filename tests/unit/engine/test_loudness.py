@@ -8,7 +8,7 @@ import pytest
 
 from ltx_ray.engine import loudness
 from ltx_ray.engine.loudness import measure_sound
-from ltx_ray.measures import SoundMeasures
+from ltx_ray.records import SoundMeasures
 
 RATE = 48000
 SECONDS = 5

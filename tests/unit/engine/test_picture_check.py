@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ltx_ray.engine.frames import PictureCheck, to_yuv420
-from ltx_ray.measures import PictureMeasures
+from ltx_ray.records import PictureMeasures
 from tests.support.moving_pictures import FRAMES, HEIGHT, WIDTH, i420, scene, with_square
 
 STILL = scene()

@@ -180,7 +180,7 @@ def test_the_engine_decodes_fused(engine):
 
 
 def test_measures_are_those_of_a_cpu():
-    """Of the same frames, to the last bit. The widths are a clip's, and the number of frames ends in a part of a batch."""
+    """Of the same frames, to the last bit. The number of frames ends in a part of a batch."""
     picture = scene(0, 256, 384)
     shots = [torch.roll(picture, 3 * n, 1) + 2 * torch.randn(picture.shape) for n in range(21)]
     frames = i420([*shots, *[scene(1, 256, 384)] * 16])

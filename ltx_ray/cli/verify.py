@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from ltx_ray.dataset import layout
 from ltx_ray.dataset import repair as dataset_repair
 from ltx_ray.dataset.existing import list_existing
-from ltx_ray.dataset.layout import FAILED_SCHEMA, INDEX_SCHEMA, row_key
+from ltx_ray.dataset.layout import FAILED_SCHEMA, row_key
 from ltx_ray.dataset.writer import read_rows
 from ltx_ray.manifest.columns import COLUMNS
 from ltx_ray.presets import PIPELINES
@@ -218,8 +218,9 @@ def _check_part(store: Store, name: str) -> _CheckedPart:
     except (pa.ArrowException, ValueError) as error:
         return unusable(f"cannot be read as Parquet ({_one_line(error)})")
     schema = table.schema.remove_metadata()
-    if not schema.equals(INDEX_SCHEMA):
-        wrong = [c.name for c in INDEX_SCHEMA if c.name not in schema.names or schema.field(c.name).type != c.type]
+    expected = layout.index_schema(schema.names)
+    if not schema.equals(expected):
+        wrong = [c.name for c in expected if c.name not in schema.names or schema.field(c.name).type != c.type]
         return unusable(f"does not have the columns of an index ({', '.join(wrong) or 'more, or another order'})")
     rows = tuple(table.to_pylist())
     if len(rows) != 1:

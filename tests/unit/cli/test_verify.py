@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,7 +14,7 @@ from ltx_ray.cli import verify as verify_module
 from ltx_ray.cli.app import app
 from ltx_ray.cli.verify import verify
 from ltx_ray.config import ModelFiles, RequestedNumerics
-from ltx_ray.dataset.layout import INDEX_SCHEMA, part_name, row_key
+from ltx_ray.dataset.layout import ADDED_COLUMNS, INDEX_SCHEMA, part_name, row_key
 from ltx_ray.dataset.writer import DatasetWriter, Failure, one_row
 from ltx_ray.manifest.reader import RawRow, read_manifest
 from ltx_ray.manifest.rules import LegalRow, RowRules, judge
@@ -58,6 +59,13 @@ def test_no_dataset(tmp_path):
         verify(str(tmp_path), pytest.fail)
 
 
+@pytest.mark.parametrize("lacking", [ADDED_COLUMNS, {"cuts"}], ids=["all", "one"])
+def test_a_part_of_an_earlier_version_is_well(store, lacking):
+    without_columns(store, lacking)
+    assert check(store) == (0, ["4 rows and 4 clips checked, 0 rows in failed/: all well"])
+    assert check(store, repair=True)[0] == 0
+
+
 def flip(store: Store, name: str) -> None:
     data = bytearray(store.read_bytes(name))
     data[-1] ^= 1
@@ -68,8 +76,8 @@ def truncate(store: Store, name: str) -> None:
     store.write_bytes(name, store.read_bytes(name)[:-9])
 
 
-def without_column(store: Store) -> None:
-    table = pq.read_table(io.BytesIO(store.read_bytes(part_of(1, "c")))).drop_columns(["flags"])
+def without_columns(store: Store, names: Iterable[str]) -> None:
+    table = pq.read_table(io.BytesIO(store.read_bytes(part_of(1, "c")))).drop_columns(list(names))
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
     store.write_bytes(part_of(1, "c"), buffer.getvalue())
@@ -96,7 +104,7 @@ DAMAGE = {
     "clip elsewhere": (lambda s: change(s, part_of(1, "c"), clip="clips/x.mp4"), "(c): its clip is 'clips/x.mp4'", ""),
     "truncated part": (lambda s: truncate(s, part_of(1, "c")), "cannot be read as Parquet", ""),
     "empty part": (lambda s: s.write_bytes(part_of(1, "c"), b""), "cannot be read as Parquet", ""),
-    "missing column": (without_column, "does not have the columns of an index (flags)", ""),
+    "missing column": (lambda s: without_columns(s, ["flags"]), "does not have the columns of an index (flags)", ""),
     "two rows": (two_rows, "holds 2 rows, legal: 1", ""),
     "no id": (lambda s: change(s, part_of(1, "c"), id=None), "its row has no id or no item_id", ""),
     "row of another name": (lambda s: change(s, part_of(1, "c"), id="z"), "(z): is not named after its row", ""),

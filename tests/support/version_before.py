@@ -138,6 +138,8 @@ class Version:
         self._first_scheme("planned")
         arguments = ("plan", manifest, "--output", "planned", "--all", "--resolved", *self.model(manifest), *own)
         said = self.run(*arguments, codes=(3,) if manifest.startswith("planned") else (0,))
+        # The version before named a manifest as it was given.
+        said = said.replace(f"{self.folder}/{manifest}:", f"{manifest}:")
         lines = said.replace(str(self.folder), "<folder>").rstrip("\n").split("\n")[:-1]
         return [shortened(json.loads(line)) if line.startswith("{") else line.split(", legal:")[0] for line in lines]
 

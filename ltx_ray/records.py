@@ -362,6 +362,8 @@ class EngineFacts:
     stage1_numerics: str | None = None
     #: Where stored latents were read from or written to.
     stored_at: str | None = None
+    #: Whether stored latents had no digest, so that nothing shows that they are as they were written.
+    unchecked: bool = False
     #: The rung of engine.tiling.LADDER at which a clip was decoded.
     decode_rung: int | None = None
 

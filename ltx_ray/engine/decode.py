@@ -79,8 +79,8 @@ class DecodeEngine:
             finally:
                 self._release_cached_memory()
         if stage == Stage.LOAD_LATENTS:
-            latents, location = self.latents.load_stage1(item, self.dtype)
-            self.facts = EngineFacts(stored_at=location)
+            latents, location, checked = self.latents.load_stage1(item, self.dtype)
+            self.facts = EngineFacts(stored_at=location, unchecked=not checked)
             return latents
         assert stage == Stage.SAVE_LATENTS and stages, stage
         location = self.latents.save(item, stages)
@@ -88,10 +88,13 @@ class DecodeEngine:
         return location
 
     def _decode(self, item: WorkItem, stages: tuple[StageLatents, ...]) -> Clip:
-        named = named_latents(*stages)
-        digest = latents_sha256(named)
         if (self.spec.save_latents or self.spec.stop_after) and not item.preflight:
             self.latents.publish(item, stages)
+            if self.spec.stop_after:
+                # An earlier run may have stored both stages. The preview is of the latents that a promotion continues.
+                stages = (self.latents.load_stage1(item, self.dtype)[0],)
+        named = named_latents(*stages)
+        digest = latents_sha256(named)
         metadata = {"item_id": item.item_id, "recipe_digest": item.recipe_digest}
         if self.spec.stop_after:
             # Stage 1 renders at half size, and its latents are decoded at that size.

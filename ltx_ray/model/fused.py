@@ -128,7 +128,8 @@ class FusedTransformer:
             if torch.cuda.get_device_capability(device) < _FIRST_FP8:
                 raise RuntimeError(f"precision fp8 needs a GPU that supports it, and {name} does not")
             check_fp8(quantized, name)
-        self._attend = attention_backend(attention, device)
+        streams = model.config.video, model.config.audio
+        self._attend = attention_backend(attention, device, [stream.head_dim for stream in streams])
         self._steps = _steps_for(device)
         self._audio_stream = _AudioCudaStream(device)
 

@@ -214,8 +214,8 @@ def check_transformer(checkpoint: Checkpoint) -> None:
     for field, stream in (("cross_attention_dim", config.video), ("audio_cross_attention_dim", config.audio)):
         if stream.context_dim != stream.dim:
             raise ValueError(
-                f"{checkpoint.path}: config.transformer.{field} is {stream.context_dim}; legal: {stream.dim}, the heads "
-                f"times the width of one"
+                f"{checkpoint.path}: config.transformer.{field} is {stream.context_dim}; legal: {stream.dim}, "
+                f"the heads times the width of one"
             )
     expected, found = transformer_shapes(checkpoint.transformer), checkpoint.tensors
     other = [name for name in expected.keys() & found.keys() if found[name].shape != expected[name]]

@@ -70,7 +70,7 @@ class GroupNorm(torch.nn.GroupNorm):
     single values, which PyTorch refuses with the advice not to train so.
     """
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 (PyTorch's name)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps, torch.backends.cudnn.enabled)
 
 

@@ -44,8 +44,9 @@ class DecodeEngine:
         self.device = torch.device(rank.device)
         self.dtype = resolve_dtype(spec.numerics.dtype)
         self.facts = EngineFacts()
-        #: By rung after the first: the size (pixels x frames) of the smallest clip that needed it.
-        self._smallest_of_rung: dict[int, int] = {}
+        #: By size of a clip (pixels x frames): the rung that sufficed for it, where that was not the first. Larger
+        #: clips that needed no higher rung are left out, so there is at most one size for each rung.
+        self._rung_by_size: dict[int, int] = {}
 
     def load(self) -> None:
         """Load the decoders. Raises ValueError for files that do not fit, RuntimeError as load_video_vae does."""
@@ -133,7 +134,7 @@ class DecodeEngine:
         """
         size = shape.num_frames * shape.height * shape.width
         rungs = distinct_rungs(latent.shape[2:])
-        known = max((rung for rung, smallest in self._smallest_of_rung.items() if smallest <= size), default=0)
+        known = max((rung for known_size, rung in self._rung_by_size.items() if known_size <= size), default=0)
         first = max(rung for rung in rungs if rung <= known)
         reason = ""
         for rung in (r for r in rungs if r >= first):
@@ -156,7 +157,8 @@ class DecodeEngine:
                 reason = str(error)
             else:
                 if rung > first:
-                    self._smallest_of_rung[rung] = min(size, self._smallest_of_rung.get(rung, size))
+                    known_rungs = self._rung_by_size.items()
+                    self._rung_by_size = {s: r for s, r in known_rungs if s < size or r > rung} | {size: rung}
                 self.facts = EngineFacts(decode_rung=rung)
                 silent = ("silent",) if np.abs(sound).max() < _SILENT_PEAK else ()
                 # Pixels of smaller tiles differ slightly from those of the reference's.

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from ltx_ray.manifest.columns import COLUMNS, Mistyped, shown
+from ltx_ray.manifest.columns import COLUMNS, InexactInteger, Mistyped, shown
 from ltx_ray.manifest.reader import RawRow
 from ltx_ray.presets import DEFAULT_IMAGE_CRF, PIPELINES, served_pipelines
 from ltx_ray.records import Guidance, ImageCondition, LoraUse, RenderRequest
@@ -94,6 +94,9 @@ def judge(raw: RawRow, rules: RowRules) -> LegalRow | IllegalRow:
             continue
         try:
             parsed = column.parse(value)
+        except InexactInteger:
+            problems.append(RowProblem(name, value, "an integer, or a float below 2^53 in size: larger are inexact"))
+            continue
         except Mistyped:
             problems.append(RowProblem(name, value, column.legal))
             continue

@@ -366,7 +366,8 @@ class FusedTransformer:
 
     def _gate_and_project(self, heads_out: torch.Tensor, logits: torch.Tensor, out: PackedLinear) -> torch.Tensor:
         if heads_out.stride(1) != heads_out.shape[2] or heads_out.stride(2) != 1:
-            heads_out = heads_out.contiguous()
+            # Unlike `contiguous`, this gives an axis of a single head the stride that the kernel expects, too.
+            heads_out = heads_out.flatten(1).unflatten(1, heads_out.shape[1:])
         return steps.linear(self._steps.apply_gates(heads_out, logits, out.quantized), out)
 
     def _feed_forward(self, s: _FusedStream, block: AVBlock, names: StreamNames, index: int) -> None:

@@ -382,7 +382,9 @@ def _load_quantized(reads: list[_QuantizedRead], tp: RankGroup, dtype: torch.dty
             size += batch[-1].parameter.numel() * dtype.itemsize
         values = [torch.empty(read.parameter.shape, dtype=read.dtype(dtype), device=device) for read in batch]
         shard_reads = [
-            ShardRead(as_stored(read.info) if is_prequantized(read.info) else read.info, read.parameter.shard_dim, target)
+            ShardRead(
+                as_stored(read.info) if is_prequantized(read.info) else read.info, read.parameter.shard_dim, target
+            )
             for read, target in zip(batch, values, strict=True)
         ]
         for index in read_shards(shard_reads, tp):

@@ -161,13 +161,12 @@ def _head_dims(transformer: TransformerConfig | None) -> tuple[int, ...]:
 
 
 def _odd_widths(transformer: TransformerConfig | None) -> str:
-    """What is no multiple of 16 among the widths that products take and give; "" for nothing."""
+    """The streams whose width, which is that of their text too, is no multiple of 16; "" for none."""
     if transformer is None:
         return ""
     streams = {"video": transformer.video, "audio": transformer.audio}
-    widths = {f"a width of {stream.dim} ({name})": stream.dim for name, stream in streams.items()}
-    widths |= {f"a text width of {stream.context_dim} ({name})": stream.context_dim for name, stream in streams.items()}
-    return " and ".join(words for words, width in widths.items() if width % _WIDTH_MULTIPLE)
+    odd = [f"{name} {stream.dim} wide" for name, stream in streams.items() if stream.dim % _WIDTH_MULTIPLE]
+    return " and ".join(odd)
 
 
 def _dividing_option(parallel: ParallelConfig) -> str:

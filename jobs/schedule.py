@@ -44,8 +44,14 @@ from typing import Any
 
 # Python adds a program's own folder to the path; a test that loads this file by its path does not.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+# The cluster needs a clone, which need not be installed.
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
 from schedule_recipe import Recipe, SourceManifest, expand, manifest_bytes, parse_recipe, require
+
+from ltx_ray.storage.credentials import masked, without_credentials
+from ltx_ray.storage.locations import parent, resolve
+from ltx_ray.storage.text import read_text
 
 #: Seconds between two status requests of --wait: at first, and at most.
 POLL_SECONDS = 0.5, 5.0
@@ -82,12 +88,16 @@ def plan(recipe: Recipe, date: str, out_dir: Path, command: str) -> Submission:
     data = manifest_bytes(expand(recipe, date, source))
     output = recipe.output.format(date=date, name=recipe.name)
     options = list(recipe.render_options)
+    for what, value in (("output", output), *(("render_options", option) for option in options)):
+        # Ray keeps the command of a job, and shows it to everyone who sees the cluster.
+        legal = "without credentials, which Ray would keep with the job; set them in the cluster's environment"
+        require(what, masked(value), masked(value) == value, legal)
     if source is not None and source.has_images:
-        options += ["--image-root", source.folder]
+        options += ["--image-root", without_credentials(source.folder)]
     # The job starts in a folder of its own and needs absolute paths. The id does not depend on them.
     job = submission_id(recipe.name, date, data, ["--output", output, *options])
-    output = output if "://" in output else os.path.abspath(os.path.expanduser(output))
-    path = out_dir.absolute() / f"{recipe.name}-{date}.jsonl"
+    output = resolve(output)
+    path = Path(resolve(str(out_dir))) / f"{recipe.name}-{date}.jsonl"
     return Submission(
         path,
         data,
@@ -254,7 +264,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         date = parse_date(args.date)
         try:
-            recipe = parse_recipe(Path(args.recipe).read_text(encoding="utf-8"), os.path.dirname(args.recipe) or ".")
+            file = resolve(args.recipe)
+            recipe = parse_recipe(read_text(file), parent(file))
         except (OSError, ValueError) as error:
             raise ValueError(f"{args.recipe}: {error}") from None
         job = plan(recipe, date, args.out_dir, args.entrypoint)
@@ -262,7 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         legal = args.dry_run or address.startswith(("http://", "https://"))
         require("--address", address, legal, "http://host:port")
     except ValueError as error:
-        print(f"schedule.py: {error}", file=sys.stderr)
+        print(f"schedule.py: {masked(str(error))}", file=sys.stderr)
         return 2
     print(f"manifest  {job.manifest_path} ({job.rows} rows)")
     print(f"job       {job.submission_id}\nruns      {job.entrypoint}")
@@ -276,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{name}: {outcome}", flush=True)
         return wait(client, name) if args.wait else 0
     except (OSError, RuntimeError) as error:
-        print(f"schedule.py: {address}: {error}", file=sys.stderr)
+        print(f"schedule.py: {address}: {masked(str(error))}", file=sys.stderr)
         return 1
 
 

@@ -11,12 +11,13 @@ import io
 import itertools
 import json
 import math
-import os
 import re
 import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from ltx_ray.storage.locations import resolve
 
 Row = dict[str, Any]
 
@@ -175,9 +176,7 @@ def _placeholders(what: str, text: str, legal: Sequence[str]) -> tuple[str, ...]
 def _parse_manifest(manifest: Any, folder: str) -> str | None:
     legal = manifest is None or (isinstance(manifest, str) and bool(manifest))
     require("manifest", manifest, legal, "a path or URI")
-    if manifest is None or "://" in manifest:
-        return manifest
-    return os.path.abspath(os.path.join(folder, os.path.expanduser(manifest)))
+    return None if manifest is None else resolve(manifest, folder)
 
 
 def _parse_defaults(defaults: Any) -> dict[str, Any]:

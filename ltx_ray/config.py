@@ -65,6 +65,10 @@ class ModelFiles:
         return replace(self, **paths)
 
 
+#: How items are identified (docs/dataset.md#schemes). An output that has rows of an older scheme goes on with it.
+NEWEST_SCHEME = 2
+
+
 @dataclass(frozen=True)
 class RecipeNumerics:
     """The part of the numerics that belongs to an item's recipe, and so to its item_id."""

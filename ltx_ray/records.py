@@ -28,6 +28,8 @@ class ErrorKind(StrEnum):
     REPLICA = "replica"
     #: The state of the replica's processes is unknown, so the replica is replaced.
     PROCESS = "process"
+    #: A file of the model cannot be used, by any row on any replica. The run ends.
+    MODEL = "model"
     #: The item starts over without its stored latents.
     STORED_LATENTS_GONE = "stored_latents_gone"
 
@@ -54,6 +56,12 @@ class ReplicaError(RenderError):
     """The replica's weights are in an unknown state."""
 
     kind = ErrorKind.REPLICA
+
+
+class ModelError(RenderError):
+    """A file of the model, or a LoRA, cannot be used, which showed only when its values were read."""
+
+    kind = ErrorKind.MODEL
 
 
 class StoredLatentsGone(RenderError):
@@ -179,6 +187,8 @@ class Recipe:
     distilled_lora: str | None
     distilled_lora_strengths: tuple[float, float]
     loras: tuple[tuple[str, float], ...] = ()
+    #: How digests are made, and seeds of samples (docs/dataset.md#schemes).
+    scheme: int = 1
 
 
 @dataclass(frozen=True)

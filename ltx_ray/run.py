@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import os
 import secrets
 from collections import Counter
@@ -21,8 +22,9 @@ from ltx_ray.checkpoints.checkpoint import (
     open_checkpoint,
 )
 from ltx_ray.checkpoints.lora import check_lora
-from ltx_ray.config import EngineSpec, ModelFiles, Numerics, RequestedNumerics, RunLimits, Selection
+from ltx_ray.config import NEWEST_SCHEME, EngineSpec, ModelFiles, Numerics, RequestedNumerics, RunLimits, Selection
 from ltx_ray.dataset.existing import ExistingRows, list_existing
+from ltx_ray.dataset.identity import DatasetIdentity, changed_numerics, read_identity, write_identity
 from ltx_ray.dataset.repair import repair
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.driver.events import EventLog
@@ -41,7 +43,7 @@ from ltx_ray.placement.numerics import check_widths
 from ltx_ray.placement.sizing import ParallelConfig
 from ltx_ray.planning.plan import ItemBuilder, Plan, PlanEntry
 from ltx_ray.planning.promotion import promoted
-from ltx_ray.pools.pool import StartFailed
+from ltx_ray.pools.pool import ModelRefused, StartFailed
 from ltx_ray.presets import served_pipelines
 from ltx_ray.records import LoraUse, WorkItem, canonical_json
 from ltx_ray.stages import FULL_PATH, PREVIEW_PATH
@@ -55,6 +57,7 @@ from ltx_ray.storage.store import Store, clean_stale
 _STALE_SECONDS = 3600.0
 #: Seconds for which an output that cannot be reached is retried before the run ends.
 _OUTPUT_RETRY_SECONDS = 600.0
+_CHECK_RETRY_SECONDS = 10.0
 #: Threads that write rows. An object store takes long for each write, but takes many at once.
 _LOCAL_WRITERS, _REMOTE_WRITERS = 2, 16
 #: A run into an object store ends with a report for up to this many rows, because the report reads every row.
@@ -111,6 +114,10 @@ class Options:
     promote: frozenset[str] | None = None
     #: Whether a tiny clip goes through every pool before a pool grows beyond one replica.
     preflight: bool = True
+    #: Whether noise may be drawn on another device than that of the dataset's other clips.
+    allow_other_noise: bool = False
+    #: The scheme of item_ids; None for that of the output's rows, or the newest.
+    scheme: int | None = None
     #: The command line, for the record.
     command: tuple[str, ...] = ()
     #: Dotted paths of the engines, by kind.
@@ -160,13 +167,23 @@ def prepare(options: Options) -> Prepared:
     plan = Plan(
         manifest=options.manifest,
         rules=rules,
-        builder=ItemBuilder(model, options.numerics),
+        builder=ItemBuilder(model, options.numerics, options.scheme or _scheme_of(options.output)),
         selection=options.selection,
         samples=options.samples_per_prompt,
         retry_failed=options.retry_failed,
         latents_only=options.stop_after is not None,
     )
     return Prepared(options, checkpoint, plan, tuple(warnings))
+
+
+def _scheme_of(output: str | None) -> int:
+    """The scheme of the rows at `output`. A store that does not answer has none; `Run` reads it once more."""
+    if output is None:
+        return NEWEST_SCHEME
+    try:
+        return read_identity(Store(output, _CHECK_RETRY_SECONDS)).scheme
+    except OSError:
+        return NEWEST_SCHEME
 
 
 def render(options: Options) -> ExitCode:
@@ -199,6 +216,7 @@ class Run:
         self.run_id = f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
         self.progress = Progress()
         self.lease = Lease(store, self.run_id)
+        self.identity = DatasetIdentity()
         options = self.options
         self.cluster = Cluster(
             address=options.ray_address,
@@ -212,15 +230,54 @@ class Run:
 
     def execute(self, raws: Iterator[RawRow]) -> ExitCode:
         """Render the manifest's rows, `raws`."""
+        self.progress.say(f"rendering {recorded(self.options.manifest)} into {self.store.name}")
         for warning in self.prepared.warnings:
             self.progress.say(warning)
         self.lease.acquire(self.progress.say)
         try:
+            self._take_identity()
             existing = self._repaired_rows()
             plan = self.prepared.plan.against(existing)
             return _Rendering(self, plan).execute(self._chosen(plan, plan.rows(raws)))
         finally:
             self._leave()
+
+    def _take_identity(self) -> None:
+        """Read what holds for the dataset's rows, or lay it down for a new one."""
+        scheme = self.prepared.plan.builder.scheme
+        identity = read_identity(self.store)
+        if self.options.scheme is not None:
+            identity = replace(identity, scheme=self.options.scheme)
+        if identity.scheme != scheme:
+            raise ValueError(
+                f"{self.store.name}: its rows have scheme {identity.scheme}, and the rows of this run were planned for "
+                f"scheme {scheme}, because the output did not answer or was new; legal: the same command again"
+            )
+        self.identity = identity
+        write_identity(self.store, identity)
+
+    def check_noise(self, family: str) -> None:
+        """Take in where noise is drawn: "cpu", or the model of the GPU. Raises ValueError when it was elsewhere."""
+        before = self.identity.noise_family
+        if before not in (None, family) and not self.options.allow_other_noise:
+            raise ValueError(
+                f"{self.store.name}: the noise of its clips was drawn on {before}, and this run draws it on {family}, "
+                f"which gives other clips for the same rows; legal: {_same_noise(before)}, another --output, or "
+                f"--allow-other-noise"
+            )
+        self._record_identity(replace(self.identity, noise_family=before or family))
+
+    def check_numerics(self, numerics: Numerics) -> None:
+        """Say in what the run computes otherwise than the one before."""
+        now = json.loads(canonical_json(numerics))
+        if changed := changed_numerics(self.identity.numerics, now):
+            self.progress.say(f"numerics differ from those of the run before: {changed}")
+        self._record_identity(replace(self.identity, numerics=now))
+
+    def _record_identity(self, identity: DatasetIdentity) -> None:
+        if identity != self.identity:
+            self.identity = identity
+            write_identity(self.store, identity)
 
     def _repaired_rows(self) -> ExistingRows:
         """Repair the dataset and list its rows, under the lease: rows that another run has just finished are done."""
@@ -291,6 +348,7 @@ class _Rendering:
             path=PREVIEW_PATH if options.stop_after else FULL_PATH,
             limits=options.limits,
             noise_device=options.numerics.noise_device,
+            check_noise=run.check_noise,
             use_stored=not options.stop_after,
             on_drain=lambda: self._record.write("draining", self._tracker.counts),
             should_stop=lambda: f"another run has taken over {store.name}" if run.lease.lost else None,
@@ -300,6 +358,8 @@ class _Rendering:
     def execute(self, rows: Iterator[PlanEntry]) -> ExitCode:
         self._record.write("running", Counter())
         self._events.emit("run_started", run_id=self._run.run_id)
+        for warning in self._run.prepared.warnings:
+            self._events.emit("warning", message=warning)
         self._events.flush()
         state, code = "failed", ExitCode.ERROR
         try:
@@ -313,6 +373,7 @@ class _Rendering:
         except (StartFailed, OSError) as error:
             # An OSError is the output's, which could not be reached for as long as it is retried.
             self._run.progress.say(str(error))
+            code = ExitCode.USAGE if isinstance(error, ModelRefused) else code
         finally:
             self._finish(state)
         counts = recorded_counts(self._tracker.counts)
@@ -335,7 +396,10 @@ class _Rendering:
         from ltx_ray.pools.ray_replicas import RayReplicaSet
 
         options, run = self._options, self._run
+        if options.numerics.noise_device == "cpu":
+            run.check_noise("cpu")
         placement = run.cluster.join()
+        run.check_numerics(placement.numerics)
         budget = self._memory_budget(placement)
         self._record.place(placement.pools, placement.numerics)
         self._signals.install()  # Ray has set a handler of its own.
@@ -392,6 +456,11 @@ def say_missing_ids(plan: Plan, say: Callable[[str], None]) -> None:
     if plan.unmet:
         shown = ", ".join(sorted(str(row_id) for row_id in plan.unmet)[:10])
         say(f"--ids: {len(plan.unmet)} ids are not in {recorded(plan.manifest)}, such as {shown}")
+
+
+def _same_noise(family: str) -> str:
+    """What draws noise as the dataset's other clips have it."""
+    return "--noise-device cpu" if family == "cpu" else f"GPUs of the model {family}"
 
 
 def _preflight_item(prepared: Prepared) -> WorkItem | None:

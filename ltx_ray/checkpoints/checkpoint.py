@@ -23,6 +23,7 @@ from ltx_ray.checkpoints.transformer_keys import (
     VIDEO_CONNECTOR_PREFIX,
     transformer_shapes,
 )
+from ltx_ray.storage.file_kinds import HEAD_BYTES, named_kind
 
 SUPPORTED_GENERATION = (2, 3)
 _LEGAL_GENERATION = "legal: 2.3.x (LTX-2.0 and LTX-2.5 are other architectures)"
@@ -95,6 +96,7 @@ def open_checkpoint(path: str) -> Checkpoint:
 
 def _open_file(path: str) -> Checkpoint:
     header = read_header(path)
+    _refuse_lora(header, "an LTX checkpoint")
     version = header.metadata.get("model_version", "")
     generation = parse_generation(version)
     if not version and "transformer" not in header.config:
@@ -109,6 +111,12 @@ def _open_file(path: str) -> Checkpoint:
             raise ValueError(f"{path}: has no {piece} (no keys under {prefix}); legal: a whole single file")
     config = TransformerConfig.from_metadata(header.config.get("transformer", {}), path)
     return Checkpoint(path, version, config, _transformer_tensors(header), header.size)
+
+
+def _refuse_lora(header: SafetensorsHeader, wanted: str) -> None:
+    """Raise ValueError when the file, which should be `wanted`, is a LoRA."""
+    if any(part in name for name in header.tensors for part in (".lora_A.", ".lora_down.", ".lora.down.")):
+        raise ValueError(f"{header.path}: not {wanted} but a LoRA; legal: --lora or --distilled-lora for this file")
 
 
 def _open_directory(path: str) -> Checkpoint:
@@ -164,6 +172,7 @@ def check_upsampler(path: str) -> None:
         config, tensors, scale = part.config, part.tensors, part.config.get("rational_spatial_scale", 2.0)
     else:
         header = read_header(path)
+        _refuse_lora(header, "a spatial upsampler x2")
         config, tensors, scale = header.config, header.tensors, header.config.get("spatial_scale", 2.0)
     doubles = config.get("spatial_upsample", True) and not config.get("temporal_upsample", False)
     if "initial_conv.weight" not in tensors or not doubles or scale != 2.0:
@@ -185,8 +194,14 @@ def check_gemma(root: str) -> None:
     model, tokenizer = gemma_folders(root)
     if not os.path.isfile(os.path.join(model, "config.json")):
         raise ValueError(f"--gemma-root: {model}, has no config.json; {legal}")
-    if not any(os.path.isfile(os.path.join(tokenizer, name)) for name in ("tokenizer.json", "tokenizer.model")):
+    files = [os.path.join(tokenizer, name) for name in ("tokenizer.json", "tokenizer.model")]
+    files = [file for file in files if os.path.isfile(file)]
+    if not files:
         raise ValueError(f"--gemma-root: {tokenizer}, has no tokenizer.json; {legal}")
+    for path in files:
+        with open(path, "rb") as file:
+            if kind := named_kind(file.read(HEAD_BYTES)):
+                raise ValueError(f"{path}: not a tokenizer but {kind}")
     kind = str(diffusers_layout.read_config(model).get("model_type"))
     if not kind.startswith("gemma3"):
         raise ValueError(f"--gemma-root: {model}, is a {kind} (LTX-2.5 takes Gemma 4); {legal}")

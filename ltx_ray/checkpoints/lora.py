@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ from ltx_ray.checkpoints.checkpoint import Checkpoint
 from ltx_ray.checkpoints.diffusers_names import to_diffusers, to_official
 from ltx_ray.checkpoints.digests import cached_digest
 from ltx_ray.checkpoints.safetensors import SafetensorsHeader, TensorInfo, read_header
+from ltx_ray.checkpoints.values import first_not_finite
+from ltx_ray.config import NEWEST_SCHEME
 
 _SIDES = {
     "lora_A": "a", "lora_down": "a", "lora.down": "a", "lora_linear_layer.down": "a",
@@ -40,6 +43,22 @@ _WHOLE_CHANGES = (".diff", ".diff_b", ".set_weight", ".lora_B.bias", ".lora_up.b
 _PEFT = "base_model.model."
 _PREFIXES = (_PEFT, "model.", "diffusion_model.", "transformer.")
 _FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lora_diffusion_model_", "lycoris_")
+#: Parts whose modules are left out, by words in their names.
+_LEFT_OUT = {
+    "embeddings_connector": "the text connectors", "connectors.": "the text connectors",
+    "embedding_projection": "the text projection", "aggregate_embed": "the text projection",
+    "text_encoder": "a text encoder", "lora_te": "a text encoder", "language_model": "a text encoder",
+    "vocoder": "the vocoder", "vae": "a VAE",
+}  # fmt: skip
+#: Metadata of LoRAs that were trained with a reference video or sound beside the prompt, as Lightricks' trainer writes
+#: it; others write the same with `ss_` before it.
+_REFERENCE_KEYS = (
+    "reference_downscale_factor", "reference_spatial_scale_factor", "reference_temporal_scale_factor",
+    "ic_lora_strategy", "v2v_training", "av_ic_training", "hdr_transform", "use_hdr_transform",
+)  # fmt: skip
+_UNSET = ("", "none", "null", "false")
+#: The factors of a larger file are checked when they are merged: reading them here would take too long.
+_CHECKED_BYTES = 2**30
 _PLAIN = ("BF16", "F16", "F32", "F64")
 _QUANTIZED = ("F8_E4M3", "F8_E5M2", "I8")
 
@@ -116,6 +135,7 @@ class LoraFile:
 def open_lora(path: str) -> LoraFile:
     """Open a LoRA file. Raises ValueError naming file and key when it is not a LoRA or cannot be merged."""
     header = read_header(path)
+    _refuse_reference(header)
     found: dict[str, dict[str, TensorInfo]] = {}
     understood: set[str] = set()
     for name, info in header.tensors.items():
@@ -162,10 +182,22 @@ def open_lora(path: str) -> LoraFile:
     return LoraFile(header, pairs)
 
 
-def lora_digest(path: str) -> str:
+def _refuse_reference(header: SafetensorsHeader) -> None:
+    """Raise ValueError for an IC-LoRA: without its reference, a clip would be something that nobody asked for."""
+    for key in (prefix + key for key in _REFERENCE_KEYS for prefix in ("", "ss_")):
+        if (value := str(header.metadata.get(key, ""))).lower() not in _UNSET:
+            raise ValueError(
+                f"{header.path}: wants a reference video, which no row can give (its metadata has {key} {value}); "
+                f"legal: a LoRA that works from prompts and images"
+            )
+
+
+def lora_digest(path: str, scheme: int = NEWEST_SCHEME) -> str:
     """32 hex digits for the LoRA at `path` and the configuration beside it, whose alpha decides pixels."""
-    digest, beside = cached_digest(path), _config_beside(read_header(path))
-    return digest if beside is None else hashlib.sha256((digest + cached_digest(beside)).encode()).hexdigest()[:32]
+    digest, beside = cached_digest(path, scheme=scheme), _config_beside(read_header(path))
+    if beside is None:
+        return digest
+    return hashlib.sha256((digest + cached_digest(beside, scheme=scheme)).encode()).hexdigest()[:32]
 
 
 def _belongs(name: str, stems: Mapping[str, object]) -> bool:
@@ -206,11 +238,17 @@ class _Alphas:
         if config is None:
             return None
         module = _bare(stem)
-        for pattern, alpha in (config.get("alpha_pattern") or {}).items():
-            if any(re.fullmatch(rf"(.*\.)?({pattern})", name) for name in (module, to_diffusers(module))):
-                return float(alpha)
-        alpha = config.get("lora_alpha")
-        return None if alpha is None else float(alpha)
+        try:
+            for pattern, alpha in (config.get("alpha_pattern") or {}).items():
+                if any(re.fullmatch(rf"(.*\.)?({pattern})", name) for name in (module, to_diffusers(module))):
+                    return float(alpha)
+            alpha = config.get("lora_alpha")
+            return None if alpha is None else float(alpha)
+        except (AttributeError, TypeError, ValueError, re.error) as error:
+            raise ValueError(
+                f"{self._path}: its configuration says no alpha of {stem} ({error}); legal: lora_alpha, a number, and "
+                f"alpha_pattern, numbers by patterns of names"
+            ) from None
 
 
 def _bare(stem: str) -> str:
@@ -229,8 +267,12 @@ def _configs(header: SafetensorsHeader) -> Iterator[tuple[str, dict[str, Any]]]:
         for prefix in sorted(prefixes):
             yield prefix, {key[len(prefix) :]: value for key, value in table.items() if key.startswith(prefix)}
     elif beside := _config_beside(header):
-        with open(beside, encoding="utf-8") as file:
-            yield "", _json(beside, "it", file.read())
+        try:
+            with open(beside, encoding="utf-8") as file:
+                text = file.read()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{beside}: cannot be read ({error})") from None
+        yield "", _json(beside, "it", text)
 
 
 def _json(path: str, what: str, text: str) -> dict[str, Any]:
@@ -282,17 +324,33 @@ def _official(stem: str, linears: Mapping[str, object], flat: Mapping[str, str])
 
 
 def check_lora(checkpoint: Checkpoint, path: str) -> str | None:
-    """A warning when the LoRA at `path` has modules of transformer blocks that the checkpoint lacks; None otherwise.
+    """A warning when the LoRA at `path` has modules that the transformer lacks; None otherwise.
 
-    Raises ValueError when it fits no layer, or cannot be merged.
+    Raises ValueError when it fits no layer, cannot be merged, or holds values that are not finite. Values of a file of
+    more than 1 GiB are left to the first merge.
     """
     lora, linears = open_lora(path), checkpoint.linear_layers
     fitting = lora.fit(linears, checkpoint.path)
+    if lora.header.size <= _CHECKED_BYTES:
+        factors = (factor for pair in fitting.values() for factor in (pair.a, pair.b))
+        tensors = (info for factor in factors for info in (factor.tensor, factor.scale) if info is not None)
+        if (bad := first_not_finite(tensors)) is not None:
+            raise not_finite(bad)
     flat = _flat(linears)
-    left = [stem for stem in lora.pairs if "transformer_blocks" in stem and _official(stem, linears, flat) is None]
+    others = {name.rpartition(".")[0] for name in lora.header.tensors if not _belongs(name, lora.pairs)}
+    left = [stem for stem in (*lora.pairs, *sorted(others)) if _official(stem, linears, flat) is None]
     if not left:
         return None
+    parts = Counter(next((part for word, part in _LEFT_OUT.items() if word in stem), "other parts") for stem in left)
+    shown = ", ".join(f"{count} of {part}" for part, count in parts.most_common())
     return (
         f"{path}: changes {len(fitting)} layers; {len(left)} of its modules are not in {checkpoint.path} and are left "
-        f"out, as the reference leaves them, such as {left[0]}"
+        f"out, as the reference leaves them, such as {left[0]} ({shown})"
+    )
+
+
+def not_finite(info: TensorInfo) -> ValueError:
+    """What to raise for a factor, or for its scale, that holds NaN or infinity."""
+    return ValueError(
+        f"{info.path}: {info.key} is not finite (it holds NaN or infinity); legal: factors of finite numbers"
     )

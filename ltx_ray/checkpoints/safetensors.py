@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from ltx_ray.storage.file_kinds import HEAD_BYTES, named_kind
+
 MAX_HEADER_BYTES = 100 * 2**20
 #: Bytes of an element, by the format's name of the dtype.
 ITEM_BYTES = {
@@ -86,12 +88,16 @@ def read_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
     try:
         size = os.path.getsize(path)
         with open(path, "rb") as file:
-            prefix = file.read(8)
-            if len(prefix) < 8:
+            head = file.read(HEAD_BYTES)
+            # A header begins with its brace. Its length, which comes first, may look like another kind of file.
+            if head[8:9] != b"{" and (kind := named_kind(head)):
+                raise ValueError(f"{path}: not a safetensors file but {kind}")
+            if len(head) < 8:
                 raise ValueError(f"{path}: not a safetensors file ({size} bytes)")
-            (length,) = struct.unpack("<Q", prefix)
+            (length,) = struct.unpack("<Q", head[:8])
             if length > min(size - 8, MAX_HEADER_BYTES):
                 raise ValueError(f"{path}: not a safetensors file, or cut off inside its header")
+            file.seek(8)
             table = json.loads(file.read(length))
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None

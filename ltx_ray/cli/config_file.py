@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import click
@@ -11,6 +10,7 @@ import yaml
 
 from ltx_ray.cli.parameters import LORA
 from ltx_ray.config import LoraSpec
+from ltx_ray.storage.text import read_text
 
 
 def read_config(path: str, options: Sequence[click.Option]) -> dict[str, Any]:
@@ -33,8 +33,8 @@ def read_config(path: str, options: Sequence[click.Option]) -> dict[str, Any]:
 
 def _read_mapping(path: str) -> Mapping[Any, Any]:
     try:
-        content = yaml.safe_load(Path(path).read_text()) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = yaml.safe_load(read_text(path)) or {}
+    except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"--config: {path}, cannot be read ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict):
         raise ValueError(f"--config: {path}, holds no mapping; legal: option names and their values")

@@ -262,12 +262,12 @@ def _render_again(
 ) -> Iterator[Finding]:
     """Render `rows` once more, each with the numerics of its recipe, and compare what can be compared."""
 
-    def numerics_of(row: IndexRow) -> tuple[str, str, str]:
+    def numerics_of(row: IndexRow) -> tuple[str, str, str, int]:
         recipe = json.loads(row["recipe"])
-        return recipe["dtype"], recipe["precision"], recipe["noise_device"]
+        return recipe["dtype"], recipe["precision"], recipe["noise_device"], recipe.get("scheme", 1)
 
     for numerics, group in itertools.groupby(sorted(rows, key=numerics_of), numerics_of):
-        dtype, precision, noise_device = numerics
+        dtype, precision, noise_device, scheme = numerics
         by_item = {row["item_id"]: row for row in group}
         with tempfile.TemporaryDirectory(prefix="ltx-ray-verify-") as folder:
             manifest, output = os.path.join(folder, "sample.jsonl"), os.path.join(folder, "out")
@@ -281,6 +281,7 @@ def _render_again(
                     numerics=dataclasses.replace(
                         given.numerics, dtype=dtype, precision=precision, noise_device=noise_device
                     ),
+                    scheme=scheme,
                     row_defaults={},
                     save_latents=False,
                     stop_after=None,

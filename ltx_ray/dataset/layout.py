@@ -21,6 +21,8 @@ LATENTS = "latents"
 INDEX = "index"
 FAILED = "failed"
 PREVIEWS = "previews"
+#: What holds for all rows.
+DATASET = "dataset.json"
 #: Records of the newest run. Those of older ones are below `RUNS`.
 RUN_RECORD = "run.json"
 EVENTS = "events.jsonl"

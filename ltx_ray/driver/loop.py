@@ -18,7 +18,7 @@ from ltx_ray.driver.tracker import RowTracker, TrackedItem
 from ltx_ray.manifest.rules import RowProblem
 from ltx_ray.planning.identity import merged_weights
 from ltx_ray.planning.plan import PlanEntry
-from ltx_ray.pools.pool import Pool, StartFailed
+from ltx_ray.pools.pool import ModelRefused, Pool, StartFailed
 from ltx_ray.pools.protocol import CallFinished, InputsLost, ReplicaEvent, ReplicaLost, ReplicaSet, ReplicaStarted
 from ltx_ray.records import CallReport, ErrorKind, RenderRequest, WorkItem, first_line
 from ltx_ray.stages import PATH_FROM_STORED, Stage
@@ -58,14 +58,16 @@ class Driver:
         path: tuple[Stage, ...],
         limits: RunLimits,
         noise_device: str,
+        check_noise: Callable[[str], None] = lambda family: None,
         use_stored: bool = False,
         on_drain: Callable[[], None] = lambda: None,
         should_stop: Callable[[], str | None] = lambda: None,
     ):
         """`path`: the stages of an item. `use_stored`: start items from stored latents of stage 1, if there are any.
 
-        `on_drain` is called once, when the run begins to drain. `should_stop` is called at every turn and returns a
-        reason to drain, or None.
+        `check_noise` is called once, with the model of the GPU (or "cpu") on which noise is drawn, and raises
+        ValueError when the dataset does not allow it. `on_drain` is called once, when the run begins to drain.
+        `should_stop` is called at every turn and returns a reason to drain, or None.
         """
         self.tracker, self.limits, self.noise_device = tracker, limits, noise_device
         self.events, self.progress, self.counts = tracker.events, tracker.progress, tracker.counts
@@ -74,7 +76,7 @@ class Driver:
         self.too_many_failed = False
         self.drain_requested: str | None = None
         self._join_cluster, self._on_drain, self._use_stored = join_cluster, on_drain, use_stored
-        self._should_stop = should_stop
+        self._should_stop, self._check_noise = should_stop, check_noise
         self._cluster: JoinedCluster | None = None
         self._preflight_admitted = self._preflight_running = False
         self._gpu_seconds = 0.0
@@ -95,7 +97,8 @@ class Driver:
         The cluster is joined when the first row is to be rendered, so that a run without work needs none. Rows that
         do not fit on its GPUs are refused as illegal ones are, before they are dispatched.
 
-        Raises pools.pool.StartFailed when a pool cannot be started, OSError when the output store keeps failing.
+        Raises pools.pool.StartFailed when a pool cannot be started, or ModelRefused, which is one, when the model
+        cannot be used, OSError when the output store keeps failing, and what `check_noise` raises.
         """
         publisher, ended = self.tracker.publisher, False
         try:
@@ -272,7 +275,10 @@ class Driver:
     def _replica_started(self, event: ReplicaStarted) -> None:
         pool = self._pool(event.replica)
         pool.started(event.replica)
+        known = self._device_name
         self._check_device(event)
+        if known is None and self._device_name is not None:
+            self._check_noise(self._device_name)
         self.policy.add_replica(event.replica, pool.spec.roles)
         self.events.emit(
             "gang_started",
@@ -345,6 +351,8 @@ class Driver:
     def _call_failed(self, event: CallFinished, pool: Pool, tracked: TrackedItem, stage: Stage) -> None:
         error, item_id = event.report.error, tracked.item.item_id
         assert error is not None
+        if error.kind == ErrorKind.MODEL:
+            raise ModelRefused(error.message)
         if error.kind in (ErrorKind.REPLICA, ErrorKind.PROCESS):
             self._replicas.kill(event.replica)
             name = "" if error.kind == ErrorKind.REPLICA else f"{error.type}: "

@@ -18,6 +18,7 @@ from ltx_ray.driver.events import EventLog, RunMetrics
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
 from ltx_ray.manifest.rules import IllegalRow, RowProblem
+from ltx_ray.planning.identity import recipe_json
 from ltx_ray.planning.plan import COPY, DONE, FAILED, REPEATED, Plan, PlanEntry, PlannedRow
 from ltx_ray.records import CallReport, Clip, NoiseLedger, WorkItem, canonical_json, first_line
 from ltx_ray.stages import DIFFUSION_STAGES, TRAITS, Stage, needed_results
@@ -73,7 +74,7 @@ class TrackedItem:
         self.payloads[TRAITS[stage].result] = payload
         facts = report.facts
         if stage in DIFFUSION_STAGES:
-            self.device = report.device
+            self.device = facts.device_name or report.device
             self.noise_ledger = facts.noise_ledger
             self.stage1_numerics = facts.stage1_numerics or self.stage1_numerics
         if stage == Stage.TEXT:
@@ -211,7 +212,7 @@ class RowTracker:
         rendered = Rendered(
             clip=clip,
             attempts=tracked.attempts,
-            recipe=canonical_json(tracked.item.recipe),
+            recipe=recipe_json(tracked.item.recipe),
             recipe_digest=tracked.item.recipe_digest,
             numerics=numerics,
             noise_ledger=canonical_json(tracked.noise_ledger),

@@ -39,6 +39,7 @@ from ltx_ray.records import (
     Conditions,
     EngineFacts,
     Guidance,
+    ModelError,
     NoiseLedger,
     ReplicaError,
     RowError,
@@ -249,7 +250,8 @@ class DiffusionEngine:
     def _merge_loras(self, item: WorkItem, distilled_strength: float) -> None:
         """Bring the weights to the item's LoRAs. The first merge belongs to loading and counts as no switch.
 
-        Raises ReplicaError when it fails, because the state of the weights is then unknown.
+        Raises ModelError when a LoRA cannot be used, and ReplicaError when merging fails otherwise, because the state
+        of the weights is then unknown.
         """
         setting = self._lora_setting(item, distilled_strength)
         began, first = time.perf_counter(), not self._has_merged
@@ -259,8 +261,11 @@ class DiffusionEngine:
                 if not first and not self._sources_cached and self.merger.would_change(setting):
                     self._cache_merge_sources()
                 switched = self.merger.switch_to(setting)
+                self.merger.check_finite()
             if switched and self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
+        except ModelError:
+            raise
         except Exception as error:
             raise ReplicaError(f"{type(error).__name__}: {error}") from error
         if switched and not first:

@@ -7,6 +7,7 @@ A prompt may contain orders `[[stage:order]]`:
 * `[[text:slow:0.5]]`, `[[text:slow:60:1]]`: it takes this many seconds, in the second example on the first attempt only
 * `[[stage1:row]]`: the row is at fault; `[[stage1:error]]`: any other exception
 * `[[stage1:store]]`: a store does not answer; `[[stage1:full]]`: its disk is full; `[[stage1:memory]]`: out of memory
+* `[[stage1:model]]`: a file of the model cannot be used
 * `[[load_latents:gone]]`: there are no stored latents
 * `[[stage1:lone]]`: the last rank of several fails; `[[stage1:stuck]]`: it hangs
 * `[[stage1:gate]]`: the call waits for `open_gate`
@@ -27,7 +28,7 @@ from typing import Any
 from ltx_ray.config import EngineSpec
 from ltx_ray.dataset.layout import clip_path, latents_path, preview_path
 from ltx_ray.engine.base import Rank
-from ltx_ray.records import Clip, EngineFacts, RowError, StoredLatentsGone, WorkItem
+from ltx_ray.records import Clip, EngineFacts, ModelError, RowError, StoredLatentsGone, WorkItem
 from ltx_ray.stages import TRAITS, Stage
 from ltx_ray.storage.locations import join
 from ltx_ray.storage.store import Store
@@ -112,6 +113,8 @@ class FakeEngine:
                 time.sleep(3600)
             elif order == "row":
                 raise RowError(f"{stage}: this row was told to fail")
+            elif order == "model":
+                raise ModelError(f"{stage}: this call was told that a LoRA cannot be used")
             elif order == "store":
                 raise OSError(f"{stage}: this call was told that the store is gone")
             elif order == "full":

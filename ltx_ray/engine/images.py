@@ -15,14 +15,17 @@ import av
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms
+
+from ltx_ray.storage.pictures import InvalidImage, check_encodable, is_deep_grey, open_picture
 
 #: EXIF orientations that are rotated, in degrees. Mirrored ones are left as they are, as in the reference.
 _ROTATIONS = {3: 180, 6: 270, 8: 90}
-
-
-class InvalidImage(Exception):
-    """The bytes cannot be decoded as an image."""
+#: A picture that covers the clip with more pixels than this, and with more than so many times the clip's, is cut before
+#: it is scaled. A picture of 1000 x 1 pixels would take 14 GB to cover a clip of 1920 x 1088.
+_WHOLE_PIXELS, _WHOLE_RATIO = 2**24, 8
+#: The brightest value of 16 bits of grey that would look almost black, because the upper four bits are empty.
+_DARKEST_PEAK = 4095
 
 
 def image_pixels(data: bytes, crf: int, height: int, width: int, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -32,21 +35,24 @@ def image_pixels(data: bytes, crf: int, height: int, width: int, device: torch.d
     """
     try:
         rgb = decode_rgb(data)
-    except UnidentifiedImageError:
-        raise InvalidImage("not a known image format") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InvalidImage(str(error)) from None
-    if crf and min(rgb.shape[:2]) >= 2:
-        rgb = through_h264(rgb, crf)
+        check_encodable((rgb.shape[1], rgb.shape[0]), crf)
+        if crf and min(rgb.shape[:2]) >= 2:
+            rgb = through_h264(rgb, crf)
+    except (InvalidImage, MemoryError):
+        raise
+    except Exception as error:  # Decoders of foreign bytes raise whatever their code happens to raise.
+        raise InvalidImage(str(error) or type(error).__name__) from None
     # A GPU rounds the interpolation otherwise than a CPU, and the reference interpolates on the device.
     return cover(torch.from_numpy(rgb).to(device).float(), height, width) / 127.5 - 1.0
 
 
 def decode_rgb(data: bytes) -> np.ndarray:
     """(H, W, 3) uint8 in sRGB, upright."""
-    with Image.open(io.BytesIO(data)) as source:
+    with open_picture(data) as source:
         image: Image.Image = source
-        rotation = _ROTATIONS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        rotation = _rotation(image)
+        if is_deep_grey(image):
+            image = _in_8_bits(image)
         if rotation:
             image = image.rotate(rotation, expand=True)
         profile = image.info.get("icc_profile")
@@ -59,12 +65,34 @@ def decode_rgb(data: bytes) -> np.ndarray:
         return np.array(image.convert("RGB"), dtype=np.uint8)
 
 
+def _rotation(image: Image.Image) -> int | None:
+    """Degrees by which EXIF says that the picture is to be rotated; None when it does not, or cannot be read."""
+    try:
+        return _ROTATIONS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except MemoryError:
+        raise
+    except Exception:  # Broken EXIF costs the orientation, not the row. Its parser raises whatever it happens to raise.
+        return None
+
+
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    """16 bits of grey, of which 65535 is white, as 8 bits."""
+    values = np.asarray(image)
+    peak = int(values.max())
+    if 0 < peak <= _DARKEST_PEAK:
+        # So 8 to 12 bits look that were stored in 16 without being scaled, such as depths.
+        raise InvalidImage(f"16 bits of grey of which the brightest is {peak} of 65535; legal: 8 bits, or all of 16")
+    grey = Image.fromarray((values // 257).astype(np.uint8))
+    grey.info = image.info
+    return grey
+
+
 def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         target = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
         converted = ImageCms.profileToProfile(image, source, target, outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError, ValueError):
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return image.convert("RGB")  # A broken profile costs the colours, not the row.
     assert converted is not None  # It is None only for conversions in place.
     return converted
@@ -88,9 +116,29 @@ def through_h264(rgb: np.ndarray, crf: int) -> np.ndarray:
 
 def cover(picture: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """(H, W, 3) float -> (1, 3, 1, height, width): scaled until it covers (bilinear), cut at the centre."""
-    pixels = picture.permute(2, 0, 1)[None]
     scale = max(height / picture.shape[0], width / picture.shape[1])
     size = tuple(math.ceil(side * scale) for side in picture.shape[:2])
-    pixels = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False)
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    if math.prod(size) > max(_WHOLE_PIXELS, _WHOLE_RATIO * height * width):
+        return _cover_cut(picture, size, (top, left), (height, width))
+    pixels = picture.permute(2, 0, 1)[None]
+    pixels = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False)
     return pixels[:, :, None, top : top + height, left : left + width]
+
+
+def _cover_cut(
+    picture: torch.Tensor, size: tuple[int, ...], start: tuple[int, int], cut: tuple[int, int]
+) -> torch.Tensor:
+    """What `cover` gives, without the whole picture of `size` from which it takes `cut` at `start`.
+
+    It differs from `F.interpolate` in the last bits.
+    """
+    for dim in (1, 0):  # Columns first: of a long picture, few are seen.
+        length = picture.shape[dim]
+        at = torch.arange(start[dim], start[dim] + cut[dim], device=picture.device, dtype=torch.float32)
+        at = ((at + 0.5) * (length / size[dim]) - 0.5).clamp_(0, length - 1)
+        low = at.long()
+        first, second = (picture.index_select(dim, n) for n in (low, (low + 1).clamp_(max=length - 1)))
+        weight = (at - low).view(-1, 1) if dim else (at - low).view(-1, 1, 1)
+        picture = torch.lerp(first, second, weight)
+    return picture.permute(2, 0, 1)[None, :, None]

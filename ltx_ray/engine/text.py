@@ -17,12 +17,13 @@ from ltx_ray.checkpoints.checkpoint import gemma_folders
 from ltx_ray.config import EngineSpec
 from ltx_ray.engine import codec, components
 from ltx_ray.engine.base import Rank, resolve_dtype
-from ltx_ray.engine.images import InvalidImage, image_pixels
+from ltx_ray.engine.images import image_pixels
 from ltx_ray.records import AV, Conditions, EngineFacts, ImageLatents, PromptContext, RowError, WorkItem
 from ltx_ray.sampling.passes import Pass, passes_for
 from ltx_ray.shapes import ClipShape
 from ltx_ray.stages import Stage
 from ltx_ray.storage.images import read_image
+from ltx_ray.storage.pictures import InvalidImage
 
 #: Prompts whose contexts are cached. The negative prompt is usually the same for all rows.
 _CACHED_PROMPTS = 16
@@ -69,27 +70,21 @@ class TextEngine:
         store does not answer.
         """
         request = item.request
+        images = self._images(item)  # First, so that an image that cannot be used costs no pass of Gemma.
         negative = self.encode(request.negative_prompt) if Pass.UNCOND in passes_for(request.guidance) else None
         positive = self.encode(request.prompt)
         truncated = positive.truncated or (negative is not None and negative.truncated)
         self.facts = EngineFacts(prompt_truncated=truncated)
-        return Conditions(positive, negative, self._images(item))
+        return Conditions(positive, negative, images)
 
     def _images(self, item: WorkItem) -> tuple[ImageLatents, ...]:
-        images = item.request.images
-        if not images:
-            return ()
-        if self._encoder is None:
-            # It takes half a gigabyte, which runs from text alone never need.
-            path = self.spec.model.local().checkpoint_path
-            self._encoder = components.load_video_vae(path, self.dtype, self.device, part="encoder")
         latents = []
-        for image, digest in zip(images, item.image_digests, strict=True):
+        for image, digest in zip(item.request.images, item.image_digests, strict=True):
             data = read_planned_image(image.path, digest)
 
             def encoded(shape: ClipShape, data: bytes = data, crf: int = image.crf or 0) -> torch.Tensor:
                 pixels = image_pixels(data, crf, shape.height, shape.width, self.device).to(self.dtype)
-                return codec.encode_video(self._encoder, pixels).cpu()
+                return codec.encode_video(self._video_encoder(), pixels).cpu()
 
             shape = item.request.shape
             try:
@@ -98,6 +93,13 @@ class TextEngine:
                 raise RowError(f"images: {image.path} cannot be decoded ({error})") from None
             latents.append(ImageLatents(image.frame_idx, image.strength, stage1, stage2))
         return tuple(latents)
+
+    def _video_encoder(self) -> torch.nn.Module:
+        """The video encoder, loaded for the first image: it takes half a gigabyte, which text alone never needs."""
+        if self._encoder is None:
+            path = self.spec.model.local().checkpoint_path
+            self._encoder = components.load_video_vae(path, self.dtype, self.device, part="encoder")
+        return self._encoder
 
     def encode(self, text: str) -> PromptContext:
         """Context of one prompt: (1, S, D_video) and (1, S, D_audio) on the host, where S is the padded size."""

@@ -11,8 +11,9 @@ from typing import Any, ClassVar
 
 from ltx_ray.manifest.columns import COLUMNS, InexactInteger, Mistyped, shown
 from ltx_ray.manifest.reader import RawRow
-from ltx_ray.presets import DEFAULT_IMAGE_CRF, PIPELINES, served_pipelines
+from ltx_ray.presets import DEFAULT_IMAGE_CRF, PIPELINES, Pipeline, served_pipelines
 from ltx_ray.records import Guidance, ImageCondition, LoraUse, RenderRequest
+from ltx_ray.sampling.schedule_limits import is_sampled, most_frames
 from ltx_ray.shapes import ClipShape, size_problems
 from ltx_ray.storage.images import locate
 from ltx_ray.storage.locations import parent, recorded
@@ -163,7 +164,10 @@ def _cross_checks(values: Mapping[str, Any], rules: RowRules, asked: set[str], b
     problems = []
     if not bad & {"height", "width", "num_frames", "frame_rate"}:
         shape = ClipShape(values["num_frames"], values["height"], values["width"], values["frame_rate"])
-        problems += [RowProblem(*problem) for problem in size_problems(shape)]
+        wrong_sizes = [RowProblem(*problem) for problem in size_problems(shape)]
+        problems += wrong_sizes
+        if not wrong_sizes and "num_inference_steps" not in bad:
+            problems += _schedule_problems(PIPELINES[values["pipeline"]], values["num_inference_steps"], shape)
     if rules.num_layers is not None:
         for name in ("video_stg_blocks", "audio_stg_blocks"):
             # a pipeline's default may name a block that a smaller model does not have
@@ -179,6 +183,19 @@ def _cross_checks(values: Mapping[str, Any], rules: RowRules, asked: set[str], b
             legal = f"a frame_idx from 0 to {values['num_frames'] - 1}"
             problems.append(RowProblem("images", f"frame_idx {image.frame_idx} of {image.path}", legal))
     return problems
+
+
+def _schedule_problems(pipeline: Pipeline, steps: int, shape: ClipShape) -> list[RowProblem]:
+    """Why the schedule of stage 1, computed from the clip's tokens, cannot be sampled."""
+    computed = pipeline.sigmas is None and pipeline.schedule_tokens is None
+    if not computed or is_sampled(steps, shape.half().video_tokens):
+        return []
+    frames = most_frames(steps, shape)
+    size = f"{shape.height}x{shape.width}"
+    if frames is None:
+        return [RowProblem("height", shape.height, f"a size less than {size}: a frame has too many tokens")]
+    legal = f"at most {frames} at {size} with {steps} steps: the noise levels of more tokens coincide"
+    return [RowProblem("num_frames", shape.num_frames, legal)]
 
 
 def _located(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ltx_ray.checkpoints.lora import Factor, LoraPair
+from ltx_ray.checkpoints.lora import Factor, LoraPair, not_finite
 from ltx_ray.checkpoints.safetensors import TensorInfo
 from ltx_ray.parallel.factors import FactorProduct
 from ltx_ray.parallel.fp8 import row_scale_of, write_exactly, write_values
@@ -23,6 +23,7 @@ from ltx_ray.parallel.layers import SINGLE_RANK, RankGroup, ShardParameter
 from ltx_ray.parallel.loading import as_stored, is_prequantized, scale_of, with_context
 from ltx_ray.parallel.merging import merge_
 from ltx_ray.parallel.weight_cache import FreeMemory, Location, ShardSource, WeightCache, choose_location
+from ltx_ray.records import ModelError
 
 _log = logging.getLogger(__name__)
 #: Float32 values of a quantized factor that exist at once.
@@ -73,6 +74,9 @@ class LoraMerger:
         self._quantized = {name for name in self._modules if row_scale_of(self._weight(name)) is not None}
         self._clean = WeightCache(dict(self._clean_sources()), tp, self._device, self._dtype, peers)
         self._factors = WeightCache(dict(self._factor_sources()), tp, self._device)
+        #: (LoRA, module) of the factors that have been merged before, and answers about those that are new.
+        self._checked: set[tuple[int, str]] = set()
+        self._unanswered: list[tuple[TensorInfo, torch.Tensor]] = []
         #: What is merged now, by module; None after a merge that failed half-way.
         self._current: dict[str, Strengths] | None = self._by_module(LoraSetting())
 
@@ -170,6 +174,9 @@ class LoraMerger:
                 weight = self._weight(module)
                 values = dict(zip(names, tensors, strict=True))
                 products = [self._product(index, module, strength, values) for index, strength in strengths[module]]
+                for (index, _), product in zip(strengths[module], products, strict=True):
+                    if (index, module) not in self._checked:
+                        self._check_later(index, module, product)
                 info = self._tensors[f"{module}.weight"]
                 if module in self._quantized:
                     (source,) = next(originals)
@@ -192,6 +199,27 @@ class LoraMerger:
         merged = torch.empty_like(source)
         self._merge_one(merged, weight.shard_dim, source, products, info)
         write_values(weight, merged)
+
+    def _check_later(self, index: int, module: str, product: FactorProduct) -> None:
+        """Ask the device whether factors are finite, when they are merged for the first time."""
+        pair = self._loras[index][module]
+        self._checked.add((index, module))
+        for factor, values in ((pair.a, product.a), (pair.b, product.b)):
+            self._unanswered.append((factor.tensor, torch.isfinite(values).all()))
+
+    def check_finite(self) -> None:
+        """Raise ModelError, on every rank of the gang, when factors that have been merged are not finite on one.
+
+        The only communication here, and only after a LoRA was merged for the first time. All ranks must have made the
+        same switches.
+        """
+        asked, self._unanswered = self._unanswered, []
+        if not asked:
+            return
+        finite = self._tp.min_(torch.stack([answer for _, answer in asked]).to(torch.int32)).tolist()
+        for (info, _), fine in zip(asked, finite, strict=True):
+            if not fine:
+                raise ModelError(str(not_finite(info)))
 
     def _merge_one(
         self,

@@ -13,9 +13,17 @@ from ltx_ray.records import Recipe, RenderRequest, canonical_json, plain
 from ltx_ray.stages import Stage
 
 
+def recipe_json(recipe: Recipe) -> str:
+    """The recipe as canonical JSON. That of scheme 1 has no field for its scheme."""
+    values = plain(recipe)
+    if recipe.scheme == 1:
+        del values["scheme"]
+    return canonical_json(values)
+
+
 def recipe_digest(recipe: Recipe) -> str:
     """The first 16 hex digits of sha256 over the recipe."""
-    return hashlib.sha256(canonical_json(recipe).encode()).hexdigest()[:16]
+    return hashlib.sha256(recipe_json(recipe).encode()).hexdigest()[:16]
 
 
 class ItemHasher:
@@ -34,7 +42,7 @@ class ItemHasher:
         before = canonical_json({name: value for name, value in row.items() if name < "prompt"})[1:-1]
         after = canonical_json({name: value for name, value in row.items() if name > "seed"})[1:-1]
         assert not any("prompt" < name < "seed" for name in row)
-        self._start = hashlib.sha256(f'{{"recipe":{canonical_json(recipe)},"request":{{{before},"prompt":'.encode())
+        self._start = hashlib.sha256(f'{{"recipe":{recipe_json(recipe)},"request":{{{before},"prompt":'.encode())
         self._end = f",{after}}}}}"
 
     def item_id_bytes(self, prompt: str, seed: int) -> bytes:

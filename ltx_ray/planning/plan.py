@@ -15,17 +15,17 @@ from ltx_ray.checkpoints.checkpoint import open_checkpoint
 from ltx_ray.checkpoints.digests import cached_digest
 from ltx_ray.checkpoints.lora import lora_digest
 from ltx_ray.checkpoints.transformer_config import TransformerConfig
-from ltx_ray.config import ModelFiles, RecipeNumerics, Selection
+from ltx_ray.config import NEWEST_SCHEME, ModelFiles, RecipeNumerics, Selection
 from ltx_ray.dataset.existing import ExistingRows, ItemLookup
 from ltx_ray.manifest.columns import LONGEST_ID
 from ltx_ray.manifest.reader import RawRow, read_manifest
 from ltx_ray.manifest.rules import IllegalRow, RowProblem, RowRules, duplicate_id, judge, resolved_values
 from ltx_ray.planning.cost import H100_TFLOPS, clip_tflop
 from ltx_ray.planning.identity import item_id, recipe_digest
-from ltx_ray.planning.templates import RowTemplate, TemplateCache, sample_id, sample_seed
+from ltx_ray.planning.templates import RowTemplate, TemplateCache, item_sample_seed, sample_id, sample_seed
 from ltx_ray.records import Recipe, RenderRequest, WorkItem
 from ltx_ray.storage.id_table import IdTable
-from ltx_ray.storage.images import image_digest
+from ltx_ray.storage.images import check_image, image_digest
 
 #: Statuses of a row. An IllegalRow has the last one.
 TODO, DONE, COPY, FAILED, REPEATED, ILLEGAL = "todo", "done", "copy", "failed", "repeated", IllegalRow.status
@@ -93,8 +93,9 @@ class PlannedRow:
     def samples(self, count: int, given_id: str | None) -> list[PlannedRow]:
         """This row and its other samples, `count` in all; `given_id` is the id in the manifest."""
         rows, prompt = [self], self.raw.values["prompt"]
+        scheme = self._template.item.recipe.scheme
         for number in range(1, count):
-            seed = sample_seed(self.item_id, number)
+            seed = item_sample_seed(self.item_id, number) if scheme == 1 else sample_seed(prompt, self._seed, number)
             row_id = None if given_id is None else sample_id(given_id, number)
             item_id_bytes = self._template.hasher.item_id_bytes(prompt, seed)
             rows.append(PlannedRow(self.raw, self._template, item_id_bytes, row_id, seed))
@@ -112,15 +113,16 @@ class PlannedRow:
 
 
 class UnreadableImage(Exception):
-    """A conditioning image of a row cannot be read."""
+    """A conditioning image of a row cannot be read, or cannot be used."""
 
     def __init__(self, path: str, reason: str):
         super().__init__(f"{path}: {reason}")
         self.path, self.reason = path, reason
 
 
-def _digest(path: str) -> str:
+def _digest(path: str, crf: int = 0) -> str:
     try:
+        check_image(path, crf)
         return image_digest(path)
     except (ValueError, OSError) as error:
         raise UnreadableImage(path, str(error)) from None
@@ -129,15 +131,15 @@ def _digest(path: str) -> str:
 class ItemBuilder:
     """Makes the work items of requests: the recipe (the run's weights and dtypes, the row's LoRAs) and the item_id."""
 
-    def __init__(self, model: ModelFiles, numerics: RecipeNumerics):
+    def __init__(self, model: ModelFiles, numerics: RecipeNumerics, scheme: int = NEWEST_SCHEME):
         local = model.local()
         self.checkpoint = open_checkpoint(local.checkpoint_path)
-        self._numerics = numerics
-        self._checkpoint = cached_digest(local.checkpoint_path)
-        self._gemma = cached_digest(local.gemma_root)
-        self._upsampler = cached_digest(local.spatial_upsampler_path)
-        self._distilled_lora = lora_digest(local.distilled_lora) if local.distilled_lora else None
-        self._loras = {lora.name: lora_digest(lora.path) for lora in local.loras}
+        self._numerics, self.scheme = numerics, scheme
+        self._checkpoint = cached_digest(local.checkpoint_path, scheme=scheme)
+        self._gemma = cached_digest(local.gemma_root, scheme=scheme)
+        self._upsampler = cached_digest(local.spatial_upsampler_path, scheme=scheme)
+        self._distilled_lora = lora_digest(local.distilled_lora, scheme) if local.distilled_lora else None
+        self._loras = {lora.name: lora_digest(lora.path, scheme) for lora in local.loras}
 
     def recipe(self, request: RenderRequest) -> Recipe:
         return Recipe(
@@ -154,12 +156,13 @@ class ItemBuilder:
                 request.distilled_lora_strength_stage_2,
             ),
             loras=tuple((self._loras[use.name], use.strength) for use in request.loras),
+            scheme=self.scheme,
         )
 
     def item(self, request: RenderRequest) -> WorkItem:
         """Raises UnreadableImage."""
         recipe = self.recipe(request)
-        digests = tuple(_digest(image.path) for image in request.images)
+        digests = tuple(_digest(image.path, image.crf or 0) for image in request.images)
         name = item_id(request, recipe, digests)
         if request.id is None:
             request = dataclasses.replace(request, id=name[:16])
@@ -186,8 +189,8 @@ class Plan:
     While the rows are consumed, `counts` fills with "rows", one entry for each status and "clips" (the items to
     render), and `tflop` with the cost of those items.
 
-    With `samples` N, each row stands for N rows: itself, and N-1 whose seeds follow from its item_id and whose ids end
-    in "-s1" and so on. A selection by id takes a row with all of its samples; an id with such an ending takes that
+    With `samples` N, each row stands for N rows: itself, and N-1 whose seeds follow from its own and whose ids end in
+    "-s1" and so on. A selection by id takes a row with all of its samples; an id with such an ending takes that
     sample alone. Rows of a dataset's failed/ are samples already.
     """
 

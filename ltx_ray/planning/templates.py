@@ -115,9 +115,21 @@ def sample_id(given_id: str, number: int) -> str:
     return f"{given_id}-s{number}"
 
 
-def sample_seed(item_id: str, number: int) -> int:
-    """Seed of sample `number` (from 1) of a row. `item_id` is that of its sample 0, which has the row's own seed."""
-    return int.from_bytes(hashlib.sha256(f"{item_id}:{number}".encode()).digest()[:8], "big") & MAX_SEED
+def sample_seed(prompt: str, seed: int, number: int) -> int:
+    """Seed of sample `number` (from 1) of a row, from its prompt and its own seed, which sample 0 has.
+
+    The same samples of other weights, precisions, LoRA strengths or sizes thus begin with the same noise.
+    """
+    return _seed_of(f"{seed}:{number}:{prompt}")
+
+
+def item_sample_seed(item_id: str, number: int) -> int:
+    """The same in scheme 1, from the item_id of sample 0, and thus from weights and precision too."""
+    return _seed_of(f"{item_id}:{number}")
+
+
+def _seed_of(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") & MAX_SEED
 
 
 def _bound(cache: dict[Any, Any]) -> None:

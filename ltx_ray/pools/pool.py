@@ -15,6 +15,10 @@ class StartFailed(Exception):
     """A pool's gangs failed more often than allowed."""
 
 
+class ModelRefused(StartFailed):
+    """A file of the model cannot be used, as a rank has found out. No other gang would do better."""
+
+
 @dataclass
 class Pool:
     """`spec.replicas` is the number of replicas that there should be."""

@@ -42,8 +42,9 @@ def encoded_user_info(info: str) -> str:
     From now on `masked` also hides its parts where they stand alone, as in a store's error message.
     """
     parts = [unquote(part) for part in info.split(":", 1)]
-    remember(*parts, *info.split(":", 1))
-    return ":".join(quote(part, safe="") for part in parts) + "@" if info else ""
+    encoded = [quote(part, safe="") for part in parts]
+    remember(*parts, *encoded)
+    return ":".join(encoded) + "@" if info else ""
 
 
 def remember(*secrets: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import lru_cache
 
 import pyarrow as pa
@@ -12,6 +13,7 @@ import pyarrow.fs as pafs
 
 from ltx_ray.storage.credentials import without_credentials
 from ltx_ray.storage.locations import recorded, resolve, split_options
+from ltx_ray.storage.pictures import InvalidImage, check_encodable, open_picture
 from ltx_ray.storage.store import Store
 
 #: An image of more bytes is refused before it is decoded.
@@ -86,7 +88,35 @@ def read_image(path: str) -> bytes:
         raise ValueError(str(error)) from None
 
 
-@lru_cache(maxsize=4096)
 def image_digest(path: str) -> str:
-    """The first 32 hex digits of sha256 over the file's bytes. Cached: a manifest often names one image many times."""
-    return hashlib.sha256(read_image(path)).hexdigest()[:32]
+    """The first 32 hex digits of sha256 over the file's bytes."""
+    return _inspected(path).digest
+
+
+def check_image(path: str, crf: int) -> None:
+    """Raise InvalidImage when the header of the image shows that it cannot be used at `crf`."""
+    inspected = _inspected(path)
+    if inspected.problem is not None:
+        raise InvalidImage(inspected.problem)
+    check_encodable(inspected.size, crf)
+
+
+@dataclass(frozen=True)
+class _Inspected:
+    """What planning knows of an image: (width, height), or why it cannot be used."""
+
+    digest: str
+    size: tuple[int, int] = (0, 0)
+    problem: str | None = None
+
+
+@lru_cache(maxsize=4096)
+def _inspected(path: str) -> _Inspected:
+    """The image at `path`, read once. Cached: a manifest often names one image many times."""
+    data = read_image(path)
+    digest = hashlib.sha256(data).hexdigest()[:32]
+    try:
+        with open_picture(data) as picture:
+            return _Inspected(digest, picture.size)
+    except InvalidImage as error:
+        return _Inspected(digest, problem=str(error))

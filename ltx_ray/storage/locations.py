@@ -49,7 +49,7 @@ def _resolve_local(path: str, folder: str | None) -> str:
         raise ValueError(f"{path}, names no home directory that there is; legal: another path, or ./{path}")
     full = os.path.join(folder or os.getcwd(), expanded)
     # '..' leads out of the folder that a link points to, as it does for the system.
-    return os.path.realpath(full) if ".." in full.split("/") else os.path.abspath(full)
+    return os.path.realpath(full) if ".." in full.split("/") else "/" + os.path.abspath(full).lstrip("/")
 
 
 def _resolve_file_url(path: str) -> str:

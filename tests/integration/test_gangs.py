@@ -99,3 +99,14 @@ def test_merges_that_never_succeed_stop_the_run(runner):
     assert sum(event["event"] == "gang_lost" for event in runner.events()) == 2
     failed = list(runner.failed().values())
     assert {row["stage"] for row in failed} == {"stage1"} and "ReplicaError" in failed[0]["traceback"]
+
+
+def test_a_lora_that_cannot_be_used_ends_the_run_at_once(runner):
+    """No other replica would do better, and no other row of those that use it."""
+    rows = [
+        {"id": f"r{n}", "prompt": f"{n} [[stage1:model]]", "height": 64, "width": 64, "num_frames": 9} for n in range(5)
+    ]
+    assert runner.render(rows, stage1=1, stage2=0) == 2
+    kinds = [event["event"] for event in runner.events()]
+    assert "retry" not in kinds and "gang_lost" not in kinds and kinds[-1] == "run_finished"
+    assert not runner.index()

@@ -123,6 +123,7 @@ class Version:
 
     def start_render(self, manifest: str, dtype: str, output: str, *more: str) -> subprocess.Popen[str]:
         """Start to render one of MANIFESTS."""
+        self._first_scheme(output)
         where = (f"{manifest}.jsonl", "--output", output, "--dtype", dtype)
         return self.start("render", *where, *self.model(manifest), *RENDERING, "--save-latents", *more)
 
@@ -134,10 +135,18 @@ class Version:
         """
         manifest, own = PLANS[name]
         own = own if options is None else tuple(options)
-        arguments = ("plan", manifest, "--all", "--resolved", *self.model(manifest), *own)
+        self._first_scheme("planned")
+        arguments = ("plan", manifest, "--output", "planned", "--all", "--resolved", *self.model(manifest), *own)
         said = self.run(*arguments, codes=(3,) if manifest.startswith("planned") else (0,))
+        # The version before named a manifest as it was given.
+        said = said.replace(f"{self.folder}/{manifest}:", f"{manifest}:")
         lines = said.replace(str(self.folder), "<folder>").rstrip("\n").split("\n")[:-1]
         return [shortened(json.loads(line)) if line.startswith("{") else line.split(", legal:")[0] for line in lines]
+
+    def _first_scheme(self, output: str) -> None:
+        """Have a new output go by the scheme of item_ids that the version before had."""
+        (self.folder / output).mkdir(parents=True, exist_ok=True)
+        (self.folder / output / "dataset.json").write_text('{"format": 1, "scheme": 1}')
 
     def toy_digests(self) -> dict[str, str]:
         """sha256 of the toy model's files by name, 16 hex digits each."""

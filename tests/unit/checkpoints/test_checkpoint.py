@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import struct
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from ltx_ray.checkpoints import digests
 from ltx_ray.checkpoints.checkpoint import (
     PIECES,
     check_parallel,
@@ -226,7 +228,7 @@ def flip(path: Path, offset: int) -> None:
 
 @pytest.fixture
 def big(tmp_path) -> Path:
-    """A file of 9 MB, of which the digest reads 4 MB."""
+    """A file of 9 MB, of which digests read a part."""
     return Path(write_safetensors(tmp_path / "big.safetensors", {"a": (1024, 1024), "b": (1250, 1024)}))
 
 
@@ -241,20 +243,46 @@ def test_any_byte_of_a_small_file_counts(tmp_path):
 
 
 @pytest.mark.parametrize("offset", [0, 7, 8, 60, 65_000, -65_536, -1])
-def test_header_first_and_last_sample_of_a_big_file_count(big, offset):
-    before = file_digest(str(big))
+def test_header_first_and_last_sample_of_a_big_file_count_in_scheme_1(big, offset):
+    before = file_digest(str(big), 1)
     flip(big, offset)
-    assert file_digest(str(big)) != before
+    assert file_digest(str(big), 1) != before
 
 
-def test_samples_in_the_middle_of_a_big_file_count_and_the_rest_is_not_read(big):
-    size, before = big.stat().st_size, file_digest(str(big))
+def test_samples_in_the_middle_of_a_big_file_count_and_the_rest_is_not_read_in_scheme_1(big):
+    size, before = big.stat().st_size, file_digest(str(big), 1)
     sample = (size - 65_536) * 31 // 63
     flip(big, sample)
-    assert file_digest(str(big)) != before
+    assert file_digest(str(big), 1) != before
     flip(big, sample)
     flip(big, sample + 65_536 + 1000)
-    assert file_digest(str(big)) == before, "bytes between two samples are not read"
+    assert file_digest(str(big), 1) == before, "bytes between two samples are not read"
+
+
+def test_every_tensor_counts_with_its_beginning_middle_and_end(tmp_path):
+    # "small" and "middle" lie between two samples of scheme 1.
+    shapes = {"a": (1024, 1024), "small": (100,), "middle": (16_000,), "z": (1024, 1024)}
+    path = Path(write_safetensors(tmp_path / "x.safetensors", shapes))
+    before, first_scheme = file_digest(str(path)), file_digest(str(path), 1)
+    assert before != first_scheme and len(before) == 32
+    unseen = 0
+    for info in read_header(path).tensors.values():
+        for offset in (info.start, info.start + 1, (info.start + info.end) // 2, info.end - 1):
+            flip(path, offset)
+            assert file_digest(str(path)) != before, (info.key, offset)
+            unseen += file_digest(str(path), 1) == first_scheme
+            flip(path, offset)
+    assert unseen > 4 and file_digest(str(path)) == before
+    flip(path, 60)  # the header
+    assert file_digest(str(path)) != before
+
+
+def test_another_file_counts_whole(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(b"x" * (9 * 2**20))
+    before = file_digest(str(path))
+    flip(path, 5 * 2**20 + 17)
+    assert file_digest(str(path)) != before
 
 
 def test_a_header_longer_than_a_sample_is_hashed_whole(tmp_path):
@@ -277,16 +305,32 @@ def test_the_digest_does_not_depend_on_the_path(tmp_path):
     assert len(file_digest(a)) == 32
 
 
-def test_a_cached_digest_is_used_while_size_and_mtime_stay_the_same(tmp_path):
+def test_a_cached_digest_is_used_until_the_file_changes(tmp_path, monkeypatch):
+    path, cache = tmp_path / "w.safetensors", tmp_path / "cache"
+    path.write_bytes(b"a" * 100)
+    first = cached_digest(str(path), cache)
+    assert first == file_digest(str(path))
+    with monkeypatch.context() as patch:
+        patch.setattr(digests, "file_digest", None)
+        assert cached_digest(str(path), cache) == first, "not read again"
+    assert cached_digest(str(path), cache, scheme=1) == file_digest(str(path), 1)
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_other_weights_of_the_same_size_and_mtime_are_noticed(tmp_path, replace):
+    """As rsync -t, cp -p and object stores with one mtime for all files leave them."""
     path, cache = tmp_path / "w.safetensors", tmp_path / "cache"
     path.write_bytes(b"a" * 100)
     os.utime(path, ns=(1, 10**18))
     first = cached_digest(str(path), cache)
-    assert first == file_digest(str(path))
-    path.write_bytes(b"b" * 100)
-    os.utime(path, ns=(1, 10**18))
-    assert cached_digest(str(path), cache) == first, "same size and mtime: not read again"
-    os.utime(path, ns=(1, 10**18 + 1))
+    if replace:
+        (tmp_path / "other").write_bytes(b"b" * 100)
+        os.utime(tmp_path / "other", ns=(1, 10**18))
+        (tmp_path / "other").replace(path)
+    else:
+        time.sleep(0.01)  # the clock of a file system ticks every few milliseconds
+        path.write_bytes(b"b" * 100)
+        os.utime(path, ns=(1, 10**18))
     assert cached_digest(str(path), cache) == file_digest(str(path)) != first
 
 
@@ -319,3 +363,14 @@ def test_a_folders_digest_covers_weights_configs_and_tokenizer(tmp_path):
     assert cached_digest(str(folder), cache) != before
     folder.rename(tmp_path / "moved")
     assert cached_digest(str(tmp_path / "moved"), cache) != before
+
+
+def test_a_text_of_another_width_than_its_stream_is_refused(toy):
+    """Before its tensors are looked at, which may agree with it."""
+    opened = open_checkpoint(toy["checkpoint_path"])
+    check_transformer(opened)
+    config = opened.transformer
+    for stream, field in (("video", "cross_attention_dim"), ("audio", "audio_cross_attention_dim")):
+        wider = replace(getattr(config, stream), context_dim=2 * getattr(config, stream).dim)
+        with pytest.raises(ValueError, match=rf"{field} is {wider.context_dim}; legal: {wider.dim}, the heads times"):
+            check_transformer(replace(opened, transformer=replace(config, **{stream: wider})))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ltx_ray.checkpoints import lora as lora_files
 from ltx_ray.checkpoints.checkpoint import open_checkpoint
 from ltx_ray.checkpoints.diffusers_names import to_diffusers, to_official
 from ltx_ray.checkpoints.lora import check_lora, lora_digest, open_lora
@@ -146,6 +147,107 @@ def test_modules_that_are_left_out_give_a_warning(toy, tmp_path):
     assert check_lora(found, toy["distilled_lora"]) is None
     odd = {name.replace("blocks.0.", "blocks.99."): tensor for name, tensor in load_file(toy["distilled_lora"]).items()}
     assert "are left out, as the reference leaves them, such as" in check_lora(found, write(tmp_path, odd))
+
+
+def test_modules_of_other_parts_are_counted_in_the_warning(toy, tmp_path):
+    names = ["diffusion_model.video_embeddings_connector.transformer_1d_blocks.0.attn1.to_q",
+             "diffusion_model.audio_embeddings_connector.transformer_1d_blocks.1.attn1.to_q",
+             "text_embedding_projection.video_aggregate_embed", "lora_te_text_model_layers_0_q_proj",
+             "vae.decoder.conv_in"]  # fmt: skip
+    others = {f"{name}.lora_{side}.weight": torch.ones(2, 2) for name in names for side in "AB"}
+    more = {"vae.encoder.conv_in.weight": torch.ones(2), "strange.weight": torch.ones(2), "strange.bias": torch.ones(2)}
+    path = write(tmp_path, load_file(toy["distilled_lora"]) | others | more)
+    warning = check_lora(open_checkpoint(toy["checkpoint_path"]), path)
+    assert "; 7 of its modules are not in " in warning
+    for part in ("2 of the text connectors", "2 of a VAE", "1 of the text projection", "1 of a text encoder",
+                 "1 of other parts"):  # fmt: skip
+        assert part in warning
+
+
+REFERENCES = {"reference_downscale_factor": "1", "reference_spatial_scale_factor": "2", "hdr_transform": "logc3",
+              "reference_temporal_scale_factor": "2", "ss_reference_downscale_factor": "2", "ss_v2v_training": "True",
+              "ss_ic_lora_strategy": "av_ic"}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", REFERENCES)
+def test_a_lora_that_wants_a_reference_is_refused(tmp_path, key):
+    path = write(tmp_path, SPELLINGS["official"], {key: REFERENCES[key]})
+    with pytest.raises(ValueError, match=rf"wants a reference video, .*\(its metadata has {key} ") as caught:
+        open_lora(path)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_metadata_that_wants_no_reference_is_no_reason_to_refuse(tmp_path):
+    metadata = {"reference_downscale_factor": "None", "ss_ic_lora_strategy": "none", "ss_v2v_training": "False"}
+    assert open_lora(write(tmp_path, SPELLINGS["official"], metadata)).pairs
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2, torch.float8_e4m3fn]
+)
+@pytest.mark.parametrize("side", ["A", "B"])
+def test_a_lora_that_is_not_finite_is_refused_by_file_and_tensor(toy, tmp_path, value, dtype, side):
+    tensors = load_file(toy["distilled_lora"])
+    name = next(name for name in reversed(tensors) if f"lora_{side}" in name)
+    bad = tensors[name].to(torch.float32)
+    bad[-1, -1] = NAN if dtype == torch.float8_e4m3fn else value  # that format has no infinity
+    tensors[name] = bad.to(dtype)
+    path, found = write(tmp_path, tensors), open_checkpoint(toy["checkpoint_path"])
+    with pytest.raises(ValueError) as caught:
+        check_lora(found, path)
+    assert str(caught.value).startswith(f"{path}: {name} is not finite (it holds NaN or infinity)")
+
+
+def test_finite_values_of_every_dtype_pass(toy, tmp_path):
+    found = open_checkpoint(toy["checkpoint_path"])
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2, torch.float8_e4m3fn):
+        largest = torch.finfo(dtype).max
+        tensors = {
+            name: torch.where(tensor > 0, 1.0, -1.0).double().mul(largest).to(dtype)
+            for name, tensor in load_file(toy["distilled_lora"]).items()
+        }
+        assert check_lora(found, write(tmp_path, tensors)) is None, dtype
+
+
+def test_a_scale_that_is_not_finite_and_one_of_a_part_that_is_left_out(toy, tmp_path):
+    tensors, found = load_file(toy["distilled_lora"]), open_checkpoint(toy["checkpoint_path"])
+    name = next(iter(tensors))
+    path = write(tmp_path, {**tensors, f"{name}_scale": torch.tensor(NAN)})
+    with pytest.raises(ValueError, match=f"{name}_scale is not finite"):
+        check_lora(found, path)
+    elsewhere = {f"text_encoder.q_proj.lora_{side}.weight": torch.full((2, 2), NAN) for side in "AB"}
+    assert "1 of a text encoder" in check_lora(found, write(tmp_path, tensors | elsewhere))
+
+
+def test_values_of_a_large_lora_are_left_to_the_merge(toy, tmp_path, monkeypatch):
+    tensors = {name: torch.full_like(tensor, NAN) for name, tensor in load_file(toy["distilled_lora"]).items()}
+    path = write(tmp_path, tensors)
+    monkeypatch.setattr(lora_files, "_CHECKED_BYTES", 1000)
+    assert check_lora(open_checkpoint(toy["checkpoint_path"]), path) is None
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"lora_alpha": "eight"}, {"lora_alpha": [8]}, {"lora_alpha": 8, "alpha_pattern": {"(": 1}},
+     {"lora_alpha": 8, "alpha_pattern": ["to_q"]}, {"alpha_pattern": {".*": None}}],
+)  # fmt: skip
+def test_a_configuration_that_says_no_alpha_is_refused(tmp_path, config):
+    path = write(tmp_path, SPELLINGS["PEFT"], name="adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"its configuration says no alpha of .*; legal: lora_alpha") as caught:
+        open_lora(path)
+    assert path in str(caught.value)
+
+
+def test_a_configuration_that_is_no_text_is_refused(tmp_path):
+    path = write(tmp_path, SPELLINGS["PEFT"], name="adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_bytes(b"\xff\xfe{")
+    with pytest.raises(ValueError, match=r"adapter_config\.json: cannot be read"):
+        open_lora(path)
 
 
 A, B = f"{next(iter(LINEARS))}.lora_A.weight", f"{next(iter(LINEARS))}.lora_B.weight"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,54 @@ def test_an_output_that_cannot_be_written(cmd, manifest, tmp_path):
     assert f"--output: {tmp_path}/file/out, cannot be written" in message
 
 
+def test_an_output_in_the_copy_of_a_job(cmd, manifest, tmp_path, monkeypatch):
+    copy = tmp_path / "session_1/runtime_resources/working_dir_files/_ray_pkg_1"
+    monkeypatch.setenv("HOME", "/home/me")
+    for folder in (copy, copy / "jobs"):
+        folder.mkdir(parents=True)
+        monkeypatch.chdir(folder)
+        for output in ("out", f"{folder}/out", f"file://{folder}/out"):
+            message = usage(cmd, "render", manifest, "--output", output, "--model", "toy")
+            assert f"--output: {folder}/out, is in the copy that Ray makes" in message
+            assert "legal: a place outside of it, such as /home/me/out, s3:// or gs://" in message
+        assert not (folder / "out").exists()
+
+
+def test_a_path_means_the_same_in_every_place(cmd, tmp_path, monkeypatch, options, toy):
+    home = tmp_path / "home"
+    (home / "pics").mkdir(parents=True)
+    (home / "work").mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(home / "work")
+    write_jsonl(home / "m.jsonl", [{**GOOD, "id": "a"}, {**GOOD, "id": "b", "seed": 4}])
+    (home / "ids.txt").write_bytes("b\r\n".encode("utf-16"))
+    (home / "run.yaml").write_text("output: ~/ds/\nimage-root: [~/pics, ../pics]\n")
+    forms = ("~/{}", "../{}", (home / "{}").as_uri(), f"file:{home}/{{}}", f"{home}/work//../{{}}")
+    for form in (form.replace("%7B%7D", "{}") for form in forms):
+        place = form.format
+        flags = model_flags({name: place(Path(path).name) for name, path in toy.items()})
+        flags += ["--image-root", place("pics"), "--ids", place("ids.txt"), "--lora", place("l.safetensors")]
+        code, _, err = cmd("render", place("m.jsonl"), f"--output={place('ds')}/", *flags)
+        assert code == 0, err
+        given = options.pop()
+        assert (given.manifest, given.output, given.image_roots) == (f"{home}/m.jsonl", f"{home}/ds", (f"{home}/pics",))
+        assert given.selection.ids == {"b"} and given.model.loras[0].path == f"{home}/l.safetensors"
+        assert given.model.checkpoint_path == str(home / Path(toy["checkpoint_path"]).name)
+        code, _, err = cmd("render", place("m.jsonl"), "--config", place("run.yaml"), "--model", "toy")
+        assert code == 0, err
+        assert (options[0].output, options.pop().image_roots) == (f"{home}/ds", (f"{home}/pics",) * 2)
+        for command in ("status", "report", "verify"):
+            assert f"{home}/ds: no " in usage(cmd, command, place("ds"))
+    assert "--ids: ~/none.txt, cannot be read (no such file)" in usage(
+        cmd, "render", "m", "--output", "o", "--model", "toy", "--ids", "~/none.txt"
+    )
+
+
+def test_a_model_in_an_object_store(cmd, manifest, out):
+    message = usage(cmd, "render", manifest, "--output", out, "--checkpoint-path", "s3://k:s@b/x.safetensors")
+    assert "--checkpoint-path: s3://b/x.safetensors, legal: a local path" in message
+
+
 def test_an_output_of_an_unknown_scheme(cmd, manifest):
     assert "nowhere" in usage(cmd, "render", manifest, "--output", "nowhere://x/y", "--model", "toy")
 
@@ -145,6 +194,56 @@ def test_weights_that_are_missing_or_cut_off(cmd, manifest, out, toy, tmp_path):
     ]:
         message = usage(cmd, "render", manifest, "--output", out, *model_flags(toy, **{flag: path}))
         assert f"{path}" in message and words in message
+
+
+@pytest.mark.parametrize(
+    "content, kind",
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 123\n", "a Git LFS pointer"),
+        (b"<!doctype html>\n<html>404</html>", "a web page"),
+        (b"PK\x03\x04" + b"\0" * 60, "a zip archive, which PyTorch's .pt and .ckpt files are too"),
+        (b"\x80\x02}q\x00." + b"\0" * 60, "a pickle"),
+        (b"GGUF\x03\0\0\0" + b"\0" * 60, "a GGUF file"),
+        (b"", "an empty file"),
+    ],
+)
+def test_files_of_another_kind_are_named_for_what_they_are(cmd, manifest, out, toy, tmp_path, content, kind):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    for option in ("checkpoint_path", "spatial_upsampler_path", "distilled_lora"):
+        message = usage(cmd, "render", manifest, "--output", out, *model_flags(toy, **{option: path}))
+        assert f"{path}: not a safetensors file but {kind}" in message
+    message = usage(cmd, "plan", manifest, "--model", "toy", "--lora", path)
+    assert f"{path}: not a safetensors file but {kind}" in message
+
+
+def test_a_lora_in_another_files_place_is_named(cmd, manifest, out, toy):
+    for option, wanted in (("checkpoint_path", "an LTX checkpoint"), ("spatial_upsampler_path", "a spatial upsampler")):
+        message = usage(cmd, "plan", manifest, "--output", out, *model_flags(toy, **{option: toy["distilled_lora"]}))
+        assert f"{toy['distilled_lora']}: not {wanted}" in message and "but a LoRA; legal: --lora" in message
+
+
+def test_a_pointer_in_place_of_a_tokenizer_or_of_weights(cmd, manifest, out, toy, tmp_path):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 123\n"
+    for name in ("tokenizer.json", "model.safetensors"):
+        root = tmp_path / name
+        shutil.copytree(toy["gemma_root"], root)
+        (root / name).write_bytes(pointer)
+        message = usage(cmd, "plan", manifest, "--output", out, *model_flags(toy, gemma_root=root))
+        assert f"{root / name}: not a" in message and "but a Git LFS pointer" in message
+
+
+def test_a_lora_that_wants_a_reference_or_is_not_finite_is_refused_before_anything_starts(cmd, manifest, out, tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    path, module = tmp_path / "style.safetensors", "diffusion_model.transformer_blocks.0.attn1.to_q"
+    factors = {f"{module}.lora_A.weight": torch.ones(2, 128), f"{module}.lora_B.weight": torch.ones(128, 2)}
+    save_file(factors, path, {"reference_downscale_factor": "2"})
+    for command in ("plan", "render"):
+        message = usage(cmd, command, manifest, "--output", out, "--model", "toy", "--lora", path)
+        assert f"{path}: wants a reference video, which no row can give" in message
+    assert not Path(out).exists()
 
 
 def test_a_lora_that_fits_no_layer_or_has_other_widths(cmd, manifest, out, tmp_path):
@@ -223,6 +322,19 @@ ILLEGAL_ROWS = [
     ({"pipeline": "turbo"}, ":1:pipeline (x): 'turbo', legal: hq"),
     ({"loras": [{"name": "none"}]}, ":1:loras (x): 'none', legal: a name declared with --lora"),
     ({"prompt": " "}, ":1:prompt (x): ' ', legal: text that is not blank"),
+    (
+        {"num_frames": 577, "height": 1088, "width": 1920, "num_inference_steps": 15},
+        ":1:num_frames (x): 577, legal: at most 569 at 1088x1920 with 15 steps: the noise levels of",
+    ),
+    (
+        {"num_frames": 9, "height": 16_384, "width": 16_384, "num_inference_steps": 15},
+        ":1:height (x): 16384, legal: a size less than 16384x16384: a frame has too many tokens",
+    ),
+    (
+        {"height": 64 * 2**20},
+        ":1:height (x): 67108864, legal: at most 16384, the longest side that H.264 encoders take",
+    ),
+    ({"video_cfg_scale": 1e300}, ":1:video_cfg_scale (x): 1e+300, legal: a finite number that float32 holds (0, or"),
 ]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ltx_ray.engine.base import error_kind, is_out_of_memory
-from ltx_ray.records import ErrorKind, ReplicaError, RowError, StoredLatentsGone, WrongDevice
+from ltx_ray.records import ErrorKind, ModelError, ReplicaError, RowError, StoredLatentsGone, WrongDevice
 
 
 @pytest.mark.parametrize(
@@ -15,6 +15,7 @@ from ltx_ray.records import ErrorKind, ReplicaError, RowError, StoredLatentsGone
         (RowError("no picture"), ErrorKind.ROW),
         (WrongDevice("drawn on another GPU"), ErrorKind.INFRASTRUCTURE),
         (ReplicaError("half merged"), ErrorKind.REPLICA),
+        (ModelError("a LoRA that is not finite"), ErrorKind.MODEL),
         (StoredLatentsGone("no such file"), ErrorKind.STORED_LATENTS_GONE),
         (OSError("the store cannot be reached"), ErrorKind.INFRASTRUCTURE),
         (RuntimeError("shapes do not match"), ErrorKind.UNKNOWN),

@@ -256,6 +256,42 @@ def test_bad_dates(text):
         schedule.parse_date(text)
 
 
+@pytest.mark.parametrize(
+    "field, words",
+    [
+        ("output: s3://KEY:verySecret1@b/{date}", "output: 's3://***@b/"),
+        ("render_options: [--image-root, 's3://KEY:verySecret1@b/x']", "render_options: 's3://***@b/x'"),
+        ("render_options: ['--image-root=s3://b/x?secret_key=verySecret1']", "render_options: '--image-root=s3://b/x?"),
+    ],
+)
+def test_credentials_do_not_reach_the_command_of_a_job(tmp_path, capsys, field, words):
+    (tmp_path / "night.yaml").write_text("name: night\noutput: /data\nprompts: [a]\n".replace(
+        "output: /data\n" if field.startswith("output") else "\0", "") + field + "\n")  # fmt: skip
+    assert schedule.main([str(tmp_path / "night.yaml"), "--date", DATE, "--dry-run"]) == 2
+    out, err = capsys.readouterr()
+    assert words in err and "set them in the cluster's environment" in err and "verySecret1" not in out + err
+
+
+def test_paths_of_a_schedule_mean_what_they_mean_elsewhere(tmp_path, capsys, monkeypatch):
+    (tmp_path / "work").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path / "work")
+    (tmp_path / "pool.jsonl").write_text('{"prompt": "a", "images": [{"path": "pics/a.png"}]}\n')
+    recipe = "name: night\noutput: {}\nmanifest: {}\n"
+    seen = set()
+    for output, manifest in (
+        ("~/ds/", "pool.jsonl"),
+        ("../ds", "~/pool.jsonl"),
+        (f"file://{tmp_path}/ds", "./pool.jsonl"),
+    ):
+        # As an editor on Windows writes it.
+        (tmp_path / "r.yaml").write_bytes(recipe.format(output, manifest).replace("\n", "\r\n").encode("utf-16"))
+        assert schedule.main(["~/r.yaml", "--date", DATE, "--dry-run", "--out-dir", "~/m"]) == 0
+        runs = capsys.readouterr().out.split("runs ")[1]
+        seen.add(runs.partition("render.py")[2].strip())
+    assert seen == {f"{tmp_path}/m/night-{DATE}.jsonl --output {tmp_path}/ds --image-root {tmp_path}"}
+
+
 def test_dry_run_writes_and_submits_nothing(tmp_path, capsys):
     recipe = tmp_path / "r.yaml"
     recipe.write_text(RECIPE)

@@ -209,7 +209,6 @@ LEGAL = [
     ("video_cfg_scale", -1, -1.0),
     ("video_cfg_scale", 3.4028234663852886e38, 3.4028234663852886e38),
     ("video_stg_scale", 2.0**-126, 2.0**-126),
-    ("width", 16_384, 16_384),
     ("video_stg_blocks", [47, 0], (47, 0)),
     ("video_stg_blocks", [], ()),
     ("audio_skip_step", 0, 0),

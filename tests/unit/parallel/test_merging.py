@@ -13,11 +13,12 @@ from safetensors.torch import load_file, save_file
 from ltx_ray.checkpoints.lora import open_lora
 from ltx_ray.checkpoints.safetensors import read_header
 from ltx_ray.parallel.fp8 import FP8, read_values, row_scale_of, write_exactly, write_values
-from ltx_ray.parallel.layers import RankGroup, shard_parameter
+from ltx_ray.parallel.layers import SINGLE_RANK, RankGroup, shard_parameter
 from ltx_ray.parallel.loading import load_shard
 from ltx_ray.parallel.lora import LoraMerger, LoraSetting
 from ltx_ray.parallel.merging import merge_
 from ltx_ray.parallel.weight_cache import GIB, FreeMemory, choose_location
+from ltx_ray.records import ModelError
 from tests.support.lora_files import SHAPES, STRENGTHS, Model, assert_same, expected, merger
 from tests.support.lora_files import files as files
 
@@ -256,3 +257,74 @@ def test_every_value_of_e4m3_is_held_exactly_beside_every_other():
         parameter.row_scale = torch.empty(len(rows))
         write_exactly(parameter, rows, 0.7)
         assert torch.equal(read_values(parameter), rows.float() * 0.7)
+
+
+# --- factors that are not finite -------------------------------------------------------------------
+
+
+def spoilt(files, tmp_path, key: str, row: int, column: int):
+    """A merger of a LoRA with one value that is not finite, for each rank."""
+    tensors = load_file(files / "lora0.safetensors")
+    tensors[key][row, column] = float("nan")
+    save_file(tensors, tmp_path / "spoilt.safetensors")
+    lora = open_lora(str(tmp_path / "spoilt.safetensors")).fit(SHAPES, "model")
+    infos = read_header(files / "model.safetensors").tensors
+
+    def make(tp) -> LoraMerger:
+        return LoraMerger(merger(files, tp)[0], infos, [lora], tp)
+
+    return make
+
+
+def rank_of_two(rank: int, answer=lambda own: own) -> RankGroup:
+    """A rank of two whose group answers with `answer` of its own tensor."""
+
+    class Group(RankGroup):
+        def min_(self, tensor):
+            return answer(tensor)
+
+    return Group(rank, 2)
+
+
+def test_factors_that_are_not_finite_are_refused_by_name(files, tmp_path):
+    make = spoilt(files, tmp_path, "down.lora_B.weight", 15, 0)
+    merging = make(SINGLE_RANK)
+    merging.switch_to(LoraSetting(((0, 0.5),)))
+    message = f"{tmp_path}/spoilt.safetensors: down.lora_B.weight is not finite (it holds NaN or infinity)"
+    with pytest.raises(ModelError) as caught:
+        merging.check_finite()
+    assert str(caught.value).startswith(message)
+
+
+def test_every_rank_refuses_factors_that_are_not_finite_on_one(files, tmp_path):
+    """The last row of B is the second rank's. The first learns it from the group."""
+    make, answers = spoilt(files, tmp_path, "up.lora_B.weight", 31, 0), []
+
+    def check(tp):
+        merging = make(tp)
+        merging.switch_to(LoraSetting(((0, 0.5),)))
+        merging.check_finite()
+
+    def heard(own):
+        answers.append(own)
+        return own
+
+    check(rank_of_two(0, heard))
+    for tp in (rank_of_two(1, heard), rank_of_two(0, lambda own: torch.minimum(own, answers[1]))):
+        with pytest.raises(ModelError, match=r"up\.lora_B\.weight is not finite"):
+            check(tp)
+    assert answers[0].all() and int((answers[1] == 0).sum()) == 1
+
+
+def test_factors_are_asked_about_once(files, monkeypatch):
+    _, merging = merger(files)
+    asked = []
+    isfinite = torch.isfinite
+    monkeypatch.setattr(torch, "isfinite", lambda tensor: asked.append(tensor.shape) or isfinite(tensor))
+    for strength in (0.5, 0.25, 0.0, 0.5):
+        merging.switch_to(LoraSetting(((0, strength),)))
+        merging.check_finite()
+    assert len(asked) == 2 * len(SHAPES)
+    merging.switch_to(LoraSetting(((0, 0.5), (1, 0.5))))
+    merging.check_finite()
+    assert len(asked) == 2 * len(SHAPES) + 4

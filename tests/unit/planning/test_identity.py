@@ -56,6 +56,7 @@ OTHER_RECIPES = {
     "distilled_lora": None,
     "distilled_lora_strengths": (0.25, 0.75),
     "loras": (("a" * 32, 0.5),),
+    "scheme": 2,
 }
 
 

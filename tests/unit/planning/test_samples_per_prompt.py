@@ -46,9 +46,11 @@ def statuses_and_ids(plan: Plan) -> list[tuple[str, str | None]]:
 
 
 def check_samples(samples: list[PlannedRow], builder: ItemBuilder) -> None:
-    """Check that the first sample is the row itself, and that the others' seeds follow from its item_id."""
+    """Check that the first sample is the row itself, and that the others' seeds follow from it alone."""
     for number, planned in enumerate(samples):
-        digest = hashlib.sha256(f"{samples[0].item_id}:{number}".encode()).digest()
+        row = samples[0].request
+        text = f"{samples[0].item_id}:{number}" if builder.scheme == 1 else f"{row.seed}:{number}:{row.prompt}"
+        digest = hashlib.sha256(text.encode()).digest()
         if number:
             assert planned.request.seed == int.from_bytes(digest[:8], "big") & MAX_SEED
         assert builder.item(planned.request).item_id == planned.item_id

@@ -51,7 +51,8 @@ def defined_item_id(request: RenderRequest, recipe: Recipe, image_digests: tuple
     """item_id by its definition, without the shortcuts of ItemHasher."""
     row = {name: value for name, value in plain(request).items() if name not in ("id", "extra", "loras")}
     row["images"] = [{**image, "path": d} for image, d in zip(row["images"], image_digests, strict=True)]
-    return hashlib.sha256(canonical_json({"request": row, "recipe": recipe}).encode()).hexdigest()[:32]
+    named = {name: value for name, value in plain(recipe).items() if name != "scheme" or value != 1}
+    return hashlib.sha256(canonical_json({"request": row, "recipe": named}).encode()).hexdigest()[:32]
 
 
 @given(ROWS, st.sampled_from([{}, {"seed": 3, "height": 64}]), st.booleans(), st.sampled_from([None, 2]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from ltx_ray.sampling.guidance import GuidedDenoiser, combine, skips
 from ltx_ray.sampling.noise import ClipNoise, SamplerNoise, add_noise, check_noise_device
 from ltx_ray.sampling.passes import passes_for
 from ltx_ray.sampling.res2s import _replace_with_noise, coefficients, sample_res2s
+from ltx_ray.sampling.schedule_limits import host_sigmas, is_sampled, most_frames
 from ltx_ray.sampling.sigmas import shifted_sigmas
+from ltx_ray.shapes import ClipShape
 
 PLAIN = Guidance(cfg_scale=1.0, stg_scale=0.0, rescale_scale=0.0, modality_scale=1.0, stg_blocks=(), skip_step=0)
 
@@ -24,6 +27,36 @@ def guidance(**changes) -> Guidance:
 def pair(seed: int, dtype: torch.dtype = torch.float32) -> AV[torch.Tensor]:
     rng = torch.Generator().manual_seed(seed)
     return AV(torch.randn(1, 12, 8, generator=rng).to(dtype), torch.randn(1, 5, 6, generator=rng).to(dtype))
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value", "ignore:overflow")
+def test_the_planner_knows_the_schedules_of_the_sampler():
+    drawn = random.Random(3)
+    for steps in (2, 3, 4, 7, 15, 30, 31, 50, 99, 1000):
+        for tokens in [1, 1024, 8160, 24_500, 36_700, *(drawn.randrange(60_000) for _ in range(30))]:
+            sigmas = shifted_sigmas(steps, tokens)
+            assert torch.equal(torch.from_numpy(host_sigmas(steps, tokens)).nan_to_num(-1), sigmas.nan_to_num(-1))
+            falls = bool(torch.isfinite(sigmas).all() and (sigmas.diff() < 0).all())
+            assert is_sampled(steps, tokens) == falls, (steps, tokens)
+
+
+# The first sizes that fail, found with the reference's scheduler (v1.2.0).
+@pytest.mark.parametrize(
+    "height, width, steps, frames",
+    [(704, 1280, 15, 1337), (1088, 1920, 15, 577), (1088, 1920, 30, 545), (1088, 1920, 1000, 385),
+     (1408, 2560, 50, 297), (2176, 3840, 15, 145), (2176, 3840, 50, 121)],
+)  # fmt: skip
+def test_the_first_clip_whose_levels_coincide(height, width, steps, frames):
+    shape = ClipShape(frames, height, width, 24.0)
+    assert not is_sampled(steps, shape.half().video_tokens)
+    assert most_frames(steps, shape) == frames - 8
+    assert is_sampled(steps, ClipShape(frames - 8, height, width, 24.0).half().video_tokens)
+
+
+def test_sizes_beyond_every_schedule():
+    assert not is_sampled(2, 2**40)
+    assert most_frames(15, ClipShape(2**31 - 7, 1088, 1920, 24.0)) >= 569
+    assert most_frames(15, ClipShape(9, 64 * 2**20, 64, 24.0)) is None
 
 
 def test_schedule_ends_at_a_tenth_then_zero():

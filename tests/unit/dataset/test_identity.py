@@ -1,0 +1,69 @@
+"""dataset.json: the scheme of ids and the noise family of a dataset, old ones included."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from ltx_ray.config import NEWEST_SCHEME
+from ltx_ray.dataset.identity import DatasetIdentity, changed_numerics, read_identity, write_identity
+from ltx_ray.dataset.writer import DatasetWriter
+from ltx_ray.planning.identity import recipe_json
+from ltx_ray.storage.store import Store
+from tests.support.results import RENDERED
+from tests.support.samples import recipe, request
+
+LEDGER = {"seed": 10, "device": "cuda", "device_model": "NVIDIA H100", "draws": []}
+
+
+def with_row(store: Store, item_id: str, scheme: int = 1, **changes) -> None:
+    values = {"recipe": recipe_json(recipe(scheme=scheme)), "noise_ledger": json.dumps(LEDGER), "numerics": '{"tp": 2}'}
+    rendered = dataclasses.replace(RENDERED, **{**values, **changes})
+    DatasetWriter(store).write_index(item_id, request(id=item_id[:4]), rendered)
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    return Store(str(tmp_path / "out"))
+
+
+def test_a_new_output_takes_the_newest_scheme(store):
+    assert read_identity(store) == DatasetIdentity(NEWEST_SCHEME, None, None) == DatasetIdentity(2)
+
+
+@pytest.mark.parametrize("scheme", [1, 2])
+def test_a_dataset_without_the_file_is_known_by_a_row(store, scheme):
+    store.write_bytes("index/part-broken.parquet", b"no table")
+    with_row(store, "a" * 32, recipe="{}")  # A row that says nothing.
+    with_row(store, "b" * 32, scheme)
+    assert read_identity(store) == DatasetIdentity(scheme, "NVIDIA H100", {"tp": 2})
+
+
+def test_the_file_goes_before_the_rows(store):
+    with_row(store, "a" * 32)
+    write_identity(store, DatasetIdentity(2, "cpu", {"tp": 1}))
+    assert read_identity(store) == DatasetIdentity(2, "cpu", {"tp": 1})
+    assert json.loads(store.read_bytes("dataset.json"))["format"] == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"scheme": "x"}', b"{}"])
+def test_a_damaged_file_is_made_up_for_by_the_rows(store, content):
+    with_row(store, "a" * 32)
+    store.write_bytes("dataset.json", content)
+    assert read_identity(store).scheme == 1
+
+
+def test_a_scheme_of_the_future_is_refused(store):
+    store.write_bytes("dataset.json", b'{"format": 1, "scheme": 3}')
+    with pytest.raises(ValueError, match="its rows have scheme 3, and this version knows none above 2"):
+        read_identity(store)
+
+
+def test_what_a_run_computes_otherwise():
+    assert changed_numerics(None, {"tp": 1}) == ""
+    assert changed_numerics({"tp": 1, "gone": 2}, {"tp": 1, "new": 3}) == ""
+    assert changed_numerics({"tp": 1, "attention": "fa3"}, {"tp": 2, "attention": "cudnn"}) == (
+        "attention cudnn (was fa3), tp 2 (was 1)"
+    )

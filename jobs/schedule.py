@@ -13,11 +13,15 @@ A recipe is YAML:
     output: s3://clips/nightly/{date}   # {date} and {name} are filled in
     prompts: ["a {animal} in {place}"]  # templates; "{{" and "}}" are literal braces
     variables: {animal: [fox, owl], place: [snow, rain]}
-    manifest: pool.parquet              # and/or rows of a manifest (JSONL, Parquet; relative to the recipe)
+    manifest: pool.parquet              # and/or rows of a manifest, as render reads it (relative to the recipe)
     count: 3                            # size of a seeded sample, a different one each date; absent = all rows
     seed: 7                             # decides the sample and the seed of each row (default 0)
     defaults: {height: 512}             # row fields, for rows without a value of their own
     render_options: [--tp, 4]           # added to the command line of jobs/render.py
+
+Every value is the text that stands there: 12:30 in a prompt, `off` among the options. Numbers are what they look like
+(0750 is 750), and those of `defaults` have the types of the manifest's columns. Nothing, ~ and null mean that a field
+is not given; in a list, and in quotes, they are text.
 
 A row without a seed of its own or from `defaults` gets one drawn from (recipe's seed, name, date, row number).
 Each row records its origin in `variables` or `source_id`; the index has both in `extra`.
@@ -47,7 +51,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 # The cluster needs a clone, which need not be installed.
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
-from schedule_recipe import Recipe, SourceManifest, expand, manifest_bytes, parse_recipe, require
+from schedule_pool import SourceManifest
+from schedule_recipe import Recipe, expand, manifest_bytes, parse_recipe, require
 
 from ltx_ray.storage.credentials import masked, without_credentials
 from ltx_ray.storage.locations import parent, resolve
@@ -85,6 +90,8 @@ def plan(recipe: Recipe, date: str, out_dir: Path, command: str) -> Submission:
     `command` is in shell words; the manifest's path and the render's options are appended, quoted.
     """
     source = SourceManifest(recipe.manifest) if recipe.manifest else None
+    if source is not None:
+        source.say_skipped(lambda note: print(f"schedule.py: {note}", file=sys.stderr))
     data = manifest_bytes(expand(recipe, date, source))
     output = recipe.output.format(date=date, name=recipe.name)
     options = list(recipe.render_options)
@@ -133,13 +140,16 @@ def connect(address: str) -> Any:
     # Ray lets these variables override the address that it is given.
     for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
         os.environ.pop(name, None)
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Without it, Ray would not send the token.
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     try:
         return JobSubmissionClient(address)
     except AuthenticationError as error:
-        raise ConnectionError(str(error).partition("\n")[0] + " (Ray's token: $RAY_AUTH_TOKEN)") from None
+        text = str(error).partition("\n")[0]
+        raise ConnectionError(f"{text}; legal: the cluster's token in RAY_AUTH_TOKEN") from None
 
 
 def _status(client: Any, job: str) -> str | None:
@@ -266,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             file = resolve(args.recipe)
             recipe = parse_recipe(read_text(file), parent(file))
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             raise ValueError(f"{args.recipe}: {error}") from None
         job = plan(recipe, date, args.out_dir, args.entrypoint)
         address = args.address or ""
@@ -275,6 +285,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"schedule.py: {masked(str(error))}", file=sys.stderr)
         return 2
+    except OSError as error:  # The store of the recipe's manifest.
+        print(f"schedule.py: {error}", file=sys.stderr)
+        return 1
     print(f"manifest  {job.manifest_path} ({job.rows} rows)")
     print(f"job       {job.submission_id}\nruns      {job.entrypoint}")
     if args.dry_run:
@@ -292,4 +305,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -7,30 +7,29 @@ schedule.py, the program, describes the fields of a recipe.
 from __future__ import annotations
 
 import hashlib
-import io
 import itertools
 import json
 import math
 import re
 import string
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol, cast
 
+# The machine that submits needs a clone, which need not be installed.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from ltx_ray.manifest.columns import COLUMNS, Mistyped
+from ltx_ray.manifest.text_values import legal_value
+from ltx_ray.manifest.yaml_text import YamlNode, read_yaml
 from ltx_ray.storage.locations import resolve
 
 Row = dict[str, Any]
 
 #: Optional fields of a manifest row (docs/manifest.md); the recipe itself gives `id` and `prompt`.
-ROW_FIELDS = frozenset(
-    "negative_prompt seed height width num_frames frame_rate num_inference_steps pipeline loras images "
-    "distilled_lora_strength_stage_1 distilled_lora_strength_stage_2".split()
-    + [
-        f"{kind}_{name}"
-        for kind in ("video", "audio")
-        for name in ("cfg_scale", "stg_scale", "rescale_scale", "modality_scale", "stg_blocks", "skip_step")
-    ]
-)
+ROW_FIELDS = COLUMNS.keys() - {"id", "prompt"}
 RECIPE_FIELDS = "name output prompts variables manifest count seed defaults render_options".split()
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 #: A recipe without `count` that expands to more rows than this is more likely a mistake than intended.
@@ -63,86 +62,120 @@ class Recipe:
     render_options: tuple[str, ...] = ()
 
 
-def require(what: str, value: Any, ok: bool, legal: str) -> None:
-    """Raise ValueError with the field, its value and what is legal, unless `ok`."""
+def require(what: str, value: Any, ok: bool, legal: str, line: int | None = None) -> None:
+    """Raise ValueError with the field, its value, what is legal and the recipe's line, unless `ok`."""
     if not ok:
-        raise ValueError(f"{what}: {value!r}, must be {legal}")
+        raise ValueError(f"{what}: {value!r}, must be {legal}" + (f" (line {line})" if line else ""))
 
 
 def parse_recipe(text: str, folder: str = ".") -> Recipe:
-    """Parse YAML text; a relative `manifest` is resolved against `folder`.
+    """Parse YAML; a relative `manifest` is resolved against `folder`.
 
-    Raises ValueError with the field, its value and what is legal.
+    Every value is the text that stands there, and numbers are what they look like. Raises ValueError with the field,
+    its value and what is legal.
     """
-    import yaml
-
     try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        root = read_yaml(text)
+    except ValueError as error:
         raise ValueError(f"not YAML: {error}") from None
-    require("recipe", data, isinstance(data, dict), "a mapping of fields")
-    for key in data:
-        require("unknown field", key, key in RECIPE_FIELDS, "one of " + ", ".join(RECIPE_FIELDS))
-    name, output = _parse_name_and_output(data)
-    variables = _parse_variables(data.get("variables") or {})
-    manifest = _parse_manifest(data.get("manifest"), folder)
-    templates = _parse_prompts(data.get("prompts") or [], variables, optional=manifest is not None)
-    count, seed = data.get("count"), data.get("seed")
-    require("count", count, count is None or (_is_int(count) and count > 0), "a whole number of at least 1")
-    require("seed", seed, seed is None or (_is_int(seed) and 0 <= seed < 2**63), "a whole number, 0 to 2^63-1")
+    require("recipe", root.data, isinstance(root.content, dict), "a mapping of fields")
+    fields = cast(dict[str, YamlNode], root.content)
+    for key, node in fields.items():
+        require("unknown field", key, key in RECIPE_FIELDS, "one of " + ", ".join(RECIPE_FIELDS), node.line)
+    given = {key: node for key, node in fields.items() if not node.is_nothing}
+    name, output = _parse_name_and_output(given)
+    variables = _parse_variables(given.get("variables"))
+    manifest = _parse_manifest(given.get("manifest"), folder)
     return Recipe(
         name,
         output,
-        templates,
+        _parse_prompts(given.get("prompts"), variables, optional=manifest is not None),
         variables,
         manifest,
-        count,
-        seed or 0,
-        _parse_defaults(data.get("defaults") or {}),
-        _parse_render_options(data.get("render_options") or []),
+        _parse_count(given.get("count")),
+        _parse_seed(given.get("seed")),
+        _parse_defaults(given.get("defaults")),
+        _parse_render_options(given.get("render_options")),
     )
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _parse_count(node: YamlNode | None) -> int | None:
+    count = None if node is None else _whole(node)
+    if node is not None:
+        shown = node.data if count is None else count
+        require("count", shown, count is not None and count > 0, "a whole number of at least 1", node.line)
+    return count
 
 
-def _parse_name_and_output(data: Mapping[str, Any]) -> tuple[str, str]:
+def _parse_seed(node: YamlNode | None) -> int:
+    if node is None:
+        return 0
+    seed = _whole(node)
+    shown = node.data if seed is None else seed
+    require("seed", shown, seed is not None and 0 <= seed < 2**63, "a whole number, 0 to 2^63-1", node.line)
+    return cast(int, seed)
+
+
+def _whole(node: YamlNode) -> int | None:
+    try:
+        return int(cast(str, node.content))
+    except (TypeError, ValueError):
+        return None
+
+
+def _list_of_texts(what: str, node: YamlNode) -> list[str]:
+    """The texts of a list, in which `null` and `~` are words like others."""
+    texts = []
+    for i, entry in enumerate(cast(tuple[YamlNode, ...], node.content)):
+        require(
+            f"{what}[{i}]",
+            entry.data,
+            isinstance(entry.content, str) and bool(entry.content or not entry.plain),
+            "text, in quotes where it is empty, holds ': ' or begins with '{' or '['",
+            entry.line,
+        )
+        texts.append(cast(str, entry.content))
+    return texts
+
+
+def _parse_name_and_output(given: Mapping[str, YamlNode]) -> tuple[str, str]:
     for key in ("name", "output"):
-        require(key, data.get(key), data.get(key) is not None, "given")
-    name, output = data["name"], data["output"]
+        require(key, None, key in given, "given")
+    (name, line), (output, output_line) = ((given[key].content, given[key].line) for key in ("name", "output"))
     require(
         "name",
-        name,
+        given["name"].data,
         isinstance(name, str) and bool(NAME.fullmatch(name)),
         "a string of 1 to 64 letters, digits, '.', '_' and '-' that begins with a letter or digit",
+        line,
     )
-    require("output", output, isinstance(output, str) and bool(output.strip()), "a path or URI")
-    _placeholders("output", output, ("date", "name"))
-    return name, output
+    legal = isinstance(output, str) and bool(output.strip())
+    require("output", given["output"].data, legal, "a path or URI", output_line)
+    _placeholders("output", cast(str, output), ("date", "name"))
+    return cast(str, name), cast(str, output)
 
 
-def _parse_variables(variables: Any) -> dict[str, tuple[str, ...]]:
+def _parse_variables(node: YamlNode | None) -> dict[str, tuple[str, ...]]:
     """Each variable's values, as the text that goes into a prompt."""
-    require("variables", variables, isinstance(variables, dict), "a mapping of name to list")
-    for key, values in variables.items():
-        require("variables", key, isinstance(key, str) and key.isidentifier(), "a name like animal or time_of_day")
-        require(
-            f"variables.{key}",
-            values,
-            isinstance(values, list) and bool(values) and all(isinstance(v, str) or _is_int(v) for v in values),
-            "a list of at least one string or whole number",
-        )
-    return {key: tuple(str(value) for value in values) for key, values in variables.items()}
+    if node is None:
+        return {}
+    require("variables", node.data, isinstance(node.content, dict), "a mapping of name to list", node.line)
+    variables = {}
+    for key, values in cast(dict[str, YamlNode], node.content).items():
+        require("variables", key, key.isidentifier(), "a name like animal or time_of_day", values.line)
+        legal = isinstance(values.content, tuple) and bool(values.content)
+        require(f"variables.{key}", values.data, legal, "a list of at least one string or number", values.line)
+        variables[key] = tuple(_list_of_texts(f"variables.{key}", values))
+    return variables
 
 
-def _parse_prompts(prompts: Any, variables: Mapping[str, Any], optional: bool) -> tuple[PromptTemplate, ...]:
-    require(
-        "prompts",
-        prompts,
-        isinstance(prompts, list) and all(isinstance(p, str) and p.strip() for p in prompts),
-        "a list of strings that are not blank",
-    )
+def _parse_prompts(node: YamlNode | None, variables: Mapping[str, Any], optional: bool) -> tuple[PromptTemplate, ...]:
+    prompts: list[str] = []
+    if node is not None:
+        legal = isinstance(node.content, tuple)
+        require("prompts", node.data, legal, "a list of strings that are not blank", node.line)
+        prompts = _list_of_texts("prompts", node)
+        require("prompts", prompts, all(map(str.strip, prompts)), "a list of strings that are not blank", node.line)
     templates = tuple(
         PromptTemplate(prompt, _placeholders(f"prompts[{i}]", prompt, tuple(variables)))
         for i, prompt in enumerate(prompts)
@@ -173,28 +206,39 @@ def _placeholders(what: str, text: str, legal: Sequence[str]) -> tuple[str, ...]
     return tuple(names)
 
 
-def _parse_manifest(manifest: Any, folder: str) -> str | None:
-    legal = manifest is None or (isinstance(manifest, str) and bool(manifest))
-    require("manifest", manifest, legal, "a path or URI")
-    return None if manifest is None else resolve(manifest, folder)
+def _parse_manifest(node: YamlNode | None, folder: str) -> str | None:
+    if node is None:
+        return None
+    require("manifest", node.data, isinstance(node.content, str) and bool(node.content), "a path or URI", node.line)
+    try:
+        return resolve(cast(str, node.content), folder)
+    except ValueError as error:
+        raise ValueError(f"manifest: {error}") from None
 
 
-def _parse_defaults(defaults: Any) -> dict[str, Any]:
-    require("defaults", defaults, isinstance(defaults, dict), "a mapping of row fields")
-    for key, value in defaults.items():
-        require("defaults", key, key in ROW_FIELDS, "one of " + ", ".join(sorted(ROW_FIELDS)))
-        _dumps(f"defaults.{key}", value)
+def _parse_defaults(node: YamlNode | None) -> dict[str, Any]:
+    """JSON values by column, without those that are not given."""
+    if node is None:
+        return {}
+    require("defaults", node.data, isinstance(node.content, dict), "a mapping of row fields", node.line)
+    defaults = {}
+    for key, value in cast(dict[str, YamlNode], node.content).items():
+        require("defaults", key, key in ROW_FIELDS, "one of " + ", ".join(sorted(ROW_FIELDS)), value.line)
+        if value.is_nothing:
+            continue
+        try:
+            defaults[key] = legal_value(COLUMNS[key], value.data)
+        except Mistyped:
+            require(f"defaults.{key}", value.data, False, COLUMNS[key].legal, value.line)
     return defaults
 
 
-def _parse_render_options(options: Any) -> tuple[str, ...]:
-    require(
-        "render_options",
-        options,
-        isinstance(options, list) and all(isinstance(o, str | float) or _is_int(o) for o in options),
-        "a list of strings and numbers",
-    )
-    words = tuple(str(option) for option in options)
+def _parse_render_options(node: YamlNode | None) -> tuple[str, ...]:
+    if node is None:
+        return ()
+    legal = isinstance(node.content, tuple)
+    require("render_options", node.data, legal, "a list of strings and numbers", node.line)
+    words = tuple(_list_of_texts("render_options", node))
     for word in words:
         legal = word.split("=")[0] != "--output"
         require("render_options", word, legal, "without --output: the recipe has `output`")
@@ -251,7 +295,15 @@ def _fill(recipe: Recipe, template: PromptTemplate, index: int) -> Row:
     return {**row, "variables": chosen} if chosen else row
 
 
-def expand(recipe: Recipe, date: str, source: SourceManifest | None = None) -> Iterator[Row]:
+class Pool(Protocol):
+    """Rows that a recipe draws from: schedule_pool.SourceManifest."""
+
+    def __len__(self) -> int: ...
+
+    def take(self, indices: Sequence[int]) -> Iterator[Row]: ...
+
+
+def expand(recipe: Recipe, date: str, source: Pool | None = None) -> Iterator[Row]:
     """The rows of one date, in manifest order, as dicts of JSON values without nulls.
 
     `source` is the recipe's manifest. Raises ValueError when there are fewer than `count` rows, or more than
@@ -289,78 +341,12 @@ def _dumps(what: str, value: Any) -> str:
 
 def manifest_bytes(rows: Iterator[Row]) -> bytes:
     """Rows as JSONL in UTF-8, one object per line, keys in the order of the rows."""
-    return "".join(_dumps(row.get("id", "row"), row) + "\n" for row in rows).encode()
+    return b"".join(_line(_dumps(row.get("id", "row"), row)) for row in rows)
 
 
-# ---- rows of an existing manifest ---------------------------------------------------------------------
-
-
-class SourceManifest:
-    """A manifest (JSONL, a Parquet file or a folder of them) whose rows are counted first and read when picked.
-
-    Raises ValueError when it cannot be read.
-    """
-
-    def __init__(self, uri: str) -> None:
-        from pyarrow import dataset, fs
-
-        self.uri = uri
-        #: Whether a row that was taken has images; known once the rows are taken.
-        self.has_images = False
-        self._take: Callable[[Sequence[int]], Iterator[Row]] = self._take_lines
-        self._is_folder = False
-        self._fs: fs.FileSystem
-        self._path: str
-        try:
-            self._fs, self._path = fs.FileSystem.from_uri(uri) if "://" in uri else (fs.LocalFileSystem(), uri)
-            if uri.endswith((".jsonl", ".json")):
-                self._length = sum(1 for _ in self._lines())
-            else:
-                parquet = dataset.dataset(self._path, filesystem=self._fs, format="parquet")
-                self._length = parquet.count_rows()
-                self._is_folder = self._fs.get_file_info(self._path).type == fs.FileType.Directory
-                self._take = lambda indices: iter(parquet.take(indices).to_pylist() if indices else ())
-        except (OSError, ValueError) as error:
-            raise ValueError(f"manifest: {uri!r}, must be readable JSONL or Parquet ({error})") from None
-
-    def __len__(self) -> int:
-        return self._length
-
-    @property
-    def folder(self) -> str:
-        """The folder that the manifest's relative image paths are relative to."""
-        return self.uri if self._is_folder else self.uri.rpartition("/")[0]
-
-    def take(self, indices: Sequence[int]) -> Iterator[Row]:
-        """The rows at these ascending indices.
-
-        Relative image paths become absolute, because the manifest of the date lies in another folder.
-        """
-        for row in self._take(indices):
-            if row.get("images"):
-                self.has_images = True
-                row["images"] = [self._absolute(image) for image in row["images"]]
-            yield row
-
-    def _lines(self) -> Iterator[tuple[int, str]]:
-        """(line number from 1, text) of every line that is not blank."""
-        with io.TextIOWrapper(self._fs.open_input_stream(self._path), encoding="utf-8") as text:
-            yield from ((n, line) for n, line in enumerate(text, 1) if line.strip())
-
-    def _take_lines(self, indices: Sequence[int]) -> Iterator[Row]:
-        picked = set(indices)
-        for index, (n, line) in enumerate(self._lines()):
-            if index not in picked:
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{self.uri}:{n}: {error}") from None
-            require(f"{self.uri}:{n}", row, isinstance(row, dict), "a JSON object")
-            yield row
-
-    def _absolute(self, image: Any) -> Any:
-        path = image.get("path") if isinstance(image, dict) else None
-        if not isinstance(path, str) or "://" in path or path.startswith("/"):
-            return image  # the render reports it when it is illegal
-        return {**image, "path": f"{self.folder}/{path}"}
+def _line(text: str) -> bytes:
+    """A line of JSON. Text that is not UTF-8 stays as JSON escapes it, and the render reports its row."""
+    try:
+        return f"{text}\n".encode()
+    except UnicodeEncodeError:
+        return f"{json.dumps(json.loads(text))}\n".encode()

@@ -7,7 +7,6 @@ import datetime
 import json
 import os
 import secrets
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
@@ -23,8 +22,9 @@ from ltx_ray.checkpoints.checkpoint import (
 )
 from ltx_ray.checkpoints.lora import check_lora
 from ltx_ray.config import NEWEST_SCHEME, EngineSpec, ModelFiles, Numerics, RequestedNumerics, RunLimits, Selection
+from ltx_ray.dataset.clip_rate import rate_text
 from ltx_ray.dataset.existing import ExistingRows, list_existing
-from ltx_ray.dataset.identity import DatasetIdentity, changed_numerics, read_identity, write_identity
+from ltx_ray.dataset.identity import KeptIdentity, read_identity
 from ltx_ray.dataset.repair import repair
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.driver.events import EventLog
@@ -32,20 +32,22 @@ from ltx_ray.driver.loop import Driver, JoinedCluster
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
 from ltx_ray.driver.run_record import RunRecord, keep_older_run, recorded_counts
-from ltx_ray.driver.signals import DrainSignals
+from ltx_ray.driver.signals import RunSignals, Stopped
 from ltx_ray.driver.tracker import RowTracker
-from ltx_ray.manifest.reader import RawRow, manifest_folder
-from ltx_ray.manifest.rules import IllegalRow, RowRules, check_defaults, judge
-from ltx_ray.placement.cluster import Cluster, Placement
+from ltx_ray.manifest.raw import RawRow
+from ltx_ray.manifest.reader import manifest_folder
+from ltx_ray.manifest.rules import RowRules, check_defaults
+from ltx_ray.placement.cluster import Cluster, Placement, where_to_run
 from ltx_ray.placement.memory import MemoryBudget
 from ltx_ray.placement.numerics import check as check_numerics
 from ltx_ray.placement.numerics import check_widths
 from ltx_ray.placement.sizing import ParallelConfig
 from ltx_ray.planning.plan import ItemBuilder, Plan, PlanEntry
+from ltx_ray.planning.preflight import preflight_item
 from ltx_ray.planning.promotion import promoted
 from ltx_ray.pools.pool import ModelRefused, StartFailed
 from ltx_ray.presets import served_pipelines
-from ltx_ray.records import LoraUse, WorkItem, canonical_json
+from ltx_ray.records import LoraUse, canonical_json
 from ltx_ray.stages import FULL_PATH, PREVIEW_PATH
 from ltx_ray.storage.credentials import masked
 from ltx_ray.storage.images import check_roots
@@ -188,14 +190,27 @@ def _scheme_of(output: str | None) -> int:
 
 def render(options: Options) -> ExitCode:
     """Render the manifest. Raises ValueError for a user's mistake, ConnectionError without an answer of the cluster."""
+    with RunSignals() as signals:
+        try:
+            return _render(options, signals)
+        except Stopped as signal:
+            Progress().say(f"stopped by {signal} before the first clip; the same command starts again")
+            return ExitCode.DRAINED
+
+
+def _render(options: Options, signals: RunSignals) -> ExitCode:
     assert options.output is not None
     _check_output(options.output)
     prepared = prepare(options)
+    address = where_to_run(options.ray_address)
     # What is wrong with the manifest as a whole is reported before the output is touched.
-    raws = prepared.plan.read()
+    notes: list[str] = []
+    raws = prepared.plan.read(notes.append)
+    if not (options.retry_failed or options.promote is not None):  # whose manifest is a table of a dataset
+        prepared = replace(prepared, warnings=(*prepared.warnings, *notes))
     store = Store(options.output)
     store.check_writable()
-    return Run(prepared, store).execute(raws)
+    return Run(prepared, store, address, signals).execute(raws)
 
 
 def _check_output(output: str) -> None:
@@ -211,15 +226,17 @@ def _check_output(output: str) -> None:
 class Run:
     """One run into an output: from its lease to the last temporary file."""
 
-    def __init__(self, prepared: Prepared, store: Store):
+    def __init__(self, prepared: Prepared, store: Store, address: str | None, signals: RunSignals):
+        """`address` of the cluster; None for a private one."""
+        self.signals = signals
         self.prepared, self.options, self.store = prepared, prepared.options, store
         self.run_id = f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
         self.progress = Progress()
         self.lease = Lease(store, self.run_id)
-        self.identity = DatasetIdentity()
         options = self.options
+        self.identity = KeptIdentity(store, self.progress.say, options.allow_other_noise)
         self.cluster = Cluster(
-            address=options.ray_address,
+            address=address,
             parallel=replace(options.parallel, with_stage2=options.stop_after is None),
             requested=options.numerics,
             checkpoint=prepared.checkpoint,
@@ -235,49 +252,12 @@ class Run:
             self.progress.say(warning)
         self.lease.acquire(self.progress.say)
         try:
-            self._take_identity()
+            self.identity.begin(self.prepared.plan.builder.scheme, self.options.scheme)
             existing = self._repaired_rows()
             plan = self.prepared.plan.against(existing)
             return _Rendering(self, plan).execute(self._chosen(plan, plan.rows(raws)))
         finally:
             self._leave()
-
-    def _take_identity(self) -> None:
-        """Read what holds for the dataset's rows, or lay it down for a new one."""
-        scheme = self.prepared.plan.builder.scheme
-        identity = read_identity(self.store)
-        if self.options.scheme is not None:
-            identity = replace(identity, scheme=self.options.scheme)
-        if identity.scheme != scheme:
-            raise ValueError(
-                f"{self.store.name}: its rows have scheme {identity.scheme}, and the rows of this run were planned for "
-                f"scheme {scheme}, because the output did not answer or was new; legal: the same command again"
-            )
-        self.identity = identity
-        write_identity(self.store, identity)
-
-    def check_noise(self, family: str) -> None:
-        """Take in where noise is drawn: "cpu", or the model of the GPU. Raises ValueError when it was elsewhere."""
-        before = self.identity.noise_family
-        if before not in (None, family) and not self.options.allow_other_noise:
-            raise ValueError(
-                f"{self.store.name}: the noise of its clips was drawn on {before}, and this run draws it on {family}, "
-                f"which gives other clips for the same rows; legal: {_same_noise(before)}, another --output, or "
-                f"--allow-other-noise"
-            )
-        self._record_identity(replace(self.identity, noise_family=before or family))
-
-    def check_numerics(self, numerics: Numerics) -> None:
-        """Say in what the run computes otherwise than the one before."""
-        now = json.loads(canonical_json(numerics))
-        if changed := changed_numerics(self.identity.numerics, now):
-            self.progress.say(f"numerics differ from those of the run before: {changed}")
-        self._record_identity(replace(self.identity, numerics=now))
-
-    def _record_identity(self, identity: DatasetIdentity) -> None:
-        if identity != self.identity:
-            self.identity = identity
-            write_identity(self.store, identity)
 
     def _repaired_rows(self) -> ExistingRows:
         """Repair the dataset and list its rows, under the lease: rows that another run has just finished are done."""
@@ -306,6 +286,8 @@ class Run:
 
     def _leave(self) -> None:
         """Leave the cluster, delete temporary files and give the lease back."""
+        # That takes seconds, and the next run would have to do what is left out. A second signal ends it nevertheless.
+        self.signals.action = lambda name: None
         self.cluster.leave()
         if not self.lease.lost:
             # The run's workers have ended, so nobody finishes the files that they have begun.
@@ -348,37 +330,47 @@ class _Rendering:
             path=PREVIEW_PATH if options.stop_after else FULL_PATH,
             limits=options.limits,
             noise_device=options.numerics.noise_device,
-            check_noise=run.check_noise,
+            check_noise=run.identity.check_noise,
             use_stored=not options.stop_after,
-            on_drain=lambda: self._record.write("draining", self._tracker.counts),
+            on_drain=lambda: self._write_record("draining"),
             should_stop=lambda: f"another run has taken over {store.name}" if run.lease.lost else None,
         )
-        self._signals = DrainSignals(self._driver)
 
     def execute(self, rows: Iterator[PlanEntry]) -> ExitCode:
-        self._record.write("running", Counter())
-        self._events.emit("run_started", run_id=self._run.run_id)
-        for warning in self._run.prepared.warnings:
-            self._events.emit("warning", message=warning)
-        self._events.flush()
+        run = self._run
+        state, code = self._drive(rows)
+        # A run that was told to stop does not wait for a report.
+        if state != "drained" and not self._driver.drain_requested and not run.lease.lost:
+            run.signals.action = None
+            _write_report(run.store, self._tracker.counts["rows"], run.progress.say)
+            run.signals.action = self._driver.request_drain
+        counts = recorded_counts(self._tracker.counts)
+        run.progress.say(_summary(state, counts, self._record.clips_per_hour, run.store.name))
+        return code
+
+    def _drive(self, rows: Iterator[PlanEntry]) -> tuple[str, ExitCode]:
+        """Render `rows` and record how it went; the run's state and its exit code."""
         state, code = "failed", ExitCode.ERROR
         try:
-            with self._signals:
-                state, code = self._run_driver(rows)
+            self._write_record("running")
+            self._events.emit("run_started", run_id=self._run.run_id)
+            for warning in self._run.prepared.warnings:
+                self._events.emit("warning", message=warning)
+            self._events.flush()
+            state, code = self._run_driver(rows)
         except ConnectionError:
             raise  # The cluster does not answer.
-        except SystemExit:
-            # A signal came while the cluster was being joined, when Ray's handler has replaced ours.
+        except (Stopped, SystemExit):
+            # A signal came before the cluster was joined. While it was being joined, Ray's handler has replaced ours.
             state, code = "drained", ExitCode.DRAINED
         except (StartFailed, OSError) as error:
             # An OSError is the output's, which could not be reached for as long as it is retried.
             self._run.progress.say(str(error))
             code = ExitCode.USAGE if isinstance(error, ModelRefused) else code
         finally:
+            self._run.signals.action = self._driver.request_drain
             self._finish(state)
-        counts = recorded_counts(self._tracker.counts)
-        self._run.progress.say(_summary(state, counts, self._run.store.name))
-        return code
+        return state, code
 
     def _run_driver(self, rows: Iterator[PlanEntry]) -> tuple[str, ExitCode]:
         """Render `rows`; the run's state and its exit code."""
@@ -393,17 +385,20 @@ class _Rendering:
 
     def _join_cluster(self) -> JoinedCluster:
         """What the driver calls when the first row is to be rendered."""
-        from ltx_ray.pools.ray_replicas import RayReplicaSet
-
         options, run = self._options, self._run
         if options.numerics.noise_device == "cpu":
-            run.check_noise("cpu")
+            run.identity.check_noise("cpu")
         placement = run.cluster.join()
-        run.check_numerics(placement.numerics)
+        run.identity.check_numerics(json.loads(canonical_json(placement.numerics)))
+        # Only now: joining sets variables that Ray reads when it is imported.
+        from ltx_ray.pools.ray_replicas import RayReplicaSet
+
         budget = self._memory_budget(placement)
         self._record.place(placement.pools, placement.numerics)
-        self._signals.install()  # Ray has set a handler of its own.
-        self._record.write("running", self._tracker.counts)
+        # Until now there was nothing to finish, and Ray has set a handler of its own.
+        run.signals.action = self._driver.request_drain
+        run.signals.install()
+        self._write_record("running")
         replicas = {pool.name: pool.replicas for pool in placement.pools}
         self._events.emit("cluster_joined", pools=replicas, tp=options.parallel.tp, device=placement.numerics.device)
         preflight = options.preflight and max(replicas.values()) > 1
@@ -412,7 +407,7 @@ class _Rendering:
             placement.pools,
             canonical_json(placement.numerics),
             placement.store_bytes,
-            _preflight_item(run.prepared) if preflight else None,
+            preflight_item(run.prepared.plan, options.model.distilled) if preflight else None,
             elastic=options.parallel.max_replicas is not None,
             problem=budget.problem if budget is not None else lambda request: None,
         )
@@ -426,28 +421,28 @@ class _Rendering:
         budget.check()
         return budget
 
+    def _write_record(self, state: str) -> None:
+        self._record.write(state, self._tracker.counts, self._tracker.rate.clips)
+
     def _finish(self, state: str) -> None:
         """Record how the run ended, unless another run has taken the output over and the records are its own."""
         if self._run.lease.lost:
             return
         counts = self._tracker.counts
-        self._record.write(state, counts)
+        self._write_record(state)
         self._events.emit("run_finished", state=state, counts=recorded_counts(counts))
         self._events.flush()
-        # A run that was told to stop does not wait for a report.
-        if state != "drained" and not self._driver.drain_requested:
-            _write_report(self._run.store, counts["rows"], self._run.progress.say)
 
 
 def _write_report(store: Store, rows: int, say: Callable[[str], None]) -> None:
-    from ltx_ray.dataset.report import write_report
-
     if not store.is_local and rows > _REMOTE_REPORT_ROWS:
         say(f"report.html is left to `ltx-ray report {store.name}`: it reads every row of the index")
         return
     try:
+        from ltx_ray.dataset.report import write_report
+
         write_report(store.uri)
-    except Exception as error:  # The report must never change how a run ends.
+    except (Exception, Stopped) as error:  # The report must never change how a run ends.
         say(f"report.html was not written: {error}")
 
 
@@ -458,24 +453,8 @@ def say_missing_ids(plan: Plan, say: Callable[[str], None]) -> None:
         say(f"--ids: {len(plan.unmet)} ids are not in {recorded(plan.manifest)}, such as {shown}")
 
 
-def _same_noise(family: str) -> str:
-    """What draws noise as the dataset's other clips have it."""
-    return "--noise-device cpu" if family == "cpu" else f"GPUs of the model {family}"
-
-
-def _preflight_item(prepared: Prepared) -> WorkItem | None:
-    """The smallest clip, with the run's defaults otherwise; None when the defaults make it illegal."""
-    values: dict[str, Any] = {"prompt": "preflight", "height": 64, "width": 64, "num_frames": 9}
-    if not prepared.options.model.distilled:
-        values["num_inference_steps"] = 2
-    row = judge(RawRow("preflight", 1, values), prepared.plan.rules)
-    if isinstance(row, IllegalRow):
-        return None
-    return replace(prepared.plan.builder.item(row.request), preflight=True)
-
-
-def _summary(state: str, counts: Mapping[str, int], output: str) -> str:
-    parts = [f"{counts['rendered']} rendered"]
+def _summary(state: str, counts: Mapping[str, int], rate: float | None, output: str) -> str:
+    parts = [f"{counts['rendered']} rendered" + (f" ({rate_text(rate)})" if rate else "")]
     if counts["already_done"]:
         parts.append(f"{counts['already_done']} done before")
     for what in ("failed", "illegal"):

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Benchmark clips an hour on one GPU, from the command to the mp4, against the reference's command on the same files.
+"""Benchmark clips/h on one GPU, from the command to the mp4, against the reference's command on the same files.
 
     scripts/bench_clip.py [--layers 6,12] [--clips 4] [--shape 1088x1920x121] [--steps 15] [--precision bf16,fp8]
                           [--folder /tmp/ltx-ray-clip] [--against reference] [--reference .ref]
@@ -120,8 +120,8 @@ def _table(side: str, runs: Runs) -> None:
 
 
 def _rates(arguments: argparse.Namespace, found: Mapping[str, Runs]) -> dict[str, float]:
-    """Print the clips an hour of every side, and ours over the reference's. Returns these ratios by case."""
-    print("\nclips an hour on one GPU: ours with the pipeline full, the reference one command per clip")
+    """Print the clips/h of every side, and ours over the reference's. Returns these ratios by case."""
+    print("\nclips/h on one GPU: ours with the pipeline full, the reference one command per clip")
     ratios: dict[str, float] = {}
     theirs = _with_extrapolated(_REFERENCE, found.get(_REFERENCE, {}))
     for side, runs in found.items():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
+import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -22,6 +24,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # By default, Ray's agents inspect every process of their node every five seconds, for a dashboard that nobody opens.
 os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "60000")
+# With a token of its own, Ray neither looks for one in the home directory nor writes one there.
+os.environ["RAY_AUTH_MODE"] = "token"
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+# Temporary files have a folder of this process's own. Ray keeps its sessions there, and which cluster "auto" is.
+# Those of tests stay where pytest keeps the last three runs.
+os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+TEMPORARY = tempfile.tempdir = os.environ["TMPDIR"] = os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ltx-")
 # Drawn once, because all processes of one run must collect the same tests.
 os.environ.setdefault("LTX_RAY_PARITY_SEED", str(secrets.randbelow(10**9)))
 # Tests never connect to an existing cluster.
@@ -48,7 +57,7 @@ FOLDER_MARKS = ("gpu", "parity")
 SHARED_CLUSTER_FOLDERS = ("integration", "chaos", "gpu")
 SEPARATE_FILES = (
     "integration/test_store_faults.py", "integration/test_schedule_submit.py", "integration/test_jobs.py",
-    "chaos/test_driver.py", "chaos/test_schedules.py", "chaos/test_random.py",
+    "chaos/test_driver.py", "chaos/test_schedules.py", "chaos/test_random.py", "chaos/test_private_cluster.py",
 )  # fmt: skip
 #: Groups of tests that take minutes, mostly on clusters of their own, longest first. Each process begins with one of
 #: them, and short tests fill the end.
@@ -102,6 +111,10 @@ def _group(path: str) -> str:
 
 def _folder(item: pytest.Item) -> str:
     return item.path.relative_to(ROOT / "tests").parts[0]
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(TEMPORARY, ignore_errors=True)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import struct
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -113,7 +114,25 @@ def _folder_digest(path: str, cache_dir: Path | None, scheme: int) -> str:
 
 
 def cache_root() -> Path:
-    """$LTX_RAY_CACHE, or `ltx-ray` in the user's cache directory."""
+    """$LTX_RAY_CACHE, or `ltx-ray` in the user's cache directory. Raises ValueError for a user without a home."""
     if explicit := os.environ.get("LTX_RAY_CACHE"):
-        return Path(explicit)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ltx-ray"
+        return Path(os.path.abspath(os.path.expanduser(explicit)))
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ltx-ray"
+    except RuntimeError:
+        raise ValueError(
+            "LTX_RAY_CACHE: not set, and this user has no home directory; legal: a folder that can be written"
+        ) from None
+
+
+def writable_cache_root() -> Path:
+    """`cache_root`, which exists now. Raises ValueError when nothing can be written there."""
+    root = cache_root()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            return root
+    except OSError as error:
+        raise ValueError(
+            f"LTX_RAY_CACHE: {root}, cannot be written ({error.strerror}); legal: a folder that can be written"
+        ) from None

@@ -61,6 +61,8 @@ class _Commands(click.Group):
         except ValueError as error:
             click.echo(f"error: {masked(str(error))}", err=True)
             code = ExitCode.USAGE
+        except BrokenPipeError:
+            raise  # The reader of the output has seen enough, as `head` does; click ends the command without a word.
         except OSError as error:  # The store's, or a ConnectionError of the cluster.
             click.echo(f"error: {masked(str(error))}", err=True)
             code = ExitCode.ERROR
@@ -163,7 +165,8 @@ def plan_command(manifest: str, output: str | None, every: bool, resolved: bool,
         click.echo(masked(warning), err=True)
     plan = prepared.plan.against(list_existing(Store(output))) if output else prepared.plan
     listed = 0
-    for row in plan.open():
+    raws = plan.read(lambda note: click.echo(note, err=True), extra=resolved)
+    for row in plan.rows(raws):
         if isinstance(row, IllegalRow):
             for message in row.messages():
                 click.echo(f"illegal  {masked(message)}")

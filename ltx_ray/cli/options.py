@@ -29,9 +29,12 @@ from ltx_ray.cli.parameters import (
     PathAndStrength,
     ReplicaCount,
     Shard,
+    Whole,
 )
 from ltx_ray.config import LoraSpec, ModelFiles, RequestedNumerics, RunLimits, Selection
-from ltx_ray.manifest.columns import COLUMNS, Column
+from ltx_ray.manifest.columns import COLUMNS, Column, Mistyped, shown
+from ltx_ray.manifest.rules import check_defaults
+from ltx_ray.manifest.text_values import json_value
 from ltx_ray.placement.numerics import NUMERICS_CHOICES
 from ltx_ray.placement.sizing import ParallelConfig
 from ltx_ray.run import Options
@@ -110,17 +113,26 @@ NUMERICS_OPTIONS = (
 )
 
 
+class _ColumnValue(click.ParamType):
+    """A value of a column that holds no list."""
+
+    def __init__(self, column: Column):
+        self.name, self._column = column.name, column
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        column = self._column
+        try:
+            parsed = column.parse(json_value(column.type, value))
+        except Mistyped:
+            raise ValueError(f"--{column.flag}: {shown(value)}, legal: {column.legal}") from None
+        return check_defaults({column.name: parsed})[column.name]
+
+
 def _row_option(column: Column) -> Option:
     """`column` names the value; the flag is the reference's."""
     assert column.flag is not None
-    kind: click.ParamType = click.STRING
-    if pa.types.is_list(column.type):
-        kind = BlockNumbers()
-    elif pa.types.is_floating(column.type):
-        kind = click.FLOAT
-    elif pa.types.is_integer(column.type):
-        kind = click.INT
-    metavar = "TEXT" if kind is click.STRING else "N,N" if isinstance(kind, BlockNumbers) else "N"
+    kind: click.ParamType = BlockNumbers() if pa.types.is_list(column.type) else _ColumnValue(column)
+    metavar = "TEXT" if pa.types.is_string(column.type) else "N,N" if isinstance(kind, BlockNumbers) else "N"
     flag = f"--{column.flag}"
     known_by = "" if column.flag.replace("-", "_") == column.name else f"{column.name}: "
     return Option(column.name, flag, section=_DEFAULTS, type=kind, metavar=metavar, help=f"{known_by}{column.legal}")
@@ -223,11 +235,11 @@ LAYOUT_OPTIONS = (
         "--tp",
         section=_LAYOUT,
         metavar="N",
-        type=click.INT,
+        type=Whole(),
         default=ParallelConfig.tp,
         help="ranks that share a replica's weights (tensor parallelism)",
     ),
-    Option("--stage2-tp", section=_LAYOUT, metavar="N", type=click.INT, help="the same for stage 2 [as --tp]"),
+    Option("--stage2-tp", section=_LAYOUT, metavar="N", type=Whole(), help="the same for stage 2 [as --tp]"),
     Option(
         "--guidance-parallel",
         section=_LAYOUT,
@@ -313,10 +325,24 @@ def output_option(required: bool, help: str) -> Option:
 
 def _take_config(ctx: click.Context, param: click.Parameter, path: str | None) -> None:
     """Have the file's values serve as the defaults of the command's other options."""
-    if path is not None:
-        output = output_option(required=False, help="")
-        everything = (output, *MODEL_OPTIONS, *ROW_OPTIONS, *SELECTION_OPTIONS, *IMAGE_OPTIONS, *RUN_OPTIONS)
-        ctx.default_map = read_config(path, everything)
+    if path is None:
+        return
+    found = read_config(path, _configurable(ctx))
+    ctx.default_map = {name: given.value for name, given in found.items()}
+    ctx.meta[Option.CONFIG] = found
+
+
+def _configurable(ctx: click.Context) -> list[click.Option]:
+    """The options of every command that takes a config file, so that one file serves them all."""
+    group = ctx.find_root().command
+    commands = [ctx.command, *(group.commands.values() if isinstance(group, click.Group) else ())]
+    options: dict[str, click.Option] = {}
+    for command in commands:
+        if CONFIG_OPTION in command.params:
+            own = [param for param in command.params if isinstance(param, click.Option) and param is not CONFIG_OPTION]
+            # The command that runs comes first: its own options convert its values.
+            options = {**{option.opts[0]: option for option in own}, **options}
+    return list(options.values())
 
 
 #: Eager, so that its file is read before click looks for the defaults of other options.
@@ -327,7 +353,7 @@ CONFIG_OPTION = Option(
     is_eager=True,
     expose_value=False,
     callback=_take_config,
-    help="YAML file with any of these options by name",
+    help="YAML file with options by name, of this command and of others; every value is the text that stands there",
 )
 
 

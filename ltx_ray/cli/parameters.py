@@ -6,9 +6,11 @@ A value that is not legal raises ValueError with the option, the value and what 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from ltx_ray.config import LoraSpec
 from ltx_ray.manifest.columns import float32_holds
@@ -46,6 +48,22 @@ class OneOf(click.ParamType):
         return str(value)
 
 
+class Whole(click.ParamType):
+    """A whole number."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        return int(_number(value, param, int, "a whole number"))
+
+
+def _number(value: Any, param: click.Parameter | None, kind: type[int] | type[float], legal: str) -> int | float:
+    try:
+        return kind(value)
+    except ValueError:
+        raise ValueError(f"--{_name(param)}: {value!r}, legal: {legal}") from None
+
+
 class AtLeast(click.ParamType):
     """A number of the type of `least`."""
 
@@ -55,7 +73,7 @@ class AtLeast(click.ParamType):
         self._least = least
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | float:
-        number = (click.INT if isinstance(self._least, int) else click.FLOAT).convert(value, param, ctx)
+        number = _number(value, param, type(self._least), f"a number from {self._least:g}")
         if not number >= self._least:
             raise ValueError(f"--{_name(param)}: {number}, legal: a number from {self._least:g}")
         return number
@@ -82,7 +100,7 @@ class Fraction(click.ParamType):
     name = "fraction"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        number = click.FLOAT.convert(value, param, ctx)
+        number = _number(value, param, float, "a part of the rows, from 0 to 1")
         if not 0 <= number <= 1:
             raise ValueError(f"--{_name(param)}: {number}, legal: a part of the rows, from 0 to 1")
         return number
@@ -95,7 +113,7 @@ class BlockNumbers(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
         parts = str(value).replace(",", " ").split()
-        if not all(part.isdigit() for part in parts):
+        if not all(part.isdecimal() for part in parts):
             raise ValueError(f"--{_name(param)}: {value!r}, legal: block numbers, such as 28,29")
         return [int(part) for part in parts]
 
@@ -184,11 +202,30 @@ def _is_number(text: Any) -> bool:
     return True
 
 
-# --- the help page -----------------------------------------------------------------------------------------------
+# --- options, their config file and the help page ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ConfigValue:
+    """What a config file says of an option: its value, as the command line would have it, and where it stands."""
+
+    value: Any
+    file: str
+    line: int
+
+    def refused(self, why: str) -> ValueError:
+        """The error of a value that is not legal. `why` names the option, the value and what is legal."""
+        return ValueError(f"--config: {self.file}: {why} (line {self.line})")
 
 
 class Option(click.Option):
-    """An option in a section of the help page. Its text ends with its default, in brackets."""
+    """An option in a section of the help page. Its text ends with its default, in brackets.
+
+    Its error for a value that came from a config file names the file and the line.
+    """
+
+    #: The key in `Context.meta` of the values from a config file, by the name of the value.
+    CONFIG = "ltx_ray.config"
 
     def __init__(
         self, *names: str, section: str, help: str, default: Any = None, shown: str | None = None, **more: Any
@@ -200,6 +237,15 @@ class Option(click.Option):
         if default is not None:  # For click, a default of None is a value, which a required option then has.
             more["default"] = default
         super().__init__(list(names), help=text, **more)
+
+    def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
+        try:
+            return super().type_cast_value(ctx, value)
+        except ValueError as error:
+            assert self.name is not None
+            if ctx.get_parameter_source(self.name) != ParameterSource.DEFAULT_MAP:
+                raise
+            raise ctx.meta[Option.CONFIG][self.name].refused(str(error)) from None
 
 
 class Argument(click.Argument):

@@ -14,6 +14,7 @@ from ltx_ray.checkpoints.lora import open_lora
 from ltx_ray.checkpoints.safetensors import SafetensorsHeader, TensorInfo, read_header
 from ltx_ray.checkpoints.transformer_keys import AUDIO_CONNECTOR_PREFIX, TRANSFORMER_PREFIX, VIDEO_CONNECTOR_PREFIX
 from ltx_ray.dataset import layout
+from ltx_ray.dataset.clip_rate import UNFINISHED, rate_text, recorded_rate
 from ltx_ray.dataset.existing import ExistingRows, list_existing
 from ltx_ray.driver.progress import duration
 from ltx_ray.storage.lease import holder
@@ -46,19 +47,20 @@ def status_lines(output: str) -> list[str]:
         run = {}
     if not isinstance(run, dict):
         run = {}
+    interrupted = run.get("state") in UNFINISHED and holder(store) is None
+    events = _events(store)
+    rate = recorded_rate(run, events, None if interrupted else time.time())
     return [
-        f"run {run.get('run_id', '?')}: {_state(run, store)}",
+        f"run {run.get('run_id', '?')}: {_state(run, interrupted)}",
         f"manifest {run.get('manifest', '?')}, started {run.get('started_at', '?')}",
         _counts(list_existing(store)),
-        *_replica_lines(_events(store)),
+        *_replica_lines(events),
+        *([rate_text(rate) + (" when it was interrupted" if interrupted else "")] if rate else ()),
     ]
 
 
-def _state(run: Mapping[str, Any], store: Store) -> str:
-    state = run.get("state", "unknown")
-    if state in ("running", "draining") and holder(store) is None:
-        return "interrupted (run the same command to resume)"
-    return str(state)
+def _state(run: Mapping[str, Any], interrupted: bool) -> str:
+    return "interrupted (run the same command to resume)" if interrupted else str(run.get("state", "unknown"))
 
 
 def _counts(existing: ExistingRows) -> str:
@@ -87,7 +89,7 @@ def _events(store: Store) -> list[dict[str, Any]]:
 
 
 def _replica_lines(events: list[dict[str, Any]]) -> Iterator[str]:
-    """The last call of each replica that has not ended since, and the rate at which clips are finished."""
+    """The last call of each replica that has not ended since."""
     calls: dict[str, dict[str, Any]] = {}
     for event in events:
         if event.get("event") == "call":
@@ -98,9 +100,6 @@ def _replica_lines(events: list[dict[str, Any]]) -> Iterator[str]:
     for replica, call in sorted(calls.items()):
         finished = f"{call['stage']} of {call['id']}, {call['seconds']:.1f} s"
         yield f"{replica}: last finished {finished}, {duration(now - call['t'])} ago"
-    times = [event["t"] for event in events if event.get("event") == "item_finished"]
-    if len(times) > 1 and times[-1] > times[0]:
-        yield f"{(len(times) - 1) / (times[-1] - times[0]) * 3600:,.0f} clips an hour"
 
 
 # --- inspect -----------------------------------------------------------------------------------------------------

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -80,3 +80,50 @@ def changed_numerics(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -
         return ""
     names = [name for name in sorted(now) if name in before and before[name] != now[name]]
     return ", ".join(f"{name} {now[name]} (was {before[name]})" for name in names)
+
+
+class KeptIdentity:
+    """The identity of a run's dataset, which the run checks and keeps up to date. `say` takes lines for the user."""
+
+    def __init__(self, store: Store, say: Callable[[str], None], allow_other_noise: bool = False):
+        self._store, self.say, self._allow_other_noise = store, say, allow_other_noise
+        self._identity = DatasetIdentity()
+
+    def begin(self, scheme: int, wanted: int | None = None) -> None:
+        """Read the identity, or lay it down for a new dataset; under the lease.
+
+        `scheme`: that for which rows were planned. `wanted`: one to give the dataset, whatever it has. Raises
+        ValueError when the dataset has another scheme than `scheme`.
+        """
+        identity = read_identity(self._store)
+        if wanted is not None:
+            identity = replace(identity, scheme=wanted)
+        if identity.scheme != scheme:
+            raise ValueError(
+                f"{self._store.name}: its rows have scheme {identity.scheme}, and the rows of this run were planned "
+                f"for scheme {scheme}, because the output did not answer or was new; legal: the same command again"
+            )
+        self._identity = identity
+        write_identity(self._store, identity)
+
+    def check_noise(self, family: str) -> None:
+        """Take in where noise is drawn: "cpu", or the model of the GPU. Raises ValueError when it was elsewhere."""
+        before = self._identity.noise_family
+        if before not in (None, family) and not self._allow_other_noise:
+            same = "--noise-device cpu" if before == "cpu" else f"GPUs of the model {before}"
+            raise ValueError(
+                f"{self._store.name}: the noise of its clips was drawn on {before}, and this run draws it on {family}, "
+                f"which gives other clips for the same rows; legal: {same}, another --output, or --allow-other-noise"
+            )
+        self._change(replace(self._identity, noise_family=before or family))
+
+    def check_numerics(self, numerics: Mapping[str, Any]) -> None:
+        """Say in what the run computes otherwise than the one before."""
+        if changed := changed_numerics(self._identity.numerics, numerics):
+            self.say(f"numerics differ from those of the run before: {changed}")
+        self._change(replace(self._identity, numerics=numerics))
+
+    def _change(self, identity: DatasetIdentity) -> None:
+        if identity != self._identity:
+            self._identity = identity
+            write_identity(self._store, identity)

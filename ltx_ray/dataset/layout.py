@@ -1,44 +1,41 @@
 """The output's layout: schemas of its tables, and the names of everything in it.
 
 All paths are relative to the output's root, with '/'. docs/operations.md describes them for users. The files of a run
-in progress belong to storage: the lease (lease.py) and temporary files (store.py).
+in progress belong to storage: the lease (lease.py) and temporary files (store.py). The names of folders, records and
+parts are in manifest/outputs.py, because the reader of manifests must know an output when it meets one.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Collection
 
 import pyarrow as pa
 
 from ltx_ray.manifest.columns import COLUMNS
-from ltx_ray.manifest.reader import FAILED_ROW_COLUMN
+from ltx_ray.manifest.outputs import CLIPS as CLIPS
+from ltx_ray.manifest.outputs import DATASET as DATASET
+from ltx_ray.manifest.outputs import EVENTS as EVENTS
+from ltx_ray.manifest.outputs import FAILED as FAILED
+from ltx_ray.manifest.outputs import FAILED_PART as FAILED_PART
+from ltx_ray.manifest.outputs import INDEX as INDEX
+from ltx_ray.manifest.outputs import ITEM_ID_DIGITS
+from ltx_ray.manifest.outputs import LATENTS as LATENTS
+from ltx_ray.manifest.outputs import PART as PART
+from ltx_ray.manifest.outputs import PREVIEWS as PREVIEWS
+from ltx_ray.manifest.outputs import REPORT as REPORT
+from ltx_ray.manifest.outputs import RUN_RECORD as RUN_RECORD
+from ltx_ray.manifest.outputs import RUNS as RUNS
+from ltx_ray.manifest.raw import FAILED_ROW_COLUMN
 
 # --- folders and files -------------------------------------------------------------------------------------------
 
-CLIPS = "clips"
-LATENTS = "latents"
-INDEX = "index"
-FAILED = "failed"
-PREVIEWS = "previews"
-#: What holds for all rows.
-DATASET = "dataset.json"
-#: Records of the newest run. Those of older ones are below `RUNS`.
-RUN_RECORD = "run.json"
-EVENTS = "events.jsonl"
-REPORT = "report.html"
-RUNS = "runs"
 #: A folder that holds one of these is a dataset.
 DATASET_MARKS = (RUN_RECORD, INDEX, FAILED, PREVIEWS)
-
-_ITEM_ID, _KEY = "([0-9a-f]{32})", "([0-9a-f]{8})"
-#: Names of parts of index/ and previews/, with the item_id and the row's key as groups.
-PART = re.compile(rf"part-{_ITEM_ID}-{_KEY}\.parquet")
-#: Names of parts of failed/, with the kind of failure, the item_id and the row's key as groups.
-FAILED_PART = re.compile(rf"part-(row|infra|illegal)-{_ITEM_ID}-{_KEY}\.parquet")
 #: Names of files of latents, with the item_id as group.
-LATENTS_FILE = re.compile(rf"{_ITEM_ID}\.safetensors")
-ITEM_ID = re.compile(_ITEM_ID)
+LATENTS_FILE = re.compile(rf"{ITEM_ID_DIGITS}\.safetensors")
+ITEM_ID = re.compile(ITEM_ID_DIGITS)
 #: Kinds of failure in names of parts: the row's own fault, the infrastructure's, and rows that are no legal request
 #: (for which the name has 32 digits of the row's content in place of an item_id).
 ROW, INFRASTRUCTURE, ILLEGAL = "row", "infra", "illegal"
@@ -131,6 +128,20 @@ def older_record(run_id: str, name: str) -> str:
 
 _MANIFEST_COLUMNS = [*((column.name, column.type) for column in COLUMNS.values()), ("extra", pa.string())]
 SECONDS_COLUMNS = ("text_seconds", "stage1_seconds", "stage2_seconds", "decode_seconds", "gpu_seconds")
+#: What is measured of a clip (`records.PictureMeasures` and `SoundMeasures`, whose fields these are).
+_MEASURE_COLUMNS = [
+    ("loudness_lufs", pa.float64()),
+    ("clipped_samples", pa.int64()),
+    ("motion", pa.float64()),
+    ("sharpness", pa.float64()),
+    ("mean_luma", pa.float64()),
+    ("cuts", pa.int32()),
+    ("sound_seconds", pa.float64()),
+    ("still_share", pa.float64()),
+    ("black_share", pa.float64()),
+]
+#: Columns that parts of earlier versions lack. Readers take them for null there.
+ADDED_COLUMNS = frozenset(name for name, _ in _MEASURE_COLUMNS)
 INDEX_SCHEMA = pa.schema(
     [
         *_MANIFEST_COLUMNS,
@@ -152,8 +163,16 @@ INDEX_SCHEMA = pa.schema(
         ("noise_ledger", pa.string()),
         ("versions", pa.string()),
         ("finished_at", pa.timestamp("us", tz="UTC")),
+        *_MEASURE_COLUMNS,
     ]
 )
+
+
+def index_schema(names: Collection[str]) -> pa.Schema:
+    """The schema of a part of index/ with the columns `names`: all of them, but for those that its version lacked."""
+    return pa.schema([field for field in INDEX_SCHEMA if field.name in names or field.name not in ADDED_COLUMNS])
+
+
 #: A preview is itself a manifest row, as a failed row is.
 PREVIEW_SCHEMA = INDEX_SCHEMA.append(pa.field("source", pa.string())).append(pa.field(FAILED_ROW_COLUMN, pa.string()))
 FAILED_SCHEMA = pa.schema(

@@ -16,18 +16,17 @@ from importlib import resources
 from typing import Any
 
 from ltx_ray.dataset import layout
+from ltx_ray.dataset.clip_rate import rate_text, recorded_rate
 from ltx_ray.dataset.report_data import (
     ReportData,
     clip_length,
-    epoch_seconds,
     finished_at,
-    finite,
     make_strips,
     parse_json,
     read_report_data,
     relative_link,
 )
-from ltx_ray.dataset.report_text import STAGE_NAMES, count, esc, human, when, words
+from ltx_ray.dataset.report_text import STAGE_NAMES, count, epoch_seconds, esc, finite, human, when, words
 from ltx_ray.dataset.thumbnails import Strip
 from ltx_ray.dataset.timeline import make_timeline
 from ltx_ray.storage.store import Store
@@ -118,12 +117,10 @@ def _tiles(data: ReportData) -> list[tuple[str, str, str, str]]:
     failed = sum(data.failures.values())
     begun, ended = _run_times(data)
     wall = ended - begun if begun and ended and ended > begun else None
-    newly_rendered = finite(counts.get("rendered"))
-    newly_rendered = data.rendered if newly_rendered is None else newly_rendered
     rows = f"of {counts['rows']:,} rows in the manifest" if isinstance(counts.get("rows"), int) else ""
     each = f"{data.gpu_seconds / data.clip_seconds:,.1f} s a second of video" if data.clip_seconds else ""
     flags = ", ".join(f"{n:,} {words(flag)}" for flag, n in data.flags.most_common(3))
-    rate = f"{newly_rendered / wall * 3600:,.0f} / h" if wall and newly_rendered else "–"
+    rate = recorded_rate(data.run, data.events, data.now)
     link = '<a href="#failures">Failed</a>'
     return [
         ('<a href="#clips">Rendered</a>', f"{data.rendered:,}", rows, ""),
@@ -132,7 +129,7 @@ def _tiles(data: ReportData) -> list[tuple[str, str, str, str]]:
         ("Video", human(data.clip_seconds or None), "total length of the clips", ""),
         ("Wall time", human(wall), "of the newest run", ""),
         ("GPU time", human(data.gpu_seconds or None), each if data.gpu_seconds else "", ""),
-        ("Throughput", rate, "clips, newest run", ""),
+        ("Throughput", rate_text(rate) if rate else "–", "of the newest run", ""),
     ]
 
 

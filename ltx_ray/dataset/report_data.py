@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import heapq
 import json
-import math
 import os
+import time
 import urllib.parse
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ltx_ray.dataset import layout
-from ltx_ray.dataset.report_text import short
+from ltx_ray.dataset.report_text import finite, short
 from ltx_ray.dataset.thumbnails import Strip, make_strip
+from ltx_ray.storage.lease import holder
 from ltx_ray.storage.store import Store
 
 #: Most failed rows that are listed.
@@ -53,6 +54,8 @@ class ReportData:
     clip_seconds: float = 0.0
     gpu_seconds: float = 0.0
     problems: list[str] = field(default_factory=list)
+    #: When the dataset was read, in seconds since the epoch, if a run is writing into it.
+    now: float | None = None
 
 
 def read_report_data(store: Store, max_clips: int) -> ReportData:
@@ -60,6 +63,7 @@ def read_report_data(store: Store, max_clips: int) -> ReportData:
     data = ReportData()
     run = parse_json(_text(store, layout.RUN_RECORD, data.problems))
     data.run = run if isinstance(run, dict) else {}
+    data.now = time.time() if holder(store) is not None else None
     data.events = _read_events(_text(store, layout.EVENTS, data.problems) or "", data.problems)
     failed = list(_rows(store, layout.FAILED, _FAILED_COLUMNS, data.problems))
     failed_items = {row.get("item_id") for row in failed}
@@ -164,11 +168,6 @@ def parse_json(text: Any) -> Any:
         return None
 
 
-def finite(value: Any) -> float | None:
-    """`value` as a float; None when it is not a finite number."""
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
-
-
 def clip_length(row: dict[str, Any]) -> float | None:
     """Length of a clip in seconds."""
     frames, rate = finite(row.get("num_frames")), finite(row.get("frame_rate"))
@@ -179,14 +178,3 @@ def finished_at(row: dict[str, Any]) -> float:
     """When a clip was finished, in seconds since the epoch; 0 when that is unknown."""
     finished = row.get("finished_at")
     return finished.timestamp() if isinstance(finished, datetime) else 0.0
-
-
-def epoch_seconds(value: Any) -> float | None:
-    """An ISO time (UTC without a zone) or a number as seconds since the epoch; None for anything else."""
-    if isinstance(value, str):
-        try:
-            moment = datetime.fromisoformat(value)
-        except ValueError:
-            return None
-        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
-    return finite(value)

@@ -1,4 +1,4 @@
-"""How the report writes text, times and numbers."""
+"""How the report reads and writes text, times and numbers."""
 
 from __future__ import annotations
 
@@ -73,3 +73,22 @@ def words(flag: Any) -> str:
 def short(error: BaseException) -> str:
     """The first line of the error's message, at most 300 characters of it."""
     return first_line(error)[:300]
+
+
+def finite(value: Any) -> float | None:
+    """`value` as a float; None when it is not a finite number."""
+    try:
+        return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+def epoch_seconds(value: Any) -> float | None:
+    """An ISO time (UTC without a zone) or a number as seconds since the epoch; None for anything else."""
+    if isinstance(value, str):
+        try:
+            moment = datetime.fromisoformat(value)
+        except ValueError:
+            return None
+        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    return finite(value)

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from ltx_ray.dataset import layout
 from ltx_ray.dataset.layout import FAILED_SCHEMA, INDEX_SCHEMA, PREVIEW_SCHEMA, SECONDS_COLUMNS, row_key
 from ltx_ray.manifest.columns import COLUMNS
-from ltx_ray.manifest.reader import DUPLICATE, FAILED_ROW_COLUMN, UNREADABLE, RawRow
+from ltx_ray.manifest.raw import FAILED_ROW_COLUMN, RawRow
 from ltx_ray.manifest.rules import resolved_values
 from ltx_ray.records import Clip, RenderRequest, plain
 from ltx_ray.storage.credentials import masked, without_credentials
@@ -226,6 +226,8 @@ def _rendered_row(item_id: str, request: RenderRequest, rendered: Rendered) -> d
         "noise_ledger": rendered.noise_ledger,
         "versions": rendered.versions,
         "finished_at": datetime.datetime.now(datetime.UTC),
+        **plain(rendered.clip.picture),
+        **plain(rendered.clip.sound),
     }
 
 
@@ -254,7 +256,7 @@ def _recorded_images(images: Any) -> Any:
 
 
 def _failure_columns(raw: RawRow, failure: Failure) -> dict[str, Any]:
-    values = {**raw.values} if raw.unreadable is None else {UNREADABLE: raw.unreadable}
+    values = raw.stored()
     if "images" in values:
         values["images"] = _recorded_images(values["images"])
     return {
@@ -265,7 +267,7 @@ def _failure_columns(raw: RawRow, failure: Failure) -> dict[str, Any]:
         "message": masked(failure.message),
         "traceback": masked(failure.traceback),
         "failed_at": datetime.datetime.now(datetime.UTC),
-        FAILED_ROW_COLUMN: _json({**values, DUPLICATE: True} if raw.duplicate else values),
+        FAILED_ROW_COLUMN: _json(values),
     }
 
 

@@ -15,6 +15,7 @@ from ltx_ray.dataset.writer import Failure
 from ltx_ray.driver.policy import Policy, RetryDecision
 from ltx_ray.driver.publisher import Publisher
 from ltx_ray.driver.tracker import RowTracker, TrackedItem
+from ltx_ray.driver.work_left import WorkLeft
 from ltx_ray.manifest.rules import RowProblem
 from ltx_ray.planning.identity import merged_weights
 from ltx_ray.planning.plan import PlanEntry
@@ -80,6 +81,7 @@ class Driver:
         self._cluster: JoinedCluster | None = None
         self._preflight_admitted = self._preflight_running = False
         self._gpu_seconds = 0.0
+        self._work_left = WorkLeft()
         #: When the call of each busy replica began.
         self._call_began: dict[str, float] = {}
         self._drain_until = float("inf")
@@ -125,7 +127,7 @@ class Driver:
                 self._cluster.replicas.close()
         left = bool(self.policy.in_flight) or not self.tracker.exhausted or bool(self._saved)
         self.tracker.close(complete=self.tracker.exhausted and not left)
-        self._show(force=True)
+        self._show(ended=True)
         return self.policy.draining and left
 
     def _turn_pools(self) -> None:
@@ -244,7 +246,8 @@ class Driver:
             tracked = self.tracker.items[dispatch.item]
             if dispatch.moved:
                 self.events.emit("role_moved", replica=dispatch.replica, to=dispatch.stage)
-            self._call_began[dispatch.replica] = time.monotonic()
+            now = self._call_began[dispatch.replica] = time.monotonic()
+            self.tracker.call_begins(tracked, dispatch.stage, now)
             inputs = tracked.inputs(dispatch.stage)
             self._replicas.submit(dispatch.replica, dispatch.stage, tracked.item, inputs)
 
@@ -341,8 +344,11 @@ class Driver:
             return
         pool.call_succeeded()
         tracked.take_result(stage, report, event.payload)
+        if report.facts.unchecked:
+            self.tracker.say_unchecked(tracked)
         # The preflight clip takes other times than the clips of rows.
         measured = (None,) if tracked.item.preflight else (report.seconds, report.switch_seconds, report.nbytes)
+        self._work_left.measured(stage, tracked.item, report.seconds)
         if self.policy.call_finished(item_id, *measured):
             self._finish(tracked, stage, event)
         else:
@@ -465,8 +471,7 @@ class Driver:
 
     def _check_limits(self) -> None:
         limits = self.limits
-        failed = self.counts["failed"] + self.counts["illegal"]
-        finished = self.counts["rendered"] + self.counts["already_done"] + failed
+        failed, finished = self.tracker.failed, self.tracker.done + self.tracker.failed
         if limits.max_failed_fraction is not None and finished >= 10:
             fraction = failed / finished
             if fraction > limits.max_failed_fraction:
@@ -475,15 +480,16 @@ class Driver:
         if limits.max_gpu_hours is not None and self._gpu_seconds > limits.max_gpu_hours * 3600:
             self._drain(f"{self._gpu_seconds / 3600:.2f} GPU hours used (--max-gpu-hours)")
 
-    def _show(self, force: bool = False) -> None:
-        failed = self.counts["failed"] + self.counts["illegal"]
-        done = self.counts["rendered"] + self.counts["already_done"]
-        if not (self.progress.due(done + failed) or force):
+    def _show(self, ended: bool = False) -> None:
+        """Print the state when it is due, and at the end, where the rate of the whole run follows it."""
+        if not (self.progress.due() or ended):
             return
-        total = self.counts["rows"] if self.tracker.exhausted else None
+        tracker, now = self.tracker, time.monotonic()
+        total = self.counts["rows"] if tracker.exhausted else None
         running = Counter(self.policy.stage_of(item) for item in self.policy.running.values())
         starting = sum(len(pool.replicas) - pool.ready for pool in self.pools)
-        doing = ", ".join(f"{stage} {n}" for stage, n in sorted(running.items()))
-        if starting:
-            doing = f"{doing}, " * bool(doing) + f"{starting} gangs starting"
-        self.progress.update(done, failed, total, doing, force)
+        busy = [f"{stage} {n}" for stage, n in sorted(running.items())]
+        doing = ", ".join([*busy, f"{starting} gangs starting"] if starting else busy)
+        rate = None if ended else tracker.rate.per_hour(now)
+        left = self._work_left.in_flight(tracker, self.policy, self.pools, self._call_began, now)
+        self.progress.update(tracker.done, tracker.failed, total, doing, ended, rate=rate, left=left)

@@ -6,6 +6,7 @@ import sys
 import time
 from typing import TextIO
 
+from ltx_ray.dataset.clip_rate import rate_text
 from ltx_ray.storage.credentials import masked
 
 _TERMINAL_PERIOD = 0.5
@@ -19,56 +20,60 @@ class Progress:
         self._stream = stream or sys.stderr
         self._terminal = self._stream.isatty()
         self._began = time.monotonic()
-        self._first_done: tuple[float, int] | None = None
         self._shown = 0.0
         self._width = 0
 
     def say(self, message: str) -> None:
         """Print a line that stays."""
-        if self._width:
-            self._stream.write("\r" + " " * self._width + "\r")
-            self._width = 0
-        self._stream.write(masked(message) + "\n")
-        self._stream.flush()
+        clear = "\r" + " " * self._width + "\r" if self._width else ""
+        self._width = 0
+        self._write(f"{clear}{masked(message)}\n")
 
-    def due(self, finished: int) -> bool:
-        """Whether `update` would print now. `finished`: clips so far. Cheap enough for every turn of the loop."""
-        now = time.monotonic()
-        if finished and self._first_done is None:
-            self._first_done = now, finished
-        return now - self._shown >= (_TERMINAL_PERIOD if self._terminal else _LOG_PERIOD)
+    def _write(self, text: str) -> None:
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except OSError:
+            # The terminal was closed, `tee` ended with the Ctrl-C that drains the run, or the log's disk is full.
+            pass
 
-    def update(self, done: int, failed: int, total: int | None, doing: str, force: bool = False) -> None:
+    def due(self) -> bool:
+        """Whether `update` would print now. Cheap enough for every turn of the loop."""
+        return time.monotonic() - self._shown >= (_TERMINAL_PERIOD if self._terminal else _LOG_PERIOD)
+
+    def update(
+        self,
+        done: int,
+        failed: int,
+        total: int | None,
+        doing: str,
+        force: bool = False,
+        *,
+        rate: float | None = None,
+        left: float | None = None,
+    ) -> None:
         """Print the state, at most twice a second on a terminal and every 30 s in a log.
 
-        `total` is None while the manifest is still being read; `doing` says what the pools are busy with.
+        `total` is None while the manifest is still being read; `doing` says what the pools are busy with. `rate` is in
+        clips/h and `left` in seconds; either is None while it is not known.
         """
-        if not self.due(done + failed) and not force:
+        if not self.due() and not force:
             return
         now = self._shown = time.monotonic()
-        line = self._line(now, done, failed, total, doing)
-        if self._terminal:
-            self._stream.write("\r" + line.ljust(self._width))
-            self._width = len(line)
-            self._stream.flush()
-        else:
-            self.say(line)
-
-    def _line(self, now: float, done: int, failed: int, total: int | None, doing: str) -> str:
-        finished = done + failed
-        parts = [f"{finished}/{'?' if total is None else total} clips"]
+        parts = [f"{done + failed}/{'?' if total is None else total} clips"]
         if failed:
             parts.append(f"{failed} failed")
-        # The rate counts from the first clip: the pipeline fills before it, and earlier clips are those of another run.
-        if self._first_done is not None:
-            began, before = self._first_done
-            if finished > before and now > began:
-                rate = (finished - before) / (now - began)
-                parts.append(f"{rate * 3600:,.0f} clips/h" if rate < 1 else f"{rate:.1f} clips/s")
-                if total is not None and total > finished:
-                    parts.append(f"{duration((total - finished) / rate)} left")
+        if rate is not None:
+            parts.append(rate_text(rate))
+        if left is not None:
+            parts.append(f"{duration(left)} left")
         parts.append(f"{duration(now - self._began)} elapsed")
-        return " | ".join(parts) + (f" | {doing}" if doing else "")
+        line = " | ".join(parts) + (f" | {doing}" if doing else "")
+        if self._terminal:
+            self._write("\r" + line.ljust(self._width))
+            self._width = len(line)
+        else:
+            self.say(line)
 
 
 def duration(seconds: float) -> str:

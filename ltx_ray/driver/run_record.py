@@ -13,6 +13,7 @@ import ltx_ray
 from ltx_ray.checkpoints.checkpoint import Checkpoint
 from ltx_ray.config import Numerics, PoolSpec, RequestedNumerics
 from ltx_ray.dataset import layout
+from ltx_ray.dataset.clip_rate import UNFINISHED, final_rate
 from ltx_ray.placement.sizing import ParallelConfig
 from ltx_ray.records import canonical_json, plain
 from ltx_ray.storage.store import Store
@@ -46,6 +47,8 @@ class RunRecord:
         self._run_id, self._tp = run_id, parallel.tp
         self._pools: dict[str, int] = {}
         self._numerics = _unresolved(requested, parallel)
+        #: The clips/h of the whole run, once it has ended.
+        self.clips_per_hour: float | None = None
         #: Of this package and of those whose versions may change bits, by name; None for one that is missing.
         self.versions = {"ltx_ray": ltx_ray.__version__, **{name: _version(name) for name in _PACKAGES}}
 
@@ -54,13 +57,18 @@ class RunRecord:
         self._pools = {pool.name: pool.replicas for pool in pools}
         self._numerics = json.loads(canonical_json(numerics))
 
-    def write(self, state: str, counts: Mapping[str, int]) -> None:
-        """`state`: running, draining, drained, finished or failed. A store that cannot be reached loses the record."""
+    def write(self, state: str, counts: Mapping[str, int], clips: int = 0) -> None:
+        """`state`: running, draining, drained, finished or failed. `clips`: those that the run has made so far.
+
+        A store that cannot be reached loses the record.
+        """
+        finished = None if state in UNFINISHED else _now()
+        self.clips_per_hour = final_rate(clips, self._started, finished)
         record = {
             "run_id": self._run_id,
             "state": state,
             "started_at": self._started,
-            "finished_at": None if state == "running" else _now(),
+            "finished_at": finished,
             **self._run,
             **self._model,
             "pools": self._pools,
@@ -68,6 +76,8 @@ class RunRecord:
             "numerics": self._numerics,
             "device": self._numerics["device"],
             "counts": recorded_counts(counts),
+            "clips": clips,
+            "clips_per_hour": self.clips_per_hour,
             "versions": self.versions,
         }
         with contextlib.suppress(OSError):
@@ -114,4 +124,4 @@ def _version(package: str) -> str | None:
 
 
 def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")

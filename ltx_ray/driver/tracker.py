@@ -7,11 +7,13 @@ before. Nothing here decides what runs.
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from ltx_ray.dataset.clip_rate import FIRST_STAGES, ClipRate
 from ltx_ray.dataset.layout import failed_name
 from ltx_ray.dataset.writer import DatasetWriter, Failure, Rendered, UnreadablePart
 from ltx_ray.driver.events import EventLog, RunMetrics
@@ -50,8 +52,9 @@ class TrackedItem:
     failure: Failure | None = None
     #: How the item ended, while its rows are being written.
     outcome: Rendered | Failure | None = None
-    #: Rows that are being written.
+    #: Rows that are being written, and whether one has been: the clip is published.
     writing: int = 0
+    published: bool = False
 
     @property
     def name(self) -> str:
@@ -73,10 +76,16 @@ class TrackedItem:
         """Record the result of a call that succeeded."""
         self.payloads[TRAITS[stage].result] = payload
         facts = report.facts
+        # Of two ways to the latents of stage 1, what an earlier attempt recorded on the other way is void.
+        if stage in (Stage.STAGE1, Stage.LOAD_LATENTS):
+            other = Stage.STAGE1 if stage == Stage.LOAD_LATENTS else Stage.LOAD_LATENTS
+            self.seconds.pop(other, None)
+            self.replicas.pop(other, None)
+            self.stage1_numerics = None
         if stage in DIFFUSION_STAGES:
             self.device = facts.device_name or report.device
             self.noise_ledger = facts.noise_ledger
-            self.stage1_numerics = facts.stage1_numerics or self.stage1_numerics
+            self.stage1_numerics = facts.stage1_numerics
         if stage == Stage.TEXT:
             self.prompt_truncated = facts.prompt_truncated
 
@@ -103,12 +112,25 @@ class RowTracker:
         self.events, self.progress, self.versions = events, progress, versions
         self.counts: Counter[str] = Counter()
         self.metrics = RunMetrics()
+        #: Of the clips that this run publishes, in the time of `time.monotonic`.
+        self.rate = ClipRate()
         #: The items in the pools and those whose rows are being written, by item_id.
         self.items: dict[str, TrackedItem] = {}
         self.exhausted = False
         self._illegal_parts: set[str] = set()
+        self._said_unchecked = False
         #: By item_id: a row that asks later for an item that has failed in this run fails the same way.
         self._given_up: dict[str, Failure] = {}
+
+    @property
+    def done(self) -> int:
+        """Rows that have their clip, of this run or from before."""
+        return self.counts["rendered"] + self.counts["already_done"]
+
+    @property
+    def failed(self) -> int:
+        """Rows that have failed or are illegal."""
+        return self.counts["failed"] + self.counts["illegal"]
 
     def take(self, rows: Iterator[PlanEntry], at_most: int) -> Iterator[TrackedItem]:
         """Read up to `at_most` rows and yield the items that are new."""
@@ -202,6 +224,22 @@ class RowTracker:
     def _forget_failure(self, planned: PlannedRow) -> None:
         self.publisher.submit(lambda: self.writer.forget_failure(planned.item_id, planned.key), _nothing)
 
+    def call_begins(self, tracked: TrackedItem, stage: Stage, time: float) -> None:
+        """A call of `stage` is dispatched at `time` of `time.monotonic`."""
+        if stage in FIRST_STAGES and not tracked.item.preflight:
+            self.rate.began(time)
+
+    def say_unchecked(self, tracked: TrackedItem) -> None:
+        """Warn once in a run that latents without a digest were continued."""
+        if not self._said_unchecked:
+            self._said_unchecked = True
+            message = (
+                f"stored latents of an older version have no digest and are taken as they are, such as those of "
+                f"{tracked.name}"
+            )
+            self.progress.say(message)
+            self.events.emit("warning", message=message)
+
     # --- outcomes --------------------------------------------------------------------------------
 
     def finish(self, tracked: TrackedItem, clip: Clip, numerics: str) -> None:
@@ -269,6 +307,9 @@ class RowTracker:
         existing = self.plan.existing
         add = existing.add_preview if self.plan.latents_only else existing.add_row
         add(tracked.item.item_id, planned.key)
+        if not tracked.published:
+            tracked.published = True
+            self.rate.published(time.monotonic())
         self._count(tracked, "rendered")
         self.events.emit("item_finished", item_id=tracked.item.item_id, id=planned.request.id)
 

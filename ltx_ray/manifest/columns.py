@@ -200,31 +200,37 @@ COLUMNS: Mapping[str, Column] = MappingProxyType({column.name: column for column
 
 def arrow_type_fits(column: Column, type_: pa.DataType) -> bool:
     """Whether a Parquet column of Arrow type `type_` can hold values of `column`."""
+    return _fits(column.type, type_)
+
+
+def _fits(expected: pa.DataType, type_: pa.DataType) -> bool:
     if pa.types.is_null(type_):
         return True
     if pa.types.is_dictionary(type_):
-        return arrow_type_fits(column, type_.value_type)
-    if column.parse is _text:
-        return pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_string_view(type_)
-    if column.parse in (_integer, _number):
-        return pa.types.is_integer(type_) or pa.types.is_floating(type_)
-    if not (pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_fixed_size_list(type_)):
-        return False
-    inner = type_.value_type
-    if pa.types.is_null(inner):
-        return True
-    if column.parse is _integers:
-        return pa.types.is_integer(inner) or pa.types.is_floating(inner)
-    if not pa.types.is_struct(inner):
-        return False
-    fields = {field.name: field.type for field in column.type.value_type}
-    return all(f.name in fields and _field_fits(fields[f.name], f.type) for f in inner)
-
-
-def _field_fits(expected: pa.DataType, type_: pa.DataType) -> bool:
+        return _fits(expected, type_.value_type)
     if pa.types.is_string(expected):
-        return pa.types.is_null(type_) or pa.types.is_string(type_) or pa.types.is_large_string(type_)
-    return pa.types.is_null(type_) or pa.types.is_integer(type_) or pa.types.is_floating(type_)
+        return pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_string_view(type_)
+    if pa.types.is_list(expected):
+        return _is_list(type_) and _fits(expected.value_type, type_.value_type)
+    if pa.types.is_struct(expected):
+        names = [field.name for field in type_] if pa.types.is_struct(type_) else []
+        fields = {field.name: field.type for field in expected}
+        return (
+            pa.types.is_struct(type_)
+            and len(names) == len(set(names))
+            and all(field.name in fields and _fits(fields[field.name], field.type) for field in type_)
+        )
+    return pa.types.is_integer(type_) or pa.types.is_floating(type_)
+
+
+def _is_list(type_: pa.DataType) -> bool:
+    return (
+        pa.types.is_list(type_)
+        or pa.types.is_large_list(type_)
+        or pa.types.is_fixed_size_list(type_)
+        or pa.types.is_list_view(type_)
+        or pa.types.is_large_list_view(type_)
+    )
 
 
 def shown(value: Any) -> str:

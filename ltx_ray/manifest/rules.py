@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ltx_ray.manifest.columns import COLUMNS, InexactInteger, Mistyped, shown
-from ltx_ray.manifest.reader import RawRow
+from ltx_ray.manifest.raw import DAMAGE, FOLDER, RawRow
+from ltx_ray.manifest.values import LARGEST_VALUE, digest_of, without_floats
 from ltx_ray.presets import DEFAULT_IMAGE_CRF, PIPELINES, Pipeline, served_pipelines
 from ltx_ray.records import Guidance, ImageCondition, LoraUse, RenderRequest
 from ltx_ray.sampling.schedule_limits import is_sampled, most_frames
@@ -23,6 +24,8 @@ FIXED_WHEN_DISTILLED = frozenset(
     {"num_inference_steps", "negative_prompt", "distilled_lora_strength_stage_1", "distilled_lora_strength_stage_2"}
     | {f"{stream}_{name.name}" for stream in ("video", "audio") for name in dataclasses.fields(Guidance)}
 )
+#: Columns that take any text.
+_FREE_TEXT = frozenset({"prompt", "negative_prompt"})
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ class RowRules:
 def judge(raw: RawRow, rules: RowRules) -> LegalRow | IllegalRow:
     """Resolve the defaults of `raw`, or find everything that is illegal in it."""
     if raw.unreadable is not None:
-        return IllegalRow(raw, (RowProblem("row", raw.unreadable, "one JSON object per line"),))
+        return IllegalRow(raw, (_unreadable(raw),))
     problems: list[RowProblem] = []
     given: dict[str, Any] = {}
     for name, column in COLUMNS.items():
@@ -103,6 +106,8 @@ def judge(raw: RawRow, rules: RowRules) -> LegalRow | IllegalRow:
             continue
         if column.check(parsed):
             given[name] = parsed
+        elif name in _FREE_TEXT and (_has_surrogates(parsed) or "\0" in parsed):
+            problems.append(RowProblem(name, value, f"{column.legal}, in UTF-8 without NUL"))
         else:
             problems.append(RowProblem(name, value, column.legal))
     if raw.duplicate:
@@ -126,7 +131,7 @@ def judge(raw: RawRow, rules: RowRules) -> LegalRow | IllegalRow:
 
     asked = given.keys() | rules.defaults.keys()
     problems += _cross_checks(values, rules, asked, {p.column for p in problems})
-    images, misplaced = _located(values["images"], parent(raw.file), rules.image_roots)
+    images, misplaced = _located(values["images"], parent(raw.file) or ".", rules.image_roots)
     problems += misplaced
     if problems:
         return IllegalRow(raw, tuple(problems))
@@ -140,6 +145,14 @@ def resolved_values(request: RenderRequest) -> dict[str, Any]:
     """The manifest row of `request` with every default filled in: it asks for the same clip in a run with others."""
     values = {name: value for name, value in request.row().items() if name != "extra"}
     return {**json.loads(request.extra or "{}"), **values}
+
+
+def _unreadable(raw: RawRow) -> RowProblem:
+    if raw.fault == FOLDER:
+        return RowProblem("row", raw.unreadable, "one value, in the row or in its folder's name")
+    if raw.fault == DAMAGE:
+        return RowProblem("row", raw.unreadable, "an undamaged file")
+    return RowProblem("row", raw.unreadable, "one JSON object per line")
 
 
 def duplicate_id(row_id: Any) -> RowProblem:
@@ -216,27 +229,38 @@ def _located(
 
 
 def extra_json(raw: RawRow) -> str | None:
-    """Unknown columns as standard JSON, without NaN and lone surrogates. None when there are none."""
+    """Unknown columns as standard JSON, without NaN, lone surrogates and long values. None when there are none."""
     extra = {k: v for k, v in raw.values.items() if k not in COLUMNS}
     if not extra:
         return None
-    try:
-        text = json.dumps(extra, sort_keys=True, ensure_ascii=False, default=str, allow_nan=False)
-    except ValueError:
-        text = json.dumps(_without_nan(extra), sort_keys=True, ensure_ascii=False, default=str)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return json.dumps(json.loads(text), sort_keys=True)
+    text = _standard_json(extra)
+    if len(text) > LARGEST_VALUE:
+        text = _standard_json({k: _short(v) for k, v in extra.items()})
     return text
 
 
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _without_nan(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _standard_json(value: Any) -> str:
+    try:
+        text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str, allow_nan=False)
+    except ValueError:
+        finite = without_floats(value, lambda number: not math.isfinite(number))
+        text = json.dumps(finite, sort_keys=True, ensure_ascii=False, default=str)
+    return json.dumps(json.loads(text), sort_keys=True) if _has_surrogates(text) else text
+
+
+def _has_surrogates(text: str) -> bool:
+    """Whether `text` has lone surrogates, as bytes that are not UTF-8 leave them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _short(value: Any) -> Any:
+    """`value`, or the size and digest of its JSON when that is long."""
+    text = _standard_json(value)
+    return value if len(text) <= LARGEST_VALUE else digest_of(text.encode())
 
 
 def _in_declared_order(uses: tuple[LoraUse, ...], declared: tuple[LoraUse, ...]) -> tuple[LoraUse, ...]:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
+import sysconfig
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from ltx_ray.checkpoints.checkpoint import Checkpoint
+from ltx_ray.checkpoints.digests import writable_cache_root
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec, RequestedNumerics
+from ltx_ray.placement.address import find_cluster
 from ltx_ray.placement.memory import Gpu, can_share, known_gpus
 from ltx_ray.placement.numerics import has_fa3, resolve
+from ltx_ray.placement.private_cluster import PrivateCluster, temporary_folder
 from ltx_ray.placement.sizing import ParallelConfig, Resources, check_schedulable, lay_out, slots_needed
+from ltx_ray.records import first_line
 
 #: A larger checkpoint is rendered on CPUs on request only, because a clip would take days.
 _CPU_MODEL_BYTES = 4 * 2**30
@@ -47,6 +53,17 @@ class _FreeGpus:
     smallest: Gpu | None = None
 
 
+def where_to_run(given: str | None) -> str | None:
+    """The address of the cluster that `given` or RAY_ADDRESS names; None for a private one.
+
+    Raises ValueError when no cluster answers there, or when a private one would have no folder for its files.
+    """
+    address = find_cluster(given)
+    if address is None:
+        temporary_folder()
+    return address
+
+
 class Cluster:
     """Joins a cluster and lays the pools of one run out on it."""
 
@@ -61,26 +78,27 @@ class Cluster:
         engines: Callable[[Numerics], Mapping[str, EngineSpec]],
         share_cards: str,
     ):
-        """`address` of a running cluster; None for that of RAY_ADDRESS, or else a private one.
+        """`address` of a running cluster, as `address.find_cluster` gives it; None for a private one.
 
         `engines` gives the engines by kind (text, diffusion, decode) for the resolved numerics. `share_cards`: whether
         text and decode may run on the DiT's GPUs: "on" for at most 31 GPUs with enough memory, "off", or "auto" for
         "on" in a private cluster. A gang that fills the cluster shares in any case.
         """
-        self._address = address or os.environ.get("RAY_ADDRESS")
+        self._address = address
         self._parallel, self._requested = parallel, requested
         self._checkpoint, self._model, self._engines = checkpoint, model, engines
         self._share_cards = share_cards
         self._joined = False
+        self._private = PrivateCluster()
 
     def join(self) -> Placement:
         """Join or start the cluster. Raises ValueError when the pools do not fit, ConnectionError without an answer."""
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         # With Ray's own handler, a signal that comes while the run joins would abort it with a trace of Ray's stack.
         os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
+        found, pools, numerics = self._join_running(self._address) if self._address else self._start_private()
         import ray
 
-        found, pools, numerics = self._join_running(self._address) if self._address else self._start_private()
         store_bytes = _STORE_SHARE * ray.cluster_resources().get("object_store_memory", float("inf"))
         largest = found.largest if numerics.device == "cuda" else None
         return Placement(pools, numerics, largest, store_bytes)
@@ -89,9 +107,7 @@ class Cluster:
         import ray
 
         if not ray.is_initialized():
-            _check_reachable(address)
-            self._joined = True
-            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+            self._connect(address)
         free = Resources.of(ray.available_resources())
         models = _free_gpu_models()
         found = _FreeGpus(free.gpus, models, *_known_extremes(models))
@@ -102,23 +118,31 @@ class Cluster:
         return found, pools, numerics
 
     def _start_private(self) -> tuple[_FreeGpus, list[PoolSpec], Numerics]:
-        import ray
-
+        self._private.prepare()
         found = _local_gpus()
         pools, numerics = self._lay_out(found)
         # A private cluster has as many logical CPUs as its pools ask for.
         slots = Resources(slots_needed(pools).cpus, found.count)
         check_schedulable(pools, slots)
-        self._joined = True
-        ray.init(
-            address="local",
+        if numerics.device == "cuda":
+            writable_cache_root()  # Triton keeps its kernels there.
+        address = self._private.start(
             num_cpus=int(slots.cpus) + 1,
             include_dashboard=False,
             object_store_memory=None if found.count else _LOCAL_STORE_BYTES,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
         )
+        self._connect(address)
         return found, pools, numerics
+
+    def _connect(self, address: str) -> None:
+        """Connect to the cluster at `address`. Raises ConnectionError."""
+        import ray
+
+        self._joined = True
+        try:
+            ray.init(address=address, job_config=_job_config(), logging_level=logging.ERROR, log_to_driver=False)
+        except Exception as error:
+            raise ConnectionError(f"Ray: {address}: {first_line(error)}") from error
 
     def _lay_out(self, found: _FreeGpus) -> tuple[list[PoolSpec], Numerics]:
         gpus = self._usable_gpus(found.count)
@@ -144,22 +168,28 @@ class Cluster:
         return can_share(self._checkpoint, self._model.local(), numerics, gpu)
 
     def leave(self) -> None:
-        """Disconnect from the cluster, and end a private one. Does nothing unless `join` has connected."""
+        """Disconnect from the cluster, and end a private one. Does nothing unless `join` has begun to connect."""
         if self._joined:
             import ray
 
             ray.shutdown()
+        self._private.end()
 
 
-def _check_reachable(address: str) -> None:
-    """Raise ConnectionError unless something listens at `address`; Ray itself would try for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not port.isdigit():
-        return  # "auto", "local" and the like
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-    except OSError as error:
-        raise ConnectionError(f"--ray-address: {address}, cannot be reached ({error.strerror or error})") from None
+def _job_config() -> Any:
+    """The job of a run on its cluster: workers import this package and nothing from the run's working directory."""
+    from ray.job_config import JobConfig
+
+    class Job(JobConfig):
+        def _runtime_env_has_working_dir(self) -> bool:
+            # Otherwise Ray has workers look for every module in the driver's working directory first, where a user's
+            # av.py would take the place of PyAV.
+            return True
+
+    package = str(Path(__file__).resolve().parents[2])
+    # A clone need not be installed, while in front of the standard library installed packages would come too early.
+    installed = package in sysconfig.get_paths().values()
+    return Job.from_json({"py_driver_sys_path": [] if installed else [package]})
 
 
 def _local_gpus() -> _FreeGpus:

@@ -133,7 +133,7 @@ class PoolSizes:
 def choose_replicas(parallel: ParallelConfig, gpus: float, share_cards: bool = False) -> PoolSizes:
     """Replicas for a cluster with `gpus` free GPUs; those of a machine without any are one of each pool.
 
-    What the user left open is chosen for the most clips an hour, where a replica's speed counts as its ranks.
+    What the user left open is chosen for the most clips/h, where a replica's speed counts as its ranks.
     `share_cards`: text and decode may run beside the DiT, whose GPUs certainly have the memory. They do while the DiT
     has too few GPUs to keep a pair of them busy, and in any case when the DiT's smallest layout takes every GPU.
     """
@@ -212,7 +212,7 @@ class _Split(NamedTuple):
 
 
 def _fastest_split(parallel: ParallelConfig, gpus: int) -> tuple[int, int]:
-    """Replicas of stage 1 and of stage 2 for the most clips an hour on `gpus` GPUs; the fewest when none fits."""
+    """Replicas of stage 1 and of stage 2 for the most clips/h on `gpus` GPUs; the fewest when none fits."""
     if not parallel.with_stage2:
         return max(1, gpus // parallel.ranks[0]), 0
     dedicated = max(_dedicated_splits(parallel, gpus), default=None)

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -18,7 +18,8 @@ from ltx_ray.checkpoints.transformer_config import TransformerConfig
 from ltx_ray.config import NEWEST_SCHEME, ModelFiles, RecipeNumerics, Selection
 from ltx_ray.dataset.existing import ExistingRows, ItemLookup
 from ltx_ray.manifest.columns import LONGEST_ID
-from ltx_ray.manifest.reader import RawRow, read_manifest
+from ltx_ray.manifest.raw import RawRow
+from ltx_ray.manifest.reader import open_manifest
 from ltx_ray.manifest.rules import IllegalRow, RowProblem, RowRules, duplicate_id, judge, resolved_values
 from ltx_ray.planning.cost import H100_TFLOPS, clip_tflop
 from ltx_ray.planning.identity import item_id, recipe_digest
@@ -228,11 +229,16 @@ class Plan:
         """`rows` of `read`."""
         return self.rows(self.read())
 
-    def read(self) -> Iterator[RawRow]:
-        """Check the manifest as a whole (ValueError) and return its rows as a stream."""
+    def read(self, say: Callable[[str], None] = lambda message: None, extra: bool = True) -> Iterator[RawRow]:
+        """Check the manifest as a whole (ValueError), name the files that it leaves out, and return its rows.
+
+        Without `extra` the rows may lack columns that no request has, which may be large.
+        """
         if self.retry_failed and self.samples != 1:
             raise ValueError(f"--samples-per-prompt: {self.samples}, legal: 1 for a retry, whose rows are samples")
-        return read_manifest(self.manifest)
+        manifest = open_manifest(self.manifest)
+        manifest.say_skipped(say)
+        return manifest.rows(extra)
 
     def rows(self, raws: Iterator[RawRow]) -> Iterator[PlanEntry]:
         """The selected ones of `raws` with their samples, judged, counted and with a status."""

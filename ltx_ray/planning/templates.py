@@ -14,7 +14,7 @@ from operator import itemgetter
 from typing import Any
 
 from ltx_ray.manifest.columns import COLUMNS, MAX_SEED, Mistyped
-from ltx_ray.manifest.reader import RawRow
+from ltx_ray.manifest.raw import RawRow
 from ltx_ray.manifest.rules import IllegalRow, RowRules, extra_json, judge
 from ltx_ray.planning.identity import ItemHasher
 from ltx_ray.records import RenderRequest, WorkItem

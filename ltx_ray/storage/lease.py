@@ -95,7 +95,17 @@ class Lease:
         return self._lost.is_set()
 
     def acquire(self, say: Callable[[str], None]) -> None:
-        """Wait until no other run holds the lease, then take it. Raises OSError when the store does not answer."""
+        """Wait until no other run holds the lease, then take it. Raises OSError when the store does not answer.
+
+        An exception, such as that of a signal, leaves no lease behind.
+        """
+        try:
+            self._acquire(say)
+        except BaseException:
+            self.release()
+            raise
+
+    def _acquire(self, say: Callable[[str], None]) -> None:
         announced = False
         while True:
             entry = _read(self._store)

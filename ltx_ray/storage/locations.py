@@ -47,9 +47,18 @@ def _resolve_local(path: str, folder: str | None) -> str:
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
         raise ValueError(f"{path}, names no home directory that there is; legal: another path, or ./{path}")
-    full = os.path.join(folder or os.getcwd(), expanded)
+    full = expanded if os.path.isabs(expanded) else os.path.join(folder or _working_directory(path), expanded)
     # '..' leads out of the folder that a link points to, as it does for the system.
     return os.path.realpath(full) if ".." in full.split("/") else "/" + os.path.abspath(full).lstrip("/")
+
+
+def _working_directory(path: str) -> str:
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path}, is relative to a working directory that was deleted; legal: an absolute path"
+        ) from None
 
 
 def _resolve_file_url(path: str) -> str:

@@ -41,6 +41,10 @@ def is_permanent(error: OSError) -> bool:
     return error.errno in _PERMANENT or (error.errno is None and bool(_PERMANENT_WORDS.search(str(error))))
 
 
+class StoreUnavailable(OSError):
+    """A store failed for as long as it is retried. What it holds may be whole."""
+
+
 class RetryPolicy:
     """Repeats failing calls for up to `seconds`, with waits that double from 0.25 s to 10 s, jittered by half.
 
@@ -59,8 +63,8 @@ class RetryPolicy:
     def __call__(self, doing: str, relative: str, call: Callable[[], T]) -> T:
         """Return `call()`, repeated while it raises an OSError that may pass; `call` must be idempotent.
 
-        Raises a permanent error as it is. When the time is up, raises an OSError that names the store, what was done
-        (`doing`, such as "writing") to which file, for how long, and the last error.
+        Raises a permanent error as it is. When the time is up, raises a StoreUnavailable that names the store, what was
+        done (`doing`, such as "writing") to which file, for how long, and the last error.
         """
         began, tries, pause = self.clock(), 0, _FIRST_WAIT
         while True:
@@ -76,7 +80,7 @@ class RetryPolicy:
                 if spent >= self.seconds:
                     what = f"{self.uri}: {doing} {relative}" if relative else f"{self.uri}: {doing}"
                     often = "once" if tries == 1 else f"{tries} times in {spent:.0f} s"
-                    raise OSError(f"{what} failed (tried {often}): {error}") from error
+                    raise StoreUnavailable(f"{what} failed (tried {often}): {error}") from error
             # jitter, so that a thousand workers that were throttled together do not retry together
             self.wait(min(pause * random.uniform(0.5, 1.0), max(0.0, self.seconds - spent)))
             pause = min(2 * pause, _LONGEST_WAIT)

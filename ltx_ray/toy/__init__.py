@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ltx_ray.checkpoints import transformer_keys
+from ltx_ray.checkpoints.digests import cache_root, writable_cache_root
 from ltx_ray.toy.config import MODEL_VERSION, ToyShape, checkpoint_config, upsampler_config
 
 __all__ = ["FILES", "ToyShape", "make_toy_model", "ensure_toy_model"]
@@ -113,13 +114,11 @@ def ensure_toy_model(cache_dir: str | os.PathLike | None = None) -> dict[str, st
     a digest of the generator, so every version of it makes a folder of its own. The folder is published by rename when
     it is complete, so any number of processes may call this at once.
     """
-    if cache_dir is None:
-        cache_dir = os.environ.get("LTX_RAY_CACHE") or (
-            Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ltx-ray"
-        )
-    cache = Path(cache_dir)
+    cache = cache_root() if cache_dir is None else Path(cache_dir)
     folder = cache / f"toy-{MODEL_VERSION}-{_digest()}"
     if not folder.is_dir():
+        if cache_dir is None:
+            writable_cache_root()
         cache.mkdir(parents=True, exist_ok=True)
         making = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=cache))
         try:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+
+from ltx_ray.cli.status import status_lines
+from ltx_ray.dataset.clip_rate import rate_text
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
@@ -42,7 +47,38 @@ def test_submitted_job_renders_parquet_prompts(tmp_path):
     run = json.loads((out / "run.json").read_text())
     assert run["state"] == "finished"
     assert run["counts"] == {"rows": 3, "rendered": 2, "already_done": 0, "failed": 0, "illegal": 1}
+    # The last line, `status` and the report say the rate of the record.
+    began, ended = (datetime.fromisoformat(run[name]) for name in ("started_at", "finished_at"))
+    assert run["clips"] == 2
+    assert run["clips_per_hour"] == pytest.approx(2 / (ended - began).total_seconds() * 3600)
+    rate = rate_text(run["clips_per_hour"])
+    assert f"finished: 3 rows, 2 rendered ({rate}), 1 illegal" in log, log
+    assert status_lines(str(out))[-1] == rate and rate in (out / "report.html").read_text()
     index = [pq.read_table(part).to_pylist()[0] for part in (out / "index").glob("part-*.parquet")]
     assert {row["id"] for row in index} == {"p0", "p1"}
     assert all((out / row["clip"]).stat().st_size > 1000 for row in index)
     assert "http://" not in (out / "report.html").read_text()
+
+
+def test_a_clone_with_datasets_and_weights_in_it_is_submitted_without_them(tmp_path):
+    """Ray refuses a working directory of more than 100 MB."""
+    clone = tmp_path / "clone"
+    for folder in ("ltx_ray", "jobs"):
+        shutil.copytree(ROOT / folder, clone / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in (".gitignore", ".rayignore"):
+        shutil.copy(ROOT / name, clone / name)
+    for name in ("out/clips/aa/x.mp4", "out/index/part-x.parquet", "trial/clips/aa/x.mp4", "model.safetensors"):
+        (clone / name).parent.mkdir(parents=True, exist_ok=True)
+        (clone / name).touch()
+        os.truncate(clone / name, 2**30)
+    out = tmp_path / "out"
+    command = [
+        str(ROOT / "cluster" / "local"), "--num-cpus", "6", "--",
+        str(Path(sys.executable).parent / "ray"), "job", "submit", "--working-dir", ".", "--",
+        "python", "jobs/render.py", "jobs/example.jsonl", "--output", str(out), "--model", "toy", "--limit", "1",
+    ]  # fmt: skip
+    environment = {**os.environ, "LTX_RAY_PYTHON": sys.executable}
+    del environment["PYTHONPATH"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, cwd=clone)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list((out / "clips").rglob("*.mp4"))) == 1

@@ -140,13 +140,14 @@ def test_too_many_failures_stop_the_run(runner):
     assert json.loads((runner.output / "run.json").read_text())["state"] == "finished"
 
 
-def test_an_address_where_nothing_listens_is_said_at_once(runner, monkeypatch):
+def test_an_address_where_nothing_listens_is_said_before_the_manifest_is_read(runner, monkeypatch):
     import ray
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     runner.cluster = "127.0.0.1:1"
-    with pytest.raises(ConnectionError, match=r"--ray-address: 127.0.0.1:1, cannot be reached"):
-        runner.render(rows("one"))
+    with pytest.raises(ValueError, match=r"--ray-address: 127.0.0.1:1, cannot be reached"):
+        runner.render(str(runner.folder / "no-manifest.jsonl"))
+    assert not runner.output.exists()
 
 
 def test_a_rank_that_fails_alone_takes_its_gang_with_it(runner):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -10,7 +11,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -49,6 +50,7 @@ _SYSTEM = {
 #: Files that a run may leave in its output.
 _EXPECTED_FILES = re.compile(
     r"(clips|previews)/[0-9a-f]{2}/[0-9a-f]{32}\.mp4|latents/[0-9a-f]{2}/[0-9a-f]{32}\.safetensors"
+    r"|dataset\.json"
     r"|(index|failed|previews)/part-[\w-]+\.parquet|(runs/[^/]+/)?(run\.json|events\.jsonl|report\.html)|_fake/[\w-]+"
 )
 
@@ -259,15 +261,16 @@ def _runs(pid: int) -> bool:
 class Driver:
     """`ltx-ray render` in a process of its own, without the command line."""
 
-    def __init__(self, options: Options, base: Path):
+    def __init__(self, options: Options, base: Path, *, cwd: Path | None = None, under: Sequence[str] = ()):
+        """`under`: the command that runs the driver's command line, which follows it."""
         self._log = base.with_suffix(".log")
         base.with_suffix(".pickle").write_bytes(pickle.dumps(options))
         self._mark = f"LTX_RAY_CHAOS={base}"
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "LTX_RAY_CHAOS": str(base)}
         with open(self._log, "wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", DRIVER, str(base.with_suffix(".pickle"))],
-                stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
+                [*under, sys.executable, "-P", "-c", DRIVER, str(base.with_suffix(".pickle"))],
+                stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True, cwd=cwd,
             )  # fmt: skip
 
     @property
@@ -280,6 +283,17 @@ class Driver:
 
     def signal(self, number: int) -> None:
         self._process.send_signal(number)
+
+    def signal_group(self, number: int) -> None:
+        """Send a signal as `timeout` does: to the driver, and then to its process group."""
+        self._process.send_signal(number)
+        os.killpg(self._process.pid, number)
+
+    def signal_all(self, number: int) -> None:
+        """Send a signal as systemd and Slurm do: to every process that descends from the driver."""
+        for pid in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     def wait(self, seconds: float = 120) -> int:
         """Wait for the driver's end; returns its exit code."""

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -521,8 +522,8 @@ def test_an_empty_config_file_changes_nothing(cmd, manifest, tmp_path, options):
         ("steps: 3", "unknown option 'steps'; legal: a2v-guidance-scale,"),
         ("- model", "holds no mapping"),
         ("model: [", "cannot be read"),
-        ("lora: [{strength: 1}]", "lora: {'strength': 1}, legal: "),
-        ("lora: [{path: a, weight: 1}]", "lora: {'path': 'a', 'weight': 1}, legal: "),
+        ("lora: [{strength: 1}]", "lora: {'strength': '1'}, legal: "),
+        ("lora: [{path: a, weight: 1}]", "lora: {'path': 'a', 'weight': '1'}, legal: "),
     ],
 )
 def test_a_config_file_that_is_refused(cmd, manifest, tmp_path, content, words):
@@ -555,7 +556,7 @@ def test_status_and_report_of_no_dataset(cmd, tmp_path):
 def test_status_of_a_run(cmd, tmp_path):
     store = Store(str(tmp_path))
     record = {"run_id": "r1", "state": "finished", "manifest": "m.jsonl", "started_at": "2026-01-01"}
-    store.write_bytes("run.json", json.dumps(record).encode())
+    store.write_bytes("run.json", json.dumps({**record, "clips_per_hour": 982.4}).encode())
     events = [
         {"t": 0.0, "event": "call", "replica": "stage1-0", "stage": "stage1", "id": "cat", "seconds": 2.0},
         {"t": 100.0, "event": "item_finished"},
@@ -566,7 +567,23 @@ def test_status_of_a_run(cmd, tmp_path):
     assert code == 0
     assert "run r1: finished\nmanifest m.jsonl, started 2026-01-01\n0 rows in the index, 0 in failed/\n" in out
     assert "stage1-0: last finished stage1 of cat, 2.0 s, " in out
-    assert "100 clips an hour" in out
+    assert out.endswith("\n982 clips/h\n")
+
+
+def test_status_of_a_run_that_goes_on_and_of_one_that_was_killed(cmd, tmp_path, monkeypatch):
+    """The rate is that of the console, at the time of asking, or at the last event of a run that was killed."""
+    monkeypatch.setattr("ltx_ray.cli.status.time", SimpleNamespace(time=lambda: 7300.0))
+    store = Store(str(tmp_path))
+    record = {"run_id": "r1", "state": "running", "started_at": "1970-01-01T00:00:00Z", "clips_per_hour": None}
+    store.write_bytes("run.json", json.dumps(record).encode())
+    call = {"t": 110.0, "event": "call", "replica": "stage1-0", "stage": "stage1", "id": "cat", "seconds": 10.0}
+    done = [
+        {"t": t, "event": "item_finished", "item_id": item} for t, item in ((200.0, "a"), (460.0, "b"), (460.0, "b"))
+    ]
+    store.write_bytes("events.jsonl", "".join(json.dumps(e) + "\n" for e in [call, *done]).encode())
+    assert cmd("status", tmp_path)[1].endswith("\n20 clips/h when it was interrupted\n")
+    store.write_bytes("_lease.json", json.dumps({"expires": 1e12, "run_id": "r1", "host": "x", "pid": 1}).encode())
+    assert cmd("status", tmp_path)[1].endswith("\n1 clips/h\n")
 
 
 @pytest.mark.parametrize("lease", [None, {"expires": 1.0, "run_id": "r1", "host": "elsewhere", "pid": 1}])

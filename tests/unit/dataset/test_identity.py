@@ -8,7 +8,7 @@ import json
 import pytest
 
 from ltx_ray.config import NEWEST_SCHEME
-from ltx_ray.dataset.identity import DatasetIdentity, changed_numerics, read_identity, write_identity
+from ltx_ray.dataset.identity import DatasetIdentity, KeptIdentity, changed_numerics, read_identity, write_identity
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.planning.identity import recipe_json
 from ltx_ray.storage.store import Store
@@ -67,3 +67,42 @@ def test_what_a_run_computes_otherwise():
     assert changed_numerics({"tp": 1, "attention": "fa3"}, {"tp": 2, "attention": "cudnn"}) == (
         "attention cudnn (was fa3), tp 2 (was 1)"
     )
+
+
+def kept(store: Store, **options) -> KeptIdentity:
+    said: list[str] = []
+    identity = KeptIdentity(store, said.append, **options)
+    identity.begin(2)
+    return identity
+
+
+def test_rows_that_were_planned_for_another_scheme_are_not_rendered(store):
+    with_row(store, "a" * 32)
+    with pytest.raises(ValueError, match="its rows have scheme 1, and the rows of this run were planned for scheme 2"):
+        kept(store)
+    KeptIdentity(store, print).begin(1)
+    assert read_identity(store).scheme == 1
+    KeptIdentity(store, print).begin(2, wanted=2)
+
+
+def test_a_dataset_keeps_the_noise_that_its_first_clips_had(tmp_path):
+    store = Store(str(tmp_path))
+    kept(store).check_noise("NVIDIA H100")
+    kept(store).check_noise("NVIDIA H100")
+    with pytest.raises(ValueError, match=r"on NVIDIA H100, and this run draws it on cpu, .* GPUs of the model NV"):
+        kept(store).check_noise("cpu")
+    kept(store, allow_other_noise=True).check_noise("NVIDIA A100")
+    assert read_identity(store).noise_family == "NVIDIA H100"
+    write_identity(store, DatasetIdentity(noise_family="cpu"))
+    with pytest.raises(ValueError, match="legal: --noise-device cpu, another --output, or --allow-other-noise"):
+        kept(store).check_noise("NVIDIA H100")
+
+
+def test_a_run_says_in_what_it_computes_otherwise(store):
+    said: list[str] = []
+    for numerics in ({"tp": 1}, {"tp": 1}, {"tp": 2}):
+        identity = KeptIdentity(store, said.append)
+        identity.begin(2)
+        identity.check_numerics(numerics)
+    assert said == ["numerics differ from those of the run before: tp 2 (was 1)"]
+    assert read_identity(store).numerics == {"tp": 2}

@@ -137,7 +137,7 @@ def test_summary(page):
         "r-20260512-210407",
         "of 9 rows",
         "5 min 0 s",
-        "72 / h",
+        "72 clips/h",
         "torch 2.11.0",
         "NVIDIA H100",
         "9f2c41d07be3a855",

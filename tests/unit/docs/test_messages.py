@@ -19,12 +19,12 @@ HOLE = "\x00"
 RAISED = {
     "ValueError", "RowError", "WrongDevice", "ReplicaError", "StartFailed", "OSError", "ConnectionError",
     "FileNotFoundError", "RuntimeError", "OutOfMemoryError", "InvalidImage", "StoredLatentsGone", "GangLost",
-    "InputsMissing", "UnreadablePart",
+    "InputsMissing", "UnreadablePart", "StoreUnavailable",
 }  # fmt: skip
 #: Functions and classes that take messages, with the position of these among the arguments.
 SAID = {name: slice(0, 1) for name in (*RAISED, "say", "echo", "print", "warning", "_drain")} | {
     "RowProblem": slice(2, 4), "Finding": slice(2, 4), "require": slice(3, 4), "with_context": slice(1, 2),
-    "unusable": slice(0, 1),
+    "unusable": slice(0, 1), "refused": slice(0, 1),
 }  # fmt: skip
 #: Keyword arguments that take messages, and functions that return some.
 NAMED = {"message", "unreadable", "should_stop"}

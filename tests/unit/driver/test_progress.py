@@ -69,33 +69,36 @@ def test_failures_are_counted(clock):
     assert out.getvalue().startswith("5/9 clips | 2 failed | ")
 
 
-def test_the_rate_counts_from_the_first_clip(clock):
+def test_the_rate_and_the_time_that_is_left_stand_in_every_line(clock):
     out = io.StringIO()
     progress = Progress(out)
-    clock[0] += 100
-    progress.update(1, 0, 11, "", force=True)
-    assert "clips/h" not in out.getvalue(), "one clip gives no rate"
-    clock[0] += 50
-    progress.update(6, 0, 11, "", force=True)
-    assert "6/11 clips | 360 clips/h | 50 s left | 2 min 30 s elapsed" in out.getvalue()
+    clock[0] += 150
+    progress.update(6, 0, 11, "decode 1", rate=1763.4, left=50.9)
+    assert out.getvalue() == "6/11 clips | 1,763 clips/h | 50 s left | 2 min 30 s elapsed | decode 1\n"
 
 
-def test_clips_of_an_earlier_run_do_not_count_towards_the_rate(clock):
+@pytest.mark.parametrize(
+    "rate, words", [(27_360.0, "27,360 clips/h"), (3600.0, "3,600 clips/h"), (0.42, "0.42 clips/h")]
+)
+def test_the_rate_is_always_clips_an_hour(clock, rate, words):
     out = io.StringIO()
-    progress = Progress(out)
-    clock[0] += 1
-    progress.update(1000, 0, 1100, "", force=True)
-    clock[0] += 100
-    progress.update(1010, 0, 1100, "", force=True)
-    assert "360 clips/h | 15 min 00 s left" in out.getvalue()
+    Progress(out).update(2, 0, 9, "", force=True, rate=rate)
+    assert f"| {words} |" in out.getvalue() and "left" not in out.getvalue()
 
 
-def test_nothing_is_left_at_the_end(clock):
+def test_what_is_not_known_is_left_out(clock):
     out = io.StringIO()
-    progress = Progress(out)
+    Progress(out).update(5_000_003, 0, None, "", force=True)
+    assert out.getvalue() == "5000003/? clips | 0 s elapsed\n"
+
+
+def test_a_terminal_that_was_closed_stops_no_run():
+    """As when `tee` ends with the Ctrl-C that drains the run."""
+
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError(32, "Broken pipe")
+
+    progress = Progress(Closed())
+    progress.say("draining: SIGINT")
     progress.update(1, 0, 2, "", force=True)
-    clock[0] += 0.5
-    progress.update(2, 0, 2, "", force=True)
-    last = out.getvalue().splitlines()[-1]
-    assert "left" not in last
-    assert "2.0 clips/s" in last

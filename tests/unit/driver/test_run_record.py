@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from ltx_ray.checkpoints.checkpoint import Checkpoint
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics, RequestedNumerics
+from ltx_ray.driver import run_record
 from ltx_ray.driver.run_record import RunRecord, keep_older_run
 from ltx_ray.placement.sizing import ParallelConfig, lay_out
 from ltx_ray.storage.store import Store
@@ -48,6 +51,23 @@ def test_afterwards_they_are_the_resolved_ones(tmp_path):
     assert (found["numerics"]["attention"], found["device"], found["state"]) == ("fa3", "cuda", "finished")
     assert found["pools"] == {"text": 1, "stage1": 5, "stage2": 2, "decode": 1} and found["finished_at"]
     assert "calls" not in found["counts"]
+
+
+@pytest.mark.parametrize("state", ["finished", "drained", "failed"])
+def test_the_rate_of_a_run_that_has_ended_is_its_clips_over_its_time(tmp_path, monkeypatch, state):
+    times = iter(["2026-11-23T10:00:00.000+00:00", "2026-11-23T10:00:12.500+00:00"])
+    monkeypatch.setattr(run_record, "_now", lambda: next(times))
+    store = Store(str(tmp_path))
+    a_record = record(store)
+    for unfinished in ("running", "draining"):
+        a_record.write(unfinished, {"rows": 9}, clips=1)
+        found = json.loads(store.read_bytes("run.json"))
+        assert (found["state"], found["finished_at"], found["clips_per_hour"]) == (unfinished, None, None)
+    # Five million rows were done before, and one row shares its clip with another.
+    a_record.write(state, {"rows": 5_000_007, "already_done": 5_000_000, "rendered": 7}, clips=6)
+    found = json.loads(store.read_bytes("run.json"))
+    assert (found["clips"], found["clips_per_hour"], a_record.clips_per_hour) == (6, 1728.0, 1728.0)
+    assert 6 / 12.5 * 3600 == 1728
 
 
 def test_the_records_of_the_run_before_are_kept(tmp_path):

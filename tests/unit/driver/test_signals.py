@@ -1,44 +1,84 @@
-"""Signals drain a run, and a second one ends it."""
+"""The first signal stops a run in order, and a second one ends the process."""
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 
 import pytest
 
-from ltx_ray.driver.signals import DrainSignals
+from ltx_ray.driver import signals as module
+from ltx_ray.driver.signals import RunSignals, Stopped
+
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 
 
-class FakeDriver:
-    drain_requested: str | None = None
+@pytest.fixture
+def ended(monkeypatch) -> list[int]:
+    """The codes with which the process would have ended."""
+    codes: list[int] = []
+    monkeypatch.setattr("os._exit", codes.append)
+    return codes
 
-    def request_drain(self, reason: str) -> None:
-        self.drain_requested = reason
+
+@pytest.fixture
+def clock(monkeypatch) -> list[float]:
+    now = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    return now
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_first_signal_drains_and_the_second_ends_the_process(monkeypatch, number):
-    driver, ended = FakeDriver(), []
-    monkeypatch.setattr("os._exit", ended.append)
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_first_signal_drains_and_the_second_ends_the_process(ended, clock, number):
+    asked: list[str] = []
     before = signal.getsignal(number)
-    with DrainSignals(driver) as signals:
-        signal.signal(number, signal.SIG_IGN)  # as a library may do
+    with RunSignals() as signals:
+        signals.action = asked.append
+        signal.signal(number, signal.SIG_DFL)  # as a library may do
         signals.install()
-        os.kill(os.getpid(), number)
-        assert driver.drain_requested == number.name and not ended
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
+        assert asked == [number.name] and not ended
+        clock[0] += 0.4
+        signal.raise_signal(number)
         # the handler of this test returns, where os._exit would not
-        assert ended == [128 + number]
+        assert ended == [128 + number] and asked == [number.name]
     assert signal.getsignal(number) is before
+
+
+def test_signals_that_come_together_are_one(ended, clock):
+    asked: list[str] = []
+    with RunSignals() as signals:
+        signals.action = asked.append
+        # `timeout` sends its signal to the process and to its group; a terminal that closes sends several kinds.
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGHUP):
+            signal.raise_signal(number)
+            clock[0] += 0.05
+    assert asked == ["SIGTERM"] and not ended
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_where_nothing_is_under_way_a_signal_raises(ended, clock, number):
+    with RunSignals(), pytest.raises(Stopped, match=number.name):
+        signal.raise_signal(number)
+    assert not ended
+
+
+def test_a_hang_up_that_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with RunSignals():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            signal.raise_signal(signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_outside_of_the_main_thread_no_handler_is_set():
     found = []
 
     def enter() -> None:
-        with DrainSignals(FakeDriver()) as signals:
+        with RunSignals() as signals:
             found.append(signals.install())
 
     thread = threading.Thread(target=enter)

@@ -110,6 +110,27 @@ def test_rows_that_share_an_item_are_one_item_and_each_is_written(output):
     assert "c: failed in stage2: the gang died\n" in output.said.getvalue()
 
 
+def test_a_clip_counts_once_when_it_is_published_and_copies_and_failures_do_not(output):
+    output.open([*rows("a", "b"), *rows("c", prompt="a dog"), *rows("d"), {"id": "e", "prompt": " "}])
+    cat, dog = output.take(3)
+    output.writer.go.clear()
+    output.tracker.finish(cat, CLIP, "{}")
+    output.tracker.fail(dog, CRASH)
+    assert output.tracker.rate.clips == 0, "it is not published yet"
+    output.writer.go.set()
+    output.settle()
+    assert output.tracker.rate.clips == 1
+    assert output.take() == []
+    output.settle()
+    assert output.tracker.counts == {"rows": 5, "rendered": 3, "failed": 1, "illegal": 1}
+    assert output.tracker.rate.clips == 1
+    output.open(rows("a", "b", "d", "f"))
+    assert output.take() == []
+    output.settle()
+    assert output.tracker.counts == {"rows": 4, "already_done": 3, "rendered": 1}
+    assert output.tracker.rate.clips == 0, "this run has made none"
+
+
 def test_other_numerics_of_stage_1_are_recorded_with_those_of_the_run(output):
     output.open([*rows("a"), *rows("b", prompt="a dog")])
     cat, dog = output.take()

@@ -184,7 +184,6 @@ def test_any_script_stays_readable_in_the_manifest():
         ("output: /o\nprompts: [p]", "name: None, must be given"),
         ("name: n\nprompts: [p]", "output: None, must be given"),
         ("name: a/b\noutput: /o\nprompts: [p]", "name: 'a/b'.*letters"),
-        ("name: 2026\noutput: /o\nprompts: [p]", "name: 2026"),
         (f"name: {'n' * 65}\noutput: /o\nprompts: [p]", "1 to 64"),
         ("name: n\noutput: /o/{day}\nprompts: [p]", r"output: \{day\}.*known: \{date\}, \{name\}"),
         ("name: n\noutput: /o\nprompts: [p]\npromts: [q]", "unknown field: 'promts'.*prompts"),
@@ -198,11 +197,14 @@ def test_any_script_stays_readable_in_the_manifest():
         ("name: n\noutput: /o\nprompts: [p]\nvariables: {x: [1]}", "variables: 'x'.*used"),
         ("name: n\noutput: /o\nprompts: ['{x}']\nvariables: {x: []}", r"variables.x: \[\]"),
         ("name: n\noutput: /o\nprompts: [p]\ncount: 0", "count: 0"),
-        ("name: n\noutput: /o\nprompts: [p]\ncount: true", "count: True"),
+        ("name: n\noutput: /o\nprompts: [p]\ncount: true", "count: 'true', must be a whole number"),
         ("name: n\noutput: /o\nprompts: [p]\ncount: 2", "count: 2, must be at most 1"),
         ("name: n\noutput: /o\nprompts: [p]\nseed: -1", "seed: -1"),
         ("name: n\noutput: /o\nprompts: [p]\ndefaults: {heigth: 1}", "defaults: 'heigth'.*height"),
-        ("name: n\noutput: /o\nprompts: [p]\ndefaults: {height: .nan}", "defaults.height: nan.*JSON"),
+        (
+            "name: n\noutput: /o\nprompts: [p]\ndefaults: {height: .nan}",
+            "defaults.height: '.nan', must be a positive multiple of 64 .line 4",
+        ),
         (
             "name: n\noutput: /o\nprompts: [p]\nrender_options: [--output=x]",
             "render_options.*without --output",
@@ -214,6 +216,80 @@ def test_any_script_stays_readable_in_the_manifest():
 def test_bad_recipes_say_what_is_wrong(text, message):
     with pytest.raises(ValueError, match=message):
         rows(text)
+
+
+def test_text_stays_text_and_numbers_are_what_they_look_like():
+    text = """
+name: 0750
+output: /o/{date}
+prompts: ["clock at {time}, year {year}, {answer}", 12:30, off, null, ~]
+variables: {time: [12:30, 0121], year: [0750], answer: [no, null, 1e3, 2026-11-23, 1.50]}
+count: 007
+seed: 0010
+defaults:
+  {num_frames: 0121, frame_rate: 024, seed: 0750, negative_prompt: no, pipeline: ~, images: [{path: 1:30, crf: 010}]}
+render_options: [--compile, off, --tp, 04, --negative-prompt, null, --ray-address, 1:30]
+"""
+    recipe = schedule.parse_recipe(text)
+    assert (recipe.name, recipe.count, recipe.seed) == ("0750", 7, 10)
+    assert [t.text for t in recipe.templates[1:]] == ["12:30", "off", "null", "~"]
+    assert recipe.variables == {
+        "time": ("12:30", "0121"), "year": ("0750",), "answer": ("no", "null", "1e3", "2026-11-23", "1.50"),
+    }  # fmt: skip
+    assert recipe.defaults == {
+        "num_frames": 121, "frame_rate": 24, "seed": 750, "negative_prompt": "no",
+        "images": [{"path": "1:30", "crf": 10}],
+    }  # fmt: skip
+    assert " ".join(recipe.render_options) == "--compile off --tp 04 --negative-prompt null --ray-address 1:30"
+
+
+@pytest.mark.parametrize("nothing", ["", "~", "null"])
+def test_a_field_without_a_value_is_not_given(nothing):
+    fields = ("variables", "manifest", "count", "seed", "defaults", "render_options")
+    base = "name: n\noutput: /o\nprompts: [p]\n"
+    assert rows(base + "".join(f"{name}: {nothing}\n" for name in fields)) == rows(base)
+    assert rows(base + f"defaults: {{height: {nothing}, seed: {nothing}}}") == rows(base)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("count: 1:30", "count: '1:30', must be a whole number of at least 1 (line 5)"),
+        ("seed: 0x10", "seed: '0x10', must be a whole number, 0 to 2^63-1 (line 5)"),
+        ("seed: [1]", "seed: ['1'], must be a whole number, 0 to 2^63-1 (line 5)"),
+        ("defaults: {frame_rate: 24:00}", "defaults.frame_rate: '24:00', must be frames a second, from 0.01 to"),
+        ("defaults: {height: on}", "defaults.height: 'on', must be a positive multiple of 64 (line 5)"),
+        ("defaults: {height: 2026-11-23}", "defaults.height: '2026-11-23', must be a positive multiple of 64 (line 5)"),
+        ("defaults: {seed: 1.5}", "defaults.seed: '1.5', must be a whole number from 0 to 2^63-1 (line 5)"),
+        ("defaults: {negative_prompt: [a]}", "defaults.negative_prompt: ['a'], must be text (empty for none) (line 5)"),
+        ("defaults: {loras: [{name: a, weight: 1}]}", "must be a list of {name, strength}, names declared with"),
+        ("defaults: [height]", "defaults: ['height'], must be a mapping of row fields (line 5)"),
+        ("render_options: [--tp, [4]]", "render_options[1]: ['4'], must be text, in quotes where "),
+        ("render_options: [--tp, ]\nmanifest: [x]", "manifest: ['x'], must be a path or URI (line 6)"),
+        ("variables: {x: yes}", "variables.x: 'yes', must be a list of at least one string or number (line 5)"),
+        ("variables: {12:30: [a]}", "variables: '12:30', must be a name like animal or time_of_day (line 5)"),
+        ("variables: [x]", "variables: ['x'], must be a mapping of name to list (line 5)"),
+        ("prompts: [q]", "not YAML: line 5: the key 'prompts' for the second time, after line 3"),
+        ("---\nname: m", "not YAML: line 5: a second document begins; legal: one document"),
+        ("on: 1", "unknown field: 'on', must be one of name, "),
+    ],
+)  # fmt: skip
+def test_an_error_names_the_field_the_value_what_is_legal_and_the_line(line, message):
+    with pytest.raises(ValueError) as error:
+        schedule.parse_recipe(f"name: n\noutput: /o\nprompts: [p]\n\n{line}")
+    assert message in str(error.value)
+
+
+def test_an_unquoted_prompt_that_yaml_takes_for_a_mapping_is_refused():
+    with pytest.raises(ValueError, match=r"prompts\[1\]: {'a fox': 'running'}, must be text, in quotes where .*line 5"):
+        schedule.parse_recipe("name: n\noutput: /o\nprompts:\n- good\n- a fox: running")
+
+
+def test_a_recipe_that_was_written_on_windows(tmp_path, capsys):
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        (tmp_path / "r.yaml").write_bytes((RECIPE + "count: 3\nseed: 5").replace("\n", "\r\n").encode(encoding))
+        assert schedule.main([str(tmp_path / "r.yaml"), "--date", DATE, "--dry-run"]) == 0
+        assert "night-2026-11-23-51049d328049" in capsys.readouterr().out
 
 
 def test_a_product_out_of_hand_needs_a_count():

@@ -1,0 +1,63 @@
+"""A manifest row as read, and how failed/ and previews/ of a dataset hold one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from ltx_ray.storage.retry import is_permanent
+
+#: Column of failed/ and previews/ that holds the manifest row as JSON, so that these tables are manifests themselves.
+FAILED_ROW_COLUMN = "manifest_row"
+#: The keys of that JSON for a row that could not be read: why, and whose fault it is.
+UNREADABLE, FAULT = "_unreadable", "_fault"
+#: A key of that JSON for a row whose id belonged to another row.
+DUPLICATE = "_duplicate_id"
+#: What is wrong with a row that cannot be read: its text, the bytes of its file, or its folder, whose name says
+#: something else.
+SYNTAX, DAMAGE, FOLDER = "syntax", "damage", "folder"
+
+
+class RawRow(NamedTuple):
+    """A row as read: its place (`file` and `number`, from 1) and its values, or why it has none (`unreadable`)."""
+
+    file: str
+    number: int
+    values: Mapping[str, Any]
+    unreadable: str | None = None
+    #: Its id belonged to another row. Only an edit of the manifest can change that, not a retry.
+    duplicate: bool = False
+    #: Read from failed/ or previews/ of a dataset: its defaults are resolved, and it is one sample of its prompt.
+    from_failed: bool = False
+    #: Of a row that is `unreadable`: SYNTAX, DAMAGE or FOLDER.
+    fault: str = SYNTAX
+
+    @property
+    def source(self) -> str:
+        return f"{self.file}:{self.number}"
+
+    def stored(self) -> dict[str, Any]:
+        """What FAILED_ROW_COLUMN holds of the row, as JSON: its values, or why it has none."""
+        if self.unreadable is None:
+            return {**self.values, DUPLICATE: True} if self.duplicate else {**self.values}
+        if self.fault == SYNTAX:
+            return {UNREADABLE: self.unreadable}
+        return {UNREADABLE: self.unreadable, FAULT: self.fault}
+
+
+def stored_row(file: str, number: int, values: dict[str, Any]) -> RawRow:
+    """The row of which `values` is what FAILED_ROW_COLUMN holds."""
+    if UNREADABLE in values and set(values) <= {UNREADABLE, FAULT}:
+        fault = str(values.get(FAULT, SYNTAX))
+        return RawRow(file, number, {}, unreadable=str(values[UNREADABLE]), from_failed=True, fault=fault)
+    duplicate = values.pop(DUPLICATE, False) is True
+    return RawRow(file, number, values, duplicate=duplicate, from_failed=True)
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether `error` came from a file's bytes, and not from the disk (with a number) or the store that holds them."""
+    if isinstance(error, pa.ArrowException | UnicodeDecodeError | EOFError):
+        return True
+    return type(error) is OSError and error.errno is None and not is_permanent(error)

@@ -1,0 +1,95 @@
+"""A private cluster's temporary files go where there is room for them, or a variable is named."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+
+import pytest
+
+from ltx_ray.placement import private_cluster
+from ltx_ray.placement.private_cluster import PrivateCluster, _blocked, temporary_folder
+
+
+@pytest.fixture
+def short():
+    """A folder whose path is short enough for Ray's sockets."""
+    with tempfile.TemporaryDirectory(prefix="l-", dir="/tmp") as folder:
+        yield folder
+
+
+@pytest.fixture(autouse=True)
+def _no_settings(monkeypatch):
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+
+
+def test_the_folder_is_tmpdir_or_where_there_is_room(monkeypatch, short, tmp_path):
+    monkeypatch.setenv("TMPDIR", short)
+    assert temporary_folder() == short
+    monkeypatch.setattr(private_cluster, "_TEMPORARY_FOLDERS", (short,))
+    long = tmp_path / ("x" * 90)
+    long.mkdir()
+    for unusable in (str(long), "/no/such/folder"):
+        monkeypatch.setenv("TMPDIR", unusable)
+        assert temporary_folder() == short
+    assert not os.listdir(short)
+
+
+def test_a_folder_that_was_asked_for_by_name_is_not_replaced(monkeypatch, tmp_path):
+    long = tmp_path / ("x" * 90)
+    long.mkdir()
+    for folder, reason in ((str(long), "its path is too long"), ("/no/folder", "No such file or directory")):
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        with pytest.raises(ValueError) as caught:
+            temporary_folder()
+        assert str(caught.value).startswith(
+            f"RAY_TMPDIR: no folder for Ray's temporary files: {folder} ({reason}); legal: a folder that can be written"
+        )
+
+
+def test_without_any_folder_each_is_named_with_its_reason(monkeypatch, short):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setenv("TMPDIR", short)
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    with pytest.raises(ValueError, match=rf"TMPDIR: no folder .*: {short} \(No space .*\), /tmp \(No space"):
+        temporary_folder()
+
+
+def test_what_is_started_with_signals_blocked_outlives_them():
+    wait = [sys.executable, "-c", "print(end='x', flush=True); input()"]
+    signals = (signal.SIGTERM, signal.SIGHUP)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    with _blocked(signals):
+        process = subprocess.Popen(wait, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+    assert process.stdout.read(1) == b"x"
+    for number in signals:
+        process.send_signal(number)
+    process.communicate(b"\n", timeout=30)
+    assert process.returncode == 0
+
+
+def test_ray_uploads_nothing_and_leaves_no_token_at_home(monkeypatch):
+    for name in ("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "RAY_RUNTIME_ENV_HOOK", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+        monkeypatch.setenv(name, "x")
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+        monkeypatch.delenv(name)
+    monkeypatch.delitem(sys.modules, "ray", raising=False)
+    PrivateCluster().prepare()
+    assert os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] == "0" and "RAY_RUNTIME_ENV_HOOK" not in os.environ
+    assert os.environ["RAY_AUTH_MODE"] == "token" and len(os.environ["RAY_AUTH_TOKEN"]) == 64
+
+
+def test_the_end_of_a_head_that_does_not_start_is_told(monkeypatch, short):
+    monkeypatch.setenv("RAY_TMPDIR", short)
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    cluster = PrivateCluster()
+    with pytest.raises(ConnectionError, match="the private Ray cluster did not start: its process ended; its logs are"):
+        cluster.start(num_cpus=1)
+    cluster.end()
+    cluster.end()

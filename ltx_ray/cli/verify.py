@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,11 +21,12 @@ import pyarrow.parquet as pq
 from ltx_ray.dataset import layout
 from ltx_ray.dataset import repair as dataset_repair
 from ltx_ray.dataset.existing import list_existing
-from ltx_ray.dataset.layout import FAILED_SCHEMA, INDEX_SCHEMA, row_key
+from ltx_ray.dataset.layout import FAILED_SCHEMA, row_key
 from ltx_ray.dataset.writer import read_rows
 from ltx_ray.manifest.columns import COLUMNS
+from ltx_ray.placement.sizing import ParallelConfig
 from ltx_ray.presets import PIPELINES
-from ltx_ray.records import plain
+from ltx_ray.records import canonical_json, plain
 from ltx_ray.run import ExitCode, Options, render
 from ltx_ray.storage.lease import Lease
 from ltx_ray.storage.locations import parent
@@ -218,8 +219,9 @@ def _check_part(store: Store, name: str) -> _CheckedPart:
     except (pa.ArrowException, ValueError) as error:
         return unusable(f"cannot be read as Parquet ({_one_line(error)})")
     schema = table.schema.remove_metadata()
-    if not schema.equals(INDEX_SCHEMA):
-        wrong = [c.name for c in INDEX_SCHEMA if c.name not in schema.names or schema.field(c.name).type != c.type]
+    expected = layout.index_schema(schema.names)
+    if not schema.equals(expected):
+        wrong = [c.name for c in expected if c.name not in schema.names or schema.field(c.name).type != c.type]
         return unusable(f"does not have the columns of an index ({', '.join(wrong) or 'more, or another order'})")
     rows = tuple(table.to_pylist())
     if len(rows) != 1:
@@ -257,17 +259,32 @@ def _wrong_clip(store: Store, row: IndexRow) -> str | None:
 # --- a sample rendered again ------------------------------------------------------------------------
 
 
+#: Numerics that an option chooses, and the layout's. A row is rendered again with its own where no option was given.
+_CHOSEN = ("attention", "compile")
+_LAYOUT = ("tp", "stage2_tp", "guidance_parallel", "sequence_parallel")
+
+
 def _render_again(
     rows: list[IndexRow], options: Callable[[str, str], Options], say: Callable[[str], None]
 ) -> Iterator[Finding]:
     """Render `rows` once more, each with the numerics of its recipe, and compare what can be compared."""
 
-    def numerics_of(row: IndexRow) -> tuple[str, str, str, int]:
-        recipe = json.loads(row["recipe"])
-        return recipe["dtype"], recipe["precision"], recipe["noise_device"], recipe.get("scheme", 1)
+    def recipe_of(row: IndexRow) -> str:
+        recipe, numerics = json.loads(row["recipe"]), json.loads(row["numerics"])
+        own = {name: numerics[name] for name in (*_CHOSEN, *_LAYOUT) if name in numerics}
+        names = ("dtype", "precision", "noise_device")
+        return canonical_json([{name: recipe[name] for name in names}, recipe.get("scheme", 1), own])
 
-    for numerics, group in itertools.groupby(sorted(rows, key=numerics_of), numerics_of):
-        dtype, precision, noise_device, scheme = numerics
+    declared = {lora.name for lora in options("", "").model.loras}
+    comparable = []
+    for row in rows:
+        missing = {use["name"] for use in row["loras"] or ()} - declared
+        if missing:
+            say(f"{_file_of(row)}: not comparable: it was rendered with LoRAs that are not given ({_names(missing)})")
+        else:
+            comparable.append(row)
+    for recipe, group in itertools.groupby(sorted(comparable, key=recipe_of), recipe_of):
+        numerics, scheme, own = json.loads(recipe)
         by_item = {row["item_id"]: row for row in group}
         with tempfile.TemporaryDirectory(prefix="ltx-ray-verify-") as folder:
             manifest, output = os.path.join(folder, "sample.jsonl"), os.path.join(folder, "out")
@@ -275,56 +292,92 @@ def _render_again(
                 file.writelines(json.dumps(_manifest_row(row)) + "\n" for row in by_item.values())
             given = options(manifest, output)
             roots = {parent(image["path"]) for row in by_item.values() for image in row["images"] or ()}
-            code = render(
+            _render_as_then(
                 dataclasses.replace(
                     given,
-                    numerics=dataclasses.replace(
-                        given.numerics, dtype=dtype, precision=precision, noise_device=noise_device
-                    ),
+                    numerics=dataclasses.replace(given.numerics, **numerics),
                     scheme=scheme,
                     row_defaults={},
                     save_latents=False,
                     stop_after=None,
                     image_roots=(*given.image_roots, *sorted(roots)),
-                )
+                ),
+                own,
             )
-            if code is ExitCode.DRAINED:
-                raise SystemExit(code)
             rendered = {row["id"]: row for row in read_rows(Store(output), layout.INDEX)}
             failed = {row["id"]: row for row in read_rows(Store(output), layout.FAILED)}
         for item_id, row in by_item.items():
             yield from _compare(row, rendered.get(item_id), failed.get(item_id), say)
 
 
+def _render_as_then(options: Options, own: dict[str, Any]) -> None:
+    """Render with the rows' `own` backends and layout, or as `options` say where that cannot be done here."""
+    numerics = {name: own[name] for name in _CHOSEN if name in own and getattr(options.numerics, name) == "auto"}
+    default = ParallelConfig()
+    parallel = {
+        name: own[name] for name in _LAYOUT if name in own and getattr(options.parallel, name) == getattr(default, name)
+    }
+    then = dataclasses.replace(
+        options,
+        numerics=dataclasses.replace(options.numerics, **numerics),
+        parallel=dataclasses.replace(options.parallel, **parallel),
+    )
+    try:
+        code = render(then)
+    except ValueError:
+        if then == options:
+            raise
+        code = render(options)
+    if code is ExitCode.DRAINED:
+        raise SystemExit(code)
+
+
+def _file_of(row: IndexRow) -> str:
+    return f"{layout.index_path(row['item_id'], row_key(row['id']))} ({row['id']})"
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))
+
+
 def _compare(
     row: IndexRow, rendered: IndexRow | None, failed: dict[str, Any] | None, say: Callable[[str], None]
 ) -> Iterator[Finding]:
     """Compare a row of the index with what it was rendered to again."""
-    file = layout.index_path(row["item_id"], row_key(row["id"]))
+    file, named = layout.index_path(row["item_id"], row_key(row["id"])), _file_of(row)
+    then, now = _device(row), None if rendered is None else _device(rendered)
     if rendered is None:
         why = failed["message"] if failed else "the run ended before it"
         yield Finding(file, row["id"], f"could not be rendered again ({_one_line(why)})", "fix that and verify again")
     elif rendered["item_id"] != row["item_id"]:
         other = "other weights or LoRAs" if rendered["recipe_digest"] != row["recipe_digest"] else "other images"
-        say(f"{file} ({row['id']}): not comparable: it was rendered with {other} than are given now")
+        say(f"{named}: not comparable: it was rendered with {other} than are given now")
     elif rendered["latents_sha256"] == row["latents_sha256"]:
-        say(f"{file} ({row['id']}): rendered again, the same latents")
-    elif (rendered["device"], rendered["numerics"]) != (row["device"], row["numerics"]):
-        differs = "device" if rendered["device"] != row["device"] else "numerics"
-        then, now = row[differs], rendered[differs]
-        say(f"{file} ({row['id']}): not comparable: it was rendered on {then}, and now on {now}, where bits may differ")
+        say(f"{named}: rendered again, the same latents")
+    elif (now, rendered["numerics"]) != (then, row["numerics"]):
+        if now == then:
+            then, now = row["numerics"], rendered["numerics"]
+        say(f"{named}: not comparable: it was rendered on {then}, and now on {now}, where bits may differ")
     else:
         problem = f"renders to latents {rendered['latents_sha256']}, the index has {row['latents_sha256']}"
         yield Finding(file, row["id"], problem, "see `versions` of both: a library or a kernel has changed its bits")
 
 
+def _device(row: IndexRow) -> str:
+    """The GPU's model, or "cpu". 0.1.0 wrote cuda:0; where the noise was drawn says the model, if it was on the GPU."""
+    if not str(row["device"]).startswith("cuda:"):
+        return str(row["device"])
+    ledger = json.loads(row["noise_ledger"] or "{}") or {}
+    return ledger["device_model"] if ledger.get("device") == "cuda" else "a GPU whose model is not known"
+
+
 def _manifest_row(row: IndexRow) -> dict[str, Any]:
     """The row of a manifest that renders the same item. Its id is the item_id, since ids of two manifests may clash."""
     # Values that equal the pipeline's defaults are left out: a default may be illegal for a row to ask for, such as a
-    # block that a smaller model does not have.
+    # block that a smaller model does not have. The default LoRAs are those that are given now.
     defaults = PIPELINES[row["pipeline"]].defaults
     values = {name: row[name] for name in COLUMNS if row[name] != plain(defaults.get(name))}
-    return {**values, "id": row["item_id"], "prompt": row["prompt"]}
+    return {**values, "loras": row["loras"] or [], "id": row["item_id"], "prompt": row["prompt"]}
 
 
 def _short_hash(text: str) -> int:

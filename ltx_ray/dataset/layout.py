@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Collection
 
 import pyarrow as pa
 
@@ -127,6 +128,20 @@ def older_record(run_id: str, name: str) -> str:
 
 _MANIFEST_COLUMNS = [*((column.name, column.type) for column in COLUMNS.values()), ("extra", pa.string())]
 SECONDS_COLUMNS = ("text_seconds", "stage1_seconds", "stage2_seconds", "decode_seconds", "gpu_seconds")
+#: What is measured of a clip (`records.PictureMeasures` and `SoundMeasures`, whose fields these are).
+_MEASURE_COLUMNS = [
+    ("loudness_lufs", pa.float64()),
+    ("clipped_samples", pa.int64()),
+    ("motion", pa.float64()),
+    ("sharpness", pa.float64()),
+    ("mean_luma", pa.float64()),
+    ("cuts", pa.int32()),
+    ("sound_seconds", pa.float64()),
+    ("still_share", pa.float64()),
+    ("black_share", pa.float64()),
+]
+#: Columns that parts of earlier versions lack. Readers take them for null there.
+ADDED_COLUMNS = frozenset(name for name, _ in _MEASURE_COLUMNS)
 INDEX_SCHEMA = pa.schema(
     [
         *_MANIFEST_COLUMNS,
@@ -148,8 +163,16 @@ INDEX_SCHEMA = pa.schema(
         ("noise_ledger", pa.string()),
         ("versions", pa.string()),
         ("finished_at", pa.timestamp("us", tz="UTC")),
+        *_MEASURE_COLUMNS,
     ]
 )
+
+
+def index_schema(names: Collection[str]) -> pa.Schema:
+    """The schema of a part of index/ with the columns `names`: all of them, but for those that its version lacked."""
+    return pa.schema([field for field in INDEX_SCHEMA if field.name in names or field.name not in ADDED_COLUMNS])
+
+
 #: A preview is itself a manifest row, as a failed row is.
 PREVIEW_SCHEMA = INDEX_SCHEMA.append(pa.field("source", pa.string())).append(pa.field(FAILED_ROW_COLUMN, pa.string()))
 FAILED_SCHEMA = pa.schema(

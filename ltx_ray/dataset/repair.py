@@ -155,8 +155,8 @@ def _index(store: Store) -> Iterator[tuple[str, int]]:
 def _adopt(store: Store, existing: ExistingRows, name: str) -> list[str] | None:
     """Write parts for those rows of a misnamed part that no other part holds; None when it is unreadable."""
     try:
-        table = pq.read_table(io.BytesIO(store.read_bytes(f"{layout.INDEX}/{name}"))).cast(INDEX_SCHEMA)
-        rows = table.to_pylist()
+        table = pq.read_table(io.BytesIO(store.read_bytes(f"{layout.INDEX}/{name}")))
+        rows = table.cast(layout.index_schema(table.column_names)).to_pylist()
     except (pa.ArrowException, ValueError):  # not Parquet, other columns, other types
         return None
     if not all(row["id"] and layout.ITEM_ID.fullmatch(row["item_id"] or "") for row in rows):

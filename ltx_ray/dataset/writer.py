@@ -226,6 +226,8 @@ def _rendered_row(item_id: str, request: RenderRequest, rendered: Rendered) -> d
         "noise_ledger": rendered.noise_ledger,
         "versions": rendered.versions,
         "finished_at": datetime.datetime.now(datetime.UTC),
+        **plain(rendered.clip.picture),
+        **plain(rendered.clip.sound),
     }
 
 

@@ -344,6 +344,8 @@ class Driver:
             return
         pool.call_succeeded()
         tracked.take_result(stage, report, event.payload)
+        if report.facts.unchecked:
+            self.tracker.say_unchecked(tracked)
         # The preflight clip takes other times than the clips of rows.
         measured = (None,) if tracked.item.preflight else (report.seconds, report.switch_seconds, report.nbytes)
         self._work_left.measured(stage, tracked.item, report.seconds)

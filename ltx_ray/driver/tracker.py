@@ -76,10 +76,16 @@ class TrackedItem:
         """Record the result of a call that succeeded."""
         self.payloads[TRAITS[stage].result] = payload
         facts = report.facts
+        # Of two ways to the latents of stage 1, what an earlier attempt recorded on the other way is void.
+        if stage in (Stage.STAGE1, Stage.LOAD_LATENTS):
+            other = Stage.STAGE1 if stage == Stage.LOAD_LATENTS else Stage.LOAD_LATENTS
+            self.seconds.pop(other, None)
+            self.replicas.pop(other, None)
+            self.stage1_numerics = None
         if stage in DIFFUSION_STAGES:
             self.device = facts.device_name or report.device
             self.noise_ledger = facts.noise_ledger
-            self.stage1_numerics = facts.stage1_numerics or self.stage1_numerics
+            self.stage1_numerics = facts.stage1_numerics
         if stage == Stage.TEXT:
             self.prompt_truncated = facts.prompt_truncated
 
@@ -112,6 +118,7 @@ class RowTracker:
         self.items: dict[str, TrackedItem] = {}
         self.exhausted = False
         self._illegal_parts: set[str] = set()
+        self._said_unchecked = False
         #: By item_id: a row that asks later for an item that has failed in this run fails the same way.
         self._given_up: dict[str, Failure] = {}
 
@@ -221,6 +228,17 @@ class RowTracker:
         """A call of `stage` is dispatched at `time` of `time.monotonic`."""
         if stage in FIRST_STAGES and not tracked.item.preflight:
             self.rate.began(time)
+
+    def say_unchecked(self, tracked: TrackedItem) -> None:
+        """Warn once in a run that latents without a digest were continued."""
+        if not self._said_unchecked:
+            self._said_unchecked = True
+            message = (
+                f"stored latents of an older version have no digest and are taken as they are, such as those of "
+                f"{tracked.name}"
+            )
+            self.progress.say(message)
+            self.events.emit("warning", message=message)
 
     # --- outcomes --------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ those of a clip that could not be finished.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import os
@@ -22,6 +23,7 @@ from ltx_ray.engine import codec, components
 from ltx_ray.engine.base import Rank, is_out_of_memory, resolve_dtype
 from ltx_ray.engine.frames import PictureCheck, decode_tiled, to_yuv420
 from ltx_ray.engine.latents import LatentStore, latents_sha256, named_latents
+from ltx_ray.engine.loudness import measure_sound
 from ltx_ray.engine.mp4 import write_mp4
 from ltx_ray.engine.prefetch import prefetch
 from ltx_ray.engine.tiling import LADDER, Tiling, distinct_rungs
@@ -31,8 +33,6 @@ from ltx_ray.shapes import AUDIO_SAMPLE_RATE, ClipShape, frame_rate_fraction
 from ltx_ray.stages import Stage
 from ltx_ray.storage.store import Store
 
-#: A clip whose loudest sample is below this (-60 dBFS) is flagged.
-_SILENT_PEAK = 1e-3
 _log = logging.getLogger(__name__)
 
 
@@ -79,8 +79,8 @@ class DecodeEngine:
             finally:
                 self._release_cached_memory()
         if stage == Stage.LOAD_LATENTS:
-            latents, location = self.latents.load_stage1(item, self.dtype)
-            self.facts = EngineFacts(stored_at=location)
+            latents, location, checked = self.latents.load_stage1(item, self.dtype)
+            self.facts = EngineFacts(stored_at=location, unchecked=not checked)
             return latents
         assert stage == Stage.SAVE_LATENTS and stages, stage
         location = self.latents.save(item, stages)
@@ -88,10 +88,13 @@ class DecodeEngine:
         return location
 
     def _decode(self, item: WorkItem, stages: tuple[StageLatents, ...]) -> Clip:
-        named = named_latents(*stages)
-        digest = latents_sha256(named)
         if (self.spec.save_latents or self.spec.stop_after) and not item.preflight:
             self.latents.publish(item, stages)
+            if self.spec.stop_after:
+                # An earlier run may have stored both stages. The preview is of the latents that a promotion continues.
+                stages = (self.latents.load_stage1(item, self.dtype)[0],)
+        named = named_latents(*stages)
+        digest = latents_sha256(named)
         metadata = {"item_id": item.item_id, "recipe_digest": item.recipe_digest}
         if self.spec.stop_after:
             # Stage 1 renders at half size, and its latents are decoded at that size.
@@ -105,10 +108,14 @@ class DecodeEngine:
         handle, temporary = tempfile.mkstemp(suffix=".mp4", dir=self.store.scratch_dir())
         os.close(handle)
         try:
-            flags = self._write(temporary, named[f"{video_stage}.video"], shape, sound, metadata)
-            sha256 = _file_sha256(temporary)
+            pictures = self._write(temporary, named[f"{video_stage}.video"], shape, sound, metadata)
+            heard = measure_sound(sound)
+            # Pixels of smaller tiles differ slightly from those of the reference's.
+            smaller = ("tiled_smaller",) if self.facts.decode_rung else ()
+            flags = pictures.flags() + heard.flags(shape.seconds) + smaller
+            clip = Clip(path, _file_sha256(temporary), digest, flags, audio_stage, pictures.measures(), heard)
             if item.preflight:
-                return Clip(None, sha256, digest, flags, audio_stage)
+                return dataclasses.replace(clip, path=None)
             os.chmod(temporary, 0o644)
             self.store.publish(temporary, path)
         finally:
@@ -117,7 +124,7 @@ class DecodeEngine:
         if not self.spec.stop_after:
             # An earlier attempt that failed may have cached them. A finished clip needs them no longer.
             self.latents.delete_cached(item)
-        return Clip(path, sha256, digest, flags, audio_stage)
+        return clip
 
     def _release_cached_memory(self) -> None:
         """Free what PyTorch caches of the frames' memory, some 10 GiB that other processes on the card need."""
@@ -126,8 +133,8 @@ class DecodeEngine:
 
     def _write(
         self, target: str, latent: torch.Tensor, shape: ClipShape, sound: np.ndarray, metadata: dict[str, str]
-    ) -> tuple[str, ...]:
-        """Decode and encode to `target`, in smaller tiles when memory does not suffice. Returns the clip's flags.
+    ) -> PictureCheck:
+        """Decode and encode to `target`, in smaller tiles when memory does not suffice. Returns what it measured.
 
         The first rung is one that sufficed for a clip of this size or smaller. Raises OutOfMemoryError after the last.
         """
@@ -158,9 +165,7 @@ class DecodeEngine:
                 if rung > first:
                     self._rung_by_size[size] = rung
                 self.facts = EngineFacts(decode_rung=rung)
-                silent = ("silent",) if np.abs(sound).max() < _SILENT_PEAK else ()
-                # Pixels of smaller tiles differ slightly from those of the reference's.
-                return check.flags() + silent + (("tiled_smaller",) if rung else ())
+                return check
             # Outside the except block, where the error and with it the frames' tensors are gone.
             self._release_cached_memory()
             _log.warning("%s: no memory to decode in %s (%s)", metadata["item_id"], LADDER[rung], reason)

@@ -1,4 +1,4 @@
-"""Decoded frames: tiled decoding, conversion to YUV, and checks of what the pictures show.
+"""Decoded frames: tiled decoding, conversion to YUV, and measures of what the pictures show.
 
 Source: docs/ltx-2.3.md#upsampling-and-decoding; `ltx_core/model/video_vae/conv_video_decoder.py` (`tiled_decode`,
 `decode_video`) and `ltx_core/color/yuv.py` of the reference v1.2.0.
@@ -9,19 +9,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ltx_ray.engine.motion import BLOCK, CutCheck, MotionCheck
 from ltx_ray.engine.tiling import Interval, Tiling, side_intervals, sums_to_one, time_intervals
+from ltx_ray.records import PictureMeasures
 from ltx_ray.shapes import SPACE_FACTOR, TIME_FACTOR
 
 #: BT.709, rows Y, Cb, Cr over R, G, B.
 _BT709 = ((0.2126, 0.7152, 0.0722), (-0.1146, -0.3854, 0.5), (0.5, -0.4542, -0.0458))
-#: Luma codes (limited range, where black is 16) below which a clip is flagged as black: of its brightest frame on
-#: average, and of its brightest pixel.
-_BLACK_MEAN, _BLACK_PEAK = 18.0, 40
-#: Mean change between neighbouring frames, in luma codes, below which a clip is flagged as frozen.
-_FROZEN_CHANGE = 0.02
+#: A frame is black when this share of its pixels has at most this luma (limited range, where black is 16), and of its
+#: chroma samples at most this distance from grey. The rest is room for a logo.
+_BLACK_SHARE, _BLACK_LUMA, _BLACK_CHROMA = 0.99, 20, 8
+#: Frames that a card measures at once. More would need more memory than the conversion to YUV does. A CPU measures one
+#: at a time, which stays in its caches.
+_MEASURED_FRAMES = 8
 
 
 def decode_tiled(
@@ -128,38 +132,71 @@ def to_yuv420(chunk: torch.Tensor) -> torch.Tensor:
     return packed.clamp_(0, 255).to(torch.uint8)
 
 
-@dataclass
 class PictureCheck:
-    """Flags clips that are black or frozen, from their frames as they pass."""
+    """Measures a clip's frames as they pass, on their device. The same frames give the same numbers on any device."""
 
-    _peak_mean: float = 0.0
-    _peak: int = 0
-    _largest_change: float = 0.0
-    _frames: int = 0
-    _last: torch.Tensor | None = None
+    def __init__(self) -> None:
+        self._luma = 0.0
+        self._pixels = 0
+        self._black_frames = 0
+        self._sharpness: list[float] = []
+        self._motion, self._cuts = MotionCheck(), CutCheck()
 
     def update(self, frames: torch.Tensor) -> None:
-        """Take in the next frames: I420 (f, 3h/2, w) uint8. The arithmetic stays on their device."""
-        luma = frames[:, : frames.shape[1] * 2 // 3]
-        pixels = luma[0].numel()
-        sums, changes = [], []
-        for picture in luma:
-            sums.append(picture.sum(dtype=torch.int64))
-            if self._last is not None:
-                changes.append((picture.short() - self._last.short()).abs_().sum(dtype=torch.int64))
-            self._last = picture
-        self._last = luma[-1].clone()  # A view would keep the whole chunk alive.
-        self._peak_mean = max(self._peak_mean, *(torch.stack(sums) / pixels).tolist())
-        self._peak = max(self._peak, int(luma.max()))
-        if changes:
-            self._largest_change = max(self._largest_change, *(torch.stack(changes) / pixels).tolist())
-        self._frames += len(luma)
+        """Take in the next frames: I420 (f, 3h/2, w) uint8. Their device is waited for once they are all measured."""
+        height, width = frames.shape[1] * 2 // 3, frames.shape[2]
+        size = 1 if frames.device.type == "cpu" else _MEASURED_FRAMES
+        batches = [_measure(batch, height) for batch in frames.split(size)]
+        sums = torch.cat([batch[0] for batch in batches], dim=1).cpu().numpy()
+        blocks = torch.cat([batch[1] for batch in batches]).cpu().numpy()
+        luma, dark, grey, laplacian, laplacian_squares = sums
+        pixels, chroma = height * width, frames[0, height:].numel()
+        self._luma += float(luma.sum())
+        self._pixels += pixels * len(luma)
+        self._black_frames += int(((dark >= _BLACK_SHARE * pixels) & (grey >= _BLACK_SHARE * chroma)).sum())
+        if inner := max(height - 2, 0) * max(width - 2, 0):
+            self._sharpness += (laplacian_squares / inner - np.square(laplacian / inner)).tolist()
+        for picture in blocks:
+            self._motion.add(picture)
+            self._cuts.add(picture)
+
+    def measures(self) -> PictureMeasures:
+        """What is known of the frames so far."""
+        frames = self._motion.frames
+        if not frames:
+            return PictureMeasures()
+        return PictureMeasures(
+            mean_luma=self._luma / self._pixels,
+            black_share=self._black_frames / frames,
+            motion=float(np.median(self._motion.moved)) if frames > 1 else None,
+            still_share=self._motion.longest / frames if frames > 1 else None,
+            sharpness=float(np.median(self._sharpness)) if self._sharpness else None,
+            cuts=self._cuts.count(),
+        )
 
     def flags(self) -> tuple[str, ...]:
-        """What applies of "black" and "frozen"."""
-        found = []
-        if self._peak_mean < _BLACK_MEAN and self._peak < _BLACK_PEAK:
-            found.append("black")
-        if self._frames > 1 and self._largest_change < _FROZEN_CHANGE:
-            found.append("frozen")
-        return tuple(found)
+        """What applies of "black" and "frozen" to the frames so far."""
+        return self.measures().flags()
+
+
+def _measure(frames: torch.Tensor, height: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums over each frame, float64 (5, f), and the mean luma of its blocks, float32 (f, rows, columns).
+
+    The sums are: luma, pixels that are dark, chroma samples that are grey, the luma's Laplacian, and its square. All
+    are of whole numbers, and so are 64 times the means, so that no order of summation changes them.
+    """
+    luma, chroma = frames[:, :height], frames[:, height:]
+    x = luma.float()
+    blocks = F.avg_pool2d(x.unsqueeze(1), BLOCK, ceil_mode=True).squeeze(1)
+    laplacian = x[:, 1:-1, 1:-1] * -4
+    for neighbour in (x[:, :-2, 1:-1], x[:, 2:, 1:-1], x[:, 1:-1, :-2], x[:, 1:-1, 2:]):
+        laplacian += neighbour
+    grey = (chroma >= 128 - _BLACK_CHROMA) & (chroma <= 128 + _BLACK_CHROMA)
+    counts = [torch.count_nonzero(counted, dim=(1, 2)).double() for counted in (luma <= _BLACK_LUMA, grey)]
+    sums = [_sum(x), *counts, _sum(laplacian), _sum(laplacian.square_())]
+    return torch.stack(sums), blocks
+
+
+def _sum(values: torch.Tensor) -> torch.Tensor:
+    """The sum over each picture of (f, h, w), float64. Rows come first, which is the quickest on a CPU."""
+    return values.sum(2, dtype=torch.float64).sum(1)

@@ -1,7 +1,8 @@
 """A clip's latents outside the pools: their names, their digest, and the file from which a later run can continue.
 
 `latents/<2 hex>/<item_id>.safetensors` holds stage_1.video, stage_1.audio and, where there is a second stage, its two.
-The metadata has the item_id, the noise ledger after stage 1, and the numerics that computed them.
+The metadata has the item_id, the noise ledger after stage 1, the numerics and the version of ltx-ray that computed
+them, and a digest of each stage's latents, which is checked on reading.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+import ltx_ray
 from ltx_ray.checkpoints.digests import cache_root
 from ltx_ray.dataset.layout import latents_path
 from ltx_ray.engine.initial_state import stage1_draws
@@ -75,17 +77,20 @@ class LatentStore:
         """Remove the copy in this node's cache, if there is one."""
         self.node_cache.delete(latents_path(item.item_id))
 
-    def load_stage1(self, item: WorkItem, dtype: torch.dtype) -> tuple[StageLatents, str]:
-        """Stored stage-1 latents of `item` and where they were: in the output, or else in the node's cache.
+    def load_stage1(self, item: WorkItem, dtype: torch.dtype) -> tuple[StageLatents, str, bool]:
+        """Stored stage-1 latents of `item`, where they were (in the output, or else in the node's cache), and whether
+        they were compared with a digest.
 
         Raises StoredLatentsGone when neither has a file of this item with finite latents of the item's sizes in
-        `dtype` and with the ledger of their noise.
+        `dtype`, with the ledger of their noise, and with the digest in the metadata. Files of older versions have no
+        digest and are taken as they are.
         """
         reasons = []
         for store in (self.output, self.node_cache):
             location = join(store.name, latents_path(item.item_id))
             try:
-                return _load_stage1(store, item, dtype), location
+                latents, checked = _load_stage1(store, item, dtype)
+                return latents, location, checked
             except FileNotFoundError:
                 reasons.append(f"{location}: no such file")
             except (OSError, ValueError) as error:
@@ -99,10 +104,25 @@ def _write(store: Store, item: WorkItem, stages: Sequence[StageLatents]) -> str:
         return location
     named = {name: tensor.contiguous() for name, tensor in named_latents(*stages).items()}
     metadata = {
-        "item_id": item.item_id, "noise_ledger": canonical_json(stages[0].ledger), "numerics": stages[0].numerics,
-    }  # fmt: skip
+        "item_id": item.item_id,
+        "noise_ledger": canonical_json(stages[0].ledger),
+        "numerics": stages[0].numerics,
+        "ltx_ray": ltx_ray.__version__,
+        **{_digest_field(stage): latents_sha256(_of_stage(named, stage)) for stage in range(1, len(stages) + 1)},
+    }
     store.write_bytes(latents_path(item.item_id), save(named, metadata))
     return location
+
+
+def _digest_field(stage: int) -> str:
+    """The metadata field with the digest of a stage's latents."""
+    return f"stage_{stage}.sha256"
+
+
+def _of_stage(named: Mapping[str, torch.Tensor], stage: int) -> dict[str, torch.Tensor]:
+    """The latents of one stage, in the order in which their digest takes them."""
+    names = (f"stage_{stage}.video", f"stage_{stage}.audio")
+    return {name: named[name] for name in names if name in named}
 
 
 def _stored_stages(store: Store, item: WorkItem) -> int:
@@ -125,10 +145,14 @@ def _load(store: Store, item: WorkItem) -> tuple[dict[str, str], dict[str, torch
     metadata = header.get("__metadata__") or {}
     if metadata.get("item_id") != item.item_id:
         raise ValueError(f"holds item {metadata.get('item_id')}")
+    for stage in (1, 2):
+        digest, found = metadata.get(_digest_field(stage)), _of_stage(tensors, stage)
+        if digest is not None and len(found) == 2 and latents_sha256(found) != digest:
+            raise ValueError(f"the latents of stage {stage} are not those that were written (their digest differs)")
     return metadata, tensors
 
 
-def _load_stage1(store: Store, item: WorkItem, dtype: torch.dtype) -> StageLatents:
+def _load_stage1(store: Store, item: WorkItem, dtype: torch.dtype) -> tuple[StageLatents, bool]:
     metadata, tensors = _load(store, item)
     sizes = latent_sizes(item.request.shape.half())
     for name, size in zip(("stage_1.video", "stage_1.audio"), sizes, strict=True):
@@ -144,7 +168,7 @@ def _load_stage1(store: Store, item: WorkItem, dtype: torch.dtype) -> StageLaten
     if (ledger.seed, ledger.draws) != (item.request.seed, draws):
         raise ValueError("its noise ledger is not that of the item after stage 1")
     latents = AV(tensors["stage_1.video"], tensors["stage_1.audio"])
-    return StageLatents(latents, ledger, metadata.get("numerics", ""))
+    return StageLatents(latents, ledger, metadata.get("numerics", "")), _digest_field(1) in metadata
 
 
 def _parse_ledger(text: str | None) -> NoiseLedger:

@@ -128,7 +128,7 @@ def judge(raw: RawRow, rules: RowRules) -> LegalRow | IllegalRow:
 
     asked = given.keys() | rules.defaults.keys()
     problems += _cross_checks(values, rules, asked, {p.column for p in problems})
-    images, misplaced = _located(values["images"], parent(raw.file), rules.image_roots)
+    images, misplaced = _located(values["images"], parent(raw.file) or ".", rules.image_roots)
     problems += misplaced
     if problems:
         return IllegalRow(raw, tuple(problems))

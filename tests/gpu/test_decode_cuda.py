@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,10 +16,12 @@ from ltx_ray.config import EngineSpec, ModelFiles, Numerics
 from ltx_ray.engine import base, components, decode_steps
 from ltx_ray.engine.decode import DecodeEngine
 from ltx_ray.engine.decode_steps import ConvSum, SumOutputs
+from ltx_ray.engine.frames import PictureCheck
 from ltx_ray.engine.fused_decoder import fuse_decoder
 from ltx_ray.engine.patchify import latent_sizes
 from ltx_ray.records import NoiseLedger, StageLatents, WorkItem
 from tests.support.decoders import small_decoder
+from tests.support.moving_pictures import i420, scene
 from tests.support.samples import recipe, request
 
 LAYOUTS = (torch.channels_last_3d, torch.contiguous_format)
@@ -173,3 +177,45 @@ def test_fused_takes_no_more_memory():
 
 def test_the_engine_decodes_fused(engine):
     assert "forward" in vars(engine.video_vae.decoder)
+
+
+def test_measures_are_those_of_a_cpu():
+    """Of the same frames, to the last bit. The number of frames ends in a part of a batch."""
+    picture = scene(0, 256, 384)
+    shots = [torch.roll(picture, 3 * n, 1) + 2 * torch.randn(picture.shape) for n in range(21)]
+    frames = i420([*shots, *[scene(1, 256, 384)] * 16])
+    checks = []
+    for device in ("cpu", "cuda"):
+        check = PictureCheck()
+        for chunk in frames.to(device).split([9, 17, 11]):
+            check.update(chunk)
+        checks.append(check)
+    assert checks[0].measures() == checks[1].measures() and checks[0].measures().cuts == 1
+    assert checks[0].flags() == checks[1].flags()
+
+
+def test_fused_measures_are_the_plain_ones(engine, toy):
+    """To a rounding of bfloat16: the fused decoder is on the card, the plain one too."""
+    item, stages = clip_of(3, height=128, width=192, num_frames=49)
+    fused = engine.run("decode", item, *stages)
+    engine.video_vae = components.load_video_vae(toy["checkpoint_path"], torch.bfloat16, engine.device, part="decoder")
+    assert "forward" not in vars(engine.video_vae.decoder)
+    plain = engine.run("decode", item, *stages)
+    assert fused.flags == plain.flags and fused.sound == plain.sound
+    for name, value in dataclasses.asdict(plain.picture).items():
+        assert getattr(fused.picture, name) == pytest.approx(value, rel=0.02, abs=0.01), name
+
+
+def test_measuring_takes_little_of_a_decode():
+    """Of 121 frames at 1088x1920, of which a decode takes seconds."""
+    frames = torch.randint(16, 236, (121, 1632, 1920), dtype=torch.uint8, device="cuda")
+    PictureCheck().update(frames[:16])
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    idle, start = torch.cuda.memory_allocated(), time.perf_counter()
+    check = PictureCheck()
+    for chunk in frames.split(56):
+        check.update(chunk)
+    assert check.measures().mean_luma > 0
+    seconds = time.perf_counter() - start
+    assert seconds < 0.3 and torch.cuda.max_memory_allocated() - idle < 2**29, seconds

@@ -103,6 +103,7 @@ def test_it_is_continued(dataset, cluster):
     assert set(now) == FINISHED | {"seed-0", "unicode"}
     for row_id in FINISHED - {"extra"}:
         assert now[row_id] == rows[row_id] and dataset.clips()[row_id] == before[row_id]
+    assert {row_id for row_id, row in now.items() if row.get("mean_luma") is not None} == {"seed-0", "unicode", "extra"}
     # the row of the other manifest is not this one's
     assert set(dataset.rows("failed")) == {"seed-largest", "faulty", "illegal"}
     assert dataset.run("verify", "out").endswith("7 rows and 7 clips checked, 3 rows in failed/: all well\n")
@@ -132,7 +133,11 @@ def test_a_preview_of_it_is_promoted(dataset, cluster):
     """The clip of the whole line, from the latents that the version before stored."""
     assert set(dataset.rows("previews")) == {"loras-none", "guidance-1"}
     options = (*dataset.of_dataset(), "--save-latents", "--ray-address", cluster)
-    dataset.run("promote", "out", "--where", "id = guidance-1", "--where", "seed < 100", *options)
+    # its previews have no measures
+    said = dataset.run("promote", "out", "--where", "motion >= 0", *options)
+    assert "no preview in " in said
+    where = ("--where", "id = guidance-1", "--where", "seed < 100", "--where", "motion != 1")
+    dataset.run("promote", "out", *where, *options)
     calls = dataset.calls()
     assert set(calls) == {"guidance-1"} and "stage1" not in calls["guidance-1"]
     assert set(dataset.rows()) == FINISHED | {"guidance-1"}

@@ -12,6 +12,7 @@ import json
 import pyarrow.parquet as pq
 import pytest
 
+from ltx_ray.dataset.layout import ADDED_COLUMNS
 from tests.support import version_before
 from tests.support.ray_settings import QUICK, SYSTEM
 from tests.support.version_before import DTYPES, MANIFESTS, PLANS, ROOT, Version, kept
@@ -79,7 +80,10 @@ def test_index_rows_are_as_before(index):
 
 def test_the_index_has_the_columns_of_before(outputs, index):
     schema = pq.read_schema(next((outputs["rows"] / "index").glob("part-*.parquet")))
-    assert [(field.name, str(field.type)) for field in schema] == list(kept("ids.json")["index_columns"].items())
+    before = list(kept("ids.json")["index_columns"].items())
+    columns = [(field.name, str(field.type)) for field in schema]
+    assert columns[: len(before)] == before
+    assert {name for name, _ in columns[len(before) :]} == ADDED_COLUMNS
     # verify calls rows comparable when these are equal
     assert json.loads(index["plain"]["numerics"]) == kept("ids.json")["numerics"]
 

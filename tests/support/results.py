@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from ltx_ray.dataset.writer import Failure, Rendered
-from ltx_ray.records import Clip
+from ltx_ray.records import Clip, PictureMeasures, SoundMeasures
 
 ITEM, OTHER = "a" * 32, "b" * 32
 RENDERED = Rendered(
-    clip=Clip(f"clips/aa/{ITEM}.mp4", "c" * 64, "d" * 64, ("silent",), "stage_1"),
+    clip=Clip(
+        f"clips/aa/{ITEM}.mp4",
+        "c" * 64,
+        "d" * 64,
+        ("silent",),
+        "stage_1",
+        PictureMeasures(94.5, 0.0, 0.25, 0.125, 310.5, 1),
+        SoundMeasures(-69.5, 0, 0.02),
+    ),
     attempts=2,
     recipe="{}",
     recipe_digest="e" * 16,

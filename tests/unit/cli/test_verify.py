@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import json
+from collections.abc import Iterable
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,15 +17,16 @@ from ltx_ray.cli import verify as verify_module
 from ltx_ray.cli.app import app
 from ltx_ray.cli.verify import verify
 from ltx_ray.config import ModelFiles, RequestedNumerics
-from ltx_ray.dataset.layout import INDEX_SCHEMA, part_name, row_key
+from ltx_ray.dataset.layout import ADDED_COLUMNS, INDEX_SCHEMA, part_name, row_key
 from ltx_ray.dataset.writer import DatasetWriter, Failure, one_row
 from ltx_ray.manifest.reader import RawRow, read_manifest
 from ltx_ray.manifest.rules import LegalRow, RowRules, judge
+from ltx_ray.placement.sizing import ParallelConfig
 from ltx_ray.run import Options
 from ltx_ray.storage import lease as lease_module
 from ltx_ray.storage.lease import holder
 from ltx_ray.storage.store import Store
-from tests.support.damaged_dataset import ITEMS, build, clip_of, part_of, rows_of
+from tests.support.damaged_dataset import ITEMS, ROWS, build, clip_of, part_of, rows_of
 from tests.support.samples import request
 
 
@@ -58,6 +63,13 @@ def test_no_dataset(tmp_path):
         verify(str(tmp_path), pytest.fail)
 
 
+@pytest.mark.parametrize("lacking", [ADDED_COLUMNS, {"cuts"}], ids=["all", "one"])
+def test_a_part_of_an_earlier_version_is_well(store, lacking):
+    without_columns(store, lacking)
+    assert check(store) == (0, ["4 rows and 4 clips checked, 0 rows in failed/: all well"])
+    assert check(store, repair=True)[0] == 0
+
+
 def flip(store: Store, name: str) -> None:
     data = bytearray(store.read_bytes(name))
     data[-1] ^= 1
@@ -68,8 +80,8 @@ def truncate(store: Store, name: str) -> None:
     store.write_bytes(name, store.read_bytes(name)[:-9])
 
 
-def without_column(store: Store) -> None:
-    table = pq.read_table(io.BytesIO(store.read_bytes(part_of(1, "c")))).drop_columns(["flags"])
+def without_columns(store: Store, names: Iterable[str]) -> None:
+    table = pq.read_table(io.BytesIO(store.read_bytes(part_of(1, "c")))).drop_columns(list(names))
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
     store.write_bytes(part_of(1, "c"), buffer.getvalue())
@@ -96,7 +108,7 @@ DAMAGE = {
     "clip elsewhere": (lambda s: change(s, part_of(1, "c"), clip="clips/x.mp4"), "(c): its clip is 'clips/x.mp4'", ""),
     "truncated part": (lambda s: truncate(s, part_of(1, "c")), "cannot be read as Parquet", ""),
     "empty part": (lambda s: s.write_bytes(part_of(1, "c"), b""), "cannot be read as Parquet", ""),
-    "missing column": (without_column, "does not have the columns of an index (flags)", ""),
+    "missing column": (lambda s: without_columns(s, ["flags"]), "does not have the columns of an index (flags)", ""),
     "two rows": (two_rows, "holds 2 rows, legal: 1", ""),
     "no id": (lambda s: change(s, part_of(1, "c"), id=None), "its row has no id or no item_id", ""),
     "row of another name": (lambda s: change(s, part_of(1, "c"), id="z"), "(z): is not named after its row", ""),
@@ -228,6 +240,81 @@ def test_what_a_sample_may_show(store, monkeypatch, changes, said, problems):
     assert count == problems and said in lines[0] and lines[0].startswith("index/part-")
     assert ("not comparable" in lines[0]) == (changes is not None and not problems)
     assert lines[-1].endswith(f"{problems} problems" if problems else "all well")
+
+
+def test_a_row_is_rendered_again_as_it_was_computed(store, monkeypatch):
+    asked = renders(monkeypatch, lambda request: {})
+    numerics = {"attention": "cudnn", "compile": "off", "tp": 4, "stage2_tp": 2, "text_batch": 1}
+    change(store, part_of(1, "c"), numerics=json.dumps(numerics))
+    check(store, sample=9, options=options)
+    own, plain = sorted(asked, key=lambda one: one.numerics.attention != "cudnn")
+    assert (own.numerics.attention, own.numerics.compile) == ("cudnn", "off")
+    assert (own.parallel.tp, own.parallel.stage2_tp) == (4, 2)
+    assert (plain.numerics.attention, plain.parallel) == ("auto", ParallelConfig())
+
+
+def test_what_an_option_says_goes_before_what_a_row_had(store, monkeypatch):
+    asked = renders(monkeypatch, lambda request: {})
+    change(store, part_of(1, "c"), numerics='{"attention": "cudnn", "tp": 4}')
+
+    def asking(manifest: str, output: str) -> Options:
+        one = options(manifest, output)
+        numerics = dataclasses.replace(one.numerics, attention="sdpa")
+        return dataclasses.replace(one, numerics=numerics, parallel=ParallelConfig(tp=2))
+
+    check(store, sample=9, options=asking)
+    assert {(one.numerics.attention, one.parallel.tp) for one in asked} == {("sdpa", 2)}
+
+
+def test_where_that_cannot_be_done_it_is_rendered_as_it_can_be(store, monkeypatch):
+    asked = renders(monkeypatch, lambda request: {})
+    render = verify_module.render
+
+    def refusing(given: Options) -> int:
+        if given.numerics.attention == "fa3":
+            raise ValueError("--attention: 'fa3' without a GPU, legal: auto or sdpa")
+        return render(given)
+
+    monkeypatch.setattr(verify_module, "render", refusing)
+    change(store, part_of(1, "c"), numerics='{"attention": "fa3"}')
+    count, said = check(store, sample=9, options=options)
+    assert count == 0 and len(asked) == 2
+    assert sum("the same latents" in line for line in said) == 3
+
+
+def test_a_row_of_a_lora_that_is_not_given_is_not_comparable(store, monkeypatch):
+    seen = {}
+    renders(monkeypatch, lambda request: seen.update({request.id: request.loras}) or {})
+    change(store, part_of(1, "c"), loras=[{"name": "style", "strength": 0.5}])
+    count, said = check(store, sample=9, options=options)
+    assert count == 0 and ITEMS[1] not in seen
+    assert any("not comparable: it was rendered with LoRAs that are not given (style)" in line for line in said)
+
+
+def test_a_row_without_loras_is_rendered_without_those_that_are_given(store, monkeypatch):
+    manifests = []
+    monkeypatch.setattr(verify_module, "render", lambda given: manifests.append(Path(given.manifest).read_text()) or 0)
+    check(store, sample=9, options=options)
+    assert manifests and all(json.loads(line)["loras"] == [] for text in manifests for line in text.splitlines())
+
+
+LEDGER = '{"seed":1,"device":"cuda","device_model":"NVIDIA H100","draws":[]}'
+
+
+@pytest.mark.parametrize(
+    "ledger, now, words",
+    [
+        (LEDGER, "NVIDIA A100", "was rendered on NVIDIA H100, and now on NVIDIA A100, where bits"),
+        (LEDGER, "NVIDIA H100", None),
+        ("{}", "NVIDIA H100", "was rendered on a GPU whose model is not known, and now on NVIDIA H100"),
+    ],
+)
+def test_rows_of_the_first_version_name_the_gpu_in_their_ledger(store, monkeypatch, ledger, now, words):
+    renders(monkeypatch, lambda request: {"latents_sha256": "0" * 64, "device": now})
+    for number, row_id in ROWS:
+        change(store, part_of(number, row_id), device="cuda:0", noise_ledger=ledger)
+    lines = check(store, sample=1, options=options)[1]
+    assert words in lines[0] if words else "renders to latents" in lines[0]
 
 
 def test_rows_whose_clips_are_damaged_are_not_in_the_sample(store, monkeypatch):

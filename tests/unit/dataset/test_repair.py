@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ltx_ray.dataset.existing import list_existing
-from ltx_ray.dataset.layout import INDEX_SCHEMA, part_name, row_key
+from ltx_ray.dataset.layout import ADDED_COLUMNS, INDEX_SCHEMA, part_name, row_key
 from ltx_ray.dataset.repair import is_whole_mp4, repair
 from ltx_ray.engine.mp4 import write_mp4
 from ltx_ray.storage.store import Store
@@ -70,6 +70,17 @@ def test_a_renamed_part_gets_its_name_back(store):
     assert repaired.published == [part_name(ITEMS[1], row_key("c"))] and rows == ALL
     table = pq.read_table(io.BytesIO(store.read_bytes(part_of(1, "c"))))
     assert table.schema.equals(INDEX_SCHEMA) and table.to_pylist()[0]["latents_sha256"] == "d" * 64
+
+
+def test_a_renamed_part_of_an_earlier_version_gets_its_name_and_all_columns(store):
+    table = pq.read_table(io.BytesIO(store.read_bytes(part_of(1, "c")))).drop_columns(list(ADDED_COLUMNS))
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    store.write_bytes("index/part-renamed.parquet", buffer.getvalue())
+    store.delete(part_of(1, "c"))
+    repaired, _, rows = run_repair(store)
+    assert repaired.published == [part_name(ITEMS[1], row_key("c"))] and rows == ALL
+    assert pq.read_table(io.BytesIO(store.read_bytes(part_of(1, "c")))).schema.equals(INDEX_SCHEMA)
 
 
 def test_rows_that_only_a_merged_part_holds_get_parts_of_their_own(store):

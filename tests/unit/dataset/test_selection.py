@@ -8,7 +8,7 @@ from ltx_ray.dataset.selection import parse_filter
 
 ROW = {
     "id": "cat-1", "seed": 7, "flags": ["frozen"], "prompt": "a cat = a dog", "negative_prompt": None,
-    "frame_rate": 29.97, "video_stg_blocks": [28],
+    "frame_rate": 29.97, "video_stg_blocks": [28], "motion": 0.02, "loudness_lufs": None,
 }  # fmt: skip
 
 
@@ -31,6 +31,14 @@ ROW = {
         ("negative_prompt = x", False),
         ("negative_prompt ~ x", False),
         ("negative_prompt !~ x", True),
+        ("motion > 0.01", True),
+        ("motion <= 1e-2", False),
+        ("loudness_lufs > -70", False),
+        ("loudness_lufs != -70", True),
+        # A preview of an earlier version lacks the column.
+        ("sharpness > 1", False),
+        ("cuts = 0", False),
+        ("cuts != 1", True),
     ],
 )
 def test_conditions(text, meets):

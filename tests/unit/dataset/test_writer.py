@@ -8,14 +8,15 @@ import json
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
 
-from ltx_ray.dataset.layout import FAILED_SCHEMA, INDEX_SCHEMA, row_key
+from ltx_ray.dataset.layout import ADDED_COLUMNS, FAILED_SCHEMA, INDEX_SCHEMA, index_path, row_key
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.manifest.reader import RawRow, read_manifest
 from ltx_ray.manifest.rules import IllegalRow, RowRules, judge
-from ltx_ray.records import Clip, LoraUse, RenderRequest
+from ltx_ray.records import Clip, LoraUse, RenderRequest, plain
 from ltx_ray.storage.store import Store
 from tests.support.results import CRASH, ITEM, NAN, OTHER, RENDERED
 from tests.support.samples import request, write_jsonl
@@ -56,9 +57,11 @@ def test_the_index_has_its_documented_columns():
         distilled_lora_strength_stage_1 distilled_lora_strength_stage_2 loras images pipeline extra"""
     added = """item_id clip clip_sha256 latents_sha256 audio_stage flags attempts stage1_replica stage2_replica switches
         text_seconds stage1_seconds stage2_seconds decode_seconds gpu_seconds device numerics recipe recipe_digest
-        noise_ledger versions finished_at"""
+        noise_ledger versions finished_at loudness_lufs clipped_samples motion sharpness mean_luma cuts sound_seconds
+        still_share black_share"""
     assert set(INDEX_SCHEMA.names) == set(manifest.split()) | set(added.split())
     assert set(INDEX_SCHEMA.names) - set(added.split()) == {f.name for f in dataclasses.fields(RenderRequest)}
+    assert INDEX_SCHEMA.names[-len(ADDED_COLUMNS) :] == added.split()[-len(ADDED_COLUMNS) :]
     types = {name: INDEX_SCHEMA.field(name).type for name in INDEX_SCHEMA.names}
     assert types["seed"] == pa.int64() and types["extra"] == pa.string()
     assert types["video_stg_blocks"] == types["audio_stg_blocks"] == pa.list_(pa.int32())
@@ -83,6 +86,37 @@ def test_parts_of_empty_and_of_full_rows_read_as_one_table(writer):
     assert table.schema.remove_metadata().equals(INDEX_SCHEMA)
 
 
+def as_before(writer: DatasetWriter, path: str) -> None:
+    """Take from a part the columns that earlier versions did not write."""
+    table = pq.read_table(io.BytesIO(writer.store.read_bytes(path))).drop_columns(list(ADDED_COLUMNS))
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    writer.store.write_bytes(path, buffer.getvalue())
+
+
+@pytest.mark.parametrize("older", [ITEM, OTHER])
+def test_parts_of_an_earlier_version_and_new_ones_read_as_one_table(writer, older):
+    """In either order of their names, as docs/dataset.md says."""
+    for item in (ITEM, OTHER):
+        writer.write_index(item, request(id=item[:1]), RENDERED)
+    as_before(writer, index_path(older, row_key(older[:1])))
+    files = [str(path) for path in sorted(Path(writer.store.path("index")).iterdir())]
+    schema = pa.unify_schemas([pq.read_schema(file) for file in files])
+    table = pads.dataset(files, schema=schema).to_table()
+    assert set(schema.names) == set(INDEX_SCHEMA.names)
+    assert {row["item_id"]: row["motion"] for row in table.to_pylist()} == {ITEM: 0.25, OTHER: 0.25} | {older: None}
+
+
+def test_a_copy_of_an_earlier_versions_row_has_all_columns(writer):
+    writer.write_index(ITEM, request(id="a"), RENDERED)
+    as_before(writer, index_path(ITEM, row_key("a")))
+    writer.copy_index_row(ITEM, row_key("a"), request(id="b"))
+    copied = parts(writer, "index")[f"part-{ITEM}-{row_key('b')}.parquet"]
+    assert copied.schema.equals(INDEX_SCHEMA)
+    [row] = copied.to_pylist()
+    assert row["clip_sha256"] == "c" * 64 and {row[name] for name in ADDED_COLUMNS} == {None}
+
+
 def test_an_index_row_says_what_was_rendered(writer):
     full = full_request()
     writer.write_index(ITEM, full, RENDERED)
@@ -92,6 +126,8 @@ def test_an_index_row_says_what_was_rendered(writer):
     assert row["item_id"] == ITEM and row["clip"] == f"clips/aa/{ITEM}.mp4"
     assert (row["clip_sha256"], row["latents_sha256"]) == ("c" * 64, "d" * 64)
     assert row["flags"] == ["silent", "prompt_truncated"]
+    assert {name: row[name] for name in ADDED_COLUMNS} == {**plain(RENDERED.clip.picture), **plain(RENDERED.clip.sound)}
+    assert None not in {row[name] for name in ADDED_COLUMNS}
     assert (row["attempts"], row["switches"], row["stage1_replica"], row["stage2_replica"]) == (2, 1, "stage1-0", None)
     assert (row["text_seconds"], row["stage1_seconds"], row["decode_seconds"]) == (1.0, 2.5, 0.0)
     assert row["finished_at"].tzinfo is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 import weakref
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import ltx_ray
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics
 from ltx_ray.engine import codec
 from ltx_ray.engine.base import Rank
@@ -358,6 +360,8 @@ def spoil(path: Path, how: str) -> None:
         path.write_bytes(data[:metadata_end].replace(b'"noise_ledger"', b'"ledger_noise"') + data[metadata_end:])
     elif how == "broken ledger":
         path.write_bytes(data[:metadata_end].replace(b'\\"seed\\"', b'\\"sead\\"') + data[metadata_end:])
+    elif how == "a flipped bit":
+        path.write_bytes(data[:-3] + bytes([data[-3] ^ 1]) + data[-2:])
     elif how == "no video":
         path.write_bytes(data[:metadata_end].replace(b"stage_1.video", b"stage_3.video") + data[metadata_end:])
 
@@ -368,6 +372,7 @@ def spoil(path: Path, how: str) -> None:
         ("missing", "no such file"), ("half", "not a whole safetensors file"), ("empty", "not a whole safetensors"),
         ("no ledger", "no noise ledger"), ("broken ledger", r"cannot be read \(KeyError"),
         ("no video", r"no stage_1\.video"),
+        ("a flipped bit", "the latents of stage 1 are not those that were written"),
     ],
 )  # fmt: skip
 def test_stored_latents_that_cannot_be_read(made, how, words):
@@ -377,6 +382,28 @@ def test_stored_latents_that_cannot_be_read(made, how, words):
     with pytest.raises(StoredLatentsGone, match=words) as error:
         engine.run("load_latents", item)
     assert str(location) in str(error.value)
+
+
+def test_latents_of_an_older_version_have_no_digest(made):
+    engine, item = made(), work()
+    location = Path(engine.run("save_latents", item, *stages(item)))
+    engine.run("load_latents", item)
+    assert not engine.facts.unchecked
+    data = location.read_bytes()
+    location.write_bytes(data.replace(b'"stage_1.sha256"', b'"stage_9.sha256"'))
+    engine.run("load_latents", item)
+    assert engine.facts.unchecked
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    assert header["__metadata__"]["ltx_ray"] == ltx_ray.__version__
+
+
+def test_a_preview_is_of_the_latents_that_are_stored(made):
+    """An earlier run with other kernels has stored both stages, and a promotion will continue those."""
+    item = work(num_frames=9)
+    stored, other = stages(item), stages(dataclasses.replace(item, request=dataclasses.replace(item.request, seed=9)))
+    made().run("save_latents", item, *stored)
+    clip = made(stop_after="stage1").run("decode", item, StageLatents(other[0].latents, stored[0].ledger))
+    assert clip.latents_sha256 == latents_sha256(named_latents(stored[0]))
 
 
 def test_latents_of_another_item(made, out):

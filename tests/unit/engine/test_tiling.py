@@ -1,4 +1,4 @@
-"""Tiles of the video decoder, which cover everything and blend to the untiled picture; colours, and flags of frames."""
+"""Tiles of the video decoder, which cover everything and blend to the untiled picture; and colours."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ltx_ray.engine.frames import PictureCheck, decode_tiled, to_yuv420
+from ltx_ray.engine.frames import decode_tiled, to_yuv420
 from ltx_ray.engine.tiling import LADDER, Tiling, distinct_rungs, side_intervals, split, sums_to_one, time_intervals
 from ltx_ray.shapes import SPACE_FACTOR, TIME_FACTOR
 
@@ -214,49 +214,3 @@ def test_planes_are_laid_out_as_i420():
     cb, cr = packed[8:].reshape(2, 4, 4)
     assert (cb[:, :2] == 102).all() and (cb[:, 2:] >= 239).all()
     assert (cr[:, :2] >= 239).all() and (cr[:, 2:] == 117).all()
-
-
-# --- flags ---------------------------------------------------------------------------------------
-
-
-def flags(*chunks: torch.Tensor) -> tuple[str, ...]:
-    check = PictureCheck()
-    for chunk in chunks:
-        check.update(to_yuv420(chunk))
-    return check.flags()
-
-
-def still(value: float, frames: int = 4) -> torch.Tensor:
-    return torch.full((1, 3, frames, 16, 16), value)
-
-
-MOVING = torch.rand(1, 3, 4, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-
-
-def test_a_moving_picture_has_no_flags():
-    assert flags(MOVING) == ()
-
-
-def test_black_and_frozen():
-    assert flags(still(-1.0)) == ("black", "frozen")
-    assert flags(still(0.2)) == ("frozen",)
-    assert flags(-1.0 + 0.02 * (MOVING > 0)) == ("black",)
-
-
-def test_one_frame_is_not_frozen():
-    assert flags(still(0.2, 1)) == ()
-    assert flags(still(-1.0, 1)) == ("black",)
-
-
-def test_one_bright_frame_or_a_bright_dot_is_not_black():
-    assert flags(still(-1.0), still(0.5, 1)) == ()
-    dot = still(-1.0)
-    dot[..., :2, :2] = 1.0
-    assert flags(dot) == ("frozen",)
-
-
-def test_chunks_are_seen_as_one_clip():
-    """A change between two chunks counts as a change. Two equal chunks are frozen."""
-    assert flags(still(0.2), still(0.4)) == ()
-    assert flags(still(0.2), still(0.2)) == ("frozen",)
-    assert flags(still(0.2, 1), still(0.4, 1)) == ()

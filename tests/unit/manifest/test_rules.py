@@ -314,6 +314,14 @@ def test_images_in_an_object_store():
         assert root_refused(path, roots, manifest)
 
 
+def test_a_relative_source_of_an_older_dataset_counts_from_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    raw = RawRow("m.jsonl", 3, {"prompt": "a", "images": [{"path": "a.png"}]}, from_failed=True)
+    row = judge(raw, RowRules())
+    assert isinstance(row, LegalRow), row.messages()
+    assert row.request.images[0].path == f"{tmp_path}/a.png"
+
+
 def test_without_roots_images_come_from_the_rows_own_folder():
     assert not root_refused("a.png", (), "/data/m.jsonl")
     assert root_refused("../a.png", (), "/data/m.jsonl")

@@ -128,7 +128,8 @@ def retry_command(output: str, **values: Any) -> ExitCode:
 def promote_command(output: str, ids: frozenset[str] | None, where: Sequence[str], **values: Any) -> ExitCode:
     """Finish chosen previews of OUTPUT from their stored stage-1 latents.
 
-    The clips are those that a whole run would have given. Exit codes are those of render.
+    The clips are those that a whole run would have given, with the same numerics on GPUs of the same model. Exit codes
+    are those of render.
     """
     from ltx_ray.dataset.selection import chosen_items, parse_filter
 

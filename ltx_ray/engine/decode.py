@@ -44,7 +44,8 @@ class DecodeEngine:
         self.device = torch.device(rank.device)
         self.dtype = resolve_dtype(spec.numerics.dtype)
         self.facts = EngineFacts()
-        #: By size of a clip (pixels x frames): the rung that sufficed for it, where that was not the first.
+        #: By size of a clip (pixels x frames): the rung that sufficed for it, where that was not the first. Larger
+        #: clips that needed no higher rung are left out, so there is at most one size for each rung.
         self._rung_by_size: dict[int, int] = {}
 
     def load(self) -> None:
@@ -163,7 +164,8 @@ class DecodeEngine:
                 reason = str(error)
             else:
                 if rung > first:
-                    self._rung_by_size[size] = rung
+                    known_rungs = self._rung_by_size.items()
+                    self._rung_by_size = {s: r for s, r in known_rungs if s < size or r > rung} | {size: rung}
                 self.facts = EngineFacts(decode_rung=rung)
                 return check
             # Outside the except block, where the error and with it the frames' tensors are gone.

@@ -43,7 +43,9 @@ def latents_sha256(named: dict[str, torch.Tensor]) -> str:
     for name, tensor in named.items():
         dtype = str(tensor.dtype).removeprefix("torch.")
         digest.update(f"{name}:{dtype}:{tuple(tensor.shape)}:".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        # A contiguous tensor of one token may have any stride along its axes of size 1. Flattened, it has none of them.
+        flat = tensor.detach().cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

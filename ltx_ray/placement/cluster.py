@@ -147,7 +147,8 @@ class Cluster:
     def _lay_out(self, found: _FreeGpus) -> tuple[list[PoolSpec], Numerics]:
         gpus = self._usable_gpus(found.count)
         device = "cuda" if gpus else "cpu"
-        numerics = resolve(self._requested, self._parallel, device, found.models, has_fa3())
+        transformer = self._checkpoint.transformer
+        numerics = resolve(self._requested, self._parallel, device, found.models, has_fa3(), transformer)
         # Ray shows what is left of a shared GPU as free, so a cluster with other jobs shares GPUs on request only.
         allowed = self._share_cards == "on" or (self._share_cards == "auto" and not self._address)
         share_cards = allowed and found.smallest is not None and self._can_share(numerics, found.smallest)

@@ -50,7 +50,7 @@ def decode_rgb(data: bytes) -> np.ndarray:
     """(H, W, 3) uint8 in sRGB, upright."""
     with open_picture(data) as source:
         image: Image.Image = source
-        is_deep_colour = any(";16" in str(tile.args) for tile in source.tile)
+        is_deep_colour = any(";16" in str(tile.args) for tile in getattr(source, "tile", ()))
         # Pillow turns a TIFF upright while it loads it, and then says that there is nothing left to turn.
         image.load()
         rotation = _rotation(image)

@@ -202,12 +202,18 @@ def _local_gpus() -> _FreeGpus:
 
 
 def _local_gpu_count() -> int:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([v for v in visible.split(",") if v.strip() and v.strip() != "-1"])
     from ray._private.accelerators import NvidiaGPUAcceleratorManager
 
-    return NvidiaGPUAcceleratorManager.get_current_node_num_accelerators()
+    present = NvidiaGPUAcceleratorManager.get_current_node_num_accelerators()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None or not present:
+        return present  # A machine without GPUs has none to show, and ranks would wait for them.
+    count = 0
+    for entry in filter(None, map(str.strip, visible.split(","))):
+        if entry == "-1" or (entry.isdecimal() and int(entry) >= present):
+            break  # As CUDA does, which takes the entries before the first wrong one.
+        count += 1
+    return count
 
 
 def _local_gpu_models() -> tuple[str, ...]:

@@ -83,7 +83,7 @@ def _is_damaged_png(data: bytes) -> bool:
     view, start = memoryview(data), len(_PNG_BEGINNING)
     while start + 12 <= len(data):
         end = start + 8 + int.from_bytes(view[start : start + 4], "big")
-        if view[start + 4 : start + 8] == b"IDAT" and end + 4 <= len(data):
+        if data[start + 4 : start + 8] == b"IDAT" and end + 4 <= len(data):
             if zlib.crc32(view[start + 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
                 return True
         start = end + 4

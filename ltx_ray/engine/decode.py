@@ -80,8 +80,8 @@ class DecodeEngine:
             finally:
                 self._release_cached_memory()
         if stage == Stage.LOAD_LATENTS:
-            latents, location, checked = self.latents.load_stage1(item, self.dtype)
-            self.facts = EngineFacts(stored_at=location, unchecked=not checked)
+            latents, location = self.latents.load_stage1(item, self.dtype)
+            self.facts = EngineFacts(stored_at=location, unchecked=self.latents.unchecked)
             return latents
         assert stage == Stage.SAVE_LATENTS and stages, stage
         location = self.latents.save(item, stages)
@@ -91,8 +91,8 @@ class DecodeEngine:
     def _decode(self, item: WorkItem, stages: tuple[StageLatents, ...]) -> Clip:
         if (self.spec.save_latents or self.spec.stop_after) and not item.preflight:
             self.latents.publish(item, stages)
-            if self.spec.stop_after:
-                # An earlier run may have stored both stages. The preview is of the latents that a promotion continues.
+            if self.spec.stop_after and self.latents.holds_both_stages(item):
+                # An earlier run has stored them. The preview is of the latents that a promotion continues.
                 stages = (self.latents.load_stage1(item, self.dtype)[0],)
         named = named_latents(*stages)
         digest = latents_sha256(named)

@@ -55,7 +55,7 @@ from schedule_pool import SourceManifest
 from schedule_recipe import Recipe, expand, manifest_bytes, parse_recipe, require
 
 from ltx_ray.storage.credentials import masked, without_credentials
-from ltx_ray.storage.locations import parent, resolve
+from ltx_ray.storage.locations import is_in_job_copy, parent, resolve
 from ltx_ray.storage.text import read_text
 
 #: Seconds between two status requests of --wait: at first, and at most.
@@ -105,6 +105,8 @@ def plan(recipe: Recipe, date: str, out_dir: str | Path, command: str) -> Submis
     # The job starts in a folder of its own and needs absolute paths. The id does not depend on them.
     job = submission_id(recipe.name, date, data, ["--output", output, *options])
     output = _resolved("output", output)
+    legal = "a place outside of the copy that Ray makes of a job's working directory, which is lost with it"
+    require("output", output, not is_in_job_copy(output), legal)
     folder = _resolved("--out-dir", str(out_dir))
     require("--out-dir", folder, "://" not in folder, "a local folder")
     path = Path(folder) / f"{recipe.name}-{date}.jsonl"

@@ -3,12 +3,31 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from ltx_ray.stages import Stage
 
 #: Modules that provide FlashAttention-3: that of the package fa3-fwd, and that of a build from source.
 FA3_MODULES = ("fa3_fwd_interface", "flash_attn_interface")
+#: Attention backends that run on GPUs only, and the head widths that they take: multiples of the first number up to the
+#: second. Source: `hopper/flash_api.cpp` of FlashAttention, and `sdp_utils.cpp` of PyTorch, which pads heads for flash.
+GPU_ATTENTION = {"fa3": (8, 256), "cudnn": (8, 128), "flash": (1, 256)}
+#: The widest heads that cudnn takes on Hopper GPUs.
+_CUDNN_ON_HOPPER = 256
+
+
+def widest_heads(attention: str, hopper: bool) -> int:
+    """Channels of the widest heads that a backend of GPU_ATTENTION takes. `hopper`: on GPUs of that generation."""
+    return _CUDNN_ON_HOPPER if attention == "cudnn" and hopper else GPU_ATTENTION[attention][1]
+
+
+def takes_heads(attention: str, head_dims: Collection[int], hopper: bool) -> bool:
+    """Whether a backend takes heads of all of these widths."""
+    if attention not in GPU_ATTENTION:
+        return True
+    multiple, widest = GPU_ATTENTION[attention][0], widest_heads(attention, hopper)
+    return all(dim <= widest and dim % multiple == 0 for dim in head_dims)
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,11 @@ class RenderRequest:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything besides the request that decides the pixels. Weight files count by digest, never by path."""
+    """What besides the request enters the item_id. Weight files count by digest, never by path.
+
+    `noise_device` is the word of the option, "model" or "cpu". Neither the GPU's model, which decides the noise of
+    "model", nor numerics and versions, which change bits within rounding, are known while rows are planned.
+    """
 
     pipeline: str
     dtype: str

@@ -40,6 +40,7 @@ from ltx_ray.manifest.rules import RowRules, check_defaults
 from ltx_ray.placement.cluster import Cluster, Placement, where_to_run
 from ltx_ray.placement.memory import MemoryBudget
 from ltx_ray.placement.numerics import check as check_numerics
+from ltx_ray.placement.numerics import check_widths
 from ltx_ray.placement.sizing import ParallelConfig
 from ltx_ray.planning.plan import ItemBuilder, Plan, PlanEntry
 from ltx_ray.planning.preflight import preflight_item
@@ -155,6 +156,7 @@ def prepare(options: Options) -> Prepared:
     defaults = check_defaults(options.row_defaults)
     check_roots(options.image_roots)
     check_numerics(options.numerics, parallel)
+    check_widths(options.numerics, checkpoint.transformer)
     # Paths of retried and promoted rows count from the manifest that the rows were in first.
     own_folder = () if options.retry_failed or options.promote is not None else (manifest_folder(options.manifest),)
     rules = RowRules(

@@ -7,12 +7,15 @@ second of 8 channels x 16 bins. Source: docs/ltx-2.3.md.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 
 TIME_FACTOR = 8
 SPACE_FACTOR = 32
 #: Stage 1 renders at half of the requested height and width, each of which must be a multiple of `SPACE_FACTOR` there.
 SIZE_MULTIPLE = 2 * SPACE_FACTOR
+#: Pixels of a side that the H.264 encoder of the clips takes.
+LARGEST_SIDE = 16_384
 VIDEO_CHANNELS = 128
 AUDIO_LATENTS_PER_SECOND = 16000 / 160 / 4
 AUDIO_CHANNELS = 8
@@ -71,15 +74,25 @@ class ClipShape:
 def frame_rate_fraction(frame_rate: float) -> Fraction:
     """`frame_rate` as the fraction that is written to the file.
 
-    Decimals of the NTSC rates (23.976, 29.97, 59.94 ...) mean n*1000/1001. Any other number is taken exactly as it was
-    written.
+    An NTSC rate n*1000/1001, rounded to two decimals or more or cut after three or more (23.98, 23.976, 29.97 ...),
+    means that rate. Any other number is taken as it was written, in fractions of denominators up to a million.
     """
+    written = Fraction(repr(float(frame_rate)))
     nearest = round(frame_rate)
-    if nearest > 0 and frame_rate != nearest:
+    if nearest > 0 and written != nearest:
         ntsc = Fraction(nearest * 1000, 1001)
-        if abs(float(ntsc) - frame_rate) < 5e-3:
+        decimals = max(2, _decimals(frame_rate))
+        cut = Fraction(ntsc * 10**decimals // 1, 10**decimals)
+        if written == round(ntsc, decimals) or (decimals > 2 and written == cut):
             return ntsc
-    return Fraction(repr(float(frame_rate))).limit_denominator(100_000)
+    return written.limit_denominator(1_000_000)
+
+
+def _decimals(number: float) -> int:
+    """Decimals with which Python writes `number`."""
+    exponent = Decimal(repr(float(number))).as_tuple().exponent
+    assert isinstance(exponent, int)
+    return max(0, -exponent)
 
 
 def legal_frame_rate(frame_rate: float) -> bool:
@@ -96,6 +109,8 @@ def size_problems(shape: ClipShape) -> list[tuple[str, object, str]]:
             problems.append(
                 (column, value, f"a positive multiple of {SIZE_MULTIPLE} (next: {lower} or {lower + SIZE_MULTIPLE})")
             )
+        elif value > LARGEST_SIDE:
+            problems.append((column, value, f"at most {LARGEST_SIDE}, the longest side that H.264 encoders take"))
     if shape.num_frames < 1 or (shape.num_frames - 1) % TIME_FACTOR:
         lower = max(1, (shape.num_frames - 1) // TIME_FACTOR * TIME_FACTOR + 1)
         problems.append(

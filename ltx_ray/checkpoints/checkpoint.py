@@ -223,7 +223,15 @@ def held_by(checkpoint_path: str) -> dict[str, str]:
 
 
 def check_transformer(checkpoint: Checkpoint) -> None:
-    """Raise ValueError unless the transformer's tensors are those of its config, listing ten of each kind."""
+    """Raise ValueError unless the transformer's tensors are those of its config, listing ten of each kind, and the text
+    is as wide as each stream: so wide do the connectors make it, and rotary tables rely on it."""
+    config = checkpoint.transformer
+    for field, stream in (("cross_attention_dim", config.video), ("audio_cross_attention_dim", config.audio)):
+        if stream.context_dim != stream.dim:
+            raise ValueError(
+                f"{checkpoint.path}: config.transformer.{field} is {stream.context_dim}; legal: {stream.dim}, "
+                f"the heads times the width of one"
+            )
     expected, found = transformer_shapes(checkpoint.transformer), checkpoint.tensors
     other = [name for name in expected.keys() & found.keys() if found[name].shape != expected[name]]
     problems = (

@@ -184,12 +184,37 @@ def open_lora(path: str) -> LoraFile:
 
 def _refuse_reference(header: SafetensorsHeader) -> None:
     """Raise ValueError for an IC-LoRA: without its reference, a clip would be something that nobody asked for."""
-    for key in (prefix + key for key in _REFERENCE_KEYS for prefix in ("", "ss_")):
-        if (value := str(header.metadata.get(key, ""))).lower() not in _UNSET:
+    for key, value in _settings(header.metadata):
+        bare = key.lower().strip().rpartition(".")[2].removeprefix("ss_")
+        if bare in _REFERENCE_KEYS and value.lower().strip() not in _UNSET:
             raise ValueError(
                 f"{header.path}: wants a reference video, which no row can give (its metadata has {key} {value}); "
                 f"legal: a LoRA that works from prompts and images"
             )
+
+
+def _settings(metadata: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The metadata's fields, and those of the JSON objects in them, such as a trainer's configuration.
+
+    A configuration holds defaults too: a scale of 1 in it says nothing.
+    """
+    for key, value in metadata.items():
+        yield key, str(value)
+    inner: list[Any] = []
+    for text in map(str, metadata.values()):
+        if text.lstrip().startswith("{"):
+            try:
+                inner.append(json.loads(text))
+            except (ValueError, RecursionError):
+                continue
+    while inner:
+        table = inner.pop()
+        if isinstance(table, dict):
+            inner += table.values()
+            said = ((key, value) for key, value in table.items() if value is True or value not in (0, 1, {}, []))
+            yield from ((key, str(value)) for key, value in said)
+        elif isinstance(table, list):
+            inner += table
 
 
 def lora_digest(path: str, scheme: int = NEWEST_SCHEME) -> str:
@@ -337,7 +362,7 @@ def check_lora(checkpoint: Checkpoint, path: str) -> str | None:
         if (bad := first_not_finite(tensors)) is not None:
             raise not_finite(bad)
     flat = _flat(linears)
-    others = {name.rpartition(".")[0] for name in lora.header.tensors if not _belongs(name, lora.pairs)}
+    others = {name.rpartition(".")[0] or name for name in lora.header.tensors if not _belongs(name, lora.pairs)}
     left = [stem for stem in (*lora.pairs, *sorted(others)) if _official(stem, linears, flat) is None]
     if not left:
         return None

@@ -84,7 +84,7 @@ class TransformerConfig:
                 in_channels=fields.integer("in_channels", 128),
                 out_channels=fields.integer("out_channels", 128),
                 heads=heads,
-                head_dim=fields.integer("attention_head_dim", 128),
+                head_dim=fields.head_dim("attention_head_dim", 128),
                 context_dim=fields.integer("cross_attention_dim", 4096),
                 max_pos=fields.integers("positional_embedding_max_pos", (20, 2048, 2048)),
             ),
@@ -92,7 +92,7 @@ class TransformerConfig:
                 in_channels=fields.integer("audio_in_channels", 128),
                 out_channels=fields.integer("audio_out_channels", 128),
                 heads=audio_heads,
-                head_dim=fields.integer("audio_attention_head_dim", 64),
+                head_dim=fields.head_dim("audio_attention_head_dim", 64),
                 context_dim=fields.integer("audio_cross_attention_dim", 2048),
                 max_pos=fields.integers("audio_positional_embedding_max_pos", (20,)),
             ),
@@ -119,7 +119,16 @@ class _Fields:
                 raise self.error(field, found, f"{expected!r} (LTX-2.3)")
 
     def integer(self, field: str, default: int) -> int:
-        return self._parsed(field, default, int, "an integer")
+        value = self._parsed(field, default, int, "an integer")
+        if value < 1:
+            raise self.error(field, value, "a positive integer")
+        return value
+
+    def head_dim(self, field: str, default: int) -> int:
+        value = self.integer(field, default)
+        if value % 2:
+            raise self.error(field, value, "an even number, because channels rotate in pairs")
+        return value
 
     def number(self, field: str, default: float) -> float:
         return self._parsed(field, default, float, "a number")

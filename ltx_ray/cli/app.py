@@ -21,6 +21,7 @@ from ltx_ray.cli.options import (
     output_option,
 )
 from ltx_ray.cli.parameters import Argument, AtLeast, Command, IdsFile, Location, Option
+from ltx_ray.cli.streams import open_standard_streams
 from ltx_ray.config import Selection
 from ltx_ray.dataset import layout
 from ltx_ray.dataset.existing import list_existing
@@ -129,7 +130,8 @@ def retry_command(output: str, **values: Any) -> ExitCode:
 def promote_command(output: str, ids: frozenset[str] | None, where: Sequence[str], **values: Any) -> ExitCode:
     """Finish chosen previews of OUTPUT from their stored stage-1 latents.
 
-    The clips are those that a whole run would have given. Exit codes are those of render.
+    The clips are those that a whole run would have given, with the same numerics on GPUs of the same model. Exit codes
+    are those of render.
     """
     from ltx_ray.dataset.selection import chosen_items, parse_filter
 
@@ -282,6 +284,7 @@ def _plan_line(row: PlannedRow) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the console script and of `jobs/render.py`."""
+    open_standard_streams()
     mask_tracebacks()
     app.main(args=list(sys.argv[1:] if argv is None else argv), prog_name="ltx-ray")
 

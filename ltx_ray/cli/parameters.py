@@ -5,7 +5,6 @@ A value that is not legal raises ValueError with the option, the value and what 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ import click
 from click.core import ParameterSource
 
 from ltx_ray.config import LoraSpec
+from ltx_ray.manifest.columns import float32_holds
 from ltx_ray.storage.locations import recorded, resolve
 from ltx_ray.storage.text import read_text
 
@@ -170,8 +170,8 @@ class PathAndStrength(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float]:
         path, strength = value
-        if not (_is_number(strength) and math.isfinite(float(strength))):
-            raise ValueError(f"--lora: {path} {strength}, legal: a finite number as its strength")
+        if not (_is_number(strength) and float32_holds(float(strength))):
+            raise ValueError(f"--lora: {path} {strength}, legal: a finite number as its strength, which float32 holds")
         return Location(local=True).convert(path, param, ctx), float(strength)
 
 

@@ -63,6 +63,17 @@ class ConnectorAttention:
         return torch.cat([(first * cos).addcmul_(-sin, second), (second * cos).addcmul_(sin, first)], dim=-1)
 
 
+class GroupNorm(torch.nn.GroupNorm):
+    """torch.nn.GroupNorm that also takes a single value for each group, which it norms to 0.
+
+    A clip of 64x64 and one frame has one token in stage 1. An upsampler with as many channels as groups then norms
+    single values, which PyTorch refuses with the advice not to train so.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps, torch.backends.cudnn.enabled)
+
+
 def _per_channel(vector: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """(C,) -> (1, C, 1, 1, 1) in the dtype and on the device of `like`."""
     return vector.to(like).view(1, -1, 1, 1, 1)

@@ -18,7 +18,7 @@ import torch
 from ltx_ray.checkpoints import diffusers_layout, single_file
 from ltx_ray.checkpoints.diffusers_layout import Component, refuse_unknown
 from ltx_ray.checkpoints.safetensors import TensorInfo
-from ltx_ray.engine.codec import ConnectorAttention, DiffusersModule, RoundedRope
+from ltx_ray.engine.codec import ConnectorAttention, DiffusersModule, GroupNorm, RoundedRope
 from ltx_ray.engine.fused_decoder import fuse_decoder
 
 Path = str | os.PathLike[str]
@@ -117,8 +117,13 @@ def load_upsampler(path: Path, dtype: torch.dtype, device: Device) -> DiffusersM
     """The latent upsampler as diffusers' LTX2LatentUpsamplerModel."""
     from diffusers.pipelines.ltx2 import LTX2LatentUpsamplerModel
 
-    part = _layout(path).upsampler(str(path))
-    return _materialized(_load(LTX2LatentUpsamplerModel, part, "latent upsampler", dtype, device))
+    module = _load(LTX2LatentUpsamplerModel, _layout(path).upsampler(str(path)), "latent upsampler", dtype, device)
+    for name, norm in list(module.named_modules()):
+        if type(norm) is torch.nn.GroupNorm:
+            ours = GroupNorm(norm.num_groups, norm.num_channels, norm.eps, device="meta")
+            ours.load_state_dict(norm.state_dict(), assign=True)
+            module.set_submodule(name, ours.requires_grad_(False).eval())
+    return _materialized(module)
 
 
 # --- filling a module --------------------------------------------------------------------------------------------

@@ -44,7 +44,8 @@ class DecodeEngine:
         self.device = torch.device(rank.device)
         self.dtype = resolve_dtype(spec.numerics.dtype)
         self.facts = EngineFacts()
-        #: By size of a clip (pixels x frames): the rung that sufficed for it, where that was not the first.
+        #: By size of a clip (pixels x frames): the rung that sufficed for it, where that was not the first. Larger
+        #: clips that needed no higher rung are left out, so there is at most one size for each rung.
         self._rung_by_size: dict[int, int] = {}
 
     def load(self) -> None:
@@ -79,8 +80,8 @@ class DecodeEngine:
             finally:
                 self._release_cached_memory()
         if stage == Stage.LOAD_LATENTS:
-            latents, location, checked = self.latents.load_stage1(item, self.dtype)
-            self.facts = EngineFacts(stored_at=location, unchecked=not checked)
+            latents, location = self.latents.load_stage1(item, self.dtype)
+            self.facts = EngineFacts(stored_at=location, unchecked=self.latents.unchecked)
             return latents
         assert stage == Stage.SAVE_LATENTS and stages, stage
         location = self.latents.save(item, stages)
@@ -90,8 +91,8 @@ class DecodeEngine:
     def _decode(self, item: WorkItem, stages: tuple[StageLatents, ...]) -> Clip:
         if (self.spec.save_latents or self.spec.stop_after) and not item.preflight:
             self.latents.publish(item, stages)
-            if self.spec.stop_after:
-                # An earlier run may have stored both stages. The preview is of the latents that a promotion continues.
+            if self.spec.stop_after and self.latents.holds_both_stages(item):
+                # An earlier run has stored them. The preview is of the latents that a promotion continues.
                 stages = (self.latents.load_stage1(item, self.dtype)[0],)
         named = named_latents(*stages)
         digest = latents_sha256(named)
@@ -163,7 +164,8 @@ class DecodeEngine:
                 reason = str(error)
             else:
                 if rung > first:
-                    self._rung_by_size[size] = rung
+                    known_rungs = self._rung_by_size.items()
+                    self._rung_by_size = {s: r for s, r in known_rungs if s < size or r > rung} | {size: rung}
                 self.facts = EngineFacts(decode_rung=rung)
                 return check
             # Outside the except block, where the error and with it the frames' tensors are gone.

@@ -276,7 +276,8 @@ class DiffusionEngine:
     def _lora_setting(self, item: WorkItem, distilled_strength: float) -> LoraSetting:
         by_name = {use.name: use.strength for use in item.request.loras}
         strengths = [(index, by_name[name]) for index, name in enumerate(self._lora_names) if name in by_name]
-        if self._has_distilled:
+        # The distilled LoRA is the last, so at strength 0 it changes nothing, not even how others are rounded.
+        if self._has_distilled and distilled_strength:
             strengths.append((len(self._lora_names), distilled_strength))
         return LoraSetting(tuple(strengths))
 

@@ -50,9 +50,14 @@ def decode_rgb(data: bytes) -> np.ndarray:
     """(H, W, 3) uint8 in sRGB, upright."""
     with open_picture(data) as source:
         image: Image.Image = source
+        is_deep_colour = any(";16" in str(tile.args) for tile in getattr(source, "tile", ()))
+        # Pillow turns a TIFF upright while it loads it, and then says that there is nothing left to turn.
+        image.load()
         rotation = _rotation(image)
         if is_deep_grey(image):
             image = _in_8_bits(image)
+        elif is_deep_colour:
+            _check_bright(image)
         if rotation:
             image = image.rotate(rotation, expand=True)
         profile = image.info.get("icc_profile")
@@ -85,6 +90,17 @@ def _in_8_bits(image: Image.Image) -> Image.Image:
     grey = Image.fromarray((values // 257).astype(np.uint8))
     grey.info = image.info
     return grey
+
+
+def _check_bright(image: Image.Image) -> None:
+    """Refuse colours of 16 bits, of which Pillow has kept the upper 8, as those of grey are refused."""
+    channels = image.getextrema()[: len(image.mode.removesuffix("A"))]
+    peak = max(int(high) for _, high in channels)  # type: ignore[misc]
+    if 0 < peak <= _DARKEST_PEAK // 256:
+        limit = (peak + 1) * 256
+        raise InvalidImage(
+            f"16 bits a channel of which the brightest is below {limit} of 65535; legal: 8 bits, or all of 16"
+        )
 
 
 def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:

@@ -43,7 +43,9 @@ def latents_sha256(named: dict[str, torch.Tensor]) -> str:
     for name, tensor in named.items():
         dtype = str(tensor.dtype).removeprefix("torch.")
         digest.update(f"{name}:{dtype}:{tuple(tensor.shape)}:".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        # A contiguous tensor of one token may have any stride along its axes of size 1. Flattened, it has none of them.
+        flat = tensor.detach().cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -57,6 +59,8 @@ class LatentStore:
         self.output = output
         folder = hashlib.sha256(output.name.encode()).hexdigest()[:12]
         self.node_cache = Store(str(cache_root() / "kept" / folder))
+        #: Whether the latents that were loaded last had no digest.
+        self.unchecked = False
 
     def publish(self, item: WorkItem, stages: Sequence[StageLatents]) -> str:
         """Write the latents of `stages` to the output, and return where they are. Raises OSError when it refuses."""
@@ -77,20 +81,24 @@ class LatentStore:
         """Remove the copy in this node's cache, if there is one."""
         self.node_cache.delete(latents_path(item.item_id))
 
-    def load_stage1(self, item: WorkItem, dtype: torch.dtype) -> tuple[StageLatents, str, bool]:
-        """Stored stage-1 latents of `item`, where they were (in the output, or else in the node's cache), and whether
-        they were compared with a digest.
+    def holds_both_stages(self, item: WorkItem) -> bool:
+        """Whether the output has latents of both stages of `item`."""
+        return _stored_stages(self.output, item) > 1
+
+    def load_stage1(self, item: WorkItem, dtype: torch.dtype) -> tuple[StageLatents, str]:
+        """Stored stage-1 latents of `item` and where they were: in the output, or else in the node's cache.
 
         Raises StoredLatentsGone when neither has a file of this item with finite latents of the item's sizes in
         `dtype`, with the ledger of their noise, and with the digest in the metadata. Files of older versions have no
-        digest and are taken as they are.
+        digest and are taken as they are, which `unchecked` then says.
         """
         reasons = []
         for store in (self.output, self.node_cache):
             location = join(store.name, latents_path(item.item_id))
             try:
                 latents, checked = _load_stage1(store, item, dtype)
-                return latents, location, checked
+                self.unchecked = not checked
+                return latents, location
             except FileNotFoundError:
                 reasons.append(f"{location}: no such file")
             except (OSError, ValueError) as error:

@@ -22,10 +22,18 @@ LONGEST_ID = 128
 _SHOWN = 120
 ID_PATTERN = re.compile(rf"[A-Za-z0-9._-]{{1,{LONGEST_ID}}}")
 MAX_SEED = 2**63 - 1
+#: The smallest and the largest normal number of float32.
+_SMALLEST, _LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+#: Legal guidance scales and strengths of the distilled LoRA.
+_FLOAT32_LEGAL = "a finite number that float32 holds (0, or from 1.2e-38 to 3.4e+38 in size)"
 
 
 class Mistyped(Exception):
     """The value does not have its column's type."""
+
+
+class InexactInteger(Mistyped):
+    """The value is a float so large that it may have been another integer."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,8 @@ def _integer(value: Any) -> int:
         # pandas stores an integer column with gaps as floats
         if not value.is_integer():
             raise Mistyped
+        if abs(value) >= 2**53:
+            raise InexactInteger
         return int(value)
     return value
 
@@ -111,8 +121,9 @@ def _encodable(value: str) -> bool:
     return "\x00" not in value
 
 
-def _finite(value: float) -> bool:
-    return math.isfinite(value)
+def float32_holds(value: float) -> bool:
+    """Whether float32, in which scales and strengths are computed with, holds `value` at its full precision."""
+    return value == 0 or _SMALLEST <= abs(value) <= _LARGEST
 
 
 def _legal_image(image: ImageCondition) -> bool:
@@ -121,6 +132,7 @@ def _legal_image(image: ImageCondition) -> bool:
         and _encodable(image.path)
         and 0 <= image.frame_idx < 2**31
         and 0 <= image.strength <= 1
+        and float32_holds(image.strength)
         and (image.crf is None or 0 <= image.crf <= 51)
     )
 
@@ -134,7 +146,7 @@ _BLOCKS = pa.list_(pa.int32())
 
 def _guidance(prefix: str, modality_flag: str) -> list[Column]:
     def scale(name: str, flag: str) -> Column:
-        return Column(f"{prefix}_{name}", pa.float64(), _number, "a finite number", _finite, flag)
+        return Column(f"{prefix}_{name}", pa.float64(), _number, _FLOAT32_LEGAL, float32_holds, flag)
 
     return [
         scale("cfg_scale", f"{prefix}-cfg-guidance-scale"),
@@ -154,7 +166,7 @@ def _guidance(prefix: str, modality_flag: str) -> list[Column]:
 
 def _strength(stage: int) -> Column:
     name = f"distilled_lora_strength_stage_{stage}"
-    return Column(name, pa.float64(), _number, "a finite number", _finite, name.replace("_", "-"))
+    return Column(name, pa.float64(), _number, _FLOAT32_LEGAL, float32_holds, name.replace("_", "-"))
 
 
 _COLUMNS = [
@@ -175,7 +187,7 @@ _COLUMNS = [
     _strength(1),
     _strength(2),
     Column("loras", LORA_TYPE, _loras, "a list of {name, strength}, names declared with --lora",
-           lambda v: all(_encodable(use.name) and _finite(use.strength) for use in v)
+           lambda v: all(_encodable(use.name) and float32_holds(use.strength) for use in v)
            and len({use.name for use in v}) == len(v)),
     Column("images", IMAGE_TYPE, _images, "a list of {path, frame_idx, strength, crf}; strength 0 to 1, crf 0 to 51",
            lambda v: all(map(_legal_image, v))),

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from ltx_ray.manifest.columns import COLUMNS, Mistyped, shown
+from ltx_ray.manifest.columns import COLUMNS, InexactInteger, Mistyped, shown
 from ltx_ray.manifest.raw import DAMAGE, FOLDER, RawRow
 from ltx_ray.manifest.values import LARGEST_VALUE, digest_of, without_floats
 from ltx_ray.presets import DEFAULT_IMAGE_CRF, PIPELINES, Pipeline, served_pipelines
@@ -98,6 +98,9 @@ def judge(raw: RawRow, rules: RowRules) -> LegalRow | IllegalRow:
             continue
         try:
             parsed = column.parse(value)
+        except InexactInteger:
+            problems.append(RowProblem(name, value, "an integer, or a float below 2^53 in size: larger are inexact"))
+            continue
         except Mistyped:
             problems.append(RowProblem(name, value, column.legal))
             continue

@@ -1,20 +1,20 @@
 """Implementations of attention without masks, one of which the driver chooses for a run.
 
 All take queries (B, T, H, D), keys and values (B, S, H, D) of any strides whose last axis is contiguous, and return
-(B, T, H, D). Each rounds in its own way, so the run's numerics name the one in use.
+(B, T, H, D), whose tokens may share memory. Each rounds in its own way, so the run's numerics name the one in use.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ltx_ray.config import FA3_MODULES
+from ltx_ray.config import FA3_MODULES, takes_heads
 
 #: (queries, keys, values) -> what each query attends to.
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -30,22 +30,39 @@ _SPLIT_FROM_KEYS = 4096
 _MAX_SPLITS = 8
 
 
-def attention_backend(name: str, device: torch.device | None = None) -> Attend:
-    """The implementation called `name`. Raises RuntimeError saying what is missing where `device` cannot run it."""
+def attention_backend(name: str, device: torch.device | None = None, head_dims: Collection[int] = ()) -> Attend:
+    """The implementation called `name`. Raises RuntimeError saying what is missing where `device` cannot run it, or
+    when it does not take heads of the widths `head_dims`."""
     assert name in BACKENDS, name
     if name == "sdpa":
-        return _sdpa
+        return _passing_a_single_value(_sdpa)
     if device is not None and device.type != "cuda":
         raise RuntimeError(f"attention {name!r} needs CUDA, and this replica runs on {device.type}")
-    if name == "fa3":
-        return _fa3(device)
-    sdp_backend = _SDPA[name]
+    if not takes_heads(name, head_dims, device is not None and _is_hopper(device)):
+        widths = " and ".join(map(str, sorted(set(head_dims))))
+        raise RuntimeError(f"attention {name!r} does not take heads of {widths} channels; legal: --attention sdpa")
+    return _passing_a_single_value(_fa3(device) if name == "fa3" else _pinned(_SDPA[name]))
 
+
+def _passing_a_single_value(attend: Attend) -> Attend:
+    """`attend`, except that queries with a single key get its value, as softmax gives it: cudnn refuses one key."""
+
+    def passing(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return v.expand(-1, q.shape[1], -1, -1) if k.shape[1] == 1 else attend(q, k, v)
+
+    return passing
+
+
+def _pinned(backend: SDPBackend) -> Attend:
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        with sdpa_kernel(sdp_backend):
+        with sdpa_kernel(backend):
             return _sdpa(q, k, v)
 
     return attend
+
+
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == _HOPPER
 
 
 def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -53,7 +70,7 @@ def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 def _fa3(device: torch.device | None) -> Attend:
-    if device is not None and torch.cuda.get_device_capability(device)[0] != _HOPPER:
+    if device is not None and not _is_hopper(device):
         raise RuntimeError(
             f"attention 'fa3' needs a Hopper GPU, and this replica has {torch.cuda.get_device_name(device)}; "
             "legal: --attention cudnn"

@@ -128,7 +128,8 @@ class FusedTransformer:
             if torch.cuda.get_device_capability(device) < _FIRST_FP8:
                 raise RuntimeError(f"precision fp8 needs a GPU that supports it, and {name} does not")
             check_fp8(quantized, name)
-        self._attend = attention_backend(attention, device)
+        streams = model.config.video, model.config.audio
+        self._attend = attention_backend(attention, device, [stream.head_dim for stream in streams])
         self._steps = _steps_for(device)
         self._audio_stream = _AudioCudaStream(device)
 
@@ -365,7 +366,8 @@ class FusedTransformer:
 
     def _gate_and_project(self, heads_out: torch.Tensor, logits: torch.Tensor, out: PackedLinear) -> torch.Tensor:
         if heads_out.stride(1) != heads_out.shape[2] or heads_out.stride(2) != 1:
-            heads_out = heads_out.contiguous()
+            # Unlike `contiguous`, this gives an axis of a single head the stride that the kernel expects, too.
+            heads_out = heads_out.flatten(1).unflatten(1, heads_out.shape[1:])
         return steps.linear(self._steps.apply_gates(heads_out, logits, out.quantized), out)
 
     def _feed_forward(self, s: _FusedStream, block: AVBlock, names: StreamNames, index: int) -> None:

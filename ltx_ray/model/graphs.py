@@ -23,6 +23,11 @@ LAUNCH_BOUND_TOKENS = 20_000
 #: Input shapes whose graphs are kept. A clip size has at most three. Each shape holds its inputs and its results, and
 #: all share one memory pool for what lies between.
 _MAX_SHAPES = 9
+#: Graphs that are kept of one shape. A guided call makes four kinds of passes, and as many again for each stream that
+#: sits out some calls. STG makes another kind of every set of blocks that a row names.
+_MAX_GRAPHS = 16
+#: Kinds of passes that are remembered as seen: all that may have a graph.
+_MAX_SEEN = 2 * _MAX_SHAPES * _MAX_GRAPHS
 _log = logging.getLogger(__name__)
 
 #: What a graph is captured for besides the shapes of its inputs: the perturbation and the enabled streams.
@@ -42,17 +47,20 @@ class _GraphedShape:
     inputs: AV[Modality]
     tables: AV[ModulationTables]
     sources: dict[int, torch.Tensor] = field(default_factory=dict)
-    graphs: dict[_Call, _Graph] = field(default_factory=dict)
+    graphs: OrderedDict[_Call, _Graph] = field(default_factory=OrderedDict)
 
 
 class GraphedTransformer:
-    """A FusedTransformer whose small passes are replayed from graphs, from the second pass of a kind on."""
+    """A FusedTransformer whose small passes are replayed from graphs, from the second pass of a kind on.
+
+    Shapes and graphs are bounded in number, and those that were used longest ago go first.
+    """
 
     def __init__(self, dit: FusedTransformer, max_tokens: int = LAUNCH_BOUND_TOKENS):
         self._dit, self._max_tokens = dit, max_tokens
         self.ropes = dit.ropes
         self._shapes: OrderedDict[Any, _GraphedShape] = OrderedDict()
-        self._seen: set[Any] = set()
+        self._seen: OrderedDict[Any, None] = OrderedDict()
         self._pool: Any = None
 
     def __call__(self, inputs: AV[Modality], perturbation: Perturbation = NO_PERTURBATION) -> AV[torch.Tensor]:
@@ -64,20 +72,23 @@ class GraphedTransformer:
         call = perturbation, inputs.map(lambda modality: modality.enabled)
         if (shapes, call) not in self._seen:
             # The first pass compiles kernels and initialises libraries, which must not happen during a capture.
-            self._seen.add((shapes, call))
+            _make_room(self._seen, _MAX_SEEN)
+            self._seen[shapes, call] = None
             return self._dit.run(inputs, tables, perturbation)
+        self._seen.move_to_end((shapes, call))
         shape = self._shape(shapes, inputs, tables)
         self._copy_inputs(shape, inputs, tables)
         if call not in shape.graphs:
+            _make_room(shape.graphs, _MAX_GRAPHS)
             shape.graphs[call] = self._capture(shape, call)
+        shape.graphs.move_to_end(call)
         captured = shape.graphs[call]
         captured.graph.replay()
         return captured.velocities.map(torch.clone)
 
     def _shape(self, shapes: Any, inputs: AV[Modality], tables: AV[ModulationTables]) -> _GraphedShape:
         if shapes not in self._shapes:
-            if len(self._shapes) == _MAX_SHAPES:
-                self._shapes.popitem(last=False)
+            _make_room(self._shapes, _MAX_SHAPES)
             self._shapes[shapes] = _GraphedShape(inputs.map(_empty_like), tables.map(_empty_like))
         self._shapes.move_to_end(shapes)
         return self._shapes[shapes]
@@ -102,6 +113,12 @@ class GraphedTransformer:
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             velocities = self._dit.run(inputs, shape.tables, perturbation)
         return _Graph(graph, velocities)
+
+
+def _make_room(kept: OrderedDict[Any, Any], most: int) -> None:
+    """Drop what was used longest ago, so that there is room for one more."""
+    while len(kept) >= most:
+        kept.popitem(last=False)
 
 
 def _tensors(inputs: AV[Modality], tables: AV[ModulationTables]) -> list[torch.Tensor]:

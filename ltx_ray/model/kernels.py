@@ -79,7 +79,13 @@ def add_norm_modulate(
     """Do as `steps.add_norm_modulate`, for at most two modulations."""
     rows, width = x.shape
     assert x.is_contiguous() and len(modulations) <= 2, (x.shape, x.stride(), len(modulations))
-    assert residual is None or residual.value.is_contiguous(), residual.value.stride()
+    if residual is not None:
+        assert residual.value.shape == x.shape and residual.value.is_contiguous(), (residual.value.shape, x.shape)
+    tables = [table for m in modulations for table in (m.shift, m.scale)] + ([residual.gate] if residual else [])
+    assert all(table.shape[1] == width for table in tables), ([table.shape for table in tables], width)
+    # A table of several levels needs to know which of them a row has.
+    assert levels is not None or all(len(table) == 1 for table in tables), [table.shape for table in tables]
+    assert levels is None or rows % len(levels.index) == 0, (rows, len(levels.index))
     outs = [_empty_rows(rows, width, x, m.quantize) for m in modulations]
     first, second = ([*zip(modulations, outs, strict=True), (None, None), (None, None)])[:2]
     _add_norm_modulate_kernel[(rows,)](
@@ -170,6 +176,12 @@ def norm_heads_(
     (x, weight), (other, other_weight) = parts[0], parts[-1]
     rows, width = x.shape
     assert len(parts) <= 2 and other.shape == x.shape and x.stride(1) == other.stride(1) == 1, (x.shape, other.shape)
+    assert weight.shape == other_weight.shape == (width,), (weight.shape, other_weight.shape, width)
+    assert width % (2 * heads) == 0, (width, heads)
+    if table is not None:
+        assert table.cos.shape == table.sin.shape == (len(table.cos), width // 2), (table.cos.shape, width)
+        assert table.cos.is_contiguous() and table.sin.is_contiguous(), (table.cos.stride(), table.sin.stride())
+        assert rows % len(table.cos) == 0, (rows, len(table.cos))
     half = width // heads // 2
     _norm_heads_kernel[(rows,)](
         x, weight, x.stride(0), other, other_weight, other.stride(0),
@@ -196,6 +208,7 @@ def _apply_gates_kernel(
 def apply_gates(heads_out: torch.Tensor, logits: torch.Tensor, quantize: bool) -> Activations:
     """Do as `steps.apply_gates`. Heads are contiguous in every row of `heads_out`."""
     rows, heads, head_dim = heads_out.shape
+    assert logits.shape == (rows, heads), (logits.shape, heads_out.shape)
     assert heads_out.stride()[1:] == (head_dim, 1) and logits.stride(1) == 1, (heads_out.stride(), logits.stride())
     out = _empty_rows(rows, heads * head_dim, heads_out, quantize)
     target, row_scale = (out.values, out.scale) if isinstance(out, QuantizedRows) else (out, out)

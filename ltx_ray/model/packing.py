@@ -32,8 +32,10 @@ from ltx_ray.model.transformer import Transformer
 from ltx_ray.parallel.fp8 import FP8
 from ltx_ray.parallel.layers import ShardParameter, shard_parameter
 
-#: Output features come in multiples of this, where rows may be loaded as vectors. fp8 products demand it.
+#: Output features of packed layers that are split come in multiples of this, where rows may be loaded as vectors and
+#: fp8 products demand it. The result of any other layer is read as it is, so it has no padding.
 _MULTIPLE = 16
+_UNSPLIT: set[Packed] = {"out", "up", "down"}
 #: Packed layers of each kind of module, and the layers that each consists of. Gates cost nothing beside the queries of
 #: a cross-attention. Beside queries, keys and values they would break the tiles of the matrix product.
 _SELF_ATTENTION: dict[Packed, tuple[str, ...]] = {"qkv": (TO_Q, TO_K, TO_V), "gates": (TO_GATES,), "out": (TO_OUT,)}
@@ -76,7 +78,8 @@ def _pack_block(block: AVBlock, device: torch.device, dtype: torch.dtype, precis
         modules = [block.get_submodule(f"{name}.{layer}") for layer in layers]
         weights = [cast(ShardParameter, module.weight) for module in modules]
         sizes = tuple(len(weight) for weight in weights)
-        total, inputs = -(-sum(sizes) // _MULTIPLE) * _MULTIPLE, weights[0].shape[1]
+        multiple = 1 if packed in _UNSPLIT else _MULTIPLE
+        total, inputs = -(-sum(sizes) // multiple) * multiple, weights[0].shape[1]
         fp8 = precision == "fp8" and (name, packed) not in _AUDIO_INPUTS
         weight = torch.empty((total, inputs), dtype=FP8 if fp8 else dtype, device=device)
         bias = torch.empty(total, dtype=dtype, device=device)

@@ -5,6 +5,8 @@ A parameter held in fp8 has the attribute `row_scale` (N,). Its values are `data
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 
@@ -27,13 +29,38 @@ def write_values(parameter: nn.Parameter, values: torch.Tensor) -> None:
     if row_scale is None:
         parameter.data.copy_(values)
         return
-    step = max(1, _CHUNK_BYTES // (4 * values.shape[1]))
-    for start in range(0, len(values), step):
-        rows = slice(start, start + step)
+    for rows in _row_chunks(values):
         x32 = values[rows].float()
         scale = (x32.abs().amax(dim=1) / FP8_MAX).clamp_(min=MIN_SCALE)
         row_scale[rows] = scale
         parameter.data[rows] = x32.div_(scale[:, None]).clamp_(-FP8_MAX, FP8_MAX).to(FP8)
+
+
+def write_exactly(parameter: nn.Parameter, values: torch.Tensor, scale: float) -> None:
+    """Write the prequantized `values` (e4m3 or e5m2) times `scale` into a parameter in fp8.
+
+    The scale of a row is `scale` times a power of two, so values of e4m3 are held exactly, and those of e5m2 wherever
+    the range of a row fits into e4m3.
+    """
+    row_scale = row_scale_of(parameter)
+    assert row_scale is not None
+    for rows in _row_chunks(values):
+        x32 = values[rows].float()
+        # The least power of two that brings the row's largest value to at most FP8_MAX.
+        mantissa, exponent = torch.frexp(x32.abs().amax(dim=1) / FP8_MAX)
+        exponent -= (mantissa == 0.5).int()
+        row_scale[rows] = _power_of_two(exponent) * scale
+        parameter.data[rows] = (x32 * _power_of_two(-exponent)[:, None]).to(FP8)
+
+
+def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:
+    """2^exponent of int32 as float32, exact on every device, which `torch.pow` need not be."""
+    return ((exponent.clamp(-126, 127) + 127) << 23).view(torch.float32)
+
+
+def _row_chunks(values: torch.Tensor) -> Iterator[slice]:
+    step = max(1, _CHUNK_BYTES // (4 * values.shape[1]))
+    return (slice(start, start + step) for start in range(0, len(values), step))
 
 
 def read_values(parameter: nn.Parameter) -> torch.Tensor:

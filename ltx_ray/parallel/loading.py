@@ -12,14 +12,14 @@ import queue
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import nn
 
 from ltx_ray.checkpoints.safetensors import TensorInfo, listed
-from ltx_ray.parallel.fp8 import row_scale_of, write_values
+from ltx_ray.parallel.fp8 import row_scale_of, write_exactly, write_values
 from ltx_ray.parallel.layers import RankGroup, ShardParameter, shard_parameter
 
 #: Bytes of a chunk, and threads that read chunks. Each has two pinned buffers, so a rank pins at most 256 MiB.
@@ -44,6 +44,21 @@ class ShardRead:
     info: TensorInfo
     shard_dim: int | None
     target: torch.Tensor
+
+
+def is_prequantized(info: TensorInfo) -> bool:
+    """Whether the file holds the tensor in fp8."""
+    return info.dtype in ("F8_E4M3", "F8_E5M2")
+
+
+def scale_of(info: TensorInfo) -> float:
+    """The number by which the values of a tensor are to be multiplied."""
+    return 1.0 if info.scale is None else info.scale.scalar()
+
+
+def as_stored(info: TensorInfo) -> TensorInfo:
+    """The same tensor without its scale: its values are read as they are in the file."""
+    return replace(info, scale=None)
 
 
 def shard_shape(info: TensorInfo, shard_dim: int | None, tp: RankGroup) -> tuple[int, ...]:
@@ -302,7 +317,8 @@ def load_shard(
     """Fill `module` with this rank's slices of `tensors`, as `dtype` on `device`.
 
     Parameters on the meta device are allocated. Others, which `packing.pack_linears` laid out, are filled in place;
-    those in fp8 are quantized from values that exist in `dtype` for a moment only. Raises ValueError naming the file
+    those in fp8 take the values of prequantized tensors as they are, and others are quantized from values that exist in
+    `dtype` for a moment only. Raises ValueError naming the file
     and the first ten keys when names or shapes do not match, and the tensor when the device's memory is too small.
     """
     expected = dict(module.named_parameters())
@@ -342,6 +358,10 @@ class _QuantizedRead:
     info: TensorInfo
     parameter: ShardParameter
 
+    def dtype(self, computed: torch.dtype) -> torch.dtype:
+        """What the tensor is read as: the file's fp8, or the dtype that is computed in."""
+        return TORCH_DTYPES[self.info.dtype] if is_prequantized(self.info) else computed
+
 
 def _allocated(parameter: ShardParameter, info: TensorInfo, dtype: torch.dtype, device: torch.device) -> ShardParameter:
     try:
@@ -360,10 +380,17 @@ def _load_quantized(reads: list[_QuantizedRead], tp: RankGroup, dtype: torch.dty
         while reads and (not batch or size + reads[0].parameter.numel() * dtype.itemsize <= _QUANTIZED_BATCH_BYTES):
             batch.append(reads.pop(0))
             size += batch[-1].parameter.numel() * dtype.itemsize
-        values = [torch.empty(read.parameter.shape, dtype=dtype, device=device) for read in batch]
+        values = [torch.empty(read.parameter.shape, dtype=read.dtype(dtype), device=device) for read in batch]
         shard_reads = [
-            ShardRead(read.info, read.parameter.shard_dim, target) for read, target in zip(batch, values, strict=True)
+            ShardRead(
+                as_stored(read.info) if is_prequantized(read.info) else read.info, read.parameter.shard_dim, target
+            )
+            for read, target in zip(batch, values, strict=True)
         ]
         for index in read_shards(shard_reads, tp):
-            write_values(batch[index].parameter, values[index])
+            info, parameter = batch[index].info, batch[index].parameter
+            if is_prequantized(info):
+                write_exactly(parameter, values[index], scale_of(info))
+            else:
+                write_values(parameter, values[index])
         del values, shard_reads  # The next batch needs the memory.

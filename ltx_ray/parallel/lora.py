@@ -18,9 +18,9 @@ from torch import nn
 from ltx_ray.checkpoints.lora import Factor, LoraPair, not_finite
 from ltx_ray.checkpoints.safetensors import TensorInfo
 from ltx_ray.parallel.factors import FactorProduct
-from ltx_ray.parallel.fp8 import row_scale_of, write_values
+from ltx_ray.parallel.fp8 import row_scale_of, write_exactly, write_values
 from ltx_ray.parallel.layers import SINGLE_RANK, RankGroup, ShardParameter
-from ltx_ray.parallel.loading import with_context
+from ltx_ray.parallel.loading import as_stored, is_prequantized, scale_of, with_context
 from ltx_ray.parallel.merging import merge_
 from ltx_ray.parallel.weight_cache import FreeMemory, Location, ShardSource, WeightCache, choose_location
 from ltx_ray.records import ModelError
@@ -70,10 +70,9 @@ class LoraMerger:
         first = next((self._weight(name) for name in self._modules), None)
         self._device = first.device if first is not None else torch.device("cpu")
         self._dtype = next((p.dtype for p in module.parameters() if row_scale_of(p) is None), torch.float32)
-        weights = {name: ShardSource(tensors[f"{name}.weight"], self._weight(name).shard_dim) for name in self._modules}
-        self._clean = WeightCache(weights, tp, self._device, self._dtype, peers)
         #: Modules in fp8. Their weights are too coarse to merge into, so every merge fetches the clean ones.
         self._quantized = {name for name in self._modules if row_scale_of(self._weight(name)) is not None}
+        self._clean = WeightCache(dict(self._clean_sources()), tp, self._device, self._dtype, peers)
         self._factors = WeightCache(dict(self._factor_sources()), tp, self._device)
         #: (LoRA, module) of the factors that have been merged before, and answers about those that are new.
         self._checked: set[tuple[int, str]] = set()
@@ -181,14 +180,25 @@ class LoraMerger:
                 info = self._tensors[f"{module}.weight"]
                 if module in self._quantized:
                     (source,) = next(originals)
-                    merged = torch.empty_like(source)
-                    self._merge_one(merged, weight.shard_dim, source, products, info)
-                    write_values(weight, merged)
+                    self._merge_quantized(weight, source, products, info)
                     continue
                 source = next(clean)[1] if module in stale else weight.data
                 self._merge_one(weight.data, weight.shard_dim, source, products, info)
         except RuntimeError as error:
             raise with_context(error, f"merging into {module}.weight") from error
+
+    def _merge_quantized(
+        self, weight: ShardParameter, source: torch.Tensor, products: list[FactorProduct], info: TensorInfo
+    ) -> None:
+        """Merge into a weight in fp8. Without products, a prequantized `source` is held exactly, as by a fresh load."""
+        if is_prequantized(info):
+            if not products:
+                write_exactly(weight, source, scale_of(info))
+                return
+            source = self._multiplied(source, torch.tensor([[scale_of(info)]], device=source.device))
+        merged = torch.empty_like(source)
+        self._merge_one(merged, weight.shard_dim, source, products, info)
+        write_values(weight, merged)
 
     def _check_later(self, index: int, module: str, product: FactorProduct) -> None:
         """Ask the device whether factors are finite, when they are merged for the first time."""
@@ -233,13 +243,16 @@ class LoraMerger:
         value = values[name]
         if factor.scale is None:
             return value.to(self._dtype)
-        scale = values[_scale_name(name)].float().reshape(-1, 1)
-        dequantized = torch.empty(value.shape, dtype=self._dtype, device=value.device)
-        step = max(1, _DEQUANTIZE_BYTES // (4 * value.shape[1]))
-        for start in range(0, value.shape[0], step):
+        return self._multiplied(value, values[_scale_name(name)].float().reshape(-1, 1))
+
+    def _multiplied(self, values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """values (R, C) times the scale (R, 1) or (1, 1) in float32, rounded to the weights' dtype."""
+        product = torch.empty(values.shape, dtype=self._dtype, device=values.device)
+        step = max(1, _DEQUANTIZE_BYTES // (4 * values.shape[1]))
+        for start in range(0, values.shape[0], step):
             rows = slice(start, start + step)
-            dequantized[rows] = value[rows].float().mul_(scale[rows] if len(scale) > 1 else scale)
-        return dequantized
+            product[rows] = values[rows].float().mul_(scale[rows] if len(scale) > 1 else scale)
+        return product
 
     def _by_module(self, setting: LoraSetting) -> dict[str, Strengths]:
         # The reference merges nothing when all strengths are 0.
@@ -260,6 +273,13 @@ class LoraMerger:
                 name = _factor_name(index, module, side)
                 names += [name] if factor.scale is None else [name, _scale_name(name)]
         return names
+
+    def _clean_sources(self) -> Iterator[tuple[str, ShardSource]]:
+        """(name, source) of every weight. Those that a file in fp8 gives to a module in fp8 keep the file's values."""
+        for module in self._modules:
+            info, dim = self._tensors[f"{module}.weight"], self._weight(module).shard_dim
+            stored = module in self._quantized and is_prequantized(info)
+            yield module, ShardSource(as_stored(info), dim, True) if stored else ShardSource(info, dim)
 
     def _factor_sources(self) -> Iterator[tuple[str, ShardSource]]:
         """(name, source) of every factor and of the scales of quantized ones.

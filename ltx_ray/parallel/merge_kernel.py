@@ -83,6 +83,9 @@ def _launch(
 ) -> None:
     a, b, strength = product
     rows, columns = target.shape
+    assert clean.shape == target.shape and a.shape[1] == columns and b.shape == (rows, a.shape[0]), (
+        target.shape, clean.shape, a.shape, b.shape,
+    )  # fmt: skip
     for tensor in (target, clean, delta, a, b):
         assert tensor.stride(1) == 1 and tensor.dtype == target.dtype, (tensor.shape, tensor.stride(), tensor.dtype)
     # Tiles depend on the dtype and not on the shape, because a shard has another shape and must get the same bits.

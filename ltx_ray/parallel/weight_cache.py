@@ -78,10 +78,14 @@ def _free_host_bytes() -> int:
 
 @dataclass(frozen=True)
 class ShardSource:
-    """A tensor in its file, and the axis along which ranks divide it (None: every rank has all of it)."""
+    """A tensor in its file, and the axis along which ranks divide it (None: every rank has all of it).
+
+    `keeps_dtype`: it is not converted to the dtype of the cache.
+    """
 
     info: TensorInfo
     shard_dim: int | None
+    keeps_dtype: bool = False
 
     def read_into(self, target: torch.Tensor) -> ShardRead:
         return ShardRead(self.info, self.shard_dim, target)
@@ -175,7 +179,9 @@ class WeightCache:
             for name in names:
                 if name in self._cached:
                     targets[name].copy_(self._cached[name])
-                self._peers.broadcast_(targets[name], owners[name])
+                tensor = targets[name]
+                # Not every backend of torch.distributed knows the dtypes of fp8.
+                self._peers.broadcast_(tensor.view(torch.uint8) if tensor.itemsize == 1 else tensor, owners[name])
                 yield name, targets[name]
         elif self.location == "host" and self._device.type == "cuda":
             main, side = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)
@@ -280,7 +286,10 @@ class WeightCache:
         side.synchronize()
 
     def _dtype_of(self, name: str) -> torch.dtype:
-        return self._dtype or TORCH_DTYPES[self._sources[name].info.dtype]
+        source = self._sources[name]
+        if self._dtype is None or source.keeps_dtype:
+            return TORCH_DTYPES[source.info.dtype]
+        return self._dtype
 
 
 def _aligned(nbytes: int) -> int:

@@ -147,7 +147,8 @@ class Cluster:
     def _lay_out(self, found: _FreeGpus) -> tuple[list[PoolSpec], Numerics]:
         gpus = self._usable_gpus(found.count)
         device = "cuda" if gpus else "cpu"
-        numerics = resolve(self._requested, self._parallel, device, found.models, has_fa3())
+        transformer = self._checkpoint.transformer
+        numerics = resolve(self._requested, self._parallel, device, found.models, has_fa3(), transformer)
         # Ray shows what is left of a shared GPU as free, so a cluster with other jobs shares GPUs on request only.
         allowed = self._share_cards == "on" or (self._share_cards == "auto" and not self._address)
         share_cards = allowed and found.smallest is not None and self._can_share(numerics, found.smallest)
@@ -201,12 +202,18 @@ def _local_gpus() -> _FreeGpus:
 
 
 def _local_gpu_count() -> int:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([v for v in visible.split(",") if v.strip() and v.strip() != "-1"])
     from ray._private.accelerators import NvidiaGPUAcceleratorManager
 
-    return NvidiaGPUAcceleratorManager.get_current_node_num_accelerators()
+    present = NvidiaGPUAcceleratorManager.get_current_node_num_accelerators()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None or not present:
+        return present  # A machine without GPUs has none to show, and ranks would wait for them.
+    count = 0
+    for entry in filter(None, map(str.strip, visible.split(","))):
+        if entry == "-1" or (entry.isdecimal() and int(entry) >= present):
+            break  # As CUDA does, which takes the entries before the first wrong one.
+        count += 1
+    return count
 
 
 def _local_gpu_models() -> tuple[str, ...]:

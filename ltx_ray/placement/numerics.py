@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Collection
 
-from ltx_ray.config import FA3_MODULES, Numerics, RequestedNumerics
+from ltx_ray.checkpoints.transformer_config import TransformerConfig
+from ltx_ray.config import FA3_MODULES, GPU_ATTENTION, Numerics, RequestedNumerics, takes_heads, widest_heads
 from ltx_ray.placement.sizing import ParallelConfig
 
 #: Legal values of `RequestedNumerics`, by field.
@@ -17,13 +18,13 @@ NUMERICS_CHOICES = {
     "attention": ("auto", "fa3", "cudnn", "flash", "sdpa"),
     "compile": ("auto", "fused", "off"),
 }
-#: Attention backends that run on GPUs only, in bfloat16, and that the fused path alone uses.
-_GPU_ATTENTION = ("fa3", "cudnn", "flash")
 #: Ray's names of the GPUs that FlashAttention-3 is written for.
 _HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 #: Ray's names of GPUs whose tensor cores do not support e4m3, and of those that do not support bfloat16 either.
 WITHOUT_FP8 = ("A100", "A100-40G", "A100-80G", "A10", "A10G", "A30", "A40", "T4", "V100", "P100")
 _WITHOUT_BF16 = ("T4", "V100", "P100")
+#: fp8 products take widths that are multiples of this, and of any other width rows cannot be loaded as vectors.
+_WIDTH_MULTIPLE = 16
 
 
 def has_fa3() -> bool:
@@ -43,7 +44,7 @@ def check(requested: RequestedNumerics, parallel: ParallelConfig) -> None:
             raise ValueError(f"--precision: 'fp8' with {divided}, legal: replicas of one rank for each set of weights")
     if requested.compile == "fused" and divided:
         raise ValueError(f"--compile: 'fused' with {divided}, legal: auto or off")
-    if requested.attention in _GPU_ATTENTION:
+    if requested.attention in GPU_ATTENTION:
         if requested.compile == "off" or divided:
             why = divided or "--compile off"
             raise ValueError(f"--attention: {requested.attention!r} with {why}, legal: auto or sdpa")
@@ -51,29 +52,43 @@ def check(requested: RequestedNumerics, parallel: ParallelConfig) -> None:
             raise ValueError(f"--attention: {requested.attention!r} with --dtype float32, legal: auto or sdpa")
 
 
+def check_widths(requested: RequestedNumerics, transformer: TransformerConfig) -> None:
+    """Raise ValueError for what no GPU does at the transformer's widths."""
+    if requested.attention in GPU_ATTENTION or requested.device == "cuda":
+        _check_widths_on_gpu(requested, (), transformer)
+
+
 def resolve(
-    requested: RequestedNumerics, parallel: ParallelConfig, device: str, gpu_models: Collection[str], fa3: bool
+    requested: RequestedNumerics,
+    parallel: ParallelConfig,
+    device: str,
+    gpu_models: Collection[str],
+    fa3: bool,
+    transformer: TransformerConfig | None = None,
 ) -> Numerics:
     """`requested` on `device` ("cuda" or "cpu"), with every "auto" replaced by the fastest that is supported there.
 
     `gpu_models`: Ray's names of the cluster's GPUs, empty when they are unknown. `fa3`: whether FlashAttention-3 is
-    installed. Raises ValueError when the device does not support what was asked for.
+    installed. `transformer`: the model that is to be run; None for one of the released widths. Raises ValueError when
+    the device does not support what was asked for, or not at these widths.
     """
     on_gpu = device == "cuda"
-    if requested.attention in _GPU_ATTENTION and not on_gpu:
+    if requested.attention in GPU_ATTENTION and not on_gpu:
         raise ValueError(f"--attention: {requested.attention!r} without a GPU, legal: auto or sdpa")
     if on_gpu and requested.precision == "fp8" and (old := [name for name in gpu_models if name in WITHOUT_FP8]):
         raise ValueError(
             f"--precision: 'fp8' on {old[0]}, legal: bf16, or GPUs that support fp8 (Ada, Hopper and later)"
         )
-    compiled = _resolve_compile(requested, parallel, on_gpu, gpu_models)
+    if on_gpu:
+        _check_widths_on_gpu(requested, gpu_models, transformer)
+    compiled = _resolve_compile(requested, parallel, on_gpu, gpu_models, transformer)
     fused = compiled == "fused"
     return Numerics(
         dtype=requested.dtype,
         precision=requested.precision,
         noise_device=requested.noise_device,
         device=device,
-        attention=_resolve_attention(requested, fused and on_gpu, gpu_models, fa3),
+        attention=_resolve_attention(requested, fused and on_gpu, gpu_models, fa3, transformer),
         # One call with two guidance passes is 1 to 4 % faster than two calls (docs/benchmarks.md).
         guidance_batching=2 if fused and parallel.guidance_parallel == 1 else 1,
         compile=compiled,
@@ -84,8 +99,30 @@ def resolve(
     )
 
 
+def _check_widths_on_gpu(
+    requested: RequestedNumerics, gpu_models: Collection[str], transformer: TransformerConfig | None
+) -> None:
+    # Where the models are unknown, the replicas find out.
+    hopper = not gpu_models or _all_hopper(gpu_models)
+    if not takes_heads(requested.attention, _head_dims(transformer), hopper):
+        heads, where = " and ".join(map(str, _head_dims(transformer))), " or ".join(gpu_models)
+        multiple, widest = GPU_ATTENTION[requested.attention][0], widest_heads(requested.attention, hopper)
+        raise ValueError(
+            f"--attention: {requested.attention!r}{where and f' on {where}'} with heads of {heads} channels, legal: "
+            f"auto or sdpa, or a model whose heads have up to {widest} channels, in multiples of {multiple}"
+        )
+    if requested.precision == "fp8" and (odd := _odd_widths(transformer)):
+        raise ValueError(
+            f"--precision: 'fp8' with {odd}, legal: bf16, or a model whose widths are multiples of {_WIDTH_MULTIPLE}"
+        )
+
+
 def _resolve_compile(
-    requested: RequestedNumerics, parallel: ParallelConfig, on_gpu: bool, gpu_models: Collection[str]
+    requested: RequestedNumerics,
+    parallel: ParallelConfig,
+    on_gpu: bool,
+    gpu_models: Collection[str],
+    transformer: TransformerConfig | None,
 ) -> str:
     if requested.compile != "auto":
         return requested.compile
@@ -93,16 +130,43 @@ def _resolve_compile(
         return "fused"
     with_bf16 = not any(name in _WITHOUT_BF16 for name in gpu_models)
     supported = on_gpu and with_bf16 and requested.dtype == "bfloat16" and not _dividing_option(parallel)
-    return "fused" if supported else "off"
+    # The fused path is right at any width, and no faster where rows cannot be loaded as vectors.
+    wanted = not _odd_widths(transformer) or requested.attention in GPU_ATTENTION
+    return "fused" if supported and wanted else "off"
 
 
-def _resolve_attention(requested: RequestedNumerics, fused_on_gpu: bool, gpu_models: Collection[str], fa3: bool) -> str:
+def _resolve_attention(
+    requested: RequestedNumerics,
+    fused_on_gpu: bool,
+    gpu_models: Collection[str],
+    fa3: bool,
+    transformer: TransformerConfig | None,
+) -> str:
     if requested.attention != "auto":
         return requested.attention
     if not fused_on_gpu or requested.dtype != "bfloat16":
         return "sdpa"
-    hopper = bool(gpu_models) and all(name in _HOPPER for name in gpu_models)
-    return "fa3" if hopper and fa3 else "cudnn"
+    hopper = bool(gpu_models) and _all_hopper(gpu_models)
+    fastest = ("fa3", "cudnn") if hopper and fa3 else ("cudnn",)
+    return next((name for name in fastest if takes_heads(name, _head_dims(transformer), hopper)), "sdpa")
+
+
+def _all_hopper(gpu_models: Collection[str]) -> bool:
+    return all(name in _HOPPER for name in gpu_models)
+
+
+def _head_dims(transformer: TransformerConfig | None) -> tuple[int, ...]:
+    """Widths of the heads of the video's attention, and of all other attention. The released ones need no check."""
+    return () if transformer is None else (transformer.video.head_dim, transformer.audio.head_dim)
+
+
+def _odd_widths(transformer: TransformerConfig | None) -> str:
+    """The streams whose width, which is that of their text too, is no multiple of 16; "" for none."""
+    if transformer is None:
+        return ""
+    streams = {"video": transformer.video, "audio": transformer.audio}
+    odd = [f"{name} {stream.dim} wide" for name, stream in streams.items() if stream.dim % _WIDTH_MULTIPLE]
+    return " and ".join(odd)
 
 
 def _dividing_option(parallel: ParallelConfig) -> str:

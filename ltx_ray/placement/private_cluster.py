@@ -40,6 +40,8 @@ class PrivateCluster:
         os.environ.pop("RAY_RUNTIME_ENV_HOOK", None)
         # The environment of the job that this run may be, on another cluster.
         os.environ.pop("RAY_JOB_CONFIG_JSON_ENV_VAR", None)
+        # Certificates are for other machines. Without any, Ray waits for minutes.
+        os.environ["RAY_USE_TLS"] = "0"
         if "ray" in sys.modules:
             # It has read the mode already, and without one it took "disabled".
             os.environ.setdefault("RAY_AUTH_MODE", "disabled")

@@ -1,6 +1,8 @@
 """The item_id, which names a clip: a hash of the resolved request and the recipe.
 
-Paths, pool sizes and versions do not enter it.
+It has what decides the clip and is known while rows are planned. Not in it are paths and ids; the model of the GPU that
+draws the noise, which `dataset.json` has and a run checks; and what changes bits within rounding: attention, kernels,
+layouts, GPUs and versions, which each row of the index records (docs/dataset.md#schemes).
 """
 
 from __future__ import annotations

@@ -19,6 +19,19 @@ _BEGINNINGS = {
     b"8BPS": "a Photoshop document",
     b"\x89PNG": "a PNG picture",
     b"\xff\xd8\xff": "a JPEG picture",
+    b"GIF8": "a GIF picture",
+    b"II*\0": "a TIFF picture",
+    b"MM\0*": "a TIFF picture",
+    b"II+\0": "a TIFF picture",
+    b"MM\0+": "a TIFF picture",
+    b"\0\0\0\x0cjP  ": "a JPEG 2000 picture",
+    b"\xff\x4f\xff\x51": "a JPEG 2000 picture",
+    b"\xff\x0a": "a JPEG XL picture",
+    b"\0\0\0\x0cJXL ": "a JPEG XL picture",
+    b"\x76\x2f\x31\x01": "an OpenEXR picture",
+    b"\0\0\x01\0": "an icon",
+    b"\0\x05\x16\x07": "what macOS keeps beside a file",
+    b"\x1a\x45\xdf\xa3": "a video",
 }
 #: What text begins with, in lower case and after blanks.
 _TEXTS = {"<!doctype html": "a web page", "<html": "a web page", "<svg": "an SVG drawing"}
@@ -36,10 +49,12 @@ def named_kind(head: bytes) -> str | None:
     for beginning, kind in _BEGINNINGS.items():
         if head.startswith(beginning):
             return kind
+    if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
+        return "a WebP picture"
     if head[4:8] == b"ftyp":
         return _BRANDS.get(head[8:12], "a video")
     text = head[:HEAD_BYTES].decode("utf-8-sig", "replace").lstrip().lower()
     for tag, kind in _TEXTS.items():
         if text.startswith(tag) or (text.startswith(("<?xml", "<!--")) and tag in text):
             return kind
-    return None
+    return "an XML document" if text.startswith("<?xml") else None

@@ -76,6 +76,8 @@ def read_image(path: str) -> bytes:
     try:
         store = Store(path)
         info = store.fs.get_file_info(store.root)
+        if info.type == pafs.FileType.Directory:
+            raise ValueError("no such file, but a folder")
         if info.type != pafs.FileType.File:
             raise ValueError("no such file")
         if info.size > MAX_BYTES:

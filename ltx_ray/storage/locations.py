@@ -18,6 +18,9 @@ _URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/+)(.*)", re.DOTALL)
 #: Where Ray unpacks the working directory of a job, below the folder of its session.
 _COPIES = re.compile(r"(.*/runtime_resources/working_dir_files/[^/]+)(?:/(.*))?", re.DOTALL)
 
+#: Elsewhere in the folder of a Ray session, such as ../../out in a job.
+_SESSIONS = re.compile(r".*/session_\d{4}-\d\d-\d\d_[-_\d]+(?:/.*)?", re.DOTALL)
+
 
 def resolve(path: str, folder: str | None = None) -> str:
     """The location that `path` means. Resolving it again changes nothing.
@@ -131,5 +134,9 @@ def recorded(location: str) -> str:
 
 
 def is_in_job_copy(location: str) -> bool:
-    """Whether a local path is in Ray's copy of a job's working directory, which goes when Ray's session ends."""
-    return "://" not in location and any(_COPIES.fullmatch(path) for path in (location, os.path.realpath(location)))
+    """Whether a local path is in Ray's copy of a job's working directory, or elsewhere in the folder of a Ray session.
+
+    That folder goes with the session.
+    """
+    paths = () if "://" in location else (location, os.path.realpath(location))
+    return any(_COPIES.fullmatch(path) or _SESSIONS.fullmatch(path) for path in paths)

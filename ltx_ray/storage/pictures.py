@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import warnings
+import zlib
 
 from PIL import Image, UnidentifiedImageError
 
@@ -18,7 +19,10 @@ from ltx_ray.storage.file_kinds import named_kind
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 _SHOWN_FORMATS = "AVIF, BMP, GIF, JPEG, JPEG 2000, PNG, PPM, TIFF and WebP"
 #: Kinds of files that are among these formats.
-_READABLE = ("a PNG picture", "a JPEG picture", "an AVIF picture")
+_READABLE = (
+    "a PNG picture", "a JPEG picture", "an AVIF picture", "a GIF picture", "a TIFF picture",
+    "a WebP picture", "a JPEG 2000 picture",
+)  # fmt: skip
 #: Pillow's modes whose conversion to RGB keeps what the picture shows.
 _MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"})
 #: A picture of more pixels is refused. Pillow takes it for a decompression bomb; it would take gigabytes.
@@ -27,6 +31,8 @@ MAX_PIXELS = 89_478_485
 MAX_ENCODED_SIDE = 16_384
 #: Numbers of TIFF's tags, and the value with which 0 is black.
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _BLACK_IS_ZERO = 258, 262, 1
+_SAMPLE_FORMAT, _UNSIGNED = 339, 1
+_PNG_BEGINNING = b"\x89PNG\r\n\x1a\n"
 
 
 class InvalidImage(ValueError):
@@ -35,6 +41,8 @@ class InvalidImage(ValueError):
 
 def open_picture(data: bytes) -> Image.Image:
     """The picture in `data`, of which the header is read and the first frame is current. Raises InvalidImage."""
+    if _is_damaged_png(data):
+        raise InvalidImage("a PNG picture whose data is damaged: its checksum is wrong")
     Image.init()
     try:
         with warnings.catch_warnings():
@@ -57,7 +65,29 @@ def open_picture(data: bytes) -> Image.Image:
         raise InvalidImage(f"{width} x {height} pixels; legal: 1 to {MAX_PIXELS}")
     if image.mode not in _MODES and not is_deep_grey(image):
         raise InvalidImage(f"pixels of mode {image.mode} have no defined RGB; legal: 8 bits a channel, or 16 of grey")
+    tags = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
+    if set(tags.get(_SAMPLE_FORMAT, ())) - {_UNSIGNED}:
+        raise InvalidImage("pixels with a sign have no defined RGB; legal: 8 bits a channel, or 16 of grey")
+    if image.mode == "P" and image.palette is None:
+        raise InvalidImage("a picture of colours by number without its palette; legal: one with its palette")
     return image
+
+
+def _is_damaged_png(data: bytes) -> bool:
+    """Whether pixels of a PNG have changed since it was written. Pillow does not look, and damage may come out black.
+
+    What was cut off is found when it is decoded.
+    """
+    if not data.startswith(_PNG_BEGINNING):
+        return False
+    view, start = memoryview(data), len(_PNG_BEGINNING)
+    while start + 12 <= len(data):
+        end = start + 8 + int.from_bytes(view[start : start + 4], "big")
+        if data[start + 4 : start + 8] == b"IDAT" and end + 4 <= len(data):
+            if zlib.crc32(view[start + 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
+                return True
+        start = end + 4
+    return False
 
 
 def is_deep_grey(image: Image.Image) -> bool:

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
+from ltx_ray.checkpoints.checkpoint import open_checkpoint
 from ltx_ray.config import EngineSpec, GangLayout, ModelFiles, RequestedNumerics
 from ltx_ray.engine import base
 from ltx_ray.engine.decode import DecodeEngine, latents_sha256, named_latents
@@ -16,12 +18,13 @@ from ltx_ray.engine.diffusion import DiffusionEngine
 from ltx_ray.engine.text import TextEngine
 from ltx_ray.manifest.reader import RawRow
 from ltx_ray.manifest.rules import LegalRow, RowRules, judge
-from ltx_ray.placement.numerics import resolve
+from ltx_ray.placement.numerics import has_fa3, resolve
 from ltx_ray.placement.sizing import ParallelConfig
 from ltx_ray.planning.plan import ItemBuilder
 from ltx_ray.presets import served_pipelines
 from ltx_ray.records import StageLatents, WorkItem
 from ltx_ray.stages import DIFFUSION_STAGES, Stage
+from ltx_ray.toy import ToyShape, make_toy_model
 
 DEVICE = "cuda"
 GOLDENS = Path(__file__).parents[1] / "parity" / "goldens"
@@ -52,12 +55,23 @@ class Engines:
     """Text and diffusion of one model on one device, in this process."""
 
     def __init__(
-        self, toy, device: str, dtype: str, noise_device: str = "cpu", distilled: bool = False, precision: str = "bf16"
+        self,
+        toy,
+        device: str,
+        dtype: str,
+        noise_device: str = "cpu",
+        distilled: bool = False,
+        precision: str = "bf16",
+        attention: str = "auto",
+        compiled: str = "auto",
     ):
         files = {**toy, "distilled_lora": None} if distilled else toy
         self.model = ModelFiles(**files, distilled=distilled)
-        asked = RequestedNumerics(dtype=dtype, noise_device=noise_device, precision=precision)
-        self.numerics = resolve(asked, ParallelConfig(), device, (), False)
+        asked = RequestedNumerics(
+            dtype=dtype, noise_device=noise_device, precision=precision, attention=attention, compile=compiled
+        )
+        transformer = open_checkpoint(files["checkpoint_path"]).transformer
+        self.numerics = resolve(asked, ParallelConfig(), device, (), False, transformer)
         self.rank = base.Rank(0, 1, base.join_gang(device, 0, 1, None, 60))
         self.text, self.diffusion = TextEngine(self.spec(), self.rank), DiffusionEngine(self.spec(), self.rank)
         self.text.load()
@@ -153,6 +167,45 @@ def test_fp8_is_repeatable_and_near_bf16(toy, latents):
     assert latents_sha256(first) == latents_sha256(again)
     for name, error in distances(first, latents("hq-text", DEVICE, "bfloat16")).items():
         assert 1e-3 <= error <= 0.5, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("attention", ["cudnn", "flash", "sdpa", *(["fa3"] if has_fa3() else [])])
+@pytest.mark.parametrize("size", [(64, 64), (128, 192)])
+def test_a_clip_of_one_frame(toy, attention, size, tmp_path):
+    """Its sound is one latent, which is a single key, and at 64x64 its picture is one token in stage 1."""
+    row = {**ROW, "num_frames": 1, "height": size[0], "width": size[1]}
+    found = named_latents(*Engines(toy, DEVICE, "bfloat16", attention=attention).stages(row, str(tmp_path)))
+    expected = named_latents(*Engines(toy, "cpu", "bfloat16").stages(row))
+    assert found["stage_1.audio"].shape == (1, 8, 1, 16)
+    for name, error in distances(found, expected).items():
+        assert error <= 0.3, f"{name}: {error:.1e}"  # An upsampler that sees one token makes differences much larger.
+
+
+@pytest.mark.parametrize(
+    ("attention", "compiled"), [("auto", "auto"), ("auto", "fused"), ("flash", "fused"), ("sdpa", "off")]
+)
+@pytest.mark.parametrize("widths", [(3, 24, 8), (1, 62, 10), (8, 62, 10)])
+def test_other_widths(tmp_path, widths, attention, compiled):
+    """Whole clips, where auto decides and where a user insists."""
+    heads, head_dim, audio_head_dim = widths
+    shape = ToyShape(layers=3, heads=heads, head_dim=head_dim, audio_head_dim=audio_head_dim)
+    files, row = make_toy_model(tmp_path, seed=1, shape=shape), {**ROW, "video_stg_blocks": [1]}
+    found = Engines(files, DEVICE, "bfloat16", attention=attention, compiled=compiled)
+    distant = distances(
+        named_latents(*found.stages(row)), named_latents(*Engines(files, "cpu", "bfloat16").stages(row))
+    )
+    for name, error in distant.items():
+        assert error <= BF16_FLOOR[name.partition(".")[0]] * 3, f"{name}: {error:.1e}"
+
+
+def test_other_widths_in_float32_agree_with_the_cpu(tmp_path):
+    """The model of other widths of tests/parity, against a CPU."""
+    with safe_open(GOLDENS / "widths" / "base.safetensors", "pt") as file:
+        shape = ToyShape(**json.loads(file.metadata()["shape"]))
+    files = make_toy_model(tmp_path, seed=1, shape=shape)
+    layers = {**ROW, "video_stg_blocks": [0]}
+    on_gpu, on_cpu = (named_latents(*Engines(files, d, "float32").stages(layers)) for d in (DEVICE, "cpu"))
+    assert max(distances(on_gpu, on_cpu).values()) <= 1e-4
 
 
 @pytest.mark.parametrize("noise_device", ["cpu", "model"])

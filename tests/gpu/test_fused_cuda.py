@@ -7,9 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from ltx_ray.checkpoints.checkpoint import open_checkpoint
+from ltx_ray.config import takes_heads
 from ltx_ray.model import graphs, steps
+from ltx_ray.model.attention_backends import attention_backend
 from ltx_ray.model.fused import FusedTransformer
 from ltx_ray.model.graphs import GraphedTransformer
 from ltx_ray.model.packed_linear import PackedLinear
@@ -17,11 +20,12 @@ from ltx_ray.model.packing import pack_linears
 from ltx_ray.model.rope import RopeTable, audio_positions, video_positions
 from ltx_ray.model.steps import Modulation, QuantizedRows, Residual, TokenLevels
 from ltx_ray.model.transformer import NO_PERTURBATION, Modality, Perturbation, Transformer
-from ltx_ray.parallel.fp8 import FP8
-from ltx_ray.parallel.layers import RankGroup
+from ltx_ray.parallel.fp8 import FP8, read_values, write_exactly
+from ltx_ray.parallel.layers import RankGroup, shard_parameter
 from ltx_ray.parallel.loading import load_shard
 from ltx_ray.placement.numerics import has_fa3
 from ltx_ray.records import AV
+from ltx_ray.toy import ToyShape, make_toy_model
 from tests.support.transformers import SHAPE, Inputs, load_ours, relative
 
 DEVICE = torch.device("cuda")
@@ -217,6 +221,106 @@ def test_graphs_of_many_kinds_of_passes_do_not_mix(toy, monkeypatch, attention):
             inputs = latents.map(modality, contexts, ropes, AV(times, at[:, None]), index, AV(True, sound))
             for ours, right in zip(graphed(inputs), eager(inputs), strict=True):
                 assert torch.equal(ours, right), number
+
+
+def test_a_sweep_over_stg_blocks_keeps_a_bounded_number_of_graphs(toy, monkeypatch):
+    """More kinds of passes than are kept, in turns, have the bits of passes without graphs."""
+    monkeypatch.setattr(graphs, "_MAX_GRAPHS", 2)
+    model, inputs = packed_model(toy["checkpoint_path"]), Inputs.random(load_ours(toy["checkpoint_path"]), seed=4)
+    eager, graphed = FusedTransformer(model, "cudnn"), GraphedTransformer(FusedTransformer(model, "cudnn"))
+    ropes = eager.ropes(positions(), torch.bfloat16)
+    kinds = [Perturbation(values_only=AV(frozenset(blocks), frozenset())) for blocks in ((0,), (1,), (0, 1), ())]
+    for number in range(12):
+        perturbation = kinds[number % 4 if number < 8 else 0]
+        for _ in range(2):
+            found = call(graphed, ropes, inputs, perturbation, 0.1 + 0.05 * number)
+            right = call(eager, ropes, inputs, perturbation, 0.1 + 0.05 * number)
+            assert all(torch.equal(ours, expected) for ours, expected in zip(found, right, strict=True))
+    assert all(len(shape.graphs) <= 2 for shape in graphed._shapes.values())
+
+
+@pytest.mark.parametrize("queries", [1, 40])
+@pytest.mark.parametrize("attention", BACKENDS)
+def test_one_key_gives_its_value(normal, attention, queries):
+    q, k, v = (normal(2, tokens, 4, 64).bfloat16() for tokens in (queries, 1, 1))
+    found = attention_backend(attention, DEVICE, (64,))(q, k, v)
+    assert torch.equal(found, v.expand(2, queries, 4, 64))
+
+
+@pytest.mark.parametrize("attention", BACKENDS)
+def test_one_query_on_many_keys(normal, attention):
+    """The sound of a clip of one frame, which looks at its picture."""
+    q, k, v = (normal(2, tokens, 4, 64).bfloat16() for tokens in (1, 2000, 2000))
+    exact = F.scaled_dot_product_attention(*(t.float().transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+    assert relative(attention_backend(attention, DEVICE, (64,))(q, k, v).float(), exact) <= 1e-2
+
+
+def test_kernels_refuse_tensors_of_other_shapes(normal):
+    """Read with the pitch of the stream, a residual with padding would be silent garbage."""
+    from ltx_ray.model import kernels
+
+    x, table = normal(6, 60), normal(1, 60)
+    modulation = Modulation(table, table)
+
+    def refused(run, *args) -> None:
+        with pytest.raises(AssertionError):
+            run(*args)
+
+    def modulated(residual=None, modulation=modulation, levels=None) -> None:
+        kernels.add_norm_modulate(x.clone(), residual, [modulation], levels, "rms", 1e-6)
+
+    modulated(Residual(normal(6, 60), table))
+    refused(modulated, Residual(normal(6, 64), table))
+    refused(modulated, Residual(normal(6, 64)[:, :60], table))
+    refused(modulated, Residual(normal(6, 60), normal(1, 64)))
+    refused(modulated, None, Modulation(normal(1, 64), normal(1, 64)))
+    refused(modulated, None, Modulation(normal(2, 60), normal(2, 60)))
+    refused(modulated, None, modulation, TokenLevels(torch.zeros(4, dtype=torch.int32, device=DEVICE)))
+    rope = RopeTable(normal(3, 30), normal(3, 30))
+    kernels.norm_heads_([(x.clone(), normal(60))], 3, 1e-6, rope)
+    refused(kernels.norm_heads_, [(x, normal(64))], 3, 1e-6, rope)
+    refused(kernels.norm_heads_, [(x, normal(60))], 4, 1e-6, rope)
+    refused(kernels.norm_heads_, [(x, normal(60))], 3, 1e-6, RopeTable(normal(3, 32), normal(3, 32)))
+    refused(kernels.norm_heads_, [(x, normal(60))], 3, 1e-6, RopeTable(normal(4, 30), normal(4, 30)))
+    refused(kernels.apply_gates, normal(6, 3, 20), normal(6, 4), False)
+
+
+#: (heads, head width, head width of the audio): stream widths that are no multiples of 16, hidden widths that are not
+#: either, one head, and heads that are no multiples of 8.
+OTHER_WIDTHS = [(3, 24, 8), (1, 62, 10), (4, 20, 14), (8, 62, 10)]
+
+
+@pytest.mark.parametrize("levels", [1, 3])
+@pytest.mark.parametrize("widths", OTHER_WIDTHS)
+@pytest.mark.parametrize("attention", BACKENDS)
+def test_other_widths_are_as_exact_or_refused(tmp_path, attention, widths, levels):
+    heads, head_dim, audio_head_dim = widths
+    shape = ToyShape(layers=2, heads=heads, head_dim=head_dim, audio_head_dim=audio_head_dim)
+    path = make_toy_model(tmp_path, seed=1, shape=shape)["checkpoint_path"]
+    model, plain = packed_model(path), load_ours(path)
+    hopper = torch.cuda.get_device_capability()[0] == 9
+    if not takes_heads(attention, (head_dim, audio_head_dim), hopper):
+        with pytest.raises(RuntimeError, match="does not take heads of"):
+            FusedTransformer(model, attention)
+        return
+    inputs, fused = Inputs.random(plain, seed=3), FusedTransformer(model, attention)
+    fused.warm_up()
+    for name, perturbation in PASSES.items():
+        right = exact(plain, inputs, perturbation, levels)
+        found = call(fused, fused.ropes(positions(), torch.bfloat16), inputs, perturbation, levels=levels)
+        rounded = call(model, model.ropes(positions(), torch.bfloat16), inputs, perturbation, levels=levels)
+        for ours, theirs, expected in zip(found, rounded, right, strict=True):
+            assert relative(ours, expected) <= 1.2 * relative(theirs, expected), name
+
+
+def test_prequantized_values_are_held_exactly(normal, tmp_path):
+    """Written on the GPU, where powers of two need not be exact."""
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        values = (normal(64, 48) * torch.logspace(-4, 0, 64, device=DEVICE)[:, None]).to(dtype)
+        parameter = shard_parameter(torch.empty(values.shape, dtype=FP8, device=DEVICE), None)
+        parameter.row_scale = torch.empty(64, device=DEVICE)
+        write_exactly(parameter, values, 0.0371)
+        assert torch.equal(read_values(parameter), values.float() * 0.0371)
 
 
 def test_fp8_is_near(toy):

@@ -17,6 +17,7 @@ from ltx_ray.parallel.fp8 import read_values, row_scale_of, write_values
 from ltx_ray.parallel.layers import RankGroup
 from ltx_ray.parallel.loading import load_shard
 from ltx_ray.records import AV
+from ltx_ray.toy import ToyShape, make_toy_model
 from tests.support.transformers import SHAPE, Inputs, load_ours, relative
 
 BOTH = AV(True, True)
@@ -143,3 +144,26 @@ def test_warming_up_changes_no_weight(toy):
     before = {name: parameter.clone() for name, parameter in packed.named_parameters()}
     FusedTransformer(packed).warm_up()
     assert all(torch.equal(parameter, before[name]) for name, parameter in packed.named_parameters())
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(("heads", "head_dim", "audio_head_dim"), [(1, 62, 10), (3, 20, 8), (3, 24, 14), (5, 16, 2)])
+def test_other_widths_agree_with_the_plain_forward(tmp_path, heads, head_dim, audio_head_dim, batch):
+    """Stream widths that are no multiples of 16, hidden widths that are not either, and one head."""
+    shape = ToyShape(layers=2, heads=heads, head_dim=head_dim, audio_head_dim=audio_head_dim)
+    path = make_toy_model(tmp_path, seed=1, shape=shape)["checkpoint_path"]
+    plain, packed = load_ours(path), _packed(path)
+    for call in CALLS:
+        found, expected = _both(plain, packed, Inputs.random(plain, seed=3), call, batch)
+        assert max(relative(a, b) for a, b in zip(found, expected, strict=True)) <= 1e-5, call
+    FusedTransformer(packed).warm_up()
+
+
+def test_layers_whose_outputs_are_not_split_have_no_padding(tmp_path):
+    """Their result is read as the stream, or as the input of the next layer, which is as wide as the model says."""
+    path = make_toy_model(tmp_path, shape=ToyShape(layers=1, heads=1, head_dim=62, audio_head_dim=10))[
+        "checkpoint_path"
+    ]
+    for (_, name), layer in _packed(path).transformer_blocks[0].packed_linears.items():
+        split = name in ("qkv", "gates", "q_gates", "kv")
+        assert len(layer.weight) == (-(-sum(layer.sizes) // 16) * 16 if split else sum(layer.sizes)), name

@@ -26,7 +26,9 @@ from tests.support.transformers import relative
 PARITY = Path(f"{sys.prefix}-parity")
 RUNNER = Path(__file__).with_name("pypi_runner.py")
 SEED = int(os.environ["LTX_RAY_PARITY_SEED"])
-CASES = range(3)
+CASES = range(4)
+#: The case whose clip has one frame and, in stage 1, one token of video and one of sound.
+ONE_TOKEN = 3
 TOLERANCE = 1e-4
 LATENTS = ("stage_1.video", "stage_1.audio", "stage_2.video", "stage_2.audio")
 
@@ -71,6 +73,7 @@ def rendered(tmp_path_factory) -> list[Rendered]:
     """All cases, rendered by the reference in one process: importing it takes longer than a case."""
     folder = tmp_path_factory.mktemp("pypi")
     cases = [draw_case(f"{SEED}-{number}", portrait=number % 2 == 0) for number in CASES]
+    cases[ONE_TOKEN] = cases[ONE_TOKEN].of_one_token()
     models = [case.make(folder / str(number)) for number, case in enumerate(cases)]
     outs = [folder / f"{number}.safetensors" for number in CASES]
     jobs = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,6 +26,14 @@ class Case:
     shape: ToyShape
     model_seed: int
     row: dict
+
+    def of_one_token(self) -> Case:
+        """The same, of 64x64 and one frame. The upsampler has two channels for each of its norms' groups, because the
+        reference cannot norm a single value."""
+        shape = replace(self.shape, upsampler_channels=64)
+        return Case(
+            shape, self.model_seed, {**self.row, "height": 64, "width": 64, "num_frames": 1, "frame_rate": 24.0}
+        )
 
     def make(self, folder: Path) -> ModelFiles:
         files = make_toy_model(folder, seed=self.model_seed, shape=self.shape)

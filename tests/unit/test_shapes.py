@@ -49,6 +49,16 @@ def test_audio_latents_round_half_to_even():
         (30000 / 1001, Fraction(30000, 1001)),
         (59.94, Fraction(60000, 1001)),
         (119.88, Fraction(120000, 1001)),
+        (23.976023, Fraction(24000, 1001)),
+        (29.97003, Fraction(30000, 1001)),
+        (5.99, Fraction(6000, 1001)),
+        # Nearly an NTSC rate, but none of its decimals.
+        (29.975, Fraction(1199, 40)),
+        (29.971, Fraction(29971, 1000)),
+        (29.9746, Fraction(149873, 5000)),
+        (23.98001, Fraction(2398001, 100_000)),
+        (0.0123456, Fraction(1929, 156_250)),
+        (1 / 3, Fraction(1, 3)),
         (12.5, Fraction(25, 2)),
         (24.5, Fraction(49, 2)),
         (0.5, Fraction(1, 2)),
@@ -91,6 +101,12 @@ def test_an_illegal_size_is_reported_with_column_value_and_what_is_legal(shape, 
     [(found, given_value, legal)] = size_problems(shape)
     assert (found, given_value) == (column, value)
     assert words in legal
+
+
+def test_a_side_that_no_encoder_takes():
+    assert size_problems(ClipShape(9, 64, 16_384, 24.0)) == []
+    [problem] = size_problems(ClipShape(9, 16_448, 64, 24.0))
+    assert problem == ("height", 16_448, "at most 16384, the longest side that H.264 encoders take")
 
 
 def test_every_problem_of_a_size_is_reported():

@@ -363,3 +363,14 @@ def test_a_folders_digest_covers_weights_configs_and_tokenizer(tmp_path):
     assert cached_digest(str(folder), cache) != before
     folder.rename(tmp_path / "moved")
     assert cached_digest(str(tmp_path / "moved"), cache) != before
+
+
+def test_a_text_of_another_width_than_its_stream_is_refused(toy):
+    """Before its tensors are looked at, which may agree with it."""
+    opened = open_checkpoint(toy["checkpoint_path"])
+    check_transformer(opened)
+    config = opened.transformer
+    for stream, field in (("video", "cross_attention_dim"), ("audio", "audio_cross_attention_dim")):
+        wider = replace(getattr(config, stream), context_dim=2 * getattr(config, stream).dim)
+        with pytest.raises(ValueError, match=rf"{field} is {wider.context_dim}; legal: {wider.dim}, the heads times"):
+            check_transformer(replace(opened, transformer=replace(config, **{stream: wider})))

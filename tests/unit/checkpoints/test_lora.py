@@ -177,9 +177,37 @@ def test_a_lora_that_wants_a_reference_is_refused(tmp_path, key):
     assert str(caught.value).startswith(f"{path}: ")
 
 
-def test_metadata_that_wants_no_reference_is_no_reason_to_refuse(tmp_path):
-    metadata = {"reference_downscale_factor": "None", "ss_ic_lora_strategy": "none", "ss_v2v_training": "False"}
+@pytest.mark.parametrize(
+    "metadata, key",
+    [
+        ({"modelspec.Reference_Downscale_Factor": "2"}, "modelspec.Reference_Downscale_Factor"),
+        ({"training_config": '{"strategy": [{"reference_downscale_factor": 2}]}'}, "reference_downscale_factor"),
+        ({"ss_training_args": '{"v2v_training": true}'}, "v2v_training"),
+    ],
+)
+def test_a_reference_is_found_where_tools_put_it(tmp_path, metadata, key):
+    with pytest.raises(ValueError, match=rf"wants a reference video, .*\(its metadata has {key} "):
+        open_lora(write(tmp_path, SPELLINGS["official"], metadata))
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"reference_downscale_factor": "None", "ss_ic_lora_strategy": "none", "ss_v2v_training": "False"},
+        {"reference_downscale_factor": " "},
+        {"config": '{"reference_downscale_factor": 1, "v2v_training": false, "hdr_transform": null}'},
+        {"config": "{broken", "other": "{" * 100_000},
+    ],
+)
+def test_metadata_that_wants_no_reference_is_no_reason_to_refuse(tmp_path, metadata):
     assert open_lora(write(tmp_path, SPELLINGS["official"], metadata)).pairs
+
+
+def test_a_key_without_a_dot_is_named_in_the_warning(toy, tmp_path):
+    tensors = load_file(toy["distilled_lora"])
+    path = str(tmp_path / "odd.safetensors")
+    save_file({**tensors, "steps": torch.ones(1)}, path)
+    assert "such as steps (1 of other parts)" in check_lora(open_checkpoint(toy["checkpoint_path"]), path)
 
 
 NAN, INF = float("nan"), float("inf")

@@ -347,9 +347,14 @@ ILLEGAL_ROWS = [
         ":1:num_frames (x): 577, legal: at most 569 at 1088x1920 with 15 steps: the noise levels of",
     ),
     (
-        {"num_frames": 9, "height": 64 * 2**20, "width": 64, "num_inference_steps": 15},
-        ":1:height (x): 67108864, legal: a size less than 67108864x64: a frame has too many tokens",
+        {"num_frames": 9, "height": 16_384, "width": 16_384, "num_inference_steps": 15},
+        ":1:height (x): 16384, legal: a size less than 16384x16384: a frame has too many tokens",
     ),
+    (
+        {"height": 64 * 2**20},
+        ":1:height (x): 67108864, legal: at most 16384, the longest side that H.264 encoders take",
+    ),
+    ({"video_cfg_scale": 1e300}, ":1:video_cfg_scale (x): 1e+300, legal: a finite number that float32 holds (0, or"),
 ]
 
 

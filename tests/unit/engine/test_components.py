@@ -161,6 +161,20 @@ def test_upsampler(toy, path):
     assert torch.isfinite(out).all() and 0.2 < out.std() < 3
 
 
+def test_upsampler_of_a_single_token(tmp_path, toy):
+    """A clip of 64x64 and one frame. With as many channels as groups, norms see single values, which they make 0."""
+    latent = normal(1, 128, 1, 1, 1)
+    wide = make_toy_model(tmp_path, shape=ToyShape(layers=1, upsampler_channels=64))["spatial_upsampler_path"]
+    for path in (toy["spatial_upsampler_path"], wide):
+        upsampler = components.load_upsampler(path, torch.float32, CPU)
+        assert upsampler(latent).isfinite().all() and upsampler(latent).shape == (1, 128, 1, 2, 2)
+    norm = components.load_upsampler(toy["spatial_upsampler_path"], torch.float32, CPU).initial_norm
+    found = norm(normal(1, 32, 1, 1, 1)).flatten()
+    assert torch.allclose(found, norm.bias, atol=1e-4) and not torch.equal(norm.bias, torch.zeros(32))
+    x = normal(1, 32, 2, 3, 4)
+    assert torch.equal(norm(x), torch.nn.functional.group_norm(x, 32, norm.weight, norm.bias, norm.eps))
+
+
 def test_statistics(path):
     for which in ("video", "audio"):
         mean, std = components.latent_stats(path, which)

@@ -16,7 +16,7 @@ from ltx_ray.engine.diffusion import DiffusionEngine
 from ltx_ray.engine.latents import LatentStore, latents_sha256, named_latents
 from ltx_ray.parallel.lora import LoraMerger
 from ltx_ray.pools.worker import RankActor
-from ltx_ray.records import RowError, StageLatents, WrongDevice, canonical_json
+from ltx_ray.records import LoraUse, RowError, StageLatents, WrongDevice, canonical_json
 from ltx_ray.stages import DIFFUSION_STAGES, Stage
 from ltx_ray.storage.store import Store
 from tests.support.pipeline import ToyPipeline, one_thread, toy_pipeline
@@ -53,6 +53,46 @@ def test_stored_latents_lead_to_the_bits_of_an_uninterrupted_run(pipeline, rende
     with one_thread():
         again = pipeline.diffusion.run("stage2", item, conditions, stored)
     assert latents_sha256(named_latents(stored, again)) == latents_sha256(named_latents(first, second))
+
+
+@pytest.mark.parametrize("compiled", ["off", "fused"])
+@pytest.mark.parametrize("size", [(64, 64), (64, 128)])
+def test_a_clip_of_one_frame(size, compiled, tmp_path):
+    """Its sound is one latent, and at 64x64 its picture is one token in stage 1."""
+    pipeline = toy_pipeline(compiled=compiled)
+    item = pipeline.item(
+        {"prompt": "a", "num_frames": 1, "height": size[0], "width": size[1], "num_inference_steps": 2}
+    )
+    with one_thread():
+        conditions = pipeline.text.run("text", item)
+        first = pipeline.diffusion.run("stage1", item, conditions)
+        second = pipeline.diffusion.run("stage2", item, conditions, first)
+    assert first.latents.audio.shape == (1, 8, 1, 16) and second.latents.video.shape[2:] == (
+        1,
+        size[0] // 32,
+        size[1] // 32,
+    )
+    store = LatentStore(Store(str(tmp_path)))
+    store.publish(item, [first])
+    assert latents_sha256(named_latents(store.load_stage1(item, torch.float32)[0])) == latents_sha256(
+        named_latents(first)
+    )
+
+
+def test_a_digest_does_not_depend_on_strides_that_mean_nothing():
+    token = torch.randn(1, 128, 1, 1, 1)
+    strided = token.as_strided(token.shape, (128, 1, 128, 128, 128))
+    assert torch.equal(token, strided) and strided.is_contiguous()
+    assert latents_sha256({"a": token}) == latents_sha256({"a": strided})
+
+
+def test_a_distilled_lora_of_strength_0_is_not_merged(pipeline):
+    engine = DiffusionEngine.__new__(DiffusionEngine)
+    engine._lora_names, engine._has_distilled = ["style"], True
+    request = dataclasses.replace(pipeline.item(ROW).request, loras=(LoraUse("style", 0.7),))
+    item = dataclasses.replace(pipeline.item(ROW), request=request)
+    assert engine._lora_setting(item, 0.5).strengths == ((0, 0.7), (1, 0.5))
+    assert engine._lora_setting(item, 0.0).strengths == ((0, 0.7),)
 
 
 def test_stored_latents_say_how_they_were_computed(pipeline, rendered, tmp_path, monkeypatch):

@@ -392,6 +392,16 @@ def test_paths_of_a_schedule_mean_what_they_mean_elsewhere(tmp_path, capsys, mon
     assert seen == {f"{tmp_path}/m/night-{DATE}.jsonl --output {tmp_path}/ds --image-root {tmp_path}"}
 
 
+def test_an_output_in_a_jobs_copy_of_its_folder_is_refused_before_anything_is_submitted(tmp_path, capsys, monkeypatch):
+    copy = tmp_path / "runtime_resources/working_dir_files/_ray_pkg_1"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    (copy / "r.yaml").write_text("name: night\noutput: out/{date}\nprompts: [a]\n")
+    assert schedule.main(["r.yaml", "--date", DATE, "--dry-run"]) == 2
+    out, err = capsys.readouterr()
+    assert f"output: '{copy}/out/{DATE}', must be a place outside of the copy that Ray makes" in err and not out
+
+
 def test_dry_run_writes_and_submits_nothing(tmp_path, capsys):
     recipe = tmp_path / "r.yaml"
     recipe.write_text(RECIPE)

@@ -55,6 +55,11 @@ def test_the_operators_defaults_override_the_pipelines_and_yield_to_the_rows():
     assert (row.request.seed, row.request.height, row.request.frame_rate) == (4, 64, 25.0)
 
 
+def test_a_float_that_may_have_been_another_seed_says_so():
+    [message] = judged({"prompt": "a", "seed": 1e18}, RowRules()).messages()
+    assert message.endswith("seed: 1e+18, legal: an integer, or a float below 2^53 in size: larger are inexact")
+
+
 def test_the_operators_defaults_are_checked_under_their_flag():
     with pytest.raises(ValueError, match="--num-inference-steps: 1, legal: a whole number from 2"):
         check_defaults({"num_inference_steps": 1})
@@ -111,10 +116,14 @@ ILLEGAL = [
     ("seed", True),
     ("seed", "10"),
     ("seed", float("inf")),
+    ("seed", 2.0**53),
+    ("seed", 1e18),
     ("height", 1080),
     ("height", 0),
     ("height", -64),
     ("height", 2**31),
+    ("height", 16_384 + 64),
+    ("width", 32_768),
     ("width", 100),
     ("width", 63.5),
     ("num_frames", 120),
@@ -131,6 +140,13 @@ ILLEGAL = [
     ("num_inference_steps", 0),
     ("num_inference_steps", 1001),
     ("video_cfg_scale", float("inf")),
+    ("video_cfg_scale", 1e300),
+    ("audio_rescale_scale", -3.5e38),
+    ("video_stg_scale", 1e-300),
+    ("audio_stg_scale", -1e-39),
+    ("distilled_lora_strength_stage_1", 1e300),
+    ("loras", [{"name": "style", "strength": 1e300}]),
+    ("loras", [{"name": "style", "strength": 1e-300}]),
     ("audio_modality_scale", [3.0]),
     ("video_stg_blocks", [-1]),
     ("video_stg_blocks", [48]),
@@ -184,12 +200,15 @@ LEGAL = [
     ("seed", 0, 0),
     ("seed", 2**63 - 1, 2**63 - 1),
     ("seed", 7.0, 7),
+    ("seed", 2.0**53 - 1, 2**53 - 1),
     ("height", 64, 64),
     ("num_frames", 1, 1),
     ("frame_rate", 29.97, 29.97),
     ("frame_rate", 1000, 1000.0),
     ("num_inference_steps", 2, 2),
     ("video_cfg_scale", -1, -1.0),
+    ("video_cfg_scale", 3.4028234663852886e38, 3.4028234663852886e38),
+    ("video_stg_scale", 2.0**-126, 2.0**-126),
     ("video_stg_blocks", [47, 0], (47, 0)),
     ("video_stg_blocks", [], ()),
     ("audio_skip_step", 0, 0),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -10,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from ltx_ray.checkpoints.lora import open_lora
 from ltx_ray.checkpoints.safetensors import read_header
-from ltx_ray.parallel.fp8 import FP8, read_values, row_scale_of, write_values
+from ltx_ray.parallel.fp8 import FP8, read_values, row_scale_of, write_exactly, write_values
 from ltx_ray.parallel.layers import SINGLE_RANK, RankGroup, shard_parameter
 from ltx_ray.parallel.loading import load_shard
 from ltx_ray.parallel.lora import LoraMerger, LoraSetting
@@ -150,9 +152,9 @@ def test_what_every_switch_needs_is_cached_where_it_fits(nbytes, device, host, r
     assert choose_location(nbytes * GIB, FreeMemory(device * GIB, host * GIB), reserve * GIB) == location
 
 
-def fp8_merger(files):
-    """The same model with its column-parallel and row-parallel weights in fp8."""
-    tensors = read_header(files / "model.safetensors").tensors
+def fp8_merger(files, tensors=None):
+    """The same model with its column-parallel and row-parallel weights in fp8, from `files` or from `tensors`."""
+    tensors = tensors or read_header(files / "model.safetensors").tensors
     with torch.device("meta"):
         model = Model(RankGroup())
     for layer in (model.up, model.down):
@@ -182,6 +184,79 @@ def test_fp8_weights_are_those_of_the_merged_ones_whatever_was_merged_before(fil
             assert torch.equal(read_values(parameter), read_values(again)), (name, strengths)
             exact = values.float()
             assert ((read_values(parameter) - exact).abs() <= exact.abs() / 16 + again.row_scale[:, None]).all()
+
+
+def quantized_file(files, folder, dtype):
+    """The checkpoint of `files` with two weights in fp8, each with a scale, and their values (float32)."""
+    tensors, values = load_file(files / "model.safetensors"), {}
+    for name, scale in (("up.weight", 0.0371), ("down.weight", 3.1e-5)):
+        spread = torch.logspace(-4, 0, len(tensors[name]))[:, None]  # Rows of very different sizes, and one of zeros.
+        spread[3] = 0
+        tensors[name] = (tensors[name].float() * spread).clamp(-448, 448).to(dtype)
+        tensors[f"{name}_scale"] = torch.tensor(scale)
+        values[name] = tensors[name].float() * torch.tensor(scale)
+    save_file(tensors, folder / "fp8.safetensors")
+    infos = read_header(folder / "fp8.safetensors").tensors
+    scales = {name: infos.pop(f"{name}_scale") for name in values}
+    return {name: replace(info, scale=scales.get(name)) for name, info in infos.items()}, values
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("location", [None, "file", "host", "device"])
+def test_prequantized_values_are_held_exactly_where_nothing_is_merged(files, tmp_path, location, dtype):
+    """After loading, and after LoRAs were merged and taken out again."""
+    tensors, values = quantized_file(files, tmp_path, dtype)
+    model, merging = fp8_merger(files, tensors)
+
+    def assert_exact():
+        for name, exact in values.items():
+            assert torch.equal(read_values(model.get_parameter(name)), exact), name
+
+    assert_exact()
+    if location is not None:
+        merging.cache_sources(0, FreeMemory(0, 0), location, location)
+        assert merging.clean_weights == location
+    for strengths in (STRENGTHS[1], (), STRENGTHS[3]):
+        merging.switch_to(LoraSetting(strengths))
+    assert not torch.equal(read_values(model.up.weight), values["up.weight"])
+    merging.switch_to(LoraSetting(()))
+    assert_exact()
+
+
+@pytest.mark.parametrize("location", ["file", "host", "device"])
+def test_loras_are_merged_into_the_values_of_prequantized_weights(files, tmp_path, location):
+    """The values in the weights' dtype, and the bits of a file that holds them so."""
+    tensors, values = quantized_file(files, tmp_path, torch.float8_e4m3fn)
+    whole = load_file(files / "model.safetensors") | {name: exact.bfloat16() for name, exact in values.items()}
+    save_file(whole, tmp_path / "bf16.safetensors")
+    found, expected = fp8_merger(files, tensors), fp8_merger(files, read_header(tmp_path / "bf16.safetensors").tensors)
+    for _, merging in (found, expected):
+        merging.cache_sources(0, FreeMemory(0, 0), location, location)
+        merging.switch_to(LoraSetting(STRENGTHS[1]))
+    for name, parameter in found[0].named_parameters():
+        assert torch.equal(read_values(parameter), read_values(expected[0].get_parameter(name))), name
+
+
+def test_prequantized_weights_without_a_scale_are_held_exactly_too(tmp_path):
+    values = torch.randn(32, 16).to(torch.float8_e4m3fn)
+    save_file({"w": values}, tmp_path / "fp8.safetensors")
+    module = torch.nn.Module()
+    module.w = shard_parameter(torch.empty(32, 16, dtype=FP8), 0)
+    module.w.row_scale = torch.empty(32)
+    infos = read_header(tmp_path / "fp8.safetensors").tensors
+    load_shard(module, infos, RankGroup(), dtype=torch.bfloat16, device=torch.device("cpu"))
+    assert torch.equal(read_values(module.w), values.float())
+
+
+def test_every_value_of_e4m3_is_held_exactly_beside_every_other():
+    """The smallest and the largest in one row, and rows of only one of them."""
+    codes = torch.arange(256, dtype=torch.uint8).view(FP8)
+    values = codes[codes.float().isfinite()]
+    for rows in (values[None], values[:, None]):
+        parameter = shard_parameter(torch.empty(rows.shape, dtype=FP8), None)
+        parameter.row_scale = torch.empty(len(rows))
+        write_exactly(parameter, rows, 0.7)
+        assert torch.equal(read_values(parameter), rows.float() * 0.7)
 
 
 # --- factors that are not finite -------------------------------------------------------------------

@@ -50,3 +50,23 @@ def test_stages_on_gpus_of_two_models_want_noise_from_the_cpu():
     meet("cpu", "H100", "H200")
     with pytest.raises(StartFailed, match="the stages span H100 and H200, whose noise differs; give --noise-"):
         meet("model", "H100", "H200")
+
+
+@pytest.mark.parametrize(
+    "present, visible, count",
+    [(0, "0,1", 0), (0, None, 0), (2, None, 2), (2, "0,1,2", 2), (2, "1,-1,0", 1), (4, " 3 , 1,", 2), (2, "", 0),
+     (1, "MIG-1,MIG-2", 2), (2, "5,0", 0)],
+)  # fmt: skip
+def test_a_private_cluster_counts_the_gpus_that_are_there_and_shown(monkeypatch, present, visible, count):
+    """Otherwise ranks would wait for GPUs that a variable names and the machine lacks."""
+    accelerators = pytest.importorskip("ray._private.accelerators")
+    from ltx_ray.placement.cluster import _local_gpu_count
+
+    monkeypatch.setattr(
+        accelerators.NvidiaGPUAcceleratorManager, "get_current_node_num_accelerators", staticmethod(lambda: present)
+    )
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert _local_gpu_count() == count

@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import pytest
 
+from ltx_ray.checkpoints.transformer_config import TransformerConfig
 from ltx_ray.config import RequestedNumerics
-from ltx_ray.placement.numerics import check, resolve
+from ltx_ray.placement.numerics import check, check_widths, resolve
 from ltx_ray.placement.sizing import ParallelConfig
+from tests.support.checkpoint_files import REQUIRED
 
 
 @pytest.mark.parametrize(
@@ -67,3 +69,88 @@ def test_what_cannot_go_together_is_refused(requested, parallel, message):
 def test_attention_of_gpus_needs_one():
     with pytest.raises(ValueError, match="--attention: 'fa3' without a GPU, legal: auto or sdpa"):
         resolve(RequestedNumerics(attention="fa3"), ParallelConfig(), "cpu", (), True)
+
+
+def model(heads: int, head_dim: int, audio_head_dim: int) -> TransformerConfig:
+    widths = {
+        "num_attention_heads": heads, "attention_head_dim": head_dim, "audio_attention_head_dim": audio_head_dim,
+        "cross_attention_dim": heads * head_dim, "audio_cross_attention_dim": heads * audio_head_dim,
+    }  # fmt: skip
+    return TransformerConfig.from_metadata({**REQUIRED, **widths})
+
+
+@pytest.mark.parametrize(
+    ("widths", "requested", "gpus", "attention", "compiled"),
+    [
+        ((32, 128, 64), {}, ("H100",), "fa3", "fused"),
+        ((32, 128, 64), {}, ("A100",), "cudnn", "fused"),
+        # Head widths of 8 that make odd stream widths: 3 x 24 = 72 and 3 x 8 = 24.
+        ((3, 24, 8), {}, ("H100",), "sdpa", "off"),
+        ((3, 24, 8), {"attention": "cudnn"}, ("A100",), "cudnn", "fused"),
+        ((3, 24, 8), {"attention": "flash"}, ("A100",), "flash", "fused"),
+        ((3, 24, 8), {"compile": "fused"}, ("H100",), "fa3", "fused"),
+        # One stream of two is odd.
+        ((3, 32, 8), {}, ("H100",), "sdpa", "off"),
+        # Stream widths of 16 with other heads: 8 x 62 = 496 and 8 x 10 = 80.
+        ((8, 62, 10), {}, ("H100",), "sdpa", "fused"),
+        ((8, 62, 10), {"precision": "fp8"}, ("H100",), "sdpa", "fused"),
+        ((8, 62, 10), {"attention": "flash"}, ("H100",), "flash", "fused"),
+        ((1, 62, 10), {}, ("H100",), "sdpa", "off"),
+        ((1, 62, 10), {"compile": "fused"}, ("H100",), "sdpa", "fused"),
+        ((16, 192, 64), {}, ("H100",), "fa3", "fused"),
+        ((16, 192, 64), {}, ("A100",), "sdpa", "fused"),
+        ((16, 192, 64), {}, (), "sdpa", "fused"),
+        ((16, 512, 64), {}, ("H100",), "sdpa", "fused"),
+    ],
+)
+def test_auto_at_other_widths(widths, requested, gpus, attention, compiled):
+    asked, transformer = RequestedNumerics(**requested), model(*widths)
+    check_widths(asked, transformer)
+    found = resolve(asked, ParallelConfig(), "cuda", gpus, True, transformer)
+    assert (found.attention, found.compile) == (attention, compiled)
+    by_name = replace(asked, attention=found.attention, compile=found.compile)
+    assert resolve(by_name, ParallelConfig(), "cuda", gpus, True, transformer) == found
+
+
+def test_hopper_without_flash_attention_3_takes_wide_heads_in_cudnn():
+    assert (
+        resolve(RequestedNumerics(), ParallelConfig(), "cuda", ("H100",), False, model(16, 192, 64)).attention
+        == "cudnn"
+    )
+
+
+@pytest.mark.parametrize(
+    ("widths", "requested", "message"),
+    [
+        ((1, 62, 10), {"attention": "cudnn"},
+         "--attention: 'cudnn' with heads of 62 and 10 channels, legal: auto or sdpa, or a model whose heads have up "
+         "to 256 channels, in multiples of 8"),
+        ((1, 62, 10), {"attention": "fa3"}, "--attention: 'fa3' with heads of 62 and 10 channels, legal: auto or sdpa"),
+        ((1, 258, 10), {"attention": "flash"}, "--attention: 'flash' with heads of 258 and 10 channels, legal: auto "),
+        ((3, 24, 8), {"precision": "fp8", "device": "cuda"},
+         "--precision: 'fp8' with video 72 wide and audio 24 wide, legal: bf16, or a model whose widths are multiples"),
+    ],
+)  # fmt: skip
+def test_what_no_gpu_does_at_a_width_is_refused_before_there_is_a_cluster(widths, requested, message):
+    for refuse in (
+        lambda asked, transformer: check_widths(asked, transformer),
+        lambda asked, transformer: resolve(asked, ParallelConfig(), "cuda", (), True, transformer),
+    ):
+        with pytest.raises(ValueError) as caught:
+            refuse(RequestedNumerics(**requested), model(*widths))
+        assert str(caught.value).startswith(message)
+
+
+def test_heads_that_only_hopper_takes_are_refused_on_other_gpus():
+    asked = RequestedNumerics(attention="cudnn")
+    check_widths(asked, model(16, 192, 64))
+    assert resolve(asked, ParallelConfig(), "cuda", ("H100",), False, model(16, 192, 64)).attention == "cudnn"
+    with pytest.raises(ValueError, match=r"'cudnn' on A100 or H100 with heads of 192 and 64 channels, .* up to 128"):
+        resolve(asked, ParallelConfig(), "cuda", ("A100", "H100"), False, model(16, 192, 64))
+
+
+def test_a_cpu_takes_any_width():
+    for requested in ({}, {"precision": "fp8"}, {"compile": "fused"}):
+        asked = RequestedNumerics(**requested)
+        check_widths(asked, model(1, 62, 10))
+        assert resolve(asked, ParallelConfig(), "cpu", (), False, model(1, 62, 10)).attention == "sdpa"

@@ -75,13 +75,15 @@ def test_what_is_started_with_signals_blocked_outlives_them():
 
 
 def test_ray_uploads_nothing_and_leaves_no_token_at_home(monkeypatch):
-    for name in ("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "RAY_RUNTIME_ENV_HOOK", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+    names = ("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "RAY_RUNTIME_ENV_HOOK", "RAY_USE_TLS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
+    for name in names:
         monkeypatch.setenv(name, "x")
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
         monkeypatch.delenv(name)
     monkeypatch.delitem(sys.modules, "ray", raising=False)
     PrivateCluster().prepare()
     assert os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] == "0" and "RAY_RUNTIME_ENV_HOOK" not in os.environ
+    assert os.environ["RAY_USE_TLS"] == "0"
     assert os.environ["RAY_AUTH_MODE"] == "token" and len(os.environ["RAY_AUTH_TOKEN"]) == 64
 
 

@@ -76,7 +76,7 @@ def test_data_that_is_not_a_picture_is_refused(data):
 def test_a_missing_image_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         read_image(str(tmp_path / "none.png"))
-    with pytest.raises(ValueError, match="no such file"):
+    with pytest.raises(ValueError, match="no such file, but a folder"):
         read_image(str(tmp_path))
 
 

@@ -118,6 +118,7 @@ def test_a_file_of_a_job_has_the_same_name_in_each_copy(tmp_path):
     assert recorded(f"{COPY}/set/m.jsonl") == "set/m.jsonl" and recorded(COPY) == "."
     assert recorded("/data/m.jsonl") == "/data/m.jsonl"
     assert is_in_job_copy(f"{COPY}/out") and is_in_job_copy(COPY)
+    assert is_in_job_copy("/tmp/ray/session_2026-11-29_16-47-34_136238_5768/runtime_resources/out")
     assert not is_in_job_copy("/tmp/ray/session_1/out") and not is_in_job_copy("s3://b/x")
     folder = tmp_path / "runtime_resources/working_dir_files/_ray_pkg_1"
     folder.mkdir(parents=True)

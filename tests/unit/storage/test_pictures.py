@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import struct
 import subprocess
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -113,6 +115,58 @@ def tiff(bits: int, photometric: int) -> bytes:
     return bytes(data)
 
 
+@pytest.mark.parametrize("orientation, angle", [(1, 0), (3, 180), (6, 90), (8, 270)])
+@pytest.mark.parametrize("format_", ["PNG", "TIFF"])
+def test_exif_rotations_are_applied_once(format_, orientation, angle):
+    """Pillow turns a TIFF by itself."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert (decode_rgb(file_of(RGB.rotate(angle, expand=True), format_, exif=exif)) == gradient()).all()
+
+
+def png(colour: int, rows: np.ndarray) -> bytes:
+    """A PNG of `rows` (height, width, channels) of PNG's colour type, without a palette."""
+    chunks = {
+        b"IHDR": struct.pack(">IIBBBBB", rows.shape[1], rows.shape[0], 8 * rows.itemsize, colour, 0, 0, 0),
+        b"IDAT": zlib.compress(b"".join(b"\0" + row.astype(rows.dtype.newbyteorder(">")).tobytes() for row in rows)),
+        b"IEND": b"",
+    }
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks.items()
+    )
+
+
+@pytest.mark.parametrize("colour, channels", [(2, 3), (4, 2), (6, 4)], ids=["RGB", "grey and alpha", "RGBA"])
+def test_16_bits_of_colour_that_would_look_black_are_refused(colour, channels):
+    values = np.full((8, 8, channels), 65535, np.uint16)
+    colours = slice(None, 3 if channels > 2 else 1)
+    values[..., colours] = 4095
+    with pytest.raises(InvalidImage, match="16 bits a channel of which the brightest is below 4096 of 65535"):
+        image_pixels(png(colour, values), 33, 64, 64)
+    for peak, shown in ((0, 0), (4096, 16), (65535, 255)):
+        values[..., colours] = peak
+        assert decode_rgb(png(colour, values)).max() == shown
+
+
+def test_a_palette_picture_without_its_palette_is_not_black():
+    with pytest.raises(InvalidImage, match="without its palette"):
+        open_picture(png(3, np.full((8, 8, 1), 7, np.uint8)))
+
+
+def test_damaged_pixels_of_a_png_are_not_black():
+    data = bytearray(ORDINARY["png"])
+    at = data.index(b"IDAT") + 20
+    data[at] ^= 0xFF
+    with pytest.raises(InvalidImage, match=r"^a PNG picture whose data is damaged: its checksum is wrong$"):
+        open_picture(bytes(data))
+
+
+def test_pixels_with_a_sign_are_refused():
+    with pytest.raises(InvalidImage, match="pixels with a sign have no defined RGB"):
+        open_picture(file_of(GREY, "TIFF", tiffinfo={339: 2}))
+
+
 UNDEFINED = {
     "floats": file_of(Image.fromarray((RAMP / 65535).astype(np.float32)), "TIFF"),
     "PFM": file_of(Image.fromarray(RAMP.astype(np.float32)), "PPM"),
@@ -131,6 +185,11 @@ OTHER_FILES = {
     "HEIC": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 100, "a HEIC picture"),
     "video": (b"\0\0\0\x18ftypisom\0\0\0\0", "a video"),
     "PSD": (b"8BPS\0\1" + b"\0" * 100, "a Photoshop document"),
+    "JPEG XL": (b"\xff\x0a" + b"\0" * 100, "a JPEG XL picture"),
+    "EXR": (b"\x76\x2f\x31\x01" + b"\0" * 100, "an OpenEXR picture"),
+    "icon": (b"\0\0\1\0\1\0" + b"\0" * 100, "an icon"),
+    "macOS": (b"\0\5\x16\7\0\2\0\0Mac OS X", "what macOS keeps beside a file"),
+    "store's error": (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "an XML document"),
     "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12345\n", "a Git LFS pointer"),
 }
 

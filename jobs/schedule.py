@@ -84,7 +84,7 @@ def submission_id(name: str, date: str, manifest: bytes, options: Sequence[str])
     return f"{name}-{date}-{digest[:12]}"
 
 
-def plan(recipe: Recipe, date: str, out_dir: Path, command: str) -> Submission:
+def plan(recipe: Recipe, date: str, out_dir: str | Path, command: str) -> Submission:
     """The submission of one date. Reads the recipe's manifest and writes nothing.
 
     `command` is in shell words; the manifest's path and the render's options are appended, quoted.
@@ -95,7 +95,8 @@ def plan(recipe: Recipe, date: str, out_dir: Path, command: str) -> Submission:
     data = manifest_bytes(expand(recipe, date, source))
     output = recipe.output.format(date=date, name=recipe.name)
     options = list(recipe.render_options)
-    for what, value in (("output", output), *(("render_options", option) for option in options)):
+    texts = [("output", output), ("--entrypoint", command), *(("render_options", option) for option in options)]
+    for what, value in texts:
         # Ray keeps the command of a job, and shows it to everyone who sees the cluster.
         legal = "without credentials, which Ray would keep with the job; set them in the cluster's environment"
         require(what, masked(value), masked(value) == value, legal)
@@ -103,10 +104,12 @@ def plan(recipe: Recipe, date: str, out_dir: Path, command: str) -> Submission:
         options += ["--image-root", without_credentials(source.folder)]
     # The job starts in a folder of its own and needs absolute paths. The id does not depend on them.
     job = submission_id(recipe.name, date, data, ["--output", output, *options])
-    output = resolve(output)
+    output = _resolved("output", output)
     legal = "a place outside of the copy that Ray makes of a job's working directory, which is lost with it"
     require("output", output, not is_in_job_copy(output), legal)
-    path = Path(resolve(str(out_dir))) / f"{recipe.name}-{date}.jsonl"
+    folder = _resolved("--out-dir", str(out_dir))
+    require("--out-dir", folder, "://" not in folder, "a local folder")
+    path = Path(folder) / f"{recipe.name}-{date}.jsonl"
     return Submission(
         path,
         data,
@@ -114,6 +117,14 @@ def plan(recipe: Recipe, date: str, out_dir: Path, command: str) -> Submission:
         job,
         f"{command} {shlex.join([str(path), '--output', output, *options])}",
     )
+
+
+def _resolved(what: str, path: str) -> str:
+    """`resolve(path)`; its errors begin with `what`."""
+    try:
+        return resolve(path)
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -237,8 +248,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--out-dir",
         metavar="DIR",
-        type=Path,
-        default=Path("manifests"),
+        default="manifests",
         help="folder for <name>-<date>.jsonl, which the cluster's head must see under the same path "
         "(default: manifests)",
     )

@@ -334,7 +334,8 @@ def expand(recipe: Recipe, date: str, source: Pool | None = None) -> Iterator[Ro
 
 def _dumps(what: str, value: Any) -> str:
     try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+        # the render reports the row of a number that is infinite
+        return json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{what}: {value!r}, must be a JSON value ({error})") from None
 

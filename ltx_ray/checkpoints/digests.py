@@ -118,7 +118,9 @@ def cache_root() -> Path:
     if explicit := os.environ.get("LTX_RAY_CACHE"):
         return Path(os.path.abspath(os.path.expanduser(explicit)))
     try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ltx-ray"
+        caches = os.path.expanduser(os.environ.get("XDG_CACHE_HOME", ""))
+        # The standard has relative paths ignored.
+        return Path(caches if os.path.isabs(caches) else Path.home() / ".cache") / "ltx-ray"
     except RuntimeError:
         raise ValueError(
             "LTX_RAY_CACHE: not set, and this user has no home directory; legal: a folder that can be written"

@@ -29,8 +29,8 @@ from ltx_ray.manifest.rules import IllegalRow
 from ltx_ray.planning.plan import ILLEGAL, PlannedRow, cost_line
 from ltx_ray.records import canonical_json
 from ltx_ray.run import ExitCode, Options, prepare, render, say_missing_ids
-from ltx_ray.storage.credentials import mask_tracebacks, masked
-from ltx_ray.storage.locations import join, recorded
+from ltx_ray.storage.credentials import mask_tracebacks, masked, without_credentials
+from ltx_ray.storage.locations import join, recorded, split_options
 from ltx_ray.storage.store import Store
 
 #: Rows that `plan` lists without --all.
@@ -59,6 +59,8 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> None:
         try:
             code = super().invoke(ctx)
+        except click.UsageError as error:
+            raise click.UsageError(masked(error.format_message()), error.ctx) from None
         except ValueError as error:
             click.echo(f"error: {masked(str(error))}", err=True)
             code = ExitCode.USAGE
@@ -174,7 +176,7 @@ def plan_command(manifest: str, output: str | None, every: bool, resolved: bool,
                 click.echo(f"illegal  {masked(message)}")
         elif every or listed < _PLAN_ROWS:
             listed += 1
-            click.echo(canonical_json(row.request) if resolved else _plan_line(row))
+            click.echo(_resolved_line(row) if resolved else _plan_line(row))
         elif listed == _PLAN_ROWS:
             listed += 1
             click.echo("... (more rows with --all)")
@@ -261,6 +263,11 @@ def _check_dataset(output: str) -> None:
     store = Store(output)
     if not any(store.exists(name) for name in layout.DATASET_MARKS):
         raise ValueError(f"{store.name}: no dataset; legal: the --output of a run")
+
+
+def _resolved_line(row: PlannedRow) -> str:
+    images = (replace(image, path=split_options(without_credentials(image.path))[0]) for image in row.request.images)
+    return canonical_json(replace(row.request, images=tuple(images)))
 
 
 def _plan_line(row: PlannedRow) -> str:

@@ -20,7 +20,7 @@ import pyarrow.fs as pafs
 from ltx_ray.manifest.columns import COLUMNS, Mistyped
 from ltx_ray.manifest.outputs import names_of_an_output
 from ltx_ray.manifest.text_values import json_value
-from ltx_ray.storage.locations import join
+from ltx_ray.storage.locations import is_utf8, join
 from ltx_ray.storage.store import Store
 
 JSON, PARQUET = "json", "parquet"
@@ -40,6 +40,7 @@ _HIDDEN = "names that begin with '.' or '_' are not read"
 _OUTPUT = "written by a run"
 _NO_FILE = "neither a file nor a folder"
 _READ_ALREADY = "a link to a folder that is read already"
+_NO_NAME = "keys with nothing between two slashes"
 _NO_UTF8 = "names that are not UTF-8"
 
 
@@ -111,11 +112,13 @@ def list_files(store: Store, skipped: Skipped) -> list[ManifestFile]:
         own = _own_names(store, below, children)
         for name, type_ in children:
             relative, is_folder, form = below + name, type_ == pafs.FileType.Directory, form_of(name)
-            if name in own:
+            if not name:
+                skipped.add(f"{relative}/", _NO_NAME)
+            elif name in own:
                 skipped.add(relative + "/" * is_folder, _OUTPUT)
             elif name.startswith((".", "_")):
                 skipped.add(relative + "/" * is_folder, _HIDDEN)
-            elif not _is_utf8(name):
+            elif not is_utf8(name):
                 skipped.add(relative + "/" * is_folder, _NO_UTF8)
             elif is_folder:
                 identity = _identity(store, relative)
@@ -148,7 +151,8 @@ def _entries(store: Store, below: str) -> Iterator[tuple[str, pafs.FileType]]:
     folder = store.path(below).rstrip("/") or "/"
     if not store.is_local:
         infos = store.fs.get_file_info(pafs.FileSelector(folder))
-        yield from ((info.base_name, info.type) for info in infos)
+        # the key a//b is listed below a as a folder that has no name, and pyarrow cannot open it
+        yield from ((info.base_name * (info.path == f"{folder}/{info.base_name}"), info.type) for info in infos)
         return
     # pyarrow fails on names that are not UTF-8
     with os.scandir(folder) as entries:
@@ -180,14 +184,6 @@ def _own_names(store: Store, below: str, children: Sequence[tuple[str, pafs.File
         read,
         lambda folder: (name for name, _ in _entries(store, f"{below}{folder}/")),
     )
-
-
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 # --- values in folders' names --------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ def locate(path: str, folder: str, roots: Iterable[str]) -> str | None:
     with the root's; '..' (which a client may resolve) and options (which could name another server) are refused. The
     operator's options and credentials, those of the root, are added.
     """
-    if "://" not in path or path.startswith("file:"):
+    if "://" not in path or path[:5].lower() == "file:":
         try:
             location = resolve(path, split_options(folder and resolve(folder))[0])
         except ValueError:

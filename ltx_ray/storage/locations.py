@@ -31,6 +31,23 @@ def resolve(path: str, folder: str | None = None) -> str:
     """
     if not path or "\0" in path:
         raise ValueError(f"{path!r}, names no place; {_LEGAL}")
+    location = _resolve(path, folder)
+    if not is_utf8(location):
+        shown = location.encode("utf-8", "backslashreplace").decode()
+        raise ValueError(f"{shown}, is a name that is not UTF-8; legal: a name in UTF-8")
+    return location
+
+
+def is_utf8(name: str) -> bool:
+    """Whether the bytes of a file's name were UTF-8. pyarrow opens no other."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _resolve(path: str, folder: str | None) -> str:
     uri = _URI.fullmatch(path)
     scheme = uri.group(1).lower() if uri else ""
     if uri and scheme == "file":
@@ -74,8 +91,13 @@ def _resolve_file_url(path: str) -> str:
 def _resolve_uri(path: str, scheme: str, slashes: str, rest: str) -> str:
     if scheme not in SCHEMES:
         raise ValueError(f"{without_credentials(path)}: unsupported scheme; {_LEGAL}")
-    if len(slashes) != 2 or not split_user_info(rest)[1].strip("/"):
+    inside = split_user_info(rest)[1].partition("?")[0].rstrip("/")
+    if len(slashes) != 2 or not inside:
         raise ValueError(f"{without_credentials(path)}, names no bucket; legal: {scheme}://bucket/folder")
+    if "//" in inside:
+        raise ValueError(
+            f"{without_credentials(path)}, has nothing between two slashes; legal: {scheme}://bucket/folder"
+        )
     place, mark, options = rest.partition("?")
     scheme = "gs" if scheme == "gcs" else scheme
     return f"{scheme}://{place.rstrip('/')}{mark if options else ''}{options}"

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import quote
 
+import pyarrow as pa
 import pyarrow.fs as pafs
 
 from ltx_ray.storage.credentials import encoded_user_info, split_user_info
@@ -59,7 +60,10 @@ class Store:
         self._retry = RetryPolicy(split_options(self.name)[0], retry_seconds, clock, wait)
         if "://" in self.uri:
             plain = _pyarrow_uri(self.uri, retry_seconds)
-            self._fs, self.root = self._retry("opening", "", lambda: pafs.FileSystem.from_uri(plain))
+            try:
+                self._fs, self.root = self._retry("opening", "", lambda: pafs.FileSystem.from_uri(plain))
+            except pa.ArrowInvalid as error:
+                raise ValueError(f"{self.name}: cannot be opened ({error})") from None
         else:
             self._fs, self.root = pafs.LocalFileSystem(), self.uri
         self._small = self._fs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import ray
 import yaml
+from PIL import Image
 
 from ltx_ray import run
 from ltx_ray.cli import app
@@ -292,6 +294,23 @@ def test_tp_that_does_not_divide_the_heads(cmd, manifest, out):
 )
 def test_a_wrong_option(cmd, manifest, out, flags, words):
     assert words in usage(cmd, "render", manifest, "--output", out, *flags)
+
+
+def test_resolved_rows_have_no_credentials_of_their_images_root(cmd, bucket):
+    picture = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(picture, "PNG")
+    Store(bucket).write_bytes("a.png", picture.getvalue())
+    Store(bucket).write_bytes("m.jsonl", json.dumps({**GOOD, "images": [{"path": "a.png"}]}).encode())
+    uri = bucket.replace("s3://", "s3://KEY:verySecret1@")
+    code, out, err = cmd("plan", f"{uri}/m.jsonl", "--model", "toy", "--resolved")
+    assert code == 0 and f'"path":"{bucket}/a.png"' in out and "verySecret1" not in out + err
+
+
+def test_credentials_of_arguments_that_do_not_parse_are_masked(cmd, manifest):
+    uri = "s3://KEY:verySecret1@b/x"
+    for args in (["plan", manifest, uri], [uri], ["status", uri, uri], ["plan", manifest, f"--no-such-option={uri}"]):
+        code, out, err = cmd(*args)
+        assert code == 2 and err and "verySecret1" not in out + err
 
 
 def test_options_that_do_not_parse(cmd, manifest, out):

@@ -348,6 +348,30 @@ def test_credentials_do_not_reach_the_command_of_a_job(tmp_path, capsys, field, 
     assert words in err and "set them in the cluster's environment" in err and "verySecret1" not in out + err
 
 
+def test_credentials_do_not_reach_the_job_by_its_entrypoint(tmp_path, capsys):
+    (tmp_path / "night.yaml").write_text("name: night\noutput: /data\nprompts: [a]\n")
+    entrypoint = "env FROM=s3://KEY:verySecret1@b/x python render.py"
+    command = [str(tmp_path / "night.yaml"), "--date", DATE, "--dry-run", "--entrypoint", entrypoint]
+    assert schedule.main(command) == 2
+    out, err = capsys.readouterr()
+    assert "--entrypoint: 'env FROM=s3://***@b/x python render.py', must be" in err and "verySecret1" not in out + err
+
+
+@pytest.mark.parametrize(
+    "output, out_dir, words",
+    [
+        ("C:\\ds", "m", "output: C:\\ds, is a Windows path"),
+        ("$HOME/ds", "m", "output: $HOME/ds, begins with a variable"),
+        ("/ds", "", "--out-dir: '', names no place"),
+        ("/ds", "s3://b/m", "--out-dir: 's3://b/m', must be a local folder"),
+    ],
+)
+def test_a_place_that_is_refused_has_the_name_of_its_field(tmp_path, capsys, output, out_dir, words):
+    (tmp_path / "night.yaml").write_text(f"name: night\noutput: {output}\nprompts: [a]\n")
+    assert schedule.main([str(tmp_path / "night.yaml"), "--date", DATE, "--dry-run", "--out-dir", out_dir]) == 2
+    assert f"schedule.py: {words}" in capsys.readouterr().err
+
+
 def test_paths_of_a_schedule_mean_what_they_mean_elsewhere(tmp_path, capsys, monkeypatch):
     (tmp_path / "work").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path))

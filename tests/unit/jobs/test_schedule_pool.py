@@ -131,6 +131,12 @@ def test_text_that_is_not_utf8_stays_with_its_row(tmp_path):
     assert [isinstance(row, LegalRow) for row in rows] == [True, False, True]
 
 
+def test_a_number_that_is_infinite_stays_with_its_row(tmp_path):
+    (tmp_path / "m.jsonl").write_text(LINES.replace('"height": 64', '"frame_rate": Infinity', 1))
+    rows = same_requests(tmp_path / "m.jsonl", tmp_path)
+    assert [isinstance(row, LegalRow) for row in rows] == [False, True, True]
+
+
 def test_the_images_of_a_row_count_from_its_own_file(tmp_path):
     (tmp_path / "pool" / "sub").mkdir(parents=True)
     images = [{"path": "img/a b.png"}, {"path": "/abs/b.png"}, {"path": "s3://b/c.png"}]

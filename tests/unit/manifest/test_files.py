@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import urllib.request
 from pathlib import Path
 
 import pyarrow as pa
@@ -34,7 +35,7 @@ def prompts(manifest: Manifest) -> list[str]:
     return [raw.values["prompt"] for raw in manifest.rows()]
 
 
-def notes(manifest: Manifest, folder: Path) -> dict[str, str]:
+def notes(manifest: Manifest, folder: Path | str) -> dict[str, str]:
     """What was skipped, by the reason."""
     begin, said = f"{folder}: skipped ", []
     manifest.say_skipped(said.append)
@@ -280,3 +281,13 @@ def test_a_row_that_says_something_else_than_its_folder_is_illegal(tmp_path, for
     [message] = other.messages()
     assert message.startswith(f"{place}:2:row: ") and "height is 128.0 in the row and 64 in its folder" in message
     assert message.endswith("legal: one value, in the row or in its folder's name")
+
+
+def test_a_key_with_nothing_between_two_slashes_is_named_and_stops_no_other(bucket):
+    for key in ("d/a.jsonl", "d//b.jsonl"):  # pyarrow would not write such a key
+        url = f"{os.environ['AWS_ENDPOINT_URL']}/{bucket.removeprefix('s3://')}/{key}"
+        headers = {"Content-Type": "application/json"}
+        urllib.request.urlopen(urllib.request.Request(url, b'{"prompt": "a"}', headers, method="PUT"))
+    manifest = open_manifest(f"{bucket}/d")
+    assert prompts(manifest) == ["a"]
+    assert notes(manifest, f"{bucket}/d") == {"keys with nothing between two slashes": "/"}

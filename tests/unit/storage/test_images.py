@@ -220,7 +220,8 @@ def test_a_file_uri_is_a_local_path_with_links_resolved(tmp_path):
     (tmp_path / "in" / "link.png").symlink_to(tmp_path / "secret.png")
     folder = f"file://{tmp_path}/in"
     for root in (folder, str(tmp_path / "in")):
-        assert locate("a.png", folder, [root]) == locate(f"{folder}/a.png", "/m", [root]) == f"{tmp_path}/in/a.png"
+        for form in ("a.png", f"{folder}/a.png", f"FILE://{tmp_path}/in/a.png", f"file:{tmp_path}/in/a.png"):
+            assert locate(form, folder, [root]) == locate(f"{folder}/a.png", "/m", [root]) == f"{tmp_path}/in/a.png"
         assert locate("link.png", folder, [root]) is None
         assert locate(f"{folder}/link.png", "/m", [root]) is None
         assert locate("../secret.png", folder, [root]) is None

@@ -60,7 +60,7 @@ def test_a_uri(uri, same):
     [
         ("", "names no place"), ("a\0b", "names no place"), ("hdfs://n/x", "unsupported scheme"),
         ("https://h/x", "unsupported scheme"), ("s3:/b/x", "names no bucket; legal: s3://bucket"),
-        ("s3://", "names no bucket"),
+        ("s3://", "names no bucket"), ("s3://b//x", "has nothing between two slashes; legal: s3://bucket/folder"),
         ("s3:///x", "names no bucket"), ("s3://K:S@", "names no bucket"), ("file://host/x", "names a host"),
         ("file://x", "names a host"), (r"C:\data", "is a Windows path"), ("c:/data", "is a Windows path"),
         (r"\\nas\data", "is a Windows path"), ("$HOME/ds", "no shell has replaced"),
@@ -72,6 +72,17 @@ def test_what_is_no_place_is_refused(path, words):
     with pytest.raises(ValueError, match=words.replace("$", r"\$")) as caught:
         resolve(path)
     assert "S@" not in str(caught.value)
+
+
+def test_a_name_that_is_not_utf8_is_refused_wherever_it_stands(home, monkeypatch):
+    legal = "is a name that is not UTF-8; legal: a name in UTF-8"
+    for path in ("caf\udce9/ds", "~/caf\udce9", "s3://b/caf\udce9"):
+        with pytest.raises(ValueError, match=rf"caf\\udce9.*, {legal}"):
+            resolve(path)
+    (home / "caf\udce9").mkdir()
+    monkeypatch.chdir(home / "caf\udce9")
+    with pytest.raises(ValueError, match=rf"{home}/caf\\udce9/ds, {legal}"):
+        resolve("ds")
 
 
 def test_a_user_without_a_home(monkeypatch):

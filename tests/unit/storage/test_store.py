@@ -271,6 +271,17 @@ def test_permanent_errors_are_raised_at_once(clock, error):
     assert caught.value is error and not clock.waits
 
 
+def test_a_folder_in_a_files_place_is_said_at_once(tmp_path, clock):
+    with pytest.raises(OSError, match=f"'{tmp_path}' is a directory"):
+        Store(str(tmp_path), clock=clock, wait=clock.wait).read_bytes("")
+    assert not clock.waits
+
+
+def test_an_option_that_no_store_has_is_refused_by_the_name_of_the_store():
+    with pytest.raises(ValueError, match=r"^s3://b/x: cannot be opened \(.*'sig'\)"):
+        Store("s3://b/x?sig=verySecret1")
+
+
 @pytest.mark.parametrize(
     "error",
     [

@@ -228,7 +228,8 @@ def parse_line(name: str, number: int, line: str) -> RawRow:
         pass
     if not whole:
         try:
-            values = _LENIENT_DECODER.decode(line.strip(_JOINTS))
+            # With the line's end, where a message about a row that is cut off places the fault.
+            values = _LENIENT_DECODER.decode(line.strip(_JOINTS) + "\n" * line.endswith("\n"))
         except (ValueError, RecursionError) as error:
             return RawRow(name, number, {}, unreadable=f"not JSON ({error})")
     return _row_of(name, number, line, values)

@@ -140,7 +140,7 @@ def _vae() -> dict[str, Any]:
             ["compress_time", {"multiplier": 1}],
             res(3),
             ["compress_all", {"multiplier": 2}],
-            res(2),
+            res(4),
             ["compress_all", {"multiplier": 2}],
             res(1),
         ],

@@ -17,6 +17,8 @@ import torch
 
 from ltx_ray.miniature import export, measure, sound, spectrum, world
 from ltx_ray.miniature.config import ACTIVE_AUDIO, ACTIVE_AUDIO_CHANNELS, AUDIO_BINS, AUDIO_CHANNELS
+from scripts.miniature_training.graphs import RecordedLosses
+from scripts.miniature_training.least_squares import start_vocoder
 from scripts.miniature_training.loop import Budget, Trainer
 
 RATE, RATE_OUT = spectrum.SAMPLE_RATE, 48000
@@ -30,20 +32,29 @@ _NOISE_STEPS = 1000
 _EXTEND_EVERY = 8
 #: Number of mel bins below 1,050 Hz. They hold all sounds of the world.
 _TONE_BINS = 23
+#: Latents that the linear reading takes, and samples of the waveform that it gives for the middle one. A latent covers
+#: 640 samples; no sound of the world needs more than every eighth.
+_READ_LATENTS, _READ_SAMPLES = 3, 80
+#: Steps over which errors of decoded sound gain their full weight.
+_RAMP_STEPS = 500
 
 
 @dataclass(frozen=True)
 class TrainingSize:
-    """Clips of a batch, numbers of latents of training clips, and number and seconds of clips scored for each sound."""
+    """Clips of a batch, numbers of latents of training clips, and number and seconds of clips scored for each sound.
+
+    `fitted` clips of eight latents give the vocoder's initial weights.
+    """
 
     batch: int = 32
+    fitted: int = 600
     latents: tuple[int, ...] = (10, 16, 24)
     scored: int = 8
     scored_seconds: tuple[float, float] = (0.7, 6.0)
 
 
 FULL = TrainingSize()
-SMOKE = TrainingSize(batch=2, latents=(3, 5), scored=1, scored_seconds=(0.4, 0.5))
+SMOKE = TrainingSize(batch=2, fitted=100, latents=(3, 5), scored=1, scored_seconds=(0.4, 0.5))
 
 
 # --- data --------------------------------------------------------------------------------------------------------
@@ -67,10 +78,12 @@ def samples_of(latents: int) -> int:
     return (4 * latents - 3) * spectrum.HOP
 
 
-def draw_sounds(rng: random.Random, size: TrainingSize, latents: int, device: str) -> Sounds:
-    """A random batch. Five in six are sounds of the world; the others are tones and sweeps of other pitch and level."""
-    rows = [_draw_sweep(rng, latents) for _ in range(size.batch)]
-    return synthesise(np.array(rows), latents, device)
+def draw_rows(rng: random.Random, count: int, latents: int) -> torch.Tensor:
+    """Random sounds (count, 4) float64 as `synthesise` takes them.
+
+    Five in six are sounds of the world; the others are tones and sweeps of other pitch and level.
+    """
+    return torch.tensor([_draw_sweep(rng, latents) for _ in range(count)], dtype=torch.float64)
 
 
 def _draw_sweep(rng: random.Random, latents: int) -> tuple[float, float, float, float]:
@@ -92,14 +105,14 @@ def _draw_sweep(rng: random.Random, latents: int) -> tuple[float, float, float, 
     return ends[0], octaves, peak, phase
 
 
-def synthesise(rows: np.ndarray, latents: int, device: str) -> Sounds:
-    """The sounds of `rows` (B, 4), each as _draw_sweep returns it."""
-    hertz, octaves, peak, phase = (torch.from_numpy(c).to(device)[:, None] for c in rows.T.astype(np.float64))
+def synthesise(rows: torch.Tensor, latents: int) -> Sounds:
+    """The sounds of `rows` (B, 4) float64: Hz at the start, octaves a second, peak, first phase in turns."""
+    hertz, octaves, peak, phase = rows[:, :, None].unbind(1)
     slope = octaves * math.log(2)
     even = slope == 0
 
     def wave(first: int, count: int, rate: int) -> torch.Tensor:
-        time = (torch.arange(count, device=device, dtype=torch.float64) + first) / rate
+        time = (torch.arange(count, device=rows.device, dtype=torch.float64) + first) / rate
         turns = torch.where(even, hertz * time, hertz * torch.expm1(slope * time) / torch.where(even, 1.0, slope))
         return (peak * torch.sin(2 * math.pi * (turns + phase))).float()
 
@@ -127,79 +140,103 @@ class AudioTraining(torch.nn.Module):
             last.bias[ACTIVE_AUDIO_CHANNELS:AUDIO_CHANNELS] = 0
             last.bias[AUDIO_CHANNELS:] = 2 * math.log(_POSTERIOR)
             self.vae.decoder.conv_in.conv.weight[:, ACTIVE_AUDIO_CHANNELS:] = 0
-            self.vocoder.vocoder.conv_out.weight.mul_(0.1)
             self.vocoder.bwe_generator.conv_out.weight.mul_(0.01)
+        # Reads the waveform off the latents, for a loss alone.
+        self.reading = torch.nn.Linear(_READ_LATENTS * ACTIVE_AUDIO, _READ_SAMPLES)
+        torch.nn.init.zeros_(self.reading.weight)
         active = torch.arange(AUDIO_CHANNELS) < ACTIVE_AUDIO_CHANNELS
         self.register_buffer("active", active.float().view(1, -1, 1, 1), persistent=False)
 
     @torch.no_grad()
-    def prepare(self, mel: torch.Tensor) -> None:
-        """Adapt the first and last layers to the mean and the standard deviation of spectrograms (B, 2, frames, 64).
+    def prepare(self, sounds: Sounds) -> None:
+        """Adapt the first and last layers to sounds. The vocoder's first layers are solved for by least squares.
 
-        Inputs are then near mean 0 and standard deviation 1. Both channels share their statistics.
+        The VAE's inputs are then near mean 0 and standard deviation 1.
         """
+        mel = spectrum.analyse(sounds.source)
         std, mean = torch.std_mean(mel, dim=(0, 1, 2))
-        std = std.clamp(min=0.1)
         first = self.vocoder.vocoder.conv_in  # its inputs are ordered (channel, bin)
-        first.weight /= std.repeat(2)[:, None]
+        first.weight /= std.clamp(min=0.1).repeat(2)[:, None]
         first.bias -= (first.weight * mean.repeat(2)[:, None]).sum((1, 2))
+        start_vocoder(self.vocoder.vocoder, mel, sounds.low)
         first = self.vae.encoder.conv_in.conv
         first.weight /= 3.0
         first.bias -= first.weight.sum((1, 2, 3)) * mean.mean()
-        self.vae.decoder.conv_out.conv.bias.fill_(mean.mean())
+        # cuDNN rounds the sums of a bfloat16 convolution before it adds the bias, so a bias far from the values where
+        # tones are would cost their last digits.
+        self.vae.decoder.conv_out.conv.bias.fill_(mean[:_TONE_BINS].median())
 
     def encode(self, mel: torch.Tensor) -> torch.Tensor:
         """Means of the posterior (B, 8, T, 16) float32 of spectrograms (B, 2, 4 T - 3, 64); unused channels are 0."""
         return self.vae.encoder(mel)[:, :AUDIO_CHANNELS].float() * self.active
 
     def losses(
-        self, sounds: Sounds, generator: torch.Generator, noise: float = 1.0, extend: bool = True
+        self, sounds: Sounds, noise: torch.Tensor, ramp: torch.Tensor, extend: bool = True
     ) -> dict[str, torch.Tensor]:
-        """Named losses. `noise` scales the noise on the latents; `extend` includes the bandwidth extension.
+        """Named losses. `noise` (B, 8, T, 16) is added to the latents, and `ramp` is the weight of decoded sound.
 
         The vocoder gets the true spectrogram in the first half of the batch and the decoded one in the second.
+        `extend` includes the bandwidth extension.
         """
-
-        def draw(shape: Any, sample: Any = torch.randn) -> torch.Tensor:
-            return sample(shape, generator=generator, device=sounds.low.device)
-
         true = spectrum.analyse(sounds.source)
         latents = self.encode(true)
         used = packed(latents)[..., :ACTIVE_AUDIO].flatten(0, 1)
         std, mean = torch.std_mean(used, dim=0)
         moments = (mean**2 + (std - 1) ** 2).mean()
-        each = (latents.shape[0], 1, 1, 1)
-        sigma = noise * _NOISE * draw(each, torch.rand) * (draw(each, torch.rand) < _NOISY)
-        mel = self.vae.decoder((latents + sigma * draw(latents.shape)) * self.active).float()
+        noisy = (latents + noise) * self.active
+        with torch.autocast(noise.device.type, torch.bfloat16, enabled=noise.is_cuda):
+            mel = self.vae.decoder(noisy).float()
         mel_error = (mel - true).abs()
         # The phase of a tone shows in the change from frame to frame.
         phase_error = (mel - true)[..., :_TONE_BINS].diff(dim=2).abs().mean()
         half = len(mel) // 2
-        vocoder_input = torch.cat([true[:half], mel[half:]])
+        # The vocoder hums in silence unless it learns to ignore the rounding of bfloat16 spectrograms.
+        vocoder_input = torch.cat([true[:half], mel[half:]]).bfloat16().float()
+        weight = torch.cat([torch.ones_like(ramp).expand(half, 1, 1), ramp.expand(len(mel) - half, 1, 1)])
         low, want = self.vocoder.vocoder(vocoder_input), sounds.low / sound.AMPLITUDE
         error = low / sound.AMPLITUDE - want
-        flat = torch.sqrt(error**2 + 1e-4).mean()
-        loudness = (_magnitudes(low / sound.AMPLITUDE) - _magnitudes(want.expand(-1, 2, -1))).abs().mean()
-        loss = flat + error.square().mean() + 0.5 * loudness + 0.05 * moments
+        loudness = weight[..., None] * (_magnitudes(low / sound.AMPLITUDE) - _magnitudes(want.expand(-1, 2, -1))).abs()
+        read = self._reading_error(noisy, want[:, 0])
+        loss = (weight * (torch.sqrt(error**2 + 1e-4) + _rounded_square(error))).mean() + 0.5 * loudness.mean()
+        loss = loss + read + 0.05 * moments + 0.2 * mel_error.mean() + 0.6 * mel_error[..., :_TONE_BINS].mean()
         result = {
-            "loss": loss + 0.2 * mel_error.mean() + 0.6 * mel_error[..., :_TONE_BINS].mean() + 2 * phase_error,
+            "loss": loss + 2 * phase_error,
             "true": error[:half].square().mean(),
             "decoded": error[half:].square().mean(),
-            "loudness": loudness,
+            "read": read,
             "phase": phase_error,
             "mel": mel_error[..., :_TONE_BINS].mean(),
             "moments": moments,
         }
         if extend:
             error = (self.vocoder(vocoder_input) - sounds.high) / sound.AMPLITUDE
-            result["loss"] = result["loss"] + error.square().mean() + torch.sqrt(error**2 + 1e-4).mean()
+            extended = weight * (torch.sqrt(error**2 + 1e-4) + _rounded_square(error))
+            result["loss"] = result["loss"] + extended.mean()
         return result
+
+    def _reading_error(self, latents: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
+        """Mean squared error of the waveform (B, samples) that a linear map reads off latents (B, 8, T, 16).
+
+        Without this loss the encoder learns the tones' phases one after the other, because the decoder can use none
+        before the latents have it.
+        """
+        windows = packed(latents)[..., :ACTIVE_AUDIO].unfold(1, _READ_LATENTS, 1).flatten(2)
+        samples = 4 * spectrum.HOP
+        # Latent t covers the samples from 640 t - 480 on.
+        pieces = torch.nn.functional.pad(want, (samples - spectrum.HOP, 0)).unfold(1, samples, samples)
+        return (self.reading(windows) - pieces[:, 1:-1, :: samples // _READ_SAMPLES]).square().mean()
+
+
+def _rounded_square(error: torch.Tensor) -> torch.Tensor:
+    """The square of errors up to 1, and a line beyond, so that wrong sound at the start does not drown other losses."""
+    return 2 * torch.nn.functional.huber_loss(error, torch.zeros_like(error), reduction="none")
 
 
 def _magnitudes(wave: torch.Tensor) -> torch.Tensor:
-    """Short-time DFT magnitudes of sound (B, 2, samples); a sine of peak 1 has magnitude 1."""
+    """Short-time DFT magnitudes (B, 2, bins, frames) of sound (B, 2, samples); a sine of peak 1 has magnitude 1."""
     window = torch.hann_window(512, device=wave.device)
-    return torch.stft(wave.flatten(0, 1), 512, 128, window=window, center=False, return_complex=True).abs() / 128
+    transform = torch.stft(wave.flatten(0, 1), 512, 128, window=window, center=False, return_complex=True)
+    return transform.abs().unflatten(0, wave.shape[:2]) / 128
 
 
 def packed(latents: torch.Tensor) -> torch.Tensor:
@@ -221,7 +258,7 @@ def train(
     torch.manual_seed(seed)
     training = AudioTraining()
     rng = random.Random(f"audio {seed}")
-    training.prepare(spectrum.analyse(draw_sounds(rng, size, size.latents[-1], "cpu").source))
+    training.prepare(synthesise(draw_rows(rng, size.fitted, 8), 8))
     if start is not None:
         from ltx_ray.engine import components
 
@@ -230,16 +267,34 @@ def train(
     trainer = Trainer(training.to(device), folder, budget, rate=2e-3, warmup=300)
     rng = random.Random(f"audio {seed} {trainer.step}")
     generator = torch.Generator(device).manual_seed(seed * 1_000_003 + trainer.step)
+    recorded = RecordedLosses(trainer.weights.values())
 
     def step(number: int) -> dict[str, torch.Tensor]:
-        latents = rng.choice(size.latents)
-        sounds = draw_sounds(rng, size, latents, device)
-        return trainer.module.losses(sounds, generator, min(1.0, number / _NOISE_STEPS), number % _EXTEND_EVERY == 0)
+        latents, extend = rng.choice(size.latents), number % _EXTEND_EVERY == 0
+
+        def losses(rows: torch.Tensor, noise: torch.Tensor, ramp: torch.Tensor) -> dict[str, torch.Tensor]:
+            return trainer.module.losses(synthesise(rows, latents), noise, ramp, extend)
+
+        rows = draw_rows(rng, size.batch, latents).to(device)
+        noise = draw_noise(generator, size.batch, latents, min(1.0, number / _NOISE_STEPS))
+        ramp = torch.tensor(min(1.0, number / _RAMP_STEPS), device=device)
+        return recorded((latents, extend), losses, rows, noise, ramp)
 
     trainer.run(step, show_every=200 if device.startswith("cuda") else 5)
     path = folder / "audio.safetensors"
     write(trainer.average, path, device, size)
     return score(path, device, size)
+
+
+def draw_noise(generator: torch.Generator, count: int, latents: int, scale: float) -> torch.Tensor:
+    """Noise (count, 8, latents, 16) on the generator's device, of another standard deviation for each clip."""
+
+    def draw(sample: Any, *shape: int) -> torch.Tensor:
+        return sample(shape, generator=generator, device=generator.device)
+
+    each = (count, 1, 1, 1)
+    sigma = scale * _NOISE * draw(torch.rand, *each) * (draw(torch.rand, *each) < _NOISY)
+    return sigma * draw(torch.randn, count, AUDIO_CHANNELS, latents, AUDIO_BINS)
 
 
 @torch.no_grad()
@@ -269,7 +324,7 @@ def spectrogram_source(name: str, seconds: float, phase: float) -> torch.Tensor:
     octaves = math.log2(sound.RISING[1] / sound.RISING[0]) / seconds if name == "rising" else 0.0
     hertz = sound.TONES.get(name, sound.RISING[0])
     peak = 0.0 if name == "silent" else sound.AMPLITUDE
-    return synthesise(np.array([[hertz, octaves, peak, phase]]), latents, "cpu").source
+    return synthesise(torch.tensor([[hertz, octaves, peak, phase]], dtype=torch.float64), latents).source
 
 
 # --- score -------------------------------------------------------------------------------------------------------
@@ -286,6 +341,8 @@ def score(path: Path, device: str, size: TrainingSize) -> dict[str, float]:
     from ltx_ray.engine import codec, components
 
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    # As in the engine.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     decoder = components.load_audio_decoder(path, dtype, device)
     vocoder = components.load_vocoder(path, dtype, device)
     encoder = load_audio_vae(path).to(device)

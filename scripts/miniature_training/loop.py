@@ -14,6 +14,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from scripts.miniature_training.muon import Muon
+
 M = TypeVar("M", bound=torch.nn.Module)
 
 #: A checkpoint's files: the weights in float32, their average in bfloat16, and both moments of Adam in bfloat16.
@@ -33,12 +35,12 @@ class Budget:
 
 
 class Trainer(Generic[M]):
-    """Trains `module` with AdamW, from the checkpoint in `folder` if there is one.
+    """Trains `module`, from the checkpoint in `folder` if there is one.
 
-    `rate` is the learning rate of layers with few inputs (see `_rate_factor`). It rises linearly over the first
-    `warmup` steps of the part's training, stays constant, and falls linearly to a twentieth over the last fraction
-    `decay` of this call's budget. `average` is a copy of the module whose weights are an exponential average over about
-    `average_over` steps. It is scored and exported.
+    `rate` is AdamW's learning rate of layers with few inputs (see `_rate_factor`). With `muon_rate`, AdamW trains the
+    biases alone, and Muon the rest. Rates rise linearly over the first `warmup` steps of the part's training, stay
+    constant, and fall linearly to a twentieth over the last fraction `decay` of this call's budget. `average` is a copy
+    of the module whose weights are an exponential average over about `average_over` steps. It is scored and exported.
     """
 
     def __init__(
@@ -51,13 +53,13 @@ class Trainer(Generic[M]):
         warmup: int = 200,
         decay: float = 0.4,
         average_over: int = 500,
+        muon_rate: float | None = None,
     ) -> None:
         self.module, self.folder, self.budget = module, folder, budget
-        self.rate, self.warmup, self.decay, self.average_over = rate, warmup, decay, average_over
+        self.warmup, self.decay, self.average_over = warmup, decay, average_over
         self.step = 0
         self.weights = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        groups = [{"params": [weight], "rate_factor": _rate_factor(weight)} for weight in self.weights.values()]
-        self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
+        self.optimizers = _optimizers(list(self.weights.values()), rate, muon_rate)
         self.average = copy.deepcopy(module).requires_grad_(False).eval()
         folder.mkdir(parents=True, exist_ok=True)
         self._load()
@@ -65,7 +67,7 @@ class Trainer(Generic[M]):
     # --- training ------------------------------------------------------------------------------------------------
 
     def run(self, loss_of: Callable[[int], dict[str, torch.Tensor]], show_every: int = 200) -> None:
-        """Train until the budget is spent. `loss_of(step)` returns named losses, of which "loss" is minimised.
+        """Train until the budget is spent. `loss_of(step)` returns named losses and sets the weights' gradients.
 
         Raises FloatingPointError when a printed mean is not finite. The checkpoint on disk stays as it was.
         """
@@ -73,13 +75,13 @@ class Trainer(Generic[M]):
         first, count = self.step, 0
         sums: dict[str, Any] = {}
         while (used := self._used(started, first)) < 1:
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.rate * group["rate_factor"] * self._schedule(used)
+            for optimizer in self.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["full_rate"] * self._schedule(used)
             losses = loss_of(self.step)
-            self.optimizer.zero_grad(set_to_none=True)
-            losses["loss"].backward()
             norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), 1.0)
-            self.optimizer.step()
+            for optimizer in self.optimizers:
+                optimizer.step()
             self._update_average()
             self.step += 1
             count += 1
@@ -114,6 +116,9 @@ class Trainer(Generic[M]):
         weights: list[torch.Tensor] = list(self.weights.values())
         torch._foreach_lerp_(averages, weights, max(1 / self.average_over, 1 / (self.step + 1)))
 
+    def _optimizer_of(self, weight: torch.Tensor) -> torch.optim.Optimizer:
+        return next(o for o in self.optimizers for g in o.param_groups for w in g["params"] if w is weight)
+
     # --- checkpoints ---------------------------------------------------------------------------------------------
 
     def save(self) -> None:
@@ -121,7 +126,7 @@ class Trainer(Generic[M]):
         averages = dict(self.average.named_parameters())
         moments = {}
         for name, weight in self.weights.items():
-            state = self.optimizer.state.get(weight, {})
+            state: dict[str, torch.Tensor] = self._optimizer_of(weight).state.get(weight, {})
             for moment in ("exp_avg", "exp_avg_sq"):
                 if moment in state:
                     moments[f"{moment}.{name}"] = state[moment].to(torch.bfloat16)
@@ -148,11 +153,26 @@ class Trainer(Generic[M]):
         _copy(self.weights, loaded["model"])
         _copy(dict(self.average.named_parameters()), loaded["average"])
         for name, weight in self.weights.items():
-            if f"exp_avg.{name}" in loaded["optimizer"]:
-                moments = {m: loaded["optimizer"][f"{m}.{name}"] for m in ("exp_avg", "exp_avg_sq")}
-                state = {m: value.to(weight.device, torch.float32) for m, value in moments.items()}
-                self.optimizer.state[weight] = {"step": torch.tensor(float(self.step)), **state}
+            moments = {m: loaded["optimizer"].get(f"{m}.{name}") for m in ("exp_avg", "exp_avg_sq")}
+            state = {m: value.to(weight.device, torch.float32) for m, value in moments.items() if value is not None}
+            if state:
+                state["step"] = torch.tensor(float(self.step), device=weight.device)
+                self._optimizer_of(weight).state[weight] = state
         print(f"from step {self.step} of {self.folder}", flush=True)
+
+
+def _optimizers(weights: list[torch.nn.Parameter], rate: float, muon_rate: float | None) -> list[torch.optim.Optimizer]:
+    """AdamW at `rate`, after Muon at `muon_rate` for all weights but biases if that is given."""
+    by_rate: dict[float, list[torch.nn.Parameter]] = {}
+    for weight in weights:
+        if muon_rate is None or weight.dim() < 2:
+            by_rate.setdefault(rate * _rate_factor(weight), []).append(weight)
+    groups = [{"params": members, "full_rate": full} for full, members in by_rate.items()]
+    adam = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.99), weight_decay=0.0, fused=weights[0].is_cuda)
+    if muon_rate is None:
+        return [adam]
+    wide = [weight for weight in weights if weight.dim() >= 2]
+    return [Muon([{"params": wide, "full_rate": muon_rate}], lr=muon_rate), adam]
 
 
 def _rate_factor(weight: torch.Tensor) -> float:

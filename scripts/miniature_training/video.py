@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 
 from ltx_ray.miniature import export, measure, picture, world
 from ltx_ray.miniature.config import ACTIVE_VIDEO, LATENT_CHANNELS
+from scripts.miniature_training.graphs import RecordedLosses
 from scripts.miniature_training.loop import Budget, Trainer, chunks
 
 #: Standard deviation of the posterior. It is a constant, because nothing samples from the posterior.
@@ -25,11 +28,11 @@ _POSTERIOR = 0.1
 _NOISE, _NOISY = 0.25, 0.5
 #: Steps over which that noise rises from 0.
 _NOISE_STEPS = 1000
-#: Training sizes (frames, height, width); repeated ones are drawn more often. They are few because cuDNN searches for
-#: the fastest algorithms at each size.
+#: Training sizes (frames, height, width); repeated ones are drawn more often. They are few because a graph is recorded
+#: for each.
 _SIZES = (
-    *[(33, 128, 192)] * 4,
-    *[(33, 256, 384)] * 3,
+    *[(33, 128, 192)] * 10,
+    *[(33, 256, 384)] * 4,
     (25, 192, 128),
     (17, 384, 256),
     (9, 320, 448),
@@ -44,7 +47,7 @@ _SCORED = ((33, 128, 192), (33, 256, 384))
 class TrainingSize:
     """Pixels (frames x height x width) of a batch, training sizes, and the clips scored at each of `scored_sizes`."""
 
-    pixels: int = 12_000_000
+    pixels: int = 10_000_000
     scored: int = 32
     sizes: tuple[tuple[int, int, int], ...] = _SIZES
     scored_sizes: tuple[tuple[int, int, int], ...] = _SCORED
@@ -101,20 +104,13 @@ class VideoTraining(torch.nn.Module):
         """Means of the posterior (B, 128, F', H', W') float32, not normalised; unused channels are 0."""
         return self.vae.encoder(pixels)[:, :LATENT_CHANNELS].float() * self.active
 
-    def losses(self, pixels: torch.Tensor, generator: torch.Generator, noise: float = 1.0) -> dict[str, torch.Tensor]:
-        """Named losses of pixels (B, 3, F, H, W); `noise` scales the noise on the latents."""
-
-        def draw(shape: Any, sample: Any = torch.randn) -> torch.Tensor:
-            return sample(shape, generator=generator, device=pixels.device)
-
-        batch = pixels.shape[0]
+    def losses(self, pixels: torch.Tensor, noise: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Named losses of pixels (B, 3, F, H, W); `noise` (B, 128, F', H', W') is added to the latents."""
         latents = self.encode(pixels)
         used = latents[:, :ACTIVE_VIDEO].transpose(0, 1).flatten(1)
         std, mean = torch.std_mean(used, dim=1)
         moments = (mean**2 + (std - 1) ** 2).mean()
-        each = (batch, 1, 1, 1, 1)
-        sigma = noise * _NOISE * draw(each, torch.rand) * (draw(each, torch.rand) < _NOISY)
-        noisy = latents + sigma * draw(latents.shape) * self.active
+        noisy = (latents + noise) * self.active
         out = self.vae.decoder(noisy).float()
         error = out - pixels
         weight = _weights(pixels)
@@ -132,15 +128,17 @@ class VideoTraining(torch.nn.Module):
 
 @torch.no_grad()
 def _weights(pixels: torch.Tensor) -> torch.Tensor:
-    """Weight of the error at each pixel (B, 1, F, H, W): 4 within 4 pixels of an edge, 1 elsewhere.
+    """Weight of the error at each pixel (B, 1, F, H, W): 1, and more within 4 pixels of an edge.
 
-    Corners have few pixels. With equal weights, a blob of the right colour has almost as small a loss as a star.
+    Corners have few pixels. With equal weights, a blob of the right colour has almost as small a loss as a star. All
+    edges of a clip together weigh as much as all its pixels, so that small objects count as much as large ones.
     """
     frames = pixels.transpose(1, 2).flatten(0, 1)
     steps = torch.nn.functional.pad(frames.diff(dim=-1).abs().amax(1, keepdim=True), (0, 1))
     steps = steps.maximum(torch.nn.functional.pad(frames.diff(dim=-2).abs().amax(1, keepdim=True), (0, 0, 0, 1)))
     near = torch.nn.functional.max_pool2d((steps > 0.1).float(), 9, stride=1, padding=4)
-    return (1 + 3 * near).unflatten(0, (pixels.shape[0], -1)).transpose(1, 2)
+    near = near.unflatten(0, (pixels.shape[0], -1)).transpose(1, 2)
+    return 1 + near / near.mean(dim=(1, 2, 3, 4), keepdim=True).clamp(min=0.02)
 
 
 def _standardise(conv: torch.nn.Conv3d, _: Any, out: torch.Tensor) -> torch.Tensor:
@@ -163,9 +161,13 @@ def _standardise(conv: torch.nn.Conv3d, _: Any, out: torch.Tensor) -> torch.Tens
 
 
 def draw_training_clip(rng: random.Random, aspect: float) -> world.Clip:
-    """A training clip. One in three is zoomed in and cut in time, as parts of larger and longer videos."""
-    clip = world.draw_clip(rng, "train", aspect)
-    if rng.random() < 2 / 3:
+    """A training clip. One in five is zoomed in and cut in time, as parts of larger and longer videos.
+
+    Nearly half of them show stars, which have the finest details.
+    """
+    scene = rng.choice(_stars()) if rng.random() < 1 / 4 else None
+    clip = world.draw_clip(rng, "train", aspect, scene)
+    if rng.random() < 4 / 5:
         return clip
     zoom, first = math.exp(rng.uniform(0, math.log(5))), rng.random()
     last = first + (1 - first) * rng.random()
@@ -179,6 +181,11 @@ def draw_training_clip(rng: random.Random, aspect: float) -> world.Clip:
     centre = [mixed(a, b, 0.5) + rng.uniform(-0.25, 0.25) for a, b in zip(*ends)]
     (x0, y0), (x1, y1) = ([0.5 + (a - c) * zoom for a, c in zip(end, centre)] for end in ends)
     return replace(clip, start=(x0, y0), end=(x1, y1), start_size=sizes[0] * zoom, end_size=sizes[1] * zoom)
+
+
+@cache
+def _stars() -> tuple[world.Scene, ...]:
+    return tuple(scene for scene in world.scenes("train") if scene.shape == "star")
 
 
 # --- training ----------------------------------------------------------------------------------------------------
@@ -202,26 +209,44 @@ def train(
         from ltx_ray.engine import components
 
         exported = components.load_video_vae(start, torch.float32, device, part="both")
-        training.vae.load_state_dict(exported.state_dict())
+        # Residual blocks that the file lacks stay the identity.
+        training.vae.load_state_dict({**training.vae.state_dict(), **exported.state_dict()})
     if device.startswith("cuda"):
         # torch's stubs lack this overload.
         training = training.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-    trainer = Trainer(training, folder, budget, rate=1e-3, warmup=300, decay=0.6)
+    trainer = Trainer(training, folder, budget, rate=1e-3, warmup=300, decay=0.8, muon_rate=0.01)
     rng = random.Random(f"video {seed} {trainer.step}")
     generator = torch.Generator(device).manual_seed(seed * 1_000_003 + trainer.step)
+    recorded = RecordedLosses(trainer.weights.values())
+
+    def losses(pixels: torch.Tensor, noise: torch.Tensor) -> dict[str, torch.Tensor]:
+        with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=device.startswith("cuda")):
+            return training.losses(pixels, noise)
 
     def step(number: int) -> dict[str, torch.Tensor]:
         frames, height, width = rng.choice(size.sizes)
         batch = max(1, size.pixels // (frames * height * width))
         clips = [draw_training_clip(rng, width / height) for _ in range(batch)]
         pixels = picture.draw_frames(clips, frames, height, width, device)
-        with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=device.startswith("cuda")):
-            return training.losses(pixels, generator, noise=min(1.0, number / _NOISE_STEPS))
+        noise = draw_noise(generator, pixels.shape, min(1.0, number / _NOISE_STEPS))
+        return recorded((frames, height, width), losses, pixels, noise)
 
     trainer.run(step, show_every=200 if device.startswith("cuda") else 5)
     path = folder / "vae.safetensors"
     write(trainer.average, path, device, size)
     return score(path, device, size, folder)
+
+
+def draw_noise(generator: torch.Generator, pixels: Sequence[int], scale: float) -> torch.Tensor:
+    """Noise for the latents of pixels of shape (B, 3, F, H, W), of another standard deviation for each clip."""
+
+    def draw(sample: Any, *shape: int) -> torch.Tensor:
+        return sample(shape, generator=generator, device=generator.device)
+
+    count, _, frames, height, width = pixels
+    each = (count, 1, 1, 1, 1)
+    sigma = scale * _NOISE * draw(torch.rand, *each) * (draw(torch.rand, *each) < _NOISY)
+    return sigma * draw(torch.randn, count, LATENT_CHANNELS, (frames + 7) // 8, height // 32, width // 32)
 
 
 @torch.no_grad()

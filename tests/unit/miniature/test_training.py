@@ -1,10 +1,18 @@
-"""scripts/train_miniature.py --smoke: three steps, a checkpoint, a file that loads, a score, and three more steps."""
+"""scripts/train_miniature.py --smoke: three steps, a checkpoint, a file that loads, a score, and three more steps.
+
+Also the vocoder's initial weights, and the optimizer."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
+import torch
 
+from ltx_ray.miniature import export, sound, spectrum
+from scripts.miniature_training import audio
+from scripts.miniature_training.least_squares import start_vocoder
+from scripts.miniature_training.muon import Muon, orthogonal
 from scripts.train_miniature import main
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -43,6 +51,44 @@ def test_the_audio_parts_train(train, tmp_path):
     shown, score = train("audio")
     assert "step 3 " in shown and "low pitch error" in score
     assert (tmp_path / "audio" / "audio.safetensors").stat().st_size < 7e6
+
+
+@torch.no_grad()
+def test_a_vocoder_makes_sound_before_it_is_trained():
+    """Of sounds that were not fitted, to the ends of a clip."""
+    torch.manual_seed(0)
+    rng = random.Random(0)
+    vocoder = export.new_vocoder().vocoder
+    fitted, other = (audio.synthesise(audio.draw_rows(rng, count, 6), 6) for count in (300, 50))
+    start_vocoder(vocoder, spectrum.analyse(fitted.source), fitted.low)
+    made = vocoder(spectrum.analyse(other.source))
+    assert (made - other.low).square().mean() < 0.2 * other.low.square().mean()
+    assert made.abs().max() < 3 * sound.AMPLITUDE
+
+
+@pytest.mark.parametrize("size", [(3, 16, 432), (2, 129, 64), (1, 48, 48)])
+def test_an_orthogonal_matrix_keeps_the_directions(size):
+    matrices = torch.randn(size, generator=torch.Generator().manual_seed(1))
+    found = orthogonal(matrices)
+    u, _, v = torch.linalg.svd(matrices, full_matrices=False)
+    assert torch.linalg.svdvals(found).max() < 1.3
+    assert ((found - u @ v).norm(dim=(1, 2)) < 0.4 * (u @ v).norm(dim=(1, 2))).all()
+
+
+def test_muon_minimises():
+    generator = torch.Generator().manual_seed(2)
+    weight, x = torch.nn.Parameter(torch.zeros(8, 4, 3)), torch.randn(64, 4, 9, generator=generator)
+    wanted = torch.nn.functional.conv1d(x, torch.randn(8, 4, 3, generator=generator) / 4)
+    optimizer = Muon([{"params": [weight]}], lr=0.1)
+    losses = []
+    for step in range(120):
+        optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / 120)
+        loss = (torch.nn.functional.conv1d(x, weight) - wanted).square().mean()
+        weight.grad = None
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.01 * losses[0]
 
 
 def test_an_unknown_part_is_refused(capsys):

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Hashable
+from functools import lru_cache
 from json.encoder import encode_basestring
 
 from ltx_ray.records import Recipe, RenderRequest, canonical_json, plain
 from ltx_ray.stages import Stage
 
 
+@lru_cache(maxsize=256)
 def recipe_json(recipe: Recipe) -> str:
     """The recipe as canonical JSON. That of scheme 1 has no field for its scheme."""
     values = plain(recipe)

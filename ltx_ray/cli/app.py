@@ -29,8 +29,8 @@ from ltx_ray.manifest.rules import IllegalRow
 from ltx_ray.planning.plan import ILLEGAL, PlannedRow, cost_line
 from ltx_ray.records import canonical_json
 from ltx_ray.run import ExitCode, Options, prepare, render, say_missing_ids
-from ltx_ray.storage.credentials import mask_tracebacks, masked, without_credentials
-from ltx_ray.storage.locations import join, recorded, split_options
+from ltx_ray.storage.credentials import mask_tracebacks, masked
+from ltx_ray.storage.locations import join, recorded, recorded_image
 from ltx_ray.storage.store import Store
 
 #: Rows that `plan` lists without --all.
@@ -266,8 +266,8 @@ def _check_dataset(output: str) -> None:
 
 
 def _resolved_line(row: PlannedRow) -> str:
-    images = (replace(image, path=split_options(without_credentials(image.path))[0]) for image in row.request.images)
-    return canonical_json(replace(row.request, images=tuple(images)))
+    images = tuple(replace(image, path=recorded_image(image.path)) for image in row.request.images)
+    return canonical_json(replace(row.request, images=images))
 
 
 def _plan_line(row: PlannedRow) -> str:

@@ -23,8 +23,8 @@ from ltx_ray.manifest.columns import COLUMNS
 from ltx_ray.manifest.raw import FAILED_ROW_COLUMN, RawRow
 from ltx_ray.manifest.rules import resolved_values
 from ltx_ray.records import Clip, RenderRequest, plain
-from ltx_ray.storage.credentials import masked, without_credentials
-from ltx_ray.storage.locations import join, recorded, resolve, split_options
+from ltx_ray.storage.credentials import masked
+from ltx_ray.storage.locations import join, recorded, recorded_image, resolve, split_options
 from ltx_ray.storage.store import Store
 
 
@@ -244,11 +244,11 @@ def _recorded_row(request: RenderRequest) -> dict[str, Any]:
 
 
 def _recorded_images(images: Any) -> Any:
-    """A value of the column `images` without credentials, and without the options of the run's own roots."""
+    """A value of the column `images`, legal or not, as the tables have it."""
     if not isinstance(images, list):
         return images
     return [
-        {**image, "path": split_options(without_credentials(image["path"]))[0]}
+        {**image, "path": recorded_image(image["path"])}
         if isinstance(image, Mapping) and isinstance(image.get("path"), str)
         else image
         for image in images

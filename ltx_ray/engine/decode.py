@@ -90,9 +90,10 @@ class DecodeEngine:
 
     def _decode(self, item: WorkItem, stages: tuple[StageLatents, ...]) -> Clip:
         if (self.spec.save_latents or self.spec.stop_after) and not item.preflight:
+            stored_before = bool(self.spec.stop_after) and self.latents.holds_both_stages(item)
             self.latents.publish(item, stages)
-            if self.spec.stop_after and self.latents.holds_both_stages(item):
-                # An earlier run has stored them. The preview is of the latents that a promotion continues.
+            if stored_before:
+                # They stay. The preview is of the latents that a promotion continues.
                 stages = (self.latents.load_stage1(item, self.dtype)[0],)
         named = named_latents(*stages)
         digest = latents_sha256(named)

@@ -133,6 +133,11 @@ def recorded(location: str) -> str:
     return copy.group(2) or "." if copy else without_credentials(location)
 
 
+def recorded_image(path: str) -> str:
+    """An image's location as rows are recorded with it: without credentials, and without the options of its root."""
+    return split_options(without_credentials(path))[0]
+
+
 def is_in_job_copy(location: str) -> bool:
     """Whether a local path is in Ray's copy of a job's working directory, or elsewhere in the folder of a Ray session.
 

@@ -29,7 +29,7 @@ from ltx_ray.model.fused import FusedTransformer
 from ltx_ray.model.graphs import GraphedTransformer
 from ltx_ray.model.packing import pack_linears
 from ltx_ray.model.transformer import Transformer
-from ltx_ray.parallel.layers import SINGLE_RANK, RankGroup
+from ltx_ray.parallel.collectives import SINGLE_RANK, RankGroup
 from ltx_ray.parallel.loading import load_shard
 from ltx_ray.parallel.lora import LoraMerger, LoraSetting
 from ltx_ray.parallel.mesh import make_mesh

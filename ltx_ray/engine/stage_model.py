@@ -12,7 +12,7 @@ from ltx_ray.model.fused import FusedTransformer
 from ltx_ray.model.graphs import GraphedTransformer
 from ltx_ray.model.rope import RopeTable
 from ltx_ray.model.transformer import NO_PERTURBATION, Modality, Perturbation, Transformer
-from ltx_ray.parallel.layers import SINGLE_RANK, RankGroup
+from ltx_ray.parallel.collectives import SINGLE_RANK, RankGroup
 from ltx_ray.records import AV, Conditions, Guidance, PromptContext
 from ltx_ray.sampling.guidance import BATCHED_PASS
 from ltx_ray.sampling.passes import Pass, needs_perturbed

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from ltx_ray.model.fused import FusedTransformer, ModulationTables
+from ltx_ray.model.fused import FusedTransformer
+from ltx_ray.model.modulations import ModulationTables
 from ltx_ray.model.rope import RopeTable
 from ltx_ray.model.transformer import NO_PERTURBATION, Modality, Perturbation
 from ltx_ray.records import AV

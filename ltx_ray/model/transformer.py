@@ -28,7 +28,8 @@ from ltx_ray.checkpoints.transformer_keys import (
 )
 from ltx_ray.model.block import STREAM_NAMES, AVBlock, Stream, modulate
 from ltx_ray.model.rope import RopeTable, rope_table
-from ltx_ray.parallel.layers import SINGLE_RANK, RankGroup, ReplicatedLinear, replicated
+from ltx_ray.parallel.collectives import SINGLE_RANK, RankGroup
+from ltx_ray.parallel.layers import ReplicatedLinear, replicated
 from ltx_ray.parallel.mesh import SequenceSharding
 from ltx_ray.records import AV
 

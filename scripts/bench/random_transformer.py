@@ -16,7 +16,8 @@ from ltx_ray.checkpoints.lora import Factor, LoraPair
 from ltx_ray.checkpoints.safetensors import TensorInfo, read_header
 from ltx_ray.checkpoints.transformer_config import TransformerConfig
 from ltx_ray.model.transformer import Transformer
-from ltx_ray.parallel.layers import RankGroup, ShardParameter, shard_parameter
+from ltx_ray.parallel.collectives import RankGroup
+from ltx_ray.parallel.layers import ShardParameter, shard_parameter
 from ltx_ray.toy.config import ToyShape, checkpoint_config
 
 LORA_RANK = 384

@@ -17,7 +17,7 @@ from ltx_ray.config import EngineSpec
 from ltx_ray.engine.base import Rank
 from ltx_ray.engine.decode import named_latents
 from ltx_ray.engine.diffusion import DiffusionEngine
-from ltx_ray.parallel.layers import RankGroup
+from ltx_ray.parallel.collectives import RankGroup
 from ltx_ray.parallel.mesh import SequenceSharding
 from ltx_ray.parallel.weight_cache import FreeMemory
 from tests.support.pipeline import one_thread, toy_pipeline

@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 from ltx_ray.checkpoints.checkpoint import open_checkpoint
 from ltx_ray.checkpoints.lora import open_lora
 from ltx_ray.model.transformer import NO_PERTURBATION, Perturbation
-from ltx_ray.parallel.layers import RankGroup
+from ltx_ray.parallel.collectives import RankGroup
 from ltx_ray.parallel.lora import LoraMerger, LoraSetting
 from ltx_ray.records import AV
 from tests.support.transformers import Inputs, load_ours, relative

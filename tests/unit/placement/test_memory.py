@@ -22,7 +22,7 @@ from ltx_ray.driver.loop import JoinedCluster
 from ltx_ray.manifest.rules import RowProblem
 from ltx_ray.model.packing import pack_linears
 from ltx_ray.model.transformer import Transformer
-from ltx_ray.parallel.layers import RankGroup
+from ltx_ray.parallel.collectives import RankGroup
 from ltx_ray.placement.cluster import Cluster, Placement, _FreeGpus
 from ltx_ray.placement.memory import GIB, Gpu, MemoryBudget, can_share, known_gpus, transformer_bytes
 from ltx_ray.placement.numerics import resolve

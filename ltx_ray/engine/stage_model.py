@@ -48,7 +48,7 @@ def pass_perturbations(guidance: AV[Guidance]) -> dict[str, Perturbation]:
 class StageModel:
     """Runs guidance passes of `dit` from `state` on. `run_pass` and `denoise` are what samplers and guidance take.
 
-    The ranks of `sequence_group` divide the video's tokens, which only the plain transformer can.
+    The ranks of `sequence_group` divide the video's tokens.
     """
 
     def __init__(
@@ -63,7 +63,10 @@ class StageModel:
         self._dit, self._contexts, self._perturbations = dit, contexts, perturbations
         self._sequence_group = sequence_group
         self._fused = not isinstance(dit, Transformer)
-        self._ropes = dit.ropes(state.positions, dtype)
+        if isinstance(dit, Transformer):
+            self._ropes = dit.ropes(state.positions, dtype)
+        else:
+            self._ropes = dit.ropes(state.positions, dtype, sequence_group)
         self._levels = _NoiseLevels(state, state.latents.video.device, distinct=self._fused)
 
     def denoise(self, latents: AV[torch.Tensor], sigma: torch.Tensor, step_index: int) -> AV[torch.Tensor]:
@@ -92,10 +95,7 @@ class StageModel:
         context = self._contexts.get(name, self._contexts[Pass.COND])
         inputs = latents.map(modality, levels.timesteps, context, self._ropes, enabled, self._levels.index)
         perturbation = self._perturbations.get(name, NO_PERTURBATION)
-        if isinstance(self._dit, Transformer):
-            velocities = self._dit(inputs, perturbation, self._sequence_group)
-        else:
-            velocities = self._dit(inputs, perturbation)
+        velocities = self._dit(inputs, perturbation, self._sequence_group)
         return latents.map(_x0, velocities, levels.token_sigmas)
 
 

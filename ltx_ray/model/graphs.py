@@ -17,9 +17,11 @@ from ltx_ray.model.fused import FusedTransformer
 from ltx_ray.model.modulations import ModulationTables
 from ltx_ray.model.rope import RopeTable
 from ltx_ray.model.transformer import NO_PERTURBATION, Modality, Perturbation
+from ltx_ray.parallel.collectives import SINGLE_RANK, RankGroup
 from ltx_ray.records import AV
 
-#: Video tokens of all batch entries up to which a pass is launch-bound. Above, kernels take longer than their launches.
+#: Video tokens of all batch entries, divided by the ranks that share them and the weights, up to which a pass is
+#: launch-bound. Above, kernels take longer than their launches.
 LAUNCH_BOUND_TOKENS = 20_000
 #: Input shapes whose graphs are kept. A clip size has at most three. Each shape holds its inputs and its results, and
 #: all share one memory pool for what lies between.
@@ -31,8 +33,9 @@ _MAX_GRAPHS = 16
 _MAX_SEEN = 2 * _MAX_SHAPES * _MAX_GRAPHS
 _log = logging.getLogger(__name__)
 
-#: What a graph is captured for besides the shapes of its inputs: the perturbation and the enabled streams.
-_Call = tuple[Perturbation, AV[bool]]
+#: What a graph is captured for besides the shapes of its inputs: the perturbation, the enabled streams, and the ranks
+#: that divide the tokens.
+_Call = tuple[Perturbation, AV[bool], RankGroup]
 
 
 @dataclass(frozen=True)
@@ -64,18 +67,28 @@ class GraphedTransformer:
         self._seen: OrderedDict[Any, None] = OrderedDict()
         self._pool: Any = None
 
-    def __call__(self, inputs: AV[Modality], perturbation: Perturbation = NO_PERTURBATION) -> AV[torch.Tensor]:
-        """Do as `FusedTransformer.__call__`."""
+    def __call__(
+        self,
+        inputs: AV[Modality],
+        perturbation: Perturbation = NO_PERTURBATION,
+        sequence_group: RankGroup = SINGLE_RANK,
+    ) -> AV[torch.Tensor]:
+        """Do as `FusedTransformer.__call__`.
+
+        All ranks of a gang capture and replay the same passes in the same order, as their inputs have the same shapes.
+        """
         latent, tables = inputs.video.latent, self._dit.tables(inputs)
-        if latent.shape[0] * latent.shape[1] > self._max_tokens:
-            return self._dit.run(inputs, tables, perturbation)
+        ranks = self._dit.model.tp.size * sequence_group.size
+        if latent.shape[0] * latent.shape[1] > self._max_tokens * ranks:
+            return self._dit.run(inputs, tables, perturbation, sequence_group)
         shapes = tuple((tuple(tensor.shape), tensor.dtype) for tensor in _tensors(inputs, tables))
-        call = perturbation, inputs.map(lambda modality: modality.enabled)
+        call = perturbation, inputs.map(lambda modality: modality.enabled), sequence_group
         if (shapes, call) not in self._seen:
-            # The first pass compiles kernels and initialises libraries, which must not happen during a capture.
+            # The first pass compiles kernels and initialises libraries, that for exchanges between ranks included,
+            # which must not happen during a capture.
             _make_room(self._seen, _MAX_SEEN)
             self._seen[shapes, call] = None
-            return self._dit.run(inputs, tables, perturbation)
+            return self._dit.run(inputs, tables, perturbation, sequence_group)
         self._seen.move_to_end((shapes, call))
         shape = self._shape(shapes, inputs, tables)
         self._copy_inputs(shape, inputs, tables)
@@ -103,7 +116,7 @@ class GraphedTransformer:
                 shape.sources[number] = source
 
     def _capture(self, shape: _GraphedShape, call: _Call) -> _Graph:
-        perturbation, enabled = call
+        perturbation, enabled, sequence_group = call
         inputs = shape.inputs.map(lambda modality, on: replace(modality, enabled=on), enabled)
         graph = torch.cuda.CUDAGraph()
         if not any(other.graphs for other in self._shapes.values()):
@@ -112,7 +125,7 @@ class GraphedTransformer:
         torch.cuda.synchronize()
         # "thread_local" lets other threads of the process use the device meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            velocities = self._dit.run(inputs, shape.tables, perturbation)
+            velocities = self._dit.run(inputs, shape.tables, perturbation, sequence_group)
         return _Graph(graph, velocities)
 
 

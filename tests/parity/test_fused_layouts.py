@@ -10,7 +10,7 @@ from ltx_ray.model.fused import FusedTransformer
 from ltx_ray.model.packing import pack_linears
 from ltx_ray.model.rope import audio_positions, video_positions
 from ltx_ray.model.transformer import NO_PERTURBATION, Modality, Perturbation, Transformer
-from ltx_ray.parallel.collectives import SINGLE_RANK, RankGroup
+from ltx_ray.parallel.collectives import RankGroup
 from ltx_ray.parallel.loading import load_shard
 from ltx_ray.parallel.mesh import Mesh
 from ltx_ray.records import AV

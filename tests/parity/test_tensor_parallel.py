@@ -26,7 +26,7 @@ def _rank(rank: int, world: int, port: int, path: str, queue) -> None:
     dist.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world, timeout=timedelta(seconds=120)
     )
-    model = load_ours(path, tp=RankGroup(rank, world))
+    model = load_ours(path, tp=RankGroup.of_processes(rank, world))
     inputs = Inputs.random(model, seed=1)
     results = [inputs.ours(model, p) for p in (*PASSES, NO_PERTURBATION)]
     queue.put((rank, [(r.video.clone().numpy(), r.audio.clone().numpy()) for r in results]))

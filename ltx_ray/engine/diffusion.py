@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -28,7 +28,7 @@ from ltx_ray.engine.stage_model import StageModel, pass_contexts, pass_perturbat
 from ltx_ray.model.fused import FusedTransformer
 from ltx_ray.model.graphs import GraphedTransformer
 from ltx_ray.model.packing import pack_linears
-from ltx_ray.model.transformer import Transformer
+from ltx_ray.model.transformer import Perturbation, Transformer
 from ltx_ray.parallel.collectives import SINGLE_RANK, RankGroup
 from ltx_ray.parallel.loading import load_shard
 from ltx_ray.parallel.lora import LoraMerger, LoraSetting
@@ -49,7 +49,7 @@ from ltx_ray.records import (
 )
 from ltx_ray.sampling.guidance import GuidedDenoiser, run_batched, run_one_by_one
 from ltx_ray.sampling.noise import ClipNoise, SamplerNoise, check_noise_device
-from ltx_ray.sampling.passes import Pass
+from ltx_ray.sampling.passes import Pass, divide_passes
 from ltx_ray.sampling.sampler import Denoise
 from ltx_ray.sampling.samplers import SAMPLERS
 from ltx_ray.sampling.sigmas import shifted_sigmas
@@ -160,8 +160,11 @@ class DiffusionEngine:
         zeros = latent_sizes(shape).map(lambda size: torch.zeros(size, dtype=self.dtype, device=self.device))
         images = [self._conditioning(image.frame_idx, image.strength, image.stage1) for image in conditions.images]
         state = noised_state(shape, "stage_1", noise, patchify(zeros), 1.0, images)
-        model = self._stage_model(item, state, conditions)
-        denoise = model.denoise if pipeline.distilled else self._guided(model, request.guidance)
+        if pipeline.distilled:
+            denoise: Denoise = self._stage_model(state, conditions).denoise
+        else:
+            perturbations = pass_perturbations(request.guidance.map(self._known_blocks))
+            denoise = self._guided(self._stage_model(state, conditions, perturbations), request.guidance)
         if pipeline.sigmas is not None:
             sigmas = torch.tensor(pipeline.sigmas)
         else:
@@ -181,7 +184,7 @@ class DiffusionEngine:
         images = [self._conditioning(image.frame_idx, image.strength, image.stage2) for image in conditions.images]
         state = noised_state(shape, "stage_2", noise, patchify(AV(upsampled, audio)), STAGE2_SIGMAS[0], images)
         sequence_group = self.mesh.peers if self._sequence_parallel else SINGLE_RANK
-        model = self._stage_model(item, state, replace(conditions, negative=None), sequence_group)
+        model = self._stage_model(state, replace(conditions, negative=None), sequence_group=sequence_group)
         sigmas = torch.tensor(STAGE2_SIGMAS)
         latents = self._sample(pipeline.sampler, model.denoise, state, sigmas, noise.ledger)
         return StageLatents(unpatchify(latents, shape), noise.ledger)
@@ -195,13 +198,12 @@ class DiffusionEngine:
 
     def _stage_model(
         self,
-        item: WorkItem,
         state: LatentState,
         conditions: Conditions,
+        perturbations: Mapping[str, Perturbation] = {},
         sequence_group: RankGroup = SINGLE_RANK,
     ) -> StageModel:
         contexts = pass_contexts(conditions, self.device, self.dtype, self._batches_guidance)
-        perturbations = pass_perturbations(item.request.guidance)
         return StageModel(self._dit, state, contexts, perturbations, self.dtype, sequence_group)
 
     def _sample(
@@ -217,15 +219,11 @@ class DiffusionEngine:
         return self.spec.numerics.guidance_batching > 1
 
     def _guided(self, model: StageModel, guidance: AV[Guidance]) -> GuidedDenoiser:
-        def run_pass(name: str, latents: AV, sigma: torch.Tensor, enabled: AV[bool]) -> AV[torch.Tensor]:
-            # The reference copies the latents for its passes, and the copy is contiguous.
-            return model.run_pass(name, latents.map(lambda t: t.contiguous()), sigma, enabled)
-
         if self._guidance_parallel:
             run_passes = self._run_divided
         else:
             run_passes = run_batched if self._batches_guidance else run_one_by_one
-        return GuidedDenoiser(run_pass, guidance.map(self._known_blocks), run_passes)
+        return GuidedDenoiser(model.run_pass, guidance.map(self._known_blocks), run_passes)
 
     def _known_blocks(self, g: Guidance) -> Guidance:
         """`g` without STG blocks that the model does not have."""
@@ -235,15 +233,17 @@ class DiffusionEngine:
     def _run_divided(
         self, names: tuple[Pass, ...], run: Callable[[str], AV[torch.Tensor]], like: AV[torch.Tensor]
     ) -> dict[Pass, AV[torch.Tensor]]:
-        """Run each pass on one of the peers, in turns, and broadcast its result to all (a guidance.RunPasses)."""
+        """Run each pass on one of the peers and broadcast its result to all (a guidance.RunPasses)."""
         peers = self.mesh.peers
-        own = {name: run(name) for name in names[peers.rank :: peers.size]}
+        divided = divide_passes(names, peers.size)
+        own = {name: run(name) for name in divided[peers.rank]}
 
-        def broadcast(name: Pass, number: int) -> AV[torch.Tensor]:
+        def broadcast(name: Pass, source: int) -> AV[torch.Tensor]:
             result = own[name].map(torch.Tensor.contiguous) if name in own else like.map(_empty_like)
-            return result.map(lambda x: peers.broadcast_(x, number % peers.size))
+            return result.map(lambda x: peers.broadcast_(x, source))
 
-        return {name: broadcast(name, number) for number, name in enumerate(names)}
+        found = {name: broadcast(name, source) for source, names in enumerate(divided) for name in names}
+        return {name: found[name] for name in names}
 
     # --- LoRAs -----------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from ltx_ray.model.modulations import Modulations, ModulationTables
 from ltx_ray.model.packed_linear import PackedLinear
 from ltx_ray.model.rope import RopeTable, audio_positions, video_positions
 from ltx_ray.model.steps import Modulation, TokenLevels
-from ltx_ray.model.transformer import NO_PERTURBATION, Modality, Perturbation, Transformer
+from ltx_ray.model.transformer import NO_PERTURBATION, Modality, Perturbation, Prefix, Transformer
 from ltx_ray.parallel.collectives import SINGLE_RANK, RankGroup
 from ltx_ray.parallel.fp8 import FP8
 from ltx_ray.parallel.mesh import RowSharding, SequenceSharding
@@ -107,12 +107,13 @@ class FusedTransformer:
         inputs: AV[Modality],
         perturbation: Perturbation = NO_PERTURBATION,
         sequence_group: RankGroup = SINGLE_RANK,
+        prefix: Prefix | None = None,
     ) -> AV[torch.Tensor]:
         """Velocities (B, T, C_out) of both streams. Batch entries share their timesteps and noise levels.
 
-        `sequence_group` as in `Transformer.forward`, with the ropes of its ranks.
+        `sequence_group` and `prefix` as in `Transformer.forward`, with the ropes of the group's ranks.
         """
-        return self.run(inputs, self.tables(inputs), perturbation, sequence_group)
+        return self.run(inputs, self.tables(inputs), perturbation, sequence_group, prefix)
 
     def tables(self, inputs: AV[Modality]) -> AV[ModulationTables]:
         """The modulations of a call. Passes with the very same timestep tensors get those of the first of them."""
@@ -124,13 +125,18 @@ class FusedTransformer:
         tables: AV[ModulationTables],
         perturbation: Perturbation,
         sequence_group: RankGroup = SINGLE_RANK,
+        prefix: Prefix | None = None,
     ) -> AV[torch.Tensor]:
         """A pass with given modulations. All that depends on values happens on the device, so it can be captured."""
         self._audio_stream.wait_for_video()
         tokens = SequenceSharding(sequence_group, inputs.video.latent.shape[1])
         divided = AV(tokens if sequence_group.size > 1 else None, None)
-        streams = inputs.map(self._embed, tables, STREAM_NAMES, divided)
-        for index, block in enumerate(self.model.blocks):
+        begun = AV(None, None) if prefix is None or prefix.streams is None else prefix.streams
+        streams = inputs.map(self._embed, tables, STREAM_NAMES, divided, begun)
+        first = 0 if prefix is None or prefix.streams is None else prefix.length
+        for index, block in enumerate(self.model.blocks[first:], first):
+            if prefix is not None and prefix.streams is None and index == prefix.length:
+                prefix.streams = streams.map(self._blocks.first_entry)
             values_only = perturbation.values_only.map(lambda blocks, i=index: i in blocks)
             self._blocks.run(streams, block, index, values_only, perturbation.isolated)
         own = streams.map(self._project_out, STREAM_NAMES)
@@ -138,8 +144,14 @@ class FusedTransformer:
         return streams.map(_whole_velocities, own)
 
     def _embed(
-        self, own: Modality, tables: ModulationTables, names: StreamNames, tokens: SequenceSharding | None
+        self,
+        own: Modality,
+        tables: ModulationTables,
+        names: StreamNames,
+        tokens: SequenceSharding | None,
+        begun: torch.Tensor | None,
     ) -> FusedStream:
+        """The stream before the first block, or with the x (T, D) that a pass has `begun`."""
         patchify = getattr(self.model, names.patchify)
         batch = own.latent.shape[0]
         with self._audio_stream.running(names):
@@ -149,7 +161,11 @@ class FusedTransformer:
             rows = RowSharding(self.model.tp, batch * latent.shape[1])
             if index is not None and rows.group.size > 1:
                 index = rows.own_shard(index.repeat(batch))
-            x = F.linear(rows.own_shard(latent.flatten(0, 1)), patchify.weight, patchify.bias)
+            if begun is None:
+                x = F.linear(rows.own_shard(latent.flatten(0, 1)), patchify.weight, patchify.bias)
+            else:
+                # Residuals are added to it in place.
+                x = rows.own_shard(begun).clone()
             context = own.context.flatten(0, 1).contiguous()
         levels = None if index is None else TokenLevels(index)
         return FusedStream(

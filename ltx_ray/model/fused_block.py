@@ -126,6 +126,16 @@ class FusedBlocks:
                 self._held.append(residual)
             return self._steps.add_norm_modulate(s.x, residual, list(modulations), s.levels, norm, self._eps)
 
+    def first_entry(self, s: FusedStream) -> torch.Tensor:
+        """A copy of the first batch entry's x (T, D), with all that has been added to it."""
+        if s.residual is not None:
+            self.normed(s, [])
+        if self._tp.size > 1:
+            self._meet()
+            return s.rows.gather(s.x)[: s.rows.length // s.batch].contiguous()
+        with self._audio.running(s.names):
+            return s.x[: len(s.x) // s.batch].clone()
+
     # --- the parts of a block --------------------------------------------------------------------
 
     def _attend_to_self(

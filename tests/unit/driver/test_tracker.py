@@ -21,6 +21,7 @@ from ltx_ray.planning.plan import Plan
 from ltx_ray.records import Clip, Recipe, RenderRequest, WorkItem
 from ltx_ray.storage.store import Store
 from tests.support.checkpoint_files import RELEASED
+from tests.support.results import RENDERED
 from tests.support.samples import recipe, write_jsonl
 
 CLIP = Clip("clips/aa/a.mp4", "c" * 64, "d" * 64, (), "stage_1")
@@ -176,6 +177,23 @@ def test_a_row_of_the_same_item_that_arrives_when_the_clip_is_in_the_index_is_a_
     assert output.take() == []
     output.settle()
     assert output.ids("index") == ["a", "b"] and output.tracker.counts["rendered"] == 2
+
+
+@pytest.mark.parametrize("has_preview", [False, True])
+def test_a_run_of_previews_copies_the_row_of_a_finished_clip(output, has_preview):
+    """The row has its clip, and needs no preview."""
+    output.open(rows("a"))
+    (tracked,) = output.take()
+    output.tracker.finish(tracked, CLIP, "{}")
+    output.settle()
+    output.close()
+    if has_preview:
+        raw, request = tracked.rows[0].raw, tracked.item.request
+        output.writer.write_preview(tracked.item.item_id, request, raw, RENDERED)
+    output.open(rows("b"), latents_only=True)
+    assert output.take() == []
+    output.settle()
+    assert output.ids("index") == ["a", "b"] and output.tracker.counts == {"rows": 1, "rendered": 1}
 
 
 def test_a_row_of_the_same_item_that_arrives_while_latents_are_being_saved(output):

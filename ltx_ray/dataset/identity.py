@@ -106,6 +106,10 @@ class KeptIdentity:
         self._identity = identity
         write_identity(self._store, identity)
 
+    def forget_noise(self) -> None:
+        """The dataset has neither clips nor latents, so their noise may be drawn anywhere."""
+        self._change(replace(self._identity, noise_family=None))
+
     def check_noise(self, family: str) -> None:
         """Take in where noise is drawn: "cpu", or the model of the GPU. Raises ValueError when it was elsewhere."""
         before = self._identity.noise_family

@@ -8,6 +8,8 @@ import json
 import pytest
 
 from ltx_ray.config import NEWEST_SCHEME
+from ltx_ray.dataset import layout
+from ltx_ray.dataset.existing import list_existing
 from ltx_ray.dataset.identity import DatasetIdentity, KeptIdentity, changed_numerics, read_identity, write_identity
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.planning.identity import recipe_json
@@ -96,6 +98,32 @@ def test_a_dataset_keeps_the_noise_that_its_first_clips_had(tmp_path):
     write_identity(store, DatasetIdentity(noise_family="cpu"))
     with pytest.raises(ValueError, match="legal: --noise-device cpu, another --output, or --allow-other-noise"):
         kept(store).check_noise("NVIDIA H100")
+
+
+def test_noise_of_which_nothing_is_left_binds_no_later_run(store):
+    """A run that ended before its first clip has drawn noise on its GPUs, too."""
+    kept(store).check_noise("NVIDIA H100")
+    assert not list_existing(store).has_noise
+    identity = kept(store)
+    identity.forget_noise()
+    identity.check_noise("NVIDIA A100")
+    assert read_identity(store).noise_family == "NVIDIA A100"
+
+
+@pytest.mark.parametrize(
+    "path, has_noise",
+    [
+        (layout.index_path("a" * 32, "b" * 8), True),
+        (layout.preview_row_path("a" * 32, "b" * 8), True),
+        (layout.latents_path("a" * 32), True),
+        (layout.failed_path(layout.INFRASTRUCTURE, "a" * 32, "b" * 8), True),
+        (layout.failed_path(layout.ROW, "a" * 32, "b" * 8), False),
+        (layout.failed_path(layout.ILLEGAL, "a" * 32, "b" * 8), False),
+    ],
+)
+def test_what_may_hold_noise(store, path, has_noise):
+    store.write_bytes(path, b"x")
+    assert list_existing(store).has_noise is has_noise
 
 
 def test_a_run_says_in_what_it_computes_otherwise(store):

@@ -14,6 +14,8 @@ _TOKENS_LOW, _TOKENS_HIGH = 1024, 4096
 _SHIFT_LOW, _SHIFT_HIGH = 0.95, 2.05
 #: No schedule of more tokens can be sampled, not even one of two steps.
 _MOST_TOKENS = 60_000
+#: Above the first tokens that cannot be sampled, some can, by the luck of rounding. This far apart, none have been seen.
+_LUCKY_TOKENS = 2048
 #: The last sigma above 0.
 LAST_SIGMA = 0.1
 
@@ -39,16 +41,22 @@ def is_sampled(steps: int, tokens: int) -> bool:
 
 
 def most_frames(steps: int, shape: ClipShape) -> int | None:
-    """The largest legal number of frames below those of `shape` whose schedule of stage 1 can be sampled.
+    """The number of frames, below those of `shape`, up to which every schedule of stage 1 can be sampled.
 
     None when a single frame has too many tokens.
     """
     frame_tokens = replace(shape, num_frames=1).half().video_tokens
     highest = _MOST_TOKENS // frame_tokens * TIME_FACTOR + 1
+    most, most_tokens = None, 0
     for frames in range(min(shape.num_frames - TIME_FACTOR, highest), 0, -TIME_FACTOR):
-        if is_sampled(steps, replace(shape, num_frames=frames).half().video_tokens):
-            return frames
-    return None
+        tokens = replace(shape, num_frames=frames).half().video_tokens
+        if not is_sampled(steps, tokens):
+            most = None
+        elif most is None:
+            most, most_tokens = frames, tokens
+        elif most_tokens - tokens > _LUCKY_TOKENS:
+            break
+    return most
 
 
 def host_sigmas(steps: int, tokens: int) -> np.ndarray:

@@ -53,6 +53,18 @@ def test_the_first_clip_whose_levels_coincide(height, width, steps, frames):
     assert is_sampled(steps, ClipShape(frames - 8, height, width, 24.0).half().video_tokens)
 
 
+@pytest.mark.parametrize("steps, side", [(2, 256), (3, 768), (12, 512), (15, 256), (15, 768), (40, 384)])
+def test_every_clip_up_to_the_limit_that_a_message_names_can_be_sampled(steps, side):
+    """Near the limit some schedules can be sampled and others below them cannot, as the rounding falls."""
+    frames = most_frames(steps, ClipShape(2**20 + 1, side, side, 24.0))
+    assert frames is not None
+
+    def sampled(count: int) -> bool:
+        return is_sampled(steps, ClipShape(count, side, side, 24.0).half().video_tokens)
+
+    assert not sampled(frames + 8) and all(map(sampled, range(1, frames + 1, 8)))
+
+
 def test_sizes_beyond_every_schedule():
     assert not is_sampled(2, 2**40)
     assert most_frames(15, ClipShape(2**31 - 7, 1088, 1920, 24.0)) >= 569

@@ -14,7 +14,7 @@ _TOKENS_LOW, _TOKENS_HIGH = 1024, 4096
 _SHIFT_LOW, _SHIFT_HIGH = 0.95, 2.05
 #: No schedule of more tokens can be sampled, not even one of two steps.
 _MOST_TOKENS = 60_000
-#: Above the first tokens that cannot be sampled, some can, by the luck of rounding. This far apart, none have been seen.
+#: Above the first number of tokens that cannot be sampled, luck of rounding makes some legal, never this far apart.
 _LUCKY_TOKENS = 2048
 #: The last sigma above 0.
 LAST_SIGMA = 0.1

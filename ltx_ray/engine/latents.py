@@ -176,7 +176,7 @@ def _load_stage1(store: Store, item: WorkItem, dtype: torch.dtype) -> tuple[Stag
     if (ledger.seed, ledger.draws) != (item.request.seed, draws):
         raise ValueError("its noise ledger is not that of the item after stage 1")
     latents = AV(tensors["stage_1.video"], tensors["stage_1.audio"])
-    return StageLatents(latents, ledger, metadata.get("numerics", "")), _digest_field(1) in metadata
+    return StageLatents(latents, ledger, _checked_numerics(metadata.get("numerics", ""))), _digest_field(1) in metadata
 
 
 def _parse_ledger(text: str | None) -> NoiseLedger:
@@ -188,3 +188,14 @@ def _parse_ledger(text: str | None) -> NoiseLedger:
         return NoiseLedger(found["seed"], found["device"], found["device_model"], draws)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"its noise ledger cannot be read ({error!r})") from None
+
+
+def _checked_numerics(text: str) -> str:
+    """`text`, which the index repeats as JSON. "" where it is not known."""
+    try:
+        legal = not text or isinstance(json.loads(text), dict)
+    except ValueError:
+        legal = False
+    if not legal:
+        raise ValueError("its numerics cannot be read")
+    return text

@@ -43,6 +43,15 @@ def test_a_dataset_without_the_file_is_known_by_a_row(store, scheme):
     assert read_identity(store) == DatasetIdentity(scheme, "NVIDIA H100", {"tp": 2})
 
 
+def test_a_row_that_says_nonsense_says_nothing(store):
+    with_row(store, "a" * 32, recipe='{"scheme": "x"}')
+    with_row(store, "b" * 32, numerics="[]")
+    with_row(store, "c" * 32, noise_ledger='{"device_model": 1}')
+    assert read_identity(store) == DatasetIdentity()
+    with_row(store, "d" * 32)
+    assert read_identity(store).scheme == 1
+
+
 def test_the_file_goes_before_the_rows(store):
     with_row(store, "a" * 32)
     write_identity(store, DatasetIdentity(2, "cpu", {"tp": 1}))
@@ -50,7 +59,19 @@ def test_the_file_goes_before_the_rows(store):
     assert json.loads(store.read_bytes("dataset.json"))["format"] == 1
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b'{"scheme": "x"}', b"{}"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[]",
+        b'{"scheme": "x"}',
+        b"{}",
+        b'{"scheme": null}',
+        b'{"scheme": 2, "noise_family": 5}',
+        b'{"scheme": 2, "numerics": ["tp"]}',
+        b'{"scheme": 2, "numerics": "tp 1"}',
+    ],
+)
 def test_a_damaged_file_is_made_up_for_by_the_rows(store, content):
     with_row(store, "a" * 32)
     store.write_bytes("dataset.json", content)

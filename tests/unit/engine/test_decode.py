@@ -321,6 +321,11 @@ def with_ledger(item: WorkItem, **changes) -> list[StageLatents]:
     return [StageLatents(first.latents, dataclasses.replace(first.ledger, **changes)), second]
 
 
+def with_numerics(item: WorkItem, text: str) -> list[StageLatents]:
+    first, second = stages(item)
+    return [dataclasses.replace(first, numerics=text), second]
+
+
 def set_nan(latents: AV) -> AV:
     latents.audio[0, 3, 2, 1] = float("nan")
     return latents
@@ -333,6 +338,8 @@ FAULTS = {
     "another seed": (lambda i: with_ledger(i, seed=5), "not that of the item"),
     "after stage 2": (lambda i: with_ledger(i, draws=stages(i)[1].ledger.draws), "not that of the item"),
     "before stage 1": (lambda i: with_ledger(i, draws=()), "not that of the item"),
+    "numerics that are no JSON": (lambda i: with_numerics(i, '{"tp"'), "its numerics cannot be read"),
+    "numerics that are no object": (lambda i: with_numerics(i, "[1]"), "its numerics cannot be read"),
 }
 
 

@@ -65,6 +65,16 @@ def test_every_clip_up_to_the_limit_that_a_message_names_can_be_sampled(steps, s
     assert not sampled(frames + 8) and all(map(sampled, range(1, frames + 1, 8)))
 
 
+def test_a_cpu_draws_by_the_lower_32_bits_of_a_seed():
+    """docs/manifest.md says so. A PyTorch that used all of them would give other clips for rows of large seeds."""
+
+    def noise(seed: int) -> torch.Tensor:
+        ledger = NoiseLedger(seed, "cpu", "cpu")
+        return ClipNoise(ledger, torch.device("cpu")).draw("stage_1.video", (4,), torch.float32)
+
+    assert torch.equal(noise(5), noise(2**32 + 5)) and not torch.equal(noise(5), noise(6))
+
+
 def test_sizes_beyond_every_schedule():
     assert not is_sampled(2, 2**40)
     assert most_frames(15, ClipShape(2**31 - 7, 1088, 1920, 24.0)) >= 569

@@ -192,7 +192,7 @@ def test_other_widths(tmp_path, widths, attention, compiled):
     files, row = make_toy_model(tmp_path, seed=1, shape=shape), {**ROW, "video_stg_blocks": [1]}
     found = named_latents(*Engines(files, DEVICE, "bfloat16", attention=attention, compiled=compiled).stages(row))
     plain, fused = (
-        named_latents(*Engines(files, "cpu", "bfloat16", compiled=compiled).stages(row)) for compiled in ("off", "fused")
+        named_latents(*Engines(files, "cpu", "bfloat16", compiled=path).stages(row)) for path in ("off", "fused")
     )
     # A sound of ten channels is up to ten times as sensitive to rounding as the toy's.
     own = distances(fused, plain)

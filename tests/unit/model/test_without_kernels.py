@@ -12,7 +12,8 @@ from ltx_ray.engine import components
 from ltx_ray.model import fused
 from ltx_ray.parallel import merging
 
-ERRORS = {"no Triton": ImportError("No module named 'triton'"), "no memory": torch.OutOfMemoryError("CUDA out of memory")}
+NO_MEMORY = "CUDA out of memory"
+ERRORS = {"no Triton": ImportError("No module named 'triton'"), "no memory": torch.OutOfMemoryError(NO_MEMORY)}
 
 
 @pytest.fixture(params=ERRORS)
@@ -34,10 +35,15 @@ def error(request, monkeypatch) -> Exception:
     return error
 
 
+def refusing(error: Exception):
+    """Expects a lack of memory to go up as it is, and anything else to be said of Triton."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return pytest.raises(torch.OutOfMemoryError, match=f"^{NO_MEMORY}$")
+    return pytest.raises(RuntimeError, match="needs Triton")
+
+
 def test_the_fused_path_needs_its_kernels(error):
-    lacks_memory = isinstance(error, torch.OutOfMemoryError)
-    expected, words = (torch.OutOfMemoryError, "^CUDA out of memory$") if lacks_memory else (RuntimeError, "needs Triton")
-    with pytest.raises(expected, match=words):
+    with refusing(error):
         fused._steps_for(torch.device("cuda"))
 
 
@@ -57,7 +63,5 @@ def test_merging_goes_without_its_kernel_only_where_there_is_no_triton(error):
 
 @pytest.mark.slow  # It builds modules of diffusers.
 def test_the_fused_decoder_needs_its_kernel(error, toy):
-    lacks_memory = isinstance(error, torch.OutOfMemoryError)
-    expected, words = (torch.OutOfMemoryError, "^CUDA out of memory$") if lacks_memory else (RuntimeError, "needs Triton")
-    with pytest.raises(expected, match=words):
+    with refusing(error):
         components.load_video_vae(toy["checkpoint_path"], torch.float32, "cpu", fused=True)

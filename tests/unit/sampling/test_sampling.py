@@ -132,6 +132,15 @@ def test_first_draw_is_the_seeds():
     assert torch.equal(noise, expected)
 
 
+def test_a_cpu_takes_the_lower_half_of_a_seed():
+    """As docs/manifest.md says of `seed`."""
+    drawn = [
+        ClipNoise(NoiseLedger(seed, "cpu", "cpu"), torch.device("cpu")).draw("v", (1, 4, 2), torch.bfloat16)
+        for seed in (3, 3 + 2**32, 4)
+    ]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
 @pytest.mark.parametrize(
     "device, model, here, legal",
     [

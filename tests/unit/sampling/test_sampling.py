@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ltx_ray.records import AV, Guidance, NoiseLedger, WrongDevice
+from ltx_ray.sampling import schedule_limits
 from ltx_ray.sampling.guidance import GuidedDenoiser, combine, skips
 from ltx_ray.sampling.noise import ClipNoise, SamplerNoise, add_noise, check_noise_device
 from ltx_ray.sampling.passes import passes_for
@@ -57,6 +58,23 @@ def test_sizes_beyond_every_schedule():
     assert not is_sampled(2, 2**40)
     assert most_frames(15, ClipShape(2**31 - 7, 1088, 1920, 24.0)) >= 569
     assert most_frames(15, ClipShape(9, 64 * 2**20, 64, 24.0)) is None
+
+
+@pytest.mark.parametrize("steps", [2, 15, 1000])
+def test_the_most_frames_of_small_clips_cost_little(steps, monkeypatch):
+    """At 64x64 a frame is one token, and the limit lies tens of thousands of frames below what rows may ask for."""
+    tried = []
+
+    def counted(steps: int, tokens: int, schedule=host_sigmas):
+        tried.append(tokens)
+        return schedule(steps, tokens)
+
+    monkeypatch.setattr(schedule_limits, "host_sigmas", counted)
+    found = {most_frames(steps, ClipShape(800_001 + 8 * n, 64, 64, 24.0)) for n in range(100)}
+    (frames,) = found
+    tokens = ClipShape(frames, 64, 64, 24.0).half().video_tokens
+    assert is_sampled(steps, tokens) and not any(is_sampled(steps, tokens + n) for n in range(1, 100))
+    assert len(tried) <= 4000, "rows of other lengths share the search"
 
 
 def test_schedule_ends_at_a_tenth_then_zero():

@@ -52,8 +52,8 @@ def _most_latent_frames(steps: int, frame_tokens: int, at_most: int) -> int:
 def _most_tokens(steps: int) -> int:
     """A number of tokens above which no schedule can be sampled. The limit itself is up to an eighth lower.
 
-    The first two sigmas are shift / (shift + 0) and shift / (shift + x), where x is 1 / (steps - 1). In float32 they are
-    equal where x is less than 2^-25 of the shift, which is at most half of its last place.
+    The first two sigmas are shift / (shift + 0) and shift / (shift + x), where x is 1 / (steps - 1). In float32 they
+    are equal where x is less than 2^-25 of the shift, which is at most half of its last place.
     """
     most_shift = 1.01 * 2**25 / (steps - 1)  # x itself is rounded.
     return int((math.log(most_shift) - _SHIFT_LOW) / _SLOPE) + _TOKENS_LOW

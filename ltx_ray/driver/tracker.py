@@ -86,6 +86,9 @@ class TrackedItem:
             self.device = facts.device_name or report.device
             self.noise_ledger = facts.noise_ledger
             self.stage1_numerics = facts.stage1_numerics
+        if stage == Stage.DECODE and facts.noise_ledger is not None:
+            # The preview is of latents that an earlier run stored.
+            self.noise_ledger, self.stage1_numerics = facts.noise_ledger, facts.stage1_numerics
         if stage == Stage.TEXT:
             self.prompt_truncated = facts.prompt_truncated
 

@@ -18,7 +18,8 @@ from ltx_ray.driver.tracker import RowTracker
 from ltx_ray.manifest.rules import RowRules
 from ltx_ray.planning.identity import item_id
 from ltx_ray.planning.plan import Plan
-from ltx_ray.records import Clip, Recipe, RenderRequest, WorkItem
+from ltx_ray.records import CallReport, Clip, EngineFacts, NoiseLedger, Recipe, RenderRequest, WorkItem
+from ltx_ray.stages import Stage
 from ltx_ray.storage.store import Store
 from tests.support.checkpoint_files import RELEASED
 from tests.support.results import RENDERED
@@ -142,6 +143,18 @@ def test_other_numerics_of_stage_1_are_recorded_with_those_of_the_run(output):
     parts = [output.store.read_bytes(f"index/{name}") for name in output.store.list_names("index")]
     found = {row["id"]: row["numerics"] for part in parts for row in pq.read_table(io.BytesIO(part)).to_pylist()}
     assert found == {"a": '{"attention":"fa3","stage_1":{"attention":"cudnn"}}', "b": '{"attention":"fa3"}'}
+
+
+def test_a_preview_of_stored_latents_is_recorded_with_how_those_were_made(output):
+    output.open(rows("a"))
+    (cat,) = output.take()
+    made, stored = NoiseLedger(1, "cuda", "H100"), NoiseLedger(1, "cuda", "A100")
+    cat.take_result(Stage.STAGE1, CallReport(1.0, 0.0, facts=EngineFacts("H100", noise_ledger=made)), None)
+    cat.take_result(Stage.DECODE, CallReport(1.0, 0.0), None)
+    assert (cat.noise_ledger, cat.stage1_numerics) == (made, None)
+    facts = EngineFacts(noise_ledger=stored, stage1_numerics='{"tp":2}')
+    cat.take_result(Stage.DECODE, CallReport(1.0, 0.0, facts=facts), None)
+    assert (cat.noise_ledger, cat.stage1_numerics) == (stored, '{"tp":2}')
 
 
 def test_rows_are_taken_a_few_at_a_time(output):

@@ -254,6 +254,9 @@ class Run:
         try:
             self.identity.begin(self.prepared.plan.builder.scheme, self.options.scheme)
             existing = self._repaired_rows()
+            if not existing.has_noise:
+                # A run that drew noise and finished nothing binds no later one to its GPUs.
+                self.identity.forget_noise()
             plan = self.prepared.plan.against(existing)
             return _Rendering(self, plan).execute(self._chosen(plan, plan.rows(raws)))
         finally:

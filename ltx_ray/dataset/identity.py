@@ -35,7 +35,7 @@ def read_identity(store: Store) -> DatasetIdentity:
     """
     try:
         fields = json.loads(store.read_bytes(layout.DATASET))
-        identity = DatasetIdentity(int(fields["scheme"]), fields.get("noise_family"), fields.get("numerics"))
+        identity = _identity(fields["scheme"], fields.get("noise_family"), fields.get("numerics"))
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         identity = _identity_of_rows(store)
     if not 1 <= identity.scheme <= NEWEST_SCHEME:
@@ -44,6 +44,14 @@ def read_identity(store: Store) -> DatasetIdentity:
             f"legal: a newer version of ltx-ray, or another --output"
         )
     return identity
+
+
+def _identity(scheme: Any, noise_family: Any, numerics: Any) -> DatasetIdentity:
+    """The identity of these values. Raises TypeError for one of another type, such as damage leaves."""
+    legal = isinstance(scheme, int) and isinstance(noise_family, str | None) and isinstance(numerics, dict | None)
+    if not legal:
+        raise TypeError(scheme, noise_family, numerics)
+    return DatasetIdentity(scheme, noise_family, numerics)
 
 
 def write_identity(store: Store, identity: DatasetIdentity) -> None:
@@ -67,7 +75,7 @@ def _identity_of_rows(store: Store) -> DatasetIdentity:
                 # The recipes of scheme 1 do not name it.
                 scheme = recipe.get("scheme", 1 if "checkpoint" in recipe else None)
                 if scheme is not None:
-                    return DatasetIdentity(scheme, (ledger or {}).get("device_model"), json.loads(row["numerics"]))
+                    return _identity(scheme, (ledger or {}).get("device_model"), json.loads(row["numerics"]))
             except (FileNotFoundError, pa.ArrowException, ValueError, KeyError, TypeError, AttributeError):
                 continue  # A damaged part; another one may be whole.
     return DatasetIdentity()
@@ -104,6 +112,10 @@ class KeptIdentity:
             )
         self._identity = identity
         write_identity(self._store, identity)
+
+    def forget_noise(self) -> None:
+        """The dataset has neither clips nor latents, so their noise may be drawn anywhere."""
+        self._change(replace(self._identity, noise_family=None))
 
     def check_noise(self, family: str) -> None:
         """Take in where noise is drawn: "cpu", or the model of the GPU. Raises ValueError when it was elsewhere."""

@@ -85,21 +85,23 @@ class DatasetWriter:
 
     def copy_index_row(self, item_id: str, from_key: str, request: RenderRequest) -> None:
         """Publish the index row of another manifest row of a finished item, from its row with key `from_key`."""
-        row = {**self._row(layout.index_path(item_id, from_key)), "id": request.id, "extra": request.extra}
+        # Its images may be elsewhere, and its LoRAs have other names, than those of the row that was rendered.
+        row = {**self._row(layout.index_path(item_id, from_key)), **_recorded_row(request)}
         key = row_key(request.id)
         self.store.write_bytes(layout.index_path(item_id, key), one_row(row, INDEX_SCHEMA))
         self.forget_failure(item_id, key)
 
     def copy_preview_row(self, item_id: str, from_key: str, request: RenderRequest, raw: RawRow) -> None:
         """The same for an item that has a preview."""
+        key = row_key(request.id)
         row = {
             **self._row(layout.preview_row_path(item_id, from_key)),
-            "id": request.id,
-            "extra": request.extra,
+            **_recorded_row(request),
             "source": raw.source,
             FAILED_ROW_COLUMN: _resolved_row(request),
         }
-        self.store.write_bytes(layout.preview_row_path(item_id, row_key(request.id)), one_row(row, PREVIEW_SCHEMA))
+        self.store.write_bytes(layout.preview_row_path(item_id, key), one_row(row, PREVIEW_SCHEMA))
+        self.forget_failure(item_id, key)
 
     def _row(self, path: str) -> dict[str, Any]:
         return read_part(self.store, path).to_pylist()[0]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from types import ModuleType
 
 import torch
@@ -367,16 +368,26 @@ class FusedBlocks:
         if self._tp.size == 1:
             return normed
         self._meet(normed)
-        gathered = [[_gathered(s.rows, part) for part in parts] for (s, _), parts in zip(wanted, normed, strict=True)]
+        shards = [tensor for parts in normed for part in parts for tensor in _tensors(part)]
+        whole = iter(self._tp.start_gather(shards).wait())
+        gathered = [
+            [_as_activations([next(whole)[: s.rows.length] for _ in _tensors(part)]) for part in parts]
+            for (s, _), parts in zip(wanted, normed, strict=True)
+        ]
         self._meet()
         return gathered
 
     def _add(self, streams: list[FusedStream], partials: list[torch.Tensor], gates: list[torch.Tensor]) -> None:
         """Leave `partials` (B * T, D), summed over the ranks, to be added to their streams."""
-        if self._tp.size > 1:
-            self._meet()
-        for s, partial, gate in zip(streams, partials, gates, strict=True):
-            s.residual = PendingResidual(s.rows.start_sum(partial), gate)
+        if self._tp.size == 1:
+            sums = [Pending(partial) for partial in partials]
+        else:
+            self._meet(partials)
+            padded = [s.rows.padded(partial) for s, partial in zip(streams, partials, strict=True)]
+            pending = self._tp.start_reduce_scatter(padded)
+            sums = [pending.then(itemgetter(number)) for number in range(len(streams))]
+        for s, value, gate in zip(streams, sums, gates, strict=True):
+            s.residual = PendingResidual(value, gate)
 
     def _start_head_means(self, attentions: list[_Attention]) -> Pending[torch.Tensor] | None:
         """Begin to sum what `_norm_heads` needs of the other ranks' heads; None where this rank has all heads."""
@@ -412,9 +423,11 @@ def _values(qkv: PackedLinear, h: Activations) -> torch.Tensor:
     return v
 
 
-def _gathered(rows: RowSharding, part: Activations) -> Activations:
-    if isinstance(part, torch.Tensor):
-        return rows.gather(part)
-    # Not every transport knows e4m3.
-    values = rows.gather(part.values.view(torch.uint8)).view(FP8)
-    return QuantizedRows(values, rows.gather(part.scale))
+def _tensors(x: Activations) -> tuple[torch.Tensor, ...]:
+    """What ranks exchange of rows. Not every transport knows e4m3."""
+    return (x,) if isinstance(x, torch.Tensor) else (x.values.view(torch.uint8), x.scale)
+
+
+def _as_activations(tensors: list[torch.Tensor]) -> Activations:
+    """The inverse of `_tensors`."""
+    return tensors[0] if len(tensors) == 1 else QuantizedRows(tensors[0].view(FP8), tensors[1])

@@ -14,6 +14,7 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _coalescing_manager
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -56,11 +57,11 @@ class Transport(Protocol):
     def broadcast_(self, tensor: torch.Tensor, source: int) -> Pending[torch.Tensor]:
         """The tensor of rank `source`, in place."""
 
-    def gather(self, shard: torch.Tensor) -> Pending[torch.Tensor]:
-        """(L, ...) of each rank -> (n * L, ...), by rank."""
+    def gather(self, shards: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
+        """Each (L, ...) of each rank -> (n * L, ...), by rank, in one exchange."""
 
-    def reduce_scatter(self, tensor: torch.Tensor) -> Pending[torch.Tensor]:
-        """(n * L, ...) of each rank -> (L, ...): this rank's part of the sum."""
+    def reduce_scatter(self, tensors: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
+        """Each (n * L, ...) of each rank -> (L, ...): this rank's part of the sum, in one exchange."""
 
     def all_to_all(self, tensor: torch.Tensor) -> Pending[torch.Tensor]:
         """(n, ...), by the rank that is to get it -> (n, ...), by the rank that sent it."""
@@ -82,13 +83,26 @@ class ProcessGroup:
     def broadcast_(self, tensor: torch.Tensor, source: int) -> Pending[torch.Tensor]:
         return Pending(tensor, [dist.broadcast(tensor, group=self.group, group_src=source, async_op=True)])
 
-    def gather(self, shard: torch.Tensor) -> Pending[torch.Tensor]:
-        whole = shard.new_empty((self.size * shard.shape[0], *shard.shape[1:]))
-        return Pending(whole, [dist.all_gather_into_tensor(whole, shard, group=self.group, async_op=True)])
+    def gather(self, shards: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
+        whole = [shard.new_empty((self.size * shard.shape[0], *shard.shape[1:])) for shard in shards]
+        return self._together(dist.all_gather_into_tensor, whole, shards)
 
-    def reduce_scatter(self, tensor: torch.Tensor) -> Pending[torch.Tensor]:
-        part = tensor.new_empty((tensor.shape[0] // self.size, *tensor.shape[1:]))
-        return Pending(part, [dist.reduce_scatter_tensor(part, tensor, group=self.group, async_op=True)])
+    def reduce_scatter(self, tensors: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
+        parts = [tensor.new_empty((tensor.shape[0] // self.size, *tensor.shape[1:])) for tensor in tensors]
+        return self._together(dist.reduce_scatter_tensor, parts, tensors)
+
+    def _together(
+        self, exchange: Callable[..., Any], outputs: list[torch.Tensor], inputs: Sequence[torch.Tensor]
+    ) -> Pending[list[torch.Tensor]]:
+        """One exchange of each input for its output, launched together where the backend can."""
+        pairs = list(zip(outputs, inputs, strict=True))
+        if len(pairs) > 1 and outputs[0].is_cuda:
+            # torch's own FSDP launches its exchanges so. There is no public way.
+            with _coalescing_manager(group=self.group, async_ops=True) as launched:
+                for output, given in pairs:
+                    exchange(output, given, group=self.group)
+            return Pending(outputs, [launched])
+        return Pending(outputs, [exchange(output, x, group=self.group, async_op=True) for output, x in pairs])
 
     def all_to_all(self, tensor: torch.Tensor) -> Pending[torch.Tensor]:
         received = torch.empty_like(tensor)
@@ -139,13 +153,14 @@ class _ThreadRank:
     def broadcast_(self, tensor: torch.Tensor, source: int) -> Pending[torch.Tensor]:
         return self._replace(tensor, lambda tensors: tensors[source].clone())
 
-    def gather(self, shard: torch.Tensor) -> Pending[torch.Tensor]:
-        return Pending(self.threads.exchange(self.rank, shard, torch.cat))
+    def gather(self, shards: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
+        return Pending([self.threads.exchange(self.rank, shard, torch.cat) for shard in shards])
 
-    def reduce_scatter(self, tensor: torch.Tensor) -> Pending[torch.Tensor]:
-        length = tensor.shape[0] // self.threads.size
-        rows = slice(self.rank * length, (self.rank + 1) * length)
-        return Pending(self.threads.exchange(self.rank, tensor, lambda tensors: _sum([t[rows] for t in tensors])))
+    def reduce_scatter(self, tensors: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
+        def own_part(tensors: list[torch.Tensor]) -> torch.Tensor:
+            return _sum([tensor.chunk(self.threads.size)[self.rank] for tensor in tensors])
+
+        return Pending([self.threads.exchange(self.rank, tensor, own_part) for tensor in tensors])
 
     def all_to_all(self, tensor: torch.Tensor) -> Pending[torch.Tensor]:
         return Pending(
@@ -194,7 +209,11 @@ class Alone:
     def broadcast_(self, tensor: torch.Tensor, source: int) -> Pending[torch.Tensor]:
         return self._count("broadcast", tensor.nbytes, tensor)
 
-    def gather(self, shard: torch.Tensor) -> Pending[torch.Tensor]:
+    def gather(self, shards: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
+        nbytes = sum((self.size - 1) * shard.nbytes for shard in shards)
+        return self._count("gather", nbytes, [self._drawn(shard) for shard in shards])
+
+    def _drawn(self, shard: torch.Tensor) -> torch.Tensor:
         shape = torch.Size((self.size * shard.shape[0], *shard.shape[1:]))
         if (shape, shard.dtype) not in self._gathered:
             drawn = torch.randn(shape, device=shard.device)
@@ -202,10 +221,11 @@ class Alone:
             as_bytes = shard.dtype == torch.uint8
             values = drawn.to(torch.float8_e4m3fn).view(torch.uint8) if as_bytes else drawn.to(shard.dtype)
             self._gathered[shape, shard.dtype] = values
-        return self._count("gather", (self.size - 1) * shard.nbytes, self._gathered[shape, shard.dtype])
+        return self._gathered[shape, shard.dtype]
 
-    def reduce_scatter(self, tensor: torch.Tensor) -> Pending[torch.Tensor]:
-        return self._count("reduce_scatter", self._part(tensor), tensor[: tensor.shape[0] // self.size])
+    def reduce_scatter(self, tensors: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
+        parts = [tensor[: tensor.shape[0] // self.size] for tensor in tensors]
+        return self._count("reduce_scatter", sum(map(self._part, tensors)), parts)
 
     def all_to_all(self, tensor: torch.Tensor) -> Pending[torch.Tensor]:
         return self._count("all_to_all", self._part(tensor), tensor)
@@ -213,7 +233,7 @@ class Alone:
     def _part(self, tensor: torch.Tensor) -> int:
         return tensor.nbytes * (self.size - 1) // self.size
 
-    def _count(self, name: str, nbytes: int, result: torch.Tensor) -> Pending[torch.Tensor]:
+    def _count(self, name: str, nbytes: int, result: T) -> Pending[T]:
         self.calls[name] = self.calls.get(name, 0) + 1
         self.nbytes[name] = self.nbytes.get(name, 0) + nbytes
         return Pending(result)
@@ -251,17 +271,20 @@ class RankGroup:
         """Overwrite `tensor` with that of rank `source` of the group."""
         return self._transport.broadcast_(tensor, source).wait() if self.size > 1 else tensor
 
-    def start_gather(self, shard: torch.Tensor) -> Pending[torch.Tensor]:
-        """Begin to put the ranks' (L, ...) together: (n * L, ...), by rank."""
-        return self._transport.gather(shard.contiguous()) if self.size > 1 else Pending(shard)
+    def start_gather(self, shards: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
+        """Begin to put each (L, ...) of the ranks together: (n * L, ...), by rank."""
+        return self._transport.gather([x.contiguous() for x in shards]) if self.size > 1 else Pending(list(shards))
 
     def gather(self, shard: torch.Tensor) -> torch.Tensor:
         """(L, ...) of each rank -> (n * L, ...), by rank."""
-        return self.start_gather(shard).wait()
+        (whole,) = self.start_gather([shard]).wait()
+        return whole
 
-    def start_reduce_scatter(self, tensor: torch.Tensor) -> Pending[torch.Tensor]:
-        """Begin to sum (n * L, ...) over the ranks, of which each gets its (L, ...)."""
-        return self._transport.reduce_scatter(tensor.contiguous()) if self.size > 1 else Pending(tensor)
+    def start_reduce_scatter(self, tensors: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
+        """Begin to sum each (n * L, ...) over the ranks, of which each gets its (L, ...)."""
+        if self.size == 1:
+            return Pending(list(tensors))
+        return self._transport.reduce_scatter([x.contiguous() for x in tensors])
 
     def start_all_to_all(self, tensor: torch.Tensor) -> Pending[torch.Tensor]:
         """Begin to exchange (n, ...), by the rank that is to get it, for (n, ...), by the rank that sent it."""

@@ -156,11 +156,9 @@ class RowSharding:
         """(shard_length, ...) of each rank -> (length, ...)."""
         return self.group.gather(shard)[: self.length]
 
-    def start_sum(self, partial: torch.Tensor) -> Pending[torch.Tensor]:
-        """Begin to sum (length, ...) over the ranks, of which each gets its (shard_length, ...)."""
-        if self.group.size == 1:
-            return Pending(partial)
-        return self.group.start_reduce_scatter(_padded(partial, 0, self.group.size * self.shard_length))
+    def padded(self, x: torch.Tensor) -> torch.Tensor:
+        """(length, ...), and as many rows of zeros as make it divisible."""
+        return _padded(x, 0, self.group.size * self.shard_length)
 
 
 def _padded(x: torch.Tensor, dim: int, length: int) -> torch.Tensor:

@@ -31,8 +31,8 @@ from ltx_ray.model.rope import audio_positions, video_positions
 from ltx_ray.model.steps import QuantizedRows
 from ltx_ray.model.transformer import Modality, Perturbation, Prefix, Transformer
 from ltx_ray.parallel import merge_kernel, merging
-from ltx_ray.parallel.factors import FactorProduct
 from ltx_ray.parallel.collectives import SINGLE_RANK, Alone, RankGroup
+from ltx_ray.parallel.factors import FactorProduct
 from ltx_ray.parallel.loading import load_shard
 from ltx_ray.records import AV
 from ltx_ray.toy import ToyShape, make_toy_model

@@ -32,7 +32,7 @@ from ltx_ray.model.transformer import Perturbation, Transformer
 from ltx_ray.parallel.collectives import SINGLE_RANK, RankGroup
 from ltx_ray.parallel.loading import load_shard
 from ltx_ray.parallel.lora import LoraMerger, LoraSetting
-from ltx_ray.parallel.mesh import make_mesh
+from ltx_ray.parallel.mesh import Mesh, make_mesh
 from ltx_ray.presets import PIPELINES, STAGE2_SIGMAS
 from ltx_ray.records import (
     AV,
@@ -70,6 +70,10 @@ class DiffusionEngine:
         self.dtype = resolve_dtype(spec.numerics.dtype)
         self.switches, self.switch_seconds = 0, 0.0
         self._has_merged = self._sources_cached = False
+        # Peers divide the work of one of the stages, and each does all of the other's.
+        self._guidance_parallel = spec.layout.guidance_parallel > 1
+        self._sequence_parallel = spec.layout.sequence_parallel > 1
+        self.mesh = Mesh()
         self.facts = EngineFacts()
 
     def load(self) -> None:
@@ -83,9 +87,6 @@ class DiffusionEngine:
         model, layout = self.spec.model.local(), self.spec.layout
         checkpoint = open_checkpoint(model.checkpoint_path)
         self.mesh = make_mesh(self.rank.rank, self.rank.world, layout.tp)
-        # Peers divide the work of one of the stages, and each does all of the other's.
-        self._guidance_parallel = layout.guidance_parallel > 1
-        self._sequence_parallel = layout.sequence_parallel > 1
         self._load_transformer(checkpoint)
         self._load_loras(model, checkpoint)
         self.facts = self._facts()
@@ -128,6 +129,7 @@ class DiffusionEngine:
         when this device cannot repeat the noise of stage 1, ReplicaError when merging LoRAs failed.
         """
         result = self._stage1(item, conditions) if stage == Stage.STAGE1 else self._stage2(item, conditions, *latents)
+        self._check_ranks_agree(stage, result)
         for name, tensor in zip(("video", "audio"), result.latents, strict=True):
             bad = int((~torch.isfinite(tensor)).sum())
             if bad:
@@ -139,6 +141,20 @@ class DiffusionEngine:
         if self.rank.rank != 0:
             return None
         return StageLatents(result.latents.map(lambda t: t.cpu()), result.ledger, numerics)
+
+    def _check_ranks_agree(self, stage: Stage, result: StageLatents) -> None:
+        """Raise ReplicaError where ranks that divide the work of `stage` have not come to the same latents."""
+        divided = self._guidance_parallel if stage == Stage.STAGE1 else self._sequence_parallel
+        groups = [self.mesh.tp, *([self.mesh.peers] if divided else [])]
+        if all(group.size == 1 for group in groups):
+            return
+        checksum = _checksum(result.latents)
+        # The least of the ranks' numbers and of their negatives are those of every rank if and only if all are equal.
+        extremes = torch.cat((checksum, -checksum))
+        for group in groups:
+            extremes = group.min_(extremes)
+        if not torch.equal(extremes[:2], -extremes[2:]):
+            raise ReplicaError(f"the ranks of the gang came to different latents in {stage}, so one computes wrongly")
 
     def _facts(self, **of_call: Any) -> EngineFacts:
         return EngineFacts(
@@ -289,6 +305,22 @@ class DiffusionEngine:
             "rank %d: clean weights: %s, LoRA factors: %s",
             self.rank.rank, self.merger.clean_weights, self.merger.lora_factors,
         )  # fmt: skip
+
+
+def _checksum(latents: AV[torch.Tensor]) -> torch.Tensor:
+    """Two int64 that any changed bit changes, and that moved values change. Every NaN counts as the same."""
+    sums = []
+    for x in latents:
+        bits = (
+            torch.where(x.isnan(), torch.nan, x)
+            .contiguous()
+            .view(torch.int16 if x.element_size() == 2 else torch.int32)
+            .flatten()
+            .long()
+        )
+        places = torch.arange(1, len(bits) + 1, device=x.device) % 65521
+        sums.append(torch.stack((bits.sum(), (bits * places).sum())))
+    return torch.stack(sums).sum(0)
 
 
 def _empty_like(x: torch.Tensor) -> torch.Tensor:

@@ -86,6 +86,7 @@ def resolve(
         # One call with two guidance passes is 1 to 4 % faster than two calls (docs/benchmarks.md).
         guidance_batching=2 if fused and parallel.guidance_parallel == 1 else 1,
         compile=compiled,
+        stg_prefix=True,
         tp=parallel.tp,
         stage2_tp=parallel.tp_of_stage2,
         guidance_parallel=parallel.guidance_parallel,

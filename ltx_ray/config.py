@@ -100,8 +100,6 @@ class Numerics(RecipeNumerics):
     text_tokens: int = 1024
     text_batch: int = 1
     compile: str = "off"
-    #: Whether the perturbed pass of guidance takes over the first blocks of the conditional one.
-    stg_prefix: bool = False
     #: Ranks that share the weights of a stage-1 replica and of a stage-2 replica.
     tp: int = 1
     stage2_tp: int = 1

@@ -353,22 +353,13 @@ def _compare(
         say(f"{named}: not comparable: it was rendered with {other} than are given now")
     elif rendered["latents_sha256"] == row["latents_sha256"]:
         say(f"{named}: rendered again, the same latents")
-    elif (now, _numerics(rendered)) != (then, _numerics(row)):
+    elif (now, rendered["numerics"]) != (then, row["numerics"]):
         if now == then:
             then, now = row["numerics"], rendered["numerics"]
         say(f"{named}: not comparable: it was rendered on {then}, and now on {now}, where bits may differ")
     else:
         problem = f"renders to latents {rendered['latents_sha256']}, the index has {row['latents_sha256']}"
         yield Finding(file, row["id"], problem, "see `versions` of both: a library or a kernel has changed its bits")
-
-
-def _numerics(row: IndexRow) -> dict[str, Any]:
-    """What decides the bits of a row."""
-    numerics = {"stg_prefix": False, **json.loads(row["numerics"])}
-    if not any(row[f"{stream}_stg_scale"] and row[f"{stream}_stg_blocks"] for stream in ("video", "audio")):
-        # No perturbed pass was made, for which alone this counts.
-        del numerics["stg_prefix"]
-    return numerics
 
 
 def _device(row: IndexRow) -> str:

@@ -111,7 +111,6 @@ def _unresolved(requested: RequestedNumerics, parallel: ParallelConfig) -> dict[
         noise_device=requested.noise_device,
         attention=requested.attention,
         compile=requested.compile,
-        stg_prefix=True,
         tp=parallel.tp,
         stage2_tp=parallel.tp_of_stage2,
         guidance_parallel=parallel.guidance_parallel,

@@ -33,6 +33,7 @@ from ltx_ray.parallel.collectives import SINGLE_RANK, RankGroup
 from ltx_ray.parallel.loading import load_shard
 from ltx_ray.parallel.lora import LoraMerger, LoraSetting
 from ltx_ray.parallel.mesh import Mesh, make_mesh
+from ltx_ray.placement.numerics import numerics_of_row
 from ltx_ray.presets import PIPELINES, STAGE2_SIGMAS
 from ltx_ray.records import (
     AV,
@@ -134,7 +135,7 @@ class DiffusionEngine:
             bad = int((~torch.isfinite(tensor)).sum())
             if bad:
                 raise RowError(f"{bad} of {tensor.numel()} {name} latents are not finite")
-        numerics = canonical_json(self.spec.numerics)
+        numerics = numerics_of_row(canonical_json(self.spec.numerics), item.request)
         self.facts = self._facts(
             noise_ledger=result.ledger, stage1_numerics=latents[0].other_numerics(numerics) if latents else None
         )

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Collection
 
 from ltx_ray.checkpoints.transformer_config import TransformerConfig
 from ltx_ray.config import FA3_MODULES, GPU_ATTENTION, Numerics, RequestedNumerics, takes_heads, widest_heads
 from ltx_ray.placement.sizing import ParallelConfig
+from ltx_ray.presets import PIPELINES
+from ltx_ray.records import RenderRequest, canonical_json
+from ltx_ray.sampling.passes import needs_perturbed
 
 #: Legal values of `RequestedNumerics`, by field.
 NUMERICS_CHOICES = {
@@ -86,12 +90,21 @@ def resolve(
         # One call with two guidance passes is 1 to 4 % faster than two calls (docs/benchmarks.md).
         guidance_batching=2 if fused and parallel.guidance_parallel == 1 else 1,
         compile=compiled,
-        stg_prefix=True,
         tp=parallel.tp,
         stage2_tp=parallel.tp_of_stage2,
         guidance_parallel=parallel.guidance_parallel,
         sequence_parallel=parallel.sequence_parallel,
     )
+
+
+def numerics_of_row(numerics: str, request: RenderRequest) -> str:
+    """The numerics of a run (JSON) as a row of its own has them.
+
+    `stg_prefix`: the perturbed pass of guidance took over the first blocks of the conditional one.
+    """
+    if PIPELINES[request.pipeline].distilled or not any(map(needs_perturbed, request.guidance)):
+        return numerics
+    return canonical_json({**json.loads(numerics), "stg_prefix": True})
 
 
 def _check_widths_on_gpu(

@@ -242,17 +242,6 @@ def test_what_a_sample_may_show(store, monkeypatch, changes, said, problems):
     assert lines[-1].endswith(f"{problems} problems" if problems else "all well")
 
 
-@pytest.mark.parametrize("blocks, comparable", [([], True), ([2], False)])
-def test_sharing_blocks_with_the_perturbed_pass_counts_where_there_is_one(store, monkeypatch, blocks, comparable):
-    """Rows of versions that did not share them say nothing of it."""
-    guidance = {"video_stg_scale": 1.0, "video_stg_blocks": blocks}
-    change(store, part_of(1, "c"), **guidance)
-    changes = {"latents_sha256": "0" * 64, "numerics": '{"stg_prefix": true}', **guidance}
-    renders(monkeypatch, lambda request: changes if request.id == ITEMS[1] else {})
-    count, said = check(store, sample=9, options=options)
-    assert count == comparable and any("not comparable" in line for line in said) != comparable
-
-
 def test_a_row_is_rendered_again_as_it_was_computed(store, monkeypatch):
     asked = renders(monkeypatch, lambda request: {})
     numerics = {"attention": "cudnn", "compile": "off", "tp": 4, "stage2_tp": 2, "text_batch": 1}

@@ -35,7 +35,7 @@ def test_before_the_cluster_is_joined_the_numerics_are_those_asked_for(tmp_path)
     assert found["numerics"] == {
         "attention": "auto", "compile": "auto", "device": "cpu", "dtype": "bfloat16", "guidance_batching": 1,
         "guidance_parallel": 3, "noise_device": "model", "precision": "fp8", "sequence_parallel": 1, "stage2_tp": 2,
-        "stg_prefix": True, "text_batch": 1, "text_tokens": 1024, "tp": 2,
+        "text_batch": 1, "text_tokens": 1024, "tp": 2,
     }  # fmt: skip
     assert (found["state"], found["finished_at"], found["pools"], found["tp"]) == ("running", None, {}, 2)
     assert found["counts"] == {"rows": 2, "rendered": 0, "already_done": 0, "failed": 0, "illegal": 0}

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 
 from ltx_ray.checkpoints.transformer_config import TransformerConfig
 from ltx_ray.config import RequestedNumerics
-from ltx_ray.placement.numerics import check, check_widths, resolve
+from ltx_ray.placement.numerics import check, check_widths, numerics_of_row, resolve
 from ltx_ray.placement.sizing import ParallelConfig
 from tests.support.checkpoint_files import REQUIRED
+from tests.support.samples import request as request_of
 
 
 @pytest.mark.parametrize(
@@ -66,6 +68,25 @@ def test_what_cannot_go_together_is_refused(requested, message):
     with pytest.raises(ValueError) as caught:
         check(RequestedNumerics(**requested))
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "guidance", "shared"),
+    [
+        ("hq", {}, False),
+        ("base", {"stg_scale": 1.0, "stg_blocks": (28,)}, True),
+        ("hq", {"stg_scale": 1.0, "stg_blocks": (3,)}, True),
+        ("hq", {"stg_scale": 1.0, "stg_blocks": ()}, False),
+        ("distilled", {"stg_scale": 1.0, "stg_blocks": (3,)}, False),
+    ],
+)
+def test_rows_with_a_perturbed_pass_say_that_it_shares_blocks(pipeline, guidance, shared):
+    """Rows without one have the numerics of versions that did not share any, and are comparable with theirs."""
+    request = request_of()
+    both = request.guidance.map(lambda g: replace(g, **guidance))
+    request = replace(request, pipeline=pipeline, guidance=both)
+    found = json.loads(numerics_of_row('{"tp":1}', request))
+    assert found == ({"tp": 1, "stg_prefix": True} if shared else {"tp": 1})
 
 
 def test_attention_of_gpus_needs_one():

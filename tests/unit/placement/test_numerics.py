@@ -82,9 +82,8 @@ def test_what_cannot_go_together_is_refused(requested, message):
 )
 def test_rows_with_a_perturbed_pass_say_that_it_shares_blocks(pipeline, guidance, shared):
     """Rows without one have the numerics of versions that did not share any, and are comparable with theirs."""
-    request = request_of()
-    both = request.guidance.map(lambda g: replace(g, **guidance))
-    request = replace(request, pipeline=pipeline, guidance=both)
+    changes = {f"video_{name}": value for name, value in guidance.items()}
+    request = replace(request_of(), pipeline=pipeline, **changes)
     found = json.loads(numerics_of_row('{"tp":1}', request))
     assert found == ({"tp": 1, "stg_prefix": True} if shared else {"tp": 1})
 

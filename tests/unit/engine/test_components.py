@@ -4,6 +4,7 @@ tests/parity compares what they compute with the reference.
 """
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -268,6 +269,25 @@ def test_metadata_that_cannot_be_followed_is_refused(path, tmp_path):
 )  # fmt: skip
 def test_metadata_without_a_field_name_the_file_and_the_part(path, tmp_path, part, edit, load):
     with pytest.raises(ValueError, match=rf"changed\.safetensors: the metadata do not describe the part {part} "):
+        load(changed(path, tmp_path, edit_config=edit), torch.float32, CPU)
+
+
+@pytest.mark.parametrize(
+    "words, edit, load",
+    [
+        ("video VAE (decoder): latent_channels is 64; legal: 128", lambda c: c["vae"].update(latent_channels=64),
+         components.load_video_vae),
+        ("video VAE (decoder): spatial_compression_ratio is 16; legal: 32", lambda c: c["vae"].update(patch_size=2),
+         components.load_video_vae),
+        ("audio VAE (decoder): sample_rate is 24000; legal: 16000",
+         lambda c: c["audio_vae"]["model"]["params"].update(sampling_rate=24000), components.load_audio_decoder),
+        ("vocoder: output_sampling_rate is 44100; legal: 48000",
+         lambda c: c["vocoder"]["bwe"].update(output_sampling_rate=44100), components.load_vocoder),
+    ],
+)  # fmt: skip
+def test_parts_for_clips_of_another_size_are_refused(path, tmp_path, words, edit, load):
+    """Each would fail every clip after the work, or cut its sound."""
+    with pytest.raises(ValueError, match=re.escape(words)):
         load(changed(path, tmp_path, edit_config=edit), torch.float32, CPU)
 
 

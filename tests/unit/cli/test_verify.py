@@ -80,6 +80,21 @@ def truncate(store: Store, name: str) -> None:
     store.write_bytes(name, store.read_bytes(name)[:-9])
 
 
+def flip_page(store: Store) -> None:
+    """A bit in the header of the first page, for which Arrow raises an OSError."""
+    data = bytearray(store.read_bytes(part_of(1, "c")))
+    data[4] ^= 0x80
+    store.write_bytes(part_of(1, "c"), bytes(data))
+
+
+def not_utf8(store: Store) -> None:
+    table = pq.read_table(io.BytesIO(store.read_bytes(part_of(1, "c"))))
+    text = pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff"))
+    buffer = io.BytesIO()
+    pq.write_table(table.set_column(table.column_names.index("prompt"), "prompt", text), buffer)
+    store.write_bytes(part_of(1, "c"), buffer.getvalue())
+
+
 def without_columns(store: Store, names: Iterable[str]) -> None:
     table = pq.read_table(io.BytesIO(store.read_bytes(part_of(1, "c")))).drop_columns(list(names))
     buffer = io.BytesIO()
@@ -107,6 +122,8 @@ DAMAGE = {
     "clip of another item": (other_clip, "(c): its clip clips/0a/", "is of another item"),
     "clip elsewhere": (lambda s: change(s, part_of(1, "c"), clip="clips/x.mp4"), "(c): its clip is 'clips/x.mp4'", ""),
     "truncated part": (lambda s: truncate(s, part_of(1, "c")), "cannot be read as Parquet", ""),
+    "flipped bit in a page": (flip_page, "cannot be read as Parquet", ""),
+    "text that is not UTF-8": (not_utf8, "cannot be read as Parquet", ""),
     "empty part": (lambda s: s.write_bytes(part_of(1, "c"), b""), "cannot be read as Parquet", ""),
     "missing column": (lambda s: without_columns(s, ["flags"]), "does not have the columns of an index (flags)", ""),
     "two rows": (two_rows, "holds 2 rows, legal: 1", ""),

@@ -23,7 +23,7 @@ from ltx_ray.dataset.layout import FAILED_SCHEMA, row_key
 from ltx_ray.dataset.writer import read_rows
 from ltx_ray.manifest.columns import COLUMNS
 from ltx_ray.placement.sizing import ParallelConfig
-from ltx_ray.presets import PIPELINES
+from ltx_ray.presets import PIPELINES, served_pipelines
 from ltx_ray.records import canonical_json, plain
 from ltx_ray.run import ExitCode, Options, render
 from ltx_ray.storage.lease import Lease
@@ -267,23 +267,22 @@ def _render_again(
     rows: list[IndexRow], options: Callable[[str, str], Options], say: Callable[[str], None]
 ) -> Iterator[Finding]:
     """Render `rows` once more, each with the numerics of its recipe, and compare what can be compared."""
-
-    def recipe_of(row: IndexRow) -> str:
-        recipe, numerics = json.loads(row["recipe"]), json.loads(row["numerics"])
-        own = {name: numerics[name] for name in (*_CHOSEN, *_LAYOUT) if name in numerics}
-        names = ("dtype", "precision", "noise_device")
-        return canonical_json([{name: recipe[name] for name in names}, recipe.get("scheme", 1), own])
-
-    declared = {lora.name for lora in options("", "").model.loras}
+    model = options("", "").model
+    declared, served = {lora.name for lora in model.loras}, served_pipelines(model.distilled)
     comparable = []
     for row in rows:
         missing = {use["name"] for use in row["loras"] or ()} - declared
-        if missing:
+        if row["pipeline"] not in served:
+            what = f"the pipeline {row['pipeline']}, which the given checkpoint does not serve"
+            say(f"{_file_of(row)}: not comparable: it was rendered by {what}")
+        elif missing:
             say(f"{_file_of(row)}: not comparable: it was rendered with LoRAs that are not given ({_names(missing)})")
+        elif _recipe_of(row) is None:
+            say(f"{_file_of(row)}: not comparable: its recipe, numerics or noise_ledger is damaged")
         else:
             comparable.append(row)
-    for recipe, group in itertools.groupby(sorted(comparable, key=recipe_of), recipe_of):
-        numerics, scheme, own = json.loads(recipe)
+    for recipe, group in itertools.groupby(sorted(comparable, key=lambda row: _recipe_of(row) or ""), _recipe_of):
+        numerics, scheme, own = json.loads(recipe or "")
         by_item = {row["item_id"]: row for row in group}
         with tempfile.TemporaryDirectory(prefix="ltx-ray-verify-") as folder:
             manifest, output = os.path.join(folder, "sample.jsonl"), os.path.join(folder, "out")
@@ -309,6 +308,18 @@ def _render_again(
             yield from _compare(row, rendered.get(item_id), failed.get(item_id), say)
 
 
+def _recipe_of(row: IndexRow) -> str | None:
+    """What rows have in common that are rendered again together, as JSON; None for a row with damaged records."""
+    try:
+        recipe, numerics = json.loads(row["recipe"]), json.loads(row["numerics"])
+        own = {name: numerics[name] for name in (*_CHOSEN, *_LAYOUT) if name in numerics}
+        names = ("dtype", "precision", "noise_device")
+        _device(row)
+        return canonical_json([{name: recipe[name] for name in names}, recipe.get("scheme", 1), own])
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
 def _render_as_then(options: Options, own: dict[str, Any]) -> None:
     """Render with the rows' `own` backends and layout, or as `options` say where that cannot be done here."""
     numerics = {name: own[name] for name in _CHOSEN if name in own and getattr(options.numerics, name) == "auto"}
@@ -326,6 +337,9 @@ def _render_as_then(options: Options, own: dict[str, Any]) -> None:
     except ValueError:
         if then == options:
             raise
+        code = ExitCode.ERROR
+    if code is ExitCode.ERROR and then != options:
+        # Its replicas did not start, as where no node holds a gang of the rows' layout.
         code = render(options)
     if code is ExitCode.DRAINED:
         raise SystemExit(code)

@@ -22,7 +22,7 @@ from ltx_ray.dataset.writer import DatasetWriter, Failure, one_row
 from ltx_ray.manifest.reader import RawRow, read_manifest
 from ltx_ray.manifest.rules import LegalRow, RowRules, judge
 from ltx_ray.placement.sizing import ParallelConfig
-from ltx_ray.run import Options
+from ltx_ray.run import ExitCode, Options
 from ltx_ray.storage import lease as lease_module
 from ltx_ray.storage.lease import holder
 from ltx_ray.storage.store import Store
@@ -306,6 +306,41 @@ def test_a_row_of_a_lora_that_is_not_given_is_not_comparable(store, monkeypatch)
     count, said = check(store, sample=9, options=options)
     assert count == 0 and ITEMS[1] not in seen
     assert any("not comparable: it was rendered with LoRAs that are not given (style)" in line for line in said)
+
+
+def test_a_row_of_a_pipeline_that_is_not_served_is_not_comparable(store, monkeypatch):
+    """One output may have rows of both checkpoints."""
+    seen = []
+    renders(monkeypatch, lambda request: seen.append(request.id) or {})
+    change(store, part_of(1, "c"), pipeline="distilled")
+    count, said = check(store, sample=9, options=options)
+    assert count == 0 and seen and ITEMS[1] not in seen
+    assert any("not comparable: it was rendered by the pipeline distilled, which" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"recipe": None}, {"recipe": "{}"}, {"recipe": "[1]"}, {"numerics": "{"}, {"numerics": "5"},
+     {"device": "cuda:0", "noise_ledger": '{"device": "cuda"}'}],
+)  # fmt: skip
+def test_a_row_with_damaged_records_is_not_comparable(store, monkeypatch, damage):
+    renders(monkeypatch, lambda request: {})
+    change(store, part_of(1, "c"), **damage)
+    count, said = check(store, sample=9, options=options)
+    assert count == 0 and sum("the same latents" in line for line in said) == 2
+    assert any("(c): not comparable: its recipe, numerics or noise_ledger is damaged" in line for line in said)
+
+
+def test_replicas_of_the_rows_layout_that_do_not_start_are_no_problem_of_the_dataset(store, monkeypatch):
+    asked = renders(monkeypatch, lambda request: {})
+    render = verify_module.render
+    monkeypatch.setattr(
+        verify_module, "render", lambda given: ExitCode.ERROR if given.parallel.tp == 4 else render(given)
+    )
+    change(store, part_of(1, "c"), numerics='{"tp": 4}')
+    count, said = check(store, sample=9, options=options)
+    assert count == 0 and len(asked) == 2
+    assert sum("the same latents" in line for line in said) == 3
 
 
 def test_a_row_without_loras_is_rendered_without_those_that_are_given(store, monkeypatch):

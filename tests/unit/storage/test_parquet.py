@@ -41,7 +41,7 @@ def test_damage_and_missing_columns_are_errors():
 
 @pytest.mark.parametrize("compression", ["none", "zstd", "snappy"])
 def test_a_flipped_bit_is_one_error_or_none(compression):
-    """Arrow raises OSError for a page that is damaged, and UnicodeDecodeError for a text, though no disk is at fault."""
+    """Arrow raises OSError for a damaged page, and UnicodeDecodeError for a damaged text."""
     buffer = io.BytesIO()
     pq.write_table(TABLE, buffer, compression=compression)
     data, found = buffer.getvalue(), 0

@@ -26,6 +26,7 @@ from ltx_ray.placement.sizing import ParallelConfig
 from ltx_ray.presets import PIPELINES, served_pipelines
 from ltx_ray.records import canonical_json, plain
 from ltx_ray.run import ExitCode, Options, render
+from ltx_ray.storage.images import check_roots
 from ltx_ray.storage.lease import Lease
 from ltx_ray.storage.locations import parent
 from ltx_ray.storage.parquet import read_parquet
@@ -289,7 +290,7 @@ def _render_again(
             with open(manifest, "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(_manifest_row(row)) + "\n" for row in by_item.values())
             given = options(manifest, output)
-            roots = {parent(image["path"]) for row in by_item.values() for image in row["images"] or ()}
+            folders = {parent(image["path"]) for row in by_item.values() for image in row["images"] or ()}
             _render_as_then(
                 dataclasses.replace(
                     given,
@@ -298,7 +299,8 @@ def _render_again(
                     row_defaults={},
                     save_latents=False,
                     stop_after=None,
-                    image_roots=(*given.image_roots, *sorted(roots)),
+                    # Where a folder is gone, that concerns the rows with images in it.
+                    image_roots=(*given.image_roots, *filter(_is_root, sorted(folders))),
                 ),
                 own,
             )
@@ -306,6 +308,14 @@ def _render_again(
             failed = {row["id"]: row for row in read_rows(Store(output), layout.FAILED)}
         for item_id, row in by_item.items():
             yield from _compare(row, rendered.get(item_id), failed.get(item_id), say)
+
+
+def _is_root(folder: str) -> bool:
+    try:
+        check_roots([folder])
+    except ValueError:
+        return False
+    return True
 
 
 def _recipe_of(row: IndexRow) -> str | None:

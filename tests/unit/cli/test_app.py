@@ -567,6 +567,8 @@ def test_inspect(cmd, toy, tmp_path):
     assert "LoRA: " in cmd("inspect", toy["distilled_lora"])[1]
     (tmp_path / "x.bin").write_bytes(b"x")
     assert "not a safetensors file" in usage(cmd, "inspect", tmp_path / "x.bin")
+    code, out, _ = cmd("inspect", checkpoint(tmp_path, config='{"transformer": [1]}'))
+    assert code == 0 and 'config: {"transformer": [1]}' in out
 
 
 def test_status_and_report_of_no_dataset(cmd, tmp_path):

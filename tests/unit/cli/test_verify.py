@@ -308,6 +308,18 @@ def test_a_row_of_a_lora_that_is_not_given_is_not_comparable(store, monkeypatch)
     assert any("not comparable: it was rendered with LoRAs that are not given (style)" in line for line in said)
 
 
+def test_images_whose_folder_is_gone_concern_their_row(store, monkeypatch, tmp_path):
+    """A folder that there is not is no --image-root."""
+    asked = []
+    monkeypatch.setattr(verify_module, "render", lambda given: asked.append(given) or ExitCode.FAILED_ROWS)
+    (tmp_path / "here").mkdir()
+    for number, row_id, folder in ((1, "c", "here"), (2, "d", "gone")):
+        image = {"path": f"{tmp_path}/{folder}/a.png", "frame_idx": 0, "strength": 1.0, "crf": 33}
+        change(store, part_of(number, row_id), images=[image])
+    check(store, sample=9, options=options)
+    assert [one.image_roots for one in asked] == [(f"{tmp_path}/here",)]
+
+
 def test_a_row_of_a_pipeline_that_is_not_served_is_not_comparable(store, monkeypatch):
     """One output may have rows of both checkpoints."""
     seen = []

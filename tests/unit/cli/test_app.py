@@ -423,6 +423,19 @@ def test_plan_lists_the_first_rows_or_all_and_takes_a_selection(cmd, tmp_path):
     assert len(listed("--shard", "2/25")) == 2
 
 
+def test_selected_ids_that_are_missing_are_named(cmd, tmp_path):
+    manifest = write_jsonl(tmp_path / "m.jsonl", [{**GOOD, "seed": n, "id": f"r{n}"} for n in range(50)])
+    (tmp_path / "ids").write_text("r3\nr48\nnone\n")
+
+    def said(*flags) -> str:
+        return cmd("plan", manifest, "--model", "toy", "--ids", tmp_path / "ids", *flags)[2]
+
+    assert f"--ids: 1 ids are not in {manifest}, such as none" in said()
+    assert f"--ids: 1 ids are not in {manifest}, such as none" in said("--limit", "3")
+    assert "--ids" not in said("--limit", "1"), "r48 comes later"
+    assert f"--ids: 2 ids are not in shard 0/2 of {manifest}, such as none, r3" in said("--shard", "0/2")
+
+
 def test_row_defaults_are_given_under_the_references_names(cmd, tmp_path, options):
     manifest = write_jsonl(tmp_path / "m.jsonl", [{"prompt": "a"}])
     flags = {

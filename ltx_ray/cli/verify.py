@@ -274,8 +274,10 @@ def _render_again(
     for row in rows:
         missing = {use["name"] for use in row["loras"] or ()} - declared
         if row["pipeline"] not in served:
-            what = f"the pipeline {row['pipeline']}, which the given checkpoint does not serve"
-            say(f"{_file_of(row)}: not comparable: it was rendered by {what}")
+            say(
+                f"{_file_of(row)}: not comparable: it was rendered by the pipeline {row['pipeline']}, "
+                f"which the given checkpoint does not serve"
+            )
         elif missing:
             say(f"{_file_of(row)}: not comparable: it was rendered with LoRAs that are not given ({_names(missing)})")
         elif _recipe_of(row) is None:

@@ -132,13 +132,13 @@ class DiffusionEngine:
             bad = int((~torch.isfinite(tensor)).sum())
             if bad:
                 raise RowError(f"{bad} of {tensor.numel()} {name} latents are not finite")
-        numerics = canonical_json(self.spec.numerics)
+        numerics, name = canonical_json(self.spec.numerics), _device_name(self.device)
         self.facts = self._facts(
-            noise_ledger=result.ledger, stage1_numerics=latents[0].other_numerics(numerics) if latents else None
+            noise_ledger=result.ledger, stage1_numerics=latents[0].other_numerics(numerics, name) if latents else None
         )
         if self.rank.rank != 0:
             return None
-        return StageLatents(result.latents.map(lambda t: t.cpu()), result.ledger, numerics)
+        return StageLatents(result.latents.map(lambda t: t.cpu()), result.ledger, numerics, name)
 
     def _facts(self, **of_call: Any) -> EngineFacts:
         return EngineFacts(

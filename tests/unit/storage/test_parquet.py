@@ -55,6 +55,15 @@ def test_a_flipped_bit_is_one_error_or_none(compression):
     assert found > len(data) // 4
 
 
+def test_checksums_of_pages_are_checked():
+    buffer = io.BytesIO()
+    pq.write_table(TABLE, buffer, compression="none", write_page_checksum=True)
+    data = buffer.getvalue()
+    for found in (b"a cat", (2).to_bytes(8, "little")):
+        with pytest.raises(pa.ArrowInvalid, match="CRC checksum"):
+            read_parquet(data.replace(found, bytes([found[0] ^ 1]) + found[1:], 1))
+
+
 _COUNT = """
 import os, sys
 import pyarrow as pa

@@ -40,7 +40,7 @@ from ltx_ray.manifest.rules import RowRules, check_defaults
 from ltx_ray.placement.cluster import Cluster, Placement, where_to_run
 from ltx_ray.placement.memory import MemoryBudget
 from ltx_ray.placement.numerics import check as check_numerics
-from ltx_ray.placement.numerics import check_widths
+from ltx_ray.placement.numerics import check_widths, numerics_json
 from ltx_ray.placement.sizing import ParallelConfig
 from ltx_ray.planning.plan import ItemBuilder, Plan, PlanEntry
 from ltx_ray.planning.preflight import preflight_item
@@ -147,7 +147,9 @@ def prepare(options: Options) -> Prepared:
     checkpoint = open_checkpoint(model.checkpoint_path)
     parallel = options.parallel
     check_transformer(checkpoint)
-    check_parallel(checkpoint, parallel.tp, parallel.stage2_tp, parallel.sequence_parallel)
+    check_parallel(
+        checkpoint, parallel.tp, parallel.stage2_tp, parallel.sequence_parallel, parallel.stage1_sequence_parallel
+    )
     parallel.check(model.distilled)
     check_upsampler(model.spatial_upsampler_path)
     check_gemma(model.gemma_root)
@@ -392,7 +394,7 @@ class _Rendering:
         if options.numerics.noise_device == "cpu":
             run.identity.check_noise("cpu")
         placement = run.cluster.join()
-        run.identity.check_numerics(json.loads(canonical_json(placement.numerics)))
+        run.identity.check_numerics(json.loads(numerics_json(placement.numerics)))
         # Only now: joining sets variables that Ray reads when it is imported.
         from ltx_ray.pools.ray_replicas import RayReplicaSet
 
@@ -408,7 +410,7 @@ class _Rendering:
         return JoinedCluster(
             RayReplicaSet(options.limits.start_timeout, options.limits.call_timeout),
             placement.pools,
-            canonical_json(placement.numerics),
+            numerics_json(placement.numerics),
             placement.store_bytes,
             preflight_item(run.prepared.plan, options.model.distilled) if preflight else None,
             elastic=options.parallel.max_replicas is not None,

@@ -261,7 +261,7 @@ def _wrong_clip(store: Store, row: IndexRow) -> str | None:
 
 #: Numerics that an option chooses, and the layout's. A row is rendered again with its own where no option was given.
 _CHOSEN = ("attention", "compile")
-_LAYOUT = ("tp", "stage2_tp", "guidance_parallel", "sequence_parallel")
+_LAYOUT = ("tp", "stage2_tp", "guidance_parallel", "sequence_parallel", "stage1_sequence_parallel")
 
 
 def _render_again(

@@ -452,10 +452,12 @@ def _write_report(store: Store, rows: int, say: Callable[[str], None]) -> None:
 
 
 def say_missing_ids(plan: Plan, say: Callable[[str], None]) -> None:
-    """Name ids that were selected and that the manifest, read to its end, does not have."""
+    """Name ids that were selected and that the manifest, or the shard of it, read to its end, does not have."""
     if plan.unmet:
         shown = ", ".join(sorted(str(row_id) for row_id in plan.unmet)[:10])
-        say(f"--ids: {len(plan.unmet)} ids are not in {recorded(plan.manifest)}, such as {shown}")
+        manifest, shard = recorded(plan.manifest), plan.selection.shard
+        place = manifest if shard is None else f"shard {shard[0]}/{shard[1]} of {manifest}"
+        say(f"--ids: {len(plan.unmet)} ids are not in {place}, such as {shown}")
 
 
 def _summary(state: str, counts: Mapping[str, int], rate: float | None, output: str) -> str:

@@ -133,12 +133,14 @@ class DiffusionEngine:
             if bad:
                 raise RowError(f"{bad} of {tensor.numel()} {name} latents are not finite")
         numerics = numerics_of_row(numerics_json(self.spec.numerics), item.request)
+        device_name = _device_name(self.device)
         self.facts = self._facts(
-            noise_ledger=result.ledger, stage1_numerics=latents[0].other_numerics(numerics) if latents else None
+            noise_ledger=result.ledger,
+            stage1_numerics=latents[0].other_numerics(numerics, device_name) if latents else None,
         )
         if self.rank.rank != 0:
             return None
-        return StageLatents(result.latents.map(lambda t: t.cpu()), result.ledger, numerics)
+        return StageLatents(result.latents.map(lambda t: t.cpu()), result.ledger, numerics, device_name)
 
     def _check_ranks_agree(self, stage: Stage, result: StageLatents) -> None:
         """Raise ReplicaError where ranks that divide the work of `stage` have not come to the same latents."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 import weakref
 from types import SimpleNamespace
 
@@ -121,6 +122,24 @@ def test_stored_latents_say_how_they_were_computed(pipeline, rendered, tmp_path,
         with one_thread():
             pipeline.diffusion.run("stage2", item, conditions, stored)
         assert pipeline.diffusion.facts.stage1_numerics == (None if numerics == now else numerics)
+
+
+@pytest.mark.parametrize("made_on, recorded", [("NVIDIA H100", True), ("cpu", False), ("", False)])
+def test_stage_2_reports_another_gpu_of_stage_1(pipeline, rendered, tmp_path, monkeypatch, made_on, recorded):
+    """With noise of a CPU, a preview of one model of GPU may be finished on another, with other bits in stage 1."""
+    monkeypatch.setenv("LTX_RAY_CACHE", str(tmp_path / "cache"))
+    item, conditions, first, _ = rendered
+    assert first.device_name == "cpu"
+    store = LatentStore(Store(str(tmp_path / "out")))
+    store.publish(item, [dataclasses.replace(first, device_name=made_on)])
+    stored, _ = store.load_stage1(item, torch.float32)
+    with one_thread():
+        pipeline.diffusion.run("stage2", item, conditions, stored)
+    reported = pipeline.diffusion.facts.stage1_numerics
+    if recorded:
+        assert json.loads(reported) == {**json.loads(first.numerics), "device_name": made_on}
+    else:
+        assert reported is None
 
 
 def test_noise_of_a_gpu_is_not_drawn_on_a_cpu(pipeline, rendered):

@@ -7,6 +7,7 @@ import datetime
 import json
 import os
 import secrets
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
@@ -305,7 +306,7 @@ class _Rendering:
         assert options.output is not None
         self._run, self._options, self._plan = run, options, plan
         keep_older_run(store)
-        self._events = EventLog(store)
+        self._events = EventLog(store, run.run_id)
         self._record = RunRecord(
             store,
             run_id=run.run_id,
@@ -333,7 +334,7 @@ class _Rendering:
             check_noise=run.identity.check_noise,
             use_stored=not options.stop_after,
             on_drain=lambda: self._write_record("draining"),
-            should_stop=lambda: f"another run has taken over {store.name}" if run.lease.lost else None,
+            should_stop=self._why_stop,
         )
 
     def execute(self, rows: Iterator[PlanEntry]) -> ExitCode:
@@ -421,16 +422,29 @@ class _Rendering:
         budget.check()
         return budget
 
+    def _why_stop(self) -> str | None:
+        """Why the run has to end, if it has to. The driver asks at every turn, so the record is refreshed here."""
+        if self._run.lease.lost:
+            return f"another run has taken over {self._run.store.name}"
+        if self._record.due:
+            rate = self._tracker.rate
+            self._record.refresh(
+                self._tracker.counts, rate.clips, self._events.summary, rate.per_hour(time.monotonic())
+            )
+        return None
+
     def _write_record(self, state: str) -> None:
-        self._record.write(state, self._tracker.counts, self._tracker.rate.clips)
+        rate = self._tracker.rate
+        self._record.write(
+            state, self._tracker.counts, rate.clips, self._events.summary, rate.per_hour(time.monotonic())
+        )
 
     def _finish(self, state: str) -> None:
         """Record how the run ended, unless another run has taken the output over and the records are its own."""
         if self._run.lease.lost:
             return
-        counts = self._tracker.counts
+        self._events.emit("run_finished", state=state, counts=recorded_counts(self._tracker.counts))
         self._write_record(state)
-        self._events.emit("run_finished", state=state, counts=recorded_counts(counts))
         self._events.flush()
 
 

@@ -27,6 +27,7 @@ from ltx_ray.manifest.outputs import PREVIEWS as PREVIEWS
 from ltx_ray.manifest.outputs import REPORT as REPORT
 from ltx_ray.manifest.outputs import RUN_RECORD as RUN_RECORD
 from ltx_ray.manifest.outputs import RUNS as RUNS
+from ltx_ray.manifest.outputs import STATE as STATE
 from ltx_ray.manifest.raw import FAILED_ROW_COLUMN
 
 # --- folders and files -------------------------------------------------------------------------------------------
@@ -122,6 +123,16 @@ def is_visible(name: str) -> bool:
 def older_record(run_id: str, name: str) -> str:
     """Where the record `name` (RUN_RECORD, EVENTS, REPORT) of an older run is."""
     return f"{RUNS}/{run_id}/{name}"
+
+
+def event_segments(run_id: str) -> str:
+    """The folder of a run's full segments of events."""
+    return f"{STATE}/events/{run_id}"
+
+
+def timeline_path(run_id: str) -> str:
+    """What each replica of a run did over time (`timeline.Timeline` as JSON)."""
+    return f"{event_segments(run_id)}/timeline.json"
 
 
 # --- schemas -----------------------------------------------------------------------------------------------------

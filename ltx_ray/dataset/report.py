@@ -16,7 +16,7 @@ from importlib import resources
 from typing import Any
 
 from ltx_ray.dataset import layout
-from ltx_ray.dataset.clip_rate import rate_text, recorded_rate
+from ltx_ray.dataset.clip_rate import rate_text
 from ltx_ray.dataset.report_data import (
     ReportData,
     clip_length,
@@ -28,7 +28,7 @@ from ltx_ray.dataset.report_data import (
 )
 from ltx_ray.dataset.report_text import STAGE_NAMES, count, epoch_seconds, esc, finite, human, when, words
 from ltx_ray.dataset.thumbnails import Strip
-from ltx_ray.dataset.timeline import make_timeline
+from ltx_ray.dataset.timeline_chart import draw_timeline
 from ltx_ray.storage.store import Store
 
 
@@ -50,10 +50,10 @@ def write_report(output_dir: str, *, max_clips: int = 2000) -> str:
     digest = base64.b64encode(hashlib.sha256(script[1].encode()).digest()).decode()
     parts = {
         "script_hash": f"sha256-{digest}",
-        "title": esc(f"{data.run.get('run_id') or 'dataset'} · ltx-ray report"),
+        "title": esc(f"{data.run.record.get('run_id') or 'dataset'} · ltx-ray report"),
         "header": _header(data, strips),
         "failures": _failures(data),
-        "timeline": make_timeline(data.events),
+        "timeline": draw_timeline(data.run.timeline),
         "clips": _gallery(data, strips),
         "footer": f"Written by ltx-ray, {esc(when(time.time()))}. This page loads nothing from "
         "anywhere; clip names link to the files beside it.",
@@ -65,7 +65,7 @@ def write_report(output_dir: str, *, max_clips: int = 2000) -> str:
 
 
 def _header(data: ReportData, strips: list[Strip]) -> str:
-    run, first = data.run, data.clips[0] if data.clips else {}
+    run, first = data.run.record, data.clips[0] if data.clips else {}
     failed = sum(data.failures.values())
     if not data.rendered and not failed:
         title = "Nothing rendered"
@@ -104,15 +104,15 @@ def _header(data: ReportData, strips: list[Strip]) -> str:
 
 
 def _run_times(data: ReportData) -> tuple[float | None, float | None]:
-    """Start and end of the newest run in seconds since the epoch, from its record or else from its events."""
-    begun, ended = epoch_seconds(data.run.get("started_at")), epoch_seconds(data.run.get("finished_at"))
-    times = [t for event in data.events if (t := finite(event["t"])) is not None]
-    return begun or (min(times) if times else None), ended or (max(times) if times else None)
+    """Start and end of the newest run in seconds since the epoch, so far as they are known."""
+    run, timeline = data.run, data.run.timeline
+    begun, ended = epoch_seconds(run.record.get("started_at")), epoch_seconds(run.record.get("finished_at"))
+    return begun or (timeline.begin if timeline else None), ended or run.last
 
 
 def _tiles(data: ReportData) -> list[tuple[str, str, str, str]]:
     """(title as HTML, value, subtitle, tone) of each figure at the top."""
-    listed = data.run.get("counts")
+    listed = data.run.record.get("counts")
     counts = listed if isinstance(listed, dict) else {}
     failed = sum(data.failures.values())
     begun, ended = _run_times(data)
@@ -120,7 +120,7 @@ def _tiles(data: ReportData) -> list[tuple[str, str, str, str]]:
     rows = f"of {counts['rows']:,} rows in the manifest" if isinstance(counts.get("rows"), int) else ""
     each = f"{data.gpu_seconds / data.clip_seconds:,.1f} s a second of video" if data.clip_seconds else ""
     flags = ", ".join(f"{n:,} {words(flag)}" for flag, n in data.flags.most_common(3))
-    rate = recorded_rate(data.run, data.events, data.now)
+    rate = data.run.clips_per_hour
     link = '<a href="#failures">Failed</a>'
     return [
         ('<a href="#clips">Rendered</a>', f"{data.rendered:,}", rows, ""),

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from ltx_ray.dataset import layout
 from ltx_ray.dataset.report_text import finite, short
+from ltx_ray.dataset.run_summary import RecordedRun, read_run
 from ltx_ray.dataset.thumbnails import Strip, make_strip
 from ltx_ray.storage.lease import holder
 from ltx_ray.storage.store import Store
@@ -40,8 +41,7 @@ _FAILED_COLUMNS = "id prompt item_id stage attempts error_class message tracebac
 class ReportData:
     """What the page shows. `clips` and `failed` are capped; counts and sums are over the whole dataset."""
 
-    run: dict[str, Any] = field(default_factory=dict)
-    events: list[dict[str, Any]] = field(default_factory=list)
+    run: RecordedRun
     clips: list[dict[str, Any]] = field(default_factory=list)
     failed: list[dict[str, Any]] = field(default_factory=list)
     rendered: int = 0
@@ -54,17 +54,15 @@ class ReportData:
     clip_seconds: float = 0.0
     gpu_seconds: float = 0.0
     problems: list[str] = field(default_factory=list)
-    #: When the dataset was read, in seconds since the epoch, if a run is writing into it.
-    now: float | None = None
 
 
 def read_report_data(store: Store, max_clips: int) -> ReportData:
     """Read the dataset. `clips` holds up to `max_clips` rows: flagged ones first, then in the order of finishing."""
-    data = ReportData()
-    run = parse_json(_text(store, layout.RUN_RECORD, data.problems))
-    data.run = run if isinstance(run, dict) else {}
-    data.now = time.time() if holder(store) is not None else None
-    data.events = _read_events(_text(store, layout.EVENTS, data.problems) or "", data.problems)
+    problems: list[str] = []
+    record = parse_json(_text(store, layout.RUN_RECORD, problems))
+    now = time.time() if holder(store) is not None else None
+    run = read_run(store, record if isinstance(record, dict) else {}, now, note=problems.append)
+    data = ReportData(run, problems=problems)
     failed = list(_rows(store, layout.FAILED, _FAILED_COLUMNS, data.problems))
     failed_items = {row.get("item_id") for row in failed}
     rendered_items: set[str] = set()
@@ -133,24 +131,6 @@ def _text(store: Store, name: str, problems: list[str]) -> str | None:
     except OSError as error:
         problems.append(f"{name} cannot be read: {short(error)}")
         return None
-
-
-def _read_events(text: str, problems: list[str]) -> list[dict[str, Any]]:
-    """Events of the newest run, in the order of the file. Malformed lines are counted and skipped."""
-    events: list[dict[str, Any]] = []
-    bad = 0
-    for line in text.splitlines():
-        event = parse_json(line)
-        good = isinstance(event, dict) and isinstance(event.get("event"), str)
-        if good and finite(event.get("t")) is not None:
-            if event["event"] == "run_started":
-                events = []
-            events.append(event)
-        else:
-            bad += bool(line.strip())
-    if bad:
-        problems.append(f"{layout.EVENTS}: {bad:,} malformed line{'s' * (bad > 1)} skipped")
-    return events
 
 
 def relative_link(path: Any) -> str | None:

@@ -21,6 +21,8 @@ RUN_RECORD = "run.json"
 EVENTS = "events.jsonl"
 REPORT = "report.html"
 RUNS = "runs"
+#: What runs keep for themselves and for later runs.
+STATE = "state"
 
 ITEM_ID_DIGITS, KEY_DIGITS = "([0-9a-f]{32})", "([0-9a-f]{8})"
 #: Names of parts of index/ and previews/, with the item_id and the row's key as groups.
@@ -29,7 +31,7 @@ PART = re.compile(rf"part-{ITEM_ID_DIGITS}-{KEY_DIGITS}\.parquet")
 FAILED_PART = re.compile(rf"part-(row|infra|illegal)-{ITEM_ID_DIGITS}-{KEY_DIGITS}\.parquet")
 
 _TABLES = (INDEX, FAILED, PREVIEWS)
-_OWN_FOLDERS = frozenset({*_TABLES, CLIPS, LATENTS, RUNS})
+_OWN_FOLDERS = frozenset({*_TABLES, CLIPS, LATENTS, RUNS, STATE})
 _OWN_FILES = frozenset({DATASET, RUN_RECORD, EVENTS, REPORT})
 
 

@@ -167,7 +167,8 @@ class Store:
         # In one call: a stream that is closed after half of the data uploads that half as the object. For the same
         # reason a multi-part upload begins before anything is written: if the first write had to begin it and could
         # not, an empty object would replace the older one.
-        with (self._small if len(data) < _SMALL else self._fs).open_output_stream(target) as file:
+        fs = self._small if len(data) < _SMALL else self._fs
+        with fs.open_output_stream(target, compression=None) as file:  # by default a name ending in .zst is compressed
             file.write(data)
 
     def append_text(self, relative: str, text: str) -> None:

@@ -125,7 +125,7 @@ def drive(
         nodes=max(1, sum(pool.replicas for pool in pools) // 8),
     ).watched()  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        events = EventLog(Store(folder))
+        events = EventLog(Store(folder), "bench")
         tracker = RowTracker(plan, _NoWriter(), Publisher(1), events, Progress(io.StringIO()), "{}")
         cast(Any, tracker).metrics = SimpleNamespace(item=lambda outcome: None, call=lambda stage, seconds: None)
         driver = Driver(

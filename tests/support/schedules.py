@@ -241,8 +241,9 @@ class Schedule:
             max_failed_fraction=self.dice.choice([0.0, 0.1]) if interruption == "fraction" else None,
         )  # fmt: skip
         plan = Plan(manifest or self.manifest, RowRules(), HashingBuilder(), list_existing(self.store))  # type: ignore[arg-type]
+        events = EventLog(self.store, "run")
         self.tracker = RowTracker(
-            plan, DatasetWriter(self.store), Publisher(threads=2), EventLog(self.store), Progress(io.StringIO()), "{}"
+            plan, DatasetWriter(self.store), Publisher(threads=2), events, Progress(io.StringIO()), "{}"
         )
         self.tracker.metrics = SimpleNamespace(item=lambda outcome: None, call=lambda stage, seconds: None)  # type: ignore
         preflight = None

@@ -51,7 +51,7 @@ def run(
     manifest = write_jsonl(tmp_path / "m.jsonl", rows)
     plan = Plan(manifest, RowRules(), HashingBuilder(), list_existing(store), latents_only=latents_only)
     tracker = RowTracker(
-        plan, DatasetWriter(store), publisher or Publisher(2), EventLog(store), Progress(io.StringIO()), "{}"
+        plan, DatasetWriter(store), publisher or Publisher(2), EventLog(store, "run"), Progress(io.StringIO()), "{}"
     )
     tracker.metrics = SimpleNamespace(item=lambda outcome: None, call=lambda stage, seconds: None)
     replica_set = replica_set_class(times=lambda stage, item, dice: SECONDS[stage], make=Stages(store)).watched(

@@ -15,7 +15,8 @@ from ltx_ray.dataset import report_data
 from ltx_ray.dataset.report import write_report
 from ltx_ray.dataset.report_text import esc, human
 from ltx_ray.dataset.thumbnails import make_strip
-from ltx_ray.dataset.timeline import make_timeline
+from ltx_ray.dataset.timeline import build_timeline
+from ltx_ray.dataset.timeline_chart import draw_timeline
 from tests.support import report_data as data
 
 
@@ -218,7 +219,7 @@ def test_only_the_newest_run_is_on_the_timeline(tmp_path):
 
 def test_timeline_shows_loading_switches_losses_and_failures():
     events = data.run_events(shared=True)
-    chart = make_timeline(events)
+    chart = draw_timeline(build_timeline(events))
     for text in (
         "loading: ",
         "on node-0 cuda:0",
@@ -228,12 +229,13 @@ def test_timeline_shows_loading_switches_losses_and_failures():
     ):
         assert text in chart
     assert chart.count('<rect class="k-') == sum(e["event"] in ("call", "switch", "gang_started") for e in events)
-    assert make_timeline([]) == "" and make_timeline([{"t": 1.0, "event": "run_started"}]) == ""
+    assert build_timeline([]) is build_timeline([{"t": 1.0, "event": "run_started"}]) is None
+    assert draw_timeline(None) == ""
 
 
 def test_timeline_lanes_are_in_order_of_stage_and_number():
     events = data.run_events(400, replicas=(1, 11, 2, 1))
-    lanes = re.findall(r'<div title="([^"]+)">', make_timeline(events))
+    lanes = re.findall(r'<div title="([^"]+)">', draw_timeline(build_timeline(events)))
     assert lanes == ["text-0", *(f"stage1-{k}" for k in range(11)), "stage2-0", "stage2-1", "decode-0"]
 
 
@@ -245,7 +247,7 @@ def test_ten_thousand_events_and_many_replicas_stay_small(tmp_path):
     page = Page(tmp_path)
     assert len(page.source) < 700_000
     assert "more replicas are not drawn" in page.text
-    assert len(make_timeline(data.run_events(10_000, replicas=(1, 4, 3, 2)))) < 200_000
+    assert len(draw_timeline(build_timeline(data.run_events(10_000, replicas=(1, 4, 3, 2))))) < 200_000
 
 
 def test_busy_bins_add_up():
@@ -262,7 +264,7 @@ def test_busy_bins_add_up():
             "ok": True,
         }
         events.append({"t": 10.0 * i + 10, "event": "call", **call})
-    chart = make_timeline(events)
+    chart = draw_timeline(build_timeline(events))
     heights = [int(h) for h in re.findall(r"v-(\d+)h-1z", chart)]
     assert sum(heights) / 100 / 240 == pytest.approx(0.5, abs=0.01)
     assert ">50%</div>" in chart

@@ -62,7 +62,8 @@ class Output:
         manifest = write_jsonl(self.folder / "m.jsonl", rows)
         self.writer = GatedWriter(self.store)
         plan = Plan(manifest, RowRules(), FakeBuilder(), list_existing(self.store), **options)  # type: ignore[arg-type]
-        self.tracker = RowTracker(plan, self.writer, Publisher(2), EventLog(self.store), Progress(self.said), "{}")
+        events = EventLog(self.store, "run")
+        self.tracker = RowTracker(plan, self.writer, Publisher(2), events, Progress(self.said), "{}")
         self.counted: list[str] = []
         self.tracker.metrics = SimpleNamespace(item=self.counted.append)  # type: ignore[assignment]
         self.rows = plan.open()

@@ -6,6 +6,7 @@ import json
 import os
 import threading
 import time
+from collections.abc import Collection
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -19,7 +20,7 @@ from ltx_ray.storage.store import Store
 #: Seconds after which events are written.
 _FLUSH_SECONDS = 2.0
 _REMOTE_FLUSH_SECONDS = 60.0
-#: Events that are written at once: tests and operators look for the processes that they name.
+#: Events that a local log has at once: tests and operators look for the processes that they name.
 _AT_ONCE = frozenset({"gang_started"})
 #: Bytes of events in a segment, before it is compressed.
 SEGMENT_BYTES = 8 * 2**20
@@ -37,6 +38,10 @@ class _Log(Protocol):
         """Seconds after which events are written."""
 
     @property
+    def at_once(self) -> Collection[str]:
+        """Events that are written at once."""
+
+    @property
     def waiting(self) -> bool:
         """Whether lines that were taken could not be written yet."""
 
@@ -47,7 +52,7 @@ class _Log(Protocol):
 class _LocalLog:
     """`events.jsonl`, to which lines are appended. A full one becomes a compressed segment of the run."""
 
-    waiting = False
+    at_once, waiting = _AT_ONCE, False
 
     def __init__(self, store: Store, segments: str):
         self._store, self._segments = store, segments
@@ -85,6 +90,8 @@ class _LocalLog:
 
 class _RemoteLog:
     """Segments in an object store, each written once: an object cannot be appended to."""
+
+    at_once = frozenset[str]()
 
     def __init__(self, store: Store, segments: str):
         self._store, self._segments = store, segments
@@ -156,7 +163,7 @@ class EventLog:
                 self._thread.start()
             # Only once on the way: behind a store that fails, each further event would try it again.
             full = self._size >= SEGMENT_BYTES > self._size - len(line)
-            if full or event in _AT_ONCE:
+            if full or event in self._log.at_once:
                 self._due.set()
 
     def flush(self) -> None:

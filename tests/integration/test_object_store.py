@@ -7,6 +7,7 @@ import io
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -23,7 +24,13 @@ def table(store: Store, folder: str) -> list[dict]:
 
 
 def events(store: Store) -> list[dict]:
-    return [json.loads(line) for line in store.read_bytes("events.jsonl").decode().splitlines()]
+    """Those of the newest run."""
+    folder = f"state/events/{json.loads(store.read_bytes('run.json'))['run_id']}"
+    names = [name for name in store.list_names(folder) if name.endswith(".jsonl.zst")]
+    segments = [io.BytesIO(store.read_bytes(f"{folder}/{name}")) for name in names]
+    return [
+        json.loads(line) for file in segments for line in pa.CompressedInputStream(file, "zstd").read().splitlines()
+    ]
 
 
 def test_manifest_images_and_dataset_in_a_bucket(runner, bucket):
@@ -60,7 +67,9 @@ def test_manifest_images_and_dataset_in_a_bucket(runner, bucket):
     assert (failed["half"]["stage"], failed["half"]["error_class"]) == ("text", "row")
     assert "gang_started" in {e["event"] for e in events(out)}
     summary = "1 rows in the index, 3 in failed/ (2 illegal, 1 of their own fault, 0 of infrastructure's)"
-    assert summary in status_lines(out.uri)
+    said = status_lines(out.uri)
+    assert summary in said and any(": last finished decode of image, " in line for line in said)
+    assert not out.exists("events.jsonl") and "stage 1 + 2" in out.read_bytes("report.html").decode()
 
     # a second run finds nothing to do
     assert render() == 3

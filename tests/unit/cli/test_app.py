@@ -605,6 +605,22 @@ def test_status_of_a_run_that_goes_on_and_of_one_that_was_killed(cmd, tmp_path, 
     assert cmd("status", tmp_path)[1].endswith("\n1 clips/h\n")
 
 
+def test_status_reads_the_summary_of_the_record(cmd, tmp_path, monkeypatch):
+    monkeypatch.setattr("ltx_ray.cli.status.time", SimpleNamespace(time=lambda: 7300.0))
+    store = Store(str(tmp_path))
+    call = {"stage": "stage1", "id": "cat", "seconds": 10.0, "t": 7290.0}
+    summary = {"at": 7295.0, "clips_per_hour": 20.0, "events": {"call": 9}, "replicas": {"stage1-0": call}}
+    record = {"run_id": "r1", "state": "running", "started_at": "1970-01-01T00:00:00Z", "summary": summary}
+    store.write_bytes("run.json", json.dumps(record).encode())
+    store.write_bytes(
+        "events.jsonl", b'{"t": 1.0, "event": "call", "replica": "text-0", "stage": "text", "seconds": 1}'
+    )
+    called = "stage1-0: last finished stage1 of cat, 10.0 s, 10 s ago"
+    assert cmd("status", tmp_path)[1].endswith(f"\n{called}\n20 clips/h when it was interrupted\n")
+    store.write_bytes("_lease.json", json.dumps({"expires": 1e12, "run_id": "r1", "host": "x", "pid": 1}).encode())
+    assert cmd("status", tmp_path)[1].endswith(f"\n{called}\n20 clips/h\n")
+
+
 @pytest.mark.parametrize("lease", [None, {"expires": 1.0, "run_id": "r1", "host": "elsewhere", "pid": 1}])
 def test_status_of_a_killed_run(cmd, tmp_path, lease):
     store = Store(str(tmp_path))

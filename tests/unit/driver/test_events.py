@@ -90,6 +90,15 @@ def test_in_an_object_store_segments_are_written_once_and_nothing_else(bucket, m
     assert not store.exists("events.jsonl") and numbers(store) == [0, 1, 2]
 
 
+def test_a_thousand_replicas_that_start_at_once_are_no_thousand_objects(bucket):
+    store = Store(bucket)
+    log = EventLog(store, "r1")
+    for n in range(1000):
+        log.emit("gang_started", n=n)
+    log.flush()
+    assert store.list_names(FOLDER) == ["000001.jsonl.zst"] and numbers(store) == list(range(1000))
+
+
 def test_full_segments_of_a_local_log_move_away(local, monkeypatch):
     monkeypatch.setattr(events, "SEGMENT_BYTES", 1000)
     log = EventLog(local, "r1")

@@ -52,7 +52,8 @@ class SummaryBuilder:
 
     def __init__(self) -> None:
         self._events: Counter[str] = Counter()
-        self._replicas: dict[str, LastCall] = {}
+        #: The event of the last call of each replica.
+        self._calls: dict[str, Mapping[str, Any]] = {}
         self._last: float | None = None
         self._timeline = TimelineBuilder()
 
@@ -62,13 +63,13 @@ class SummaryBuilder:
         if t is None or not isinstance(kind, str):
             return
         self._events[kind] += 1
-        self._last = t if self._last is None else max(self._last, t)
+        if self._last is None or t > self._last:
+            self._last = t
         self._timeline.add(event)
-        replica = str(event.get("replica"))
-        if kind == "call" and (seconds := finite(event.get("seconds"))) is not None:
-            self._replicas[replica] = LastCall(str(event.get("stage")), str(event.get("id")), seconds, t)
+        if kind == "call":
+            self._calls[str(event.get("replica"))] = event
         elif kind in ("gang_lost", "gang_given_back"):
-            self._replicas.pop(replica, None)
+            self._calls.pop(str(event.get("replica")), None)
 
     @property
     def last(self) -> float | None:
@@ -76,7 +77,12 @@ class SummaryBuilder:
         return self._last
 
     def summary(self, at: float, clips_per_hour: float | None) -> RunSummary:
-        return RunSummary(at, clips_per_hour, dict(self._events), dict(self._replicas))
+        calls = {
+            replica: LastCall(str(call.get("stage")), str(call.get("id")), seconds, float(call["t"]))
+            for replica, call in self._calls.items()
+            if (seconds := finite(call.get("seconds"))) is not None
+        }
+        return RunSummary(at, clips_per_hour, dict(self._events), calls)
 
     def timeline(self) -> Timeline | None:
         """None when no event was about a replica."""

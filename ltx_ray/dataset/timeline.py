@@ -55,7 +55,7 @@ class Mark:
 
 
 @dataclass(frozen=True)
-class Work:
+class SpanSums:
     """All spans of one kind in a lane: how many, their seconds, and the seconds in each bin of the timeline."""
 
     times: int
@@ -75,7 +75,7 @@ class Lane:
     #: Empty when the timeline is binned.
     spans: tuple[Span, ...]
     #: By kind; empty when it is not.
-    work: dict[str, Work]
+    work: dict[str, SpanSums]
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,7 @@ class Timeline:
     failed: tuple[Mark, ...]
 
     def __post_init__(self) -> None:
-        if self.begin >= self.end:
-            raise ValueError(f"begin: {self.begin}, legal: a time before end, {self.end}")
+        assert self.begin < self.end
 
     def json(self) -> str:
         return _TIMELINE.dump_json(self).decode()
@@ -186,7 +185,7 @@ class TimelineBuilder:
             return
         if self._begin == math.inf:
             self._zero = t
-        self._begin, self._end = min(self._begin, t), max(self._end, t)
+        self._reach(t, t)
         if kind == "item_failed":
             message = str(event.get("message"))[:160]
             self._failed.add(t, "failed", f"{event.get('id')} failed in {event.get('stage')}: {message}")
@@ -198,6 +197,13 @@ class TimelineBuilder:
                     self._take(str(kind), str(event["role"]), str(event["replica"]), event, t, start, seconds)
             except (KeyError, TypeError, ValueError):
                 return
+
+    def _reach(self, begin: float, end: float) -> None:
+        """The run lasts from `begin` to `end` at least."""
+        if begin < self._begin:
+            self._begin = begin
+        if end > self._end:
+            self._end = end
 
     def _take(
         self, kind: str, role: str, replica: str, event: Mapping[str, Any], t: float, start: float, seconds: float
@@ -242,9 +248,11 @@ class TimelineBuilder:
             lane.marks.add(t, "lost", f"replica lost: {str(event.get('reason'))[:200]}")
 
     def _span(self, lane: _OpenLane, start: float, end: float, kind: str, title: str, ok: bool = True) -> None:
-        self._begin, self._end = min(self._begin, start), max(self._end, end)
-        lane.first = min(lane.first, start)
-        total = lane.totals.setdefault(kind, [0, 0.0])
+        self._reach(start, end)
+        if start < lane.first:
+            lane.first = start
+        if (total := lane.totals.get(kind)) is None:
+            total = lane.totals[kind] = [0, 0.0]
         total[0] += 1
         total[1] += end - start
         if self._binned:
@@ -265,7 +273,9 @@ class TimelineBuilder:
             return
         while end - self._zero > _BINS * self._width:
             self._widen()
-        bins, width = lane.bins.setdefault(kind, []), self._width
+        if (bins := lane.bins.get(kind)) is None:
+            bins = lane.bins[kind] = []
+        width = self._width
         start, end = max(0.0, start - self._zero), max(0.0, end - self._zero)
         first, last = int(start / width), min(_BINS - 1, int(end / width))
         if last >= len(bins):
@@ -319,12 +329,12 @@ class TimelineBuilder:
         if loading and not self._binned:
             assert lane.starting is not None
             spans += (Span(lane.starting, self._end, "loading", "loading, not ready by the end", True),)
-        work: dict[str, Work] = {}
+        work: dict[str, SpanSums] = {}
         for kind, bins in lane.bins.items():
             count, seconds = lane.totals[kind]
             for _ in range(folds):
                 bins = _folded(bins)
-            work[kind] = Work(int(count), round(seconds, 3), tuple(round(spent, 2) for spent in bins))
+            work[kind] = SpanSums(int(count), round(seconds, 3), tuple(round(spent, 2) for spent in bins))
         return Lane(
             replica,
             round(lane.busy(self._end), 4) if lane.totals or loading else None,

@@ -30,6 +30,10 @@ _MOST_PENDING = 4 * SEGMENT_BYTES
 _RETRY_SECONDS = 2.0
 
 
+#: `json.dumps` with options would make an encoder for each event.
+_encode = json.JSONEncoder(ensure_ascii=False, default=str).encode
+
+
 class _Log(Protocol):
     """Where events go: whole lines, in order, on one thread at a time."""
 
@@ -153,7 +157,7 @@ class EventLog:
         """Add an event; it is written within seconds, or within a minute to an object store."""
         entry = {"t": round(time.time(), 3), "event": event, **fields}
         self.summary.add(entry)
-        line = masked(json.dumps(entry, ensure_ascii=False, default=str)) + "\n"
+        line = masked(_encode(entry)) + "\n"
         with self._lines_lock:
             self._lines.append(line)
             self._size += len(line)

@@ -27,9 +27,9 @@ SAID = {name: slice(0, 1) for name in (*RAISED, "say", "echo", "print", "warning
     "unusable": slice(0, 1), "refused": slice(0, 1),
 }  # fmt: skip
 #: Keyword arguments that take messages, and functions that return some.
-NAMED = {"message", "unreadable", "should_stop"}
+NAMED = {"message", "unreadable"}
 RETURNED = {"messages", "overdue", "check_lora", "submit_once", "size_problems", "cost_line"} | {
-    "_wrong_clip", "_summary", "_state",
+    "_wrong_clip", "_summary", "_state", "_why_stop",
 }  # fmt: skip
 #: The fake engine is left out: only tests see its messages.
 FILES = {*(ROOT / "ltx_ray").rglob("*.py"), *(ROOT / "jobs").glob("*.py")} - {ROOT / "ltx_ray" / "engine" / "fake.py"}

@@ -256,6 +256,8 @@ class Run:
             self.identity.begin(self.prepared.plan.builder.scheme, self.options.scheme)
             existing = self._repaired_rows()
             plan = self.prepared.plan.against(existing)
+            if self.options.promote is not None:
+                plan.manifest_rows = None  # many are passed over
             return _Rendering(self, plan).execute(self._chosen(plan, plan.rows(raws)))
         finally:
             self._leave()

@@ -485,7 +485,7 @@ class Driver:
         if not (self.progress.due() or ended):
             return
         tracker, now = self.tracker, time.monotonic()
-        total = self.counts["rows"] if tracker.exhausted else None
+        total = self.counts["rows"] if tracker.exhausted else tracker.plan.expected_rows
         running = Counter(self.policy.stage_of(item) for item in self.policy.running.values())
         starting = sum(len(pool.replicas) - pool.ready for pool in self.pools)
         busy = [f"{stage} {n}" for stage, n in sorted(running.items())]

@@ -54,8 +54,8 @@ class Progress:
     ) -> None:
         """Print the state, at most twice a second on a terminal and every 30 s in a log.
 
-        `total` is None while the manifest is still being read; `doing` says what the pools are busy with. `rate` is in
-        clips/h and `left` in seconds; either is None while it is not known.
+        `total` is None while only reading the manifest will tell it; `doing` says what the pools are busy with. `rate`
+        is in clips/h and `left` in seconds; either is None while it is not known.
         """
         if not self.due() and not force:
             return

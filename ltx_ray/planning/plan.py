@@ -204,6 +204,8 @@ class Plan:
     #: The run stops after stage 1, so a row with a preview is done.
     latents_only: bool = False
     samples: int = 1
+    #: Rows of the manifest, once it was opened and if its files say so.
+    manifest_rows: int | None = None
     counts: Counter[str] = field(default_factory=Counter, init=False)
     tflop: float = field(default=0.0, init=False)
 
@@ -220,6 +222,16 @@ class Plan:
     def complete(self) -> bool:
         """Whether the plan takes every row of its manifest."""
         return self.selection == Selection()
+
+    @property
+    def expected_rows(self) -> int | None:
+        """How many rows the plan will have; None where only reading the manifest tells. Repeated rows are counted."""
+        if self.manifest_rows is None or self.selection.ids is not None:
+            return None
+        first, _, step = self._shard()
+        rows = len(range(first, self.manifest_rows, step))
+        limit = self.selection.limit
+        return (rows if limit is None else min(rows, limit)) * self.samples
 
     def against(self, existing: ExistingRows) -> Plan:
         """The same plan compared with another dataset. Nothing is counted yet."""
@@ -238,6 +250,7 @@ class Plan:
             raise ValueError(f"--samples-per-prompt: {self.samples}, legal: 1 for a retry, whose rows are samples")
         manifest = open_manifest(self.manifest)
         manifest.say_skipped(say)
+        self.manifest_rows = manifest.row_count
         return manifest.rows(extra)
 
     def rows(self, raws: Iterator[RawRow]) -> Iterator[PlanEntry]:

@@ -8,6 +8,7 @@ import pytest
 
 from ltx_ray.driver import progress as progress_module
 from ltx_ray.driver.progress import Progress, duration
+from tests.support import simulated_runs
 
 
 class Terminal(io.StringIO):
@@ -102,3 +103,11 @@ def test_a_terminal_that_was_closed_stops_no_run():
     progress = Progress(Closed())
     progress.say("draining: SIGINT")
     progress.update(1, 0, 2, "", force=True)
+
+
+def test_a_run_says_from_the_beginning_how_many_rows_there_are(tmp_path):
+    driver, _ = simulated_runs.run(tmp_path, simulated_runs.rows(3))
+    driver.progress = Progress(io.StringIO())
+    driver.tracker.plan.manifest_rows = 3
+    driver._show()
+    assert driver.progress._stream.getvalue().startswith("0/3 clips | ")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from ltx_ray.config import LoraSpec, ModelFiles, Numerics, Selection
@@ -47,6 +49,36 @@ def dataset_with(tmp_path: Path, *planned: PlannedRow) -> DatasetWriter:
     for p in planned:
         writer.write_index(p.item.item_id, p.request, RENDERED)
     return writer
+
+
+# --- how many rows there will be ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"samples": 3}, {"selection": Selection(limit=4)}, {"selection": Selection(limit=99)},
+     {"selection": Selection(shard=(1, 3))}, {"selection": Selection(shard=(2, 3), limit=2), "samples": 2}],
+    ids=str,
+)  # fmt: skip
+def test_a_plan_of_parquet_files_knows_how_many_rows_it_has(tmp_path, builder, options):
+    pq.write_table(pa.Table.from_pylist([row(n) for n in range(10)]), tmp_path / "m.parquet")
+    a_plan = Plan(manifest=str(tmp_path / "m.parquet"), rules=RowRules(), builder=builder, **options)
+    assert a_plan.expected_rows is None, "it was not opened"
+    raws = a_plan.read()
+    a_plan = a_plan.against(ExistingRows())
+    expected = a_plan.expected_rows
+    assert expected == len(list(a_plan.rows(raws))) > 0
+
+
+def test_a_plan_of_json_or_of_chosen_ids_does_not_know_it(plan, tmp_path, builder):
+    a_plan = plan([row(1), row(2)])
+    list(a_plan.open())
+    assert a_plan.expected_rows is None
+    pq.write_table(pa.Table.from_pylist([row(1, id="a")]), tmp_path / "m.parquet")
+    chosen = Selection(ids=frozenset({"a"}))
+    a_plan = Plan(manifest=str(tmp_path / "m.parquet"), rules=RowRules(), builder=builder, selection=chosen)
+    list(a_plan.open())
+    assert a_plan.expected_rows is None
 
 
 # --- status of a row -----------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from ltx_ray.manifest.outputs import REPORT as REPORT
 from ltx_ray.manifest.outputs import RUN_RECORD as RUN_RECORD
 from ltx_ray.manifest.outputs import RUNS as RUNS
 from ltx_ray.manifest.outputs import STATE as STATE
+from ltx_ray.manifest.outputs import THUMBS as THUMBS
 from ltx_ray.manifest.raw import FAILED_ROW_COLUMN
 
 # --- folders and files -------------------------------------------------------------------------------------------
@@ -59,8 +60,13 @@ def latents_path(item_id: str) -> str:
     return f"{LATENTS}/{shard(item_id)}/{item_id}.safetensors"
 
 
+def thumb_path(item_id: str) -> str:
+    """Some frames of the clip in one small picture."""
+    return f"{THUMBS}/{shard(item_id)}/{item_id}.webp"
+
+
 def shard(item_id: str) -> str:
-    """The folder, of 256, that holds an item's files below clips/, latents/ and previews/."""
+    """The folder, of 256, that holds an item's files below clips/, latents/, thumbs/ and previews/."""
     return item_id[:2]
 
 

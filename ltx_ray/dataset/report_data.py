@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from ltx_ray.dataset import layout
 from ltx_ray.dataset.report_text import finite, short
 from ltx_ray.dataset.run_summary import RecordedRun, read_run
-from ltx_ray.dataset.thumbnails import Strip, make_strip
+from ltx_ray.dataset.thumbnails import Strip, make_strip, read_sheet
 from ltx_ray.storage.lease import holder
 from ltx_ray.storage.store import Store
 
@@ -100,6 +100,8 @@ def make_strips(store: Store, clips: list[dict[str, Any]]) -> list[Strip]:
         if relative_link(row["clip"]) is None:
             return Strip((), None, f"not a path inside the dataset: {row['clip']}")
         try:
+            if (strip := _of_sheet(store, row, budget)) is not None:
+                return strip
             with store.fs.open_input_file(store.path(row["clip"])) as file:
                 return make_strip(file, seconds=clip_length(row), budget=budget)
         except FileNotFoundError:
@@ -109,6 +111,18 @@ def make_strips(store: Store, clips: list[dict[str, Any]]) -> list[Strip]:
 
     with ThreadPoolExecutor(max(1, min(4, os.cpu_count() or 1))) as pool:  # PyAV decodes outside the GIL
         return list(pool.map(one, clips))
+
+
+def _of_sheet(store: Store, row: dict[str, Any], budget: int) -> Strip | None:
+    """The strip that the worker made of a clip as it decoded it; None where there is none, or no clip."""
+    item_id = str(row.get("item_id"))
+    if layout.ITEM_ID.fullmatch(item_id) is None:
+        return None
+    try:
+        strip = read_sheet(store.read_bytes(layout.thumb_path(item_id)), budget)
+    except (FileNotFoundError, ValueError):
+        return None
+    return strip if store.size(row["clip"]) else None
 
 
 def _rows(store: Store, folder: str, columns: list[str], problems: list[str]) -> Iterator[dict[str, Any]]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 
 CLIPS = "clips"
 LATENTS = "latents"
+THUMBS = "thumbs"
 INDEX = "index"
 FAILED = "failed"
 PREVIEWS = "previews"
@@ -31,7 +32,7 @@ PART = re.compile(rf"part-{ITEM_ID_DIGITS}-{KEY_DIGITS}\.parquet")
 FAILED_PART = re.compile(rf"part-(row|infra|illegal)-{ITEM_ID_DIGITS}-{KEY_DIGITS}\.parquet")
 
 _TABLES = (INDEX, FAILED, PREVIEWS)
-_OWN_FOLDERS = frozenset({*_TABLES, CLIPS, LATENTS, RUNS, STATE})
+_OWN_FOLDERS = frozenset({*_TABLES, CLIPS, LATENTS, THUMBS, RUNS, STATE})
 _OWN_FILES = frozenset({DATASET, RUN_RECORD, EVENTS, REPORT})
 
 

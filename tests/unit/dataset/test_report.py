@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import io
 import json
 import re
 import subprocess
@@ -10,6 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from ltx_ray.dataset import report_data
 from ltx_ray.dataset.report import write_report
@@ -129,6 +131,39 @@ def test_every_clip_has_a_card_with_a_strip_or_a_reason(page):
     assert "2 clips of the index missing or damaged" in page.text
     for text in ("seed 15", "96 × 64", "57 frames", "29.97 fps", "1.90 s", "stage 1", "silent"):
         assert text in page.text
+
+
+def test_pictures_that_workers_made_are_shown_and_no_clip_is_decoded(tmp_path, monkeypatch):
+    rows = [data.index_row(i) for i in range(4)]
+    pictures = {}
+    for i, row in enumerate(rows):
+        data.write_mp4(tmp_path / row["clip"], 64, 64, 9, seed=i)
+        if i != 3:
+            sheet = Image.new("RGB", (192, 128), (10 * i, 200, 0))
+            buffer = io.BytesIO()
+            sheet.save(buffer, "WEBP")
+            pictures[i] = buffer.getvalue()
+            path = tmp_path / "thumbs" / row["item_id"][:2] / f"{row['item_id']}.webp"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(pictures[i] if i != 2 else b"damaged")
+    (tmp_path / rows[1]["clip"]).unlink()
+    data.write_parts(tmp_path, "index", rows)
+    decoded = []
+    make = report_data.make_strip
+    monkeypatch.setattr(report_data, "make_strip", lambda file, **o: (decoded.append(file), make(file, **o))[1])
+    page = Page(tmp_path)
+    assert len(decoded) == 2, "those without a picture, or with a damaged one"
+    assert page.source.count(base64.b64encode(pictures[0]).decode()) == 1
+    assert len(page.all("img")) == 1 + 2 * 6 and f"{rows[1]['clip']} is missing" in page.text
+
+
+def test_an_item_id_that_is_a_path_is_not_followed(tmp_path):
+    outside = tmp_path / "outside.webp"
+    Image.new("RGB", (8, 8)).save(outside, "WEBP")
+    row = data.index_row(1, item_id="../../outside")
+    data.write_mp4(tmp_path / "out" / row["clip"], 64, 64, 9)
+    data.write_parts(tmp_path / "out", "index", [row])
+    assert len(Page(tmp_path / "out").all("img")) == 6
 
 
 def test_summary(page):

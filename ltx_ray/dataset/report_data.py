@@ -120,9 +120,9 @@ def _of_sheet(store: Store, row: dict[str, Any], budget: int) -> Strip | None:
         return None
     try:
         strip = read_sheet(store.read_bytes(layout.thumb_path(item_id)), budget)
-    except (FileNotFoundError, ValueError):
+    except FileNotFoundError:
         return None
-    return strip if store.size(row["clip"]) else None
+    return strip if strip is not None and store.size(row["clip"]) else None
 
 
 def _rows(store: Store, folder: str, columns: list[str], problems: list[str]) -> Iterator[dict[str, Any]]:

@@ -95,9 +95,8 @@ class FrameSheet:
         self._seen += len(frames)
 
     def webp(self) -> bytes:
-        """The sheet. Raises ValueError before the first frame."""
-        if not self._pictures:
-            raise ValueError("no frames to show")
+        """The sheet of the frames so far; there must be one."""
+        assert self._pictures
         width, height = self._pictures[0].size
         _, columns = _layout(width, height, len(self._pictures))
         rows = -(-len(self._pictures) // columns)
@@ -107,13 +106,13 @@ class FrameSheet:
         return _webp(sheet, _SHEET_QUALITY)
 
 
-def read_sheet(data: bytes, budget: int) -> Strip:
-    """The strip that a sheet makes, in at most about `budget` bytes. Raises ValueError for another file."""
+def read_sheet(data: bytes, budget: int) -> Strip | None:
+    """The strip that a sheet makes, in at most about `budget` bytes; None for a file that is no picture."""
     try:
         picture = Image.open(io.BytesIO(data), formats=["WEBP"])
         picture.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"no picture ({error})") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
     size = picture.size
     for side, quality in _RUNGS:
         if len(data) <= budget:

@@ -72,11 +72,6 @@ def test_short_clips_show_each_frame_once(count):
     assert opened(sheet.webp()).any()
 
 
-def test_no_frames_make_no_sheet():
-    with pytest.raises(ValueError, match="no frames"):
-        FrameSheet(9).webp()
-
-
 def test_a_sheet_of_noise_stays_small():
     noise = np.random.default_rng(1).integers(16, 235, (9, 3 * 1088 // 2, 1920), dtype=np.uint8)
     assert len(sheet_of(noise, 9)) < 120_000
@@ -96,5 +91,4 @@ def test_the_report_takes_a_sheet_and_shrinks_it_to_its_budget():
 
 @pytest.mark.parametrize("damage", [lambda data: b"", lambda data: b"<svg/>", lambda data: data[:40]])
 def test_another_file_is_no_sheet(damage):
-    with pytest.raises(ValueError, match="no picture"):
-        read_sheet(damage(sheet_of(pictures(9, 64, 64), 9)), 72_000)
+    assert read_sheet(damage(sheet_of(pictures(9, 64, 64), 9)), 72_000) is None

@@ -15,6 +15,7 @@ import torch
 
 from ltx_ray import run as runs
 from ltx_ray.config import PoolSpec
+from ltx_ray.dataset.thumbnails import FrameSheet
 from ltx_ray.driver import signals
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
@@ -104,7 +105,7 @@ def test_frames_that_are_not_finite_are_the_rows_fault(decoder, monkeypatch):
     chunk = torch.full((1, 3, 2, 4, 4), float("nan"))
     monkeypatch.setattr("ltx_ray.engine.decode.decode_tiled", lambda *_: iter([chunk]))
     with pytest.raises(RowError, match="decoded frames are not finite"):
-        list(decoder._frames(torch.zeros(1), LADDER[0], PictureCheck()))
+        list(decoder._frames(torch.zeros(1), LADDER[0], PictureCheck(), FrameSheet(9)))
 
 
 def test_sound_that_is_not_finite_is_the_rows_fault(decoder, monkeypatch):

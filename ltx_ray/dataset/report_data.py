@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import heapq
+import contextlib
 import json
 import os
 import time
@@ -18,12 +18,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ltx_ray.dataset import layout
+from ltx_ray.dataset.report_list import Listed, Smallest, listed
 from ltx_ray.dataset.report_text import finite, short
 from ltx_ray.dataset.run_summary import RecordedRun, read_run
-from ltx_ray.dataset.thumbnails import Strip, make_strip, read_sheet
+from ltx_ray.dataset.thumbnails import Strip, make_strip, read_sheet, sheet_of
 from ltx_ray.storage.lease import holder
 from ltx_ray.storage.store import Store
 
+#: Most clips that the report decodes, of those that have no picture of a worker's.
+MAX_DECODED = 2000
 #: Most failed rows that are listed.
 MAX_FAILURES = 300
 #: Most bytes of pictures for one clip, and for all clips together.
@@ -43,6 +46,8 @@ class ReportData:
 
     run: RecordedRun
     clips: list[dict[str, Any]] = field(default_factory=list)
+    #: More of them, as far as the list of a large dataset shows them.
+    listed: list[Listed] = field(default_factory=list)
     failed: list[dict[str, Any]] = field(default_factory=list)
     rendered: int = 0
     flags: Counter[str] = field(default_factory=Counter)
@@ -56,8 +61,12 @@ class ReportData:
     problems: list[str] = field(default_factory=list)
 
 
-def read_report_data(store: Store, max_clips: int) -> ReportData:
-    """Read the dataset. `clips` holds up to `max_clips` rows: flagged ones first, then in the order of finishing."""
+def read_report_data(store: Store, max_listed: int) -> ReportData:
+    """Read the dataset, each part once.
+
+    `clips` holds up to MAX_DECODED rows and `listed` up to `max_listed`: flagged ones first, then in the order of
+    finishing.
+    """
     problems: list[str] = []
     record = parse_json(_text(store, layout.RUN_RECORD, problems))
     now = time.time() if holder(store) is not None else None
@@ -67,22 +76,23 @@ def read_report_data(store: Store, max_clips: int) -> ReportData:
     failed_items = {row.get("item_id") for row in failed}
     rendered_items: set[str] = set()
     seen: set[str | None] = set()
-
-    def indexed() -> Iterator[tuple[tuple[bool, float, str, int], dict[str, Any]]]:
-        for row in _rows(store, layout.INDEX, _INDEX_COLUMNS, data.problems):
-            item_id, flags = row.get("item_id"), row.get("flags") or []
-            data.rendered += 1
-            data.flagged += bool(flags)
-            data.flags.update(flags)
-            if item_id not in seen:  # rows of one item share its clip
-                seen.add(item_id)
-                data.clip_seconds += clip_length(row) or 0
-                data.gpu_seconds += finite(row.get("gpu_seconds")) or 0
-            if item_id and item_id in failed_items:
-                rendered_items.add(item_id)
-            yield (not flags, finished_at(row), str(row.get("id")), data.rendered), row
-
-    data.clips = [row for _, row in heapq.nsmallest(max_clips, indexed(), key=lambda pair: pair[0])]
+    whole: Smallest[dict[str, Any]] = Smallest(MAX_DECODED)
+    short_ones: Smallest[Listed] = Smallest(max_listed)
+    for row in _rows(store, layout.INDEX, _INDEX_COLUMNS, data.problems):
+        item_id, flags, done = row.get("item_id"), row.get("flags") or [], finished_at(row)
+        data.rendered += 1
+        data.flagged += bool(flags)
+        data.flags.update(map(str, flags))
+        if item_id not in seen:  # rows of one item share its clip
+            seen.add(item_id)
+            data.clip_seconds += clip_length(row) or 0
+            data.gpu_seconds += finite(row.get("gpu_seconds")) or 0
+        if item_id and item_id in failed_items:
+            rendered_items.add(item_id)
+        key = (not flags, done, str(row.get("id")), data.rendered)
+        whole.add(key, lambda row=row: row)  # type: ignore[misc]
+        short_ones.add(key, lambda row=row, done=done: listed(row, relative_link(row.get("clip")), done))  # type: ignore[misc]
+    data.clips, data.listed = whole.values(), short_ones.values()
     data.since_rendered = sum(row.get("item_id") in rendered_items for row in failed)
     failed = [row for row in failed if row.get("item_id") not in rendered_items]
     data.failures.update((str(row.get("error_class")), str(row.get("stage"))) for row in failed)
@@ -111,6 +121,25 @@ def make_strips(store: Store, clips: list[dict[str, Any]]) -> list[Strip]:
 
     with ThreadPoolExecutor(max(1, min(4, os.cpu_count() or 1))) as pool:  # PyAV decodes outside the GIL
         return list(pool.map(one, clips))
+
+
+def make_missing_sheets(store: Store, clips: list[dict[str, Any]]) -> None:
+    """Make the pictures that workers have not made, in `thumbs/`. Clips that cannot be decoded have none."""
+
+    def make(row: dict[str, Any]) -> None:
+        item_id = str(row.get("item_id"))
+        if layout.ITEM_ID.fullmatch(item_id) is None or relative_link(row.get("clip")) is None:
+            return
+        with contextlib.suppress(OSError):
+            if store.size(layout.thumb_path(item_id)):
+                return
+            with store.fs.open_input_file(store.path(row["clip"])) as file:
+                strip = make_strip(file, seconds=clip_length(row))
+            if strip.frames:
+                store.write_bytes(layout.thumb_path(item_id), sheet_of(strip))
+
+    with ThreadPoolExecutor(max(1, min(4, os.cpu_count() or 1))) as pool:
+        list(pool.map(make, clips))
 
 
 def _of_sheet(store: Store, row: dict[str, Any], budget: int) -> Strip | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -97,13 +98,24 @@ class FrameSheet:
     def webp(self) -> bytes:
         """The sheet of the frames so far; there must be one."""
         assert self._pictures
-        width, height = self._pictures[0].size
-        _, columns = _layout(width, height, len(self._pictures))
-        rows = -(-len(self._pictures) // columns)
-        sheet = Image.new("RGB", (columns * width, rows * height))
-        for number, picture in enumerate(self._pictures):
-            sheet.paste(picture, (number % columns * width, number // columns * height))
-        return _webp(sheet, _SHEET_QUALITY)
+        return _sheet(self._pictures)
+
+
+def _sheet(pictures: Sequence[Image.Image]) -> bytes:
+    width, height = pictures[0].size
+    _, columns = _layout(width, height, len(pictures))
+    sheet = Image.new("RGB", (columns * width, -(-len(pictures) // columns) * height))
+    for number, picture in enumerate(pictures):
+        sheet.paste(picture, (number % columns * width, number // columns * height))
+    return _webp(sheet, _SHEET_QUALITY)
+
+
+def sheet_of(strip: Strip) -> bytes:
+    """The sheet of a clip that was decoded already; the strip must have frames."""
+    pictures = [Image.open(io.BytesIO(data)) for _, data in strip.frames]
+    for picture in pictures:
+        picture.thumbnail((_SHEET_SIDE, _SHEET_SIDE))
+    return _sheet(pictures)
 
 
 def read_sheet(data: bytes, budget: int) -> Strip | None:

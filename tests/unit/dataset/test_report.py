@@ -4,6 +4,7 @@ import base64
 import hashlib
 import io
 import json
+import random
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from PIL import Image
 
 from ltx_ray.dataset import report_data
 from ltx_ray.dataset.report import write_report
+from ltx_ray.dataset.report_list import Smallest
 from ltx_ray.dataset.report_text import esc, human
 from ltx_ray.dataset.thumbnails import make_strip
 from ltx_ray.dataset.timeline import build_timeline
@@ -181,10 +183,55 @@ def test_summary(page):
         assert part in text, part
 
 
-def test_flagged_clips_come_first_and_clips_beyond_the_cap_are_counted(out):
-    page = Page(out, max_clips=2)
-    assert [a["data-id"] for a in page.all("article")] == ["clip-0002", "clip-0000"]
-    assert "4 more clips not shown here" in page.text
+def test_many_clips_are_a_list_whose_data_is_in_the_page(out):
+    page = Page(out, cards=5, max_listed=2)
+    assert not page.all("article") and len(page.all("div", "list")) == 1
+    (element,) = [a for a in page.all("script") if a.get("type") == "application/json"]
+    text = re.search(rf'<script type="application/json" id="{element["id"]}">(.*?)</script>', page.source, re.S)[1]
+    found = json.loads(text)
+    assert found["id"] == ["clip-0002", "clip-0000"], "flagged ones first, then in the order of finishing"
+    assert found["prompt"][0] == data.HOSTILE and "<" not in text
+    assert [found["names"][n] for n in found["flags"][0]] == ["silent", data.HOSTILE] and found["flags"][1] == []
+    assert found["clip"] == ["", ""] and found["item"][1] == data.index_row(0)["item_id"]
+    assert "4 more clips not shown here" in page.text and "pictures are in thumbs/" in page.text
+
+
+def test_the_policy_of_a_list_allows_its_two_scripts_and_pictures_beside_it(out):
+    page = Page(out, cards=5)
+    policy = next(a["content"] for a in page.all("meta") if a.get("http-equiv") == "Content-Security-Policy")
+    scripts = re.findall(r"<script>(.*?)</script>", page.source, re.S)
+    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    assert len(scripts) == 2 and all(f"'sha256-{digest}'" in policy for digest in digests)
+    assert "img-src 'self' file: data:;" in policy and "default-src 'none'" in policy
+    assert not [a for _, a in page.tags if any(name.startswith("on") for name in a)]
+
+
+def test_a_list_makes_the_pictures_that_are_missing(tmp_path):
+    rows = [data.index_row(i) for i in range(4)]
+    for i, row in enumerate(rows[:3]):
+        data.write_mp4(tmp_path / row["clip"], 64, 64, 9, seed=i)
+    (tmp_path / rows[1]["clip"]).write_bytes(b"not an mp4")
+    there = tmp_path / "thumbs" / rows[2]["item_id"][:2] / f"{rows[2]['item_id']}.webp"
+    there.parent.mkdir(parents=True)
+    there.write_bytes(b"of a worker")
+    data.write_parts(tmp_path, "index", rows)
+    Page(tmp_path, cards=3)
+    made = sorted(path.stem for path in (tmp_path / "thumbs").rglob("*.webp"))
+    assert made == sorted([rows[0]["item_id"], rows[2]["item_id"]]) and there.read_bytes() == b"of a worker"
+    with Image.open(tmp_path / "thumbs" / rows[0]["item_id"][:2] / f"{rows[0]['item_id']}.webp") as picture:
+        assert picture.size == (3 * 64, 2 * 64)
+
+
+@pytest.mark.parametrize("most", [1, 3, 50, 1000])
+def test_the_smallest_are_kept_whatever_their_order(most):
+    numbers = list(range(300))
+    random.Random(most).shuffle(numbers)
+    smallest, made = Smallest(most), []
+    for number in numbers:
+        smallest.add(number, lambda number=number: made.append(number) or str(number))
+        assert len(smallest._kept) <= 2 * most
+    assert smallest.values() == [str(number) for number in range(min(most, 300))]
+    assert most > 50 or len(made) < 300, "what cannot be one of them is not made"
 
 
 def test_empty_dataset(tmp_path):

@@ -63,8 +63,8 @@ _OUTPUT_RETRY_SECONDS = 600.0
 _CHECK_RETRY_SECONDS = 10.0
 #: Threads that write rows. An object store takes long for each write, but takes many at once.
 _LOCAL_WRITERS, _REMOTE_WRITERS = 2, 16
-#: A run into an object store ends with a report for up to this many rows, because the report reads every row.
-_REMOTE_REPORT_ROWS = 500
+#: A run ends with a report for up to this many rows, because the report reads every row while the cluster waits.
+_REPORT_ROWS, _REMOTE_REPORT_ROWS = 20_000, 500
 
 _ENGINES = {
     "text": "ltx_ray.engine.text:TextEngine",
@@ -451,7 +451,7 @@ class _Rendering:
 
 
 def _write_report(store: Store, rows: int, say: Callable[[str], None]) -> None:
-    if not store.is_local and rows > _REMOTE_REPORT_ROWS:
+    if rows > (_REPORT_ROWS if store.is_local else _REMOTE_REPORT_ROWS):
         say(f"report.html is left to `ltx-ray report {store.name}`: it reads every row of the index")
         return
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import time
@@ -22,6 +23,7 @@ from ltx_ray.dataset.report_list import Listed, Smallest, listed
 from ltx_ray.dataset.report_text import finite, short
 from ltx_ray.dataset.run_summary import RecordedRun, read_run
 from ltx_ray.dataset.thumbnails import Strip, make_strip, read_sheet, sheet_of
+from ltx_ray.storage.id_table import IdTable
 from ltx_ray.storage.lease import holder
 from ltx_ray.storage.store import Store
 
@@ -72,32 +74,59 @@ def read_report_data(store: Store, max_listed: int) -> ReportData:
     now = time.time() if holder(store) is not None else None
     run = read_run(store, record if isinstance(record, dict) else {}, now, note=problems.append)
     data = ReportData(run, problems=problems)
-    failed = list(_rows(store, layout.FAILED, _FAILED_COLUMNS, data.problems))
-    failed_items = {row.get("item_id") for row in failed}
-    rendered_items: set[str] = set()
-    seen: set[str | None] = set()
-    whole: Smallest[dict[str, Any]] = Smallest(MAX_DECODED)
-    short_ones: Smallest[Listed] = Smallest(max_listed)
+    rendered = _ItemIds()
+    _read_index(store, data, max_listed, rendered)
+    for row in _rows(store, layout.FAILED, _FAILED_COLUMNS, problems):
+        if row.get("item_id") and rendered.has(row["item_id"]):
+            data.since_rendered += 1
+            continue
+        data.failures[str(row.get("error_class")), str(row.get("stage"))] += 1
+        if len(data.failed) < MAX_FAILURES:
+            data.failed.append(row)
+    return data
+
+
+def _read_index(store: Store, data: ReportData, max_listed: int, rendered: _ItemIds) -> None:
+    """Take in every row of the index, and add its item to `rendered`."""
+    clips: Smallest[dict[str, Any]] = Smallest(MAX_DECODED)
+    lines: Smallest[Listed] = Smallest(max_listed)
     for row in _rows(store, layout.INDEX, _INDEX_COLUMNS, data.problems):
-        item_id, flags, done = row.get("item_id"), row.get("flags") or [], finished_at(row)
+        flags, done = row.get("flags") or [], finished_at(row)
         data.rendered += 1
         data.flagged += bool(flags)
         data.flags.update(map(str, flags))
-        if item_id not in seen:  # rows of one item share its clip
-            seen.add(item_id)
+        if rendered.add(row.get("item_id")):  # rows of one item share its clip
             data.clip_seconds += clip_length(row) or 0
             data.gpu_seconds += finite(row.get("gpu_seconds")) or 0
-        if item_id and item_id in failed_items:
-            rendered_items.add(item_id)
         key = (not flags, done, str(row.get("id")), data.rendered)
-        whole.add(key, lambda row=row: row)  # type: ignore[misc]
-        short_ones.add(key, lambda row=row, done=done: listed(row, relative_link(row.get("clip")), done))  # type: ignore[misc]
-    data.clips, data.listed = whole.values(), short_ones.values()
-    data.since_rendered = sum(row.get("item_id") in rendered_items for row in failed)
-    failed = [row for row in failed if row.get("item_id") not in rendered_items]
-    data.failures.update((str(row.get("error_class")), str(row.get("stage"))) for row in failed)
-    data.failed = failed[:MAX_FAILURES]
-    return data
+        if clips.takes(key):
+            clips.add(key, row)
+        if lines.takes(key):
+            lines.add(key, listed(row, relative_link(row.get("clip")), done))
+    data.clips, data.listed = clips.values(), lines.values()
+
+
+class _ItemIds:
+    """A set of item_ids, which may be any text, at some 16 bytes each."""
+
+    def __init__(self) -> None:
+        self._table = IdTable(16, cap=None)
+
+    def add(self, item_id: Any) -> bool:
+        """Whether it is new."""
+        head, rest = self._halves(item_id)
+        if self._table.has(head, rest):
+            return False
+        self._table.put(head, rest)
+        self._table.settle()
+        return True
+
+    def has(self, item_id: Any) -> bool:
+        return self._table.has(*self._halves(item_id))
+
+    def _halves(self, item_id: Any) -> tuple[bytes, bytes]:
+        digest = hashlib.blake2b(str(item_id).encode("utf-8", "replace"), digest_size=16).digest()
+        return digest[:8], digest[8:]
 
 
 def make_strips(store: Store, clips: list[dict[str, Any]]) -> list[Strip]:

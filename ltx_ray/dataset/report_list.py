@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from importlib import resources
 from typing import Any, Generic, TypeVar
 
@@ -31,11 +31,12 @@ class Smallest(Generic[T]):
         self._kept: list[tuple[Any, T]] = []
         self._largest: Any = None
 
-    def add(self, key: Any, make: Callable[[], T]) -> None:
-        """`make` is called when the value may be one of them. No key may come twice."""
-        if self._largest is not None and key > self._largest:
-            return
-        self._kept.append((key, make()))
+    def takes(self, key: Any) -> bool:
+        """Whether a value with this key may be one of them. No key may come twice."""
+        return self._largest is None or key < self._largest
+
+    def add(self, key: Any, value: T) -> None:
+        self._kept.append((key, value))
         if len(self._kept) >= 2 * self._most:
             self._cut()
 
@@ -43,7 +44,7 @@ class Smallest(Generic[T]):
         self._kept.sort(key=lambda pair: pair[0])
         del self._kept[self._most :]
         if len(self._kept) == self._most:
-            self._largest = self._kept[-1][0] if self._kept else None
+            self._largest = self._kept[-1][0]
 
     def values(self) -> list[T]:
         """In the order of their keys."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 #: Objects that S3 deletes in one request.
 _BATCH = 1000
 #: Bytes for which a writer waits as long as for a silent store: 0.8 MB/s in 20 seconds.
-_PATIENCE_BYTES = 16 * 2**20
+_UPLOAD_BYTES = 16 * 2**20
 #: What a store answered, in a message of obstore's; a page of debugging output follows.
 _STATUS = re.compile(r"non-2xx status code: (\d+)")
 _CODE = re.compile(r"<Code>(.*?)</Code>")
@@ -41,13 +41,23 @@ class ObjectClient:
         self._connect, self._silence, self._retry = cache(connect), silence, retry
 
     def create(self, relative: str, data: bytes) -> bool:
+        try:
+            return self.create_on_condition(relative, data)
+        except io.UnsupportedOperation:
+            return self._replace("creating", relative, data, None)
+
+    def create_on_condition(self, relative: str, data: bytes) -> bool:
+        """`create` by the store's own condition. Raises io.UnsupportedOperation when it has none."""
         return self._put("creating", relative, data, "create")
 
     def read_versioned(self, relative: str) -> tuple[bytes, str]:
         return self._retry("reading", relative, lambda: self._get(relative))
 
     def update(self, relative: str, data: bytes, version: str) -> bool:
-        return self._put("writing", relative, data, json.loads(version))
+        try:
+            return self._put("writing", relative, data, json.loads(version))
+        except io.UnsupportedOperation:
+            return self._replace("writing", relative, data, version)
 
     def names(self, folder: str) -> Iterator[str]:
         import obstore
@@ -100,17 +110,17 @@ class ObjectClient:
             return bytes(answer.bytes()), json.dumps(version)
 
     def _put(self, doing: str, relative: str, data: bytes, mode: Any) -> bool:
-        """Write the object if the condition of `mode` holds."""
+        """Write the object; False when the condition of `mode` does not hold."""
         import obstore
 
-        seconds = self._silence * (1 + len(data) // _PATIENCE_BYTES)
+        seconds = self._silence * (1 + len(data) // _UPLOAD_BYTES)
         unsure = False
 
         def put() -> bool:
             nonlocal unsure
             try:
                 with _os_errors():
-                    obstore.put(self._connect(seconds), self._key(relative), data, mode=mode)
+                    obstore.put(self._connect(seconds), self._key(relative), data, mode=mode, use_multipart=False)
                 return True
             except _Refused:
                 # It may be this call's own object that was in the way.
@@ -122,6 +132,14 @@ class ObjectClient:
                 raise
 
         return self._retry(doing, relative, put)
+
+    def _replace(self, doing: str, relative: str, data: bytes, version: str | None) -> bool:
+        """For a store without conditions: look, then write. Of several writers at once, more than one may do so."""
+        try:
+            present = self.read_versioned(relative)[1]
+        except FileNotFoundError:
+            present = None
+        return present == version and self._put(doing, relative, data, "overwrite")
 
     def _holds(self, relative: str, data: bytes) -> bool:
         try:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ltx_ray.storage.retry import RetryPolicy
@@ -38,7 +38,7 @@ class ObjectClient:
 
     def __init__(self, connect: Callable[[float], ObjectStore], root: str, silence: float, retry: RetryPolicy):
         _, _, self._prefix = root.partition("/")
-        self._connect, self._silence, self._retry = cache(connect), silence, retry
+        self._connect, self._silence, self._retry = functools.cache(connect), silence, retry
 
     def create(self, relative: str, data: bytes) -> bool:
         try:
@@ -84,18 +84,21 @@ class ObjectClient:
             yield from (meta["path"][start:] for meta in found if meta["size"])
 
     def delete_many(self, relatives: Iterable[str]) -> None:
-        import obstore
-
         pending = iter(relatives)
         while batch := list(itertools.islice(pending, _BATCH)):
             shown = batch[0] if len(batch) == 1 else f"{batch[0]} and {len(batch) - 1} more"
-            keys = [self._key(relative) for relative in batch]
+            self._retry("deleting", shown, functools.partial(self._delete, [self._key(name) for name in batch]))
 
-            def delete(keys: list[str] = keys) -> None:
-                with _os_errors():
-                    obstore.delete(self._connect(self._silence), keys)
+    def _delete(self, keys: list[str]) -> None:
+        import obstore
 
-            self._retry("deleting", shown, delete)
+        try:
+            with _os_errors():
+                obstore.delete(self._connect(self._silence), keys)
+        except FileNotFoundError:
+            # Google's store, unlike S3, says that one is missing, and the others may be left.
+            for key in keys if len(keys) > 1 else ():
+                self._delete([key])
 
     def _key(self, relative: str) -> str:
         return f"{self._prefix}/{relative}".strip("/")

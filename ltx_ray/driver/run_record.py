@@ -21,6 +21,7 @@ from ltx_ray.dataset.run_summary import SummaryBuilder
 from ltx_ray.placement.sizing import ParallelConfig
 from ltx_ray.records import canonical_json, plain
 from ltx_ray.storage.credentials import masked
+from ltx_ray.storage.lease import write_fenced
 from ltx_ray.storage.store import Store
 
 #: Seconds between two records of a run whose state stays the same.
@@ -33,13 +34,17 @@ _COUNTS = ("rows", "rendered", "already_done", "failed", "illegal")
 
 
 class RunRecord:
-    """The record of one run. It is written again whenever the run's state changes, and from time to time in between."""
+    """The record of one run. It is written again whenever the run's state changes, and from time to time in between.
+
+    `epoch` is that of the run's lease: the record of a run that took the output over is not replaced.
+    """
 
     def __init__(
         self,
         store: Store,
         *,
         run_id: str,
+        epoch: int,
         command: Sequence[str],
         manifest: str,
         output: str,
@@ -51,7 +56,7 @@ class RunRecord:
         self._started = _now()
         self._run: dict[str, Any] = {"command": list(command), "manifest": manifest, "output": output}
         self._model = {"checkpoint": checkpoint.path, "model_version": checkpoint.model_version}
-        self._run_id, self._tp = run_id, parallel.tp
+        self._run_id, self._epoch, self._tp = run_id, epoch, parallel.tp
         self._pools: dict[str, int] = {}
         self._state, self._written = "", -math.inf
         self._period = _REFRESH_SECONDS if store.is_local else _REMOTE_REFRESH_SECONDS
@@ -102,13 +107,14 @@ class RunRecord:
 
     def _files(
         self, state: str, counts: Mapping[str, int], clips: int, summary: SummaryBuilder | None, rate: float | None
-    ) -> dict[str, str]:
+    ) -> dict[str, bytes]:
         """What is to be written, by its path."""
         self._state, self._written = state, time.monotonic()
         finished = None if state in UNFINISHED else _now()
         self.clips_per_hour = final_rate(clips, self._started, finished)
         record = {
             "run_id": self._run_id,
+            "epoch": self._epoch,
             "state": state,
             "started_at": self._started,
             "finished_at": finished,
@@ -127,14 +133,17 @@ class RunRecord:
         if summary is not None:
             record["summary"] = plain(summary.summary(round(time.time(), 3), rate))
             if (timeline := summary.timeline()) is not None:
-                files[layout.timeline_path(self._run_id)] = masked(timeline.json())
+                files[layout.timeline_path(self._run_id)] = masked(timeline.json()).encode()
         # The record comes last, so that a timeline is there when it can be read.
-        return {**files, layout.RUN_RECORD: json.dumps(record, indent=2, ensure_ascii=False)}
+        return {**files, layout.RUN_RECORD: json.dumps(record, indent=2, ensure_ascii=False).encode()}
 
-    def _put(self, files: Mapping[str, str]) -> None:
-        for name, text in files.items():
+    def _put(self, files: Mapping[str, bytes]) -> None:
+        for name, data in files.items():
             with contextlib.suppress(OSError):
-                self._store.write_bytes(name, text.encode())
+                if name == layout.RUN_RECORD:
+                    write_fenced(self._store, name, data, self._epoch)
+                else:
+                    self._store.write_bytes(name, data)
 
 
 def recorded_counts(counts: Mapping[str, int]) -> dict[str, int]:

@@ -23,6 +23,8 @@ from ltx_ray.engine.base import Rank
 from ltx_ray.engine.fake import FakeEngine, open_gate
 from ltx_ray.placement.sizing import ParallelConfig
 from ltx_ray.run import Options
+from ltx_ray.storage.lease import holder
+from ltx_ray.storage.store import Store
 from tests.support.ray_settings import QUICK, SYSTEM
 
 T = TypeVar("T")
@@ -50,7 +52,7 @@ _SYSTEM = {
 #: Files that a run may leave in its output.
 _EXPECTED_FILES = re.compile(
     r"(clips|previews)/[0-9a-f]{2}/[0-9a-f]{32}\.mp4|latents/[0-9a-f]{2}/[0-9a-f]{32}\.safetensors"
-    r"|dataset\.json|thumbs/[0-9a-f]{2}/[0-9a-f]{32}\.webp"
+    r"|dataset\.json|state/lease\.json|thumbs/[0-9a-f]{2}/[0-9a-f]{32}\.webp"
     r"|(index|failed|previews)/part-[\w-]+\.parquet|(runs/[^/]+/)?(run\.json|events\.jsonl|report\.html)"
     r"|state/events/[^/]+/(timeline\.json|\d{6}\.jsonl\.zst)|_fake/[\w-]+"
 )
@@ -236,6 +238,8 @@ class Job:
         wrong += self.cluster.leaks()
         wrong += [f"process {pid} is still running" for pid in _survivors(self.out.pids())]
         wrong += [f"file {name}" for name in self.out.leftovers()]
+        if (held := holder(Store(str(self.out.folder)))) is not None:
+            wrong.append(f"run {held.run_id} has not given its lease back")
         return wrong
 
     def close(self) -> None:

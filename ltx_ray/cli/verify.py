@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import heapq
-import io
 import itertools
 import json
 import os
@@ -16,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ltx_ray.dataset import layout
 from ltx_ray.dataset import repair as dataset_repair
@@ -30,6 +28,7 @@ from ltx_ray.records import canonical_json, plain
 from ltx_ray.run import ExitCode, Options, render
 from ltx_ray.storage.lease import Lease
 from ltx_ray.storage.locations import parent
+from ltx_ray.storage.parquet import read_parquet
 from ltx_ray.storage.store import Store
 
 _THREADS = 8
@@ -194,7 +193,7 @@ class _Check:
                 continue
             file = f"{layout.FAILED}/{name}"
             try:
-                table = pq.read_table(io.BytesIO(self.store.read_bytes(file)))
+                table = read_parquet(self.store.read_bytes(file))
                 table.select(FAILED_SCHEMA.names)
                 self.failed_rows += table.num_rows
             except FileNotFoundError:
@@ -215,7 +214,7 @@ def _check_part(store: Store, name: str) -> _CheckedPart:
         return _CheckedPart(name, rows, (Finding(file, row_id, problem, _RENDER_AGAIN, "unreadable"),))
 
     try:
-        table = pq.read_table(io.BytesIO(store.read_bytes(file)))
+        table = read_parquet(store.read_bytes(file))
     except (pa.ArrowException, ValueError) as error:
         return unusable(f"cannot be read as Parquet ({_one_line(error)})")
     schema = table.schema.remove_metadata()

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ltx_ray.config import NEWEST_SCHEME
 from ltx_ray.dataset import layout
+from ltx_ray.storage.parquet import read_parquet
 from ltx_ray.storage.store import Store
 
 
@@ -63,7 +62,7 @@ def _identity_of_rows(store: Store) -> DatasetIdentity:
         for name in filter(layout.is_part, store.list_names(folder)):
             try:
                 data = store.read_bytes(f"{folder}/{name}")
-                [row] = pq.read_table(io.BytesIO(data), columns=["recipe", "noise_ledger", "numerics"]).to_pylist()
+                [row] = read_parquet(data, columns=["recipe", "noise_ledger", "numerics"]).to_pylist()
                 recipe, ledger = json.loads(row["recipe"]), json.loads(row["noise_ledger"])
                 # The recipes of scheme 1 do not name it.
                 scheme = recipe.get("scheme", 1 if "checkpoint" in recipe else None)

@@ -6,7 +6,6 @@ and of the folder ignore it.
 
 from __future__ import annotations
 
-import io
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -14,12 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ltx_ray.dataset import layout
 from ltx_ray.dataset.existing import ExistingRows
 from ltx_ray.dataset.layout import INDEX_SCHEMA, row_key
 from ltx_ray.dataset.writer import one_row
+from ltx_ray.storage.parquet import read_parquet
 from ltx_ray.storage.store import Store
 
 _THREADS = 8
@@ -155,7 +154,7 @@ def _index(store: Store) -> Iterator[tuple[str, int]]:
 def _adopt(store: Store, existing: ExistingRows, name: str) -> list[str] | None:
     """Write parts for those rows of a misnamed part that no other part holds; None when it is unreadable."""
     try:
-        table = pq.read_table(io.BytesIO(store.read_bytes(f"{layout.INDEX}/{name}")))
+        table = read_parquet(store.read_bytes(f"{layout.INDEX}/{name}"))
         rows = table.cast(layout.index_schema(table.column_names)).to_pylist()
     except (pa.ArrowException, ValueError):  # not Parquet, other columns, other types
         return None
@@ -201,7 +200,7 @@ def _broken_remote(store: Store, parts: list[str]) -> list[str]:
 def _names_clip(store: Store, name: str) -> bool:
     """Whether the part's row names a clip. A row that was rendered without one is not broken."""
     try:
-        table = pq.read_table(io.BytesIO(store.read_bytes(f"{layout.INDEX}/{name}")), columns=["clip"])
+        table = read_parquet(store.read_bytes(f"{layout.INDEX}/{name}"), columns=["clip"])
     except (pa.ArrowException, ValueError):
         return True
     return table.column(0)[0].as_py() is not None if table.num_rows else True

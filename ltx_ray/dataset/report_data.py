@@ -117,9 +117,10 @@ def _rows(store: Store, folder: str, columns: list[str], problems: list[str]) ->
     """Rows of every part of `folder`, with those of `columns` that the part has."""
     for name in filter(layout.is_part, store.list_names(folder)):
         try:
-            with pq.ParquetFile(store.fs.open_input_file(store.path(f"{folder}/{name}"))) as file:
+            opened = store.fs.open_input_file(store.path(f"{folder}/{name}"))
+            with pq.ParquetFile(opened, pre_buffer=False) as file:
                 present = [column for column in columns if column in file.schema_arrow.names]
-                for batch in file.iter_batches(1024, columns=present):
+                for batch in file.iter_batches(1024, columns=present, use_threads=False):
                     yield from batch.to_pylist()
         except (pa.ArrowException, OSError) as error:
             problems.append(f"{folder}/{name} cannot be read: {short(error)}")

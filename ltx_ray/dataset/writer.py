@@ -25,6 +25,7 @@ from ltx_ray.manifest.rules import resolved_values
 from ltx_ray.records import Clip, RenderRequest, plain
 from ltx_ray.storage.credentials import masked
 from ltx_ray.storage.locations import join, recorded, recorded_image, resolve, split_options
+from ltx_ray.storage.parquet import read_parquet
 from ltx_ray.storage.store import Store
 
 
@@ -192,7 +193,7 @@ def read_part(store: Store, path: str, columns: list[str] | None = None) -> pa.T
     """A part of the dataset. Raises FileNotFoundError, and UnreadablePart for a damaged one."""
     data = store.read_bytes(path)
     try:
-        return pq.read_table(io.BytesIO(data), columns=columns)
+        return read_parquet(data, columns=columns)
     except pa.ArrowException as error:
         raise UnreadablePart(
             f"{join(store.name, path)} is damaged ({error}); ltx-ray verify --repair sets it aside", path=path

@@ -176,7 +176,7 @@ class _Table:
         """The cells of one column, as far as it can be read, and `_DAMAGED` for each of the others."""
         given = 0
         try:
-            for batch in self._parquet.iter_batches(_SALVAGED_ROWS, row_groups=[group], columns=[name]):
+            for batch in self._batches(_SALVAGED_ROWS, [group], [name]):
                 for cell in self._cells[name](batch.column(name)):
                     given += 1
                     yield cell
@@ -188,7 +188,12 @@ class _Table:
     def _read(self, groups: Sequence[int]) -> Iterator[pa.RecordBatch]:
         rows = min(self._batch_rows(group) for group in groups)
         # all row groups are read as one
-        return self._parquet.iter_batches(rows, row_groups=list(groups), columns=self._columns)
+        return self._batches(rows, groups, self._columns)
+
+    def _batches(self, rows: int, groups: Sequence[int], columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        # A thread of Arrow's own keeps the file, which may be a Python object, a moment longer than the read lasts.
+        # Giving it up there aborts a process that is about to exit.
+        return self._parquet.iter_batches(rows, row_groups=list(groups), columns=list(columns), use_threads=False)
 
     def _batch_rows(self, group: int) -> int:
         """The rows that are read at once from a row group, by their bytes."""
@@ -197,7 +202,7 @@ class _Table:
         size = metadata.total_byte_size / rows
         chunks = (metadata.column(n) for n in range(metadata.num_columns))
         if rows > _PROBE_ROWS and any(map(_may_repeat_long_texts, chunks)):
-            first = next(self._parquet.iter_batches(_PROBE_ROWS, row_groups=[group], columns=self._columns))
+            first = next(self._batches(_PROBE_ROWS, [group], self._columns))
             size = max(size, first.nbytes / first.num_rows)
         return max(1, min(self._most_rows, int(_BATCH_BYTES / max(1.0, size))))
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from urllib.parse import quote
 
@@ -15,6 +14,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from ltx_ray.storage.credentials import encoded_user_info, split_user_info
+from ltx_ray.storage.local_files import TEMPORARY, LocalFiles, temporary_beside
 from ltx_ray.storage.locations import recorded, resolve, split_options
 from ltx_ray.storage.retry import RetryPolicy, retrying_reader
 
@@ -31,7 +31,8 @@ _CHECK_RETRY_SECONDS = 10.0
 #: Bytes below which an object is uploaded in one request. It is less than one part of a multi-part upload in every
 #: version of pyarrow.
 _SMALL = 4 * 2**20
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}")
+#: What tells whether the store refuses to create an object a second time.
+_PROBE = "state/probe"
 
 
 class Store:
@@ -70,6 +71,7 @@ class Store:
         if isinstance(self._fs, pafs.S3FileSystem):
             self._small, self._fs = (_tuned(self._fs, retry_seconds, delayed) for delayed in (True, False))
         self.is_local = isinstance(self._fs, pafs.LocalFileSystem)
+        self._conditional = LocalFiles(self.root, self._retry)
         self.fs = self._fs if self.is_local else retrying_reader(self._fs, self._retry)
 
     def retrying_for(self, seconds: float) -> Store:
@@ -135,7 +137,7 @@ class Store:
         def write() -> None:
             if not self.is_local:
                 return self._put(target, data)
-            temporary = _temporary_beside(target)
+            temporary = temporary_beside(target)
             try:
                 with open(temporary, "wb") as file:
                     file.write(data)
@@ -147,21 +149,42 @@ class Store:
         self._retry("writing", relative, write)
 
     def create(self, relative: str, data: bytes) -> bool:
-        """Write a whole local file unless it exists. Of several processes that try at once, one gets True.
+        """Write a whole file only if there is none; of several writers at once, one gets True.
 
-        Raises OSError on a disk without hard links.
+        True means that the file has exactly these bytes, and from this call: when an answer was lost, what is there
+        tells whose it is, so different writers should write different bytes. False means that another is there.
         """
-        assert self.is_local
-        target = self.path(relative)
-        temporary = _temporary_beside(target)
-        try:
-            temporary.write_bytes(data)
-            os.link(temporary, target)
-        except FileExistsError:
-            return False
-        finally:
-            temporary.unlink(missing_ok=True)
-        return True
+        return self._conditional.create(relative, data)
+
+    def read_versioned(self, relative: str) -> tuple[bytes, str]:
+        """The whole file, and the version of it for `update`. Raises FileNotFoundError when there is none."""
+        return self._conditional.read_versioned(relative)
+
+    def update(self, relative: str, data: bytes, version: str) -> bool:
+        """Replace a whole file that is still in this version; False when it is in another, or not there.
+
+        A lost answer is settled as in `create`. On a local network file system without locks, two writers at once may
+        both get True.
+        """
+        return self._conditional.update(relative, data, version)
+
+    def names(self, folder: str) -> Iterator[str]:
+        """Names of all files below `folder`, relative to it, in no order; memory does not grow with their number.
+
+        Files that are being written are left out. Nothing is raised when there is no such folder.
+        """
+        return self._conditional.names(folder)
+
+    def delete_many(self, relatives: Iterable[str]) -> None:
+        """Remove files, as many in one request as the store takes. Those that are not there are passed over."""
+        self._conditional.delete_many(relatives)
+
+    def refuses_second_create(self) -> bool:
+        """Whether `create` leaves a file that is there as it is. Not every S3-compatible store does.
+
+        This leaves a file at state/probe.
+        """
+        return not all(self.create(_PROBE, secrets.token_bytes(16)) for _ in range(2))
 
     def _put(self, target: str, data: bytes) -> None:
         # In one call: a stream that is closed after half of the data uploads that half as the object. For the same
@@ -197,7 +220,7 @@ class Store:
             self._retry("writing", relative, lambda: self._put(target, data))
             os.unlink(local_file)
             return
-        temporary = self._retry("writing", relative, lambda: _temporary_beside(target))
+        temporary = self._retry("writing", relative, lambda: temporary_beside(target))
 
         def write() -> None:
             if os.path.exists(local_file):  # an earlier try may have moved it
@@ -275,7 +298,7 @@ def _temporaries(root: str) -> Iterator[str]:
             with os.scandir(folder) as entries:
                 for entry in entries:
                     if entry.name.startswith("."):
-                        if _TEMPORARY.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                        if TEMPORARY.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
                             yield entry.path
                     elif entry.is_dir(follow_symlinks=False):
                         folders.append(entry.path)
@@ -319,9 +342,3 @@ def _sync(handle: int) -> None:
     The rename itself is left to the file system's journal, which keeps a clip's rename before its index row's.
     """
     os.fsync(handle)
-
-
-def _temporary_beside(target: str) -> Path:
-    path = Path(target)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}")

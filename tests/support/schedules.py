@@ -35,6 +35,7 @@ from ltx_ray.pools.protocol import CallFinished, InputsLost, ReplicaLost
 from ltx_ray.pools.simulated import Faults, SimulatedReplicaSet
 from ltx_ray.records import Clip, ErrorKind, RenderRequest, RowError, StoredLatentsGone, WorkItem
 from ltx_ray.stages import FULL_PATH, OUTPUT_STAGES
+from ltx_ray.storage.local_files import TEMPORARY
 from ltx_ray.storage.store import Store
 from tests.support.checkpoint_files import RELEASED
 from tests.support.samples import recipe, request, write_jsonl
@@ -43,7 +44,6 @@ SECONDS = {"text": 0.1, "stage1": 46.0, "load_latents": 0.2, "stage2": 17.0, "de
 #: A run with more waits than this counts as endless; the longest here have about 3,000.
 ENDLESS = 30_000
 INJECTED = re.compile(r"\[\[(\w+):(\w+)\]\]")
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}")
 #: Messages with which a row may fail here; `_TOLD` are those of an exception in the engine.
 _TOLD = re.compile("told to fail")
 _REASONS = re.compile("told to fail|by chance|rank 0 died|took longer than|node was lost|no inputs|legal")
@@ -321,7 +321,7 @@ class Schedule:
             assert row["id"] not in injected and expected[row["id"]]["prompt"]
         for row in failed:
             self._check_failure(row)
-        left = [p for p in Path(self.store.root).rglob("*") if _TEMPORARY.fullmatch(p.name) or p.name == "_tmp"]
+        left = [p for p in Path(self.store.root).rglob("*") if TEMPORARY.fullmatch(p.name) or p.name == "_tmp"]
         assert not left, "temporary files"
 
     def _check_failure(self, row: dict) -> None:

@@ -176,7 +176,7 @@ def test_an_object_store_has_no_temporaries(bucket):
     assert store.exists("clips/ab/.x.mp4.0123abcd")
 
 
-# --- moving, sizes, creating ---------------------------------------------------------------------
+# --- moving, sizes -------------------------------------------------------------------------------
 
 
 def test_move_folders_and_sizes(store):
@@ -188,12 +188,6 @@ def test_move_folders_and_sizes(store):
     assert store.sizes("none") == {} and store.folders("none") == []
     with pytest.raises(FileNotFoundError):
         store.move("index/none", "index/c")
-
-
-def test_a_file_is_created_once(tmp_path):
-    store = Store(str(tmp_path / "out"))
-    assert [store.create("x", data) for data in (b"first", b"second")] == [True, False]
-    assert store.read_bytes("x") == b"first" and names(tmp_path) == ["out/x"]
 
 
 # --- retries -------------------------------------------------------------------------------------
@@ -362,6 +356,7 @@ def test_a_line_that_a_full_disk_cut_is_not_written_twice(tmp_path, clock, recov
 
 def test_a_written_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     store, order = Store(str(tmp_path / "out")), []
+    store.write_bytes("x", b"0")  # makes the folder
     fsync, replace = os.fsync, os.replace
 
     def record_fsync(handle: int) -> None:

@@ -1,0 +1,25 @@
+"""Small Parquet files that are in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+
+def read_parquet(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
+    """The table of a Parquet file's bytes, or these `columns` of it.
+
+    Raises pa.ArrowException for a damaged file, and for one that lacks a column.
+
+    The calling thread reads alone. A thread of Arrow's own keeps the file a moment longer than the read lasts, and
+    giving up a Python object there aborts a process that is about to exit. `pyarrow.parquet.read_table` uses such
+    threads in any case.
+    """
+    with pq.ParquetFile(pa.BufferReader(data), pre_buffer=False) as file:
+        names = None if columns is None else list(columns)
+        missing = [name for name in names or () if name not in file.schema_arrow.names]
+        if missing:
+            raise pa.ArrowInvalid(f"no column {missing[0]!r}")
+        return file.read(names, use_threads=False)

@@ -24,8 +24,9 @@ from ltx_ray.checkpoints.lora import check_lora
 from ltx_ray.config import NEWEST_SCHEME, EngineSpec, ModelFiles, Numerics, RequestedNumerics, RunLimits, Selection
 from ltx_ray.dataset.clip_rate import rate_text
 from ltx_ray.dataset.existing import ExistingRows, list_existing
+from ltx_ray.dataset.fold import fold_dataset, fold_output
 from ltx_ray.dataset.identity import KeptIdentity, read_identity
-from ltx_ray.dataset.repair import repair
+from ltx_ray.dataset.row_log import RowLog
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.driver.events import EventLog
 from ltx_ray.driver.loop import Driver, JoinedCluster
@@ -52,7 +53,7 @@ from ltx_ray.stages import FULL_PATH, PREVIEW_PATH
 from ltx_ray.storage.credentials import masked
 from ltx_ray.storage.images import check_roots
 from ltx_ray.storage.lease import Lease
-from ltx_ray.storage.locations import is_in_job_copy, recorded
+from ltx_ray.storage.locations import is_in_job_copy, recorded, resolve, split_options
 from ltx_ray.storage.store import Store, clean_stale
 
 #: No process is still writing a temporary file of this age, in seconds.
@@ -60,8 +61,6 @@ _STALE_SECONDS = 3600.0
 #: Seconds for which an output that cannot be reached is retried before the run ends.
 _OUTPUT_RETRY_SECONDS = 600.0
 _CHECK_RETRY_SECONDS = 10.0
-#: Threads that write rows. An object store takes long for each write, but takes many at once.
-_LOCAL_WRITERS, _REMOTE_WRITERS = 2, 16
 #: A run into an object store ends with a report for up to this many rows, because the report reads every row.
 _REMOTE_REPORT_ROWS = 500
 
@@ -205,12 +204,21 @@ def _render(options: Options, signals: RunSignals) -> ExitCode:
     address = where_to_run(options.ray_address)
     # What is wrong with the manifest as a whole is reported before the output is touched.
     notes: list[str] = []
+    if _reads_output(options):  # rows that failed in a run that was killed are in no part of failed/ yet
+        fold_output(Store(options.output), Progress().say)
     raws = prepared.plan.read(notes.append)
     if not (options.retry_failed or options.promote is not None):  # whose manifest is a table of a dataset
         prepared = replace(prepared, warnings=(*prepared.warnings, *notes))
     store = Store(options.output)
     store.check_writable()
     return Run(prepared, store, address, signals).execute(raws)
+
+
+def _reads_output(options: Options) -> bool:
+    """Whether the manifest is in the output: one of its tables."""
+    assert options.output is not None
+    manifest, output = (split_options(resolve(location))[0] for location in (options.manifest, options.output))
+    return manifest.startswith(f"{output.rstrip('/')}/")
 
 
 def _check_output(output: str) -> None:
@@ -253,17 +261,20 @@ class Run:
         self.lease.acquire(self.progress.say)
         try:
             self.identity.begin(self.prepared.plan.builder.scheme, self.options.scheme)
-            existing = self._repaired_rows()
+            existing = self._existing_rows()
             plan = self.prepared.plan.against(existing)
             return _Rendering(self, plan).execute(self._chosen(plan, plan.rows(raws)))
         finally:
             self._leave()
 
-    def _repaired_rows(self) -> ExistingRows:
-        """Repair the dataset and list its rows, under the lease: rows that another run has just finished are done."""
+    def _existing_rows(self) -> ExistingRows:
+        """List the dataset's rows, under the lease: rows that another run has just finished are done.
+
+        What a run that was killed has finished is folded. Nothing that is folded is mended.
+        """
         clean_stale(self.store, _STALE_SECONDS)
-        existing = list_existing(self.store)
-        repair(self.store, existing, self.progress.say)
+        existing = list_existing(self.store, self.progress.say)
+        fold_dataset(self.store, existing, self.identity.dataset_id, self.run_id, self.progress.say)
         return existing
 
     def _chosen(self, plan: Plan, rows: Iterator[PlanEntry]) -> Iterator[PlanEntry]:
@@ -316,10 +327,17 @@ class _Rendering:
             parallel=options.parallel,
             requested=options.numerics,
         )
+        self._log = RowLog(
+            store.retrying_for(_OUTPUT_RETRY_SECONDS),
+            plan.existing,
+            run.identity.dataset_id,
+            run.run_id,
+            fold_failures=not _reads_output(options),
+        )
         self._tracker = RowTracker(
             plan,
-            DatasetWriter(store.retrying_for(_OUTPUT_RETRY_SECONDS)),
-            Publisher(threads=_LOCAL_WRITERS if store.is_local else _REMOTE_WRITERS),
+            DatasetWriter(self._log),
+            Publisher(self._log),
             self._events,
             run.progress,
             canonical_json(self._record.versions),
@@ -369,8 +387,16 @@ class _Rendering:
             code = ExitCode.USAGE if isinstance(error, ModelRefused) else code
         finally:
             self._run.signals.action = self._driver.request_drain
+            self._fold()
             self._finish(state)
         return state, code
+
+    def _fold(self) -> None:
+        """Fold what the run has finished. What cannot be folded now is folded by the next run."""
+        try:
+            self._log.close(holds_lease=not self._run.lease.lost)
+        except OSError as error:
+            self._run.progress.say(f"rows were not folded: {error}; ltx-ray fold {self._run.store.name} does that")
 
     def _run_driver(self, rows: Iterator[PlanEntry]) -> tuple[str, ExitCode]:
         """Render `rows`; the run's state and its exit code."""

@@ -6,7 +6,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
@@ -16,6 +16,7 @@ import pyarrow.fs as pafs
 from ltx_ray.storage.credentials import encoded_user_info, split_user_info
 from ltx_ray.storage.local_files import TEMPORARY, LocalFiles, temporary_beside
 from ltx_ray.storage.locations import recorded, resolve, split_options
+from ltx_ray.storage.parquet import read_parquet_file
 from ltx_ray.storage.retry import RetryPolicy, retrying_reader
 
 #: Seconds for which an operation is retried. A restarted or throttled store is back sooner.
@@ -127,6 +128,18 @@ class Store:
         def read() -> bytes:
             with self._fs.open_input_file(self.path(relative)) as file:
                 return file.read()
+
+        return self._retry("reading", relative, read)
+
+    def read_columns(self, relative: str, columns: Sequence[str]) -> pa.Table:
+        """Some columns of a Parquet file, of which nothing else is read.
+
+        Raises FileNotFoundError, and pa.ArrowException for a damaged file and one that lacks a column.
+        """
+
+        def read() -> pa.Table:
+            with self._fs.open_input_file(self.path(relative)) as file:
+                return read_parquet_file(file, columns)
 
         return self._retry("reading", relative, read)
 
@@ -264,11 +277,15 @@ class Store:
 
     def remove_scratch(self) -> None:
         """Remove the folder of `scratch_dir` if it is empty."""
+        self.remove_empty_folder(SCRATCH)  # it may hold another run's file
+
+    def remove_empty_folder(self, relative: str) -> None:
+        """Remove a folder on a local disk if it is empty. An object store has none."""
         if self.is_local:
             try:
-                os.rmdir(self.path(SCRATCH))
+                os.rmdir(self.path(relative))
             except OSError:
-                pass  # it holds another run's file, or does not exist
+                pass
 
 
 def clean_stale(store: Store, older_than_seconds: float) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from urllib.parse import quote
 
@@ -16,6 +18,8 @@ import pyarrow.fs as pafs
 from ltx_ray.storage.credentials import encoded_user_info, split_user_info
 from ltx_ray.storage.local_files import TEMPORARY, LocalFiles, temporary_beside
 from ltx_ray.storage.locations import recorded, resolve, split_options
+from ltx_ray.storage.object_access import connector
+from ltx_ray.storage.object_client import ObjectClient
 from ltx_ray.storage.parquet import read_parquet_file
 from ltx_ray.storage.retry import RetryPolicy, retrying_reader
 
@@ -72,7 +76,6 @@ class Store:
         if isinstance(self._fs, pafs.S3FileSystem):
             self._small, self._fs = (_tuned(self._fs, retry_seconds, delayed) for delayed in (True, False))
         self.is_local = isinstance(self._fs, pafs.LocalFileSystem)
-        self._conditional = LocalFiles(self.root, self._retry)
         self.fs = self._fs if self.is_local else retrying_reader(self._fs, self._retry)
 
     def retrying_for(self, seconds: float) -> Store:
@@ -161,6 +164,13 @@ class Store:
 
         self._retry("writing", relative, write)
 
+    @cached_property
+    def _conditional(self) -> LocalFiles | ObjectClient:
+        if self.is_local:
+            return LocalFiles(self.root, self._retry)
+        connect, silence = (min(most, max(1.0, self._retry.seconds)) for most in (_CONNECT_SECONDS, _SILENCE_SECONDS))
+        return ObjectClient(connector(self._fs, self.root, connect), self.root, silence, self._retry)
+
     def create(self, relative: str, data: bytes) -> bool:
         """Write a whole file only if there is none; of several writers at once, one gets True.
 
@@ -197,7 +207,10 @@ class Store:
 
         This leaves a file at state/probe.
         """
-        return not all(self.create(_PROBE, secrets.token_bytes(16)) for _ in range(2))
+        try:
+            return not all(self.create(_PROBE, secrets.token_bytes(16)) for _ in range(2))
+        except io.UnsupportedOperation:
+            return False
 
     def _put(self, target: str, data: bytes) -> None:
         # In one call: a stream that is closed after half of the data uploads that half as the object. For the same

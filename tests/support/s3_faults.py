@@ -59,10 +59,13 @@ class Faults:
 
 
 class Proxy:
-    """Serves `endpoint` at `url`. Its `faults` can be replaced at any time."""
+    """Serves `endpoint` at `url`. Its `faults` can be replaced at any time.
+
+    `requests` are those that came so far, each as (method, path, headers).
+    """
 
     def __init__(self, endpoint: str):
-        self.faults = Faults()
+        self.faults, self.requests = Faults(), []
         target = urlsplit(endpoint)
         proxy = self
 
@@ -71,6 +74,7 @@ class Proxy:
 
             def serve(self) -> None:
                 kind = proxy.faults.next(self.command, self.path)
+                proxy.requests.append((self.command, self.path, dict(self.headers)))
                 if kind == "cut_request":
                     return self._close()  # the body stays unread
                 length = int(self.headers.get("content-length") or 0)

@@ -14,7 +14,7 @@ import pytest
 from ltx_ray.storage.store import Store, clean_stale
 
 
-@pytest.fixture(params=["local"])
+@pytest.fixture(params=["local", "s3"])
 def store(request, tmp_path) -> Store:
     """An empty store, on a disk and in a bucket."""
     return Store(str(tmp_path / "out") if request.param == "local" else request.getfixturevalue("bucket"))
@@ -198,7 +198,7 @@ def test_the_lock_of_a_killed_process_hinders_nobody(local):
 
 def test_names_are_those_of_all_files_below_the_folder(store):
     for name in ("state/wal/a/1.rows", "state/wal/a/2.rows", "state/wal/b/1.rows", "state/walrus", "other"):
-        store.create(name, b"")
+        store.create(name, b"1")
     assert sorted(store.names("state/wal")) == ["a/1.rows", "a/2.rows", "b/1.rows"]
     assert sorted(store.names("state")) == ["wal/a/1.rows", "wal/a/2.rows", "wal/b/1.rows", "walrus"]
     assert list(store.names("none")) == []
@@ -207,7 +207,7 @@ def test_names_are_those_of_all_files_below_the_folder(store):
 
 def test_many_files_are_deleted(store):
     for n in range(5):
-        store.create(f"d/{n}", b"")
+        store.create(f"d/{n}", b"1")
     store.delete_many(f"d/{n}" for n in (0, 1, 9, 3))
     assert sorted(store.names("d")) == ["2", "4"]
     store.delete_many([])

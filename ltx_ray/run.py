@@ -332,6 +332,7 @@ class _Rendering:
             plan.existing,
             run.identity.dataset_id,
             run.run_id,
+            holds_lease=lambda: not run.lease.lost,
             fold_failures=not _reads_output(options),
         )
         self._tracker = RowTracker(
@@ -394,7 +395,7 @@ class _Rendering:
     def _fold(self) -> None:
         """Fold what the run has finished. What cannot be folded now is folded by the next run."""
         try:
-            self._log.close(holds_lease=not self._run.lease.lost)
+            self._log.close()
         except OSError as error:
             self._run.progress.say(f"rows were not folded: {error}; ltx-ray fold {self._run.store.name} does that")
 

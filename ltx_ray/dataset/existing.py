@@ -79,6 +79,11 @@ class TableRows:
         with self._lock:
             return self._place(key)
 
+    def paths_of(self, key: bytes) -> list[str]:
+        """Paths of all parts that have the row. It should be one."""
+        numbers = (int.from_bytes(rest[12:], "big") for rest in self._folded.rests(key[:8]) if rest[:12] == key[8:])
+        return [self._path(key, number) for number in numbers]
+
     def key_of(self, item_id: str) -> str | None:
         """The key of some row of the item."""
         item = bytes.fromhex(item_id)
@@ -94,8 +99,9 @@ class TableRows:
             if rest == key[8:]:
                 return segment
         number = self._folded_number(key)
-        if number is None:
-            return None
+        return None if number is None else self._path(key, number)
+
+    def _path(self, key: bytes, number: int) -> str:
         if number == _OF_ONE_ROW:
             return f"{self.folder}/{layout.one_row_part(key[:ITEM_BYTES].hex(), key[ITEM_BYTES:].hex())}"
         return f"{self.folder}/{self._parts[number]}"

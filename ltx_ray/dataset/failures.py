@@ -125,11 +125,6 @@ def fold_failures(
     judgement = _Judgement.of(existing, segments, scope)
     store, names = parts.store, list(parts.store.names(layout.FAILED))
     numbered = sorted(name for name in names if layout.NUMBERED_PART.fullmatch(name))
-    if thorough or judgement.others or any(existing.failed.kind_of(key) for key in judgement.newest):
-        seen = IdTable(ITEM_BYTES + 4)
-        for name in reversed(numbered):  # of two failures of one row, which a crash may leave, the newer part's stays
-            _replace(parts, name, judgement, seen)
-        store.delete_many(f"{layout.FAILED}/{name}" for name in _overcome_of_one_row(store, names, judgement))
     new = judgement.new()
     own = (match for match in map(layout.NUMBERED_PART.fullmatch, numbered) if match and match[1] == parts.dataset)
     number = max((int(match[2]) + 1 for match in own), default=0)
@@ -140,6 +135,12 @@ def fold_failures(
         if store.create(path, encode_part(rows, layout.FAILED, parts.writer)):
             new = new[parts.part_rows :]
         number += 1
+    # Only now: failures are in failed/ twice for a moment, and never in no place.
+    if thorough or judgement.others or any(existing.failed.kind_of(key) for key in judgement.newest):
+        seen = IdTable(ITEM_BYTES + 4)
+        for name in reversed(numbered):  # of two failures of one row, which a crash may leave, the newer part's stays
+            _replace(parts, name, judgement, seen)
+        store.delete_many(f"{layout.FAILED}/{name}" for name in _overcome_of_one_row(store, names, judgement))
     for key, at in judgement.newest.items():
         if at is None or existing.index.has(key):
             existing.failed.drop(key)

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pyarrow as pa
 
 from ltx_ray.dataset import layout
+from ltx_ray.dataset.clips import is_whole_mp4
 from ltx_ray.dataset.existing import ExistingRows, TableRows, list_existing
 from ltx_ray.dataset.failures import FailedParts, FailureScope, fold_failures
 from ltx_ray.dataset.identity import dataset_id
@@ -134,20 +135,36 @@ def fold_dataset(store: Store, existing: ExistingRows, dataset: str, writer: str
     A damaged segment is set aside. On a local disk, rows whose clip is not whole are dropped: they are to be rendered
     again. The clips of folded rows are left to `verify`.
     """
-    from ltx_ray.dataset.repair import set_aside, without_clip
-
     for damage in existing.damaged:
         say(f"{damage}; now {set_aside(store, damage.path)}: its rows are rendered again")
     if not existing.segments:
         return 0
 
     def keeps(table: str, rows: pa.Table) -> pa.Table:
-        lost = set(without_clip(store, rows)) if store.is_local and table == layout.INDEX else set()
+        lost = set(without_whole_clip(store, rows)) if store.is_local and table == layout.INDEX else set()
         if lost:
             say(f"{len(lost)} rows of a run that was killed have no whole clip, and are rendered again")
         return take(rows, (number for number in range(len(rows)) if number not in lost)) if lost else rows
 
     return Folder(store, existing, dataset, writer).fold(keeps=keeps)
+
+
+def set_aside(store: Store, path: str) -> str:
+    """Move a file of the dataset below state/aside/; returns where it is now."""
+    data, aside = store.read_bytes(path), f"{layout.ASIDE}/{path}"
+    while not store.create(aside, data):
+        stem, dot, ending = f"{layout.ASIDE}/{path}".rpartition(".")
+        aside = f"{stem}-{secrets.token_hex(4)}{dot}{ending}"
+    store.delete(path)
+    return aside
+
+
+def without_whole_clip(store: Store, rows: pa.Table) -> list[int]:
+    """Numbers of those rows of a local dataset whose clip is missing or cut off."""
+    clips = rows["clip"].to_pylist()
+    with ThreadPoolExecutor(_THREADS) as pool:
+        whole = pool.map(lambda clip: clip is None or is_whole_mp4(store.path(clip)), clips)
+        return [number for number, good in enumerate(whole) if not good]
 
 
 def fold_output(store: Store, say: Callable[[str], None]) -> int:

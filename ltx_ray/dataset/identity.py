@@ -43,10 +43,24 @@ def read_identity(store: Store) -> DatasetIdentity:
     rows is new. Raises OSError when the store does not answer, ValueError for a scheme of a newer version.
     """
     try:
-        identity = _parsed(store.read_bytes(layout.DATASET))
-    except (FileNotFoundError, *_MALFORMED):
+        data = store.read_bytes(layout.DATASET)
+    except FileNotFoundError:
+        data = None
+    return _identity_in(store, data)
+
+
+def _identity_in(store: Store, data: bytes | None) -> DatasetIdentity:
+    """The identity in the content of `dataset.json`, or that of the rows where it has none."""
+    try:
+        identity = _identity_of_rows(store) if data is None else _parsed(data)
+    except _MALFORMED:
         identity = _identity_of_rows(store)
-    return _checked(store, identity)
+    if not 1 <= identity.scheme <= NEWEST_SCHEME:
+        raise ValueError(
+            f"{store.name}: its rows have scheme {identity.scheme}, and this version knows none above {NEWEST_SCHEME}; "
+            f"legal: a newer version of ltx-ray, or another --output"
+        )
+    return identity
 
 
 def _parsed(data: bytes) -> DatasetIdentity:
@@ -56,31 +70,25 @@ def _parsed(data: bytes) -> DatasetIdentity:
     return DatasetIdentity(int(fields["scheme"]), fields.get("noise_family"), fields.get("numerics"), known)
 
 
-def _checked(store: Store, identity: DatasetIdentity) -> DatasetIdentity:
-    if not 1 <= identity.scheme <= NEWEST_SCHEME:
-        raise ValueError(
-            f"{store.name}: its rows have scheme {identity.scheme}, and this version knows none above {NEWEST_SCHEME}; "
-            f"legal: a newer version of ltx-ray, or another --output"
-        )
-    return identity
-
-
 def dataset_id(store: Store) -> str:
     """The id in the dataset's `dataset.json`, which gets one where it has none. Raises as read_identity does.
 
     Of several that ask at once, all get the same.
     """
     while True:
-        identity = read_identity(store)
+        data, version = None, ""
+        try:
+            data, version = store.read_versioned(layout.DATASET)
+        except FileNotFoundError:
+            pass
+        identity = _identity_in(store, data)
         if identity.id is not None:
             return identity.id
-        identity = replace(identity, id=secrets.token_hex(4))
-        try:
-            _, version = store.read_versioned(layout.DATASET)
-        except FileNotFoundError:
-            store.create(layout.DATASET, _encoded(identity))
+        encoded = _encoded(replace(identity, id=secrets.token_hex(4)))
+        if data is None:
+            store.create(layout.DATASET, encoded)
         else:
-            store.update(layout.DATASET, _encoded(identity), version)
+            store.update(layout.DATASET, encoded, version)
 
 
 def write_identity(store: Store, identity: DatasetIdentity) -> None:

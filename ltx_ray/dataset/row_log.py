@@ -26,8 +26,9 @@ _KEPT_TABLES = 4
 class RowLog:
     """Adds rows to a dataset. A row is finished once `commit` has returned. To be used by one thread at a time.
 
-    dataset: the id of the dataset. `fold_failures`: whether failed/ may change while the run goes on, which it must not
-    when the run reads its rows from there.
+    dataset: the id of the dataset. `holds_lease`: whether no other run has taken the output over; one that has brings
+    failed/ up to date. `fold_failures`: whether failed/ may change while the run goes on, which it must not when the run
+    reads its rows from there.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class RowLog:
         dataset: str,
         run_id: str,
         *,
+        holds_lease: Callable[[], bool] = lambda: True,
         fold_failures: bool = True,
         part_rows: int = PART_ROWS,
         clock: Callable[[], float] = time.monotonic,
@@ -45,7 +47,7 @@ class RowLog:
         #: What a complete run has judged: see Folder.fold.
         self.scope: FailureScope | None = None
         self._run_id, self._part_rows, self._clock = run_id, part_rows, clock
-        self._fold_failures = fold_failures
+        self._holds_lease, self._fold_failures = holds_lease, fold_failures
         self._folder = Folder(store, existing, dataset, run_id, part_rows)
         self._rows: dict[str, list[Mapping[str, Any]]] = {table: [] for table in layout.SEGMENT_SCHEMAS}
         self._segments = 0
@@ -89,12 +91,12 @@ class RowLog:
 
     def fold(self) -> None:
         """Fold while the run goes on. Raises OSError."""
-        self._folder.fold(failures=self._fold_failures, thorough=False)
+        self._folder.fold(failures=self._fold_failures and self._holds_lease(), thorough=False)
         self._failures, self._oldest = 0, None
 
-    def close(self, holds_lease: bool) -> None:
-        """Fold what is left at the end of the run. Without the lease failures are left to the next run."""
-        self._folder.fold(failures=holds_lease, scope=self.scope)
+    def close(self) -> None:
+        """Fold what is left at the end of the run. Raises OSError."""
+        self._folder.fold(failures=self._holds_lease(), scope=self.scope)
 
     def row(self, table: str, item_id: str, key: str) -> dict[str, Any]:
         """The row of a finished item. Raises UnreadablePart, and FileNotFoundError when its part is gone."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -267,7 +266,9 @@ def illegal_item(source: str | None, row_id: str | None) -> str:
     return hashlib.sha256(f"{source}\0{row_id or ''}".encode("utf-8", "surrogatepass")).hexdigest()[: 2 * ITEM_BYTES]
 
 
-def failure_of(item_id: str | None, row_id: str | None, source: str | None, error_class: str | None) -> tuple[str, bytes]:
+def failure_of(
+    item_id: str | None, row_id: str | None, source: str | None, error_class: str | None
+) -> tuple[str, bytes]:
     """Kind and key of a row of failed/, from its FAILURE_COLUMNS."""
     if item_id is None:
         return layout.ILLEGAL, key_bytes(illegal_item(source, row_id), row_key(source))
@@ -353,8 +354,12 @@ class ExistingRows:
         return self.index.look_up(item_heads)
 
 
-def list_existing(store: Store, say: Callable[[str], None] = lambda message: None) -> ExistingRows:
+def list_existing(
+    store: Store, say: Callable[[str], None] = lambda message: None, *, one_row_parts: bool = True
+) -> ExistingRows:
     """List the finished and failed rows of a dataset, its previews and its latents.
+
+    Without `one_row_parts`, rows in parts of earlier versions are left out, because they are about to be moved.
 
     A part that is none of the dataset's own, such as a copy, is read, too, because readers of the folder see it; one
     that cannot be read is named by `say` and passed over. Raises UnreadablePart for a damaged part of the dataset.
@@ -362,9 +367,9 @@ def list_existing(store: Store, say: Callable[[str], None] = lambda message: Non
     existing = ExistingRows()
     # Segments are read before parts are listed: a row moves from a segment to a part, and so is seen in one at least.
     segments = _read_segments(store, existing)
-    _load(store, existing.index, store.names(layout.INDEX), say)
+    _load(store, existing.index, store.names(layout.INDEX), say, one_row_parts)
     # previews/ has the folders of its clips beside the parts
-    _load(store, existing.previews, iter(store.list_names(layout.PREVIEWS)), say)
+    _load(store, existing.previews, iter(store.list_names(layout.PREVIEWS)), say, one_row_parts)
     _load_failed(store, existing.failed)
     for path, table in segments:
         if segment_table(path) != layout.FAILED:
@@ -399,14 +404,15 @@ def _read_segments(store: Store, existing: ExistingRows) -> list[tuple[str, pa.T
     return segments
 
 
-def _load(store: Store, rows: TableRows, names: Iterator[str], say: Callable[[str], None]) -> None:
+def _load(store: Store, rows: TableRows, names: Iterator[str], say: Callable[[str], None], one_row_parts: bool) -> None:
     """Take in the keys of all parts among the `names` of a table's folder, which is listed once."""
     parts: list[str] = []
 
     def of_one_row() -> Iterator[str]:
         for name in names:
             if match := layout.PART.fullmatch(name):
-                yield "".join(match.groups())
+                if one_row_parts:
+                    yield "".join(match.groups())
             elif layout.is_visible(name) and name.endswith(".parquet"):
                 parts.append(name)
                 rows.saw(name)

@@ -151,7 +151,7 @@ def fold_failures(
 
 
 def _replace(parts: FailedParts, name: str, judgement: _Judgement, seen: IdTable) -> None:
-    """Take the rows that do not stay, and those that are in `seen`, out of a part of failed/; the rest are seen then."""
+    """Take the rows that do not stay, and those that are in `seen`, out of a part; the rest are seen then."""
     store = parts.store
     path = f"{layout.FAILED}/{name}"
     while True:

@@ -58,7 +58,9 @@ class Folder:
 
         failures: whether failed/ is brought up to date; only the holder of the lease may do that. `thorough`: whether
         failures of rows that have been rendered since leave it now. `scope`: which of its older failures a complete run
-        has judged anew. `keeps(table, rows)`: the pending rows that are to be folded; the others are dropped. Raises OSError when the store does not answer, UnreadablePart for a damaged part.
+        has judged anew. `keeps(table, rows)`: the pending rows that are to be folded; the others are dropped.
+
+        Raises OSError when the store does not answer, UnreadablePart for a damaged part.
         """
         by_table: dict[str, list[str]] = {name: [] for name in layout.SEGMENT_SCHEMAS}
         for path in list_segments(self._store):
@@ -167,17 +169,21 @@ def without_whole_clip(store: Store, rows: pa.Table) -> list[int]:
         return [number for number, good in enumerate(whole) if not good]
 
 
-def fold_output(store: Store, say: Callable[[str], None]) -> int:
+def fold_output(store: Store, say: Callable[[str], None], then: Callable[[str, str], None] | None = None) -> int:
     """Fold what runs have finished and not folded, when no run is at work any more; returns the number of rows.
 
-    Raises OSError when the store does not answer.
+    `then(dataset, writer)` is called under the lease. Raises OSError when the store does not answer.
     """
-    if not list_segments(store):
+    if then is None and not list_segments(store):
         return 0
-    name = f"fold-{secrets.token_hex(3)}"
-    lease = Lease(store, name)
+    writer = f"fold-{secrets.token_hex(3)}"
+    lease = Lease(store, writer)
     lease.acquire(say)
     try:
-        return fold_dataset(store, list_existing(store, say), dataset_id(store), name, say)
+        dataset = dataset_id(store)
+        folded = fold_dataset(store, list_existing(store, say), dataset, writer, say)
+        if then is not None:
+            then(dataset, writer)
+        return folded
     finally:
         lease.release()

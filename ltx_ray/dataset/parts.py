@@ -68,12 +68,15 @@ def keys_data(table: pa.Table) -> bytes:
 # --- segments ------------------------------------------------------------------------------------
 
 
-def encode_segment(rows: Sequence[Mapping[str, Any]], table: str) -> bytes:
-    """A segment of rows by column. Columns that a row lacks are null."""
+def encode_segment(rows: Sequence[Mapping[str, Any]] | pa.Table, table: str) -> bytes:
+    """A segment of rows. Columns that they lack are null."""
     schema, sink = layout.SEGMENT_SCHEMAS[table], pa.BufferOutputStream()
-    complete = [{name: row.get(name) for name in schema.names} for row in rows]
+    if isinstance(rows, pa.Table):
+        rows = with_columns(rows, schema)
+    else:
+        rows = pa.Table.from_pylist([{name: row.get(name) for name in schema.names} for row in rows], schema=schema)
     with pa.ipc.new_stream(sink, schema, options=_WRITING) as writer:
-        writer.write_table(pa.Table.from_pylist(complete, schema=schema))
+        writer.write_table(rows)
     return sink.getvalue().to_pybytes()
 
 

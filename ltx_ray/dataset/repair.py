@@ -81,7 +81,7 @@ class Repair:
                 mine.append(number)
         if mine:
             # First into a segment: from now on they are finished whatever happens to the part.
-            data = encode_segment(take(table, mine).to_pylist(), layout.INDEX)
+            data = encode_segment(take(table, mine), layout.INDEX)
             assert self._store.create(layout.segment_path(self._run_id, self._segments, layout.INDEX), data)
             self._segments += 1
         return self.take_out_part(path), len(mine)

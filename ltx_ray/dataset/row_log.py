@@ -1,4 +1,4 @@
-"""The rows of one run on their way into the dataset: they are gathered, committed as segments, and folded into parts."""
+"""The rows of one run on their way into the dataset: gathered, committed as segments, and folded into parts."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class RowLog:
     """Adds rows to a dataset. A row is finished once `commit` has returned. To be used by one thread at a time.
 
     dataset: the id of the dataset. `holds_lease`: whether no other run has taken the output over; one that has brings
-    failed/ up to date. `fold_failures`: whether failed/ may change while the run goes on, which it must not when the run
-    reads its rows from there.
+    failed/ up to date. `fold_failures`: whether failed/ may change while the run goes on, which it must not when its
+    rows are read from there.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Random schedules of drivers over the real code of the dataset's tables, in a store that is interrupted at any operation.
+"""Random schedules of drivers over the real code of the dataset's tables, with interruptions at any operation.
 
 A schedule is drawn from a seed. One or two drivers render a few rows into a store in memory. Before each operation of
 the store another driver may go on, and before or after it a driver may die; the same command is then started again.
@@ -177,8 +177,8 @@ class Driver:
             elif key is not None:
                 try:
                     writer.copy_index_row(item_id, key, _REQUESTS[row_id])
-                except FileNotFoundError:  # the row's segment was folded by the other driver: it fails, and is done later
-                    continue
+                except FileNotFoundError:
+                    continue  # the other driver has folded its segment: the row is left to the next run
             else:
                 writer.write_index(item_id, _REQUESTS[row_id], replace(RENDERED, clip=self._rendered(store, item_id)))
             waiting.append(row_id)

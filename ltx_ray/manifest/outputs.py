@@ -27,8 +27,7 @@ RUNS = "runs"
 ITEM_ID_DIGITS, KEY_DIGITS = "([0-9a-f]{32})", "([0-9a-f]{8})"
 #: Names of parts, with the dataset's id and the part's number as groups.
 NUMBERED_PART = re.compile(r"part-([0-9a-f]{8})-([0-9]{8})\.parquet")
-#: Names of parts of one row in index/ and previews/, which earlier versions wrote, with the item_id and the row's key as
-#: groups.
+#: Names of parts of one row in index/ and previews/, which earlier versions wrote, with item_id and key as groups.
 PART = re.compile(rf"part-{ITEM_ID_DIGITS}-{KEY_DIGITS}\.parquet")
 #: The same in failed/, with the kind of failure, the item_id and the row's key as groups.
 FAILED_PART = re.compile(rf"part-(row|infra|illegal)-{ITEM_ID_DIGITS}-{KEY_DIGITS}\.parquet")

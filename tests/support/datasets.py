@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ltx_ray.dataset.existing import list_existing
 from ltx_ray.dataset.identity import dataset_id
+from ltx_ray.dataset.parts import read_rows
 from ltx_ray.dataset.row_log import RowLog
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.storage.store import Store
@@ -16,6 +17,11 @@ def row_log(store: Store, run_id: str = "run", **options) -> RowLog:
 
 def dataset_writer(store: Store, run_id: str = "run", **options) -> DatasetWriter:
     return DatasetWriter(row_log(store, run_id, **options))
+
+
+def rows_in(store: Store, folder: str) -> list[dict]:
+    """The rows in parts of index/, failed/ or previews/."""
+    return list(read_rows(store, folder))
 
 
 def finish(writer: DatasetWriter) -> None:

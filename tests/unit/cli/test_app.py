@@ -20,10 +20,10 @@ from ltx_ray.cli import app
 from ltx_ray.cli.app import main
 from ltx_ray.cli.options import MODEL_OPTIONS, model_files
 from ltx_ray.config import LoraSpec, RunLimits
-from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.storage.locations import resolve
 from ltx_ray.storage.store import Store
 from tests.support.checkpoint_files import BLOCK, REQUIRED, checkpoint
+from tests.support.datasets import dataset_writer, finish
 from tests.support.results import RENDERED
 from tests.support.samples import write_jsonl, write_safetensors
 
@@ -391,7 +391,9 @@ def test_plan_of_good_rows(cmd, tmp_path):
 
 def test_plan_against_a_dataset(cmd, manifest, out, toy):
     item = next(run.prepare(_options(manifest, out)).plan.open())
-    DatasetWriter(Store(out)).write_index(item.item.item_id, item.request, RENDERED)
+    writer = dataset_writer(Store(out))
+    writer.write_index(item.item.item_id, item.request, RENDERED)
+    finish(writer)
     code, text, _ = cmd("plan", manifest, "--output", out, "--model", "toy")
     assert code == 0
     assert "1 rows: 1 done\nnothing to render" in text

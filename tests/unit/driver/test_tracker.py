@@ -6,10 +6,10 @@ import io
 import threading
 from types import SimpleNamespace
 
-import pyarrow.parquet as pq
 import pytest
 
-from ltx_ray.dataset.existing import list_existing
+from ltx_ray.dataset.parts import read_rows
+from ltx_ray.dataset.row_log import RowLog
 from ltx_ray.dataset.writer import DatasetWriter, Failure
 from ltx_ray.driver.events import EventLog
 from ltx_ray.driver.progress import Progress
@@ -21,6 +21,7 @@ from ltx_ray.planning.plan import Plan
 from ltx_ray.records import Clip, Recipe, RenderRequest, WorkItem
 from ltx_ray.storage.store import Store
 from tests.support.checkpoint_files import RELEASED
+from tests.support.datasets import row_log
 from tests.support.samples import recipe, write_jsonl
 
 CLIP = Clip("clips/aa/a.mp4", "c" * 64, "d" * 64, (), "stage_1")
@@ -40,8 +41,8 @@ class FakeBuilder:
 class GatedWriter(DatasetWriter):
     """Writes index rows only while `go` is set."""
 
-    def __init__(self, store: Store):
-        super().__init__(store)
+    def __init__(self, log: RowLog):
+        super().__init__(log)
         self.begun, self.go = threading.Event(), threading.Event()
         self.go.set()
 
@@ -60,9 +61,10 @@ class Output:
 
     def open(self, rows: list[dict], **options) -> Output:
         manifest = write_jsonl(self.folder / "m.jsonl", rows)
-        self.writer = GatedWriter(self.store)
-        plan = Plan(manifest, RowRules(), FakeBuilder(), list_existing(self.store), **options)  # type: ignore[arg-type]
-        self.tracker = RowTracker(plan, self.writer, Publisher(2), EventLog(self.store), Progress(self.said), "{}")
+        log = row_log(self.store)
+        self.writer = GatedWriter(log)
+        plan = Plan(manifest, RowRules(), FakeBuilder(), log.existing, **options)  # type: ignore[arg-type]
+        self.tracker = RowTracker(plan, self.writer, Publisher(log), EventLog(self.store), Progress(self.said), "{}")
         self.counted: list[str] = []
         self.tracker.metrics = SimpleNamespace(item=self.counted.append)  # type: ignore[assignment]
         self.rows = plan.open()
@@ -73,14 +75,19 @@ class Output:
 
     def settle(self) -> None:
         while self.tracker.publisher.pending:
-            self.tracker.publisher.poll(timeout=10)
+            self.tracker.publisher.poll(timeout=10, flush=True)
 
     def close(self) -> None:
         self.tracker.publisher.close(finish=True)
+        self.writer.log.close()
+
+    def rows_of(self, folder: str) -> list[dict]:
+        """Rows in segments and in parts, each once."""
+        self.writer.log.close()
+        return list(read_rows(self.store, folder))
 
     def ids(self, folder: str) -> list[str]:
-        names = [f"{folder}/{name}" for name in self.store.list_names(folder)]
-        return sorted(pq.read_table(io.BytesIO(self.store.read_bytes(n)))["id"][0].as_py() for n in names)
+        return sorted(row["id"] for row in self.rows_of(folder))
 
 
 @pytest.fixture
@@ -138,8 +145,7 @@ def test_other_numerics_of_stage_1_are_recorded_with_those_of_the_run(output):
     for tracked in (cat, dog):
         output.tracker.finish(tracked, CLIP, '{"attention":"fa3"}')
     output.settle()
-    parts = [output.store.read_bytes(f"index/{name}") for name in output.store.list_names("index")]
-    found = {row["id"]: row["numerics"] for part in parts for row in pq.read_table(io.BytesIO(part)).to_pylist()}
+    found = {row["id"]: row["numerics"] for row in output.rows_of("index")}
     assert found == {"a": '{"attention":"fa3","stage_1":{"attention":"cudnn"}}', "b": '{"attention":"fa3"}'}
 
 
@@ -158,6 +164,7 @@ def test_a_row_of_the_same_item_that_arrives_while_rows_are_being_written(output
     output.writer.go.clear()
     if outcome == "rendered":
         output.tracker.finish(tracked, CLIP, "{}")
+        output.tracker.publisher.poll(flush=True)
         assert output.writer.begun.wait(10)
     else:
         output.tracker.fail(tracked, CRASH)
@@ -240,6 +247,7 @@ def test_no_row_is_half_written_when_the_publisher_closes_without_finishing(outp
     (tracked,) = output.take()
     output.writer.go.clear()
     output.tracker.finish(tracked, CLIP, "{}")
+    output.tracker.publisher.poll(flush=True)
     assert output.writer.begun.wait(10)
     closing = threading.Thread(target=output.tracker.publisher.close, args=(False,))
     closing.start()

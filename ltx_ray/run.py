@@ -320,6 +320,7 @@ class _Rendering:
         self._record = RunRecord(
             store,
             run_id=run.run_id,
+            epoch=run.lease.epoch,
             command=[masked(argument) for argument in options.command],
             manifest=recorded(options.manifest),
             output=store.name,

@@ -16,6 +16,7 @@ from ltx_ray.dataset import layout
 from ltx_ray.dataset.clip_rate import UNFINISHED, final_rate
 from ltx_ray.placement.sizing import ParallelConfig
 from ltx_ray.records import canonical_json, plain
+from ltx_ray.storage.lease import write_fenced
 from ltx_ray.storage.store import Store
 
 #: Seconds for which an output that cannot be reached is retried before the record is given up.
@@ -26,13 +27,17 @@ _COUNTS = ("rows", "rendered", "already_done", "failed", "illegal")
 
 
 class RunRecord:
-    """The record of one run. It is written again whenever the run's state changes."""
+    """The record of one run. It is written again whenever the run's state changes.
+
+    `epoch` is that of the run's lease: the record of a run that took the output over is not replaced.
+    """
 
     def __init__(
         self,
         store: Store,
         *,
         run_id: str,
+        epoch: int,
         command: Sequence[str],
         manifest: str,
         output: str,
@@ -44,7 +49,7 @@ class RunRecord:
         self._started = _now()
         self._run: dict[str, Any] = {"command": list(command), "manifest": manifest, "output": output}
         self._model = {"checkpoint": checkpoint.path, "model_version": checkpoint.model_version}
-        self._run_id, self._tp = run_id, parallel.tp
+        self._run_id, self._epoch, self._tp = run_id, epoch, parallel.tp
         self._pools: dict[str, int] = {}
         self._numerics = _unresolved(requested, parallel)
         #: The clips/h of the whole run, once it has ended.
@@ -66,6 +71,7 @@ class RunRecord:
         self.clips_per_hour = final_rate(clips, self._started, finished)
         record = {
             "run_id": self._run_id,
+            "epoch": self._epoch,
             "state": state,
             "started_at": self._started,
             "finished_at": finished,
@@ -81,7 +87,8 @@ class RunRecord:
             "versions": self.versions,
         }
         with contextlib.suppress(OSError):
-            self._store.write_bytes(layout.RUN_RECORD, json.dumps(record, indent=2, ensure_ascii=False).encode())
+            data = json.dumps(record, indent=2, ensure_ascii=False).encode()
+            write_fenced(self._store, layout.RUN_RECORD, data, self._epoch)
 
 
 def recorded_counts(counts: Mapping[str, int]) -> dict[str, int]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ltx_ray.storage.retry import RetryPolicy
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 #: Objects that S3 deletes in one request.
 _BATCH = 1000
 #: Bytes for which a writer waits as long as for a silent store: 0.8 MB/s in 20 seconds.
-_PATIENCE_BYTES = 16 * 2**20
+_UPLOAD_BYTES = 16 * 2**20
 #: What a store answered, in a message of obstore's; a page of debugging output follows.
 _STATUS = re.compile(r"non-2xx status code: (\d+)")
 _CODE = re.compile(r"<Code>(.*?)</Code>")
@@ -38,16 +38,26 @@ class ObjectClient:
 
     def __init__(self, connect: Callable[[float], ObjectStore], root: str, silence: float, retry: RetryPolicy):
         _, _, self._prefix = root.partition("/")
-        self._connect, self._silence, self._retry = cache(connect), silence, retry
+        self._connect, self._silence, self._retry = functools.cache(connect), silence, retry
 
     def create(self, relative: str, data: bytes) -> bool:
+        try:
+            return self.create_on_condition(relative, data)
+        except io.UnsupportedOperation:
+            return self._replace("creating", relative, data, None)
+
+    def create_on_condition(self, relative: str, data: bytes) -> bool:
+        """`create` by the store's own condition. Raises io.UnsupportedOperation when it has none."""
         return self._put("creating", relative, data, "create")
 
     def read_versioned(self, relative: str) -> tuple[bytes, str]:
         return self._retry("reading", relative, lambda: self._get(relative))
 
     def update(self, relative: str, data: bytes, version: str) -> bool:
-        return self._put("writing", relative, data, json.loads(version))
+        try:
+            return self._put("writing", relative, data, json.loads(version))
+        except io.UnsupportedOperation:
+            return self._replace("writing", relative, data, version)
 
     def names(self, folder: str) -> Iterator[str]:
         import obstore
@@ -74,18 +84,21 @@ class ObjectClient:
             yield from (meta["path"][start:] for meta in found if meta["size"])
 
     def delete_many(self, relatives: Iterable[str]) -> None:
-        import obstore
-
         pending = iter(relatives)
         while batch := list(itertools.islice(pending, _BATCH)):
             shown = batch[0] if len(batch) == 1 else f"{batch[0]} and {len(batch) - 1} more"
-            keys = [self._key(relative) for relative in batch]
+            self._retry("deleting", shown, functools.partial(self._delete, [self._key(name) for name in batch]))
 
-            def delete(keys: list[str] = keys) -> None:
-                with _os_errors():
-                    obstore.delete(self._connect(self._silence), keys)
+    def _delete(self, keys: list[str]) -> None:
+        import obstore
 
-            self._retry("deleting", shown, delete)
+        try:
+            with _os_errors():
+                obstore.delete(self._connect(self._silence), keys)
+        except FileNotFoundError:
+            # Google's store, unlike S3, says that one is missing, and the others may be left.
+            for key in keys if len(keys) > 1 else ():
+                self._delete([key])
 
     def _key(self, relative: str) -> str:
         return f"{self._prefix}/{relative}".strip("/")
@@ -100,17 +113,17 @@ class ObjectClient:
             return bytes(answer.bytes()), json.dumps(version)
 
     def _put(self, doing: str, relative: str, data: bytes, mode: Any) -> bool:
-        """Write the object if the condition of `mode` holds."""
+        """Write the object; False when the condition of `mode` does not hold."""
         import obstore
 
-        seconds = self._silence * (1 + len(data) // _PATIENCE_BYTES)
+        seconds = self._silence * (1 + len(data) // _UPLOAD_BYTES)
         unsure = False
 
         def put() -> bool:
             nonlocal unsure
             try:
                 with _os_errors():
-                    obstore.put(self._connect(seconds), self._key(relative), data, mode=mode)
+                    obstore.put(self._connect(seconds), self._key(relative), data, mode=mode, use_multipart=False)
                 return True
             except _Refused:
                 # It may be this call's own object that was in the way.
@@ -122,6 +135,14 @@ class ObjectClient:
                 raise
 
         return self._retry(doing, relative, put)
+
+    def _replace(self, doing: str, relative: str, data: bytes, version: str | None) -> bool:
+        """For a store without conditions: look, then write. Of several writers at once, more than one may do so."""
+        try:
+            present = self.read_versioned(relative)[1]
+        except FileNotFoundError:
+            present = None
+        return present == version and self._put(doing, relative, data, "overwrite")
 
     def _holds(self, relative: str, data: bytes) -> bool:
         try:

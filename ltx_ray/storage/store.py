@@ -92,6 +92,8 @@ class Store:
         try:
             store = self.retrying_for(min(self._retry.seconds, _CHECK_RETRY_SECONDS))
             store.write_bytes(probe, b"")
+            if not store.is_local:
+                store.create(probe, b"")  # by the other library, which has to find its credentials, too
             store.delete(probe)
         except Exception as error:  # each filesystem raises its own classes
             raise ValueError(f"--output: {self.name}, cannot be written ({error})") from None
@@ -175,7 +177,8 @@ class Store:
         """Write a whole file only if there is none; of several writers at once, one gets True.
 
         True means that the file has exactly these bytes, and from this call: when an answer was lost, what is there
-        tells whose it is, so different writers should write different bytes. False means that another is there.
+        tells whose it is, so different writers should write different bytes. False means that another is there. An
+        object store without conditions is not that strict; see `refuses_second_create`.
         """
         return self._conditional.create(relative, data)
 
@@ -186,8 +189,8 @@ class Store:
     def update(self, relative: str, data: bytes, version: str) -> bool:
         """Replace a whole file that is still in this version; False when it is in another, or not there.
 
-        A lost answer is settled as in `create`. On a local network file system without locks, two writers at once may
-        both get True.
+        A lost answer is settled as in `create`. On a network file system without locks, and in an object store without
+        conditions, two writers at once may both get True.
         """
         return self._conditional.update(relative, data, version)
 
@@ -203,12 +206,14 @@ class Store:
         self._conditional.delete_many(relatives)
 
     def refuses_second_create(self) -> bool:
-        """Whether `create` leaves a file that is there as it is. Not every S3-compatible store does.
+        """Whether the store itself keeps `create` from replacing a file. Not every S3-compatible store does.
 
         This leaves a file at state/probe.
         """
+        files = self._conditional
+        create = files.create if isinstance(files, LocalFiles) else files.create_on_condition
         try:
-            return not all(self.create(_PROBE, secrets.token_bytes(16)) for _ in range(2))
+            return not all(create(_PROBE, secrets.token_bytes(16)) for _ in range(2))
         except io.UnsupportedOperation:
             return False
 

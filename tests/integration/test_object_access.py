@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from ltx_ray.storage.store import Store
+from tests.support.google_store import GoogleStore
 from tests.support.s3_faults import Proxy
 
 #: Writes one object with each library. A process of its own, because pyarrow reads files of profiles once.
@@ -169,3 +171,44 @@ def test_a_library_is_imported_only_where_it_is_needed(surroundings, bucket, tmp
     environment = {**surroundings, **ENVIRONMENT}
     assert modules(environment, str(tmp_path / "out")) == []
     assert modules(environment, bucket) == ["obstore"]
+
+
+@pytest.fixture
+def google(tmp_path, monkeypatch):
+    """Google's store, and the key of a service account in the environment."""
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import rsa
+
+    google = GoogleStore("bucket")
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    account = {
+        "type": "service_account",
+        "project_id": "p",
+        "client_email": "a@p.iam.gserviceaccount.com",
+        "private_key": key.private_bytes(*form).decode(),
+        "token_uri": f"http://{google.address}/token",
+    }
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", in_file(tmp_path, "account.json", json.dumps(account)))
+    yield google
+    google.close()
+
+
+def test_conditional_writes_in_googles_store(google):
+    store = Store(f"gs://bucket/out?scheme=http&endpoint_override={google.address}", wait=pytest.fail)
+    assert [store.create("a b/x", data) for data in (b"one", b"two")] == [True, False]
+    data, version = store.read_versioned("a b/x")
+    assert data == b"one" and [store.update("a b/x", data, version) for data in (b"two", b"three")] == [True, False]
+    assert google.objects == {"out/a b/x": (2, b"two")} and not store.update("none", b"1", version)
+    assert store.refuses_second_create() and sorted(store.names("")) == ["a b/x", "state/probe"]
+    store.delete_many(["a b/none", "a b/x", "a b/none either", "state/probe"])
+    assert google.objects == {} and google.tokens == {"TOKEN"}
+    with pytest.raises(FileNotFoundError):
+        store.read_versioned("a b/x")
+
+
+def test_googles_store_without_credentials_is_forbidden(google, tmp_path, monkeypatch):
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "none.json"))
+    store = Store(f"gs://bucket/out?scheme=http&endpoint_override={google.address}", wait=pytest.fail)
+    with pytest.raises(PermissionError, match=r"none\.json"):
+        store.create("y", b"1")

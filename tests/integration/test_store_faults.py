@@ -372,6 +372,37 @@ def test_conditional_writes_are_one_request_each(proxy, bucket):
     assert faults.met == {("PUT", "ok"): 3, ("GET", "ok"): 1}
 
 
+def test_a_conditional_write_that_meets_another_one_is_tried_again(proxy, bucket):
+    store = quick_store(bucket)
+    with proxy.misbehaving(kinds=("conflict",), methods=("PUT",), first=2):
+        assert store.create("x", b"1")
+    with proxy.misbehaving(kinds=("conflict",), methods=("PUT",), first=2):
+        assert not store.create("x", b"1"), "the object is another call's, with the same bytes"
+    _, version = store.read_versioned("x")
+    with proxy.misbehaving(kinds=("conflict",), methods=("PUT",), first=2):
+        assert store.update("x", b"2", version) and store.read_bytes("x") == b"2"
+
+
+def test_a_store_that_overlooks_conditions_is_known(proxy, bucket):
+    with proxy.misbehaving(kinds=("unconditional",), first=10**6):
+        assert not Store(bucket).refuses_second_create()
+    assert Store(bucket).refuses_second_create()
+
+
+def test_a_store_that_has_no_conditions_looks_before_it_writes(proxy, bucket):
+    store = Store(bucket, wait=pytest.fail)
+    with proxy.misbehaving(kinds=("not_implemented",), first=10**6):
+        assert not store.refuses_second_create()
+        assert [store.create("x", data) for data in (b"one", b"two")] == [True, False]
+        _, version = store.read_versioned("x")
+        assert [store.update("x", data, version) for data in (b"three", b"four")] == [True, False]
+        assert store.read_bytes("x") == b"three" and not store.update("none", b"1", version)
+        lease = Lease(store, "mine")
+        lease.acquire(pytest.fail)
+        assert holder(store).run_id == "mine"
+        lease.release()
+
+
 def test_many_threads_share_a_store_that_throttles(proxy, single_try, s3, bucket):
     store, errors = quick_store(bucket), []
 

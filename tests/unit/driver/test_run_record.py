@@ -15,10 +15,11 @@ from ltx_ray.storage.store import Store
 from tests.support.checkpoint_files import RELEASED
 
 
-def record(store: Store, run_id: str = "r1", **requested) -> RunRecord:
+def record(store: Store, run_id: str = "r1", epoch: int = 1, **requested) -> RunRecord:
     return RunRecord(
         store,
         run_id=run_id,
+        epoch=epoch,
         command=["ltx-ray", "render"],
         manifest="m.jsonl",
         output="out",
@@ -26,6 +27,16 @@ def record(store: Store, run_id: str = "r1", **requested) -> RunRecord:
         parallel=ParallelConfig(tp=2, guidance_parallel=3),
         requested=RequestedNumerics(**requested),
     )
+
+
+def test_a_run_that_lost_its_lease_does_not_replace_the_record_of_its_successor(tmp_path):
+    store = Store(str(tmp_path))
+    former, later = record(store, "former", epoch=3), record(store, "later", epoch=4)
+    former.write("running", {})
+    later.write("running", {})
+    former.write("finished", {})
+    found = json.loads(store.read_bytes("run.json"))
+    assert (found["run_id"], found["epoch"], found["state"]) == ("later", 4, "running")
 
 
 def test_before_the_cluster_is_joined_the_numerics_are_those_asked_for(tmp_path):

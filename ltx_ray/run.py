@@ -107,6 +107,8 @@ class Options:
     save_latents: bool = False
     #: "stage1" for previews; None for finished clips.
     stop_after: str | None = None
+    #: Whether the output may be in a store that does not refuse to create a file twice. See `Store.create`.
+    single_writer: bool = False
     image_roots: tuple[str, ...] = ()
     limits: RunLimits = RunLimits()  # noqa: RUF009 (frozen)
     #: Whether rows that failed by their own fault are tried again.
@@ -211,6 +213,11 @@ def _render(options: Options, signals: RunSignals) -> ExitCode:
         prepared = replace(prepared, warnings=(*prepared.warnings, *notes))
     store = Store(options.output)
     store.check_writable()
+    if not (options.single_writer or store.refuses_second_create()):
+        raise ValueError(
+            f"--output: {store.name}, whose store creates a file although there is one, so that two runs could write a "
+            f"row twice; legal: a store with conditional writes, or --single-writer if no other run writes there"
+        )
     return Run(prepared, store, address, signals).execute(raws)
 
 

@@ -66,8 +66,8 @@ class CheckedPart:
         if self.bad_rows:
             return f"set aside in {repair.take_out_rows(self.path, self.bad_rows)}", len(self.bad_rows)
         if self.foreign:
-            aside, stay = repair.adopt(self.path)
-            return f"set aside as {aside}; {stay} of its rows stay, which no other part has", 1
+            moved_to, stay = repair.adopt(self.path)
+            return f"set aside as {moved_to}; {stay} of its rows stay, which no other part has", 1
         return f"set aside as {repair.take_out_part(self.path)}", 1
 
 

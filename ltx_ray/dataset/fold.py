@@ -153,12 +153,12 @@ def fold_dataset(store: Store, existing: ExistingRows, dataset: str, writer: str
 
 def set_aside(store: Store, path: str) -> str:
     """Move a file of the dataset below state/aside/; returns where it is now."""
-    data, aside = store.read_bytes(path), f"{layout.ASIDE}/{path}"
-    while not store.create(aside, data):
+    data, moved_to = store.read_bytes(path), f"{layout.ASIDE}/{path}"
+    while not store.create(moved_to, data):
         stem, dot, ending = f"{layout.ASIDE}/{path}".rpartition(".")
-        aside = f"{stem}-{secrets.token_hex(4)}{dot}{ending}"
+        moved_to = f"{stem}-{secrets.token_hex(4)}{dot}{ending}"
     store.delete(path)
-    return aside
+    return moved_to
 
 
 def without_whole_clip(store: Store, rows: pa.Table) -> list[int]:

@@ -42,23 +42,23 @@ class Repair:
             left = [number for number in range(len(table)) if number not in numbers]
             bad = take(table, sorted(numbers))
             name = f"{os.path.basename(path).removesuffix('.parquet')}-rows-{secrets.token_hex(4)}.parquet"
-            aside = f"{layout.ASIDE}/{folder}/{name}"
-            store.create(aside, encode_part(bad, folder, self._run_id))
+            moved_to = f"{layout.ASIDE}/{folder}/{name}"
+            store.create(moved_to, encode_part(bad, folder, self._run_id))
             if not left:
                 store.delete(path)
             elif not store.update(path, encode_part(take(table, left), folder, self._run_id), version):
-                store.delete(aside)
+                store.delete(moved_to)
                 continue
             self._set_clips_aside(bad)
-            return aside
+            return moved_to
 
     def take_out_part(self, path: str, table: pa.Table | None = None) -> str:
         """Take a whole part out; `table`: its rows, whose clips go with it, where they are bad."""
-        aside = set_aside(self._store, path)
+        moved_to = set_aside(self._store, path)
         self._gone.add(path)
         if table is not None:
             self._set_clips_aside(table)
-        return aside
+        return moved_to
 
     def _set_clips_aside(self, rows: pa.Table) -> None:
         for clip, item_id in zip(rows["clip"].to_pylist(), rows["item_id"].to_pylist(), strict=True):

@@ -227,8 +227,8 @@ def test_a_clip_that_is_not_its_rows_goes_with_them_so_that_it_is_rendered_anew(
     altered = folded.read_bytes(clip_of(0))
     check(folded, repair=True)
     assert not folded.exists(clip_of(0)) and folded.read_bytes(f"state/aside/{clip_of(0)}") == altered
-    aside = [name for name in folded.names("state/aside") if name.endswith(".parquet")]
-    [table] = [pq.read_table(io.BytesIO(folded.read_bytes(f"state/aside/{name}"))) for name in aside]
+    moved_to = [name for name in folded.names("state/aside") if name.endswith(".parquet")]
+    [table] = [pq.read_table(io.BytesIO(folded.read_bytes(f"state/aside/{name}"))) for name in moved_to]
     assert sorted(table["id"].to_pylist()) == ["a", "b"]
 
 

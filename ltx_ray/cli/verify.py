@@ -78,7 +78,7 @@ def _check_files(check: DatasetCheck, say: Callable[[str], None], repair: bool) 
         repairing = Repair(check.store, say)
         for part in check.parts():
             if part.findings:
-                remedy, count = part.repair(repairing)
+                count, remedy = part.taken_out(repairing)
                 problems, moved = problems + len(part.findings), moved + count
                 for finding in part.findings:
                     say(str(dataclasses.replace(finding, remedy=remedy)))
@@ -112,8 +112,8 @@ def _render_again(
     for part, row in sampled:
         missing = {use["name"] for use in row["loras"] or ()} - declared
         if missing:
-            why = f"it was rendered with LoRAs that are not given ({_names(missing)})"
-            say(f"{part} ({row['id']}): not comparable: {why}")
+            named = f"{part} ({row['id']})"
+            say(f"{named}: not comparable: it was rendered with LoRAs that are not given ({_names(missing)})")
         else:
             comparable.append(row)
     parts = {row["item_id"]: part for part, row in sampled}

@@ -53,22 +53,22 @@ class CheckedPart:
     #: It is none of the dataset's parts, though it can be read as one.
     foreign: bool = False
 
-    def add(self, problem: str, remedy: str, row_id: str | None = None) -> CheckedPart:
+    def wrong(self, problem: str, remedy: str, row_id: str | None = None) -> CheckedPart:
         self.findings.append(Finding(self.path, row_id, problem, remedy))
         return self
 
-    def add_row(self, number: int, row: IndexRow, problem: str, remedy: str = _RENDER_AGAIN) -> None:
+    def wrong_row(self, number: int, row: IndexRow, problem: str, remedy: str) -> None:
         self.bad_rows.add(number)
-        self.add(problem, remedy, row["id"])
+        self.wrong(problem, remedy, row["id"])
 
-    def repair(self, repair: Repair) -> tuple[str, int]:
-        """Take out what is bad; what was done, in words, and the number of things that were set aside."""
+    def taken_out(self, repair: Repair) -> tuple[int, str]:
+        """Take out what is bad; the number of things that were set aside, and what was done, in words."""
         if self.bad_rows:
-            return f"set aside in {repair.take_out_rows(self.path, self.bad_rows)}", len(self.bad_rows)
+            return len(self.bad_rows), f"set aside in {repair.take_out_rows(self.path, self.bad_rows)}"
         if self.foreign:
             moved_to, stay = repair.adopt(self.path)
-            return f"set aside as {moved_to}; {stay} of its rows stay, which no other part has", 1
-        return f"set aside as {repair.take_out_part(self.path)}", 1
+            return 1, f"set aside as {moved_to}; {stay} of its rows stay, which no other part has"
+        return 1, f"set aside as {repair.take_out_part(self.path)}"
 
 
 @dataclass
@@ -115,16 +115,16 @@ class DatasetCheck:
         try:
             table = read_part(self.store, part.path)
         except UnreadablePart as damage:
-            return part.add(f"cannot be read as Parquet ({_one_line(damage.__context__ or damage)})", _SET_ASIDE)
+            return part.wrong(f"cannot be read as Parquet ({_one_line(damage.__context__ or damage)})", _SET_ASIDE)
         schema = table.schema.remove_metadata()
         expected = layout.index_schema(schema.names)
         if not schema.equals(expected):
             wrong = [c.name for c in expected if c.name not in schema.names or schema.field(c.name).type != c.type]
             what = ", ".join(wrong) or "more, or another order"
-            return part.add(f"does not have the columns of an index ({what})", _SET_ASIDE)
+            return part.wrong(f"does not have the columns of an index ({what})", _SET_ASIDE)
         if (problem := _foreign(name, table)) is not None:
             part.foreign = True
-            return part.add(problem, _ADOPT)
+            return part.wrong(problem, _ADOPT)
         number = 0
         with ThreadPoolExecutor(_THREADS) as pool:
             for batch in table.to_batches(_BATCH):
@@ -137,7 +137,7 @@ class DatasetCheck:
     def _check_row(self, part: CheckedPart, number: int, row: IndexRow, wrong_clip: str | None) -> None:
         self.rows += 1
         if not row["id"] or not layout.ITEM_ID.fullmatch(row["item_id"] or ""):
-            return part.add_row(number, row, "its row has no id or no item_id")
+            return part.wrong_row(number, row, "its row has no id or no item_id", _RENDER_AGAIN)
         self.clips += row["clip"] is not None
         of_row, of_id = _short_hash(f"{row['item_id']} {row['id']}"), _short_hash(row["id"])
         again, other = of_row in self._seen, of_id in self._seen and of_row not in self._seen
@@ -145,9 +145,9 @@ class DatasetCheck:
         self._seen |= {of_row, of_id}
         self._has_row(row["item_id"])
         if again:
-            part.add_row(number, row, "the row is in another part too", _SET_ASIDE)
+            part.wrong_row(number, row, "the row is in another part too", _SET_ASIDE)
         elif wrong_clip is not None:
-            part.add_row(number, row, wrong_clip)
+            part.wrong_row(number, row, wrong_clip, _RENDER_AGAIN)
         elif self.sample and row["clip"] is not None:
             self._consider(part, row)
 
@@ -191,8 +191,7 @@ class DatasetCheck:
         except (UnreadablePart, KeyError) as error:
             what = "failed rows" if table == layout.FAILED else "previews"
             why = _one_line(error.__context__ or error)
-            remedy = "run ltx-ray verify --repair: it is set aside; ltx-ray render of its manifest tries its rows again"
-            return part.add(f"cannot be read as a table of {what} ({why})", remedy)
+            return part.wrong(f"cannot be read as a table of {what} ({why})", _SET_ASIDE)
         return part
 
     def _segment(self, path: str) -> CheckedPart:
@@ -202,7 +201,7 @@ class DatasetCheck:
         except FileNotFoundError:
             return part  # It was folded meanwhile.
         except UnreadablePart as damage:
-            return part.add(f"cannot be read ({_one_line(damage.__context__ or damage)})", _SET_ASIDE)
+            return part.wrong(f"cannot be read ({_one_line(damage.__context__ or damage)})", _SET_ASIDE)
         if segment_table(path) != layout.FAILED:
             self.pending += len(rows)
             for item_id in rows["item_id"].to_pylist():

@@ -11,9 +11,6 @@ from dataclasses import dataclass
 from ltx_ray.records import Clip
 from ltx_ray.storage.store import Store
 
-#: A flag of a clip that was there with other latents than those that its row's item gave now.
-LATENTS_DIFFER = "latents_differ"
-
 
 @dataclass(frozen=True)
 class ClipMetadata:
@@ -40,7 +37,7 @@ def publish_clip(
             continue
         found = read_metadata(there) if is_whole(there) else None
         if found is not None and found.item_id == item_id and found.latents_sha256 is not None:
-            differ = (LATENTS_DIFFER,) if found.latents_sha256 != clip.latents_sha256 else ()
+            differ = ("latents_differ",) if found.latents_sha256 != clip.latents_sha256 else ()
             return dataclasses.replace(
                 clip, sha256=hashlib.sha256(there).hexdigest(), latents_sha256=found.latents_sha256,
                 flags=(*clip.flags, *differ),

@@ -138,7 +138,7 @@ def fold_dataset(store: Store, existing: ExistingRows, dataset: str, writer: str
     again. The clips of folded rows are left to `verify`.
     """
     for damage in existing.damaged:
-        say(f"{damage}; now {set_aside(store, damage.path)}: its rows are rendered again")
+        say(f"{damage.path} is damaged and now {set_aside(store, damage.path)}; its rows are rendered again")
     if not existing.segments:
         return 0
 

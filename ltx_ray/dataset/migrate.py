@@ -54,21 +54,20 @@ def _one_row_parts(store: Store, table: str) -> list[str]:
 def _read(store: Store, table: str, names: list[str], say: Callable[[str], None]) -> list[tuple[str, pa.Table]]:
     """(path, row) of each part that holds the row that its name says, or a failed row."""
 
-    def read(name: str) -> tuple[str, pa.Table] | str:
+    def read(name: str) -> tuple[str, pa.Table] | None:
         path = f"{table}/{name}"
         try:
             rows = read_part(store, path)
         except UnreadablePart as damage:
-            return str(damage)
+            say(str(damage))
+            return None
         if len(rows) != 1 or (table != layout.FAILED and name != _due_name(rows)):
-            return f"{path} is not named after its row and stays; ltx-ray verify --repair mends that"
+            say(f"{path} is not named after its row and stays; ltx-ray verify --repair mends that")
+            return None
         return path, rows
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        read_all = list(pool.map(read, names))
-    for problem in (one for one in read_all if isinstance(one, str)):
-        say(problem)
-    return [one for one in read_all if not isinstance(one, str)]
+        return [found for found in pool.map(read, names) if found is not None]
 
 
 def _due_name(rows: pa.Table) -> str:

@@ -155,6 +155,23 @@ def test_a_killed_driver_is_followed_by_two_of_which_one_goes_on(job):
     assert any("0 rendered, 8 done before" in log for log in logs)
 
 
+def test_a_killed_driver_leaves_no_row_twice_and_the_next_run_has_all(job):
+    """Killed again and again, at moments that are spread over commits and folds."""
+    manifest, seen = rows(*["[[stage1:slow:0.1]]"] * 24), 0
+    for moment in (0.0, 0.7, 1.6):
+        driver = job.start(manifest, parallel=SHARED)
+        job.until(lambda seen=seen: len(job.out.index()) > seen, "another row")
+        time.sleep(moment)
+        driver.kill()
+        read, seen = job.out.read(), len(job.out.index())  # which fail when a row is there twice
+        assert set(read) <= set(job.out.index()) and seen < 24
+    before = job.out.index()
+    job.start(manifest, parallel=SHARED).ends(0)
+    after = whole(job, 24)
+    assert set(job.out.read()) == set(after) and all(after[name] == row for name, row in before.items())
+    assert not list(job.out.folder.glob("state/wal/*"))
+
+
 def test_a_sigterm_drains_in_time_though_calls_of_minutes_are_under_way(job):
     """The decode pool finishes its clip; calls of stage 1 are abandoned."""
     manifest = rows("[[decode:slow:3]]", *["[[stage1:gate]]"] * 4)

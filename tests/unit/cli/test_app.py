@@ -112,6 +112,15 @@ def test_an_output_that_cannot_be_written(cmd, manifest, tmp_path):
     assert f"--output: {tmp_path}/file/out, cannot be written" in message
 
 
+def test_a_store_that_does_not_refuse_a_second_create(cmd, manifest, out, monkeypatch):
+    monkeypatch.setattr(Store, "create", lambda store, path, data: store.write_bytes(path, data) or True)
+    monkeypatch.setattr(Store, "refuses_second_create", lambda store: False)
+    code, _, err = cmd("render", manifest, "--output", out, "--model", "toy")
+    assert code == 2 and f"--output: {out}, whose store creates a file although there is one" in err
+    monkeypatch.setattr(run.Run, "execute", lambda self, rows: 0)
+    assert cmd("render", manifest, "--output", out, "--model", "toy", "--single-writer")[0] == 0
+
+
 def test_an_output_in_the_copy_of_a_job(cmd, manifest, tmp_path, monkeypatch):
     copy = tmp_path / "session_1/runtime_resources/working_dir_files/_ray_pkg_1"
     monkeypatch.setenv("HOME", "/home/me")

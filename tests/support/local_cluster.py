@@ -24,6 +24,8 @@ from ltx_ray.engine.base import Rank
 from ltx_ray.engine.fake import FakeEngine, open_gate
 from ltx_ray.placement.sizing import ParallelConfig
 from ltx_ray.run import Options
+from ltx_ray.storage.lease import holder
+from ltx_ray.storage.store import Store
 from tests.support.ray_settings import QUICK, SYSTEM
 
 T = TypeVar("T")
@@ -51,7 +53,7 @@ _SYSTEM = {
 #: Files that a run may leave in its output.
 _EXPECTED_FILES = re.compile(
     r"(clips|previews)/[0-9a-f]{2}/[0-9a-f]{32}\.mp4|latents/[0-9a-f]{2}/[0-9a-f]{32}\.safetensors"
-    r"|dataset\.json|state/probe"
+    r"|dataset\.json|state/lease\.json"
     r"|(index|failed|previews)/part-[\w-]+\.parquet|(runs/[^/]+/)?(run\.json|events\.jsonl|report\.html)|_fake/[\w-]+"
 )
 
@@ -246,6 +248,8 @@ class Job:
         wrong += self.cluster.leaks()
         wrong += [f"process {pid} is still running" for pid in _survivors(self.out.pids())]
         wrong += [f"file {name}" for name in self.out.leftovers()]
+        if (held := holder(Store(str(self.out.folder)))) is not None:
+            wrong.append(f"run {held.run_id} has not given its lease back")
         return wrong
 
     def close(self) -> None:

@@ -32,7 +32,7 @@ from ltx_ray.storage.store import Store
 T = TypeVar("T")
 
 #: Rows that become records at once, and threads that read parts and segments.
-_BATCH, _THREADS = 1 << 17, 8
+_BATCH, _THREADS = 1 << 17, 16
 #: The number of a part that stands for all parts of one row, whose names follow from their rows.
 _OF_ONE_ROW = (1 << 32) - 1
 #: Columns that say which row has failed, and how.

@@ -14,7 +14,7 @@ objects_per_row         objects below index/ and state/, over the rows
 finish_rows_per_second  making and committing rows, folding left out
 fold_rows_per_second    folding alone. Target: 20,000. `fold_rows_per_cpu_second` is steadier on a busy machine
 start_seconds           listing what a run needs at its start, in a process of its own. Target at 1M rows: 5
-start_mb                anonymous memory that it holds after that, above the start of the process; `start_peak_mb` at most
+start_mb                anonymous memory that it holds then, above the start of the process; `start_peak_mb` at most
                         and with all mapped files. Tables of more than 4 MiB lie in temporary files
 start_requests          requests to the store at the start, with --store s3
 one_row_*               the same of the way of 0.1.0, a Parquet file for each row, of at most 2,000 rows (--compare)

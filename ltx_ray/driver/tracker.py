@@ -18,6 +18,7 @@ from ltx_ray.dataset.failures import FailureScope
 from ltx_ray.dataset.parts import UnreadablePart
 from ltx_ray.dataset.writer import DatasetWriter, Failure, Rendered
 from ltx_ray.driver.events import EventLog, RunMetrics
+from ltx_ray.driver.illegal_rows import IllegalRows
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
 from ltx_ray.manifest.rules import IllegalRow, RowProblem
@@ -118,6 +119,7 @@ class RowTracker:
         #: The items in the pools and those whose rows are being written, by item_id.
         self.items: dict[str, TrackedItem] = {}
         self.exhausted = False
+        self._illegal = IllegalRows(progress.say)
         self._scope = FailureScope(writer.log.store, plan.manifest)
         self._said_unchecked = False
         #: By item_id: a row that asks later for an item that has failed in this run fails the same way.
@@ -186,9 +188,8 @@ class RowTracker:
     def _take_illegal(self, row: IllegalRow) -> None:
         raw, messages = row.raw, row.messages()
         self.counts["illegal"] += 1
-        for message in messages:
-            self.progress.say(message)
-        self.events.emit("row_illegal", source=raw.source, id=row.id, message="\n".join(messages))
+        if self._illegal.take(row):
+            self.events.emit("row_illegal", source=raw.source, id=row.id, message="\n".join(messages))
         self.publisher.submit(lambda: self._scope.found(self.writer.write_illegal(raw, messages)), _nothing)
 
     def _take_copy(self, planned: PlannedRow) -> None:
@@ -335,6 +336,7 @@ class RowTracker:
     def close(self, complete: bool) -> None:
         """End of the run. `complete`: every row of the manifest was read."""
         self.publisher.poll()
+        self._illegal.summarize()
         if complete and self.plan.complete:
             self.writer.complete(self._scope)
 

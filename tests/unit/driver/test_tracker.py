@@ -12,6 +12,7 @@ from ltx_ray.dataset.parts import read_rows
 from ltx_ray.dataset.row_log import RowLog
 from ltx_ray.dataset.writer import DatasetWriter, Failure
 from ltx_ray.driver.events import EventLog
+from ltx_ray.driver.illegal_rows import SHOWN
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
 from ltx_ray.driver.tracker import RowTracker
@@ -217,6 +218,21 @@ def test_illegal_rows_are_on_record_and_forgotten_when_they_are_legal(output):
     assert output.ids("failed") == ["a"], "the rest of the manifest is unknown"
     output.tracker.close(complete=True)
     assert output.ids("failed") == []
+
+
+def test_many_illegal_rows_are_said_by_their_commonest_reasons(output):
+    many = [{"id": f"r{n}", "prompt": "a", "height": 1080 if n % 3 else 1081, "seed": -n} for n in range(SHOWN + 200)]
+    output.open(many)
+    assert output.take(1000) == []
+    output.settle()
+    output.tracker.close(complete=True)
+    said = output.said.getvalue()
+    assert said.count(":height (r") == SHOWN and f"{SHOWN + 200} rows are illegal, all of them in failed/" in said
+    assert "the commonest reasons: 300 of height: legal: " in said and "; 299 of seed: legal: " in said
+    output.tracker.events.flush()
+    assert output.store.read_bytes("events.jsonl").count(b"row_illegal") == SHOWN
+    assert len(output.ids("failed")) == SHOWN + 200 and output.tracker.counts["illegal"] == SHOWN + 200
+    assert len(output.store.list_names("failed")) == 1
 
 
 def test_a_row_that_was_edited_leaves_its_older_failure_behind(output):

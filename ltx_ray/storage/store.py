@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import random
 import secrets
 import shutil
 import time
@@ -306,16 +307,17 @@ class Store:
                 pass
 
 
-def clean_stale(store: Store, older_than_seconds: float) -> int:
+def clean_stale(store: Store, older_than_seconds: float, seconds: float = 5.0) -> int:
     """Remove temporary files that killed processes left in a local output; returns how many.
 
     A file written to within the last `older_than_seconds` may belong to a running process and stays. Object stores
-    have no temporary files.
+    have no temporary files. Folders of many files are looked through in a random order, for so many `seconds` in all:
+    what is left may be found the next time.
     """
     if not store.is_local:
         return 0
-    latest, removed = time.time() - older_than_seconds, 0
-    for path in _temporaries(store.root):
+    latest, removed, end = time.time() - older_than_seconds, 0, time.monotonic() + seconds
+    for path in _temporaries(store.root, end):
         try:
             if os.stat(path).st_mtime <= latest:
                 os.unlink(path)
@@ -325,10 +327,10 @@ def clean_stale(store: Store, older_than_seconds: float) -> int:
     return removed
 
 
-def _temporaries(root: str) -> Iterator[str]:
+def _temporaries(root: str, end: float) -> Iterator[str]:
     folders = [root]
-    while folders:
-        folder = folders.pop()
+    while folders and time.monotonic() < end:
+        folder = folders.pop(random.randrange(len(folders)))
         try:
             with os.scandir(folder) as entries:
                 for entry in entries:

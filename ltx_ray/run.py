@@ -23,16 +23,16 @@ from ltx_ray.checkpoints.checkpoint import (
 )
 from ltx_ray.checkpoints.lora import check_lora
 from ltx_ray.config import NEWEST_SCHEME, EngineSpec, ModelFiles, Numerics, RequestedNumerics, RunLimits, Selection
-from ltx_ray.dataset.clip_rate import rate_text
 from ltx_ray.dataset.existing import ExistingRows, list_existing
+from ltx_ray.dataset.fold import fold_dataset, fold_output
 from ltx_ray.dataset.identity import KeptIdentity, read_identity
-from ltx_ray.dataset.repair import repair
+from ltx_ray.dataset.row_log import RowLog
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.driver.events import EventLog
 from ltx_ray.driver.loop import Driver, JoinedCluster
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
-from ltx_ray.driver.run_record import RunRecord, keep_older_run, recorded_counts
+from ltx_ray.driver.run_record import RunRecord, keep_older_run, recorded_counts, summary_line
 from ltx_ray.driver.signals import RunSignals, Stopped
 from ltx_ray.driver.tracker import RowTracker
 from ltx_ray.manifest.raw import RawRow
@@ -53,7 +53,7 @@ from ltx_ray.stages import FULL_PATH, PREVIEW_PATH
 from ltx_ray.storage.credentials import masked
 from ltx_ray.storage.images import check_roots
 from ltx_ray.storage.lease import Lease
-from ltx_ray.storage.locations import is_in_job_copy, recorded
+from ltx_ray.storage.locations import is_in_job_copy, recorded, resolve, split_options
 from ltx_ray.storage.store import Store, clean_stale
 
 #: No process is still writing a temporary file of this age, in seconds.
@@ -61,8 +61,6 @@ _STALE_SECONDS = 3600.0
 #: Seconds for which an output that cannot be reached is retried before the run ends.
 _OUTPUT_RETRY_SECONDS = 600.0
 _CHECK_RETRY_SECONDS = 10.0
-#: Threads that write rows. An object store takes long for each write, but takes many at once.
-_LOCAL_WRITERS, _REMOTE_WRITERS = 2, 16
 #: A run ends with a report for up to this many rows, because the report reads every row while the cluster waits.
 _REPORT_ROWS, _REMOTE_REPORT_ROWS = 20_000, 500
 
@@ -109,6 +107,8 @@ class Options:
     save_latents: bool = False
     #: "stage1" for previews; None for finished clips.
     stop_after: str | None = None
+    #: Whether the output may be in a store that does not refuse to create a file twice. See `Store.create`.
+    single_writer: bool = False
     image_roots: tuple[str, ...] = ()
     limits: RunLimits = RunLimits()  # noqa: RUF009 (frozen)
     #: Whether rows that failed by their own fault are tried again.
@@ -206,12 +206,26 @@ def _render(options: Options, signals: RunSignals) -> ExitCode:
     address = where_to_run(options.ray_address)
     # What is wrong with the manifest as a whole is reported before the output is touched.
     notes: list[str] = []
+    if _reads_output(options):  # rows that failed in a run that was killed are in no part of failed/ yet
+        fold_output(Store(options.output), Progress().say)
     raws = prepared.plan.read(notes.append)
     if not (options.retry_failed or options.promote is not None):  # whose manifest is a table of a dataset
         prepared = replace(prepared, warnings=(*prepared.warnings, *notes))
     store = Store(options.output)
     store.check_writable()
+    if not (options.single_writer or store.refuses_second_create()):
+        raise ValueError(
+            f"--output: {store.name}, whose store creates a file although there is one, so that two runs could write a "
+            f"row twice; legal: a store with conditional writes, or --single-writer if no other run writes there"
+        )
     return Run(prepared, store, address, signals).execute(raws)
+
+
+def _reads_output(options: Options) -> bool:
+    """Whether the manifest is in the output: one of its tables."""
+    assert options.output is not None
+    manifest, output = (split_options(resolve(location))[0] for location in (options.manifest, options.output))
+    return manifest.startswith(f"{output.rstrip('/')}/")
 
 
 def _check_output(output: str) -> None:
@@ -254,7 +268,7 @@ class Run:
         self.lease.acquire(self.progress.say)
         try:
             self.identity.begin(self.prepared.plan.builder.scheme, self.options.scheme)
-            existing = self._repaired_rows()
+            existing = self._existing_rows()
             plan = self.prepared.plan.against(existing)
             if self.options.promote is not None:
                 plan.manifest_rows = None  # many are passed over
@@ -262,17 +276,20 @@ class Run:
         finally:
             self._leave()
 
-    def _repaired_rows(self) -> ExistingRows:
-        """Repair the dataset and list its rows, under the lease: rows that another run has just finished are done."""
+    def _existing_rows(self) -> ExistingRows:
+        """List the dataset's rows, under the lease: rows that another run has just finished are done.
+
+        What a run that was killed has finished is folded. Nothing that is folded is mended.
+        """
         clean_stale(self.store, _STALE_SECONDS)
-        existing = list_existing(self.store)
-        repair(self.store, existing, self.progress.say)
+        existing = list_existing(self.store, self.progress.say)
+        fold_dataset(self.store, existing, self.identity.dataset_id, self.run_id, self.progress.say)
         return existing
 
     def _chosen(self, plan: Plan, rows: Iterator[PlanEntry]) -> Iterator[PlanEntry]:
         """`rows`, of which a promotion leaves some out. Ids that are selected and missing are named at the end."""
         yield from rows if self.options.promote is None else promoted(rows, self.options.promote, plan.existing)
-        say_missing_ids(plan, self.progress.say)
+        plan.say_missing_ids(self.progress.say)
 
     def _engines(self, numerics: Numerics) -> dict[str, EngineSpec]:
         return {
@@ -320,10 +337,18 @@ class _Rendering:
             parallel=options.parallel,
             requested=options.numerics,
         )
+        self._log = RowLog(
+            store.retrying_for(_OUTPUT_RETRY_SECONDS),
+            plan.existing,
+            run.identity.dataset_id,
+            run.run_id,
+            holds_lease=lambda: not run.lease.lost,
+            fold_failures=not _reads_output(options),
+        )
         self._tracker = RowTracker(
             plan,
-            DatasetWriter(store.retrying_for(_OUTPUT_RETRY_SECONDS)),
-            Publisher(threads=_LOCAL_WRITERS if store.is_local else _REMOTE_WRITERS),
+            DatasetWriter(self._log),
+            Publisher(self._log),
             self._events,
             run.progress,
             canonical_json(self._record.versions),
@@ -349,7 +374,7 @@ class _Rendering:
             _write_report(run.store, self._tracker.counts["rows"], run.progress.say)
             run.signals.action = self._driver.request_drain
         counts = recorded_counts(self._tracker.counts)
-        run.progress.say(_summary(state, counts, self._record.clips_per_hour, run.store.name))
+        run.progress.say(summary_line(state, counts, self._record.clips_per_hour, run.store.name))
         return code
 
     def _drive(self, rows: Iterator[PlanEntry]) -> tuple[str, ExitCode]:
@@ -373,8 +398,16 @@ class _Rendering:
             code = ExitCode.USAGE if isinstance(error, ModelRefused) else code
         finally:
             self._run.signals.action = self._driver.request_drain
+            self._fold()
             self._finish(state)
         return state, code
+
+    def _fold(self) -> None:
+        """Fold what the run has finished. What cannot be folded now is folded by the next run."""
+        try:
+            self._log.close()
+        except OSError as error:
+            self._run.progress.say(f"rows were not folded: {error}; ltx-ray fold {self._run.store.name} does that")
 
     def _run_driver(self, rows: Iterator[PlanEntry]) -> tuple[str, ExitCode]:
         """Render `rows`; the run's state and its exit code."""
@@ -461,22 +494,3 @@ def _write_report(store: Store, rows: int, say: Callable[[str], None]) -> None:
         write_report(store.uri)
     except (Exception, Stopped) as error:  # The report must never change how a run ends.
         say(f"report.html was not written: {error}")
-
-
-def say_missing_ids(plan: Plan, say: Callable[[str], None]) -> None:
-    """Name ids that were selected and that the manifest, read to its end, does not have."""
-    if plan.unmet:
-        shown = ", ".join(sorted(str(row_id) for row_id in plan.unmet)[:10])
-        say(f"--ids: {len(plan.unmet)} ids are not in {recorded(plan.manifest)}, such as {shown}")
-
-
-def _summary(state: str, counts: Mapping[str, int], rate: float | None, output: str) -> str:
-    parts = [f"{counts['rendered']} rendered" + (f" ({rate_text(rate)})" if rate else "")]
-    if counts["already_done"]:
-        parts.append(f"{counts['already_done']} done before")
-    for what in ("failed", "illegal"):
-        if counts[what]:
-            parts.append(f"{counts[what]} {what}")
-    if counts["failed"] + counts["illegal"]:
-        parts.append(f"listed in {output}/failed")
-    return f"{state}: {counts['rows']} rows, {', '.join(parts)}"

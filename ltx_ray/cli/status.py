@@ -72,7 +72,10 @@ def _counts(existing: ExistingRows) -> str:
             f" ({kinds[layout.ILLEGAL]} illegal, {kinds[layout.ROW]} of their own fault, "
             f"{kinds[layout.INFRASTRUCTURE]} of infrastructure's)"
         )
-    return line + (f", {existing.preview_count} previews" if existing.preview_count else "")
+    if existing.preview_count:
+        line += f", {existing.preview_count} previews"
+    pending = existing.pending_count
+    return line + (f"; {pending} rows finished and not yet folded" if pending else "")
 
 
 def _replica_lines(replicas: Mapping[str, LastCall]) -> Iterator[str]:

@@ -16,7 +16,7 @@ import ltx_ray
 from ltx_ray.checkpoints.checkpoint import Checkpoint
 from ltx_ray.config import Numerics, PoolSpec, RequestedNumerics
 from ltx_ray.dataset import layout
-from ltx_ray.dataset.clip_rate import UNFINISHED, final_rate
+from ltx_ray.dataset.clip_rate import UNFINISHED, final_rate, rate_text
 from ltx_ray.dataset.run_summary import SummaryBuilder
 from ltx_ray.placement.sizing import ParallelConfig
 from ltx_ray.records import canonical_json, plain
@@ -149,6 +149,19 @@ class RunRecord:
 def recorded_counts(counts: Mapping[str, int]) -> dict[str, int]:
     """The counts that people see, zeros included."""
     return {name: counts.get(name, 0) for name in _COUNTS}
+
+
+def summary_line(state: str, counts: Mapping[str, int], rate: float | None, output: str) -> str:
+    """The last line of a run. `rate` in clips/h."""
+    parts = [f"{counts['rendered']} rendered" + (f" ({rate_text(rate)})" if rate else "")]
+    if counts["already_done"]:
+        parts.append(f"{counts['already_done']} done before")
+    for what in ("failed", "illegal"):
+        if counts[what]:
+            parts.append(f"{counts[what]} {what}")
+    if counts["failed"] + counts["illegal"]:
+        parts.append(f"listed in {output}/failed")
+    return f"{state}: {counts['rows']} rows, {', '.join(parts)}"
 
 
 def keep_older_run(store: Store) -> None:

@@ -12,12 +12,15 @@ import logging
 import os
 import tempfile
 from collections.abc import Generator
+from pathlib import Path
 
 import numpy as np
 import torch
 
+import ltx_ray
 from ltx_ray.checkpoints.digests import cache_root
 from ltx_ray.config import EngineSpec
+from ltx_ray.dataset.clips import publish_clip
 from ltx_ray.dataset.layout import clip_path, preview_path, thumb_path
 from ltx_ray.dataset.thumbnails import FrameSheet
 from ltx_ray.engine import codec, components
@@ -25,7 +28,7 @@ from ltx_ray.engine.base import Rank, is_out_of_memory, resolve_dtype
 from ltx_ray.engine.frames import PictureCheck, decode_tiled, to_yuv420
 from ltx_ray.engine.latents import LatentStore, latents_sha256, named_latents
 from ltx_ray.engine.loudness import measure_sound
-from ltx_ray.engine.mp4 import write_mp4
+from ltx_ray.engine.mp4 import read_metadata, write_mp4
 from ltx_ray.engine.prefetch import prefetch
 from ltx_ray.engine.tiling import LADDER, Tiling, distinct_rungs
 from ltx_ray.presets import PIPELINES
@@ -100,7 +103,12 @@ class DecodeEngine:
                 stages = (self.latents.load_stage1(item, self.dtype)[0],)
         named = named_latents(*stages)
         digest = latents_sha256(named)
-        metadata = {"item_id": item.item_id, "recipe_digest": item.recipe_digest}
+        metadata = {
+            "item_id": item.item_id,
+            "recipe_digest": item.recipe_digest,
+            "latents_sha256": digest,
+            "ltx_ray": ltx_ray.__version__,
+        }
         if self.spec.stop_after:
             # Stage 1 renders at half size, and its latents are decoded at that size.
             path, shape = preview_path(item.item_id), item.request.shape.half()
@@ -118,14 +126,14 @@ class DecodeEngine:
             # Pixels of smaller tiles differ slightly from those of the reference's.
             smaller = ("tiled_smaller",) if self.facts.decode_rung else ()
             flags = pictures.flags() + heard.flags(shape.seconds) + smaller
-            clip = Clip(path, _file_sha256(temporary), digest, flags, audio_stage, pictures.measures(), heard)
+            data = Path(temporary).read_bytes()
+            sha256 = hashlib.sha256(data).hexdigest()
+            clip = Clip(path, sha256, digest, flags, audio_stage, pictures.measures(), heard)
             if item.preflight:
                 return dataclasses.replace(clip, path=None)
-            os.chmod(temporary, 0o644)
-            self.store.publish(temporary, path)
+            clip = publish_clip(self.store, clip, item.item_id, data, read_metadata)
         finally:
-            if os.path.exists(temporary):
-                os.unlink(temporary)
+            os.unlink(temporary)
         if not self.spec.stop_after:
             self._publish_thumb(item, sheet)
             # An earlier attempt that failed may have cached them. A finished clip needs them no longer.
@@ -215,8 +223,3 @@ class DecodeEngine:
             raise RowError("the decoded sound is not finite")
         sound = waveform.float().cpu().numpy()[:, :samples]
         return np.pad(sound, ((0, 0), (0, samples - sound.shape[1])))
-
-
-def _file_sha256(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

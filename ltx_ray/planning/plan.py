@@ -27,6 +27,7 @@ from ltx_ray.planning.templates import RowTemplate, TemplateCache, item_sample_s
 from ltx_ray.records import Recipe, RenderRequest, WorkItem
 from ltx_ray.storage.id_table import IdTable
 from ltx_ray.storage.images import check_image, image_digest
+from ltx_ray.storage.locations import recorded
 
 #: Statuses of a row. An IllegalRow has the last one.
 TODO, DONE, COPY, FAILED, REPEATED, ILLEGAL = "todo", "done", "copy", "failed", "repeated", IllegalRow.status
@@ -274,6 +275,12 @@ class Plan:
                 taken += selected
                 if self.selection.limit is not None and taken >= self.selection.limit:
                     return
+
+    def say_missing_ids(self, say: Callable[[str], None]) -> None:
+        """Name ids that were selected and that the manifest, read to its end, does not have."""
+        if self.unmet:
+            shown = ", ".join(sorted(str(row_id) for row_id in self.unmet)[:10])
+            say(f"--ids: {len(self.unmet)} ids are not in {recorded(self.manifest)}, such as {shown}")
 
     # --- rows without a status ------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Small Parquet files that are in memory."""
+"""Whole Parquet files, or some of their columns, read by the calling thread alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ def read_parquet(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
     giving up a Python object there aborts a process that is about to exit. `pyarrow.parquet.read_table` uses such
     threads in any case.
     """
-    with pq.ParquetFile(pa.BufferReader(data), pre_buffer=False) as file:
+    return read_parquet_file(pa.BufferReader(data), columns)
+
+
+def read_parquet_file(source: pa.NativeFile, columns: Sequence[str] | None = None) -> pa.Table:
+    """The same of a file that Arrow itself has opened: a Python object must not stand behind it."""
+    with pq.ParquetFile(source, pre_buffer=False) as file:
         names = None if columns is None else list(columns)
         missing = [name for name in names or () if name not in file.schema_arrow.names]
         if missing:

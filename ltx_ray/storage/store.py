@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import os
+import random
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from urllib.parse import quote
@@ -20,6 +21,7 @@ from ltx_ray.storage.local_files import TEMPORARY, LocalFiles, temporary_beside
 from ltx_ray.storage.locations import recorded, resolve, split_options
 from ltx_ray.storage.object_access import connector
 from ltx_ray.storage.object_client import ObjectClient
+from ltx_ray.storage.parquet import read_parquet_file
 from ltx_ray.storage.retry import RetryPolicy, retrying_reader
 
 #: Seconds for which an operation is retried. A restarted or throttled store is back sooner.
@@ -132,6 +134,18 @@ class Store:
         def read() -> bytes:
             with self._fs.open_input_file(self.path(relative)) as file:
                 return file.read()
+
+        return self._retry("reading", relative, read)
+
+    def read_columns(self, relative: str, columns: Sequence[str]) -> pa.Table:
+        """Some columns of a Parquet file, of which nothing else is read.
+
+        Raises FileNotFoundError, and pa.ArrowException for a damaged file and one that lacks a column.
+        """
+
+        def read() -> pa.Table:
+            with self._fs.open_input_file(self.path(relative)) as file:
+                return read_parquet_file(file, columns)
 
         return self._retry("reading", relative, read)
 
@@ -283,23 +297,28 @@ class Store:
 
     def remove_scratch(self) -> None:
         """Remove the folder of `scratch_dir` if it is empty."""
+        self.remove_empty_folder(SCRATCH)  # it may hold another run's file
+
+    def remove_empty_folder(self, relative: str) -> None:
+        """Remove a folder on a local disk if it is empty. An object store has none."""
         if self.is_local:
             try:
-                os.rmdir(self.path(SCRATCH))
+                os.rmdir(self.path(relative))
             except OSError:
-                pass  # it holds another run's file, or does not exist
+                pass
 
 
-def clean_stale(store: Store, older_than_seconds: float) -> int:
+def clean_stale(store: Store, older_than_seconds: float, seconds: float = 5.0) -> int:
     """Remove temporary files that killed processes left in a local output; returns how many.
 
     A file written to within the last `older_than_seconds` may belong to a running process and stays. Object stores
-    have no temporary files.
+    have no temporary files. Folders of many files are looked through in a random order, for so many `seconds` in all:
+    what is left may be found the next time.
     """
     if not store.is_local:
         return 0
-    latest, removed = time.time() - older_than_seconds, 0
-    for path in _temporaries(store.root):
+    latest, removed, end = time.time() - older_than_seconds, 0, time.monotonic() + seconds
+    for path in _temporaries(store.root, end):
         try:
             if os.stat(path).st_mtime <= latest:
                 os.unlink(path)
@@ -309,10 +328,10 @@ def clean_stale(store: Store, older_than_seconds: float) -> int:
     return removed
 
 
-def _temporaries(root: str) -> Iterator[str]:
+def _temporaries(root: str, end: float) -> Iterator[str]:
     folders = [root]
-    while folders:
-        folder = folders.pop()
+    while folders and time.monotonic() < end:
+        folder = folders.pop(random.randrange(len(folders)))
         try:
             with os.scandir(folder) as entries:
                 for entry in entries:

@@ -20,10 +20,10 @@ from ltx_ray.cli import app
 from ltx_ray.cli.app import main
 from ltx_ray.cli.options import MODEL_OPTIONS, model_files
 from ltx_ray.config import LoraSpec, RunLimits
-from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.storage.locations import resolve
 from ltx_ray.storage.store import Store
 from tests.support.checkpoint_files import BLOCK, REQUIRED, checkpoint
+from tests.support.datasets import dataset_writer, finish
 from tests.support.results import RENDERED
 from tests.support.samples import write_jsonl, write_safetensors
 
@@ -110,6 +110,15 @@ def test_an_output_that_cannot_be_written(cmd, manifest, tmp_path):
     (tmp_path / "file").write_text("")
     message = usage(cmd, "render", manifest, "--output", tmp_path / "file" / "out", "--model", "toy")
     assert f"--output: {tmp_path}/file/out, cannot be written" in message
+
+
+def test_a_store_that_does_not_refuse_a_second_create(cmd, manifest, out, monkeypatch):
+    monkeypatch.setattr(Store, "create", lambda store, path, data: store.write_bytes(path, data) or True)
+    monkeypatch.setattr(Store, "refuses_second_create", lambda store: False)
+    code, _, err = cmd("render", manifest, "--output", out, "--model", "toy")
+    assert code == 2 and f"--output: {out}, whose store creates a file although there is one" in err
+    monkeypatch.setattr(run.Run, "execute", lambda self, rows: 0)
+    assert cmd("render", manifest, "--output", out, "--model", "toy", "--single-writer")[0] == 0
 
 
 def test_an_output_in_the_copy_of_a_job(cmd, manifest, tmp_path, monkeypatch):
@@ -391,7 +400,9 @@ def test_plan_of_good_rows(cmd, tmp_path):
 
 def test_plan_against_a_dataset(cmd, manifest, out, toy):
     item = next(run.prepare(_options(manifest, out)).plan.open())
-    DatasetWriter(Store(out)).write_index(item.item.item_id, item.request, RENDERED)
+    writer = dataset_writer(Store(out))
+    writer.write_index(item.item.item_id, item.request, RENDERED)
+    finish(writer)
     code, text, _ = cmd("plan", manifest, "--output", out, "--model", "toy")
     assert code == 0
     assert "1 rows: 1 done\nnothing to render" in text

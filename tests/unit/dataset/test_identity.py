@@ -9,9 +9,9 @@ import pytest
 
 from ltx_ray.config import NEWEST_SCHEME
 from ltx_ray.dataset.identity import DatasetIdentity, KeptIdentity, changed_numerics, read_identity, write_identity
-from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.planning.identity import recipe_json
 from ltx_ray.storage.store import Store
+from tests.support.datasets import dataset_writer, finish
 from tests.support.results import RENDERED
 from tests.support.samples import recipe, request
 
@@ -21,7 +21,10 @@ LEDGER = {"seed": 10, "device": "cuda", "device_model": "NVIDIA H100", "draws": 
 def with_row(store: Store, item_id: str, scheme: int = 1, **changes) -> None:
     values = {"recipe": recipe_json(recipe(scheme=scheme)), "noise_ledger": json.dumps(LEDGER), "numerics": '{"tp": 2}'}
     rendered = dataclasses.replace(RENDERED, **{**values, **changes})
-    DatasetWriter(store).write_index(item_id, request(id=item_id[:4]), rendered)
+    writer = dataset_writer(store)
+    writer.write_index(item_id, request(id=item_id[:4]), rendered)
+    finish(writer)
+    store.delete("dataset.json")  # which earlier versions did not have
 
 
 @pytest.fixture

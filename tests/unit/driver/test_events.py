@@ -159,7 +159,7 @@ def test_lines_that_could_not_be_written_come_with_the_next(store, monkeypatch):
         log.flush()
         log.emit("c", n=3)
         log.flush()
-    assert numbers(store) == [1]
+        assert numbers(store) == [1]
     log.emit("d", n=4)
     log.flush()
     assert numbers(store) == [1, 2, 3, 4]

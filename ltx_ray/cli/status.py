@@ -16,6 +16,7 @@ from ltx_ray.checkpoints.transformer_keys import AUDIO_CONNECTOR_PREFIX, TRANSFO
 from ltx_ray.dataset import layout
 from ltx_ray.dataset.clip_rate import UNFINISHED, rate_text, recorded_rate
 from ltx_ray.dataset.existing import ExistingRows, list_existing
+from ltx_ray.dataset.report_text import finite
 from ltx_ray.driver.progress import duration
 from ltx_ray.storage.lease import holder
 from ltx_ray.storage.store import Store
@@ -92,17 +93,19 @@ def _events(store: Store) -> list[dict[str, Any]]:
 
 
 def _replica_lines(events: list[dict[str, Any]]) -> Iterator[str]:
-    """The last call of each replica that has not ended since."""
-    calls: dict[str, dict[str, Any]] = {}
+    """The last call of each replica that has not ended since. Events with bad fields are skipped."""
+    calls: dict[str, tuple[str, float]] = {}
     for event in events:
+        replica = str(event.get("replica"))
         if event.get("event") == "call":
-            calls[event["replica"]] = event
+            seconds, ended = finite(event.get("seconds")), finite(event.get("t"))
+            if seconds is not None and ended is not None:
+                calls[replica] = f"{event.get('stage')} of {event.get('id')}, {seconds:.1f} s", ended
         elif event.get("event") in ("gang_lost", "gang_given_back"):
-            calls.pop(event["replica"], None)
+            calls.pop(replica, None)
     now = time.time()
-    for replica, call in sorted(calls.items()):
-        finished = f"{call['stage']} of {call['id']}, {call['seconds']:.1f} s"
-        yield f"{replica}: last finished {finished}, {duration(now - call['t'])} ago"
+    for replica, (finished, ended) in sorted(calls.items()):
+        yield f"{replica}: last finished {finished}, {duration(now - ended)} ago"
 
 
 # --- inspect -----------------------------------------------------------------------------------------------------

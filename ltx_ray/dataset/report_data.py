@@ -65,8 +65,7 @@ def read_report_data(store: Store, max_clips: int) -> ReportData:
     data.run = run if isinstance(run, dict) else {}
     data.now = time.time() if holder(store) is not None else None
     data.events = _read_events(_text(store, layout.EVENTS, data.problems) or "", data.problems)
-    failed = list(_rows(store, layout.FAILED, _FAILED_COLUMNS, data.problems))
-    failed_items = {row.get("item_id") for row in failed}
+    failed_items = {row.get("item_id") for row in _rows(store, layout.FAILED, ["item_id"], [])}
     rendered_items: set[str] = set()
     seen: set[str | None] = set()
 
@@ -85,10 +84,14 @@ def read_report_data(store: Store, max_clips: int) -> ReportData:
             yield (not flags, finished_at(row), str(row.get("id")), data.rendered), row
 
     data.clips = [row for _, row in heapq.nsmallest(max_clips, indexed(), key=lambda pair: pair[0])]
-    data.since_rendered = sum(row.get("item_id") in rendered_items for row in failed)
-    failed = [row for row in failed if row.get("item_id") not in rendered_items]
-    data.failures.update((str(row.get("error_class")), str(row.get("stage"))) for row in failed)
-    data.failed = failed[:MAX_FAILURES]
+    # Read once more, because tracebacks of all failed rows would take much memory.
+    for row in _rows(store, layout.FAILED, _FAILED_COLUMNS, data.problems):
+        if row.get("item_id") in rendered_items:
+            data.since_rendered += 1
+            continue
+        data.failures[str(row.get("error_class")), str(row.get("stage"))] += 1
+        if len(data.failed) < MAX_FAILURES:
+            data.failed.append(row)
     return data
 
 

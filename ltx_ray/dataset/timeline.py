@@ -41,7 +41,7 @@ class _Lane:
     spans: list[tuple[float, float, str, str, bool]] = field(default_factory=list)
     #: (time, "failed" or "lost", hover title).
     marks: list[tuple[float, str, str]] = field(default_factory=list)
-    #: [start, end] of each life, from loaded to lost.
+    #: [start, end] of each life, from loaded to lost or given back.
     alive: list[list[float]] = field(default_factory=list)
     starting: float | None = None
 
@@ -188,7 +188,7 @@ def _lanes(events: list[dict[str, Any]]) -> tuple[dict[tuple[str, str], _Lane], 
             if kind == "item_failed":
                 message = str(event.get("message"))[:160]
                 failed.append((t, f"{event.get('id')} failed in {event.get('stage')}: {message}"))
-            if kind not in ("gang_starting", "gang_started", "gang_lost", "call", "switch"):
+            if kind not in ("gang_starting", "gang_started", "gang_lost", "gang_given_back", "call", "switch"):
                 continue
             seconds = float(event.get("seconds") or 0)
             start = float(event["start"]) if kind == "call" else t - seconds
@@ -218,13 +218,16 @@ def _add(lane: _Lane, event: dict[str, Any], kind: str, t: float, start: float, 
         lane.spans.append((start, t, "loading", title, True))
         lane.alive.append([t, math.inf])
         lane.starting = None
-    elif kind == "gang_lost":
+    elif kind in ("gang_lost", "gang_given_back"):
+        lost = kind == "gang_lost"
         if lane.starting is not None:
-            lane.spans.append((lane.starting, t, "loading", "loading, lost before it was ready", False))
+            end = "lost" if lost else "given back"
+            lane.spans.append((lane.starting, t, "loading", f"loading, {end} before it was ready", not lost))
             lane.starting = None
         elif lane.alive:
             lane.alive[-1][1] = t
-        lane.marks.append((t, "lost", f"replica lost: {str(event.get('reason'))[:200]}"))
+        if lost:
+            lane.marks.append((t, "lost", f"replica lost: {str(event.get('reason'))[:200]}"))
     elif kind == "switch":
         lane.spans.append((start, t, "switch", f"switch to {event.get('to')}: {human(seconds)}", True))
     else:

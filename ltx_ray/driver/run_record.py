@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import importlib.metadata
 import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -100,8 +101,10 @@ def keep_older_run(store: Store) -> None:
     """Copy the records of the run before this one to `runs/<its id>/`."""
     try:
         older = json.loads(store.read_bytes(layout.RUN_RECORD))["run_id"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return
+    if not isinstance(older, str) or os.path.basename(older) != older:
+        return  # Not a name that a run has.
     for name in (layout.RUN_RECORD, layout.EVENTS, layout.REPORT):
         if store.exists(name):
             store.write_bytes(layout.older_record(older, name), store.read_bytes(name))

@@ -91,3 +91,11 @@ def test_the_records_of_the_run_before_are_kept(tmp_path):
     record(store, "r2").write("running", {})
     assert json.loads(store.read_bytes("runs/r1/run.json"))["run_id"] == "r1"
     assert store.read_bytes("runs/r1/events.jsonl") == b"{}" and not store.exists("runs/r1/report.html")
+
+
+@pytest.mark.parametrize("content", [b"null", b"[1]", b"{", b"{}", b'{"run_id": 7}', b'{"run_id": "../../elsewhere"}'])
+def test_a_record_that_is_none_is_not_kept(tmp_path, content):
+    store = Store(str(tmp_path / "a" / "b"))
+    store.write_bytes("run.json", content)
+    keep_older_run(store)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["run.json"]

@@ -206,9 +206,8 @@ def _render(options: Options, signals: RunSignals) -> ExitCode:
     address = where_to_run(options.ray_address)
     # What is wrong with the manifest as a whole is reported before the output is touched.
     notes: list[str] = []
-    if is_within(
-        options.manifest, options.output
-    ):  # rows that failed in a run that was killed are in no part of failed/ yet
+    if is_within(options.manifest, options.output):
+        # Rows that failed in a run that was killed are in no part of failed/ yet.
         fold_output(Store(options.output), Progress().say)
     raws = prepared.plan.read(notes.append)
     if not (options.retry_failed or options.promote is not None):  # whose manifest is a table of a dataset

@@ -275,6 +275,10 @@ class StageLatents:
     ledger: NoiseLedger
     numerics: str = ""
 
+    def other_numerics(self, numerics: str) -> str | None:
+        """The numerics that made them, where they are known and not `numerics`."""
+        return None if self.numerics in ("", numerics) else self.numerics
+
 
 @dataclass(frozen=True)
 class PictureMeasures:
@@ -360,7 +364,7 @@ class EngineFacts:
     clean_weights: str | None = None
     lora_factors: str | None = None
     prompt_truncated: bool = False
-    #: The draws of noise so far, after a diffusion stage.
+    #: The draws of noise so far, after a diffusion stage, and of a preview's stored latents.
     noise_ledger: NoiseLedger | None = None
     #: The numerics of stage 1 as JSON, where they are not those of the run: its latents were stored by an earlier one.
     stage1_numerics: str | None = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +25,7 @@ from ltx_ray.config import NEWEST_SCHEME, EngineSpec, ModelFiles, Numerics, Requ
 from ltx_ray.dataset.existing import ExistingRows, list_existing
 from ltx_ray.dataset.fold import fold_dataset, fold_output
 from ltx_ray.dataset.identity import KeptIdentity, read_identity
+from ltx_ray.dataset.output import check_creation, check_place, is_within
 from ltx_ray.dataset.row_log import RowLog
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.driver.events import EventLog
@@ -53,7 +53,7 @@ from ltx_ray.stages import FULL_PATH, PREVIEW_PATH
 from ltx_ray.storage.credentials import masked
 from ltx_ray.storage.images import check_roots
 from ltx_ray.storage.lease import Lease
-from ltx_ray.storage.locations import is_in_job_copy, recorded, resolve, split_options
+from ltx_ray.storage.locations import recorded
 from ltx_ray.storage.store import Store, clean_stale
 
 #: No process is still writing a temporary file of this age, in seconds.
@@ -201,41 +201,21 @@ def render(options: Options) -> ExitCode:
 
 def _render(options: Options, signals: RunSignals) -> ExitCode:
     assert options.output is not None
-    _check_output(options.output)
+    check_place(options.output)
     prepared = prepare(options)
     address = where_to_run(options.ray_address)
     # What is wrong with the manifest as a whole is reported before the output is touched.
     notes: list[str] = []
-    if _reads_output(options):  # rows that failed in a run that was killed are in no part of failed/ yet
+    if is_within(options.manifest, options.output):
+        # Rows that failed in a run that was killed are in no part of failed/ yet.
         fold_output(Store(options.output), Progress().say)
     raws = prepared.plan.read(notes.append)
     if not (options.retry_failed or options.promote is not None):  # whose manifest is a table of a dataset
         prepared = replace(prepared, warnings=(*prepared.warnings, *notes))
     store = Store(options.output)
     store.check_writable()
-    if not (options.single_writer or store.refuses_second_create()):
-        raise ValueError(
-            f"--output: {store.name}, whose store creates a file although there is one, so that two runs could write a "
-            f"row twice; legal: a store with conditional writes, or --single-writer if no other run writes there"
-        )
+    check_creation(store, options.single_writer)
     return Run(prepared, store, address, signals).execute(raws)
-
-
-def _reads_output(options: Options) -> bool:
-    """Whether the manifest is in the output: one of its tables."""
-    assert options.output is not None
-    manifest, output = (split_options(resolve(location))[0] for location in (options.manifest, options.output))
-    return manifest.startswith(f"{output.rstrip('/')}/")
-
-
-def _check_output(output: str) -> None:
-    """Refuse a place that Ray deletes. Manifests and images may be there."""
-    if is_in_job_copy(output):
-        name = os.path.basename(output)
-        raise ValueError(
-            f"--output: {output}, is in the copy that Ray makes of a job's working directory, and is lost with it; "
-            f"legal: a place outside of it, such as {os.path.join(os.path.expanduser('~'), name)}, s3:// or gs://"
-        )
 
 
 class Run:
@@ -269,6 +249,9 @@ class Run:
         try:
             self.identity.begin(self.prepared.plan.builder.scheme, self.options.scheme)
             existing = self._existing_rows()
+            if not existing.has_noise:
+                # A run that drew noise and finished nothing binds no later one to its GPUs.
+                self.identity.forget_noise()
             plan = self.prepared.plan.against(existing)
             if self.options.promote is not None:
                 plan.manifest_rows = None  # many are passed over
@@ -343,7 +326,7 @@ class _Rendering:
             run.identity.dataset_id,
             run.run_id,
             holds_lease=lambda: not run.lease.lost,
-            fold_failures=not _reads_output(options),
+            fold_failures=not is_within(options.manifest, options.output),
         )
         self._tracker = RowTracker(
             plan,

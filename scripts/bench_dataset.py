@@ -2,6 +2,7 @@
 """Benchmark the dataset's tables without GPUs: bytes and objects a row, the start of a run, and folding.
 
     scripts/bench_dataset.py --rows N [--store local|s3] [--folder FOLDER] [--json FILE]
+    scripts/bench_dataset.py --rows 10000000 --keys
 
 Rows have prompts of 40 random words and digests of their own, and are written as a run writes them: made by
 `DatasetWriter`, committed in groups of 64, and folded by `RowLog` whenever that is due. Clips are left out: neither a
@@ -140,6 +141,25 @@ def write(output: str, rows: int) -> dict[str, float]:
     return {**spent, "bytes": size, "objects": sum(map(len, names.values()))}
 
 
+def write_keys(output: str, rows: int) -> None:
+    """Parts with the two columns that a start reads, and no others."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from ltx_ray.dataset.layout import part_name
+
+    generator, part = np.random.default_rng(0), 10_000
+    folder = Path(output, "index")
+    folder.mkdir(parents=True)
+    for number in range(rows // part):
+        digits = generator.bytes(16 * part).hex()
+        items = sorted(digits[at : at + 32] for at in range(0, len(digits), 32))
+        ids = [f"row-{number * part + at:09d}" for at in range(part)]
+        table = pa.table({"item_id": items, "id": ids})
+        pq.write_table(table, folder / part_name("0badcafe", number), compression="zstd")
+
+
 def start(output: str) -> dict[str, float]:
     """What a run does at its start to know which rows are done."""
     import pyarrow as pa
@@ -213,11 +233,20 @@ def main() -> None:
     parser.add_argument("--store", choices=("local", "s3"), default="local")
     parser.add_argument("--folder", type=Path, help="where a local output goes (default: a temporary folder)")
     parser.add_argument("--compare", action="store_true", help="write rows as a Parquet file each, too")
+    parser.add_argument("--keys", action="store_true", help="measure only a start, with parts of keys alone; local")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     rows = arguments.rows
     with tempfile.TemporaryDirectory(prefix="ltx-ray-bench-") as temporary:
         folder = arguments.folder or Path(temporary)
+        if arguments.keys:
+            run_isolated("scripts.bench_dataset:write_keys", output=str(folder / "out"), rows=rows)
+            started = run_isolated("scripts.bench_dataset:start", output=str(folder / "out"))
+            mb, peak = started["held"] / MB, started["peak"] / MB
+            print(
+                f"start with {started['rows']:,} rows: {started['seconds']:.1f} s, {mb:.0f} MB, at most {peak:.0f} MB"
+            )
+            return
         with _output(arguments.store, folder) as (output, counter, environment):
             written = run_isolated("scripts.bench_dataset:write", environment, output=output, rows=rows)
             before = counter() if counter else 0

@@ -19,6 +19,8 @@ _TENSOR_SAMPLE_BYTES = 4096
 #: Number and size of the samples of a file in the first scheme.
 _SAMPLES = 64
 _SAMPLE_BYTES = 64 * 1024
+#: Bytes that are in memory at once.
+_BLOCK_BYTES = 4 * 2**20
 
 
 def file_digest(path: str, scheme: int = NEWEST_SCHEME) -> str:
@@ -40,14 +42,16 @@ def file_digest(path: str, scheme: int = NEWEST_SCHEME) -> str:
             for start, length in _tensor_samples(path):
                 _add(digest, file, start, length)
         else:
-            while block := file.read(_SAMPLES * _SAMPLE_BYTES):
-                digest.update(block)
+            _add(digest, file, 0, size)
     return digest.hexdigest()[:32]
 
 
 def _add(digest: hashlib._Hash, file: BinaryIO, start: int, length: int) -> None:
+    # In pieces, because a file whose header is damaged is one sample.
     file.seek(start)
-    digest.update(file.read(length))
+    while length > 0 and (block := file.read(min(length, _BLOCK_BYTES))):
+        digest.update(block)
+        length -= len(block)
 
 
 def _spread_samples(path: str, file: BinaryIO, size: int) -> Iterator[tuple[int, int]]:

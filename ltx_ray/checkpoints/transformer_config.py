@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from ltx_ray.config import Numerics
+
 _T = TypeVar("_T")
 #: Features with one legal value, in the metadata's spelling. An absent field means that value.
 _FIXED = {
@@ -30,6 +32,7 @@ _REQUIRED = {
     "cross_attention_adaln": True,
     "caption_proj_before_connector": True,
 }
+_REGISTERS = "connector_num_learnable_registers"
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,10 @@ class _Fields:
             found = self._config.get(field, not expected if field in _REQUIRED else expected)
             if found != expected:
                 raise self.error(field, found, f"{expected!r} (LTX-2.3)")
+        # The registers of the text connectors are repeated until they are as many as the tokens of a padded prompt.
+        registers, tokens = self.integer(_REGISTERS, 128), Numerics.text_tokens
+        if tokens % registers:
+            raise self.error(_REGISTERS, registers, f"a divisor of {tokens}, the tokens of a padded prompt")
 
     def integer(self, field: str, default: int) -> int:
         value = self._parsed(field, default, int, "an integer")

@@ -25,6 +25,7 @@ from ltx_ray.cli.streams import open_standard_streams
 from ltx_ray.config import Selection
 from ltx_ray.dataset import layout
 from ltx_ray.dataset.existing import list_existing
+from ltx_ray.driver.progress import Progress
 from ltx_ray.manifest.rules import IllegalRow
 from ltx_ray.planning.plan import ILLEGAL, PlannedRow, cost_line
 from ltx_ray.records import canonical_json
@@ -275,7 +276,16 @@ def verify_command(output: str, sample: int, repair: bool, **values: Any) -> Exi
 
     if sample:
         options("", "")  # What is wrong with them is reported before the clips are read.
-    return ExitCode.FAILED_ROWS if verify(output, click.echo, sample, repair, options) else ExitCode.OK
+    progress = Progress()
+
+    def say(message: str) -> None:
+        progress.clear()
+        click.echo(message)
+
+    def on_rows(done: int, total: int) -> None:
+        progress.count(done, total, "rows checked")
+
+    return ExitCode.FAILED_ROWS if verify(output, say, sample, repair, options, on_rows) else ExitCode.OK
 
 
 @app.command(

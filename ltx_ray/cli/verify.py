@@ -31,16 +31,18 @@ def verify(
     sample: int = 0,
     repair: bool = False,
     options: Callable[[str, str], Options] | None = None,
+    on_rows: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
     """Check the dataset at `output` and say what is wrong with it, one line per problem; returns their number.
 
     `sample`: this many rows are rendered again, by `options(manifest, output)` with each row's own dtype, precision and
-    noise device. `repair`: bad rows and parts are set aside. Raises ValueError when there is no dataset.
+    noise device. `repair`: bad rows and parts are set aside. `on_rows` is called with the number of rows that were
+    checked and with how many there are. Raises ValueError when there is no dataset.
     """
     store = Store(output)
     if not any(store.exists(name) for name in (layout.INDEX, layout.RUN_RECORD, layout.SEGMENTS)):
         raise ValueError(f"{store.name}: no dataset; legal: the --output of a run")
-    check = DatasetCheck(store, sample)
+    check = DatasetCheck(store, sample, on_rows)
     problems, moved = _check_files(check, say, repair)
     if check.clips_without_row:
         say(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from ltx_ray.dataset import layout
 from ltx_ray.dataset.parts import UnreadablePart, list_segments, read_part, read_segment, segment_table
@@ -78,6 +79,8 @@ class DatasetCheck:
     store: Store
     #: Rows to choose for rendering again.
     sample: int
+    #: Called with the number of rows so far and with how many there are, again and again.
+    on_rows: Callable[[int, int], None] = lambda done, total: None
     rows: int = 0
     clips: int = 0
     failed_rows: int = 0
@@ -88,6 +91,8 @@ class DatasetCheck:
     shared_ids: int = 0
     #: Short hashes of ids, and of ids with their items.
     _seen: set[int] = field(default_factory=set)
+    #: Rows of index/, by the footers of its parts.
+    _expected: int = 0
     _items: IdTable = field(default_factory=lambda: IdTable(16))
     #: A heap of (negative hash of the item, part, row): the item with the largest hash is on top, and leaves first.
     _sampled: list[tuple[int, str, IndexRow]] = field(default_factory=list)
@@ -98,7 +103,9 @@ class DatasetCheck:
 
     def parts(self) -> Iterator[CheckedPart]:
         """Check every part and segment, and count. The caller may repair one before it takes the next."""
-        for name in sorted(filter(layout.is_visible, self.store.names(layout.INDEX))):
+        names = sorted(filter(layout.is_visible, self.store.names(layout.INDEX)))
+        self._expected = sum(self._row_count(name) for name in names)
+        for name in names:
             yield self._index_part(name)
         for name in filter(layout.is_part, self.store.list_names(layout.PREVIEWS)):
             yield self._readable(f"{layout.PREVIEWS}/{name}", layout.PREVIEWS)
@@ -132,7 +139,18 @@ class DatasetCheck:
                 for row, wrong_clip in zip(rows, pool.map(self._wrong_clip, rows), strict=True):
                     self._check_row(part, number, row, wrong_clip)
                     number += 1
+                self.on_rows(self.rows, self._expected)
         return part
+
+    def _row_count(self, name: str) -> int:
+        """Rows of a part of index/, by its name or its footer; none of one that cannot be read."""
+        if layout.PART.fullmatch(name):
+            return 1
+        try:
+            with self.store.fs.open_input_file(self.store.path(f"{layout.INDEX}/{name}")) as file:
+                return pq.read_metadata(file).num_rows
+        except (pa.ArrowException, OSError):
+            return 0
 
     def _check_row(self, part: CheckedPart, number: int, row: IndexRow, wrong_clip: str | None) -> None:
         self.rows += 1

@@ -323,6 +323,12 @@ class ExistingRows:
     def latents_count(self) -> int:
         return len(self._latents)
 
+    @property
+    def has_noise(self) -> bool:
+        """Whether there are clips, previews or stored latents, or a failed row's latents may be on some node."""
+        stored = self.row_count + self.preview_count + self.latents_count
+        return stored + self.failed_kinds[layout.INFRASTRUCTURE] > 0
+
     def has_row(self, item_id: str, key: str) -> bool:
         return self.index.has(key_bytes(item_id, key))
 

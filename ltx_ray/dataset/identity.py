@@ -67,7 +67,15 @@ def _parsed(data: bytes) -> DatasetIdentity:
     """Raises one of _MALFORMED."""
     fields = json.loads(data)
     known = fields.get("id") if isinstance(fields.get("id"), str) and _ID.fullmatch(fields["id"]) else None
-    return DatasetIdentity(int(fields["scheme"]), fields.get("noise_family"), fields.get("numerics"), known)
+    return replace(_identity(fields["scheme"], fields.get("noise_family"), fields.get("numerics")), id=known)
+
+
+def _identity(scheme: Any, noise_family: Any, numerics: Any) -> DatasetIdentity:
+    """The identity of these values. Raises TypeError for one of another type, such as damage leaves."""
+    legal = isinstance(scheme, int) and isinstance(noise_family, str | None) and isinstance(numerics, dict | None)
+    if not legal:
+        raise TypeError(scheme, noise_family, numerics)
+    return DatasetIdentity(scheme, noise_family, numerics)
 
 
 def dataset_id(store: Store) -> str:
@@ -118,7 +126,7 @@ def _identity_of_rows(store: Store) -> DatasetIdentity:
                 # The recipes of scheme 1 do not name it.
                 scheme = recipe.get("scheme", 1 if "checkpoint" in recipe else None)
                 if scheme is not None:
-                    return DatasetIdentity(scheme, (ledger or {}).get("device_model"), json.loads(row["numerics"]))
+                    return _identity(scheme, (ledger or {}).get("device_model"), json.loads(row["numerics"]))
             except (FileNotFoundError, pa.ArrowException, IndexError, *_MALFORMED):
                 continue  # A damaged part; another one may be whole.
     return DatasetIdentity()
@@ -160,6 +168,10 @@ class KeptIdentity:
     def dataset_id(self) -> str:
         assert self._identity.id is not None, "before begin"
         return self._identity.id
+
+    def forget_noise(self) -> None:
+        """The dataset has neither clips nor latents, so their noise may be drawn anywhere."""
+        self._change(replace(self._identity, noise_family=None))
 
     def check_noise(self, family: str) -> None:
         """Take in where noise is drawn: "cpu", or the model of the GPU. Raises ValueError when it was elsewhere."""

@@ -12,6 +12,8 @@ import pyarrow as pa
 
 from ltx_ray.dataset.layout import INDEX_SCHEMA, PREVIEWS
 from ltx_ray.dataset.parts import read_rows
+from ltx_ray.manifest.columns import Mistyped
+from ltx_ray.manifest.text_values import number
 from ltx_ray.storage.store import Store
 
 _FILTER = re.compile(r"\s*(\w+)\s*(!=|<=|>=|!~|=|<|>|~)\s*(.*?)\s*", re.DOTALL)
@@ -42,8 +44,9 @@ def parse_filter(text: str) -> RowFilter:
     value: Any = given
     if pa.types.is_integer(kind) or pa.types.is_floating(kind):
         try:
-            value = float(given)
-        except ValueError:
+            # An integer stays one: floats do not hold seeds above 2^53.
+            value = number(given)
+        except Mistyped:
             raise ValueError(f"--where: {text!r}: column {name!r} holds numbers; legal: a number") from None
     elif not pa.types.is_string(kind):
         raise ValueError(f"--where: {text!r}: column {name!r} holds {kind}; legal: columns of numbers and texts")

@@ -239,12 +239,14 @@ class TimelineBuilder:
 
     def _ended(self, lane: _OpenLane, kind: str, event: Mapping[str, Any], t: float) -> None:
         """The replica was lost or given back."""
+        lost = kind == "gang_lost"
         if lane.starting is not None:
-            self._span(lane, lane.starting, t, "loading", "loading, ended before it was ready", False)
+            title = f"loading, {'lost' if lost else 'given back'} before it was ready"
+            self._span(lane, lane.starting, t, "loading", title, not lost)
             lane.starting = None
         elif lane.alive:
             lane.alive[-1][1] = min(lane.alive[-1][1], t)
-        if kind == "gang_lost":
+        if lost:
             lane.marks.add(t, "lost", f"replica lost: {str(event.get('reason'))[:200]}")
 
     def _span(self, lane: _OpenLane, start: float, end: float, kind: str, title: str, ok: bool = True) -> None:

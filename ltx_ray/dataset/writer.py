@@ -76,12 +76,13 @@ class DatasetWriter:
         Raises UnreadablePart or FileNotFoundError when that row cannot be read.
         """
         row = self.log.row(layout.INDEX, item_id, from_key)
-        self.log.add(layout.INDEX, {**row, "id": request.id, "extra": request.extra})
+        # Its images may be elsewhere, and its LoRAs have other names, than those of the row that was rendered.
+        self.log.add(layout.INDEX, {**row, **_recorded_row(request)})
 
     def copy_preview_row(self, item_id: str, from_key: str, request: RenderRequest, raw: RawRow) -> None:
         """The same for an item that has a preview."""
         row = self.log.row(layout.PREVIEWS, item_id, from_key)
-        self._add_preview({**row, "id": request.id, "extra": request.extra}, request, raw)
+        self._add_preview({**row, **_recorded_row(request)}, request, raw)
 
     def _add_preview(self, row: dict[str, Any], request: RenderRequest, raw: RawRow) -> None:
         row |= {"source": raw.source, FAILED_ROW_COLUMN: _resolved_row(request)}

@@ -175,7 +175,7 @@ class Policy:
         self._mark_busy(replica)
         self._count_server(gone, -1)
         if gone.merged_stage is not None:
-            self._merged[gone.merged_stage, gone.merged_weights] -= 1
+            self._merged -= Counter([(gone.merged_stage, gone.merged_weights)])
         del self._replicas[replica]
         if item is None:
             return None
@@ -440,7 +440,7 @@ class Policy:
                 stage, weights,
             )  # fmt: skip
             if replica.merged_stage is not None:
-                self._merged[replica.merged_stage, replica.merged_weights] -= 1
+                self._merged -= Counter([(replica.merged_stage, replica.merged_weights)])  # Drops what is at 0.
             self._merged[stage, weights] += 1
             replica.merged_stage, replica.merged_weights = stage, weights
         state.replica, replica.item = name, item

@@ -7,6 +7,7 @@ import datetime
 import importlib.metadata
 import json
 import math
+import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -168,8 +169,10 @@ def keep_older_run(store: Store) -> None:
     """Keep the records of the run before this one in `runs/<its id>/`. Its events are not read, but renamed."""
     try:
         older = json.loads(store.read_bytes(layout.RUN_RECORD))["run_id"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return
+    if not isinstance(older, str) or os.path.basename(older) != older:
+        return  # Not a name that a run has.
     for name in (layout.RUN_RECORD, layout.REPORT):
         if store.exists(name):
             store.write_bytes(layout.older_record(older, name), store.read_bytes(name))

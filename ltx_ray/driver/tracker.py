@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from ltx_ray.dataset import layout
 from ltx_ray.dataset.clip_rate import FIRST_STAGES, ClipRate
 from ltx_ray.dataset.failures import FailureScope
 from ltx_ray.dataset.parts import UnreadablePart
@@ -88,6 +89,9 @@ class TrackedItem:
             self.device = facts.device_name or report.device
             self.noise_ledger = facts.noise_ledger
             self.stage1_numerics = facts.stage1_numerics
+        if stage == Stage.DECODE and facts.noise_ledger is not None:
+            # The preview is of latents that an earlier run stored.
+            self.noise_ledger, self.stage1_numerics = facts.noise_ledger, facts.stage1_numerics
         if stage == Stage.TEXT:
             self.prompt_truncated = facts.prompt_truncated
 
@@ -171,7 +175,7 @@ class RowTracker:
                 self._write(tracked, planned)
         elif item.item_id in self._given_up:
             self._write(TrackedItem(item, [planned], outcome=self._given_up[item.item_id]), planned)
-        elif self._finished_key(item.item_id) is not None:
+        elif self._finished(item.item_id) is not None:
             self._take_copy(planned)  # The item was finished after the row was planned.
         else:
             tracked = self.items[item.item_id] = TrackedItem(item, [planned])
@@ -194,14 +198,15 @@ class RowTracker:
 
     def _take_copy(self, planned: PlannedRow) -> None:
         item_id = planned.item.item_id
-        from_key = self._finished_key(item_id)
-        assert from_key is not None
+        finished = self._finished(item_id)
+        assert finished is not None
+        table, from_key = finished
         request, raw = planned.request, planned.raw
         failures: list[Failure] = []
 
         def copy() -> None:
             try:
-                if self.plan.latents_only:
+                if table == layout.PREVIEWS:
                     self.writer.copy_preview_row(item_id, from_key, request, raw)
                     return
                 self.writer.copy_index_row(item_id, from_key, request)
@@ -217,10 +222,14 @@ class RowTracker:
 
         self.publisher.submit(copy, copied)
 
-    def _finished_key(self, item_id: str) -> str | None:
-        """The key of a row for which the item is finished, or has its preview in a run that makes only previews."""
+    def _finished(self, item_id: str) -> tuple[str, str] | None:
+        """The table and the key of a row whose item is finished, or has its preview in a run that makes only those."""
         existing = self.plan.existing
-        return existing.preview_of(item_id) if self.plan.latents_only else existing.key_of(item_id)
+        if (key := existing.key_of(item_id)) is not None:
+            return layout.INDEX, key
+        if self.plan.latents_only and (key := existing.preview_of(item_id)) is not None:
+            return layout.PREVIEWS, key
+        return None
 
     def _forget_failure(self, planned: PlannedRow) -> None:
         self.publisher.submit(lambda: self.writer.forget_failure(planned.item_id, planned.id), _nothing)

@@ -64,6 +64,8 @@ def load_video_vae(
     if fused and vae.decoder is not None:
         try:
             fuse_decoder(vae.decoder)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             raise RuntimeError(
                 f"decoding in fused steps needs Triton and a C compiler on every GPU node "

@@ -13,6 +13,7 @@ import os
 import tempfile
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from ltx_ray.engine.mp4 import read_metadata, write_mp4
 from ltx_ray.engine.prefetch import prefetch
 from ltx_ray.engine.tiling import LADDER, Tiling, distinct_rungs
 from ltx_ray.presets import PIPELINES
-from ltx_ray.records import Clip, EngineFacts, RowError, StageLatents, WorkItem
+from ltx_ray.records import Clip, EngineFacts, RowError, StageLatents, WorkItem, canonical_json
 from ltx_ray.shapes import AUDIO_SAMPLE_RATE, ClipShape, frame_rate_fraction
 from ltx_ray.stages import Stage
 from ltx_ray.storage.store import Store
@@ -95,12 +96,19 @@ class DecodeEngine:
         return location
 
     def _decode(self, item: WorkItem, stages: tuple[StageLatents, ...]) -> Clip:
+        stored_facts: dict[str, Any] = {}
         if (self.spec.save_latents or self.spec.stop_after) and not item.preflight:
-            stored_before = bool(self.spec.stop_after) and self.latents.holds_both_stages(item)
+            stored_before = bool(self.spec.stop_after) and self.latents.holds_both_stages(item, self.dtype)
             self.latents.publish(item, stages)
             if stored_before:
                 # They stay. The preview is of the latents that a promotion continues.
-                stages = (self.latents.load_stage1(item, self.dtype)[0],)
+                stored, _ = self.latents.load_stage1(item, self.dtype)
+                stages = (stored,)
+                stored_facts = {
+                    "noise_ledger": stored.ledger,
+                    "stage1_numerics": stored.other_numerics(canonical_json(self.spec.numerics)),
+                    "unchecked": self.latents.unchecked,
+                }
         named = named_latents(*stages)
         digest = latents_sha256(named)
         metadata = {
@@ -122,6 +130,7 @@ class DecodeEngine:
         os.close(handle)
         try:
             pictures, sheet = self._write(temporary, named[f"{video_stage}.video"], shape, sound, metadata)
+            self.facts = dataclasses.replace(self.facts, **stored_facts)
             heard = measure_sound(sound)
             # Pixels of smaller tiles differ slightly from those of the reference's.
             smaller = ("tiled_smaller",) if self.facts.decode_rung else ()

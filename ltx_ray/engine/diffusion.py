@@ -133,9 +133,8 @@ class DiffusionEngine:
             if bad:
                 raise RowError(f"{bad} of {tensor.numel()} {name} latents are not finite")
         numerics = canonical_json(self.spec.numerics)
-        other_numerics = bool(latents) and latents[0].numerics not in ("", numerics)
         self.facts = self._facts(
-            noise_ledger=result.ledger, stage1_numerics=latents[0].numerics if other_numerics else None
+            noise_ledger=result.ledger, stage1_numerics=latents[0].other_numerics(numerics) if latents else None
         )
         if self.rank.rank != 0:
             return None

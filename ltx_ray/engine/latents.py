@@ -52,7 +52,8 @@ def latents_sha256(named: dict[str, torch.Tensor]) -> str:
 class LatentStore:
     """Latents in the output, and in this node's cache while the output cannot be written.
 
-    A file with both stages is never replaced by one with the first stage alone, in either place.
+    A file with both stages is never replaced by one with the first stage alone, in either place. One from which no run
+    can continue counts as none.
     """
 
     def __init__(self, output: Store):
@@ -65,7 +66,7 @@ class LatentStore:
     def publish(self, item: WorkItem, stages: Sequence[StageLatents]) -> str:
         """Write the latents of `stages` to the output, and return where they are. Raises OSError when it refuses."""
         location = _write(self.output, item, stages)
-        if _stored_stages(self.node_cache, item) <= len(stages):
+        if _stored_stages(self.node_cache, item, _dtype_of(stages)) <= len(stages):
             self.delete_cached(item)
         return location
 
@@ -81,9 +82,9 @@ class LatentStore:
         """Remove the copy in this node's cache, if there is one."""
         self.node_cache.delete(latents_path(item.item_id))
 
-    def holds_both_stages(self, item: WorkItem) -> bool:
-        """Whether the output has latents of both stages of `item`."""
-        return _stored_stages(self.output, item) > 1
+    def holds_both_stages(self, item: WorkItem, dtype: torch.dtype) -> bool:
+        """Whether the output has latents of both stages of `item`, in `dtype`."""
+        return _stored_stages(self.output, item, dtype) > 1
 
     def load_stage1(self, item: WorkItem, dtype: torch.dtype) -> tuple[StageLatents, str]:
         """Stored stage-1 latents of `item` and where they were: in the output, or else in the node's cache.
@@ -108,7 +109,7 @@ class LatentStore:
 
 def _write(store: Store, item: WorkItem, stages: Sequence[StageLatents]) -> str:
     location = join(store.name, latents_path(item.item_id))
-    if len(stages) == 1 and _stored_stages(store, item) > 1:
+    if len(stages) == 1 and _stored_stages(store, item, _dtype_of(stages)) > 1:
         return location
     named = {name: tensor.contiguous() for name, tensor in named_latents(*stages).items()}
     metadata = {
@@ -133,13 +134,18 @@ def _of_stage(named: Mapping[str, torch.Tensor], stage: int) -> dict[str, torch.
     return {name: named[name] for name in names if name in named}
 
 
-def _stored_stages(store: Store, item: WorkItem) -> int:
-    """How many stages the item's file has; 0 when there is no file, or none that can be used."""
+def _dtype_of(stages: Sequence[StageLatents]) -> torch.dtype:
+    return stages[0].latents.video.dtype
+
+
+def _stored_stages(store: Store, item: WorkItem, dtype: torch.dtype) -> int:
+    """How many stages the item's file has; 0 when there is no file, or none from which a run can continue."""
     try:
-        _, tensors = _load(store, item)
+        metadata, tensors = _load(store, item)
+        _stage1_of(metadata, tensors, item, dtype)
     except (FileNotFoundError, ValueError):
         return 0
-    return sum(f"stage_{n}.video" in tensors and f"stage_{n}.audio" in tensors for n in (1, 2))
+    return 1 + (len(_of_stage(tensors, 2)) == 2)
 
 
 def _load(store: Store, item: WorkItem) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
@@ -161,7 +167,15 @@ def _load(store: Store, item: WorkItem) -> tuple[dict[str, str], dict[str, torch
 
 
 def _load_stage1(store: Store, item: WorkItem, dtype: torch.dtype) -> tuple[StageLatents, bool]:
+    """The latents of stage 1 in the item's file, and whether they have a digest. Raises as `_load` and `_stage1_of`."""
     metadata, tensors = _load(store, item)
+    return _stage1_of(metadata, tensors, item, dtype), _digest_field(1) in metadata
+
+
+def _stage1_of(
+    metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor], item: WorkItem, dtype: torch.dtype
+) -> StageLatents:
+    """The latents of stage 1 in a file's `tensors`. Raises ValueError when stage 2 cannot continue them."""
     sizes = latent_sizes(item.request.shape.half())
     for name, size in zip(("stage_1.video", "stage_1.audio"), sizes, strict=True):
         tensor = tensors.get(name)
@@ -176,7 +190,7 @@ def _load_stage1(store: Store, item: WorkItem, dtype: torch.dtype) -> tuple[Stag
     if (ledger.seed, ledger.draws) != (item.request.seed, draws):
         raise ValueError("its noise ledger is not that of the item after stage 1")
     latents = AV(tensors["stage_1.video"], tensors["stage_1.audio"])
-    return StageLatents(latents, ledger, metadata.get("numerics", "")), _digest_field(1) in metadata
+    return StageLatents(latents, ledger, _checked_numerics(metadata.get("numerics", "")))
 
 
 def _parse_ledger(text: str | None) -> NoiseLedger:
@@ -188,3 +202,14 @@ def _parse_ledger(text: str | None) -> NoiseLedger:
         return NoiseLedger(found["seed"], found["device"], found["device_model"], draws)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"its noise ledger cannot be read ({error!r})") from None
+
+
+def _checked_numerics(text: str) -> str:
+    """`text`, which the index repeats as JSON. "" where it is not known."""
+    try:
+        legal = not text or isinstance(json.loads(text), dict)
+    except ValueError:
+        legal = False
+    if not legal:
+        raise ValueError("its numerics cannot be read")
+    return text

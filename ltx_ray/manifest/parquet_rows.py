@@ -123,7 +123,8 @@ class _Table:
             self._parquet = pq.ParquetFile(file, metadata=self._metadata, read_dictionary=dictionaries, **options)
         self._columns, self._needed = list(columns), needed
         self._cells: dict[str, Cells] = {
-            name: cells_of(schema.field(name).type, known=name in needed) for name in columns
+            name: cells_of(schema.field(name).type, known=name in needed, integers=_holds_integers(name))
+            for name in columns
         }
 
     def runs(self) -> Iterator[list[int]]:
@@ -204,6 +205,10 @@ class _Table:
             first = next(self._batches(_PROBE_ROWS, [group], self._columns))
             size = max(size, first.nbytes / first.num_rows)
         return max(1, min(self._most_rows, int(_BATCH_BYTES / max(1.0, size))))
+
+
+def _holds_integers(name: str) -> bool:
+    return name in COLUMNS and pa.types.is_integer(COLUMNS[name].type)
 
 
 def _is_dictionary_of_texts(type_: pa.DataType) -> bool:

@@ -17,22 +17,27 @@ import pyarrow as pa
 
 #: Characters or bytes of a value of an unknown column above which its size and digest take its place.
 LARGEST_VALUE = 64 * 1024
+#: The integers up to which a column of floats holds every one, by the bits of its type.
+_EXACT_INTEGERS = {16: 2**11, 32: 2**24}
 #: Bytes that are short enough to be a key or a digest rather than a picture. They become hexadecimal digits.
 _SHORT_BYTES = 64
 
 Cells = Callable[[pa.Array], list[Any]]
 
 
-def cells_of(type_: pa.DataType, known: bool) -> Cells:
-    """A function from an Arrow column of `type_` to the column's values. `known`: whether a request has the column."""
+def cells_of(type_: pa.DataType, known: bool, integers: bool = False) -> Cells:
+    """A function from an Arrow column of `type_` to the column's values.
+
+    `known`: whether a request has the column. `integers`: whether its values stand for integers there.
+    """
     if pa.types.is_integer(type_):
         return _listed
     if pa.types.is_floating(type_):
-        return _floats
+        return partial(_narrow_integers, bits=type_.bit_width) if integers and type_.bit_width < 64 else _floats
     if is_text(type_):
         return _texts if known else _short_texts
     if pa.types.is_dictionary(type_):
-        return partial(_from_dictionary, cells=cells_of(type_.value_type, known))
+        return partial(_from_dictionary, cells=cells_of(type_.value_type, known, integers))
     if getattr(type_, "unit", None) == "ns" and not known:
         return partial(_nanoseconds, micros=_in_micros(type_))
     if not known and _needs_care(type_):
@@ -70,6 +75,15 @@ def _listed(column: pa.Array) -> list[Any]:
 def _floats(column: pa.Array) -> list[Any]:
     # pandas writes gaps in a column of numbers as NaN
     return [None if value is None or math.isnan(value) else value for value in column.to_pylist()]
+
+
+def _narrow_integers(column: pa.Array, bits: int) -> list[Any]:
+    """Integers as floats of few bits. One that may have been another integer becomes text, which is no integer."""
+    exact = _EXACT_INTEGERS[bits]
+    return [
+        value if value is None or abs(value) < exact else f"{value:.0f} as a float of {bits} bits"
+        for value in _floats(column)
+    ]
 
 
 def _texts(column: pa.Array) -> list[Any]:

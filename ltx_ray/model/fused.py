@@ -408,6 +408,8 @@ def _steps_for(device: torch.device) -> ModuleType:
         from ltx_ray.model import kernels  # Triton is not installed everywhere.
 
         kernels.gelu(torch.zeros((1, 16), dtype=torch.bfloat16, device=device), False)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         raise RuntimeError(
             f"the fused path needs Triton and a C compiler on every GPU node ({type(error).__name__}: {error}); "

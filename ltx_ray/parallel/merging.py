@@ -79,12 +79,17 @@ _Kernel = Callable[[torch.Tensor, torch.Tensor, Sequence[FactorProduct], int], N
 
 @cache
 def _kernel() -> _Kernel | None:
-    """The Triton kernel, or None where Triton or the C compiler that it needs at first use is missing."""
+    """The Triton kernel, or None where Triton or the C compiler that it needs at first use is missing.
+
+    Raises OutOfMemoryError: without the kernel, bits would differ from those of other replicas.
+    """
     try:
         from ltx_ray.parallel.merge_kernel import merge
 
         tile = torch.zeros(16, 16, dtype=torch.bfloat16, device="cuda")
         merge(tile, tile, [FactorProduct(tile, tile, 1.0)], MERGE_CHUNK_BYTES)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         _log.warning("merging without its kernel, more slowly: %s: %s", type(error).__name__, error)
         return None

@@ -12,16 +12,16 @@ from ltx_ray.shapes import TIME_FACTOR, ClipShape
 
 _TOKENS_LOW, _TOKENS_HIGH = 1024, 4096
 _SHIFT_LOW, _SHIFT_HIGH = 0.95, 2.05
-#: No schedule of more tokens can be sampled, not even one of two steps.
-_MOST_TOKENS = 60_000
+_SLOPE = (_SHIFT_HIGH - _SHIFT_LOW) / (_TOKENS_HIGH - _TOKENS_LOW)
+#: Above the first number of tokens that cannot be sampled, luck of rounding makes some legal, never this far apart.
+_LUCKY_TOKENS = 2048
 #: The last sigma above 0.
 LAST_SIGMA = 0.1
 
 
 def schedule_shift(tokens: int) -> float:
     """The shift of a schedule for this many video tokens."""
-    slope = (_SHIFT_HIGH - _SHIFT_LOW) / (_TOKENS_HIGH - _TOKENS_LOW)
-    return math.exp(tokens * slope + (_SHIFT_LOW - slope * _TOKENS_LOW))
+    return math.exp(tokens * _SLOPE + (_SHIFT_LOW - _SLOPE * _TOKENS_LOW))
 
 
 @lru_cache(maxsize=4096)
@@ -31,24 +31,54 @@ def is_sampled(steps: int, tokens: int) -> bool:
     The shift grows exponentially with the tokens. From some number on, the first sigmas round to the same float32, and
     a sampler divides by their difference, which is 0; from a larger one on, all are NaN.
     """
-    if tokens > _MOST_TOKENS:
-        return False
-    with np.errstate(all="ignore"):
-        sigmas = host_sigmas(steps, tokens)
-    return bool(np.isfinite(sigmas).all() and (np.diff(sigmas) < 0).all())
+    return _falls(steps, tokens)
 
 
 def most_frames(steps: int, shape: ClipShape) -> int | None:
-    """The largest legal number of frames below those of `shape` whose schedule of stage 1 can be sampled.
+    """The number of frames, below those of `shape`, up to which every schedule of stage 1 can be sampled.
 
     None when a single frame has too many tokens.
     """
     frame_tokens = replace(shape, num_frames=1).half().video_tokens
-    highest = _MOST_TOKENS // frame_tokens * TIME_FACTOR + 1
-    for frames in range(min(shape.num_frames - TIME_FACTOR, highest), 0, -TIME_FACTOR):
-        if is_sampled(steps, replace(shape, num_frames=frames).half().video_tokens):
-            return frames
-    return None
+    found = min(_most_latent_frames(steps, frame_tokens), shape.latent_frames - 1)
+    return TIME_FACTOR * (found - 1) + 1 if found else None
+
+
+@lru_cache(maxsize=4096)
+def _most_latent_frames(steps: int, frame_tokens: int) -> int:
+    """The number of latent frames up to which every schedule can be sampled; 0 for none."""
+    # A number that can be sampled and whose successor cannot. The first that cannot is at most that successor.
+    low, high = 0, _most_tokens(steps) // frame_tokens + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if _falls(steps, middle * frame_tokens) else (low, middle)
+    most = 0
+    for n in range(low, 0, -1):
+        if not _falls(steps, n * frame_tokens):
+            most = 0
+        elif not most:
+            most = n
+        elif (most - n) * frame_tokens > _LUCKY_TOKENS:
+            break
+    return most
+
+
+def _most_tokens(steps: int) -> int:
+    """A number of tokens above which no schedule can be sampled. The limit itself is up to an eighth lower.
+
+    The first two sigmas are shift / (shift + 0) and shift / (shift + x), where x is 1 / (steps - 1). In float32 they
+    are equal where x is less than 2^-25 of the shift, which is at most half of its last place.
+    """
+    most_shift = 1.01 * 2**25 / (steps - 1)  # x itself is rounded.
+    return int((math.log(most_shift) - _SHIFT_LOW) / _SLOPE) + _TOKENS_LOW
+
+
+def _falls(steps: int, tokens: int) -> bool:
+    if tokens > _most_tokens(steps):
+        return False
+    with np.errstate(all="ignore"):
+        sigmas = host_sigmas(steps, tokens)
+    return bool(np.isfinite(sigmas).all() and (np.diff(sigmas) < 0).all())
 
 
 def host_sigmas(steps: int, tokens: int) -> np.ndarray:

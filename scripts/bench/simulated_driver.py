@@ -8,7 +8,7 @@ import random
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -75,22 +75,21 @@ class WatchedReplicas(SimulatedReplicaSet):
 class _KeyLog(RowLog):
     """Keeps the keys of finished rows, and writes nothing: only the driver's own thread is measured here."""
 
-    fold_is_due = False
-
-    def add(self, table: str, row: Mapping[str, Any]) -> None:
-        self._rows[table].append(row)
-
     def commit(self) -> None:
         rows, self._rows[layout.INDEX] = self._rows[layout.INDEX], []
-        if rows:
-            self.existing.index.fold("none", [key_bytes(row["item_id"], layout.row_key(row["id"])) for row in rows])
+        self._keys = getattr(self, "_keys", []) + [key_bytes(row["item_id"], row["key"]) for row in rows]
+        self.existing.index.add_pending(self._keys[-len(rows) :], "segment")
+
+    def fold(self) -> None:
+        self.existing.index.fold("part", self._keys)
+        self._keys = []
 
 
 class _KeyWriter(DatasetWriter):
     """Makes no whole rows. A thread of its own makes them in a run."""
 
     def write_index(self, item_id: str, request: RenderRequest, rendered: Any) -> None:
-        self.log.add(layout.INDEX, {"item_id": item_id, "id": request.id})
+        self.log.add(layout.INDEX, {"item_id": item_id, "key": layout.row_key(request.id)})
 
     def write_failed(self, *row: Any, **more: Any) -> None:
         pass

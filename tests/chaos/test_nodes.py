@@ -157,17 +157,17 @@ def test_a_killed_driver_is_followed_by_two_of_which_one_goes_on(job):
 
 def test_a_killed_driver_leaves_no_row_twice_and_the_next_run_has_all(job):
     """Killed again and again, at moments that are spread over commits and folds."""
-    manifest, seen = rows(*["[[stage1:slow:1]]"] * 60), 0
+    manifest, seen = rows(*["[[stage1:slow:0.4]]"] * 40), 0
     for moment in (0.0, 0.4, 1.1):
         driver = job.start(manifest, parallel=SHARED)
         job.until(lambda seen=seen: len(job.out.index()) > seen, "another row")
         time.sleep(moment)
         driver.kill()
         read, seen = job.out.read(), len(job.out.index())  # which fail when a row is there twice
-        assert set(read) <= set(job.out.index()) and seen < 60
+        assert set(read) <= set(job.out.index()) and seen < 40
     before = job.out.index()
     job.start(manifest, parallel=SHARED).ends(0)
-    after = whole(job, 60)
+    after = whole(job, 40)
     assert set(job.out.read()) == set(after) and all(after[name] == row for name, row in before.items())
     assert not list(job.out.folder.glob("state/wal/*"))
 

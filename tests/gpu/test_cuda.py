@@ -190,21 +190,27 @@ def test_other_widths(tmp_path, widths, attention, compiled):
     heads, head_dim, audio_head_dim = widths
     shape = ToyShape(layers=3, heads=heads, head_dim=head_dim, audio_head_dim=audio_head_dim)
     files, row = make_toy_model(tmp_path, seed=1, shape=shape), {**ROW, "video_stg_blocks": [1]}
-    found = Engines(files, DEVICE, "bfloat16", attention=attention, compiled=compiled)
-    distant = distances(
-        named_latents(*found.stages(row)), named_latents(*Engines(files, "cpu", "bfloat16").stages(row))
+    found = named_latents(*Engines(files, DEVICE, "bfloat16", attention=attention, compiled=compiled).stages(row))
+    plain, fused = (
+        named_latents(*Engines(files, "cpu", "bfloat16", compiled=path).stages(row)) for path in ("off", "fused")
     )
-    for name, error in distant.items():
-        assert error <= BF16_FLOOR[name.partition(".")[0]] * 3, f"{name}: {error:.1e}"
+    # A sound of ten channels is up to ten times as sensitive to rounding as the toy's.
+    own = distances(fused, plain)
+    for name, error in distances(found, plain).items():
+        assert error <= max(BF16_FLOOR[name.partition(".")[0]] * 3, own[name] * 2), f"{name}: {error:.1e}"
 
 
-def test_other_widths_in_float32_agree_with_the_cpu(tmp_path):
+@pytest.mark.parametrize("compiled", ["off", "fused"])
+def test_other_widths_in_float32_agree_with_the_cpu(tmp_path, compiled):
     """The model of other widths of tests/parity, against a CPU."""
     with safe_open(GOLDENS / "widths" / "base.safetensors", "pt") as file:
         shape = ToyShape(**json.loads(file.metadata()["shape"]))
     files = make_toy_model(tmp_path, seed=1, shape=shape)
     layers = {**ROW, "video_stg_blocks": [0]}
-    on_gpu, on_cpu = (named_latents(*Engines(files, d, "float32").stages(layers)) for d in (DEVICE, "cpu"))
+    on_gpu, on_cpu = (
+        named_latents(*Engines(files, device, "float32", compiled=path).stages(layers))
+        for device, path in ((DEVICE, compiled), ("cpu", "off"))
+    )
     assert max(distances(on_gpu, on_cpu).values()) <= 1e-4
 
 

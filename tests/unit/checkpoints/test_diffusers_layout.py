@@ -160,6 +160,11 @@ def test_configs_of_other_models_are_refused(model, part, fields, words):
     assert f"{model / part}: " in (message := refused(model)) and words in message
 
 
+def test_registers_that_do_not_fill_a_prompt_are_refused(model):
+    change(model / "connectors", video_connector_num_learnable_registers=96, audio_connector_num_learnable_registers=96)
+    assert "connector_num_learnable_registers is 96; legal: a divisor of 1024" in refused(model)
+
+
 def test_fields_of_newer_versions_that_are_off_are_ignored(model):
     change(model / "transformer", ff_bias=True, use_keyframes_abs_pos_embedding=False, sixth_sense=None)
     open_checkpoint(str(model))

@@ -36,6 +36,9 @@ def test_another_architecture_under_the_same_version_is_refused(toy_config, fiel
         ("norm_eps", [], "a number"),
         ("positional_embedding_max_pos", 20, "a list of numbers"),
         ("audio_num_attention_heads", 2, "32, as many as the video stream has"),
+        ("connector_num_learnable_registers", 96, "a divisor of 1024, the tokens of a padded prompt"),
+        ("connector_num_learnable_registers", 2048, "a divisor of 1024, the tokens of a padded prompt"),
+        ("connector_num_learnable_registers", None, "an integer"),
     ],
 )
 def test_a_field_that_cannot_be_used_is_named(field, value, legal):

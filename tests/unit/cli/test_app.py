@@ -600,6 +600,15 @@ def test_status_of_a_run(cmd, tmp_path):
     assert out.endswith("\n982 clips/h\n")
 
 
+def test_status_passes_over_damaged_events(cmd, tmp_path):
+    good = {"t": 1.0, "event": "call", "replica": "text-0", "stage": "text", "id": "a", "seconds": 2.0}
+    bad = [{"t": 1, "event": "call"}, {"t": 1, "event": "gang_lost"}, {**good, "t": "x"}, {**good, "seconds": None}]
+    (tmp_path / "run.json").write_text('{"state": "finished"}')
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in (good, *bad)))
+    code, out, _ = cmd("status", tmp_path)
+    assert code == 0 and out.count("last finished") == 1 and "text-0: last finished text of a, 2.0 s" in out
+
+
 def test_status_of_a_run_that_goes_on_and_of_one_that_was_killed(cmd, tmp_path, monkeypatch):
     """The rate is that of the console, at the time of asking, or at the last event of a run that was killed."""
     monkeypatch.setattr("ltx_ray.cli.status.time", SimpleNamespace(time=lambda: 7300.0))

@@ -55,6 +55,14 @@ def change(store: Store, part: str, **values) -> None:
     store.write_bytes(part, one_row({**row, **values}, INDEX_SCHEMA))
 
 
+def test_it_says_how_far_it_is(store, folded):
+    for dataset in (store, folded):
+        seen: list[tuple[int, int]] = []
+        check(dataset, on_rows=lambda done, total, seen=seen: seen.append((done, total)))
+        assert seen[-1] == (4, 4) and {total for _, total in seen} == {4}
+        assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+
+
 def test_a_whole_dataset(store):
     before = store.list_names("", recursive=True)
     assert check(store) == (0, ["4 rows and 4 clips checked, 0 rows in failed/: all well"])

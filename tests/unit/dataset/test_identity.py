@@ -8,6 +8,8 @@ import json
 import pytest
 
 from ltx_ray.config import NEWEST_SCHEME
+from ltx_ray.dataset import layout
+from ltx_ray.dataset.existing import list_existing
 from ltx_ray.dataset.identity import DatasetIdentity, KeptIdentity, changed_numerics, read_identity, write_identity
 from ltx_ray.planning.identity import recipe_json
 from ltx_ray.storage.store import Store
@@ -44,6 +46,15 @@ def test_a_dataset_without_the_file_is_known_by_a_row(store, scheme):
     assert read_identity(store) == DatasetIdentity(scheme, "NVIDIA H100", {"tp": 2})
 
 
+def test_a_row_that_says_nonsense_says_nothing(store):
+    with_row(store, "a" * 32, recipe='{"scheme": "x"}')
+    with_row(store, "b" * 32, numerics="[]")
+    with_row(store, "c" * 32, noise_ledger='{"device_model": 1}')
+    assert read_identity(store) == DatasetIdentity()
+    with_row(store, "d" * 32)
+    assert read_identity(store).scheme == 1
+
+
 def test_the_file_goes_before_the_rows(store):
     with_row(store, "a" * 32)
     write_identity(store, DatasetIdentity(2, "cpu", {"tp": 1}))
@@ -51,7 +62,19 @@ def test_the_file_goes_before_the_rows(store):
     assert json.loads(store.read_bytes("dataset.json"))["format"] == 1
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b'{"scheme": "x"}', b"{}"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[]",
+        b'{"scheme": "x"}',
+        b"{}",
+        b'{"scheme": null}',
+        b'{"scheme": 2, "noise_family": 5}',
+        b'{"scheme": 2, "numerics": ["tp"]}',
+        b'{"scheme": 2, "numerics": "tp 1"}',
+    ],
+)
 def test_a_damaged_file_is_made_up_for_by_the_rows(store, content):
     with_row(store, "a" * 32)
     store.write_bytes("dataset.json", content)
@@ -99,6 +122,32 @@ def test_a_dataset_keeps_the_noise_that_its_first_clips_had(tmp_path):
     write_identity(store, DatasetIdentity(noise_family="cpu"))
     with pytest.raises(ValueError, match="legal: --noise-device cpu, another --output, or --allow-other-noise"):
         kept(store).check_noise("NVIDIA H100")
+
+
+def test_noise_of_which_nothing_is_left_binds_no_later_run(store):
+    """A run that ended before its first clip has drawn noise on its GPUs, too."""
+    kept(store).check_noise("NVIDIA H100")
+    assert not list_existing(store).has_noise
+    identity = kept(store)
+    identity.forget_noise()
+    identity.check_noise("NVIDIA A100")
+    assert read_identity(store).noise_family == "NVIDIA A100"
+
+
+@pytest.mark.parametrize(
+    "path, has_noise",
+    [
+        (f"index/{layout.one_row_part('a' * 32, 'b' * 8)}", True),
+        (f"previews/{layout.one_row_part('a' * 32, 'b' * 8)}", True),
+        (layout.latents_path("a" * 32), True),
+        (f"failed/part-infra-{'a' * 32}-{'b' * 8}.parquet", True),
+        (f"failed/part-row-{'a' * 32}-{'b' * 8}.parquet", False),
+        (f"failed/part-illegal-{'a' * 32}-{'b' * 8}.parquet", False),
+    ],
+)
+def test_what_may_hold_noise(store, path, has_noise):
+    store.write_bytes(path, b"x")
+    assert list_existing(store).has_noise is has_noise
 
 
 def test_a_run_says_in_what_it_computes_otherwise(store):

@@ -273,6 +273,19 @@ def test_failures_only_and_many_of_them(tmp_path):
     assert len(page.source) < 500_000
 
 
+def test_only_failures_that_are_shown_are_in_memory(tmp_path):
+    rows = [data.failed_row(i, traceback=f"{i} " * 5000) for i in range(3 * report_data.MAX_FAILURES)]
+    data.write_parts(tmp_path, "failed", rows, size=30)
+    del rows
+    tracemalloc.start()
+    try:
+        found = report_data.read_report_data(Store(str(tmp_path)), 10)
+        assert tracemalloc.get_traced_memory()[1] < 2 * sum(len(row["traceback"]) for row in found.failed)
+    finally:
+        tracemalloc.stop()
+    assert len(found.failed) == report_data.MAX_FAILURES == found.failures.total() / 3
+
+
 def test_a_failure_that_was_rendered_since_is_not_listed(tmp_path):
     row = data.index_row(1, clip=None)
     data.write_parts(tmp_path, "index", [row])
@@ -417,3 +430,25 @@ def test_durations_for_people():
 def test_needs_neither_torch_nor_ray():
     code = "import sys, ltx_ray.dataset.report; assert not {'torch', 'ray'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_replica_that_was_given_back_was_idle_no_longer():
+    """It was busy for all of its life, which is half of the run."""
+    of_replica = {"role": "text", "replica": "text-0"}
+    events = [
+        {"t": 0.0, "event": "gang_started", "seconds": 0, **of_replica},
+        {
+            "t": 50.0,
+            "event": "call",
+            "start": 0.0,
+            "seconds": 50.0,
+            "stage": "text",
+            "id": "a",
+            "ok": True,
+            **of_replica,
+        },
+        {"t": 50.0, "event": "gang_given_back", "reason": "no row needs it", **of_replica},
+        {"t": 100.0, "event": "run_finished"},
+    ]
+    chart = draw_timeline(build_timeline(events))
+    assert "busy 100% of the time" in chart and "replica lost" not in chart

@@ -45,6 +45,12 @@ def test_conditions(text, meets):
     assert parse_filter(text)(ROW) is meets
 
 
+def test_integers_beyond_those_that_floats_hold_are_compared_exactly():
+    row = {"seed": 2**62 + 1}
+    assert parse_filter(f"seed = {2**62 + 1}")(row) and not parse_filter(f"seed = {2**62}")(row)
+    assert parse_filter(f"seed > {2**62}")(row) and not parse_filter(f"seed != {2**62 + 1}")(row)
+
+
 @pytest.mark.parametrize(
     "text, message",
     [

@@ -16,8 +16,8 @@ from ltx_ray.dataset.failures import FailureScope
 from ltx_ray.dataset.layout import ADDED_COLUMNS, FAILED_SCHEMA, INDEX_SCHEMA, NUMBERED_PART, one_row_part, row_key
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.manifest.reader import RawRow, read_manifest
-from ltx_ray.manifest.rules import IllegalRow, RowRules, judge
-from ltx_ray.records import Clip, LoraUse, RenderRequest, plain
+from ltx_ray.manifest.rules import IllegalRow, LegalRow, RowRules, judge
+from ltx_ray.records import Clip, ImageCondition, LoraUse, RenderRequest, plain
 from ltx_ray.storage.store import Store
 from tests.support.damaged_dataset import as_one_row_parts
 from tests.support.datasets import dataset_writer, finish, rows_in
@@ -177,6 +177,32 @@ def test_another_row_of_an_item_gets_a_copy_of_its_index_row(writer, folded):
     assert (two["id"], two["extra"]) == ("b", '{"note": "second"}')
 
 
+@pytest.mark.parametrize("table", ["index", "previews"])
+def test_a_copy_has_its_own_rows_images_and_loras(writer, table):
+    """Images and LoRAs enter an item by their content, so that rows of one item may name them otherwise."""
+    one, two = (
+        dataclasses.replace(
+            request(id=name), loras=(LoraUse(name, 0.5),), images=(ImageCondition(f"/{name}/img.png", 0, 1.0, 33),)
+        )
+        for name in ("a", "b")
+    )
+    raw = RawRow("m.jsonl", 1, {"prompt": "x"})
+    if table == "index":
+        writer.write_index(ITEM, one, RENDERED)
+        writer.log.commit()
+        writer.copy_index_row(ITEM, row_key("a"), two)
+    else:
+        writer.write_preview(ITEM, one, raw, RENDERED)
+        writer.write_failed(ITEM, two, raw, CRASH)
+        finish(writer)
+        writer.copy_preview_row(ITEM, row_key("a"), two, raw)
+        assert rows(writer, "failed") == [], "a row with a preview has not failed"
+    [row] = [row for row in rows(writer, table) if row["id"] == "b"]
+    assert row["loras"] == [{"name": "b", "strength": 0.5}]
+    assert [image["path"] for image in row["images"]] == ["/b/img.png"]
+    assert row["latents_sha256"] == RENDERED.clip.latents_sha256
+
+
 # --- failures ------------------------------------------------------------------------------------
 
 
@@ -254,6 +280,23 @@ def test_failed_rows_are_a_manifest_with_the_same_verdicts(writer, tmp_path):
         return {r.raw.source: r.messages() if isinstance(r, IllegalRow) else r.request for r in rows}
 
     assert verdicts(again) == verdicts(before)
+
+
+@pytest.mark.parametrize("values", [{"pipeline": "base"}, {"pipeline": "base", "video_stg_blocks": [1]}, {}])
+def test_a_row_of_a_small_model_is_read_back_as_it_was_planned(writer, values):
+    """The default of base names block 28, which a model of 2 layers lacks; a row may not ask for it."""
+    rules = RowRules(num_layers=2)
+    planned = judge(RawRow("m.jsonl", 1, {"prompt": "a cat", "id": "a", **values}), rules)
+    assert isinstance(planned, LegalRow)
+    writer.write_preview(ITEM, planned.request, planned.raw, RENDERED)
+    writer.write_failed(ITEM, planned.request, planned.raw, CRASH)
+    finish(writer)
+    for folder in ("failed", "previews"):
+        [again] = [judge(raw, rules) for raw in read_manifest(writer.log.store.path(folder))]
+        assert isinstance(again, LegalRow), again.messages()
+        assert again.request == planned.request
+    asked = judge(RawRow("m.jsonl", 1, {"prompt": "a cat", "pipeline": "base", "video_stg_blocks": [28]}), rules)
+    assert isinstance(asked, IllegalRow)
 
 
 def test_failing_again_in_a_retry_adds_no_row(writer, tmp_path):

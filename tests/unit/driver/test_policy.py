@@ -144,6 +144,13 @@ def test_the_weights_of_a_lost_replica_no_longer_count():
     assert calls(policy) == [("x", "stage1", "a0")]
 
 
+def test_weights_that_no_replica_has_merged_are_forgotten():
+    """Rows may sweep over any number of strengths."""
+    policy = one_stage(2)
+    run_all(policy, [f"strength {n}" for n in range(100)])
+    assert len(policy._merged) <= 2
+
+
 def test_a_lone_row_with_other_weights_is_not_passed_over_for_ever():
     ran, _ = run_all(one_stage(1, queue_depth=4, max_passed_over=5), ["a"] * 3 + ["b"] + ["a"] * 60)
     assert 3 <= ran.index("b") <= 3 + 5

@@ -195,3 +195,11 @@ def test_events_that_an_earlier_version_wrote_into_an_object_store_are_kept(buck
     store.write_bytes("events.jsonl", b"{}")
     keep_older_run(store)
     assert store.read_bytes("runs/r1/events.jsonl") == b"{}" and not store.exists("events.jsonl")
+
+
+@pytest.mark.parametrize("content", [b"null", b"[1]", b"{", b"{}", b'{"run_id": 7}', b'{"run_id": "../../elsewhere"}'])
+def test_a_record_that_is_none_is_not_kept(tmp_path, content):
+    store = Store(str(tmp_path / "a" / "b"))
+    store.write_bytes("run.json", content)
+    keep_older_run(store)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["run.json"]

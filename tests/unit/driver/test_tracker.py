@@ -19,10 +19,12 @@ from ltx_ray.driver.tracker import RowTracker
 from ltx_ray.manifest.rules import RowRules
 from ltx_ray.planning.identity import item_id
 from ltx_ray.planning.plan import Plan
-from ltx_ray.records import Clip, Recipe, RenderRequest, WorkItem
+from ltx_ray.records import CallReport, Clip, EngineFacts, NoiseLedger, Recipe, RenderRequest, WorkItem
+from ltx_ray.stages import Stage
 from ltx_ray.storage.store import Store
 from tests.support.checkpoint_files import RELEASED
 from tests.support.datasets import row_log
+from tests.support.results import RENDERED
 from tests.support.samples import recipe, write_jsonl
 
 CLIP = Clip("clips/aa/a.mp4", "c" * 64, "d" * 64, (), "stage_1")
@@ -151,6 +153,18 @@ def test_other_numerics_of_stage_1_are_recorded_with_those_of_the_run(output):
     assert found == {"a": '{"attention":"fa3","stage_1":{"attention":"cudnn"}}', "b": '{"attention":"fa3"}'}
 
 
+def test_a_preview_of_stored_latents_is_recorded_with_how_those_were_made(output):
+    output.open(rows("a"))
+    (cat,) = output.take()
+    made, stored = NoiseLedger(1, "cuda", "H100"), NoiseLedger(1, "cuda", "A100")
+    cat.take_result(Stage.STAGE1, CallReport(1.0, 0.0, facts=EngineFacts("H100", noise_ledger=made)), None)
+    cat.take_result(Stage.DECODE, CallReport(1.0, 0.0), None)
+    assert (cat.noise_ledger, cat.stage1_numerics) == (made, None)
+    facts = EngineFacts(noise_ledger=stored, stage1_numerics='{"tp":2}')
+    cat.take_result(Stage.DECODE, CallReport(1.0, 0.0, facts=facts), None)
+    assert (cat.noise_ledger, cat.stage1_numerics) == (stored, '{"tp":2}')
+
+
 def test_rows_are_taken_a_few_at_a_time(output):
     output.open([{"id": f"r{n}", "prompt": f"clip {n}"} for n in range(5)])
     assert [tracked.name for tracked in output.take(3)] == ["r0", "r1", "r2"]
@@ -185,6 +199,23 @@ def test_a_row_of_the_same_item_that_arrives_when_the_clip_is_in_the_index_is_a_
     assert output.take() == []
     output.settle()
     assert output.ids("index") == ["a", "b"] and output.tracker.counts["rendered"] == 2
+
+
+@pytest.mark.parametrize("has_preview", [False, True])
+def test_a_run_of_previews_copies_the_row_of_a_finished_clip(output, has_preview):
+    """The row has its clip, and needs no preview."""
+    output.open(rows("a"))
+    (tracked,) = output.take()
+    output.tracker.finish(tracked, CLIP, "{}")
+    output.settle()
+    output.close()
+    if has_preview:
+        raw, request = tracked.rows[0].raw, tracked.item.request
+        output.writer.write_preview(tracked.item.item_id, request, raw, RENDERED)
+    output.open(rows("b"), latents_only=True)
+    assert output.take() == []
+    output.settle()
+    assert output.ids("index") == ["a", "b"] and output.tracker.counts == {"rows": 1, "rendered": 1}
 
 
 def test_a_row_of_the_same_item_that_arrives_while_latents_are_being_saved(output):

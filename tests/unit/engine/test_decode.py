@@ -353,6 +353,11 @@ def with_ledger(item: WorkItem, **changes) -> list[StageLatents]:
     return [StageLatents(first.latents, dataclasses.replace(first.ledger, **changes)), second]
 
 
+def with_numerics(item: WorkItem, text: str) -> list[StageLatents]:
+    first, second = stages(item)
+    return [dataclasses.replace(first, numerics=text), second]
+
+
 def set_nan(latents: AV) -> AV:
     latents.audio[0, 3, 2, 1] = float("nan")
     return latents
@@ -365,6 +370,8 @@ FAULTS = {
     "another seed": (lambda i: with_ledger(i, seed=5), "not that of the item"),
     "after stage 2": (lambda i: with_ledger(i, draws=stages(i)[1].ledger.draws), "not that of the item"),
     "before stage 1": (lambda i: with_ledger(i, draws=()), "not that of the item"),
+    "numerics that are no JSON": (lambda i: with_numerics(i, '{"tp"'), "its numerics cannot be read"),
+    "numerics that are no object": (lambda i: with_numerics(i, "[1]"), "its numerics cannot be read"),
 }
 
 
@@ -430,12 +437,27 @@ def test_latents_of_an_older_version_have_no_digest(made):
 
 
 def test_a_preview_is_of_the_latents_that_are_stored(made):
-    """An earlier run with other kernels has stored both stages, and a promotion will continue those."""
+    """An earlier run with other kernels has stored both stages, and a promotion will continue those. What is recorded
+    of the preview is how they were made."""
     item = work(num_frames=9)
     stored, other = stages(item), stages(dataclasses.replace(item, request=dataclasses.replace(item.request, seed=9)))
-    made().run("save_latents", item, *stored)
-    clip = made(stop_after="stage1").run("decode", item, StageLatents(other[0].latents, stored[0].ledger))
+    ledger = dataclasses.replace(stored[0].ledger, device_model="another")
+    made().run("save_latents", item, StageLatents(stored[0].latents, ledger, '{"tp":2}'), stored[1])
+    engine = made(stop_after="stage1")
+    clip = engine.run("decode", item, StageLatents(other[0].latents, stored[0].ledger, "{}"))
     assert clip.latents_sha256 == latents_sha256(named_latents(stored[0]))
+    assert engine.facts.noise_ledger == ledger and engine.facts.stage1_numerics == '{"tp":2}'
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_stored_latents_that_no_run_continues_are_replaced_by_those_of_a_preview(made, out, fault):
+    """They are not kept for having both stages, and the preview does not wait for them."""
+    item = work()
+    Path(made().run("save_latents", item, *FAULTS[fault][0](item)))
+    clip = made(stop_after="stage1").run("decode", item, stages(item)[0])
+    assert clip.latents_sha256 == latents_sha256(named_latents(stages(item)[0]))
+    loaded_again = made().run("load_latents", item)
+    assert latents_sha256(named_latents(loaded_again)) == clip.latents_sha256
 
 
 def test_latents_of_another_item(made, out):

@@ -8,13 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from ltx_ray.manifest.raw import RawRow, is_damage
 from ltx_ray.manifest.reader import open_manifest, read_manifest
-from ltx_ray.manifest.rules import IllegalRow, RowRules, judge
+from ltx_ray.manifest.rules import IllegalRow, LegalRow, RowRules, judge
 from ltx_ray.storage.retry import StoreUnavailable
 from ltx_ray.storage.store import Store
 
@@ -85,6 +86,28 @@ def test_a_row_of_a_damaged_file_is_recorded_and_retried_as_it_was(tmp_path):
     finish(writer)
     [again] = [judge(raw, RowRules()) for raw in read_manifest(str(tmp_path / "out" / "failed"))]
     assert again.messages() == before.messages() and again.raw.source == before.raw.source
+
+
+@pytest.mark.parametrize("bits, exact", [(16, 2**11), (32, 2**24)])
+@pytest.mark.parametrize("dictionary", [False, True])
+def test_integers_that_a_short_float_does_not_hold_are_refused(tmp_path, bits, exact, dictionary):
+    """The seed 2^24 + 1 is stored as 2^24 in 32 bits, and a retry must not take it for that either."""
+    seeds = pa.array(np.array([5, exact - 1, exact + 1], dtype=f"float{bits}"))
+    if dictionary:
+        seeds = pa.DictionaryArray.from_arrays(pa.array([0, 1, 2], pa.int32()), seeds)
+    pq.write_table(pa.table({"prompt": ["a"] * 3, "seed": seeds, "frame_rate": seeds}), tmp_path / "m.parquet")
+    one, two, three = (judge(raw, RowRules()) for raw in read_manifest(str(tmp_path / "m.parquet")))
+    assert isinstance(one, LegalRow) and one.request.seed == 5
+    wrong = [problem.column for problem in two.problems] if isinstance(two, IllegalRow) else []
+    assert "seed" not in wrong
+    assert isinstance(three, IllegalRow)
+    [message] = [text for text in three.messages() if ":seed:" in text]
+    assert f"'{exact} as a float of {bits} bits', legal: a whole number" in message
+    writer = dataset_writer(Store(str(tmp_path / "out")))
+    writer.write_illegal(three.raw, three.messages())
+    finish(writer)
+    [again] = [judge(raw, RowRules()) for raw in read_manifest(str(tmp_path / "out" / "failed"))]
+    assert again.messages() == three.messages()
 
 
 def test_a_file_that_changes_while_it_is_read_is_an_illegal_row(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ltx_ray.records import AV, Guidance, NoiseLedger, WrongDevice
+from ltx_ray.sampling import schedule_limits
 from ltx_ray.sampling.guidance import GuidedDenoiser, combine, skips
 from ltx_ray.sampling.noise import ClipNoise, SamplerNoise, add_noise, check_noise_device
 from ltx_ray.sampling.passes import passes_for
@@ -53,10 +54,49 @@ def test_the_first_clip_whose_levels_coincide(height, width, steps, frames):
     assert is_sampled(steps, ClipShape(frames - 8, height, width, 24.0).half().video_tokens)
 
 
+@pytest.mark.parametrize("steps, side", [(2, 256), (3, 768), (12, 512), (15, 256), (15, 768), (40, 384)])
+def test_every_clip_up_to_the_limit_that_a_message_names_can_be_sampled(steps, side):
+    """Near the limit some schedules can be sampled and others below them cannot, as the rounding falls."""
+    frames = most_frames(steps, ClipShape(2**20 + 1, side, side, 24.0))
+    assert frames is not None
+
+    def sampled(count: int) -> bool:
+        return is_sampled(steps, ClipShape(count, side, side, 24.0).half().video_tokens)
+
+    assert not sampled(frames + 8) and all(map(sampled, range(1, frames + 1, 8)))
+
+
+def test_a_cpu_draws_by_the_lower_32_bits_of_a_seed():
+    """docs/manifest.md says so. A PyTorch that used all of them would give other clips for rows of large seeds."""
+
+    def noise(seed: int) -> torch.Tensor:
+        ledger = NoiseLedger(seed, "cpu", "cpu")
+        return ClipNoise(ledger, torch.device("cpu")).draw("stage_1.video", (4,), torch.float32)
+
+    assert torch.equal(noise(5), noise(2**32 + 5)) and not torch.equal(noise(5), noise(6))
+
+
 def test_sizes_beyond_every_schedule():
     assert not is_sampled(2, 2**40)
     assert most_frames(15, ClipShape(2**31 - 7, 1088, 1920, 24.0)) >= 569
     assert most_frames(15, ClipShape(9, 64 * 2**20, 64, 24.0)) is None
+
+
+@pytest.mark.parametrize("steps", [2, 15, 1000])
+def test_the_most_frames_of_small_clips_cost_little(steps, monkeypatch):
+    """At 64x64 a frame is one token, and the limit lies tens of thousands of frames below what rows may ask for."""
+    tried = []
+
+    def counted(steps: int, tokens: int, schedule=host_sigmas):
+        tried.append(tokens)
+        return schedule(steps, tokens)
+
+    monkeypatch.setattr(schedule_limits, "host_sigmas", counted)
+    found = {most_frames(steps, ClipShape(800_001 + 8 * n, 64, 64, 24.0)) for n in range(100)}
+    (frames,) = found
+    tokens = ClipShape(frames, 64, 64, 24.0).half().video_tokens
+    assert is_sampled(steps, tokens) and not is_sampled(steps, tokens + 1)
+    assert len(tried) <= 6000, "rows of other lengths share the search"
 
 
 def test_schedule_ends_at_a_tenth_then_zero():
@@ -130,6 +170,15 @@ def test_first_draw_is_the_seeds():
     noise = ClipNoise(NoiseLedger(3, "cpu", "cpu"), torch.device("cpu")).draw("v", (1, 4, 2), torch.float32)
     expected = torch.randn((1, 4, 2), generator=torch.Generator().manual_seed(3))
     assert torch.equal(noise, expected)
+
+
+def test_a_cpu_takes_the_lower_half_of_a_seed():
+    """As docs/manifest.md says of `seed`."""
+    drawn = [
+        ClipNoise(NoiseLedger(seed, "cpu", "cpu"), torch.device("cpu")).draw("v", (1, 4, 2), torch.bfloat16)
+        for seed in (3, 3 + 2**32, 4)
+    ]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ class SummaryBuilder:
         if self._last is None or t > self._last:
             self._last = t
         self._timeline.add(event)
-        if kind == "call":
+        if kind == "call" and finite(event.get("seconds")) is not None:
             self._calls[str(event.get("replica"))] = event
         elif kind in ("gang_lost", "gang_given_back"):
             self._calls.pop(str(event.get("replica")), None)
@@ -78,9 +78,8 @@ class SummaryBuilder:
 
     def summary(self, at: float, clips_per_hour: float | None) -> RunSummary:
         calls = {
-            replica: LastCall(str(call.get("stage")), str(call.get("id")), seconds, float(call["t"]))
+            replica: LastCall(str(call.get("stage")), str(call.get("id")), float(call["seconds"]), float(call["t"]))
             for replica, call in self._calls.items()
-            if (seconds := finite(call.get("seconds"))) is not None
         }
         return RunSummary(at, clips_per_hour, dict(self._events), calls)
 

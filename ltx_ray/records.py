@@ -59,7 +59,7 @@ class WrongDevice(RenderError):
 
 
 class ReplicaError(RenderError):
-    """The replica's weights are in an unknown state."""
+    """The replica's weights are in an unknown state, or its ranks do not compute the same."""
 
     kind = ErrorKind.REPLICA
 

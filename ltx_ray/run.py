@@ -156,8 +156,8 @@ def prepare(options: Options) -> Prepared:
     warnings = [warning for path in loras if (warning := check_lora(checkpoint, path)) is not None]
     defaults = check_defaults(options.row_defaults)
     check_roots(options.image_roots)
-    check_numerics(options.numerics, parallel)
-    check_widths(options.numerics, checkpoint.transformer)
+    check_numerics(options.numerics)
+    check_widths(options.numerics, parallel, checkpoint.transformer)
     # Paths of retried and promoted rows count from the manifest that the rows were in first.
     own_folder = () if options.retry_failed or options.promote is not None else (manifest_folder(options.manifest),)
     rules = RowRules(

@@ -7,6 +7,7 @@ Needs one CUDA GPU. All sides have the same random weights at the released width
 so that only one side's are in memory at a time. Passes are text-to-video at sigma 0.7, batch 1, 1,024 text tokens. In
 stage 1, with half the height and width of --shape, two passes are measured: the full pass ("cond") and the pass without
 attention between the streams ("isolated"). Times are medians of CUDA events between consecutive passes without a pause.
+With --rank-alone it is one rank of a gang without the others (scripts/bench/rank_alone.py), beside one card.
 The skeleton (scripts/bench/skeleton.py) runs before and after ours to reveal drifting clocks. ltx_core is the reference
 v1.2.0 from PYTHONPATH, called as its pipelines call it: with the attention backend that it chooses itself, and with a
 timestep for every token (--peer-levels one: one for all).
@@ -39,12 +40,14 @@ from ltx_ray.model.attention_backends import BACKENDS, attention_backend
 from ltx_ray.model.fused import FusedTransformer
 from ltx_ray.model.packing import pack_linears
 from ltx_ray.model.transformer import Modality, Perturbation, Transformer
+from ltx_ray.parallel.collectives import SINGLE_RANK, Alone, RankGroup
 from ltx_ray.parallel.fp8 import row_scale_of, write_values
 from ltx_ray.records import AV
 from ltx_ray.shapes import ClipShape
 from scripts.bench import dit_implementations, random_transformer
 from scripts.bench.baselines import Baselines, check
 from scripts.bench.dit_implementations import Case
+from scripts.bench.rank_alone import RankAlone, counted
 from scripts.bench.skeleton import Lengths, Skeleton, flops, plan
 
 GIB = 2**30
@@ -133,24 +136,29 @@ def errors(found: Velocities, expected: Velocities) -> tuple[float, float]:
     return video, audio
 
 
-def build_ours(case: Case, precision: str) -> Transformer:
+def build_ours(case: Case, precision: str, tp: RankGroup = SINGLE_RANK) -> Transformer:
     with torch.device("meta"):
-        model = Transformer(case.config)
+        model = Transformer(case.config, tp)
     pack_linears(model, case.device, case.dtype, precision)
     random_transformer.fill(model, case.device, case.dtype, write_values)
     return model
 
 
-def call_ours(case: Case, model: Transformer, attention: str, plain: bool) -> Callable[[bool], AV[torch.Tensor]]:
+def call_ours(
+    case: Case, model: Transformer, attention: str, plain: bool, sequence_group: RankGroup = SINGLE_RANK
+) -> Callable[[bool], AV[torch.Tensor]]:
     """isolated -> velocities. Each call copies the noise level, so that nothing is reused from the last call."""
     dit = model if plain else FusedTransformer(model, attention=attention)
-    ropes = dit.ropes(case.positions, case.dtype)
+    if isinstance(dit, FusedTransformer):
+        ropes = dit.ropes(case.positions, case.dtype, sequence_group)
+    else:
+        ropes = dit.ropes(case.positions, case.dtype)
 
     def modality(latent: torch.Tensor, context: torch.Tensor, tables: tuple) -> Modality:
         return Modality(latent, case.sigma.clone(), case.sigma.reshape(1, 1).clone(), context, *tables)
 
     def call(isolated: bool) -> AV[torch.Tensor]:
-        return dit(case.latents.map(modality, case.contexts, ropes), Perturbation(isolated=isolated))
+        return dit(case.latents.map(modality, case.contexts, ropes), Perturbation(isolated=isolated), sequence_group)
 
     return call
 
@@ -198,6 +206,41 @@ class Bench:
                     del replay
             self._time(name, "skeleton again", skeleton)
         return frozenset(k.removesuffix(".weight") for k, p in model.named_parameters() if row_scale_of(p) is not None)
+
+    def run_alone(self, tp: int, sequence: int) -> dict[str, RankAlone]:
+        """Measure one card, then a rank without the others of its gang."""
+        case, a = self.case, self.arguments
+        attend = attention_backend(a.attention, case.device)
+        lengths = Lengths(case.shape.video_tokens, case.shape.audio_latents, TEXT)
+        transport = Alone(tp * sequence)
+        group = RankGroup(0, tp * sequence, transport)
+        measured: dict[str, list[float]] = {name: [] for name in self.passes}
+        exchanges = {}
+        for ranks in (1, tp * sequence):
+            alone = ranks > 1
+            model = build_ours(case, a.precision, group if alone and tp > 1 else SINGLE_RANK)
+            call = call_ours(case, model, a.attention, False, group if alone and sequence > 1 else SINGLE_RANK)
+            for name in self.passes:
+                calls = plan(model, lengths, name == "isolated", sequence if alone else 1)
+                self.flops[name] = flops(calls)
+                side = f" of {ranks}" if alone else ""
+                for which, run in (("ours", partial(call, name == "isolated")), ("skeleton", Skeleton(calls, attend))):
+                    rows = [self._time(name, which + side, run)]
+                    if a.graphs:
+                        rows.append(self._time(name, f"{which}{side}, graph", graphed(run)))
+                    measured[name].append(min(row.ms for row in rows))
+                counted(transport)
+                call(name == "isolated")
+                exchanges[name] = counted(transport)
+            del model, call
+            self._free()
+
+        def of_pass(name: str) -> RankAlone:
+            whole, whole_skeleton, rank, rank_skeleton = measured[name]
+            found = tp * sequence, whole, whole_skeleton, rank, rank_skeleton
+            return RankAlone(*found, *exchanges[name], case.config.num_layers)
+
+        return {name: of_pass(name) for name in self.passes}
 
     def run_peer(self, name: str, fp8: frozenset[str]) -> None:
         missing = [module for module in dit_implementations.NEEDS[name] if importlib.util.find_spec(module) is None]
@@ -308,6 +351,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeat", type=int, default=10)
     parser.add_argument("--warm", type=float, default=2.0, help="seconds of passes before those that are timed")
     parser.add_argument("--graphs", action="store_true", help="also run ours and the skeleton as CUDA graphs")
+    parser.add_argument("--tp", type=int, default=1, help="ranks that share the weights; with --rank-alone")
+    parser.add_argument("--sequence-parallel", type=int, default=1, help="ranks that share the tokens; the same")
+    parser.add_argument("--rank-alone", action="store_true", help="one of these ranks, without the others")
     parser.add_argument("--check", action="store_true", help="exit 1 when a figure is 5 %% worse than its baseline")
     parser.add_argument("--record", action="store_true", help="write the figures to scripts/baselines.json")
     parser.add_argument("--json", type=Path)
@@ -321,8 +367,12 @@ def parse() -> argparse.Namespace:
     if unknown := set(a.against) - set(dit_implementations.BUILDERS):
         parser.error(f"--against {','.join(sorted(unknown))}; legal: {', '.join(dit_implementations.BUILDERS)}")
     a.shape = a.shape or ("128x192x17" if a.tiny else "1088x1920x121")
-    if a.plain and a.precision == "fp8":
-        parser.error("--plain has no fp8")
+    if a.plain and (a.precision == "fp8" or a.rank_alone):
+        parser.error("--plain has no fp8, and no --rank-alone")
+    if a.rank_alone != (a.tp * a.sequence_parallel > 1) or (a.tp > 1 and a.sequence_parallel > 1):
+        parser.error("--rank-alone takes --tp N or --sequence-parallel N, which are measured with it only")
+    if a.rank_alone and a.against:
+        parser.error("--rank-alone has no peers")
     on_cuda = torch.device(a.device).type == "cuda"
     if on_cuda and not torch.cuda.is_available():
         print("bench_dit needs a CUDA GPU, and torch finds none", file=sys.stderr)
@@ -346,6 +396,24 @@ def best_attention(device: torch.device) -> str:
     raise AssertionError("sdpa is always available")
 
 
+def alone(bench: Bench, device: str) -> int:
+    """Measure, print and record a rank without the others of its gang."""
+    a, figures = bench.arguments, dict[str, float]()
+    layout = f"tp{a.tp}" if a.tp > 1 else f"sp{a.sequence_parallel}"
+    for name, found in bench.run_alone(a.tp, a.sequence_parallel).items():
+        key = a.key + ("" if name == "cond" else f".{name}") + f".{layout}.alone"
+        figures |= {f"{key}.{figure}": value for figure, value in found.figures.items()}
+        print(found.table(f"stage {a.stage}, {name}, {layout}"))
+    baselines = Baselines(device)
+    timed = {key: value for key, value in figures.items() if key.endswith((".ms", ".x_skeleton"))}
+    if a.record:
+        baselines.record(timed)
+    if a.json:
+        about = {"device": device, "torch": torch.__version__, "case": a.key, "attention": a.attention}
+        a.json.write_text(json.dumps(about | {"flops": bench.flops, "figures": figures}, indent=1))
+    return check(baselines, timed) if a.check else 0
+
+
 @torch.inference_mode()
 def main() -> int:
     a = parse()
@@ -358,6 +426,8 @@ def main() -> int:
     tokens = f"{case.shape.video_tokens} video, {case.shape.audio_latents} audio and {TEXT} text tokens"
     print(f"{name}, torch {torch.__version__}: {tokens}, {a.key}, attention {a.attention}")
     bench = Bench(case, a)
+    if a.rank_alone:
+        return alone(bench, name)
     fp8 = bench.run_ours()
     for peer in a.against:
         bench.run_peer(peer, fp8)

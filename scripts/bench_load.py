@@ -26,7 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ltx_ray.checkpoints.safetensors import TensorInfo
-from ltx_ray.parallel.layers import RankGroup
+from ltx_ray.parallel.collectives import RankGroup
 from ltx_ray.parallel.loading import load_shard
 from scripts.bench import random_transformer
 

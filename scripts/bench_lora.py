@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ltx_ray.checkpoints.lora import LoraPair
 from ltx_ray.model.transformer import Transformer
-from ltx_ray.parallel.layers import RankGroup
+from ltx_ray.parallel.collectives import RankGroup
 from ltx_ray.parallel.loading import ShardRead, load_shard, read_shards
 from ltx_ray.parallel.lora import LoraMerger, LoraSetting
 from ltx_ray.parallel.weight_cache import FreeMemory

@@ -51,6 +51,8 @@ class CheckedPart:
     findings: list[Finding] = field(default_factory=list)
     #: Numbers of its rows that are to be taken out.
     bad_rows: set[int] = field(default_factory=set)
+    #: Clips of theirs that are no whole ones of theirs any more.
+    bad_clips: set[str] = field(default_factory=set)
     #: It is none of the dataset's parts, though it can be read as one.
     foreign: bool = False
 
@@ -65,7 +67,7 @@ class CheckedPart:
     def taken_out(self, repair: Repair) -> tuple[int, str]:
         """Take out what is bad; the number of things that were set aside, and what was done, in words."""
         if self.bad_rows:
-            return len(self.bad_rows), f"set aside in {repair.take_out_rows(self.path, self.bad_rows)}"
+            return len(self.bad_rows), f"set aside in {repair.take_out_rows(self.path, self.bad_rows, self.bad_clips)}"
         if self.foreign:
             moved_to, stay = repair.adopt(self.path)
             return 1, f"set aside as {moved_to}; {stay} of its rows stay, which no other part has"
@@ -93,7 +95,9 @@ class DatasetCheck:
     _seen: set[int] = field(default_factory=set)
     #: Rows of index/, by the footers of its parts.
     _expected: int = 0
+    #: Items that have a row, and those whose clip is that of a row.
     _items: IdTable = field(default_factory=lambda: IdTable(16))
+    _good: IdTable = field(default_factory=lambda: IdTable(16))
     #: A heap of (negative hash of the item, part, row): the item with the largest hash is on top, and leaves first.
     _sampled: list[tuple[int, str, IndexRow]] = field(default_factory=list)
 
@@ -162,13 +166,17 @@ class DatasetCheck:
         again, other = of_row in self._seen, of_id in self._seen and of_row not in self._seen
         self.shared_ids += other
         self._seen |= {of_row, of_id}
-        self._has_row(row["item_id"])
+        _put(self._items, row["item_id"])
         if again:
             part.wrong_row(number, row, "the row is in another part too", _SET_ASIDE)
         elif wrong_clip is not None:
             part.wrong_row(number, row, wrong_clip, _RENDER_AGAIN)
-        elif self.sample and row["clip"] is not None:
-            self._consider(part, row)
+            if row["clip"] == layout.clip_path(row["item_id"]) and not self._good.has(*_halves(row["item_id"])):
+                part.bad_clips.add(row["clip"])
+        elif row["clip"] is not None:
+            _put(self._good, row["item_id"])
+            if self.sample:
+                self._consider(part, row)
 
     def _consider(self, part: CheckedPart, row: IndexRow) -> None:
         """Take the row into the sample if its item's hash is small enough."""
@@ -224,21 +232,25 @@ class DatasetCheck:
         if segment_table(path) != layout.FAILED:
             self.pending += len(rows)
             for item_id in rows["item_id"].to_pylist():
-                self._has_row(item_id)
+                _put(self._items, item_id)
         return part
-
-    def _has_row(self, item_id: str) -> None:
-        item = bytes.fromhex(item_id)
-        if not self._items.has(item[:8], item[8:]):
-            self._items.put(item[:8], item[8:])
-            self._items.settle()
 
     def _count_clips(self) -> None:
         for name in self.store.names(layout.CLIPS):
             item_id = name.rpartition("/")[2].removesuffix(".mp4")
             if name.endswith(".mp4") and layout.ITEM_ID.fullmatch(item_id):
-                item = bytes.fromhex(item_id)
-                self.clips_without_row += not self._items.has(item[:8], item[8:])
+                self.clips_without_row += not self._items.has(*_halves(item_id))
+
+
+def _halves(item_id: str) -> tuple[bytes, bytes]:
+    item = bytes.fromhex(item_id)
+    return item[:8], item[8:]
+
+
+def _put(items: IdTable, item_id: str) -> None:
+    if not items.has(*_halves(item_id)):
+        items.put(*_halves(item_id))
+        items.settle()
 
 
 def _foreign(name: str, table: pa.Table) -> str | None:

@@ -9,8 +9,6 @@ import os
 import secrets
 from collections.abc import Callable, Collection
 
-import pyarrow as pa
-
 from ltx_ray.dataset import layout
 from ltx_ray.dataset.existing import ExistingRows, list_existing
 from ltx_ray.dataset.fold import fold_dataset, set_aside
@@ -30,40 +28,33 @@ class Repair:
         self._existing: ExistingRows | None = None
         self._gone: set[str] = set()
 
-    def take_out_rows(self, path: str, numbers: Collection[int]) -> str:
+    def take_out_rows(self, path: str, numbers: Collection[int], clips: Collection[str]) -> str:
         """Take rows out of a part, which keeps its name; returns where they are now.
 
-        A clip that does not belong to its row any more goes with it, so that it is rendered anew.
+        `clips`: those that are not their rows' any more. They go first: a worker that finds one would take it.
         """
         store, folder = self._store, path.partition("/")[0]
+        for clip in sorted(clips):
+            if store.exists(clip):
+                set_aside(store, clip)
         while True:
             data, version = store.read_versioned(path)
             table = read_parquet(data)
             left = [number for number in range(len(table)) if number not in numbers]
-            bad = take(table, sorted(numbers))
             name = f"{os.path.basename(path).removesuffix('.parquet')}-rows-{secrets.token_hex(4)}.parquet"
             moved_to = f"{layout.ASIDE}/{folder}/{name}"
-            store.create(moved_to, encode_part(bad, folder, self._run_id))
+            store.create(moved_to, encode_part(take(table, sorted(numbers)), folder, self._run_id))
             if not left:
                 store.delete(path)
-            elif not store.update(path, encode_part(take(table, left), folder, self._run_id), version):
-                store.delete(moved_to)
-                continue
-            self._set_clips_aside(bad)
-            return moved_to
+                return moved_to
+            if store.update(path, encode_part(take(table, left), folder, self._run_id), version):
+                return moved_to
+            store.delete(moved_to)
 
-    def take_out_part(self, path: str, table: pa.Table | None = None) -> str:
-        """Take a whole part out; `table`: its rows, whose clips go with it, where they are bad."""
-        moved_to = set_aside(self._store, path)
+    def take_out_part(self, path: str) -> str:
+        """Take a whole part out; returns where it is now."""
         self._gone.add(path)
-        if table is not None:
-            self._set_clips_aside(table)
-        return moved_to
-
-    def _set_clips_aside(self, rows: pa.Table) -> None:
-        for clip, item_id in zip(rows["clip"].to_pylist(), rows["item_id"].to_pylist(), strict=True):
-            if item_id and clip == layout.clip_path(item_id) and self._store.exists(clip):
-                set_aside(self._store, clip)
+        return set_aside(self._store, path)
 
     def adopt(self, path: str) -> tuple[str, int]:
         """Take a part out that is none of the dataset's own, such as a copy. Rows that no other part has stay.

@@ -23,6 +23,7 @@ from ltx_ray.driver.illegal_rows import IllegalRows
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
 from ltx_ray.manifest.rules import IllegalRow, RowProblem
+from ltx_ray.placement.numerics import numerics_of_row
 from ltx_ray.planning.identity import recipe_json
 from ltx_ray.planning.plan import COPY, DONE, FAILED, REPEATED, Plan, PlanEntry, PlannedRow
 from ltx_ray.records import CallReport, Clip, NoiseLedger, WorkItem, canonical_json, first_line
@@ -254,6 +255,7 @@ class RowTracker:
 
     def finish(self, tracked: TrackedItem, clip: Clip, numerics: str) -> None:
         """The item's last stage returned `clip`. `numerics` of the run as JSON."""
+        numerics = numerics_of_row(numerics, tracked.item.request)
         if tracked.stage1_numerics is not None:
             numerics = canonical_json({**json.loads(numerics), "stage_1": json.loads(tracked.stage1_numerics)})
         seconds = {f"{stage}_seconds": spent for stage, spent in tracked.seconds.items()}

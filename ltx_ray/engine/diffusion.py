@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -28,11 +28,12 @@ from ltx_ray.engine.stage_model import StageModel, pass_contexts, pass_perturbat
 from ltx_ray.model.fused import FusedTransformer
 from ltx_ray.model.graphs import GraphedTransformer
 from ltx_ray.model.packing import pack_linears
-from ltx_ray.model.transformer import Transformer
-from ltx_ray.parallel.layers import SINGLE_RANK, RankGroup
+from ltx_ray.model.transformer import Perturbation, Transformer
+from ltx_ray.parallel.collectives import SINGLE_RANK, RankGroup
 from ltx_ray.parallel.loading import load_shard
 from ltx_ray.parallel.lora import LoraMerger, LoraSetting
-from ltx_ray.parallel.mesh import make_mesh
+from ltx_ray.parallel.mesh import Mesh, make_mesh
+from ltx_ray.placement.numerics import numerics_of_row
 from ltx_ray.presets import PIPELINES, STAGE2_SIGMAS
 from ltx_ray.records import (
     AV,
@@ -49,7 +50,7 @@ from ltx_ray.records import (
 )
 from ltx_ray.sampling.guidance import GuidedDenoiser, run_batched, run_one_by_one
 from ltx_ray.sampling.noise import ClipNoise, SamplerNoise, check_noise_device
-from ltx_ray.sampling.passes import Pass
+from ltx_ray.sampling.passes import Pass, divide_passes
 from ltx_ray.sampling.sampler import Denoise
 from ltx_ray.sampling.samplers import SAMPLERS
 from ltx_ray.sampling.sigmas import shifted_sigmas
@@ -70,6 +71,10 @@ class DiffusionEngine:
         self.dtype = resolve_dtype(spec.numerics.dtype)
         self.switches, self.switch_seconds = 0, 0.0
         self._has_merged = self._sources_cached = False
+        # Peers divide the work of one of the stages, and each does all of the other's.
+        self._guidance_parallel = spec.layout.guidance_parallel > 1
+        self._sequence_parallel = spec.layout.sequence_parallel > 1
+        self.mesh = Mesh()
         self.facts = EngineFacts()
 
     def load(self) -> None:
@@ -83,9 +88,6 @@ class DiffusionEngine:
         model, layout = self.spec.model.local(), self.spec.layout
         checkpoint = open_checkpoint(model.checkpoint_path)
         self.mesh = make_mesh(self.rank.rank, self.rank.world, layout.tp)
-        # Peers divide the work of one of the stages, and each does all of the other's.
-        self._guidance_parallel = layout.guidance_parallel > 1
-        self._sequence_parallel = layout.sequence_parallel > 1
         self._load_transformer(checkpoint)
         self._load_loras(model, checkpoint)
         self.facts = self._facts()
@@ -128,17 +130,32 @@ class DiffusionEngine:
         when this device cannot repeat the noise of stage 1, ReplicaError when merging LoRAs failed.
         """
         result = self._stage1(item, conditions) if stage == Stage.STAGE1 else self._stage2(item, conditions, *latents)
+        self._check_ranks_agree(stage, result)
         for name, tensor in zip(("video", "audio"), result.latents, strict=True):
             bad = int((~torch.isfinite(tensor)).sum())
             if bad:
                 raise RowError(f"{bad} of {tensor.numel()} {name} latents are not finite")
-        numerics = canonical_json(self.spec.numerics)
+        numerics = numerics_of_row(canonical_json(self.spec.numerics), item.request)
         self.facts = self._facts(
             noise_ledger=result.ledger, stage1_numerics=latents[0].other_numerics(numerics) if latents else None
         )
         if self.rank.rank != 0:
             return None
         return StageLatents(result.latents.map(lambda t: t.cpu()), result.ledger, numerics)
+
+    def _check_ranks_agree(self, stage: Stage, result: StageLatents) -> None:
+        """Raise ReplicaError where ranks that divide the work of `stage` have not come to the same latents."""
+        divided = self._guidance_parallel if stage == Stage.STAGE1 else self._sequence_parallel
+        groups = [self.mesh.tp, *([self.mesh.peers] if divided else [])]
+        if all(group.size == 1 for group in groups):
+            return
+        checksum = _checksum(result.latents)
+        # The least of the ranks' numbers and of their negatives are those of every rank if and only if all are equal.
+        extremes = torch.cat((checksum, -checksum))
+        for group in groups:
+            extremes = group.min_(extremes)
+        if not torch.equal(extremes[:2], -extremes[2:]):
+            raise ReplicaError(f"the ranks of the gang came to different latents in {stage}, so one computes wrongly")
 
     def _facts(self, **of_call: Any) -> EngineFacts:
         return EngineFacts(
@@ -159,8 +176,11 @@ class DiffusionEngine:
         zeros = latent_sizes(shape).map(lambda size: torch.zeros(size, dtype=self.dtype, device=self.device))
         images = [self._conditioning(image.frame_idx, image.strength, image.stage1) for image in conditions.images]
         state = noised_state(shape, "stage_1", noise, patchify(zeros), 1.0, images)
-        model = self._stage_model(item, state, conditions)
-        denoise = model.denoise if pipeline.distilled else self._guided(model, request.guidance)
+        if pipeline.distilled:
+            denoise: Denoise = self._stage_model(state, conditions).denoise
+        else:
+            perturbations = pass_perturbations(request.guidance.map(self._known_blocks))
+            denoise = self._guided(self._stage_model(state, conditions, perturbations), request.guidance)
         if pipeline.sigmas is not None:
             sigmas = torch.tensor(pipeline.sigmas)
         else:
@@ -180,7 +200,7 @@ class DiffusionEngine:
         images = [self._conditioning(image.frame_idx, image.strength, image.stage2) for image in conditions.images]
         state = noised_state(shape, "stage_2", noise, patchify(AV(upsampled, audio)), STAGE2_SIGMAS[0], images)
         sequence_group = self.mesh.peers if self._sequence_parallel else SINGLE_RANK
-        model = self._stage_model(item, state, replace(conditions, negative=None), sequence_group)
+        model = self._stage_model(state, replace(conditions, negative=None), sequence_group=sequence_group)
         sigmas = torch.tensor(STAGE2_SIGMAS)
         latents = self._sample(pipeline.sampler, model.denoise, state, sigmas, noise.ledger)
         return StageLatents(unpatchify(latents, shape), noise.ledger)
@@ -194,13 +214,12 @@ class DiffusionEngine:
 
     def _stage_model(
         self,
-        item: WorkItem,
         state: LatentState,
         conditions: Conditions,
+        perturbations: Mapping[str, Perturbation] = {},
         sequence_group: RankGroup = SINGLE_RANK,
     ) -> StageModel:
         contexts = pass_contexts(conditions, self.device, self.dtype, self._batches_guidance)
-        perturbations = pass_perturbations(item.request.guidance)
         return StageModel(self._dit, state, contexts, perturbations, self.dtype, sequence_group)
 
     def _sample(
@@ -216,15 +235,11 @@ class DiffusionEngine:
         return self.spec.numerics.guidance_batching > 1
 
     def _guided(self, model: StageModel, guidance: AV[Guidance]) -> GuidedDenoiser:
-        def run_pass(name: str, latents: AV, sigma: torch.Tensor, enabled: AV[bool]) -> AV[torch.Tensor]:
-            # The reference copies the latents for its passes, and the copy is contiguous.
-            return model.run_pass(name, latents.map(lambda t: t.contiguous()), sigma, enabled)
-
         if self._guidance_parallel:
             run_passes = self._run_divided
         else:
             run_passes = run_batched if self._batches_guidance else run_one_by_one
-        return GuidedDenoiser(run_pass, guidance.map(self._known_blocks), run_passes)
+        return GuidedDenoiser(model.run_pass, guidance.map(self._known_blocks), run_passes)
 
     def _known_blocks(self, g: Guidance) -> Guidance:
         """`g` without STG blocks that the model does not have."""
@@ -234,15 +249,17 @@ class DiffusionEngine:
     def _run_divided(
         self, names: tuple[Pass, ...], run: Callable[[str], AV[torch.Tensor]], like: AV[torch.Tensor]
     ) -> dict[Pass, AV[torch.Tensor]]:
-        """Run each pass on one of the peers, in turns, and broadcast its result to all (a guidance.RunPasses)."""
+        """Run each pass on one of the peers and broadcast its result to all (a guidance.RunPasses)."""
         peers = self.mesh.peers
-        own = {name: run(name) for name in names[peers.rank :: peers.size]}
+        divided = divide_passes(names, peers.size)
+        own = {name: run(name) for name in divided[peers.rank]}
 
-        def broadcast(name: Pass, number: int) -> AV[torch.Tensor]:
+        def broadcast(name: Pass, source: int) -> AV[torch.Tensor]:
             result = own[name].map(torch.Tensor.contiguous) if name in own else like.map(_empty_like)
-            return result.map(lambda x: peers.broadcast_(x, number % peers.size))
+            return result.map(lambda x: peers.broadcast_(x, source))
 
-        return {name: broadcast(name, number) for number, name in enumerate(names)}
+        found = {name: broadcast(name, source) for source, names in enumerate(divided) for name in names}
+        return {name: found[name] for name in names}
 
     # --- LoRAs -----------------------------------------------------------------------------------
 
@@ -289,6 +306,22 @@ class DiffusionEngine:
             "rank %d: clean weights: %s, LoRA factors: %s",
             self.rank.rank, self.merger.clean_weights, self.merger.lora_factors,
         )  # fmt: skip
+
+
+def _checksum(latents: AV[torch.Tensor]) -> torch.Tensor:
+    """Two int64 that any changed bit changes, and that moved values change. Every NaN counts as the same."""
+    sums = []
+    for x in latents:
+        bits = (
+            torch.where(x.isnan(), torch.nan, x)
+            .contiguous()
+            .view(torch.int16 if x.element_size() == 2 else torch.int32)
+            .flatten()
+            .long()
+        )
+        places = torch.arange(1, len(bits) + 1, device=x.device) % 65521
+        sums.append(torch.stack((bits.sum(), (bits * places).sum())))
+    return torch.stack(sums).sum(0)
 
 
 def _empty_like(x: torch.Tensor) -> torch.Tensor:

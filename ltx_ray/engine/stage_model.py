@@ -11,8 +11,8 @@ from ltx_ray.engine.initial_state import LatentState
 from ltx_ray.model.fused import FusedTransformer
 from ltx_ray.model.graphs import GraphedTransformer
 from ltx_ray.model.rope import RopeTable
-from ltx_ray.model.transformer import NO_PERTURBATION, Modality, Perturbation, Transformer
-from ltx_ray.parallel.layers import SINGLE_RANK, RankGroup
+from ltx_ray.model.transformer import NO_PERTURBATION, Modality, Perturbation, Prefix, Transformer
+from ltx_ray.parallel.collectives import SINGLE_RANK, RankGroup
 from ltx_ray.records import AV, Conditions, Guidance, PromptContext
 from ltx_ray.sampling.guidance import BATCHED_PASS
 from ltx_ray.sampling.passes import Pass, needs_perturbed
@@ -48,7 +48,7 @@ def pass_perturbations(guidance: AV[Guidance]) -> dict[str, Perturbation]:
 class StageModel:
     """Runs guidance passes of `dit` from `state` on. `run_pass` and `denoise` are what samplers and guidance take.
 
-    The ranks of `sequence_group` divide the video's tokens, which only the plain transformer can.
+    The ranks of `sequence_group` divide the video's tokens.
     """
 
     def __init__(
@@ -63,7 +63,11 @@ class StageModel:
         self._dit, self._contexts, self._perturbations = dit, contexts, perturbations
         self._sequence_group = sequence_group
         self._fused = not isinstance(dit, Transformer)
-        self._ropes = dit.ropes(state.positions, dtype)
+        if isinstance(dit, Transformer):
+            self._ropes = dit.ropes(state.positions, dtype)
+        else:
+            self._ropes = dit.ropes(state.positions, dtype, sequence_group)
+        self._prefix: _CallPrefix | None = None
         self._levels = _NoiseLevels(state, state.latents.video.device, distinct=self._fused)
 
     def denoise(self, latents: AV[torch.Tensor], sigma: torch.Tensor, step_index: int) -> AV[torch.Tensor]:
@@ -92,11 +96,41 @@ class StageModel:
         context = self._contexts.get(name, self._contexts[Pass.COND])
         inputs = latents.map(modality, levels.timesteps, context, self._ropes, enabled, self._levels.index)
         perturbation = self._perturbations.get(name, NO_PERTURBATION)
-        if isinstance(self._dit, Transformer):
-            velocities = self._dit(inputs, perturbation, self._sequence_group)
-        else:
-            velocities = self._dit(inputs, perturbation)
+        prefix = self._prefix_of(name, latents, sigma, enabled)
+        velocities = self._dit(inputs, perturbation, self._sequence_group, prefix)
         return latents.map(_x0, velocities, levels.token_sigmas)
+
+    def _prefix_of(self, name: str, latents: AV[torch.Tensor], sigma: torch.Tensor, enabled: AV[bool]) -> Prefix | None:
+        """The first blocks, which the conditional pass of a call leaves for the perturbed one.
+
+        The two have the same inputs, and differ from the first perturbed block of an enabled stream on.
+        """
+        values_only = self._perturbations.get(Pass.PERTURBED, NO_PERTURBATION).values_only
+        blocks = [min(blocks) for blocks, on in zip(values_only, enabled, strict=True) if on and blocks]
+        call = _CallPrefix(Prefix(min(blocks, default=0)), latents, sigma, enabled)
+        if not call.prefix.length:
+            return None
+        if name in (Pass.COND, BATCHED_PASS):
+            self._prefix = call
+            return call.prefix
+        if name != Pass.PERTURBED:
+            return None
+        begun, self._prefix = self._prefix, None
+        return begun.prefix if begun is not None and begun.is_of(call) else None
+
+
+@dataclass(frozen=True)
+class _CallPrefix:
+    """The prefix of the call with these very latents and this very sigma."""
+
+    prefix: Prefix
+    latents: AV[torch.Tensor]
+    sigma: torch.Tensor
+    enabled: AV[bool]
+
+    def is_of(self, other: _CallPrefix) -> bool:
+        same = all(a is b for a, b in zip((*self.latents, self.sigma), (*other.latents, other.sigma), strict=True))
+        return same and self.enabled == other.enabled
 
 
 def _x0(x: torch.Tensor, velocity: torch.Tensor, token_sigmas: torch.Tensor) -> torch.Tensor:

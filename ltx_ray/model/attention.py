@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ltx_ray.model.rope import RopeTable, rotate
-from ltx_ray.parallel.layers import ColumnParallelLinear, RankGroup, RowParallelLinear, ShardedRMSNorm
+from ltx_ray.parallel.collectives import RankGroup
+from ltx_ray.parallel.layers import ColumnParallelLinear, RowParallelLinear, ShardedRMSNorm
 from ltx_ray.parallel.mesh import SequenceSharding
 
 

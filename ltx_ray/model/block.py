@@ -24,7 +24,8 @@ from ltx_ray.checkpoints.transformer_keys import (
 from ltx_ray.model.attention import Attention
 from ltx_ray.model.packed_linear import PackedLinears
 from ltx_ray.model.rope import RopeTable
-from ltx_ray.parallel.layers import ColumnParallelLinear, RankGroup, RowParallelLinear, replicated
+from ltx_ray.parallel.collectives import RankGroup
+from ltx_ray.parallel.layers import ColumnParallelLinear, RowParallelLinear, replicated
 from ltx_ray.parallel.mesh import SequenceSharding
 from ltx_ray.records import AV
 

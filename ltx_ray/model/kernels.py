@@ -133,10 +133,14 @@ def _empty_rows(rows: int, width: int, like: torch.Tensor, quantize: bool) -> Ac
 
 
 @triton.jit
-def _norm_one(x, weight, stride, row, first, second, in_row, cos, sin, eps, WIDTH: tl.constexpr, ROPE: tl.constexpr):
+def _norm_one(x, weight, stride, mean, row, first, second, in_row, cos, sin, eps, WIDTH: tl.constexpr,
+              ROPE: tl.constexpr, MEANS: tl.constexpr):  # fmt: skip
     a = tl.load(x + row * stride + first, mask=in_row, other=0.0).to(tl.float32)
     b = tl.load(x + row * stride + second, mask=in_row, other=0.0).to(tl.float32)
-    inverse = tl.rsqrt((tl.sum(a * a, axis=0) + tl.sum(b * b, axis=0)) / WIDTH + eps)
+    if MEANS:
+        inverse = tl.rsqrt(tl.load(mean + row) + eps)
+    else:
+        inverse = tl.rsqrt((tl.sum(a * a, axis=0) + tl.sum(b * b, axis=0)) / WIDTH + eps)
     a *= inverse * tl.load(weight + first, mask=in_row, other=0.0).to(tl.float32)
     b *= inverse * tl.load(weight + second, mask=in_row, other=0.0).to(tl.float32)
     if ROPE:
@@ -149,8 +153,9 @@ def _norm_one(x, weight, stride, row, first, second, in_row, cos, sin, eps, WIDT
 
 @triton.jit
 def _norm_heads_kernel(
-    x_0, weight_0, stride_0, x_1, weight_1, stride_1, cos, sin, tokens, eps,
+    x_0, weight_0, stride_0, mean_0, x_1, weight_1, stride_1, mean_1, cos, sin, tokens, eps,
     WIDTH: tl.constexpr, HALF_HEAD: tl.constexpr, BLOCK: tl.constexpr, PAIR: tl.constexpr, ROPE: tl.constexpr,
+    MEANS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     # A pair of channels that rotate together: one in the first half of a head, its partner in the second.
@@ -164,13 +169,43 @@ def _norm_heads_kernel(
         at = row % tokens * (WIDTH // 2) + pair
         c = tl.load(cos + at, mask=in_row, other=0.0).to(tl.float32)
         s = tl.load(sin + at, mask=in_row, other=0.0).to(tl.float32)
-    _norm_one(x_0, weight_0, stride_0, row, first, second, in_row, c, s, eps, WIDTH, ROPE)
+    _norm_one(x_0, weight_0, stride_0, mean_0, row, first, second, in_row, c, s, eps, WIDTH, ROPE, MEANS)
     if PAIR:
-        _norm_one(x_1, weight_1, stride_1, row, first, second, in_row, c, s, eps, WIDTH, ROPE)
+        _norm_one(x_1, weight_1, stride_1, mean_1, row, first, second, in_row, c, s, eps, WIDTH, ROPE, MEANS)
+
+
+@triton.jit
+def _head_means_kernel(x_0, stride_0, x_1, stride_1, means, channels, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+                       PAIR: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    in_row = columns < WIDTH
+    a = tl.load(x_0 + row * stride_0 + columns, mask=in_row, other=0.0).to(tl.float32)
+    tl.store(means + row, tl.sum(a * a, axis=0) / channels)
+    if PAIR:
+        b = tl.load(x_1 + row * stride_1 + columns, mask=in_row, other=0.0).to(tl.float32)
+        tl.store(means + tl.num_programs(0) + row, tl.sum(b * b, axis=0) / channels)
+
+
+def head_means(parts: Sequence[torch.Tensor], channels: int) -> torch.Tensor:
+    """Do as `steps.head_means`, for one tensor or for two of the same shape."""
+    x, other = parts[0], parts[-1]
+    rows, width = x.shape
+    assert len(parts) <= 2 and other.shape == x.shape and x.stride(1) == other.stride(1) == 1, (x.shape, other.shape)
+    means = torch.empty((len(parts), rows), dtype=torch.float32, device=x.device)
+    _head_means_kernel[(rows,)](
+        x, x.stride(0), other, other.stride(0), means, channels,
+        WIDTH=width, BLOCK=triton.next_power_of_2(width), PAIR=len(parts) == 2, num_warps=4,
+    )  # fmt: skip
+    return means
 
 
 def norm_heads_(
-    parts: Sequence[tuple[torch.Tensor, torch.Tensor]], heads: int, eps: float, table: RopeTable | None
+    parts: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    heads: int,
+    eps: float,
+    table: RopeTable | None,
+    means: torch.Tensor | None = None,
 ) -> None:
     """Do as `steps.norm_heads_`, for one tensor or for two of the same shape."""
     (x, weight), (other, other_weight) = parts[0], parts[-1]
@@ -182,12 +217,15 @@ def norm_heads_(
         assert table.cos.shape == table.sin.shape == (len(table.cos), width // 2), (table.cos.shape, width)
         assert table.cos.is_contiguous() and table.sin.is_contiguous(), (table.cos.stride(), table.sin.stride())
         assert rows % len(table.cos) == 0, (rows, len(table.cos))
+    if means is not None:
+        assert means.shape == (len(parts), rows) and means.stride(1) == 1, (means.shape, means.stride(), rows)
     half = width // heads // 2
     _norm_heads_kernel[(rows,)](
-        x, weight, x.stride(0), other, other_weight, other.stride(0),
+        x, weight, x.stride(0), x if means is None else means[0],
+        other, other_weight, other.stride(0), x if means is None else means[-1],
         x if table is None else table.cos, x if table is None else table.sin, 1 if table is None else len(table.cos),
         eps, WIDTH=width, HALF_HEAD=half, BLOCK=triton.next_power_of_2(width // 2), PAIR=len(parts) == 2,
-        ROPE=table is not None, num_warps=4,
+        ROPE=table is not None, MEANS=means is not None, num_warps=4,
     )  # fmt: skip
 
 

@@ -24,6 +24,12 @@ class PackedLinear:
     def quantized(self) -> bool:
         return self.row_scale is not None
 
+    def part(self, first: int, last: int) -> PackedLinear:
+        """The layers from number `first` to before `last`, on the same memory and without padding."""
+        rows = slice(sum(self.sizes[:first]), sum(self.sizes[:last]))
+        scale = None if self.row_scale is None else self.row_scale[rows]
+        return PackedLinear(self.weight[rows], self.bias[rows], self.sizes[first:last], scale)
+
     def split(self, outputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The outputs (R, N) of the packed layer -> those of each layer (R, size)."""
         return outputs[:, : sum(self.sizes)].split(self.sizes, dim=1)

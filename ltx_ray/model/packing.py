@@ -29,6 +29,7 @@ from ltx_ray.checkpoints.transformer_keys import (
 from ltx_ray.model.block import AVBlock
 from ltx_ray.model.packed_linear import Packed, PackedLinear, PackedLinears
 from ltx_ray.model.transformer import Transformer
+from ltx_ray.parallel.collectives import RankGroup
 from ltx_ray.parallel.fp8 import FP8
 from ltx_ray.parallel.layers import ShardParameter, shard_parameter
 
@@ -36,6 +37,8 @@ from ltx_ray.parallel.layers import ShardParameter, shard_parameter
 #: fp8 products demand it. The result of any other layer is read as it is, so it has no padding.
 _MULTIPLE = 16
 _UNSPLIT: set[Packed] = {"out", "up", "down"}
+#: Packed layers whose inputs tensor-parallel ranks divide.
+_ROW_PARALLEL: set[Packed] = {"out", "down"}
 #: Packed layers of each kind of module, and the layers that each consists of. Gates cost nothing beside the queries of
 #: a cross-attention. Beside queries, keys and values they would break the tiles of the matrix product.
 _SELF_ATTENTION: dict[Packed, tuple[str, ...]] = {"qkv": (TO_Q, TO_K, TO_V), "gates": (TO_GATES,), "out": (TO_OUT,)}
@@ -67,12 +70,13 @@ def pack_linears(model: Transformer, device: torch.device, dtype: torch.dtype, p
     Their values are undefined until load_shard fills them. All other parameters stay where they are. The packed layers
     are then in `packed_linears` of each block.
     """
-    assert model.tp.size == 1, "the fused path is for whole weights"
     for block in model.blocks:
-        block.packed_linears = _pack_block(block, device, dtype, precision)
+        block.packed_linears = _pack_block(block, model.tp, device, dtype, precision)
 
 
-def _pack_block(block: AVBlock, device: torch.device, dtype: torch.dtype, precision: str) -> PackedLinears:
+def _pack_block(
+    block: AVBlock, tp: RankGroup, device: torch.device, dtype: torch.dtype, precision: str
+) -> PackedLinears:
     packed_by_name: PackedLinears = {}
     for name, packed, layers in packed_layers():
         modules = [block.get_submodule(f"{name}.{layer}") for layer in layers]
@@ -87,7 +91,10 @@ def _pack_block(block: AVBlock, device: torch.device, dtype: torch.dtype, precis
         for padded in (weight.view(torch.uint8) if fp8 else weight, bias, row_scale):
             if padded is not None:
                 padded[sum(sizes) :] = 0
-        packed_by_name[name, packed] = PackedLinear(weight, bias, sizes, row_scale)
+        # The ranks' partial products are summed, and the bias must enter the sum once.
+        summed = packed in _ROW_PARALLEL and tp.rank > 0
+        used_bias = torch.zeros_like(bias) if summed else bias
+        packed_by_name[name, packed] = PackedLinear(weight, used_bias, sizes, row_scale)
         start = 0
         for module, old, size in zip(modules, weights, sizes, strict=True):
             rows = slice(start, start + size)

@@ -90,12 +90,27 @@ def add_norm_modulate(
     return [_rounded(x32 * (1 + rows(m.scale)) + rows(m.shift), x.dtype, m.quantize) for m in modulations]
 
 
+def head_means(parts: Sequence[torch.Tensor], channels: int) -> torch.Tensor:
+    """What each x (R, D) adds to the mean square over all `channels`, those of other ranks too: (parts, R) float32."""
+    return torch.stack([x.float().square().sum(dim=1) / channels for x in parts])
+
+
 def norm_heads_(
-    parts: Sequence[tuple[torch.Tensor, torch.Tensor]], heads: int, eps: float, table: RopeTable | None
+    parts: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    heads: int,
+    eps: float,
+    table: RopeTable | None,
+    means: torch.Tensor | None = None,
 ) -> None:
-    """RMS norm over all heads of each (x (R, D), weight (D,)), then the rotation by `table` (T, D / 2), in place."""
-    for x, weight in parts:
-        x32 = F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps)
+    """RMS norm over all heads of each (x (R, D), weight (D,)), then the rotation by `table` (T, D / 2), in place.
+
+    `means` (parts, R) float32: the mean squares over the heads of all ranks; None where x has all heads.
+    """
+    for number, (x, weight) in enumerate(parts):
+        if means is None:
+            x32 = F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps)
+        else:
+            x32 = x.float() * torch.rsqrt(means[number] + eps)[:, None] * weight.float()
         if table is not None:
             first, second = x32.unflatten(-1, (heads, 2, -1)).unbind(-2)
             repeats = len(x) // len(table.cos)

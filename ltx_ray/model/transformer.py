@@ -28,7 +28,8 @@ from ltx_ray.checkpoints.transformer_keys import (
 )
 from ltx_ray.model.block import STREAM_NAMES, AVBlock, Stream, modulate
 from ltx_ray.model.rope import RopeTable, rope_table
-from ltx_ray.parallel.layers import SINGLE_RANK, RankGroup, ReplicatedLinear, replicated
+from ltx_ray.parallel.collectives import SINGLE_RANK, RankGroup
+from ltx_ray.parallel.layers import ReplicatedLinear, replicated
 from ltx_ray.parallel.mesh import SequenceSharding
 from ltx_ray.records import AV
 
@@ -64,6 +65,18 @@ class Perturbation:
 
 
 NO_PERTURBATION = Perturbation()
+
+
+@dataclass
+class Prefix:
+    """The first blocks of a pass, for another one that equals it up to them.
+
+    A pass with an empty prefix leaves in `streams` the x of both streams before block number `length`, of the first
+    batch entry and of the tokens that the pass has. A pass with a filled one begins there.
+    """
+
+    length: int
+    streams: AV[torch.Tensor] | None = None
 
 
 class AdaLayerNorm(nn.Module):
@@ -137,8 +150,9 @@ class Transformer(nn.Module):
         inputs: AV[Modality],
         perturbation: Perturbation = NO_PERTURBATION,
         sequence_group: RankGroup = SINGLE_RANK,
+        prefix: Prefix | None = None,
     ) -> AV[torch.Tensor]:
-        """Velocities (B, T, C_out) of both streams.
+        """Velocities (B, T, C_out) of both streams. A `prefix` is left by this pass, or taken over from another.
 
         The ranks of `sequence_group` hold the same weights and get the same inputs. They divide the video's tokens and
         compute the few audio tokens each for itself. Every rank returns all velocities.
@@ -151,7 +165,14 @@ class Transformer(nn.Module):
         streams = embedded_streams.map(lambda pair: pair[0])
         timestep_embeddings = embedded_streams.map(lambda pair: pair[1])
         streams.video.sharding = sharding
-        for index, block in enumerate(self.blocks):
+        first = 0
+        if prefix is not None and prefix.streams is not None:
+            first = prefix.length
+            for s, x in zip(streams, prefix.streams, strict=True):
+                s.x = x
+        for index, block in enumerate(self.blocks[first:], first):
+            if prefix is not None and prefix.streams is None and index == prefix.length:
+                prefix.streams = streams.map(lambda s: s.x[:1])
             block(streams, perturbation.values_only.map(lambda blocks, i=index: i in blocks), perturbation.isolated)
         velocities = streams.map(self._project_out, timestep_embeddings, STREAM_NAMES)
         if sharding is None:

@@ -7,49 +7,11 @@ communicates nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-
-@dataclass(frozen=True)
-class RankGroup:
-    """Ranks that compute together, and which of them this process is. `group` None is the default process group."""
-
-    rank: int = 0
-    size: int = 1
-    group: dist.ProcessGroup | None = None
-
-    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum `tensor` over the ranks, in place."""
-        if self.size > 1:
-            dist.all_reduce(tensor, group=self.group)
-        return tensor
-
-    def min_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Take the elementwise minimum of `tensor` over the ranks, in place."""
-        if self.size > 1:
-            dist.all_reduce(tensor, dist.ReduceOp.MIN, group=self.group)
-        return tensor
-
-    def broadcast_(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
-        """Overwrite `tensor` with that of rank `source` of the group."""
-        if self.size > 1:
-            dist.broadcast(tensor, group=self.group, group_src=source)
-        return tensor
-
-    def slice(self, length: int) -> slice:
-        """This rank's part of an axis of `length`, which the group's size must divide."""
-        assert length % self.size == 0, f"{length} is not divisible over {self.size} ranks"
-        part = length // self.size
-        return slice(self.rank * part, (self.rank + 1) * part)
-
-
-#: A group of this rank alone.
-SINGLE_RANK = RankGroup()
+from ltx_ray.parallel.collectives import RankGroup
 
 
 class ShardParameter(nn.Parameter):

@@ -19,8 +19,9 @@ import torch
 from torch import nn
 
 from ltx_ray.checkpoints.safetensors import TensorInfo, listed
+from ltx_ray.parallel.collectives import RankGroup
 from ltx_ray.parallel.fp8 import row_scale_of, write_exactly, write_values
-from ltx_ray.parallel.layers import RankGroup, ShardParameter, shard_parameter
+from ltx_ray.parallel.layers import ShardParameter, shard_parameter
 
 #: Bytes of a chunk, and threads that read chunks. Each has two pinned buffers, so a rank pins at most 256 MiB.
 CHUNK_BYTES = 16 * 2**20

@@ -17,9 +17,10 @@ from torch import nn
 
 from ltx_ray.checkpoints.lora import Factor, LoraPair, not_finite
 from ltx_ray.checkpoints.safetensors import TensorInfo
+from ltx_ray.parallel.collectives import SINGLE_RANK, RankGroup
 from ltx_ray.parallel.factors import FactorProduct
 from ltx_ray.parallel.fp8 import row_scale_of, write_exactly, write_values
-from ltx_ray.parallel.layers import SINGLE_RANK, RankGroup, ShardParameter
+from ltx_ray.parallel.layers import ShardParameter
 from ltx_ray.parallel.loading import as_stored, is_prequantized, scale_of, with_context
 from ltx_ray.parallel.merging import merge_
 from ltx_ray.parallel.weight_cache import FreeMemory, Location, ShardSource, WeightCache, choose_location

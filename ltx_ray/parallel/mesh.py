@@ -10,12 +10,13 @@ tokens of some heads before attention, and back after it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from ltx_ray.parallel.layers import SINGLE_RANK, RankGroup
+from ltx_ray.parallel.collectives import SINGLE_RANK, Pending, RankGroup
 
 
 @dataclass(frozen=True)
@@ -31,15 +32,15 @@ def make_mesh(rank: int, world: int, tp: int) -> Mesh:
     assert world % tp == 0, (world, tp)
     peers = world // tp
     if peers == 1:
-        return Mesh(RankGroup(rank, world))
+        return Mesh(RankGroup.of_processes(rank, world))
     if tp == 1:
-        return Mesh(SINGLE_RANK, RankGroup(rank, world))
+        return Mesh(SINGLE_RANK, RankGroup.of_processes(rank, world))
     # torch.distributed requires every rank to create every group, including those of others.
     tp_groups = [dist.new_group(list(range(start, start + tp))) for start in range(0, world, tp)]
     peer_groups = [dist.new_group(list(range(tp_rank, world, tp))) for tp_rank in range(tp)]
     return Mesh(
-        RankGroup(rank % tp, tp, tp_groups[rank // tp]),
-        RankGroup(rank // tp, peers, peer_groups[rank % tp]),
+        RankGroup.of_processes(rank % tp, tp, tp_groups[rank // tp]),
+        RankGroup.of_processes(rank // tp, peers, peer_groups[rank % tp]),
     )
 
 
@@ -67,18 +68,14 @@ class SequenceSharding:
 
     def gather_tokens(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T / n, C) of each rank -> all tokens (B, T, C) on every rank."""
-        shards = [torch.empty_like(x) for _ in range(self.group.size)]
-        dist.all_gather(shards, x.contiguous(), group=self.group.group)
-        return torch.cat(shards, dim=1)[:, : self.length]
+        return self._gather(x)[:, : self.length]
 
     def tokens_to_heads(self, x: torch.Tensor) -> torch.Tensor:
         """(B, heads, T / n, D) -> (B, heads / n, T, D): some tokens of all heads become all tokens of some heads."""
         batch, heads, shard_length, dim = x.shape
         n = self.group.size
         assert heads % n == 0, (heads, n)
-        sent = x.unflatten(1, (n, heads // n)).movedim(1, 0).contiguous()
-        received = torch.empty_like(sent)
-        dist.all_to_all_single(received, sent, group=self.group.group)
+        received = self.group.all_to_all(x.unflatten(1, (n, heads // n)).movedim(1, 0))
         # The first axis of `received` is the rank whose tokens they are.
         by_head = received.permute(1, 2, 0, 3, 4).reshape(batch, heads // n, n * shard_length, dim)
         return by_head[:, :, : self.length]
@@ -88,10 +85,34 @@ class SequenceSharding:
         batch, heads, _, dim = x.shape
         n = self.group.size
         padded = _padded(x, 2, n * self.shard_length)
-        sent = padded.unflatten(2, (n, self.shard_length)).movedim(2, 0).contiguous()
-        received = torch.empty_like(sent)
-        dist.all_to_all_single(received, sent, group=self.group.group)
+        received = self.group.all_to_all(padded.unflatten(2, (n, self.shard_length)).movedim(2, 0))
         return received.movedim(0, 1).reshape(batch, n * heads, self.shard_length, dim)
+
+    def start_rows_to_heads(
+        self, parts: Sequence[torch.Tensor], batch: int, heads: int
+    ) -> Pending[tuple[torch.Tensor, ...]]:
+        """Each (B * T / n, heads * D) of this rank's tokens -> (B, T, heads / n, D) of all tokens, in one exchange."""
+        n, length = self.group.size, self.shard_length
+        assert heads % n == 0, (heads, n)
+        by_rank = [x.unflatten(0, (batch, length)).unflatten(2, (n, -1)).movedim(2, 0) for x in parts]
+
+        def by_head(received: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            # (n, B, T / n, parts, heads / n * D), whose first axis is the rank whose tokens they are.
+            tokens = received.movedim(0, 1).flatten(1, 2)[:, : self.length]
+            return tuple(x.unflatten(2, (heads // n, -1)) for x in tokens.unbind(2))
+
+        return self.group.start_all_to_all(torch.stack(by_rank, dim=3)).then(by_head)
+
+    def start_heads_to_rows(self, x: torch.Tensor) -> Pending[torch.Tensor]:
+        """(B, T, heads / n, D) of all tokens -> (B * T / n, heads, D) of this rank's tokens."""
+        n, length = self.group.size, self.shard_length
+        by_rank = _padded(x, 1, n * length).unflatten(1, (n, length)).movedim(1, 0)
+
+        def rows(received: torch.Tensor) -> torch.Tensor:
+            # (n, B, T / n, heads / n, D), whose first axis is the rank whose heads they are.
+            return received.permute(1, 2, 0, 3, 4).flatten(2, 3).flatten(0, 1)
+
+        return self.group.start_all_to_all(by_rank).then(rows)
 
     def own_heads(self, x: torch.Tensor) -> torch.Tensor:
         """(B, heads, T, D), the same on every rank -> this rank's (B, heads / n, T, D)."""
@@ -99,9 +120,45 @@ class SequenceSharding:
 
     def gather_heads(self, x: torch.Tensor) -> torch.Tensor:
         """(B, heads / n, T, D) of each rank -> (B, heads, T, D) on every rank."""
-        shards = [torch.empty_like(x) for _ in range(self.group.size)]
-        dist.all_gather(shards, x.contiguous(), group=self.group.group)
-        return torch.cat(shards, dim=1)
+        return self._gather(x)
+
+    def _gather(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, L, ...) of each rank -> (B, n * L, ...)."""
+        by_rank = self.group.gather(x[None])
+        return torch.cat(by_rank.unbind(0), dim=1)
+
+
+@dataclass(frozen=True)
+class RowSharding:
+    """`length` rows of activations divided over the n tensor-parallel ranks of `group`, between sharded layers.
+
+    Every rank norms and modulates its own rows (arXiv:2205.05198, section 4.2.2): the partial products of a
+    row-parallel layer are summed by a reduce-scatter, and the input of a column-parallel layer is gathered. Shards are
+    equally long, and what pads the last ones reaches no other row.
+    """
+
+    group: RankGroup
+    length: int
+
+    @property
+    def shard_length(self) -> int:
+        """Rows of a rank, padding included."""
+        return -(-self.length // self.group.size)
+
+    def own_shard(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's rows of `x` (length, ...)."""
+        if self.group.size == 1:
+            return x
+        start = min(self.group.rank * self.shard_length, self.length)
+        return _padded(x[start : start + self.shard_length], 0, self.shard_length)
+
+    def gather(self, shard: torch.Tensor) -> torch.Tensor:
+        """(shard_length, ...) of each rank -> (length, ...)."""
+        return self.group.gather(shard)[: self.length]
+
+    def padded(self, x: torch.Tensor) -> torch.Tensor:
+        """(length, ...), and as many rows of zeros as make it divisible."""
+        return _padded(x, 0, self.group.size * self.shard_length)
 
 
 def _padded(x: torch.Tensor, dim: int, length: int) -> torch.Tensor:

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 
 from ltx_ray.checkpoints.safetensors import TensorInfo
-from ltx_ray.parallel.layers import SINGLE_RANK, RankGroup
+from ltx_ray.parallel.collectives import SINGLE_RANK, RankGroup
 from ltx_ray.parallel.loading import TORCH_DTYPES, ShardRead, read_shards, shard_shape, with_context
 
 GIB = 2**30

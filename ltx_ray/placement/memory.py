@@ -46,9 +46,9 @@ _CONNECTOR_BYTES = 6 * GIB
 _LARGEST_DECODE_BYTES = 10 * GIB
 _SHARED_MARGIN = 6 * GIB
 #: Elements of activation for each token at the peak of a pass, as multiples of the stream's width. The fused path has
-#: 2.00 GiB at 32,640 tokens and 0.50 GiB at 8,160. The plain path has about 7 GiB at 32,640 tokens; tensor parallelism
-#: divides the sharded part of it, which is heads and the feed-forward's hidden layer.
-_FUSED_WIDTHS = 8
+#: 2.00 GiB at 32,640 tokens and 0.50 GiB at 8,160, the plain path about 7 GiB at 32,640 tokens. Tensor parallelism
+#: divides the sharded part: heads, the feed-forward's hidden layer, and in the fused path the stream itself.
+_FUSED_WIDTHS, _FUSED_SHARDED_WIDTHS = 2, 6
 _PLAIN_WIDTHS, _PLAIN_SHARDED_WIDTHS = 6, 22
 #: More widths for each token in the plain path when images give tokens noise levels of their own: their modulations.
 _MODULATION_WIDTHS = 14
@@ -63,6 +63,11 @@ _SHARDED = re.compile(
     rf"{keys.BLOCKS}\.\d+\.\w+\."
     rf"({_any_of(keys.TO_Q, keys.TO_K, keys.TO_V, keys.TO_GATES, keys.FEED_FORWARD_UP)}\.(weight|bias)"
     rf"|{_any_of(keys.TO_OUT, keys.FEED_FORWARD_DOWN, keys.Q_NORM, keys.K_NORM)}\.weight)"
+)
+#: Those of them whose output features it divides.
+_COLUMN_PARALLEL = re.compile(
+    rf"{keys.BLOCKS}\.\d+\.\w+\."
+    rf"{_any_of(keys.TO_Q, keys.TO_K, keys.TO_V, keys.TO_GATES, keys.FEED_FORWARD_UP)}\.(weight|bias)"
 )
 #: Weights that `--precision fp8` stores in one byte an element: those of layers whose input has the rows of the video
 #: or of the video's text (model/packing.py).
@@ -103,11 +108,6 @@ class RankMemory:
     fused: bool = False
     #: Bytes of the replicas of text and decode on the same GPU.
     colocated_bytes: int = 0
-
-    @property
-    def divided(self) -> bool:
-        """Whether weights or tokens are divided among ranks, which the fused path does not support."""
-        return self.tp > 1 or self.sequence_parallel > 1
 
 
 class MemoryBudget:
@@ -194,20 +194,15 @@ class MemoryBudget:
         options = []
         if rank.colocated_bytes and fits(replace(rank, colocated_bytes=0)):
             options.append("text and decode on another GPU (--share-cards off where there are several)")
-        fp8_possible = (
-            self.gpu.name not in WITHOUT_FP8
-            and rank.element_bytes == 2
-            and not rank.fp8
-            and not any(other.divided for other in self.ranks)
-        )
+        fp8_possible = self.gpu.name not in WITHOUT_FP8 and rank.element_bytes == 2 and not rank.fp8
         if fp8_possible and fits(replace(rank, fp8=True, fused=True)):
             options.append("--precision fp8")
         heads = self._checkpoint.transformer.video.heads
         for tp in (n for n in range(rank.tp + 1, heads + 1) if heads % n == 0):
-            if fits(replace(rank, tp=tp, fp8=False, fused=False)):
+            # bf16 does not choose the fused path on several ranks by itself.
+            if fits(replace(rank, tp=tp, fused=rank.fp8)):
                 of_stage2 = self._numerics.tp != self._numerics.stage2_tp and rank.stages == (Stage.STAGE2,)
-                option = "--stage2-tp" if of_stage2 else "--tp"
-                options.append(f"{option} {tp}{' instead of --precision fp8' if rank.fp8 else ''}")
+                options.append(f"{'--stage2-tp' if of_stage2 else '--tp'} {tp}")
                 break
         return " or ".join([", ".join(options), "a larger GPU"] if options else ["a larger GPU"])
 
@@ -228,7 +223,10 @@ class MemoryBudget:
         config = self._checkpoint.transformer
         video_tokens, audio_tokens = _video_tokens(shape, request), shape.audio_latents
         own_tokens = math.ceil(video_tokens / rank.sequence_parallel) if stage == Stage.STAGE2 else video_tokens
-        widths: float = _FUSED_WIDTHS if rank.fused else _PLAIN_WIDTHS + _PLAIN_SHARDED_WIDTHS / rank.tp
+        whole, sharded = (
+            (_FUSED_WIDTHS, _FUSED_SHARDED_WIDTHS) if rank.fused else (_PLAIN_WIDTHS, _PLAIN_SHARDED_WIDTHS)
+        )
+        widths = whole + sharded / rank.tp
         activations = widths * (own_tokens * config.video.dim + audio_tokens * config.audio.dim)
         if request.images and not rank.fused:
             activations += _MODULATION_WIDTHS * own_tokens * config.video.dim
@@ -278,10 +276,12 @@ def transformer_bytes(tensors: Mapping[str, TensorInfo], tp: int, element_bytes:
     total = 0
     for name, info in tensors.items():
         count = math.prod(info.shape)
+        own = count // tp if tp > 1 and _SHARDED.fullmatch(name) else count
         if fp8 and _IN_FP8.fullmatch(name):
-            total += count + 4 * info.shape[0]  # A float32 scale for every output feature.
+            outputs = info.shape[0] // (tp if _COLUMN_PARALLEL.fullmatch(name) else 1)
+            total += own + 4 * outputs  # A float32 scale for every output feature.
         else:
-            total += element_bytes * (count // tp if tp > 1 and _SHARDED.fullmatch(name) else count)
+            total += element_bytes * own
     return total
 
 

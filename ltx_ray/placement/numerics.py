@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Collection
 
 from ltx_ray.checkpoints.transformer_config import TransformerConfig
 from ltx_ray.config import FA3_MODULES, GPU_ATTENTION, Numerics, RequestedNumerics, takes_heads, widest_heads
 from ltx_ray.placement.sizing import ParallelConfig
+from ltx_ray.presets import PIPELINES
+from ltx_ray.records import RenderRequest, canonical_json
+from ltx_ray.sampling.passes import needs_perturbed
 
 #: Legal values of `RequestedNumerics`, by field.
 NUMERICS_CHOICES = {
@@ -32,30 +36,24 @@ def has_fa3() -> bool:
     return any(importlib.util.find_spec(name) for name in FA3_MODULES)
 
 
-def check(requested: RequestedNumerics, parallel: ParallelConfig) -> None:
+def check(requested: RequestedNumerics) -> None:
     """Raise ValueError for options that exclude each other on every device."""
-    divided = _dividing_option(parallel)
     if requested.precision == "fp8":
         if requested.dtype != "bfloat16":
             raise ValueError(f"--precision: 'fp8' with --dtype {requested.dtype}, legal: --dtype bfloat16")
         if requested.compile == "off":
             raise ValueError("--compile: 'off' with --precision fp8, legal: auto or fused")
-        if divided:
-            raise ValueError(f"--precision: 'fp8' with {divided}, legal: replicas of one rank for each set of weights")
-    if requested.compile == "fused" and divided:
-        raise ValueError(f"--compile: 'fused' with {divided}, legal: auto or off")
     if requested.attention in GPU_ATTENTION:
-        if requested.compile == "off" or divided:
-            why = divided or "--compile off"
-            raise ValueError(f"--attention: {requested.attention!r} with {why}, legal: auto or sdpa")
+        if requested.compile == "off":
+            raise ValueError(f"--attention: {requested.attention!r} with --compile off, legal: auto or sdpa")
         if requested.dtype == "float32":
             raise ValueError(f"--attention: {requested.attention!r} with --dtype float32, legal: auto or sdpa")
 
 
-def check_widths(requested: RequestedNumerics, transformer: TransformerConfig) -> None:
+def check_widths(requested: RequestedNumerics, parallel: ParallelConfig, transformer: TransformerConfig) -> None:
     """Raise ValueError for what no GPU does at the transformer's widths."""
     if requested.attention in GPU_ATTENTION or requested.device == "cuda":
-        _check_widths_on_gpu(requested, (), transformer)
+        _check_widths_on_gpu(requested, parallel, (), transformer)
 
 
 def resolve(
@@ -80,7 +78,7 @@ def resolve(
             f"--precision: 'fp8' on {old[0]}, legal: bf16, or GPUs that support fp8 (Ada, Hopper and later)"
         )
     if on_gpu:
-        _check_widths_on_gpu(requested, gpu_models, transformer)
+        _check_widths_on_gpu(requested, parallel, gpu_models, transformer)
     compiled = _resolve_compile(requested, parallel, on_gpu, gpu_models, transformer)
     fused = compiled == "fused"
     return Numerics(
@@ -99,8 +97,21 @@ def resolve(
     )
 
 
+def numerics_of_row(numerics: str, request: RenderRequest) -> str:
+    """The numerics of a run (JSON) as a row of its own has them.
+
+    `stg_prefix`: the perturbed pass of guidance took over the first blocks of the conditional one.
+    """
+    if PIPELINES[request.pipeline].distilled or not any(map(needs_perturbed, request.guidance)):
+        return numerics
+    return canonical_json({**json.loads(numerics), "stg_prefix": True})
+
+
 def _check_widths_on_gpu(
-    requested: RequestedNumerics, gpu_models: Collection[str], transformer: TransformerConfig | None
+    requested: RequestedNumerics,
+    parallel: ParallelConfig,
+    gpu_models: Collection[str],
+    transformer: TransformerConfig | None,
 ) -> None:
     # Where the models are unknown, the replicas find out.
     hopper = not gpu_models or _all_hopper(gpu_models)
@@ -111,7 +122,7 @@ def _check_widths_on_gpu(
             f"--attention: {requested.attention!r}{where and f' on {where}'} with heads of {heads} channels, legal: "
             f"auto or sdpa, or a model whose heads have up to {widest} channels, in multiples of {multiple}"
         )
-    if requested.precision == "fp8" and (odd := _odd_widths(transformer)):
+    if requested.precision == "fp8" and (odd := _odd_widths(transformer, parallel)):
         raise ValueError(
             f"--precision: 'fp8' with {odd}, legal: bf16, or a model whose widths are multiples of {_WIDTH_MULTIPLE}"
         )
@@ -129,9 +140,11 @@ def _resolve_compile(
     if requested.precision == "fp8":
         return "fused"
     with_bf16 = not any(name in _WITHOUT_BF16 for name in gpu_models)
-    supported = on_gpu and with_bf16 and requested.dtype == "bfloat16" and not _dividing_option(parallel)
-    # The fused path is right at any width, and no faster where rows cannot be loaded as vectors.
-    wanted = not _odd_widths(transformer) or requested.attention in GPU_ATTENTION
+    supported = on_gpu and with_bf16 and requested.dtype == "bfloat16"
+    # The fused path is right at any width, and no faster where rows cannot be loaded as vectors. Where ranks divide
+    # weights or tokens, its speed has not been measured on several GPUs.
+    wanted = not _odd_widths(transformer, parallel) and not _divides(parallel)
+    wanted = wanted or requested.attention in GPU_ATTENTION
     return "fused" if supported and wanted else "off"
 
 
@@ -160,22 +173,20 @@ def _head_dims(transformer: TransformerConfig | None) -> tuple[int, ...]:
     return () if transformer is None else (transformer.video.head_dim, transformer.audio.head_dim)
 
 
-def _odd_widths(transformer: TransformerConfig | None) -> str:
-    """The streams whose width, which is that of their text too, is no multiple of 16; "" for none."""
+def _odd_widths(transformer: TransformerConfig | None, parallel: ParallelConfig) -> str:
+    """The streams of whose width, which is that of their text too, a rank's part is no multiple of 16; "" for none."""
     if transformer is None:
         return ""
-    streams = {"video": transformer.video, "audio": transformer.audio}
-    odd = [f"{name} {stream.dim} wide" for name, stream in streams.items() if stream.dim % _WIDTH_MULTIPLE]
+    streams, ranks = {"video": transformer.video, "audio": transformer.audio}, {parallel.tp, parallel.tp_of_stage2}
+    odd = [
+        f"{name} {stream.dim} wide" + (f" on {n} ranks" if n > 1 else "")
+        for name, stream in streams.items()
+        for n in sorted(ranks)
+        if stream.dim // n % _WIDTH_MULTIPLE
+    ]
     return " and ".join(odd)
 
 
-def _dividing_option(parallel: ParallelConfig) -> str:
-    """The option that divides weights or tokens among ranks, which the fused path does not support; "" for none."""
-    for option, ranks in (
-        ("--tp", parallel.tp),
-        ("--stage2-tp", parallel.tp_of_stage2),
-        ("--sequence-parallel", parallel.sequence_parallel),
-    ):
-        if ranks > 1:
-            return f"{option} {ranks}"
-    return ""
+def _divides(parallel: ParallelConfig) -> bool:
+    """Whether ranks divide weights or tokens."""
+    return max(parallel.tp, parallel.tp_of_stage2, parallel.sequence_parallel) > 1

@@ -93,6 +93,8 @@ class GuidedDenoiser:
         if not (skipped.video and skipped.audio):
             enabled = skipped.map(lambda skip: not skip)
             names = passes_for(g for g, on in zip(self.guidance, enabled, strict=True) if on)
+            # The reference copies the latents for its passes, and the copy is contiguous. All passes get the same ones.
+            latents = latents.map(lambda x: x.contiguous())
             results = self.run_passes(names, lambda name: self.run_pass(name, latents, sigma, enabled), latents)
             by_stream = AV(
                 {name: result.video for name, result in results.items()},

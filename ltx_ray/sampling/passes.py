@@ -38,6 +38,20 @@ def needs_isolated(g: Guidance) -> bool:
     return not math.isclose(g.modality_scale, 1.0)
 
 
+def divide_passes(names: tuple[Pass, ...], ranks: int) -> list[tuple[Pass, ...]]:
+    """The passes of a call for each of `ranks`, so that the rank with the most work has as little as it can.
+
+    The perturbed pass goes to the rank of the conditional one, whose first blocks it takes over.
+    """
+    together = tuple(name for name in names if name in (Pass.COND, Pass.PERTURBED))
+    parts: list[tuple[Pass, ...]] = [together] if ranks < len(names) else [(name,) for name in together]
+    divided: list[tuple[Pass, ...]] = [()] * ranks
+    for part in (*parts, *((name,) for name in names if name not in together)):
+        fewest = min(range(ranks), key=lambda rank: len(divided[rank]))
+        divided[fewest] += part
+    return divided
+
+
 def passes_for(guidance: Iterable[Guidance]) -> tuple[Pass, ...]:
     """The passes of a call, given the guidance of each stream that takes part.
 

@@ -6,7 +6,6 @@ import io
 import os
 import random
 import secrets
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
@@ -245,28 +244,6 @@ class Store:
 
         self._retry("writing", relative, append)
 
-    def publish(self, local_file: str, relative: str) -> None:
-        """Move the finished `local_file` to `relative`."""
-        target = self.path(relative)
-        if not self.is_local:
-            data = Path(local_file).read_bytes()
-            self._retry("writing", relative, lambda: self._put(target, data))
-            os.unlink(local_file)
-            return
-        temporary = self._retry("writing", relative, lambda: temporary_beside(target))
-
-        def write() -> None:
-            if os.path.exists(local_file):  # an earlier try may have moved it
-                shutil.move(local_file, temporary)
-            with open(temporary, "rb") as file:
-                _sync(file.fileno())
-            os.replace(temporary, target)
-
-        try:
-            self._retry("writing", relative, write)
-        finally:
-            temporary.unlink(missing_ok=True)
-
     def move(self, relative: str, to: str) -> None:
         """Rename a file, replacing an older `to`. Objects are copied, then deleted: for a moment both exist."""
         source, target = self.path(relative), self.path(to)
@@ -288,7 +265,7 @@ class Store:
             pass
 
     def scratch_dir(self) -> str | None:
-        """A folder on the output's disk for files to publish. None, for an object store, means the system's default."""
+        """A folder on the output's disk for temporary files. None, for an object store, means the system's default."""
         if not self.is_local:
             return None
         folder = Path(self.root) / SCRATCH

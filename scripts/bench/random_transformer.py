@@ -16,7 +16,8 @@ from ltx_ray.checkpoints.lora import Factor, LoraPair
 from ltx_ray.checkpoints.safetensors import TensorInfo, read_header
 from ltx_ray.checkpoints.transformer_config import TransformerConfig
 from ltx_ray.model.transformer import Transformer
-from ltx_ray.parallel.layers import RankGroup, ShardParameter, shard_parameter
+from ltx_ray.parallel.collectives import RankGroup
+from ltx_ray.parallel.layers import ShardParameter, shard_parameter
 from ltx_ray.toy.config import ToyShape, checkpoint_config
 
 LORA_RANK = 384
@@ -81,10 +82,16 @@ def fill(
             if not old.is_meta:
                 (store or (lambda parameter, data: parameter.data.copy_(data)))(old, new)
                 continue
-            ours = isinstance(old, ShardParameter)
-            setattr(module, key, shard_parameter(new, old.shard_dim) if ours else nn.Parameter(new, False))
+            replace_parameter(module, key, new)
     missing = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     assert not missing, f"buffers on the meta device: {missing}"
+
+
+def replace_parameter(module: nn.Module, key: str, values: torch.Tensor) -> None:
+    """Put `values` in the place of a parameter on the meta device."""
+    old = module.get_parameter(key)
+    new = shard_parameter(values, old.shard_dim) if isinstance(old, ShardParameter) else nn.Parameter(values, False)
+    setattr(module, key, new)
 
 
 def lora_modules(model: Transformer) -> list[str]:

@@ -64,49 +64,57 @@ class Attention:
 Plan = list[Gemm | Attention]
 
 
-def plan(model: Transformer, lengths: Lengths, isolated: bool = False) -> Plan:
-    """The calls of a pass of the packed `model`. `isolated` leaves out the attention between the streams."""
-    return list(_calls(model, lengths, isolated))
+def plan(model: Transformer, lengths: Lengths, isolated: bool = False, sequence_parallel: int = 1) -> Plan:
+    """The calls of a pass of the packed `model`, on one of the ranks that share its weights.
+
+    `isolated` leaves out the attention between the streams. `sequence_parallel`: ranks that divide the video's tokens.
+    """
+    return list(_calls(model, lengths, isolated, sequence_parallel))
 
 
 def flops(calls: Plan) -> int:
     return sum(call.flops for call in calls)
 
 
-def _calls(model: Transformer, lengths: Lengths, isolated: bool) -> Iterator[Gemm | Attention]:
-    streams, tokens = AV(model.config.video, model.config.audio), AV(lengths.video, lengths.audio)
-    by_stream = list(zip(STREAM_NAMES, streams, tokens, tokens.swapped(), strict=True))
-    for names, _, own, _ in by_stream:
-        yield _unpacked(getattr(model, names.patchify), own)
+def _calls(model: Transformer, lengths: Lengths, isolated: bool, sequence_parallel: int) -> Iterator[Gemm | Attention]:
+    tp = model.tp.size
+    streams, whole = AV(model.config.video, model.config.audio), AV(lengths.video, lengths.audio)
+    divided = AV(sequence_parallel, 1)
+    own = whole.map(lambda tokens, n: -(-tokens // n), divided)
+    by_stream = list(zip(STREAM_NAMES, streams, own, own.swapped(), whole, whole.swapped(), divided, strict=True))
+    for names, _, rows, *_ in by_stream:
+        yield _unpacked(getattr(model, names.patchify), -(-rows // tp))
     for block in model.blocks:
-        for names, stream, own, _ in by_stream:
-            yield from _self_attention(block.packed_linears, names.self_attention, stream, own)
-            yield from _cross_attention(block.packed_linears, names.text_attention, stream, own, lengths.text)
+        packed = block.packed_linears
+        for names, stream, rows, _, tokens, _, n in by_stream:
+            # Ranks that divide the tokens attend from all of them with a part of the heads.
+            yield Gemm(packed[names.self_attention, "qkv"], rows)
+            yield Gemm(packed[names.self_attention, "gates"], rows)
+            yield _attention(stream, tokens, tokens, tp * n)
+            yield Gemm(packed[names.self_attention, "out"], rows)
+            yield from _products(packed, names.text_attention, rows, lengths.text)
+            yield _attention(stream, rows, lengths.text, tp)
         if not isolated:
             # Attention between the streams is as wide as the audio stream.
-            for names, _, own, other in by_stream:
-                yield from _cross_attention(block.packed_linears, names.cross_attention, streams.audio, own, other)
-        for names, _, own, _ in by_stream:
-            yield Gemm(block.packed_linears[names.feed_forward, "up"], own)
-            yield Gemm(block.packed_linears[names.feed_forward, "down"], own)
-    for names, _, own, _ in by_stream:
-        yield _unpacked(getattr(model, names.proj_out), own)
+            for names, _, rows, other_rows, _, other_tokens, n in by_stream:
+                yield from _products(packed, names.cross_attention, rows, other_rows)
+                keys_divided = sequence_parallel if n == 1 else 1
+                yield _attention(streams.audio, rows, other_tokens, tp * keys_divided)
+        for names, _, rows, *_ in by_stream:
+            yield Gemm(packed[names.feed_forward, "up"], rows)
+            yield Gemm(packed[names.feed_forward, "down"], rows)
+    for names, _, rows, *_ in by_stream:
+        yield _unpacked(getattr(model, names.proj_out), -(-rows // tp))
 
 
-def _self_attention(packed: PackedLinears, name: str, stream: StreamConfig, rows: int) -> Iterator[Gemm | Attention]:
-    yield Gemm(packed[name, "qkv"], rows)
-    yield Gemm(packed[name, "gates"], rows)
-    yield Attention(rows, rows, stream.heads, stream.dim)
-    yield Gemm(packed[name, "out"], rows)
-
-
-def _cross_attention(
-    packed: PackedLinears, name: str, stream: StreamConfig, rows: int, keys: int
-) -> Iterator[Gemm | Attention]:
+def _products(packed: PackedLinears, name: str, rows: int, keys: int) -> Iterator[Gemm]:
     yield Gemm(packed[name, "q_gates"], rows)
     yield Gemm(packed[name, "kv"], keys)
-    yield Attention(rows, keys, stream.heads, stream.dim)
     yield Gemm(packed[name, "out"], rows)
+
+
+def _attention(stream: StreamConfig, queries: int, keys: int, ranks: int) -> Attention:
+    return Attention(queries, keys, stream.heads // ranks, stream.dim // ranks)
 
 
 def _unpacked(layer: ReplicatedLinear, rows: int) -> Gemm:

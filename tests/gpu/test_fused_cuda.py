@@ -20,8 +20,9 @@ from ltx_ray.model.packing import pack_linears
 from ltx_ray.model.rope import RopeTable, audio_positions, video_positions
 from ltx_ray.model.steps import Modulation, QuantizedRows, Residual, TokenLevels
 from ltx_ray.model.transformer import NO_PERTURBATION, Modality, Perturbation, Transformer
+from ltx_ray.parallel.collectives import RankGroup
 from ltx_ray.parallel.fp8 import FP8, read_values, write_exactly
-from ltx_ray.parallel.layers import RankGroup, shard_parameter
+from ltx_ray.parallel.layers import shard_parameter
 from ltx_ray.parallel.loading import load_shard
 from ltx_ray.placement.numerics import has_fa3
 from ltx_ray.records import AV

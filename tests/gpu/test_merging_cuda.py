@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from ltx_ray.checkpoints.safetensors import read_header
-from ltx_ray.parallel.layers import RankGroup
+from ltx_ray.parallel.collectives import RankGroup
 from ltx_ray.parallel.loading import ShardRead, read_shards, shard_shape
 from ltx_ray.parallel.lora import LoraSetting
 from ltx_ray.parallel.merging import merge_

@@ -77,10 +77,9 @@ def test_every_operation_survives_transient_faults(proxy, single_try, s3, bucket
         store.write_bytes("d/new", b"new")
         assert read(s3, bucket, "d/new") == b"new"
 
-    def publish() -> None:
-        (tmp_path / "clip").write_bytes(b"clip")
-        store.publish(str(tmp_path / "clip"), "d/clip")
-        assert read(s3, bucket, "d/clip") == b"clip" and not (tmp_path / "clip").exists()
+    def create() -> None:
+        assert store.create("d/clip", b"clip")
+        assert read(s3, bucket, "d/clip") == b"clip"
 
     def move() -> None:
         store.move("d/clip", "d/moved")
@@ -100,7 +99,7 @@ def test_every_operation_survives_transient_faults(proxy, single_try, s3, bucket
         "not there": lambda: not store.exists("d/none") or pytest.fail("not there"),
         "list": lambda: store.list_names("d") == ["old"] or pytest.fail("list"),
         "write": write,
-        "publish": publish,
+        "create": create,
         "move": move,
         "delete": delete,
         "missing": missing,
@@ -124,8 +123,7 @@ def test_a_store_that_fails_half_of_the_time_loses_nothing(proxy, single_try, s3
     with proxy.misbehaving(kinds=TRANSIENT, probability=0.5, seed=seed) as faults:
         for n, (name, data) in enumerate(contents.items()):
             if n % 2:
-                (tmp_path / name).write_bytes(data)
-                store.publish(str(tmp_path / name), name)
+                assert store.create(name, data)
             else:
                 store.write_bytes(name, data)
         assert store.list_names("") == sorted(contents)
@@ -157,17 +155,15 @@ def test_an_interrupted_large_upload_leaves_the_older_object_and_is_repeated(
 @pytest.mark.parametrize("kind", [*TRANSIENT, "stall"])
 def test_a_store_that_stays_broken_ends_in_an_error_in_time(proxy, single_try, s3, bucket, tmp_path, kind):
     store = Store(bucket, retry_seconds=1.0)
-    (tmp_path / "clip").write_bytes(b"clip")
     calls = {
         "reading x": lambda: store.read_bytes("x"),
         "looking up x": lambda: store.exists("x"),
         "listing x": lambda: store.list_names("x"),
         "writing x": lambda: store.write_bytes("x", b"1"),
-        "writing y": lambda: store.publish(str(tmp_path / "clip"), "y"),
         "deleting x": lambda: store.delete("x"),
     }
     if kind == "stall":
-        calls = {what: calls[what] for what in ("reading x", "writing y")}
+        calls = {what: calls[what] for what in ("reading x", "writing x")}
     for what, call in calls.items():
         began = time.monotonic()
         with proxy.misbehaving(kinds=(kind,), first=10**6, seconds=30):
@@ -175,7 +171,6 @@ def test_a_store_that_stays_broken_ends_in_an_error_in_time(proxy, single_try, s
                 call()
         # Silence is noticed after one more second, or after six for an upload.
         assert time.monotonic() - began < 15, what
-    assert (tmp_path / "clip").exists(), "a file that could not be published stays"
 
 
 def test_forbidden_operations_fail_at_once(proxy, bucket):

@@ -13,8 +13,8 @@ from ltx_ray.model.fused import FusedTransformer, check_fp8
 from ltx_ray.model.packing import pack_linears
 from ltx_ray.model.rope import audio_positions, video_positions
 from ltx_ray.model.transformer import NO_PERTURBATION, Modality, Perturbation, Transformer
+from ltx_ray.parallel.collectives import RankGroup
 from ltx_ray.parallel.fp8 import read_values, row_scale_of, write_values
-from ltx_ray.parallel.layers import RankGroup
 from ltx_ray.parallel.loading import load_shard
 from ltx_ray.records import AV
 from ltx_ray.toy import ToyShape, make_toy_model

@@ -17,18 +17,20 @@ from ltx_ray.config import EngineSpec
 from ltx_ray.engine.base import Rank
 from ltx_ray.engine.decode import named_latents
 from ltx_ray.engine.diffusion import DiffusionEngine
-from ltx_ray.parallel.layers import RankGroup
+from ltx_ray.parallel.collectives import RankGroup
 from ltx_ray.parallel.mesh import SequenceSharding
 from ltx_ray.parallel.weight_cache import FreeMemory
 from tests.support.pipeline import one_thread, toy_pipeline
 from tests.support.transformers import relative
 
-#: name -> ranks of the gang; tp, guidance_parallel, sequence_parallel
+#: name -> ranks of the gang; tp, guidance_parallel, sequence_parallel; path of the DiT
 LAYOUTS = {
-    "tp": (2, (2, 1, 1)),
-    "guidance": (2, (1, 2, 1)),
-    "sequence": (2, (1, 1, 2)),
-    "tp, guidance, sequence": (4, (2, 2, 2)),
+    "tp": (2, (2, 1, 1), "off"),
+    "guidance": (2, (1, 2, 1), "off"),
+    "sequence": (2, (1, 1, 2), "off"),
+    "fused tp": (2, (2, 1, 1), "fused"),
+    "tp, guidance, sequence": (4, (2, 2, 2), "off"),
+    "fused tp, guidance, sequence": (4, (2, 2, 2), "fused"),
 }
 #: All four guidance passes, timesteps that differ by token, and keyframe tokens.
 ROW = {
@@ -45,9 +47,12 @@ def _rank(rank: int, world: int, port: int, spec: EngineSpec, item, conditions, 
     )
     try:
         found: dict[str, dict[str, np.ndarray]] = {}
-        for name, (tp, guidance, sequence) in ((n, layout) for n, (ranks, layout) in LAYOUTS.items() if ranks == world):
+        for name, (ranks, (tp, guidance, sequence), path) in LAYOUTS.items():
+            if ranks != world:
+                continue
             divided = replace(spec.layout, tp=tp, guidance_parallel=guidance, sequence_parallel=sequence)
-            engine = DiffusionEngine(replace(spec, layout=divided), Rank(rank, world))
+            numerics = replace(spec.numerics, compile=path, guidance_batching=2 if path == "fused" else 1)
+            engine = DiffusionEngine(replace(spec, layout=divided, numerics=numerics), Rank(rank, world))
             engine.load()
             if engine.mesh.peers.size > 1:
                 # Each rank caches a share of the clean weights, from which stage 2 is merged. Only rank 0 has memory
@@ -59,7 +64,7 @@ def _rank(rank: int, world: int, port: int, spec: EngineSpec, item, conditions, 
             second = engine.run("stage2", item, conditions, first)
             if rank == 0:
                 found[name] = {key: value.numpy() for key, value in named_latents(first, second).items()}
-        _check_sequence_sharding(RankGroup(rank, world))
+        _check_sequence_sharding(RankGroup.of_processes(rank, world))
         queue.put((rank, found))
         dist.barrier()
     except BaseException:
@@ -98,7 +103,7 @@ def rendered():
     with one_thread():
         conditions = pipeline.text.run("text", item)
     found = {}
-    for world in sorted({ranks for ranks, _ in LAYOUTS.values()}):
+    for world in sorted({ranks for ranks, *_ in LAYOUTS.values()}):
         found |= _gang(world, pipeline.diffusion.spec, item, conditions)
     return pipeline.latents(ROW), found
 

@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 from ltx_ray.checkpoints.checkpoint import open_checkpoint
 from ltx_ray.checkpoints.lora import open_lora
 from ltx_ray.model.transformer import NO_PERTURBATION, Perturbation
-from ltx_ray.parallel.layers import RankGroup
+from ltx_ray.parallel.collectives import RankGroup
 from ltx_ray.parallel.lora import LoraMerger, LoraSetting
 from ltx_ray.records import AV
 from tests.support.transformers import Inputs, load_ours, relative
@@ -26,7 +26,7 @@ def _rank(rank: int, world: int, port: int, path: str, queue) -> None:
     dist.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world, timeout=timedelta(seconds=120)
     )
-    model = load_ours(path, tp=RankGroup(rank, world))
+    model = load_ours(path, tp=RankGroup.of_processes(rank, world))
     inputs = Inputs.random(model, seed=1)
     results = [inputs.ours(model, p) for p in (*PASSES, NO_PERTURBATION)]
     queue.put((rank, [(r.video.clone().numpy(), r.audio.clone().numpy()) for r in results]))

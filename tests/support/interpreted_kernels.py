@@ -29,10 +29,10 @@ from ltx_ray.model.fused import FusedTransformer
 from ltx_ray.model.packing import pack_linears
 from ltx_ray.model.rope import audio_positions, video_positions
 from ltx_ray.model.steps import QuantizedRows
-from ltx_ray.model.transformer import Modality, Perturbation, Transformer
+from ltx_ray.model.transformer import Modality, Perturbation, Prefix, Transformer
 from ltx_ray.parallel import merge_kernel, merging
+from ltx_ray.parallel.collectives import SINGLE_RANK, Alone, RankGroup
 from ltx_ray.parallel.factors import FactorProduct
-from ltx_ray.parallel.layers import SINGLE_RANK
 from ltx_ray.parallel.loading import load_shard
 from ltx_ray.records import AV
 from ltx_ray.toy import ToyShape, make_toy_model
@@ -150,7 +150,7 @@ def twins(name: str):
     """A fused step that runs as a kernel and in plain PyTorch, and compares results and what was written in place."""
 
     def run(x, *rest):
-        rows = [part[0] for part in x] if isinstance(x, list) else [x]
+        rows = [part[0] if isinstance(part, tuple) else part for part in x] if isinstance(x, list) else [x]
         before = [tensor.clone() for tensor in rows]
         right = getattr(steps, name)(x, *rest)
         expected = [tensor.clone() for tensor in rows]
@@ -164,26 +164,29 @@ def twins(name: str):
 
 
 def passes() -> None:
-    """Whole passes of models of odd widths, and of one in fp8."""
+    """Whole passes of models of odd widths, of one in fp8, and of one of two ranks without the other."""
     # On a CPU, the product's own GELU is another.
     both = SimpleNamespace(linear_gelu=steps.linear_gelu)
-    for name in ("add_norm_modulate", "norm_heads_", "apply_gates", "gelu"):
+    for name in ("add_norm_modulate", "head_means", "norm_heads_", "apply_gates", "gelu"):
         setattr(both, name, twins(name))
-    for (heads, head_dim, audio_head_dim), precision in (
-        ((1, 62, 10), "bf16"),
-        ((3, 20, 14), "bf16"),
-        ((2, 32, 16), "fp8"),
+    two = RankGroup(1, 2, Alone(2))
+    for (heads, head_dim, audio_head_dim), precision, tp in (
+        ((1, 62, 10), "bf16", SINGLE_RANK),
+        ((3, 20, 14), "bf16", SINGLE_RANK),
+        ((2, 32, 16), "fp8", SINGLE_RANK),
+        ((2, 30, 10), "bf16", two),
+        ((2, 32, 16), "fp8", two),
     ):
-        shape = ToyShape(layers=1, heads=heads, head_dim=head_dim, audio_head_dim=audio_head_dim)
+        shape = ToyShape(layers=2, heads=heads, head_dim=head_dim, audio_head_dim=audio_head_dim)
         with TemporaryDirectory() as folder:
             checkpoint = open_checkpoint(make_toy_model(Path(folder), seed=1, shape=shape)["checkpoint_path"])
             with torch.device("meta"):
-                model = Transformer(checkpoint.transformer)
+                model = Transformer(checkpoint.transformer, tp)
             cpu = torch.device("cpu")
             pack_linears(model, cpu, torch.bfloat16, precision)
-            load_shard(model, checkpoint.tensors, SINGLE_RANK, dtype=torch.bfloat16, device=cpu)
+            load_shard(model, checkpoint.tensors, tp, dtype=torch.bfloat16, device=cpu)
         dit = FusedTransformer(model)
-        dit._steps = both
+        dit._blocks._steps = both
         inputs, sigma = Inputs.random(model, seed=1), torch.full((1,), 0.7)
         ropes = dit.ropes(AV(video_positions(SHAPE), audio_positions(SHAPE.audio_latents)), torch.bfloat16)
         levels = torch.arange(SHAPE.video_tokens, dtype=torch.int32) % 3
@@ -196,7 +199,10 @@ def passes() -> None:
                 inputs.contexts, ropes, *given,
             )  # fmt: skip
             blocks = AV(frozenset(() if index is None else (0,)), frozenset())
-            dit(modalities, Perturbation(values_only=blocks))
+            # The other pass takes over what the first leaves before the second block.
+            prefix = Prefix(1)
+            dit(modalities, Perturbation(values_only=blocks), prefix=prefix)
+            dit(modalities, Perturbation(values_only=blocks), prefix=prefix)
 
 
 def decoding() -> None:

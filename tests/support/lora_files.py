@@ -9,13 +9,8 @@ from torch import nn
 
 from ltx_ray.checkpoints.lora import open_lora
 from ltx_ray.checkpoints.safetensors import read_header
-from ltx_ray.parallel.layers import (
-    SINGLE_RANK,
-    ColumnParallelLinear,
-    RankGroup,
-    ReplicatedLinear,
-    RowParallelLinear,
-)
+from ltx_ray.parallel.collectives import SINGLE_RANK, RankGroup
+from ltx_ray.parallel.layers import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 from ltx_ray.parallel.loading import load_shard
 from ltx_ray.parallel.lora import LoraMerger
 

@@ -12,7 +12,7 @@ from ltx_ray.checkpoints.diffusers_names import to_diffusers
 from ltx_ray.checkpoints.transformer_keys import CONNECTOR_PREFIXES, TRANSFORMER_PREFIX
 from ltx_ray.model.rope import audio_positions, video_positions
 from ltx_ray.model.transformer import Modality, Transformer
-from ltx_ray.parallel.layers import SINGLE_RANK, RankGroup
+from ltx_ray.parallel.collectives import SINGLE_RANK, RankGroup
 from ltx_ray.parallel.loading import load_shard
 from ltx_ray.records import AV
 from ltx_ray.shapes import ClipShape

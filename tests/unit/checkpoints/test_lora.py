@@ -15,7 +15,7 @@ from ltx_ray.checkpoints.diffusers_names import to_diffusers, to_official
 from ltx_ray.checkpoints.lora import check_lora, lora_digest, open_lora
 from ltx_ray.cli.options import lora_specs
 from ltx_ray.cli.status import inspect_lines
-from ltx_ray.parallel.layers import RankGroup
+from ltx_ray.parallel.collectives import RankGroup
 from ltx_ray.parallel.lora import LoraMerger, LoraSetting
 from tests.support.transformers import load_ours
 

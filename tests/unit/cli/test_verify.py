@@ -267,7 +267,18 @@ def test_a_row_that_is_in_two_parts_stays_in_the_first(folded):
     count, said = check(folded)
     assert count == 1 and said[0].startswith(second) and "the row is in another part too" in said[0]
     check(folded, repair=True)
-    assert sorted(rows_of(folded)) == sorted(ALL)
+    assert sorted(rows_of(folded)) == sorted(ALL) and folded.exists(clip_of(0))
+    assert check(folded)[0] == 0
+
+
+def test_a_clip_that_another_row_has_rightly_stays(folded):
+    table = pq.read_table(io.BytesIO(folded.read_bytes(part_number(folded, 1))))
+    other = table.set_column(table.schema.get_field_index("id"), "id", pa.array(["x"]))
+    wrong = other.set_column(table.schema.get_field_index("clip_sha256"), "clip_sha256", pa.array(["0" * 64]))
+    folded.write_bytes(part_number(folded, 1), encode_part(pa.concat_tables([table, wrong]), "index"))
+    count, said = check(folded, repair=True)
+    assert count == 1 and "(x): its clip" in said[0] and sorted(rows_of(folded)) == sorted(ALL)
+    assert folded.exists(clip_of(2)) and check(folded)[0] == 0
 
 
 def test_finished_rows_that_are_not_folded_are_a_note_and_a_repair_folds_them(folded):

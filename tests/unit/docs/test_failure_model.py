@@ -24,6 +24,7 @@ from ltx_ray.engine.decode import DecodeEngine
 from ltx_ray.engine.diffusion import DiffusionEngine
 from ltx_ray.engine.frames import PictureCheck
 from ltx_ray.engine.tiling import LADDER
+from ltx_ray.parallel.mesh import Mesh
 from ltx_ray.pools.gang import Call, Gang, GangState
 from ltx_ray.pools.pool import StartFailed
 from ltx_ray.pools.protocol import RankInfo
@@ -87,6 +88,7 @@ def stage(video: torch.Tensor) -> StageLatents:
 
 def test_latents_that_are_not_finite_are_the_rows_fault():
     engine = object.__new__(DiffusionEngine)
+    engine.mesh, engine._guidance_parallel = Mesh(), False
     engine._stage1 = lambda item, conditions: stage(torch.tensor([0.0, float("nan"), float("inf")]))
     with pytest.raises(RowError, match="2 of 3 video latents are not finite"):
         engine.run("stage1", None, None)

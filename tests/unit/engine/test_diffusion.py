@@ -15,11 +15,22 @@ from ltx_ray.engine.base import Rank, error_kind
 from ltx_ray.engine.diffusion import DiffusionEngine
 from ltx_ray.engine.latents import LatentStore, latents_sha256, named_latents
 from ltx_ray.parallel.lora import LoraMerger
+from ltx_ray.parallel.mesh import Mesh
 from ltx_ray.pools.worker import RankActor
-from ltx_ray.records import LoraUse, RowError, StageLatents, WrongDevice, canonical_json
+from ltx_ray.records import (
+    AV,
+    LoraUse,
+    NoiseLedger,
+    ReplicaError,
+    RowError,
+    StageLatents,
+    WrongDevice,
+    canonical_json,
+)  # fmt: skip
 from ltx_ray.stages import DIFFUSION_STAGES, Stage
 from ltx_ray.storage.store import Store
 from tests.support.pipeline import ToyPipeline, one_thread, toy_pipeline
+from tests.support.thread_ranks import run_ranks
 
 ROW = {
     "prompt": "a red boat", "height": 128, "width": 128, "num_frames": 17, "num_inference_steps": 2, "seed": 3,
@@ -174,3 +185,44 @@ def test_a_failed_call_is_reported_by_name_and_keeps_no_tensor(pipeline, rendere
     assert (report.error.type, payload) == (type(error).__name__, None)
     assert report.error.kind == error_kind(error)
     assert len(tensors) == 2 and not alive
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tp", "peers"), [(3, 1), (1, 2), (2, 2)])
+def test_ranks_that_disagree_lose_their_gang(tp, peers, dtype):
+    """One changed bit, or two values that have changed places, on any one rank is noticed by all."""
+    torch.manual_seed(0)
+    video, audio = torch.randn(1, 4, 2, 3, 3, dtype=dtype), torch.randn(1, 2, 5, 2, dtype=dtype)
+    video[0, 0, 0, 0, 0] = torch.nan
+
+    def drifted(how: str) -> AV[torch.Tensor]:
+        x, y = video.clone(), audio.clone()
+        if how == "a bit":
+            x.view(torch.int16)[0, 1, 1, 1, 1] ^= 1
+        elif how == "places":
+            y[0, 0, 0, 0], y[0, 1, 4, 1] = audio[0, 1, 4, 1], audio[0, 0, 0, 0]
+        return AV(x, y)
+
+    def verdicts(stage: Stage, how: str, bad: int, guidance: bool, sequence: bool) -> list[str]:
+        def run(mesh: Mesh) -> str:
+            engine = object.__new__(DiffusionEngine)
+            engine.mesh, engine._guidance_parallel, engine._sequence_parallel = mesh, guidance, sequence
+            rank = mesh.peers.rank * tp + mesh.tp.rank
+            latents = StageLatents(drifted(how if rank == bad else ""), ledger)
+            try:
+                engine._check_ranks_agree(stage, latents)
+            except ReplicaError as error:
+                return str(error)
+            return ""
+
+        return run_ranks(tp, peers, run)
+
+    ledger = NoiseLedger(0, "cpu", "cpu")
+    for how in ("a bit", "places"):
+        for bad in range(tp * peers):
+            found = verdicts(Stage.STAGE2, how, bad, guidance=False, sequence=peers > 1)
+            assert all("different latents in stage2" in said for said in found), (how, bad, found)
+    assert not any(verdicts(Stage.STAGE2, "", 0, guidance=False, sequence=True))
+    # Peers that do not divide a stage repeat it, and only the first of them counts.
+    repeated = verdicts(Stage.STAGE1, "a bit", 0, guidance=False, sequence=True)
+    assert [bool(said) for said in repeated] == [tp > 1] * tp + [False] * tp * (peers - 1)

@@ -11,7 +11,8 @@ from torch import nn
 
 from ltx_ray.checkpoints.safetensors import read_header
 from ltx_ray.parallel import loading
-from ltx_ray.parallel.layers import ColumnParallelLinear, RankGroup, RowParallelLinear
+from ltx_ray.parallel.collectives import RankGroup
+from ltx_ray.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from ltx_ray.parallel.loading import ShardRead, load_shard, read_shards, shard_shape
 
 

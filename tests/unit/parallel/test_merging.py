@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from ltx_ray.checkpoints.lora import open_lora
 from ltx_ray.checkpoints.safetensors import read_header
+from ltx_ray.parallel.collectives import SINGLE_RANK, RankGroup
 from ltx_ray.parallel.fp8 import FP8, read_values, row_scale_of, write_exactly, write_values
-from ltx_ray.parallel.layers import SINGLE_RANK, RankGroup, shard_parameter
+from ltx_ray.parallel.layers import shard_parameter
 from ltx_ray.parallel.loading import load_shard
 from ltx_ray.parallel.lora import LoraMerger, LoraSetting
 from ltx_ray.parallel.merging import merge_

@@ -22,7 +22,7 @@ from ltx_ray.driver.loop import JoinedCluster
 from ltx_ray.manifest.rules import RowProblem
 from ltx_ray.model.packing import pack_linears
 from ltx_ray.model.transformer import Transformer
-from ltx_ray.parallel.layers import RankGroup
+from ltx_ray.parallel.collectives import RankGroup
 from ltx_ray.placement.cluster import Cluster, Placement, _FreeGpus
 from ltx_ray.placement.memory import GIB, Gpu, MemoryBudget, can_share, known_gpus, transformer_bytes
 from ltx_ray.placement.numerics import resolve
@@ -95,13 +95,14 @@ def test_shards_are_those_of_the_model(toy, tp):
     assert transformer_bytes(checkpoint.tensors, tp, 2, False) == held(model)
 
 
+@pytest.mark.parametrize("tp", [1, 2, 4])
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
-def test_packed_weights_are_those_of_the_fused_path(toy, precision):
+def test_packed_weights_are_those_of_the_fused_path(toy, precision, tp):
     checkpoint = open_checkpoint(toy["checkpoint_path"])
     with torch.device("meta"):
-        model = Transformer(checkpoint.transformer)
+        model = Transformer(checkpoint.transformer, RankGroup(0, tp))
     pack_linears(model, torch.device("cpu"), torch.bfloat16, precision)
-    estimate = transformer_bytes(checkpoint.tensors, 1, 2, precision == "fp8")
+    estimate = transformer_bytes(checkpoint.tensors, tp, 2, precision == "fp8")
     # rows of padding beside the gates, which weigh something in a toy only
     assert 0.9 * held(model, products=True) < estimate <= held(model, products=True)
 

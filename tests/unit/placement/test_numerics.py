@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 
 from ltx_ray.checkpoints.transformer_config import TransformerConfig
 from ltx_ray.config import RequestedNumerics
-from ltx_ray.placement.numerics import check, check_widths, resolve
+from ltx_ray.placement.numerics import check, check_widths, numerics_of_row, resolve
 from ltx_ray.placement.sizing import ParallelConfig
 from tests.support.checkpoint_files import REQUIRED
+from tests.support.samples import request as request_of
 
 
 @pytest.mark.parametrize(
@@ -33,11 +35,16 @@ from tests.support.checkpoint_files import REQUIRED
         ("cpu", {"precision": "fp8"}, {}, (), False, "sdpa", "fused"),
         ("cpu", {"compile": "fused"}, {}, (), False, "sdpa", "fused"),
         ("cuda", {"precision": "fp8"}, {}, ("H200",), True, "fa3", "fused"),
+        # Ranks that divide weights or tokens take the fused path when that, or what needs it, is asked for.
+        ("cuda", {"precision": "fp8"}, {"tp": 2}, ("H200",), True, "fa3", "fused"),
+        ("cuda", {"compile": "fused"}, {"stage2_tp": 4}, ("H200",), True, "fa3", "fused"),
+        ("cuda", {"attention": "cudnn"}, {"sequence_parallel": 2}, ("H200",), True, "cudnn", "fused"),
+        ("cpu", {"compile": "fused"}, {"tp": 2, "sequence_parallel": 2}, (), False, "sdpa", "fused"),
     ],
 )
 def test_auto(device, requested, parallel, gpus, fa3, attention, compiled):
     asked, layout = RequestedNumerics(**requested), ParallelConfig(**parallel)
-    check(asked, layout)
+    check(asked)
     found = resolve(asked, layout, device, gpus, fa3)
     assert (found.device, found.attention, found.compile) == (device, attention, compiled)
     assert found.guidance_batching == (2 if compiled == "fused" and layout.guidance_parallel == 1 else 1)
@@ -49,21 +56,36 @@ def test_auto(device, requested, parallel, gpus, fa3, attention, compiled):
 
 
 @pytest.mark.parametrize(
-    ("requested", "parallel", "message"),
+    ("requested", "message"),
     [
-        ({"precision": "fp8", "dtype": "float32"}, {}, "--precision: 'fp8' with --dtype float32, legal: --dtype bfl"),
-        ({"precision": "fp8", "compile": "off"}, {}, "--compile: 'off' with --precision fp8, legal: auto or fused"),
-        ({"precision": "fp8"}, {"tp": 2}, "--precision: 'fp8' with --tp 2, legal: replicas of one rank"),
-        ({"compile": "fused"}, {"stage2_tp": 4}, "--compile: 'fused' with --stage2-tp 4, legal: auto or off"),
-        ({"attention": "fa3", "compile": "off"}, {}, "--attention: 'fa3' with --compile off, legal: auto or sdpa"),
-        ({"attention": "cudnn"}, {"tp": 2}, "--attention: 'cudnn' with --tp 2, legal: auto or sdpa"),
-        ({"attention": "fa3", "dtype": "float32"}, {}, "--attention: 'fa3' with --dtype float32, legal: auto or sdpa"),
+        ({"precision": "fp8", "dtype": "float32"}, "--precision: 'fp8' with --dtype float32, legal: --dtype bfl"),
+        ({"precision": "fp8", "compile": "off"}, "--compile: 'off' with --precision fp8, legal: auto or fused"),
+        ({"attention": "fa3", "compile": "off"}, "--attention: 'fa3' with --compile off, legal: auto or sdpa"),
+        ({"attention": "fa3", "dtype": "float32"}, "--attention: 'fa3' with --dtype float32, legal: auto or sdpa"),
     ],
 )
-def test_what_cannot_go_together_is_refused(requested, parallel, message):
+def test_what_cannot_go_together_is_refused(requested, message):
     with pytest.raises(ValueError) as caught:
-        check(RequestedNumerics(**requested), ParallelConfig(**parallel))
+        check(RequestedNumerics(**requested))
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "guidance", "shared"),
+    [
+        ("hq", {}, False),
+        ("base", {"stg_scale": 1.0, "stg_blocks": (28,)}, True),
+        ("hq", {"stg_scale": 1.0, "stg_blocks": (3,)}, True),
+        ("hq", {"stg_scale": 1.0, "stg_blocks": ()}, False),
+        ("distilled", {"stg_scale": 1.0, "stg_blocks": (3,)}, False),
+    ],
+)
+def test_rows_with_a_perturbed_pass_say_that_it_shares_blocks(pipeline, guidance, shared):
+    """Rows without one have the numerics of versions that did not share any, and are comparable with theirs."""
+    changes = {f"video_{name}": value for name, value in guidance.items()}
+    request = replace(request_of(), pipeline=pipeline, **changes)
+    found = json.loads(numerics_of_row('{"tp":1}', request))
+    assert found == ({"tp": 1, "stg_prefix": True} if shared else {"tp": 1})
 
 
 def test_attention_of_gpus_needs_one():
@@ -105,7 +127,7 @@ def model(heads: int, head_dim: int, audio_head_dim: int) -> TransformerConfig:
 )
 def test_auto_at_other_widths(widths, requested, gpus, attention, compiled):
     asked, transformer = RequestedNumerics(**requested), model(*widths)
-    check_widths(asked, transformer)
+    check_widths(asked, ParallelConfig(), transformer)
     found = resolve(asked, ParallelConfig(), "cuda", gpus, True, transformer)
     assert (found.attention, found.compile) == (attention, compiled)
     by_name = replace(asked, attention=found.attention, compile=found.compile)
@@ -133,7 +155,7 @@ def test_hopper_without_flash_attention_3_takes_wide_heads_in_cudnn():
 )  # fmt: skip
 def test_what_no_gpu_does_at_a_width_is_refused_before_there_is_a_cluster(widths, requested, message):
     for refuse in (
-        lambda asked, transformer: check_widths(asked, transformer),
+        lambda asked, transformer: check_widths(asked, ParallelConfig(), transformer),
         lambda asked, transformer: resolve(asked, ParallelConfig(), "cuda", (), True, transformer),
     ):
         with pytest.raises(ValueError) as caught:
@@ -141,9 +163,17 @@ def test_what_no_gpu_does_at_a_width_is_refused_before_there_is_a_cluster(widths
         assert str(caught.value).startswith(message)
 
 
+def test_fp8_needs_the_widths_of_a_rank():
+    """Each of 2 ranks has 40 of 80 channels of the audio, which no fp8 product takes."""
+    asked = RequestedNumerics(precision="fp8", device="cuda")
+    check_widths(asked, ParallelConfig(), model(8, 64, 10))
+    with pytest.raises(ValueError, match="--precision: 'fp8' with audio 80 wide on 2 ranks, legal: bf16, or a model"):
+        check_widths(asked, ParallelConfig(stage2_tp=2), model(8, 64, 10))
+
+
 def test_heads_that_only_hopper_takes_are_refused_on_other_gpus():
     asked = RequestedNumerics(attention="cudnn")
-    check_widths(asked, model(16, 192, 64))
+    check_widths(asked, ParallelConfig(), model(16, 192, 64))
     assert resolve(asked, ParallelConfig(), "cuda", ("H100",), False, model(16, 192, 64)).attention == "cudnn"
     with pytest.raises(ValueError, match=r"'cudnn' on A100 or H100 with heads of 192 and 64 channels, .* up to 128"):
         resolve(asked, ParallelConfig(), "cuda", ("A100", "H100"), False, model(16, 192, 64))
@@ -152,5 +182,5 @@ def test_heads_that_only_hopper_takes_are_refused_on_other_gpus():
 def test_a_cpu_takes_any_width():
     for requested in ({}, {"precision": "fp8"}, {"compile": "fused"}):
         asked = RequestedNumerics(**requested)
-        check_widths(asked, model(1, 62, 10))
+        check_widths(asked, ParallelConfig(), model(1, 62, 10))
         assert resolve(asked, ParallelConfig(), "cpu", (), False, model(1, 62, 10)).attention == "sdpa"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import os
 import secrets
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
@@ -22,16 +22,17 @@ from ltx_ray.checkpoints.checkpoint import (
 )
 from ltx_ray.checkpoints.lora import check_lora
 from ltx_ray.config import NEWEST_SCHEME, EngineSpec, ModelFiles, Numerics, RequestedNumerics, RunLimits, Selection
-from ltx_ray.dataset.clip_rate import rate_text
 from ltx_ray.dataset.existing import ExistingRows, list_existing
+from ltx_ray.dataset.fold import fold_dataset, fold_output
 from ltx_ray.dataset.identity import KeptIdentity, read_identity
-from ltx_ray.dataset.repair import repair
+from ltx_ray.dataset.output import check_creation, check_place, is_within
+from ltx_ray.dataset.row_log import RowLog
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.driver.events import EventLog
 from ltx_ray.driver.loop import Driver, JoinedCluster
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
-from ltx_ray.driver.run_record import RunRecord, keep_older_run, recorded_counts
+from ltx_ray.driver.run_record import RunRecord, keep_older_run, recorded_counts, summary_line
 from ltx_ray.driver.signals import RunSignals, Stopped
 from ltx_ray.driver.tracker import RowTracker
 from ltx_ray.manifest.raw import RawRow
@@ -52,7 +53,7 @@ from ltx_ray.stages import FULL_PATH, PREVIEW_PATH
 from ltx_ray.storage.credentials import masked
 from ltx_ray.storage.images import check_roots
 from ltx_ray.storage.lease import Lease
-from ltx_ray.storage.locations import is_in_job_copy, recorded
+from ltx_ray.storage.locations import recorded
 from ltx_ray.storage.store import Store, clean_stale
 
 #: No process is still writing a temporary file of this age, in seconds.
@@ -60,10 +61,8 @@ _STALE_SECONDS = 3600.0
 #: Seconds for which an output that cannot be reached is retried before the run ends.
 _OUTPUT_RETRY_SECONDS = 600.0
 _CHECK_RETRY_SECONDS = 10.0
-#: Threads that write rows. An object store takes long for each write, but takes many at once.
-_LOCAL_WRITERS, _REMOTE_WRITERS = 2, 16
-#: A run into an object store ends with a report for up to this many rows, because the report reads every row.
-_REMOTE_REPORT_ROWS = 500
+#: A run ends with a report for up to this many rows, because the report reads every row while the cluster waits.
+_REPORT_ROWS, _REMOTE_REPORT_ROWS = 20_000, 500
 
 _ENGINES = {
     "text": "ltx_ray.engine.text:TextEngine",
@@ -108,6 +107,8 @@ class Options:
     save_latents: bool = False
     #: "stage1" for previews; None for finished clips.
     stop_after: str | None = None
+    #: Whether the output may be in a store that does not refuse to create a file twice. See `Store.create`.
+    single_writer: bool = False
     image_roots: tuple[str, ...] = ()
     limits: RunLimits = RunLimits()  # noqa: RUF009 (frozen)
     #: Whether rows that failed by their own fault are tried again.
@@ -202,27 +203,21 @@ def render(options: Options) -> ExitCode:
 
 def _render(options: Options, signals: RunSignals) -> ExitCode:
     assert options.output is not None
-    _check_output(options.output)
+    check_place(options.output)
     prepared = prepare(options)
     address = where_to_run(options.ray_address)
     # What is wrong with the manifest as a whole is reported before the output is touched.
     notes: list[str] = []
+    if is_within(options.manifest, options.output):
+        # Rows that failed in a run that was killed are in no part of failed/ yet.
+        fold_output(Store(options.output), Progress().say)
     raws = prepared.plan.read(notes.append)
     if not (options.retry_failed or options.promote is not None):  # whose manifest is a table of a dataset
         prepared = replace(prepared, warnings=(*prepared.warnings, *notes))
     store = Store(options.output)
     store.check_writable()
+    check_creation(store, options.single_writer)
     return Run(prepared, store, address, signals).execute(raws)
-
-
-def _check_output(output: str) -> None:
-    """Refuse a place that Ray deletes. Manifests and images may be there."""
-    if is_in_job_copy(output):
-        name = os.path.basename(output)
-        raise ValueError(
-            f"--output: {output}, is in the copy that Ray makes of a job's working directory, and is lost with it; "
-            f"legal: a place outside of it, such as {os.path.join(os.path.expanduser('~'), name)}, s3:// or gs://"
-        )
 
 
 class Run:
@@ -255,26 +250,31 @@ class Run:
         self.lease.acquire(self.progress.say)
         try:
             self.identity.begin(self.prepared.plan.builder.scheme, self.options.scheme)
-            existing = self._repaired_rows()
+            existing = self._existing_rows()
             if not existing.has_noise:
                 # A run that drew noise and finished nothing binds no later one to its GPUs.
                 self.identity.forget_noise()
             plan = self.prepared.plan.against(existing)
+            if self.options.promote is not None:
+                plan.manifest_rows = None  # many are passed over
             return _Rendering(self, plan).execute(self._chosen(plan, plan.rows(raws)))
         finally:
             self._leave()
 
-    def _repaired_rows(self) -> ExistingRows:
-        """Repair the dataset and list its rows, under the lease: rows that another run has just finished are done."""
+    def _existing_rows(self) -> ExistingRows:
+        """List the dataset's rows, under the lease: rows that another run has just finished are done.
+
+        What a run that was killed has finished is folded. Nothing that is folded is mended.
+        """
         clean_stale(self.store, _STALE_SECONDS)
-        existing = list_existing(self.store)
-        repair(self.store, existing, self.progress.say)
+        existing = list_existing(self.store, self.progress.say)
+        fold_dataset(self.store, existing, self.identity.dataset_id, self.run_id, self.progress.say)
         return existing
 
     def _chosen(self, plan: Plan, rows: Iterator[PlanEntry]) -> Iterator[PlanEntry]:
         """`rows`, of which a promotion leaves some out. Ids that are selected and missing are named at the end."""
         yield from rows if self.options.promote is None else promoted(rows, self.options.promote, plan.existing)
-        say_missing_ids(plan, self.progress.say)
+        plan.say_missing_ids(self.progress.say)
 
     def _engines(self, numerics: Numerics) -> dict[str, EngineSpec]:
         return {
@@ -310,10 +310,11 @@ class _Rendering:
         assert options.output is not None
         self._run, self._options, self._plan = run, options, plan
         keep_older_run(store)
-        self._events = EventLog(store)
+        self._events = EventLog(store, run.run_id)
         self._record = RunRecord(
             store,
             run_id=run.run_id,
+            epoch=run.lease.epoch,
             command=[masked(argument) for argument in options.command],
             manifest=recorded(options.manifest),
             output=store.name,
@@ -321,10 +322,18 @@ class _Rendering:
             parallel=options.parallel,
             requested=options.numerics,
         )
+        self._log = RowLog(
+            store.retrying_for(_OUTPUT_RETRY_SECONDS),
+            plan.existing,
+            run.identity.dataset_id,
+            run.run_id,
+            holds_lease=lambda: not run.lease.lost,
+            fold_failures=not is_within(options.manifest, options.output),
+        )
         self._tracker = RowTracker(
             plan,
-            DatasetWriter(store.retrying_for(_OUTPUT_RETRY_SECONDS)),
-            Publisher(threads=_LOCAL_WRITERS if store.is_local else _REMOTE_WRITERS),
+            DatasetWriter(self._log),
+            Publisher(self._log),
             self._events,
             run.progress,
             canonical_json(self._record.versions),
@@ -338,7 +347,7 @@ class _Rendering:
             check_noise=run.identity.check_noise,
             use_stored=not options.stop_after,
             on_drain=lambda: self._write_record("draining"),
-            should_stop=lambda: f"another run has taken over {store.name}" if run.lease.lost else None,
+            should_stop=self._why_stop,
         )
 
     def execute(self, rows: Iterator[PlanEntry]) -> ExitCode:
@@ -350,7 +359,7 @@ class _Rendering:
             _write_report(run.store, self._tracker.counts["rows"], run.progress.say)
             run.signals.action = self._driver.request_drain
         counts = recorded_counts(self._tracker.counts)
-        run.progress.say(_summary(state, counts, self._record.clips_per_hour, run.store.name))
+        run.progress.say(summary_line(state, counts, self._record.clips_per_hour, run.store.name))
         return code
 
     def _drive(self, rows: Iterator[PlanEntry]) -> tuple[str, ExitCode]:
@@ -374,8 +383,16 @@ class _Rendering:
             code = ExitCode.USAGE if isinstance(error, ModelRefused) else code
         finally:
             self._run.signals.action = self._driver.request_drain
+            self._fold()
             self._finish(state)
         return state, code
+
+    def _fold(self) -> None:
+        """Fold what the run has finished. What cannot be folded now is folded by the next run."""
+        try:
+            self._log.close()
+        except OSError as error:
+            self._run.progress.say(f"rows were not folded: {error}; ltx-ray fold {self._run.store.name} does that")
 
     def _run_driver(self, rows: Iterator[PlanEntry]) -> tuple[str, ExitCode]:
         """Render `rows`; the run's state and its exit code."""
@@ -426,21 +443,34 @@ class _Rendering:
         budget.check()
         return budget
 
+    def _why_stop(self) -> str | None:
+        """Why the run has to end, if it has to. The driver asks at every turn, so the record is refreshed here."""
+        if self._run.lease.lost:
+            return f"another run has taken over {self._run.store.name}"
+        if self._record.due:
+            rate = self._tracker.rate
+            self._record.refresh(
+                self._tracker.counts, rate.clips, self._events.summary, rate.per_hour(time.monotonic())
+            )
+        return None
+
     def _write_record(self, state: str) -> None:
-        self._record.write(state, self._tracker.counts, self._tracker.rate.clips)
+        rate = self._tracker.rate
+        self._record.write(
+            state, self._tracker.counts, rate.clips, self._events.summary, rate.per_hour(time.monotonic())
+        )
 
     def _finish(self, state: str) -> None:
         """Record how the run ended, unless another run has taken the output over and the records are its own."""
         if self._run.lease.lost:
             return
-        counts = self._tracker.counts
+        self._events.emit("run_finished", state=state, counts=recorded_counts(self._tracker.counts))
         self._write_record(state)
-        self._events.emit("run_finished", state=state, counts=recorded_counts(counts))
         self._events.flush()
 
 
 def _write_report(store: Store, rows: int, say: Callable[[str], None]) -> None:
-    if not store.is_local and rows > _REMOTE_REPORT_ROWS:
+    if rows > (_REPORT_ROWS if store.is_local else _REMOTE_REPORT_ROWS):
         say(f"report.html is left to `ltx-ray report {store.name}`: it reads every row of the index")
         return
     try:
@@ -449,24 +479,3 @@ def _write_report(store: Store, rows: int, say: Callable[[str], None]) -> None:
         write_report(store.uri)
     except (Exception, Stopped) as error:  # The report must never change how a run ends.
         say(f"report.html was not written: {error}")
-
-
-def say_missing_ids(plan: Plan, say: Callable[[str], None]) -> None:
-    """Name ids that were selected and that the manifest, or the shard of it, read to its end, does not have."""
-    if plan.unmet:
-        shown = ", ".join(sorted(str(row_id) for row_id in plan.unmet)[:10])
-        manifest, shard = recorded(plan.manifest), plan.selection.shard
-        place = manifest if shard is None else f"shard {shard[0]}/{shard[1]} of {manifest}"
-        say(f"--ids: {len(plan.unmet)} ids are not in {place}, such as {shown}")
-
-
-def _summary(state: str, counts: Mapping[str, int], rate: float | None, output: str) -> str:
-    parts = [f"{counts['rendered']} rendered" + (f" ({rate_text(rate)})" if rate else "")]
-    if counts["already_done"]:
-        parts.append(f"{counts['already_done']} done before")
-    for what in ("failed", "illegal"):
-        if counts[what]:
-            parts.append(f"{counts[what]} {what}")
-    if counts["failed"] + counts["illegal"]:
-        parts.append(f"listed in {output}/failed")
-    return f"{state}: {counts['rows']} rows, {', '.join(parts)}"

@@ -56,7 +56,8 @@ FOLDER_MARKS = ("gpu", "parity")
 #: the tests of a file stay together.
 SHARED_CLUSTER_FOLDERS = ("integration", "chaos", "gpu")
 SEPARATE_FILES = (
-    "integration/test_store_faults.py", "integration/test_schedule_submit.py", "integration/test_jobs.py",
+    "integration/test_store_faults.py", "integration/test_object_access.py", "integration/test_schedule_submit.py",
+    "integration/test_jobs.py",
     "chaos/test_driver.py", "chaos/test_schedules.py", "chaos/test_random.py", "chaos/test_private_cluster.py",
 )  # fmt: skip
 #: Groups of tests that take minutes, mostly on clusters of their own, longest first. Each process begins with one of

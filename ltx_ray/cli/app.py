@@ -1,4 +1,4 @@
-"""The `ltx-ray` command: render, retry, promote, plan, status, report, verify, inspect."""
+"""The `ltx-ray` command: render, retry, promote, plan, status, report, fold, verify, inspect."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ from ltx_ray.cli.streams import open_standard_streams
 from ltx_ray.config import Selection
 from ltx_ray.dataset import layout
 from ltx_ray.dataset.existing import list_existing
+from ltx_ray.driver.progress import Progress
 from ltx_ray.manifest.rules import IllegalRow
 from ltx_ray.planning.plan import ILLEGAL, PlannedRow, cost_line
 from ltx_ray.records import canonical_json
-from ltx_ray.run import ExitCode, Options, prepare, render, say_missing_ids
+from ltx_ray.run import ExitCode, Options, prepare, render
 from ltx_ray.storage.credentials import mask_tracebacks, masked
 from ltx_ray.storage.locations import join, recorded, recorded_image
 from ltx_ray.storage.store import Store
@@ -133,6 +134,7 @@ def promote_command(output: str, ids: frozenset[str] | None, where: Sequence[str
     The clips are those that a whole run would have given, with the same numerics on GPUs of the same model. Exit codes
     are those of render.
     """
+    from ltx_ray.dataset.fold import fold_output
     from ltx_ray.dataset.selection import chosen_items, parse_filter
 
     if ids is None and not where:
@@ -140,6 +142,7 @@ def promote_command(output: str, ids: frozenset[str] | None, where: Sequence[str
     _check_dataset(output)
     if values["stop_after"]:
         raise ValueError("promote: --stop-after does not apply here: the clips are finished")
+    fold_output(Store(output), click.echo)
     chosen = chosen_items(Store(output), ids, [parse_filter(text) for text in where])
     if not chosen:
         click.echo(f"no preview in {recorded(output)} is chosen")
@@ -180,7 +183,7 @@ def plan_command(manifest: str, output: str | None, every: bool, resolved: bool,
         elif listed == _PLAN_ROWS:
             listed += 1
             click.echo("... (more rows with --all)")
-    say_missing_ids(plan, lambda message: click.echo(message, err=True))
+    plan.say_missing_ids(lambda message: click.echo(message, err=True))
     counts: Counter[str] = plan.counts
     shown = ", ".join(f"{counts[status]} {words}" for status, words in _STATUS_WORDS.items() if counts[status])
     click.echo(f"{counts['rows']} rows: {shown or 'none'}")
@@ -215,6 +218,37 @@ def report_command(output: str) -> ExitCode:
 
 
 @app.command(
+    name="fold",
+    short_help="move finished rows into the parts of the index",
+    params=[
+        Argument("output", "a dataset", Location()),
+        Option(
+            "--migrate", section="Rows", is_flag=True,
+            help="also move rows out of the parts of one row that earlier versions wrote",
+        ),
+    ],
+)  # fmt: skip
+def fold_command(output: str, migrate: bool) -> ExitCode:
+    """Move rows that runs have finished into the numbered parts of OUTPUT's tables. Needs neither a model nor a GPU.
+
+    A run does so itself; this is for what a run that was killed has left. It waits while a run is at work.
+    """
+    from ltx_ray.dataset.fold import fold_output
+    from ltx_ray.dataset.migrate import migrate as move_rows
+
+    _check_dataset(output)
+    store, moved = Store(output), 0
+
+    def then(dataset: str, writer: str) -> None:
+        nonlocal moved
+        moved = move_rows(store, dataset, writer, click.echo)
+
+    folded = fold_output(store, click.echo, then if migrate else None)
+    click.echo(f"{folded} rows folded" + (f", {moved} rows moved from parts of one row" if migrate else ""))
+    return ExitCode.OK
+
+
+@app.command(
     name="verify",
     short_help="check a dataset, and repair it",
     params=[
@@ -225,7 +259,7 @@ def report_command(output: str) -> ExitCode:
         ),
         Option(
             "--repair", section="Checks", is_flag=True,
-            help="set parts of bad rows aside, so that render renders the rows again",
+            help="take bad rows out of the index, so that render renders them again",
         ),
         *MODEL_OPTIONS, *IMAGE_OPTIONS, *RUN_OPTIONS, CONFIG_OPTION,
     ],
@@ -242,7 +276,16 @@ def verify_command(output: str, sample: int, repair: bool, **values: Any) -> Exi
 
     if sample:
         options("", "")  # What is wrong with them is reported before the clips are read.
-    return ExitCode.FAILED_ROWS if verify(output, click.echo, sample, repair, options) else ExitCode.OK
+    progress = Progress()
+
+    def say(message: str) -> None:
+        progress.clear()
+        click.echo(message)
+
+    def on_rows(done: int, total: int) -> None:
+        progress.count(done, total, "rows checked")
+
+    return ExitCode.FAILED_ROWS if verify(output, say, sample, repair, options, on_rows) else ExitCode.OK
 
 
 @app.command(

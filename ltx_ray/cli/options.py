@@ -176,6 +176,13 @@ OUTPUT_OPTIONS = (
         type=OneOf("stage1"),
         help="store latents and previews, for ltx-ray promote",
     ),
+    Option(
+        "--single-writer",
+        section=_OUTPUT,
+        is_flag=True,
+        default=Options.single_writer,
+        help="take an object store that replaces a file where none may be; no second run may then write to the output",
+    ),
 )
 
 CLUSTER_OPTIONS = (
@@ -382,6 +389,7 @@ def build_options(manifest: str, output: str | None, values: Mapping[str, Any], 
         samples_per_prompt=values.get("samples_per_prompt", Options.samples_per_prompt),
         save_latents=values["save_latents"],
         stop_after=values["stop_after"],
+        single_writer=values["single_writer"],
         image_roots=values["image_root"],
         limits=_from_values(RunLimits, values),
         retry_failed=retry_failed,

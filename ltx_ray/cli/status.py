@@ -14,9 +14,9 @@ from ltx_ray.checkpoints.lora import open_lora
 from ltx_ray.checkpoints.safetensors import SafetensorsHeader, TensorInfo, read_header
 from ltx_ray.checkpoints.transformer_keys import AUDIO_CONNECTOR_PREFIX, TRANSFORMER_PREFIX, VIDEO_CONNECTOR_PREFIX
 from ltx_ray.dataset import layout
-from ltx_ray.dataset.clip_rate import UNFINISHED, rate_text, recorded_rate
+from ltx_ray.dataset.clip_rate import UNFINISHED, rate_text
 from ltx_ray.dataset.existing import ExistingRows, list_existing
-from ltx_ray.dataset.report_text import finite
+from ltx_ray.dataset.run_summary import LastCall, read_run
 from ltx_ray.driver.progress import duration
 from ltx_ray.storage.lease import holder
 from ltx_ray.storage.store import Store
@@ -49,13 +49,13 @@ def status_lines(output: str) -> list[str]:
     if not isinstance(run, dict):
         run = {}
     interrupted = run.get("state") in UNFINISHED and holder(store) is None
-    events = _events(store)
-    rate = recorded_rate(run, events, None if interrupted else time.time())
+    known = read_run(store, run, None if interrupted else time.time())
+    rate = known.clips_per_hour
     return [
         f"run {run.get('run_id', '?')}: {_state(run, interrupted)}",
         f"manifest {run.get('manifest', '?')}, started {run.get('started_at', '?')}",
         _counts(list_existing(store)),
-        *_replica_lines(events),
+        *_replica_lines(known.replicas),
         *([rate_text(rate) + (" when it was interrupted" if interrupted else "")] if rate else ()),
     ]
 
@@ -72,37 +72,18 @@ def _counts(existing: ExistingRows) -> str:
             f" ({kinds[layout.ILLEGAL]} illegal, {kinds[layout.ROW]} of their own fault, "
             f"{kinds[layout.INFRASTRUCTURE]} of infrastructure's)"
         )
-    return line + (f", {existing.preview_count} previews" if existing.preview_count else "")
+    if existing.preview_count:
+        line += f", {existing.preview_count} previews"
+    pending = existing.pending_count
+    return line + (f"; {pending} rows finished and not yet folded" if pending else "")
 
 
-def _events(store: Store) -> list[dict[str, Any]]:
-    try:
-        text = store.read_bytes(layout.EVENTS).decode(errors="replace")
-    except OSError:
-        return []
-    events = []
-    for line in text.splitlines():
-        try:
-            events.append(json.loads(line))
-        except ValueError:
-            continue  # The last line of a running log may be half-written.
-    return [event for event in events if isinstance(event, dict) and "t" in event]
-
-
-def _replica_lines(events: list[dict[str, Any]]) -> Iterator[str]:
-    """The last call of each replica that has not ended since. Events with bad fields are skipped."""
-    calls: dict[str, tuple[str, float]] = {}
-    for event in events:
-        replica = str(event.get("replica"))
-        if event.get("event") == "call":
-            seconds, ended = finite(event.get("seconds")), finite(event.get("t"))
-            if seconds is not None and ended is not None:
-                calls[replica] = f"{event.get('stage')} of {event.get('id')}, {seconds:.1f} s", ended
-        elif event.get("event") in ("gang_lost", "gang_given_back"):
-            calls.pop(replica, None)
+def _replica_lines(replicas: Mapping[str, LastCall]) -> Iterator[str]:
+    """The last call of each replica that has not ended since."""
     now = time.time()
-    for replica, (finished, ended) in sorted(calls.items()):
-        yield f"{replica}: last finished {finished}, {duration(now - ended)} ago"
+    for replica, call in sorted(replicas.items()):
+        finished = f"{call.stage} of {call.id}, {call.seconds:.1f} s"
+        yield f"{replica}: last finished {finished}, {duration(now - call.t)} ago"
 
 
 # --- inspect -----------------------------------------------------------------------------------------------------

@@ -1,93 +1,323 @@
-"""What a dataset has already, known from the names of its files alone: 20 bytes a finished row."""
+"""What a dataset has already, known from the keys of its rows: 24 bytes a finished row."""
 
 from __future__ import annotations
 
-import os
-import re
+import hashlib
+import itertools
+import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
-import pyarrow.fs as pafs
+import pyarrow as pa
 
 from ltx_ray.dataset import layout
+from ltx_ray.dataset.layout import row_key
+from ltx_ray.dataset.parts import (
+    ITEM_BYTES,
+    KEY_BYTES,
+    UnreadablePart,
+    key_bytes,
+    keys_of,
+    list_segments,
+    read_keys,
+    read_segment,
+    segment_table,
+    unreadable,
+)
 from ltx_ray.storage.id_table import IdTable
 from ltx_ray.storage.store import Store
 
-#: Names that become records at once.
-_BATCH = 1 << 16
+T = TypeVar("T")
+
+#: Rows that become records at once, and threads that read parts and segments.
+_BATCH, _THREADS = 1 << 17, 16
+#: The number of a part that stands for all parts of one row, whose names follow from their rows.
+_OF_ONE_ROW = (1 << 32) - 1
+#: Columns that say which row has failed, and how.
+FAILURE_COLUMNS = ("item_id", "id", "source", "error_class")
+_KINDS = (layout.ROW, layout.INFRASTRUCTURE, layout.ILLEGAL)
 
 
-class _IdPairs:
-    """A set of (item_id, row key), or of item ids alone (key ""), as hex digits; stored as bytes."""
+class TableRows:
+    """Rows of index/ or previews/: which there are, and which part or segment has them.
 
-    def __init__(self, width: int):
-        self.table = IdTable(width, cap=None)
-        self.dropped: set[tuple[str, str]] = set()
+    A row is folded when a part has it, and pending when only a segment does. One thread may change this while others
+    look rows up.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        #: Records of a row's key and the number of its part in `_parts`.
+        self._folded = IdTable(KEY_BYTES + 4, cap=None)
+        self._parts: list[str] = []
+        #: By the first 8 bytes of its item_id: the rest of a pending row's key, and the path of its segment.
+        self._pending: dict[bytes, tuple[tuple[bytes, str], ...]] = {}
+        self._pending_count = 0
+        self._next: dict[str, int] = {}
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self.table) - len(self.dropped)
+        return len(self._folded) + self._pending_count
 
-    def load(self, pairs: Iterable[str]) -> None:
-        """Add many pairs, each the digits of item_id and key in one string. No pair may come twice."""
-        batch: list[str] = []
-        for pair in pairs:
-            batch.append(pair)
-            if len(batch) == _BATCH:
-                self.table.extend(bytes.fromhex("".join(batch)))
-                batch.clear()
-        if batch:
-            self.table.extend(bytes.fromhex("".join(batch)))
-        self.table.merge()
+    @property
+    def pending_count(self) -> int:
+        return self._pending_count
 
-    def has(self, item_id: str, key: str = "") -> bool:
-        record = bytes.fromhex(item_id + key)
-        return self.table.has(record[:8], record[8:]) and (item_id, key) not in self.dropped
+    def has(self, key: bytes) -> bool:
+        with self._lock:
+            return self._place(key) is not None
+
+    def is_folded(self, key: bytes) -> bool:
+        with self._lock:
+            return self._folded_number(key) is not None
+
+    def path_of(self, key: bytes) -> str | None:
+        """Path of the part or segment that has the row."""
+        with self._lock:
+            return self._place(key)
+
+    def paths_of(self, key: bytes) -> list[str]:
+        """Paths of all parts that have the row. It should be one."""
+        numbers = (int.from_bytes(rest[12:], "big") for rest in self._folded.rests(key[:8]) if rest[:12] == key[8:])
+        return [self._path(key, number) for number in numbers]
 
     def key_of(self, item_id: str) -> str | None:
-        item_id_bytes = bytes.fromhex(item_id)
-        for rest in self.table.rests(item_id_bytes[:8]):
-            if rest[:8] == item_id_bytes[8:] and (item_id, key := rest[8:].hex()) not in self.dropped:
-                return key
+        """The key of some row of the item."""
+        item = bytes.fromhex(item_id)
+        with self._lock:
+            rests = (rest for rest, _ in self._pending.get(item[:8], ()))
+            for rest in itertools.chain(rests, self._folded.rests(item[:8])):
+                if rest[:8] == item[8:]:
+                    return rest[8:12].hex()
         return None
 
-    def add(self, item_id: str, key: str) -> None:
-        if (item_id, key) in self.dropped:
-            self.dropped.remove((item_id, key))
-        elif not self.has(item_id, key):
-            record = bytes.fromhex(item_id + key)
-            self.table.put(record[:8], record[8:])
-            self.table.settle()
+    def _place(self, key: bytes) -> str | None:
+        for rest, segment in self._pending.get(key[:8], ()):
+            if rest == key[8:]:
+                return segment
+        number = self._folded_number(key)
+        return None if number is None else self._path(key, number)
 
-    def drop(self, item_id: str, key: str) -> None:
-        if self.has(item_id, key):
-            self.dropped.add((item_id, key))
+    def _path(self, key: bytes, number: int) -> str:
+        if number == _OF_ONE_ROW:
+            return f"{self.folder}/{layout.one_row_part(key[:ITEM_BYTES].hex(), key[ITEM_BYTES:].hex())}"
+        return f"{self.folder}/{self._parts[number]}"
+
+    def _folded_number(self, key: bytes) -> int | None:
+        for rest in self._folded.rests(key[:8]):
+            if rest[:12] == key[8:]:
+                return int.from_bytes(rest[12:], "big")
+        return None
+
+    # --- changes ---------------------------------------------------------------------------------
+
+    def load(self, parts: Iterable[tuple[str | None, bytes]]) -> None:
+        """Take in the keys of many parts; the name None stands for parts of one row."""
+        batch: list[bytes] = []
+        waiting = 0
+        for name, keys in parts:
+            batch.append(self._records(name, keys))
+            waiting += len(keys) // KEY_BYTES
+            if waiting >= _BATCH:
+                self._folded.extend(b"".join(batch))
+                batch, waiting = [], 0
+        if batch:
+            self._folded.extend(b"".join(batch))
+        self._folded.merge()
+
+    def fold(self, name: str, keys: Sequence[bytes]) -> None:
+        """The part `name` has rows now that no other part has."""
+        with self._lock:
+            self._folded.extend(self._records(name, b"".join(keys)))
+            self._forget_pending(keys)
+
+    def add_pending(self, keys: Iterable[bytes], segment: str) -> None:
+        with self._lock:
+            for key in keys:
+                if self._place(key) is None:
+                    older = self._pending.get(key[:8], ())
+                    self._pending[key[:8]] = (*older, (key[8:], segment))
+                    self._pending_count += 1
+
+    def drop_pending(self, keys: Iterable[bytes]) -> None:
+        with self._lock:
+            self._forget_pending(keys)
+
+    def _forget_pending(self, keys: Iterable[bytes]) -> None:
+        for key in keys:
+            found = self._pending.get(key[:8], ())
+            left = tuple(entry for entry in found if entry[0] != key[8:])
+            self._pending_count -= len(found) - len(left)
+            if left:
+                self._pending[key[:8]] = left
+            else:
+                self._pending.pop(key[:8], None)
+
+    def _records(self, name: str | None, keys: bytes) -> bytes:
+        number = _OF_ONE_ROW if name is None else len(self._parts)
+        if name is not None:
+            self._parts.append(name)
+            self.saw(name)
+        end = number.to_bytes(4, "big")
+        return b"".join([keys[at : at + KEY_BYTES] + end for at in range(0, len(keys), KEY_BYTES)])
+
+    # --- numbers of parts ------------------------------------------------------------------------
+
+    def saw(self, name: str) -> None:
+        """There is a part of this name, and so its number is taken."""
+        if match := layout.NUMBERED_PART.fullmatch(name):
+            dataset, number = match.groups()
+            self._next[dataset] = max(self._next.get(dataset, 0), int(number) + 1)
+
+    def next_number(self, dataset: str) -> int:
+        """The number after the highest that was seen. A number that is free below it is not used again."""
+        return self._next.get(dataset, 0)
+
+    def look_up(self, item_heads: Sequence[bytes]) -> ItemLookup:
+        """Which of many items may have rows here, by the first 8 bytes of their item_ids."""
+        return ItemLookup(self._folded, self._pending, item_heads)
+
+
+class ItemLookup:
+    """Says for a batch of items whether they can have finished rows: one search instead of one for each item."""
+
+    def __init__(self, folded: IdTable, pending: dict[bytes, tuple[tuple[bytes, str], ...]], heads: Sequence[bytes]):
+        self._folded, self._pending = folded, pending
+        self._version = folded.version
+        self._settled = folded.settled(heads)
+
+    def may_have_rows(self, item_head: bytes) -> bool:
+        """False when no item with this head (one of the batch's) has a row by now."""
+        return item_head in self._settled or item_head in self._pending or self._version != self._folded.version
+
+
+class FailedRows:
+    """Rows of failed/: 21 bytes each.
+
+    A row is known by its item and its key. One that is no legal request has no item: `illegal_item` makes one up.
+    """
+
+    def __init__(self) -> None:
+        #: Records of a row's key (8 hex digits), its item and its kind. Rows of one key are looked up together.
+        self._table = IdTable(KEY_BYTES + 1, head=KEY_BYTES - ITEM_BYTES, cap=None)
+        self._dropped: set[bytes] = set()
+        self._lock = threading.Lock()
+        #: Number of failed rows by kind: "row" (their own fault), "infra" and "illegal".
+        self.kinds: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return self.kinds.total()
+
+    def load(self, rows: Iterable[tuple[str, bytes]]) -> None:
+        """Take in many rows, of which none may come twice: (kind, key)."""
+        rows = iter(rows)
+        while batch := list(itertools.islice(rows, _BATCH)):
+            self.kinds.update(kind for kind, _ in batch)
+            self._table.extend(b"".join([_failed_record(kind, key) for kind, key in batch]))
+        self._table.merge()
+
+    def add(self, kind: str, key: bytes) -> None:
+        """The row has failed, whether or not it had before."""
+        record = _failed_record(kind, key)
+        with self._lock:
+            self._drop(key)
+            self._dropped.discard(record)
+            if self._kind_of(key) is None:
+                self._table.put(record[:4], record[4:])
+                self._table.settle()
+            self.kinds[kind] += 1
+
+    def drop(self, key: bytes) -> None:
+        """The row's failure was overcome."""
+        with self._lock:
+            self._drop(key)
+
+    def _drop(self, key: bytes) -> None:
+        if (kind := self._kind_of(key)) is not None:
+            self._dropped.add(_failed_record(kind, key))
+            self.kinds[kind] -= 1
+
+    def kind_of(self, key: bytes) -> str | None:
+        with self._lock:
+            return self._kind_of(key)
+
+    def _kind_of(self, key: bytes) -> str | None:
+        return next((kind for item, kind in self._of_key(key[ITEM_BYTES:]) if item == key[:ITEM_BYTES]), None)
+
+    def of_key(self, key: str) -> list[tuple[str, str]]:
+        """(item_id, kind) of each failure of rows with this key."""
+        with self._lock:
+            return [(item.hex(), kind) for item, kind in self._of_key(bytes.fromhex(key))]
+
+    def _of_key(self, key: bytes) -> Iterator[tuple[bytes, str]]:
+        for rest in self._table.rests(key):
+            if key + rest not in self._dropped:
+                yield rest[:ITEM_BYTES], _KINDS[rest[ITEM_BYTES]]
+
+
+def _failed_record(kind: str, key: bytes) -> bytes:
+    return key[ITEM_BYTES:] + key[:ITEM_BYTES] + bytes([_KINDS.index(kind)])
+
+
+def illegal_item(source: str | None, row_id: str | None) -> str:
+    """32 hex digits in place of an item_id for a row that is no legal request."""
+    return hashlib.sha256(f"{source}\0{row_id or ''}".encode("utf-8", "surrogatepass")).hexdigest()[: 2 * ITEM_BYTES]
+
+
+def failure_of(
+    item_id: str | None, row_id: str | None, source: str | None, error_class: str | None
+) -> tuple[str, bytes]:
+    """Kind and key of a row of failed/, from its FAILURE_COLUMNS."""
+    if item_id is None:
+        return layout.ILLEGAL, key_bytes(illegal_item(source, row_id), row_key(source))
+    kind = layout.ROW if error_class == "row" else layout.INFRASTRUCTURE
+    return kind, key_bytes(item_id, row_key(row_id))
+
+
+def failures_of(table: pa.Table) -> list[tuple[str, bytes]]:
+    """`failure_of` for each row of a table."""
+    return [failure_of(*row) for row in zip(*(table[name].to_pylist() for name in FAILURE_COLUMNS), strict=True)]
 
 
 class ExistingRows:
     """Finished and failed rows of a dataset, and the items with stored latents or previews.
 
     An item is named by its item_id (32 hex digits), a row by its item and its key (8 hex digits, `layout.row_key`).
-    `add_row`, `drop_row`, `add_preview` and `add_failure` keep it up to date during a run; the rest is as listed.
     """
 
     def __init__(self) -> None:
-        self._rows, self._previews, self._latents = _IdPairs(20), _IdPairs(20), _IdPairs(16)
-        self._failed: dict[tuple[str, str], str] = {}
-        self._failed_parts: dict[str, list[tuple[str, str]]] = {}
-        #: Number of failed rows by kind: "row" (their own fault), "infra" and "illegal".
-        self.failed_kinds: Counter[str] = Counter()
+        self.index, self.previews = TableRows(layout.INDEX), TableRows(layout.PREVIEWS)
+        self.failed = FailedRows()
+        #: Segments that were read, and those that are damaged.
+        self.segments: list[str] = []
+        self.damaged: list[UnreadablePart] = []
+        self._latents = IdTable(ITEM_BYTES, cap=None)
+
+    def table(self, name: str) -> TableRows:
+        return self.index if name == layout.INDEX else self.previews
 
     @property
     def row_count(self) -> int:
-        return len(self._rows)
+        return len(self.index)
+
+    @property
+    def pending_count(self) -> int:
+        """Finished rows that are in no part yet."""
+        return self.index.pending_count + self.previews.pending_count
 
     @property
     def failed_count(self) -> int:
-        return len(self._failed)
+        return len(self.failed)
+
+    @property
+    def failed_kinds(self) -> Counter[str]:
+        return self.failed.kinds
 
     @property
     def preview_count(self) -> int:
-        return len(self._previews)
+        return len(self.previews)
 
     @property
     def latents_count(self) -> int:
@@ -100,87 +330,147 @@ class ExistingRows:
         return stored + self.failed_kinds[layout.INFRASTRUCTURE] > 0
 
     def has_row(self, item_id: str, key: str) -> bool:
-        return self._rows.has(item_id, key)
+        return self.index.has(key_bytes(item_id, key))
 
     def key_of(self, item_id: str) -> str | None:
         """The key of some finished row of the item."""
-        return self._rows.key_of(item_id)
-
-    def add_row(self, item_id: str, key: str) -> None:
-        self._rows.add(item_id, key)
-
-    def drop_row(self, item_id: str, key: str) -> None:
-        """Forget a finished row, whose part or clip turned out to be missing."""
-        self._rows.drop(item_id, key)
+        return self.index.key_of(item_id)
 
     def failure(self, item_id: str, key: str) -> str | None:
         """The kind of the row's failure ("row", "infra" or "illegal"); None when it has not failed."""
-        return self._failed.get((item_id, key))
+        return self.failed.kind_of(key_bytes(item_id, key))
 
-    def failed_parts(self, key: str) -> list[tuple[str, str]]:
+    def failures_of_key(self, key: str) -> list[tuple[str, str]]:
         """(item_id, kind) of each failure of rows with this key."""
-        return self._failed_parts.get(key, [])
+        return self.failed.of_key(key)
 
     def has_latents(self, item_id: str) -> bool:
-        return self._latents.has(item_id)
+        item = bytes.fromhex(item_id)
+        return self._latents.has(item[:8], item[8:])
 
     def has_preview(self, item_id: str, key: str) -> bool:
-        return self._previews.has(item_id, key)
-
-    def add_preview(self, item_id: str, key: str) -> None:
-        self._previews.add(item_id, key)
+        return self.previews.has(key_bytes(item_id, key))
 
     def preview_of(self, item_id: str) -> str | None:
         """The key of some row of the item that has a preview."""
-        return self._previews.key_of(item_id)
-
-    def add_failure(self, item_id: str, key: str, kind: str) -> None:
-        if (item_id, key) not in self._failed:
-            self._failed_parts.setdefault(key, []).append((item_id, kind))
-            self._failed[item_id, key] = kind
-            self.failed_kinds[kind] += 1
+        return self.previews.key_of(item_id)
 
     def look_up(self, item_heads: Sequence[bytes]) -> ItemLookup:
         """Which of many items may have finished rows here, by the first 8 bytes of their item_ids."""
-        return ItemLookup(self._rows.table, item_heads)
+        return self.index.look_up(item_heads)
 
 
-class ItemLookup:
-    """Says for a batch of items whether they can have finished rows: one search instead of one for each item."""
+def list_existing(
+    store: Store, say: Callable[[str], None] = lambda message: None, *, one_row_parts: bool = True
+) -> ExistingRows:
+    """List the finished and failed rows of a dataset, its previews and its latents.
 
-    def __init__(self, rows: IdTable, item_heads: Sequence[bytes]):
-        self._rows, self._settled, self._version = rows, rows.settled(item_heads), rows.version
+    Without `one_row_parts`, rows in parts of earlier versions are left out, because they are about to be moved.
 
-    def may_have_rows(self, item_head: bytes) -> bool:
-        """False when no item with this head (one of the batch's) has a row by now."""
-        return item_head in self._settled or self._version != self._rows.version or self._rows.recent(item_head)
-
-
-def list_existing(store: Store) -> ExistingRows:
-    """List the finished and failed rows of a dataset, its previews and its latents. Other names are ignored.
-
-    On a local disk names are taken one by one. An object store's listing is held in memory once.
+    A part that is none of the dataset's own, such as a copy, is read, too, because readers of the folder see it; one
+    that cannot be read is named by `say` and passed over. Raises UnreadablePart for a damaged part of the dataset.
     """
     existing = ExistingRows()
-    existing._rows.load(_digits(layout.PART, _names(store, layout.INDEX)))
-    existing._previews.load(_digits(layout.PART, _names(store, layout.PREVIEWS)))
-    existing._latents.load(_digits(layout.LATENTS_FILE, _names(store, layout.LATENTS)))
-    for name in _names(store, layout.FAILED):
-        if match := layout.FAILED_PART.fullmatch(name):
-            kind, item_id, key = match.groups()
-            existing.add_failure(item_id, key, kind)
+    # Segments are read before parts are listed: a row moves from a segment to a part, and so is seen in one at least.
+    segments = _read_segments(store, existing)
+    _load(store, existing.index, store.names(layout.INDEX), say, one_row_parts)
+    # previews/ has the folders of its clips beside the parts
+    _load(store, existing.previews, iter(store.list_names(layout.PREVIEWS)), say, one_row_parts)
+    _load_failed(store, existing.failed)
+    for path, table in segments:
+        if segment_table(path) != layout.FAILED:
+            existing.table(segment_table(path)).add_pending(keys_of(table), path)
+            continue
+        for (kind, key), mark in zip(failures_of(table), table["mark"].to_pylist(), strict=True):
+            if mark is None:
+                existing.failed.add(kind, key)
+            elif mark == layout.OVERCOME:
+                existing.failed.drop(key)
+    latents = (name.rpartition("/")[2] for name in store.names(layout.LATENTS))
+    for items in _batches(match.group(1) for match in map(layout.LATENTS_FILE.fullmatch, latents) if match):
+        existing._latents.extend(bytes.fromhex("".join(items)))
+    existing._latents.merge()
     return existing
 
 
-def _digits(pattern: re.Pattern[str], names: Iterable[str]) -> Iterator[str]:
-    return ("".join(match.groups()) for match in map(pattern.fullmatch, names) if match)
+def _read_segments(store: Store, existing: ExistingRows) -> list[tuple[str, pa.Table]]:
+    def read(path: str) -> tuple[str, pa.Table] | UnreadablePart | None:
+        try:
+            return path, read_segment(store, path)
+        except FileNotFoundError:
+            return None  # It was folded meanwhile.
+        except UnreadablePart as damage:
+            return damage
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = list(pool.map(read, list_segments(store)))
+    existing.damaged = [one for one in found if isinstance(one, UnreadablePart)]
+    segments = [one for one in found if isinstance(one, tuple)]
+    existing.segments = [path for path, _ in segments]
+    return segments
 
 
-def _names(store: Store, folder: str) -> Iterator[str]:
-    """Base names of the files below `folder`, at any depth; none when it does not exist."""
-    if store.is_local:
-        for _, _, files in os.walk(store.path(folder)):
-            yield from files
-    else:
-        selector = pafs.FileSelector(store.path(folder), allow_not_found=True, recursive=True)
-        yield from (info.base_name for info in store.fs.get_file_info(selector) if info.type == pafs.FileType.File)
+def _load(store: Store, rows: TableRows, names: Iterator[str], say: Callable[[str], None], one_row_parts: bool) -> None:
+    """Take in the keys of all parts among the `names` of a table's folder, which is listed once."""
+    parts: list[str] = []
+
+    def of_one_row() -> Iterator[str]:
+        for name in names:
+            if match := layout.PART.fullmatch(name):
+                if one_row_parts:
+                    yield "".join(match.groups())
+            elif layout.is_visible(name) and name.endswith(".parquet"):
+                parts.append(name)
+                rows.saw(name)
+
+    rows.load((None, bytes.fromhex("".join(batch))) for batch in _batches(of_one_row()))
+
+    def keys(name: str) -> tuple[str, bytes] | None:
+        try:
+            return name, read_keys(store, f"{rows.folder}/{name}")
+        except UnreadablePart as damage:
+            if layout.NUMBERED_PART.fullmatch(name):
+                raise
+            say(str(damage))
+            return None
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        rows.load(found for found in _in_order(pool, keys, sorted(parts)) if found is not None)
+
+
+def _load_failed(store: Store, failed: FailedRows) -> None:
+    parts: list[str] = []
+
+    def of_one_row() -> Iterator[tuple[str, bytes]]:
+        for name in store.names(layout.FAILED):
+            if match := layout.FAILED_PART.fullmatch(name):
+                kind, item_id, key = match.groups()
+                yield kind, key_bytes(item_id, key)
+            elif layout.NUMBERED_PART.fullmatch(name):
+                parts.append(name)
+
+    failed.load(of_one_row())
+
+    def failures(name: str) -> list[tuple[str, bytes]]:
+        path = f"{layout.FAILED}/{name}"
+        try:
+            return failures_of(store.read_columns(path, FAILURE_COLUMNS))
+        except FileNotFoundError:
+            return []  # All of its rows were rendered meanwhile.
+        except (pa.ArrowException, ValueError) as error:
+            raise unreadable(store, path, error) from None
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        failed.load(itertools.chain.from_iterable(_in_order(pool, failures, sorted(parts))))
+
+
+def _in_order(pool: ThreadPoolExecutor, call: Callable[[str], T], names: list[str]) -> Iterator[T]:
+    """`call` of each name, some ahead of what is taken."""
+    for start in range(0, len(names), 4 * _THREADS):
+        yield from pool.map(call, names[start : start + 4 * _THREADS])
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    texts = iter(texts)
+    while batch := list(itertools.islice(texts, _BATCH)):
+        yield batch

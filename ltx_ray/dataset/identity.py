@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,6 +27,13 @@ class DatasetIdentity:
     noise_family: str | None = None
     #: Numerics of the newest run that computed something, as in the column `numerics`.
     numerics: Mapping[str, Any] | None = None
+    #: 8 hex digits, in the names of the dataset's parts. None before the first run of this version.
+    id: str | None = None
+
+
+#: The ids of datasets, and what a file that was not written by a run may raise when it is read.
+_ID = re.compile(r"[0-9a-f]{8}")
+_MALFORMED = (ValueError, KeyError, TypeError, AttributeError)
 
 
 def read_identity(store: Store) -> DatasetIdentity:
@@ -34,9 +43,17 @@ def read_identity(store: Store) -> DatasetIdentity:
     rows is new. Raises OSError when the store does not answer, ValueError for a scheme of a newer version.
     """
     try:
-        fields = json.loads(store.read_bytes(layout.DATASET))
-        identity = _identity(fields["scheme"], fields.get("noise_family"), fields.get("numerics"))
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        data = store.read_bytes(layout.DATASET)
+    except FileNotFoundError:
+        data = None
+    return _identity_in(store, data)
+
+
+def _identity_in(store: Store, data: bytes | None) -> DatasetIdentity:
+    """The identity in the content of `dataset.json`, or that of the rows where it has none."""
+    try:
+        identity = _identity_of_rows(store) if data is None else _parsed(data)
+    except _MALFORMED:
         identity = _identity_of_rows(store)
     if not 1 <= identity.scheme <= NEWEST_SCHEME:
         raise ValueError(
@@ -44,6 +61,13 @@ def read_identity(store: Store) -> DatasetIdentity:
             f"legal: a newer version of ltx-ray, or another --output"
         )
     return identity
+
+
+def _parsed(data: bytes) -> DatasetIdentity:
+    """Raises one of _MALFORMED."""
+    fields = json.loads(data)
+    known = fields.get("id") if isinstance(fields.get("id"), str) and _ID.fullmatch(fields["id"]) else None
+    return replace(_identity(fields["scheme"], fields.get("noise_family"), fields.get("numerics")), id=known)
 
 
 def _identity(scheme: Any, noise_family: Any, numerics: Any) -> DatasetIdentity:
@@ -54,15 +78,42 @@ def _identity(scheme: Any, noise_family: Any, numerics: Any) -> DatasetIdentity:
     return DatasetIdentity(scheme, noise_family, numerics)
 
 
+def dataset_id(store: Store) -> str:
+    """The id in the dataset's `dataset.json`, which gets one where it has none. Raises as read_identity does.
+
+    Of several that ask at once, all get the same.
+    """
+    while True:
+        data, version = None, ""
+        try:
+            data, version = store.read_versioned(layout.DATASET)
+        except FileNotFoundError:
+            pass
+        identity = _identity_in(store, data)
+        if identity.id is not None:
+            return identity.id
+        encoded = _encoded(replace(identity, id=secrets.token_hex(4)))
+        if data is None:
+            store.create(layout.DATASET, encoded)
+        else:
+            store.update(layout.DATASET, encoded, version)
+
+
 def write_identity(store: Store, identity: DatasetIdentity) -> None:
-    """Write `dataset.json`. Its first field is the version of its own form."""
+    """Write `dataset.json`."""
+    store.write_bytes(layout.DATASET, _encoded(identity))
+
+
+def _encoded(identity: DatasetIdentity) -> bytes:
+    """The first field is the version of the file's own form."""
     fields = {
         "format": 1,
+        "id": identity.id,
         "scheme": identity.scheme,
         "noise_family": identity.noise_family,
         "numerics": identity.numerics,
     }
-    store.write_bytes(layout.DATASET, json.dumps(fields, indent=2, ensure_ascii=False).encode())
+    return json.dumps(fields, indent=2, ensure_ascii=False).encode()
 
 
 def _identity_of_rows(store: Store) -> DatasetIdentity:
@@ -70,13 +121,13 @@ def _identity_of_rows(store: Store) -> DatasetIdentity:
         for name in filter(layout.is_part, store.list_names(folder)):
             try:
                 data = store.read_bytes(f"{folder}/{name}")
-                [row] = read_parquet(data, columns=["recipe", "noise_ledger", "numerics"]).to_pylist()
+                row = read_parquet(data, columns=["recipe", "noise_ledger", "numerics"]).slice(0, 1).to_pylist()[0]
                 recipe, ledger = json.loads(row["recipe"]), json.loads(row["noise_ledger"])
                 # The recipes of scheme 1 do not name it.
                 scheme = recipe.get("scheme", 1 if "checkpoint" in recipe else None)
                 if scheme is not None:
                     return _identity(scheme, (ledger or {}).get("device_model"), json.loads(row["numerics"]))
-            except (FileNotFoundError, pa.ArrowException, ValueError, KeyError, TypeError, AttributeError):
+            except (FileNotFoundError, pa.ArrowException, IndexError, *_MALFORMED):
                 continue  # A damaged part; another one may be whole.
     return DatasetIdentity()
 
@@ -110,8 +161,13 @@ class KeptIdentity:
                 f"{self._store.name}: its rows have scheme {identity.scheme}, and the rows of this run were planned "
                 f"for scheme {scheme}, because the output did not answer or was new; legal: the same command again"
             )
-        self._identity = identity
-        write_identity(self._store, identity)
+        self._identity = replace(identity, id=dataset_id(self._store))
+        write_identity(self._store, self._identity)
+
+    @property
+    def dataset_id(self) -> str:
+        assert self._identity.id is not None, "before begin"
+        return self._identity.id
 
     def forget_noise(self) -> None:
         """The dataset has neither clips nor latents, so their noise may be drawn anywhere."""

@@ -22,23 +22,33 @@ from ltx_ray.manifest.outputs import FAILED_PART as FAILED_PART
 from ltx_ray.manifest.outputs import INDEX as INDEX
 from ltx_ray.manifest.outputs import ITEM_ID_DIGITS
 from ltx_ray.manifest.outputs import LATENTS as LATENTS
+from ltx_ray.manifest.outputs import NUMBERED_PART as NUMBERED_PART
 from ltx_ray.manifest.outputs import PART as PART
 from ltx_ray.manifest.outputs import PREVIEWS as PREVIEWS
 from ltx_ray.manifest.outputs import REPORT as REPORT
 from ltx_ray.manifest.outputs import RUN_RECORD as RUN_RECORD
 from ltx_ray.manifest.outputs import RUNS as RUNS
+from ltx_ray.manifest.outputs import STATE as STATE
+from ltx_ray.manifest.outputs import THUMBS as THUMBS
 from ltx_ray.manifest.raw import FAILED_ROW_COLUMN
 
 # --- folders and files -------------------------------------------------------------------------------------------
 
 #: A folder that holds one of these is a dataset.
-DATASET_MARKS = (RUN_RECORD, INDEX, FAILED, PREVIEWS)
+DATASET_MARKS = (RUN_RECORD, INDEX, FAILED, PREVIEWS, f"{STATE}/wal")
 #: Names of files of latents, with the item_id as group.
 LATENTS_FILE = re.compile(rf"{ITEM_ID_DIGITS}\.safetensors")
 ITEM_ID = re.compile(ITEM_ID_DIGITS)
-#: Kinds of failure in names of parts: the row's own fault, the infrastructure's, and rows that are no legal request
-#: (for which the name has 32 digits of the row's content in place of an item_id).
+#: Kinds of failure: the row's own fault, the infrastructure's, and rows that are no legal request.
 ROW, INFRASTRUCTURE, ILLEGAL = "row", "infra", "illegal"
+#: What a mark in a segment of failures says: the row's failure was overcome, or those that it had as other items.
+OVERCOME, AS_OTHER_ITEMS = "overcome", "as other items"
+#: Segments: rows that are finished and in no part yet.
+SEGMENTS = f"{STATE}/wal"
+#: What was taken out of the dataset.
+ASIDE = f"{STATE}/aside"
+#: Names of segments below `SEGMENTS`, with their table as group.
+SEGMENT = re.compile(rf"[^/]+/[0-9]{{8}}-({INDEX}|{PREVIEWS}|{FAILED})\.rows")
 
 
 def clip_path(item_id: str) -> str:
@@ -58,8 +68,13 @@ def latents_path(item_id: str) -> str:
     return f"{LATENTS}/{shard(item_id)}/{item_id}.safetensors"
 
 
+def thumb_path(item_id: str) -> str:
+    """Some frames of the clip in one small picture."""
+    return f"{THUMBS}/{shard(item_id)}/{item_id}.webp"
+
+
 def shard(item_id: str) -> str:
-    """The folder, of 256, that holds an item's files below clips/, latents/ and previews/."""
+    """The folder, of 256, that holds an item's files below clips/, latents/, thumbs/ and previews/."""
     return item_id[:2]
 
 
@@ -68,49 +83,22 @@ def row_key(row_id: str | None) -> str:
     return hashlib.sha256((row_id or "").encode()).hexdigest()[:8]
 
 
-def item_of_part(name: str) -> str:
-    """The item_id in a name that matches `PART`."""
-    return name[len("part-") : len("part-") + 32]
+def part_name(dataset: str, number: int) -> str:
+    """Name of a part of any table. `dataset`: the id of the dataset, 8 hex digits."""
+    return f"part-{dataset}-{number:08d}.parquet"
 
 
-def shard_of_part(name: str) -> str:
-    return shard(item_of_part(name))
-
-
-def part_name(item_id: str, key: str) -> str:
-    """Name of a row's part of index/ or previews/."""
+def one_row_part(item_id: str, key: str) -> str:
+    """Name of a part of index/ or previews/ as earlier versions wrote them, one for each row."""
     return f"part-{item_id}-{key}.parquet"
 
 
-def index_path(item_id: str, key: str) -> str:
-    return f"{INDEX}/{part_name(item_id, key)}"
-
-
-def preview_row_path(item_id: str, key: str) -> str:
-    return f"{PREVIEWS}/{part_name(item_id, key)}"
-
-
-def failed_name(kind: str, item_id: str, key: str) -> str:
-    """Name of a row's part of failed/. `kind`: ROW, INFRASTRUCTURE or ILLEGAL."""
-    return f"part-{kind}-{item_id}-{key}.parquet"
-
-
-def failed_path(kind: str, item_id: str, key: str) -> str:
-    return f"{FAILED}/{failed_name(kind, item_id, key)}"
-
-
-def is_illegal_part(name: str) -> bool:
-    """Whether the part `name` of failed/ holds an illegal row."""
-    return name.startswith(f"part-{ILLEGAL}-")
-
-
-def set_aside_path(name: str, why: str) -> str:
-    """Where the part `name` of index/ goes that readers are to pass over."""
-    return f"{INDEX}/_{why}-{name}"
+def segment_path(run_id: str, number: int, table: str) -> str:
+    return f"{SEGMENTS}/{run_id}/{number:08d}-{table}.rows"
 
 
 def is_part(name: str) -> bool:
-    """Whether readers of a table take the file `name`: files of other names are no parts, or were set aside."""
+    """Whether the file `name` of a table's folder is a part: files of other names were set aside, or are foreign."""
     return name.startswith("part-") and name.endswith(".parquet")
 
 
@@ -122,6 +110,16 @@ def is_visible(name: str) -> bool:
 def older_record(run_id: str, name: str) -> str:
     """Where the record `name` (RUN_RECORD, EVENTS, REPORT) of an older run is."""
     return f"{RUNS}/{run_id}/{name}"
+
+
+def event_segments(run_id: str) -> str:
+    """The folder of a run's full segments of events."""
+    return f"{STATE}/events/{run_id}"
+
+
+def timeline_path(run_id: str) -> str:
+    """What each replica of a run did over time (`timeline.Timeline` as JSON)."""
+    return f"{event_segments(run_id)}/timeline.json"
 
 
 # --- schemas -----------------------------------------------------------------------------------------------------
@@ -175,6 +173,7 @@ def index_schema(names: Collection[str]) -> pa.Schema:
 
 #: A preview is itself a manifest row, as a failed row is.
 PREVIEW_SCHEMA = INDEX_SCHEMA.append(pa.field("source", pa.string())).append(pa.field(FAILED_ROW_COLUMN, pa.string()))
+#: A failure's schema in parts. In segments, rows with a `mark` stand for failures that were overcome.
 FAILED_SCHEMA = pa.schema(
     [
         *_MANIFEST_COLUMNS,
@@ -189,3 +188,7 @@ FAILED_SCHEMA = pa.schema(
         (FAILED_ROW_COLUMN, pa.string()),
     ]
 )
+FAILED_SEGMENT_SCHEMA = FAILED_SCHEMA.append(pa.field("mark", pa.string()))
+#: Schemas of the tables' parts, and of their segments.
+PART_SCHEMAS = {INDEX: INDEX_SCHEMA, PREVIEWS: PREVIEW_SCHEMA, FAILED: FAILED_SCHEMA}
+SEGMENT_SCHEMAS = {**PART_SCHEMAS, FAILED: FAILED_SEGMENT_SCHEMA}

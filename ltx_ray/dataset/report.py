@@ -16,47 +16,61 @@ from importlib import resources
 from typing import Any
 
 from ltx_ray.dataset import layout
-from ltx_ray.dataset.clip_rate import rate_text, recorded_rate
+from ltx_ray.dataset.clip_rate import rate_text
 from ltx_ray.dataset.report_data import (
     ReportData,
     clip_length,
     finished_at,
+    make_missing_sheets,
     make_strips,
     parse_json,
     read_report_data,
     relative_link,
 )
+from ltx_ray.dataset.report_list import IMAGES, MAX_LISTED, list_data, list_script
 from ltx_ray.dataset.report_text import STAGE_NAMES, count, epoch_seconds, esc, finite, human, when, words
 from ltx_ray.dataset.thumbnails import Strip
-from ltx_ray.dataset.timeline import make_timeline
+from ltx_ray.dataset.timeline_chart import draw_timeline
 from ltx_ray.storage.store import Store
 
+#: Up to this many clips, the page holds everything, pictures included. Above it, it lists them (report_list.py).
+_CARDS = 500
 
-def write_report(output_dir: str, *, max_clips: int = 2000) -> str:
+
+def write_report(output_dir: str, *, cards: int = _CARDS, max_listed: int = MAX_LISTED) -> str:
     """Write the report of the dataset at `output_dir` and return its path (within the dataset's filesystem).
 
     `output_dir` is a local folder or a URI that `Store` takes. The page says what is missing or damaged in it.
-    `max_clips` clips get a card: flagged ones first, then in the order in which they were finished.
+    Up to `cards` clips get a card each, with its pictures in the page. More are listed, at most `max_listed`: flagged
+    ones first, then in the order in which they were finished.
     Raises FileNotFoundError when there is no dataset, another OSError when the page cannot be written.
     """
     store = Store(output_dir)
     if not store.exists(""):
         raise FileNotFoundError(f"{store.name}: there is no dataset")
-    data = read_report_data(store, max_clips)
-    strips = make_strips(store, data.clips)
+    data = read_report_data(store, max_listed)
+    is_list = data.rendered > cards
+    strips: list[Strip] = []
+    if is_list:
+        make_missing_sheets(store, data.clips)
+    else:
+        strips = make_strips(store, data.clips)
     template = resources.files(__package__).joinpath("report_template.html").read_text(encoding="utf-8")
     script = re.search(r"<script>(.*?)</script>", template, re.DOTALL)
     assert script is not None
-    digest = base64.b64encode(hashlib.sha256(script[1].encode()).digest()).decode()
+    scripts = [script[1], list_script()] if is_list else [script[1]]
     parts = {
-        "script_hash": f"sha256-{digest}",
-        "title": esc(f"{data.run.get('run_id') or 'dataset'} · ltx-ray report"),
+        "scripts": " ".join(map(_digest, scripts)),
+        "images": IMAGES if is_list else "data:",
+        "list": f"{list_data(data.listed, data.flags)}\n<script>{scripts[-1]}</script>" if is_list else "",
+        "title": esc(f"{data.run.record.get('run_id') or 'dataset'} · ltx-ray report"),
         "header": _header(data, strips),
         "failures": _failures(data),
-        "timeline": make_timeline(data.events),
-        "clips": _gallery(data, strips),
+        "timeline": draw_timeline(data.run.timeline),
+        "clips": _clips(data, strips, is_list),
         "footer": f"Written by ltx-ray, {esc(when(time.time()))}. This page loads nothing from "
-        "anywhere; clip names link to the files beside it.",
+        f"{'elsewhere; pictures are in thumbs/ beside it, and' if is_list else 'anywhere;'} "
+        "clip names link to the files beside it.",
     }
     # In one pass, so that a "{{...}}" in a prompt is not replaced.
     page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
@@ -64,8 +78,13 @@ def write_report(output_dir: str, *, max_clips: int = 2000) -> str:
     return store.path(layout.REPORT)
 
 
+def _digest(script: str) -> str:
+    """A script as the page's policy allows it."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
 def _header(data: ReportData, strips: list[Strip]) -> str:
-    run, first = data.run, data.clips[0] if data.clips else {}
+    run, first = data.run.record, data.clips[0] if data.clips else {}
     failed = sum(data.failures.values())
     if not data.rendered and not failed:
         title = "Nothing rendered"
@@ -104,15 +123,15 @@ def _header(data: ReportData, strips: list[Strip]) -> str:
 
 
 def _run_times(data: ReportData) -> tuple[float | None, float | None]:
-    """Start and end of the newest run in seconds since the epoch, from its record or else from its events."""
-    begun, ended = epoch_seconds(data.run.get("started_at")), epoch_seconds(data.run.get("finished_at"))
-    times = [t for event in data.events if (t := finite(event["t"])) is not None]
-    return begun or (min(times) if times else None), ended or (max(times) if times else None)
+    """Start and end of the newest run in seconds since the epoch, so far as they are known."""
+    run, timeline = data.run, data.run.timeline
+    begun, ended = epoch_seconds(run.record.get("started_at")), epoch_seconds(run.record.get("finished_at"))
+    return begun or (timeline.begin if timeline else None), ended or run.last
 
 
 def _tiles(data: ReportData) -> list[tuple[str, str, str, str]]:
     """(title as HTML, value, subtitle, tone) of each figure at the top."""
-    listed = data.run.get("counts")
+    listed = data.run.record.get("counts")
     counts = listed if isinstance(listed, dict) else {}
     failed = sum(data.failures.values())
     begun, ended = _run_times(data)
@@ -120,7 +139,7 @@ def _tiles(data: ReportData) -> list[tuple[str, str, str, str]]:
     rows = f"of {counts['rows']:,} rows in the manifest" if isinstance(counts.get("rows"), int) else ""
     each = f"{data.gpu_seconds / data.clip_seconds:,.1f} s a second of video" if data.clip_seconds else ""
     flags = ", ".join(f"{n:,} {words(flag)}" for flag, n in data.flags.most_common(3))
-    rate = recorded_rate(data.run, data.events, data.now)
+    rate = data.run.clips_per_hour
     link = '<a href="#failures">Failed</a>'
     return [
         ('<a href="#clips">Rendered</a>', f"{data.rendered:,}", rows, ""),
@@ -136,7 +155,7 @@ def _tiles(data: ReportData) -> list[tuple[str, str, str, str]]:
 def _problems(data: ReportData, strips: list[Strip]) -> list[str]:
     """What is missing or damaged, in words."""
     problems = data.problems[:20]
-    pairs = zip(data.clips, strips, strict=True)
+    pairs = zip(data.clips, strips, strict=False)
     bad = [str(row.get("id")) for row, strip in pairs if row.get("clip") and strip.problem]
     if bad:
         names = ", ".join(bad[:8]) + " …" * (len(bad) > 8)
@@ -194,7 +213,8 @@ def _failure(row: dict[str, Any]) -> str:
     )
 
 
-def _gallery(data: ReportData, strips: list[Strip]) -> str:
+def _clips(data: ReportData, strips: list[Strip], is_list: bool) -> str:
+    """The clips as cards, which have a strip each, or an empty list, which a script fills."""
     head = f'<div class="head"><h2>Clips</h2><span class="soft">{data.rendered:,}</span></div>'
     if not data.clips:
         hidden = " shown here" if data.rendered else " yet. Finished clips appear here"
@@ -202,7 +222,8 @@ def _gallery(data: ReportData, strips: list[Strip]) -> str:
     flags = "".join(
         f'<option value="={esc(flag)}">{esc(words(flag))} ({n:,})</option>' for flag, n in data.flags.most_common(40)
     )
-    orders = {"": "Flagged first", "new": "Newest first", "slow": "Slowest first", "id": "By id"}
+    newest, slowest_first = ("done", "work") if is_list else ("new", "slow")
+    orders = {"": "Flagged first", newest: "Newest first", slowest_first: "Slowest first", "id": "By id"}
     options = "".join(f'<option value="{value}">{name}</option>' for value, name in orders.items())
     controls = (
         '<div class="controls" hidden>'
@@ -212,12 +233,16 @@ def _gallery(data: ReportData, strips: list[Strip]) -> str:
         f'<select name="sort" aria-label="Sort clips">{options}</select>'
         '<output aria-live="polite"></output></div>'
     )
-    slowest = max(sum(_timings(row).values()) for row in data.clips) or 1.0
-    cards = "\n".join(_card(row, strip, slowest) for row, strip in zip(data.clips, strips, strict=True))
-    more = data.rendered - len(data.clips)
+    if is_list:
+        shown, clips = len(data.listed), '<div class="list"></div>'
+    else:
+        slowest = max(sum(_timings(row).values()) for row in data.clips) or 1.0
+        cards = "\n".join(_card(row, strip, slowest) for row, strip in zip(data.clips, strips, strict=True))
+        shown, clips = len(data.clips), f'<div class="clips">{cards}</div>'
+    more = data.rendered - shown
     note = f"{count(more, 'more clip')} not shown here; all are in index/ and clips/."
     note = f'<p class="note">{note}</p>' if more else ""
-    return f'<section id="clips">{head}{controls}<div class="clips">{cards}</div>{note}</section>'
+    return f'<section id="clips">{head}{controls}{clips}{note}</section>'
 
 
 def _card(row: dict[str, Any], strip: Strip, slowest: float) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import heapq
+import contextlib
+import hashlib
 import json
 import os
 import time
@@ -18,11 +19,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ltx_ray.dataset import layout
+from ltx_ray.dataset.report_list import Listed, Smallest, listed
 from ltx_ray.dataset.report_text import finite, short
-from ltx_ray.dataset.thumbnails import Strip, make_strip
+from ltx_ray.dataset.run_summary import RecordedRun, read_run
+from ltx_ray.dataset.thumbnails import Strip, make_strip, read_sheet, sheet_of
+from ltx_ray.storage.id_table import IdTable
 from ltx_ray.storage.lease import holder
 from ltx_ray.storage.store import Store
 
+#: Most clips that the report decodes, of those that have no picture of a worker's.
+MAX_DECODED = 2000
 #: Most failed rows that are listed.
 MAX_FAILURES = 300
 #: Most bytes of pictures for one clip, and for all clips together.
@@ -40,9 +46,10 @@ _FAILED_COLUMNS = "id prompt item_id stage attempts error_class message tracebac
 class ReportData:
     """What the page shows. `clips` and `failed` are capped; counts and sums are over the whole dataset."""
 
-    run: dict[str, Any] = field(default_factory=dict)
-    events: list[dict[str, Any]] = field(default_factory=list)
+    run: RecordedRun
     clips: list[dict[str, Any]] = field(default_factory=list)
+    #: More of them, as far as the list of a large dataset shows them.
+    listed: list[Listed] = field(default_factory=list)
     failed: list[dict[str, Any]] = field(default_factory=list)
     rendered: int = 0
     flags: Counter[str] = field(default_factory=Counter)
@@ -54,45 +61,72 @@ class ReportData:
     clip_seconds: float = 0.0
     gpu_seconds: float = 0.0
     problems: list[str] = field(default_factory=list)
-    #: When the dataset was read, in seconds since the epoch, if a run is writing into it.
-    now: float | None = None
 
 
-def read_report_data(store: Store, max_clips: int) -> ReportData:
-    """Read the dataset. `clips` holds up to `max_clips` rows: flagged ones first, then in the order of finishing."""
-    data = ReportData()
-    run = parse_json(_text(store, layout.RUN_RECORD, data.problems))
-    data.run = run if isinstance(run, dict) else {}
-    data.now = time.time() if holder(store) is not None else None
-    data.events = _read_events(_text(store, layout.EVENTS, data.problems) or "", data.problems)
-    failed_items = {row.get("item_id") for row in _rows(store, layout.FAILED, ["item_id"], [])}
-    rendered_items: set[str] = set()
-    seen: set[str | None] = set()
+def read_report_data(store: Store, max_listed: int) -> ReportData:
+    """Read the dataset, each part once.
 
-    def indexed() -> Iterator[tuple[tuple[bool, float, str, int], dict[str, Any]]]:
-        for row in _rows(store, layout.INDEX, _INDEX_COLUMNS, data.problems):
-            item_id, flags = row.get("item_id"), row.get("flags") or []
-            data.rendered += 1
-            data.flagged += bool(flags)
-            data.flags.update(flags)
-            if item_id not in seen:  # rows of one item share its clip
-                seen.add(item_id)
-                data.clip_seconds += clip_length(row) or 0
-                data.gpu_seconds += finite(row.get("gpu_seconds")) or 0
-            if item_id and item_id in failed_items:
-                rendered_items.add(item_id)
-            yield (not flags, finished_at(row), str(row.get("id")), data.rendered), row
-
-    data.clips = [row for _, row in heapq.nsmallest(max_clips, indexed(), key=lambda pair: pair[0])]
-    # Read once more, because tracebacks of all failed rows would take much memory.
-    for row in _rows(store, layout.FAILED, _FAILED_COLUMNS, data.problems):
-        if row.get("item_id") in rendered_items:
+    `clips` holds up to MAX_DECODED rows and `listed` up to `max_listed`: flagged ones first, then in the order of
+    finishing.
+    """
+    problems: list[str] = []
+    record = parse_json(_text(store, layout.RUN_RECORD, problems))
+    now = time.time() if holder(store) is not None else None
+    run = read_run(store, record if isinstance(record, dict) else {}, now, note=problems.append)
+    data = ReportData(run, problems=problems)
+    rendered = _ItemIds()
+    _read_index(store, data, max_listed, rendered)
+    for row in _rows(store, layout.FAILED, _FAILED_COLUMNS, problems):
+        if row.get("item_id") and rendered.has(row["item_id"]):
             data.since_rendered += 1
             continue
         data.failures[str(row.get("error_class")), str(row.get("stage"))] += 1
         if len(data.failed) < MAX_FAILURES:
             data.failed.append(row)
     return data
+
+
+def _read_index(store: Store, data: ReportData, max_listed: int, rendered: _ItemIds) -> None:
+    """Take in every row of the index, and add its item to `rendered`."""
+    clips: Smallest[dict[str, Any]] = Smallest(MAX_DECODED)
+    lines: Smallest[Listed] = Smallest(max_listed)
+    for row in _rows(store, layout.INDEX, _INDEX_COLUMNS, data.problems):
+        flags, done = row.get("flags") or [], finished_at(row)
+        data.rendered += 1
+        data.flagged += bool(flags)
+        data.flags.update(map(str, flags))
+        if rendered.add(row.get("item_id")):  # rows of one item share its clip
+            data.clip_seconds += clip_length(row) or 0
+            data.gpu_seconds += finite(row.get("gpu_seconds")) or 0
+        key = (not flags, done, str(row.get("id")), data.rendered)
+        if clips.takes(key):
+            clips.add(key, row)
+        if lines.takes(key):
+            lines.add(key, listed(row, relative_link(row.get("clip")), done))
+    data.clips, data.listed = clips.values(), lines.values()
+
+
+class _ItemIds:
+    """A set of item_ids, which may be any text, at some 16 bytes each."""
+
+    def __init__(self) -> None:
+        self._table = IdTable(16, cap=None)
+
+    def add(self, item_id: Any) -> bool:
+        """Whether it is new."""
+        head, rest = self._halves(item_id)
+        if self._table.has(head, rest):
+            return False
+        self._table.put(head, rest)
+        self._table.settle()
+        return True
+
+    def has(self, item_id: Any) -> bool:
+        return self._table.has(*self._halves(item_id))
+
+    def _halves(self, item_id: Any) -> tuple[bytes, bytes]:
+        digest = hashlib.blake2b(str(item_id).encode("utf-8", "replace"), digest_size=16).digest()
+        return digest[:8], digest[8:]
 
 
 def make_strips(store: Store, clips: list[dict[str, Any]]) -> list[Strip]:
@@ -105,6 +139,8 @@ def make_strips(store: Store, clips: list[dict[str, Any]]) -> list[Strip]:
         if relative_link(row["clip"]) is None:
             return Strip((), None, f"not a path inside the dataset: {row['clip']}")
         try:
+            if (strip := _of_sheet(store, row, budget)) is not None:
+                return strip
             with store.fs.open_input_file(store.path(row["clip"])) as file:
                 return make_strip(file, seconds=clip_length(row), budget=budget)
         except FileNotFoundError:
@@ -114,6 +150,37 @@ def make_strips(store: Store, clips: list[dict[str, Any]]) -> list[Strip]:
 
     with ThreadPoolExecutor(max(1, min(4, os.cpu_count() or 1))) as pool:  # PyAV decodes outside the GIL
         return list(pool.map(one, clips))
+
+
+def make_missing_sheets(store: Store, clips: list[dict[str, Any]]) -> None:
+    """Make the pictures that workers have not made, in `thumbs/`. Clips that cannot be decoded have none."""
+
+    def make(row: dict[str, Any]) -> None:
+        item_id = str(row.get("item_id"))
+        if layout.ITEM_ID.fullmatch(item_id) is None or relative_link(row.get("clip")) is None:
+            return
+        with contextlib.suppress(OSError):
+            if store.size(layout.thumb_path(item_id)):
+                return
+            with store.fs.open_input_file(store.path(row["clip"])) as file:
+                strip = make_strip(file, seconds=clip_length(row))
+            if strip.frames:
+                store.write_bytes(layout.thumb_path(item_id), sheet_of(strip))
+
+    with ThreadPoolExecutor(max(1, min(4, os.cpu_count() or 1))) as pool:
+        list(pool.map(make, clips))
+
+
+def _of_sheet(store: Store, row: dict[str, Any], budget: int) -> Strip | None:
+    """The strip that the worker made of a clip as it decoded it; None where there is none, or no clip."""
+    item_id = str(row.get("item_id"))
+    if layout.ITEM_ID.fullmatch(item_id) is None:
+        return None
+    try:
+        strip = read_sheet(store.read_bytes(layout.thumb_path(item_id)), budget)
+    except FileNotFoundError:
+        return None
+    return strip if strip is not None and store.size(row["clip"]) else None
 
 
 def _rows(store: Store, folder: str, columns: list[str], problems: list[str]) -> Iterator[dict[str, Any]]:
@@ -137,24 +204,6 @@ def _text(store: Store, name: str, problems: list[str]) -> str | None:
     except OSError as error:
         problems.append(f"{name} cannot be read: {short(error)}")
         return None
-
-
-def _read_events(text: str, problems: list[str]) -> list[dict[str, Any]]:
-    """Events of the newest run, in the order of the file. Malformed lines are counted and skipped."""
-    events: list[dict[str, Any]] = []
-    bad = 0
-    for line in text.splitlines():
-        event = parse_json(line)
-        good = isinstance(event, dict) and isinstance(event.get("event"), str)
-        if good and finite(event.get("t")) is not None:
-            if event["event"] == "run_started":
-                events = []
-            events.append(event)
-        else:
-            bad += bool(line.strip())
-    if bad:
-        problems.append(f"{layout.EVENTS}: {bad:,} malformed line{'s' * (bad > 1)} skipped")
-    return events
 
 
 def relative_link(path: Any) -> str | None:

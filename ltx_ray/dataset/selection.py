@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from ltx_ray.dataset.layout import INDEX_SCHEMA, PREVIEWS
-from ltx_ray.dataset.writer import read_rows
+from ltx_ray.dataset.parts import read_rows
 from ltx_ray.manifest.columns import Mistyped
 from ltx_ray.manifest.text_values import number
 from ltx_ray.storage.store import Store

@@ -1,32 +1,29 @@
-"""The dataset's tables: index/ with one row per finished manifest row, failed/ with one per failed row. No torch.
+"""Rows of the dataset's tables: of index/ and previews/ one per finished manifest row, of failed/ one per failed row.
 
-A part holds one row and is named after its item_id and its row's id. Writing it twice changes nothing, and a listing
-of names says what is done.
+The rows go to a `RowLog`, which commits them. No torch.
 """
 
 from __future__ import annotations
 
 import datetime
-import hashlib
-import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ltx_ray.dataset import layout
-from ltx_ray.dataset.layout import FAILED_SCHEMA, INDEX_SCHEMA, PREVIEW_SCHEMA, SECONDS_COLUMNS, row_key
+from ltx_ray.dataset.existing import failure_of
+from ltx_ray.dataset.failures import FailureScope
+from ltx_ray.dataset.layout import SECONDS_COLUMNS
+from ltx_ray.dataset.row_log import RowLog
 from ltx_ray.manifest.columns import COLUMNS
 from ltx_ray.manifest.raw import FAILED_ROW_COLUMN, RawRow
 from ltx_ray.manifest.rules import resolved_values
 from ltx_ray.records import Clip, RenderRequest, plain
 from ltx_ray.storage.credentials import masked
-from ltx_ray.storage.locations import join, recorded, recorded_image, resolve, split_options
-from ltx_ray.storage.parquet import read_parquet
-from ltx_ray.storage.store import Store
+from ltx_ray.storage.locations import recorded_image
 
 
 @dataclass(frozen=True)
@@ -60,63 +57,46 @@ class Failure:
 
 
 class DatasetWriter:
-    """Writes the parts of the dataset at `store`."""
+    """Makes the rows of a run and adds them to `log`. None is finished before the log has committed it."""
 
-    def __init__(self, store: Store):
-        self.store = store
+    def __init__(self, log: RowLog):
+        self.log = log
 
     def write_index(self, item_id: str, request: RenderRequest, rendered: Rendered) -> None:
-        """Publish the index row of a manifest row whose clip is complete, and remove an older failure of it."""
-        key = row_key(request.id)
-        row = _rendered_row(item_id, request, rendered)
-        self.store.write_bytes(layout.index_path(item_id, key), one_row(row, INDEX_SCHEMA))
-        self.forget_failure(item_id, key)
+        """Add the index row of a manifest row whose clip is complete. An older failure of it is overcome."""
+        self.log.add(layout.INDEX, _rendered_row(item_id, request, rendered))
 
     def write_preview(self, item_id: str, request: RenderRequest, raw: RawRow, rendered: Rendered) -> None:
-        """Publish the row of an item that stopped after stage 1; its `clip` is the preview."""
-        key = row_key(request.id)
-        row = {
-            **_rendered_row(item_id, request, rendered),
-            "source": raw.source,
-            FAILED_ROW_COLUMN: _resolved_row(request),
-        }
-        self.store.write_bytes(layout.preview_row_path(item_id, key), one_row(row, PREVIEW_SCHEMA))
-        self.forget_failure(item_id, key)
+        """Add the row of an item that stopped after stage 1; its `clip` is the preview."""
+        self._add_preview({**_rendered_row(item_id, request, rendered)}, request, raw)
 
     def copy_index_row(self, item_id: str, from_key: str, request: RenderRequest) -> None:
-        """Publish the index row of another manifest row of a finished item, from its row with key `from_key`."""
+        """Add the index row of another manifest row of a finished item, from its row with key `from_key`.
+
+        Raises UnreadablePart or FileNotFoundError when that row cannot be read.
+        """
+        row = self.log.row(layout.INDEX, item_id, from_key)
         # Its images may be elsewhere, and its LoRAs have other names, than those of the row that was rendered.
-        row = {**self._row(layout.index_path(item_id, from_key)), **_recorded_row(request)}
-        key = row_key(request.id)
-        self.store.write_bytes(layout.index_path(item_id, key), one_row(row, INDEX_SCHEMA))
-        self.forget_failure(item_id, key)
+        self.log.add(layout.INDEX, {**row, **_recorded_row(request)})
 
     def copy_preview_row(self, item_id: str, from_key: str, request: RenderRequest, raw: RawRow) -> None:
         """The same for an item that has a preview."""
-        key = row_key(request.id)
-        row = {
-            **self._row(layout.preview_row_path(item_id, from_key)),
-            **_recorded_row(request),
-            "source": raw.source,
-            FAILED_ROW_COLUMN: _resolved_row(request),
-        }
-        self.store.write_bytes(layout.preview_row_path(item_id, key), one_row(row, PREVIEW_SCHEMA))
-        self.forget_failure(item_id, key)
+        row = self.log.row(layout.PREVIEWS, item_id, from_key)
+        self._add_preview({**row, **_recorded_row(request)}, request, raw)
 
-    def _row(self, path: str) -> dict[str, Any]:
-        return read_part(self.store, path).to_pylist()[0]
+    def _add_preview(self, row: dict[str, Any], request: RenderRequest, raw: RawRow) -> None:
+        row |= {"source": raw.source, FAILED_ROW_COLUMN: _resolved_row(request)}
+        self.log.add(layout.PREVIEWS, row)
+        self.forget_failure(row["item_id"], request.id)
 
     def write_failed(self, item_id: str, request: RenderRequest, raw: RawRow, failure: Failure) -> None:
-        """Publish the failure of a legal row."""
-        key = row_key(request.id)
-        self.forget_failure(item_id, key)
+        """Add the failure of a legal row, in place of an older one."""
         row = {**_recorded_row(request), "item_id": item_id, **_failure_columns(raw, failure)}
         row[FAILED_ROW_COLUMN] = _resolved_row(request)
-        kind = layout.ROW if failure.error_class == "row" else layout.INFRASTRUCTURE
-        self.store.write_bytes(layout.failed_path(kind, item_id, key), one_row(row, FAILED_SCHEMA))
+        self.log.add(layout.FAILED, row)
 
-    def write_illegal(self, raw: RawRow, messages: list[str]) -> str:
-        """Publish the failure of an illegal row and return the part's name.
+    def write_illegal(self, raw: RawRow, messages: list[str]) -> bytes:
+        """Add the failure of an illegal row and return its key.
 
         A value that does not fit its column is null there; the manifest row as it was is in FAILED_ROW_COLUMN.
         """
@@ -132,80 +112,24 @@ class DatasetWriter:
                 row[name] = None
         failure = Failure("plan", 0, "row", "\n".join(messages))
         row.update(_failure_columns(raw, failure))
-        content = hashlib.sha256(row[FAILED_ROW_COLUMN].encode("utf-8", "surrogatepass")).hexdigest()
-        name = layout.failed_name(layout.ILLEGAL, content[:32], row_key(raw.source))
-        self.store.write_bytes(f"{layout.FAILED}/{name}", one_row(row, FAILED_SCHEMA))
-        return name
+        self.log.add(layout.FAILED, row)
+        return failure_of(None, row["id"], row["source"], failure.error_class)[1]
 
-    def forget_illegal(self, manifest: str, keep: set[str]) -> None:
-        """Remove the parts of illegal rows of `manifest` but those named in `keep`, which are still illegal.
+    def complete(self, scope: FailureScope) -> None:
+        """Every row of the manifest was read. When the run ends, its older illegal rows leave failed/."""
+        self.log.scope = scope
 
-        When the manifest is this dataset's own failed/, its rows are those of every manifest.
-        """
-        files = _place(recorded(manifest))
-        every = Store(manifest).root == self.store.path(layout.FAILED)
-        for name in self.store.list_names(layout.FAILED):
-            if layout.is_illegal_part(name) and name not in keep and (source := self._source(name)) is not None:
-                file = _place(source.rpartition(":")[0])
-                if every or file == files or file.startswith(files + "/"):
-                    self.store.delete(f"{layout.FAILED}/{name}")
+    def forget_older_failures(self, item_id: str, request: RenderRequest, source: str) -> None:
+        """The failures of the manifest row at `source` as other items are overcome."""
+        self._mark(item_id, request.id, layout.AS_OTHER_ITEMS, source)
 
-    def forget_older_failures(self, names: Iterable[str], source: str) -> None:
-        """Remove those of the parts `names` of failed/ that are about the manifest row at `source`."""
-        for name in names:
-            if (older := self._source(name)) is not None and _same_row(older, source):
-                self.store.delete(f"{layout.FAILED}/{name}")
+    def forget_failure(self, item_id: str, row_id: str | None) -> None:
+        """The row's failure is overcome, if it has one."""
+        if self.log.existing.failure(item_id, layout.row_key(row_id)) is not None:
+            self._mark(item_id, row_id, layout.OVERCOME)
 
-    def forget_failure(self, item_id: str, key: str) -> None:
-        """Remove the row from failed/, if it is there."""
-        for kind in (layout.ROW, layout.INFRASTRUCTURE):
-            self.store.delete(layout.failed_path(kind, item_id, key))
-
-    def _source(self, name: str) -> str | None:
-        """Where the row of the part `name` of failed/ is in its manifest; None when the part is gone or damaged."""
-        try:
-            table = read_part(self.store, f"{layout.FAILED}/{name}", ["source"])
-        except (FileNotFoundError, UnreadablePart):
-            return None
-        return table.column(0)[0].as_py() or ""
-
-
-def _place(file: str) -> str:
-    """The location of a manifest as `source` has it. A dataset may name it by a relative path."""
-    try:
-        return resolve(split_options(file)[0])
-    except ValueError:
-        return file
-
-
-def _same_row(source: str, other: str) -> bool:
-    (file, _, number), (other_file, _, other_number) = source.rpartition(":"), other.rpartition(":")
-    return number == other_number and _place(file) == _place(other_file)
-
-
-class UnreadablePart(OSError):
-    """A part of the dataset, `path` in it, that is no Parquet file."""
-
-    def __init__(self, message: str, *, path: str):
-        super().__init__(message)
-        self.path = path
-
-
-def read_part(store: Store, path: str, columns: list[str] | None = None) -> pa.Table:
-    """A part of the dataset. Raises FileNotFoundError, and UnreadablePart for a damaged one."""
-    data = store.read_bytes(path)
-    try:
-        return read_parquet(data, columns=columns)
-    except pa.ArrowException as error:
-        raise UnreadablePart(
-            f"{join(store.name, path)} is damaged ({error}); ltx-ray verify --repair sets it aside", path=path
-        ) from None
-
-
-def read_rows(store: Store, folder: str) -> Iterator[dict[str, Any]]:
-    """All rows of index/, failed/ or previews/. Raises UnreadablePart."""
-    for name in filter(layout.is_part, store.list_names(folder)):
-        yield from read_part(store, f"{folder}/{name}").to_pylist()
+    def _mark(self, item_id: str, row_id: str | None, mark: str, source: str | None = None) -> None:
+        self.log.add(layout.FAILED, {"item_id": item_id, "id": row_id, "source": source, "mark": mark})
 
 
 def _rendered_row(item_id: str, request: RenderRequest, rendered: Rendered) -> dict[str, Any]:
@@ -276,11 +200,3 @@ def _failure_columns(raw: RawRow, failure: Failure) -> dict[str, Any]:
 
 def _json(values: Mapping[str, Any]) -> str:
     return json.dumps(values, ensure_ascii=True, default=str, sort_keys=True)
-
-
-def one_row(row: Mapping[str, Any], schema: pa.Schema) -> bytes:
-    """A Parquet file of one row. Columns that the row lacks are null."""
-    complete = {name: row.get(name) for name in schema.names}
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist([complete], schema=schema), buffer, compression="zstd")
-    return buffer.getvalue()

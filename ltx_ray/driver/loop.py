@@ -110,7 +110,9 @@ class Driver:
                 self._admit(rows)
                 if self.policy.in_flight:
                     self._turn_pools()
-                publisher.poll(0.0 if self.policy.in_flight else _TICK_SECONDS)
+                idle = not self.policy.in_flight
+                waits = idle and (self.tracker.exhausted or publisher.pending >= Publisher.FULL)
+                publisher.poll(_TICK_SECONDS if waits else 0.0, flush=idle)
                 self._check_limits()
                 self._show()
             publisher.close(finish=True)
@@ -142,8 +144,8 @@ class Driver:
             self._saved.update(self.policy.save_waiting(Stage.STAGE2))
 
     def _wait_seconds(self) -> float:
-        """Seconds to wait for events of the pools: few or none while rows are being written or may be taken."""
-        if self.tracker.publisher.pending:
+        """Seconds to wait for events of the pools: few or none while rows are being committed or may be taken."""
+        if self.tracker.publisher.committing:
             return _TICK_SECONDS / 20
         return 0.0 if not self.tracker.exhausted and self.policy.capacity() else _TICK_SECONDS
 
@@ -485,7 +487,7 @@ class Driver:
         if not (self.progress.due() or ended):
             return
         tracker, now = self.tracker, time.monotonic()
-        total = self.counts["rows"] if tracker.exhausted else None
+        total = self.counts["rows"] if tracker.exhausted else tracker.plan.expected_rows
         running = Counter(self.policy.stage_of(item) for item in self.policy.running.values())
         starting = sum(len(pool.replicas) - pool.ready for pool in self.pools)
         busy = [f"{stage} {n}" for stage, n in sorted(running.items())]

@@ -19,15 +19,15 @@ class Progress:
     def __init__(self, stream: TextIO | None = None):
         self._stream = stream or sys.stderr
         self._terminal = self._stream.isatty()
+        self._period = _TERMINAL_PERIOD if self._terminal else _LOG_PERIOD
         self._began = time.monotonic()
         self._shown = 0.0
         self._width = 0
 
     def say(self, message: str) -> None:
         """Print a line that stays."""
-        clear = "\r" + " " * self._width + "\r" if self._width else ""
-        self._width = 0
-        self._write(f"{clear}{masked(message)}\n")
+        self.clear()
+        self._write(f"{masked(message)}\n")
 
     def _write(self, text: str) -> None:
         try:
@@ -39,7 +39,7 @@ class Progress:
 
     def due(self) -> bool:
         """Whether `update` would print now. Cheap enough for every turn of the loop."""
-        return time.monotonic() - self._shown >= (_TERMINAL_PERIOD if self._terminal else _LOG_PERIOD)
+        return time.monotonic() - self._shown >= self._period
 
     def update(
         self,
@@ -54,8 +54,8 @@ class Progress:
     ) -> None:
         """Print the state, at most twice a second on a terminal and every 30 s in a log.
 
-        `total` is None while the manifest is still being read; `doing` says what the pools are busy with. `rate` is in
-        clips/h and `left` in seconds; either is None while it is not known.
+        `total` is None while only reading the manifest will tell it; `doing` says what the pools are busy with. `rate`
+        is in clips/h and `left` in seconds; either is None while it is not known.
         """
         if not self.due() and not force:
             return
@@ -68,7 +68,26 @@ class Progress:
         if left is not None:
             parts.append(f"{duration(left)} left")
         parts.append(f"{duration(now - self._began)} elapsed")
-        line = " | ".join(parts) + (f" | {doing}" if doing else "")
+        self._show(" | ".join(parts) + (f" | {doing}" if doing else ""))
+
+    def count(self, done: int, total: int, what: str) -> None:
+        """Print how much of a long command is done, as often as `update` does; nothing for a short one."""
+        if not self.due() or time.monotonic() - self._began < self._period:
+            return
+        now = self._shown = time.monotonic()
+        elapsed = now - self._began
+        parts = [f"{done:,} of {total:,} {what}", f"{duration(elapsed)} elapsed"]
+        if 0 < done < total:
+            parts.insert(1, f"{duration(elapsed / done * (total - done))} left")
+        self._show(" | ".join(parts))
+
+    def clear(self) -> None:
+        """Remove the line that is rewritten, before something else is printed."""
+        if self._width:
+            self._write("\r" + " " * self._width + "\r")
+            self._width = 0
+
+    def _show(self, line: str) -> None:
         if self._terminal:
             self._write("\r" + line.ljust(self._width))
             self._width = len(line)

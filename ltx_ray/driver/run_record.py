@@ -6,7 +6,10 @@ import contextlib
 import datetime
 import importlib.metadata
 import json
+import math
 import os
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,11 +17,17 @@ import ltx_ray
 from ltx_ray.checkpoints.checkpoint import Checkpoint
 from ltx_ray.config import Numerics, PoolSpec, RequestedNumerics
 from ltx_ray.dataset import layout
-from ltx_ray.dataset.clip_rate import UNFINISHED, final_rate
+from ltx_ray.dataset.clip_rate import UNFINISHED, final_rate, rate_text
+from ltx_ray.dataset.run_summary import SummaryBuilder
 from ltx_ray.placement.numerics import numerics_json
 from ltx_ray.placement.sizing import ParallelConfig
+from ltx_ray.records import plain
+from ltx_ray.storage.credentials import masked
+from ltx_ray.storage.lease import write_fenced
 from ltx_ray.storage.store import Store
 
+#: Seconds between two records of a run whose state stays the same.
+_REFRESH_SECONDS, _REMOTE_REFRESH_SECONDS = 10.0, 60.0
 #: Seconds for which an output that cannot be reached is retried before the record is given up.
 _RETRY_SECONDS = 10.0
 _PACKAGES = ("torch", "ray", "diffusers", "transformers", "safetensors", "av", "pyarrow")
@@ -27,13 +36,17 @@ _COUNTS = ("rows", "rendered", "already_done", "failed", "illegal")
 
 
 class RunRecord:
-    """The record of one run. It is written again whenever the run's state changes."""
+    """The record of one run. It is written again whenever the run's state changes, and from time to time in between.
+
+    `epoch` is that of the run's lease: the record of a run that took the output over is not replaced.
+    """
 
     def __init__(
         self,
         store: Store,
         *,
         run_id: str,
+        epoch: int,
         command: Sequence[str],
         manifest: str,
         output: str,
@@ -45,8 +58,11 @@ class RunRecord:
         self._started = _now()
         self._run: dict[str, Any] = {"command": list(command), "manifest": manifest, "output": output}
         self._model = {"checkpoint": checkpoint.path, "model_version": checkpoint.model_version}
-        self._run_id, self._tp = run_id, parallel.tp
+        self._run_id, self._epoch, self._tp = run_id, epoch, parallel.tp
         self._pools: dict[str, int] = {}
+        self._state, self._written = "", -math.inf
+        self._period = _REFRESH_SECONDS if store.is_local else _REMOTE_REFRESH_SECONDS
+        self._refresh: threading.Thread | None = None
         self._numerics = _unresolved(requested, parallel)
         #: The clips/h of the whole run, once it has ended.
         self.clips_per_hour: float | None = None
@@ -58,15 +74,49 @@ class RunRecord:
         self._pools = {pool.name: pool.replicas for pool in pools}
         self._numerics = json.loads(numerics_json(numerics))
 
-    def write(self, state: str, counts: Mapping[str, int], clips: int = 0) -> None:
+    def write(
+        self,
+        state: str,
+        counts: Mapping[str, int],
+        clips: int = 0,
+        summary: SummaryBuilder | None = None,
+        rate: float | None = None,
+    ) -> None:
         """`state`: running, draining, drained, finished or failed. `clips`: those that the run has made so far.
 
-        A store that cannot be reached loses the record.
+        `summary`: of its events, with the timeline, which is written beside them. `rate`: the clips/h of now. A store
+        that cannot be reached loses the record.
         """
+        files = self._files(state, counts, clips, summary, rate)
+        if self._refresh is not None:
+            self._refresh.join()
+        self._put(files)
+
+    @property
+    def due(self) -> bool:
+        """Whether the record is due to be refreshed. Cheap enough for every turn of the driver's loop."""
+        if time.monotonic() - self._written < self._period:
+            return False
+        return self._refresh is None or not self._refresh.is_alive()
+
+    def refresh(
+        self, counts: Mapping[str, int], clips: int, summary: SummaryBuilder | None = None, rate: float | None = None
+    ) -> None:
+        """Write it again with the same state, on a thread of its own."""
+        files = self._files(self._state, counts, clips, summary, rate)
+        self._refresh = threading.Thread(target=self._put, args=(files,), name="record", daemon=True)
+        self._refresh.start()
+
+    def _files(
+        self, state: str, counts: Mapping[str, int], clips: int, summary: SummaryBuilder | None, rate: float | None
+    ) -> dict[str, bytes]:
+        """What is to be written, by its path."""
+        self._state, self._written = state, time.monotonic()
         finished = None if state in UNFINISHED else _now()
         self.clips_per_hour = final_rate(clips, self._started, finished)
         record = {
             "run_id": self._run_id,
+            "epoch": self._epoch,
             "state": state,
             "started_at": self._started,
             "finished_at": finished,
@@ -81,8 +131,21 @@ class RunRecord:
             "clips_per_hour": self.clips_per_hour,
             "versions": self.versions,
         }
-        with contextlib.suppress(OSError):
-            self._store.write_bytes(layout.RUN_RECORD, json.dumps(record, indent=2, ensure_ascii=False).encode())
+        files = {}
+        if summary is not None:
+            record["summary"] = plain(summary.summary(round(time.time(), 3), rate))
+            if (timeline := summary.timeline()) is not None:
+                files[layout.timeline_path(self._run_id)] = masked(timeline.json()).encode()
+        # The record comes last, so that a timeline is there when it can be read.
+        return {**files, layout.RUN_RECORD: json.dumps(record, indent=2, ensure_ascii=False).encode()}
+
+    def _put(self, files: Mapping[str, bytes]) -> None:
+        for name, data in files.items():
+            with contextlib.suppress(OSError):
+                if name == layout.RUN_RECORD:
+                    write_fenced(self._store, name, data, self._epoch)
+                else:
+                    self._store.write_bytes(name, data)
 
 
 def recorded_counts(counts: Mapping[str, int]) -> dict[str, int]:
@@ -90,17 +153,36 @@ def recorded_counts(counts: Mapping[str, int]) -> dict[str, int]:
     return {name: counts.get(name, 0) for name in _COUNTS}
 
 
+def summary_line(state: str, counts: Mapping[str, int], rate: float | None, output: str) -> str:
+    """The last line of a run. `rate` in clips/h."""
+    parts = [f"{counts['rendered']} rendered" + (f" ({rate_text(rate)})" if rate else "")]
+    if counts["already_done"]:
+        parts.append(f"{counts['already_done']} done before")
+    for what in ("failed", "illegal"):
+        if counts[what]:
+            parts.append(f"{counts[what]} {what}")
+    if counts["failed"] + counts["illegal"]:
+        parts.append(f"listed in {output}/failed")
+    return f"{state}: {counts['rows']} rows, {', '.join(parts)}"
+
+
 def keep_older_run(store: Store) -> None:
-    """Copy the records of the run before this one to `runs/<its id>/`."""
+    """Keep the records of the run before this one in `runs/<its id>/`. Its events are not read, but renamed."""
     try:
         older = json.loads(store.read_bytes(layout.RUN_RECORD))["run_id"]
     except (OSError, ValueError, KeyError, TypeError):
         return
     if not isinstance(older, str) or os.path.basename(older) != older:
         return  # Not a name that a run has.
-    for name in (layout.RUN_RECORD, layout.EVENTS, layout.REPORT):
+    for name in (layout.RUN_RECORD, layout.REPORT):
         if store.exists(name):
             store.write_bytes(layout.older_record(older, name), store.read_bytes(name))
+    # If they are there already, those of now belong to a run that was killed before it had a record.
+    kept = layout.older_record(older, layout.EVENTS)
+    if store.exists(layout.EVENTS) and not store.exists(kept):
+        # Into an object store, only a version before wrote this file. One of over 5 GB cannot be renamed there.
+        with contextlib.nullcontext() if store.is_local else contextlib.suppress(OSError):
+            store.move(layout.EVENTS, kept)
 
 
 def _unresolved(requested: RequestedNumerics, parallel: ParallelConfig) -> dict[str, Any]:

@@ -15,8 +15,11 @@ from typing import Any
 
 from ltx_ray.dataset import layout
 from ltx_ray.dataset.clip_rate import FIRST_STAGES, ClipRate
-from ltx_ray.dataset.writer import DatasetWriter, Failure, Rendered, UnreadablePart
+from ltx_ray.dataset.failures import FailureScope
+from ltx_ray.dataset.parts import UnreadablePart
+from ltx_ray.dataset.writer import DatasetWriter, Failure, Rendered
 from ltx_ray.driver.events import EventLog, RunMetrics
+from ltx_ray.driver.illegal_rows import IllegalRows
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
 from ltx_ray.manifest.rules import IllegalRow, RowProblem
@@ -121,7 +124,8 @@ class RowTracker:
         #: The items in the pools and those whose rows are being written, by item_id.
         self.items: dict[str, TrackedItem] = {}
         self.exhausted = False
-        self._illegal_parts: set[str] = set()
+        self._illegal = IllegalRows(progress.say)
+        self._scope = FailureScope(writer.log.store, plan.manifest)
         self._said_unchecked = False
         #: By item_id: a row that asks later for an item that has failed in this run fails the same way.
         self._given_up: dict[str, Failure] = {}
@@ -189,17 +193,15 @@ class RowTracker:
     def _take_illegal(self, row: IllegalRow) -> None:
         raw, messages = row.raw, row.messages()
         self.counts["illegal"] += 1
-        for message in messages:
-            self.progress.say(message)
-        self.events.emit("row_illegal", source=raw.source, id=row.id, message="\n".join(messages))
-        self.publisher.submit(lambda: self._illegal_parts.add(self.writer.write_illegal(raw, messages)), _nothing)
+        if self._illegal.take(row):
+            self.events.emit("row_illegal", source=raw.source, id=row.id, message="\n".join(messages))
+        self.publisher.submit(lambda: self._scope.found(self.writer.write_illegal(raw, messages)), _nothing)
 
     def _take_copy(self, planned: PlannedRow) -> None:
         item_id = planned.item.item_id
         finished = self._finished(item_id)
         assert finished is not None
         table, from_key = finished
-        older = self._older_failures(item_id, planned.key)
         request, raw = planned.request, planned.raw
         failures: list[Failure] = []
 
@@ -209,8 +211,8 @@ class RowTracker:
                     self.writer.copy_preview_row(item_id, from_key, request, raw)
                     return
                 self.writer.copy_index_row(item_id, from_key, request)
-                self.writer.forget_older_failures(older, raw.source)
-            except UnreadablePart as damage:
+                self._forget_older_failures(planned)
+            except (UnreadablePart, FileNotFoundError) as damage:
                 failures.append(Failure("plan", 0, "infrastructure", str(damage)))
                 self.writer.write_failed(item_id, request, raw, failures[0])
 
@@ -231,7 +233,7 @@ class RowTracker:
         return None
 
     def _forget_failure(self, planned: PlannedRow) -> None:
-        self.publisher.submit(lambda: self.writer.forget_failure(planned.item_id, planned.key), _nothing)
+        self.publisher.submit(lambda: self.writer.forget_failure(planned.item_id, planned.id), _nothing)
 
     def call_begins(self, tracked: TrackedItem, stage: Stage, time: float) -> None:
         """A call of `stage` is dispatched at `time` of `time.monotonic`."""
@@ -289,34 +291,31 @@ class RowTracker:
     def _write(self, tracked: TrackedItem, planned: PlannedRow) -> None:
         tracked.writing += 1
         item_id, outcome = tracked.item.item_id, tracked.outcome
-        older = [] if self.plan.latents_only else self._older_failures(item_id, planned.key)
         if isinstance(outcome, Failure):
             self.publisher.submit(
-                lambda: self._write_failed(item_id, planned, outcome, older),
+                lambda: self._write_failed(item_id, planned, outcome),
                 lambda: self._failed(tracked, planned, outcome),
             )
         else:
             assert outcome is not None
             self.publisher.submit(
-                lambda: self._write_rendered(item_id, planned, outcome, older),
+                lambda: self._write_rendered(item_id, planned, outcome),
                 lambda: self._rendered(tracked, planned),
             )
 
-    def _write_rendered(self, item_id: str, planned: PlannedRow, rendered: Rendered, older: list[str]) -> None:
+    def _write_rendered(self, item_id: str, planned: PlannedRow, rendered: Rendered) -> None:
         if self.plan.latents_only:
             self.writer.write_preview(item_id, planned.request, planned.raw, rendered)
             return
         self.writer.write_index(item_id, planned.request, rendered)
-        self.writer.forget_older_failures(older, planned.raw.source)
+        self._forget_older_failures(planned)
 
-    def _write_failed(self, item_id: str, planned: PlannedRow, failure: Failure, older: list[str]) -> None:
+    def _write_failed(self, item_id: str, planned: PlannedRow, failure: Failure) -> None:
         self.writer.write_failed(item_id, planned.request, planned.raw, failure)
-        self.writer.forget_older_failures(older, planned.raw.source)
+        if not self.plan.latents_only:
+            self._forget_older_failures(planned)
 
     def _rendered(self, tracked: TrackedItem, planned: PlannedRow) -> None:
-        existing = self.plan.existing
-        add = existing.add_preview if self.plan.latents_only else existing.add_row
-        add(tracked.item.item_id, planned.key)
         if not tracked.published:
             tracked.published = True
             self.rate.published(time.monotonic())
@@ -339,16 +338,18 @@ class RowTracker:
         if not tracked.writing:
             self.items.pop(tracked.item.item_id, None)
 
-    def _older_failures(self, item_id: str, key: str) -> list[str]:
-        """Parts in which the row failed as another item: with other weights, or before it was edited."""
-        failed = self.plan.existing.failed_parts(key)
-        return [layout.failed_name(kind, other, key) for other, kind in failed if other != item_id]
+    def _forget_older_failures(self, planned: PlannedRow) -> None:
+        """The row may have failed as another item: with other weights, or before it was edited."""
+        item_id = planned.item_id
+        if any(other != item_id for other, _ in self.plan.existing.failures_of_key(planned.key)):
+            self.writer.forget_older_failures(item_id, planned.request, planned.raw.source)
 
     def close(self, complete: bool) -> None:
         """End of the run. `complete`: every row of the manifest was read."""
         self.publisher.poll()
+        self._illegal.summarize()
         if complete and self.plan.complete:
-            self.writer.forget_illegal(self.plan.manifest, keep=self._illegal_parts)
+            self.writer.complete(self._scope)
 
 
 def _nothing() -> None:

@@ -12,20 +12,24 @@ import logging
 import os
 import tempfile
 from collections.abc import Generator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+import ltx_ray
 from ltx_ray.checkpoints.digests import cache_root
 from ltx_ray.config import EngineSpec
-from ltx_ray.dataset.layout import clip_path, preview_path
+from ltx_ray.dataset.clips import publish_clip
+from ltx_ray.dataset.layout import clip_path, preview_path, thumb_path
+from ltx_ray.dataset.thumbnails import FrameSheet
 from ltx_ray.engine import codec, components
 from ltx_ray.engine.base import Rank, is_out_of_memory, resolve_dtype
 from ltx_ray.engine.frames import PictureCheck, decode_tiled, to_yuv420
 from ltx_ray.engine.latents import LatentStore, latents_sha256, named_latents
 from ltx_ray.engine.loudness import measure_sound
-from ltx_ray.engine.mp4 import write_mp4
+from ltx_ray.engine.mp4 import read_metadata, write_mp4
 from ltx_ray.engine.prefetch import prefetch
 from ltx_ray.engine.tiling import LADDER, Tiling, distinct_rungs
 from ltx_ray.placement.numerics import numerics_json
@@ -36,6 +40,8 @@ from ltx_ray.stages import Stage
 from ltx_ray.storage.store import Store
 
 _log = logging.getLogger(__name__)
+#: Seconds for which the write of a thumbnail is retried. The clip does not wait for its picture longer.
+_THUMB_RETRY_SECONDS = 2.0
 
 
 class DecodeEngine:
@@ -106,7 +112,12 @@ class DecodeEngine:
                 }
         named = named_latents(*stages)
         digest = latents_sha256(named)
-        metadata = {"item_id": item.item_id, "recipe_digest": item.recipe_digest}
+        metadata = {
+            "item_id": item.item_id,
+            "recipe_digest": item.recipe_digest,
+            "latents_sha256": digest,
+            "ltx_ray": ltx_ray.__version__,
+        }
         if self.spec.stop_after:
             # Stage 1 renders at half size, and its latents are decoded at that size.
             path, shape = preview_path(item.item_id), item.request.shape.half()
@@ -119,24 +130,32 @@ class DecodeEngine:
         handle, temporary = tempfile.mkstemp(suffix=".mp4", dir=self.store.scratch_dir())
         os.close(handle)
         try:
-            pictures = self._write(temporary, named[f"{video_stage}.video"], shape, sound, metadata)
+            pictures, sheet = self._write(temporary, named[f"{video_stage}.video"], shape, sound, metadata)
             self.facts = dataclasses.replace(self.facts, **stored_facts)
             heard = measure_sound(sound)
             # Pixels of smaller tiles differ slightly from those of the reference's.
             smaller = ("tiled_smaller",) if self.facts.decode_rung else ()
             flags = pictures.flags() + heard.flags(shape.seconds) + smaller
-            clip = Clip(path, _file_sha256(temporary), digest, flags, audio_stage, pictures.measures(), heard)
+            data = Path(temporary).read_bytes()
+            sha256 = hashlib.sha256(data).hexdigest()
+            clip = Clip(path, sha256, digest, flags, audio_stage, pictures.measures(), heard)
             if item.preflight:
                 return dataclasses.replace(clip, path=None)
-            os.chmod(temporary, 0o644)
-            self.store.publish(temporary, path)
+            clip = publish_clip(self.store, clip, item.item_id, data, read_metadata)
         finally:
-            if os.path.exists(temporary):
-                os.unlink(temporary)
+            os.unlink(temporary)
         if not self.spec.stop_after:
+            self._publish_thumb(item, sheet)
             # An earlier attempt that failed may have cached them. A finished clip needs them no longer.
             self.latents.delete_cached(item)
         return clip
+
+    def _publish_thumb(self, item: WorkItem, sheet: FrameSheet) -> None:
+        """Write the picture of a clip. The report makes one of the clip where there is none, so that no row fails."""
+        try:
+            self.store.retrying_for(_THUMB_RETRY_SECONDS).write_bytes(thumb_path(item.item_id), sheet.webp())
+        except OSError as error:
+            _log.warning("%s: no thumbnail (%s)", item.item_id, error)
 
     def _release_cached_memory(self) -> None:
         """Free what PyTorch caches of the frames' memory, some 10 GiB that other processes on the card need."""
@@ -145,8 +164,10 @@ class DecodeEngine:
 
     def _write(
         self, target: str, latent: torch.Tensor, shape: ClipShape, sound: np.ndarray, metadata: dict[str, str]
-    ) -> PictureCheck:
-        """Decode and encode to `target`, in smaller tiles when memory does not suffice. Returns what it measured.
+    ) -> tuple[PictureCheck, FrameSheet]:
+        """Decode and encode to `target`, in smaller tiles when memory does not suffice.
+
+        Returns what it measured, and some of the frames.
 
         The first rung is one that sufficed for a clip of this size or smaller. Raises OutOfMemoryError after the last.
         """
@@ -156,12 +177,12 @@ class DecodeEngine:
         first = max(rung for rung in rungs if rung <= known)
         reason = ""
         for rung in (r for r in rungs if r >= first):
-            check = PictureCheck()
+            check, sheet = PictureCheck(), FrameSheet(shape.num_frames)
             try:
                 write_mp4(
                     target,
                     # The GPU decodes the next frames while the CPU encodes the last ones.
-                    prefetch(self._frames(latent, LADDER[rung], check)),
+                    prefetch(self._frames(latent, LADDER[rung], check, sheet)),
                     width=shape.width,
                     height=shape.height,
                     frame_rate=frame_rate_fraction(shape.frame_rate),
@@ -178,7 +199,7 @@ class DecodeEngine:
                     known_rungs = self._rung_by_size.items()
                     self._rung_by_size = {s: r for s, r in known_rungs if s < size or r > rung} | {size: rung}
                 self.facts = EngineFacts(decode_rung=rung)
-                return check
+                return check, sheet
             # Outside the except block, where the error and with it the frames' tensors are gone.
             self._release_cached_memory()
             _log.warning("%s: no memory to decode in %s (%s)", metadata["item_id"], LADDER[rung], reason)
@@ -186,7 +207,9 @@ class DecodeEngine:
             f"decoding {shape.num_frames} frames of {shape.width}x{shape.height} in the smallest tiles: {reason}"
         )
 
-    def _frames(self, latent: torch.Tensor, tiling: Tiling, check: PictureCheck) -> Generator[np.ndarray, None, None]:
+    def _frames(
+        self, latent: torch.Tensor, tiling: Tiling, check: PictureCheck, sheet: FrameSheet
+    ) -> Generator[np.ndarray, None, None]:
         """Chunks of I420 frames (f, 3 * height / 2, width) uint8 of a latent (1, C, F, H, W)."""
 
         def decode(tile: torch.Tensor) -> torch.Tensor:
@@ -197,7 +220,9 @@ class DecodeEngine:
                 raise RowError("decoded frames are not finite")
             frames = to_yuv420(chunk)
             check.update(frames)
-            yield frames.cpu().numpy()
+            encodable = frames.cpu().numpy()
+            sheet.update(encodable)
+            yield encodable
 
     def _sound(self, latent: torch.Tensor, samples: int) -> np.ndarray:
         """Stereo float32 (2, samples) of a latent (1, 8, T, 16), cut or padded to the length of the video."""
@@ -208,8 +233,3 @@ class DecodeEngine:
             raise RowError("the decoded sound is not finite")
         sound = waveform.float().cpu().numpy()[:, :samples]
         return np.pad(sound, ((0, 0), (0, samples - sound.shape[1])))
-
-
-def _file_sha256(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

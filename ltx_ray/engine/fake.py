@@ -26,6 +26,7 @@ import time
 from typing import Any
 
 from ltx_ray.config import EngineSpec
+from ltx_ray.dataset.clips import ClipMetadata, publish_clip
 from ltx_ray.dataset.layout import clip_path, latents_path, preview_path
 from ltx_ray.engine.base import Rank
 from ltx_ray.records import Clip, EngineFacts, ModelError, RowError, StoredLatentsGone, WorkItem
@@ -34,6 +35,7 @@ from ltx_ray.storage.locations import join
 from ltx_ray.storage.store import Store
 
 _ORDER = re.compile(r"\[\[(\w+):(\w+)(?::([\d.]+))?(?::(\d+))?\]\]")
+_MOOV = re.compile(rb"moov([0-9a-f]{32}) ([0-9a-f]{64})")
 #: Characters of a big result.
 _BIG = 2**20
 #: The gate is open once this file exists.
@@ -80,8 +82,7 @@ class FakeEngine:
         if self.spec.save_latents or self.spec.stop_after:
             self._save_latents(item, inputs)
         path = preview_path(item.item_id) if self.spec.stop_after else clip_path(item.item_id)
-        self.store.write_bytes(path, clip)
-        return Clip(path, sha256, result, (), "stage_1")
+        return publish_clip(self.store, Clip(path, sha256, result, (), "stage_1"), item.item_id, clip, read_metadata)
 
     def _save_latents(self, item: WorkItem, stages: tuple[str, ...]) -> str:
         """Store the results of `stages` where the real engine stores latents; returns the path in the output."""
@@ -145,5 +146,13 @@ def open_gate(output: str) -> None:
 
 def mp4_boxes(item_id: str, content: str) -> bytes:
     """An mp4 that does not play, with the boxes by which a check sees that a clip is whole and which item it is of."""
-    contents = {b"ftyp": b"isom", b"moov": item_id.encode(), b"mdat": content.encode()}
+    contents = {b"ftyp": b"isom", b"moov": f"{item_id} {content}".encode(), b"mdat": content.encode()}
     return b"".join((8 + len(content)).to_bytes(4) + kind + content for kind, content in contents.items())
+
+
+def read_metadata(data: bytes) -> ClipMetadata | None:
+    """What `mp4_boxes` has been told; None for other bytes."""
+    if (match := _MOOV.search(data)) is None:
+        return None
+    item_id, content = match.groups()
+    return ClipMetadata(item_id.decode(), content.decode())

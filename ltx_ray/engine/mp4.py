@@ -7,11 +7,14 @@ the reference truncates it to a whole number.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
 
 import av
 import numpy as np
+
+from ltx_ray.dataset.clips import ClipMetadata
 
 CRF = 19
 PRESET = "veryfast"
@@ -75,6 +78,16 @@ def write_mp4(
                 container.mux(sound.encode(block))
             container.mux(sound.encode())
     return count
+
+
+def read_metadata(data: bytes) -> ClipMetadata | None:
+    """What the bytes of a clip say of it; None when they are no mp4 with an item_id."""
+    try:
+        with av.open(io.BytesIO(data), format="mp4") as container:
+            found = dict(container.metadata)
+    except (av.FFmpegError, OSError, ValueError):
+        return None
+    return ClipMetadata(found["item_id"], found.get("latents_sha256")) if "item_id" in found else None
 
 
 def _audio_frames(audio: np.ndarray, sample_rate: int) -> Iterator[av.AudioFrame]:

@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ import pyarrow.fs as pafs
 
 from ltx_ray.manifest.columns import COLUMNS, Mistyped, shown
 from ltx_ray.manifest.files import ManifestFile
-from ltx_ray.manifest.raw import DAMAGE, RawRow, is_damage
+from ltx_ray.manifest.raw import DAMAGE, RawRow, RowSource, is_damage
 from ltx_ray.manifest.values import LARGEST_VALUE, short
 
 #: Rows that are looked at to tell whether a whole column has the wrong type, and characters of the file.
@@ -39,10 +39,8 @@ _END_OF_FILE, _BYTE_ORDER_MARK = "\x1a", "\ufeff"
 _JOINTS = f" \t\r\n{_END_OF_FILE}{_BYTE_ORDER_MARK}"
 
 
-def json_rows(fs: pafs.FileSystem, file: ManifestFile) -> Callable[[bool], Iterator[RawRow]] | ValueError:
-    """A function that begins to read the rows of a file, or the reason why it is no manifest.
-
-    Its argument has no meaning: a line is read as a whole.
+def json_rows(fs: pafs.FileSystem, file: ManifestFile) -> RowSource | ValueError:
+    """The rows of a file, or the reason why it is no manifest. Columns that no request has are always read.
 
     Raises ValueError for a file that cannot be read, or with a column of the wrong type.
     """
@@ -65,7 +63,7 @@ def json_rows(fs: pafs.FileSystem, file: ManifestFile) -> Callable[[bool], Itera
                 f"{file.name}: column '{key}' has type {json_type(value)} (such as {shown(value)}); "
                 f"legal: {COLUMNS[key].type} ({COLUMNS[key].legal})"
             )
-    return rows
+    return RowSource(rows)
 
 
 class _Peeked:

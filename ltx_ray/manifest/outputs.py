@@ -11,9 +11,12 @@ from collections.abc import Callable, Iterable
 
 CLIPS = "clips"
 LATENTS = "latents"
+THUMBS = "thumbs"
 INDEX = "index"
 FAILED = "failed"
 PREVIEWS = "previews"
+#: What runs need to go on, their events, and what was taken out of the tables.
+STATE = "state"
 #: What holds for all rows.
 DATASET = "dataset.json"
 #: Records of the newest run. Those of older ones are below `RUNS`.
@@ -23,13 +26,15 @@ REPORT = "report.html"
 RUNS = "runs"
 
 ITEM_ID_DIGITS, KEY_DIGITS = "([0-9a-f]{32})", "([0-9a-f]{8})"
-#: Names of parts of index/ and previews/, with the item_id and the row's key as groups.
+#: Names of parts, with the dataset's id and the part's number as groups.
+NUMBERED_PART = re.compile(r"part-([0-9a-f]{8})-([0-9]{8})\.parquet")
+#: Names of parts of one row in index/ and previews/, which earlier versions wrote, with item_id and key as groups.
 PART = re.compile(rf"part-{ITEM_ID_DIGITS}-{KEY_DIGITS}\.parquet")
-#: Names of parts of failed/, with the kind of failure, the item_id and the row's key as groups.
+#: The same in failed/, with the kind of failure, the item_id and the row's key as groups.
 FAILED_PART = re.compile(rf"part-(row|infra|illegal)-{ITEM_ID_DIGITS}-{KEY_DIGITS}\.parquet")
 
 _TABLES = (INDEX, FAILED, PREVIEWS)
-_OWN_FOLDERS = frozenset({*_TABLES, CLIPS, LATENTS, RUNS})
+_OWN_FOLDERS = frozenset({*_TABLES, CLIPS, LATENTS, THUMBS, RUNS, STATE})
 _OWN_FILES = frozenset({DATASET, RUN_RECORD, EVENTS, REPORT})
 
 
@@ -42,7 +47,7 @@ def names_of_an_output(
     """
     folders, files = set(folders), set(files)
     if (RUN_RECORD in files and _is_run_record(read(RUN_RECORD))) or any(
-        PART.fullmatch(name) or FAILED_PART.fullmatch(name)
+        any(pattern.fullmatch(name) for pattern in (NUMBERED_PART, PART, FAILED_PART))
         for table in _TABLES if table in folders
         for name in names(table)
     ):  # fmt: skip

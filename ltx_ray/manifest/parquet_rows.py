@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from ltx_ray.manifest.columns import COLUMNS, arrow_type_fits
 from ltx_ray.manifest.files import ManifestFile
 from ltx_ray.manifest.json_rows import json_type
-from ltx_ray.manifest.raw import DAMAGE, FAILED_ROW_COLUMN, RawRow, is_damage, stored_row
+from ltx_ray.manifest.raw import DAMAGE, FAILED_ROW_COLUMN, RawRow, RowSource, is_damage, stored_row
 from ltx_ray.manifest.values import LARGEST_VALUE, Cells, cells_of, is_bytes, is_text
 
 #: Bytes that are converted at once, and bytes of a column that are read ahead.
@@ -30,17 +30,16 @@ _STORED = (FAILED_ROW_COLUMN, _SOURCE)
 _DAMAGED: Any = object()
 
 
-def parquet_rows(fs: pafs.FileSystem, file: ManifestFile, most_rows: int) -> Callable[[bool], Iterator[RawRow]]:
-    """A function that begins to read the rows of a file, at most `most_rows` at once.
-
-    Its argument says whether it reads columns that no request has.
+def parquet_rows(fs: pafs.FileSystem, file: ManifestFile, most_rows: int) -> RowSource:
+    """The rows of a file, of which at most `most_rows` are read at once.
 
     Raises ValueError for a file that cannot be read, without a prompt column, or with a column of the wrong type.
     """
     try:
         # closed at once: a folder may have more files than a process may open
         with fs.open_input_file(file.path) as opened:
-            schema = pq.ParquetFile(opened).schema_arrow
+            parquet = pq.ParquetFile(opened)
+            schema, count = parquet.schema_arrow, parquet.metadata.num_rows
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{file.name}: cannot be read as Parquet ({error})") from None
     names = schema.names
@@ -48,7 +47,7 @@ def parquet_rows(fs: pafs.FileSystem, file: ManifestFile, most_rows: int) -> Cal
         if names.count(name) > 1:
             raise ValueError(f"{file.name}: has {names.count(name)} columns '{name}'; legal: one column of each name")
     if all(name in names and pa.types.is_string(schema.field(name).type) for name in _STORED):
-        return lambda extra: _failed_rows(fs, file, most_rows)
+        return RowSource(lambda extra: _failed_rows(fs, file, most_rows), count)
     if "prompt" not in names and "prompt" not in file.folder_values:
         raise ValueError(f"{file.name}: has no column 'prompt' (it has {', '.join(names) or 'none'})")
     for name in names:
@@ -57,7 +56,7 @@ def parquet_rows(fs: pafs.FileSystem, file: ManifestFile, most_rows: int) -> Cal
             raise ValueError(f"{file.name}: column '{name}' has type {found}; legal: {column.type} ({column.legal})")
     # Without any column the rows could not be counted. Folders' names may give them all that a request has.
     known = [name for name in names if name in COLUMNS or name in file.folder_values] or names[:1]
-    return lambda extra: _rows(fs, file, most_rows, names if extra else known, COLUMNS)
+    return RowSource(lambda extra: _rows(fs, file, most_rows, names if extra else known, COLUMNS), count)
 
 
 def _failed_rows(fs: pafs.FileSystem, file: ManifestFile, most_rows: int) -> Iterator[RawRow]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -45,6 +46,16 @@ class RawRow(NamedTuple):
         if self.fault == SYNTAX:
             return {UNREADABLE: self.unreadable}
         return {UNREADABLE: self.unreadable, FAULT: self.fault}
+
+
+@dataclass(frozen=True)
+class RowSource:
+    """A file that was found to be usable."""
+
+    #: Begins to read it, with the columns that no request has or without.
+    read: Callable[[bool], Iterator[RawRow]]
+    #: How many rows it has; None where only reading it would tell.
+    count: int | None = None
 
 
 def stored_row(file: str, number: int, values: dict[str, Any]) -> RawRow:

@@ -18,15 +18,12 @@ from ltx_ray.manifest.columns import COLUMNS, Mistyped, shown
 from ltx_ray.manifest.files import JSON, ManifestFile, Skipped, list_files, one_file
 from ltx_ray.manifest.json_rows import json_rows
 from ltx_ray.manifest.parquet_rows import parquet_rows
-from ltx_ray.manifest.raw import FOLDER, RawRow
+from ltx_ray.manifest.raw import FOLDER, RawRow, RowSource
 from ltx_ray.storage.locations import parent
 from ltx_ray.storage.store import Store
 
 #: Most Parquet rows that are converted at once.
 _PARQUET_ROWS = 4096
-
-#: Begins to read a file, with the columns that no request has or without.
-RowSource = Callable[[bool], Iterator[RawRow]]
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,13 @@ class Manifest:
 
         Without `extra`, Parquet columns that no request has are not read.
         """
-        return itertools.chain.from_iterable(source(extra) for source in self._sources)
+        return itertools.chain.from_iterable(source.read(extra) for source in self._sources)
+
+    @property
+    def row_count(self) -> int | None:
+        """How many rows it has, if its files say so, as those of Parquet do. Damaged files may have fewer."""
+        counts = [source.count for source in self._sources]
+        return None if None in counts else sum(count or 0 for count in counts)
 
     def say_skipped(self, say: Callable[[str], None]) -> None:
         """Name what it leaves out of a folder, one sentence for each reason."""
@@ -95,11 +98,11 @@ def manifest_folder(uri: str) -> str:
 
 
 def _source(fs: pafs.FileSystem, file: ManifestFile) -> RowSource | ValueError:
-    """A function that begins to read a file, or the reason why the file is no manifest."""
+    """The rows of a file, or the reason why the file is no manifest."""
     source = json_rows(fs, file) if file.form.kind == JSON else parquet_rows(fs, file, _PARQUET_ROWS)
     if isinstance(source, ValueError) or not file.folder_values:
         return source
-    return partial(_with_folder_values, source, file.folder_values)
+    return RowSource(partial(_with_folder_values, source, file.folder_values), source.count)
 
 
 # --- values in folders' names --------------------------------------------------------------------------------------
@@ -107,7 +110,7 @@ def _source(fs: pafs.FileSystem, file: ManifestFile) -> RowSource | ValueError:
 
 def _with_folder_values(source: RowSource, given: Mapping[str, Any], extra: bool) -> Iterator[RawRow]:
     """Rows with the values that their folders' names give them. Rows of a dataset's failed/ have theirs already."""
-    for row in source(extra):
+    for row in source.read(extra):
         if row.unreadable is not None or row.from_failed:
             yield row
             continue

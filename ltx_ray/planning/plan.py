@@ -27,6 +27,7 @@ from ltx_ray.planning.templates import RowTemplate, TemplateCache, item_sample_s
 from ltx_ray.records import Recipe, RenderRequest, WorkItem
 from ltx_ray.storage.id_table import IdTable
 from ltx_ray.storage.images import check_image, image_digest
+from ltx_ray.storage.locations import recorded
 
 #: Statuses of a row. An IllegalRow has the last one.
 TODO, DONE, COPY, FAILED, REPEATED, ILLEGAL = "todo", "done", "copy", "failed", "repeated", IllegalRow.status
@@ -204,6 +205,8 @@ class Plan:
     #: The run stops after stage 1, so a row with a preview is done.
     latents_only: bool = False
     samples: int = 1
+    #: Rows of the manifest, once it was opened and if its files say so.
+    manifest_rows: int | None = None
     counts: Counter[str] = field(default_factory=Counter, init=False)
     tflop: float = field(default=0.0, init=False)
 
@@ -220,6 +223,16 @@ class Plan:
     def complete(self) -> bool:
         """Whether the plan takes every row of its manifest."""
         return self.selection == Selection()
+
+    @property
+    def expected_rows(self) -> int | None:
+        """How many rows the plan will have; None where only reading the manifest tells. Repeated rows are counted."""
+        if self.manifest_rows is None or self.selection.ids is not None:
+            return None
+        first, _, step = self._shard()
+        rows = len(range(first, self.manifest_rows, step))
+        limit = self.selection.limit
+        return (rows if limit is None else min(rows, limit)) * self.samples
 
     def against(self, existing: ExistingRows) -> Plan:
         """The same plan compared with another dataset. Nothing is counted yet."""
@@ -238,6 +251,7 @@ class Plan:
             raise ValueError(f"--samples-per-prompt: {self.samples}, legal: 1 for a retry, whose rows are samples")
         manifest = open_manifest(self.manifest)
         manifest.say_skipped(say)
+        self.manifest_rows = manifest.row_count
         return manifest.rows(extra)
 
     def rows(self, raws: Iterator[RawRow]) -> Iterator[PlanEntry]:
@@ -262,6 +276,14 @@ class Plan:
                 if self.selection.limit is not None and taken >= self.selection.limit:
                     self.unmet.clear()  # The rest of the manifest, which may have them, is not read.
                     return
+
+    def say_missing_ids(self, say: Callable[[str], None]) -> None:
+        """Name ids that were selected and that the manifest, or the shard of it, read to its end, does not have."""
+        if self.unmet:
+            shown = ", ".join(sorted(str(row_id) for row_id in self.unmet)[:10])
+            manifest, shard = recorded(self.manifest), self.selection.shard
+            place = manifest if shard is None else f"shard {shard[0]}/{shard[1]} of {manifest}"
+            say(f"--ids: {len(self.unmet)} ids are not in {place}, such as {shown}")
 
     # --- rows without a status ------------------------------------------------------------------
 

@@ -1,6 +1,8 @@
 """A lease on an output, so that two runs do not work on it at once.
 
-It is best effort. Names of parts and clips are deterministic, so two runs that do work at once do no harm.
+It is taken and renewed by conditional writes, and clocks of two machines are never compared: a run that waits takes the
+lease over when the file has not changed for a minute of its own clock. Two runs that do work at once, as when one was
+suspended, do no harm.
 """
 
 from __future__ import annotations
@@ -11,33 +13,35 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ltx_ray.storage.store import Store
 
-#: The lease's file, relative to the output.
-LEASE_FILE = "_lease.json"
+#: The lease's file, relative to the output. It stays when no run has the lease, because it counts the holders.
+LEASE_FILE = "state/lease.json"
+#: The lease of ltx-ray 0.1, which a run of that version may still hold.
+_FORMER_FILE = "_lease.json"
 _TTL_SECONDS = 60.0
 _RENEW_SECONDS = 15.0
 _POLL_SECONDS = 2.0
-#: Longer than another run needs between finding the output free and writing its lease.
-_SETTLE_SECONDS = 1.0
 #: How long a renewal is retried: the next one comes soon, and several fit before the lease expires.
 _RENEW_RETRY_SECONDS = 5.0
-#: Bytes of every lease. An object is read in two requests, its size first: one that is replaced in between must not be
-#: cut short.
-_BYTES = 1024
 
 
 @dataclass(frozen=True)
 class LeaseEntry:
-    """What the lease's file says of the run that holds it. `expires` is in seconds since the epoch."""
+    """What the lease's file says of the run that holds it; `run_id` is "" when none does.
+
+    `epoch` is the number of runs that have held it so far. `expires`, in seconds since the epoch, is for people and for
+    a run of 0.1.
+    """
 
     run_id: str
     host: str
     pid: int
     pid_namespace: str
     expires: float
+    epoch: int = 0
 
     @classmethod
     def parse(cls, data: bytes) -> LeaseEntry:
@@ -49,6 +53,7 @@ class LeaseEntry:
             pid=int(fields["pid"]),
             pid_namespace=str(fields.get("pids", "")),
             expires=float(fields["expires"]),
+            epoch=int(fields.get("epoch", 0)),
         )
 
     def encode(self) -> bytes:
@@ -58,21 +63,25 @@ class LeaseEntry:
             "pid": self.pid,
             "pids": self.pid_namespace,
             "expires": self.expires,
+            "epoch": self.epoch,
         }
-        return json.dumps(fields).encode().ljust(_BYTES)
+        return json.dumps(fields).encode()
 
     @property
-    def is_live(self) -> bool:
-        """Whether the run may still be alive."""
-        if self.expires < time.time():
-            return False
+    def is_held(self) -> bool:
+        """Whether a run has the lease that is not known to be dead."""
         # A run that was killed on this machine has no process any more. Containers may share the machine's host name,
         # but not its process ids.
         same_machine = self.host == socket.gethostname() and self.pid_namespace == _pid_namespace()
-        return not same_machine or _is_running(self.pid)
+        return bool(self.run_id) and (not same_machine or _is_running(self.pid))
+
+    @property
+    def is_live(self) -> bool:
+        """Whether the run may still be alive, as far as one look and this machine's clock can tell."""
+        return self.is_held and self.expires >= time.time()
 
 
-#: Represents a lease that cannot be read: it belongs to no run and has expired.
+#: Represents a lease that cannot be read: no run holds it.
 _UNREADABLE = LeaseEntry(run_id="", host="", pid=0, pid_namespace="", expires=0.0)
 
 
@@ -81,10 +90,12 @@ class Lease:
 
     def __init__(self, store: Store, run_id: str):
         assert run_id != _UNREADABLE.run_id
-        self._store, self._run_id = store, run_id
+        self._store, self._process = store, (run_id, socket.gethostname(), os.getpid(), _pid_namespace())
         self._renewals = store.retrying_for(_RENEW_RETRY_SECONDS)
         self._released, self._lost = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
+        #: The number of this holder, higher than that of every holder before; 0 before the lease is taken.
+        self.epoch = 0
 
     @property
     def lost(self) -> bool:
@@ -106,68 +117,89 @@ class Lease:
             raise
 
     def _acquire(self, say: Callable[[str], None]) -> None:
-        announced = False
+        announced, seen, since = False, None, 0.0
         while True:
-            entry = _read(self._store)
-            if entry is None or entry.run_id == self._run_id or not entry.is_live:
-                if self._take(fresh=entry is None):
+            entry, version = _read(self._store)
+            # The holder renews it every 15 seconds, whatever its clock says.
+            if version != seen:
+                seen, since = version, time.monotonic()
+            silent = time.monotonic() - since >= _TTL_SECONDS
+            other = _former(self._store)
+            if other is None and entry.is_held and not silent:
+                other = entry
+            if other is None:
+                if self._take(entry, version):
                     break
                 continue
             if not announced:
-                say(f"{self._store.name} is in use by run {entry.run_id} on {entry.host}; waiting for it")
+                say(f"{self._store.name} is in use by run {other.run_id} on {other.host}; waiting for it")
                 announced = True
             time.sleep(_POLL_SECONDS)
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
         self._thread.start()
 
-    def _take(self, fresh: bool) -> bool:
-        """Write the lease; False when another run wrote its own meanwhile. `fresh`: there was no file."""
-        if fresh and self._store.is_local:
-            try:
-                return self._store.create(LEASE_FILE, self._entry())
-            except OSError:
-                pass  # a disk without hard links
-        self._store.write_bytes(LEASE_FILE, self._entry())
-        # Stores have no "write unless it exists": of two runs that found the output free, the later writer wins.
-        time.sleep(_SETTLE_SECONDS)
-        entry = _read(self._store)
-        return entry is not None and entry.run_id == self._run_id
+    def _take(self, entry: LeaseEntry, version: str) -> bool:
+        """Write the lease; False when another run wrote its own meanwhile."""
+        taken = self._write(self._store, entry.epoch + 1, version)
+        if taken:
+            self.epoch = entry.epoch + 1
+        return taken
+
+    def _write(self, store: Store, epoch: int, version: str) -> bool:
+        entry = LeaseEntry(*self._process, expires=time.time() + _TTL_SECONDS, epoch=epoch)
+        return _replace(store, LEASE_FILE, entry.encode(), version)
+
+    def _is_own(self, entry: LeaseEntry) -> bool:
+        return (entry.run_id, entry.host, entry.pid, entry.pid_namespace) == self._process
 
     def _renew(self) -> None:
         while not self._released.wait(_RENEW_SECONDS):
             try:
-                entry = _read(self._renewals)
-                if entry is not None and entry.run_id not in (self._run_id, _UNREADABLE.run_id):
+                entry, version = _read(self._renewals)
+                # A file that somebody deleted or spoiled is written again.
+                if entry != _UNREADABLE and not (self._is_own(entry) and entry.epoch == self.epoch):
                     self._lost.set()
                     return
-                self._renewals.write_bytes(LEASE_FILE, self._entry())
+                self._write(self._renewals, self.epoch, version)
             except OSError:
                 continue  # the store may be back before the lease expires
 
     def release(self) -> None:
-        """Delete the lease unless it is another run's. When the store does not answer, it expires by itself."""
+        """Give the lease back unless it is another run's. When the store does not answer, it expires by itself."""
         self._released.set()
         if self._thread is not None:
             self._thread.join(timeout=10)  # it may be in the middle of a renewal
         try:
-            entry = _read(self._renewals)
-            if entry is not None and entry.run_id == self._run_id:
-                self._renewals.delete(LEASE_FILE)
+            entry, version = _read(self._renewals)
+            if self._is_own(entry):
+                _replace(self._renewals, LEASE_FILE, replace(_UNREADABLE, epoch=entry.epoch).encode(), version)
         except OSError:
             pass
-
-    def _entry(self) -> bytes:
-        expires = time.time() + _TTL_SECONDS
-        return LeaseEntry(self._run_id, socket.gethostname(), os.getpid(), _pid_namespace(), expires).encode()
 
 
 def holder(store: Store) -> LeaseEntry | None:
     """The lease of the run that works in `store`; None when there is none or the store does not answer."""
     try:
-        entry = _read(store)
+        entry, _ = _read(store)
+        return entry if entry.is_live else _former(store)
     except OSError:
         return None
-    return entry if entry is not None and entry.is_live else None
+
+
+def write_fenced(store: Store, relative: str, record: bytes, epoch: int) -> bool:
+    """Write a record, JSON with its holder's `epoch`; False when a later holder of the lease has written its own.
+
+    A run that lost its lease without noticing cannot replace what its successor wrote. Raises OSError.
+    """
+    while True:
+        present, version = _read_versioned(store, relative)
+        try:
+            if json.loads(present).get("epoch", 0) > epoch:
+                return False
+        except (ValueError, TypeError, AttributeError):
+            pass  # there is none, or it is none
+        if _replace(store, relative, record, version):
+            return True
 
 
 def _pid_namespace() -> str:
@@ -179,14 +211,35 @@ def _pid_namespace() -> str:
         return ""
 
 
-def _read(store: Store) -> LeaseEntry | None:
-    """The lease in `store`; None when there is none. Raises OSError when the store does not answer."""
+def _read(store: Store) -> tuple[LeaseEntry, str]:
+    """The lease in `store`, and its version, "" where there is no file. Raises OSError if the store does not answer."""
+    data, version = _read_versioned(store, LEASE_FILE)
     try:
-        return LeaseEntry.parse(store.read_bytes(LEASE_FILE))
-    except FileNotFoundError:
-        return None
+        return LeaseEntry.parse(data), version
     except (ValueError, KeyError, TypeError):
-        return _UNREADABLE
+        return _UNREADABLE, version
+
+
+def _former(store: Store) -> LeaseEntry | None:
+    """The lease of a live run of ltx-ray 0.1. Raises OSError when the store does not answer."""
+    try:
+        entry = LeaseEntry.parse(store.read_bytes(_FORMER_FILE))
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+    return entry if entry.is_live else None
+
+
+def _read_versioned(store: Store, relative: str) -> tuple[bytes, str]:
+    """A file and its version; nothing, in version "", where there is no file."""
+    try:
+        return store.read_versioned(relative)
+    except FileNotFoundError:
+        return b"", ""
+
+
+def _replace(store: Store, relative: str, data: bytes, version: str) -> bool:
+    """Write a file that is still in `version`; see `_read_versioned`."""
+    return store.update(relative, data, version) if version else store.create(relative, data)
 
 
 def _is_running(pid: int) -> bool:

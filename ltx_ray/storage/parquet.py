@@ -1,4 +1,4 @@
-"""Small Parquet files that are in memory."""
+"""Whole Parquet files, or some of their columns, read by the calling thread alone."""
 
 from __future__ import annotations
 
@@ -19,14 +19,22 @@ def read_parquet(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
     threads in any case.
     """
     try:
-        with pq.ParquetFile(pa.BufferReader(data), pre_buffer=False, page_checksum_verification=True) as file:
-            names = None if columns is None else list(columns)
-            missing = [name for name in names or () if name not in file.schema_arrow.names]
-            if missing:
-                raise pa.ArrowInvalid(f"no column {missing[0]!r}")
-            table = file.read(names, use_threads=False)
+        table = read_parquet_file(pa.BufferReader(data), columns)
         table.validate(full=True)
     except (OSError, UnicodeDecodeError) as error:
         # The bytes are in memory. Arrow reports damaged pages and headers as errors of a disk all the same.
         raise pa.ArrowInvalid(str(error)) from None
     return table
+
+
+def read_parquet_file(source: pa.NativeFile, columns: Sequence[str] | None = None) -> pa.Table:
+    """The same of a file that Arrow itself has opened: a Python object must not stand behind it.
+
+    Raises OSError too, which may be the disk's or the store's.
+    """
+    with pq.ParquetFile(source, pre_buffer=False, page_checksum_verification=True) as file:
+        names = None if columns is None else list(columns)
+        missing = [name for name in names or () if name not in file.schema_arrow.names]
+        if missing:
+            raise pa.ArrowInvalid(f"no column {missing[0]!r}")
+        return file.read(names, use_threads=False)

@@ -36,8 +36,8 @@ _GONE = re.compile("NO_SUCH_KEY|RESOURCE_NOT_FOUND")
 
 
 def is_permanent(error: OSError) -> bool:
-    """Whether a retry cannot help: the file is missing, forbidden or not a file."""
-    if isinstance(error, FileNotFoundError | PermissionError):
+    """Whether a retry cannot help: the file is missing, forbidden or not a file, or the store cannot do it at all."""
+    if isinstance(error, FileNotFoundError | PermissionError | io.UnsupportedOperation):
         return True
     return error.errno in _PERMANENT or (error.errno is None and bool(_PERMANENT_WORDS.search(str(error))))
 

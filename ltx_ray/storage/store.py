@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
-import re
+import random
 import secrets
-import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from urllib.parse import quote
 
@@ -15,7 +16,11 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from ltx_ray.storage.credentials import encoded_user_info, split_user_info
+from ltx_ray.storage.local_files import TEMPORARY, LocalFiles, temporary_beside
 from ltx_ray.storage.locations import recorded, resolve, split_options
+from ltx_ray.storage.object_access import connector
+from ltx_ray.storage.object_client import ObjectClient
+from ltx_ray.storage.parquet import read_parquet_file
 from ltx_ray.storage.retry import RetryPolicy, retrying_reader
 
 #: Seconds for which an operation is retried. A restarted or throttled store is back sooner.
@@ -31,7 +36,8 @@ _CHECK_RETRY_SECONDS = 10.0
 #: Bytes below which an object is uploaded in one request. It is less than one part of a multi-part upload in every
 #: version of pyarrow.
 _SMALL = 4 * 2**20
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}")
+#: What tells whether the store refuses to create an object a second time.
+_PROBE = "state/probe"
 
 
 class Store:
@@ -86,6 +92,8 @@ class Store:
         try:
             store = self.retrying_for(min(self._retry.seconds, _CHECK_RETRY_SECONDS))
             store.write_bytes(probe, b"")
+            if not store.is_local:
+                store.create(probe, b"")  # by the other library, which has to find its credentials, too
             store.delete(probe)
         except Exception as error:  # each filesystem raises its own classes
             raise ValueError(f"--output: {self.name}, cannot be written ({error})") from None
@@ -128,6 +136,18 @@ class Store:
 
         return self._retry("reading", relative, read)
 
+    def read_columns(self, relative: str, columns: Sequence[str]) -> pa.Table:
+        """Some columns of a Parquet file, of which nothing else is read.
+
+        Raises FileNotFoundError, and pa.ArrowException for a damaged file and one that lacks a column.
+        """
+
+        def read() -> pa.Table:
+            with self._fs.open_input_file(self.path(relative)) as file:
+                return read_parquet_file(file, columns)
+
+        return self._retry("reading", relative, read)
+
     def write_bytes(self, relative: str, data: bytes) -> None:
         """Write a whole file. It replaces an older one atomically."""
         target = self.path(relative)
@@ -135,7 +155,7 @@ class Store:
         def write() -> None:
             if not self.is_local:
                 return self._put(target, data)
-            temporary = _temporary_beside(target)
+            temporary = temporary_beside(target)
             try:
                 with open(temporary, "wb") as file:
                     file.write(data)
@@ -146,28 +166,63 @@ class Store:
 
         self._retry("writing", relative, write)
 
-    def create(self, relative: str, data: bytes) -> bool:
-        """Write a whole local file unless it exists. Of several processes that try at once, one gets True.
+    @cached_property
+    def _conditional(self) -> LocalFiles | ObjectClient:
+        if self.is_local:
+            return LocalFiles(self.root, self._retry)
+        connect, silence = (min(most, max(1.0, self._retry.seconds)) for most in (_CONNECT_SECONDS, _SILENCE_SECONDS))
+        return ObjectClient(connector(self._fs, self.root, connect), self.root, silence, self._retry)
 
-        Raises OSError on a disk without hard links.
+    def create(self, relative: str, data: bytes) -> bool:
+        """Write a whole file only if there is none; of several writers at once, one gets True.
+
+        True means that the file has exactly these bytes, and from this call: when an answer was lost, what is there
+        tells whose it is, so different writers should write different bytes. False means that another is there. An
+        object store without conditions is not that strict; see `refuses_second_create`.
         """
-        assert self.is_local
-        target = self.path(relative)
-        temporary = _temporary_beside(target)
+        return self._conditional.create(relative, data)
+
+    def read_versioned(self, relative: str) -> tuple[bytes, str]:
+        """The whole file, and the version of it for `update`. Raises FileNotFoundError when there is none."""
+        return self._conditional.read_versioned(relative)
+
+    def update(self, relative: str, data: bytes, version: str) -> bool:
+        """Replace a whole file that is still in this version; False when it is in another, or not there.
+
+        A lost answer is settled as in `create`. On a network file system without locks, and in an object store without
+        conditions, two writers at once may both get True.
+        """
+        return self._conditional.update(relative, data, version)
+
+    def names(self, folder: str) -> Iterator[str]:
+        """Names of all files below `folder`, relative to it, in no order; memory does not grow with their number.
+
+        Files that are being written are left out. Nothing is raised when there is no such folder.
+        """
+        return self._conditional.names(folder)
+
+    def delete_many(self, relatives: Iterable[str]) -> None:
+        """Remove files, as many in one request as the store takes. Those that are not there are passed over."""
+        self._conditional.delete_many(relatives)
+
+    def refuses_second_create(self) -> bool:
+        """Whether the store itself keeps `create` from replacing a file. Not every S3-compatible store does.
+
+        This leaves a file at state/probe.
+        """
+        files = self._conditional
+        create = files.create if isinstance(files, LocalFiles) else files.create_on_condition
         try:
-            temporary.write_bytes(data)
-            os.link(temporary, target)
-        except FileExistsError:
+            return not all(create(_PROBE, secrets.token_bytes(16)) for _ in range(2))
+        except io.UnsupportedOperation:
             return False
-        finally:
-            temporary.unlink(missing_ok=True)
-        return True
 
     def _put(self, target: str, data: bytes) -> None:
         # In one call: a stream that is closed after half of the data uploads that half as the object. For the same
         # reason a multi-part upload begins before anything is written: if the first write had to begin it and could
         # not, an empty object would replace the older one.
-        with (self._small if len(data) < _SMALL else self._fs).open_output_stream(target) as file:
+        fs = self._small if len(data) < _SMALL else self._fs
+        with fs.open_output_stream(target, compression=None) as file:  # by default a name ending in .zst is compressed
             file.write(data)
 
     def append_text(self, relative: str, text: str) -> None:
@@ -188,28 +243,6 @@ class Store:
                     raise
 
         self._retry("writing", relative, append)
-
-    def publish(self, local_file: str, relative: str) -> None:
-        """Move the finished `local_file` to `relative`."""
-        target = self.path(relative)
-        if not self.is_local:
-            data = Path(local_file).read_bytes()
-            self._retry("writing", relative, lambda: self._put(target, data))
-            os.unlink(local_file)
-            return
-        temporary = self._retry("writing", relative, lambda: _temporary_beside(target))
-
-        def write() -> None:
-            if os.path.exists(local_file):  # an earlier try may have moved it
-                shutil.move(local_file, temporary)
-            with open(temporary, "rb") as file:
-                _sync(file.fileno())
-            os.replace(temporary, target)
-
-        try:
-            self._retry("writing", relative, write)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def move(self, relative: str, to: str) -> None:
         """Rename a file, replacing an older `to`. Objects are copied, then deleted: for a moment both exist."""
@@ -232,7 +265,7 @@ class Store:
             pass
 
     def scratch_dir(self) -> str | None:
-        """A folder on the output's disk for files to publish. None, for an object store, means the system's default."""
+        """A folder on the output's disk for temporary files. None, for an object store, means the system's default."""
         if not self.is_local:
             return None
         folder = Path(self.root) / SCRATCH
@@ -241,23 +274,28 @@ class Store:
 
     def remove_scratch(self) -> None:
         """Remove the folder of `scratch_dir` if it is empty."""
+        self.remove_empty_folder(SCRATCH)  # it may hold another run's file
+
+    def remove_empty_folder(self, relative: str) -> None:
+        """Remove a folder on a local disk if it is empty. An object store has none."""
         if self.is_local:
             try:
-                os.rmdir(self.path(SCRATCH))
+                os.rmdir(self.path(relative))
             except OSError:
-                pass  # it holds another run's file, or does not exist
+                pass
 
 
-def clean_stale(store: Store, older_than_seconds: float) -> int:
+def clean_stale(store: Store, older_than_seconds: float, seconds: float = 5.0) -> int:
     """Remove temporary files that killed processes left in a local output; returns how many.
 
     A file written to within the last `older_than_seconds` may belong to a running process and stays. Object stores
-    have no temporary files.
+    have no temporary files. Folders of many files are looked through in a random order, for so many `seconds` in all:
+    what is left may be found the next time.
     """
     if not store.is_local:
         return 0
-    latest, removed = time.time() - older_than_seconds, 0
-    for path in _temporaries(store.root):
+    latest, removed, end = time.time() - older_than_seconds, 0, time.monotonic() + seconds
+    for path in _temporaries(store.root, end):
         try:
             if os.stat(path).st_mtime <= latest:
                 os.unlink(path)
@@ -267,15 +305,15 @@ def clean_stale(store: Store, older_than_seconds: float) -> int:
     return removed
 
 
-def _temporaries(root: str) -> Iterator[str]:
+def _temporaries(root: str, end: float) -> Iterator[str]:
     folders = [root]
-    while folders:
-        folder = folders.pop()
+    while folders and time.monotonic() < end:
+        folder = folders.pop(random.randrange(len(folders)))
         try:
             with os.scandir(folder) as entries:
                 for entry in entries:
                     if entry.name.startswith("."):
-                        if _TEMPORARY.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                        if TEMPORARY.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
                             yield entry.path
                     elif entry.is_dir(follow_symlinks=False):
                         folders.append(entry.path)
@@ -319,9 +357,3 @@ def _sync(handle: int) -> None:
     The rename itself is left to the file system's journal, which keeps a clip's rename before its index row's.
     """
     os.fsync(handle)
-
-
-def _temporary_beside(target: str) -> Path:
-    path = Path(target)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}")

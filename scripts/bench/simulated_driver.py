@@ -13,6 +13,9 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec, RunLimits
+from ltx_ray.dataset import layout
+from ltx_ray.dataset.parts import key_bytes
+from ltx_ray.dataset.row_log import RowLog
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.driver.events import EventLog
 from ltx_ray.driver.loop import Driver, JoinedCluster
@@ -22,7 +25,7 @@ from ltx_ray.driver.tracker import RowTracker
 from ltx_ray.planning.plan import Plan, PlanEntry
 from ltx_ray.pools.protocol import CallFinished, ReplicaEvent, ReplicaLost, ReplicaStarted
 from ltx_ray.pools.simulated import Faults, SimulatedReplicaSet
-from ltx_ray.records import Clip, WorkItem
+from ltx_ray.records import Clip, RenderRequest, WorkItem
 from ltx_ray.stages import DIFFUSION_STAGES, FULL_PATH, OUTPUT_STAGES, TRAITS, Stage
 from ltx_ray.storage.store import Store
 
@@ -69,16 +72,27 @@ class WatchedReplicas(SimulatedReplicaSet):
         return {**self.spent, "there": self.spent["there"] + there, "now": self.now}
 
 
-class _NoWriter(DatasetWriter):
-    """Drops every row. Threads write the parts, and only the driver's own thread is measured here."""
+class _KeyLog(RowLog):
+    """Keeps the keys of finished rows, and writes nothing: only the driver's own thread is measured here."""
 
-    def __init__(self) -> None:
+    def commit(self) -> None:
+        rows, self._rows[layout.INDEX] = self._rows[layout.INDEX], []
+        self._keys = getattr(self, "_keys", []) + [key_bytes(row["item_id"], row["key"]) for row in rows]
+        self.existing.index.add_pending(self._keys[-len(rows) :], "segment")
+
+    def fold(self) -> None:
+        self.existing.index.fold("part", self._keys)
+        self._keys = []
+
+
+class _KeyWriter(DatasetWriter):
+    """Makes no whole rows. A thread of its own makes them in a run."""
+
+    def write_index(self, item_id: str, request: RenderRequest, rendered: Any) -> None:
+        self.log.add(layout.INDEX, {"item_id": item_id, "key": layout.row_key(request.id)})
+
+    def write_failed(self, *row: Any, **more: Any) -> None:
         pass
-
-    def write_index(self, *row: Any, **more: Any) -> None:
-        pass
-
-    write_failed = forget_older_failures = forget_failure = forget_illegal = write_index
 
 
 def lay_out(replicas: int, split: tuple[int, int] | None) -> list[PoolSpec]:
@@ -125,8 +139,9 @@ def drive(
         nodes=max(1, sum(pool.replicas for pool in pools) // 8),
     ).watched()  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        events = EventLog(Store(folder))
-        tracker = RowTracker(plan, _NoWriter(), Publisher(1), events, Progress(io.StringIO()), "{}")
+        store = Store(folder)
+        events, log = EventLog(store, "bench"), _KeyLog(store, plan.existing, "0" * 8, "run")
+        tracker = RowTracker(plan, _KeyWriter(log), Publisher(log), events, Progress(io.StringIO()), "{}")
         cast(Any, tracker).metrics = SimpleNamespace(item=lambda outcome: None, call=lambda stage, seconds: None)
         driver = Driver(
             tracker=tracker,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 
 import pytest
 
-from ltx_ray.storage import store
 from tests.support.samples import write_jsonl
 from tests.support.schedules import Schedule
 
@@ -18,7 +18,7 @@ done: set[int] = set()
 @pytest.fixture(autouse=True)
 def no_waiting_for_the_disk(monkeypatch):
     """These tests do not cut the power."""
-    monkeypatch.setattr(store, "_sync", lambda handle: None)
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -7,23 +7,26 @@ import io
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from ltx_ray.cli import main
 from ltx_ray.cli.status import status_lines
 from ltx_ray.storage.store import Store
+from tests.support.datasets import rows_in
 
 IMAGE = (Path(__file__).parents[1] / "parity" / "goldens" / "a.png").read_bytes()
 
 
-def table(store: Store, folder: str) -> list[dict]:
-    return [pq.read_table(io.BytesIO(store.read_bytes(f"{folder}/{name}"))).to_pylist()[0]
-            for name in store.list_names(folder)]  # fmt: skip
-
-
 def events(store: Store) -> list[dict]:
-    return [json.loads(line) for line in store.read_bytes("events.jsonl").decode().splitlines()]
+    """Those of the newest run."""
+    folder = f"state/events/{json.loads(store.read_bytes('run.json'))['run_id']}"
+    names = [name for name in store.list_names(folder) if name.endswith(".jsonl.zst")]
+    segments = [io.BytesIO(store.read_bytes(f"{folder}/{name}")) for name in names]
+    return [
+        json.loads(line) for file in segments for line in pa.CompressedInputStream(file, "zstd").read().splitlines()
+    ]
 
 
 def test_manifest_images_and_dataset_in_a_bucket(runner, bucket):
@@ -46,12 +49,12 @@ def test_manifest_images_and_dataset_in_a_bucket(runner, bucket):
         return runner.render(manifest, out.uri, fake=False, dtype="float32", save_latents=True, stage1=1, stage2=0)
 
     assert render() == 3
-    (rendered,) = table(out, "index")
+    (rendered,) = rows_in(out, "index")
     assert rendered["id"] == "image" and [i["path"] for i in rendered["images"]] == [f"{bucket}/set/img/a 1.png"] * 2
     clip = out.read_bytes(rendered["clip"])
     assert hashlib.sha256(clip).hexdigest() == rendered["clip_sha256"] and b"ftyp" in clip[:12]
     assert out.exists(f"latents/{rendered['item_id'][:2]}/{rendered['item_id']}.safetensors")
-    failed = {r["id"]: r for r in table(out, "failed")}
+    failed = {r["id"]: r for r in rows_in(out, "failed")}
     refused = f"{bucket}/set/rows.jsonl:2:images (elsewhere): '{bucket}/set-other/a.png', legal: a path inside an --im"
     assert failed["elsewhere"]["message"].startswith(refused)
     assert f"'{manifest}', legal: an image that can be read (not a known image format;" in failed["text"]["message"]
@@ -60,17 +63,19 @@ def test_manifest_images_and_dataset_in_a_bucket(runner, bucket):
     assert (failed["half"]["stage"], failed["half"]["error_class"]) == ("text", "row")
     assert "gang_started" in {e["event"] for e in events(out)}
     summary = "1 rows in the index, 3 in failed/ (2 illegal, 1 of their own fault, 0 of infrastructure's)"
-    assert summary in status_lines(out.uri)
+    said = status_lines(out.uri)
+    assert summary in said and any(": last finished decode of image, " in line for line in said)
+    assert not out.exists("events.jsonl") and "stage 1 + 2" in out.read_bytes("report.html").decode()
 
     # a second run finds nothing to do
     assert render() == 3
-    assert table(out, "index") == [rendered]
+    assert rows_in(out, "index") == [rendered]
     assert [e["event"] for e in events(out)] == ["run_started", "row_illegal", "row_illegal", "run_finished"]
 
     # the manifest is corrected
     store.write_bytes("set/rows.jsonl", lines[0].encode())
     assert render() == 0
-    assert table(out, "index") == [rendered] and [r["id"] for r in table(out, "failed")] == ["half"]
+    assert rows_in(out, "index") == [rendered] and [r["id"] for r in rows_in(out, "failed")] == ["half"]
     assert json.loads(out.read_bytes("run.json"))["counts"]["already_done"] == 1
     assert len([name for name in out.list_names("runs", recursive=True) if name == "run.json"]) == 2
 
@@ -106,11 +111,11 @@ def test_credentials_in_uris_are_used_and_stand_nowhere(runner, bucket, tmp_path
     cluster = ("--ray-address", runner.cluster)
     assert run("render", f"{place}/set/rows.jsonl", "--output", f"{place}/out", *common, *cluster) == 3
     out = Store(f"{bucket}/out")
-    assert {r["id"] for r in table(out, "index")} == {"relative", "whole"}
-    assert {i["path"] for r in table(out, "index") for i in r["images"]} == {f"{bucket}/set/pics/a.png"}
+    assert {r["id"] for r in rows_in(out, "index")} == {"relative", "whole"}
+    assert {i["path"] for r in rows_in(out, "index") for i in r["images"]} == {f"{bucket}/set/pics/a.png"}
     # The row of a failure has what a retry with credentials needs.
     assert run("retry", f"{place}/out", *common, *cluster) == 3
-    assert {r["id"] for r in table(out, "failed")} == {"text", "illegal", "gone"}
+    assert {r["id"] for r in rows_in(out, "failed")} == {"text", "illegal", "gone"}
     assert run("verify", f"{place}/out") == 0 and run("status", f"{place}/out") == 0
     assert run("report", f"{place}/out") == 0
     assert run("render", f"{place}/none.jsonl", "--output", f"{place}/out", *common) == 2

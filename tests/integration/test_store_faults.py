@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -15,11 +16,11 @@ from click.testing import CliRunner
 from ltx_ray.cli.app import app
 from ltx_ray.cli.verify import verify
 from ltx_ray.dataset.existing import list_existing
-from ltx_ray.dataset.repair import repair
 from ltx_ray.manifest.reader import read_manifest
 from ltx_ray.storage import store
 from ltx_ray.storage.images import read_image
 from ltx_ray.storage.lease import Lease, holder
+from ltx_ray.storage.retry import StoreUnavailable
 from ltx_ray.storage.store import Store
 from tests.support.damaged_dataset import build
 from tests.support.s3_faults import Proxy
@@ -76,10 +77,9 @@ def test_every_operation_survives_transient_faults(proxy, single_try, s3, bucket
         store.write_bytes("d/new", b"new")
         assert read(s3, bucket, "d/new") == b"new"
 
-    def publish() -> None:
-        (tmp_path / "clip").write_bytes(b"clip")
-        store.publish(str(tmp_path / "clip"), "d/clip")
-        assert read(s3, bucket, "d/clip") == b"clip" and not (tmp_path / "clip").exists()
+    def create() -> None:
+        assert store.create("d/clip", b"clip")
+        assert read(s3, bucket, "d/clip") == b"clip"
 
     def move() -> None:
         store.move("d/clip", "d/moved")
@@ -99,7 +99,7 @@ def test_every_operation_survives_transient_faults(proxy, single_try, s3, bucket
         "not there": lambda: not store.exists("d/none") or pytest.fail("not there"),
         "list": lambda: store.list_names("d") == ["old"] or pytest.fail("list"),
         "write": write,
-        "publish": publish,
+        "create": create,
         "move": move,
         "delete": delete,
         "missing": missing,
@@ -123,8 +123,7 @@ def test_a_store_that_fails_half_of_the_time_loses_nothing(proxy, single_try, s3
     with proxy.misbehaving(kinds=TRANSIENT, probability=0.5, seed=seed) as faults:
         for n, (name, data) in enumerate(contents.items()):
             if n % 2:
-                (tmp_path / name).write_bytes(data)
-                store.publish(str(tmp_path / name), name)
+                assert store.create(name, data)
             else:
                 store.write_bytes(name, data)
         assert store.list_names("") == sorted(contents)
@@ -156,17 +155,15 @@ def test_an_interrupted_large_upload_leaves_the_older_object_and_is_repeated(
 @pytest.mark.parametrize("kind", [*TRANSIENT, "stall"])
 def test_a_store_that_stays_broken_ends_in_an_error_in_time(proxy, single_try, s3, bucket, tmp_path, kind):
     store = Store(bucket, retry_seconds=1.0)
-    (tmp_path / "clip").write_bytes(b"clip")
     calls = {
         "reading x": lambda: store.read_bytes("x"),
         "looking up x": lambda: store.exists("x"),
         "listing x": lambda: store.list_names("x"),
         "writing x": lambda: store.write_bytes("x", b"1"),
-        "writing y": lambda: store.publish(str(tmp_path / "clip"), "y"),
         "deleting x": lambda: store.delete("x"),
     }
     if kind == "stall":
-        calls = {what: calls[what] for what in ("reading x", "writing y")}
+        calls = {what: calls[what] for what in ("reading x", "writing x")}
     for what, call in calls.items():
         began = time.monotonic()
         with proxy.misbehaving(kinds=(kind,), first=10**6, seconds=30):
@@ -174,7 +171,6 @@ def test_a_store_that_stays_broken_ends_in_an_error_in_time(proxy, single_try, s
                 call()
         # Silence is noticed after one more second, or after six for an upload.
         assert time.monotonic() - began < 15, what
-    assert (tmp_path / "clip").exists(), "a file that could not be published stays"
 
 
 def test_forbidden_operations_fail_at_once(proxy, bucket):
@@ -241,11 +237,9 @@ def test_a_dataset_is_listed_repaired_and_verified_through_faults(proxy, single_
     with proxy.misbehaving(kinds=TRANSIENT, probability=0.3, seed=3) as faults:
         build(store)
         store.move("index/" + store.list_names("index")[0], "index/part-renamed.parquet")
-        existing = list_existing(store)
-        assert existing.row_count == 3
-        repaired = repair(store, existing, messages.append)
-        assert existing.row_count == 4 and len(repaired.published) == 1 and not repaired.lost
-        assert verify(bucket, messages.append) == 0, messages
+        assert list_existing(store).row_count == 4
+        assert verify(bucket, messages.append, repair=True) == 1 and "4 of its rows stay" in messages[0]
+        assert verify(bucket, messages.append) == 0 and list_existing(store).row_count == 4, messages
     assert sum(count for (_, kind), count in faults.met.items() if kind != "ok") > 20
 
 
@@ -274,6 +268,131 @@ def test_a_lease_is_taken_and_renewed_through_faults(proxy, single_try, bucket, 
         assert holder(store).run_id == "mine" and not lease.lost
     lease.release()
     assert holder(store) is None
+
+
+@pytest.mark.parametrize("kind", [*TRANSIENT, "stall"])
+def test_conditional_writes_survive_transient_faults(proxy, single_try, s3, bucket, kind):
+    """An answer that is lost is settled by what is there: the write was this call's, and is not repeated."""
+    times = 3 if kind != "stall" else 1
+    store = quick_store(bucket)
+
+    def create() -> None:
+        assert store.create("d/new", b"new") and read(s3, bucket, "d/new") == b"new"
+
+    def create_again() -> None:
+        assert not store.create("d/new", b"other") and read(s3, bucket, "d/new") == b"new"
+
+    def update() -> None:
+        _, version = store.read_versioned("d/new")
+        assert store.update("d/new", b"newer", version) and read(s3, bucket, "d/new") == b"newer"
+        assert not store.update("d/new", b"newest", version) and read(s3, bucket, "d/new") == b"newer"
+
+    def names() -> None:
+        assert list(store.names("d")) == ["new"] and list(store.names("none")) == []
+
+    def delete() -> None:
+        store.delete_many(["d/new", "d/none"])
+        assert "d/new" not in objects(s3, bucket)
+
+    for check in (create, create_again, update, names, delete):
+        with proxy.misbehaving(kinds=(kind,), first=times, seconds=30) as faults:
+            check()
+        assert sum(count for (_, met), count in faults.met.items() if met == kind) == times, check.__name__
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_of_writers_whose_answers_are_lost_one_knows_that_it_wrote(proxy, single_try, s3, bucket, seed):
+    stores = [quick_store(bucket, 60.0) for _ in range(3)]
+    with proxy.misbehaving(kinds=TRANSIENT, probability=0.4, seed=seed), ThreadPoolExecutor(3) as threads:
+        for n in range(6):
+            created = list(threads.map(lambda k, n=n: stores[k].create(f"{n}", b"by %d" % k), range(3)))
+            (winner,) = [k for k, won in enumerate(created) if won]
+            assert read(s3, bucket, f"{n}") == b"by %d" % winner
+            _, version = stores[0].read_versioned(f"{n}")
+            updated = list(
+                threads.map(lambda k, n=n, v=version: stores[k].update(f"{n}", b"again %d" % k, v), range(3))
+            )
+            (winner,) = [k for k, won in enumerate(updated) if won]
+            assert read(s3, bucket, f"{n}") == b"again %d" % winner
+
+
+def test_a_long_listing_goes_on_where_it_was_interrupted(proxy, single_try, s3, bucket):
+    from boto3.session import Session
+
+    client = Session().client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"])
+    expected = [f"{n:04d}" for n in range(2500)]
+    for name in expected:
+        client.put_object(Bucket=bucket.removeprefix("s3://"), Key=f"d/{name}", Body=b"1")
+    store = quick_store(bucket)
+    with proxy.misbehaving(kinds=TRANSIENT, methods=("GET",), probability=0.5, seed=1) as faults:
+        assert list(store.names("d")) == expected
+    assert sum(count for (_, kind), count in faults.met.items() if kind != "ok") > 1
+    with proxy.misbehaving() as faults:
+        assert len(list(store.names("d"))) == 2500
+        store.delete_many(f"d/{name}" for name in expected)
+    assert faults.met == {("GET", "ok"): 3, ("POST", "ok"): 3} and objects(s3, bucket) == {}
+
+
+def test_conditional_writes_that_are_forbidden_or_stay_broken_say_so(proxy, single_try, bucket):
+    store = Store(bucket, wait=pytest.fail)
+    calls = {
+        "creating x": lambda store: store.create("x", b"1"),
+        "writing x": lambda store: store.update("x", b"1", '{"e_tag": "1"}'),
+        "reading x": lambda store: store.read_versioned("x"),
+        "listing x": lambda store: list(store.names("x")),
+        "deleting x": lambda store: store.delete_many(["x"]),
+    }
+    with proxy.misbehaving(kinds=("denied",), first=10**6):
+        for call in calls.values():
+            with pytest.raises(PermissionError, match=r"^AccessDenied: injected \(HTTP status 403\)$"):
+                call(store)
+    for kind, told in {"slow_down": "SlowDown: injected", "lost_response": "HTTP error: error sending request"}.items():
+        with proxy.misbehaving(kinds=(kind,), first=10**6):
+            for what, call in calls.items():
+                with pytest.raises(StoreUnavailable, match=rf"^{bucket}: {what} failed \(tried once\): {told}"):
+                    call(Store(bucket, retry_seconds=0))
+    for call in (calls["creating x"], calls["listing x"]):
+        with pytest.raises(OSError, match=r"^NoSuchBucket: The specified bucket .* \(HTTP status 404\)$"):
+            call(Store(f"{bucket}none", wait=pytest.fail))
+
+
+def test_conditional_writes_are_one_request_each(proxy, bucket):
+    store = Store(bucket)
+    with proxy.misbehaving() as faults:
+        assert store.create("x", b"1") and not store.create("x", b"2")
+        assert store.update("x", b"3", store.read_versioned("x")[1])
+    assert faults.met == {("PUT", "ok"): 3, ("GET", "ok"): 1}
+
+
+def test_a_conditional_write_that_meets_another_one_is_tried_again(proxy, bucket):
+    store = quick_store(bucket)
+    with proxy.misbehaving(kinds=("conflict",), methods=("PUT",), first=2):
+        assert store.create("x", b"1")
+    with proxy.misbehaving(kinds=("conflict",), methods=("PUT",), first=2):
+        assert not store.create("x", b"1"), "the object is another call's, with the same bytes"
+    _, version = store.read_versioned("x")
+    with proxy.misbehaving(kinds=("conflict",), methods=("PUT",), first=2):
+        assert store.update("x", b"2", version) and store.read_bytes("x") == b"2"
+
+
+def test_a_store_that_overlooks_conditions_is_known(proxy, bucket):
+    with proxy.misbehaving(kinds=("unconditional",), first=10**6):
+        assert not Store(bucket).refuses_second_create()
+    assert Store(bucket).refuses_second_create()
+
+
+def test_a_store_that_has_no_conditions_looks_before_it_writes(proxy, bucket):
+    store = Store(bucket, wait=pytest.fail)
+    with proxy.misbehaving(kinds=("not_implemented",), first=10**6):
+        assert not store.refuses_second_create()
+        assert [store.create("x", data) for data in (b"one", b"two")] == [True, False]
+        _, version = store.read_versioned("x")
+        assert [store.update("x", data, version) for data in (b"three", b"four")] == [True, False]
+        assert store.read_bytes("x") == b"three" and not store.update("none", b"1", version)
+        lease = Lease(store, "mine")
+        lease.acquire(pytest.fail)
+        assert holder(store).run_id == "mine"
+        lease.release()
 
 
 def test_many_threads_share_a_store_that_throttles(proxy, single_try, s3, bucket):

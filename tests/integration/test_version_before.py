@@ -88,9 +88,10 @@ def test_it_is_continued(dataset, cluster):
     assert set(rows) == FINISHED and set(dataset.rows("failed")) == {"seed-0", "seed-largest", "faulty", "illegal"}
     (dataset.out / rows["extra"]["clip"]).unlink()
     options = (*dataset.of_dataset(), "--save-latents", "--ray-address", cluster)
+    said = dataset.run("verify", "out", "--repair", codes=(3,))
+    assert f"index/part-{rows['extra']['item_id']}" in said and "is missing; set aside in state/aside/index/" in said
     said = dataset.run("render", "first.jsonl", "--output", "out", *options, codes=(3,))
     assert "first.jsonl:8:width (illegal): 300, legal: " in said
-    assert f"repaired: index/part-{rows['extra']['item_id']}" in said
 
     # seed-0 resumes from the latents that the version before kept, and faulty is left to `retry`
     calls = dataset.calls()

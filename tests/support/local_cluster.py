@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics, RequestedNumerics, RunLimits
@@ -23,6 +24,8 @@ from ltx_ray.engine.base import Rank
 from ltx_ray.engine.fake import FakeEngine, open_gate
 from ltx_ray.placement.sizing import ParallelConfig
 from ltx_ray.run import Options
+from ltx_ray.storage.lease import holder
+from ltx_ray.storage.store import Store
 from tests.support.ray_settings import QUICK, SYSTEM
 
 T = TypeVar("T")
@@ -50,8 +53,9 @@ _SYSTEM = {
 #: Files that a run may leave in its output.
 _EXPECTED_FILES = re.compile(
     r"(clips|previews)/[0-9a-f]{2}/[0-9a-f]{32}\.mp4|latents/[0-9a-f]{2}/[0-9a-f]{32}\.safetensors"
-    r"|dataset\.json"
-    r"|(index|failed|previews)/part-[\w-]+\.parquet|(runs/[^/]+/)?(run\.json|events\.jsonl|report\.html)|_fake/[\w-]+"
+    r"|dataset\.json|state/(lease\.json|probe)|thumbs/[0-9a-f]{2}/[0-9a-f]{32}\.webp"
+    r"|(index|failed|previews)/part-[\w-]+\.parquet|(runs/[^/]+/)?(run\.json|events\.jsonl|report\.html)"
+    r"|state/events/[^/]+/(timeline\.json|\d{6}\.jsonl\.zst)|_fake/[\w-]+"
 )
 
 
@@ -132,10 +136,20 @@ class Dataset:
         self.folder = folder
 
     def index(self) -> dict[str, dict]:
+        """Rows that are finished, whether they are folded or not."""
+        return self._pending("index") | self.read()
+
+    def read(self) -> dict[str, dict]:
+        """Rows that a plain reader of the index sees."""
         return _by_id(self.folder / "index")
 
     def failed(self) -> dict[str, dict]:
-        return _by_id(self.folder / "failed")
+        return _by_id(self.folder / "failed") | self._pending("failed")
+
+    def _pending(self, table: str) -> dict[str, dict]:
+        segments = sorted(self.folder.glob(f"state/wal/*/*-{table}.rows"))
+        found = [row for path in segments for row in pa.ipc.open_stream(path.read_bytes()).read_all().to_pylist()]
+        return {row["id"]: row for row in found if row.get("mark") is None}
 
     def events(self, kind: str, every_run: bool = False) -> list[dict]:
         """Events of the newest run, or of every run."""
@@ -235,6 +249,8 @@ class Job:
         wrong += self.cluster.leaks()
         wrong += [f"process {pid} is still running" for pid in _survivors(self.out.pids())]
         wrong += [f"file {name}" for name in self.out.leftovers()]
+        if (held := holder(Store(str(self.out.folder)))) is not None:
+            wrong.append(f"run {held.run_id} has not given its lease back")
         return wrong
 
     def close(self) -> None:

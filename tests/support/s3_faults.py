@@ -19,8 +19,20 @@ from urllib.parse import urlsplit
 #: middle of the request, which never arrives. cut_response: the request is carried out, and the connection is closed in
 #: the middle of its response. lost_response: the request is carried out, and the connection is closed before its
 #: response. stall: nothing happens for `seconds`, then the connection is closed. denied: 403, which is permanent.
-KINDS = ("slow_down", "error", "cut_request", "cut_response", "lost_response", "stall", "denied")
-_CODES = {"slow_down": (503, "SlowDown"), "error": (500, "InternalError"), "denied": (403, "AccessDenied")}
+#: conflict: 409, as S3 answers a conditional write while another one is under way. unconditional: the conditions of a
+#: request are overlooked. not_implemented: 501 for a request with conditions.
+KINDS = (
+    "slow_down", "error", "cut_request", "cut_response", "lost_response", "stall", "denied", "conflict",
+    "unconditional", "not_implemented",
+)  # fmt: skip
+_CODES = {
+    "slow_down": (503, "SlowDown"),
+    "error": (500, "InternalError"),
+    "denied": (403, "AccessDenied"),
+    "conflict": (409, "ConditionalRequestConflict"),
+    "not_implemented": (501, "NotImplemented"),
+}
+_CONDITIONS = {"if-match", "if-none-match"}
 _HOP_BY_HOP = {"connection", "transfer-encoding", "keep-alive"}
 
 
@@ -59,10 +71,13 @@ class Faults:
 
 
 class Proxy:
-    """Serves `endpoint` at `url`. Its `faults` can be replaced at any time."""
+    """Serves `endpoint` at `url`. Its `faults` can be replaced at any time.
+
+    `requests` are those that came so far, each as (method, path, headers).
+    """
 
     def __init__(self, endpoint: str):
-        self.faults = Faults()
+        self.faults, self.requests = Faults(), []
         target = urlsplit(endpoint)
         proxy = self
 
@@ -71,6 +86,7 @@ class Proxy:
 
             def serve(self) -> None:
                 kind = proxy.faults.next(self.command, self.path)
+                proxy.requests.append((self.command, self.path, dict(self.headers)))
                 if kind == "cut_request":
                     return self._close()  # the body stays unread
                 length = int(self.headers.get("content-length") or 0)
@@ -78,11 +94,13 @@ class Proxy:
                 if kind == "stall":
                     time.sleep(proxy.faults.seconds)
                     return self._close()
-                if kind in _CODES:
+                conditional = any(name.lower() in _CONDITIONS for name in self.headers)
+                if kind in _CODES and (conditional or kind != "not_implemented"):
                     return self._refuse(*_CODES[kind])
                 upstream = http.client.HTTPConnection(target.hostname, target.port, timeout=60)
                 try:
-                    headers = {k: v for k, v in self.headers.items() if k.lower() not in _HOP_BY_HOP}
+                    dropped = _HOP_BY_HOP | (_CONDITIONS if kind == "unconditional" else set())
+                    headers = {k: v for k, v in self.headers.items() if k.lower() not in dropped}
                     upstream.request(self.command, self.path, body, headers)
                     answer = upstream.getresponse()
                     content = answer.read()

@@ -20,7 +20,9 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec, RunLimits
-from ltx_ray.dataset.existing import list_existing
+from ltx_ray.dataset.fold import fold_dataset
+from ltx_ray.dataset.identity import dataset_id
+from ltx_ray.dataset.parts import list_segments, read_segment, segment_table
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.driver.events import EventLog
 from ltx_ray.driver.loop import Driver, JoinedCluster
@@ -35,15 +37,16 @@ from ltx_ray.pools.protocol import CallFinished, InputsLost, ReplicaLost
 from ltx_ray.pools.simulated import Faults, SimulatedReplicaSet
 from ltx_ray.records import Clip, ErrorKind, RenderRequest, RowError, StoredLatentsGone, WorkItem
 from ltx_ray.stages import FULL_PATH, OUTPUT_STAGES
+from ltx_ray.storage.local_files import TEMPORARY
 from ltx_ray.storage.store import Store
 from tests.support.checkpoint_files import RELEASED
+from tests.support.datasets import row_log
 from tests.support.samples import recipe, request, write_jsonl
 
 SECONDS = {"text": 0.1, "stage1": 46.0, "load_latents": 0.2, "stage2": 17.0, "decode": 1.75, "save_latents": 0.3}
 #: A run with more waits than this counts as endless; the longest here have about 3,000.
 ENDLESS = 30_000
 INJECTED = re.compile(r"\[\[(\w+):(\w+)\]\]")
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}")
 #: Messages with which a row may fail here; `_TOLD` are those of an exception in the engine.
 _TOLD = re.compile("told to fail")
 _REASONS = re.compile("told to fail|by chance|rank 0 died|took longer than|node was lost|no inputs|legal")
@@ -232,7 +235,7 @@ class Schedule:
     def run(self, interruption: str = "none", manifest: str | None = None) -> bool:
         """Run once. True when nothing is left to do. Asserts that no row of the index is rendered again."""
         self.runs += 1
-        before = {row["item_id"] for row in self.index()}
+        before = {row["item_id"] for row in (*self.index(), *self.pending())}
         replica_set = self._replica_set()
         at = self.dice.randint(1, 150)
         replica_set.drain_at, replica_set.kill_at = (at if interruption == how else -1 for how in ("drain", "kill"))
@@ -240,10 +243,11 @@ class Schedule:
             max_attempts=self.k, queue_depth=self.dice.randint(1, 4),
             max_failed_fraction=self.dice.choice([0.0, 0.1]) if interruption == "fraction" else None,
         )  # fmt: skip
-        plan = Plan(manifest or self.manifest, RowRules(), HashingBuilder(), list_existing(self.store))  # type: ignore[arg-type]
-        self.tracker = RowTracker(
-            plan, DatasetWriter(self.store), Publisher(threads=2), EventLog(self.store), Progress(io.StringIO()), "{}"
-        )
+        log = row_log(self.store, f"run{self.runs}", part_rows=self.dice.choice([2, 10, 10_000]))
+        fold_dataset(self.store, log.existing, dataset_id(self.store), f"run{self.runs}", lambda message: None)
+        plan = Plan(manifest or self.manifest, RowRules(), HashingBuilder(), log.existing)  # type: ignore[arg-type]
+        events = EventLog(self.store, f"run{self.runs}")
+        self.tracker = RowTracker(plan, DatasetWriter(log), Publisher(log), events, Progress(io.StringIO()), "{}")
         self.tracker.metrics = SimpleNamespace(item=lambda outcome: None, call=lambda stage, seconds: None)  # type: ignore
         preflight = None
         if self.dice.random() < 0.3:
@@ -266,6 +270,7 @@ class Schedule:
         )
         try:
             left = driver.run(plan.open())
+            log.close()
             self.seen["too many failed"] += driver.too_many_failed
             self.seen["drained"] += left and driver.drain_requested is not None
             ended = not left
@@ -273,6 +278,7 @@ class Schedule:
             self.seen["killed"] += 1
             ended = False
         except StartFailed:
+            log.close()
             self.seen["gave up starting"] += 1
             ended = False
         assert replica_set.alive == 0, "a replica outlived its run"
@@ -301,6 +307,10 @@ class Schedule:
     def index(self) -> list[dict]:
         return self._parts("index")
 
+    def pending(self) -> list[dict]:
+        paths = (path for path in list_segments(self.store) if segment_table(path) == "index")
+        return [row for path in paths for row in read_segment(self.store, path).to_pylist()]
+
     def failed(self) -> list[dict]:
         return self._parts("failed")
 
@@ -321,8 +331,9 @@ class Schedule:
             assert row["id"] not in injected and expected[row["id"]]["prompt"]
         for row in failed:
             self._check_failure(row)
-        left = [p for p in Path(self.store.root).rglob("*") if _TEMPORARY.fullmatch(p.name) or p.name == "_tmp"]
+        left = [p for p in Path(self.store.root).rglob("*") if TEMPORARY.fullmatch(p.name) or p.name == "_tmp"]
         assert not left, "temporary files"
+        assert not list_segments(self.store), "rows are not folded"
 
     def _check_failure(self, row: dict) -> None:
         assert row["traceback"] or not _TOLD.search(row["message"])

@@ -8,7 +8,6 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 from ltx_ray.config import PoolSpec, RunLimits
-from ltx_ray.dataset.existing import list_existing
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.driver.events import EventLog
 from ltx_ray.driver.loop import Driver, JoinedCluster
@@ -19,6 +18,7 @@ from ltx_ray.manifest.rules import RowRules
 from ltx_ray.planning.plan import Plan
 from ltx_ray.stages import FULL_PATH, OUTPUT_STAGES, PREVIEW_PATH
 from ltx_ray.storage.store import Store
+from tests.support.datasets import row_log
 from tests.support.samples import request, write_jsonl
 from tests.support.schedules import SECONDS, SPEC, HashingBuilder, Stages, WatchedReplicas
 
@@ -43,16 +43,16 @@ def run(
     preflight=None,
     the_pools=None,
     latents_only=False,
-    publisher=None,
+    publisher=Publisher,
     **limits,
 ):
     """A driver that is ready to render `rows` into tmp_path/out, and the store of its output."""
     store = Store(str(tmp_path / "out"))
     manifest = write_jsonl(tmp_path / "m.jsonl", rows)
-    plan = Plan(manifest, RowRules(), HashingBuilder(), list_existing(store), latents_only=latents_only)
-    tracker = RowTracker(
-        plan, DatasetWriter(store), publisher or Publisher(2), EventLog(store), Progress(io.StringIO()), "{}"
-    )
+    log = row_log(store)
+    plan = Plan(manifest, RowRules(), HashingBuilder(), log.existing, latents_only=latents_only)
+    events = EventLog(store, "run")
+    tracker = RowTracker(plan, DatasetWriter(log), publisher(log), events, Progress(io.StringIO()), "{}")
     tracker.metrics = SimpleNamespace(item=lambda outcome: None, call=lambda stage, seconds: None)
     replica_set = replica_set_class(times=lambda stage, item, dice: SECONDS[stage], make=Stages(store)).watched(
         Counter()
@@ -66,6 +66,15 @@ def run(
         noise_device="cpu",
         use_stored=not latents_only,
     )
+    drive = driver.run
+
+    def run_and_fold(planned):
+        try:
+            return drive(planned)
+        finally:
+            log.close()
+
+    driver.run = run_and_fold
     return driver, store
 
 

@@ -20,10 +20,10 @@ from ltx_ray.cli import app
 from ltx_ray.cli.app import main
 from ltx_ray.cli.options import MODEL_OPTIONS, model_files
 from ltx_ray.config import LoraSpec, RunLimits
-from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.storage.locations import resolve
 from ltx_ray.storage.store import Store
 from tests.support.checkpoint_files import BLOCK, REQUIRED, checkpoint
+from tests.support.datasets import dataset_writer, finish
 from tests.support.results import RENDERED
 from tests.support.samples import write_jsonl, write_safetensors
 
@@ -110,6 +110,15 @@ def test_an_output_that_cannot_be_written(cmd, manifest, tmp_path):
     (tmp_path / "file").write_text("")
     message = usage(cmd, "render", manifest, "--output", tmp_path / "file" / "out", "--model", "toy")
     assert f"--output: {tmp_path}/file/out, cannot be written" in message
+
+
+def test_a_store_that_does_not_refuse_a_second_create(cmd, manifest, out, monkeypatch):
+    monkeypatch.setattr(Store, "create", lambda store, path, data: store.write_bytes(path, data) or True)
+    monkeypatch.setattr(Store, "refuses_second_create", lambda store: False)
+    code, _, err = cmd("render", manifest, "--output", out, "--model", "toy")
+    assert code == 2 and f"--output: {out}, whose store creates a file although there is one" in err
+    monkeypatch.setattr(run.Run, "execute", lambda self, rows: 0)
+    assert cmd("render", manifest, "--output", out, "--model", "toy", "--single-writer")[0] == 0
 
 
 def test_an_output_in_the_copy_of_a_job(cmd, manifest, tmp_path, monkeypatch):
@@ -395,7 +404,9 @@ def test_plan_of_good_rows(cmd, tmp_path):
 
 def test_plan_against_a_dataset(cmd, manifest, out, toy):
     item = next(run.prepare(_options(manifest, out)).plan.open())
-    DatasetWriter(Store(out)).write_index(item.item.item_id, item.request, RENDERED)
+    writer = dataset_writer(Store(out))
+    writer.write_index(item.item.item_id, item.request, RENDERED)
+    finish(writer)
     code, text, _ = cmd("plan", manifest, "--output", out, "--model", "toy")
     assert code == 0
     assert "1 rows: 1 done\nnothing to render" in text
@@ -631,6 +642,22 @@ def test_status_of_a_run_that_goes_on_and_of_one_that_was_killed(cmd, tmp_path, 
     assert cmd("status", tmp_path)[1].endswith("\n20 clips/h when it was interrupted\n")
     store.write_bytes("_lease.json", json.dumps({"expires": 1e12, "run_id": "r1", "host": "x", "pid": 1}).encode())
     assert cmd("status", tmp_path)[1].endswith("\n1 clips/h\n")
+
+
+def test_status_reads_the_summary_of_the_record(cmd, tmp_path, monkeypatch):
+    monkeypatch.setattr("ltx_ray.cli.status.time", SimpleNamespace(time=lambda: 7300.0))
+    store = Store(str(tmp_path))
+    call = {"stage": "stage1", "id": "cat", "seconds": 10.0, "t": 7290.0}
+    summary = {"at": 7295.0, "clips_per_hour": 20.0, "events": {"call": 9}, "replicas": {"stage1-0": call}}
+    record = {"run_id": "r1", "state": "running", "started_at": "1970-01-01T00:00:00Z", "summary": summary}
+    store.write_bytes("run.json", json.dumps(record).encode())
+    store.write_bytes(
+        "events.jsonl", b'{"t": 1.0, "event": "call", "replica": "text-0", "stage": "text", "seconds": 1}'
+    )
+    called = "stage1-0: last finished stage1 of cat, 10.0 s, 10 s ago"
+    assert cmd("status", tmp_path)[1].endswith(f"\n{called}\n20 clips/h when it was interrupted\n")
+    store.write_bytes("_lease.json", json.dumps({"expires": 1e12, "run_id": "r1", "host": "x", "pid": 1}).encode())
+    assert cmd("status", tmp_path)[1].endswith(f"\n{called}\n20 clips/h\n")
 
 
 @pytest.mark.parametrize("lease", [None, {"expires": 1.0, "run_id": "r1", "host": "elsewhere", "pid": 1}])

@@ -17,28 +17,32 @@ from ltx_ray.cli import verify as verify_module
 from ltx_ray.cli.app import app
 from ltx_ray.cli.verify import verify
 from ltx_ray.config import ModelFiles, RequestedNumerics
-from ltx_ray.dataset.layout import ADDED_COLUMNS, INDEX_SCHEMA, part_name, row_key
-from ltx_ray.dataset.writer import DatasetWriter, Failure, one_row
+from ltx_ray.dataset.layout import ADDED_COLUMNS, INDEX_SCHEMA, one_row_part, row_key
+from ltx_ray.dataset.parts import encode_part, encode_segment
+from ltx_ray.dataset.writer import Failure
 from ltx_ray.manifest.reader import RawRow, read_manifest
 from ltx_ray.manifest.rules import LegalRow, RowRules, judge
 from ltx_ray.placement.sizing import ParallelConfig
 from ltx_ray.run import ExitCode, Options
-from ltx_ray.storage import lease as lease_module
 from ltx_ray.storage.lease import holder
 from ltx_ray.storage.store import Store
-from tests.support.damaged_dataset import ITEMS, ROWS, build, clip_of, part_of, rows_of
+from tests.support.damaged_dataset import ITEMS, ROWS, as_one_row_parts, build, clip_of, one_row, part_of, rows_of
+from tests.support.datasets import dataset_writer, finish
 from tests.support.samples import request
 
 
 @pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.slow)])
 def store(request, tmp_path) -> Store:
-    return build(Store(str(tmp_path / "out") if request.param == "local" else request.getfixturevalue("bucket")))
+    """A dataset of parts of one row, as earlier versions wrote them."""
+    place = str(tmp_path / "out") if request.param == "local" else request.getfixturevalue("bucket")
+    return as_one_row_parts(build(Store(place)))
 
 
-@pytest.fixture(autouse=True)
-def _no_settling(monkeypatch):
-    """Nobody else writes a lease at the same moment."""
-    monkeypatch.setattr(lease_module, "_SETTLE_SECONDS", 0.0)
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.slow)])
+def folded(request, tmp_path) -> Store:
+    """The same rows in numbered parts: three in the first, one in the second."""
+    store = Store(str(tmp_path / "out") if request.param == "local" else request.getfixturevalue("bucket"))
+    return build(build(store, ROWS[:3]), ROWS[3:])
 
 
 def check(store: Store, **options) -> tuple[int, list[str]]:
@@ -51,11 +55,20 @@ def change(store: Store, part: str, **values) -> None:
     store.write_bytes(part, one_row({**row, **values}, INDEX_SCHEMA))
 
 
+def test_it_says_how_far_it_is(store, folded):
+    for dataset in (store, folded):
+        seen: list[tuple[int, int]] = []
+        check(dataset, on_rows=lambda done, total, seen=seen: seen.append((done, total)))
+        assert seen[-1] == (4, 4) and {total for _, total in seen} == {4}
+        assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+
+
 def test_a_whole_dataset(store):
     before = store.list_names("", recursive=True)
     assert check(store) == (0, ["4 rows and 4 clips checked, 0 rows in failed/: all well"])
     assert check(store, repair=True)[0] == 0
-    assert store.list_names("", recursive=True) == before and holder(store) is None
+    assert [name for name in store.list_names("", recursive=True) if name != "lease.json"] == before
+    assert holder(store) is None
 
 
 def test_no_dataset(tmp_path):
@@ -128,7 +141,7 @@ DAMAGE = {
     "missing column": (lambda s: without_columns(s, ["flags"]), "does not have the columns of an index (flags)", ""),
     "two rows": (two_rows, "holds 2 rows, legal: 1", ""),
     "no id": (lambda s: change(s, part_of(1, "c"), id=None), "its row has no id or no item_id", ""),
-    "row of another name": (lambda s: change(s, part_of(1, "c"), id="z"), "(z): is not named after its row", ""),
+    "row of another name": (lambda s: change(s, part_of(1, "c"), id="z"), "is not named after its row", ""),
 }  # fmt: skip
 
 
@@ -138,16 +151,15 @@ def test_damage_is_found_and_repaired(store, kind):
     damage(store)
     count, (line, *_, summary) = check(store)
     assert count == 1 and line.startswith(f"{part_of(1, 'c')}") and what in line and more in line
-    copied = "the part is set aside, and its row keeps its own part"
-    again = ", then ltx-ray render: the row is rendered again"
-    assert line.endswith(f"run ltx-ray verify --repair{': ' + copied if 'named after' in line else again}")
+    assert "run ltx-ray verify --repair" in line
     assert summary.endswith("1 problems")
     assert check(store)[0] == 1, "nothing was changed"
 
     _, said = check(store, repair=True)
-    assert any("index/_" in line or "index/_lost-*" in line for line in said)
+    assert any("set aside" in line and "state/aside/" in line for line in said)
     assert check(store)[0] == 0
-    assert sorted(rows_of(store)) == sorted([(ITEMS[0], "a"), (ITEMS[0], "b"), (ITEMS[2], "d")])
+    kept = {"two rows": [(ITEMS[1], "c")], "row of another name": [(ITEMS[1], "z")]}.get(kind, [])
+    assert sorted(rows_of(store)) == sorted([(ITEMS[0], "a"), (ITEMS[0], "b"), (ITEMS[2], "d"), *kept])
     assert holder(store) is None
 
 
@@ -160,10 +172,10 @@ def test_every_row_of_an_altered_clip_is_a_problem(store):
 def test_an_oddly_named_copy_is_a_problem(store):
     store.write_bytes("index/part-copy.parquet", store.read_bytes(part_of(1, "c")))
     count, said = check(store)
-    due = part_name(ITEMS[1], row_key("c"))
-    what = f"index/part-copy.parquet (c): is not named after its row (that would be {due}"
-    assert count == 1 and said[0].startswith(what)
-    assert check(store, repair=True)[0] == 0 and check(store)[0] == 0 and len(rows_of(store)) == 4
+    assert count == 1 and said[0].startswith("index/part-copy.parquet: is no part that a run has written (a copy")
+    count, said = check(store, repair=True)
+    assert count == 1 and "set aside as state/aside/index/part-copy.parquet; 0 of its rows stay" in said[0]
+    assert check(store)[0] == 0 and len(rows_of(store)) == 4
 
 
 def test_clips_without_a_row_and_shared_ids_are_notes(store):
@@ -178,12 +190,130 @@ def test_clips_without_a_row_and_shared_ids_are_notes(store):
 
 def test_failed_rows_that_cannot_be_read(store):
     failure = Failure("stage1", 1, "row", "why")
-    DatasetWriter(store).write_failed(ITEMS[1], request(id="x"), RawRow("m.jsonl", 1, {}), failure)
+    writer = dataset_writer(store)
+    writer.write_failed(ITEMS[1], request(id="x"), RawRow("m.jsonl", 1, {}), failure)
+    finish(writer)
     assert check(store) == (0, ["4 rows and 4 clips checked, 1 rows in failed/: all well"])
     store.write_bytes("failed/part-row-x.parquet", b"x")
     store.write_bytes("failed/part-row-y.parquet", store.read_bytes(part_of(1, "c")))
     count, said = check(store)
     assert count == 2 and said[0].startswith("failed/part-row-x.parquet: cannot be read as a table of failed rows")
+
+
+# --- numbered parts ------------------------------------------------------------------------------
+
+ALL = {(ITEMS[n], row_id) for n, row_id in ROWS}
+
+
+def part_number(store: Store, number: int) -> str:
+    return f"index/{store.list_names('index')[number]}"
+
+
+def rewrite(store: Store, number: int, **values: list) -> None:
+    """Change columns of a numbered part."""
+    path = part_number(store, number)
+    table = pq.read_table(io.BytesIO(store.read_bytes(path)))
+    for name, column in values.items():
+        table = table.set_column(
+            table.schema.get_field_index(name), name, pa.array(column, table.schema.field(name).type)
+        )
+    store.write_bytes(path, encode_part(table, "index"))
+
+
+def test_a_whole_dataset_of_numbered_parts(folded):
+    assert check(folded) == (0, ["4 rows and 4 clips checked, 0 rows in failed/: all well"])
+    before = {name: folded.read_bytes(f"index/{name}") for name in folded.list_names("index")}
+    assert check(folded, repair=True)[0] == 0
+    assert {name: folded.read_bytes(f"index/{name}") for name in folded.list_names("index")} == before
+
+
+@pytest.mark.parametrize(
+    "damage, gone",
+    [
+        (lambda s: flip(s, clip_of(0)), "ab"),
+        (lambda s: s.delete(clip_of(1)), "c"),
+        (lambda s: s.write_bytes(clip_of(2), b""), "d"),
+        (lambda s: rewrite(s, 1, item_id=[None]), "d"),
+    ],
+    ids=["altered clip of two rows", "missing clip", "empty clip, all rows of a part", "no item_id"],
+)
+def test_bad_rows_are_taken_out_of_their_part(folded, damage, gone):
+    names = folded.list_names("index")
+    damage(folded)
+    assert check(folded)[0] == len(gone)
+    count, said = check(folded, repair=True)
+    assert count == len(gone) and all("set aside in state/aside/index/part-" in line for line in said[:count])
+    assert {row_id for _, row_id in rows_of(folded)} == {row_id for _, row_id in ALL} - set(gone)
+    assert set(folded.list_names("index")) <= set(names) and check(folded)[0] == 0
+
+
+def test_a_clip_that_is_not_its_rows_goes_with_them_so_that_it_is_rendered_anew(folded):
+    flip(folded, clip_of(0))
+    altered = folded.read_bytes(clip_of(0))
+    check(folded, repair=True)
+    assert not folded.exists(clip_of(0)) and folded.read_bytes(f"state/aside/{clip_of(0)}") == altered
+    moved_to = [name for name in folded.names("state/aside") if name.endswith(".parquet")]
+    [table] = [pq.read_table(io.BytesIO(folded.read_bytes(f"state/aside/{name}"))) for name in moved_to]
+    assert sorted(table["id"].to_pylist()) == ["a", "b"]
+
+
+def test_a_damaged_part_is_set_aside_as_a_whole(folded):
+    path = part_number(folded, 0)
+    truncate(folded, path)
+    count, said = check(folded)
+    assert count == 1 and said[0].startswith(f"{path}: cannot be read as Parquet")
+    check(folded, repair=True)
+    assert set(rows_of(folded)) == {(ITEMS[2], "d")} and folded.exists(f"state/aside/{path}")
+
+
+def test_rows_of_a_renamed_part_stay(folded):
+    old = part_number(folded, 0)
+    folded.move(old, "index/part-renamed.parquet")
+    folded.write_bytes("index/again.parquet", folded.read_bytes("index/part-renamed.parquet"))
+    assert check(folded)[0] == 2
+    count, said = check(folded, repair=True)
+    assert count == 2 and "0 of its rows stay" in said[0] and "3 of its rows stay" in said[1]
+    assert sorted(rows_of(folded)) == sorted(ALL) and check(folded)[0] == 0
+    assert all(name.startswith("part-") and len(name) == 30 for name in folded.list_names("index"))
+
+
+def test_a_row_that_is_in_two_parts_stays_in_the_first(folded):
+    first, second = part_number(folded, 0), part_number(folded, 1)
+    tables = [pq.read_table(io.BytesIO(folded.read_bytes(path))) for path in (first, second)]
+    folded.write_bytes(second, encode_part(pa.concat_tables([tables[1], tables[0].slice(0, 1)]), "index"))
+    count, said = check(folded)
+    assert count == 1 and said[0].startswith(second) and "the row is in another part too" in said[0]
+    check(folded, repair=True)
+    assert sorted(rows_of(folded)) == sorted(ALL) and folded.exists(clip_of(0))
+    assert check(folded)[0] == 0
+
+
+def test_a_clip_that_another_row_has_rightly_stays(folded):
+    table = pq.read_table(io.BytesIO(folded.read_bytes(part_number(folded, 1))))
+    other = table.set_column(table.schema.get_field_index("id"), "id", pa.array(["x"]))
+    wrong = other.set_column(table.schema.get_field_index("clip_sha256"), "clip_sha256", pa.array(["0" * 64]))
+    folded.write_bytes(part_number(folded, 1), encode_part(pa.concat_tables([table, wrong]), "index"))
+    count, said = check(folded, repair=True)
+    assert count == 1 and "(x): its clip" in said[0] and sorted(rows_of(folded)) == sorted(ALL)
+    assert folded.exists(clip_of(2)) and check(folded)[0] == 0
+
+
+def test_finished_rows_that_are_not_folded_are_a_note_and_a_repair_folds_them(folded):
+    table = pq.read_table(io.BytesIO(folded.read_bytes(part_number(folded, 1))))
+    folded.delete(part_number(folded, 1))
+    folded.write_bytes("state/wal/killed/00000000-index.rows", encode_segment(table, "index"))
+    count, said = check(folded)
+    assert count == 0 and said[0].startswith("note: 1 rows are finished and not yet folded")
+    check(folded, repair=True)
+    assert set(rows_of(folded)) == ALL
+
+
+def test_a_damaged_segment_and_a_damaged_part_of_previews(folded):
+    folded.write_bytes("state/wal/killed/00000000-index.rows", b"x")
+    folded.write_bytes("previews/part-0badcafe-00000000.parquet", b"x")
+    count, said = check(folded)
+    assert count == 2 and said[0].startswith("previews/part-") and said[1].startswith("state/wal/killed/")
+    assert check(folded, repair=True)[0] == 2 and check(folded)[0] == 0
 
 
 # --- a sample ------------------------------------------------------------------------------------
@@ -201,12 +331,13 @@ def renders(monkeypatch, answer) -> list[Options]:
             assert isinstance(row, LegalRow), row.messages()
             changes = answer(row.request)
             if changes is None:
-                writer, failure = DatasetWriter(out), Failure("stage1", 1, "row", "latents are not finite")
+                writer, failure = dataset_writer(out), Failure("stage1", 1, "row", "latents are not finite")
                 writer.write_failed(row.request.id, row.request, raw, failure)
+                finish(writer)
                 continue
             values = {**row.request.row(), "item_id": row.request.id, "latents_sha256": "d" * 64, "device": "cpu",
                       "numerics": "{}", "recipe_digest": "e" * 16, **changes}  # fmt: skip
-            part = part_name(values["item_id"], row_key(row.request.id))
+            part = one_row_part(values["item_id"], row_key(row.request.id))
             out.write_bytes(f"index/{part}", one_row(values, INDEX_SCHEMA))
         return 0
 
@@ -404,7 +535,8 @@ def test_exit_codes(tmp_path):
     code, output = run(store.uri)
     assert code == 3 and "is missing" in output
     code, output = run(store.uri, "--repair")
-    assert code == 0 and "repaired: index/part-fe" in output, "its row is to be rendered again; nothing else is wrong"
+    assert code == 3 and "set aside in state/aside/index/part-" in output
+    assert run(store.uri)[0] == 0, "its row is to be rendered again; nothing else is wrong"
     assert run(store.uri)[0] == 0
     assert run(str(tmp_path / "none"))[0] == 2
     code, output = run(store.uri, "--sample", "1")

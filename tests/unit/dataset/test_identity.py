@@ -11,9 +11,9 @@ from ltx_ray.config import NEWEST_SCHEME
 from ltx_ray.dataset import layout
 from ltx_ray.dataset.existing import list_existing
 from ltx_ray.dataset.identity import DatasetIdentity, KeptIdentity, changed_numerics, read_identity, write_identity
-from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.planning.identity import recipe_json
 from ltx_ray.storage.store import Store
+from tests.support.datasets import dataset_writer, finish
 from tests.support.results import RENDERED
 from tests.support.samples import recipe, request
 
@@ -23,7 +23,10 @@ LEDGER = {"seed": 10, "device": "cuda", "device_model": "NVIDIA H100", "draws": 
 def with_row(store: Store, item_id: str, scheme: int = 1, **changes) -> None:
     values = {"recipe": recipe_json(recipe(scheme=scheme)), "noise_ledger": json.dumps(LEDGER), "numerics": '{"tp": 2}'}
     rendered = dataclasses.replace(RENDERED, **{**values, **changes})
-    DatasetWriter(store).write_index(item_id, request(id=item_id[:4]), rendered)
+    writer = dataset_writer(store)
+    writer.write_index(item_id, request(id=item_id[:4]), rendered)
+    finish(writer)
+    store.delete("dataset.json")  # which earlier versions did not have
 
 
 @pytest.fixture
@@ -134,12 +137,12 @@ def test_noise_of_which_nothing_is_left_binds_no_later_run(store):
 @pytest.mark.parametrize(
     "path, has_noise",
     [
-        (layout.index_path("a" * 32, "b" * 8), True),
-        (layout.preview_row_path("a" * 32, "b" * 8), True),
+        (f"index/{layout.one_row_part('a' * 32, 'b' * 8)}", True),
+        (f"previews/{layout.one_row_part('a' * 32, 'b' * 8)}", True),
         (layout.latents_path("a" * 32), True),
-        (layout.failed_path(layout.INFRASTRUCTURE, "a" * 32, "b" * 8), True),
-        (layout.failed_path(layout.ROW, "a" * 32, "b" * 8), False),
-        (layout.failed_path(layout.ILLEGAL, "a" * 32, "b" * 8), False),
+        (f"failed/part-infra-{'a' * 32}-{'b' * 8}.parquet", True),
+        (f"failed/part-row-{'a' * 32}-{'b' * 8}.parquet", False),
+        (f"failed/part-illegal-{'a' * 32}-{'b' * 8}.parquet", False),
     ],
 )
 def test_what_may_hold_noise(store, path, has_noise):

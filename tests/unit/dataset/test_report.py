@@ -2,7 +2,9 @@
 
 import base64
 import hashlib
+import io
 import json
+import random
 import re
 import subprocess
 import sys
@@ -11,12 +13,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from ltx_ray.dataset import report_data
 from ltx_ray.dataset.report import write_report
+from ltx_ray.dataset.report_list import Smallest
 from ltx_ray.dataset.report_text import esc, human
 from ltx_ray.dataset.thumbnails import make_strip
-from ltx_ray.dataset.timeline import make_timeline
+from ltx_ray.dataset.timeline import build_timeline
+from ltx_ray.dataset.timeline_chart import draw_timeline
 from ltx_ray.storage.store import Store
 from tests.support import report_data as data
 
@@ -132,6 +137,39 @@ def test_every_clip_has_a_card_with_a_strip_or_a_reason(page):
         assert text in page.text
 
 
+def test_pictures_that_workers_made_are_shown_and_no_clip_is_decoded(tmp_path, monkeypatch):
+    rows = [data.index_row(i) for i in range(4)]
+    pictures = {}
+    for i, row in enumerate(rows):
+        data.write_mp4(tmp_path / row["clip"], 64, 64, 9, seed=i)
+        if i != 3:
+            sheet = Image.new("RGB", (192, 128), (10 * i, 200, 0))
+            buffer = io.BytesIO()
+            sheet.save(buffer, "WEBP")
+            pictures[i] = buffer.getvalue()
+            path = tmp_path / "thumbs" / row["item_id"][:2] / f"{row['item_id']}.webp"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(pictures[i] if i != 2 else b"damaged")
+    (tmp_path / rows[1]["clip"]).unlink()
+    data.write_parts(tmp_path, "index", rows)
+    decoded = []
+    make = report_data.make_strip
+    monkeypatch.setattr(report_data, "make_strip", lambda file, **o: (decoded.append(file), make(file, **o))[1])
+    page = Page(tmp_path)
+    assert len(decoded) == 2, "those without a picture, or with a damaged one"
+    assert page.source.count(base64.b64encode(pictures[0]).decode()) == 1
+    assert len(page.all("img")) == 1 + 2 * 6 and f"{rows[1]['clip']} is missing" in page.text
+
+
+def test_an_item_id_that_is_a_path_is_not_followed(tmp_path):
+    outside = tmp_path / "outside.webp"
+    Image.new("RGB", (8, 8)).save(outside, "WEBP")
+    row = data.index_row(1, item_id="../../outside")
+    data.write_mp4(tmp_path / "out" / row["clip"], 64, 64, 9)
+    data.write_parts(tmp_path / "out", "index", [row])
+    assert len(Page(tmp_path / "out").all("img")) == 6
+
+
 def test_summary(page):
     text = " ".join(page.text.split())
     for part in (
@@ -147,10 +185,77 @@ def test_summary(page):
         assert part in text, part
 
 
-def test_flagged_clips_come_first_and_clips_beyond_the_cap_are_counted(out):
-    page = Page(out, max_clips=2)
-    assert [a["data-id"] for a in page.all("article")] == ["clip-0002", "clip-0000"]
-    assert "4 more clips not shown here" in page.text
+def test_many_clips_are_a_list_whose_data_is_in_the_page(out):
+    page = Page(out, cards=5, max_listed=2)
+    assert not page.all("article") and len(page.all("div", "list")) == 1
+    (element,) = [a for a in page.all("script") if a.get("type") == "application/json"]
+    text = re.search(rf'<script type="application/json" id="{element["id"]}">(.*?)</script>', page.source, re.S)[1]
+    found = json.loads(text)
+    assert found["id"] == ["clip-0002", "clip-0000"], "flagged ones first, then in the order of finishing"
+    assert found["prompt"][0] == data.HOSTILE and "<" not in text
+    assert [found["names"][n] for n in found["flags"][0]] == ["silent", data.HOSTILE] and found["flags"][1] == []
+    assert found["clip"] == ["", ""] and found["item"][1] == data.index_row(0)["item_id"]
+    assert "4 more clips not shown here" in page.text and "pictures are in thumbs/" in page.text
+
+
+def test_the_policy_of_a_list_allows_its_two_scripts_and_pictures_beside_it(out):
+    page = Page(out, cards=5)
+    policy = next(a["content"] for a in page.all("meta") if a.get("http-equiv") == "Content-Security-Policy")
+    scripts = re.findall(r"<script>(.*?)</script>", page.source, re.S)
+    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    assert len(scripts) == 2 and all(f"'sha256-{digest}'" in policy for digest in digests)
+    assert "img-src 'self' file: data:;" in policy and "default-src 'none'" in policy
+    assert not [a for _, a in page.tags if any(name.startswith("on") for name in a)]
+
+
+def test_a_list_makes_the_pictures_that_are_missing(tmp_path):
+    rows = [data.index_row(i) for i in range(4)]
+    for i, row in enumerate(rows[:3]):
+        data.write_mp4(tmp_path / row["clip"], 64, 64, 9, seed=i)
+    (tmp_path / rows[1]["clip"]).write_bytes(b"not an mp4")
+    there = tmp_path / "thumbs" / rows[2]["item_id"][:2] / f"{rows[2]['item_id']}.webp"
+    there.parent.mkdir(parents=True)
+    there.write_bytes(b"of a worker")
+    data.write_parts(tmp_path, "index", rows)
+    Page(tmp_path, cards=3)
+    made = sorted(path.stem for path in (tmp_path / "thumbs").rglob("*.webp"))
+    assert made == sorted([rows[0]["item_id"], rows[2]["item_id"]]) and there.read_bytes() == b"of a worker"
+    with Image.open(tmp_path / "thumbs" / rows[0]["item_id"][:2] / f"{rows[0]['item_id']}.webp") as picture:
+        assert picture.size == (3 * 64, 2 * 64)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_rows_that_are_not_shown(tmp_path, monkeypatch):
+    """20,000 rows in the index and as many in failed/, of which few are shown."""
+    monkeypatch.setattr(report_data, "MAX_DECODED", 10)
+    for k in range(1, 5):
+        numbers = range(5000 * k, 5000 * (k + 1))
+        data.write_parts(tmp_path, "index", [data.index_row(n, item_id=f"a{n:031x}") for n in numbers], size=5000)
+        data.write_parts(tmp_path, "failed", [data.failed_row(n, message="x" * 4000) for n in numbers], size=5000)
+        for folder in ("index", "failed"):
+            (tmp_path / folder / "part-00000000.parquet").rename(tmp_path / folder / f"part-{k:08d}.parquet")
+    tracemalloc.start()
+    try:
+        found = report_data.read_report_data(Store(str(tmp_path)), 10)
+        assert tracemalloc.get_traced_memory()[1] < 30_000_000
+    finally:
+        tracemalloc.stop()
+    assert found.rendered == sum(found.failures.values()) == 20_000
+    assert len(found.clips) == len(found.listed) == 10
+
+
+@pytest.mark.parametrize("most", [1, 3, 50, 1000])
+def test_the_smallest_are_kept_whatever_their_order(most):
+    numbers = list(range(300))
+    random.Random(most).shuffle(numbers)
+    smallest, taken = Smallest(most), 0
+    for number in numbers:
+        if smallest.takes(number):
+            taken += 1
+            smallest.add(number, str(number))
+        assert len(smallest._kept) <= 2 * most
+    assert smallest.values() == [str(number) for number in range(min(most, 300))]
+    assert most > 50 or taken < 300, "what cannot be one of them is not taken"
 
 
 def test_empty_dataset(tmp_path):
@@ -233,7 +338,7 @@ def test_only_the_newest_run_is_on_the_timeline(tmp_path):
 
 def test_timeline_shows_loading_switches_losses_and_failures():
     events = data.run_events(shared=True)
-    chart = make_timeline(events)
+    chart = draw_timeline(build_timeline(events))
     for text in (
         "loading: ",
         "on node-0 cuda:0",
@@ -243,12 +348,13 @@ def test_timeline_shows_loading_switches_losses_and_failures():
     ):
         assert text in chart
     assert chart.count('<rect class="k-') == sum(e["event"] in ("call", "switch", "gang_started") for e in events)
-    assert make_timeline([]) == "" and make_timeline([{"t": 1.0, "event": "run_started"}]) == ""
+    assert build_timeline([]) is build_timeline([{"t": 1.0, "event": "run_started"}]) is None
+    assert draw_timeline(None) == ""
 
 
 def test_timeline_lanes_are_in_order_of_stage_and_number():
     events = data.run_events(400, replicas=(1, 11, 2, 1))
-    lanes = re.findall(r'<div title="([^"]+)">', make_timeline(events))
+    lanes = re.findall(r'<div title="([^"]+)">', draw_timeline(build_timeline(events)))
     assert lanes == ["text-0", *(f"stage1-{k}" for k in range(11)), "stage2-0", "stage2-1", "decode-0"]
 
 
@@ -260,7 +366,7 @@ def test_ten_thousand_events_and_many_replicas_stay_small(tmp_path):
     page = Page(tmp_path)
     assert len(page.source) < 700_000
     assert "more replicas are not drawn" in page.text
-    assert len(make_timeline(data.run_events(10_000, replicas=(1, 4, 3, 2)))) < 200_000
+    assert len(draw_timeline(build_timeline(data.run_events(10_000, replicas=(1, 4, 3, 2))))) < 200_000
 
 
 def test_busy_bins_add_up():
@@ -277,7 +383,7 @@ def test_busy_bins_add_up():
             "ok": True,
         }
         events.append({"t": 10.0 * i + 10, "event": "call", **call})
-    chart = make_timeline(events)
+    chart = draw_timeline(build_timeline(events))
     heights = [int(h) for h in re.findall(r"v-(\d+)h-1z", chart)]
     assert sum(heights) / 100 / 240 == pytest.approx(0.5, abs=0.01)
     assert ">50%</div>" in chart
@@ -344,5 +450,5 @@ def test_a_replica_that_was_given_back_was_idle_no_longer():
         {"t": 50.0, "event": "gang_given_back", "reason": "no row needs it", **of_replica},
         {"t": 100.0, "event": "run_finished"},
     ]
-    chart = make_timeline(events)
+    chart = draw_timeline(build_timeline(events))
     assert "busy 100% of the time" in chart and "replica lost" not in chart

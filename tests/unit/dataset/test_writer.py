@@ -12,30 +12,37 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
 
-from ltx_ray.dataset.layout import ADDED_COLUMNS, FAILED_SCHEMA, INDEX_SCHEMA, index_path, row_key
+from ltx_ray.dataset.failures import FailureScope
+from ltx_ray.dataset.layout import ADDED_COLUMNS, FAILED_SCHEMA, INDEX_SCHEMA, NUMBERED_PART, one_row_part, row_key
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.manifest.reader import RawRow, read_manifest
 from ltx_ray.manifest.rules import IllegalRow, LegalRow, RowRules, judge
 from ltx_ray.records import Clip, ImageCondition, LoraUse, RenderRequest, plain
 from ltx_ray.storage.store import Store
+from tests.support.damaged_dataset import as_one_row_parts
+from tests.support.datasets import dataset_writer, finish, rows_in
 from tests.support.results import CRASH, ITEM, NAN, OTHER, RENDERED
 from tests.support.samples import request, write_jsonl
 
 
 @pytest.fixture
 def writer(tmp_path) -> DatasetWriter:
-    return DatasetWriter(Store(str(tmp_path / "out")))
+    return dataset_writer(Store(str(tmp_path / "out")))
 
 
-def parts(writer: DatasetWriter, folder: str) -> dict[str, pa.Table]:
-    return {
-        n: pq.read_table(io.BytesIO(writer.store.read_bytes(f"{folder}/{n}"))) for n in writer.store.list_names(folder)
-    }
+def table(writer: DatasetWriter, folder: str) -> pa.Table:
+    """What a plain reader of the folder sees once everything is folded."""
+    finish(writer)
+    return pq.read_table(writer.log.store.path(folder))
+
+
+def rows(writer: DatasetWriter, folder: str) -> list[dict]:
+    finish(writer)
+    return rows_in(writer.log.store, folder)
 
 
 def one_row(writer: DatasetWriter, folder: str) -> dict:
-    [table] = parts(writer, folder).values()
-    [row] = table.to_pylist()
+    [row] = rows(writer, folder)
     return row
 
 
@@ -73,25 +80,27 @@ def test_the_index_has_its_documented_columns():
 @pytest.mark.parametrize("make", [request, full_request])
 def test_every_part_has_the_whole_schema(writer, make):
     writer.write_index(ITEM, make(), RENDERED)
-    [table] = parts(writer, "index").values()
-    assert table.schema.equals(INDEX_SCHEMA)
-    assert table.num_rows == 1
+    found = table(writer, "index")
+    assert found.schema.equals(INDEX_SCHEMA)
+    assert found.num_rows == 1
 
 
 def test_parts_of_empty_and_of_full_rows_read_as_one_table(writer):
     writer.write_index(ITEM, request(), dataclasses.replace(RENDERED, clip=Clip("x", "y", "z", (), "stage_1")))
+    finish(writer)
     writer.write_index(OTHER, full_request(), RENDERED)
-    table = pq.read_table(writer.store.path("index"))
-    assert table.num_rows == 2
-    assert table.schema.remove_metadata().equals(INDEX_SCHEMA)
+    found = table(writer, "index")
+    assert found.num_rows == 2 == len(writer.log.store.list_names("index"))
+    assert found.schema.remove_metadata().equals(INDEX_SCHEMA)
 
 
 def as_before(writer: DatasetWriter, path: str) -> None:
     """Take from a part the columns that earlier versions did not write."""
-    table = pq.read_table(io.BytesIO(writer.store.read_bytes(path))).drop_columns(list(ADDED_COLUMNS))
+    store = writer.log.store
+    found = pq.read_table(io.BytesIO(store.read_bytes(path))).drop_columns(list(ADDED_COLUMNS))
     buffer = io.BytesIO()
-    pq.write_table(table, buffer)
-    writer.store.write_bytes(path, buffer.getvalue())
+    pq.write_table(found, buffer)
+    store.write_bytes(path, buffer.getvalue())
 
 
 @pytest.mark.parametrize("older", [ITEM, OTHER])
@@ -99,8 +108,10 @@ def test_parts_of_an_earlier_version_and_new_ones_read_as_one_table(writer, olde
     """In either order of their names, as docs/dataset.md says."""
     for item in (ITEM, OTHER):
         writer.write_index(item, request(id=item[:1]), RENDERED)
-    as_before(writer, index_path(older, row_key(older[:1])))
-    files = [str(path) for path in sorted(Path(writer.store.path("index")).iterdir())]
+    finish(writer)
+    as_one_row_parts(writer.log.store)
+    as_before(writer, f"index/{one_row_part(older, row_key(older[:1]))}")
+    files = [str(path) for path in sorted(Path(writer.log.store.path("index")).iterdir())]
     schema = pa.unify_schemas([pq.read_schema(file) for file in files])
     table = pads.dataset(files, schema=schema).to_table()
     assert set(schema.names) == set(INDEX_SCHEMA.names)
@@ -109,12 +120,17 @@ def test_parts_of_an_earlier_version_and_new_ones_read_as_one_table(writer, olde
 
 def test_a_copy_of_an_earlier_versions_row_has_all_columns(writer):
     writer.write_index(ITEM, request(id="a"), RENDERED)
-    as_before(writer, index_path(ITEM, row_key("a")))
+    finish(writer)
+    as_one_row_parts(writer.log.store)
+    as_before(writer, f"index/{one_row_part(ITEM, row_key('a'))}")
+    writer = dataset_writer(writer.log.store, "next")
     writer.copy_index_row(ITEM, row_key("a"), request(id="b"))
-    copied = parts(writer, "index")[f"part-{ITEM}-{row_key('b')}.parquet"]
+    finish(writer)
+    [new] = [name for name in writer.log.store.list_names("index") if NUMBERED_PART.fullmatch(name)]
+    copied = pq.read_table(writer.log.store.path(f"index/{new}"))
     assert copied.schema.equals(INDEX_SCHEMA)
     [row] = copied.to_pylist()
-    assert row["clip_sha256"] == "c" * 64 and {row[name] for name in ADDED_COLUMNS} == {None}
+    assert row["id"] == "b" and row["clip_sha256"] == "c" * 64 and {row[name] for name in ADDED_COLUMNS} == {None}
 
 
 def test_an_index_row_says_what_was_rendered(writer):
@@ -136,22 +152,27 @@ def test_an_index_row_says_what_was_rendered(writer):
 def test_writing_twice_changes_nothing(writer):
     for _ in range(2):
         writer.write_index(ITEM, request(id="a"), RENDERED)
-    assert writer.store.list_names("index") == [f"part-{ITEM}-{row_key('a')}.parquet"]
+        writer.log.commit()
+    assert len(rows(writer, "index")) == 1
+    writer.write_index(ITEM, request(id="a"), RENDERED)
+    assert len(rows(writer, "index")) == 1 == len(writer.log.store.list_names("index"))
 
 
-def test_rows_of_one_item_have_parts_of_their_own(writer):
+def test_rows_of_one_item_are_told_apart_by_their_ids(writer):
     for name in ("a", "b"):
         writer.write_index(ITEM, request(id=name), RENDERED)
-    assert len(writer.store.list_names("index")) == 2
+    assert [row["id"] for row in rows(writer, "index")] == sorted("ab", key=row_key)
     assert len(row_key("a")) == 8 and row_key(None) == row_key("")
 
 
-def test_another_row_of_an_item_gets_a_copy_of_its_index_row(writer):
+@pytest.mark.parametrize("folded", [False, True])
+def test_another_row_of_an_item_gets_a_copy_of_its_index_row(writer, folded):
     writer.write_index(ITEM, request(id="a", note="first"), RENDERED)
+    writer.log.commit()
+    if folded:
+        writer.log.fold()
     writer.copy_index_row(ITEM, row_key("a"), request(id="b", note="second"))
-    first, second = (parts(writer, "index")[f"part-{ITEM}-{row_key(n)}.parquet"] for n in ("a", "b"))
-    assert second.schema.equals(INDEX_SCHEMA)
-    [one], [two] = first.to_pylist(), second.to_pylist()
+    one, two = sorted(rows(writer, "index"), key=lambda row: row["id"])
     assert {k for k in one if one[k] != two[k]} == {"id", "extra"}
     assert (two["id"], two["extra"]) == ("b", '{"note": "second"}')
 
@@ -168,13 +189,15 @@ def test_a_copy_has_its_own_rows_images_and_loras(writer, table):
     raw = RawRow("m.jsonl", 1, {"prompt": "x"})
     if table == "index":
         writer.write_index(ITEM, one, RENDERED)
+        writer.log.commit()
         writer.copy_index_row(ITEM, row_key("a"), two)
     else:
         writer.write_preview(ITEM, one, raw, RENDERED)
         writer.write_failed(ITEM, two, raw, CRASH)
+        finish(writer)
         writer.copy_preview_row(ITEM, row_key("a"), two, raw)
-        assert writer.store.list_names("failed") == [], "a row with a preview has not failed"
-    [row] = parts(writer, table)[f"part-{ITEM}-{row_key('b')}.parquet"].to_pylist()
+        assert rows(writer, "failed") == [], "a row with a preview has not failed"
+    [row] = [row for row in rows(writer, table) if row["id"] == "b"]
     assert row["loras"] == [{"name": "b", "strength": 0.5}]
     assert [image["path"] for image in row["images"]] == ["/b/img.png"]
     assert row["latents_sha256"] == RENDERED.clip.latents_sha256
@@ -186,9 +209,9 @@ def test_a_copy_has_its_own_rows_images_and_loras(writer, table):
 def test_a_failed_row_says_why(writer):
     full = full_request()
     writer.write_failed(ITEM, full, RawRow("m.jsonl", 7, {"prompt": "x"}), CRASH)
-    [table] = parts(writer, "failed").values()
-    assert table.schema.equals(FAILED_SCHEMA)
-    [row] = table.to_pylist()
+    found = table(writer, "failed")
+    assert found.schema.equals(FAILED_SCHEMA)
+    [row] = found.to_pylist()
     assert (row["item_id"], row["source"], row["stage"], row["attempts"]) == (ITEM, "m.jsonl:7", "stage2", 3)
     assert (row["error_class"], row["message"]) == ("infrastructure", "the gang died")
     assert row["traceback"] == "Traceback ..."
@@ -199,12 +222,23 @@ def test_a_row_that_succeeds_is_no_longer_failed(writer):
     raw = RawRow("m.jsonl", 1, {"prompt": "x"})
     for failure in (CRASH, NAN):
         writer.write_failed(ITEM, request(id="a"), raw, failure)
-        assert len(writer.store.list_names("failed")) == 1, "the newest failure only"
-        writer.write_index(ITEM, request(id="a"), RENDERED)
-        assert writer.store.list_names("failed") == []
+        assert one_row(writer, "failed")["message"] == failure.message, "the newest failure only"
     writer.write_failed(ITEM, request(id="b"), raw, CRASH)
+    finish(writer)
+    writer.write_index(ITEM, request(id="a"), RENDERED)
+    assert one_row(writer, "failed")["id"] == "b"
     writer.copy_index_row(ITEM, row_key("a"), request(id="b"))
-    assert writer.store.list_names("failed") == []
+    assert rows(writer, "failed") == [] and writer.log.store.list_names("failed") == []
+
+
+def test_a_row_that_failed_as_another_item_is_no_longer_failed(writer):
+    raw, same, other = RawRow("m.jsonl", 1, {}), request(id="a"), RawRow("m.jsonl", 2, {})
+    writer.write_failed(OTHER, same, raw, CRASH)
+    writer.write_failed("c" * 32, same, other, CRASH)
+    finish(writer)
+    writer.write_index(ITEM, same, RENDERED)
+    writer.forget_older_failures(ITEM, same, raw.source)
+    assert one_row(writer, "failed")["item_id"] == "c" * 32, "which is of another row of the manifest"
 
 
 # --- failed/ as a manifest -----------------------------------------------------------------------
@@ -231,6 +265,7 @@ def fail_all(writer: DatasetWriter, manifest: str, rules: RowRules) -> list:
             writer.write_illegal(row.raw, row.messages())
         else:
             writer.write_failed(f"{n:032x}", row.request, row.raw, CRASH)
+    finish(writer)
     return rows
 
 
@@ -239,7 +274,7 @@ def test_failed_rows_are_a_manifest_with_the_same_verdicts(writer, tmp_path):
     manifest = write_jsonl(tmp_path / "m.jsonl", LINES)
     before = fail_all(writer, manifest, rules)
     assert sum(isinstance(r, IllegalRow) for r in before) == 8
-    again = [judge(raw, rules) for raw in read_manifest(writer.store.path("failed"))]
+    again = [judge(raw, rules) for raw in read_manifest(writer.log.store.path("failed"))]
 
     def verdicts(rows: list) -> dict:
         return {r.raw.source: r.messages() if isinstance(r, IllegalRow) else r.request for r in rows}
@@ -255,23 +290,21 @@ def test_a_row_of_a_small_model_is_read_back_as_it_was_planned(writer, values):
     assert isinstance(planned, LegalRow)
     writer.write_preview(ITEM, planned.request, planned.raw, RENDERED)
     writer.write_failed(ITEM, planned.request, planned.raw, CRASH)
+    finish(writer)
     for folder in ("failed", "previews"):
-        [again] = [judge(raw, rules) for raw in read_manifest(writer.store.path(folder))]
+        [again] = [judge(raw, rules) for raw in read_manifest(writer.log.store.path(folder))]
         assert isinstance(again, LegalRow), again.messages()
         assert again.request == planned.request
     asked = judge(RawRow("m.jsonl", 1, {"prompt": "a cat", "pipeline": "base", "video_stg_blocks": [28]}), rules)
     assert isinstance(asked, IllegalRow)
 
 
-def test_failing_again_in_a_retry_changes_no_name(writer, tmp_path):
+def test_failing_again_in_a_retry_adds_no_row(writer, tmp_path):
     rules = RowRules()
     fail_all(writer, write_jsonl(tmp_path / "m.jsonl", LINES), rules)
-    names = {n for n in writer.store.list_names("failed") if "illegal" in n}
-    for raw in list(read_manifest(writer.store.path("failed"))):
-        row = judge(raw, rules)
-        if isinstance(row, IllegalRow):
-            writer.write_illegal(row.raw, row.messages())
-    assert {n for n in writer.store.list_names("failed") if "illegal" in n} == names
+    before = sorted(row["source"] for row in rows(writer, "failed"))
+    fail_all(dataset_writer(writer.log.store, "next"), writer.log.store.path("failed"), rules)
+    assert sorted(row["source"] for row in rows_in(writer.log.store, "failed")) == before
 
 
 def test_a_failed_parquet_row_is_read_back_unchanged(writer, tmp_path):
@@ -283,7 +316,7 @@ def test_a_failed_parquet_row_is_read_back_unchanged(writer, tmp_path):
     table = pa.table({k: pa.array([v], types.get(k)) for k, v in values.items()})
     pq.write_table(table, tmp_path / "m.parquet")
     [before] = fail_all(writer, str(tmp_path / "m.parquet"), RowRules())
-    [again] = [judge(raw, RowRules()) for raw in read_manifest(writer.store.path("failed"))]
+    [again] = [judge(raw, RowRules()) for raw in read_manifest(writer.log.store.path("failed"))]
     assert again.request == before.request
     assert json.loads(again.request.extra)["day"] == str(day)
     assert again.raw.source == f"{tmp_path}/m.parquet:1"
@@ -298,31 +331,37 @@ def test_the_original_row_is_stored_even_when_its_values_fit_no_column(writer):
     assert (row["stage"], row["attempts"], row["error_class"], row["message"]) == ("plan", 0, "row", "why")
 
 
-def test_illegal_rows_that_are_gone_from_their_manifest_are_forgotten(writer):
-    def illegal(source: str, number: int = 1) -> str:
-        return writer.write_illegal(RawRow(source, number, {"prompt": ""}), ["why"])
+def judged_again(writer: DatasetWriter, manifest: str, *illegal: tuple[str, int]) -> set[tuple[str, str]]:
+    """What is left in failed/ after a complete run over the manifest, with these illegal rows."""
+    scope = FailureScope(writer.log.store, manifest)
+    for source, number in illegal:
+        scope.found(writer.write_illegal(RawRow(source, number, {"prompt": ""}), ["why"]))
+    writer.complete(scope)
+    return {(row["source"], row["stage"]) for row in rows(writer, "failed")}
 
-    remaining = illegal("d/m.jsonl", 1)
-    illegal("d/m.jsonl", 2)
-    others = {illegal("d/m.jsonl2"), illegal("d/m.json"), illegal("d/other.jsonl")}
-    writer.forget_illegal("d/m.jsonl", keep={remaining})
-    assert set(writer.store.list_names("failed")) == {remaining} | others
+
+def test_illegal_rows_that_are_gone_from_their_manifest_are_forgotten(writer):
+    sources = ["d/m.jsonl", "d/m.jsonl2", "d/m.json", "d/other.jsonl"]
+    for source in sources:
+        writer.write_illegal(RawRow(source, 1, {"prompt": ""}), ["why"])
+    writer.write_illegal(RawRow("d/m.jsonl", 2, {"prompt": ""}), ["why"])
+    assert len(rows(writer, "failed")) == 5
+    left = judged_again(writer, "d/m.jsonl", ("d/m.jsonl", 1))
+    assert left == {(f"{source}:1", "plan") for source in sources}
 
 
 def test_illegal_rows_that_are_gone_from_their_folder_are_forgotten(writer):
-    def illegal(source: str) -> str:
-        return writer.write_illegal(RawRow(source, 1, {"prompt": ""}), ["why"])
-
-    remaining, neighbour = illegal("d/mm/x.jsonl"), illegal("d/mm2/x.jsonl")
-    illegal("d/mm/y.jsonl")
-    writer.forget_illegal("d/mm/", keep={remaining})
-    assert set(writer.store.list_names("failed")) == {remaining, neighbour}
+    for source in ("d/mm/x.jsonl", "d/mm2/x.jsonl", "d/mm/y.jsonl"):
+        writer.write_illegal(RawRow(source, 1, {"prompt": ""}), ["why"])
+    finish(writer)
+    left = judged_again(writer, "d/mm/", ("d/mm/x.jsonl", 1))
+    assert left == {("d/mm/x.jsonl:1", "plan"), ("d/mm2/x.jsonl:1", "plan")}
 
 
 def test_a_retry_forgets_the_illegal_rows_of_every_manifest(writer):
-    remaining = writer.write_illegal(RawRow("a.jsonl", 1, {"prompt": ""}), ["why"])
-    writer.write_illegal(RawRow("b.jsonl", 1, {"prompt": ""}), ["why"])
+    for source in ("a.jsonl", "b.jsonl"):
+        writer.write_illegal(RawRow(source, 1, {"prompt": ""}), ["why"])
     writer.write_failed(ITEM, request(id="x"), RawRow("a.jsonl", 2, {}), CRASH)
-    writer.forget_illegal(str(Path(writer.store.uri) / "failed"), keep={remaining})
-    names = writer.store.list_names("failed")
-    assert remaining in names and len(names) == 2
+    finish(writer)
+    left = judged_again(writer, str(Path(writer.log.store.uri) / "failed"), ("a.jsonl", 1))
+    assert left == {("a.jsonl:1", "plan"), ("a.jsonl:2", "stage2")}

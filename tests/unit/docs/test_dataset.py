@@ -33,7 +33,7 @@ def test_every_column_has_a_line_with_its_type_in_the_order_of_the_code():
 def test_every_flag_has_a_line():
     source = "".join(path.read_text() for path in Path(records.__file__).parent.rglob("*.py"))
     flags = {name.strip("`") for name, *_ in rows("Flags")}
-    assert flags == {"black", "frozen", "silent", "prompt_truncated", "tiled_smaller"}
+    assert flags == {"black", "frozen", "silent", "prompt_truncated", "latents_differ", "tiled_smaller"}
     assert all(f'("{flag}",)' in source for flag in flags)
 
 

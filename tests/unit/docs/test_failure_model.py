@@ -15,6 +15,7 @@ import torch
 
 from ltx_ray import run as runs
 from ltx_ray.config import PoolSpec
+from ltx_ray.dataset.thumbnails import FrameSheet
 from ltx_ray.driver import signals
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
@@ -41,6 +42,7 @@ from ltx_ray.records import (
 from ltx_ray.shapes import AUDIO_SAMPLE_RATE
 from ltx_ray.stages import Stage
 from ltx_ray.storage.store import Store
+from tests.support.datasets import rows_in
 from tests.support.schedules import SPEC, Stages, WatchedReplicas
 from tests.support.simulated_runs import pools, rows, run
 
@@ -106,7 +108,7 @@ def test_frames_that_are_not_finite_are_the_rows_fault(decoder, monkeypatch):
     chunk = torch.full((1, 3, 2, 4, 4), float("nan"))
     monkeypatch.setattr("ltx_ray.engine.decode.decode_tiled", lambda *_: iter([chunk]))
     with pytest.raises(RowError, match="decoded frames are not finite"):
-        list(decoder._frames(torch.zeros(1), LADDER[0], PictureCheck()))
+        list(decoder._frames(torch.zeros(1), LADDER[0], PictureCheck(), FrameSheet(9)))
 
 
 def test_sound_that_is_not_finite_is_the_rows_fault(decoder, monkeypatch):
@@ -188,11 +190,11 @@ def test_a_gang_is_replaced_after_an_error_that_leaves_its_state_unknown(tmp_pat
 
 def test_an_index_that_cannot_be_written_ends_the_run(tmp_path):
     """It ends once the retries are used up; rows that are finished and published stay."""
-    driver, store = run(tmp_path, rows(1), publisher=Publisher(1))
+    driver, store = run(tmp_path, rows(1))
     driver.tracker.writer.write_index = lambda *_: (_ for _ in ()).throw(OSError("the store cannot be reached"))
     with pytest.raises(OSError, match="the store cannot be reached"):
         driver.run(driver.tracker.plan.open())
-    assert len(store.list_names("clips", recursive=True)) == 1 and not store.list_names("index")
+    assert len(store.list_names("clips", recursive=True)) == 1 and not rows_in(store, "index")
     assert runs._OUTPUT_RETRY_SECONDS == 600
 
 
@@ -217,7 +219,7 @@ def test_a_run_that_lost_its_lease_drains(tmp_path):
     driver, store = run(tmp_path, rows(30), Watched, queue_depth=1)
     driver._should_stop = lambda: "another run has taken over" if len(decoded) > 2 else None
     assert driver.run(driver.tracker.plan.open())
-    assert 3 <= len(store.list_names("index")) == len(decoded) < 10 and not store.list_names("failed")
+    assert 3 <= len(rows_in(store, "index")) == len(decoded) < 10 and not rows_in(store, "failed")
 
 
 def test_a_drain_that_leaves_nothing_is_a_finished_run(tmp_path):
@@ -229,7 +231,7 @@ def test_a_drain_that_leaves_nothing_is_a_finished_run(tmp_path):
 
     driver, store = run(tmp_path, rows(1), Last)
     assert not driver.run(driver.tracker.plan.open())
-    assert len(store.list_names("index")) == 1
+    assert len(rows_in(store, "index")) == 1
 
 
 def test_no_rows_are_taken_while_too_many_are_being_written(tmp_path):
@@ -245,7 +247,7 @@ def test_gpu_hours_that_are_used_up_drain_the_run(tmp_path):
     driver, store = run(tmp_path, rows(30), the_pools=cards, max_gpu_hours=0.1)
     assert driver.run(driver.tracker.plan.open())
     # 65 s per clip; what was under way is finished as far as the decode pool had it
-    assert 1 <= len(store.list_names("index")) <= 6 and not store.list_names("failed")
+    assert 1 <= len(rows_in(store, "index")) <= 6 and not rows_in(store, "failed")
     driver.events.flush()
     (drain,) = events(store, "drain")
     assert drain["reason"].endswith("GPU hours used (--max-gpu-hours)") and not events(store, "gang_given_back")
@@ -257,4 +259,4 @@ def test_a_preflight_that_fails_ends_the_run(tmp_path):
     began = time.monotonic()
     with pytest.raises(StartFailed, match="preflight: stage2: rank 0 died"):
         driver.run(driver.tracker.plan.open())
-    assert not store.list_names("failed") and time.monotonic() - began < 30
+    assert not rows_in(store, "failed") and time.monotonic() - began < 30

@@ -24,12 +24,12 @@ RAISED = {
 #: Functions and classes that take messages, with the position of these among the arguments.
 SAID = {name: slice(0, 1) for name in (*RAISED, "say", "echo", "print", "warning", "_drain")} | {
     "RowProblem": slice(2, 4), "Finding": slice(2, 4), "require": slice(3, 4), "with_context": slice(1, 2),
-    "unusable": slice(0, 1), "refused": slice(0, 1),
+    "wrong": slice(0, 2), "wrong_row": slice(2, 4), "refused": slice(0, 1),
 }  # fmt: skip
 #: Keyword arguments that take messages, and functions that return some.
-NAMED = {"message", "unreadable", "should_stop"}
+NAMED = {"message", "unreadable"}
 RETURNED = {"messages", "overdue", "check_lora", "submit_once", "size_problems", "cost_line"} | {
-    "_wrong_clip", "_summary", "_state",
+    "_wrong_clip", "summary_line", "_state", "_foreign", "taken_out", "_why_stop",
 }  # fmt: skip
 #: The fake engine is left out: only tests see its messages.
 FILES = {*(ROOT / "ltx_ray").rglob("*.py"), *(ROOT / "jobs").glob("*.py")} - {ROOT / "ltx_ray" / "engine" / "fake.py"}

@@ -8,6 +8,7 @@ import pytest
 
 from ltx_ray.driver import progress as progress_module
 from ltx_ray.driver.progress import Progress, duration
+from tests.support import simulated_runs
 
 
 class Terminal(io.StringIO):
@@ -102,3 +103,37 @@ def test_a_terminal_that_was_closed_stops_no_run():
     progress = Progress(Closed())
     progress.say("draining: SIGINT")
     progress.update(1, 0, 2, "", force=True)
+
+
+def test_a_run_says_from_the_beginning_how_many_rows_there_are(tmp_path):
+    driver, _ = simulated_runs.run(tmp_path, simulated_runs.rows(3))
+    driver.progress = Progress(io.StringIO())
+    driver.tracker.plan.manifest_rows = 3
+    driver._show()
+    assert driver.progress._stream.getvalue().startswith("0/3 clips | ")
+
+
+def test_a_long_command_says_how_far_it_is_and_a_short_one_nothing(clock):
+    out = io.StringIO()
+    progress = Progress(out)
+    clock[0] += 29
+    progress.count(5, 100, "rows checked")
+    assert out.getvalue() == ""
+    clock[0] += 31
+    for _ in range(9):
+        progress.count(25, 100, "rows checked")
+    assert out.getvalue() == "25 of 100 rows checked | 3 min 00 s left | 1 min 00 s elapsed\n"
+    clock[0] += 40
+    progress.count(12_000, 12_000, "rows checked")
+    assert out.getvalue().endswith("\n12,000 of 12,000 rows checked | 1 min 40 s elapsed\n")
+
+
+def test_its_line_on_a_terminal_is_gone_before_something_else_is_printed(clock):
+    out = Terminal()
+    progress = Progress(out)
+    clock[0] += 1
+    progress.count(1, 2, "rows checked")
+    progress.clear()
+    progress.clear()
+    line = "1 of 2 rows checked | 1 s left | 1 s elapsed"
+    assert out.getvalue() == f"\r{line}\r{' ' * len(line)}\r"

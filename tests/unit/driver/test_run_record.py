@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 
 from ltx_ray.checkpoints.checkpoint import Checkpoint
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics, RequestedNumerics
+from ltx_ray.dataset.run_summary import SummaryBuilder, read_run
+from ltx_ray.dataset.timeline import parse_timeline
 from ltx_ray.driver import run_record
+from ltx_ray.driver.events import EventLog
 from ltx_ray.driver.run_record import RunRecord, keep_older_run
 from ltx_ray.placement.sizing import ParallelConfig, lay_out
 from ltx_ray.storage.store import Store
 from tests.support.checkpoint_files import RELEASED
 
 
-def record(store: Store, run_id: str = "r1", **requested) -> RunRecord:
+def record(store: Store, run_id: str = "r1", epoch: int = 1, **requested) -> RunRecord:
     return RunRecord(
         store,
         run_id=run_id,
+        epoch=epoch,
         command=["ltx-ray", "render"],
         manifest="m.jsonl",
         output="out",
@@ -26,6 +33,16 @@ def record(store: Store, run_id: str = "r1", **requested) -> RunRecord:
         parallel=ParallelConfig(tp=2, guidance_parallel=3),
         requested=RequestedNumerics(**requested),
     )
+
+
+def test_a_run_that_lost_its_lease_does_not_replace_the_record_of_its_successor(tmp_path):
+    store = Store(str(tmp_path))
+    former, later = record(store, "former", epoch=3), record(store, "later", epoch=4)
+    former.write("running", {})
+    later.write("running", {})
+    former.write("finished", {})
+    found = json.loads(store.read_bytes("run.json"))
+    assert (found["run_id"], found["epoch"], found["state"]) == ("later", 4, "running")
 
 
 def test_before_the_cluster_is_joined_the_numerics_are_those_asked_for(tmp_path):
@@ -70,6 +87,71 @@ def test_the_rate_of_a_run_that_has_ended_is_its_clips_over_its_time(tmp_path, m
     assert 6 / 12.5 * 3600 == 1728
 
 
+def a_call(replica: str = "stage1-0") -> dict:
+    return {"t": 110.0, "event": "call", "role": "stage1", "replica": replica, "stage": "stage1", "id": "cat",
+            "start": 100.0, "seconds": 10.0, "ok": True}  # fmt: skip
+
+
+def test_the_summary_is_in_the_record_and_the_timeline_beside_the_events(tmp_path):
+    store, summary = Store(str(tmp_path)), SummaryBuilder()
+    summary.add(a_call())
+    summary.add({"t": 120.0, "event": "item_failed", "id": "x", "message": "s3://KEY:SECRET@bucket/x"})
+    record(store).write("running", {"rows": 2}, 1, summary, rate=36.0)
+    found = json.loads(store.read_bytes("run.json"))
+    assert found["summary"]["replicas"] == {"stage1-0": {"stage": "stage1", "id": "cat", "seconds": 10.0, "t": 110.0}}
+    assert found["summary"]["clips_per_hour"] == 36.0 and found["clips_per_hour"] is None
+    text = store.read_bytes("state/events/r1/timeline.json").decode()
+    assert "SECRET" not in text and "failed in" in text
+    known = read_run(store, found, now=None)
+    assert known.timeline == parse_timeline(text) and known.clips_per_hour == 36.0
+
+
+def test_a_record_is_refreshed_when_it_is_due_and_no_refresh_comes_after_the_end(bucket, monkeypatch):
+    store, now = Store(bucket), [1000.0]
+    monkeypatch.setattr(run_record, "time", SimpleNamespace(monotonic=lambda: now[0], time=time.time))
+    a_record = record(store)
+    assert a_record.due
+    a_record.write("draining", {"rows": 2})
+    assert not a_record.due
+    now[0] += 59.0
+    assert not a_record.due
+    now[0] += 2.0
+    assert a_record.due
+    gate, write = threading.Event(), a_record._store.write_bytes
+
+    def slow(name: str, data: bytes) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            assert gate.wait(20)
+        write(name, data)
+
+    monkeypatch.setattr(a_record._store, "write_bytes", slow)
+    a_record.refresh({"rows": 3}, 0)
+    now[0] += 3600.0
+    assert not a_record.due, "one at a time"
+    threading.Timer(0.2, gate.set).start()
+    a_record.write("drained", {"rows": 3})
+    found = json.loads(store.read_bytes("run.json"))
+    assert (found["state"], found["counts"]["rows"]) == ("drained", 3)
+
+
+def test_a_refresh_keeps_the_state(tmp_path):
+    store = Store(str(tmp_path))
+    a_record = record(store)
+    a_record.write("draining", {"rows": 2})
+    a_record.refresh({"rows": 2, "rendered": 1}, 1)
+    a_record._refresh.join()
+    found = json.loads(store.read_bytes("run.json"))
+    assert (found["state"], found["counts"]["rendered"], found["clips"]) == ("draining", 1, 1)
+
+
+def test_a_record_of_a_thousand_replicas_stays_small(tmp_path):
+    summary, store = SummaryBuilder(), Store(str(tmp_path))
+    for n in range(20_000):
+        summary.add(a_call(f"stage1-{n % 1000}") | {"t": 100.0 + n, "start": 90.0 + n})
+    record(store).write("running", {}, 0, summary)
+    assert store.size("run.json") < 200_000 and store.size("state/events/r1/timeline.json") < 200_000
+
+
 def test_the_records_of_the_run_before_are_kept(tmp_path):
     store = Store(str(tmp_path))
     keep_older_run(store)
@@ -80,6 +162,39 @@ def test_the_records_of_the_run_before_are_kept(tmp_path):
     record(store, "r2").write("running", {})
     assert json.loads(store.read_bytes("runs/r1/run.json"))["run_id"] == "r1"
     assert store.read_bytes("runs/r1/events.jsonl") == b"{}" and not store.exists("runs/r1/report.html")
+    assert not store.exists("events.jsonl"), "it is renamed, and the new run begins its own"
+
+
+def test_events_of_the_run_before_are_not_read(tmp_path, monkeypatch):
+    store, read = Store(str(tmp_path)), Store.read_bytes
+    record(store, "r1").write("finished", {})
+    store.write_bytes("events.jsonl", b"{}")
+    store.write_bytes("state/events/r1/000001.jsonl.zst", b"x")
+    names: list[str] = []
+    monkeypatch.setattr(Store, "read_bytes", lambda self, name: (names.append(name), read(self, name))[1])
+    keep_older_run(store)
+    EventLog(store, "r2")
+    assert set(names) == {"run.json"}
+
+
+def test_a_run_that_died_before_it_had_a_record_takes_no_events_from_the_run_before(tmp_path):
+    store = Store(str(tmp_path))
+    record(store, "r1").write("finished", {})
+    store.write_bytes("events.jsonl", b"of r1")
+    keep_older_run(store)
+    EventLog(store, "r2")
+    keep_older_run(store)
+    assert store.read_bytes("runs/r1/events.jsonl") == b"of r1"
+    EventLog(store, "r3")
+    assert store.read_bytes("events.jsonl") == b""
+
+
+def test_events_that_an_earlier_version_wrote_into_an_object_store_are_kept(bucket):
+    store = Store(bucket)
+    record(store, "r1").write("finished", {})
+    store.write_bytes("events.jsonl", b"{}")
+    keep_older_run(store)
+    assert store.read_bytes("runs/r1/events.jsonl") == b"{}" and not store.exists("events.jsonl")
 
 
 @pytest.mark.parametrize("content", [b"null", b"[1]", b"{", b"{}", b'{"run_id": 7}', b'{"run_id": "../../elsewhere"}'])

@@ -6,12 +6,13 @@ import io
 import threading
 from types import SimpleNamespace
 
-import pyarrow.parquet as pq
 import pytest
 
-from ltx_ray.dataset.existing import list_existing
+from ltx_ray.dataset.parts import read_rows
+from ltx_ray.dataset.row_log import RowLog
 from ltx_ray.dataset.writer import DatasetWriter, Failure
 from ltx_ray.driver.events import EventLog
+from ltx_ray.driver.illegal_rows import SHOWN
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
 from ltx_ray.driver.tracker import RowTracker
@@ -22,6 +23,7 @@ from ltx_ray.records import CallReport, Clip, EngineFacts, NoiseLedger, Recipe, 
 from ltx_ray.stages import Stage
 from ltx_ray.storage.store import Store
 from tests.support.checkpoint_files import RELEASED
+from tests.support.datasets import row_log
 from tests.support.results import RENDERED
 from tests.support.samples import recipe, write_jsonl
 
@@ -42,8 +44,8 @@ class FakeBuilder:
 class GatedWriter(DatasetWriter):
     """Writes index rows only while `go` is set."""
 
-    def __init__(self, store: Store):
-        super().__init__(store)
+    def __init__(self, log: RowLog):
+        super().__init__(log)
         self.begun, self.go = threading.Event(), threading.Event()
         self.go.set()
 
@@ -62,9 +64,11 @@ class Output:
 
     def open(self, rows: list[dict], **options) -> Output:
         manifest = write_jsonl(self.folder / "m.jsonl", rows)
-        self.writer = GatedWriter(self.store)
-        plan = Plan(manifest, RowRules(), FakeBuilder(), list_existing(self.store), **options)  # type: ignore[arg-type]
-        self.tracker = RowTracker(plan, self.writer, Publisher(2), EventLog(self.store), Progress(self.said), "{}")
+        log = row_log(self.store)
+        self.writer = GatedWriter(log)
+        plan = Plan(manifest, RowRules(), FakeBuilder(), log.existing, **options)  # type: ignore[arg-type]
+        events = EventLog(self.store, "run")
+        self.tracker = RowTracker(plan, self.writer, Publisher(log), events, Progress(self.said), "{}")
         self.counted: list[str] = []
         self.tracker.metrics = SimpleNamespace(item=self.counted.append)  # type: ignore[assignment]
         self.rows = plan.open()
@@ -75,14 +79,19 @@ class Output:
 
     def settle(self) -> None:
         while self.tracker.publisher.pending:
-            self.tracker.publisher.poll(timeout=10)
+            self.tracker.publisher.poll(timeout=10, flush=True)
 
     def close(self) -> None:
         self.tracker.publisher.close(finish=True)
+        self.writer.log.close()
+
+    def rows_of(self, folder: str) -> list[dict]:
+        """Rows in segments and in parts, each once."""
+        self.writer.log.close()
+        return list(read_rows(self.store, folder))
 
     def ids(self, folder: str) -> list[str]:
-        names = [f"{folder}/{name}" for name in self.store.list_names(folder)]
-        return sorted(pq.read_table(io.BytesIO(self.store.read_bytes(n)))["id"][0].as_py() for n in names)
+        return sorted(row["id"] for row in self.rows_of(folder))
 
 
 @pytest.fixture
@@ -140,8 +149,7 @@ def test_other_numerics_of_stage_1_are_recorded_with_those_of_the_run(output):
     for tracked in (cat, dog):
         output.tracker.finish(tracked, CLIP, '{"attention":"fa3"}')
     output.settle()
-    parts = [output.store.read_bytes(f"index/{name}") for name in output.store.list_names("index")]
-    found = {row["id"]: row["numerics"] for part in parts for row in pq.read_table(io.BytesIO(part)).to_pylist()}
+    found = {row["id"]: row["numerics"] for row in output.rows_of("index")}
     assert found == {"a": '{"attention":"fa3","stage_1":{"attention":"cudnn"}}', "b": '{"attention":"fa3"}'}
 
 
@@ -172,6 +180,7 @@ def test_a_row_of_the_same_item_that_arrives_while_rows_are_being_written(output
     output.writer.go.clear()
     if outcome == "rendered":
         output.tracker.finish(tracked, CLIP, "{}")
+        output.tracker.publisher.poll(flush=True)
         assert output.writer.begun.wait(10)
     else:
         output.tracker.fail(tracked, CRASH)
@@ -243,6 +252,21 @@ def test_illegal_rows_are_on_record_and_forgotten_when_they_are_legal(output):
     assert output.ids("failed") == []
 
 
+def test_many_illegal_rows_are_said_by_their_commonest_reasons(output):
+    many = [{"id": f"r{n}", "prompt": "a", "height": 1080 if n % 3 else 1081, "seed": -n} for n in range(SHOWN + 200)]
+    output.open(many)
+    assert output.take(1000) == []
+    output.settle()
+    output.tracker.close(complete=True)
+    said = output.said.getvalue()
+    assert said.count(":height (r") == SHOWN and f"{SHOWN + 200} rows are illegal, all of them in failed/" in said
+    assert "the commonest reasons: 300 of height: legal: " in said and "; 299 of seed: legal: " in said
+    output.tracker.events.flush()
+    assert output.store.read_bytes("events.jsonl").count(b"row_illegal") == SHOWN
+    assert len(output.ids("failed")) == SHOWN + 200 and output.tracker.counts["illegal"] == SHOWN + 200
+    assert len(output.store.list_names("failed")) == 1
+
+
 def test_a_row_that_was_edited_leaves_its_older_failure_behind(output):
     output.open(rows("a"))
     (tracked,) = output.take()
@@ -271,6 +295,7 @@ def test_no_row_is_half_written_when_the_publisher_closes_without_finishing(outp
     (tracked,) = output.take()
     output.writer.go.clear()
     output.tracker.finish(tracked, CLIP, "{}")
+    output.tracker.publisher.poll(flush=True)
     assert output.writer.begun.wait(10)
     closing = threading.Thread(target=output.tracker.publisher.close, args=(False,))
     closing.start()

@@ -12,10 +12,12 @@ import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import ltx_ray
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics
+from ltx_ray.dataset.layout import thumb_path
 from ltx_ray.engine import codec
 from ltx_ray.engine.base import Rank
 from ltx_ray.engine.decode import DecodeEngine
@@ -143,7 +145,7 @@ def test_smaller_tiles_when_memory_runs_out(made, out, tiles, error):
     assert engine.facts.decode_rung == 2
     count, size, seconds = probe(out / clip.path)
     assert (count, size) == (89, (64, 64)) and seconds == pytest.approx(0.89, abs=0.03)
-    assert files(out) == [clip.path]
+    assert files(out) == [clip.path, thumb_path(item.item_id)]
     # What the first attempts encoded left no trace in the clip.
     shown = pictures(out / clip.path)
     tiles.failing = {}
@@ -191,7 +193,9 @@ def test_the_pictures_of_all_rungs_are_close(made, out, tiles):
     for failing in ((), (0,), (0,)):
         tiles.frames()
         tiles.failing = dict.fromkeys(failing, torch.OutOfMemoryError("out of memory"))
-        shown.append(pictures(out / engine.run("decode", item, *stages(item)).path))
+        clip = out / engine.run("decode", item, *stages(item)).path
+        shown.append(pictures(clip))
+        clip.unlink()  # it would be taken as it is
         assert engine.facts.decode_rung == len(shown) - 1
     for other in shown[1:]:
         assert 0.1 < np.abs(other - shown[0]).mean() < 0.35 * shown[0].std()
@@ -278,6 +282,36 @@ def test_latents_are_there_before_the_preview(made, out, tiles):
     with pytest.raises(RowError):
         engine.run("decode", item, stages(item)[0])
     assert files(out) == [f"latents/00/{item.item_id}.safetensors"]
+
+
+@pytest.mark.slow
+def test_a_clip_has_a_picture_of_its_frames(made, out, tiles):
+    """Frames of an attempt for which memory did not suffice are not in it."""
+    engine, item = made(), work(frame_rate=100.0)
+    tiles.failing = {3: MemoryError()}
+    clip = engine.run("decode", item, *stages(item))
+    with Image.open(out / thumb_path(item.item_id)) as picture:
+        assert picture.size == (3 * 64, 2 * 64)
+        shown = np.asarray(picture.convert("L")).astype(float)
+    frames = pictures(out / clip.path)
+    for number in range(6):
+        row, column = divmod(number, 3)
+        tile = shown[64 * row : 64 * (row + 1), 64 * column : 64 * (column + 1)]
+        distances = np.abs(np.clip((frames - 16) * 255 / 219, 0, 255) - tile).mean(axis=(1, 2))
+        middle = int((number + 0.5) * 89 / 6)
+        # The clip shows such noise a few frames late.
+        assert distances[middle - 2 : middle + 3].min() < 0.7 * np.median(distances)
+
+
+def test_a_picture_that_cannot_be_written_costs_no_row(made, out, monkeypatch):
+    engine, item = made(), work(num_frames=9)
+
+    def refuse(*args: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Store, "write_bytes", refuse)
+    clip = engine.run("decode", item, *stages(item))
+    assert clip.sha256 and files(out) == [clip.path]
 
 
 def test_a_preflight_publishes_nothing(made, out):

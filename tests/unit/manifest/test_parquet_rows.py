@@ -13,7 +13,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.manifest.raw import RawRow, is_damage
 from ltx_ray.manifest.reader import open_manifest, read_manifest
 from ltx_ray.manifest.rules import IllegalRow, LegalRow, RowRules, judge
@@ -21,6 +20,7 @@ from ltx_ray.storage.retry import StoreUnavailable
 from ltx_ray.storage.store import Store
 
 ROWS, GROUP = 9000, 3000
+from tests.support.datasets import dataset_writer, finish
 
 
 def damaged(path: Path, *columns: str, codec: str = "snappy", dictionary: bool = False) -> Path:
@@ -81,8 +81,9 @@ def test_small_row_groups_are_read_together_and_lost_alone(tmp_path):
 def test_a_row_of_a_damaged_file_is_recorded_and_retried_as_it_was(tmp_path):
     path = damaged(tmp_path / "m.parquet", "prompt")
     [before] = [row for raw in read_manifest(str(path)) if isinstance(row := judge(raw, RowRules()), IllegalRow)]
-    writer = DatasetWriter(Store(str(tmp_path / "out")))
+    writer = dataset_writer(Store(str(tmp_path / "out")))
     writer.write_illegal(before.raw, before.messages())
+    finish(writer)
     [again] = [judge(raw, RowRules()) for raw in read_manifest(str(tmp_path / "out" / "failed"))]
     assert again.messages() == before.messages() and again.raw.source == before.raw.source
 
@@ -102,8 +103,9 @@ def test_integers_that_a_short_float_does_not_hold_are_refused(tmp_path, bits, e
     assert isinstance(three, IllegalRow)
     [message] = [text for text in three.messages() if ":seed:" in text]
     assert f"'{exact} as a float of {bits} bits', legal: a whole number" in message
-    writer = DatasetWriter(Store(str(tmp_path / "out")))
+    writer = dataset_writer(Store(str(tmp_path / "out")))
     writer.write_illegal(three.raw, three.messages())
+    finish(writer)
     [again] = [judge(raw, RowRules()) for raw in read_manifest(str(tmp_path / "out" / "failed"))]
     assert again.messages() == three.messages()
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ltx_ray.manifest.columns import COLUMNS, arrow_type_fits
-from ltx_ray.manifest.reader import manifest_folder, read_manifest
+from ltx_ray.manifest.reader import manifest_folder, open_manifest, read_manifest
 from ltx_ray.manifest.rules import LegalRow, RowRules, judge
 from tests.support.samples import write_jsonl
 
@@ -30,6 +30,22 @@ def requests(uri: str):
     rows = [judge(raw, RowRules()) for raw in read_manifest(uri)]
     assert all(isinstance(row, LegalRow) for row in rows)
     return [row.request for row in rows]
+
+
+def test_parquet_files_say_how_many_rows_they_have(tmp_path):
+    parts, mixed = tmp_path / "parts", tmp_path / "mixed"
+    for folder in (parts, mixed):
+        folder.mkdir()
+        write_parquet(folder / "a.parquet", prompt=[f"{n}" for n in range(7)])
+    write_parquet(parts / "b.parquet", prompt=["x", "y"])
+    write_jsonl(mixed / "b.jsonl", [{"prompt": "x"}])
+    assert open_manifest(str(parts)).row_count == 9
+    assert open_manifest(str(parts / "a.parquet")).row_count == 7
+    assert open_manifest(str(mixed)).row_count is None, "lines would have to be counted"
+    keyed = tmp_path / "keyed" / "height=64"
+    keyed.mkdir(parents=True)
+    write_parquet(keyed / "a.parquet", prompt=["x", "y"])
+    assert open_manifest(str(keyed.parent)).row_count == 2
 
 
 # --- reading -------------------------------------------------------------------------------------

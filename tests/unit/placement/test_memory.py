@@ -28,6 +28,7 @@ from ltx_ray.placement.memory import GIB, Gpu, MemoryBudget, can_share, known_gp
 from ltx_ray.placement.numerics import resolve
 from ltx_ray.placement.sizing import ParallelConfig, lay_out
 from tests.support.checkpoint_files import RELEASED
+from tests.support.datasets import rows_in
 from tests.support.samples import request
 from tests.support.schedules import WatchedReplicas
 from tests.support.simulated_runs import rows, run
@@ -292,7 +293,7 @@ def test_a_row_that_does_not_fit_fails_as_an_illegal_one_and_the_others_render(t
     assert driver.run(driver.tracker.plan.open()) is False
     assert len(times) == 1 and not driver.tracker.items
     assert driver.counts["illegal"] == 2 and driver.counts["rendered"] == 5 and driver.counts["rows"] == 7
-    assert len(store.list_names("index")) == 5
+    assert len(rows_in(store, "index")) == 5
     failed = {row["id"]: row for row in table(store, "failed")}
     assert set(failed) == {"long", "twin"}
     row = failed["long"]
@@ -307,7 +308,7 @@ def test_a_row_that_does_not_fit_fails_as_an_illegal_one_and_the_others_render(t
     # the same command on larger GPUs
     driver, store = run(tmp_path, [long, *rows(5), {**long, "id": "twin"}])
     driver.run(driver.tracker.plan.open())
-    assert len(store.list_names("index")) == 7 and not store.list_names("failed")
+    assert len(rows_in(store, "index")) == 7 and not rows_in(store, "failed")
 
 
 @pytest.mark.slow
@@ -319,17 +320,17 @@ def test_a_run_of_rows_that_do_not_fit_starts_no_replica(tmp_path):
     driver, store = run(tmp_path, rows(600), Idle, preflight={"prompt": "preflight"})
     joining(driver, lambda request: RowProblem("num_frames", request.num_frames, "less"))
     assert driver.run(driver.tracker.plan.open()) is False
-    assert driver.counts["illegal"] == 600 and len(store.list_names("failed")) == 600
+    assert driver.counts["illegal"] == 600 and len(rows_in(store, "failed")) == 600
 
 
 def test_an_earlier_failure_of_a_row_that_does_not_fit_is_not_listed_twice(tmp_path):
     driver, store = run(tmp_path, [{"id": "a", "prompt": "x [[stage1:crash]]"}])
     driver.run(driver.tracker.plan.open())
-    assert len(store.list_names("failed")) == 1
+    assert len(rows_in(store, "failed")) == 1
     driver, store = run(tmp_path, [{"id": "a", "prompt": "x [[stage1:crash]]"}])
     joining(driver, lambda request: RowProblem("num_frames", request.num_frames, "less"))
     driver.run(driver.tracker.plan.open())
-    assert [name[:12] for name in store.list_names("failed")] == ["part-illegal"]
+    assert [row["stage"] for row in rows_in(store, "failed")] == ["plan"]
 
 
 @pytest.mark.parametrize("device, gpu", [("cpu", Gpu("tiny", GIB)), ("cuda", None), ("cuda", Gpu("tiny", GIB))])

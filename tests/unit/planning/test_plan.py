@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from ltx_ray.config import LoraSpec, ModelFiles, Numerics, Selection
@@ -18,6 +20,7 @@ from ltx_ray.records import LoraUse
 from ltx_ray.shapes import ClipShape
 from ltx_ray.storage.store import Store
 from tests.support.checkpoint_files import RELEASED
+from tests.support.datasets import dataset_writer, finish
 from tests.support.results import RENDERED
 from tests.support.samples import SMALL, request, write_jsonl
 
@@ -43,10 +46,41 @@ def row(n: int, **values) -> dict:
 
 def dataset_with(tmp_path: Path, *planned: PlannedRow) -> DatasetWriter:
     """The writer of a dataset that has these rows."""
-    writer = DatasetWriter(Store(str(tmp_path / "out")))
+    writer = dataset_writer(Store(str(tmp_path / "out")))
     for p in planned:
         writer.write_index(p.item.item_id, p.request, RENDERED)
+    writer.log.commit()
     return writer
+
+
+# --- how many rows there will be ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"samples": 3}, {"selection": Selection(limit=4)}, {"selection": Selection(limit=99)},
+     {"selection": Selection(shard=(1, 3))}, {"selection": Selection(shard=(2, 3), limit=2), "samples": 2}],
+    ids=str,
+)  # fmt: skip
+def test_a_plan_of_parquet_files_knows_how_many_rows_it_has(tmp_path, builder, options):
+    pq.write_table(pa.Table.from_pylist([row(n) for n in range(10)]), tmp_path / "m.parquet")
+    a_plan = Plan(manifest=str(tmp_path / "m.parquet"), rules=RowRules(), builder=builder, **options)
+    assert a_plan.expected_rows is None, "it was not opened"
+    raws = a_plan.read()
+    a_plan = a_plan.against(ExistingRows())
+    expected = a_plan.expected_rows
+    assert expected == len(list(a_plan.rows(raws))) > 0
+
+
+def test_a_plan_of_json_or_of_chosen_ids_does_not_know_it(plan, tmp_path, builder):
+    a_plan = plan([row(1), row(2)])
+    list(a_plan.open())
+    assert a_plan.expected_rows is None
+    pq.write_table(pa.Table.from_pylist([row(1, id="a")]), tmp_path / "m.parquet")
+    chosen = Selection(ids=frozenset({"a"}))
+    a_plan = Plan(manifest=str(tmp_path / "m.parquet"), rules=RowRules(), builder=builder, selection=chosen)
+    list(a_plan.open())
+    assert a_plan.expected_rows is None
 
 
 # --- status of a row -----------------------------------------------------------------------------
@@ -65,22 +99,23 @@ def test_rows_of_a_new_dataset_are_to_be_rendered(plan):
 def test_a_row_in_the_index_is_done(plan, tmp_path):
     first, second = plan([row(1), row(2)]).open()
     writer = dataset_with(tmp_path, first)
-    assert statuses(plan([row(1), row(2)], existing=list_existing(writer.store))) == [DONE, TODO]
+    assert statuses(plan([row(1), row(2)], existing=list_existing(writer.log.store))) == [DONE, TODO]
     writer.write_index(second.item.item_id, second.request, RENDERED)
-    a_plan = plan([row(2), row(1)], existing=list_existing(writer.store))
+    finish(writer)
+    a_plan = plan([row(2), row(1)], existing=list_existing(writer.log.store))
     assert statuses(a_plan) == [DONE, DONE]
     assert cost_line(a_plan.counts, a_plan.tflop) == "nothing to render"
 
 
 def test_a_rendered_clip_under_another_id_is_copied(plan, tmp_path):
     [first] = plan([row(1, id="a")]).open()
-    existing = list_existing(dataset_with(tmp_path, first).store)
+    existing = list_existing(dataset_with(tmp_path, first).log.store)
     assert statuses(plan([row(1, id="b"), row(1, id="a"), row(1)], existing=existing)) == [COPY, DONE, COPY]
 
 
 def test_a_changed_recipe_makes_a_row_render_again(plan, tmp_path, toy):
     [first] = plan([row(1)]).open()
-    existing = list_existing(dataset_with(tmp_path, first).store)
+    existing = list_existing(dataset_with(tmp_path, first).log.store)
     other = ItemBuilder(ModelFiles(**toy), Numerics(dtype="float32"))
     assert statuses(plan([row(1)], existing=existing, builder=other)) == [TODO]
     layout = ItemBuilder(ModelFiles(**toy), Numerics(tp=2, attention="other", device="cuda", compile="on"))
@@ -89,11 +124,12 @@ def test_a_changed_recipe_makes_a_row_render_again(plan, tmp_path, toy):
 
 def test_failures_of_the_row_wait_for_a_retry_and_those_of_infrastructure_do_not(plan, tmp_path):
     first, second = plan([row(1), row(2)]).open()
-    writer = DatasetWriter(Store(str(tmp_path / "out")))
+    writer = dataset_writer(Store(str(tmp_path / "out")))
     raw = RawRow("m.jsonl", 1, {})
     writer.write_failed(first.item.item_id, first.request, raw, Failure("stage1", 1, "row", "nan"))
     writer.write_failed(second.item.item_id, second.request, raw, Failure("stage1", 3, "infrastructure", "died"))
-    existing = list_existing(writer.store)
+    finish(writer)
+    existing = list_existing(writer.log.store)
     assert statuses(plan([row(1), row(2)], existing=existing)) == [FAILED, TODO]
     assert statuses(plan([row(1), row(2)], existing=existing, retry_failed=True)) == [TODO, TODO]
 
@@ -139,7 +175,7 @@ def test_with_latents_only_a_row_with_a_preview_is_done(plan, tmp_path):
     both = [row(1, id="a"), row(1, id="b")]
     assert statuses(plan(both, existing=existing, latents_only=True)) == [DONE, TODO]
     assert statuses(plan(both, existing=existing)) == [TODO, TODO]
-    existing.add_row(first.item_id, first.key)
+    existing.index.add_pending([bytes.fromhex(first.item_id + first.key)], "segment")
     assert statuses(plan(both, existing=existing, latents_only=True)) == [DONE, COPY]
 
 

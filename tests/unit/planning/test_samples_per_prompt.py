@@ -11,11 +11,12 @@ from ltx_ray.cli import app
 from ltx_ray.cli.app import main
 from ltx_ray.config import Selection
 from ltx_ray.dataset.existing import ExistingRows, list_existing
-from ltx_ray.dataset.writer import DatasetWriter, Failure
+from ltx_ray.dataset.writer import Failure
 from ltx_ray.manifest.columns import MAX_SEED
 from ltx_ray.manifest.rules import RowRules
 from ltx_ray.planning.plan import FAILED, ILLEGAL, REPEATED, TODO, ItemBuilder, Plan, PlannedRow
 from ltx_ray.storage.store import Store
+from tests.support.datasets import dataset_writer, finish
 from tests.support.pictures import encoded, gradient
 from tests.support.results import RENDERED
 from tests.support.samples import SMALL, write_jsonl
@@ -131,10 +132,11 @@ def test_ids_select_a_row_with_its_samples_or_one_sample(plan):
 
 def test_each_sample_has_a_status_of_its_own(plan, tmp_path):
     rows = list(plan({"id": "a"}, {"prompt": "b"}).open())
-    writer = DatasetWriter(Store(str(tmp_path / "out")))
+    writer = dataset_writer(Store(str(tmp_path / "out")))
     writer.write_index(rows[1].item_id, rows[1].request, RENDERED)
     writer.write_failed(rows[5].item_id, rows[5].request, rows[5].raw, Failure("stage1", 1, "row", "nan"))
-    existing = list_existing(writer.store)
+    finish(writer)
+    existing = list_existing(writer.log.store)
     again = list(plan({"id": "a"}, {"prompt": "b"}, existing=existing).open())
     assert [p.status for p in again] == [TODO, "done", TODO, TODO, TODO, FAILED]
     [failed] = plan(manifest=str(tmp_path / "out" / "failed"), existing=existing).open()

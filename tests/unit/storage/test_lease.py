@@ -12,7 +12,7 @@ import time
 import pytest
 
 from ltx_ray.storage import lease as lease_module
-from ltx_ray.storage.lease import Lease, holder
+from ltx_ray.storage.lease import Lease, holder, write_fenced
 from ltx_ray.storage.store import Store
 
 
@@ -20,11 +20,6 @@ from ltx_ray.storage.store import Store
 def store(request, tmp_path) -> Store:
     """An empty store, on a disk and in a bucket."""
     return Store(str(tmp_path) if request.param == "local" else request.getfixturevalue("bucket"))
-
-
-@pytest.fixture(autouse=True)
-def _short_settling(monkeypatch):
-    monkeypatch.setattr(lease_module, "_SETTLE_SECONDS", 0.01)
 
 
 @pytest.fixture(autouse=True)
@@ -44,10 +39,10 @@ def _no_lease_is_renewed_after_its_test(monkeypatch):
             lease._thread.join(timeout=10)
 
 
-def leave_lease(store: Store, **changes) -> None:
+def leave_lease(store: Store, file: str = lease_module.LEASE_FILE, **changes) -> None:
     space = lease_module._pid_namespace()
     entry = {"run_id": "other", "host": "elsewhere", "pid": 1, "pids": space, "expires": time.time() + 60, **changes}
-    store.write_bytes("_lease.json", json.dumps(entry).encode())
+    store.write_bytes(file, json.dumps(entry).encode())
 
 
 def dead_pid() -> int:
@@ -56,53 +51,90 @@ def dead_pid() -> int:
     return process.pid
 
 
-@pytest.fixture
-def waits(store, monkeypatch) -> list[float]:
-    """Seconds slept by a waiting run. Each sleep returns at once; in the third the other run's lease expires."""
-    slept: list[float] = []
+class Clock:
+    """The clock of a waiting run, which its naps alone advance. `each_nap` is what happens during one."""
 
-    def sleep(seconds: float) -> None:
-        if seconds != lease_module._POLL_SECONDS:
+    def __init__(self) -> None:
+        self.now, self.each_nap = 1000.0, lambda: None
+
+    def sleep(self, seconds: float) -> None:
+        if threading.current_thread() is not threading.main_thread():
             return
-        slept.append(seconds)
-        assert len(slept) <= 3, "waits for ever"
-        if len(slept) == 3:
-            leave_lease(store, expires=time.time() - 1)
+        self.now += seconds
+        assert self.now < 2000, "waits for ever"
+        self.each_nap()
 
-    monkeypatch.setattr(lease_module.time, "sleep", sleep)
-    return slept
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(lease_module.time, "sleep", clock.sleep)
+    monkeypatch.setattr(lease_module.time, "monotonic", lambda: clock.now)
+    return clock
 
 
 def test_a_free_output_is_taken_and_given_back(store):
     lease = Lease(store, "mine")
     lease.acquire(pytest.fail)
-    assert holder(store).run_id == "mine"
-    assert holder(store).pid == os.getpid()
+    assert (holder(store).run_id, holder(store).pid, holder(store).epoch) == ("mine", os.getpid(), 1)
     lease.release()
     assert holder(store) is None
-    assert not store.exists("_lease.json")
 
 
-def test_a_waiting_run_says_so_once(store, waits):
-    leave_lease(store)
-    messages = []
+def test_every_holder_has_a_higher_epoch(store):
+    for epoch in (1, 2, 3):
+        lease = Lease(store, "same name")
+        lease.acquire(pytest.fail)
+        assert lease.epoch == epoch == holder(store).epoch
+        lease.release()
+    leave_lease(store, host=socket.gethostname(), pid=dead_pid(), epoch=7)
+    lease = Lease(store, "mine")
+    lease.acquire(pytest.fail)
+    assert lease.epoch == 8
+
+
+def test_a_lease_that_does_not_change_for_a_minute_is_taken_over(store, clock):
+    """Whatever the clock of its host says."""
+    leave_lease(store, expires=time.time() + 1e6)
+    messages: list[str] = []
     Lease(store, "mine").acquire(messages.append)
-    assert len(waits) == 3
-    assert len(messages) == 1 and "in use by run other on elsewhere" in messages[0]
-    assert holder(store).run_id == "mine"
+    assert 60 <= clock.now - 1000 < 63 and holder(store).run_id == "mine"
+    assert len(messages) == 1 and "is in use by run other on elsewhere; waiting for it" in messages[0]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stale", ["expired", "own", "dead"])
-def test_a_stale_lease_is_taken_over(store, stale):
-    changes = {
-        "expired": {"expires": time.time() - 1},
-        "own": {"run_id": "mine"},
-        "dead": {"host": socket.gethostname(), "pid": dead_pid()},
-    }[stale]
-    leave_lease(store, **changes)
+def test_a_lease_that_is_renewed_is_waited_for(store, clock):
+    """Also when the clock of its host is hours behind."""
+    leave_lease(store, expires=0.0, beat=0)
+    lease = Lease(store, "mine")
+
+    def renew() -> None:
+        if clock.now < 1200:
+            leave_lease(store, expires=0.0, beat=clock.now // 15)
+        elif clock.now < 1204:
+            store.write_bytes(lease_module.LEASE_FILE, lease_module._UNREADABLE.encode())  # given back
+
+    clock.each_nap = renew
+    lease.acquire(lambda message: None)
+    assert 1200 <= clock.now < 1204
+
+
+@pytest.mark.parametrize("kind", ["dead", "unreadable"])
+def test_a_lease_that_nobody_holds_is_taken_at_once(store, kind):
+    if kind == "dead":
+        leave_lease(store, host=socket.gethostname(), pid=dead_pid())
+    else:
+        store.write_bytes(lease_module.LEASE_FILE, b"[]")
+    assert holder(store) is None
     Lease(store, "mine").acquire(pytest.fail)
     assert holder(store).run_id == "mine"
+
+
+def test_a_process_of_another_container_is_not_considered_dead(store, clock):
+    """It has this host's name, and a pid of another namespace."""
+    leave_lease(store, host=socket.gethostname(), pid=dead_pid(), pids="another boot pid:[1]")
+    messages: list[str] = []
+    Lease(store, "mine").acquire(messages.append)
+    assert len(messages) == 1 and clock.now >= 1060
 
 
 def test_a_live_run_on_this_machine_holds_its_lease(store):
@@ -111,19 +143,43 @@ def test_a_live_run_on_this_machine_holds_its_lease(store):
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"expires": "soon", "pid": 1}', b"\xff"])
-def test_an_unreadable_lease_counts_as_none(store, content):
-    store.write_bytes("_lease.json", content)
+@pytest.mark.parametrize("file", [lease_module.LEASE_FILE, "_lease.json"])
+def test_an_unreadable_lease_counts_as_none(tmp_path, content, file):
+    store = Store(str(tmp_path))
+    store.write_bytes(file, content)
     assert holder(store) is None
     Lease(store, "mine").acquire(pytest.fail)
+    assert holder(store).run_id == "mine"
+
+
+def test_a_live_run_of_the_version_before_is_waited_for(store, clock):
+    leave_lease(store, "_lease.json")
+    assert holder(store).run_id == "other"
+
+    def end() -> None:
+        if clock.now > 1100:
+            store.delete("_lease.json")
+
+    clock.each_nap = end
+    messages: list[str] = []
+    Lease(store, "mine").acquire(messages.append)
+    assert clock.now > 1100 and len(messages) == 1 and holder(store).run_id == "mine"
+
+
+@pytest.mark.parametrize("changes", [{"expires": 0.0}, {"host": socket.gethostname(), "pid": 2**22 + 1}])
+def test_a_run_of_the_version_before_that_has_ended_is_not_waited_for(store, changes):
+    leave_lease(store, "_lease.json", **changes)
+    Lease(store, "mine").acquire(pytest.fail)
+    assert holder(store).run_id == "mine"
 
 
 def test_a_thread_renews_the_lease_until_it_is_released(store, monkeypatch):
     monkeypatch.setattr(lease_module, "_RENEW_SECONDS", 0.05)
     lease = Lease(store, "mine")
     lease.acquire(pytest.fail)
-    before = holder(store).expires
-    eventually(lambda: holder(store).expires != before)
-    assert not lease.lost
+    before = holder(store)
+    eventually(lambda: holder(store).expires != before.expires)
+    assert not lease.lost and holder(store).epoch == before.epoch
     lease.release()
     time.sleep(0.2)
     assert holder(store) is None
@@ -137,6 +193,20 @@ def test_releasing_leaves_the_lease_of_the_run_that_took_over(store):
     assert holder(store).run_id == "other"
 
 
+def test_a_run_that_is_stopped_while_it_waits_leaves_the_lease_alone(store, clock):
+    class Stopped(BaseException):
+        pass
+
+    def stop() -> None:
+        raise Stopped
+
+    leave_lease(store)
+    clock.each_nap = stop
+    with pytest.raises(Stopped):
+        Lease(store, "mine").acquire(lambda message: None)
+    assert holder(store).run_id == "other"
+
+
 # --- simultaneous runs, stores that do not answer -------------------------------------------------
 
 
@@ -147,18 +217,19 @@ def eventually(condition, seconds: float = 10.0) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("stale", [False, True])
-def test_of_runs_that_start_at_the_same_moment_one_holds_the_lease(store, stale, monkeypatch):
+@pytest.mark.parametrize("found", ["nothing", "dead", "given back"])
+def test_of_runs_that_start_at_the_same_moment_one_holds_the_lease(store, found, monkeypatch):
     """All runs find the output free before any of them writes. Each then holds the lease in turn."""
     monkeypatch.setattr(lease_module, "_POLL_SECONDS", 0.05)
-    monkeypatch.setattr(lease_module, "_SETTLE_SECONDS", 0.2)
-    if stale:
-        leave_lease(store, expires=time.time() - 1)
+    if found == "dead":
+        leave_lease(store, host=socket.gethostname(), pid=dead_pid(), epoch=1)
+    elif found == "given back":
+        store.write_bytes(lease_module.LEASE_FILE, lease_module._UNREADABLE.encode())
     count = 3
-    barrier, holding, holders, served = threading.Barrier(count), [], [], []
+    barrier, holding, holders, epochs = threading.Barrier(count), [], [], []
     read = lease_module._read
 
-    def read_together(store: Store) -> dict | None:
+    def read_together(store: Store):
         entry = read(store)
         if threading.current_thread().name.startswith("run") and not getattr(ready, "met", False):
             ready.met = True
@@ -176,7 +247,7 @@ def test_of_runs_that_start_at_the_same_moment_one_holds_the_lease(store, stale,
         time.sleep(0.3)
         assert not lease.lost
         holding.remove(name)
-        served.append(name)
+        epochs.append(lease.epoch)
         lease.release()
 
     threads = [threading.Thread(target=run, args=(f"r{n}",), name=f"run{n}") for n in range(count)]
@@ -184,7 +255,8 @@ def test_of_runs_that_start_at_the_same_moment_one_holds_the_lease(store, stale,
         thread.start()
     for thread in threads:
         thread.join(30)
-    assert sorted(served) == ["r0", "r1", "r2"] and holders == [1, 1, 1]
+    first = 2 if found == "dead" else 1
+    assert epochs == [first, first + 1, first + 2] and holders == [1, 1, 1]
 
 
 def test_a_lease_that_another_run_took_over_is_lost(store, monkeypatch):
@@ -203,7 +275,7 @@ def test_a_deleted_lease_is_written_again(store, monkeypatch):
     monkeypatch.setattr(lease_module, "_RENEW_SECONDS", 0.05)
     lease = Lease(store, "mine")
     lease.acquire(pytest.fail)
-    store.delete("_lease.json")
+    store.delete(lease_module.LEASE_FILE)
     eventually(lambda: holder(store) is not None)
     assert holder(store).run_id == "mine" and not lease.lost
     lease.release()
@@ -216,7 +288,7 @@ def test_a_store_that_does_not_answer_is_not_a_free_output(tmp_path, monkeypatch
     def silent(self, relative: str) -> bytes:
         raise OSError("AWS Error SLOW_DOWN")
 
-    monkeypatch.setattr(Store, "read_bytes", silent)
+    monkeypatch.setattr(Store, "read_versioned", silent)
     with pytest.raises(OSError, match="SLOW_DOWN"):
         Lease(store, "mine").acquire(pytest.fail)
     assert holder(store) is None, "holder() only informs people, so it does not raise"
@@ -228,34 +300,53 @@ def test_a_lease_survives_a_store_that_fails_for_a_while(tmp_path, monkeypatch):
     store = Store(str(tmp_path))
     lease = Lease(store, "mine")
     lease.acquire(pytest.fail)
-    before, write, failed = holder(store).expires, Store.write_bytes, []
+    before, write, failed = holder(store).expires, Store.update, []
 
-    def refuse(self, relative: str, data: bytes) -> None:
+    def refuse(self, relative: str, data: bytes, version: str) -> bool:
         failed.append(relative)
         raise OSError("no")
 
-    monkeypatch.setattr(Store, "write_bytes", refuse)
+    monkeypatch.setattr(Store, "update", refuse)
     eventually(lambda: len(failed) > 2)
-    monkeypatch.setattr(Store, "write_bytes", write)
+    monkeypatch.setattr(Store, "update", write)
     eventually(lambda: holder(store).expires != before)
     assert not lease.lost
     lease.release()
 
 
-def test_every_lease_has_the_same_length_so_that_none_is_read_in_part(store):
-    """An object is read in two requests, its size first. One that grew in between would be cut short."""
-    sizes = set()
-    for name in ("a", "a-much-longer-name"):
-        lease = Lease(store, name)
-        lease.acquire(pytest.fail)
-        sizes.add(store.size("_lease.json"))
-        lease.release()
-    assert len(sizes) == 1
+# --- records that a run without its lease must not replace ------------------------------------------
 
 
-def test_a_process_of_another_container_is_not_considered_dead(store, waits):
-    """It has this host's name, and a pid of another namespace."""
-    leave_lease(store, host=socket.gethostname(), pid=dead_pid(), pids="another boot pid:[1]")
-    messages = []
-    Lease(store, "mine").acquire(messages.append)
-    assert len(messages) == 1 and len(waits) == 3
+def written(store: Store, epoch: int, run_id: str) -> bool:
+    return write_fenced(store, "run.json", json.dumps({"run_id": run_id, "epoch": epoch}).encode(), epoch)
+
+
+def test_the_record_of_a_later_holder_is_not_replaced(store):
+    assert written(store, 4, "former")
+    assert written(store, 5, "é")
+    assert not written(store, 4, "former")
+    assert written(store, 5, "later")
+    assert json.loads(store.read_bytes("run.json")) == {"run_id": "later", "epoch": 5}
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b'{"epoch": "x"}', b'{"run_id": "of 0.1"}', b"\xff"])
+def test_a_record_without_an_epoch_is_replaced(tmp_path, content):
+    store = Store(str(tmp_path))
+    store.write_bytes("run.json", content)
+    assert written(store, 1, "mine")
+    assert json.loads(store.read_bytes("run.json"))["run_id"] == "mine"
+
+
+def test_a_record_that_changes_before_it_is_replaced_is_looked_at_again(tmp_path, monkeypatch):
+    store = Store(str(tmp_path))
+    written(store, 1, "mine")
+    update = Store.update
+
+    def overtaken(self, relative: str, data: bytes, version: str) -> bool:
+        monkeypatch.setattr(Store, "update", update)
+        assert written(store, 2, "other")
+        return self.update(relative, data, version)
+
+    monkeypatch.setattr(Store, "update", overtaken)
+    assert not written(store, 1, "mine")
+    assert json.loads(store.read_bytes("run.json"))["run_id"] == "other"

@@ -62,31 +62,14 @@ def test_listing(store):
     assert store.list_names("") == ["other"]
 
 
-def test_publish_to_an_object_store(bucket, tmp_path):
-    store = Store(f"{bucket}/out")
-    (tmp_path / "x.mp4").write_bytes(b"clip")
-    assert store.scratch_dir() is None
-    store.publish(str(tmp_path / "x.mp4"), "clips/ab/x.mp4")
-    assert store.read_bytes("clips/ab/x.mp4") == b"clip"
-    assert names(tmp_path) == []
+def test_temporary_files_are_on_the_outputs_disk(tmp_path, bucket):
+    assert Path(Store(str(tmp_path / "out")).scratch_dir()).is_relative_to(tmp_path / "out")
+    assert Store(f"{bucket}/out").scratch_dir() is None
 
 
-def test_publish_moves_the_finished_file(tmp_path):
-    store = Store(str(tmp_path / "out"))
-    scratch = Path(store.scratch_dir())
-    assert scratch.is_relative_to(tmp_path / "out")
-    (scratch / "x.mp4").write_bytes(b"clip")
-    store.publish(str(scratch / "x.mp4"), "clips/ab/x.mp4")
-    assert store.read_bytes("clips/ab/x.mp4") == b"clip"
-    assert names(tmp_path) == ["out/clips/ab/x.mp4"]
-
-
-@pytest.mark.parametrize("action", ["write", "publish"])
-def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, action):
+def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     store = Store(str(tmp_path / "out"), retry_seconds=0)
     store.write_bytes("x", b"old")
-    source = tmp_path / "source"
-    source.write_bytes(b"new")
     seen = []
 
     def fail(temporary, target):
@@ -96,7 +79,7 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, mon
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="no more"):
-        store.write_bytes("x", b"new") if action == "write" else store.publish(str(source), "x")
+        store.write_bytes("x", b"new")
     assert seen == [(b"new", tmp_path / "out", b"old")]
     assert names(tmp_path / "out") == ["x"]
     assert store.read_bytes("x") == b"old"
@@ -176,7 +159,7 @@ def test_an_object_store_has_no_temporaries(bucket):
     assert store.exists("clips/ab/.x.mp4.0123abcd")
 
 
-# --- moving, sizes, creating ---------------------------------------------------------------------
+# --- moving, sizes -------------------------------------------------------------------------------
 
 
 def test_move_folders_and_sizes(store):
@@ -188,12 +171,6 @@ def test_move_folders_and_sizes(store):
     assert store.sizes("none") == {} and store.folders("none") == []
     with pytest.raises(FileNotFoundError):
         store.move("index/none", "index/c")
-
-
-def test_a_file_is_created_once(tmp_path):
-    store = Store(str(tmp_path / "out"))
-    assert [store.create("x", data) for data in (b"first", b"second")] == [True, False]
-    assert store.read_bytes("x") == b"first" and names(tmp_path) == ["out/x"]
 
 
 # --- retries -------------------------------------------------------------------------------------
@@ -317,8 +294,7 @@ def test_writing_to_a_full_disk_is_retried_and_leaves_no_partial_file(tmp_path, 
     store.write_bytes("x", b"new")
     assert store.read_bytes("x") == b"new" and len(clock.waits) == 3
     full[0], current = 2, b"new"
-    (tmp_path / "clip").write_bytes(b"clip")
-    store.publish(str(tmp_path / "clip"), "clips/y")
+    assert store.create("clips/y", b"clip")
     assert store.read_bytes("clips/y") == b"clip" and len(clock.waits) == 5
     assert names(tmp_path) == ["out/clips/y", "out/log", "out/x"]
     full[0] = 10**6
@@ -362,6 +338,7 @@ def test_a_line_that_a_full_disk_cut_is_not_written_twice(tmp_path, clock, recov
 
 def test_a_written_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     store, order = Store(str(tmp_path / "out")), []
+    store.write_bytes("x", b"0")  # makes the folder
     fsync, replace = os.fsync, os.replace
 
     def record_fsync(handle: int) -> None:
@@ -375,7 +352,6 @@ def test_a_written_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypa
     monkeypatch.setattr(os, "fsync", record_fsync)
     monkeypatch.setattr(os, "replace", record_replace)
     store.write_bytes("x", b"1")
-    (tmp_path / "clip").write_bytes(b"clip")
-    store.publish(str(tmp_path / "clip"), "y")
+    store.write_bytes("y", b"clip")
     x, y = (os.stat(store.path(name)).st_ino for name in ("x", "y"))
     assert order == [("sync", x), ("name", x), ("sync", y), ("name", y)]

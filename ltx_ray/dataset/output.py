@@ -1,0 +1,33 @@
+"""Whether a run may write into its output."""
+
+from __future__ import annotations
+
+import os
+
+from ltx_ray.storage.locations import is_in_job_copy, resolve, split_options
+from ltx_ray.storage.store import Store
+
+
+def check_place(output: str) -> None:
+    """Refuse a place that Ray deletes. Manifests and images may be there."""
+    if is_in_job_copy(output):
+        name = os.path.basename(output)
+        raise ValueError(
+            f"--output: {output}, is in the copy that Ray makes of a job's working directory, and is lost with it; "
+            f"legal: a place outside of it, such as {os.path.join(os.path.expanduser('~'), name)}, s3:// or gs://"
+        )
+
+
+def check_creation(store: Store, single_writer: bool) -> None:
+    """Refuse a store that does not refuse to create a file twice, unless nobody else writes into the output."""
+    if not (single_writer or store.refuses_second_create()):
+        raise ValueError(
+            f"--output: {store.name}, whose store creates a file although there is one, so that two runs could write a "
+            f"row twice; legal: a store with conditional writes, or --single-writer if no other run writes there"
+        )
+
+
+def is_within(manifest: str, output: str) -> bool:
+    """Whether a manifest is in the output: one of its tables."""
+    inner, outer = (split_options(resolve(location))[0] for location in (manifest, output))
+    return inner.startswith(f"{outer.rstrip('/')}/")

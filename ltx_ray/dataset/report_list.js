@@ -1,0 +1,100 @@
+// The list of clips of a large dataset. Only the rows that can be seen are elements of the page.
+(function () {
+  "use strict";
+  var box = document.querySelector(".controls"), list = document.querySelector(".list");
+  var data = JSON.parse(document.getElementById("listed").textContent);
+  var HEIGHT = 124, MARGIN = 12;  // pixels of a row, and rows that are made beyond the window
+  var words = box.querySelector("input"), flag = box.querySelector("[name=flag]");
+  var sort = box.querySelector("[name=sort]"), out = box.querySelector("output");
+  var count = data.id.length, order = new Uint32Array(count), ranks = {}, texts = null, made = new Map(), due = false;
+  for (var i = 0; i < count; i++) order[i] = i;
+
+  function element(kind, name, text) {
+    var made = document.createElement(kind);
+    if (name) made.className = name;
+    if (text !== undefined) made.textContent = text;
+    return made;
+  }
+  function path(folder, item, ending) { return folder + "/" + item.slice(0, 2) + "/" + item + ending; }
+  function row(n) {
+    var item = data.item[n], frames = data.frames[n], rate = data.rate[n], href = data.clip[n] || path("clips", item, ".mp4");
+    var line = element("article", "line"), link = element("a", "thumb"), image = element("img"), body = element("div", "body");
+    line.dataset.n = n;
+    link.href = href;
+    link.tabIndex = -1;
+    image.alt = "frames of " + data.id[n];
+    image.decoding = "async";
+    image.onerror = function () { image.remove(); };
+    image.src = path("thumbs", item, ".webp");
+    link.append(image);
+    var head = element("div", "row"), title = element("h3"), name = element("a", "", data.id[n]);
+    name.href = href;
+    title.append(name);
+    head.append(title);
+    data.flags[n].forEach(function (f) { head.append(element("span", "badge warn", data.names[f].replaceAll("_", " "))); });
+    var prompt = element("p", "prompt", data.prompt[n]);
+    prompt.dir = "auto";
+    var facts = [data.width[n] + " × " + data.height[n], frames + " frames", "seed " + data.seed[n],
+      data.work[n].toFixed(1) + " s of work"];
+    if (rate) facts.splice(2, 0, (frames / rate).toFixed(2) + " s");
+    body.append(head, prompt, element("p", "small soft", facts.join(" · ")));
+    line.append(link, body);
+    return line;
+  }
+  function draw() {
+    due = false;
+    var top = Math.max(0, -list.getBoundingClientRect().top);
+    var first = Math.max(0, Math.floor(top / HEIGHT) - MARGIN);
+    var last = Math.min(order.length, Math.ceil((top + innerHeight) / HEIGHT) + MARGIN);
+    made.forEach(function (line, at) {
+      if (at < first || at >= last) { line.remove(); made.delete(at); }
+    });
+    for (var at = first; at < last; at++) {
+      if (made.has(at)) continue;
+      var line = row(order[at]);
+      line.style.top = at * HEIGHT + "px";
+      made.set(at, line);
+      list.append(line);
+    }
+  }
+  function soon() { if (!due) { due = true; requestAnimationFrame(draw); } }
+  function again() {
+    made.forEach(function (line) { line.remove(); });
+    made.clear();
+    list.style.height = order.length * HEIGHT + "px";
+    out.textContent = order.length === count ? "" : order.length + " of " + count + " shown";
+    draw();
+  }
+  // The place of each clip in an order, made when that order is first asked for.
+  function ranked(key) {
+    if (!ranks[key]) {
+      var by = Array.from({ length: count }, function (_, n) { return n; });
+      if (key === "id") by.sort(function (a, b) { return data.id[a] < data.id[b] ? -1 : data.id[a] > data.id[b] ? 1 : a - b; });
+      else by.sort(function (a, b) { return data[key][b] - data[key][a] || a - b; });
+      ranks[key] = Uint32Array.from(by);
+    }
+    return ranks[key];
+  }
+  function filter() {
+    var wanted = words.value.toLowerCase().split(/\s+/).filter(Boolean), value = flag.value, from = sort.value && ranked(sort.value);
+    var number = data.names.indexOf(value.slice(1)), kept = new Uint32Array(count), size = 0;
+    if (wanted.length && !texts) texts = data.id.map(function (id, n) {
+      return (id + " " + data.prompt[n] + " " + data.flags[n].map(function (f) { return data.names[f]; }).join(" ")).toLowerCase();
+    });
+    for (var at = 0; at < count; at++) {
+      var n = from ? from[at] : at, flags = data.flags[n];
+      if (value && !(value === "*" ? flags.length : flags.includes(number))) continue;
+      if (wanted.length && !wanted.every(function (w) { return texts[n].includes(w); })) continue;
+      kept[size++] = n;
+    }
+    order = kept.subarray(0, size);
+    again();
+  }
+  words.addEventListener("input", filter);
+  flag.addEventListener("change", filter);
+  sort.addEventListener("change", filter);
+  addEventListener("scroll", soon, { passive: true });
+  addEventListener("resize", soon, { passive: true });
+  box.hidden = false;
+  again();
+})();

@@ -1,0 +1,181 @@
+"""What people ask about a run: counts of its events, its rate, and what each replica did last.
+
+The driver keeps it while the run goes on and writes it into `run.json`, with the timeline beside the run's events.
+Nobody has to read the events, which may be gigabytes. Earlier versions wrote events alone, which are read line by line.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import FiniteFloat, TypeAdapter
+
+from ltx_ray.dataset import layout
+from ltx_ray.dataset.clip_rate import UNFINISHED, recorded_rate
+from ltx_ray.dataset.report_text import finite, short
+from ltx_ray.dataset.timeline import Timeline, TimelineBuilder, parse_timeline
+from ltx_ray.storage.store import Store
+
+
+@dataclass(frozen=True)
+class LastCall:
+    """The call that a replica finished last: `t` in seconds since the epoch."""
+
+    stage: str
+    id: str
+    seconds: FiniteFloat
+    t: FiniteFloat
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """A run at the time `at`, in seconds since the epoch."""
+
+    at: FiniteFloat
+    #: While the run goes on; `recorded_rate` has that of a run that has ended.
+    clips_per_hour: FiniteFloat | None
+    #: How many events there were, by their names.
+    events: dict[str, int]
+    #: By replica; those that have ended are left out.
+    replicas: dict[str, LastCall]
+
+
+_SUMMARY = TypeAdapter(RunSummary)
+
+
+class SummaryBuilder:
+    """Sums up the events that it is given. Its memory grows with the replicas, not with the rows."""
+
+    def __init__(self) -> None:
+        self._events: Counter[str] = Counter()
+        #: The event of the last call of each replica.
+        self._calls: dict[str, Mapping[str, Any]] = {}
+        self._last: float | None = None
+        self._timeline = TimelineBuilder()
+
+    def add(self, event: Mapping[str, Any]) -> None:
+        """Take in an event: a line of events.jsonl. Damaged ones are passed over."""
+        kind, t = event.get("event"), finite(event.get("t"))
+        if t is None or not isinstance(kind, str):
+            return
+        self._events[kind] += 1
+        if self._last is None or t > self._last:
+            self._last = t
+        self._timeline.add(event)
+        if kind == "call" and finite(event.get("seconds")) is not None:
+            self._calls[str(event.get("replica"))] = event
+        elif kind in ("gang_lost", "gang_given_back"):
+            self._calls.pop(str(event.get("replica")), None)
+
+    @property
+    def last(self) -> float | None:
+        """When the last event was."""
+        return self._last
+
+    def summary(self, at: float, clips_per_hour: float | None) -> RunSummary:
+        calls = {
+            replica: LastCall(str(call.get("stage")), str(call.get("id")), float(call["seconds"]), float(call["t"]))
+            for replica, call in self._calls.items()
+        }
+        return RunSummary(at, clips_per_hour, dict(self._events), calls)
+
+    def timeline(self) -> Timeline | None:
+        """None when no event was about a replica."""
+        return self._timeline.timeline()
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """What the records of the newest run say."""
+
+    #: `run.json`; empty when there is none, or when it is damaged.
+    record: dict[str, Any]
+    #: Of the run, or so far; None when it has made no clip.
+    clips_per_hour: float | None
+    #: When the summary was written, or the last event was, in seconds since the epoch.
+    last: float | None
+    replicas: Mapping[str, LastCall]
+    timeline: Timeline | None
+
+
+def read_run(
+    store: Store, record: dict[str, Any], now: float | None, note: Callable[[str], None] = lambda problem: None
+) -> RecordedRun:
+    """What is known of the run whose `run.json` is `record`.
+
+    `now` is in seconds since the epoch, or None for a run that has ended or was killed. `note` is called with what
+    cannot be read.
+    """
+    try:
+        summary = _SUMMARY.validate_python(record["summary"])
+    except (KeyError, ValueError):
+        return _from_events(store, record, now, note)
+    rate = summary.clips_per_hour if record.get("state") in UNFINISHED else recorded_rate(record, (), None)
+    timeline = _read_timeline(store, str(record.get("run_id")), note)
+    return RecordedRun(record, rate, summary.at, summary.replicas, timeline)
+
+
+def _read_timeline(store: Store, run_id: str, note: Callable[[str], None]) -> Timeline | None:
+    name = layout.timeline_path(run_id)
+    try:
+        return parse_timeline(store.read_bytes(name))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        note(f"{name} cannot be read: {short(error)}")
+        return None
+
+
+def _from_events(store: Store, record: dict[str, Any], now: float | None, note: Callable[[str], None]) -> RecordedRun:
+    """The run from its events.jsonl, for a record without a summary: of a version before, or damaged."""
+    builder = SummaryBuilder()
+    bad = 0
+
+    def events() -> Iterator[dict[str, Any]]:
+        nonlocal builder, bad
+        for line in _lines(store, note):
+            event = _parsed(line)
+            if event is None:
+                bad += bool(line.strip())
+                continue
+            if event["event"] == "run_started":
+                builder = SummaryBuilder()
+            builder.add(event)
+            yield event
+
+    read = events()
+    rate = recorded_rate(record, read, now)
+    for _ in read:
+        pass  # The rate of a run that has ended needs no events.
+    if bad:
+        note(f"{layout.EVENTS}: {bad:,} malformed line{'s' * (bad > 1)} skipped")
+    summary = builder.summary(0.0, rate)
+    return RecordedRun(record, rate, builder.last, summary.replicas, builder.timeline())
+
+
+def _lines(store: Store, note: Callable[[str], None]) -> Iterator[bytes]:
+    try:
+        with store.fs.open_input_stream(store.path(layout.EVENTS)) as file:
+            rest = b""
+            while piece := file.read(1 << 20):
+                *lines, rest = (rest + piece).split(b"\n")
+                yield from lines
+            yield rest
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        note(f"{layout.EVENTS} cannot be read: {short(error)}")
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """The event in a line; None when there is none, such as in the half-written last line of a running log."""
+    try:
+        event = json.loads(line.decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        return None
+    good = isinstance(event, dict) and isinstance(event.get("event"), str) and finite(event.get("t")) is not None
+    return event if good else None

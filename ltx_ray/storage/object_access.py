@@ -1,0 +1,140 @@
+"""How obstore reaches the bucket that pyarrow reaches: the same endpoint, region and credentials."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow.fs as pafs
+
+if TYPE_CHECKING:
+    from obstore.store import ClientConfig, GCSConfig, GCSStore, ObjectStore, RetryConfig, S3Credential, S3Store
+
+#: Seconds for which one request may run at all: a listing's page or a large object that keeps arriving.
+_LONGEST_SECONDS = 600
+#: How long credentials are used before they are asked for again. botocore renews those that expire within 10 minutes.
+_CREDENTIALS_LIFE = timedelta(minutes=10)
+#: Repeating requests is left to RetryPolicy, which then knows whether an answer was lost.
+_NO_RETRIES: RetryConfig = {"max_retries": 0}
+_GCS_SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
+
+
+def connector(fs: pafs.FileSystem, root: str, connect_seconds: float) -> Callable[[float], ObjectStore]:
+    """A function that opens the bucket of `root` ("bucket/folder"), which `fs` reads.
+
+    Its argument is the seconds without an answer after which a request is lost. It raises PermissionError when there
+    are no credentials.
+    """
+    bucket = root.partition("/")[0]
+    _, (options,) = fs.__reduce__()
+
+    def client(seconds: float) -> ClientConfig:
+        return {
+            "allow_http": True,  # an endpoint with http:// is asked for
+            "connect_timeout": timedelta(seconds=connect_seconds),
+            "read_timeout": timedelta(seconds=seconds),
+            "timeout": timedelta(seconds=_LONGEST_SECONDS),
+        }
+
+    if isinstance(fs, pafs.S3FileSystem):
+        region = fs.region
+        return lambda seconds: _s3_bucket(bucket, options, region, client(seconds))
+    return lambda seconds: _gcs_bucket(bucket, options, client(seconds))
+
+
+def _s3_bucket(bucket: str, options: dict[str, Any], region: str, client: ClientConfig) -> S3Store:
+    from obstore.store import S3Store
+
+    if options.get("tls_ca_file_path"):
+        client["root_certificate"] = Path(options["tls_ca_file_path"]).read_bytes()
+    endpoint = _endpoint(options) or f"https://s3.{region}.amazonaws.com"
+    virtual = bool(options.get("force_virtual_addressing"))
+    if virtual:
+        scheme, _, host = endpoint.partition("://")
+        endpoint = f"{scheme}://{bucket}.{host}"
+    # Every setting is given, because obstore takes what is left out from variables that pyarrow does not know.
+    return S3Store(
+        bucket,
+        config={
+            "region": region,
+            "endpoint": endpoint,
+            "aws_endpoint_url_s3": endpoint,
+            "virtual_hosted_style_request": virtual,
+            "skip_signature": bool(options["anonymous"]),
+        },
+        client_options=client,
+        retry_config=_NO_RETRIES,
+        credential_provider=None if options["anonymous"] else _s3_credentials(options),
+    )
+
+
+def _endpoint(options: dict[str, Any]) -> str | None:
+    """The endpoint with its scheme; None for Amazon's own."""
+    given = options["endpoint_override"] or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    return given if not given or "://" in given else f"{options['scheme']}://{given}"
+
+
+def _s3_credentials(options: dict[str, Any]) -> Callable[[], S3Credential]:
+    if options["access_key"]:
+        return _fixed(options["access_key"], options["secret_key"], options["session_token"])
+    key, secret = os.environ.get("AWS_ACCESS_KEY_ID"), os.environ.get("AWS_SECRET_ACCESS_KEY")
+    if key and secret:
+        return _fixed(key, secret, os.environ.get("AWS_SESSION_TOKEN"))
+    return _from_botocore()
+
+
+def _fixed(key: str, secret: str, token: str | None) -> Callable[[], S3Credential]:
+    return lambda: {"access_key_id": key, "secret_access_key": secret, "token": token or None, "expires_at": None}
+
+
+def _from_botocore() -> Callable[[], S3Credential]:
+    """Credentials of a profile, single sign-on, a web identity, a container or an instance.
+
+    obstore itself knows only the last three.
+    """
+    # They are imported here because a process with keys in its environment does not need them.
+    import botocore.exceptions
+    import botocore.session
+
+    try:
+        credentials = botocore.session.get_session().get_credentials()
+    except botocore.exceptions.BotoCoreError as error:
+        raise PermissionError(str(error)) from None
+    if credentials is None:
+        raise PermissionError("there are no AWS credentials")
+
+    def current() -> S3Credential:
+        now = credentials.get_frozen_credentials()
+        return {
+            "access_key_id": now.access_key,
+            "secret_access_key": now.secret_key,
+            "token": now.token,
+            "expires_at": datetime.now(UTC) + _CREDENTIALS_LIFE,
+        }
+
+    return current
+
+
+def _gcs_bucket(bucket: str, options: dict[str, Any], client: ClientConfig) -> GCSStore:
+    from obstore.store import GCSStore
+
+    config: GCSConfig = {"skip_signature": bool(options["anonymous"])}
+    if options["endpoint_override"]:
+        config["base_url"] = f"{options['scheme']}://{options['endpoint_override']}"
+    provider = None
+    if not options["anonymous"]:
+        import google.auth
+        import google.auth.exceptions
+        from obstore.auth.google import GoogleCredentialProvider
+
+        try:
+            credentials, _ = google.auth.default(scopes=[_GCS_SCOPE])
+        except google.auth.exceptions.DefaultCredentialsError as error:
+            raise PermissionError(str(error)) from None
+        provider = GoogleCredentialProvider(credentials)
+    return GCSStore(
+        bucket, config=config, client_options=client, retry_config=_NO_RETRIES, credential_provider=provider
+    )

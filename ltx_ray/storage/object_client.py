@@ -1,0 +1,195 @@
+"""Objects of a bucket that are created only once, or replaced only in the version that was read."""
+
+from __future__ import annotations
+
+import functools
+import io
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ltx_ray.storage.retry import RetryPolicy
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
+
+#: Objects that S3 deletes in one request.
+_BATCH = 1000
+#: Bytes for which a writer waits as long as for a silent store: 0.8 MB/s in 20 seconds.
+_UPLOAD_BYTES = 16 * 2**20
+#: What a store answered, in a message of obstore's; a page of debugging output follows.
+_STATUS = re.compile(r"non-2xx status code: (\d+)")
+_CODE = re.compile(r"<Code>(.*?)</Code>")
+_MESSAGE = re.compile(r"<Message>(.*?)</Message>", re.DOTALL)
+_REQUEST = re.compile(r".*?(?:Generic \w+ error: |in [\d.]+[nµm]?s - )", re.DOTALL)
+#: Answers with status 400 that a later try does not get.
+_PASSING_CODES = {"RequestTimeout", "ExpiredToken", "RequestTimeTooSkewed"}
+
+
+class ObjectClient:
+    """Objects below `root` ("bucket/folder"), whose paths are relative to it. `Store` documents the methods.
+
+    `connect(seconds)` opens the bucket with a client for which a request is lost after so many seconds without an
+    answer; `silence` are those of a small request.
+    """
+
+    def __init__(self, connect: Callable[[float], ObjectStore], root: str, silence: float, retry: RetryPolicy):
+        _, _, self._prefix = root.partition("/")
+        self._connect, self._silence, self._retry = functools.cache(connect), silence, retry
+
+    def create(self, relative: str, data: bytes) -> bool:
+        try:
+            return self.create_on_condition(relative, data)
+        except io.UnsupportedOperation:
+            return self._replace("creating", relative, data, None)
+
+    def create_on_condition(self, relative: str, data: bytes) -> bool:
+        """`create` by the store's own condition. Raises io.UnsupportedOperation when it has none."""
+        return self._put("creating", relative, data, "create")
+
+    def read_versioned(self, relative: str) -> tuple[bytes, str]:
+        return self._retry("reading", relative, lambda: self._get(relative))
+
+    def update(self, relative: str, data: bytes, version: str) -> bool:
+        try:
+            return self._put("writing", relative, data, json.loads(version))
+        except io.UnsupportedOperation:
+            return self._replace("writing", relative, data, version)
+
+    def names(self, folder: str) -> Iterator[str]:
+        import obstore
+
+        below = self._key(folder)
+        start = len(below) + 1 if below else 0
+        stream: Iterator[Any] | None = None
+        last: str | None = None
+
+        def page() -> Any:
+            nonlocal stream
+            with _os_errors():
+                # After an error, the listing goes on behind the last name.
+                stream = stream or iter(obstore.list(self._connect(self._silence), below or None, offset=last))
+                try:
+                    return next(stream, [])
+                except Exception:
+                    stream = None
+                    raise
+
+        while found := self._retry("listing", folder, page):
+            last = found[-1]["path"]
+            # An object without data stands for a folder, and obstore shows it without its slash.
+            yield from (meta["path"][start:] for meta in found if meta["size"])
+
+    def delete_many(self, relatives: Iterable[str]) -> None:
+        pending = iter(relatives)
+        while batch := list(itertools.islice(pending, _BATCH)):
+            shown = batch[0] if len(batch) == 1 else f"{batch[0]} and {len(batch) - 1} more"
+            self._retry("deleting", shown, functools.partial(self._delete, [self._key(name) for name in batch]))
+
+    def _delete(self, keys: list[str]) -> None:
+        import obstore
+
+        try:
+            with _os_errors():
+                obstore.delete(self._connect(self._silence), keys)
+        except FileNotFoundError:
+            # Google's store, unlike S3, says that one is missing, and the others may be left.
+            for key in keys if len(keys) > 1 else ():
+                self._delete([key])
+
+    def _key(self, relative: str) -> str:
+        return f"{self._prefix}/{relative}".strip("/")
+
+    def _get(self, relative: str) -> tuple[bytes, str]:
+        import obstore
+
+        with _os_errors():
+            answer = obstore.get(self._connect(self._silence), self._key(relative))
+            # S3 compares the first of them, Google's store the second.
+            version = {name: answer.meta[name] for name in ("e_tag", "version") if answer.meta[name] is not None}
+            return bytes(answer.bytes()), json.dumps(version)
+
+    def _put(self, doing: str, relative: str, data: bytes, mode: Any) -> bool:
+        """Write the object; False when the condition of `mode` does not hold."""
+        import obstore
+
+        seconds = self._silence * (1 + len(data) // _UPLOAD_BYTES)
+        unsure = False
+
+        def put() -> bool:
+            nonlocal unsure
+            try:
+                with _os_errors():
+                    obstore.put(self._connect(seconds), self._key(relative), data, mode=mode, use_multipart=False)
+                return True
+            except _Refused:
+                # It may be this call's own object that was in the way.
+                return unsure and self._holds(relative, data)
+            except _Conflict:
+                raise
+            except OSError:
+                unsure = True
+                raise
+
+        return self._retry(doing, relative, put)
+
+    def _replace(self, doing: str, relative: str, data: bytes, version: str | None) -> bool:
+        """For a store without conditions: look, then write. Of several writers at once, more than one may do so."""
+        try:
+            present = self.read_versioned(relative)[1]
+        except FileNotFoundError:
+            present = None
+        return present == version and self._put(doing, relative, data, "overwrite")
+
+    def _holds(self, relative: str, data: bytes) -> bool:
+        try:
+            return self._get(relative)[0] == data
+        except FileNotFoundError:
+            return False
+
+
+class _Refused(Exception):
+    """The condition of a write does not hold."""
+
+
+class _Conflict(OSError):
+    """Another write of the object was under way. It decided nothing, so the write has to be tried again."""
+
+
+@contextmanager
+def _os_errors() -> Iterator[None]:
+    """Raise obstore's errors as the OSErrors by which RetryPolicy knows what may pass, with the store's own words."""
+    from obstore import exceptions
+
+    try:
+        yield
+    except exceptions.BaseError as error:
+        status, text = _described(str(error))
+        if status == 409:
+            raise _Conflict(text) from None
+        if isinstance(error, exceptions.AlreadyExistsError | exceptions.PreconditionError):
+            raise _Refused(text) from None
+        if isinstance(error, exceptions.NotSupportedError) or status == 501:
+            raise io.UnsupportedOperation(f"the store has no conditional writes: {text}") from None
+        if isinstance(error, exceptions.PermissionDeniedError) or status in (401, 403):
+            raise PermissionError(text) from None
+        raise OSError(text) from None
+    except FileNotFoundError as error:  # obstore's NotFoundError
+        raise FileNotFoundError(_described(str(error))[1]) from None
+
+
+def _described(message: str) -> tuple[int | None, str]:
+    """The HTTP status in an error of obstore's, where there is one, and the error in one line."""
+    brief = message.partition("\n\nDebug source:")[0]
+    found = _STATUS.search(brief)
+    status = int(found.group(1)) if found else None
+    code, told = _CODE.search(brief), _MESSAGE.search(brief)
+    if code is None:
+        text = _REQUEST.sub("", brief)
+        cause = re.search(r"kind: (Timeout|Connect)\b", message)
+        return status, f"{text} ({cause.group(1).lower()})" if cause else text
+    text = f"{code.group(1)}: {told.group(1)}" if told else code.group(1)
+    return status, text if code.group(1) in _PASSING_CODES else f"{text} (HTTP status {status})"

@@ -1,0 +1,151 @@
+"""The report of a large dataset in a browser: it opens quickly, scrolls smoothly, filters, and runs no prompt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ltx_ray.dataset.report import write_report
+from tests.support import report_data as data
+from tests.support.browser import CHROMIUM, Browser
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")]
+ROWS = 100_000
+#: Marks in the page's window that a prompt would leave if it were run.
+HOSTILE = [
+    "</script><script>window.ran = 1</script>", "<img src=x onerror='window.ran = 2'>", "<!--<script>window.ran = 3",
+    "\u2028window.ran = 4;\u2029", '"); window.ran = 5; ("', "{{clips}} </textarea></title><svg onload='window.ran=6'>",
+]  # fmt: skip
+
+
+def rows() -> list[dict]:
+    made = []
+    for n in range(ROWS):
+        item_id = f"{n:08x}" * 4
+        prompt = HOSTILE[n] if n < len(HOSTILE) else f"A lighthouse number {n} at dusk, waves break below. " * 4
+        flags = ["silent", "<b>flag</b>"] if n < len(HOSTILE) else ["frozen"] if n % 1000 == 0 else []
+        made.append(
+            data.index_row(n, item_id=item_id, clip=f"clips/{item_id[:2]}/{item_id}.mp4", prompt=prompt, flags=flags,
+                           text_seconds=float(n))
+        )  # fmt: skip
+    return made
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("out")
+    made = rows()
+    data.write_parts(folder, "index", made, size=10_000)
+    data.write_run(folder, rows=ROWS, rendered=ROWS)
+    data.write_events(folder, data.run_events(4000))
+    for row in made[:8]:
+        path = folder / "thumbs" / row["item_id"][:2] / f"{row['item_id']}.webp"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (720, 270), (200, 100, 50)).save(path, "WEBP")
+    write_report(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    made = Browser(tmp_path_factory.mktemp("profile"))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def page(browser, out) -> Browser:
+    browser.console.clear()
+    browser.seconds = browser.open(out / "report.html")
+    return browser
+
+
+SHOWN = """[...document.querySelectorAll('.line')].sort((a, b) => a.offsetTop - b.offsetTop)
+    .map(line => line.querySelector('h3').textContent)"""
+#: Scrolls to the end in steps; gives the most rows that the page had, and the tasks that took long, in milliseconds.
+SCROLL = """(async () => {
+    const long = [], height = document.documentElement.scrollHeight;
+    new PerformanceObserver(list => list.getEntries().forEach(entry => long.push(entry.duration)))
+        .observe({ entryTypes: ['longtask'] });
+    let most = 0;
+    for (let step = 0; step <= 50; step++) {
+        scrollTo({ top: height * step / 50, behavior: 'instant' });
+        await new Promise(requestAnimationFrame);
+        await new Promise(requestAnimationFrame);
+        most = Math.max(most, document.querySelectorAll('.line').length);
+    }
+    return [most, Math.max(0, ...long)];
+})()"""
+
+
+def choose(page: Browser, name: str, value: str) -> tuple[str, list[str]]:
+    """Set a control; gives what the page says of it, and the ids of the rows at the top."""
+    control = "input" if name == "words" else f"[name={name}]"
+    kind = "input" if name == "words" else "change"
+    page.evaluate(f"""(() => {{
+        const control = document.querySelector('.controls {control}');
+        control.value = {value!r};
+        control.dispatchEvent(new Event('{kind}'));
+        scrollTo({{ top: 0, behavior: 'instant' }});
+    }})()""")
+    page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    return page.evaluate("document.querySelector('output').textContent"), page.evaluate(SHOWN)
+
+
+def test_it_opens_quickly_and_holds_few_rows(page):
+    assert page.seconds < 4, "two seconds on a machine that does nothing else"
+    assert page.evaluate("document.querySelectorAll('.line').length") < 100
+    assert page.evaluate("document.querySelector('.list').offsetHeight") == ROWS * 124
+    assert page.evaluate("document.querySelectorAll('#timeline svg').length") > 0
+
+
+def test_scrolling_makes_no_long_task_and_few_elements(page):
+    most, longest = page.evaluate(SCROLL)
+    assert 5 < most <= 500 and longest < 200, "100 ms on a machine that does nothing else"
+    assert page.evaluate(SHOWN)[-1] == f"clip-{ROWS - 1}"
+
+
+def test_it_filters_and_sorts(page):
+    words, shown = choose(page, "words", "NUMBER 70007 lighthouse")
+    assert (words, shown) == (f"1 of {ROWS} shown", ["clip-70007"])
+    words, shown = choose(page, "words", "")
+    assert words == "" and shown[0] == "clip-0000"
+    words, shown = choose(page, "flag", "=frozen")
+    assert words == f"99 of {ROWS} shown" and shown[:2] == ["clip-1000", "clip-2000"]
+    words, shown = choose(page, "sort", "work")
+    assert shown[:2] == ["clip-99000", "clip-98000"]
+    words, shown = choose(page, "flag", "")
+    assert words == "" and shown[0] == f"clip-{ROWS - 1}"
+    _, shown = choose(page, "sort", "done")
+    assert shown[0] == f"clip-{ROWS - 1}"
+    assert choose(page, "words", "no such word") == (f"0 of {ROWS} shown", [])
+
+
+def test_no_prompt_is_run(page):
+    choose(page, "flag", "*")
+    prompts = page.evaluate("[...document.querySelectorAll('.line .prompt')].map(line => line.textContent)")
+    assert set(HOSTILE) <= set(prompts), "they are shown as they are"
+    assert page.evaluate("typeof window.ran") == "undefined"
+    assert page.evaluate("document.querySelectorAll('.line svg, .line script, .line b').length") == 0
+    assert not [line for line in page.console if "exception" in line.lower() or "Content Security" in line]
+
+
+def test_pictures_and_clips_are_beside_the_page(page, out):
+    wait = "new Promise(done => setTimeout(done, 500))"
+    page.evaluate(wait)
+    pictures = page.evaluate(
+        "[...document.querySelectorAll('.line img')].map(i => [i.getAttribute('src'), i.naturalWidth])"
+    )
+    shown = {source: width for source, width in pictures if width}
+    assert len(shown) >= 6 and set(shown.values()) == {720}
+    assert all((out / source).is_file() for source in shown)
+    links = page.evaluate("[...document.querySelectorAll('.line h3 a')].map(a => a.getAttribute('href'))")
+    assert f"clips/00/{'0' * 32}.mp4" in links
+
+
+def test_the_page_may_load_from_nowhere_else(page):
+    page.evaluate("document.body.append(Object.assign(new Image(), { src: 'http://127.0.0.1:9/x.png' }))")
+    page.evaluate("new Promise(done => setTimeout(done, 200))")
+    assert any("Content Security Policy" in line for line in page.console)

@@ -1,0 +1,94 @@
+"""A server with as much of Google's object store as conditional writing and listing need."""
+
+from __future__ import annotations
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, unquote, urlsplit
+from xml.sax.saxutils import escape
+
+_TIME = "2026-01-01T00:00:00.000Z"
+_DATE = "Thu, 01 Jan 2026 00:00:00 GMT"
+
+
+class GoogleStore:
+    """Serves one bucket at `address` (host:port), and tokens at `/token`.
+
+    `objects` are (generation, bytes) by key. `tokens` are those that requests carried, None for anonymous ones.
+    """
+
+    def __init__(self, bucket: str):
+        self.objects: dict[str, tuple[int, bytes]] = {}
+        self.tokens: set[str | None] = set()
+        store, lock, generations = self, threading.Lock(), iter(range(1, 10**6))
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                assert self.path == "/token"
+                self.rfile.read(int(self.headers["content-length"]))
+                answer = {"access_token": "TOKEN", "expires_in": 3600, "token_type": "Bearer"}
+                self._answer(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
+
+            def do_PUT(self) -> None:
+                data, key = self.rfile.read(int(self.headers["content-length"])), self._key()
+                with lock:
+                    present = store.objects.get(key, (0, b""))[0]
+                    expected = self.headers.get("x-goog-if-generation-match")
+                    if expected is not None and int(expected) != present:
+                        return self._answer(412)
+                    store.objects[key] = (next(generations), data)
+                    self._answer(200, headers=self._version(key))
+
+            def do_GET(self) -> None:
+                key = self._key()
+                if not key:
+                    return self._list(parse_qs(urlsplit(self.path).query))
+                if key not in store.objects:
+                    return self._answer(404)
+                self._answer(200, store.objects[key][1], self._version(key))
+
+            def do_DELETE(self) -> None:
+                self._answer(204 if store.objects.pop(self._key(), None) else 404)
+
+            def _key(self) -> str:
+                authorization = self.headers.get("authorization")
+                store.tokens.add(authorization and authorization.removeprefix("Bearer "))
+                found, _, key = unquote(urlsplit(self.path).path).strip("/").partition("/")
+                assert found == bucket
+                return key
+
+            def _version(self, key: str) -> dict[str, str]:
+                generation = store.objects[key][0]
+                return {"ETag": f'"{generation}"', "x-goog-generation": f"{generation}", "Last-Modified": _DATE}
+
+            def _list(self, query: dict[str, list[str]]) -> None:
+                (prefix,) = query.get("prefix", [""])
+                contents = "".join(
+                    f"<Contents><Key>{escape(key)}</Key><LastModified>{_TIME}</LastModified><ETag>1</ETag>"
+                    f"<Size>{len(data)}</Size></Contents>"
+                    for key, (_, data) in sorted(store.objects.items())
+                    if key.startswith(prefix)
+                )
+                self._answer(200, f"<ListBucketResult>{contents}</ListBucketResult>".encode())
+
+            def _answer(self, code: int, content: bytes = b"", headers: dict[str, str] | None = None) -> None:
+                self.send_response(code)
+                for name, value in {**(headers or {}), "Content-Length": str(len(content))}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.address = f"127.0.0.1:{self._server.server_address[1]}"
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()

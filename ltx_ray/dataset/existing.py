@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+import numpy as np
 import pyarrow as pa
 
 from ltx_ray.dataset import layout
@@ -160,8 +161,9 @@ class TableRows:
         if name is not None:
             self._parts.append(name)
             self.saw(name)
-        end = number.to_bytes(4, "big")
-        return b"".join([keys[at : at + KEY_BYTES] + end for at in range(0, len(keys), KEY_BYTES)])
+        rows = np.frombuffer(keys, np.uint8).reshape(-1, KEY_BYTES)
+        ends = np.broadcast_to(np.frombuffer(number.to_bytes(4, "big"), np.uint8), (len(rows), 4))
+        return np.hstack([rows, ends]).tobytes()
 
     # --- numbers of parts ------------------------------------------------------------------------
 

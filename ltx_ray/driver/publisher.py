@@ -101,3 +101,4 @@ class Publisher:
         while finish and self.pending:
             self.poll(timeout=60.0, flush=True)
         self._thread.shutdown(wait=True)
+        self._folding = None  # If it failed, the end of the run folds again, and says why when that fails, too.

@@ -41,7 +41,7 @@ def node(gang: dict) -> str:
 def test_ranks_are_killed_one_hangs_one_raises_alone_and_memory_runs_out(job):
     slow = "[[stage1:slow:0.4]]"
     orders = ["[[stage2:stuck:1]]", "[[stage1:lone:1]]", "[[stage2:memory:1]]"]
-    manifest = rows(*[slow] * 5, *[slow + order for order in orders])
+    manifest = rows(*[slow] * 14, *[slow + order for order in orders])
     driver = job.start(manifest, limits=RunLimits(call_timeout=6))
     first = job.until(lambda: job.out.gangs("stage1"), "stage 1")[0]
     job.until(lambda: job.out.events("item_finished"), "a row")
@@ -49,13 +49,13 @@ def test_ranks_are_killed_one_hangs_one_raises_alone_and_memory_runs_out(job):
     second = job.until(lambda: job.out.gangs("stage1")[1:], "another gang")[0]
     os.kill(pid(second, 0), signal.SIGKILL)
     driver.ends(0)
-    index = whole(job, 8)
+    index = whole(job, 17)
     lost = Counter(event["role"] for event in job.out.events("gang_lost"))
     assert lost == {"stage1": 3, "stage2": 2}
     reasons = " ".join(event["reason"] for event in job.out.events("gang_lost"))
     for what in ("stage2 took longer than 6 s", "told to fail alone", "OutOfMemoryError"):
         assert what in reasons
-    assert all(index[name]["attempts"] >= 2 for name in ("r5", "r6", "r7"))
+    assert all(index[name]["attempts"] >= 2 for name in ("r14", "r15", "r16"))
     # Each of the two kills costs at most one row an attempt.
     assert sum(row["attempts"] - 1 for row in index.values()) <= 5
 

@@ -25,7 +25,7 @@ from ltx_ray.storage.store import Store
 from tests.support.checkpoint_files import BLOCK, REQUIRED, checkpoint
 from tests.support.datasets import dataset_writer, finish
 from tests.support.results import RENDERED
-from tests.support.samples import write_jsonl, write_safetensors
+from tests.support.samples import request, write_jsonl, write_safetensors
 
 SMALL = {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 2}
 GOOD = {"prompt": "a cat", **SMALL}
@@ -626,6 +626,20 @@ def test_status_passes_over_damaged_events(cmd, tmp_path):
     (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in (good, *bad)))
     code, out, _ = cmd("status", tmp_path)
     assert code == 0 and out.count("last finished") == 1 and "text-0: last finished text of a, 2.0 s" in out
+
+
+def test_status_counts_rows_that_are_not_yet_folded_and_fold_folds_them(cmd, tmp_path):
+    store = Store(str(tmp_path / "out"))
+    store.write_bytes("run.json", b"{}")
+    writer = dataset_writer(store)
+    writer.write_index(
+        "a" * 32, request(id="a"), dataclasses.replace(RENDERED, clip=dataclasses.replace(RENDERED.clip, path=None))
+    )
+    writer.log.commit()
+    line = "1 rows in the index, 0 in failed/"
+    assert f"{line}; 1 rows finished and not yet folded\n" in cmd("status", store.uri)[1]
+    assert cmd("fold", store.uri) == (0, "1 rows folded\n", "")
+    assert f"{line}\n" in cmd("status", store.uri)[1]
 
 
 def test_status_of_a_run_that_goes_on_and_of_one_that_was_killed(cmd, tmp_path, monkeypatch):

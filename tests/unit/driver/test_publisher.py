@@ -139,6 +139,19 @@ def test_the_error_of_a_fold_is_raised(publisher, log):
             time.sleep(0.01)
 
 
+def test_a_fold_that_fails_at_the_end_is_left_to_what_folds_then(log):
+    publisher = Publisher(log)
+
+    def fold() -> None:
+        raise OSError("full")
+
+    log.fold, log.fold_is_due = fold, True
+    submit(publisher, 1)
+    publisher.close(finish=True)
+    publisher.poll()
+    assert log.commits == [[1]]
+
+
 def test_closing_with_finish_commits_everything(publisher, log):
     called: list[int] = []
     for n in range(2500):

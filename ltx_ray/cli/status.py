@@ -65,7 +65,11 @@ def _state(run: Mapping[str, Any], interrupted: bool) -> str:
 
 
 def _counts(existing: ExistingRows) -> str:
-    line = f"{existing.row_count} rows in the index, {existing.failed_count} in failed/"
+    pending = existing.pending_count
+    line = f"{existing.row_count - pending} rows in the index, "
+    if pending:
+        line += f"{pending} finished and not yet folded, "
+    line += f"{existing.failed_count} in failed/"
     if existing.failed_count:
         kinds = existing.failed_kinds
         line += (
@@ -74,8 +78,7 @@ def _counts(existing: ExistingRows) -> str:
         )
     if existing.preview_count:
         line += f", {existing.preview_count} previews"
-    pending = existing.pending_count
-    return line + (f"; {pending} rows finished and not yet folded" if pending else "")
+    return line
 
 
 def _replica_lines(replicas: Mapping[str, LastCall]) -> Iterator[str]:

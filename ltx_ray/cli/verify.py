@@ -13,7 +13,7 @@ from typing import Any
 
 from ltx_ray.dataset import layout
 from ltx_ray.dataset.check import DatasetCheck, Finding, IndexRow
-from ltx_ray.dataset.parts import read_rows
+from ltx_ray.dataset.parts import one_line, read_rows
 from ltx_ray.dataset.repair import Repair
 from ltx_ray.manifest.columns import COLUMNS
 from ltx_ray.placement.sizing import ParallelConfig
@@ -206,7 +206,7 @@ def _compare(
     then, now = _device(row), None if rendered is None else _device(rendered)
     if rendered is None:
         why = failed["message"] if failed else "the run ended before it"
-        yield Finding(file, row["id"], f"could not be rendered again ({_one_line(why)})", "fix that and verify again")
+        yield Finding(file, row["id"], f"could not be rendered again ({one_line(why)})", "fix that and verify again")
     elif rendered["item_id"] != row["item_id"]:
         other = "other weights or LoRAs" if rendered["recipe_digest"] != row["recipe_digest"] else "other images"
         say(f"{named}: not comparable: it was rendered with {other} than are given now")
@@ -236,7 +236,3 @@ def _manifest_row(row: IndexRow) -> dict[str, Any]:
     defaults = PIPELINES[row["pipeline"]].defaults
     values = {name: row[name] for name in COLUMNS if row[name] != plain(defaults.get(name))}
     return {**values, "loras": row["loras"] or [], "id": row["item_id"], "prompt": row["prompt"]}
-
-
-def _one_line(message: object) -> str:
-    return " ".join(str(message).split())[:200]

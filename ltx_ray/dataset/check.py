@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ltx_ray.dataset import layout
-from ltx_ray.dataset.parts import UnreadablePart, list_segments, read_part, read_segment, segment_table
+from ltx_ray.dataset.parts import UnreadablePart, list_segments, one_line, read_part, read_segment, segment_table
 from ltx_ray.dataset.repair import Repair
 from ltx_ray.storage.id_table import IdTable
 from ltx_ray.storage.store import Store
@@ -127,7 +127,7 @@ class DatasetCheck:
         try:
             table = read_part(self.store, part.path)
         except UnreadablePart as damage:
-            return part.wrong(f"cannot be read as Parquet ({_one_line(damage.__context__ or damage)})", _SET_ASIDE)
+            return part.wrong(f"cannot be read as Parquet ({one_line(damage.__context__ or damage)})", _SET_ASIDE)
         schema = table.schema.remove_metadata()
         expected = layout.index_schema(schema.names)
         if not schema.equals(expected):
@@ -217,7 +217,7 @@ class DatasetCheck:
             return part  # A run has rendered its rows since.
         except (UnreadablePart, KeyError) as error:
             what = "failed rows" if table == layout.FAILED else "previews"
-            why = _one_line(error.__context__ or error)
+            why = one_line(error.__context__ or error)
             return part.wrong(f"cannot be read as a table of {what} ({why})", _SET_ASIDE)
         return part
 
@@ -228,7 +228,7 @@ class DatasetCheck:
         except FileNotFoundError:
             return part  # It was folded meanwhile.
         except UnreadablePart as damage:
-            return part.wrong(f"cannot be read ({_one_line(damage.__context__ or damage)})", _SET_ASIDE)
+            return part.wrong(f"cannot be read ({one_line(damage.__context__ or damage)})", _SET_ASIDE)
         if segment_table(path) != layout.FAILED:
             self.pending += len(rows)
             for item_id in rows["item_id"].to_pylist():
@@ -271,7 +271,3 @@ def _foreign(name: str, table: pa.Table) -> str | None:
 
 def _short_hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
-
-
-def _one_line(message: object) -> str:
-    return " ".join(str(message).split())[:200]

@@ -35,9 +35,14 @@ class UnreadablePart(OSError):
         self.path = path
 
 
+def one_line(message: object) -> str:
+    """The beginning of a message that may have several lines, as Arrow's have."""
+    return " ".join(str(message).split())[:200]
+
+
 def unreadable(store: Store, path: str, error: object) -> UnreadablePart:
     return UnreadablePart(
-        f"{join(store.name, path)} is damaged ({error}); ltx-ray verify --repair sets it aside", path=path
+        f"{join(store.name, path)} is damaged ({one_line(error)}); ltx-ray verify --repair sets it aside", path=path
     )
 
 

@@ -20,8 +20,8 @@ from ltx_ray.storage.local_files import TEMPORARY, LocalFiles, temporary_beside
 from ltx_ray.storage.locations import recorded, resolve, split_options
 from ltx_ray.storage.object_access import connector
 from ltx_ray.storage.object_client import ObjectClient
-from ltx_ray.storage.parquet import read_parquet_file
-from ltx_ray.storage.retry import RetryPolicy, retrying_reader
+from ltx_ray.storage.parquet import read_parquet, read_parquet_file
+from ltx_ray.storage.retry import RetryPolicy, is_permanent, retrying_reader
 
 #: Seconds for which an operation is retried. A restarted or throttled store is back sooner.
 RETRY_SECONDS = 60.0
@@ -143,8 +143,17 @@ class Store:
         """
 
         def read() -> pa.Table:
-            with self._fs.open_input_file(self.path(relative)) as file:
-                return read_parquet_file(file, columns)
+            path = self.path(relative)
+            try:
+                with self._fs.open_input_file(path) as file:
+                    return read_parquet_file(file, columns)
+            except OSError as error:
+                if error.errno is not None or is_permanent(error):
+                    raise
+            # Arrow reports damaged pages and headers as errors of a disk. Bytes in memory tell which it was.
+            with self._fs.open_input_file(path) as file:
+                data = file.read()
+            return read_parquet(data, columns)
 
         return self._retry("reading", relative, read)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -111,6 +112,21 @@ def test_a_part_that_cannot_be_read_stops_a_run_if_it_is_the_datasets_own(store)
     store.write_bytes("index/part-0badcafe-00000000.parquet", b"no Parquet")
     with pytest.raises(UnreadablePart, match="verify --repair sets it aside"):
         list_existing(store)
+
+
+def test_a_part_with_damage_inside_is_said_at_once(store):
+    """Arrow reports such damage as an error of the disk, in several lines, which would be retried for a minute."""
+    name = "index/part-0badcafe-00000000.parquet"
+    part(store, "part-0badcafe-00000000.parquet", "a", "b")
+    whole = store.read_bytes(name)
+    middle = len(whole) // 2
+    for data in (whole[:4] + bytes(40) + whole[44:], whole[:middle] + b"\xff" * (len(whole) - middle - 8) + whole[-8:]):
+        store.write_bytes(name, data)
+        began = time.monotonic()
+        with pytest.raises(UnreadablePart, match=f"{name} is damaged .*verify --repair sets it aside") as caught:
+            list_existing(store)
+        assert "\n" not in str(caught.value)
+        assert time.monotonic() - began < 10
 
 
 def test_the_number_of_the_next_part_follows_the_highest(store):

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from ltx_ray.storage.credentials import encoded_user_info, split_user_info
-from ltx_ray.storage.local_files import TEMPORARY, LocalFiles, temporary_beside
+from ltx_ray.storage.local_files import TEMPORARY, LocalFiles, temporary_beside, write_synced
 from ltx_ray.storage.locations import recorded, resolve, split_options
 from ltx_ray.storage.object_access import connector
 from ltx_ray.storage.object_client import ObjectClient
@@ -91,7 +91,7 @@ class Store:
         probe = f"_probe-{secrets.token_hex(4)}"
         try:
             store = self.retrying_for(min(self._retry.seconds, _CHECK_RETRY_SECONDS))
-            store.write_bytes(probe, b"")
+            store.write_bytes(probe, probe.encode())  # a full disk takes an empty file
             if not store.is_local:
                 store.create(probe, b"")  # by the other library, which has to find its credentials, too
             store.delete(probe)
@@ -166,9 +166,7 @@ class Store:
                 return self._put(target, data)
             temporary = temporary_beside(target)
             try:
-                with open(temporary, "wb") as file:
-                    file.write(data)
-                    _sync(file.fileno())
+                write_synced(temporary, data)
                 os.replace(temporary, target)
             finally:
                 temporary.unlink(missing_ok=True)
@@ -358,11 +356,3 @@ def _tuned(fs: pafs.S3FileSystem, retry_seconds: float, delayed: bool) -> pafs.S
     return pafs.S3FileSystem(
         **{**options, **changes}, retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=_REQUEST_TRIES)
     )
-
-
-def _sync(handle: int) -> None:
-    """Flush a file to the disk before it is renamed, so that a power cut cannot leave the new name with no data.
-
-    The rename itself is left to the file system's journal, which keeps a clip's rename before its index row's.
-    """
-    os.fsync(handle)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import time
 from pathlib import Path
 
@@ -97,6 +98,19 @@ def test_an_output_that_cannot_be_written(tmp_path, place):
     with pytest.raises(ValueError) as caught:
         Store(uri).check_writable()
     assert f"--output: {uri}, cannot be written" in str(caught.value)
+
+
+def test_an_output_on_a_full_disk_cannot_be_written(tmp_path, monkeypatch):
+    """A full disk has names left, and no room for bytes."""
+
+    def fsync(handle: int) -> None:
+        if os.fstat(handle).st_size and stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(ValueError, match=r"--output: .*, cannot be written .*No space left"):
+        Store(str(tmp_path), 0.1).check_writable()
+    assert names(tmp_path) == []
 
 
 def test_an_object_store_that_cannot_be_written(bucket):
@@ -342,11 +356,11 @@ def test_a_written_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypa
     fsync, replace = os.fsync, os.replace
 
     def record_fsync(handle: int) -> None:
-        order.append(("sync", os.fstat(handle).st_ino))
+        order.append(("sync", os.fstat(handle).st_ino, os.fstat(handle).st_size))
         fsync(handle)
 
     def record_replace(source, target) -> None:
-        order.append(("name", os.stat(source).st_ino))
+        order.append(("name", os.stat(source).st_ino, os.stat(source).st_size))
         replace(source, target)
 
     monkeypatch.setattr(os, "fsync", record_fsync)
@@ -354,4 +368,4 @@ def test_a_written_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypa
     store.write_bytes("x", b"1")
     store.write_bytes("y", b"clip")
     x, y = (os.stat(store.path(name)).st_ino for name in ("x", "y"))
-    assert order == [("sync", x), ("name", x), ("sync", y), ("name", y)]
+    assert order == [("sync", x, 1), ("name", x, 1), ("sync", y, 4), ("name", y, 4)]

@@ -106,6 +106,8 @@ class Numerics(RecipeNumerics):
     #: Groups of `tp` ranks that share the guidance passes of stage 1, and groups that share the tokens of stage 2.
     guidance_parallel: int = 1
     sequence_parallel: int = 1
+    #: Groups of `tp` ranks that share the tokens of a pass of stage 1. JSON leaves it out where it is 1.
+    stage1_sequence_parallel: int = 1
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,8 @@ class GangLayout:
     #: Groups of `tp` ranks that share the guidance passes of stage 1, and that share the tokens of stage 2.
     guidance_parallel: int = 1
     sequence_parallel: int = 1
+    #: Groups of `tp` ranks that share the tokens of each pass of stage 1.
+    stage1_sequence_parallel: int = 1
     #: Whether the gang is certain to alternate between the diffusion stages. It then prepares for switches at once.
     alternates: bool = False
     #: Whether replicas of text and decode run on the same GPUs.

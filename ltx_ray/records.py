@@ -269,14 +269,22 @@ class StageLatents:
     """The result of a diffusion stage: video latents (1, C, F, H, W) and audio latents (1, 8, T, 16) on the host.
 
     `numerics`: the numerics of the run that made them as JSON, "" where they are not known.
+    `device_name`: the model of the GPU that made them, or "cpu"; "" where it is not known.
     """
 
     latents: AV[Any]
     ledger: NoiseLedger
     numerics: str = ""
+    device_name: str = ""
 
-    def other_numerics(self, numerics: str) -> str | None:
-        """The numerics that made them, where they are known and not `numerics`."""
+    def other_numerics(self, numerics: str, device_name: str = "") -> str | None:
+        """The numerics that made them as JSON, where they are known and not `numerics`.
+
+        With noise of a CPU, stages may run on GPUs of several models, whose bits differ. Where `device_name` and that
+        of the latents are known and differ, the latter is a field of the JSON.
+        """
+        if "" not in (self.device_name, device_name) and self.device_name != device_name:
+            return canonical_json({**json.loads(self.numerics or "{}"), "device_name": self.device_name})
         return None if self.numerics in ("", numerics) else self.numerics
 
 
@@ -366,7 +374,7 @@ class EngineFacts:
     prompt_truncated: bool = False
     #: The draws of noise so far, after a diffusion stage, and of a preview's stored latents.
     noise_ledger: NoiseLedger | None = None
-    #: The numerics of stage 1 as JSON, where they are not those of the run: its latents were stored by an earlier one.
+    #: The numerics of stage 1 as JSON, where they or its GPU are others (`StageLatents.other_numerics`).
     stage1_numerics: str | None = None
     #: Where stored latents were read from or written to.
     stored_at: str | None = None

@@ -41,7 +41,7 @@ from ltx_ray.manifest.rules import RowRules, check_defaults
 from ltx_ray.placement.cluster import Cluster, Placement, where_to_run
 from ltx_ray.placement.memory import MemoryBudget
 from ltx_ray.placement.numerics import check as check_numerics
-from ltx_ray.placement.numerics import check_widths
+from ltx_ray.placement.numerics import check_widths, numerics_json
 from ltx_ray.placement.sizing import ParallelConfig
 from ltx_ray.planning.plan import ItemBuilder, Plan, PlanEntry
 from ltx_ray.planning.preflight import preflight_item
@@ -148,7 +148,9 @@ def prepare(options: Options) -> Prepared:
     checkpoint = open_checkpoint(model.checkpoint_path)
     parallel = options.parallel
     check_transformer(checkpoint)
-    check_parallel(checkpoint, parallel.tp, parallel.stage2_tp, parallel.sequence_parallel)
+    check_parallel(
+        checkpoint, parallel.tp, parallel.stage2_tp, parallel.sequence_parallel, parallel.stage1_sequence_parallel
+    )
     parallel.check(model.distilled)
     check_upsampler(model.spatial_upsampler_path)
     check_gemma(model.gemma_root)
@@ -407,7 +409,7 @@ class _Rendering:
         if options.numerics.noise_device == "cpu":
             run.identity.check_noise("cpu")
         placement = run.cluster.join()
-        run.identity.check_numerics(json.loads(canonical_json(placement.numerics)))
+        run.identity.check_numerics(json.loads(numerics_json(placement.numerics)))
         # Only now: joining sets variables that Ray reads when it is imported.
         from ltx_ray.pools.ray_replicas import RayReplicaSet
 
@@ -423,7 +425,7 @@ class _Rendering:
         return JoinedCluster(
             RayReplicaSet(options.limits.start_timeout, options.limits.call_timeout),
             placement.pools,
-            canonical_json(placement.numerics),
+            numerics_json(placement.numerics),
             placement.store_bytes,
             preflight_item(run.prepared.plan, options.model.distilled) if preflight else None,
             elastic=options.parallel.max_replicas is not None,
@@ -465,10 +467,12 @@ def _write_report(store: Store, rows: int, say: Callable[[str], None]) -> None:
 
 
 def say_missing_ids(plan: Plan, say: Callable[[str], None]) -> None:
-    """Name ids that were selected and that the manifest, read to its end, does not have."""
+    """Name ids that were selected and that the manifest, or the shard of it, read to its end, does not have."""
     if plan.unmet:
         shown = ", ".join(sorted(str(row_id) for row_id in plan.unmet)[:10])
-        say(f"--ids: {len(plan.unmet)} ids are not in {recorded(plan.manifest)}, such as {shown}")
+        manifest, shard = recorded(plan.manifest), plan.selection.shard
+        place = manifest if shard is None else f"shard {shard[0]}/{shard[1]} of {manifest}"
+        say(f"--ids: {len(plan.unmet)} ids are not in {place}, such as {shown}")
 
 
 def _summary(state: str, counts: Mapping[str, int], rate: float | None, output: str) -> str:

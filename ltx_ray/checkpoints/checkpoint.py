@@ -243,19 +243,26 @@ def check_transformer(checkpoint: Checkpoint) -> None:
         raise ValueError(f"{checkpoint.path}: the transformer's keys do not fit its config: {'; '.join(problems)}")
 
 
-def check_parallel(checkpoint: Checkpoint, tp: int, stage2_tp: int | None = None, sequence_parallel: int = 1) -> None:
+def check_parallel(
+    checkpoint: Checkpoint,
+    tp: int,
+    stage2_tp: int | None = None,
+    sequence_parallel: int = 1,
+    stage1_sequence_parallel: int = 1,
+) -> None:
     """Raise ValueError unless the attention heads divide evenly over the ranks of both stages."""
     heads = checkpoint.transformer.video.heads
     second = tp if stage2_tp is None else stage2_tp
-    for flag, value, share in (
-        ("--tp", tp, tp),
-        ("--stage2-tp", second, second),
-        ("--sequence-parallel", sequence_parallel, second * sequence_parallel),
+    for flag, value, over, ranks in (
+        ("--tp", tp, "", 1),
+        ("--stage2-tp", second, "", 1),
+        ("--sequence-parallel", sequence_parallel, "--stage2-tp", second),
+        ("--stage1-sequence-parallel", stage1_sequence_parallel, "--tp", tp),
     ):
-        if value < 1 or share < 1 or heads % share:
-            left = heads // second if flag == "--sequence-parallel" else heads
+        if value < 1 or heads % (value * ranks):
+            left = heads // ranks
             legal = [n for n in range(1, left + 1) if left % n == 0]
-            of = f" over --stage2-tp {second}" if left != heads else ""
+            of = f" over {over} {ranks}" if left != heads else ""
             raise ValueError(
                 f"{flag}: {value}, legal: a divisor of the {heads} attention heads of {checkpoint.path}{of}: {legal}"
             )

@@ -38,11 +38,9 @@ def file_digest(path: str, scheme: int = NEWEST_SCHEME) -> str:
         elif scheme == 1:
             for start, length in _spread_samples(path, file, size):
                 _add(digest, file, start, length)
-        elif path.endswith(".safetensors"):
+        else:
             for start, length in _tensor_samples(path):
                 _add(digest, file, start, length)
-        else:
-            _add(digest, file, 0, size)
     return digest.hexdigest()[:32]
 
 
@@ -63,11 +61,14 @@ def _spread_samples(path: str, file: BinaryIO, size: int) -> Iterator[tuple[int,
 
 
 def _tensor_samples(path: str) -> Iterator[tuple[int, int]]:
-    """(start, bytes) of the header and of samples of each tensor, in the order of the file."""
+    """(start, bytes) of the header and of samples of each tensor, in the order of the file; all of another file.
+
+    The content decides what the file is: a cache of models may hold it under a name without an ending.
+    """
     try:
         tensors = sorted(read_header(path).tensors.values(), key=lambda info: info.start)
     except ValueError:
-        tensors = []  # A folder of a model may hold a damaged file that nothing loads.
+        tensors = []  # A tokenizer, or a damaged file in a folder of a model, which nothing loads.
     yield 0, min((info.start for info in tensors), default=os.path.getsize(path))
     for info in tensors:
         if info.nbytes <= 3 * _TENSOR_SAMPLE_BYTES:
@@ -87,7 +88,8 @@ def cached_digest(path: str, cache_dir: Path | None = None, scheme: int = NEWEST
     if os.path.isdir(path):
         return _folder_digest(path, cache_dir, scheme)
     stat, real_path = os.stat(path), os.path.realpath(path)
-    key = [scheme, real_path, stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
+    # The first scheme samples a file by the name that it is given, and a link may have another ending than its file.
+    key = [scheme, real_path, stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns, Path(path).suffix]
     folder = (cache_dir or cache_root()) / "digests"
     entry = folder / (hashlib.sha256(f"{scheme} {real_path}".encode()).hexdigest()[:32] + ".json")
     try:

@@ -251,15 +251,16 @@ class _Alphas:
         for prefix, config in self._configs.items():
             if config.get("use_dora"):
                 raise ValueError(f"{self._path}: {prefix or 'the adapter'} is a DoRA; legal: a plain LoRA")
+        #: The transformer's configuration, which applies to its modules in any spelling.
+        self._config = self._configs.get("transformer.", self._configs.get(""))
         #: Rank-stabilised LoRA divides alpha by the square root of the rank (arXiv:2312.03732).
-        self.by_root = any(config.get("use_rslora") for config in self._configs.values())
+        self.by_root = bool(self._config and self._config.get("use_rslora"))
 
     def of(self, stem: str) -> float | None:
         others = [prefix for prefix in self._configs if prefix not in ("", "transformer.")]
         if any(stem.startswith(prefix) for prefix in others):
             return None  # a module of another component, such as a text encoder, which is left out
-        # The transformer's configuration applies to its modules in any spelling.
-        config = self._configs.get("transformer.", self._configs.get(""))
+        config = self._config
         if config is None:
             return None
         module = _bare(stem)

@@ -6,6 +6,7 @@ docs/ltx-2.3.md. diffusers_layout.py has the same functions for diffusers' layou
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -51,6 +52,21 @@ def _renamed(header: SafetensorsHeader, rename: Callable[[str], str | None]) -> 
     return {name: info for name, info in named if name is not None}
 
 
+def _fitting(read: Callable[[str], Component]) -> Callable[[str], Component]:
+    """`read`, which also raises ValueError for metadata that lack a field or have one of another type."""
+
+    @functools.wraps(read)
+    def checked(path: str) -> Component:
+        try:
+            return read(path)
+        except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+            raise ValueError(
+                f"{path}: the metadata do not describe the part {read.__name__} as those of LTX-2.3 do ({error!r})"
+            ) from error
+
+    return checked
+
+
 # --- text --------------------------------------------------------------------------------------------------------
 
 _CONNECTOR = re.compile(rf"{re.escape(TRANSFORMER_PREFIX)}(video|audio)_embeddings_connector\.(.+)")
@@ -66,6 +82,7 @@ def _connector_key(key: str) -> str | None:
     return None
 
 
+@_fitting
 def connectors(path: str) -> Component:
     """Text projections and connectors, as LTX2TextConnectors."""
     header = _open(path)
@@ -229,6 +246,7 @@ def _video_vae_key(key: str, downs: int) -> str | None:
     return f"{half}.{kind}_blocks.{shared}." + (f"{kind}samplers.0.{rest}" if index % 2 else rest)
 
 
+@_fitting
 def video_vae(path: str) -> Component:
     """The video VAE with its latent statistics, as AutoencoderKLLTX2Video."""
     header = _open(path)
@@ -246,6 +264,7 @@ def _audio_vae_key(key: str) -> str | None:
     return key.removeprefix("audio_vae.") if key.startswith(("audio_vae.encoder.", "audio_vae.decoder.")) else None
 
 
+@_fitting
 def audio_vae(path: str) -> Component:
     """The audio VAE with its latent statistics, as AutoencoderKLLTX2Audio."""
     header = _open(path)
@@ -317,6 +336,7 @@ def _generator_config(header: SafetensorsHeader, name: str) -> dict[str, Any]:
     )
 
 
+@_fitting
 def vocoder(path: str) -> Component:
     """The vocoder with bandwidth extension, as LTX2VocoderWithBWE."""
     header = _open(path)
@@ -342,6 +362,7 @@ def vocoder(path: str) -> Component:
 # --- upsampler ---------------------------------------------------------------------------------------------------
 
 
+@_fitting
 def upsampler(path: str) -> Component:
     """A latent upsampler file (flat `config`, keys without prefix), as LTX2LatentUpsamplerModel."""
     header = _open(path)

@@ -5,11 +5,13 @@ Widths and numbers of layers are free; features must be those of LTX-2.3.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ltx_ray.config import Numerics
+from ltx_ray.shapes import AUDIO_BINS, AUDIO_CHANNELS, VIDEO_CHANNELS
 
 _T = TypeVar("_T")
 #: Features with one legal value, in the metadata's spelling. An absent field means that value.
@@ -84,20 +86,20 @@ class TransformerConfig:
         return cls(
             num_layers=fields.integer("num_layers", 48),
             video=StreamConfig(
-                in_channels=fields.integer("in_channels", 128),
-                out_channels=fields.integer("out_channels", 128),
+                in_channels=fields.channels("in_channels", VIDEO_CHANNELS),
+                out_channels=fields.channels("out_channels", VIDEO_CHANNELS),
                 heads=heads,
                 head_dim=fields.head_dim("attention_head_dim", 128),
                 context_dim=fields.integer("cross_attention_dim", 4096),
-                max_pos=fields.integers("positional_embedding_max_pos", (20, 2048, 2048)),
+                max_pos=fields.limits("positional_embedding_max_pos", (20, 2048, 2048)),
             ),
             audio=StreamConfig(
-                in_channels=fields.integer("audio_in_channels", 128),
-                out_channels=fields.integer("audio_out_channels", 128),
+                in_channels=fields.channels("audio_in_channels", AUDIO_CHANNELS * AUDIO_BINS),
+                out_channels=fields.channels("audio_out_channels", AUDIO_CHANNELS * AUDIO_BINS),
                 heads=audio_heads,
                 head_dim=fields.head_dim("audio_attention_head_dim", 64),
                 context_dim=fields.integer("audio_cross_attention_dim", 2048),
-                max_pos=fields.integers("audio_positional_embedding_max_pos", (20,)),
+                max_pos=fields.limits("audio_positional_embedding_max_pos", (20,)),
             ),
             norm_eps=fields.number("norm_eps", 1e-6),
             rope_theta=fields.number("positional_embedding_theta", 10000.0),
@@ -137,11 +139,25 @@ class _Fields:
             raise self.error(field, value, "an even number, because channels rotate in pairs")
         return value
 
-    def number(self, field: str, default: float) -> float:
-        return self._parsed(field, default, float, "a number")
+    def channels(self, field: str, latents: int) -> int:
+        """The channels of a token, which are those of the clip's packed `latents`."""
+        value = self.integer(field, latents)
+        if value != latents:
+            raise self.error(field, value, f"{latents}, the channels of a token of the latents")
+        return value
 
-    def integers(self, field: str, default: tuple[int, ...]) -> tuple[int, ...]:
-        return self._parsed(field, default, tuple, "a list of numbers")
+    def number(self, field: str, default: float) -> float:
+        value = self._parsed(field, default, float, "a number")
+        if not _is_positive(value):
+            raise self.error(field, value, "a positive number")
+        return value
+
+    def limits(self, field: str, default: tuple[int, ...]) -> tuple[int, ...]:
+        """One positive number for each axis. With fewer, tokens would not know where they are on the others."""
+        values = self._parsed(field, default, tuple, "a list of numbers")
+        if len(values) != len(default) or not all(map(_is_positive, values)):
+            raise self.error(field, list(values), f"{len(default)} positive numbers, one for each axis")
+        return values
 
     def _parsed(self, field: str, default: _T, parse: Callable[[Any], _T], legal: str) -> _T:
         value = self._config.get(field, default)
@@ -152,3 +168,7 @@ class _Fields:
 
     def error(self, field: str, value: Any, legal: str) -> ValueError:
         return ValueError(f"{self._source}: config.transformer.{field} is {value!r}; legal: {legal}")
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 < value < math.inf

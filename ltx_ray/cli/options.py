@@ -263,6 +263,14 @@ LAYOUT_OPTIONS = (
         default=ParallelConfig.sequence_parallel,
         help="groups of --stage2-tp ranks that share stage 2's tokens (Ulysses)",
     ),
+    Option(
+        "--stage1-sequence-parallel",
+        section=_LAYOUT,
+        metavar="N",
+        type=AtLeast(1),
+        default=ParallelConfig.stage1_sequence_parallel,
+        help="groups of --tp ranks that share the tokens of each pass of stage 1",
+    ),
 )
 
 LIMIT_OPTIONS = (

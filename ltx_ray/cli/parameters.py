@@ -18,6 +18,8 @@ from ltx_ray.storage.locations import recorded, resolve
 from ltx_ray.storage.text import read_text
 
 LORA = "--lora"
+#: More digits than any number of replicas, rows or blocks has. Python reads no more than 4300.
+_MOST_DIGITS = 18
 #: Width of the column of options in a help page. A longer option has its text below it.
 _OPTIONS_WIDTH = 32
 
@@ -64,6 +66,11 @@ def _number(value: Any, param: click.Parameter | None, kind: type[int] | type[fl
         raise ValueError(f"--{_name(param)}: {value!r}, legal: {legal}") from None
 
 
+def _is_whole(text: str) -> bool:
+    """Whether `text` is a whole number from 0, of digits alone."""
+    return text.isdecimal() and len(text) <= _MOST_DIGITS
+
+
 class AtLeast(click.ParamType):
     """A number of the type of `least`."""
 
@@ -91,7 +98,7 @@ class ReplicaCount(click.ParamType):
         text = str(value)
         if text == "auto":
             return None
-        if not text.isdigit() or int(text) < self._least:
+        if not _is_whole(text) or int(text) < self._least:
             raise ValueError(f"--{_name(param)}: {text!r}, legal: auto or a number from {self._least}")
         return int(text)
 
@@ -113,7 +120,7 @@ class BlockNumbers(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
         parts = str(value).replace(",", " ").split()
-        if not all(part.isdecimal() for part in parts):
+        if not all(map(_is_whole, parts)):
             raise ValueError(f"--{_name(param)}: {value!r}, legal: block numbers, such as 28,29")
         return [int(part) for part in parts]
 
@@ -156,7 +163,7 @@ class Shard(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
         index, _, count = str(value).partition("/")
-        if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+        if not (_is_whole(index) and _is_whole(count) and int(index) < int(count)):
             raise ValueError(f"--shard: {value!r}, legal: I/N with I from 0 to N-1")
         return int(index), int(count)
 

@@ -144,7 +144,7 @@ def _lora_line(path: str) -> str:
 
 
 def _config_lines(header: SafetensorsHeader) -> list[str]:
-    if transformer := header.config.get("transformer"):
+    if isinstance(transformer := header.config.get("transformer"), dict) and transformer:
         return [_architecture(transformer)]
     return [f"config: {json.dumps(header.config)[:200]}"] if header.config else []
 

@@ -17,9 +17,10 @@ from ltx_ray.dataset.parts import read_rows
 from ltx_ray.dataset.repair import Repair
 from ltx_ray.manifest.columns import COLUMNS
 from ltx_ray.placement.sizing import ParallelConfig
-from ltx_ray.presets import PIPELINES
+from ltx_ray.presets import PIPELINES, served_pipelines
 from ltx_ray.records import canonical_json, plain
 from ltx_ray.run import ExitCode, Options, render
+from ltx_ray.storage.images import check_roots
 from ltx_ray.storage.lease import Lease
 from ltx_ray.storage.locations import parent
 from ltx_ray.storage.store import Store
@@ -93,39 +94,40 @@ def _check_files(check: DatasetCheck, say: Callable[[str], None], repair: bool) 
 
 #: Numerics that an option chooses, and the layout's. A row is rendered again with its own where no option was given.
 _CHOSEN = ("attention", "compile")
-_LAYOUT = ("tp", "stage2_tp", "guidance_parallel", "sequence_parallel")
+_LAYOUT = ("tp", "stage2_tp", "guidance_parallel", "sequence_parallel", "stage1_sequence_parallel")
 
 
 def _render_again(
     sampled: list[tuple[str, IndexRow]], options: Callable[[str, str], Options], say: Callable[[str], None]
 ) -> Iterator[Finding]:
     """Render (part, row)s once more, each with the numerics of its recipe, and compare what can be compared."""
-
-    def recipe_of(row: IndexRow) -> str:
-        recipe, numerics = json.loads(row["recipe"]), json.loads(row["numerics"])
-        own = {name: numerics[name] for name in (*_CHOSEN, *_LAYOUT) if name in numerics}
-        names = ("dtype", "precision", "noise_device")
-        return canonical_json([{name: recipe[name] for name in names}, recipe.get("scheme", 1), own])
-
-    declared = {lora.name for lora in options("", "").model.loras}
+    model = options("", "").model
+    declared, served = {lora.name for lora in model.loras}, served_pipelines(model.distilled)
     comparable = []
     for part, row in sampled:
         missing = {use["name"] for use in row["loras"] or ()} - declared
-        if missing:
-            named = f"{part} ({row['id']})"
+        named = f"{part} ({row['id']})"
+        if row["pipeline"] not in served:
+            say(
+                f"{named}: not comparable: it was rendered by the pipeline {row['pipeline']}, "
+                f"which the given checkpoint does not serve"
+            )
+        elif missing:
             say(f"{named}: not comparable: it was rendered with LoRAs that are not given ({_names(missing)})")
+        elif _recipe_of(row) is None:
+            say(f"{named}: not comparable: its recipe, numerics or noise_ledger is damaged")
         else:
             comparable.append(row)
     parts = {row["item_id"]: part for part, row in sampled}
-    for recipe, group in itertools.groupby(sorted(comparable, key=recipe_of), recipe_of):
-        numerics, scheme, own = json.loads(recipe)
+    for recipe, group in itertools.groupby(sorted(comparable, key=lambda row: _recipe_of(row) or ""), _recipe_of):
+        numerics, scheme, own = json.loads(recipe or "")
         by_item = {row["item_id"]: row for row in group}
         with tempfile.TemporaryDirectory(prefix="ltx-ray-verify-") as folder:
             manifest, output = os.path.join(folder, "sample.jsonl"), os.path.join(folder, "out")
             with open(manifest, "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(_manifest_row(row)) + "\n" for row in by_item.values())
             given = options(manifest, output)
-            roots = {parent(image["path"]) for row in by_item.values() for image in row["images"] or ()}
+            folders = {parent(image["path"]) for row in by_item.values() for image in row["images"] or ()}
             _render_as_then(
                 dataclasses.replace(
                     given,
@@ -134,7 +136,8 @@ def _render_again(
                     row_defaults={},
                     save_latents=False,
                     stop_after=None,
-                    image_roots=(*given.image_roots, *sorted(roots)),
+                    # Where a folder is gone, that concerns the rows with images in it.
+                    image_roots=(*given.image_roots, *filter(_is_root, sorted(folders))),
                 ),
                 own,
             )
@@ -142,6 +145,26 @@ def _render_again(
             failed = {row["id"]: row for row in read_rows(Store(output), layout.FAILED)}
         for item_id, row in by_item.items():
             yield from _compare(parts[item_id], row, rendered.get(item_id), failed.get(item_id), say)
+
+
+def _is_root(folder: str) -> bool:
+    try:
+        check_roots([folder])
+    except ValueError:
+        return False
+    return True
+
+
+def _recipe_of(row: IndexRow) -> str | None:
+    """What rows have in common that are rendered again together, as JSON; None for a row with damaged records."""
+    try:
+        recipe, numerics = json.loads(row["recipe"]), json.loads(row["numerics"])
+        own = {name: numerics[name] for name in (*_CHOSEN, *_LAYOUT) if name in numerics}
+        names = ("dtype", "precision", "noise_device")
+        _device(row)
+        return canonical_json([{name: recipe[name] for name in names}, recipe.get("scheme", 1), own])
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
 
 
 def _render_as_then(options: Options, own: dict[str, Any]) -> None:
@@ -161,6 +184,9 @@ def _render_as_then(options: Options, own: dict[str, Any]) -> None:
     except ValueError:
         if then == options:
             raise
+        code = ExitCode.ERROR
+    if code is ExitCode.ERROR and then != options:
+        # Its replicas did not start, as where no node holds a gang of the rows' layout.
         code = render(options)
     if code is ExitCode.DRAINED:
         raise SystemExit(code)

@@ -108,7 +108,7 @@ def encode_part(rows: pa.Table, table: str, writer: str = "") -> bytes:
     """A part of `rows`, which have at least the columns of `table`. `writer`: who writes it, for its metadata."""
     rows = with_columns(rows, layout.PART_SCHEMAS[table]).replace_schema_metadata({"ltx_ray.run": writer})
     sink = pa.BufferOutputStream()
-    pq.write_table(rows, sink, compression="zstd")
+    pq.write_table(rows, sink, compression="zstd", write_page_checksum=True)
     return sink.getvalue().to_pybytes()
 
 

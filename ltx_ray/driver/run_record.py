@@ -15,8 +15,8 @@ from ltx_ray.checkpoints.checkpoint import Checkpoint
 from ltx_ray.config import Numerics, PoolSpec, RequestedNumerics
 from ltx_ray.dataset import layout
 from ltx_ray.dataset.clip_rate import UNFINISHED, final_rate
+from ltx_ray.placement.numerics import numerics_json
 from ltx_ray.placement.sizing import ParallelConfig
-from ltx_ray.records import canonical_json, plain
 from ltx_ray.storage.lease import write_fenced
 from ltx_ray.storage.store import Store
 
@@ -61,7 +61,7 @@ class RunRecord:
     def place(self, pools: Sequence[PoolSpec], numerics: Numerics) -> None:
         """Take in what the run got on its cluster."""
         self._pools = {pool.name: pool.replicas for pool in pools}
-        self._numerics = json.loads(canonical_json(numerics))
+        self._numerics = json.loads(numerics_json(numerics))
 
     def write(self, state: str, counts: Mapping[str, int], clips: int = 0) -> None:
         """`state`: running, draining, drained, finished or failed. `clips`: those that the run has made so far.
@@ -122,8 +122,9 @@ def _unresolved(requested: RequestedNumerics, parallel: ParallelConfig) -> dict[
         stage2_tp=parallel.tp_of_stage2,
         guidance_parallel=parallel.guidance_parallel,
         sequence_parallel=parallel.sequence_parallel,
+        stage1_sequence_parallel=parallel.stage1_sequence_parallel,
     )
-    return dict(sorted(plain(fields).items()))
+    return json.loads(numerics_json(fields))
 
 
 def _version(package: str) -> str | None:

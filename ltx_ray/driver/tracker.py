@@ -50,7 +50,7 @@ class TrackedItem:
     device: str = ""
     prompt_truncated: bool = False
     noise_ledger: NoiseLedger | None = None
-    #: The numerics of stage 1 as JSON, if an earlier run with other numerics stored its latents.
+    #: The numerics of stage 1 as JSON, if a run with others, or another model of GPU, has made its latents.
     stage1_numerics: str | None = None
     #: Why the item is given up, while its latents are still being saved.
     failure: Failure | None = None

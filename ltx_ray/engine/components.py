@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Iterable, Mapping
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import torch
@@ -20,10 +20,19 @@ from ltx_ray.checkpoints.diffusers_layout import Component, refuse_unknown
 from ltx_ray.checkpoints.safetensors import TensorInfo
 from ltx_ray.engine.codec import ConnectorAttention, DiffusersModule, GroupNorm, RoundedRope
 from ltx_ray.engine.fused_decoder import fuse_decoder
+from ltx_ray.shapes import AUDIO_CHANNELS, AUDIO_SAMPLE_RATE, SPACE_FACTOR, TIME_FACTOR, VIDEO_CHANNELS
 
 Path = str | os.PathLike[str]
 Device = str | torch.device
 
+#: What a clip's sizes rely on (shapes.py), by the classes' names of it.
+_VIDEO_SIZES = {
+    "latent_channels": VIDEO_CHANNELS, "spatial_compression_ratio": SPACE_FACTOR,
+    "temporal_compression_ratio": TIME_FACTOR,
+}  # fmt: skip
+_AUDIO_SIZES = {"latent_channels": AUDIO_CHANNELS, "sample_rate": 16000, "mel_hop_length": 160}
+_SOUND_RATE = {"output_sampling_rate": AUDIO_SAMPLE_RATE}
+_UPSAMPLER_SIZES = {"in_channels": VIDEO_CHANNELS, "dims": 3}
 #: The two halves of a VAE.
 _HALVES = ("encoder", "decoder")
 
@@ -60,7 +69,8 @@ def load_video_vae(
         raise ValueError(f"part is {part!r}; legal is 'decoder', 'encoder' or 'both'")
     without = [half for half in _HALVES if part not in (half, "both")]
     component = _layout(path).video_vae(str(path))
-    vae = _materialized(_load(AutoencoderKLLTX2Video, component, f"video VAE ({part})", dtype, device, without))
+    what = f"video VAE ({part})"
+    vae = _materialized(_load(AutoencoderKLLTX2Video, component, what, dtype, device, without, _VIDEO_SIZES))
     if fused and vae.decoder is not None:
         try:
             fuse_decoder(vae.decoder)
@@ -94,7 +104,8 @@ def load_audio_decoder(path: Path, dtype: torch.dtype, device: Device) -> Diffus
     from diffusers import AutoencoderKLLTX2Audio
 
     part = _layout(path).audio_vae(str(path))
-    return _materialized(_load(AutoencoderKLLTX2Audio, part, "audio VAE (decoder)", dtype, device, ["encoder"]))
+    what = "audio VAE (decoder)"
+    return _materialized(_load(AutoencoderKLLTX2Audio, part, what, dtype, device, ["encoder"], _AUDIO_SIZES))
 
 
 def load_vocoder(path: Path, dtype: torch.dtype, device: Device) -> DiffusersModule:
@@ -106,7 +117,8 @@ def load_vocoder(path: Path, dtype: torch.dtype, device: Device) -> DiffusersMod
     from diffusers.pipelines.ltx2 import LTX2VocoderWithBWE
     from diffusers.pipelines.ltx2.vocoder import UpSample1d
 
-    module = _load(LTX2VocoderWithBWE, _layout(path).vocoder(str(path)), "vocoder", dtype, device).float()
+    part = _layout(path).vocoder(str(path))
+    module = _load(LTX2VocoderWithBWE, part, "vocoder", dtype, device, sizes=_SOUND_RATE).float()
     # The resampler's filter is computed and not stored, so the one built on the meta device has no values.
     ratio = module.config.output_sampling_rate // module.config.input_sampling_rate
     resampler = UpSample1d(ratio=ratio, window_type="hann", persistent=False)
@@ -119,7 +131,8 @@ def load_upsampler(path: Path, dtype: torch.dtype, device: Device) -> DiffusersM
     """The latent upsampler as diffusers' LTX2LatentUpsamplerModel."""
     from diffusers.pipelines.ltx2 import LTX2LatentUpsamplerModel
 
-    module = _load(LTX2LatentUpsamplerModel, _layout(path).upsampler(str(path)), "latent upsampler", dtype, device)
+    part = _layout(path).upsampler(str(path))
+    module = _load(LTX2LatentUpsamplerModel, part, "latent upsampler", dtype, device, sizes=_UPSAMPLER_SIZES)
     for name, norm in list(module.named_modules()):
         if type(norm) is torch.nn.GroupNorm:
             ours = GroupNorm(norm.num_groups, norm.num_channels, norm.eps, device="meta")
@@ -131,12 +144,28 @@ def load_upsampler(path: Path, dtype: torch.dtype, device: Device) -> DiffusersM
 # --- filling a module --------------------------------------------------------------------------------------------
 
 
-def _load(cls: Any, part: Component, what: str, dtype: torch.dtype, device: Device, without: Iterable[str] = ()) -> Any:
-    """A `cls` filled with the part's tensors, ready for inference. Its parts `without` are None and not read."""
+def _load(
+    cls: Any,
+    part: Component,
+    what: str,
+    dtype: torch.dtype,
+    device: Device,
+    without: Iterable[str] = (),
+    sizes: Mapping[str, int] = MappingProxyType({}),
+) -> Any:
+    """A `cls` filled with the part's tensors, ready for inference. Its parts `without` are None and not read.
+
+    `sizes` are the values of its settings with which clips are as long and as large as planned.
+    """
     arguments = inspect.signature(cls).parameters
     refuse_unknown(part, set(arguments))
     with torch.device("meta"):
         module = cls(**{field: value for field, value in part.config.items() if field in arguments})
+    for name, legal in sizes.items():
+        # A VAE computes its factors where its config does not state them.
+        value = vars(module).get(name, module.config.get(name))
+        if value != legal:
+            raise ValueError(f"{part.path}: {what}: {name} is {value!r}; legal: {legal} (LTX-2.3)")
     for name in without:
         setattr(module, name, None)
     found = {name: info for name, info in part.tensors.items() if name.split(".")[0] not in without}

@@ -31,8 +31,9 @@ from ltx_ray.engine.loudness import measure_sound
 from ltx_ray.engine.mp4 import read_metadata, write_mp4
 from ltx_ray.engine.prefetch import prefetch
 from ltx_ray.engine.tiling import LADDER, Tiling, distinct_rungs
+from ltx_ray.placement.numerics import numerics_json
 from ltx_ray.presets import PIPELINES
-from ltx_ray.records import Clip, EngineFacts, RowError, StageLatents, WorkItem, canonical_json
+from ltx_ray.records import Clip, EngineFacts, RowError, StageLatents, WorkItem
 from ltx_ray.shapes import AUDIO_SAMPLE_RATE, ClipShape, frame_rate_fraction
 from ltx_ray.stages import Stage
 from ltx_ray.storage.store import Store
@@ -103,7 +104,7 @@ class DecodeEngine:
                 stages = (stored,)
                 stored_facts = {
                     "noise_ledger": stored.ledger,
-                    "stage1_numerics": stored.other_numerics(canonical_json(self.spec.numerics)),
+                    "stage1_numerics": stored.other_numerics(numerics_json(self.spec.numerics)),
                     "unchecked": self.latents.unchecked,
                 }
         named = named_latents(*stages)

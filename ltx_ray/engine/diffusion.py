@@ -33,7 +33,7 @@ from ltx_ray.parallel.collectives import SINGLE_RANK, RankGroup
 from ltx_ray.parallel.loading import load_shard
 from ltx_ray.parallel.lora import LoraMerger, LoraSetting
 from ltx_ray.parallel.mesh import Mesh, make_mesh
-from ltx_ray.placement.numerics import numerics_of_row
+from ltx_ray.placement.numerics import numerics_json, numerics_of_row
 from ltx_ray.presets import PIPELINES, STAGE2_SIGMAS
 from ltx_ray.records import (
     AV,
@@ -46,7 +46,6 @@ from ltx_ray.records import (
     RowError,
     StageLatents,
     WorkItem,
-    canonical_json,
 )
 from ltx_ray.sampling.guidance import GuidedDenoiser, run_batched, run_one_by_one
 from ltx_ray.sampling.noise import ClipNoise, SamplerNoise, check_noise_device
@@ -71,9 +70,6 @@ class DiffusionEngine:
         self.dtype = resolve_dtype(spec.numerics.dtype)
         self.switches, self.switch_seconds = 0, 0.0
         self._has_merged = self._sources_cached = False
-        # Peers divide the work of one of the stages, and each does all of the other's.
-        self._guidance_parallel = spec.layout.guidance_parallel > 1
-        self._sequence_parallel = spec.layout.sequence_parallel > 1
         self.mesh = Mesh()
         self.facts = EngineFacts()
 
@@ -87,7 +83,8 @@ class DiffusionEngine:
         os.environ.setdefault("TRITON_CACHE_DIR", str(cache_root() / "triton"))
         model, layout = self.spec.model.local(), self.spec.layout
         checkpoint = open_checkpoint(model.checkpoint_path)
-        self.mesh = make_mesh(self.rank.rank, self.rank.world, layout.tp)
+        passes, tokens = layout.guidance_parallel, layout.stage1_sequence_parallel
+        self.mesh = make_mesh(self.rank.rank, self.rank.world, layout.tp, passes, tokens)
         self._load_transformer(checkpoint)
         self._load_loras(model, checkpoint)
         self.facts = self._facts()
@@ -135,18 +132,21 @@ class DiffusionEngine:
             bad = int((~torch.isfinite(tensor)).sum())
             if bad:
                 raise RowError(f"{bad} of {tensor.numel()} {name} latents are not finite")
-        numerics = numerics_of_row(canonical_json(self.spec.numerics), item.request)
+        numerics = numerics_of_row(numerics_json(self.spec.numerics), item.request)
+        device_name = _device_name(self.device)
         self.facts = self._facts(
-            noise_ledger=result.ledger, stage1_numerics=latents[0].other_numerics(numerics) if latents else None
+            noise_ledger=result.ledger,
+            stage1_numerics=latents[0].other_numerics(numerics, device_name) if latents else None,
         )
         if self.rank.rank != 0:
             return None
-        return StageLatents(result.latents.map(lambda t: t.cpu()), result.ledger, numerics)
+        return StageLatents(result.latents.map(lambda t: t.cpu()), result.ledger, numerics, device_name)
 
     def _check_ranks_agree(self, stage: Stage, result: StageLatents) -> None:
         """Raise ReplicaError where ranks that divide the work of `stage` have not come to the same latents."""
-        divided = self._guidance_parallel if stage == Stage.STAGE1 else self._sequence_parallel
-        groups = [self.mesh.tp, *([self.mesh.peers] if divided else [])]
+        # Peers that do not divide a stage repeat it, and only the first of them counts.
+        divided = [self.mesh.passes, self.mesh.tokens] if stage == Stage.STAGE1 else [self._stage2_tokens]
+        groups = [self.mesh.tp, *divided]
         if all(group.size == 1 for group in groups):
             return
         checksum = _checksum(result.latents)
@@ -177,10 +177,12 @@ class DiffusionEngine:
         images = [self._conditioning(image.frame_idx, image.strength, image.stage1) for image in conditions.images]
         state = noised_state(shape, "stage_1", noise, patchify(zeros), 1.0, images)
         if pipeline.distilled:
-            denoise: Denoise = self._stage_model(state, conditions).denoise
+            denoise: Denoise = self._stage_model(state, conditions, self.mesh.tokens).denoise
         else:
             perturbations = pass_perturbations(request.guidance.map(self._known_blocks))
-            denoise = self._guided(self._stage_model(state, conditions, perturbations), request.guidance)
+            denoise = self._guided(
+                self._stage_model(state, conditions, self.mesh.tokens, perturbations), request.guidance
+            )
         if pipeline.sigmas is not None:
             sigmas = torch.tensor(pipeline.sigmas)
         else:
@@ -199,11 +201,15 @@ class DiffusionEngine:
         upsampled = codec.upsample_latents(self.upsampler, *self.latent_stats, video)
         images = [self._conditioning(image.frame_idx, image.strength, image.stage2) for image in conditions.images]
         state = noised_state(shape, "stage_2", noise, patchify(AV(upsampled, audio)), STAGE2_SIGMAS[0], images)
-        sequence_group = self.mesh.peers if self._sequence_parallel else SINGLE_RANK
-        model = self._stage_model(state, replace(conditions, negative=None), sequence_group=sequence_group)
+        model = self._stage_model(state, replace(conditions, negative=None), self._stage2_tokens)
         sigmas = torch.tensor(STAGE2_SIGMAS)
         latents = self._sample(pipeline.sampler, model.denoise, state, sigmas, noise.ledger)
         return StageLatents(unpatchify(latents, shape), noise.ledger)
+
+    @property
+    def _stage2_tokens(self) -> RankGroup:
+        """The ranks that share the tokens of stage 2."""
+        return self.mesh.peers if self.spec.layout.sequence_parallel > 1 else SINGLE_RANK
 
     def _new_ledger(self, seed: int) -> NoiseLedger:
         device = torch.device("cpu") if self.spec.numerics.noise_device == "cpu" else self.device
@@ -216,8 +222,8 @@ class DiffusionEngine:
         self,
         state: LatentState,
         conditions: Conditions,
+        sequence_group: RankGroup,
         perturbations: Mapping[str, Perturbation] = {},
-        sequence_group: RankGroup = SINGLE_RANK,
     ) -> StageModel:
         contexts = pass_contexts(conditions, self.device, self.dtype, self._batches_guidance)
         return StageModel(self._dit, state, contexts, perturbations, self.dtype, sequence_group)
@@ -235,7 +241,7 @@ class DiffusionEngine:
         return self.spec.numerics.guidance_batching > 1
 
     def _guided(self, model: StageModel, guidance: AV[Guidance]) -> GuidedDenoiser:
-        if self._guidance_parallel:
+        if self.mesh.passes.size > 1:
             run_passes = self._run_divided
         else:
             run_passes = run_batched if self._batches_guidance else run_one_by_one
@@ -249,8 +255,8 @@ class DiffusionEngine:
     def _run_divided(
         self, names: tuple[Pass, ...], run: Callable[[str], AV[torch.Tensor]], like: AV[torch.Tensor]
     ) -> dict[Pass, AV[torch.Tensor]]:
-        """Run each pass on one of the peers and broadcast its result to all (a guidance.RunPasses)."""
-        peers = self.mesh.peers
+        """Run each pass on one group of peers and broadcast its result to all (a guidance.RunPasses)."""
+        peers = self.mesh.passes
         divided = divide_passes(names, peers.size)
         own = {name: run(name) for name in divided[peers.rank]}
 

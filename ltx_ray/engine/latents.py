@@ -1,8 +1,8 @@
 """A clip's latents outside the pools: their names, their digest, and the file from which a later run can continue.
 
 `latents/<2 hex>/<item_id>.safetensors` holds stage_1.video, stage_1.audio and, where there is a second stage, its two.
-The metadata has the item_id, the noise ledger after stage 1, the numerics and the version of ltx-ray that computed
-them, and a digest of each stage's latents, which is checked on reading.
+The metadata has the item_id, the noise ledger after stage 1, the numerics, the model of the GPU and the version of
+ltx-ray that computed them, and a digest of each stage's latents, which is checked on reading.
 """
 
 from __future__ import annotations
@@ -116,6 +116,7 @@ def _write(store: Store, item: WorkItem, stages: Sequence[StageLatents]) -> str:
         "item_id": item.item_id,
         "noise_ledger": canonical_json(stages[0].ledger),
         "numerics": stages[0].numerics,
+        "device_name": stages[0].device_name,
         "ltx_ray": ltx_ray.__version__,
         **{_digest_field(stage): latents_sha256(_of_stage(named, stage)) for stage in range(1, len(stages) + 1)},
     }
@@ -190,7 +191,8 @@ def _stage1_of(
     if (ledger.seed, ledger.draws) != (item.request.seed, draws):
         raise ValueError("its noise ledger is not that of the item after stage 1")
     latents = AV(tensors["stage_1.video"], tensors["stage_1.audio"])
-    return StageLatents(latents, ledger, _checked_numerics(metadata.get("numerics", "")))
+    numerics, device_name = _checked_numerics(metadata.get("numerics", "")), metadata.get("device_name", "")
+    return StageLatents(latents, ledger, numerics, device_name)
 
 
 def _parse_ledger(text: str | None) -> NoiseLedger:

@@ -18,7 +18,7 @@ from ltx_ray.config import EngineSpec
 from ltx_ray.engine import codec, components
 from ltx_ray.engine.base import Rank, resolve_dtype
 from ltx_ray.engine.images import image_pixels
-from ltx_ray.records import AV, Conditions, EngineFacts, ImageLatents, PromptContext, RowError, WorkItem
+from ltx_ray.records import AV, Conditions, EngineFacts, ImageLatents, ModelError, PromptContext, RowError, WorkItem
 from ltx_ray.sampling.passes import Pass, passes_for
 from ltx_ray.shapes import ClipShape
 from ltx_ray.stages import Stage
@@ -67,7 +67,7 @@ class TextEngine:
         """Contexts of the item's prompts, the negative one only when a pass needs it, and its encoded images.
 
         Raises RowError for images that cannot be decoded or have changed since the run was planned, OSError when their
-        store does not answer.
+        store does not answer, ModelError when the video encoder's weights do not fit.
         """
         request = item.request
         images = self._images(item)  # First, so that an image that cannot be used costs no pass of Gemma.
@@ -98,7 +98,10 @@ class TextEngine:
         """The video encoder, loaded for the first image: it takes half a gigabyte, which text alone never needs."""
         if self._encoder is None:
             path = self.spec.model.local().checkpoint_path
-            self._encoder = components.load_video_vae(path, self.dtype, self.device, part="encoder")
+            try:
+                self._encoder = components.load_video_vae(path, self.dtype, self.device, part="encoder")
+            except ValueError as error:
+                raise ModelError(str(error)) from error  # No row is to blame.
         return self._encoder
 
     def encode(self, text: str) -> PromptContext:

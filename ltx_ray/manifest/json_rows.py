@@ -25,8 +25,12 @@ _PEEK_ROWS = 1000
 _HEAD_BYTES = 1 << 18
 #: Characters of a row that is read, and characters of an array that are read at once.
 _LONGEST_ROW, _PIECE = 1 << 25, 1 << 18
+#: Most lists and objects around a value of a row. How many more Python can read and write depends on its stack.
+_DEEPEST = 200
 #: Digits above which Python reads no number.
 _LONGEST_NUMBER = 4300
+#: The end of a key with blanks before its colon.
+_SPACED_KEY = re.compile(r'"[ \t\r\n]+:')
 #: What may stand between two values of an array, or of a series of values.
 _BETWEEN = re.compile(r"[\s,\x1a\ufeff]*")
 #: What DOS and Windows leave at the end of a file, and at the beginning of files that are joined.
@@ -238,13 +242,31 @@ def parse_line(name: str, number: int, line: str) -> RawRow:
 def _row_of(name: str, number: int, text: str, values: Any) -> RawRow:
     if not isinstance(values, dict):
         return RawRow(name, number, {}, unreadable=f"a JSON {json_type(values)}, not an object")
-    # A key that is given twice is there once. Most rows need no second look: they have as many keys as are written.
-    written = text.count('":')
-    if written != len(values) and written != _keys(values) and (twice := _given_twice(text)) is not None:
+    if text.count("[") + text.count("{") > _DEEPEST and _is_deep(values):
+        return RawRow(name, number, {}, unreadable=f"lists and objects within each other, more than {_DEEPEST} deep")
+    # A key that is given twice is there once. Most rows need no second look: they have as many keys as colons.
+    if text.count(":") != len(values) and _may_repeat(text, values) and (twice := _given_twice(text)) is not None:
         return RawRow(name, number, {}, unreadable=f"{twice!r} is given twice")
     if len(text) > LARGEST_VALUE:
         values = {k: short(v) if isinstance(v, str) and k not in COLUMNS else v for k, v in values.items()}
     return RawRow(name, number, values)
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether a JSON value has more than `_DEEPEST` lists and objects within each other."""
+    level = [value]
+    for _ in range(_DEEPEST + 1):
+        level = [value for value in level if isinstance(value, dict | list)]
+        if not level:
+            return False
+        level = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer)]
+    return True
+
+
+def _may_repeat(text: str, values: dict[str, Any]) -> bool:
+    """Whether `text` may give a key more than once. It does not when it has as many keys as are written."""
+    written = text.count('":')
+    return (written != len(values) and written != _keys(values)) or _SPACED_KEY.search(text) is not None
 
 
 def _keys(value: Any) -> int:

@@ -130,7 +130,8 @@ def judge(raw: RawRow, rules: RowRules) -> LegalRow | IllegalRow:
     values = {**defaults, **rules.defaults, "id": None, **given, "pipeline": pipeline_name}
 
     asked = given.keys() | rules.defaults.keys()
-    if raw.from_failed:  # Its defaults stand in the row, which did not ask for them.
+    if raw.from_failed and pipeline.defaults.keys() - {"seed"} <= raw.values.keys():
+        # Its defaults stand in the row, which did not ask for them. An illegal row stands there as it was written.
         asked = {name for name in asked if values[name] != defaults.get(name)}
     problems += _cross_checks(values, rules, asked, {p.column for p in problems})
     images, misplaced = _located(values["images"], parent(raw.file) or ".", rules.image_roots)

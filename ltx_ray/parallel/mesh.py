@@ -21,27 +21,45 @@ from ltx_ray.parallel.collectives import SINGLE_RANK, Pending, RankGroup
 
 @dataclass(frozen=True)
 class Mesh:
-    """The two groups of a rank: `tp` shares each weight, and `peers` hold the same shard as this rank."""
+    """The groups of a rank: `tp` shares each weight, and `peers` hold the same shard as this rank.
+
+    In stage 1 the peers are divided once more: `passes` share the guidance passes, `tokens` those of each pass.
+    """
 
     tp: RankGroup = SINGLE_RANK
     peers: RankGroup = SINGLE_RANK
+    passes: RankGroup = SINGLE_RANK
+    tokens: RankGroup = SINGLE_RANK
 
 
-def make_mesh(rank: int, world: int, tp: int) -> Mesh:
-    """The groups of `rank`. All ranks of the gang call this together; `tp` divides `world`."""
-    assert world % tp == 0, (world, tp)
-    peers = world // tp
-    if peers == 1:
-        return Mesh(RankGroup.of_processes(rank, world))
-    if tp == 1:
-        return Mesh(SINGLE_RANK, RankGroup.of_processes(rank, world))
-    # torch.distributed requires every rank to create every group, including those of others.
-    tp_groups = [dist.new_group(list(range(start, start + tp))) for start in range(0, world, tp)]
-    peer_groups = [dist.new_group(list(range(tp_rank, world, tp))) for tp_rank in range(tp)]
-    return Mesh(
-        RankGroup.of_processes(rank % tp, tp, tp_groups[rank // tp]),
-        RankGroup.of_processes(rank // tp, peers, peer_groups[rank % tp]),
-    )
+def make_mesh(rank: int, world: int, tp: int, passes: int = 1, tokens: int = 1) -> Mesh:
+    """The groups of `rank`. All ranks of the gang call this together; `tp` divides `world`.
+
+    In stage 1, `passes` groups of `tokens` peers share the guidance passes. Where both are 1, all peers repeat it.
+    """
+    assert world % tp == 0 and passes * tokens in (1, world // tp), (world, tp, passes, tokens)
+    strides = {"tp": (tp, 1), "peers": (world // tp, tp), "passes": (passes, tp * tokens), "tokens": (tokens, tp)}
+    made: dict[tuple[int, int], RankGroup] = {}
+    for size, stride in strides.values():
+        if (size, stride) not in made:
+            made[size, stride] = _group(rank, world, size, stride)
+    return Mesh(**{name: made[of] for name, of in strides.items()})
+
+
+def _group(rank: int, world: int, size: int, stride: int) -> RankGroup:
+    """The group of `rank` among those of `size` ranks, each `stride` from the next."""
+    if size == 1:
+        return SINGLE_RANK
+    if size == world:
+        return RankGroup.of_processes(rank, world)
+    own = RankGroup()
+    for first in (r for r in range(world) if r // stride % size == 0):
+        ranks = list(range(first, first + size * stride, stride))
+        # torch.distributed requires every rank to create every group, including those of others.
+        group = dist.new_group(ranks)
+        if rank in ranks:
+            own = RankGroup.of_processes(ranks.index(rank), size, group)
+    return own
 
 
 @dataclass(frozen=True)

@@ -100,9 +100,10 @@ class RankMemory:
     """What decides how much memory a rank of a pool needs."""
 
     stages: tuple[Stage, ...]
-    #: Shards of the weights, and groups of ranks that share the tokens of stage 2.
+    #: Shards of the weights, and groups of ranks that share the tokens of stage 2 and of stage 1.
     tp: int = 1
     sequence_parallel: int = 1
+    stage1_sequence_parallel: int = 1
     element_bytes: int = 2
     fp8: bool = False
     fused: bool = False
@@ -136,6 +137,7 @@ class MemoryBudget:
             stages=tuple(role for role in pool.roles if role in DIFFUSION_STAGES),
             tp=layout.tp,
             sequence_parallel=layout.sequence_parallel,
+            stage1_sequence_parallel=layout.stage1_sequence_parallel,
             element_bytes=self.element_bytes,
             fp8=numerics.precision == "fp8",
             fused=numerics.compile == "fused",
@@ -222,7 +224,8 @@ class MemoryBudget:
         shape = request.shape.half() if stage == Stage.STAGE1 else request.shape
         config = self._checkpoint.transformer
         video_tokens, audio_tokens = _video_tokens(shape, request), shape.audio_latents
-        own_tokens = math.ceil(video_tokens / rank.sequence_parallel) if stage == Stage.STAGE2 else video_tokens
+        sharing = rank.stage1_sequence_parallel if stage == Stage.STAGE1 else rank.sequence_parallel
+        own_tokens = math.ceil(video_tokens / sharing)
         whole, sharded = (
             (_FUSED_WIDTHS, _FUSED_SHARDED_WIDTHS) if rank.fused else (_PLAIN_WIDTHS, _PLAIN_SHARDED_WIDTHS)
         )

@@ -10,7 +10,7 @@ from ltx_ray.checkpoints.transformer_config import TransformerConfig
 from ltx_ray.config import FA3_MODULES, GPU_ATTENTION, Numerics, RequestedNumerics, takes_heads, widest_heads
 from ltx_ray.placement.sizing import ParallelConfig
 from ltx_ray.presets import PIPELINES
-from ltx_ray.records import RenderRequest, canonical_json
+from ltx_ray.records import RenderRequest, canonical_json, plain
 from ltx_ray.sampling.passes import needs_perturbed
 
 #: Legal values of `RequestedNumerics`, by field.
@@ -94,7 +94,16 @@ def resolve(
         stage2_tp=parallel.tp_of_stage2,
         guidance_parallel=parallel.guidance_parallel,
         sequence_parallel=parallel.sequence_parallel,
+        stage1_sequence_parallel=parallel.stage1_sequence_parallel,
     )
+
+
+def numerics_json(numerics: Numerics) -> str:
+    """The numerics of a run as JSON. Those of runs that older versions could make have the fields of these versions."""
+    fields = plain(numerics)
+    if numerics.stage1_sequence_parallel == 1:
+        del fields["stage1_sequence_parallel"]
+    return canonical_json(fields)
 
 
 def numerics_of_row(numerics: str, request: RenderRequest) -> str:
@@ -189,4 +198,5 @@ def _odd_widths(transformer: TransformerConfig | None, parallel: ParallelConfig)
 
 def _divides(parallel: ParallelConfig) -> bool:
     """Whether ranks divide weights or tokens."""
-    return max(parallel.tp, parallel.tp_of_stage2, parallel.sequence_parallel) > 1
+    ranks = parallel.tp, parallel.tp_of_stage2, parallel.sequence_parallel, parallel.stage1_sequence_parallel
+    return max(ranks) > 1

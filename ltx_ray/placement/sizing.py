@@ -36,7 +36,8 @@ class Resources:
 class ParallelConfig:
     """The layout and the numbers of replicas that a user asked for.
 
-    A gang of stage 1 has `tp` times `guidance_parallel` ranks, one of stage 2 `stage2_tp` times `sequence_parallel`.
+    A gang of stage 1 has `tp` times `guidance_parallel` times `stage1_sequence_parallel` ranks, and one of stage 2 has
+    `stage2_tp` times `sequence_parallel`.
     """
 
     tp: int = 1
@@ -49,6 +50,7 @@ class ParallelConfig:
     stage2_tp: int | None = None
     guidance_parallel: int = 1
     sequence_parallel: int = 1
+    stage1_sequence_parallel: int = 1
     #: Replicas of the DiT, of both stages together, that a growing cluster may be asked for. None: as many as fit on
     #: the GPUs that are free.
     max_replicas: int | None = None
@@ -60,12 +62,18 @@ class ParallelConfig:
     @property
     def ranks(self) -> tuple[int, int]:
         """Ranks of a gang of stage 1 and of a gang of stage 2."""
-        return self.tp * self.guidance_parallel, self.tp_of_stage2 * self.sequence_parallel
+        stage1, stage2 = self._peers
+        return self.tp * stage1, self.tp_of_stage2 * stage2
+
+    @property
+    def _peers(self) -> tuple[int, int]:
+        """Ranks that hold the same shard, in a gang of stage 1 and in one of stage 2."""
+        return self.guidance_parallel * self.stage1_sequence_parallel, self.sequence_parallel
 
     @property
     def alternating_ranks(self) -> int | None:
         """Ranks of a gang that serves both stages in turns; None when their layouts do not allow it."""
-        widths = {self.guidance_parallel, self.sequence_parallel} - {1}
+        widths = set(self._peers) - {1}
         if self.tp_of_stage2 != self.tp or len(widths) > 1:
             return None
         return self.tp * max(widths, default=1)
@@ -97,7 +105,8 @@ class ParallelConfig:
         if self.stage2 == 0 and self.with_stage2 and self.alternating_ranks is None:
             raise ValueError(
                 f"--stage2-replicas: 0, but stage 1 has --tp {self.tp} --guidance-parallel {self.guidance_parallel} "
-                f"and stage 2 --stage2-tp {self.tp_of_stage2} --sequence-parallel {self.sequence_parallel}; "
+                f"--stage1-sequence-parallel {self.stage1_sequence_parallel} and stage 2 --stage2-tp "
+                f"{self.tp_of_stage2} --sequence-parallel {self.sequence_parallel}; "
                 f"legal: the same tp, and the same number of ranks or 1"
             )
 
@@ -266,6 +275,7 @@ def lay_out(
             tp,
             guidance_parallel=parallel.guidance_parallel if Stage.STAGE1 in roles else 1,
             sequence_parallel=parallel.sequence_parallel if Stage.STAGE2 in roles else 1,
+            stage1_sequence_parallel=parallel.stage1_sequence_parallel if Stage.STAGE1 in roles else 1,
             alternates=alternates,
             shared_card=sizes.colocation is not Colocation.NONE,
         )

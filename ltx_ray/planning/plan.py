@@ -208,7 +208,7 @@ class Plan:
     tflop: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
-        #: Selected ids that no row has had yet.
+        #: Selected ids that no row has had yet, of the shard where there is one.
         self.unmet: set[str | None] = set(self.selection.ids or ())
         self._templates = TemplateCache(self.rules, self.builder.item)
         # records of 96 bits of each id's hash and 32 bits of its row's item_id
@@ -260,6 +260,7 @@ class Plan:
                     yield decided
                 taken += selected
                 if self.selection.limit is not None and taken >= self.selection.limit:
+                    self.unmet.clear()  # The rest of the manifest, which may have them, is not read.
                     return
 
     # --- rows without a status ------------------------------------------------------------------

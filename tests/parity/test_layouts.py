@@ -23,14 +23,15 @@ from ltx_ray.parallel.weight_cache import FreeMemory
 from tests.support.pipeline import one_thread, toy_pipeline
 from tests.support.transformers import relative
 
-#: name -> ranks of the gang; tp, guidance_parallel, sequence_parallel; path of the DiT
+#: name -> ranks of the gang; tp, guidance_parallel, stage1_sequence_parallel, sequence_parallel; path of the DiT
 LAYOUTS = {
-    "tp": (2, (2, 1, 1), "off"),
-    "guidance": (2, (1, 2, 1), "off"),
-    "sequence": (2, (1, 1, 2), "off"),
-    "fused tp": (2, (2, 1, 1), "fused"),
-    "tp, guidance, sequence": (4, (2, 2, 2), "off"),
-    "fused tp, guidance, sequence": (4, (2, 2, 2), "fused"),
+    "tp": (2, (2, 1, 1, 1), "off"),
+    "guidance": (2, (1, 2, 1, 1), "off"),
+    "sequence": (2, (1, 1, 2, 2), "off"),
+    "fused tp": (2, (2, 1, 1, 1), "fused"),
+    "tp, guidance, sequence": (4, (2, 2, 1, 2), "off"),
+    "fused tp, sequence": (4, (2, 1, 2, 2), "fused"),
+    "fused guidance, sequence": (4, (1, 2, 2, 4), "fused"),
 }
 #: All four guidance passes, timesteps that differ by token, and keyframe tokens.
 ROW = {
@@ -47,11 +48,15 @@ def _rank(rank: int, world: int, port: int, spec: EngineSpec, item, conditions, 
     )
     try:
         found: dict[str, dict[str, np.ndarray]] = {}
-        for name, (ranks, (tp, guidance, sequence), path) in LAYOUTS.items():
+        for name, (ranks, (tp, guidance, sequence1, sequence2), path) in LAYOUTS.items():
             if ranks != world:
                 continue
-            divided = replace(spec.layout, tp=tp, guidance_parallel=guidance, sequence_parallel=sequence)
-            numerics = replace(spec.numerics, compile=path, guidance_batching=2 if path == "fused" else 1)
+            divided = replace(
+                spec.layout, tp=tp, guidance_parallel=guidance, stage1_sequence_parallel=sequence1,
+                sequence_parallel=sequence2,
+            )  # fmt: skip
+            batching = 2 if path == "fused" and guidance == 1 else 1
+            numerics = replace(spec.numerics, compile=path, guidance_batching=batching)
             engine = DiffusionEngine(replace(spec, layout=divided, numerics=numerics), Rank(rank, world))
             engine.load()
             if engine.mesh.peers.size > 1:

@@ -322,6 +322,18 @@ def test_the_digest_does_not_depend_on_the_path(tmp_path):
     assert len(file_digest(a)) == 32
 
 
+@pytest.mark.parametrize("scheme", [1, 2])
+def test_a_digest_does_not_depend_on_what_the_cache_has_seen(tmp_path, scheme):
+    """A cache of models holds files under names without an ending, and links with one to them."""
+    blob, link = tmp_path / "blob", tmp_path / "x.safetensors"
+    write_safetensors(blob, {"a": (1024, 1024), "b": (1024, 1024)})
+    link.symlink_to(blob)
+    for number, paths in enumerate([(blob, link), (link, blob)]):
+        found = {path: cached_digest(str(path), tmp_path / f"cache{number}", scheme) for path in paths}
+        assert found == {path: file_digest(str(path), scheme) for path in paths}
+    assert scheme == 1 or file_digest(str(blob)) == file_digest(str(link))
+
+
 def test_a_cached_digest_is_used_until_the_file_changes(tmp_path, monkeypatch):
     path, cache = tmp_path / "w.safetensors", tmp_path / "cache"
     path.write_bytes(b"a" * 100)

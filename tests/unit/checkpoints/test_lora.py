@@ -110,6 +110,14 @@ def test_alpha_from_the_metadata_of_diffusers(tmp_path):
     assert f"{len(LINEARS) - 1} scaled by 4 (alpha / rank)" in "\n".join(inspect_lines(path))
 
 
+@pytest.mark.parametrize("of, divisor", [("transformer", RANK**0.5), ("connectors", RANK)])
+def test_alpha_is_divided_as_the_configuration_of_the_transformer_says(tmp_path, of, divisor):
+    """diffusers writes the configurations of all components that it trained into one table."""
+    config = {"transformer.lora_alpha": 8, "connectors.lora_alpha": 8, f"{of}.use_rslora": True}
+    path = write(tmp_path, SPELLINGS["diffusers"], {"lora_adapter_metadata": json.dumps(config)})
+    assert {p.scale for p in open_lora(path).fit(LINEARS, "model").values()} == {8 / divisor}
+
+
 def test_alpha_from_the_adapter_config_beside_the_file(tmp_path):
     path = write(tmp_path, SPELLINGS["PEFT"], name="adapter_model.safetensors")
     assert {p.scale for p in open_lora(path).pairs.values()} == {1.0}

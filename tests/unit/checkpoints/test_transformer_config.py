@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from ltx_ray.checkpoints.safetensors import read_header
@@ -34,7 +36,14 @@ def test_another_architecture_under_the_same_version_is_refused(toy_config, fiel
         ("audio_attention_head_dim", 7, "an even number, because channels rotate in pairs"),
         ("in_channels", None, "an integer"),
         ("norm_eps", [], "a number"),
+        ("norm_eps", math.nan, "a positive number"),
+        ("positional_embedding_theta", 0.0, "a positive number"),
+        ("out_channels", 64, "128, the channels of a token of the latents"),
+        ("audio_in_channels", 256, "128, the channels of a token of the latents"),
         ("positional_embedding_max_pos", 20, "a list of numbers"),
+        ("positional_embedding_max_pos", [20, 2048], "3 positive numbers, one for each axis"),
+        ("positional_embedding_max_pos", [20, 2048, "wide"], "3 positive numbers, one for each axis"),
+        ("audio_positional_embedding_max_pos", [0], "1 positive numbers, one for each axis"),
         ("audio_num_attention_heads", 2, "32, as many as the video stream has"),
         ("connector_num_learnable_registers", 96, "a divisor of 1024, the tokens of a padded prompt"),
         ("connector_num_learnable_registers", 2048, "a divisor of 1024, the tokens of a padded prompt"),

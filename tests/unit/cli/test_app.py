@@ -294,6 +294,10 @@ def test_tp_that_does_not_divide_the_heads(cmd, manifest, out):
         (["--model", "toy", "--max-attempts", "0"], "--max-attempts: 0, legal: a number from 1"),
         (["--model", "toy", "--ids", "none.txt"], "--ids: none.txt, cannot be read"),
         (["--model", "toy", "--shard", "3/3"], "--shard: '3/3', legal: I/N"),
+        (["--model", "toy", "--stage1-replicas", "²"], "--stage1-replicas: '²', legal: auto or a number from 1"),
+        (["--model", "toy", "--stage1-replicas", "9" * 5000], "legal: auto or a number from 1"),
+        (["--model", "toy", "--shard", "1/³"], "--shard: '1/³', legal: I/N"),
+        (["--model", "toy", "--video-stg-blocks", "9" * 5000], "legal: block numbers, such as 28,29"),
         (["--model", "toy", "--shard", "1"], "--shard: '1', legal: I/N"),
         (["--model", "toy", "--lora", "none.safetensors"], "none.safetensors: cannot be read"),
         (["--model", "toy", "--lora", "none.safetensors", "nan"], "--lora: none.safetensors nan, legal: a finite"),
@@ -428,6 +432,19 @@ def test_plan_lists_the_first_rows_or_all_and_takes_a_selection(cmd, tmp_path):
     assert len(listed("--limit", "7")) == 7
     assert [line.split("(")[1].split(")")[0] for line in listed("--ids", tmp_path / "ids")] == ["r3", "r49"]
     assert len(listed("--shard", "2/25")) == 2
+
+
+def test_selected_ids_that_are_missing_are_named(cmd, tmp_path):
+    manifest = write_jsonl(tmp_path / "m.jsonl", [{**GOOD, "seed": n, "id": f"r{n}"} for n in range(50)])
+    (tmp_path / "ids").write_text("r3\nr48\nnone\n")
+
+    def said(*flags) -> str:
+        return cmd("plan", manifest, "--model", "toy", "--ids", tmp_path / "ids", *flags)[2]
+
+    assert f"--ids: 1 ids are not in {manifest}, such as none" in said()
+    assert f"--ids: 1 ids are not in {manifest}, such as none" in said("--limit", "3")
+    assert "--ids" not in said("--limit", "1"), "r48 comes later"
+    assert f"--ids: 2 ids are not in shard 0/2 of {manifest}, such as none, r3" in said("--shard", "0/2")
 
 
 def test_row_defaults_are_given_under_the_references_names(cmd, tmp_path, options):
@@ -574,6 +591,8 @@ def test_inspect(cmd, toy, tmp_path):
     assert "LoRA: " in cmd("inspect", toy["distilled_lora"])[1]
     (tmp_path / "x.bin").write_bytes(b"x")
     assert "not a safetensors file" in usage(cmd, "inspect", tmp_path / "x.bin")
+    code, out, _ = cmd("inspect", checkpoint(tmp_path, config='{"transformer": [1]}'))
+    assert code == 0 and 'config: {"transformer": [1]}' in out
 
 
 def test_status_and_report_of_no_dataset(cmd, tmp_path):

@@ -23,7 +23,7 @@ from ltx_ray.dataset.writer import Failure
 from ltx_ray.manifest.reader import RawRow, read_manifest
 from ltx_ray.manifest.rules import LegalRow, RowRules, judge
 from ltx_ray.placement.sizing import ParallelConfig
-from ltx_ray.run import Options
+from ltx_ray.run import ExitCode, Options
 from ltx_ray.storage.lease import holder
 from ltx_ray.storage.store import Store
 from tests.support.damaged_dataset import ITEMS, ROWS, as_one_row_parts, build, clip_of, one_row, part_of, rows_of
@@ -85,6 +85,21 @@ def truncate(store: Store, name: str) -> None:
     store.write_bytes(name, store.read_bytes(name)[:-9])
 
 
+def flip_page(store: Store) -> None:
+    """A bit in the header of the first page, for which Arrow raises an OSError."""
+    data = bytearray(store.read_bytes(part_of(1, "c")))
+    data[4] ^= 0x80
+    store.write_bytes(part_of(1, "c"), bytes(data))
+
+
+def not_utf8(store: Store) -> None:
+    table = pq.read_table(io.BytesIO(store.read_bytes(part_of(1, "c"))))
+    text = pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff"))
+    buffer = io.BytesIO()
+    pq.write_table(table.set_column(table.column_names.index("prompt"), "prompt", text), buffer)
+    store.write_bytes(part_of(1, "c"), buffer.getvalue())
+
+
 def without_columns(store: Store, names: Iterable[str]) -> None:
     table = pq.read_table(io.BytesIO(store.read_bytes(part_of(1, "c")))).drop_columns(list(names))
     buffer = io.BytesIO()
@@ -112,6 +127,8 @@ DAMAGE = {
     "clip of another item": (other_clip, "(c): its clip clips/0a/", "is of another item"),
     "clip elsewhere": (lambda s: change(s, part_of(1, "c"), clip="clips/x.mp4"), "(c): its clip is 'clips/x.mp4'", ""),
     "truncated part": (lambda s: truncate(s, part_of(1, "c")), "cannot be read as Parquet", ""),
+    "flipped bit in a page": (flip_page, "cannot be read as Parquet", ""),
+    "text that is not UTF-8": (not_utf8, "cannot be read as Parquet", ""),
     "empty part": (lambda s: s.write_bytes(part_of(1, "c"), b""), "cannot be read as Parquet", ""),
     "missing column": (lambda s: without_columns(s, ["flags"]), "does not have the columns of an index (flags)", ""),
     "two rows": (two_rows, "holds 2 rows, legal: 1", ""),
@@ -412,6 +429,53 @@ def test_a_row_of_a_lora_that_is_not_given_is_not_comparable(store, monkeypatch)
     count, said = check(store, sample=9, options=options)
     assert count == 0 and ITEMS[1] not in seen
     assert any("not comparable: it was rendered with LoRAs that are not given (style)" in line for line in said)
+
+
+def test_images_whose_folder_is_gone_concern_their_row(store, monkeypatch, tmp_path):
+    """A folder that there is not is no --image-root."""
+    asked = []
+    monkeypatch.setattr(verify_module, "render", lambda given: asked.append(given) or ExitCode.FAILED_ROWS)
+    (tmp_path / "here").mkdir()
+    for number, row_id, folder in ((1, "c", "here"), (2, "d", "gone")):
+        image = {"path": f"{tmp_path}/{folder}/a.png", "frame_idx": 0, "strength": 1.0, "crf": 33}
+        change(store, part_of(number, row_id), images=[image])
+    check(store, sample=9, options=options)
+    assert [one.image_roots for one in asked] == [(f"{tmp_path}/here",)]
+
+
+def test_a_row_of_a_pipeline_that_is_not_served_is_not_comparable(store, monkeypatch):
+    """One output may have rows of both checkpoints."""
+    seen = []
+    renders(monkeypatch, lambda request: seen.append(request.id) or {})
+    change(store, part_of(1, "c"), pipeline="distilled")
+    count, said = check(store, sample=9, options=options)
+    assert count == 0 and seen and ITEMS[1] not in seen
+    assert any("not comparable: it was rendered by the pipeline distilled, which" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"recipe": None}, {"recipe": "{}"}, {"recipe": "[1]"}, {"numerics": "{"}, {"numerics": "5"},
+     {"device": "cuda:0", "noise_ledger": '{"device": "cuda"}'}],
+)  # fmt: skip
+def test_a_row_with_damaged_records_is_not_comparable(store, monkeypatch, damage):
+    renders(monkeypatch, lambda request: {})
+    change(store, part_of(1, "c"), **damage)
+    count, said = check(store, sample=9, options=options)
+    assert count == 0 and sum("the same latents" in line for line in said) == 2
+    assert any("(c): not comparable: its recipe, numerics or noise_ledger is damaged" in line for line in said)
+
+
+def test_replicas_of_the_rows_layout_that_do_not_start_are_no_problem_of_the_dataset(store, monkeypatch):
+    asked = renders(monkeypatch, lambda request: {})
+    render = verify_module.render
+    monkeypatch.setattr(
+        verify_module, "render", lambda given: ExitCode.ERROR if given.parallel.tp == 4 else render(given)
+    )
+    change(store, part_of(1, "c"), numerics='{"tp": 4}')
+    count, said = check(store, sample=9, options=options)
+    assert count == 0 and len(asked) == 2
+    assert sum("the same latents" in line for line in said) == 3
 
 
 def test_a_row_without_loras_is_rendered_without_those_that_are_given(store, monkeypatch):

@@ -87,7 +87,7 @@ def stage(video: torch.Tensor) -> StageLatents:
 
 def test_latents_that_are_not_finite_are_the_rows_fault():
     engine = object.__new__(DiffusionEngine)
-    engine.mesh, engine._guidance_parallel = Mesh(), False
+    engine.mesh = Mesh()
     engine._stage1 = lambda item, conditions: stage(torch.tensor([0.0, float("nan"), float("inf")]))
     with pytest.raises(RowError, match="2 of 3 video latents are not finite"):
         engine.run("stage1", None, None)

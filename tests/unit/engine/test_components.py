@@ -4,14 +4,24 @@ tests/parity compares what they compute with the reference.
 """
 
 import json
+import re
+from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from ltx_ray.config import EngineSpec, ModelFiles, Numerics
 from ltx_ray.engine import codec, components
+from ltx_ray.engine.base import Rank
+from ltx_ray.engine.text import TextEngine
+from ltx_ray.records import ImageCondition, ModelError, WorkItem
+from ltx_ray.stages import Stage
+from ltx_ray.storage.images import image_digest
 from ltx_ray.toy import ToyShape, make_toy_model
+from tests.support.samples import SMALL, recipe, request
 
 pytestmark = pytest.mark.slow  # Every test builds modules of diffusers.
 
@@ -244,6 +254,53 @@ def test_metadata_that_cannot_be_followed_is_refused(path, tmp_path):
         with pytest.raises(ValueError) as error:
             load(changed(path, tmp_path, edit_config=edit), torch.float32, CPU)
         assert words.removeprefix("no ") in str(error.value) and "changed.safetensors" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "part, edit, load",
+    [
+        ("connectors", lambda c: c["transformer"].pop("caption_channels"), components.load_connectors),
+        ("connectors", lambda c: c["transformer"].update(caption_channels=0), components.load_connectors),
+        ("video_vae", lambda c: c["vae"].pop("encoder_blocks"), components.load_video_vae),
+        ("video_vae", lambda c: c["vae"].update(decoder_blocks=[5]), components.load_video_vae),
+        ("audio_vae", lambda c: c["audio_vae"].update(preprocessing=[]), components.load_audio_decoder),
+        ("vocoder", lambda c: c["vocoder"]["bwe"].pop("n_fft"), components.load_vocoder),
+    ],
+)  # fmt: skip
+def test_metadata_without_a_field_name_the_file_and_the_part(path, tmp_path, part, edit, load):
+    with pytest.raises(ValueError, match=rf"changed\.safetensors: the metadata do not describe the part {part} "):
+        load(changed(path, tmp_path, edit_config=edit), torch.float32, CPU)
+
+
+@pytest.mark.parametrize(
+    "words, edit, load",
+    [
+        ("video VAE (decoder): latent_channels is 64; legal: 128", lambda c: c["vae"].update(latent_channels=64),
+         components.load_video_vae),
+        ("video VAE (decoder): spatial_compression_ratio is 16; legal: 32", lambda c: c["vae"].update(patch_size=2),
+         components.load_video_vae),
+        ("audio VAE (decoder): sample_rate is 24000; legal: 16000",
+         lambda c: c["audio_vae"]["model"]["params"].update(sampling_rate=24000), components.load_audio_decoder),
+        ("vocoder: output_sampling_rate is 44100; legal: 48000",
+         lambda c: c["vocoder"]["bwe"].update(output_sampling_rate=44100), components.load_vocoder),
+    ],
+)  # fmt: skip
+def test_parts_for_clips_of_another_size_are_refused(path, tmp_path, words, edit, load):
+    """Each would fail every clip after the work, or cut its sound."""
+    with pytest.raises(ValueError, match=re.escape(words)):
+        load(changed(path, tmp_path, edit_config=edit), torch.float32, CPU)
+
+
+def test_a_video_encoder_that_does_not_fit_blames_no_row(toy, path, tmp_path):
+    """It is loaded for the first image, long after the other parts of the model."""
+    copy = changed(path, tmp_path, lambda tensors: tensors.pop("vae.encoder.conv_in.conv.bias"))
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    image = ImageCondition(str(tmp_path / "a.png"), 0, 1.0, None)
+    asked = replace(request(**SMALL), images=(image,))
+    item = WorkItem("x", asked, recipe(), "", (image_digest(image.path),))
+    spec = EngineSpec("", replace(ModelFiles(**toy), checkpoint_path=copy), Numerics(device="cpu"), "")
+    with pytest.raises(ModelError, match=r"changed\.safetensors: video VAE \(encoder\): 1 missing keys"):
+        TextEngine(spec, Rank()).run(Stage.TEXT, item)
 
 
 def test_a_file_without_config(toy, tmp_path):

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from ltx_ray.engine.diffusion import DiffusionEngine
 from ltx_ray.engine.latents import LatentStore, latents_sha256, named_latents
 from ltx_ray.parallel.lora import LoraMerger
 from ltx_ray.parallel.mesh import Mesh
+from ltx_ray.placement.numerics import numerics_json
 from ltx_ray.pools.worker import RankActor
 from ltx_ray.records import (
     AV,
@@ -25,7 +28,6 @@ from ltx_ray.records import (
     RowError,
     StageLatents,
     WrongDevice,
-    canonical_json,
 )  # fmt: skip
 from ltx_ray.stages import DIFFUSION_STAGES, Stage
 from ltx_ray.storage.store import Store
@@ -110,7 +112,7 @@ def test_stored_latents_say_how_they_were_computed(pipeline, rendered, tmp_path,
     """Stage 2 reports their numerics when those are not the run's."""
     monkeypatch.setenv("LTX_RAY_CACHE", str(tmp_path / "cache"))
     item, conditions, first, _ = rendered
-    now = canonical_json(pipeline.diffusion.spec.numerics)
+    now = numerics_json(pipeline.diffusion.spec.numerics)
     assert first.numerics == now
     for numerics in (now, '{"attention":"another"}'):
         store = LatentStore(Store(str(tmp_path / f"out{len(numerics)}")))
@@ -120,6 +122,24 @@ def test_stored_latents_say_how_they_were_computed(pipeline, rendered, tmp_path,
         with one_thread():
             pipeline.diffusion.run("stage2", item, conditions, stored)
         assert pipeline.diffusion.facts.stage1_numerics == (None if numerics == now else numerics)
+
+
+@pytest.mark.parametrize("made_on, recorded", [("NVIDIA H100", True), ("cpu", False), ("", False)])
+def test_stage_2_reports_another_gpu_of_stage_1(pipeline, rendered, tmp_path, monkeypatch, made_on, recorded):
+    """With noise of a CPU, a preview of one model of GPU may be finished on another, with other bits in stage 1."""
+    monkeypatch.setenv("LTX_RAY_CACHE", str(tmp_path / "cache"))
+    item, conditions, first, _ = rendered
+    assert first.device_name == "cpu"
+    store = LatentStore(Store(str(tmp_path / "out")))
+    store.publish(item, [dataclasses.replace(first, device_name=made_on)])
+    stored, _ = store.load_stage1(item, torch.float32)
+    with one_thread():
+        pipeline.diffusion.run("stage2", item, conditions, stored)
+    reported = pipeline.diffusion.facts.stage1_numerics
+    if recorded:
+        assert json.loads(reported) == {**json.loads(first.numerics), "device_name": made_on}
+    else:
+        assert reported is None
 
 
 def test_noise_of_a_gpu_is_not_drawn_on_a_cpu(pipeline, rendered):
@@ -203,10 +223,11 @@ def test_ranks_that_disagree_lose_their_gang(tp, peers, dtype):
             y[0, 0, 0, 0], y[0, 1, 4, 1] = audio[0, 1, 4, 1], audio[0, 0, 0, 0]
         return AV(x, y)
 
-    def verdicts(stage: Stage, how: str, bad: int, guidance: bool, sequence: bool) -> list[str]:
+    def verdicts(stage: Stage, how: str, bad: int, divided: bool = True) -> list[str]:
         def run(mesh: Mesh) -> str:
             engine = object.__new__(DiffusionEngine)
-            engine.mesh, engine._guidance_parallel, engine._sequence_parallel = mesh, guidance, sequence
+            engine.mesh = dataclasses.replace(mesh, tokens=mesh.peers) if divided else mesh
+            engine.spec = SimpleNamespace(layout=GangLayout(sequence_parallel=peers if divided else 1))
             rank = mesh.peers.rank * tp + mesh.tp.rank
             latents = StageLatents(drifted(how if rank == bad else ""), ledger)
             try:
@@ -218,11 +239,12 @@ def test_ranks_that_disagree_lose_their_gang(tp, peers, dtype):
         return run_ranks(tp, peers, run)
 
     ledger = NoiseLedger(0, "cpu", "cpu")
-    for how in ("a bit", "places"):
-        for bad in range(tp * peers):
-            found = verdicts(Stage.STAGE2, how, bad, guidance=False, sequence=peers > 1)
-            assert all("different latents in stage2" in said for said in found), (how, bad, found)
-    assert not any(verdicts(Stage.STAGE2, "", 0, guidance=False, sequence=True))
-    # Peers that do not divide a stage repeat it, and only the first of them counts.
-    repeated = verdicts(Stage.STAGE1, "a bit", 0, guidance=False, sequence=True)
-    assert [bool(said) for said in repeated] == [tp > 1] * tp + [False] * tp * (peers - 1)
+    for stage in DIFFUSION_STAGES:
+        for how in ("a bit", "places"):
+            for bad in range(tp * peers):
+                found = verdicts(stage, how, bad)
+                assert all(f"different latents in {stage}" in said for said in found), (how, bad, found)
+        assert not any(verdicts(stage, "", 0))
+        # Peers that do not divide a stage repeat it, and only the first of them counts.
+        repeated = verdicts(stage, "a bit", 0, divided=False)
+        assert [bool(said) for said in repeated] == [tp > 1] * tp + [False] * tp * (peers - 1)

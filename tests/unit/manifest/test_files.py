@@ -258,6 +258,14 @@ def test_a_folder_may_give_the_prompt(tmp_path):
     assert [row.request.prompt for row in judged(tmp_path)] == ["a fox"] * 2
 
 
+def test_rows_are_counted_whose_folder_gives_all_that_a_request_has(tmp_path):
+    """`plan` reads the columns of requests alone."""
+    table(tmp_path / "prompt=a fox" / "a.parquet", take=[1, 2, 3])
+    manifest = open_manifest(str(tmp_path))
+    for extra in (True, False):
+        assert [raw.values["prompt"] for raw in manifest.rows(extra)] == ["a fox"] * 3
+
+
 def test_a_value_of_another_type_is_refused_by_name(tmp_path):
     lines(tmp_path / "height=tall" / "m.jsonl", "a")
     with pytest.raises(

@@ -14,7 +14,7 @@ import pytest
 
 from ltx_ray.manifest.raw import RawRow
 from ltx_ray.manifest.reader import read_manifest
-from ltx_ray.manifest.rules import IllegalRow, RowRules, judge
+from ltx_ray.manifest.rules import IllegalRow, RowRules, extra_json, judge
 
 ROWS = [{"id": f"r{n}", "prompt": f"a fox {n}, café", "seed": n} for n in range(5)]
 LINES = [json.dumps(row, ensure_ascii=False) for row in ROWS]
@@ -172,18 +172,36 @@ def test_numbers_longer_than_python_reads(tmp_path):
 def test_a_column_that_is_given_twice_makes_its_row_illegal(tmp_path):
     lines = [
         '{"prompt": "a", "prompt": "b"}', '{"prompt" : "a", "seed" : 1, "seed" : 1}', '{"prompt": "c", "x": 1, "x": 2}',
-        r'{"prompt": "a \": b", "x": {"prompt": 1, "seed": 2}}',
+        r'{"prompt": "a \": b", "x": {"prompt": 1, "seed": 2}}', '{"prompt": "a", "seed": 1, "seed" : 2}',
+        '{"prompt": "a", "seed": 1, "x": {"y": 1}, "seed" \t: 2}', '{"prompt": "a : b", "x": {"seed" : 1}, "seed" : 2}',
     ]  # fmt: skip
     found = reasons(tmp_path / "m.jsonl", "\n".join(lines))
-    assert "'prompt' is given twice" in found[0].replace("\\", "") and "'seed' is given twice" in found[1]
-    assert found[2:] == [None, None]
+    assert "'prompt' is given twice" in found[0].replace("\\", "")
+    assert all("'seed' is given twice" in found[n] for n in (1, 4, 5))
+    assert [found[n] for n in (2, 3, 6)] == [None, None, None]
 
 
 @pytest.mark.parametrize("depth", [100, 900, 100_000])
 def test_deep_objects_concern_their_row(tmp_path, depth):
     deep = '{"prompt": "a", "seed": 5, "x": ' + '{"x": ' * depth + "1" + "}" * depth + "}"
-    first, *_ = reasons(tmp_path / "m.jsonl", "\n".join([LINES[0], deep]))
-    assert first is None
+    first, second = reasons(tmp_path / "m.jsonl", "\n".join([LINES[0], deep]))
+    assert first is None and (second is None) == (depth == 100)
+
+
+@pytest.mark.parametrize("column", ["x", "seed", "loras"])
+@pytest.mark.parametrize("leaf", ["1", "Infinity", r'"\ud800"'])
+def test_a_row_that_can_be_read_can_be_written_on_any_stack(tmp_path, column, leaf):
+    """Python 3.11 reads and writes JSON as deep as its stack has room, of which a run takes more than its reader."""
+
+    def below(frames: int, rows: list[RawRow]) -> list[str | None]:
+        return below(frames - 1, rows) if frames else [extra_json(row) or str(judge(row, RowRules())) for row in rows]
+
+    lines = [f'{{"prompt": "a", "{column}": {"[" * n}{leaf}{"]" * n}}}' for n in (1, 150, 199, 200, 480, 700, 930)]
+    first = '{"prompt": "a", "seed": 1, "loras": []}'
+    *shallow, deep, deeper, deepest = rows_of(tmp_path / "m.jsonl", "\n".join([first, *lines]))
+    assert all(below(200, shallow))
+    assert [row.unreadable is None for row in shallow] == [True] * 4 + [False]
+    assert "more than 200 deep" in deep.unreadable and deeper.unreadable and deepest.unreadable
 
 
 def test_a_line_without_end_is_passed_over(tmp_path, monkeypatch):

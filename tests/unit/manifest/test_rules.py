@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from ltx_ray.dataset.layout import INDEX_SCHEMA
 from ltx_ray.manifest.columns import COLUMNS
+from ltx_ray.manifest.raw import stored_row
 from ltx_ray.manifest.reader import RawRow, read_manifest
-from ltx_ray.manifest.rules import IllegalRow, LegalRow, RowRules, check_defaults, judge
+from ltx_ray.manifest.rules import IllegalRow, LegalRow, RowRules, check_defaults, judge, resolved_values
 from ltx_ray.presets import DEFAULT_NEGATIVE_PROMPT, served_pipelines
 from ltx_ray.records import LoraUse, canonical_json
 from tests.support.samples import judged, request, write_jsonl
@@ -339,6 +340,17 @@ def test_a_relative_source_of_an_older_dataset_counts_from_the_working_directory
     row = judge(raw, RowRules())
     assert isinstance(row, LegalRow), row.messages()
     assert row.request.images[0].path == f"{tmp_path}/a.png"
+
+
+def test_an_illegal_row_is_as_illegal_when_it_is_read_from_failed():
+    """A legal row has its defaults written out there, such as a block that a small model does not have."""
+    rules = RowRules(num_layers=4)
+    written = RawRow("m.jsonl", 1, {"prompt": "a", "pipeline": "base", "video_stg_blocks": [28]})
+    for raw in (written, stored_row("m.jsonl", 1, written.stored())):
+        assert judge(raw, rules).messages() == ["m.jsonl:1:video_stg_blocks: [28], legal: block numbers from 0 to 3"]
+    legal = judge(RawRow("m.jsonl", 1, {"prompt": "a", "pipeline": "base"}), rules)
+    again = judge(stored_row("m.jsonl", 1, resolved_values(legal.request)), rules)
+    assert again.request == legal.request
 
 
 def test_without_roots_images_come_from_the_rows_own_folder():

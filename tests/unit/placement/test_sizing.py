@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec
@@ -37,6 +39,8 @@ OWN, BOTH, SEPARATE = Colocation.NONE, Colocation.BOTH, Colocation.SEPARATE
         (ParallelConfig(tp=8), 8, PoolSizes(1, 0, colocation=BOTH)),
         (ParallelConfig(guidance_parallel=3), 3, PoolSizes(1, 0, colocation=BOTH)),
         (ParallelConfig(guidance_parallel=3, sequence_parallel=2), 5, PoolSizes(1, 1, colocation=BOTH)),
+        (ParallelConfig(stage1_sequence_parallel=2, sequence_parallel=2), 2, PoolSizes(1, 0, colocation=BOTH)),
+        (ParallelConfig(guidance_parallel=2, stage1_sequence_parallel=2), 4, PoolSizes(1, 0, colocation=BOTH)),
         # otherwise text and decode have a GPU out of every 32, and movable replicas divide the rest 2.3 : 1
         (ParallelConfig(), 2, PoolSizes(1, 0)),
         (ParallelConfig(), 3, PoolSizes(1, 1)),
@@ -179,6 +183,15 @@ def test_a_gang_for_both_stages_has_ranks_for_either():
 def test_layouts_in_which_no_gang_can_serve_both_stages(parallel):
     with pytest.raises(ValueError, match=r"--stage2-replicas: 0, but stage 1 has --tp"):
         parallel.check(distilled=False)
+
+
+def test_ranks_may_share_passes_and_the_tokens_of_each():
+    parallel = ParallelConfig(tp=2, guidance_parallel=2, stage1_sequence_parallel=3, sequence_parallel=6)
+    assert parallel.ranks == (12, 12) and parallel.alternating_ranks == 12 and parallel.interchangeable
+    (_, first, second, _) = lay_out(replace(parallel, stage1=1, stage2=1), 25, ENGINES)
+    assert (first.ranks, first.engine.layout.stage1_sequence_parallel) == (12, 3)
+    assert (second.ranks, second.engine.layout.stage1_sequence_parallel) == (12, 1)
+    assert replace(parallel, sequence_parallel=4).alternating_ranks is None
 
 
 def test_guidance_passes_are_shared_over_as_many_ranks_as_there_are_passes():

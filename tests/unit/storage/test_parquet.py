@@ -39,6 +39,31 @@ def test_damage_and_missing_columns_are_errors():
             read_parquet(data)
 
 
+@pytest.mark.parametrize("compression", ["none", "zstd", "snappy"])
+def test_a_flipped_bit_is_one_error_or_none(compression):
+    """Arrow raises OSError for a damaged page, and UnicodeDecodeError for a damaged text."""
+    buffer = io.BytesIO()
+    pq.write_table(TABLE, buffer, compression=compression)
+    data, found = buffer.getvalue(), 0
+    for place in range(len(data)):
+        damaged = bytearray(data)
+        damaged[place] ^= 0x80
+        try:
+            read_parquet(bytes(damaged)).to_pylist()
+        except pa.ArrowException:
+            found += 1
+    assert found > len(data) // 4
+
+
+def test_checksums_of_pages_are_checked():
+    buffer = io.BytesIO()
+    pq.write_table(TABLE, buffer, compression="none", write_page_checksum=True)
+    data = buffer.getvalue()
+    for found in (b"a cat", (2).to_bytes(8, "little")):
+        with pytest.raises(pa.ArrowInvalid, match="CRC checksum"):
+            read_parquet(data.replace(found, bytes([found[0] ^ 1]) + found[1:], 1))
+
+
 _COUNT = """
 import os, sys
 import pyarrow as pa

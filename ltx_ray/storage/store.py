@@ -20,7 +20,7 @@ from ltx_ray.storage.local_files import TEMPORARY, LocalFiles, temporary_beside
 from ltx_ray.storage.locations import recorded, resolve, split_options
 from ltx_ray.storage.object_access import connector
 from ltx_ray.storage.object_client import ObjectClient
-from ltx_ray.storage.parquet import read_parquet_file
+from ltx_ray.storage.parquet import read_parquet, read_parquet_file
 from ltx_ray.storage.retry import RetryPolicy, retrying_reader
 
 #: Seconds for which an operation is retried. A restarted or throttled store is back sooner.
@@ -141,12 +141,14 @@ class Store:
 
         Raises FileNotFoundError, and pa.ArrowException for a damaged file and one that lacks a column.
         """
-
-        def read() -> pa.Table:
+        try:
             with self._fs.open_input_file(self.path(relative)) as file:
                 return read_parquet_file(file, columns)
-
-        return self._retry("reading", relative, read)
+        except FileNotFoundError:
+            raise
+        except OSError:
+            # The store's error, which is retried, or that of a damaged file.
+            return read_parquet(self.read_bytes(relative), columns)
 
     def write_bytes(self, relative: str, data: bytes) -> None:
         """Write a whole file. It replaces an older one atomically."""

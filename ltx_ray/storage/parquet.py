@@ -19,22 +19,25 @@ def read_parquet(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
     threads in any case.
     """
     try:
-        table = read_parquet_file(pa.BufferReader(data), columns)
-        table.validate(full=True)
-    except (OSError, UnicodeDecodeError) as error:
+        return read_parquet_file(pa.BufferReader(data), columns)
+    except OSError as error:
         # The bytes are in memory. Arrow reports damaged pages and headers as errors of a disk all the same.
         raise pa.ArrowInvalid(str(error)) from None
-    return table
 
 
 def read_parquet_file(source: pa.NativeFile, columns: Sequence[str] | None = None) -> pa.Table:
-    """The same of a file that Arrow itself has opened: a Python object must not stand behind it.
+    """The same of a file that Arrow itself has opened, of which no more is read than these columns.
 
-    Raises OSError too, which may be the disk's or the store's.
+    A Python object must not stand behind it. Raises OSError, too, for a damaged file.
     """
-    with pq.ParquetFile(source, pre_buffer=False, page_checksum_verification=True) as file:
-        names = None if columns is None else list(columns)
-        missing = [name for name in names or () if name not in file.schema_arrow.names]
-        if missing:
-            raise pa.ArrowInvalid(f"no column {missing[0]!r}")
-        return file.read(names, use_threads=False)
+    try:
+        with pq.ParquetFile(source, pre_buffer=False, page_checksum_verification=True) as file:
+            names = None if columns is None else list(columns)
+            missing = [name for name in names or () if name not in file.schema_arrow.names]
+            if missing:
+                raise pa.ArrowInvalid(f"no column {missing[0]!r}")
+            table = file.read(names, use_threads=False)
+        table.validate(full=True)
+    except UnicodeDecodeError as error:
+        raise pa.ArrowInvalid(str(error)) from None
+    return table

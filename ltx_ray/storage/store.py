@@ -21,7 +21,7 @@ from ltx_ray.storage.locations import recorded, resolve, split_options
 from ltx_ray.storage.object_access import connector
 from ltx_ray.storage.object_client import ObjectClient
 from ltx_ray.storage.parquet import read_parquet, read_parquet_file
-from ltx_ray.storage.retry import RetryPolicy, is_permanent, retrying_reader
+from ltx_ray.storage.retry import RetryPolicy, retrying_reader
 
 #: Seconds for which an operation is retried. A restarted or throttled store is back sooner.
 RETRY_SECONDS = 60.0
@@ -141,21 +141,14 @@ class Store:
 
         Raises FileNotFoundError, and pa.ArrowException for a damaged file and one that lacks a column.
         """
-
-        def read() -> pa.Table:
-            path = self.path(relative)
-            try:
-                with self._fs.open_input_file(path) as file:
-                    return read_parquet_file(file, columns)
-            except OSError as error:
-                if error.errno is not None or is_permanent(error):
-                    raise
-            # Arrow reports damaged pages and headers as errors of a disk. Bytes in memory tell which it was.
-            with self._fs.open_input_file(path) as file:
-                data = file.read()
-            return read_parquet(data, columns)
-
-        return self._retry("reading", relative, read)
+        try:
+            with self._fs.open_input_file(self.path(relative)) as file:
+                return read_parquet_file(file, columns)
+        except FileNotFoundError:
+            raise
+        except OSError:
+            # The store's error, which is retried, or that of a damaged file.
+            return read_parquet(self.read_bytes(relative), columns)
 
     def write_bytes(self, relative: str, data: bytes) -> None:
         """Write a whole file. It replaces an older one atomically."""

@@ -109,9 +109,18 @@ def test_a_part_that_cannot_be_read_stops_a_run_if_it_is_the_datasets_own(store)
     said: list[str] = []
     assert list_existing(store, said.append).row_count == 0
     assert len(said) == 1 and "index/part-copy.parquet is damaged" in said[0] and "verify --repair" in said[0]
-    store.write_bytes("index/part-0badcafe-00000000.parquet", b"no Parquet")
-    with pytest.raises(UnreadablePart, match="verify --repair sets it aside"):
-        list_existing(store)
+    writer = dataset_writer(store)
+    writer.write_index(ITEM, request(id="a"), RENDERED)
+    finish(writer)
+    [own] = [name for name in store.list_names("index") if name != "part-copy.parquet"]
+    data = bytearray(store.read_bytes(f"index/{own}"))
+    group = pq.ParquetFile(pa.BufferReader(bytes(data))).metadata.row_group(0)
+    [items] = [c for c in map(group.column, range(group.num_columns)) if c.path_in_schema == "item_id"]
+    data[items.dictionary_page_offset + items.total_compressed_size - 1] ^= 1  # inside a page
+    for damaged in (bytes(data), b"no Parquet"):
+        store.write_bytes(f"index/{own}", damaged)
+        with pytest.raises(UnreadablePart, match="verify --repair sets it aside"):
+            list_existing(store)
 
 
 def test_a_part_with_damage_inside_is_said_at_once(store):

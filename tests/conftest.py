@@ -6,6 +6,8 @@ import os
 import secrets
 import shutil
 import tempfile
+import threading
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -138,8 +140,17 @@ def s3():
     The program under test finds the server through the environment, as it would find a MinIO.
     """
     import pyarrow.fs as pafs
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication
     from moto.server import ThreadedMotoServer
 
+    serve, one_at_a_time = DomainDispatcherApplication.__call__, threading.Lock()
+
+    def atomic(self, environ, start_response):
+        # moto looks at the condition of a write and writes in two steps, and S3 in one.
+        with one_at_a_time if environ["REQUEST_METHOD"] == "PUT" else nullcontext():
+            return serve(self, environ, start_response)
+
+    DomainDispatcherApplication.__call__ = atomic
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -147,6 +158,7 @@ def s3():
     yield pafs.S3FileSystem(endpoint_override=os.environ["AWS_ENDPOINT_URL"], allow_bucket_creation=True)
     del os.environ["AWS_ENDPOINT_URL"]
     server.stop()
+    DomainDispatcherApplication.__call__ = serve
 
 
 @pytest.fixture

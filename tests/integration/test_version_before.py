@@ -25,7 +25,8 @@ class Dataset(Version):
         super().__init__(ROOT, folder)
         version_before.check_toy(self)
         with tarfile.open(DATA / "dataset.tar.xz") as archive:
-            archive.extractall(self.folder, filter="data")
+            # Python has the filter from 3.11.4 on.
+            archive.extractall(self.folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
         self.out = self.folder / "out"
 
     def rows(self, table: str = "index") -> dict[str, dict]:

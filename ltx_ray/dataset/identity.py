@@ -146,6 +146,9 @@ class KeptIdentity:
     def __init__(self, store: Store, say: Callable[[str], None], allow_other_noise: bool = False):
         self._store, self.say, self._allow_other_noise = store, say, allow_other_noise
         self._identity = DatasetIdentity()
+        #: Numerics of this run, which the dataset takes over once the run may draw noise.
+        self._numerics: Mapping[str, Any] | None = None
+        self._draws = False
 
     def begin(self, scheme: int, wanted: int | None = None) -> None:
         """Read the identity, or lay it down for a new dataset; under the lease.
@@ -182,15 +185,20 @@ class KeptIdentity:
                 f"{self._store.name}: the noise of its clips was drawn on {before}, and this run draws it on {family}, "
                 f"which gives other clips for the same rows; legal: {same}, another --output, or --allow-other-noise"
             )
+        self._draws = True
         self._change(replace(self._identity, noise_family=before or family))
 
     def check_numerics(self, numerics: Mapping[str, Any]) -> None:
         """Say in what the run computes otherwise than the one before."""
         if changed := changed_numerics(self._identity.numerics, numerics):
             self.say(f"numerics differ from those of the run before: {changed}")
-        self._change(replace(self._identity, numerics=numerics))
+        self._numerics = numerics
+        self._change(self._identity)
 
     def _change(self, identity: DatasetIdentity) -> None:
+        # A run that is refused for its noise computes nothing.
+        if self._draws and self._numerics is not None:
+            identity = replace(identity, numerics=self._numerics)
         if identity != self._identity:
             self._identity = identity
             write_identity(self._store, identity)

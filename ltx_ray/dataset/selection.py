@@ -28,7 +28,8 @@ RowFilter = Callable[[dict[str, Any]], bool]
 def parse_filter(text: str) -> RowFilter:
     """Parse `COLUMN OP VALUE`, a filter on rows of the index. Raises ValueError when it does not fit the column.
 
-    `~` means that a text or a list contains the value, `!~` that it does not. A null passes `!=` and `!~` only.
+    `~` means that a text or a list contains the value, `!~` that it does not: a LoRA by its name, an image by its path.
+    A null passes `!=` and `!~` only.
     """
     match = _FILTER.fullmatch(text)
     if match is None:
@@ -62,7 +63,9 @@ def parse_filter(text: str) -> RowFilter:
 
 def _contains(held: Any, given: str) -> bool:
     if isinstance(held, list):
-        return any(given == (x if isinstance(x, str) else json.dumps(x)) for x in held)
+        # A LoRA and an image are structs that each have one text.
+        texts = [value for x in held if isinstance(x, dict) for value in x.values() if isinstance(value, str)]
+        return given in texts or any(given == (x if isinstance(x, str) else json.dumps(x)) for x in held)
     return held is not None and given in held
 
 

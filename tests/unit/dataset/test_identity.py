@@ -156,5 +156,21 @@ def test_a_run_says_in_what_it_computes_otherwise(store):
         identity = KeptIdentity(store, said.append)
         identity.begin(2)
         identity.check_numerics(numerics)
+        identity.check_noise("H200")
     assert said == ["numerics differ from those of the run before: tp 2 (was 1)"]
     assert read_identity(store).numerics == {"tp": 2}
+
+
+def test_a_run_that_is_refused_leaves_its_numerics_nowhere(store):
+    for numerics, family in (({"tp": 1}, "cpu"), ({"tp": 2}, "H200")):
+        identity = KeptIdentity(store, lambda line: None)
+        identity.begin(2)
+        if family == "cpu":
+            # Noise of the CPU is checked before there is a cluster.
+            identity.check_noise(family)
+            identity.check_numerics(numerics)
+        else:
+            identity.check_numerics(numerics)
+            with pytest.raises(ValueError, match="the noise of its clips was drawn on cpu"):
+                identity.check_noise(family)
+        assert read_identity(store).numerics == {"tp": 1}

@@ -9,6 +9,7 @@ from ltx_ray.dataset.selection import parse_filter
 ROW = {
     "id": "cat-1", "seed": 7, "flags": ["frozen"], "prompt": "a cat = a dog", "negative_prompt": None,
     "frame_rate": 29.97, "video_stg_blocks": [28], "motion": 0.02, "loudness_lufs": None,
+    "loras": [{"name": "style", "strength": 0.5}], "images": [{"path": "a.png", "frame_idx": 0, "crf": None}],
 }  # fmt: skip
 
 
@@ -27,6 +28,11 @@ ROW = {
         ("flags !~ black", True),
         ("flags ~ froz", False),
         ("video_stg_blocks ~ 28", True),
+        ("loras ~ style", True),
+        ("loras !~ style", False),
+        ("loras ~ sty", False),
+        ("images ~ a.png", True),
+        ("images ~ b.png", False),
         ("negative_prompt != x", True),
         ("negative_prompt = x", False),
         ("negative_prompt ~ x", False),

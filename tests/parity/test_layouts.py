@@ -25,10 +25,7 @@ from tests.support.transformers import relative
 
 #: name -> ranks of the gang; tp, guidance_parallel, stage1_sequence_parallel, sequence_parallel; path of the DiT
 LAYOUTS = {
-    "tp": (2, (2, 1, 1, 1), "off"),
     "guidance": (2, (1, 2, 1, 1), "off"),
-    "sequence": (2, (1, 1, 2, 2), "off"),
-    "fused tp": (2, (2, 1, 1, 1), "fused"),
     "tp, guidance, sequence": (4, (2, 2, 1, 2), "off"),
     "fused tp, sequence": (4, (2, 1, 2, 2), "fused"),
     "fused guidance, sequence": (4, (1, 2, 2, 4), "fused"),

@@ -314,6 +314,11 @@ class ExistingRows:
         return len(self.failed)
 
     @property
+    def may_have_failures(self) -> bool:
+        """Whether there may be failed rows. It is asked for every row of a plan, so nothing is counted."""
+        return bool(self.failed.kinds)
+
+    @property
     def failed_kinds(self) -> Counter[str]:
         return self.failed.kinds
 

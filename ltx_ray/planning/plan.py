@@ -375,7 +375,7 @@ class Plan:
             return DONE
         if copied:
             return COPY
-        if not self.retry_failed and existing.failed_count and existing.failure(row.item_id, row.key) == "row":
+        if not self.retry_failed and existing.may_have_failures and existing.failure(row.item_id, row.key) == "row":
             return FAILED
         return TODO
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from ltx_ray.dataset import layout
 from ltx_ray.dataset.existing import ExistingRows
@@ -100,6 +99,9 @@ class RowLog:
 
     def row(self, table: str, item_id: str, key: str) -> dict[str, Any]:
         """The row of a finished item. Raises UnreadablePart, and FileNotFoundError when its part is gone."""
+        # Its many functions would cost every run and plan a tenth of their speed, by the garbage collector's rounds.
+        import pyarrow.compute as pc
+
         wanted = key_bytes(item_id, key)
         path = self.existing.table(table).path_of(wanted)
         assert path is not None, (table, item_id, key)

@@ -179,10 +179,9 @@ class DiffusionEngine:
         if pipeline.distilled:
             denoise: Denoise = self._stage_model(state, conditions, self.mesh.tokens).denoise
         else:
-            perturbations = pass_perturbations(request.guidance.map(self._known_blocks))
-            denoise = self._guided(
-                self._stage_model(state, conditions, self.mesh.tokens, perturbations), request.guidance
-            )
+            guidance = request.guidance.map(self._known_blocks)
+            model = self._stage_model(state, conditions, self.mesh.tokens, pass_perturbations(guidance))
+            denoise = self._guided(model, guidance)
         if pipeline.sigmas is not None:
             sigmas = torch.tensor(pipeline.sigmas)
         else:
@@ -245,7 +244,7 @@ class DiffusionEngine:
             run_passes = self._run_divided
         else:
             run_passes = run_batched if self._batches_guidance else run_one_by_one
-        return GuidedDenoiser(model.run_pass, guidance.map(self._known_blocks), run_passes)
+        return GuidedDenoiser(model.run_pass, guidance, run_passes)
 
     def _known_blocks(self, g: Guidance) -> Guidance:
         """`g` without STG blocks that the model does not have."""

@@ -16,7 +16,6 @@ from ltx_ray.model.rope import audio_positions, video_positions
 from ltx_ray.model.transformer import NO_PERTURBATION, Modality, Perturbation, Transformer
 from ltx_ray.parallel.collectives import SINGLE_RANK, RankGroup
 from ltx_ray.parallel.fp8 import write_values
-from ltx_ray.parallel.layers import ShardParameter
 from ltx_ray.parallel.mesh import Mesh
 from ltx_ray.records import AV
 from ltx_ray.shapes import ClipShape
@@ -36,19 +35,9 @@ def model(tp: RankGroup, precision: str, dtype: torch.dtype = torch.bfloat16) ->
     """Random weights of the released widths, of which each rank has its part."""
     config = random_transformer.config(LAYERS)
     with torch.device("meta"):
-        made, whole = Transformer(config, tp), dict(Transformer(config).named_parameters())
+        made = Transformer(config, tp)
     pack_linears(made, DEVICE, dtype, precision)
-    for path, module in made.named_modules():
-        for key, old in list(module.named_parameters(recurse=False)):
-            name = f"{path}.{key}" if path else key
-            values = random_transformer.values(name, tuple(whole[name].shape), DEVICE, dtype)
-            assert isinstance(old, ShardParameter)
-            if old.shard_dim is not None and tp.size > 1:
-                values = values.chunk(tp.size, old.shard_dim)[tp.rank].contiguous()
-            if old.is_meta:
-                random_transformer.replace_parameter(module, key, values)
-            else:
-                write_values(old, values)
+    random_transformer.fill(made, DEVICE, dtype, write_values, tp=tp)
     return made
 
 

@@ -128,6 +128,8 @@ class FusedTransformer:
         prefix: Prefix | None = None,
     ) -> AV[torch.Tensor]:
         """A pass with given modulations. All that depends on values happens on the device, so it can be captured."""
+        self.model.tp.begin()
+        sequence_group.begin()
         self._audio_stream.wait_for_video()
         tokens = SequenceSharding(sequence_group, inputs.video.latent.shape[1])
         divided = AV(tokens if sequence_group.size > 1 else None, None)

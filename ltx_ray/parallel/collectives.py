@@ -48,6 +48,9 @@ class _Changed(Pending[U]):
 class Transport(Protocol):
     """The exchanges of n ranks. Tensors are contiguous and have the same shapes on every rank."""
 
+    def begin(self) -> None:
+        """Begin a pass of the model, whose exchanges may be captured in a CUDA graph."""
+
     def sum_(self, tensor: torch.Tensor) -> Pending[torch.Tensor]:
         """The sum over the ranks, in place."""
 
@@ -73,6 +76,9 @@ class ProcessGroup:
 
     size: int
     group: dist.ProcessGroup | None = None
+
+    def begin(self) -> None:
+        pass
 
     def sum_(self, tensor: torch.Tensor) -> Pending[torch.Tensor]:
         return Pending(tensor, [dist.all_reduce(tensor, group=self.group, async_op=True)])
@@ -144,6 +150,9 @@ class _ThreadRank:
     threads: Threads
     rank: int
 
+    def begin(self) -> None:
+        pass
+
     def sum_(self, tensor: torch.Tensor) -> Pending[torch.Tensor]:
         return self._replace(tensor, _sum)
 
@@ -198,6 +207,9 @@ class Alone:
     nbytes: dict[str, int] = field(default_factory=dict)
     #: What is gathered, by shape and dtype. It is drawn once and never written, as no time is to be spent on it.
     _gathered: dict[tuple[torch.Size, torch.dtype], torch.Tensor] = field(default_factory=dict)
+
+    def begin(self) -> None:
+        pass
 
     def sum_(self, tensor: torch.Tensor) -> Pending[torch.Tensor]:
         # A ring sends each part of the tensor twice, to be summed and to be spread.
@@ -254,6 +266,11 @@ class RankGroup:
     def of_processes(cls, rank: int, size: int, group: dist.ProcessGroup | None = None) -> RankGroup:
         """The ranks of `group` of torch.distributed; None is the default group."""
         return cls(rank, size, ProcessGroup(size, group) if size > 1 else None)
+
+    def begin(self) -> None:
+        """Begin a pass of the model."""
+        if self.transport is not None:
+            self.transport.begin()
 
     def start_sum(self, tensor: torch.Tensor) -> Pending[torch.Tensor]:
         """Begin to sum `tensor` over the ranks, in place."""

@@ -11,12 +11,13 @@ tokens of some heads before attention, and back after it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 
-from ltx_ray.parallel.collectives import SINGLE_RANK, Pending, RankGroup
+from ltx_ray.parallel.collectives import SINGLE_RANK, Pending, ProcessGroup, RankGroup
+from ltx_ray.parallel.peer_copies import fastest_transport
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def _group(rank: int, world: int, size: int, stride: int) -> RankGroup:
     if size == 1:
         return SINGLE_RANK
     if size == world:
-        return RankGroup.of_processes(rank, world)
+        return _fast(RankGroup.of_processes(rank, world))
     own = RankGroup()
     for first in (r for r in range(world) if r // stride % size == 0):
         ranks = list(range(first, first + size * stride, stride))
@@ -59,7 +60,12 @@ def _group(rank: int, world: int, size: int, stride: int) -> RankGroup:
         group = dist.new_group(ranks)
         if rank in ranks:
             own = RankGroup.of_processes(ranks.index(rank), size, group)
-    return own
+    return _fast(own)
+
+
+def _fast(group: RankGroup) -> RankGroup:
+    assert isinstance(group.transport, ProcessGroup), group
+    return replace(group, transport=fastest_transport(group.rank, group.size, group.transport))
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import copy
 import dataclasses
+import gc
 import time
 from contextlib import contextmanager
 from pathlib import Path

@@ -10,13 +10,13 @@ from ltx_ray.model.fused import FusedTransformer
 from ltx_ray.model.packing import pack_linears
 from ltx_ray.model.rope import audio_positions, video_positions
 from ltx_ray.model.transformer import NO_PERTURBATION, Modality, Perturbation, Transformer
-from ltx_ray.parallel.collectives import RankGroup
+from ltx_ray.parallel.collectives import RankGroup, Threads
 from ltx_ray.parallel.loading import load_shard
 from ltx_ray.parallel.mesh import Mesh
 from ltx_ray.records import AV
 from ltx_ray.shapes import ClipShape
 from ltx_ray.toy import ToyShape, make_toy_model
-from tests.support.thread_ranks import run_ranks
+from tests.support.thread_ranks import CopyingThreads, run_ranks
 from tests.support.transformers import TEXT, relative
 
 #: 3 * 4 * 6 = 72 video tokens and 18 audio latents; 2 x 5 x 3 = 30 and 9, which 4 ranks do not divide.
@@ -94,6 +94,17 @@ def test_a_layout_gives_the_velocities_of_one_rank(six_heads, one_rank, tp, sequ
         for found in ranks:
             assert max(relative(a, b) for a, b in zip(found[key], expected, strict=True)) <= 1e-5, key
             assert all(torch.equal(a, b) for a, b in zip(found[key], ranks[0][key], strict=True)), "the ranks differ"
+
+
+@pytest.mark.parametrize(("tp", "sequence"), [(2, 1), (3, 2)])
+def test_exchanges_by_copies_give_the_same_bits(six_heads, tp, sequence):
+    found, expected = (
+        run_ranks(tp, sequence, lambda mesh: _passes(six_heads, "fp8", mesh), threads)
+        for threads in (CopyingThreads, Threads)
+    )
+    for a, b in zip(found, expected, strict=True):
+        for key in a:
+            assert all(torch.equal(x, y) for x, y in zip(a[key], b[key], strict=True)), key
 
 
 @pytest.mark.parametrize(("tp", "sequence"), [(1, 3), (2, 1), (3, 2)])

@@ -74,7 +74,7 @@ class PeerCopies:
         def fetch(of: Callable[[int], list[torch.Tensor]]) -> torch.Tensor:
             return _sum_into(tensor, self._received(tensor, received, partial(_nth, of, 0)))
 
-        return self._exchange([tensor], None, fetch)
+        return self._exchange([tensor], None, fetch, received)
 
     def min_(self, tensor: torch.Tensor) -> Pending[torch.Tensor]:
         return self.others.min_(tensor)
@@ -105,17 +105,21 @@ class PeerCopies:
                 _sum_into(total, self._received(part, received[number], partial(_nth, of, first + number)))
             return sums
 
-        return self._exchange([by_rank[rank] for rank in range(self.size) for by_rank in parts], len(own), fetch)
+        outgoing = [by_rank[rank] for rank in range(self.size) for by_rank in parts]
+        return self._exchange(outgoing, len(own), fetch, received)
 
-    def all_to_all(self, tensor: torch.Tensor) -> Pending[torch.Tensor]:
-        received = torch.empty_like(tensor)
+    def all_to_all(self, tensors: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
+        received = [tensor.new_empty(tensor.shape) for tensor in tensors]
 
-        def fetch(of: Callable[[int], list[torch.Tensor]]) -> torch.Tensor:
+        def fetch(of: Callable[[int], list[torch.Tensor]]) -> list[torch.Tensor]:
             for rank in self._from_next():
-                received[rank].copy_(tensor[rank] if rank == self.rank else of(rank)[self.rank])
+                first = self.rank * len(tensors)
+                theirs = of(rank)[first : first + len(tensors)]
+                for number, place in enumerate(received):
+                    place[rank].copy_(tensors[number][rank] if rank == self.rank else theirs[number])
             return received
 
-        return self._exchange(list(tensor.unbind()), 1, fetch)
+        return self._exchange([tensor[rank] for rank in range(self.size) for tensor in tensors], len(tensors), fetch)
 
     def _from_next(self) -> list[int]:
         """This rank, then those after it: at any time each rank is read by one other."""
@@ -135,8 +139,9 @@ class PeerCopies:
         tensors: Sequence[torch.Tensor],
         by_rank: int | None,
         fetch: Callable[[Callable[[int], list[torch.Tensor]]], T],
+        used: object = None,
     ) -> Pending[T]:
-        """Lay `tensors` out, and `fetch` from what the ranks have laid out.
+        """Lay `tensors` out, and `fetch` from what the ranks have laid out, which also uses what is in `used`.
 
         With `by_rank`, so many of the tensors are for each rank in turn, and a rank keeps its own to itself.
         """
@@ -159,7 +164,7 @@ class PeerCopies:
                     place.copy_(tensor)
             self.slots.barrier()
             result = fetch(laid_out)
-        return Pending(result, [self.copies.mark(tensors)])
+        return Pending(result, [self.copies.mark((tensors, used))])
 
 
 def _nth(of: Callable[[int], list[torch.Tensor]], number: int, rank: int) -> torch.Tensor:
@@ -189,21 +194,21 @@ class CopyStream:
     def running(self) -> AbstractContextManager:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
-    def mark(self, inputs: object) -> _Mark:
-        return _Mark(None if self._stream is None else self._stream.record_event(), inputs)
+    def mark(self, used: object) -> _Mark:
+        """The end of an exchange that uses tensors of another CUDA stream, to which their memory may return."""
+        return _Mark(None if self._stream is None else self._stream.record_event(), used)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Mark:
-    """The end of an exchange, which keeps its inputs alive until then."""
+    """The end of an exchange, and what must not be freed before the CUDA streams that read its result have waited."""
 
     event: torch.cuda.Event | None
-    inputs: object
+    used: object
 
     def wait(self) -> None:
         if self.event is not None:
             torch.cuda.current_stream().wait_event(self.event)
-        self.inputs = None
 
 
 class SymmetricSlots:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ltx_ray.checkpoints.checkpoint import open_checkpoint
+from ltx_ray.model import fused
 from ltx_ray.model.fused import FusedTransformer
 from ltx_ray.model.packing import pack_linears
 from ltx_ray.model.rope import audio_positions, video_positions
@@ -94,6 +95,22 @@ def test_a_layout_gives_the_velocities_of_one_rank(six_heads, one_rank, tp, sequ
         for found in ranks:
             assert max(relative(a, b) for a, b in zip(found[key], expected, strict=True)) <= 1e-5, key
             assert all(torch.equal(a, b) for a, b in zip(found[key], ranks[0][key], strict=True)), "the ranks differ"
+
+
+@pytest.mark.parametrize(("tp", "sequence"), [(2, 1), (3, 2)])
+def test_rows_in_pieces_give_the_velocities_of_one_rank(six_heads, one_rank, monkeypatch, tp, sequence):
+    """Between 3 and 4 of them, of which the last is the shortest."""
+    monkeypatch.setattr(fused, "_PIECE_ROWS", 9)
+    for precision in ("bf16", "fp8"):
+        ranks = run_ranks(tp, sequence, lambda mesh, p=precision: _passes(six_heads, p, mesh), CopyingThreads)
+        for key, exact in one_rank["bf16"].items():
+            floor = max(relative(a, b) for a, b in zip(one_rank[precision][key], exact, strict=True))
+            for found in ranks:
+                error = max(relative(a, b) for a, b in zip(found[key], exact, strict=True))
+                assert error <= max(1e-5, 1.25 * floor), key
+                assert all(torch.equal(a, b) for a, b in zip(found[key], ranks[0][key], strict=True)), (
+                    "the ranks differ"
+                )
 
 
 @pytest.mark.parametrize(("tp", "sequence"), [(2, 1), (3, 2)])

@@ -26,7 +26,7 @@ import json
 import statistics
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ltx_ray.model.attention_backends import BACKENDS, attention_backend
+from ltx_ray.model.divided_attention import head_groups
+from ltx_ray.model.fused import row_pieces
 from ltx_ray.parallel.collectives import SINGLE_RANK, Alone, RankGroup
 from ltx_ray.parallel.fp8 import row_scale_of
 from scripts.bench import dit_implementations, gang, guided_step
@@ -57,7 +59,7 @@ from scripts.bench.passes import (
     random_case,
     weights_gib,
 )
-from scripts.bench.rank_alone import RankAlone, counted
+from scripts.bench.rank_alone import OneRank, RankAlone, counted
 from scripts.bench.skeleton import Lengths, Skeleton, flops, plan
 
 TEXT = 1024
@@ -103,40 +105,61 @@ class Bench:
             self._time(name, "skeleton again", skeleton)
         return frozenset(k.removesuffix(".weight") for k, p in model.named_parameters() if row_scale_of(p) is not None)
 
-    def run_alone(self, tp: int, sequence: int) -> dict[str, RankAlone]:
-        """Measure one card, then a rank without the others of its gang."""
-        case, a = self.case, self.arguments
-        attend = attention_backend(a.attention, case.device)
-        lengths = Lengths(case.shape.video_tokens, case.shape.audio_latents, TEXT)
-        transport = Alone(tp * sequence)
-        group = RankGroup(0, tp * sequence, transport)
-        measured: dict[str, list[float]] = {name: [] for name in self.passes}
-        exchanges = {}
-        for ranks in (1, tp * sequence):
-            alone = ranks > 1
-            model = build_ours(case, a.precision, group if alone and tp > 1 else SINGLE_RANK)
-            call = call_ours(case, model, a.attention, False, group if alone and sequence > 1 else SINGLE_RANK)
+    def run_alone(self, layouts: Sequence[tuple[str, int]]) -> dict[tuple[str, str], RankAlone]:
+        """Measure one card, then for each of `layouts` ("tp" or "sp", ranks) a rank without the others of its gang.
+
+        Keys are passes and layouts, such as ("cond", "tp2").
+        """
+        whole = self._run_alone("one card", SINGLE_RANK, SINGLE_RANK)
+        found = {}
+        for kind, ranks in layouts:
+            transport = Alone(ranks)
+            group = RankGroup(0, ranks, transport)
+            tp, tokens = (group, SINGLE_RANK) if kind == "tp" else (SINGLE_RANK, group)
+            rank = self._run_alone(f"{kind}{ranks}", tp, tokens, transport)
             for name in self.passes:
-                calls = plan(model, lengths, name == "isolated", sequence if alone else 1)
+                of_rank, of_whole = rank[name], whole[name]
+                found[name, f"{kind}{ranks}"] = RankAlone(
+                    ranks, of_whole.ours, of_whole.skeleton, of_rank.ours, of_rank.skeleton,
+                    of_rank.calls, of_rank.nbytes, self.case.config.num_layers, self._pieces(kind, ranks, name),
+                )  # fmt: skip
+        return found
+
+    def _pieces(self, kind: str, ranks: int, name: str) -> int:
+        """The exchanges of a block that only continue another one, as rows and heads are exchanged in pieces."""
+        tokens, heads = self.case.shape.video_tokens, self.case.config.video.heads
+        if kind == "tp":
+            return (row_pieces(tokens) - 1) * (8 if name == "cond" else 6)
+        return (head_groups(heads // ranks, tokens) - 1) * 2
+
+    def _run_alone(
+        self, side: str, tp: RankGroup, tokens: RankGroup, transport: Alone | None = None
+    ) -> dict[str, OneRank]:
+        case, a = self.case, self.arguments
+        lengths = Lengths(case.shape.video_tokens, case.shape.audio_latents, TEXT)
+        attend = attention_backend(a.attention, case.device)
+        model = build_ours(case, a.precision, tp)
+        call = call_ours(case, model, a.attention, False, tokens)
+        found = {}
+        for name in self.passes:
+            calls = plan(model, lengths, name == "isolated", tokens.size)
+            if transport is None:
                 self.flops[name] = flops(calls)
-                side = f" of {ranks}" if alone else ""
-                for which, run in (("ours", partial(call, name == "isolated")), ("skeleton", Skeleton(calls, attend))):
-                    rows = [self._time(name, which + side, run)]
-                    if a.graphs:
-                        rows.append(self._time(name, f"{which}{side}, graph", graphed(run)))
-                    measured[name].append(min(row.ms for row in rows))
+            times: list[float] = []
+            for which, run in (("ours", partial(call, name == "isolated")), ("skeleton", Skeleton(calls, attend))):
+                rows = [self._time(name, f"{which}, {side}", run)]
+                if a.graphs:
+                    rows.append(self._time(name, f"{which}, {side}, graph", graphed(run)))
+                times.append(min(row.ms for row in rows))
+            exchanges: tuple[dict[str, int], dict[str, int]] = ({}, {})
+            if transport is not None:
                 counted(transport)
                 call(name == "isolated")
-                exchanges[name] = counted(transport)
-            del model, call
-            self._free()
-
-        def of_pass(name: str) -> RankAlone:
-            whole, whole_skeleton, rank, rank_skeleton = measured[name]
-            found = tp * sequence, whole, whole_skeleton, rank, rank_skeleton
-            return RankAlone(*found, *exchanges[name], case.config.num_layers)
-
-        return {name: of_pass(name) for name in self.passes}
+                exchanges = counted(transport)
+            found[name] = OneRank(times[0], times[1], *exchanges)
+        del model, call
+        self._free()
+        return found
 
     def run_peer(self, name: str, fp8: frozenset[str]) -> None:
         missing = [module for module in dit_implementations.NEEDS[name] if importlib.util.find_spec(module) is None]
@@ -233,6 +256,11 @@ class Bench:
         }
 
 
+def _numbers(text: str) -> list[int]:
+    """Numbers of ranks, separated by commas."""
+    return [int(number) for number in text.split(",")]
+
+
 def parse() -> argparse.Namespace:
     """The command line, with defaults resolved and `key`, the name of the case in the baselines."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -247,10 +275,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeat", type=int, default=10)
     parser.add_argument("--warm", type=float, default=2.0, help="seconds of passes before those that are timed")
     parser.add_argument("--graphs", action="store_true", help="also run ours and the skeleton as CUDA graphs")
-    parser.add_argument("--tp", type=int, default=1, help="ranks that share the weights")
-    parser.add_argument("--sequence-parallel", type=int, default=1, help="ranks that share the tokens")
+    parser.add_argument("--tp", type=_numbers, default=[1], help="ranks that share the weights")
+    parser.add_argument("--sequence-parallel", type=_numbers, default=[1], help="ranks that share the tokens")
     parser.add_argument("--guidance-parallel", type=int, default=1, help="ranks that share the passes of a --step")
-    parser.add_argument("--rank-alone", action="store_true", help="one of these ranks, without the others")
+    parser.add_argument(
+        "--rank-alone", action="store_true", help="one of these ranks without the others; --tp 2,4 takes turns"
+    )
     parser.add_argument("--step", choices=guided_step.PIPELINES, help="a guided call of this pipeline's stage 1")
     parser.add_argument("--check", action="store_true", help="exit 1 when a figure is 5 %% worse than its baseline")
     parser.add_argument("--record", action="store_true", help="write the figures to scripts/baselines.json")
@@ -267,10 +297,14 @@ def parse() -> argparse.Namespace:
     a.shape = a.shape or ("128x192x17" if a.tiny else "1088x1920x121")
     if a.guidance_parallel > 1:
         a.step = a.step or "hq"
+    a.alone = [(kind, n) for kind, ranks in (("tp", a.tp), ("sp", a.sequence_parallel)) for n in ranks if n > 1]
+    if not a.rank_alone and len(a.tp) * len(a.sequence_parallel) > 1:
+        parser.error("several numbers of ranks take turns with --rank-alone only")
+    a.tp, a.sequence_parallel = a.tp[0], a.sequence_parallel[0]
     a.ranks = a.tp * a.sequence_parallel * a.guidance_parallel
     if a.plain and (a.precision == "fp8" or a.ranks > 1 or a.step):
         parser.error("--plain has no fp8, no --step and no gangs")
-    if a.rank_alone and (a.ranks == 1 or a.step or (a.tp > 1 and a.sequence_parallel > 1)):
+    if a.rank_alone and (not a.alone or a.step):
         parser.error("--rank-alone takes --tp N or --sequence-parallel N, and no --step")
     if a.step and a.stage != 1:
         parser.error("--step and --guidance-parallel are of --stage 1")
@@ -296,8 +330,7 @@ def parse() -> argparse.Namespace:
 def alone(bench: Bench, device: str) -> int:
     """Measure, print and record a rank without the others of its gang."""
     a, figures = bench.arguments, dict[str, float]()
-    layout = f"tp{a.tp}" if a.tp > 1 else f"sp{a.sequence_parallel}"
-    for name, found in bench.run_alone(a.tp, a.sequence_parallel).items():
+    for (name, layout), found in bench.run_alone(a.alone).items():
         key = a.key + ("" if name == "cond" else f".{name}") + f".{layout}.alone"
         figures |= {f"{key}.{figure}": value for figure, value in found.figures.items()}
         print(found.table(f"stage {a.stage}, {name}, {layout}"))

@@ -11,7 +11,8 @@ from ltx_ray.model.attention_backends import Attend
 from ltx_ray.parallel.collectives import Pending
 from ltx_ray.parallel.mesh import SequenceSharding
 
-_HEAD_GROUPS = 2
+#: Groups of heads, of which the most are taken whose attention fills a GPU: so many queries, counted for each head.
+_GROUPS, _FILLING_QUERIES = (4, 2), 32_000
 
 
 def attend_to_divided(
@@ -28,7 +29,7 @@ def attend_to_divided(
     `values` (B, T, heads / n, D) are those of all tokens, as `start_rows_to_heads` exchanges them.
     """
     n = tokens.group.size
-    groups = _HEAD_GROUPS if heads % (n * _HEAD_GROUPS) == 0 else 1
+    groups = head_groups(heads // n, tokens.length)
     started = [tokens.start_rows_to_heads([q, k], batch, heads, group, groups) for group in range(groups)]
     (v,) = values.wait()
     returned = []
@@ -40,3 +41,9 @@ def attend_to_divided(
     for group, back in enumerate(returned):
         rows[:, :, group] = back.wait()
     return rows.flatten(1, 3)
+
+
+def head_groups(heads: int, length: int) -> int:
+    """In how many groups a rank's heads are exchanged, for attention among `length` tokens."""
+    fitting = (n for n in _GROUPS if heads % n == 0 and heads // n * length >= _FILLING_QUERIES)
+    return next(fitting, 1)

@@ -164,7 +164,7 @@ class FusedTransformer:
             if tokens is not None:
                 latent, index = tokens.own_shard(latent, 1), None if index is None else tokens.own_shard(index, 0)
             length = batch * latent.shape[1]
-            pieces = _pieces(length) if self.model.tp.size > 1 and names is STREAM_NAMES.video else 1
+            pieces = row_pieces(length) if self.model.tp.size > 1 and names is STREAM_NAMES.video else 1
             rows = RowSharding(self.model.tp, length, pieces)
             if index is not None and rows.group.size > 1:
                 index = rows.own_shard(index.repeat(batch))
@@ -199,7 +199,7 @@ def _whole_velocities(s: FusedStream, own: torch.Tensor) -> torch.Tensor:
     return by_entry if s.tokens is None else s.tokens.gather_tokens(by_entry)
 
 
-def _pieces(rows: int) -> int:
+def row_pieces(rows: int) -> int:
     """In how many pieces tensor-parallel ranks exchange so many rows."""
     return max(1, min(_MOST_PIECES, rows // _PIECE_ROWS))
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ltx_ray.checkpoints.checkpoint import open_checkpoint
-from ltx_ray.model import fused
+from ltx_ray.model import divided_attention, fused
 from ltx_ray.model.fused import FusedTransformer
 from ltx_ray.model.packing import pack_linears
 from ltx_ray.model.rope import audio_positions, video_positions
@@ -111,6 +111,16 @@ def test_rows_in_pieces_give_the_velocities_of_one_rank(six_heads, one_rank, mon
                 assert all(torch.equal(a, b) for a, b in zip(found[key], ranks[0][key], strict=True)), (
                     "the ranks differ"
                 )
+
+
+@pytest.mark.parametrize(("sequence", "groups"), [(3, (2,)), (2, (3,)), (2, (2,))])
+def test_heads_in_groups_give_the_velocities_of_one_rank(six_heads, one_rank, monkeypatch, sequence, groups):
+    """The last asks for more groups than the heads of a rank can make."""
+    monkeypatch.setattr(divided_attention, "_GROUPS", groups)
+    monkeypatch.setattr(divided_attention, "_FILLING_QUERIES", 1)
+    for found in run_ranks(1, sequence, lambda mesh: _passes(six_heads, "bf16", mesh), CopyingThreads):
+        for key, expected in one_rank["bf16"].items():
+            assert max(relative(a, b) for a, b in zip(found[key], expected, strict=True)) <= 1e-5, key
 
 
 @pytest.mark.parametrize(("tp", "sequence"), [(2, 1), (3, 2)])

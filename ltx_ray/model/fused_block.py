@@ -52,7 +52,7 @@ from ltx_ray.records import AV
 
 @dataclass(frozen=True)
 class PendingResidual:
-    """What is still to be added to a stream: values (R, D) in pieces, maybe on their way, times gate (L, D) or (1, D)."""
+    """What is still to be added to a stream: values (R, D) in pieces, maybe on their way, times gate (L or 1, D)."""
 
     values: list[Pending[torch.Tensor]]
     gate: torch.Tensor

@@ -190,7 +190,7 @@ def gemma_folders(root: str) -> tuple[str, str]:
 
 def check_gemma(root: str) -> None:
     """Raise ValueError unless `root` holds a Gemma 3 model and its tokenizer, complete as far as headers tell."""
-    legal = "legal: a Gemma 3 model directory, or a diffusers directory with text_encoder/ and tokenizer/"
+    legal = "legal: a Gemma 3 model directory (gemma3), or a diffusers directory with text_encoder/ and tokenizer/"
     model, tokenizer = gemma_folders(root)
     if not os.path.isfile(os.path.join(model, "config.json")):
         raise ValueError(f"--gemma-root: {model}, has no config.json; {legal}")
@@ -203,7 +203,7 @@ def check_gemma(root: str) -> None:
             if kind := named_kind(file.read(HEAD_BYTES)):
                 raise ValueError(f"{path}: not a tokenizer but {kind}")
     kind = str(diffusers_layout.read_config(model).get("model_type"))
-    if not kind.startswith("gemma3"):
+    if kind != "gemma3":  # gemma3_text (without the vision tower) and gemma3n have other classes
         raise ValueError(f"--gemma-root: {model}, is a {kind} (LTX-2.5 takes Gemma 4); {legal}")
     single = os.path.join(model, "model.safetensors")
     if os.path.isfile(single):  # transformers prefers it to an index, whereas diffusers prefers the index

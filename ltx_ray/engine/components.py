@@ -25,7 +25,7 @@ from ltx_ray.checkpoints.parts import (
     layout_of,
 )
 from ltx_ray.checkpoints.safetensors import TensorInfo
-from ltx_ray.engine.codec import ConnectorAttention, DiffusersModule, GroupNorm, RoundedRope
+from ltx_ray.engine.codec import ConnectorAttention, DiffusersModule, GroupNorm, ReflectingConv3d, RoundedRope
 from ltx_ray.engine.fused_decoder import fuse_decoder
 
 Path = str | os.PathLike[str]
@@ -64,6 +64,13 @@ def load_video_vae(
     component = layout_of(path).video_vae(str(path))
     what = f"video VAE ({part})"
     vae = _materialized(_load(AutoencoderKLLTX2Video, component, what, dtype, device, without, VIDEO_SIZES))
+    for name, conv in list(vae.named_modules()):
+        if type(conv) is torch.nn.Conv3d and conv.padding_mode == "reflect":
+            ours = ReflectingConv3d(
+                conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
+                conv.groups, conv.bias is not None, conv.padding_mode, "meta",
+            )  # fmt: skip
+            _replace(vae, name, conv, ours)
     if fused and vae.decoder is not None:
         try:
             fuse_decoder(vae.decoder)
@@ -128,9 +135,7 @@ def load_upsampler(path: Path, dtype: torch.dtype, device: Device) -> DiffusersM
     module = _load(LTX2LatentUpsamplerModel, part, "latent upsampler", dtype, device, sizes=UPSAMPLER_SIZES)
     for name, norm in list(module.named_modules()):
         if type(norm) is torch.nn.GroupNorm:
-            ours = GroupNorm(norm.num_groups, norm.num_channels, norm.eps, device="meta")
-            ours.load_state_dict(norm.state_dict(), assign=True)
-            module.set_submodule(name, ours.requires_grad_(False).eval())
+            _replace(module, name, norm, GroupNorm(norm.num_groups, norm.num_channels, norm.eps, device="meta"))
     return _materialized(module)
 
 
@@ -174,6 +179,12 @@ def _load(
     )
     module.load_state_dict(_read_tensors(found, dtype, device), strict=True, assign=True)
     return module.requires_grad_(False).eval()
+
+
+def _replace(module: DiffusersModule, name: str, old: torch.nn.Module, new: torch.nn.Module) -> None:
+    """Put `new` in the place of `old`, which `module` has under `name`, with its tensors."""
+    new.load_state_dict(old.state_dict(), assign=True)
+    module.set_submodule(name, new.requires_grad_(False).eval())
 
 
 def _materialized(module: DiffusersModule) -> DiffusersModule:

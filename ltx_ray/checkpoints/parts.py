@@ -22,7 +22,9 @@ VIDEO_SIZES: Mapping[str, int] = MappingProxyType(
 AUDIO_SIZES: Mapping[str, int] = MappingProxyType(
     {"latent_channels": AUDIO_CHANNELS, "sample_rate": 16000, "mel_hop_length": 160}
 )
-VOCODER_SIZES: Mapping[str, int] = MappingProxyType({"output_sampling_rate": AUDIO_SAMPLE_RATE})
+VOCODER_SIZES: Mapping[str, int] = MappingProxyType(
+    {"input_sampling_rate": 16000, "output_sampling_rate": AUDIO_SAMPLE_RATE}
+)
 UPSAMPLER_SIZES: Mapping[str, int] = MappingProxyType({"in_channels": VIDEO_CHANNELS, "dims": 3})
 
 

@@ -49,6 +49,7 @@ def test_the_toys_parts_fit(toy):
         ("config.vocoder.vocoder.stereo is False", lambda c: c["vocoder"]["vocoder"].update(stereo=False)),
         ("vocoder: output_sampling_rate is 44100",
          lambda c: c["vocoder"]["bwe"].update(output_sampling_rate=44100)),
+        ("vocoder: input_sampling_rate is 24000", lambda c: c["vocoder"]["bwe"].update(input_sampling_rate=24000)),
         ("do not describe the part connectors", lambda c: c["transformer"].pop("connector_attention_head_dim")),
     ],
 )  # fmt: skip

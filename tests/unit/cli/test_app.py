@@ -487,6 +487,13 @@ def test_loras_with_and_without_strength(cmd, manifest, options):
     assert options[1].model.loras == (LoraSpec("x", resolve("x.safetensors"), 2.0),)
 
 
+def test_a_lora_of_strength_minus_zero_gives_the_item_of_zero(cmd, manifest, toy):
+    """So a retry reads it, since a row's -0.0 is 0."""
+    for strength in ("0", "-0.0", "-0"):
+        _, out, err = cmd("plan", manifest, "--model", "toy", "--lora", toy["distilled_lora"], strength, "--resolved")
+        assert '"strength": 0.0' in out or '"strength":0.0' in out, err
+
+
 CONFIG = {
     "output": "from-config",
     "model": "toy",

@@ -108,7 +108,7 @@ def read_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
     try:
         metadata = dict(table.pop("__metadata__", None) or {})
         if not all(isinstance(text, str) for text in metadata.values()):
-            raise ValueError("__metadata__")
+            raise TypeError
         for name, entry in table.items():
             start, end = map(int, entry["data_offsets"])
             shape = tuple(map(int, entry["shape"]))

@@ -66,11 +66,7 @@ def load_video_vae(
     vae = _materialized(_load(AutoencoderKLLTX2Video, component, what, dtype, device, without, VIDEO_SIZES))
     for name, conv in list(vae.named_modules()):
         if type(conv) is torch.nn.Conv3d and conv.padding_mode == "reflect":
-            ours = ReflectingConv3d(
-                conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
-                conv.groups, conv.bias is not None, conv.padding_mode, "meta",
-            )  # fmt: skip
-            _replace(vae, name, conv, ours)
+            _replace(vae, name, conv, _reflecting(conv))
     if fused and vae.decoder is not None:
         try:
             fuse_decoder(vae.decoder)
@@ -185,6 +181,13 @@ def _replace(module: DiffusersModule, name: str, old: torch.nn.Module, new: torc
     """Put `new` in the place of `old`, which `module` has under `name`, with its tensors."""
     new.load_state_dict(old.state_dict(), assign=True)
     module.set_submodule(name, new.requires_grad_(False).eval())
+
+
+def _reflecting(conv: DiffusersModule) -> ReflectingConv3d:
+    return ReflectingConv3d(
+        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups,
+        conv.bias is not None, conv.padding_mode, "meta",
+    )  # fmt: skip
 
 
 def _materialized(module: DiffusersModule) -> DiffusersModule:

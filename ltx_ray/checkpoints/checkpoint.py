@@ -202,9 +202,11 @@ def check_gemma(root: str) -> None:
         with open(path, "rb") as file:
             if kind := named_kind(file.read(HEAD_BYTES)):
                 raise ValueError(f"{path}: not a tokenizer but {kind}")
-    kind = str(diffusers_layout.read_config(model).get("model_type"))
+    config = diffusers_layout.read_config(model)
+    kind = str(config.get("model_type"))
     if kind != "gemma3":  # gemma3_text (without the vision tower) and gemma3n have other classes
         raise ValueError(f"--gemma-root: {model}, is a {kind} (LTX-2.5 takes Gemma 4); {legal}")
+    diffusers_layout.check_plain(model, config)
     single = os.path.join(model, "model.safetensors")
     if os.path.isfile(single):  # transformers prefers it to an index, whereas diffusers prefers the index
         read_header(single)

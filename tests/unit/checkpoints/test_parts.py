@@ -116,6 +116,13 @@ def test_relatives_of_gemma_3_are_refused(toy, tmp_path, kind):
         check_gemma(root)
 
 
+def test_a_quantized_gemma_is_refused(toy, tmp_path):
+    """It wants a package that is not installed, as each replica of text would find out."""
+    root = another_gemma(toy, tmp_path / "gemma", quantization_config={"quant_method": "bitsandbytes"})
+    with pytest.raises(ValueError, match=rf"^{root}: is quantized .*; legal: plain weights"):
+        check_gemma(root)
+
+
 @pytest.mark.parametrize("command", ["plan", "render"])
 def test_they_are_wrong_usage(toy, tmp_path, capfd, command):
     manifest = write_jsonl(tmp_path / "m.jsonl", [{"prompt": "a cat"}])

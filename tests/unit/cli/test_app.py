@@ -360,8 +360,12 @@ ILLEGAL_ROWS = [
         ":1:num_frames (x): 577, legal: at most 569 at 1088x1920 with 15 steps: the noise levels of",
     ),
     (
-        {"num_frames": 9, "height": 16_384, "width": 16_384, "num_inference_steps": 15},
-        ":1:height (x): 16384, legal: a size less than 16384x16384: a frame has too many tokens",
+        {"num_frames": 9, "height": 16_128, "width": 16_384, "num_inference_steps": 15},
+        ":1:height (x): 16128, legal: a size less than 16128x16384: a frame has too many tokens",
+    ),
+    (
+        {"height": 16_384, "width": 16_384, "pipeline": "base"},
+        ":1:height (x): 16384, legal: at most 16128 where the width is 16384, as FFmpeg takes pictures",
     ),
     (
         {"height": 64 * 2**20},

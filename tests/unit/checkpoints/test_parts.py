@@ -116,6 +116,27 @@ def test_relatives_of_gemma_3_are_refused(toy, tmp_path, kind):
         check_gemma(root)
 
 
+@pytest.mark.parametrize("installed", [False, True])
+def test_a_tokenizer_that_needs_another_package_is_refused_without_it(toy, tmp_path, monkeypatch, installed):
+    root = Path(another_gemma(toy, tmp_path / "gemma"))
+    (root / "tokenizer.json").rename(root / "tokenizer.model")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: installed or None)
+    if installed:
+        check_gemma(str(root))
+    else:
+        with pytest.raises(ValueError, match=rf"^--gemma-root: {root}, has no tokenizer\.json; legal: "):
+            check_gemma(str(root))
+
+
+def test_a_tokenizer_that_was_cut_off_is_refused(toy, tmp_path):
+    file = Path(another_gemma(toy, tmp_path / "gemma")) / "tokenizer.json"
+    file.write_bytes(file.read_bytes() + b"\n \n")
+    check_gemma(str(file.parent))
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=rf"^{file}: is not JSON \(its end is missing\); fetch it again"):
+        check_gemma(str(file.parent))
+
+
 def test_a_quantized_gemma_is_refused(toy, tmp_path):
     """It wants a package that is not installed, as each replica of text would find out."""
     root = another_gemma(toy, tmp_path / "gemma", quantization_config={"quant_method": "bitsandbytes"})

@@ -12,10 +12,11 @@ split  each replica serves one stage. Two GPUs have one replica in each stage po
 both   one replica on each GPU, which serves both stages in turns.
 
 Both have one replica of text and one of decode, which share the GPUs. There is no preflight, so that all replicas load
-at the same time. With --json, a run whose figures the file holds is not made again; --only makes one run at a time.
+at the same time. Kernels are compiled by the first run and cached for later ones. With --json, a run whose figures the
+file holds is not made again; --only makes one run at a time.
 
 clips/h          from the first stage-1 call to the end of the last clip's decoding. It includes filling and emptying
-                 the line, which cost `split` more than a longer manifest would.
+                 the line, which weigh less in a longer manifest.
 idle             of each pool: one less the seconds of its calls over its replicas times that span. Merging other
                  weights is a part of the calls, and is printed as well.
 why it was idle  parts of that share, as far as the events tell:

@@ -26,6 +26,7 @@ from ltx_ray.dataset.existing import ExistingRows, list_existing
 from ltx_ray.dataset.fold import fold_dataset, fold_output
 from ltx_ray.dataset.identity import KeptIdentity, read_identity
 from ltx_ray.dataset.output import check_creation, check_place, is_within
+from ltx_ray.dataset.removal import finish_removals
 from ltx_ray.dataset.row_log import RowLog
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.driver.events import EventLog
@@ -269,6 +270,8 @@ class Run:
         clean_stale(self.store, _STALE_SECONDS)
         existing = list_existing(self.store, self.progress.say)
         fold_dataset(self.store, existing, self.identity.dataset_id, self.run_id, self.progress.say)
+        if finish_removals(self.store, existing, self.progress.say):
+            existing = list_existing(self.store, self.progress.say)
         return existing
 
     def _chosen(self, plan: Plan, rows: Iterator[PlanEntry]) -> Iterator[PlanEntry]:

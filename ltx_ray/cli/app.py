@@ -1,4 +1,4 @@
-"""The `ltx-ray` command: render, retry, promote, plan, status, report, fold, verify, inspect."""
+"""The `ltx-ray` command: render, retry, promote, plan, status, report, fold, remove, verify, inspect."""
 
 from __future__ import annotations
 
@@ -46,6 +46,7 @@ _STATUS_WORDS = {
     "repeated": "repeated",
     "failed": "failed before by their own fault (ltx-ray retry)",
     "illegal": "illegal",
+    "removed": "removed (ltx-ray remove)",
 }
 
 
@@ -246,6 +247,41 @@ def fold_command(output: str, migrate: bool) -> ExitCode:
     folded = fold_output(store, click.echo, then if migrate else None)
     click.echo(f"{folded} rows folded" + (f", {moved} rows moved from parts of one row" if migrate else ""))
     return ExitCode.OK
+
+
+@app.command(
+    name="remove",
+    short_help="take rows down for good",
+    params=[
+        Argument("output", "a dataset", Location()),
+        Option(
+            "--ids", section="Rows", metavar="FILE", type=IdsFile(), required=True,
+            help="ids of rows, or item_ids of clips, one per line",
+        ),
+    ],
+)  # fmt: skip
+def remove_command(output: str, ids: frozenset[str]) -> ExitCode:
+    """Take rows out of OUTPUT with their clips, latents and pictures, and never render them again.
+
+    All rows that share a clip go with it. Waits while a run is at work. Exit code 3 when some ids have no row; rows of
+    theirs are not rendered later either.
+    """
+    from ltx_ray.cli.remove import remove
+
+    _check_dataset(output)
+    if not ids:
+        raise ValueError("--ids: the file names no row; legal: one id per line")
+    store, progress = Store(output), Progress()
+    done = remove(store, ids, progress.say, lambda done, total: progress.count(done, total, "parts read"))
+    progress.clear()
+    click.echo(f"{done.rows} rows of {done.items} clips removed; they are not rendered again")
+    if done.unknown:
+        shown = ", ".join(sorted(done.unknown)[:10])
+        click.echo(
+            f"--ids: {len(done.unknown)} ids have no row in {store.name}, such as {shown}; they are not rendered later",
+            err=True,
+        )
+    return ExitCode.FAILED_ROWS if done.unknown else ExitCode.OK
 
 
 @app.command(

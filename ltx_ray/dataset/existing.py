@@ -27,6 +27,7 @@ from ltx_ray.dataset.parts import (
     segment_table,
     unreadable,
 )
+from ltx_ray.dataset.removed import RemovedRows, read_removed
 from ltx_ray.storage.id_table import IdTable
 from ltx_ray.storage.store import Store
 
@@ -93,6 +94,11 @@ class TableRows:
                 if rest[:8] == item[8:]:
                     return rest[8:12].hex()
         return None
+
+    def parts_of_item(self, item: bytes) -> set[str]:
+        """Paths of the parts that have rows of an item (16 bytes)."""
+        rests = (rest for rest in self._folded.rests(item[:8]) if rest[:8] == item[8:])
+        return {self._path(item + rest[8:12], int.from_bytes(rest[12:], "big")) for rest in rests}
 
     def _place(self, key: bytes) -> str | None:
         for rest, segment in self._pending.get(key[:8], ()):
@@ -292,6 +298,8 @@ class ExistingRows:
     def __init__(self) -> None:
         self.index, self.previews = TableRows(layout.INDEX), TableRows(layout.PREVIEWS)
         self.failed = FailedRows()
+        #: What was taken down and is not to be rendered again.
+        self.removed = RemovedRows()
         #: Segments that were read, and those that are damaged.
         self.segments: list[str] = []
         self.damaged: list[UnreadablePart] = []
@@ -378,6 +386,7 @@ def list_existing(
     that cannot be read is named by `say` and passed over. Raises UnreadablePart for a damaged part of the dataset.
     """
     existing = ExistingRows()
+    existing.removed = read_removed(store)
     # Segments are read before parts are listed: a row moves from a segment to a part, and so is seen in one at least.
     segments = _read_segments(store, existing)
     _load(store, existing.index, store.names(layout.INDEX), say, one_row_parts)

@@ -26,6 +26,8 @@ from ltx_ray.dataset.parts import (
     segment_table,
     take,
 )
+from ltx_ray.dataset.removal import finish_removals
+from ltx_ray.dataset.removed import read_removed
 from ltx_ray.storage.lease import Lease
 from ltx_ray.storage.store import Store
 
@@ -100,7 +102,8 @@ class Folder:
     def _fold_rows(self, name: str, rows: pa.Table, keeps: Callable[[str, pa.Table], pa.Table]) -> int:
         known = self._existing.table(name)
         pending = keys_of(rows)
-        rows = keeps(name, rows)
+        # A run that had lost the lease may have made rows that were taken down meanwhile.
+        rows = keeps(name, self._existing.removed.left(rows))
         folded = 0
         # Of rows with one key, the first is kept; those that a part has are left out.
         first = {key: number for number, key in reversed(list(enumerate(keys_of(rows))))}
@@ -174,14 +177,16 @@ def fold_output(store: Store, say: Callable[[str], None], then: Callable[[str, s
 
     `then(dataset, writer)` is called under the lease. Raises OSError when the store does not answer.
     """
-    if then is None and not list_segments(store):
+    if then is None and not list_segments(store) and not read_removed(store).unfinished:
         return 0
     writer = f"fold-{secrets.token_hex(3)}"
     lease = Lease(store, writer)
     lease.acquire(say)
     try:
         dataset = dataset_id(store)
-        folded = fold_dataset(store, list_existing(store, say), dataset, writer, say)
+        existing = list_existing(store, say)
+        folded = fold_dataset(store, existing, dataset, writer, say)
+        finish_removals(store, existing, say)
         if then is not None:
             then(dataset, writer)
         return folded

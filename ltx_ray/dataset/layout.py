@@ -47,6 +47,8 @@ OVERCOME, AS_OTHER_ITEMS = "overcome", "as other items"
 SEGMENTS = f"{STATE}/wal"
 #: What was taken out of the dataset.
 ASIDE = f"{STATE}/aside"
+#: Records of what was taken down.
+REMOVED = f"{STATE}/removed"
 #: Names of segments below `SEGMENTS`, with their table as group.
 SEGMENT = re.compile(rf"[^/]+/[0-9]{{8}}-({INDEX}|{PREVIEWS}|{FAILED})\.rows")
 

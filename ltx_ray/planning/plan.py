@@ -31,6 +31,7 @@ from ltx_ray.storage.locations import recorded
 
 #: Statuses of a row. An IllegalRow has the last one.
 TODO, DONE, COPY, FAILED, REPEATED, ILLEGAL = "todo", "done", "copy", "failed", "repeated", IllegalRow.status
+REMOVED = "removed"
 
 #: Most rows of a chunk, which are looked up at once; rows read between two checks of the clock; seconds for which a
 #: chunk grows.
@@ -41,7 +42,7 @@ class PlannedRow:
     """A legal manifest row, or one of its samples, and what the run does with it.
 
     status: "todo" (render), "done" (in the index), "copy" (the clip exists under another id), "failed" (failed by its
-    own fault in an earlier run), "repeated" (the same row again).
+    own fault in an earlier run), "repeated" (the same row again), "removed" (taken down, never to be rendered again).
     """
 
     __slots__ = (
@@ -214,6 +215,8 @@ class Plan:
         #: Selected ids that no row has had yet, of the shard where there is one.
         self.unmet: set[str | None] = set(self.selection.ids or ())
         self._templates = TemplateCache(self.rules, self.builder.item)
+        # None where nothing was: it is asked for every row.
+        self._removed = self.existing.removed or None
         # records of 96 bits of each id's hash and 32 bits of its row's item_id
         self._ids = IdTable(16)
         # 48 bits of each item_id to render: items are only counted, and a few in fifty million may be missed
@@ -267,6 +270,9 @@ class Plan:
                 for row in self._selected(rows):
                     selected = True
                     decided = self._decided(row, found) if isinstance(row, PlannedRow) else row
+                    if isinstance(decided, IllegalRow) and self._is_removed(decided):
+                        self.counts[REMOVED] += 1
+                        continue
                     self.counts["rows"] += 1
                     self.counts[decided.status] += 1
                     if isinstance(decided, PlannedRow) and decided.status == TODO:
@@ -355,6 +361,11 @@ class Plan:
         row.status = self._status(row, found)
         return row
 
+    def _is_removed(self, row: IllegalRow) -> bool:
+        """Whether an illegal row, whose item is not known, was taken down: it is not to be in failed/ again."""
+        row_id = row.raw.values.get("id") if self._removed is not None else None
+        return self._removed is not None and row_id is not None and self._removed.has_row(None, str(row_id))
+
     def _count_clip(self, row: PlannedRow, found: _LookedUp | None) -> None:
         """Count what is to be rendered, once for all rows of an item."""
         head, rest = row.item_id_bytes[:4], row.item_id_bytes[4:6]
@@ -365,6 +376,8 @@ class Plan:
 
     def _status(self, row: PlannedRow, found: _LookedUp | None) -> str:
         existing = self.existing
+        if self._removed is not None and self._removed.has(row.item_id_bytes, row.id_hash):
+            return REMOVED
         if found is None or found.existing.may_have_rows(row.item_head):
             if existing.has_row(row.item_id, row.key):
                 return DONE

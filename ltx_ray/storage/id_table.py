@@ -93,7 +93,9 @@ class IdTable:
             self.extend(data)
 
     def extend(self, data: bytes) -> None:
-        """Add many records at once: `data` is their concatenation."""
+        """Add many records at once, or none: `data` is their concatenation."""
+        if not data:
+            return
         records = np.frombuffer(data, self._type)
         run = {"head": records["head"].astype(self._number)}
         if self._has_rest:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import json
 import secrets
 import time
@@ -22,6 +23,7 @@ from ltx_ray.checkpoints.checkpoint import (
 )
 from ltx_ray.checkpoints.lora import check_lora
 from ltx_ray.config import NEWEST_SCHEME, EngineSpec, ModelFiles, Numerics, RequestedNumerics, RunLimits, Selection
+from ltx_ray.dataset.description import describe
 from ltx_ray.dataset.existing import ExistingRows, list_existing
 from ltx_ray.dataset.fold import fold_dataset, fold_output
 from ltx_ray.dataset.identity import KeptIdentity, read_identity
@@ -392,10 +394,13 @@ class _Rendering:
 
     def _fold(self) -> None:
         """Fold what the run has finished. What cannot be folded now is folded by the next run."""
+        run = self._run
         try:
             self._log.close()
+            if not run.lease.lost:
+                run.identity.describe(functools.partial(describe, run.store, self._plan.existing))
         except OSError as error:
-            self._run.progress.say(f"rows were not folded: {error}; ltx-ray fold {self._run.store.name} does that")
+            run.progress.say(f"rows were not folded: {error}; ltx-ray fold {run.store.name} does that")
 
     def _run_driver(self, rows: Iterator[PlanEntry]) -> tuple[str, ExitCode]:
         """Render `rows`; the run's state and its exit code."""

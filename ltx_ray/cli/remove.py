@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from ltx_ray.dataset import layout
+from ltx_ray.dataset.description import describe_dataset
 from ltx_ray.dataset.existing import ExistingRows, list_existing
 from ltx_ray.dataset.fold import fold_dataset
 from ltx_ray.dataset.identity import dataset_id
@@ -47,6 +48,7 @@ def remove(store: Store, ids: frozenset[str], say: Callable[[str], None], on_par
         # Together with what earlier removals may have left.
         existing = list_existing(store, say)
         rows = take_down(store, existing, existing.removed, on_parts)
+        describe_dataset(store, list_existing(store, say), anew=True)
         return Removal(rows, len(items), ids - known - known_before)
     finally:
         lease.release()

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from ltx_ray.dataset import layout
 from ltx_ray.dataset.clips import is_whole_mp4
+from ltx_ray.dataset.description import describe_dataset
 from ltx_ray.dataset.existing import ExistingRows, TableRows, list_existing
 from ltx_ray.dataset.failures import FailedParts, FailureScope, fold_failures
 from ltx_ray.dataset.identity import dataset_id
@@ -186,9 +187,12 @@ def fold_output(store: Store, say: Callable[[str], None], then: Callable[[str, s
         dataset = dataset_id(store)
         existing = list_existing(store, say)
         folded = fold_dataset(store, existing, dataset, writer, say)
-        finish_removals(store, existing, say)
+        if finish_removals(store, existing, say):
+            existing = list_existing(store, say)
         if then is not None:
             then(dataset, writer)
+            existing = list_existing(store, say)
+        describe_dataset(store, existing)
         return folded
     finally:
         lease.release()

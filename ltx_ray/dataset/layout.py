@@ -126,6 +126,8 @@ def timeline_path(run_id: str) -> str:
 
 # --- schemas -----------------------------------------------------------------------------------------------------
 
+#: Of the tables: 1 lacks ADDED_COLUMNS. A change that readers notice raises it.
+SCHEMA_VERSION = 2
 _MANIFEST_COLUMNS = [*((column.name, column.type) for column in COLUMNS.values()), ("extra", pa.string())]
 SECONDS_COLUMNS = ("text_seconds", "stage1_seconds", "stage2_seconds", "decode_seconds", "gpu_seconds")
 #: What is measured of a clip (`records.PictureMeasures` and `SoundMeasures`, whose fields these are).

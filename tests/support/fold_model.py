@@ -364,6 +364,7 @@ def small_and_single_threaded() -> Iterator[None]:
         mock.patch.object(existing_rows, "ThreadPoolExecutor", _Inline),
         mock.patch.object(fold, "ThreadPoolExecutor", _Inline),
         mock.patch.object(removing, "Lease", mock.MagicMock()),
+        mock.patch.object(removing, "describe_dataset", mock.MagicMock()),
         mock.patch.object(layout, "PART_SCHEMAS", part_schemas),
         mock.patch.object(layout, "SEGMENT_SCHEMAS", segment_schemas),
     ):

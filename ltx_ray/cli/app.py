@@ -1,4 +1,4 @@
-"""The `ltx-ray` command: render, retry, promote, plan, status, report, fold, remove, verify, inspect."""
+"""The `ltx-ray` command: render, retry, promote, plan, status, report, fold, export, remove, verify, inspect."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ltx_ray.cli.options import (
     build_options,
     output_option,
 )
-from ltx_ray.cli.parameters import Argument, AtLeast, Command, IdsFile, Location, Option
+from ltx_ray.cli.parameters import Argument, AtLeast, Command, IdsFile, Location, OneOf, Option
 from ltx_ray.cli.streams import open_standard_streams
 from ltx_ray.config import Selection
 from ltx_ray.dataset import layout
@@ -247,6 +247,33 @@ def fold_command(output: str, migrate: bool) -> ExitCode:
     folded = fold_output(store, click.echo, then if migrate else None)
     click.echo(f"{folded} rows folded" + (f", {moved} rows moved from parts of one row" if migrate else ""))
     return ExitCode.OK
+
+
+@app.command(
+    name="export",
+    short_help="copy a dataset into another form",
+    params=[
+        Argument("output", "a dataset", Location()),
+        Argument("destination", "where the export goes: a folder, s3:// or gs://", Location()),
+        Option(
+            "--to", section="Output", metavar="FORM", type=OneOf("webdataset", "hf", "delta"), required=True,
+            help="webdataset (tar files of 1 GB), hf (a Hugging Face video folder) or delta (a table of the index)",
+        ),
+    ],
+)  # fmt: skip
+def export_command(output: str, destination: str, to: str) -> ExitCode:
+    """Copy the finished rows of OUTPUT and their clips to DESTINATION. The same command resumes, and adds newer rows.
+
+    Exit code 3 when rows were left out because their clip is missing or damaged.
+    """
+    from ltx_ray.cli.export import export
+
+    _check_dataset(output)
+    progress = Progress()
+    done = export(output, destination, to, progress.say, lambda done, total: progress.count(done, total, "rows"))
+    progress.clear()
+    click.echo(done.line)
+    return ExitCode.FAILED_ROWS if done.left_out else ExitCode.OK
 
 
 @app.command(

@@ -143,6 +143,15 @@ def read_keys(store: Store, path: str) -> bytes:
         raise unreadable(store, path, error) from None
 
 
+def count_rows(store: Store, path: str) -> int:
+    """Rows of a part, by its footer; none of one that cannot be read."""
+    try:
+        with store.fs.open_input_file(store.path(path)) as file:
+            return pq.read_metadata(file).num_rows
+    except (pa.ArrowException, OSError):
+        return 0
+
+
 def read_rows(store: Store, folder: str) -> Iterator[dict[str, Any]]:
     """All rows in parts of index/, failed/ or previews/. Raises UnreadablePart."""
     for name in filter(layout.is_part, store.list_names(folder)):

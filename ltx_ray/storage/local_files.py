@@ -123,7 +123,7 @@ def _replace(temporary: Path, written: os.stat_result, target: str, version: str
 def temporary_beside(target: str) -> Path:
     """The path of a new file in the folder of `target`, which is made where there is none."""
     path = Path(target)
-    _make_folder(path.parent)
+    make_folder(path.parent)
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
 
 
@@ -139,11 +139,11 @@ def sync_folder(folder: str | Path) -> None:
         os.close(handle)
 
 
-def _make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
     """Make `folder` and those above it, each with its name on the disk."""
     if folder.is_dir():
         return
-    _make_folder(folder.parent)
+    make_folder(folder.parent)
     folder.mkdir(exist_ok=True)
     sync_folder(folder.parent)
 

@@ -118,6 +118,25 @@ def _from_botocore() -> Callable[[], S3Credential]:
     return current
 
 
+def object_store_options(fs: pafs.FileSystem) -> dict[str, str]:
+    """How libraries that are built on the object_store crate, such as deltalake, reach what `fs` reads.
+
+    Credentials may expire: they are for one operation. Google's are left to the environment. Raises PermissionError
+    when there are none.
+    """
+    if not isinstance(fs, pafs.S3FileSystem):
+        return {}
+    _, (options,) = fs.__reduce__()
+    found = {"AWS_REGION": fs.region, "AWS_ALLOW_HTTP": "true"}
+    if endpoint := _endpoint(options):
+        found["AWS_ENDPOINT_URL"] = endpoint
+    if options["anonymous"]:
+        return found | {"AWS_SKIP_SIGNATURE": "true"}
+    key = _s3_credentials(options)()
+    found |= {"AWS_ACCESS_KEY_ID": key["access_key_id"], "AWS_SECRET_ACCESS_KEY": key["secret_access_key"]}
+    return found | ({"AWS_SESSION_TOKEN": token} if (token := key["token"]) else {})
+
+
 def _gcs_bucket(bucket: str, options: dict[str, Any], client: ClientConfig) -> GCSStore:
     from obstore.store import GCSStore
 

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ltx_ray.storage.retry import RetryPolicy
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 _BATCH = 1000
 #: Bytes for which a writer waits as long as for a silent store: 0.8 MB/s in 20 seconds.
 _UPLOAD_BYTES = 16 * 2**20
+#: Parts of a large file that are uploaded at once, 5 MiB each.
+_PARTS_AT_ONCE = 4
 #: What a store answered, in a message of obstore's; a page of debugging output follows.
 _STATUS = re.compile(r"non-2xx status code: (\d+)")
 _CODE = re.compile(r"<Code>(.*?)</Code>")
@@ -135,6 +138,16 @@ class ObjectClient:
                 raise
 
         return self._retry(doing, relative, put)
+
+    def upload(self, relative: str, path: Path) -> None:
+        """Write an object from a file, in parts where it is large. It replaces an older one when it is complete."""
+        import obstore
+
+        def put() -> None:
+            with _os_errors():
+                obstore.put(self._connect(2 * self._silence), self._key(relative), path, max_concurrency=_PARTS_AT_ONCE)
+
+        self._retry("writing", relative, put)
 
     def _replace(self, doing: str, relative: str, data: bytes, version: str | None) -> bool:
         """For a store without conditions: look, then write. Of several writers at once, more than one may do so."""

@@ -205,16 +205,32 @@ def status_command(output: str) -> ExitCode:
 
 
 @app.command(
-    name="report", short_help="write a page with every clip", params=[Argument("output", "a dataset", Location())]
-)
-def report_command(output: str) -> ExitCode:
-    """Write OUTPUT/report.html, one page with every clip, its pictures and its timings."""
-    from ltx_ray.dataset.report import write_report
+    name="report",
+    short_help="write a page with every clip",
+    params=[
+        Argument("output", "a dataset", Location()),
+        Option(
+            "--against", section="Output", metavar="DATASET", type=Location(),
+            help="write compare.html in place of it: clips of both datasets side by side, by the ids of their rows",
+        ),
+        Option(
+            "--presign", section="Output", metavar="HOURS", type=AtLeast(0.0),
+            help="links to clips in an object store that need no credentials for so long",
+        ),
+        Option(
+            "--serve", section="Output", metavar="PORT", type=AtLeast(0),
+            help="show the page and play its clips on a port of this machine, until Ctrl-C; 0 for any",
+        ),
+    ],
+)  # fmt: skip
+def report_command(output: str, against: str | None, presign: float | None, serve: int | None) -> ExitCode:
+    """Write OUTPUT/report.html, one page with every clip, its pictures and its timings. A click plays a clip."""
+    from ltx_ray.cli.report import report
 
     _check_dataset(output)
-    store = Store(output)
-    path = write_report(output)
-    click.echo(path if store.is_local else join(store.name, layout.REPORT))
+    if against is not None:
+        _check_dataset(against)
+    report(output, against, presign, serve, click.echo)
     return ExitCode.OK
 
 

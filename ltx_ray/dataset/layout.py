@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from ltx_ray.manifest.columns import COLUMNS
 from ltx_ray.manifest.outputs import CLIPS as CLIPS
+from ltx_ray.manifest.outputs import COMPARISON as COMPARISON
 from ltx_ray.manifest.outputs import DATASET as DATASET
 from ltx_ray.manifest.outputs import EVENTS as EVENTS
 from ltx_ray.manifest.outputs import FAILED as FAILED

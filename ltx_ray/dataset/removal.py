@@ -65,7 +65,7 @@ def take_down(
     store.delete_many(itertools.chain.from_iterable(map(_files_of, sorted(item.hex() for item in removed.items))))
     _clean_aside(store, removed)
     # Pages show prompts and pictures. `ltx-ray report` makes the newest again.
-    store.delete_many([layout.REPORT, *_older_reports(store)])
+    store.delete_many([layout.REPORT, layout.COMPARISON, *_older_reports(store)])
     for record in removed.unfinished:
         record_finished(store, record)
     return rows

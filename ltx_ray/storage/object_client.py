@@ -7,8 +7,9 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,6 +149,17 @@ class ObjectClient:
                 obstore.put(self._connect(2 * self._silence), self._key(relative), path, max_concurrency=_PARTS_AT_ONCE)
 
         self._retry("writing", relative, put)
+
+    def signed_urls(self, relatives: Sequence[str], seconds: float) -> list[str]:
+        """URLs by which anybody reads these objects for so long. Raises OSError without credentials that can sign."""
+        import obstore
+
+        keys = [self._key(relative) for relative in relatives]
+        with _os_errors():
+            signed: list[str] = obstore.sign(  # type: ignore[call-overload]
+                self._connect(self._silence), "GET", keys, timedelta(seconds=seconds)
+            )
+        return signed
 
     def _replace(self, doing: str, relative: str, data: bytes, version: str | None) -> bool:
         """For a store without conditions: look, then write. Of several writers at once, more than one may do so."""

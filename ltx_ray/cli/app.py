@@ -254,13 +254,14 @@ def fold_command(output: str, migrate: bool) -> ExitCode:
     from ltx_ray.dataset.migrate import migrate as move_rows
 
     _check_dataset(output)
-    store, moved = Store(output), 0
+    store, moved, progress = Store(output), 0, Progress()
 
     def then(dataset: str, writer: str) -> None:
         nonlocal moved
-        moved = move_rows(store, dataset, writer, click.echo)
+        moved = move_rows(store, dataset, writer, progress.say, on_rows=progress.counting("rows moved"))
 
-    folded = fold_output(store, click.echo, then if migrate else None)
+    folded = fold_output(store, progress.say, then if migrate else None, progress.counting("rows folded"))
+    progress.clear()
     click.echo(f"{folded} rows folded" + (f", {moved} rows moved from parts of one row" if migrate else ""))
     return ExitCode.OK
 
@@ -286,7 +287,7 @@ def export_command(output: str, destination: str, to: str) -> ExitCode:
 
     _check_dataset(output)
     progress = Progress()
-    done = export(output, destination, to, progress.say, lambda done, total: progress.count(done, total, "rows"))
+    done = export(output, destination, to, progress.say, progress.counting("rows exported"))
     progress.clear()
     click.echo(done.line)
     return ExitCode.FAILED_ROWS if done.left_out else ExitCode.OK
@@ -315,7 +316,7 @@ def remove_command(output: str, ids: frozenset[str]) -> ExitCode:
     if not ids:
         raise ValueError("--ids: the file names no row; legal: one id per line")
     store, progress = Store(output), Progress()
-    done = remove(store, ids, progress.say, lambda done, total: progress.count(done, total, "parts read"))
+    done = remove(store, ids, progress.say, progress.counting("parts read"))
     progress.clear()
     click.echo(f"{done.rows} rows of {done.items} clips removed; they are not rendered again")
     if done.unknown:

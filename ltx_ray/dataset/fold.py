@@ -37,6 +37,7 @@ PART_ROWS = 10_000
 _THREADS = 8
 
 Segment = tuple[str, pa.Table]
+OnRows = Callable[[int, int], None]
 
 
 class Folder:
@@ -48,6 +49,8 @@ class Folder:
     def __init__(self, store: Store, existing: ExistingRows, dataset: str, writer: str, part_rows: int = PART_ROWS):
         self._store, self._existing = store, existing
         self._dataset, self._writer, self._part_rows = dataset, writer, part_rows
+        #: Called with the rows of a table that were folded and with how many there are, after each part.
+        self.on_rows: OnRows = lambda done, total: None
 
     def fold(
         self,
@@ -116,6 +119,7 @@ class Folder:
             if self._store.create(f"{name}/{part}", data):
                 known.fold(part, chunk)
                 folded += len(chunk)
+                self.on_rows(folded, folded - len(chunk) + len(left))
                 left = left[len(chunk) :]
             else:
                 learn_part(self._store, known, part)
@@ -135,7 +139,14 @@ def _chunk(rows: int, part_rows: int) -> int:
     return -(-rows // max(1, round(rows / part_rows)))
 
 
-def fold_dataset(store: Store, existing: ExistingRows, dataset: str, writer: str, say: Callable[[str], None]) -> int:
+def fold_dataset(
+    store: Store,
+    existing: ExistingRows,
+    dataset: str,
+    writer: str,
+    say: Callable[[str], None],
+    on_rows: OnRows = lambda done, total: None,
+) -> int:
     """Fold what a run that was killed left, under the lease; returns the number of rows.
 
     A damaged segment is set aside. On a local disk, rows whose clip is not whole are dropped: they are to be rendered
@@ -152,7 +163,9 @@ def fold_dataset(store: Store, existing: ExistingRows, dataset: str, writer: str
             say(f"{len(lost)} rows of a run that was killed have no whole clip, and are rendered again")
         return take(rows, (number for number in range(len(rows)) if number not in lost)) if lost else rows
 
-    return Folder(store, existing, dataset, writer).fold(keeps=keeps)
+    folder = Folder(store, existing, dataset, writer)
+    folder.on_rows = on_rows
+    return folder.fold(keeps=keeps)
 
 
 def set_aside(store: Store, path: str) -> str:
@@ -173,10 +186,16 @@ def without_whole_clip(store: Store, rows: pa.Table) -> list[int]:
         return [number for number, good in enumerate(whole) if not good]
 
 
-def fold_output(store: Store, say: Callable[[str], None], then: Callable[[str, str], None] | None = None) -> int:
+def fold_output(
+    store: Store,
+    say: Callable[[str], None],
+    then: Callable[[str, str], None] | None = None,
+    on_rows: OnRows = lambda done, total: None,
+) -> int:
     """Fold what runs have finished and not folded, when no run is at work any more; returns the number of rows.
 
-    `then(dataset, writer)` is called under the lease. Raises OSError when the store does not answer.
+    `then(dataset, writer)` is called under the lease, `on_rows` with the rows that were folded and with how many there
+    are. Raises OSError when the store does not answer.
     """
     if then is None and not list_segments(store) and not read_removed(store).unfinished:
         return 0
@@ -186,7 +205,7 @@ def fold_output(store: Store, say: Callable[[str], None], then: Callable[[str, s
     try:
         dataset = dataset_id(store)
         existing = list_existing(store, say)
-        folded = fold_dataset(store, existing, dataset, writer, say)
+        folded = fold_dataset(store, existing, dataset, writer, say, on_rows)
         if finish_removals(store, existing, say):
             existing = list_existing(store, say)
         if then is not None:

@@ -104,7 +104,7 @@ class TrackedItem:
 
 
 class RowTracker:
-    """`counts`: rows, rendered, already_done, failed, illegal. `versions` as JSON."""
+    """`counts`: rows, rendered, already_done, failed, illegal, removed. `versions` as JSON."""
 
     def __init__(
         self,
@@ -152,7 +152,10 @@ class RowTracker:
                 self.counts["rows"] += 1
                 self._take_illegal(planned)
                 continue
-            if planned.status in (REPEATED, REMOVED):
+            if planned.status == REPEATED:
+                continue
+            if planned.status == REMOVED:
+                self.counts["removed"] += 1
                 continue
             self.counts["rows"] += 1
             if planned.status == DONE:

@@ -11,7 +11,7 @@ SMALL = {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 2}
 ROWS = [{"id": name, "prompt": f"a {name}", **SMALL} for name in ("boat", "bird", "tree")]
 
 
-def test_a_run_passes_over_what_was_removed(runner):
+def test_a_run_passes_over_what_was_removed(runner, capfd):
     def described() -> dict:
         return json.loads((runner.output / "dataset.json").read_text())
 
@@ -29,3 +29,4 @@ def test_a_run_passes_over_what_was_removed(runner):
     assert described()["rows"]["index"] == 3
     started = [event["id"] for event in runner.events() if event["event"] == "item_finished"]
     assert started == ["cat"]
+    assert "2 taken down before" in capfd.readouterr().err

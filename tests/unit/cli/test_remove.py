@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 
+import pyarrow.dataset as pads
 import pytest
 
 from ltx_ray.cli.app import main
 from ltx_ray.cli.remove import remove
+from ltx_ray.cli.status import status_lines
 from ltx_ray.config import ModelFiles, RecipeNumerics
 from ltx_ray.dataset import layout, removal
 from ltx_ray.dataset.existing import list_existing
@@ -113,6 +115,25 @@ def test_parts_of_one_row_are_deleted_and_a_numbered_part_keeps_its_number(store
     as_one_row_parts(store)
     taken_down(store, "c")
     assert store.list_names(layout.INDEX) == []
+
+
+def test_an_empty_part_troubles_nobody(store, capfd):
+    build(store, rows=((0, "a"), (0, "b")))
+    taken_down(store, "a")
+    assert pads.dataset(store.path(layout.INDEX), filesystem=store.fs).to_table().num_rows == 0
+    for command in ("verify", "report"):
+        with pytest.raises(SystemExit) as caught:
+            main([command, store.uri])
+        assert caught.value.code == 0, capfd.readouterr()
+    assert "0 rows and 0 clips checked" in capfd.readouterr().out
+    assert list_existing(store).row_count == 0
+
+
+def test_status_says_how_many_clips_were_taken_down(store):
+    build(store)
+    taken_down(store, "a", "c")
+    store.write_bytes("run.json", b'{"run_id": "r"}')
+    assert any("1 rows in the index, 0 in failed/, 2 clips taken down" in line for line in status_lines(store.uri))
 
 
 def test_ids_without_a_row_are_named_and_never_rendered(store, cmd):

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from operator import attrgetter
 from typing import Any, ClassVar, Generic, TypeVar
 
 from ltx_ray.shapes import ClipShape
@@ -107,6 +108,12 @@ class Guidance:
     skip_step: int
 
 
+#: The fields of a request that are those of a Guidance, in their order.
+_VIDEO_GUIDANCE, _AUDIO_GUIDANCE = (
+    attrgetter(*(f"{prefix}_{field.name}" for field in dataclasses.fields(Guidance))) for prefix in ("video", "audio")
+)
+
+
 @dataclass(frozen=True)
 class ImageCondition:
     """A conditioning image of a row.
@@ -168,11 +175,7 @@ class RenderRequest:
 
     @property
     def guidance(self) -> AV[Guidance]:
-        def one(prefix: str) -> Guidance:
-            names = (f.name for f in dataclasses.fields(Guidance))
-            return Guidance(**{name: getattr(self, f"{prefix}_{name}") for name in names})
-
-        return AV(one("video"), one("audio"))
+        return AV(Guidance(*_VIDEO_GUIDANCE(self)), Guidance(*_AUDIO_GUIDANCE(self)))
 
     def row(self) -> dict[str, Any]:
         """The request as plain lists and dicts, keyed by manifest column."""

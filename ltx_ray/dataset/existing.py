@@ -87,10 +87,13 @@ class TableRows:
     def key_of(self, item_id: str) -> str | None:
         """The key of some row of the item."""
         item = bytes.fromhex(item_id)
+        head, tail = item[:8], item[8:]
         with self._lock:
-            rests = (rest for rest, _ in self._pending.get(item[:8], ()))
-            for rest in itertools.chain(rests, self._folded.rests(item[:8])):
-                if rest[:8] == item[8:]:
+            for rest, _ in self._pending.get(head, ()):
+                if rest[:8] == tail:
+                    return rest[8:].hex()
+            for rest in self._folded.rests(head):
+                if rest[:8] == tail:
                     return rest[8:12].hex()
         return None
 

@@ -70,9 +70,11 @@ class TableRows:
         with self._lock:
             return self._place(key) is not None
 
-    def is_folded(self, key: bytes) -> bool:
+    def not_folded(self, keys: Sequence[bytes]) -> list[bytes]:
+        """Those of the keys that no part has."""
         with self._lock:
-            return self._folded_number(key) is not None
+            maybe = self._folded.settled([key[:8] for key in keys])
+            return [key for key in keys if key[:8] not in maybe or self._folded_number(key) is None]
 
     def path_of(self, key: bytes) -> str | None:
         """Path of the part or segment that has the row."""
@@ -151,13 +153,11 @@ class TableRows:
 
     def _forget_pending(self, keys: Iterable[bytes]) -> None:
         for key in keys:
-            found = self._pending.get(key[:8], ())
+            found = self._pending.pop(key[:8], ())
             left = tuple(entry for entry in found if entry[0] != key[8:])
             self._pending_count -= len(found) - len(left)
             if left:
                 self._pending[key[:8]] = left
-            else:
-                self._pending.pop(key[:8], None)
 
     def _records(self, name: str | None, keys: bytes) -> bytes:
         number = _OF_ONE_ROW if name is None else len(self._parts)

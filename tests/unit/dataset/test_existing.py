@@ -162,10 +162,10 @@ def test_the_listing_of_an_object_store(s3, bucket):
 def test_rows_are_pending_until_they_are_folded():
     rows, a, b = ExistingRows().index, key_bytes(ITEM, A), key_bytes(ITEM, B)
     rows.add_pending([a, a, b], "state/wal/run/00000000-index.rows")
-    assert (len(rows), rows.pending_count, rows.has(a), rows.is_folded(a)) == (2, 2, True, False)
+    assert (len(rows), rows.pending_count, rows.has(a), rows.not_folded([a])) == (2, 2, True, [a])
     assert rows.path_of(a) == "state/wal/run/00000000-index.rows"
     rows.fold("part-0badcafe-00000000.parquet", [a])
-    assert (len(rows), rows.pending_count, rows.has(a), rows.is_folded(a)) == (2, 1, True, True)
+    assert (len(rows), rows.pending_count, rows.has(a), rows.not_folded([a])) == (2, 1, True, [])
     assert rows.path_of(a) == "index/part-0badcafe-00000000.parquet" and rows.next_number("0badcafe") == 1
     rows.add_pending([a], "state/wal/run/00000001-index.rows")
     rows.drop_pending([b])

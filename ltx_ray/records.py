@@ -419,9 +419,10 @@ def _field_names(kind: type) -> tuple[str, ...] | None:
 
 def plain(value: Any) -> Any:
     """Dataclasses and tuples as dicts, lists and scalars, for JSON and Parquet."""
-    if type(value) in _SCALARS:
+    kind: type = type(value)
+    if kind in _SCALARS:
         return value
-    if (names := _field_names(type(value))) is not None:
+    if (names := _field_names(kind)) is not None:
         return {name: plain(getattr(value, name)) for name in names}
     if isinstance(value, dict):
         return {k: plain(v) for k, v in value.items()}

@@ -27,6 +27,7 @@ from ltx_ray.dataset.parts import (
     segment_table,
     unreadable,
 )
+from ltx_ray.dataset.stored_latents import StoredLatents
 from ltx_ray.storage.id_table import IdTable
 from ltx_ray.storage.store import Store
 
@@ -292,13 +293,13 @@ class ExistingRows:
     An item is named by its item_id (32 hex digits), a row by its item and its key (8 hex digits, `layout.row_key`).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, store: Store | None = None) -> None:
         self.index, self.previews = TableRows(layout.INDEX), TableRows(layout.PREVIEWS)
         self.failed = FailedRows()
         #: Segments that were read, and those that are damaged.
         self.segments: list[str] = []
         self.damaged: list[UnreadablePart] = []
-        self._latents = IdTable(ITEM_BYTES, cap=None)
+        self.latents = StoredLatents(store)
 
     def table(self, name: str) -> TableRows:
         return self.index if name == layout.INDEX else self.previews
@@ -330,14 +331,11 @@ class ExistingRows:
         return len(self.previews)
 
     @property
-    def latents_count(self) -> int:
-        return len(self._latents)
-
-    @property
     def has_noise(self) -> bool:
         """Whether there are clips, previews or stored latents, or a failed row's latents may be on some node."""
-        stored = self.row_count + self.preview_count + self.latents_count
-        return stored + self.failed_kinds[layout.INFRASTRUCTURE] > 0
+        return (
+            bool(self.row_count or self.preview_count or self.failed_kinds[layout.INFRASTRUCTURE]) or self.latents.any
+        )
 
     def has_row(self, item_id: str, key: str) -> bool:
         return self.index.has(key_bytes(item_id, key))
@@ -355,8 +353,7 @@ class ExistingRows:
         return self.failed.of_key(key)
 
     def has_latents(self, item_id: str) -> bool:
-        item = bytes.fromhex(item_id)
-        return self._latents.has(item[:8], item[8:])
+        return self.latents.has(item_id)
 
     def has_preview(self, item_id: str, key: str) -> bool:
         return self.previews.has(key_bytes(item_id, key))
@@ -373,14 +370,14 @@ class ExistingRows:
 def list_existing(
     store: Store, say: Callable[[str], None] = lambda message: None, *, one_row_parts: bool = True
 ) -> ExistingRows:
-    """List the finished and failed rows of a dataset, its previews and its latents.
+    """List the finished and failed rows of a dataset and its previews.
 
     Without `one_row_parts`, rows in parts of earlier versions are left out, because they are about to be moved.
 
     A part that is none of the dataset's own, such as a copy, is read, too, because readers of the folder see it; one
     that cannot be read is named by `say` and passed over. Raises UnreadablePart for a damaged part of the dataset.
     """
-    existing = ExistingRows()
+    existing = ExistingRows(store)
     # Segments are read before parts are listed: a row moves from a segment to a part, and so is seen in one at least.
     segments = _read_segments(store, existing)
     _load(store, existing.index, store.names(layout.INDEX), say, one_row_parts)
@@ -396,10 +393,6 @@ def list_existing(
                 existing.failed.add(kind, key)
             elif mark == layout.OVERCOME:
                 existing.failed.drop(key)
-    latents = (name.rpartition("/")[2] for name in store.names(layout.LATENTS))
-    for items in _batches(match.group(1) for match in map(layout.LATENTS_FILE.fullmatch, latents) if match):
-        existing._latents.extend(bytes.fromhex("".join(items)))
-    existing._latents.merge()
     return existing
 
 

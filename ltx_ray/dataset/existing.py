@@ -33,8 +33,10 @@ from ltx_ray.storage.store import Store
 
 T = TypeVar("T")
 
-#: Rows that become records at once, and threads that read parts and segments.
-_BATCH, _THREADS = 1 << 17, 16
+#: Names that become keys at once, and bytes of records that are sorted at once.
+_BATCH, _PIECE_BYTES = 1 << 17, 1 << 23
+#: Threads that read parts and segments: few on a disk, where they would wait for each other, and hold memory meanwhile.
+_THREADS, _LOCAL_THREADS = 16, 4
 #: The number of a part that stands for all parts of one row, whose names follow from their rows.
 _OF_ONE_ROW = (1 << 32) - 1
 #: Columns that say which row has failed, and how.
@@ -122,17 +124,7 @@ class TableRows:
 
     def load(self, parts: Iterable[tuple[str | None, bytes]]) -> None:
         """Take in the keys of many parts; the name None stands for parts of one row."""
-        batch: list[bytes] = []
-        waiting = 0
-        for name, keys in parts:
-            batch.append(self._records(name, keys))
-            waiting += len(keys) // KEY_BYTES
-            if waiting >= _BATCH:
-                self._folded.extend(b"".join(batch))
-                batch, waiting = [], 0
-        if batch:
-            self._folded.extend(b"".join(batch))
-        self._folded.merge()
+        self._folded.load(_pieces(self._records(name, keys) for name, keys in parts))
 
     def fold(self, name: str, keys: Sequence[bytes]) -> None:
         """The part `name` has rows now that no other part has."""
@@ -218,11 +210,13 @@ class FailedRows:
 
     def load(self, rows: Iterable[tuple[str, bytes]]) -> None:
         """Take in many rows, of which none may come twice: (kind, key)."""
-        rows = iter(rows)
-        while batch := list(itertools.islice(rows, _BATCH)):
-            self.kinds.update(kind for kind, _ in batch)
-            self._table.extend(b"".join([_failed_record(kind, key) for kind, key in batch]))
-        self._table.merge()
+
+        def records() -> Iterator[bytes]:
+            for kind, key in rows:
+                self.kinds[kind] += 1
+                yield _failed_record(kind, key)
+
+        self._table.load(_pieces(records()))
 
     def add(self, kind: str, key: bytes) -> None:
         """The row has failed, whether or not it had before."""
@@ -405,7 +399,7 @@ def _read_segments(store: Store, existing: ExistingRows) -> list[tuple[str, pa.T
         except UnreadablePart as damage:
             return damage
 
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with _pool(store) as pool:
         found = list(pool.map(read, list_segments(store)))
     existing.damaged = [one for one in found if isinstance(one, UnreadablePart)]
     segments = [one for one in found if isinstance(one, tuple)]
@@ -437,7 +431,7 @@ def _load(store: Store, rows: TableRows, names: Iterator[str], say: Callable[[st
             say(str(damage))
             return None
 
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with _pool(store) as pool:
         rows.load(found for found in _in_order(pool, keys, sorted(parts)) if found is not None)
 
 
@@ -463,14 +457,32 @@ def _load_failed(store: Store, failed: FailedRows) -> None:
         except (pa.ArrowException, ValueError) as error:
             raise unreadable(store, path, error) from None
 
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with _pool(store) as pool:
         failed.load(itertools.chain.from_iterable(_in_order(pool, failures, sorted(parts))))
+
+
+def _pool(store: Store) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_LOCAL_THREADS if store.is_local else _THREADS)
 
 
 def _in_order(pool: ThreadPoolExecutor, call: Callable[[str], T], names: list[str]) -> Iterator[T]:
     """`call` of each name, some ahead of what is taken."""
     for start in range(0, len(names), 4 * _THREADS):
         yield from pool.map(call, names[start : start + 4 * _THREADS])
+
+
+def _pieces(records: Iterable[bytes]) -> Iterator[bytes]:
+    """Records in pieces of _PIECE_BYTES or a little more."""
+    piece: list[bytes] = []
+    size = 0
+    for record in records:
+        piece.append(record)
+        size += len(record)
+        if size >= _PIECE_BYTES:
+            yield b"".join(piece)
+            piece, size = [], 0
+    if size:
+        yield b"".join(piece)
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:

@@ -64,7 +64,7 @@ def keys_of(table: pa.Table) -> list[bytes]:
 def keys_data(table: pa.Table) -> bytes:
     """The same in one piece."""
     items, ids = (table[name].to_pylist() for name in KEY_COLUMNS)
-    if None in items or not all(len(item) == 2 * ITEM_BYTES for item in items):
+    if None in items or {*map(len, items)} - {2 * ITEM_BYTES}:
         raise ValueError("a row has no item_id")
     heads = np.frombuffer(bytes.fromhex("".join(items)), np.uint8).reshape(-1, ITEM_BYTES)
     hashes = b"".join([hashlib.sha256((row_id or "").encode()).digest()[:4] for row_id in ids])

@@ -156,6 +156,14 @@ def test_the_listing_of_an_object_store(s3, bucket):
     assert (list_existing(store).has_row(ITEM, A), list_existing(store).row_count) == (True, 1)
 
 
+def test_a_part_without_rows_is_no_obstacle(store):
+    """As another program may leave one there, alone or beside others."""
+    part(store, "empty.parquet")
+    assert list_existing(store).row_count == 0
+    part(store, "part-0badcafe-00000000.parquet", "a")
+    assert list_existing(store).row_count == 1
+
+
 def test_rows_are_pending_until_they_are_folded():
     rows, a, b = ExistingRows().index, key_bytes(ITEM, A), key_bytes(ITEM, B)
     rows.add_pending([a, a, b], "state/wal/run/00000000-index.rows")

@@ -46,7 +46,7 @@ from ltx_ray.placement.memory import MemoryBudget
 from ltx_ray.placement.numerics import check as check_numerics
 from ltx_ray.placement.numerics import check_widths, numerics_json
 from ltx_ray.placement.sizing import ParallelConfig
-from ltx_ray.planning.plan import ItemBuilder, Plan, PlanEntry
+from ltx_ray.planning.plan import ItemBuilder, Plan, PlanEntry, item_to_render
 from ltx_ray.planning.preflight import preflight_item
 from ltx_ray.planning.promotion import promoted
 from ltx_ray.pools.pool import ModelRefused, StartFailed
@@ -278,6 +278,8 @@ class Run:
 
     def _chosen(self, plan: Plan, rows: Iterator[PlanEntry]) -> Iterator[PlanEntry]:
         """`rows`, of which a promotion leaves some out. Ids that are selected and missing are named at the end."""
+        if self.options.stop_after is None:  # A run that makes previews does not ask for latents.
+            rows = plan.existing.latents.prefetched(rows, item_to_render)
         yield from rows if self.options.promote is None else promoted(rows, self.options.promote, plan.existing)
         plan.say_missing_ids(self.progress.say)
 

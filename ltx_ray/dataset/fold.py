@@ -98,7 +98,7 @@ class Folder:
             except FileNotFoundError:
                 return None  # Another driver has folded it.
 
-        if len(paths) < 2:
+        if self._store.is_local or len(paths) < 2:  # Threads would wait for each other, not for the disk.
             return [segment for path in paths if (segment := read(path)) is not None]
         with ThreadPoolExecutor(_THREADS) as pool:
             return [segment for segment in pool.map(read, paths) if segment is not None]
@@ -107,11 +107,12 @@ class Folder:
         known = self._existing.table(name)
         pending = keys_of(rows)
         # A run that had lost the lease may have made rows that were taken down meanwhile.
-        rows = keeps(name, self._existing.removed.left(rows))
+        kept = keeps(name, self._existing.removed.left(rows))
+        keys, rows = pending if kept is rows else keys_of(kept), kept
         folded = 0
         # Of rows with one key, the first is kept; those that a part has are left out.
-        first = {key: number for number, key in reversed(list(enumerate(keys_of(rows))))}
-        left = sorted(key for key in first if not known.is_folded(key))
+        first = {key: number for number, key in reversed(list(enumerate(keys)))}
+        left = sorted(known.not_folded(list(first)))
         while left:
             chunk = left[: _chunk(len(left), self._part_rows)]
             part = layout.part_name(self._dataset, known.next_number(self._dataset))
@@ -123,7 +124,7 @@ class Folder:
                 left = left[len(chunk) :]
             else:
                 learn_part(self._store, known, part)
-                left = [key for key in left if not known.is_folded(key)]
+                left = known.not_folded(left)
         known.drop_pending(pending)
         return folded
 

@@ -115,6 +115,11 @@ class PlannedRow:
         return IllegalRow(self.raw._replace(values=resolved_values(self.request)), (problem,))
 
 
+def item_to_render(entry: PlanEntry) -> str | None:
+    """The item_id of a row that is to be rendered; None of any other row."""
+    return entry.item_id if isinstance(entry, PlannedRow) and entry.status == TODO else None
+
+
 class UnreadableImage(Exception):
     """A conditioning image of a row cannot be read, or cannot be used."""
 

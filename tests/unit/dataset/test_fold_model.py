@@ -50,7 +50,7 @@ def _not_learned(store, known, part):
         (fold_model, "publish_clip", _overwritten, "a sha256 is not that of the clip"),
         (fold_model, "list_existing", _numbers_later, "a row is there twice"),
         (fold, "learn_part", _not_learned, "a row is there twice"),
-        (TableRows, "is_folded", lambda rows, key: False, "a row is there twice"),
+        (TableRows, "not_folded", lambda rows, keys: list(keys), "a row is there twice"),
         (fold_model, "finish_removals", lambda store, existing, say: False, "a row that was taken down is there"),
         (removing, "record_removed", lambda store, items, ids: None, "a row that was taken down is there"),
         (row_log, "encode_segment", lambda rows, table: encode_segment(rows[:-1], table), "a row is lost"),

@@ -425,6 +425,8 @@ class _Rendering:
         # Only now: joining sets variables that Ray reads when it is imported.
         from ltx_ray.pools.ray_replicas import RayReplicaSet
 
+        if placement.parallel.names_a_layout and not options.parallel.names_a_layout:
+            run.progress.say(f"layout chosen for {options.parallel.optimize}: {placement.parallel.flags}")
         budget = self._memory_budget(placement)
         self._record.place(placement.pools, placement.numerics)
         # Until now there was nothing to finish, and Ray has set a handler of its own.
@@ -432,7 +434,7 @@ class _Rendering:
         run.signals.install()
         self._write_record("running")
         replicas = {pool.name: pool.replicas for pool in placement.pools}
-        self._events.emit("cluster_joined", pools=replicas, tp=options.parallel.tp, device=placement.numerics.device)
+        self._events.emit("cluster_joined", pools=replicas, tp=placement.numerics.tp, device=placement.numerics.device)
         preflight = options.preflight and max(replicas.values()) > 1
         return JoinedCluster(
             RayReplicaSet(options.limits.start_timeout, options.limits.call_timeout),

@@ -34,7 +34,7 @@ def describe(store: Store, existing: ExistingRows, before: Mapping[str, Any]) ->
         covered, digests = 0, []
     numbers = {
         name: int(match[2])
-        for name in existing.index.part_names
+        for name in store.names(layout.INDEX)
         if (match := layout.NUMBERED_PART.fullmatch(name)) is not None
     }
     new = sorted(name for name, number in numbers.items() if number >= covered)

@@ -103,12 +103,6 @@ class TableRows:
                     return rest[8:12].hex()
         return None
 
-    @property
-    def part_names(self) -> list[str]:
-        """Names of the parts of many rows."""
-        with self._lock:
-            return list(self._parts)
-
     def parts_of_item(self, item: bytes) -> set[str]:
         """Paths of the parts that have rows of an item (16 bytes)."""
         rests = (rest for rest in self._folded.rests(item[:8]) if rest[:8] == item[8:])

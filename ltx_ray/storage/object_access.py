@@ -88,8 +88,6 @@ def sha256_reader(fs: pafs.FileSystem, root: str, seconds: float) -> Callable[[s
             answer = client.head_object(Bucket=bucket, Key=key, ChecksumMode="ENABLED")
         except botocore.exceptions.ClientError as error:
             status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-            if status in (400, 501):
-                return None  # A store that does not know the question.
             kind = {404: FileNotFoundError, 403: PermissionError}.get(status, OSError)
             raise kind(f"{error} (HTTP status {status})") from None
         except botocore.exceptions.BotoCoreError as error:

@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import datetime
 from typing import Any
 
 import click
@@ -20,10 +21,22 @@ from ltx_ray.cli.options import (
     build_options,
     output_option,
 )
-from ltx_ray.cli.parameters import Argument, AtLeast, Command, IdsFile, Location, OneOf, Option
+from ltx_ray.cli.parameters import (
+    Argument,
+    AtLeast,
+    Command,
+    Date,
+    Fraction,
+    IdsFile,
+    Location,
+    OneOf,
+    Option,
+    Shard,
+)
 from ltx_ray.cli.streams import open_standard_streams
 from ltx_ray.config import Selection
 from ltx_ray.dataset import layout
+from ltx_ray.dataset.check_scope import CheckScope
 from ltx_ray.dataset.existing import list_existing
 from ltx_ray.driver.progress import Progress
 from ltx_ray.manifest.rules import IllegalRow
@@ -335,7 +348,28 @@ def remove_command(output: str, ids: frozenset[str]) -> ExitCode:
         Argument("output", "a dataset", Location()),
         Option(
             "--sample", section="Checks", metavar="N", type=AtLeast(0), default=0,
-            help="render N rows again and compare their latents (needs the model)",
+            help="check N rows, and render them again to compare their latents (needs the model)",
+        ),
+        Option("--fraction", section="Checks", metavar="X", type=Fraction(), help="check this share of the rows only"),
+        Option(
+            "--since", section="Checks", metavar="DATE", type=Date(),
+            help="check rows that were finished on or after DATE only (ISO, UTC if it names no zone)",
+        ),
+        Option(
+            "--ids", section="Checks", metavar="FILE", type=IdsFile(),
+            help="check rows whose ids the file lists only, one per line",
+        ),
+        Option(
+            "--part", section="Checks", metavar="I/N", type=Shard(),
+            help="check every N-th part of the index only, from part I, from 0 to N-1: N machines share the work",
+        ),
+        Option(
+            "--read-all", section="Checks", is_flag=True,
+            help="read clips though their store has checksums of them",
+        ),
+        Option(
+            "--resume", section="Checks", metavar="FILE",
+            help="keep what was checked in a local FILE, and go on from there; deleted at the end",
         ),
         Option(
             "--repair", section="Checks", is_flag=True,
@@ -344,8 +378,21 @@ def remove_command(output: str, ids: frozenset[str]) -> ExitCode:
         *MODEL_OPTIONS, *IMAGE_OPTIONS, *RUN_OPTIONS, CONFIG_OPTION,
     ],
 )  # fmt: skip
-def verify_command(output: str, sample: int, repair: bool, **values: Any) -> ExitCode:
+def verify_command(
+    output: str,
+    sample: int,
+    fraction: float | None,
+    since: datetime | None,
+    ids: frozenset[str] | None,
+    part: tuple[int, int] | None,
+    read_all: bool,
+    resume: str | None,
+    repair: bool,
+    **values: Any,
+) -> ExitCode:
     """Check that every row of OUTPUT's index has its clip, unchanged.
+
+    Clips are compared by the SHA-256 that an object store keeps of them, and are read where it keeps none.
 
     Exit codes: 0 all well, 3 problems found (one per line), 2 wrong usage.
     """
@@ -365,7 +412,11 @@ def verify_command(output: str, sample: int, repair: bool, **values: Any) -> Exi
     def on_rows(done: int, total: int) -> None:
         progress.count(done, total, "rows checked")
 
-    return ExitCode.FAILED_ROWS if verify(output, say, sample, repair, options, on_rows) else ExitCode.OK
+    scope = CheckScope(1.0 if fraction is None else fraction, since, ids, part or (0, 1))
+    problems = verify(
+        output, say, sample, repair, options, on_rows, scope=scope, read_all=read_all, resume=resume
+    )  # fmt: skip
+    return ExitCode.FAILED_ROWS if problems else ExitCode.OK
 
 
 @app.command(

@@ -36,13 +36,16 @@ _PASSING_CODES = {"RequestTimeout", "ExpiredToken", "RequestTimeTooSkewed"}
 class ObjectClient:
     """Objects below `root` ("bucket/folder"), whose paths are relative to it. `Store` documents the methods.
 
-    `connect(seconds)` opens the bucket with a client for which a request is lost after so many seconds without an
-    answer; `silence` are those of a small request.
+    `connect(seconds, checksums)` opens the bucket with a client for which a request is lost after so many seconds
+    without an answer, and which has the store keep the SHA-256 of what it writes, if it can; `silence` are the seconds
+    of a small request.
     """
 
-    def __init__(self, connect: Callable[[float], ObjectStore], root: str, silence: float, retry: RetryPolicy):
+    def __init__(self, connect: Callable[[float, bool], ObjectStore], root: str, silence: float, retry: RetryPolicy):
         _, _, self._prefix = root.partition("/")
         self._connect, self._silence, self._retry = functools.cache(connect), silence, retry
+        #: Whether the store takes checksums. Not every S3-compatible one does.
+        self._checksums = True
 
     def create(self, relative: str, data: bytes) -> bool:
         try:
@@ -66,7 +69,7 @@ class ObjectClient:
     def names(self, folder: str) -> Iterator[str]:
         import obstore
 
-        below = self._key(folder)
+        below = self.key(folder)
         start = len(below) + 1 if below else 0
         stream: Iterator[Any] | None = None
         last: str | None = None
@@ -75,7 +78,7 @@ class ObjectClient:
             nonlocal stream
             with _os_errors():
                 # After an error, the listing goes on behind the last name.
-                stream = stream or iter(obstore.list(self._connect(self._silence), below or None, offset=last))
+                stream = stream or iter(obstore.list(self._connect(self._silence, False), below or None, offset=last))
                 try:
                     return next(stream, [])
                 except Exception:
@@ -91,27 +94,28 @@ class ObjectClient:
         pending = iter(relatives)
         while batch := list(itertools.islice(pending, _BATCH)):
             shown = batch[0] if len(batch) == 1 else f"{batch[0]} and {len(batch) - 1} more"
-            self._retry("deleting", shown, functools.partial(self._delete, [self._key(name) for name in batch]))
+            self._retry("deleting", shown, functools.partial(self._delete, [self.key(name) for name in batch]))
 
     def _delete(self, keys: list[str]) -> None:
         import obstore
 
         try:
             with _os_errors():
-                obstore.delete(self._connect(self._silence), keys)
+                obstore.delete(self._connect(self._silence, False), keys)
         except FileNotFoundError:
             # Google's store, unlike S3, says that one is missing, and the others may be left.
             for key in keys if len(keys) > 1 else ():
                 self._delete([key])
 
-    def _key(self, relative: str) -> str:
+    def key(self, relative: str) -> str:
+        """The object's name in its bucket."""
         return f"{self._prefix}/{relative}".strip("/")
 
     def _get(self, relative: str) -> tuple[bytes, str]:
         import obstore
 
         with _os_errors():
-            answer = obstore.get(self._connect(self._silence), self._key(relative))
+            answer = obstore.get(self._connect(self._silence, False), self.key(relative))
             # S3 compares the first of them, Google's store the second.
             version = {name: answer.meta[name] for name in ("e_tag", "version") if answer.meta[name] is not None}
             return bytes(answer.bytes()), json.dumps(version)
@@ -127,14 +131,18 @@ class ObjectClient:
             nonlocal unsure
             try:
                 with _os_errors():
-                    obstore.put(self._connect(seconds), self._key(relative), data, mode=mode, use_multipart=False)
+                    client = self._connect(seconds, self._checksums)
+                    obstore.put(client, self.key(relative), data, mode=mode, use_multipart=False)
                 return True
             except _Refused:
                 # It may be this call's own object that was in the way.
                 return unsure and self._holds(relative, data)
             except _Conflict:
                 raise
-            except OSError:
+            except OSError as error:
+                if self._checksums and "checksum" in str(error).lower():
+                    self._checksums = False
+                    return put()
                 unsure = True
                 raise
 
@@ -146,7 +154,7 @@ class ObjectClient:
 
         def put() -> None:
             with _os_errors():
-                obstore.put(self._connect(2 * self._silence), self._key(relative), path, max_concurrency=_PARTS_AT_ONCE)
+                obstore.put(self._connect(2 * self._silence), self.key(relative), path, max_concurrency=_PARTS_AT_ONCE)
 
         self._retry("writing", relative, put)
 
@@ -154,7 +162,7 @@ class ObjectClient:
         """URLs by which anybody reads these objects for so long. Raises OSError without credentials that can sign."""
         import obstore
 
-        keys = [self._key(relative) for relative in relatives]
+        keys = [self.key(relative) for relative in relatives]
         with _os_errors():
             signed: list[str] = obstore.sign(  # type: ignore[call-overload]
                 self._connect(self._silence), "GET", keys, timedelta(seconds=seconds)

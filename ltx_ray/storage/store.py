@@ -25,7 +25,7 @@ from ltx_ray.storage.local_files import (
     write_synced,
 )
 from ltx_ray.storage.locations import recorded, resolve, split_options
-from ltx_ray.storage.object_access import connector, object_store_options
+from ltx_ray.storage.object_access import connector, object_store_options, sha256_reader
 from ltx_ray.storage.object_client import ObjectClient
 from ltx_ray.storage.parquet import read_parquet, read_parquet_file
 from ltx_ray.storage.retry import RetryPolicy, retrying_reader
@@ -156,6 +156,20 @@ class Store:
         except OSError:
             # The store's error, which is retried, or that of a damaged file.
             return read_parquet(self.read_bytes(relative), columns)
+
+    def stored_sha256(self, relative: str) -> str | None:
+        """The SHA-256 (hex) that the store keeps of a whole file, without reading it; None where it keeps none.
+
+        S3 computes it while a file is created, and compares it with the sender's. Raises FileNotFoundError.
+        """
+        if isinstance(self._conditional, LocalFiles):
+            return None
+        read, key = self._sha256_reader, self._conditional.key(relative)
+        return self._retry("looking up", relative, lambda: read(key))
+
+    @cached_property
+    def _sha256_reader(self) -> Callable[[str], str | None]:
+        return sha256_reader(self._fs, self.root, _SILENCE_SECONDS)
 
     def write_bytes(self, relative: str, data: bytes) -> None:
         """Write a whole file. It replaces an older one atomically."""

@@ -154,7 +154,8 @@ class ObjectClient:
 
         def put() -> None:
             with _os_errors():
-                obstore.put(self._connect(2 * self._silence), self.key(relative), path, max_concurrency=_PARTS_AT_ONCE)
+                client = self._connect(2 * self._silence, False)
+                obstore.put(client, self.key(relative), path, max_concurrency=_PARTS_AT_ONCE)
 
         self._retry("writing", relative, put)
 
@@ -165,7 +166,7 @@ class ObjectClient:
         keys = [self.key(relative) for relative in relatives]
         with _os_errors():
             signed: list[str] = obstore.sign(  # type: ignore[call-overload]
-                self._connect(self._silence), "GET", keys, timedelta(seconds=seconds)
+                self._connect(self._silence, False), "GET", keys, timedelta(seconds=seconds)
             )
         return signed
 

@@ -22,6 +22,7 @@ from ltx_ray.checkpoints.checkpoint import (
     open_checkpoint,
 )
 from ltx_ray.checkpoints.lora import check_lora
+from ltx_ray.checkpoints.parts import check_parts, check_text_width
 from ltx_ray.config import NEWEST_SCHEME, EngineSpec, ModelFiles, Numerics, RequestedNumerics, RunLimits, Selection
 from ltx_ray.dataset.description import describe
 from ltx_ray.dataset.existing import ExistingRows, list_existing
@@ -156,7 +157,9 @@ def prepare(options: Options) -> Prepared:
     )
     parallel.check(model.distilled)
     check_upsampler(model.spatial_upsampler_path)
+    check_parts(model.checkpoint_path, model.spatial_upsampler_path)
     check_gemma(model.gemma_root)
+    check_text_width(model.checkpoint_path, model.gemma_root)
     loras = ([model.distilled_lora] if model.distilled_lora else []) + [lora.path for lora in model.loras]
     warnings = [warning for path in loras if (warning := check_lora(checkpoint, path)) is not None]
     defaults = check_defaults(options.row_defaults)

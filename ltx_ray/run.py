@@ -21,6 +21,7 @@ from ltx_ray.checkpoints.checkpoint import (
     open_checkpoint,
 )
 from ltx_ray.checkpoints.lora import check_lora
+from ltx_ray.checkpoints.parts import check_parts, check_text_width
 from ltx_ray.config import NEWEST_SCHEME, EngineSpec, ModelFiles, Numerics, RequestedNumerics, RunLimits, Selection
 from ltx_ray.dataset.existing import ExistingRows, list_existing
 from ltx_ray.dataset.fold import fold_dataset, fold_output
@@ -153,7 +154,9 @@ def prepare(options: Options) -> Prepared:
     )
     parallel.check(model.distilled)
     check_upsampler(model.spatial_upsampler_path)
+    check_parts(model.checkpoint_path, model.spatial_upsampler_path)
     check_gemma(model.gemma_root)
+    check_text_width(model.checkpoint_path, model.gemma_root)
     loras = ([model.distilled_lora] if model.distilled_lora else []) + [lora.path for lora in model.loras]
     warnings = [warning for path in loras if (warning := check_lora(checkpoint, path)) is not None]
     defaults = check_defaults(options.row_defaults)
@@ -417,6 +420,8 @@ class _Rendering:
         # Only now: joining sets variables that Ray reads when it is imported.
         from ltx_ray.pools.ray_replicas import RayReplicaSet
 
+        if placement.parallel.names_a_layout and not options.parallel.names_a_layout:
+            run.progress.say(f"layout chosen for {options.parallel.optimize}: {placement.parallel.flags}")
         budget = self._memory_budget(placement)
         self._record.place(placement.pools, placement.numerics)
         # Until now there was nothing to finish, and Ray has set a handler of its own.
@@ -424,7 +429,7 @@ class _Rendering:
         run.signals.install()
         self._write_record("running")
         replicas = {pool.name: pool.replicas for pool in placement.pools}
-        self._events.emit("cluster_joined", pools=replicas, tp=options.parallel.tp, device=placement.numerics.device)
+        self._events.emit("cluster_joined", pools=replicas, tp=placement.numerics.tp, device=placement.numerics.device)
         preflight = options.preflight and max(replicas.values()) > 1
         return JoinedCluster(
             RayReplicaSet(options.limits.start_timeout, options.limits.call_timeout),

@@ -6,7 +6,7 @@ import logging
 import os
 import sysconfig
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from ltx_ray.checkpoints.checkpoint import Checkpoint
 from ltx_ray.checkpoints.digests import writable_cache_root
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec, RequestedNumerics
 from ltx_ray.placement.address import find_cluster
-from ltx_ray.placement.memory import Gpu, can_share, known_gpus
+from ltx_ray.placement.layouts import Cards, choose_layout
+from ltx_ray.placement.memory import Gpu, can_share, holds_rank, known_gpus
 from ltx_ray.placement.numerics import has_fa3, resolve
 from ltx_ray.placement.private_cluster import PrivateCluster, temporary_folder
 from ltx_ray.placement.sizing import ParallelConfig, Resources, check_schedulable, lay_out, slots_needed
@@ -40,6 +41,8 @@ class Placement:
     largest_gpu: Gpu | None
     #: Bytes of the object store that the results of the run's items in flight may take together.
     store_bytes: float
+    #: The layout, which may have been chosen for the GPUs.
+    parallel: ParallelConfig
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class _FreeGpus:
     #: Those of known memory, where any are.
     largest: Gpu | None = None
     smallest: Gpu | None = None
+    #: Those of the node that has the most.
+    on_a_node: float = 0.0
 
 
 def where_to_run(given: str | None) -> str | None:
@@ -101,7 +106,7 @@ class Cluster:
 
         store_bytes = _STORE_SHARE * ray.cluster_resources().get("object_store_memory", float("inf"))
         largest = found.largest if numerics.device == "cuda" else None
-        return Placement(pools, numerics, largest, store_bytes)
+        return Placement(pools, numerics, largest, store_bytes, self._parallel)
 
     def _join_running(self, address: str) -> tuple[_FreeGpus, list[PoolSpec], Numerics]:
         import ray
@@ -110,7 +115,7 @@ class Cluster:
             self._connect(address)
         free = Resources.of(ray.available_resources())
         models = _free_gpu_models()
-        found = _FreeGpus(free.gpus, models, *_known_extremes(models))
+        found = _FreeGpus(free.gpus, models, *_known_extremes(models), _most_on_a_node())
         # The pools are sized for what is free, so that the run fits beside others.
         pools, numerics = self._lay_out(found)
         if not self._parallel.max_replicas:
@@ -148,11 +153,27 @@ class Cluster:
         gpus = self._usable_gpus(found.count)
         device = "cuda" if gpus else "cpu"
         transformer = self._checkpoint.transformer
+        if gpus:
+            self._parallel = self._layout(found, device)
         numerics = resolve(self._requested, self._parallel, device, found.models, has_fa3(), transformer)
         # Ray shows what is left of a shared GPU as free, so a cluster with other jobs shares GPUs on request only.
         allowed = self._share_cards == "on" or (self._share_cards == "auto" and not self._address)
         share_cards = allowed and found.smallest is not None and self._can_share(numerics, found.smallest)
         return lay_out(self._parallel, gpus, self._engines(numerics), share_cards), numerics
+
+    def _layout(self, found: _FreeGpus, device: str) -> ParallelConfig:
+        """The layout that the user named, or one that is chosen for the GPUs of a node."""
+        transformer, smallest = self._checkpoint.transformer, found.smallest
+
+        def fits(tp: int) -> bool:
+            # Ranks that share the tokens need no less than one alone.
+            numerics = resolve(
+                self._requested, replace(self._parallel, tp=tp), device, found.models, has_fa3(), transformer
+            )
+            return smallest is None or holds_rank(self._checkpoint, self._model.local(), numerics, smallest, tp)
+
+        cards = Cards(found.models[0] if len(set(found.models)) == 1 else "", int(found.on_a_node))
+        return choose_layout(self._parallel, cards, transformer, self._model.distilled, fits)
 
     def _usable_gpus(self, free: float) -> float:
         """GPUs to lay the pools out on; 0 renders on CPUs. Raises ValueError when GPUs are missing."""
@@ -198,7 +219,7 @@ def _local_gpus() -> _FreeGpus:
     if not count:
         return _FreeGpus(0.0)
     models = _local_gpu_models()
-    return _FreeGpus(float(count), models, *_local_extremes(models))
+    return _FreeGpus(float(count), models, *_local_extremes(models), float(count))
 
 
 def _local_gpu_count() -> int:
@@ -254,6 +275,13 @@ def _free_gpu_models() -> tuple[str, ...]:
 
     free = [node for node in available_resources_per_node().values() if node.get("GPU", 0.0) > 0]
     return _gpu_models({name for node in free for name in node}) or _gpu_models(ray.cluster_resources())
+
+
+def _most_on_a_node() -> float:
+    """The free GPUs of the node that has the most of them."""
+    from ray._private.state import available_resources_per_node
+
+    return max((Resources.of(node).gpus for node in available_resources_per_node().values()), default=0.0)
 
 
 def _gpu_models(resources: Iterable[str]) -> tuple[str, ...]:

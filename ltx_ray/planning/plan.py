@@ -8,7 +8,7 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from ltx_ray.checkpoints.checkpoint import open_checkpoint
@@ -112,7 +112,7 @@ class PlannedRow:
 
     def refused(self, problem: RowProblem) -> IllegalRow:
         """The row as one that this run cannot render. With its defaults resolved, a retry asks for the same clip."""
-        return IllegalRow(self.raw._replace(values=resolved_values(self.request)), (problem,))
+        return IllegalRow(self.raw._replace(values=resolved_values(self.request), samples=1), (problem,))
 
 
 def item_to_render(entry: PlanEntry) -> str | None:
@@ -199,7 +199,7 @@ class Plan:
 
     With `samples` N, each row stands for N rows: itself, and N-1 whose seeds follow from its own and whose ids end in
     "-s1" and so on. A selection by id takes a row with all of its samples; an id with such an ending takes that
-    sample alone. Rows of a dataset's failed/ are samples already.
+    sample alone. Rows of a dataset's failed/ are samples already, but for those that were illegal.
     """
 
     manifest: str
@@ -313,24 +313,26 @@ class Plan:
 
     def _judged(self, raw: RawRow) -> Sequence[PlanEntry]:
         """The samples of any row, or the row itself when it is illegal."""
-        row = judge(raw, self.rules)
+        count, row = self._count(raw), judge(raw, self.rules)
+        # An illegal row stands for all its samples, and a retry renders them.
+        unplanned = raw._replace(samples=count)
         if isinstance(row, IllegalRow):
-            return (row,)
-        count, given_id = self._count(raw), row.request.id
+            return (replace(row, raw=unplanned),)
+        given_id = row.request.id
         if _too_long(given_id, count):
             longest = LONGEST_ID - len(sample_id("", count - 1))
             legal = f"at most {longest} characters, because --samples-per-prompt appends {sample_id('', count - 1)}"
-            return (IllegalRow(raw, (RowProblem("id", given_id, legal),)),)
+            return (IllegalRow(unplanned, (RowProblem("id", given_id, legal),)),)
         try:
             item = self.builder.item(row.request)
         except UnreadableImage as error:
             problem = RowProblem("images", error.path, f"an image that can be read ({error.reason})")
-            return (IllegalRow(raw, (problem,)),)
+            return (IllegalRow(unplanned, (problem,)),)
         planned = PlannedRow(raw, RowTemplate(item), bytes.fromhex(item.item_id), given_id, row.request.seed, item)
         return planned.samples(count, given_id)
 
     def _count(self, raw: RawRow) -> int:
-        return 1 if raw.from_failed else self.samples
+        return raw.samples if raw.from_failed else self.samples
 
     def _selected(self, rows: Sequence[PlanEntry]) -> Sequence[PlanEntry]:
         ids = self.selection.ids

@@ -37,7 +37,7 @@ class LocalFiles:
         target = self._path(relative)
         temporary = self._retry("creating", relative, lambda: temporary_beside(target))
         try:
-            self._retry("creating", relative, lambda: write_synced(temporary, data))
+            self._retry("creating", relative, lambda: write_synced(temporary, data, target))
             return self._retry("creating", relative, lambda: _name(temporary, target))
         finally:
             temporary.unlink(missing_ok=True)
@@ -52,7 +52,7 @@ class LocalFiles:
             return False
         temporary = self._retry("writing", relative, lambda: temporary_beside(target))
         try:
-            written = self._retry("writing", relative, lambda: write_synced(temporary, data))
+            written = self._retry("writing", relative, lambda: write_synced(temporary, data, target))
             return self._retry("writing", relative, lambda: _replace(temporary, written, target, version))
         finally:
             temporary.unlink(missing_ok=True)
@@ -148,13 +148,20 @@ def make_folder(folder: Path) -> None:
     sync_folder(folder.parent)
 
 
-def write_synced(path: Path, data: bytes) -> os.stat_result:
-    """Write a file and flush it to the disk, so that a power cut cannot leave the name it is given with no data."""
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-        return os.fstat(file.fileno())
+def write_synced(path: Path, data: bytes, target: str) -> os.stat_result:
+    """Write a file and flush it to the disk, so that a power cut cannot leave the name it is given with no data.
+
+    target: the file that it is to become, which errors name.
+    """
+    try:
+        with open(path, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            return os.fstat(file.fileno())
+    except OSError as error:
+        error.filename = target
+        raise
 
 
 def _version(data: bytes) -> str:

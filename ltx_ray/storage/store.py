@@ -180,7 +180,7 @@ class Store:
                 return self._put(target, data)
             temporary = temporary_beside(target)
             try:
-                write_synced(temporary, data)
+                write_synced(temporary, data, target)
                 os.replace(temporary, target)
             finally:
                 temporary.unlink(missing_ok=True)

@@ -7,6 +7,8 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
+from operator import attrgetter
 from typing import Any, ClassVar, Generic, TypeVar
 
 from ltx_ray.shapes import ClipShape
@@ -107,6 +109,12 @@ class Guidance:
     skip_step: int
 
 
+#: The fields of a request that are those of a Guidance, in their order.
+_VIDEO_GUIDANCE, _AUDIO_GUIDANCE = (
+    attrgetter(*(f"{prefix}_{field.name}" for field in dataclasses.fields(Guidance))) for prefix in ("video", "audio")
+)
+
+
 @dataclass(frozen=True)
 class ImageCondition:
     """A conditioning image of a row.
@@ -168,11 +176,7 @@ class RenderRequest:
 
     @property
     def guidance(self) -> AV[Guidance]:
-        def one(prefix: str) -> Guidance:
-            names = (f.name for f in dataclasses.fields(Guidance))
-            return Guidance(**{name: getattr(self, f"{prefix}_{name}") for name in names})
-
-        return AV(one("video"), one("audio"))
+        return AV(Guidance(*_VIDEO_GUIDANCE(self)), Guidance(*_AUDIO_GUIDANCE(self)))
 
     def row(self) -> dict[str, Any]:
         """The request as plain lists and dicts, keyed by manifest column."""
@@ -404,10 +408,22 @@ class CallReport:
         return self.error is None
 
 
+_SCALARS = frozenset({str, int, float, bool, type(None)})
+
+
+@cache
+def _field_names(kind: type) -> tuple[str, ...] | None:
+    """The fields of a dataclass; None for another class."""
+    return tuple(field.name for field in dataclasses.fields(kind)) if dataclasses.is_dataclass(kind) else None
+
+
 def plain(value: Any) -> Any:
     """Dataclasses and tuples as dicts, lists and scalars, for JSON and Parquet."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    kind: type = type(value)
+    if kind in _SCALARS:
+        return value
+    if (names := _field_names(kind)) is not None:
+        return {name: plain(getattr(value, name)) for name in names}
     if isinstance(value, dict):
         return {k: plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import json
 import secrets
 import time
@@ -23,10 +24,12 @@ from ltx_ray.checkpoints.checkpoint import (
 from ltx_ray.checkpoints.lora import check_lora
 from ltx_ray.checkpoints.parts import check_parts, check_text_width
 from ltx_ray.config import NEWEST_SCHEME, EngineSpec, ModelFiles, Numerics, RequestedNumerics, RunLimits, Selection
+from ltx_ray.dataset.description import describe
 from ltx_ray.dataset.existing import ExistingRows, list_existing
 from ltx_ray.dataset.fold import fold_dataset, fold_output
 from ltx_ray.dataset.identity import KeptIdentity, read_identity
 from ltx_ray.dataset.output import check_creation, check_place, is_within
+from ltx_ray.dataset.removal import finish_removals
 from ltx_ray.dataset.row_log import RowLog
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.driver.events import EventLog
@@ -44,7 +47,7 @@ from ltx_ray.placement.memory import MemoryBudget
 from ltx_ray.placement.numerics import check as check_numerics
 from ltx_ray.placement.numerics import check_widths, numerics_json
 from ltx_ray.placement.sizing import ParallelConfig
-from ltx_ray.planning.plan import ItemBuilder, Plan, PlanEntry
+from ltx_ray.planning.plan import ItemBuilder, Plan, PlanEntry, item_to_render
 from ltx_ray.planning.preflight import preflight_item
 from ltx_ray.planning.promotion import promoted
 from ltx_ray.pools.pool import ModelRefused, StartFailed
@@ -272,10 +275,14 @@ class Run:
         clean_stale(self.store, _STALE_SECONDS)
         existing = list_existing(self.store, self.progress.say)
         fold_dataset(self.store, existing, self.identity.dataset_id, self.run_id, self.progress.say)
+        if finish_removals(self.store, existing, self.progress.say):
+            existing = list_existing(self.store, self.progress.say)
         return existing
 
     def _chosen(self, plan: Plan, rows: Iterator[PlanEntry]) -> Iterator[PlanEntry]:
         """`rows`, of which a promotion leaves some out. Ids that are selected and missing are named at the end."""
+        if self.options.stop_after is None:  # A run that makes previews does not ask for latents.
+            rows = plan.existing.latents.prefetched(rows, item_to_render)
         yield from rows if self.options.promote is None else promoted(rows, self.options.promote, plan.existing)
         plan.say_missing_ids(self.progress.say)
 
@@ -392,10 +399,13 @@ class _Rendering:
 
     def _fold(self) -> None:
         """Fold what the run has finished. What cannot be folded now is folded by the next run."""
+        run = self._run
         try:
             self._log.close()
+            if not run.lease.lost:
+                run.identity.describe(functools.partial(describe, run.store, self._plan.existing))
         except OSError as error:
-            self._run.progress.say(f"rows were not folded: {error}; ltx-ray fold {self._run.store.name} does that")
+            run.progress.say(f"rows were not folded: {error}; ltx-ray fold {run.store.name} does that")
 
     def _run_driver(self, rows: Iterator[PlanEntry]) -> tuple[str, ExitCode]:
         """Render `rows`; the run's state and its exit code."""

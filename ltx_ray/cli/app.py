@@ -1,4 +1,4 @@
-"""The `ltx-ray` command: render, retry, promote, plan, status, report, fold, verify, inspect."""
+"""The `ltx-ray` command: render, retry, promote, plan, status, report, fold, export, remove, verify, inspect."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import datetime
 from typing import Any
 
 import click
@@ -20,10 +21,22 @@ from ltx_ray.cli.options import (
     build_options,
     output_option,
 )
-from ltx_ray.cli.parameters import Argument, AtLeast, Command, IdsFile, Location, Option
+from ltx_ray.cli.parameters import (
+    Argument,
+    AtLeast,
+    Command,
+    Date,
+    Fraction,
+    IdsFile,
+    Location,
+    OneOf,
+    Option,
+    Shard,
+)
 from ltx_ray.cli.streams import open_standard_streams
 from ltx_ray.config import Selection
 from ltx_ray.dataset import layout
+from ltx_ray.dataset.check_scope import CheckScope
 from ltx_ray.dataset.existing import list_existing
 from ltx_ray.driver.progress import Progress
 from ltx_ray.manifest.rules import IllegalRow
@@ -46,6 +59,7 @@ _STATUS_WORDS = {
     "repeated": "repeated",
     "failed": "failed before by their own fault (ltx-ray retry)",
     "illegal": "illegal",
+    "removed": "removed (ltx-ray remove)",
 }
 
 
@@ -204,16 +218,32 @@ def status_command(output: str) -> ExitCode:
 
 
 @app.command(
-    name="report", short_help="write a page with every clip", params=[Argument("output", "a dataset", Location())]
-)
-def report_command(output: str) -> ExitCode:
-    """Write OUTPUT/report.html, one page with every clip, its pictures and its timings."""
-    from ltx_ray.dataset.report import write_report
+    name="report",
+    short_help="write a page with every clip",
+    params=[
+        Argument("output", "a dataset", Location()),
+        Option(
+            "--against", section="Output", metavar="DATASET", type=Location(),
+            help="write compare.html in place of it: clips of both datasets side by side, by the ids of their rows",
+        ),
+        Option(
+            "--presign", section="Output", metavar="HOURS", type=AtLeast(0.0),
+            help="links to clips in an object store that need no credentials for so long",
+        ),
+        Option(
+            "--serve", section="Output", metavar="PORT", type=AtLeast(0),
+            help="show the page and play its clips on a port of this machine, until Ctrl-C; 0 for any",
+        ),
+    ],
+)  # fmt: skip
+def report_command(output: str, against: str | None, presign: float | None, serve: int | None) -> ExitCode:
+    """Write OUTPUT/report.html, one page with every clip, its pictures and its timings. A click plays a clip."""
+    from ltx_ray.cli.report import report
 
     _check_dataset(output)
-    store = Store(output)
-    path = write_report(output)
-    click.echo(path if store.is_local else join(store.name, layout.REPORT))
+    if against is not None:
+        _check_dataset(against)
+    report(output, against, presign, serve, click.echo)
     return ExitCode.OK
 
 
@@ -237,15 +267,78 @@ def fold_command(output: str, migrate: bool) -> ExitCode:
     from ltx_ray.dataset.migrate import migrate as move_rows
 
     _check_dataset(output)
-    store, moved = Store(output), 0
+    store, moved, progress = Store(output), 0, Progress()
 
     def then(dataset: str, writer: str) -> None:
         nonlocal moved
-        moved = move_rows(store, dataset, writer, click.echo)
+        moved = move_rows(store, dataset, writer, progress.say, on_rows=progress.counting("rows moved"))
 
-    folded = fold_output(store, click.echo, then if migrate else None)
+    folded = fold_output(store, progress.say, then if migrate else None, progress.counting("rows folded"))
+    progress.clear()
     click.echo(f"{folded} rows folded" + (f", {moved} rows moved from parts of one row" if migrate else ""))
     return ExitCode.OK
+
+
+@app.command(
+    name="export",
+    short_help="copy a dataset into another form",
+    params=[
+        Argument("output", "a dataset", Location()),
+        Argument("destination", "where the export goes: a folder, s3:// or gs://", Location()),
+        Option(
+            "--to", section="Output", metavar="FORM", type=OneOf("webdataset", "hf", "delta"), required=True,
+            help="webdataset (tar files of 1 GB), hf (a Hugging Face video folder) or delta (a table of the index)",
+        ),
+    ],
+)  # fmt: skip
+def export_command(output: str, destination: str, to: str) -> ExitCode:
+    """Copy the finished rows of OUTPUT and their clips to DESTINATION. The same command resumes, and adds newer rows.
+
+    Exit code 3 when rows were left out because their clip is missing or damaged.
+    """
+    from ltx_ray.cli.export import export
+
+    _check_dataset(output)
+    progress = Progress()
+    done = export(output, destination, to, progress.say, progress.counting("rows exported"))
+    progress.clear()
+    click.echo(done.line)
+    return ExitCode.FAILED_ROWS if done.left_out else ExitCode.OK
+
+
+@app.command(
+    name="remove",
+    short_help="take rows down for good",
+    params=[
+        Argument("output", "a dataset", Location()),
+        Option(
+            "--ids", section="Rows", metavar="FILE", type=IdsFile(), required=True,
+            help="ids of rows, or item_ids of clips, one per line",
+        ),
+    ],
+)  # fmt: skip
+def remove_command(output: str, ids: frozenset[str]) -> ExitCode:
+    """Take rows out of OUTPUT with their clips, latents and pictures, and never render them again.
+
+    All rows that share a clip go with it. Waits while a run is at work. Exit code 3 when some ids have no row; rows of
+    theirs are not rendered later either.
+    """
+    from ltx_ray.cli.remove import remove
+
+    _check_dataset(output)
+    if not ids:
+        raise ValueError("--ids: the file names no row; legal: one id per line")
+    store, progress = Store(output), Progress()
+    done = remove(store, ids, progress.say, progress.counting("parts read"))
+    progress.clear()
+    click.echo(f"{done.rows} rows of {done.items} clips removed; they are not rendered again")
+    if done.unknown:
+        shown = ", ".join(sorted(done.unknown)[:10])
+        click.echo(
+            f"--ids: {len(done.unknown)} ids have no row in {store.name}, such as {shown}; they are not rendered later",
+            err=True,
+        )
+    return ExitCode.FAILED_ROWS if done.unknown else ExitCode.OK
 
 
 @app.command(
@@ -255,7 +348,28 @@ def fold_command(output: str, migrate: bool) -> ExitCode:
         Argument("output", "a dataset", Location()),
         Option(
             "--sample", section="Checks", metavar="N", type=AtLeast(0), default=0,
-            help="render N rows again and compare their latents (needs the model)",
+            help="check N rows, and render them again to compare their latents (needs the model)",
+        ),
+        Option("--fraction", section="Checks", metavar="X", type=Fraction(), help="check this share of the rows only"),
+        Option(
+            "--since", section="Checks", metavar="DATE", type=Date(),
+            help="check rows that were finished on or after DATE only (ISO, UTC if it names no zone)",
+        ),
+        Option(
+            "--ids", section="Checks", metavar="FILE", type=IdsFile(),
+            help="check rows whose ids the file lists only, one per line",
+        ),
+        Option(
+            "--part", section="Checks", metavar="I/N", type=Shard(),
+            help="check every N-th part of the index only, from part I, from 0 to N-1: N machines share the work",
+        ),
+        Option(
+            "--read-all", section="Checks", is_flag=True,
+            help="read clips though their store has checksums of them",
+        ),
+        Option(
+            "--resume", section="Checks", metavar="FILE",
+            help="keep what was checked in a local FILE, and go on from there; deleted at the end",
         ),
         Option(
             "--repair", section="Checks", is_flag=True,
@@ -264,8 +378,21 @@ def fold_command(output: str, migrate: bool) -> ExitCode:
         *MODEL_OPTIONS, *IMAGE_OPTIONS, *RUN_OPTIONS, CONFIG_OPTION,
     ],
 )  # fmt: skip
-def verify_command(output: str, sample: int, repair: bool, **values: Any) -> ExitCode:
+def verify_command(
+    output: str,
+    sample: int,
+    fraction: float | None,
+    since: datetime | None,
+    ids: frozenset[str] | None,
+    part: tuple[int, int] | None,
+    read_all: bool,
+    resume: str | None,
+    repair: bool,
+    **values: Any,
+) -> ExitCode:
     """Check that every row of OUTPUT's index has its clip, unchanged.
+
+    Clips are compared by the SHA-256 that an object store keeps of them, and are read where it keeps none.
 
     Exit codes: 0 all well, 3 problems found (one per line), 2 wrong usage.
     """
@@ -285,7 +412,11 @@ def verify_command(output: str, sample: int, repair: bool, **values: Any) -> Exi
     def on_rows(done: int, total: int) -> None:
         progress.count(done, total, "rows checked")
 
-    return ExitCode.FAILED_ROWS if verify(output, say, sample, repair, options, on_rows) else ExitCode.OK
+    scope = CheckScope(1.0 if fraction is None else fraction, since, ids, part or (0, 1))
+    problems = verify(
+        output, say, sample, repair, options, on_rows, scope=scope, read_all=read_all, resume=resume
+    )  # fmt: skip
+    return ExitCode.FAILED_ROWS if problems else ExitCode.OK
 
 
 @app.command(

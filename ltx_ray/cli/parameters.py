@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import click
@@ -164,8 +165,23 @@ class Shard(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
         index, _, count = str(value).partition("/")
         if not (_is_whole(index) and _is_whole(count) and int(index) < int(count)):
-            raise ValueError(f"--shard: {value!r}, legal: I/N with I from 0 to N-1")
+            raise ValueError(f"--{_name(param)}: {value!r}, legal: I/N with I from 0 to N-1")
         return int(index), int(count)
+
+
+class Date(click.ParamType):
+    """A date, or a date with a time; UTC where it names no zone."""
+
+    name = "date"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> datetime:
+        try:
+            moment = datetime.fromisoformat(str(value))
+        except ValueError:
+            raise ValueError(
+                f"--{_name(param)}: {value!r}, legal: a date such as 2026-11-30 or 2026-11-30T02:00"
+            ) from None
+        return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 class PathAndStrength(click.ParamType):

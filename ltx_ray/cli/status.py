@@ -76,6 +76,8 @@ def _counts(existing: ExistingRows) -> str:
             f" ({kinds[layout.ILLEGAL]} illegal, {kinds[layout.ROW]} of their own fault, "
             f"{kinds[layout.INFRASTRUCTURE]} of infrastructure's)"
         )
+    if existing.removed.items:
+        line += f", {len(existing.removed.items)} clips taken down"
     if existing.preview_count:
         line += f", {existing.preview_count} previews"
     return line

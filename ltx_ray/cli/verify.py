@@ -13,6 +13,7 @@ from typing import Any
 
 from ltx_ray.dataset import layout
 from ltx_ray.dataset.check import DatasetCheck, Finding, IndexRow
+from ltx_ray.dataset.check_scope import CheckedParts, CheckScope
 from ltx_ray.dataset.parts import one_line, read_rows
 from ltx_ray.dataset.repair import Repair
 from ltx_ray.manifest.columns import COLUMNS
@@ -33,18 +34,31 @@ def verify(
     repair: bool = False,
     options: Callable[[str, str], Options] | None = None,
     on_rows: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    scope: CheckScope = CheckScope(),  # noqa: B008 (frozen)
+    read_all: bool = False,
+    resume: str | None = None,
 ) -> int:
     """Check the dataset at `output` and say what is wrong with it, one line per problem; returns their number.
 
     `sample`: this many rows are rendered again, by `options(manifest, output)` with each row's own dtype, precision and
-    noise device. `repair`: bad rows and parts are set aside. `on_rows` is called with the number of rows that were
-    checked and with how many there are. Raises ValueError when there is no dataset.
+    noise device; without `repair`, only their clips are checked. `repair`: bad rows and parts are set aside. `on_rows`
+    is called with the number of rows that were passed and with how many there are. `scope`: the rows to check.
+    `read_all`: clips are read though their store knows their sha256. `resume`: a local file of the parts that an
+    earlier call has found well. Raises ValueError when there is no dataset.
     """
     store = Store(output)
     if not any(store.exists(name) for name in (layout.INDEX, layout.RUN_RECORD, layout.SEGMENTS)):
         raise ValueError(f"{store.name}: no dataset; legal: the --output of a run")
-    check = DatasetCheck(store, sample, on_rows)
+    checked = CheckedParts(resume, store.name, scope)
+    if checked.parts:
+        say(f"resuming: {len(checked.parts)} parts were found well before ({resume})")
+    check = DatasetCheck(
+        store, sample, sample_alone=bool(sample) and not repair, scope=scope, checked=checked, read_all=read_all,
+        on_rows=on_rows,
+    )  # fmt: skip
     problems, moved = _check_files(check, say, repair)
+    checked.finish()
     if check.clips_without_row:
         say(
             f"note: {check.clips_without_row} clips have no row in the index (a run was interrupted, or is running now)"
@@ -58,8 +72,9 @@ def verify(
         for finding in _render_again(check.sampled_rows(), options, say):
             problems += 1
             say(str(finding))
+    failed = f", {check.failed_rows} rows in failed/" if check.has_other_tables else ""
     say(
-        f"{check.rows} rows and {check.clips} clips checked, {check.failed_rows} rows in failed/: "
+        f"{check.rows} rows and {check.clips} clips checked{failed}: "
         + (f"{problems} problems" if problems else "all well")
         + (f", {moved} set aside; ltx-ray render renders their rows again" if moved else "")
     )

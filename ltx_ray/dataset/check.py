@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import heapq
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,14 +15,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ltx_ray.dataset import layout
-from ltx_ray.dataset.parts import UnreadablePart, list_segments, one_line, read_part, read_segment, segment_table
+from ltx_ray.dataset.check_scope import CheckedParts, CheckScope, short_hash
+from ltx_ray.dataset.parts import UnreadablePart, list_segments, one_line, read_part, read_segment, segment_table, take
 from ltx_ray.dataset.repair import Repair
 from ltx_ray.storage.id_table import IdTable
 from ltx_ray.storage.store import Store
 
-_THREADS = 8
+#: Threads that read clips, and those that ask an object store for checksums or clips.
+_THREADS, _REMOTE_THREADS = 8, 32
 #: Rows that are checked at once: enough for every thread.
-_BATCH = 32 * _THREADS
+_BATCH = 256
 _RENDER_AGAIN = "run ltx-ray verify --repair, then ltx-ray render: the row is rendered again"
 _SET_ASIDE = "run ltx-ray verify --repair: it is set aside"
 _ADOPT = "run ltx-ray verify --repair: it is set aside, and rows that no other part has stay"
@@ -76,11 +80,17 @@ class CheckedPart:
 
 @dataclass
 class DatasetCheck:
-    """A pass over the files of a dataset. It keeps 200 bytes of a row in memory."""
+    """A pass over the files of a dataset. It keeps 50 bytes of a row in memory."""
 
     store: Store
-    #: Rows to choose for rendering again.
-    sample: int
+    #: Rows to choose for rendering again, and whether they alone are checked.
+    sample: int = 0
+    sample_alone: bool = False
+    scope: CheckScope = CheckScope()  # noqa: RUF009 (frozen)
+    #: What an earlier check has found well.
+    checked: CheckedParts | None = None
+    #: Whether clips are read though their store knows their sha256.
+    read_all: bool = False
     #: Called with the number of rows so far and with how many there are, again and again.
     on_rows: Callable[[int, int], None] = lambda done, total: None
     rows: int = 0
@@ -92,9 +102,12 @@ class DatasetCheck:
     #: Rows that have the id of another row, with other content.
     shared_ids: int = 0
     #: Short hashes of ids, and of ids with their items.
-    _seen: set[int] = field(default_factory=set)
-    #: Rows of index/, by the footers of its parts.
+    _seen: IdTable = field(default_factory=lambda: IdTable(8))
+    #: Rows of the parts that are checked, by their footers, and those that were passed.
     _expected: int = 0
+    _passed: int = 0
+    #: The items of the sample, if they alone are checked.
+    _chosen: frozenset[str] | None = None
     #: Items that have a row, and those whose clip is that of a row.
     _items: IdTable = field(default_factory=lambda: IdTable(16))
     _good: IdTable = field(default_factory=lambda: IdTable(16))
@@ -108,64 +121,155 @@ class DatasetCheck:
     def parts(self) -> Iterator[CheckedPart]:
         """Check every part and segment, and count. The caller may repair one before it takes the next."""
         # `Store.names` passes over empty objects, which are no parts and which readers of the folder meet.
-        names = list(filter(layout.is_visible, self.store.list_names(layout.INDEX)))
-        self._expected = sum(self._row_count(name) for name in names)
+        names = [name for name in self.store.list_names(layout.INDEX) if layout.is_visible(name)]
+        names = list(filter(self.scope.takes_part, names))
+        with self._pool() as pool:
+            footers = dict(zip(names, pool.map(self._footer, names), strict=True))
+        if since := self.scope.since:
+            names = [name for name in names if (newest := footers[name][1]) is None or newest >= since]
+        if self.sample_alone:
+            names = self._choose_sample(names)
+        self._expected = sum(footers[name][0] for name in names)
         for name in names:
-            yield self._index_part(name)
+            part = self._index_part(name, footers[name][0])
+            yield part
+            if self.checked is not None and not part.findings:
+                self.checked.add(name, footers[name][0])
+        if self.has_other_tables:
+            yield from self._other_parts()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every row is checked, so that the clips without one are known."""
+        return self.scope.is_whole and not self.sample_alone
+
+    @property
+    def has_other_tables(self) -> bool:
+        return self.scope.has_other_tables and not self.sample_alone
+
+    def _other_parts(self) -> Iterator[CheckedPart]:
         for name in filter(layout.is_part, self.store.list_names(layout.PREVIEWS)):
             yield self._readable(f"{layout.PREVIEWS}/{name}", layout.PREVIEWS)
         for name in filter(layout.is_visible, self.store.list_names(layout.FAILED)):
             yield self._readable(f"{layout.FAILED}/{name}", layout.FAILED)
         for path in list_segments(self.store):
             yield self._segment(path)
-        self._count_clips()
+        if self.is_whole:
+            self._count_clips()
 
     # --- index/ ----------------------------------------------------------------------------------
 
-    def _index_part(self, name: str) -> CheckedPart:
+    def _index_part(self, name: str, row_count: int) -> CheckedPart:
+        """row_count: by its footer."""
         part = CheckedPart(f"{layout.INDEX}/{name}")
+        # Of a part that was found well, rows are compared with those of other parts.
+        known = self.checked is not None and self.checked.has(name, row_count)
         try:
-            table = read_part(self.store, part.path)
+            table = read_part(self.store, part.path, [*CheckScope.COLUMNS, "clip"] if known else None)
         except UnreadablePart as damage:
             return part.wrong(f"cannot be read as Parquet ({one_line(damage.__context__ or damage)})", _SET_ASIDE)
-        schema = table.schema.remove_metadata()
-        expected = layout.index_schema(schema.names)
-        if not schema.equals(expected):
-            wrong = [c.name for c in expected if c.name not in schema.names or schema.field(c.name).type != c.type]
-            what = ", ".join(wrong) or "more, or another order"
-            return part.wrong(f"does not have the columns of an index ({what})", _SET_ASIDE)
-        if (problem := _foreign(name, table)) is not None:
-            part.foreign = True
-            return part.wrong(problem, _ADOPT)
-        number = 0
-        with ThreadPoolExecutor(_THREADS) as pool:
-            for batch in table.to_batches(_BATCH):
-                rows = batch.to_pylist()
-                for row, wrong_clip in zip(rows, pool.map(self._wrong_clip, rows), strict=True):
-                    self._check_row(part, number, row, wrong_clip)
-                    number += 1
-                self.on_rows(self.rows, self._expected)
+        if not known:
+            schema = table.schema.remove_metadata()
+            expected = layout.index_schema(schema.names)
+            if not schema.equals(expected):
+                wrong = [c.name for c in expected if c.name not in schema.names or schema.field(c.name).type != c.type]
+                what = ", ".join(wrong) or "more, or another order"
+                return part.wrong(f"does not have the columns of an index ({what})", _SET_ASIDE)
+            if (problem := _foreign(name, table)) is not None:
+                part.foreign = True
+                return part.wrong(problem, _ADOPT)
+        self._check_rows(part, table, known)
+        self._passed += len(table)
         return part
 
-    def _row_count(self, name: str) -> int:
-        """Rows of a part of index/, by its name or its footer; none of one that cannot be read."""
+    def _check_rows(self, part: CheckedPart, table: pa.Table, known: bool) -> None:
+        numbers: Sequence[int] = range(len(table))
+        if not self.is_whole:
+            numbers = [at for at, row in enumerate(table.select(CheckScope.COLUMNS).to_pylist()) if self._takes(row)]
+        told = 0
+        with self._pool() as pool:
+            for start in range(0, len(numbers), _BATCH):
+                batch = numbers[start : start + _BATCH]
+                rows = take(table, batch).to_pylist()
+                wrong = itertools.repeat(None) if known else pool.map(self._wrong_clip, rows)
+                for number, row, wrong_clip in zip(batch, rows, wrong, strict=False):
+                    self._check_row(part, number, row, wrong_clip)
+                told = batch[-1] + 1
+                self.on_rows(self._passed + told, self._expected)
+        if told < len(table):
+            self.on_rows(self._passed + len(table), self._expected)
+
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(_THREADS if self.store.is_local else _REMOTE_THREADS)
+
+    def _takes(self, row: IndexRow) -> bool:
+        return self.scope.takes(row) and (self._chosen is None or row["item_id"] in self._chosen)
+
+    def _footer(self, name: str) -> tuple[int, datetime.datetime | None]:
+        """Rows of a part of index/, and when the newest was finished, where that is known.
+
+        Of a part that cannot be read, 0 and None.
+        """
         if layout.PART.fullmatch(name):
-            return 1
+            return 1, None
         try:
             with self.store.fs.open_input_file(self.store.path(f"{layout.INDEX}/{name}")) as file:
-                return pq.read_metadata(file).num_rows
+                footer = pq.read_metadata(file)
         except (pa.ArrowException, OSError):
-            return 0
+            return 0, None
+        newest = []
+        for number in range(footer.num_row_groups):
+            group = footer.row_group(number)
+            columns = (group.column(at) for at in range(group.num_columns))
+            column = next((column for column in columns if column.path_in_schema == "finished_at"), None)
+            if column is None or column.statistics is None or not column.statistics.has_min_max:
+                return footer.num_rows, None
+            newest.append(column.statistics.max)
+        return footer.num_rows, max(newest, default=None)
+
+    def _choose_sample(self, names: list[str]) -> list[str]:
+        """Choose the items of the sample, by few columns; returns the parts that have them or cannot be read.
+
+        Those with the smallest hashes are spread over the dataset, and are the same each time.
+        """
+        heap: list[tuple[int, str]] = []
+        where: dict[str, set[str]] = {}
+        unreadable = set()
+        for name in names:
+            try:
+                rows = self.store.read_columns(f"{layout.INDEX}/{name}", [*CheckScope.COLUMNS, "clip"]).to_pylist()
+            except (pa.ArrowException, FileNotFoundError):
+                unreadable.add(name)
+                continue
+            for row in rows:
+                item_id = row["item_id"]
+                if not item_id or row["clip"] is None or not self.scope.takes(row):
+                    continue
+                if item_id not in where:
+                    entry = -short_hash(item_id), item_id
+                    if len(heap) < self.sample:
+                        heapq.heappush(heap, entry)
+                    elif entry > heap[0]:
+                        del where[heapq.heapreplace(heap, entry)[1]]
+                    else:
+                        continue
+                where.setdefault(item_id, set()).add(name)
+        self._chosen = frozenset(where)
+        wanted = unreadable.union(*where.values())
+        return [name for name in names if name in wanted]
 
     def _check_row(self, part: CheckedPart, number: int, row: IndexRow, wrong_clip: str | None) -> None:
         self.rows += 1
         if not row["id"] or not layout.ITEM_ID.fullmatch(row["item_id"] or ""):
             return part.wrong_row(number, row, "its row has no id or no item_id", _RENDER_AGAIN)
         self.clips += row["clip"] is not None
-        of_row, of_id = _short_hash(f"{row['item_id']} {row['id']}"), _short_hash(row["id"])
-        again, other = of_row in self._seen, of_id in self._seen and of_row not in self._seen
-        self.shared_ids += other
-        self._seen |= {of_row, of_id}
+        of_row, of_id = (short_hash(text).to_bytes(8) for text in (f"{row['item_id']} {row['id']}", row["id"]))
+        again, id_again = self._seen.has(of_row), self._seen.has(of_id)
+        self.shared_ids += id_again and not again
+        for digest, seen in ((of_row, again), (of_id, id_again)):
+            if not seen:
+                self._seen.put(digest)
+        self._seen.settle()
         _put(self._items, row["item_id"])
         if again:
             part.wrong_row(number, row, "the row is in another part too", _SET_ASIDE)
@@ -180,7 +284,7 @@ class DatasetCheck:
 
     def _consider(self, part: CheckedPart, row: IndexRow) -> None:
         """Take the row into the sample if its item's hash is small enough."""
-        rank = -_short_hash(row["item_id"])
+        rank = -short_hash(row["item_id"])
         if len(self._sampled) == self.sample and rank <= self._sampled[0][0]:
             return
         if all(other != rank for other, *_ in self._sampled):
@@ -195,6 +299,8 @@ class DatasetCheck:
         if clip != layout.clip_path(row["item_id"]):
             return f"its clip is {clip!r}, which is not that of its item"
         try:
+            if not self.read_all and self.store.stored_sha256(clip) == row["clip_sha256"]:
+                return None
             data = self.store.read_bytes(clip)
         except FileNotFoundError:
             return f"its clip {clip} is missing"
@@ -267,7 +373,3 @@ def _foreign(name: str, table: pa.Table) -> str | None:
     if layout.PART.fullmatch(name):
         return f"holds {len(table)} rows, legal: 1"
     return "is no part that a run has written (a copy, or renamed?)"
-
-
-def _short_hash(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])

@@ -27,13 +27,17 @@ from ltx_ray.dataset.parts import (
     segment_table,
     unreadable,
 )
+from ltx_ray.dataset.removed import RemovedRows, read_removed
+from ltx_ray.dataset.stored_latents import StoredLatents
 from ltx_ray.storage.id_table import IdTable
 from ltx_ray.storage.store import Store
 
 T = TypeVar("T")
 
-#: Rows that become records at once, and threads that read parts and segments.
-_BATCH, _THREADS = 1 << 17, 16
+#: Names that become keys at once, and bytes of records that are sorted at once.
+_BATCH, _PIECE_BYTES = 1 << 17, 1 << 23
+#: Threads that read parts and segments: few on a disk, where they would wait for each other, and hold memory meanwhile.
+_THREADS, _LOCAL_THREADS = 16, 4
 #: The number of a part that stands for all parts of one row, whose names follow from their rows.
 _OF_ONE_ROW = (1 << 32) - 1
 #: Columns that say which row has failed, and how.
@@ -70,9 +74,11 @@ class TableRows:
         with self._lock:
             return self._place(key) is not None
 
-    def is_folded(self, key: bytes) -> bool:
+    def not_folded(self, keys: Sequence[bytes]) -> list[bytes]:
+        """Those of the keys that no part has."""
         with self._lock:
-            return self._folded_number(key) is not None
+            maybe = self._folded.settled([key[:8] for key in keys])
+            return [key for key in keys if key[:8] not in maybe or self._folded_number(key) is None]
 
     def path_of(self, key: bytes) -> str | None:
         """Path of the part or segment that has the row."""
@@ -87,12 +93,20 @@ class TableRows:
     def key_of(self, item_id: str) -> str | None:
         """The key of some row of the item."""
         item = bytes.fromhex(item_id)
+        head, tail = item[:8], item[8:]
         with self._lock:
-            rests = (rest for rest, _ in self._pending.get(item[:8], ()))
-            for rest in itertools.chain(rests, self._folded.rests(item[:8])):
-                if rest[:8] == item[8:]:
+            for rest, _ in self._pending.get(head, ()):
+                if rest[:8] == tail:
+                    return rest[8:].hex()
+            for rest in self._folded.rests(head):
+                if rest[:8] == tail:
                     return rest[8:12].hex()
         return None
+
+    def parts_of_item(self, item: bytes) -> set[str]:
+        """Paths of the parts that have rows of an item (16 bytes)."""
+        rests = (rest for rest in self._folded.rests(item[:8]) if rest[:8] == item[8:])
+        return {self._path(item + rest[8:12], int.from_bytes(rest[12:], "big")) for rest in rests}
 
     def _place(self, key: bytes) -> str | None:
         for rest, segment in self._pending.get(key[:8], ()):
@@ -116,17 +130,7 @@ class TableRows:
 
     def load(self, parts: Iterable[tuple[str | None, bytes]]) -> None:
         """Take in the keys of many parts; the name None stands for parts of one row."""
-        batch: list[bytes] = []
-        waiting = 0
-        for name, keys in parts:
-            batch.append(self._records(name, keys))
-            waiting += len(keys) // KEY_BYTES
-            if waiting >= _BATCH:
-                self._folded.extend(b"".join(batch))
-                batch, waiting = [], 0
-        if batch:
-            self._folded.extend(b"".join(batch))
-        self._folded.merge()
+        self._folded.load(_pieces(self._records(name, keys) for name, keys in parts))
 
     def fold(self, name: str, keys: Sequence[bytes]) -> None:
         """The part `name` has rows now that no other part has."""
@@ -148,13 +152,11 @@ class TableRows:
 
     def _forget_pending(self, keys: Iterable[bytes]) -> None:
         for key in keys:
-            found = self._pending.get(key[:8], ())
+            found = self._pending.pop(key[:8], ())
             left = tuple(entry for entry in found if entry[0] != key[8:])
             self._pending_count -= len(found) - len(left)
             if left:
                 self._pending[key[:8]] = left
-            else:
-                self._pending.pop(key[:8], None)
 
     def _records(self, name: str | None, keys: bytes) -> bytes:
         number = _OF_ONE_ROW if name is None else len(self._parts)
@@ -214,11 +216,13 @@ class FailedRows:
 
     def load(self, rows: Iterable[tuple[str, bytes]]) -> None:
         """Take in many rows, of which none may come twice: (kind, key)."""
-        rows = iter(rows)
-        while batch := list(itertools.islice(rows, _BATCH)):
-            self.kinds.update(kind for kind, _ in batch)
-            self._table.extend(b"".join([_failed_record(kind, key) for kind, key in batch]))
-        self._table.merge()
+
+        def records() -> Iterator[bytes]:
+            for kind, key in rows:
+                self.kinds[kind] += 1
+                yield _failed_record(kind, key)
+
+        self._table.load(_pieces(records()))
 
     def add(self, kind: str, key: bytes) -> None:
         """The row has failed, whether or not it had before."""
@@ -289,13 +293,15 @@ class ExistingRows:
     An item is named by its item_id (32 hex digits), a row by its item and its key (8 hex digits, `layout.row_key`).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, store: Store | None = None) -> None:
         self.index, self.previews = TableRows(layout.INDEX), TableRows(layout.PREVIEWS)
         self.failed = FailedRows()
+        #: What was taken down and is not to be rendered again.
+        self.removed = RemovedRows()
         #: Segments that were read, and those that are damaged.
         self.segments: list[str] = []
         self.damaged: list[UnreadablePart] = []
-        self._latents = IdTable(ITEM_BYTES, cap=None)
+        self.latents = StoredLatents(store)
 
     def table(self, name: str) -> TableRows:
         return self.index if name == layout.INDEX else self.previews
@@ -327,14 +333,11 @@ class ExistingRows:
         return len(self.previews)
 
     @property
-    def latents_count(self) -> int:
-        return len(self._latents)
-
-    @property
     def has_noise(self) -> bool:
         """Whether there are clips, previews or stored latents, or a failed row's latents may be on some node."""
-        stored = self.row_count + self.preview_count + self.latents_count
-        return stored + self.failed_kinds[layout.INFRASTRUCTURE] > 0
+        return (
+            bool(self.row_count or self.preview_count or self.failed_kinds[layout.INFRASTRUCTURE]) or self.latents.any
+        )
 
     def has_row(self, item_id: str, key: str) -> bool:
         return self.index.has(key_bytes(item_id, key))
@@ -352,8 +355,7 @@ class ExistingRows:
         return self.failed.of_key(key)
 
     def has_latents(self, item_id: str) -> bool:
-        item = bytes.fromhex(item_id)
-        return self._latents.has(item[:8], item[8:])
+        return self.latents.has(item_id)
 
     def has_preview(self, item_id: str, key: str) -> bool:
         return self.previews.has(key_bytes(item_id, key))
@@ -370,14 +372,15 @@ class ExistingRows:
 def list_existing(
     store: Store, say: Callable[[str], None] = lambda message: None, *, one_row_parts: bool = True
 ) -> ExistingRows:
-    """List the finished and failed rows of a dataset, its previews and its latents.
+    """List the finished and failed rows of a dataset and its previews.
 
     Without `one_row_parts`, rows in parts of earlier versions are left out, because they are about to be moved.
 
     A part that is none of the dataset's own, such as a copy, is read, too, because readers of the folder see it; one
     that cannot be read is named by `say` and passed over. Raises UnreadablePart for a damaged part of the dataset.
     """
-    existing = ExistingRows()
+    existing = ExistingRows(store)
+    existing.removed = read_removed(store)
     # Segments are read before parts are listed: a row moves from a segment to a part, and so is seen in one at least.
     segments = _read_segments(store, existing)
     _load(store, existing.index, store.names(layout.INDEX), say, one_row_parts)
@@ -393,10 +396,6 @@ def list_existing(
                 existing.failed.add(kind, key)
             elif mark == layout.OVERCOME:
                 existing.failed.drop(key)
-    latents = (name.rpartition("/")[2] for name in store.names(layout.LATENTS))
-    for items in _batches(match.group(1) for match in map(layout.LATENTS_FILE.fullmatch, latents) if match):
-        existing._latents.extend(bytes.fromhex("".join(items)))
-    existing._latents.merge()
     return existing
 
 
@@ -409,7 +408,7 @@ def _read_segments(store: Store, existing: ExistingRows) -> list[tuple[str, pa.T
         except UnreadablePart as damage:
             return damage
 
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with _pool(store) as pool:
         found = list(pool.map(read, list_segments(store)))
     existing.damaged = [one for one in found if isinstance(one, UnreadablePart)]
     segments = [one for one in found if isinstance(one, tuple)]
@@ -441,7 +440,7 @@ def _load(store: Store, rows: TableRows, names: Iterator[str], say: Callable[[st
             say(str(damage))
             return None
 
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with _pool(store) as pool:
         rows.load(found for found in _in_order(pool, keys, sorted(parts)) if found is not None)
 
 
@@ -467,14 +466,32 @@ def _load_failed(store: Store, failed: FailedRows) -> None:
         except (pa.ArrowException, ValueError) as error:
             raise unreadable(store, path, error) from None
 
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with _pool(store) as pool:
         failed.load(itertools.chain.from_iterable(_in_order(pool, failures, sorted(parts))))
+
+
+def _pool(store: Store) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_LOCAL_THREADS if store.is_local else _THREADS)
 
 
 def _in_order(pool: ThreadPoolExecutor, call: Callable[[str], T], names: list[str]) -> Iterator[T]:
     """`call` of each name, some ahead of what is taken."""
     for start in range(0, len(names), 4 * _THREADS):
         yield from pool.map(call, names[start : start + 4 * _THREADS])
+
+
+def _pieces(records: Iterable[bytes]) -> Iterator[bytes]:
+    """Records in pieces of _PIECE_BYTES or a little more."""
+    piece: list[bytes] = []
+    size = 0
+    for record in records:
+        piece.append(record)
+        size += len(record)
+        if size >= _PIECE_BYTES:
+            yield b"".join(piece)
+            piece, size = [], 0
+    if size:
+        yield b"".join(piece)
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:

@@ -122,6 +122,7 @@ def fold_failures(
     Without `thorough`, failures of rows that have been rendered since may stay until later. It may be repeated after a
     crash at any of its steps.
     """
+    segments = [existing.removed.left(segment) for segment in segments]
     judgement = _Judgement.of(existing, segments, scope)
     store, names = parts.store, list(parts.store.names(layout.FAILED))
     numbered = sorted(name for name in names if layout.NUMBERED_PART.fullmatch(name))

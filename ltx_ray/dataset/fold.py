@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from ltx_ray.dataset import layout
 from ltx_ray.dataset.clips import is_whole_mp4
+from ltx_ray.dataset.description import describe_dataset
 from ltx_ray.dataset.existing import ExistingRows, TableRows, list_existing
 from ltx_ray.dataset.failures import FailedParts, FailureScope, fold_failures
 from ltx_ray.dataset.identity import dataset_id
@@ -26,6 +27,8 @@ from ltx_ray.dataset.parts import (
     segment_table,
     take,
 )
+from ltx_ray.dataset.removal import finish_removals
+from ltx_ray.dataset.removed import read_removed
 from ltx_ray.storage.lease import Lease
 from ltx_ray.storage.store import Store
 
@@ -34,6 +37,7 @@ PART_ROWS = 10_000
 _THREADS = 8
 
 Segment = tuple[str, pa.Table]
+OnRows = Callable[[int, int], None]
 
 
 class Folder:
@@ -45,6 +49,8 @@ class Folder:
     def __init__(self, store: Store, existing: ExistingRows, dataset: str, writer: str, part_rows: int = PART_ROWS):
         self._store, self._existing = store, existing
         self._dataset, self._writer, self._part_rows = dataset, writer, part_rows
+        #: Called with the rows of a table that were folded and with how many there are, after each part.
+        self.on_rows: OnRows = lambda done, total: None
 
     def fold(
         self,
@@ -92,7 +98,7 @@ class Folder:
             except FileNotFoundError:
                 return None  # Another driver has folded it.
 
-        if len(paths) < 2:
+        if self._store.is_local or len(paths) < 2:  # Threads would wait for each other, not for the disk.
             return [segment for path in paths if (segment := read(path)) is not None]
         with ThreadPoolExecutor(_THREADS) as pool:
             return [segment for segment in pool.map(read, paths) if segment is not None]
@@ -100,11 +106,13 @@ class Folder:
     def _fold_rows(self, name: str, rows: pa.Table, keeps: Callable[[str, pa.Table], pa.Table]) -> int:
         known = self._existing.table(name)
         pending = keys_of(rows)
-        rows = keeps(name, rows)
+        # A run that had lost the lease may have made rows that were taken down meanwhile.
+        kept = keeps(name, self._existing.removed.left(rows))
+        keys, rows = pending if kept is rows else keys_of(kept), kept
         folded = 0
         # Of rows with one key, the first is kept; those that a part has are left out.
-        first = {key: number for number, key in reversed(list(enumerate(keys_of(rows))))}
-        left = sorted(key for key in first if not known.is_folded(key))
+        first = {key: number for number, key in reversed(list(enumerate(keys)))}
+        left = sorted(known.not_folded(list(first)))
         while left:
             chunk = left[: _chunk(len(left), self._part_rows)]
             part = layout.part_name(self._dataset, known.next_number(self._dataset))
@@ -112,10 +120,11 @@ class Folder:
             if self._store.create(f"{name}/{part}", data):
                 known.fold(part, chunk)
                 folded += len(chunk)
+                self.on_rows(folded, folded - len(chunk) + len(left))
                 left = left[len(chunk) :]
             else:
                 learn_part(self._store, known, part)
-                left = [key for key in left if not known.is_folded(key)]
+                left = known.not_folded(left)
         known.drop_pending(pending)
         return folded
 
@@ -131,7 +140,14 @@ def _chunk(rows: int, part_rows: int) -> int:
     return -(-rows // max(1, round(rows / part_rows)))
 
 
-def fold_dataset(store: Store, existing: ExistingRows, dataset: str, writer: str, say: Callable[[str], None]) -> int:
+def fold_dataset(
+    store: Store,
+    existing: ExistingRows,
+    dataset: str,
+    writer: str,
+    say: Callable[[str], None],
+    on_rows: OnRows = lambda done, total: None,
+) -> int:
     """Fold what a run that was killed left, under the lease; returns the number of rows.
 
     A damaged segment is set aside. On a local disk, rows whose clip is not whole are dropped: they are to be rendered
@@ -148,7 +164,9 @@ def fold_dataset(store: Store, existing: ExistingRows, dataset: str, writer: str
             say(f"{len(lost)} rows of a run that was killed have no whole clip, and are rendered again")
         return take(rows, (number for number in range(len(rows)) if number not in lost)) if lost else rows
 
-    return Folder(store, existing, dataset, writer).fold(keeps=keeps)
+    folder = Folder(store, existing, dataset, writer)
+    folder.on_rows = on_rows
+    return folder.fold(keeps=keeps)
 
 
 def set_aside(store: Store, path: str) -> str:
@@ -169,21 +187,32 @@ def without_whole_clip(store: Store, rows: pa.Table) -> list[int]:
         return [number for number, good in enumerate(whole) if not good]
 
 
-def fold_output(store: Store, say: Callable[[str], None], then: Callable[[str, str], None] | None = None) -> int:
+def fold_output(
+    store: Store,
+    say: Callable[[str], None],
+    then: Callable[[str, str], None] | None = None,
+    on_rows: OnRows = lambda done, total: None,
+) -> int:
     """Fold what runs have finished and not folded, when no run is at work any more; returns the number of rows.
 
-    `then(dataset, writer)` is called under the lease. Raises OSError when the store does not answer.
+    `then(dataset, writer)` is called under the lease, `on_rows` with the rows that were folded and with how many there
+    are. Raises OSError when the store does not answer.
     """
-    if then is None and not list_segments(store):
+    if then is None and not list_segments(store) and not read_removed(store).unfinished:
         return 0
     writer = f"fold-{secrets.token_hex(3)}"
     lease = Lease(store, writer)
     lease.acquire(say)
     try:
         dataset = dataset_id(store)
-        folded = fold_dataset(store, list_existing(store, say), dataset, writer, say)
+        existing = list_existing(store, say)
+        folded = fold_dataset(store, existing, dataset, writer, say, on_rows)
+        if finish_removals(store, existing, say):
+            existing = list_existing(store, say)
         if then is not None:
             then(dataset, writer)
+            existing = list_existing(store, say)
+        describe_dataset(store, existing)
         return folded
     finally:
         lease.release()

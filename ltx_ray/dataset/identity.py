@@ -6,7 +6,7 @@ import json
 import re
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -29,10 +29,13 @@ class DatasetIdentity:
     numerics: Mapping[str, Any] | None = None
     #: 8 hex digits, in the names of the dataset's parts. None before the first run of this version.
     id: str | None = None
+    #: What the file says of the dataset's content (description.py).
+    description: Mapping[str, Any] = field(default_factory=dict)
 
 
 #: The ids of datasets, and what a file that was not written by a run may raise when it is read.
 _ID = re.compile(r"[0-9a-f]{8}")
+_OWN_FIELDS = frozenset({"format", "id", "scheme", "noise_family", "numerics"})
 _MALFORMED = (ValueError, KeyError, TypeError, AttributeError)
 
 
@@ -67,7 +70,8 @@ def _parsed(data: bytes) -> DatasetIdentity:
     """Raises one of _MALFORMED."""
     fields = json.loads(data)
     known = fields.get("id") if isinstance(fields.get("id"), str) and _ID.fullmatch(fields["id"]) else None
-    return replace(_identity(fields["scheme"], fields.get("noise_family"), fields.get("numerics")), id=known)
+    identity = _identity(fields["scheme"], fields.get("noise_family"), fields.get("numerics"))
+    return replace(identity, id=known, description={name: fields[name] for name in fields if name not in _OWN_FIELDS})
 
 
 def _identity(scheme: Any, noise_family: Any, numerics: Any) -> DatasetIdentity:
@@ -112,6 +116,7 @@ def _encoded(identity: DatasetIdentity) -> bytes:
         "scheme": identity.scheme,
         "noise_family": identity.noise_family,
         "numerics": identity.numerics,
+        **identity.description,
     }
     return json.dumps(fields, indent=2, ensure_ascii=False).encode()
 
@@ -194,6 +199,10 @@ class KeptIdentity:
             self.say(f"numerics differ from those of the run before: {changed}")
         self._numerics = numerics
         self._change(self._identity)
+
+    def describe(self, describe: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
+        """Replace the description of the dataset's content by what `describe` makes of it."""
+        self._change(replace(self._identity, description=describe(self._identity.description)))
 
     def _change(self, identity: DatasetIdentity) -> None:
         # A run that is refused for its noise computes nothing.

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from ltx_ray.manifest.columns import COLUMNS
 from ltx_ray.manifest.outputs import CLIPS as CLIPS
+from ltx_ray.manifest.outputs import COMPARISON as COMPARISON
 from ltx_ray.manifest.outputs import DATASET as DATASET
 from ltx_ray.manifest.outputs import EVENTS as EVENTS
 from ltx_ray.manifest.outputs import FAILED as FAILED
@@ -47,6 +48,8 @@ OVERCOME, AS_OTHER_ITEMS = "overcome", "as other items"
 SEGMENTS = f"{STATE}/wal"
 #: What was taken out of the dataset.
 ASIDE = f"{STATE}/aside"
+#: Records of what was taken down.
+REMOVED = f"{STATE}/removed"
 #: Names of segments below `SEGMENTS`, with their table as group.
 SEGMENT = re.compile(rf"[^/]+/[0-9]{{8}}-({INDEX}|{PREVIEWS}|{FAILED})\.rows")
 
@@ -124,6 +127,8 @@ def timeline_path(run_id: str) -> str:
 
 # --- schemas -----------------------------------------------------------------------------------------------------
 
+#: Of the tables: 1 lacks ADDED_COLUMNS. A change that readers notice raises it.
+SCHEMA_VERSION = 2
 _MANIFEST_COLUMNS = [*((column.name, column.type) for column in COLUMNS.values()), ("extra", pa.string())]
 SECONDS_COLUMNS = ("text_seconds", "stage1_seconds", "stage2_seconds", "decode_seconds", "gpu_seconds")
 #: What is measured of a clip (`records.PictureMeasures` and `SoundMeasures`, whose fields these are).

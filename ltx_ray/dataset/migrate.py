@@ -16,18 +16,27 @@ from ltx_ray.storage.store import Store
 _THREADS = 16
 
 
-def migrate(store: Store, dataset: str, run_id: str, say: Callable[[str], None], at_once: int = PART_ROWS) -> int:
+def migrate(
+    store: Store,
+    dataset: str,
+    run_id: str,
+    say: Callable[[str], None],
+    at_once: int = PART_ROWS,
+    on_rows: Callable[[int, int], None] = lambda done, total: None,
+) -> int:
     """Move all parts of one row into numbered parts; returns the number of rows that were moved.
 
     Rows are moved `at_once` at a time: into a segment first, then out of their parts, then into a numbered part. So a
     reader of a table sees no row twice, and misses those for that moment; and wherever this is interrupted, the next
-    fold goes on. Segments of before must be folded. A part that cannot be moved is named by `say` and stays.
+    fold goes on. Segments of before must be folded. A part that cannot be moved is named by `say` and stays. `on_rows`
+    is called with the number of rows that were looked at and with how many there are.
     """
     existing = list_existing(store, say, one_row_parts=False)
     folder = Folder(store, existing, dataset, run_id)
-    moved = segments = 0
-    for table in layout.PART_SCHEMAS:
-        names = _one_row_parts(store, table)
+    moved = segments = done = 0
+    by_table = {table: _one_row_parts(store, table) for table in layout.PART_SCHEMAS}
+    total = sum(map(len, by_table.values()))
+    for table, names in by_table.items():
         for start in range(0, len(names), at_once):
             found = _read(store, table, names[start : start + at_once], say)
             if found:
@@ -40,7 +49,8 @@ def migrate(store: Store, dataset: str, run_id: str, say: Callable[[str], None],
                 store.delete_many(path for path, _ in found)
                 folder.fold(thorough=False)
                 moved += len(rows)
-            say(f"{table}/: {min(start + at_once, len(names)):,} of {len(names):,} rows moved")
+            done += len(names[start : start + at_once])
+            on_rows(done, total)
     for name in [name for name in store.names(layout.INDEX) if not layout.is_visible(name)]:
         set_aside(store, f"{layout.INDEX}/{name}")  # Earlier versions set parts aside in index/ itself.
     return moved

@@ -10,6 +10,7 @@ import secrets
 from collections.abc import Callable, Collection
 
 from ltx_ray.dataset import layout
+from ltx_ray.dataset.description import describe_dataset
 from ltx_ray.dataset.existing import ExistingRows, list_existing
 from ltx_ray.dataset.fold import fold_dataset, set_aside
 from ltx_ray.dataset.identity import dataset_id
@@ -81,3 +82,4 @@ class Repair:
         """Fold what was adopted, and what runs have left."""
         existing = list_existing(self._store, self._say)
         fold_dataset(self._store, existing, dataset_id(self._store), self._run_id, self._say)
+        describe_dataset(self._store, existing, anew=True)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 import time
-from collections import Counter
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -27,8 +28,11 @@ from ltx_ray.dataset.report_data import (
     read_report_data,
     relative_link,
 )
-from ltx_ray.dataset.report_list import IMAGES, MAX_LISTED, list_data, list_script
+from ltx_ray.dataset.report_failures import failures_section
+from ltx_ray.dataset.report_links import MAX_SIGNED, SignedLinks, sign_links
+from ltx_ray.dataset.report_list import IMAGES, MAX_LISTED, list_data, list_script, listed_items
 from ltx_ray.dataset.report_text import STAGE_NAMES, count, epoch_seconds, esc, finite, human, when, words
+from ltx_ray.dataset.report_throughput import draw_throughput
 from ltx_ray.dataset.thumbnails import Strip
 from ltx_ray.dataset.timeline_chart import draw_timeline
 from ltx_ray.storage.store import Store
@@ -37,17 +41,23 @@ from ltx_ray.storage.store import Store
 _CARDS = 500
 
 
-def write_report(output_dir: str, *, cards: int = _CARDS, max_listed: int = MAX_LISTED) -> str:
+def write_report(
+    output_dir: str, *, cards: int = _CARDS, max_listed: int = MAX_LISTED, signed_seconds: float | None = None
+) -> str:
     """Write the report of the dataset at `output_dir` and return its path (within the dataset's filesystem).
 
     `output_dir` is a local folder or a URI that `Store` takes. The page says what is missing or damaged in it.
     Up to `cards` clips get a card each, with its pictures in the page. More are listed, at most `max_listed`: flagged
-    ones first, then in the order in which they were finished.
+    ones first, then in the order in which they were finished. With `signed_seconds`, links to clips and pictures carry
+    an object store's signature for so long, and the page may be opened anywhere.
     Raises FileNotFoundError when there is no dataset, another OSError when the page cannot be written.
     """
     store = Store(output_dir)
     if not store.exists(""):
         raise FileNotFoundError(f"{store.name}: there is no dataset")
+    if signed_seconds is not None:
+        max_listed = min(max_listed, MAX_SIGNED)
+        sign_links(store, (), signed_seconds)  # Whether the store signs is said before everything is read.
     data = read_report_data(store, max_listed)
     is_list = data.rendered > cards
     strips: list[Strip] = []
@@ -55,27 +65,37 @@ def write_report(output_dir: str, *, cards: int = _CARDS, max_listed: int = MAX_
         make_missing_sheets(store, data.clips)
     else:
         strips = make_strips(store, data.clips)
-    template = resources.files(__package__).joinpath("report_template.html").read_text(encoding="utf-8")
-    script = re.search(r"<script>(.*?)</script>", template, re.DOTALL)
-    assert script is not None
-    scripts = [script[1], list_script()] if is_list else [script[1]]
-    parts = {
-        "scripts": " ".join(map(_digest, scripts)),
-        "images": IMAGES if is_list else "data:",
-        "list": f"{list_data(data.listed, data.flags)}\n<script>{scripts[-1]}</script>" if is_list else "",
-        "title": esc(f"{data.run.record.get('run_id') or 'dataset'} · ltx-ray report"),
-        "header": _header(data, strips),
-        "failures": _failures(data),
-        "timeline": draw_timeline(data.run.timeline),
-        "clips": _clips(data, strips, is_list),
-        "footer": f"Written by ltx-ray, {esc(when(time.time()))}. This page loads nothing from "
-        f"{'elsewhere; pictures are in thumbs/ beside it, and' if is_list else 'anywhere;'} "
-        "clip names link to the files beside it.",
-    }
-    # In one pass, so that a "{{...}}" in a prompt is not replaced.
-    page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
+    links = SignedLinks() if signed_seconds is None else _sign(store, data, is_list, signed_seconds)
+    page = fill_template(
+        {
+            "images": f"{IMAGES} {links.origin}".strip() if is_list else "data:",
+            "media": f"'self' file: {links.origin}".strip(),
+            "list": list_data(data.listed, data.flags, links) if is_list else "",
+            "title": esc(f"{data.run.record.get('run_id') or 'dataset'} · ltx-ray report"),
+            "header": _header(data, strips),
+            "failures": failures_section(data.failures, data.since_rendered, data.run.record, _place(store)),
+            "timeline": draw_timeline(data.run.timeline) + draw_throughput(data.finished, *_run_times(data)),
+            "clips": _clips(data, strips, is_list, links),
+            "footer": f"Written by ltx-ray, {esc(when(time.time()))}. This page loads nothing from "
+            f"{'elsewhere; pictures are in thumbs/ beside it, and' if is_list else 'anywhere;'} "
+            "clip names link to the files beside it.",
+        },
+        [list_script()] if is_list else [],
+    )
     store.write_bytes(layout.REPORT, page.encode("utf-8", "replace"))
     return store.path(layout.REPORT)
+
+
+def fill_template(parts: Mapping[str, str], scripts: Sequence[str] = ()) -> str:
+    """A page of the parts by their names, as HTML, and of `scripts`, which follow the part `list`."""
+    template = resources.files(__package__).joinpath("report_template.html").read_text(encoding="utf-8")
+    own = re.search(r"<script>(.*?)</script>", template, re.DOTALL)
+    assert own is not None
+    allowed = " ".join(map(_digest, (own[1], *scripts)))
+    more = "".join(f"\n<script>{script}</script>" for script in scripts)
+    parts = {**parts, "scripts": allowed, "list": parts.get("list", "") + more}
+    # In one pass, so that a "{{...}}" in a prompt is not replaced.
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts.get(match[1], ""), template)
 
 
 def _digest(script: str) -> str:
@@ -85,7 +105,7 @@ def _digest(script: str) -> str:
 
 def _header(data: ReportData, strips: list[Strip]) -> str:
     run, first = data.run.record, data.clips[0] if data.clips else {}
-    failed = sum(data.failures.values())
+    failed = data.failures.total
     if not data.rendered and not failed:
         title = "Nothing rendered"
     elif not failed:
@@ -133,7 +153,7 @@ def _tiles(data: ReportData) -> list[tuple[str, str, str, str]]:
     """(title as HTML, value, subtitle, tone) of each figure at the top."""
     listed = data.run.record.get("counts")
     counts = listed if isinstance(listed, dict) else {}
-    failed = sum(data.failures.values())
+    failed = data.failures.total
     begun, ended = _run_times(data)
     wall = ended - begun if begun and ended and ended > begun else None
     rows = f"of {counts['rows']:,} rows in the manifest" if isinstance(counts.get("rows"), int) else ""
@@ -163,57 +183,26 @@ def _problems(data: ReportData, strips: list[Strip]) -> list[str]:
     return problems
 
 
+def _place(store: Store) -> str:
+    """The dataset as a command takes it."""
+    near = os.path.relpath(store.root) if store.is_local else store.name
+    return store.name if near.startswith("..") else near
+
+
 def _failed_kinds(data: ReportData) -> str:
-    kinds: Counter[str] = Counter()
-    for (kind, _), number in data.failures.items():
-        kinds[kind] += number
-    most = kinds.most_common()
+    most = data.failures.by("kind").most_common()
     return ", ".join(count(n, "row error") if kind == "row" else f"{n:,} {kind}" for kind, n in most)
 
 
-def _failures(data: ReportData) -> str:
-    total = sum(data.failures.values())
-    if not total and not data.since_rendered:
-        return ""
-    by_stage: Counter[str] = Counter()
-    for (_, stage), number in data.failures.items():
-        by_stage[stage] += number
-    kinds = "".join(_badge(f"{STAGE_NAMES.get(stage, stage)}: {n:,}") for stage, n in by_stage.most_common(12))
-    notes = []
-    if total > len(data.failed):
-        more = total - len(data.failed)
-        notes.append(f"{more:,} more are not shown here; all are in failed/, which is itself a manifest.")
-    if data.since_rendered:
-        notes.append(f"{count(data.since_rendered, 'earlier failure')} rendered since, not listed.")
-    return (
-        f'<section id="failures"><div class="head"><h2>Failed rows</h2><span class="soft">{total:,}</span>'
-        f"{kinds}</div>"
-        + (f'<ol class="failures">{"".join(map(_failure, data.failed))}</ol>' if data.failed else "")
-        + "".join(f'<p class="soft small after">{note}</p>' for note in notes)
-        + "</section>"
-    )
+def _sign(store: Store, data: ReportData, is_list: bool, seconds: float) -> SignedLinks:
+    """Sign what the page links to."""
+    if not is_list:
+        return sign_links(store, [row["clip"] for row in data.clips if relative_link(row.get("clip"))], seconds)
+    items = [item for item in listed_items(data.listed) if layout.ITEM_ID.fullmatch(item)]
+    return sign_links(store, [path(item) for item in items for path in (layout.clip_path, layout.thumb_path)], seconds)
 
 
-def _failure(row: dict[str, Any]) -> str:
-    stage, kind = row.get("stage") or "?", str(row.get("error_class") or "unknown")
-    attempts, source = row.get("attempts"), row.get("source")
-    trace = str(row.get("traceback") or "")[-6000:]
-    fold = '<details class="fold">'
-    tried = count(attempts, "attempt") if isinstance(attempts, int) and attempts else ""
-    return (
-        f'<li><div class="row"><h3 class="mono">{esc(row.get("id") or "(no id)")}</h3>'
-        + _badge(STAGE_NAMES.get(stage, stage), "bad")
-        + _badge("row error" if kind == "row" else kind)
-        + (f'<span class="soft small">{tried}</span>' if tried else "")
-        + (f'<span class="soft small mono">{esc(source)}</span>' if source else "")
-        + f'</div><p class="message" dir="auto">{esc(str(row.get("message") or "no message")[:2000])}</p>'
-        + _prompt(row.get("prompt"))
-        + (f"{fold}<summary>Traceback</summary><pre>{esc(trace)}</pre></details>" if trace else "")
-        + "</li>"
-    )
-
-
-def _clips(data: ReportData, strips: list[Strip], is_list: bool) -> str:
+def _clips(data: ReportData, strips: list[Strip], is_list: bool, links: SignedLinks) -> str:
     """The clips as cards, which have a strip each, or an empty list, which a script fills."""
     head = f'<div class="head"><h2>Clips</h2><span class="soft">{data.rendered:,}</span></div>'
     if not data.clips:
@@ -223,13 +212,19 @@ def _clips(data: ReportData, strips: list[Strip], is_list: bool) -> str:
         f'<option value="={esc(flag)}">{esc(words(flag))} ({n:,})</option>' for flag, n in data.flags.most_common(40)
     )
     newest, slowest_first = ("done", "work") if is_list else ("new", "slow")
-    orders = {"": "Flagged first", newest: "Newest first", slowest_first: "Slowest first", "id": "By id"}
+    orders = {"": "Flagged first", newest: "Newest first", slowest_first: "Slowest first"}
+    orders |= {"size": "Largest first", "id": "By id"}
+    sizes = "".join(
+        f'<option value="{width}x{height}">{width} × {height} ({n:,})</option>'
+        for (width, height), n in data.sizes.most_common(40)
+    )
     options = "".join(f'<option value="{value}">{name}</option>' for value, name in orders.items())
     controls = (
         '<div class="controls" hidden>'
         '<input type="search" placeholder="Filter by words in id, prompt, flags …" '
         'aria-label="Filter clips by words"><select name="flag" aria-label="Filter by flag">'
         f'<option value="">All clips</option><option value="*">Flagged</option>{flags}</select>'
+        f'<select name="size" aria-label="Filter by size"><option value="">All sizes</option>{sizes}</select>'
         f'<select name="sort" aria-label="Sort clips">{options}</select>'
         '<output aria-live="polite"></output></div>'
     )
@@ -237,7 +232,8 @@ def _clips(data: ReportData, strips: list[Strip], is_list: bool) -> str:
         shown, clips = len(data.listed), '<div class="list"></div>'
     else:
         slowest = max(sum(_timings(row).values()) for row in data.clips) or 1.0
-        cards = "\n".join(_card(row, strip, slowest) for row, strip in zip(data.clips, strips, strict=True))
+        pairs = zip(data.clips, strips, strict=True)
+        cards = "\n".join(_card(row, strip, slowest, links.urls.get(row.get("clip") or "")) for row, strip in pairs)
         shown, clips = len(data.clips), f'<div class="clips">{cards}</div>'
     more = data.rendered - shown
     note = f"{count(more, 'more clip')} not shown here; all are in index/ and clips/."
@@ -245,8 +241,9 @@ def _clips(data: ReportData, strips: list[Strip], is_list: bool) -> str:
     return f'<section id="clips">{head}{controls}{clips}{note}</section>'
 
 
-def _card(row: dict[str, Any], strip: Strip, slowest: float) -> str:
+def _card(row: dict[str, Any], strip: Strip, slowest: float, signed: str | None) -> str:
     name, href = esc(row.get("id") or row.get("item_id") or "?"), relative_link(row.get("clip"))
+    href = esc(signed) if signed else href
     flags, images, loras = (row.get(column) or [] for column in ("flags", "images", "loras"))
     timings, seconds, rate = _timings(row), clip_length(row), finite(row.get("frame_rate"))
     total, finished = sum(timings.values()), finished_at(row)
@@ -287,8 +284,11 @@ def _card(row: dict[str, Any], strip: Strip, slowest: float) -> str:
     }
     listed = _list({key: value for key, value in details.items() if value}, "")
     title = f'<a href="{href}">{name}</a>' if href else name
+    width, height = finite(row.get("width")) or 0, finite(row.get("height")) or 0
+    size, pixels = f"{width:.0f}x{height:.0f}", width * height * (finite(row.get("num_frames")) or 0)
     return (
-        f'<article class="clip" data-id="{name}" data-work="{total:.3f}" data-done="{finished:.0f}" '
+        f'<article class="clip" data-id="{name}" data-size="{size}" data-pixels="{pixels:.0f}" '
+        f'data-work="{total:.3f}" data-done="{finished:.0f}" '
         f'data-flags="{esc(json.dumps(flags, ensure_ascii=False)) if flags else ""}">{strip.html(name, href)}'
         f'<div class="body"><div class="row"><h3>{title}</h3>{badges}</div>{_prompt(row.get("prompt"))}'
         f'<p class="facts">{"".join(f"<span>{esc(fact)}</span>" for fact in facts if fact)}</p>'

@@ -19,8 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ltx_ray.dataset import layout
+from ltx_ray.dataset.report_failures import FailureGroups
 from ltx_ray.dataset.report_list import Listed, Smallest, listed
 from ltx_ray.dataset.report_text import finite, short
+from ltx_ray.dataset.report_throughput import COUNTED_SECONDS
 from ltx_ray.dataset.run_summary import RecordedRun, read_run
 from ltx_ray.dataset.thumbnails import Strip, make_strip, read_sheet, sheet_of
 from ltx_ray.storage.id_table import IdTable
@@ -29,33 +31,33 @@ from ltx_ray.storage.store import Store
 
 #: Most clips that the report decodes, of those that have no picture of a worker's.
 MAX_DECODED = 2000
-#: Most failed rows that are listed.
-MAX_FAILURES = 300
 #: Most bytes of pictures for one clip, and for all clips together.
 STRIP_BYTES, PAGE_STRIP_BYTES = 72_000, 24_000_000
 _INDEX_COLUMNS = (
     "id prompt negative_prompt seed height width num_frames frame_rate num_inference_steps video_cfg_scale "
     "pipeline images loras item_id clip clip_sha256 latents_sha256 flags attempts stage1_replica "
     "stage2_replica switches text_seconds stage1_seconds stage2_seconds decode_seconds gpu_seconds device "
-    "recipe_digest versions finished_at"
+    "recipe_digest versions finished_at motion sharpness loudness_lufs"
 ).split()
 _FAILED_COLUMNS = "id prompt item_id stage attempts error_class message traceback source".split()
 
 
 @dataclass
 class ReportData:
-    """What the page shows. `clips` and `failed` are capped; counts and sums are over the whole dataset."""
+    """What the page shows. `clips` and `listed` are capped; counts and sums are over the whole dataset."""
 
     run: RecordedRun
     clips: list[dict[str, Any]] = field(default_factory=list)
     #: More of them, as far as the list of a large dataset shows them.
     listed: list[Listed] = field(default_factory=list)
-    failed: list[dict[str, Any]] = field(default_factory=list)
     rendered: int = 0
     flags: Counter[str] = field(default_factory=Counter)
     flagged: int = 0
-    #: Number of failed rows by (error class, stage).
-    failures: Counter[tuple[str, str]] = field(default_factory=Counter)
+    #: Rows by width and height.
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    #: Clips by when they were finished, in COUNTED_SECONDS since the epoch.
+    finished: Counter[int] = field(default_factory=Counter)
+    failures: FailureGroups = field(default_factory=FailureGroups)
     #: Failed rows whose item has been rendered since.
     since_rendered: int = 0
     clip_seconds: float = 0.0
@@ -80,9 +82,7 @@ def read_report_data(store: Store, max_listed: int) -> ReportData:
         if row.get("item_id") and rendered.has(row["item_id"]):
             data.since_rendered += 1
             continue
-        data.failures[str(row.get("error_class")), str(row.get("stage"))] += 1
-        if len(data.failed) < MAX_FAILURES:
-            data.failed.append(row)
+        data.failures.add(row)
     return data
 
 
@@ -90,20 +90,29 @@ def _read_index(store: Store, data: ReportData, max_listed: int, rendered: _Item
     """Take in every row of the index, and add its item to `rendered`."""
     clips: Smallest[dict[str, Any]] = Smallest(MAX_DECODED)
     lines: Smallest[Listed] = Smallest(max_listed)
-    for row in _rows(store, layout.INDEX, _INDEX_COLUMNS, data.problems):
+    for row in read_index_rows(store, data.problems):
         flags, done = row.get("flags") or [], finished_at(row)
         data.rendered += 1
         data.flagged += bool(flags)
         data.flags.update(map(str, flags))
+        if isinstance(row.get("width"), int) and isinstance(row.get("height"), int):
+            data.sizes[row["width"], row["height"]] += 1
         if rendered.add(row.get("item_id")):  # rows of one item share its clip
             data.clip_seconds += clip_length(row) or 0
             data.gpu_seconds += finite(row.get("gpu_seconds")) or 0
+            if done:
+                data.finished[int(done // COUNTED_SECONDS)] += 1
         key = (not flags, done, str(row.get("id")), data.rendered)
         if clips.takes(key):
             clips.add(key, row)
         if lines.takes(key):
             lines.add(key, listed(row, relative_link(row.get("clip")), done))
     data.clips, data.listed = clips.values(), lines.values()
+
+
+def read_index_rows(store: Store, problems: list[str]) -> Iterator[dict[str, Any]]:
+    """The rows of the index with the columns that pages show."""
+    return _rows(store, layout.INDEX, _INDEX_COLUMNS, problems)
 
 
 class _ItemIds:

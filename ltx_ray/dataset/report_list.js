@@ -5,7 +5,7 @@
   var data = JSON.parse(document.getElementById("listed").textContent);
   var HEIGHT = 124, MARGIN = 12;  // pixels of a row, and rows that are made beyond the window
   var words = box.querySelector("input"), flag = box.querySelector("[name=flag]");
-  var sort = box.querySelector("[name=sort]"), out = box.querySelector("output");
+  var sort = box.querySelector("[name=sort]"), format = box.querySelector("[name=size]"), out = box.querySelector("output");
   var count = data.id.length, order = new Uint32Array(count), ranks = {}, texts = null, made = new Map(), due = false;
   for (var i = 0; i < count; i++) order[i] = i;
 
@@ -15,9 +15,14 @@
     if (text !== undefined) made.textContent = text;
     return made;
   }
-  function path(folder, item, ending) { return folder + "/" + item.slice(0, 2) + "/" + item + ending; }
+  // Links that were signed differ in their ends alone.
+  function place(folder, item, ending, n) {
+    var path = folder + "/" + item.slice(0, 2) + "/" + item + ending, signed = data.signed;
+    return signed ? signed.base + path + signed.query + signed[folder][n] : path;
+  }
   function row(n) {
-    var item = data.item[n], frames = data.frames[n], rate = data.rate[n], href = data.clip[n] || path("clips", item, ".mp4");
+    var item = data.item[n], frames = data.frames[n], rate = data.rate[n];
+    var href = data.clip[n] || place("clips", item, ".mp4", n);
     var line = element("article", "line"), link = element("a", "thumb"), image = element("img"), body = element("div", "body");
     line.dataset.n = n;
     link.href = href;
@@ -25,7 +30,7 @@
     image.alt = "frames of " + data.id[n];
     image.decoding = "async";
     image.onerror = function () { image.remove(); };
-    image.src = path("thumbs", item, ".webp");
+    image.src = place("thumbs", item, ".webp", n);
     link.append(image);
     var head = element("div", "row"), title = element("h3"), name = element("a", "", data.id[n]);
     name.href = href;
@@ -65,11 +70,13 @@
     out.textContent = order.length === count ? "" : order.length + " of " + count + " shown";
     draw();
   }
+  function pixels(n) { return data.width[n] * data.height[n] * data.frames[n]; }
   // The place of each clip in an order, made when that order is first asked for.
   function ranked(key) {
     if (!ranks[key]) {
       var by = Array.from({ length: count }, function (_, n) { return n; });
       if (key === "id") by.sort(function (a, b) { return data.id[a] < data.id[b] ? -1 : data.id[a] > data.id[b] ? 1 : a - b; });
+      else if (key === "size") by.sort(function (a, b) { return pixels(b) - pixels(a) || a - b; });
       else by.sort(function (a, b) { return data[key][b] - data[key][a] || a - b; });
       ranks[key] = Uint32Array.from(by);
     }
@@ -77,12 +84,14 @@
   }
   function filter() {
     var wanted = words.value.toLowerCase().split(/\s+/).filter(Boolean), value = flag.value, from = sort.value && ranked(sort.value);
+    var of = format.value.split("x").map(Number), sized = of.length === 2;
     var number = data.names.indexOf(value.slice(1)), kept = new Uint32Array(count), size = 0;
     if (wanted.length && !texts) texts = data.id.map(function (id, n) {
       return (id + " " + data.prompt[n] + " " + data.flags[n].map(function (f) { return data.names[f]; }).join(" ")).toLowerCase();
     });
     for (var at = 0; at < count; at++) {
       var n = from ? from[at] : at, flags = data.flags[n];
+      if (sized && (data.width[n] !== of[0] || data.height[n] !== of[1])) continue;
       if (value && !(value === "*" ? flags.length : flags.includes(number))) continue;
       if (wanted.length && !wanted.every(function (w) { return texts[n].includes(w); })) continue;
       kept[size++] = n;
@@ -92,6 +101,7 @@
   }
   words.addEventListener("input", filter);
   flag.addEventListener("change", filter);
+  format.addEventListener("change", filter);
   sort.addEventListener("change", filter);
   addEventListener("scroll", soon, { passive: true });
   addEventListener("resize", soon, { passive: true });

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from importlib import resources
 from typing import Any, Generic, TypeVar
 
+from ltx_ray.dataset.report_links import SignedLinks
 from ltx_ray.dataset.report_text import STAGE_NAMES, finite
 
 T = TypeVar("T")
@@ -71,7 +72,12 @@ def listed(row: dict[str, Any], link: str | None, done: float) -> Listed:
     )  # fmt: skip
 
 
-def list_data(clips: Iterable[Listed], flags: Counter[str]) -> str:
+def listed_items(clips: Iterable[Listed]) -> list[str]:
+    """The item_ids of what is listed."""
+    return [clip[_COLUMNS.index("item")] for clip in clips]
+
+
+def list_data(clips: Iterable[Listed], flags: Counter[str], links: SignedLinks) -> str:
     """The data of the list as a script element, which is not run. Nothing in it can end the element."""
     names = [name for name, _ in flags.most_common()]
     numbers = {name: number for number, name in enumerate(names)}
@@ -79,7 +85,8 @@ def list_data(clips: Iterable[Listed], flags: Counter[str]) -> str:
     for clip in clips:
         for name, value in zip(_COLUMNS, clip, strict=True):
             columns[name].append([numbers[flag] for flag in value] if name == "flags" else value)
-    text = json.dumps({"names": names, **columns}, ensure_ascii=False, separators=(",", ":"))
+    fields = {"names": names, **columns, "signed": links.of_list(columns["item"])}
+    text = json.dumps(fields, ensure_ascii=False, separators=(",", ":"))
     return f'<script type="application/json" id="listed">{text.replace("<", chr(92) + "u003c")}</script>'
 
 

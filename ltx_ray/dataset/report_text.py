@@ -77,6 +77,8 @@ def short(error: BaseException) -> str:
 
 def finite(value: Any) -> float | None:
     """`value` as a float; None when it is not a finite number."""
+    if type(value) is float:
+        return value if math.isfinite(value) else None
     try:
         return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
     except OverflowError:

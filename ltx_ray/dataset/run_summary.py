@@ -65,9 +65,10 @@ class SummaryBuilder:
         self._events[kind] += 1
         if self._last is None or t > self._last:
             self._last = t
-        self._timeline.add(event)
-        if kind == "call" and finite(event.get("seconds")) is not None:
-            self._calls[str(event.get("replica"))] = event
+        self._timeline.take(kind, t, event)
+        if kind == "call":
+            if finite(event.get("seconds")) is not None:
+                self._calls[str(event.get("replica"))] = event
         elif kind in ("gang_lost", "gang_given_back"):
             self._calls.pop(str(event.get("replica")), None)
 

@@ -30,7 +30,7 @@ _MARKS, _LIVES = 32, 64
 #: Bin width in seconds that a run begins with.
 _FIRST_WIDTH = 1 / 16
 #: Events that say what a replica did.
-_OF_REPLICAS = ("gang_starting", "gang_started", "gang_lost", "gang_given_back", "call", "switch")
+_OF_REPLICAS = frozenset({"gang_starting", "gang_started", "gang_lost", "gang_given_back", "call", "switch"})
 
 
 @dataclass(frozen=True)
@@ -181,22 +181,26 @@ class TimelineBuilder:
     def add(self, event: Mapping[str, Any]) -> None:
         """Take in an event: a line of events.jsonl."""
         kind, t = event.get("event"), finite(event.get("t"))
-        if t is None:
-            return
+        if t is not None and isinstance(kind, str):
+            self.take(kind, t, event)
+
+    def take(self, kind: str, t: float, event: Mapping[str, Any]) -> None:
+        """The same of an event whose kind and time are known, the latter in seconds since the epoch."""
         if self._begin == math.inf:
             self._zero = t
-        self._reach(t, t)
-        if kind == "item_failed":
-            message = str(event.get("message"))[:160]
-            self._failed.add(t, "failed", f"{event.get('id')} failed in {event.get('stage')}: {message}")
-        elif kind in _OF_REPLICAS:
+        if t < self._begin or t > self._end:
+            self._reach(t, t)
+        if kind in _OF_REPLICAS:
             try:
                 seconds = float(event.get("seconds") or 0)
                 start = float(event["start"]) if kind == "call" else t - seconds
                 if math.isfinite(start + seconds) and seconds >= 0:
-                    self._take(str(kind), str(event["role"]), str(event["replica"]), event, t, start, seconds)
+                    self._take(kind, str(event["role"]), str(event["replica"]), event, t, start, seconds)
             except (KeyError, TypeError, ValueError):
                 return
+        elif kind == "item_failed":
+            message = str(event.get("message"))[:160]
+            self._failed.add(t, "failed", f"{event.get('id')} failed in {event.get('stage')}: {message}")
 
     def _reach(self, begin: float, end: float) -> None:
         """The run lasts from `begin` to `end` at least."""
@@ -214,10 +218,9 @@ class TimelineBuilder:
             self._roles[role] += 1
         if kind == "call":
             stage, ok = str(event.get("stage")), event.get("ok") is not False
-            known = stage if stage in STAGE_NAMES else "other"
             # Most runs have many more calls than spans are kept, so that a title is made only for those.
             title = "" if self._binned and ok else _call_title(event, stage, seconds, ok)
-            self._span(lane, start, start + seconds, known, title, ok)
+            self._span(lane, start, start + seconds, stage if stage in STAGE_NAMES else "other", title, ok)
             if not ok:
                 lane.marks.add(start + seconds, "failed", title)
         elif kind == "switch":
@@ -250,7 +253,8 @@ class TimelineBuilder:
             lane.marks.add(t, "lost", f"replica lost: {str(event.get('reason'))[:200]}")
 
     def _span(self, lane: _OpenLane, start: float, end: float, kind: str, title: str, ok: bool = True) -> None:
-        self._reach(start, end)
+        if start < self._begin or end > self._end:
+            self._reach(start, end)
         if start < lane.first:
             lane.first = start
         if (total := lane.totals.get(kind)) is None:
@@ -284,9 +288,11 @@ class TimelineBuilder:
             bins.extend([0.0] * (last + 1 - len(bins)))
         if first == last:
             bins[first] += end - start
-            return
-        for number in range(first, last + 1):
-            bins[number] += max(0.0, min(end, (number + 1) * width) - max(start, number * width))
+        elif first < last:
+            bins[first] += (first + 1) * width - start
+            for number in range(first + 1, last):
+                bins[number] += width
+            bins[last] += min(end - last * width, width)
 
     def _widen(self) -> None:
         """Double the width of the bins."""

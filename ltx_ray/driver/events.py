@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any, Protocol
 
 import pyarrow as pa
+from pydantic_core import to_json
 
 from ltx_ray.dataset.layout import EVENTS, event_segments
 from ltx_ray.dataset.run_summary import SummaryBuilder
@@ -26,12 +27,20 @@ _AT_ONCE = frozenset({"gang_started"})
 SEGMENT_BYTES = 8 * 2**20
 #: Most bytes of events that wait for a store that fails. The oldest are given up beyond it.
 _MOST_PENDING = 4 * SEGMENT_BYTES
+#: Events that are made lines and summed up together, which takes half as long as one at a time between other work.
+_GROUP = 128
 #: Seconds for which a write is retried. Events that cannot be written are written with the next ones.
 _RETRY_SECONDS = 2.0
 
 
-#: `json.dumps` with options would make an encoder for each event.
-_encode = json.JSONEncoder(ensure_ascii=False, default=str).encode
+def _line(entry: dict[str, Any]) -> str:
+    if "stage" in entry:
+        entry["stage"] = str(entry["stage"])  # An enum would take longer than all other fields together.
+    try:
+        text = to_json(entry, fallback=str).decode()
+    except ValueError:  # a text that UTF-8 cannot hold, such as bytes of a file's name
+        text = json.dumps(entry, ensure_ascii=False, default=str)
+    return masked(text) + "\n"
 
 
 class _Log(Protocol):
@@ -141,11 +150,13 @@ class EventLog:
     """
 
     def __init__(self, store: Store, run_id: str):
-        #: What the record of the run says of its events.
-        self.summary = SummaryBuilder()
+        self._summary = SummaryBuilder()
+        #: Events that are no lines yet.
+        self._entries: list[dict[str, Any]] = []
         store, segments = store.retrying_for(_RETRY_SECONDS), event_segments(run_id)
         self._log: _Log = _LocalLog(store, segments) if store.is_local else _RemoteLog(store, segments)
-        #: Lines that no write has taken, and their characters. `_lines_lock` guards them and `_thread`.
+        #: Lines that no write has taken, and their characters. `_lines_lock` guards them, the entries, the summary and
+        #: `_thread`.
         self._lines: list[str] = []
         self._size = self._lost = 0
         self._lines_lock, self._log_lock = threading.Lock(), threading.Lock()
@@ -153,22 +164,40 @@ class EventLog:
         self._thread: threading.Thread | None = None
         self.flush()
 
-    def emit(self, event: str, **fields: Any) -> None:
-        """Add an event; it is written within seconds, or within a minute to an object store."""
-        entry = {"t": round(time.time(), 3), "event": event, **fields}
-        self.summary.add(entry)
-        line = masked(_encode(entry)) + "\n"
+    @property
+    def summary(self) -> SummaryBuilder:
+        """What the record of the run says of its events so far. For the thread that emits them."""
         with self._lines_lock:
-            self._lines.append(line)
-            self._size += len(line)
+            self._take_entries()
+        return self._summary
+
+    def emit(self, event: str, **fields: Any) -> None:
+        """Add an event; it is written within seconds, or within a minute to an object store.
+
+        The values of `fields` must not change any more.
+        """
+        with self._lines_lock:
+            self._entries.append({"t": round(time.time(), 3), "event": event, **fields})
             if self._thread is None:
                 self._due.clear()
                 self._thread = threading.Thread(target=self._write_on, name="events", daemon=True)
                 self._thread.start()
+            size = self._size
+            if len(self._entries) >= _GROUP:
+                self._take_entries()
             # Only once on the way: behind a store that fails, each further event would try it again.
-            full = self._size >= SEGMENT_BYTES > self._size - len(line)
+            full = self._size >= SEGMENT_BYTES > size
             if full or event in self._log.at_once:
                 self._due.set()
+
+    def _take_entries(self) -> None:
+        """Make lines of the events, and sum them up."""
+        for entry in self._entries:
+            self._summary.add(entry)
+            line = _line(entry)
+            self._lines.append(line)
+            self._size += len(line)
+        self._entries.clear()
 
     def flush(self) -> None:
         """Write the pending events, and return when that was tried."""
@@ -182,13 +211,14 @@ class EventLog:
             self._due.clear()
             self._write()
             with self._lines_lock:
-                if not self._lines and not self._log.waiting:
+                if not self._entries and not self._lines and not self._log.waiting:
                     self._thread = None
                     return
 
     def _write(self) -> None:
         with self._log_lock:
             with self._lines_lock:
+                self._take_entries()
                 lines, self._lines, self._size = self._lines, [], 0
             if self._lost:
                 entry = {"t": round(time.time(), 3), "event": "events_lost", "count": self._lost}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from typing import TextIO
 
 from ltx_ray.dataset.clip_rate import rate_text
@@ -80,6 +81,10 @@ class Progress:
         if 0 < done < total:
             parts.insert(1, f"{duration(elapsed / done * (total - done))} left")
         self._show(" | ".join(parts))
+
+    def counting(self, what: str) -> Callable[[int, int], None]:
+        """`count` of one thing."""
+        return lambda done, total: self.count(done, total, what)
 
     def clear(self) -> None:
         """Remove the line that is rewritten, before something else is printed."""

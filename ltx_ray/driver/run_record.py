@@ -150,8 +150,9 @@ class RunRecord:
 
 
 def recorded_counts(counts: Mapping[str, int]) -> dict[str, int]:
-    """The counts that people see, zeros included."""
-    return {name: counts.get(name, 0) for name in _COUNTS}
+    """The counts that people see, zeros included, and the rows that were taken down before, if any."""
+    removed = {"removed": n} if (n := counts.get("removed", 0)) else {}
+    return {name: counts.get(name, 0) for name in _COUNTS} | removed
 
 
 def summary_line(state: str, counts: Mapping[str, int], rate: float | None, output: str) -> str:
@@ -159,6 +160,8 @@ def summary_line(state: str, counts: Mapping[str, int], rate: float | None, outp
     parts = [f"{counts['rendered']} rendered" + (f" ({rate_text(rate)})" if rate else "")]
     if counts["already_done"]:
         parts.append(f"{counts['already_done']} done before")
+    if counts.get("removed"):
+        parts.append(f"{counts['removed']} taken down before")
     for what in ("failed", "illegal"):
         if counts[what]:
             parts.append(f"{counts[what]} {what}")

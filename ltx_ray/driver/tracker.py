@@ -25,7 +25,7 @@ from ltx_ray.driver.publisher import Publisher
 from ltx_ray.manifest.rules import IllegalRow, RowProblem
 from ltx_ray.placement.numerics import numerics_of_row
 from ltx_ray.planning.identity import recipe_json
-from ltx_ray.planning.plan import COPY, DONE, FAILED, REPEATED, Plan, PlanEntry, PlannedRow
+from ltx_ray.planning.plan import COPY, DONE, FAILED, REMOVED, REPEATED, Plan, PlanEntry, PlannedRow
 from ltx_ray.records import CallReport, Clip, NoiseLedger, WorkItem, canonical_json, first_line
 from ltx_ray.stages import DIFFUSION_STAGES, TRAITS, Stage, needed_results
 
@@ -104,7 +104,7 @@ class TrackedItem:
 
 
 class RowTracker:
-    """`counts`: rows, rendered, already_done, failed, illegal. `versions` as JSON."""
+    """`counts`: rows, rendered, already_done, failed, illegal, removed. `versions` as JSON."""
 
     def __init__(
         self,
@@ -152,8 +152,12 @@ class RowTracker:
                 self.counts["rows"] += 1
                 self._take_illegal(planned)
                 continue
-            if planned.status != REPEATED:
-                self.counts["rows"] += 1
+            if planned.status == REPEATED:
+                continue
+            if planned.status == REMOVED:
+                self.counts["removed"] += 1
+                continue
+            self.counts["rows"] += 1
             if planned.status == DONE:
                 self.counts["already_done"] += 1
                 if existing.failed_count and existing.failure(planned.item_id, planned.key):
@@ -163,7 +167,7 @@ class RowTracker:
                 self.counts["failed"] += 1
             elif planned.status == COPY:
                 self._take_copy(planned)
-            elif planned.status != REPEATED and (tracked := self._take_row(planned)) is not None:
+            elif (tracked := self._take_row(planned)) is not None:
                 yield tracked
 
     def _take_row(self, planned: PlannedRow) -> TrackedItem | None:

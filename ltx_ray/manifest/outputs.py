@@ -23,6 +23,7 @@ DATASET = "dataset.json"
 RUN_RECORD = "run.json"
 EVENTS = "events.jsonl"
 REPORT = "report.html"
+COMPARISON = "compare.html"
 RUNS = "runs"
 
 ITEM_ID_DIGITS, KEY_DIGITS = "([0-9a-f]{32})", "([0-9a-f]{8})"
@@ -35,7 +36,7 @@ FAILED_PART = re.compile(rf"part-(row|infra|illegal)-{ITEM_ID_DIGITS}-{KEY_DIGIT
 
 _TABLES = (INDEX, FAILED, PREVIEWS)
 _OWN_FOLDERS = frozenset({*_TABLES, CLIPS, LATENTS, THUMBS, RUNS, STATE})
-_OWN_FILES = frozenset({DATASET, RUN_RECORD, EVENTS, REPORT})
+_OWN_FILES = frozenset({DATASET, RUN_RECORD, EVENTS, REPORT, COMPARISON})
 
 
 def names_of_an_output(

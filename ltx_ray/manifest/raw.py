@@ -16,6 +16,8 @@ FAILED_ROW_COLUMN = "manifest_row"
 UNREADABLE, FAULT = "_unreadable", "_fault"
 #: A key of that JSON for a row whose id belonged to another row.
 DUPLICATE = "_duplicate_id"
+#: A key of that JSON for a row that was illegal in a run with --samples-per-prompt: for how many samples it stands.
+SAMPLES = "_samples"
 #: What is wrong with a row that cannot be read: its text, the bytes of its file, or its folder, whose name says
 #: something else.
 SYNTAX, DAMAGE, FOLDER = "syntax", "damage", "folder"
@@ -34,6 +36,8 @@ class RawRow(NamedTuple):
     from_failed: bool = False
     #: Of a row that is `unreadable`: SYNTAX, DAMAGE or FOLDER.
     fault: str = SYNTAX
+    #: Of a row that is `from_failed`, or illegal: for how many samples it stands.
+    samples: int = 1
 
     @property
     def source(self) -> str:
@@ -42,7 +46,8 @@ class RawRow(NamedTuple):
     def stored(self) -> dict[str, Any]:
         """What FAILED_ROW_COLUMN holds of the row, as JSON: its values, or why it has none."""
         if self.unreadable is None:
-            return {**self.values, DUPLICATE: True} if self.duplicate else {**self.values}
+            marks = {DUPLICATE: self.duplicate, SAMPLES: self.samples if self.samples > 1 else None}
+            return {**self.values, **{mark: value for mark, value in marks.items() if value}}
         if self.fault == SYNTAX:
             return {UNREADABLE: self.unreadable}
         return {UNREADABLE: self.unreadable, FAULT: self.fault}
@@ -63,8 +68,9 @@ def stored_row(file: str, number: int, values: dict[str, Any]) -> RawRow:
     if UNREADABLE in values and set(values) <= {UNREADABLE, FAULT}:
         fault = str(values.get(FAULT, SYNTAX))
         return RawRow(file, number, {}, unreadable=str(values[UNREADABLE]), from_failed=True, fault=fault)
-    duplicate = values.pop(DUPLICATE, False) is True
-    return RawRow(file, number, values, duplicate=duplicate, from_failed=True)
+    duplicate, samples = values.pop(DUPLICATE, False) is True, values.pop(SAMPLES, 1)
+    samples = samples if type(samples) is int and samples > 1 else 1
+    return RawRow(file, number, values, duplicate=duplicate, from_failed=True, samples=samples)
 
 
 def is_damage(error: Exception) -> bool:

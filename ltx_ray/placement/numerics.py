@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Collection
+from functools import lru_cache
 
 from ltx_ray.checkpoints.transformer_config import TransformerConfig
 from ltx_ray.config import FA3_MODULES, GPU_ATTENTION, Numerics, RequestedNumerics, takes_heads, widest_heads
@@ -117,6 +118,11 @@ def numerics_of_row(numerics: str, request: RenderRequest) -> str:
     """
     if PIPELINES[request.pipeline].distilled or not any(map(needs_perturbed, request.guidance)):
         return numerics
+    return _with_stg_prefix(numerics)
+
+
+@lru_cache(8)
+def _with_stg_prefix(numerics: str) -> str:
     return canonical_json({**json.loads(numerics), "stg_prefix": True})
 
 

@@ -8,7 +8,7 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from ltx_ray.checkpoints.checkpoint import open_checkpoint
@@ -31,6 +31,7 @@ from ltx_ray.storage.locations import recorded
 
 #: Statuses of a row. An IllegalRow has the last one.
 TODO, DONE, COPY, FAILED, REPEATED, ILLEGAL = "todo", "done", "copy", "failed", "repeated", IllegalRow.status
+REMOVED = "removed"
 
 #: Most rows of a chunk, which are looked up at once; rows read between two checks of the clock; seconds for which a
 #: chunk grows.
@@ -41,7 +42,7 @@ class PlannedRow:
     """A legal manifest row, or one of its samples, and what the run does with it.
 
     status: "todo" (render), "done" (in the index), "copy" (the clip exists under another id), "failed" (failed by its
-    own fault in an earlier run), "repeated" (the same row again).
+    own fault in an earlier run), "repeated" (the same row again), "removed" (taken down, never to be rendered again).
     """
 
     __slots__ = (
@@ -111,7 +112,12 @@ class PlannedRow:
 
     def refused(self, problem: RowProblem) -> IllegalRow:
         """The row as one that this run cannot render. With its defaults resolved, a retry asks for the same clip."""
-        return IllegalRow(self.raw._replace(values=resolved_values(self.request)), (problem,))
+        return IllegalRow(self.raw._replace(values=resolved_values(self.request), samples=1), (problem,))
+
+
+def item_to_render(entry: PlanEntry) -> str | None:
+    """The item_id of a row that is to be rendered; None of any other row."""
+    return entry.item_id if isinstance(entry, PlannedRow) and entry.status == TODO else None
 
 
 class UnreadableImage(Exception):
@@ -193,7 +199,7 @@ class Plan:
 
     With `samples` N, each row stands for N rows: itself, and N-1 whose seeds follow from its own and whose ids end in
     "-s1" and so on. A selection by id takes a row with all of its samples; an id with such an ending takes that
-    sample alone. Rows of a dataset's failed/ are samples already.
+    sample alone. Rows of a dataset's failed/ are samples already, but for those that were illegal.
     """
 
     manifest: str
@@ -214,6 +220,8 @@ class Plan:
         #: Selected ids that no row has had yet, of the shard where there is one.
         self.unmet: set[str | None] = set(self.selection.ids or ())
         self._templates = TemplateCache(self.rules, self.builder.item)
+        # None where nothing was: it is asked for every row.
+        self._removed = self.existing.removed or None
         # records of 96 bits of each id's hash and 32 bits of its row's item_id
         self._ids = IdTable(16)
         # 48 bits of each item_id to render: items are only counted, and a few in fifty million may be missed
@@ -267,6 +275,9 @@ class Plan:
                 for row in self._selected(rows):
                     selected = True
                     decided = self._decided(row, found) if isinstance(row, PlannedRow) else row
+                    if isinstance(decided, IllegalRow) and self._is_removed(decided):
+                        self.counts[REMOVED] += 1
+                        continue
                     self.counts["rows"] += 1
                     self.counts[decided.status] += 1
                     if isinstance(decided, PlannedRow) and decided.status == TODO:
@@ -302,24 +313,26 @@ class Plan:
 
     def _judged(self, raw: RawRow) -> Sequence[PlanEntry]:
         """The samples of any row, or the row itself when it is illegal."""
-        row = judge(raw, self.rules)
+        count, row = self._count(raw), judge(raw, self.rules)
+        # An illegal row stands for all its samples, and a retry renders them.
+        unplanned = raw._replace(samples=count)
         if isinstance(row, IllegalRow):
-            return (row,)
-        count, given_id = self._count(raw), row.request.id
+            return (replace(row, raw=unplanned),)
+        given_id = row.request.id
         if _too_long(given_id, count):
             longest = LONGEST_ID - len(sample_id("", count - 1))
             legal = f"at most {longest} characters, because --samples-per-prompt appends {sample_id('', count - 1)}"
-            return (IllegalRow(raw, (RowProblem("id", given_id, legal),)),)
+            return (IllegalRow(unplanned, (RowProblem("id", given_id, legal),)),)
         try:
             item = self.builder.item(row.request)
         except UnreadableImage as error:
             problem = RowProblem("images", error.path, f"an image that can be read ({error.reason})")
-            return (IllegalRow(raw, (problem,)),)
+            return (IllegalRow(unplanned, (problem,)),)
         planned = PlannedRow(raw, RowTemplate(item), bytes.fromhex(item.item_id), given_id, row.request.seed, item)
         return planned.samples(count, given_id)
 
     def _count(self, raw: RawRow) -> int:
-        return 1 if raw.from_failed else self.samples
+        return raw.samples if raw.from_failed else self.samples
 
     def _selected(self, rows: Sequence[PlanEntry]) -> Sequence[PlanEntry]:
         ids = self.selection.ids
@@ -355,6 +368,11 @@ class Plan:
         row.status = self._status(row, found)
         return row
 
+    def _is_removed(self, row: IllegalRow) -> bool:
+        """Whether an illegal row, whose item is not known, was taken down: it is not to be in failed/ again."""
+        row_id = row.raw.values.get("id") if self._removed is not None else None
+        return self._removed is not None and row_id is not None and self._removed.has_row(None, str(row_id))
+
     def _count_clip(self, row: PlannedRow, found: _LookedUp | None) -> None:
         """Count what is to be rendered, once for all rows of an item."""
         head, rest = row.item_id_bytes[:4], row.item_id_bytes[4:6]
@@ -365,6 +383,8 @@ class Plan:
 
     def _status(self, row: PlannedRow, found: _LookedUp | None) -> str:
         existing = self.existing
+        if self._removed is not None and self._removed.has(row.item_id_bytes, row.id_hash):
+            return REMOVED
         if found is None or found.existing.may_have_rows(row.item_head):
             if existing.has_row(row.item_id, row.key):
                 return DONE

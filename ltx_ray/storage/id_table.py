@@ -8,7 +8,8 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -92,34 +93,52 @@ class IdTable:
             self._newest, self._waiting = {}, 0
             self.extend(data)
 
+    def load(self, pieces: Iterable[bytes]) -> None:
+        """Add a great many records, while nobody looks any up: each piece is a concatenation of some.
+
+        All runs are merged into one, beyond the cap.
+        """
+        for piece in pieces:
+            self._add_run(piece)
+        if len(self._runs) > 1:
+            runs, self._runs = self._runs, []
+            self._runs.append(_sorted(runs))
+
     def extend(self, data: bytes) -> None:
-        """Add many records at once: `data` is their concatenation."""
+        """Add many records at once, or none: `data` is their concatenation."""
+        self._add_run(data)
+        while len(self._runs) > 1 and self._may_merge(*(len(run["head"]) for run in self._runs[-2:])):
+            # Others may be searching the two.
+            self._runs[-2:] = [_sorted([dict(run) for run in self._runs[-2:]])]
+
+    def _add_run(self, data: bytes) -> None:
+        if not data:
+            return
         records = np.frombuffer(data, self._type)
         run = {"head": records["head"].astype(self._number)}
         if self._has_rest:
             run["rest"] = records["rest"]
-        self._runs.append(_sorted(run))
+        self._runs.append(_sorted([run]))
         self.version += 1
-        while len(self._runs) > 1 and self._may_merge(*(len(run["head"]) for run in self._runs[-2:])):
-            self._runs[-2:] = [_sorted(*self._runs[-2:])]
-
-    def merge(self) -> None:
-        """Merge all runs into one, beyond the cap, for a table that will hardly grow."""
-        if len(self._runs) > 1:
-            self._runs = [_sorted(*self._runs)]
 
     def _may_merge(self, older: int, newer: int) -> bool:
         return older < 2 * newer and (self._cap is None or older + newer <= self._cap)
 
 
-def _sorted(*runs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Merge runs into one."""
-    merged = {name: _allocate([run[name] for run in runs], np.concatenate) for name in runs[0]}
-    order = merged["head"].argsort(kind="stable")  # linear time over sorted runs
-    return {
-        name: _allocate([column], lambda parts, out: parts[0].take(order, mode="clip", out=out))
-        for name, column in merged.items()
-    }
+def _sorted(runs: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Merge runs into one. They are emptied, column by column, so that memory holds no column three times."""
+    merged: dict[str, np.ndarray] = {}
+    order: np.ndarray | None = None
+    for name in list(runs[0]):  # the heads come first
+        column = _allocate([run.pop(name) for run in runs], np.concatenate)
+        if order is None:
+            order = column.argsort(kind="stable")  # linear time over sorted runs
+        merged[name] = _allocate([column], partial(_take, order))
+    return merged
+
+
+def _take(order: np.ndarray, parts: list[np.ndarray], out: np.ndarray) -> None:
+    parts[0].take(order, mode="clip", out=out)
 
 
 def _allocate(parts: list[np.ndarray], fill: Callable[..., Any]) -> np.ndarray:

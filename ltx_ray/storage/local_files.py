@@ -37,7 +37,7 @@ class LocalFiles:
         target = self._path(relative)
         temporary = self._retry("creating", relative, lambda: temporary_beside(target))
         try:
-            self._retry("creating", relative, lambda: write_synced(temporary, data))
+            self._retry("creating", relative, lambda: write_synced(temporary, data, target))
             return self._retry("creating", relative, lambda: _name(temporary, target))
         finally:
             temporary.unlink(missing_ok=True)
@@ -52,7 +52,7 @@ class LocalFiles:
             return False
         temporary = self._retry("writing", relative, lambda: temporary_beside(target))
         try:
-            written = self._retry("writing", relative, lambda: write_synced(temporary, data))
+            written = self._retry("writing", relative, lambda: write_synced(temporary, data, target))
             return self._retry("writing", relative, lambda: _replace(temporary, written, target, version))
         finally:
             temporary.unlink(missing_ok=True)
@@ -123,7 +123,7 @@ def _replace(temporary: Path, written: os.stat_result, target: str, version: str
 def temporary_beside(target: str) -> Path:
     """The path of a new file in the folder of `target`, which is made where there is none."""
     path = Path(target)
-    _make_folder(path.parent)
+    make_folder(path.parent)
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
 
 
@@ -139,22 +139,29 @@ def sync_folder(folder: str | Path) -> None:
         os.close(handle)
 
 
-def _make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
     """Make `folder` and those above it, each with its name on the disk."""
     if folder.is_dir():
         return
-    _make_folder(folder.parent)
+    make_folder(folder.parent)
     folder.mkdir(exist_ok=True)
     sync_folder(folder.parent)
 
 
-def write_synced(path: Path, data: bytes) -> os.stat_result:
-    """Write a file and flush it to the disk, so that a power cut cannot leave the name it is given with no data."""
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-        return os.fstat(file.fileno())
+def write_synced(path: Path, data: bytes, target: str) -> os.stat_result:
+    """Write a file and flush it to the disk, so that a power cut cannot leave the name it is given with no data.
+
+    target: the file that it is to become, which errors name.
+    """
+    try:
+        with open(path, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            return os.fstat(file.fileno())
+    except OSError as error:
+        error.filename = target
+        raise
 
 
 def _version(data: bytes) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 #: Seconds for which one request may run at all: a listing's page or a large object that keeps arriving.
 _LONGEST_SECONDS = 600
+#: Connections of the client that asks for checksums: as many as threads ask.
+_CONNECTIONS = 32
 #: How long credentials are used before they are asked for again. botocore renews those that expire within 10 minutes.
 _CREDENTIALS_LIFE = timedelta(minutes=10)
 #: Repeating requests is left to RetryPolicy, which then knows whether an answer was lost.
@@ -22,11 +25,11 @@ _NO_RETRIES: RetryConfig = {"max_retries": 0}
 _GCS_SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 
 
-def connector(fs: pafs.FileSystem, root: str, connect_seconds: float) -> Callable[[float], ObjectStore]:
+def connector(fs: pafs.FileSystem, root: str, connect_seconds: float) -> Callable[[float, bool], ObjectStore]:
     """A function that opens the bucket of `root` ("bucket/folder"), which `fs` reads.
 
-    Its argument is the seconds without an answer after which a request is lost. It raises PermissionError when there
-    are no credentials.
+    Its arguments are the seconds without an answer after which a request is lost, and whether the store is to keep the
+    SHA-256 of what is written, which S3 alone does. It raises PermissionError when there are no credentials.
     """
     bucket = root.partition("/")[0]
     _, (options,) = fs.__reduce__()
@@ -41,11 +44,65 @@ def connector(fs: pafs.FileSystem, root: str, connect_seconds: float) -> Callabl
 
     if isinstance(fs, pafs.S3FileSystem):
         region = fs.region
-        return lambda seconds: _s3_bucket(bucket, options, region, client(seconds))
-    return lambda seconds: _gcs_bucket(bucket, options, client(seconds))
+        return lambda seconds, checksums: _s3_bucket(bucket, options, region, client(seconds), checksums)
+    return lambda seconds, checksums: _gcs_bucket(bucket, options, client(seconds))
 
 
-def _s3_bucket(bucket: str, options: dict[str, Any], region: str, client: ClientConfig) -> S3Store:
+def sha256_reader(fs: pafs.FileSystem, root: str, seconds: float) -> Callable[[str], str | None]:
+    """A function that asks the bucket of `root` for the SHA-256 (hex) that it keeps of an object, or None.
+
+    It raises FileNotFoundError, PermissionError, and OSError for what may pass. Threads may share it. obstore and
+    pyarrow do not tell checksums.
+    """
+    if not isinstance(fs, pafs.S3FileSystem):
+        return lambda key: None
+    import botocore.exceptions
+    import botocore.session
+    from botocore import UNSIGNED
+    from botocore.config import Config
+
+    _, (options,) = fs.__reduce__()
+    keys = {
+        "aws_access_key_id": "access_key",
+        "aws_secret_access_key": "secret_key",
+        "aws_session_token": "session_token",
+    }
+    given = {name: options[key] for name, key in keys.items() if options["access_key"] and options[key]}
+    unsigned = {"signature_version": UNSIGNED} if options["anonymous"] else {}
+    config = Config(
+        connect_timeout=seconds,
+        read_timeout=seconds,
+        retries={"total_max_attempts": 1},
+        max_pool_connections=_CONNECTIONS,
+        s3={"addressing_style": "virtual" if options.get("force_virtual_addressing") else "path"},
+        **unsigned,
+    )
+    client = botocore.session.get_session().create_client(
+        "s3", region_name=fs.region, endpoint_url=_endpoint(options), config=config,
+        verify=options.get("tls_ca_file_path") or None, **given,
+    )  # fmt: skip
+    bucket = root.partition("/")[0]
+
+    def read(key: str) -> str | None:
+        try:
+            answer = client.head_object(Bucket=bucket, Key=key, ChecksumMode="ENABLED")
+        except botocore.exceptions.ClientError as error:
+            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            kind = {404: FileNotFoundError, 403: PermissionError}.get(status, OSError)
+            raise kind(f"{error} (HTTP status {status})") from None
+        except botocore.exceptions.BotoCoreError as error:
+            raise OSError(str(error)) from None
+        # That of an upload in parts is no hash of the whole.
+        whole = answer.get("ChecksumType", "FULL_OBJECT") == "FULL_OBJECT"
+        checksum = answer.get("ChecksumSHA256", "") if whole else ""
+        return base64.b64decode(checksum).hex() if checksum and "-" not in checksum else None
+
+    return read
+
+
+def _s3_bucket(
+    bucket: str, options: dict[str, Any], region: str, client: ClientConfig, checksums: bool
+) -> S3Store:  # fmt: skip
     from obstore.store import S3Store
 
     if options.get("tls_ca_file_path"):
@@ -64,6 +121,7 @@ def _s3_bucket(bucket: str, options: dict[str, Any], region: str, client: Client
             "aws_endpoint_url_s3": endpoint,
             "virtual_hosted_style_request": virtual,
             "skip_signature": bool(options["anonymous"]),
+            **({"checksum_algorithm": "sha256"} if checksums else {}),
         },
         client_options=client,
         retry_config=_NO_RETRIES,
@@ -116,6 +174,25 @@ def _from_botocore() -> Callable[[], S3Credential]:
         }
 
     return current
+
+
+def object_store_options(fs: pafs.FileSystem) -> dict[str, str]:
+    """How libraries that are built on the object_store crate, such as deltalake, reach what `fs` reads.
+
+    Credentials may expire: they are for one operation. Google's are left to the environment. Raises PermissionError
+    when there are none.
+    """
+    if not isinstance(fs, pafs.S3FileSystem):
+        return {}
+    _, (options,) = fs.__reduce__()
+    found = {"AWS_REGION": fs.region, "AWS_ALLOW_HTTP": "true"}
+    if endpoint := _endpoint(options):
+        found["AWS_ENDPOINT_URL"] = endpoint
+    if options["anonymous"]:
+        return found | {"AWS_SKIP_SIGNATURE": "true"}
+    key = _s3_credentials(options)()
+    found |= {"AWS_ACCESS_KEY_ID": key["access_key_id"], "AWS_SECRET_ACCESS_KEY": key["secret_access_key"]}
+    return found | ({"AWS_SESSION_TOKEN": token} if (token := key["token"]) else {})
 
 
 def _gcs_bucket(bucket: str, options: dict[str, Any], client: ClientConfig) -> GCSStore:

@@ -7,8 +7,10 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ltx_ray.storage.retry import RetryPolicy
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 _BATCH = 1000
 #: Bytes for which a writer waits as long as for a silent store: 0.8 MB/s in 20 seconds.
 _UPLOAD_BYTES = 16 * 2**20
+#: Parts of a large file that are uploaded at once, 5 MiB each.
+_PARTS_AT_ONCE = 4
 #: What a store answered, in a message of obstore's; a page of debugging output follows.
 _STATUS = re.compile(r"non-2xx status code: (\d+)")
 _CODE = re.compile(r"<Code>(.*?)</Code>")
@@ -32,13 +36,16 @@ _PASSING_CODES = {"RequestTimeout", "ExpiredToken", "RequestTimeTooSkewed"}
 class ObjectClient:
     """Objects below `root` ("bucket/folder"), whose paths are relative to it. `Store` documents the methods.
 
-    `connect(seconds)` opens the bucket with a client for which a request is lost after so many seconds without an
-    answer; `silence` are those of a small request.
+    `connect(seconds, checksums)` opens the bucket with a client for which a request is lost after so many seconds
+    without an answer, and which has the store keep the SHA-256 of what it writes, if it can; `silence` are the seconds
+    of a small request.
     """
 
-    def __init__(self, connect: Callable[[float], ObjectStore], root: str, silence: float, retry: RetryPolicy):
+    def __init__(self, connect: Callable[[float, bool], ObjectStore], root: str, silence: float, retry: RetryPolicy):
         _, _, self._prefix = root.partition("/")
         self._connect, self._silence, self._retry = functools.cache(connect), silence, retry
+        #: Whether the store takes checksums. Not every S3-compatible one does.
+        self._checksums = True
 
     def create(self, relative: str, data: bytes) -> bool:
         try:
@@ -62,7 +69,7 @@ class ObjectClient:
     def names(self, folder: str) -> Iterator[str]:
         import obstore
 
-        below = self._key(folder)
+        below = self.key(folder)
         start = len(below) + 1 if below else 0
         stream: Iterator[Any] | None = None
         last: str | None = None
@@ -71,7 +78,7 @@ class ObjectClient:
             nonlocal stream
             with _os_errors():
                 # After an error, the listing goes on behind the last name.
-                stream = stream or iter(obstore.list(self._connect(self._silence), below or None, offset=last))
+                stream = stream or iter(obstore.list(self._connect(self._silence, False), below or None, offset=last))
                 try:
                     return next(stream, [])
                 except Exception:
@@ -87,27 +94,28 @@ class ObjectClient:
         pending = iter(relatives)
         while batch := list(itertools.islice(pending, _BATCH)):
             shown = batch[0] if len(batch) == 1 else f"{batch[0]} and {len(batch) - 1} more"
-            self._retry("deleting", shown, functools.partial(self._delete, [self._key(name) for name in batch]))
+            self._retry("deleting", shown, functools.partial(self._delete, [self.key(name) for name in batch]))
 
     def _delete(self, keys: list[str]) -> None:
         import obstore
 
         try:
             with _os_errors():
-                obstore.delete(self._connect(self._silence), keys)
+                obstore.delete(self._connect(self._silence, False), keys)
         except FileNotFoundError:
             # Google's store, unlike S3, says that one is missing, and the others may be left.
             for key in keys if len(keys) > 1 else ():
                 self._delete([key])
 
-    def _key(self, relative: str) -> str:
+    def key(self, relative: str) -> str:
+        """The object's name in its bucket."""
         return f"{self._prefix}/{relative}".strip("/")
 
     def _get(self, relative: str) -> tuple[bytes, str]:
         import obstore
 
         with _os_errors():
-            answer = obstore.get(self._connect(self._silence), self._key(relative))
+            answer = obstore.get(self._connect(self._silence, False), self.key(relative))
             # S3 compares the first of them, Google's store the second.
             version = {name: answer.meta[name] for name in ("e_tag", "version") if answer.meta[name] is not None}
             return bytes(answer.bytes()), json.dumps(version)
@@ -123,18 +131,44 @@ class ObjectClient:
             nonlocal unsure
             try:
                 with _os_errors():
-                    obstore.put(self._connect(seconds), self._key(relative), data, mode=mode, use_multipart=False)
+                    client = self._connect(seconds, self._checksums)
+                    obstore.put(client, self.key(relative), data, mode=mode, use_multipart=False)
                 return True
             except _Refused:
                 # It may be this call's own object that was in the way.
                 return unsure and self._holds(relative, data)
             except _Conflict:
                 raise
-            except OSError:
+            except OSError as error:
+                if self._checksums and "checksum" in str(error).lower():
+                    self._checksums = False
+                    return put()
                 unsure = True
                 raise
 
         return self._retry(doing, relative, put)
+
+    def upload(self, relative: str, path: Path) -> None:
+        """Write an object from a file, in parts where it is large. It replaces an older one when it is complete."""
+        import obstore
+
+        def put() -> None:
+            with _os_errors():
+                client = self._connect(2 * self._silence, False)
+                obstore.put(client, self.key(relative), path, max_concurrency=_PARTS_AT_ONCE)
+
+        self._retry("writing", relative, put)
+
+    def signed_urls(self, relatives: Sequence[str], seconds: float) -> list[str]:
+        """URLs by which anybody reads these objects for so long. Raises OSError without credentials that can sign."""
+        import obstore
+
+        keys = [self.key(relative) for relative in relatives]
+        with _os_errors():
+            signed: list[str] = obstore.sign(  # type: ignore[call-overload]
+                self._connect(self._silence, False), "GET", keys, timedelta(seconds=seconds)
+            )
+        return signed
 
     def _replace(self, doing: str, relative: str, data: bytes, version: str | None) -> bool:
         """For a store without conditions: look, then write. Of several writers at once, more than one may do so."""

@@ -16,9 +16,16 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from ltx_ray.storage.credentials import encoded_user_info, split_user_info
-from ltx_ray.storage.local_files import TEMPORARY, LocalFiles, temporary_beside, write_synced
+from ltx_ray.storage.local_files import (
+    TEMPORARY,
+    LocalFiles,
+    make_folder,
+    sync_folder,
+    temporary_beside,
+    write_synced,
+)
 from ltx_ray.storage.locations import recorded, resolve, split_options
-from ltx_ray.storage.object_access import connector
+from ltx_ray.storage.object_access import connector, object_store_options, sha256_reader
 from ltx_ray.storage.object_client import ObjectClient
 from ltx_ray.storage.parquet import read_parquet, read_parquet_file
 from ltx_ray.storage.retry import RetryPolicy, retrying_reader
@@ -86,8 +93,8 @@ class Store:
         """Full path of `relative` within the filesystem."""
         return f"{self.root.rstrip('/')}/{relative}" if relative else self.root
 
-    def check_writable(self) -> None:
-        """Raise ValueError naming the URI unless a file can be made and removed under it."""
+    def check_writable(self, what: str = "--output") -> None:
+        """Raise ValueError naming the URI, given as `what`, unless a file can be made and removed under it."""
         probe = f"_probe-{secrets.token_hex(4)}"
         try:
             store = self.retrying_for(min(self._retry.seconds, _CHECK_RETRY_SECONDS))
@@ -96,7 +103,7 @@ class Store:
                 store.create(probe, b"")  # by the other library, which has to find its credentials, too
             store.delete(probe)
         except Exception as error:  # each filesystem raises its own classes
-            raise ValueError(f"--output: {self.name}, cannot be written ({error})") from None
+            raise ValueError(f"{what}: {self.name}, cannot be written ({error})") from None
 
     def exists(self, relative: str) -> bool:
         return self._info(relative).type != pafs.FileType.NotFound
@@ -150,6 +157,20 @@ class Store:
             # The store's error, which is retried, or that of a damaged file.
             return read_parquet(self.read_bytes(relative), columns)
 
+    def stored_sha256(self, relative: str) -> str | None:
+        """The SHA-256 (hex) that the store keeps of a whole file, without reading it; None where it keeps none.
+
+        S3 computes it while a file is created, and compares it with the sender's. Raises FileNotFoundError.
+        """
+        if isinstance(self._conditional, LocalFiles):
+            return None
+        read, key = self._sha256_reader, self._conditional.key(relative)
+        return self._retry("looking up", relative, lambda: read(key))
+
+    @cached_property
+    def _sha256_reader(self) -> Callable[[str], str | None]:
+        return sha256_reader(self._fs, self.root, _SILENCE_SECONDS)
+
     def write_bytes(self, relative: str, data: bytes) -> None:
         """Write a whole file. It replaces an older one atomically."""
         target = self.path(relative)
@@ -159,12 +180,38 @@ class Store:
                 return self._put(target, data)
             temporary = temporary_beside(target)
             try:
-                write_synced(temporary, data)
+                write_synced(temporary, data, target)
                 os.replace(temporary, target)
             finally:
                 temporary.unlink(missing_ok=True)
 
         self._retry("writing", relative, write)
+
+    def publish_file(self, relative: str, path: Path) -> None:
+        """Write a whole file from one in `scratch_dir`, which is gone afterwards. It replaces an older one."""
+        target = self.path(relative)
+
+        def publish() -> None:
+            make_folder(Path(target).parent)
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(path, target)
+            sync_folder(os.path.dirname(target))
+
+        if isinstance(self._conditional, LocalFiles):
+            self._retry("writing", relative, publish)
+        else:
+            self._conditional.upload(relative, path)
+            path.unlink()
+
+    def signed_urls(self, relatives: Sequence[str], seconds: float) -> list[str]:
+        """URLs of objects that need no credentials until they expire. Raises OSError when they cannot be signed."""
+        assert isinstance(self._conditional, ObjectClient)
+        return self._conditional.signed_urls(relatives, seconds)
+
+    def object_store_options(self) -> dict[str, str]:
+        """How libraries that are built on the object_store crate reach the store; nothing for a local disk."""
+        return {} if self.is_local else object_store_options(self._fs)
 
     @cached_property
     def _conditional(self) -> LocalFiles | ObjectClient:

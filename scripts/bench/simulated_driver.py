@@ -164,6 +164,7 @@ def drive(
         began, cpu = time.perf_counter(), time.process_time()
         driver.run(rows())
         seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+        events.flush()  # Its thread must not write while the folder is removed.
     figures: dict[str, Any] = {
         "counts": dict(tracker.counts),
         "seconds": seconds,

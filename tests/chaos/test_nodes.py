@@ -12,7 +12,7 @@ from collections import Counter
 
 import pytest
 
-from ltx_ray.config import RunLimits
+from ltx_ray.config import RunLimits, Selection
 from ltx_ray.placement.sizing import ParallelConfig
 from tests.support.local_cluster import Job, rows, undisturbed, wait_for
 
@@ -153,6 +153,17 @@ def test_a_killed_driver_is_followed_by_two_of_which_one_goes_on(job):
     assert all(after[name] == row for name, row in before.items())
     assert sum("is in use by run" in log for log in logs) == 1
     assert any("0 rendered, 24 done before" in log for log in logs)
+
+
+def test_shards_of_one_output_take_turns_and_leave_each_row_once(job):
+    """Three start at once. Each says whom it waits for, renders its own rows, and keeps the failures of the others."""
+    manifest = rows(*["a cat"] * 8, "[[stage1:row]]")
+    drivers = [job.start(manifest, parallel=SHARED, selection=Selection(shard=(number, 3))) for number in range(3)]
+    logs = [driver.ends(3 if number == 8 % 3 else 0) for number, driver in enumerate(drivers)]
+    assert [sum(f"{name}: 3 rows, " in log for log in logs) for name in ("finished",)] == [3]
+    assert sum("is in use by run" in log for log in logs) >= 2
+    assert set(job.out.index()) == {f"r{number}" for number in range(8)}
+    assert set(job.out.failed()) == {"r8"} and not list(job.out.folder.glob("state/wal/*"))
 
 
 def test_a_killed_driver_leaves_no_row_twice_and_the_next_run_has_all(job):

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from ltx_ray.cli.serve import report_server
 from ltx_ray.dataset.report import write_report
+from ltx_ray.storage.store import Store
 from tests.support import report_data as data
 from tests.support.browser import CHROMIUM, Browser
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")]
 ROWS = 100_000
+#: The row whose clip there is, and one that has none.
+PLAYED, MISSING = 70007, 70008
 #: Marks in the page's window that a prompt would leave if it were run.
 HOSTILE = [
     "</script><script>window.ran = 1</script>", "<img src=x onerror='window.ran = 2'>", "<!--<script>window.ran = 3",
@@ -26,9 +31,10 @@ def rows() -> list[dict]:
         item_id = f"{n:08x}" * 4
         prompt = HOSTILE[n] if n < len(HOSTILE) else f"A lighthouse number {n} at dusk, waves break below. " * 4
         flags = ["silent", "<b>flag</b>"] if n < len(HOSTILE) else ["frozen"] if n % 1000 == 0 else []
+        size = (96, 128) if n % 1000 == 500 else (64, 64)
         made.append(
-            data.index_row(n, item_id=item_id, clip=f"clips/{item_id[:2]}/{item_id}.mp4", prompt=prompt, flags=flags,
-                           text_seconds=float(n))
+            data.index_row(n, *size, item_id=item_id, clip=f"clips/{item_id[:2]}/{item_id}.mp4", prompt=prompt,
+                           flags=flags, text_seconds=float(n))
         )  # fmt: skip
     return made
 
@@ -44,6 +50,8 @@ def out(tmp_path_factory) -> Path:
         path = folder / "thumbs" / row["item_id"][:2] / f"{row['item_id']}.webp"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (720, 270), (200, 100, 50)).save(path, "WEBP")
+    data.write_mp4(folder / made[PLAYED]["clip"], 64, 64, 9)
+    data.write_parts(folder, "failed", [data.failed_row(n, message=f"rank {n} died") for n in range(5000)], size=1000)
     write_report(str(folder))
     return folder
 
@@ -120,7 +128,63 @@ def test_it_filters_and_sorts(page):
     assert words == "" and shown[0] == f"clip-{ROWS - 1}"
     _, shown = choose(page, "sort", "done")
     assert shown[0] == f"clip-{ROWS - 1}"
+    choose(page, "sort", "size")
+    assert page.evaluate(SHOWN)[:2] == ["clip-0500", "clip-1500"]
+    words, shown = choose(page, "size", "96x128")
+    assert words == f"100 of {ROWS} shown" and shown[0] == "clip-0500"
+    assert choose(page, "flag", "=frozen")[0] == f"0 of {ROWS} shown"
+    choose(page, "flag", "")
+    assert choose(page, "size", "")[0] == ""
     assert choose(page, "words", "no such word") == (f"0 of {ROWS} shown", [])
+
+
+#: Says what the player does, half a minute later at most, and closes it.
+PLAYER = """(async () => {
+    const player = document.querySelector('dialog.player'), video = player.querySelector('video');
+    const note = () => player.querySelector('p').textContent;
+    for (let n = 0; n < 300 && !video.currentTime && !note(); n++) await new Promise(done => setTimeout(done, 100));
+    const title = player.querySelector('h3').textContent;
+    const found = [player.open, title, video.videoWidth, video.currentTime > 0, note()];
+    player.close();
+    await new Promise(done => setTimeout(done, 100));
+    return [...found, video.hasAttribute('src'), /(report.html|\\/)$/.test(location.pathname)];
+})()"""
+
+
+def played(page: Browser, number: int) -> list:
+    choose(page, "words", f"NUMBER {number} lighthouse")
+    page.click(".line .thumb")
+    return page.evaluate(PLAYER)
+
+
+def test_a_click_plays_the_clip_from_the_disk(page):
+    assert played(page, PLAYED) == [True, f"clip-{PLAYED}", 64, True, "", False, True]
+    title, width, plays, note = played(page, MISSING)[1:5]
+    assert (title, width, plays) == (f"clip-{MISSING}", 0, False) and "cannot be played here" in note
+
+
+def test_a_click_plays_the_clip_from_the_server(browser, out):
+    with report_server(Store(str(out)), 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        browser.open_url(f"http://127.0.0.1:{server.server_port}/")
+        assert played(browser, PLAYED) == [True, f"clip-{PLAYED}", 64, True, "", False, True]
+        server.shutdown()
+
+
+def test_a_click_with_ctrl_opens_the_file(page):
+    choose(page, "words", f"NUMBER {PLAYED} lighthouse")
+    assert not page.evaluate("""(() => {
+        const event = new MouseEvent('click', { bubbles: true, cancelable: true, ctrlKey: true });
+        document.addEventListener('click', stop => stop.preventDefault(), { once: true });
+        document.querySelector('.line .thumb').dispatchEvent(event);
+        return !!document.querySelector('dialog.player');
+    })()""")
+
+
+def test_failures_are_one_group_with_a_command(page):
+    assert page.evaluate("document.querySelectorAll('details.cause').length") == 1
+    assert "5,000" in page.evaluate("document.querySelector('details.cause summary').textContent")
+    assert "ltx-ray render" in page.evaluate("document.querySelector('details.cause code').textContent")
 
 
 def test_no_prompt_is_run(page):

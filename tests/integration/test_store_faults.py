@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 import time
@@ -393,6 +394,29 @@ def test_a_store_that_has_no_conditions_looks_before_it_writes(proxy, bucket):
         lease.acquire(pytest.fail)
         assert holder(store).run_id == "mine"
         lease.release()
+
+
+def test_a_store_that_takes_no_checksums_gets_none(proxy, bucket):
+    """One try in all, since each file after the first is written without."""
+    store = Store(bucket, wait=pytest.fail)
+    with proxy.misbehaving(kinds=("no_checksums",), first=10**6):
+        assert [store.create("x", data) for data in (b"one", b"two")] == [True, False]
+        assert store.update("x", b"three", store.read_versioned("x")[1])
+        assert store.read_bytes("x") == b"three" and store.stored_sha256("x") is None
+    summed = [path for _, path, headers in proxy.requests if "x-amz-checksum-sha256" in map(str.lower, headers)]
+    assert len(summed) == 1
+    assert Store(bucket).create("y", b"one") and Store(bucket).stored_sha256("y") == hashlib.sha256(b"one").hexdigest()
+
+
+def test_checksums_are_asked_for_again_when_that_fails(proxy, bucket):
+    store = quick_store(bucket)
+    store.create("x", b"one")
+    with proxy.misbehaving(kinds=("slow_down", "cut_request", "lost_response"), methods=("HEAD",), first=3):
+        assert store.stored_sha256("x") == hashlib.sha256(b"one").hexdigest()
+    with pytest.raises(FileNotFoundError):
+        store.stored_sha256("none")
+    with proxy.misbehaving(kinds=("denied",), first=10**6), pytest.raises(PermissionError):
+        store.stored_sha256("x")
 
 
 def test_many_threads_share_a_store_that_throttles(proxy, single_try, s3, bucket):

@@ -64,11 +64,25 @@ class Browser:
 
     def open(self, page: Path) -> float:
         """Open a file, and return the seconds until its scripts have run."""
+        return self.open_url(page.as_uri())
+
+    def open_url(self, url: str) -> float:
+        """The same of a URL."""
         began = time.monotonic()
-        self._loop.run_until_complete(self._send("Page.navigate", url=page.as_uri()))
+        self._loop.run_until_complete(self._send("Page.navigate", url=url))
         while self.evaluate("document.readyState") != "complete":
             time.sleep(0.02)
         return time.monotonic() - began
+
+    def click(self, selector: str) -> None:
+        """Click on an element as a person does: a page may play sound after that."""
+        found = f"document.querySelector({selector!r})"
+        self.evaluate(f"{found}.scrollIntoView({{ block: 'center', behavior: 'instant' }})")
+        self.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        x, y = self.evaluate(f"(r => [r.x + r.width / 2, r.y + r.height / 2])({found}.getBoundingClientRect())")
+        for kind in ("mousePressed", "mouseReleased"):
+            event = {"type": kind, "x": x, "y": y, "button": "left", "clickCount": 1}
+            self._loop.run_until_complete(self._send("Input.dispatchMouseEvent", **event))
 
     def evaluate(self, expression: str) -> Any:
         """The value of a JavaScript expression, or of the promise that it gives."""

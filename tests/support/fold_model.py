@@ -2,7 +2,8 @@
 
 A schedule is drawn from a seed. One or two drivers render a few rows into a store in memory. Before each operation of
 the store another driver may go on, and before or after it a driver may die; the same command is then started again.
-After every operation a plain reader looks at `index/`.
+In some schedules a row is taken down, by a command that dies as drivers do. After every operation a plain reader looks
+at `index/`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from unittest import mock
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ltx_ray.cli import remove as removing
 from ltx_ray.dataset import existing as existing_rows
 from ltx_ray.dataset import fold, layout
 from ltx_ray.dataset.clips import publish_clip
@@ -28,6 +30,7 @@ from ltx_ray.dataset.existing import list_existing
 from ltx_ray.dataset.fold import fold_dataset
 from ltx_ray.dataset.identity import dataset_id
 from ltx_ray.dataset.parts import KEY_COLUMNS
+from ltx_ray.dataset.removal import finish_removals
 from ltx_ray.dataset.row_log import RowLog
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.engine.fake import mp4_boxes, read_metadata
@@ -164,12 +167,14 @@ class Driver:
         dice = self.dice
         dataset, existing = dataset_id(store), list_existing(store)
         fold_dataset(store, existing, dataset, self.run_id, lambda message: None)
+        if finish_removals(store, existing, lambda message: None):
+            existing = list_existing(store)
         holds_lease = lambda: self._schedule.holder is self  # noqa: E731
         log = RowLog(store, existing, dataset, self.run_id, part_rows=_PART_ROWS, holds_lease=holds_lease)
         writer = DatasetWriter(log)
         waiting: list[str] = []
         for item_id, row_id in ROWS:
-            if existing.has_row(item_id, layout.row_key(row_id)):
+            if existing.has_row(item_id, layout.row_key(row_id)) or existing.removed.has_row(item_id, row_id):
                 continue
             key = existing.key_of(item_id)
             if dice.random() < self._schedule.failing:
@@ -200,6 +205,13 @@ class Driver:
         return publish_clip(store, clip, item_id, data, read_metadata)
 
 
+class Remover(Driver):
+    """The command that takes a row down. It has the lease, which a driver beside it has lost without noticing."""
+
+    def _run(self, store: Store) -> None:
+        removing.remove(store, frozenset({self._schedule.takes_down}), lambda text: None, lambda done, total: None)
+
+
 class Schedule:
     """One store and the drivers that work on it. `wrong` says what a plain reader found, or what was lost."""
 
@@ -212,30 +224,66 @@ class Schedule:
         self._acknowledged: set[str] = set()
         self._lives = 0
         self.holder: Driver | None = None
+        #: The row, or the item, that is taken down; the rows that have to go once that has begun, and those that may
+        #: go with them: a row that was never there does not tell which item it would be.
+        row = self.dice.choice(ROWS)
+        self.takes_down = self.dice.choice([None, *row])
+        self._gone: set[str] = set()
+        self._going: set[str] = set()
+        self._two = False
 
     def run(self, drivers: int) -> Counter[str]:
+        self._two = drivers == 2
         live = [self._start() for _ in range(drivers)]
         for _ in range(_MOST_OPERATIONS):
             if not live or self.wrong:
                 break
+            if self._two and self.takes_down and not self._going and self.dice.random() < 0.02:
+                live.append(self._start_remover())
             driver = self.dice.choice(live)
             kill = self._lives < _MOST_LIVES and self.dice.random() < 0.03
             self._turn(driver, kill)
             if driver.ended:
                 live.remove(driver)
                 if kill:
-                    live.append(self._start())
+                    live.append(self._start_again(driver))
+                elif not live and self.takes_down and not self._going:
+                    live.append(self._start_remover())
         if self.wrong:
             for driver in live:
                 driver.give_turn(kill=True)
             return self.wrong
         assert not live, "a driver does not end"
         self.failing = 0.0
-        last = self._start()
-        while not last.ended and not self.wrong:
-            self._turn(last, False)
+        self._to_the_end(self._start())
+        # A driver beside a removal may render an id that had no row; the same removal again takes that out.
+        records = b"".join(data for path, data in self.files.items() if path.startswith(layout.REMOVED))
+        if any(row["id"] in self._gone and row["item_id"].encode() in records for row in self._rows(layout.INDEX)):
+            self.wrong["a row that was taken down is there"] += 1
+        if self._going:
+            # A driver beside the removal may have made a clip since, and died before it had a row.
+            self._to_the_end(self._start_remover())
         self._check_end()
         return self.wrong
+
+    def _to_the_end(self, driver: Driver) -> None:
+        while not driver.ended and not self.wrong:
+            self._turn(driver, False)
+
+    def _start_again(self, killed: Driver) -> Driver:
+        """What is done after a death: the same command, or the other one."""
+        remover = isinstance(killed, Remover)
+        if self.takes_down and not self._two and (remover or not self._going) and self.dice.random() < 0.5:
+            remover = not remover
+        return self._start_remover() if remover else self._start()
+
+    def _start_remover(self) -> Driver:
+        self._lives += 1
+        items = {item_id for item_id, row_id in ROWS if self.takes_down in (item_id, row_id)}
+        self._going = {row_id for item_id, row_id in ROWS if item_id in items}
+        self._gone = {self.takes_down} & self._going or self._going
+        self.holder = Remover(self._lives, self)
+        return self.holder
 
     def _start(self) -> Driver:
         self._lives += 1
@@ -254,15 +302,23 @@ class Schedule:
         if len({row["id"] for row in rows}) < len(rows):
             self.wrong["a row is there twice"] += 1
         for row in rows:
+            if self._two and row["id"] in self._going:
+                continue  # a driver that has lost the lease may name a clip that was taken down
             if hashlib.sha256(self.files.get(row["clip"], b"")).hexdigest() != row["clip_sha256"]:
                 self.wrong["a sha256 is not that of the clip"] += 1
         known = {row["id"] for row in (*rows, *self._rows(layout.FAILED), *self._segments())}
-        if self._acknowledged - known:
+        if self._acknowledged - known - self._going:
             self.wrong["a row is lost"] += 1
 
     def _check_end(self) -> None:
-        if sorted(row["id"] for row in self._rows(layout.INDEX)) != sorted(row_id for _, row_id in ROWS):
+        rows = self._rows(layout.INDEX)
+        ids = {row["id"] for row in rows}
+        if {row_id for _, row_id in ROWS} - ids - self._going:
             self.wrong["a row is missing at the end"] += 1
+        if self._gone & ids:
+            self.wrong["a row that was taken down is there"] += 1
+        if {path for path in self.files if path.startswith(layout.CLIPS)} - {row["clip"] for row in rows}:
+            self.wrong["a clip without a row is there"] += 1
         if self._rows(layout.FAILED):
             self.wrong["a failure that was overcome is still there"] += 1
         if self._segments():
@@ -307,6 +363,8 @@ def small_and_single_threaded() -> Iterator[None]:
     with (
         mock.patch.object(existing_rows, "ThreadPoolExecutor", _Inline),
         mock.patch.object(fold, "ThreadPoolExecutor", _Inline),
+        mock.patch.object(removing, "Lease", mock.MagicMock()),
+        mock.patch.object(removing, "describe_dataset", mock.MagicMock()),
         mock.patch.object(layout, "PART_SCHEMAS", part_schemas),
         mock.patch.object(layout, "SEGMENT_SCHEMAS", segment_schemas),
     ):

@@ -39,6 +39,7 @@ _TYPES = {
     "width": pa.int32(),
     "num_frames": pa.int32(),
     "frame_rate": pa.float64(),
+    "motion": pa.float64(),
     "num_inference_steps": pa.int32(),
     "video_cfg_scale": pa.float64(),
     "attempts": pa.int32(),

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 #: request are overlooked. not_implemented: 501 for a request with conditions.
 KINDS = (
     "slow_down", "error", "cut_request", "cut_response", "lost_response", "stall", "denied", "conflict",
-    "unconditional", "not_implemented",
+    "unconditional", "not_implemented", "no_checksums",
 )  # fmt: skip
 _CODES = {
     "slow_down": (503, "SlowDown"),
@@ -31,6 +31,7 @@ _CODES = {
     "denied": (403, "AccessDenied"),
     "conflict": (409, "ConditionalRequestConflict"),
     "not_implemented": (501, "NotImplemented"),
+    "no_checksums": (400, "InvalidArgument"),
 }
 _CONDITIONS = {"if-match", "if-none-match"}
 _HOP_BY_HOP = {"connection", "transfer-encoding", "keep-alive"}
@@ -95,7 +96,9 @@ class Proxy:
                     time.sleep(proxy.faults.seconds)
                     return self._close()
                 conditional = any(name.lower() in _CONDITIONS for name in self.headers)
-                if kind in _CODES and (conditional or kind != "not_implemented"):
+                summed = any(name.lower() == "x-amz-checksum-sha256" for name in self.headers)
+                spared = {"not_implemented": not conditional, "no_checksums": not summed}
+                if kind in _CODES and not spared.get(kind):
                     return self._refuse(*_CODES[kind])
                 upstream = http.client.HTTPConnection(target.hostname, target.port, timeout=60)
                 try:
@@ -135,7 +138,8 @@ class Proxy:
                 return b"".join(parts)
 
             def _refuse(self, code: int, name: str) -> None:
-                content = f"<Error><Code>{name}</Code><Message>injected</Message></Error>".encode()
+                why = "Unsupported header 'x-amz-checksum-sha256'" if name == "InvalidArgument" else "injected"
+                content = f"<Error><Code>{name}</Code><Message>{why}</Message></Error>".encode()
                 self.send_response_only(code)
                 self.send_header("Content-Type", "application/xml")
                 self.send_header("Content-Length", str(len(content)))

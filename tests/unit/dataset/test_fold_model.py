@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 
+from ltx_ray.cli import remove as removing
 from ltx_ray.dataset import fold, row_log
 from ltx_ray.dataset.existing import TableRows, list_existing
 from ltx_ray.dataset.parts import encode_segment
@@ -49,11 +50,16 @@ def _not_learned(store, known, part):
         (fold_model, "publish_clip", _overwritten, "a sha256 is not that of the clip"),
         (fold_model, "list_existing", _numbers_later, "a row is there twice"),
         (fold, "learn_part", _not_learned, "a row is there twice"),
-        (TableRows, "is_folded", lambda rows, key: False, "a row is there twice"),
+        (TableRows, "not_folded", lambda rows, keys: list(keys), "a row is there twice"),
+        (fold_model, "finish_removals", lambda store, existing, say: False, "a row that was taken down is there"),
+        (removing, "record_removed", lambda store, items, ids: None, "a row that was taken down is there"),
         (row_log, "encode_segment", lambda rows, table: encode_segment(rows[:-1], table), "a row is lost"),
     ],
-    ids=["clips are overwritten", "numbers are listed later", "a lost race", "folded again", "a short segment"],
-)
+    ids=[
+        "overwritten clips", "numbers listed later", "a lost race", "folded again", "a cut removal",
+        "an unrecorded removal", "a short segment",
+    ],
+)  # fmt: skip
 def test_the_schedules_find_mistakes_in_the_protocol(monkeypatch, module, name, mistake, found):
     monkeypatch.setattr(module, name, mistake)
     wrong: Counter[str] = Counter()

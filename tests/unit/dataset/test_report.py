@@ -17,6 +17,7 @@ from PIL import Image
 
 from ltx_ray.dataset import report_data
 from ltx_ray.dataset.report import write_report
+from ltx_ray.dataset.report_failures import EXAMPLES, retry_command
 from ltx_ray.dataset.report_list import Smallest
 from ltx_ray.dataset.report_text import esc, human
 from ltx_ray.dataset.thumbnails import make_strip
@@ -112,7 +113,7 @@ def test_the_policy_allows_the_one_script_and_nothing_else(page):
 
 def test_failures_come_first_with_their_details(page):
     assert page.source.index('id="failures"') < page.source.index('id="timeline"') < page.source.index('id="clips"')
-    assert len(page.all("ol", "failures")) == 1
+    assert len(page.all("details", "cause")) == len(page.all("ol", "failures")) == 2
     for text in (
         "bad-001",
         "3 attempts",
@@ -240,7 +241,7 @@ def test_memory_does_not_grow_with_the_rows_that_are_not_shown(tmp_path, monkeyp
         assert tracemalloc.get_traced_memory()[1] < 30_000_000
     finally:
         tracemalloc.stop()
-    assert found.rendered == sum(found.failures.values()) == 20_000
+    assert found.rendered == found.failures.total == 20_000
     assert len(found.clips) == len(found.listed) == 10
 
 
@@ -267,23 +268,62 @@ def test_empty_dataset(tmp_path):
 
 
 def test_failures_only_and_many_of_them(tmp_path):
-    data.write_parts(tmp_path, "failed", [data.failed_row(i) for i in range(report_data.MAX_FAILURES + 40)], size=100)
+    data.write_parts(tmp_path, "failed", [data.failed_row(i) for i in range(340)], size=100)
     page = Page(tmp_path)
-    assert "0 clips rendered, 340 failed" in page.text and "40 more are not shown" in page.text
-    assert len(page.source) < 500_000
+    assert "0 clips rendered, 340 failed" in page.text and f"{340 - EXAMPLES} more like these" in page.text
+    assert len(page.all("details", "cause")) == 1 and "bad-000" in page.text
+    assert len(page.source) < 200_000
 
 
-def test_only_failures_that_are_shown_are_in_memory(tmp_path):
-    rows = [data.failed_row(i, traceback=f"{i} " * 5000) for i in range(3 * report_data.MAX_FAILURES)]
+def test_failures_of_one_cause_are_together_with_their_command(tmp_path):
+    lost = [data.failed_row(i, message=f"replica stage2-{i} died: exit code {i}") for i in range(20)]
+    illegal = [
+        data.failed_row(100 + i, error_class="row", item_id=None, stage="plan",
+                        message=f"m.jsonl:{i}:height (bad-{100 + i}): {i}, legal: a multiple of 64")
+        for i in range(5)
+    ]  # fmt: skip
+    bad = [data.failed_row(200, error_class="row", stage="stage1", message="latents are not finite")]
+    data.write_parts(tmp_path, "failed", [*bad, *illegal, *lost], size=100)
+    data.write_run(tmp_path, rows=26)
+    groups = report_data.read_report_data(Store(str(tmp_path)), 10).failures.groups()
+    assert [(g.kind, g.stage, g.count) for g in groups] == [
+        ("infrastructure", "stage2", 20), ("illegal", "plan", 5), ("row", "stage1", 1),
+    ]  # fmt: skip
+    page = Page(tmp_path)
+    assert page.text.count("ltx-ray render prompts.parquet --output OUT") >= 2
+    assert f"ltx-ray retry {tmp_path}" in page.text and "Correct the manifest" in page.text
+
+
+@pytest.mark.parametrize(
+    "command, retry",
+    [
+        (["/bin/ltx-ray", "render", "m.jsonl", "--output", "out", "--model", "toy"], "ltx-ray retry out --model toy"),
+        (["ltx-ray", "render", "--model", "toy", "/data/m.jsonl", "--output=out", "--limit", "3"],
+         "ltx-ray retry out --model toy"),
+        (["jobs/render.py", "m.jsonl", "--output", "out", "--tp", "2", "--lora", "a b.safetensors", "0.5"],
+         "ltx-ray retry out --tp 2 --lora 'a b.safetensors' 0.5"),
+        (["ltx-ray", "retry", "out", "--model", "toy"], "ltx-ray retry out --model toy"),
+        ([], "ltx-ray retry out"),
+        ("damaged", "ltx-ray retry out"),
+    ],
+)  # fmt: skip
+def test_the_command_of_a_retry_has_the_options_of_the_run(command, retry):
+    assert retry_command({"command": command, "manifest": "/data/m.jsonl"}, "out") == retry
+
+
+def test_memory_does_not_grow_with_failures_or_their_causes(tmp_path):
+    rows = [data.failed_row(i, traceback=f"{i} " * 5000) for i in range(900)]
+    rows += [data.failed_row(i, message="word" * i) for i in range(1, 200)]
     data.write_parts(tmp_path, "failed", rows, size=30)
     del rows
     tracemalloc.start()
     try:
         found = report_data.read_report_data(Store(str(tmp_path)), 10)
-        assert tracemalloc.get_traced_memory()[1] < 2 * sum(len(row["traceback"]) for row in found.failed)
+        assert tracemalloc.get_traced_memory()[1] < 6_000_000
     finally:
         tracemalloc.stop()
-    assert len(found.failed) == report_data.MAX_FAILURES == found.failures.total() / 3
+    assert found.failures.total == 1099
+    assert max(len(group.rows) for group in found.failures.groups()) == EXAMPLES
 
 
 def test_a_failure_that_was_rendered_since_is_not_listed(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ltx_ray import records
-from ltx_ray.dataset.layout import INDEX_SCHEMA
+from ltx_ray.dataset.layout import FAILED_SCHEMA, INDEX_SCHEMA
 from ltx_ray.engine import frames, loudness, motion
 from ltx_ray.manifest.columns import COLUMNS
 
@@ -28,6 +28,12 @@ def test_every_column_has_a_line_with_its_type_in_the_order_of_the_code():
     described = [(name.strip("`"), kind) for name, kind, _ in rows("Columns")]
     columns = [field for field in INDEX_SCHEMA if field.name not in {*COLUMNS, "extra"}]
     assert described == [(c.name, "list of string" if c.name == "flags" else str(c.type)) for c in columns]
+
+
+def test_every_column_of_failed_rows_has_a_line_too():
+    described = [(name.strip("`"), kind) for name, kind, _ in rows("Columns of failed/")]
+    columns = [field for field in FAILED_SCHEMA if field.name not in {*COLUMNS, "extra"}]
+    assert described == [(column.name, str(column.type)) for column in columns]
 
 
 def test_every_flag_has_a_line():

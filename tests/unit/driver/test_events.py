@@ -7,12 +7,14 @@ import json
 import threading
 import time
 import tracemalloc
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
 from ltx_ray.driver import events
 from ltx_ray.driver.events import EventLog
+from ltx_ray.stages import Stage
 from ltx_ray.storage.store import Store
 
 FOLDER = "state/events/r1"
@@ -288,3 +290,24 @@ def test_credentials_stand_in_no_event(local):
     log.emit("warning", n=1, message="s3://KEY:SECRET@bucket/x cannot be read")
     log.flush()
     assert "SECRET" not in local.read_bytes("events.jsonl").decode()
+
+
+def test_the_summary_has_every_event_at_once(local):
+    log = EventLog(local, "r1")
+    for n in range(3):
+        log.emit(
+            "call", role="dit", replica="dit-0", stage=Stage.STAGE1, id=f"clip-{n}", start=1e9, seconds=1.0, ok=True
+        )
+        assert log.summary.summary(0.0, None).events == {"call": n + 1}
+        assert log.summary.summary(0.0, None).replicas["dit-0"].id == f"clip-{n}"
+    assert log.summary.summary(0.0, None).replicas["dit-0"].stage == "stage1"
+
+
+def test_a_text_that_utf_8_cannot_hold_costs_no_other_event(local):
+    log = EventLog(local, "r1")
+    log.emit("warning", n=1, message="a file's name: \udcff", path=Path("x"))
+    log.emit("warning", n=2, message="é", path=Path("x"))
+    log.flush()
+    assert [(event["n"], event["message"], event["path"]) for event in lines(local)] == [
+        (1, "a file's name: ?", "x"), (2, "é", "x"),
+    ]  # fmt: skip

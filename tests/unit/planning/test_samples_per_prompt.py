@@ -114,6 +114,29 @@ def test_an_illegal_row_has_no_samples(plan):
     ]  # fmt: skip
 
 
+def test_a_retry_of_an_illegal_row_renders_all_of_its_samples(plan, tmp_path):
+    """Its picture was not there; now it is. A failed sample of a legal row stays one sample."""
+    picture = tmp_path / "late.png"
+    first = plan({"id": "late", "images": [{"path": str(picture)}]}, {"id": "wrong", "seed": -1}, {"id": "good"})
+    writer = dataset_writer(Store(str(tmp_path / "out")))
+    for row in first.open():
+        if row.status == ILLEGAL:
+            writer.write_illegal(row.raw, row.messages())
+        else:
+            writer.write_failed(row.item_id, row.request, row.raw, Failure("stage1", 1, "row", "why"))
+    finish(writer)
+    picture.write_bytes(encoded(gradient()))
+    for _ in range(2):  # The row that stays illegal keeps its number.
+        again = list(plan(manifest=str(tmp_path / "out" / "failed"), samples=1, retry_failed=True).open())
+        assert sorted((row.status, row.id) for row in again) == [
+            (ILLEGAL, "wrong"), *((TODO, f"{name}{end}") for name in ("good", "late") for end in ("", "-s1", "-s2")),
+        ]  # fmt: skip
+        [illegal] = [row for row in again if row.status == ILLEGAL]
+        writer = dataset_writer(Store(str(tmp_path / "out")))
+        writer.write_illegal(illegal.raw, illegal.messages())
+        finish(writer)
+
+
 def test_limits_and_shards_take_rows_with_all_their_samples(plan):
     rows = [{"id": name} for name in "abc"]
     both = ["a", "a-s1", "a-s2", "b", "b-s1", "b-s2"]

@@ -60,9 +60,10 @@ def test_runs_are_few_and_none_is_merged_beyond_the_cap():
     assert sum(sizes) == 50_000 and max(sizes) <= 4000
     assert len(sizes) <= 50_000 / 4000 + 4
     assert sum(words.nbytes for run in table._runs for words in run.values()) == 16 * 50_000
-    table.merge()
-    table.merge()
-    assert [len(run["head"]) for run in table._runs] == [50_000]
+    table.load(b"".join(digest(n)[:16] for n in range(at, at + 1000)) for at in (50_000, 51_000))
+    table.load([])
+    assert [len(run["head"]) for run in table._runs] == [52_000]
+    assert all(table.has(digest(n)[:8], digest(n)[8:16]) for n in range(50_000, 52_000, 99))
     assert all(table.has(digest(n)[:8], digest(n)[8:16]) for n in range(0, 50_000, 99))
     one = IdTable(16, cap=None)
     one.extend(b"".join(digest(n)[:16] for n in range(1000)))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from ltx_ray.storage import local_files
 from ltx_ray.storage.locations import join, parent
 from ltx_ray.storage.retry import RetryPolicy, is_permanent
 from ltx_ray.storage.store import Store, clean_stale
@@ -369,3 +370,20 @@ def test_a_written_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypa
     store.write_bytes("y", b"clip")
     x, y = (os.stat(store.path(name)).st_ino for name in ("x", "y"))
     assert order == [("sync", x, 1), ("name", x, 1), ("sync", y, 4), ("name", y, 4)]
+
+
+def test_a_read_only_disk_is_said_of_the_file_and_not_of_a_temporary_one(tmp_path, monkeypatch):
+    store = Store(str(tmp_path), retry_seconds=0)
+    store.write_bytes("old", b"x")
+    _, version = store.read_versioned("old")
+
+    def refuse(path, mode):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(local_files, "open", refuse, raising=False)
+    for write in (
+        lambda: store.write_bytes("new", b"x"), lambda: store.create("new", b"x"),
+        lambda: store.update("old", b"y", version),
+    ):  # fmt: skip
+        with pytest.raises(OSError, match=r"Read-only file system: '.*/(new|old)'"):
+            write()

@@ -95,8 +95,8 @@ class Options:
     model: ModelFiles
     numerics: RequestedNumerics = RequestedNumerics()  # noqa: RUF009 (frozen)
     parallel: ParallelConfig = ParallelConfig()  # noqa: RUF009 (frozen)
-    #: Whether text and decode run on the DiT's GPUs: "on" (for at most 31 GPUs with enough memory), "off", or "auto"
-    #: for "on" in a private cluster. One gang that fills the cluster shares in any case.
+    #: Whether text and decode run on the DiT's GPUs: "on" (for GPUs with enough memory), "off", or "auto" for "on"
+    #: where all GPUs are free. One gang that fills the cluster shares in any case.
     share_cards: str = "auto"
     #: Address of a running Ray cluster; None for that of RAY_ADDRESS, or else a private one.
     ray_address: str | None = None

@@ -199,8 +199,8 @@ CLUSTER_OPTIONS = (
         type=OneOf("auto", "on", "off"),
         default=Options.share_cards,
         help=(
-            "text and decode use the DiT's GPUs: off, on, or auto (on in a private cluster); on needs at most 31 GPUs "
-            "with enough memory; one gang that fills the cluster shares in any case"
+            "text and decode use the DiT's GPUs: off, on, or auto (on where all GPUs are free); on needs GPUs with "
+            "enough memory; one gang that fills the cluster shares in any case"
         ),
     ),
     Option(
@@ -230,6 +230,24 @@ LAYOUT_OPTIONS = (
         type=ReplicaCount(0),
         default="auto",
         help="replicas of stage 2, or auto; 0: those of stage 1 serve both stages in turns",
+    ),
+    Option(
+        "text",
+        "--text-replicas",
+        section=_LAYOUT,
+        metavar="N",
+        type=ReplicaCount(1),
+        default="auto",
+        help="replicas of text, or auto: as many as its calls need",
+    ),
+    Option(
+        "decode",
+        "--decode-replicas",
+        section=_LAYOUT,
+        metavar="N",
+        type=ReplicaCount(1),
+        default="auto",
+        help="replicas of decode, or auto: as many as its calls need",
     ),
     Option(
         "--max-replicas",

@@ -11,10 +11,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from ltx_ray.config import PoolSpec, RunLimits
+from ltx_ray.dataset.run_summary import wait_lines
 from ltx_ray.dataset.writer import Failure
-from ltx_ray.driver.policy import Policy, RetryDecision
+from ltx_ray.driver.policy import Policy
+from ltx_ray.driver.policy_state import RetryDecision
 from ltx_ray.driver.publisher import Publisher
+from ltx_ray.driver.staffing import Staffing
 from ltx_ray.driver.tracker import RowTracker, TrackedItem
+from ltx_ray.driver.waits import WaitReport
 from ltx_ray.driver.work_left import WorkLeft
 from ltx_ray.manifest.rules import RowProblem
 from ltx_ray.planning.identity import merged_weights
@@ -63,12 +67,13 @@ class Driver:
         use_stored: bool = False,
         on_drain: Callable[[], None] = lambda: None,
         should_stop: Callable[[], str | None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
     ):
         """`path`: the stages of an item. `use_stored`: start items from stored latents of stage 1, if there are any.
 
         `check_noise` is called once, with the model of the GPU (or "cpu") on which noise is drawn, and raises
         ValueError when the dataset does not allow it. `on_drain` is called once, when the run begins to drain.
-        `should_stop` is called at every turn and returns a reason to drain, or None.
+        `should_stop` is called at every turn and returns a reason to drain, or None. `clock`: seconds, of the replicas.
         """
         self.tracker, self.limits, self.noise_device = tracker, limits, noise_device
         self.events, self.progress, self.counts = tracker.events, tracker.progress, tracker.counts
@@ -77,12 +82,14 @@ class Driver:
         self.too_many_failed = False
         self.drain_requested: str | None = None
         self._join_cluster, self._on_drain, self._use_stored = join_cluster, on_drain, use_stored
-        self._should_stop, self._check_noise = should_stop, check_noise
+        self._should_stop, self._check_noise, self._clock = should_stop, check_noise, clock
         self._cluster: JoinedCluster | None = None
+        self._staffing: Staffing | None = None
+        self._wait_report: WaitReport | None = None
         self._preflight_admitted = self._preflight_running = False
         self._gpu_seconds = 0.0
         self._work_left = WorkLeft()
-        #: When the call of each busy replica began.
+        #: When the call of each item under way began.
         self._call_began: dict[str, float] = {}
         self._drain_until = float("inf")
         #: Items whose latents are saved for the next run, because this one drains.
@@ -129,6 +136,8 @@ class Driver:
                 self._cluster.replicas.close()
         left = bool(self.policy.in_flight) or not self.tracker.exhausted or bool(self._saved)
         self.tracker.close(complete=self.tracker.exhausted and not left)
+        if waited := self.waited():
+            self.events.emit("waits", shares=waited)
         self._show(ended=True)
         return self.policy.draining and left
 
@@ -136,9 +145,12 @@ class Driver:
         """Start what is missing, dispatch what may run, and take in what happened."""
         self._start_replicas()
         self._dispatch()
+        if not self._preflight_running:
+            # What can run does by now.
+            self._staff.waits.look(self.policy, self._clock())
         for event in self._replicas.wait(self._wait_seconds()):
             self._handle(event)
-        self._check_placing()
+        self._staff.check_placing()
         if self.policy.draining and not self._preflight_running:
             # The next run resumes from a finished stage 1.
             self._saved.update(self.policy.save_waiting(Stage.STAGE2))
@@ -152,7 +164,7 @@ class Driver:
     def _ended(self) -> bool:
         if self.tracker.exhausted and not self.policy.in_flight and not self.tracker.publisher.pending:
             return True
-        if self.policy.drained() or time.monotonic() > self._drain_until:
+        if self.policy.drained() or self._clock() > self._drain_until:
             return True
         # Once the decode pool is gone, no item that waits for it can end.
         decoding = any(pool.replicas for pool in self.pools if Stage.DECODE in pool.spec.roles)
@@ -162,6 +174,15 @@ class Driver:
     def _replicas(self) -> ReplicaSet:
         assert self._cluster is not None
         return self._cluster.replicas
+
+    @property
+    def _staff(self) -> Staffing:
+        assert self._staffing is not None
+        return self._staffing
+
+    def waited(self) -> dict[str, dict[str, float]]:
+        """Shares of the time of each stage's replicas in this run, by what they waited for."""
+        return {} if self._wait_report is None else self._wait_report.whole_run()
 
     # --- rows ------------------------------------------------------------------------------------
 
@@ -197,6 +218,11 @@ class Driver:
             cluster = self._cluster = self._join_cluster()
             self.pools = [Pool(spec, max_failures=self.limits.max_attempts + 1) for spec in cluster.pools]
             self.policy.max_bytes = cluster.max_bytes
+            self._staffing = Staffing(
+                self.pools, cluster.replicas, self.policy, self.limits, self.events, self.progress,
+                self._charge_lost_calls,
+            )  # fmt: skip
+            self._wait_report = WaitReport(self._staffing.waits, self.events, self.tracker.metrics)
         return self._cluster
 
     def _start_replicas(self) -> None:
@@ -204,23 +230,9 @@ class Driver:
         self._admit_preflight(cluster)
         if self.policy.draining:
             return
-        served = {role for pool in self.pools if pool.ready for role in pool.spec.roles}
-        all_served = all(served.issuperset(pool.spec.roles) for pool in self.pools)
-        if cluster.elastic and not all_served:
-            # A second replica of one pool must not take the place that another pool's first replica needs.
-            for name in self._replicas.placing():
-                if (pool := self._pool(name)).ready:
-                    self._give_back(pool, name, "another pool has none")
-        one_each = self._preflight_running or (cluster.elastic and not all_served)
-        for pool in self.pools:
-            for name in pool.missing(at_most=1 if one_each else None):
-                self._replicas.start(name, pool.spec)
-                self.events.emit("gang_starting", role=pool.spec.name, replica=name)
+        self._staff.start_missing(self._clock(), self._preflight_running, cluster.elastic, not self.tracker.exhausted)
         if cluster.elastic and self.tracker.exhausted:
-            for name in self.policy.spare_replicas():
-                pool = self._pool(name)
-                pool.spec = replace(pool.spec, replicas=pool.spec.replicas - 1)
-                self._give_back(pool, name, "no row needs it")
+            self._staff.give_back_spare()
 
     def _admit_preflight(self, cluster: JoinedCluster) -> None:
         if self._preflight_admitted:
@@ -231,39 +243,17 @@ class Driver:
             item = replace(cluster.preflight, item_id=_PREFLIGHT)
             self.tracker.items[_PREFLIGHT] = TrackedItem(item, [])
             self.policy.admit(_PREFLIGHT, merged_weights(item.request), first=True)
-
-    def _give_back(self, pool: Pool, name: str, why: str) -> None:
-        """End a replica that is not at fault; its call costs the item no attempt."""
-        self._charge_lost_call(pool, name)
-        self.policy.remove_replica(name, given_back=True)
-        del pool.replicas[name]
-        self._replicas.kill(name)
-        self.events.emit("gang_given_back", role=pool.spec.name, replica=name, reason=why)
-
-    def _pool(self, replica: str) -> Pool:
-        return next(pool for pool in self.pools if replica in pool.replicas)
+            self.policy.alone = _PREFLIGHT
 
     def _dispatch(self) -> None:
         while (dispatch := self.policy.next_dispatch()) is not None:
             tracked = self.tracker.items[dispatch.item]
             if dispatch.moved:
                 self.events.emit("role_moved", replica=dispatch.replica, to=dispatch.stage)
-            now = self._call_began[dispatch.replica] = time.monotonic()
-            self.tracker.call_begins(tracked, dispatch.stage, now)
+            self._call_began[dispatch.item] = self._clock()
+            self.tracker.call_begins(tracked, dispatch.stage, time.monotonic())
             inputs = tracked.inputs(dispatch.stage)
             self._replicas.submit(dispatch.replica, dispatch.stage, tracked.item, inputs)
-
-    def _check_placing(self) -> None:
-        """A replica may wait for a place as long as others serve its roles meanwhile."""
-        served = {role for pool in self.pools if pool.ready for role in pool.spec.roles}
-        for name, seconds in self._replicas.placing().items():
-            pool = self._pool(name)
-            if seconds > self.limits.start_timeout and not served.issuperset(pool.spec.roles):
-                spec = pool.spec
-                needs = f"{spec.ranks} x ({spec.cpus_per_rank:g} CPU, {spec.gpus_per_rank:g} GPU) on one node"
-                raise StartFailed(
-                    f"pool {spec.name}: no place for a replica in {self.limits.start_timeout:g} s; it needs {needs}"
-                )
 
     # --- events ----------------------------------------------------------------------------------
 
@@ -278,13 +268,12 @@ class Driver:
             self._inputs_lost(event)
 
     def _replica_started(self, event: ReplicaStarted) -> None:
-        pool = self._pool(event.replica)
-        pool.started(event.replica)
+        pool = self._staff.started(event)
         known = self._device_name
         self._check_device(event)
         if known is None and self._device_name is not None:
             self._check_noise(self._device_name)
-        self.policy.add_replica(event.replica, pool.spec.roles)
+        self.policy.add_replica(event.replica, pool.spec.roles, pool.spec.calls_at_once)
         self.events.emit(
             "gang_started",
             role=pool.spec.name,
@@ -308,25 +297,23 @@ class Driver:
 
     def _replica_lost(self, event: ReplicaLost, traceback: str = "") -> None:
         """A replica has been killed."""
-        pool = self._pool(event.replica)
+        pool = self._staff.pool_of(event.replica)
         self.progress.say(f"{event.replica} lost: {event.reason}")
         self.events.emit("gang_lost", role=pool.spec.name, replica=event.replica, reason=event.reason)
-        self._charge_lost_call(pool, event.replica)
-        item = self.policy.item_of(event.replica)
-        stage = self.policy.stage_of(item) if item else None
-        charged = not (event.idle or event.node_lost)
-        decision = self.policy.remove_replica(event.replica, charged, event.inputs_lost)
-        if decision is not None and stage is not None:
+        self._charge_lost_calls(pool, event.replica)
+        stages = {item: self.policy.stage_of(item) for item in self.policy.items_of(event.replica)}
+
+        def charged(item: str) -> bool:
+            return not (event.idle or event.node_lost) and event.item_id in (None, item)
+
+        for decision in self.policy.remove_replica(event.replica, charged, event.inputs_lost):
             if event.inputs_lost:
                 self._drop_results(decision.item)
-            self._carry_out(decision, stage, event.reason, traceback)
-        pool.lost(event.replica, event.served, event.reason)
-        if event.idle:
-            pool.died_idle(event.reason)
+            self._carry_out(decision, stages[decision.item], event.reason, traceback)
+        self._staff.lost(event, self._clock())
 
     def _inputs_lost(self, event: InputsLost) -> None:
-        item = self.policy.item_of(event.replica)
-        assert item is not None
+        item = event.item_id
         self.events.emit("inputs_lost", replica=event.replica, item_id=item, reason=event.reason)
         stage = self.policy.stage_of(item)
         # Latents that were to be saved are gone for good.
@@ -336,9 +323,8 @@ class Driver:
         self._carry_out(decision, stage, event.reason, "")
 
     def _call_finished(self, event: CallFinished) -> None:
-        report, pool = event.report, self._pool(event.replica)
-        item_id = self.policy.item_of(event.replica)
-        assert item_id is not None
+        report, pool = event.report, self._staff.pool_of(event.replica)
+        item_id = event.item_id
         tracked, stage = self.tracker.items[item_id], self.policy.stage_of(item_id)
         self._account(pool, event.replica, tracked, stage, report)
         if report.error is not None:
@@ -365,7 +351,8 @@ class Driver:
             self._replicas.kill(event.replica)
             name = "" if error.kind == ErrorKind.REPLICA else f"{error.type}: "
             reason = f"{stage}: {event.where}: {name}{error.message}"
-            self._replica_lost(ReplicaLost(event.replica, reason, served=True), error.traceback)
+            lost = ReplicaLost(event.replica, reason, served=True, item_id=item_id)
+            self._replica_lost(lost, error.traceback)
             if error.kind == ErrorKind.REPLICA:
                 pool.broke(reason)
         elif error.kind == ErrorKind.STORED_LATENTS_GONE:
@@ -381,7 +368,7 @@ class Driver:
 
     def _account(self, pool: Pool, replica: str, tracked: TrackedItem, stage: Stage, report: CallReport) -> None:
         """Record the cost of a call."""
-        self._call_began.pop(replica, None)
+        self._call_began.pop(tracked.item.item_id, None)
         gpu_seconds = report.seconds * pool.spec.gpus_per_rank * pool.spec.ranks
         self._gpu_seconds += gpu_seconds
         tracked.take_call(stage, replica, report, gpu_seconds)
@@ -397,10 +384,11 @@ class Driver:
             )  # fmt: skip
         self.tracker.metrics.call(stage, report.seconds)
 
-    def _charge_lost_call(self, pool: Pool, replica: str) -> None:
-        """Count the GPU seconds of a call that never came back."""
-        if (began := self._call_began.pop(replica, None)) is not None:
-            self._gpu_seconds += (time.monotonic() - began) * pool.spec.gpus_per_rank * pool.spec.ranks
+    def _charge_lost_calls(self, pool: Pool, replica: str) -> None:
+        """Count the GPU seconds of calls that never came back."""
+        for item in self.policy.items_of(replica):
+            if (began := self._call_began.pop(item, None)) is not None:
+                self._gpu_seconds += (self._clock() - began) * pool.spec.gpus_per_rank * pool.spec.ranks
 
     def _finish(self, tracked: TrackedItem, stage: Stage, event: CallFinished) -> None:
         """An item has passed its last stage."""
@@ -460,11 +448,11 @@ class Driver:
         `at_once` gives up the calls of the other pools, and the decode pool has `limits.grace` seconds left.
         """
         if at_once and self._drain_until == float("inf"):
-            self._drain_until = time.monotonic() + self.limits.grace
+            self._drain_until = self._clock() + self.limits.grace
             for pool in self.pools:
                 if Stage.DECODE not in pool.spec.roles:
                     for name in list(pool.replicas):
-                        self._give_back(pool, name, "draining")
+                        self._staff.give_back(name, "draining")
         if not self.policy.draining:
             self.policy.draining = True
             self.progress.say(f"draining: {reason}")
@@ -484,14 +472,17 @@ class Driver:
 
     def _show(self, ended: bool = False) -> None:
         """Print the state when it is due, and at the end, where the rate of the whole run follows it."""
+        if self._wait_report is not None:
+            self._wait_report.tell(self._clock())
         if not (self.progress.due() or ended):
             return
-        tracker, now = self.tracker, time.monotonic()
+        tracker, now = self.tracker, self._clock()
         total = self.counts["rows"] if tracker.exhausted else tracker.plan.expected_rows
-        running = Counter(self.policy.stage_of(item) for item in self.policy.running.values())
+        running = Counter(map(self.policy.stage_of, self.policy.running))
         starting = sum(len(pool.replicas) - pool.ready for pool in self.pools)
         busy = [f"{stage} {n}" for stage, n in sorted(running.items())]
-        doing = ", ".join([*busy, f"{starting} gangs starting"] if starting else busy)
-        rate = None if ended else tracker.rate.per_hour(now)
+        waits = wait_lines(self._wait_report.shares)[:1] if self._wait_report is not None else []
+        doing = ", ".join([*busy, *([f"{starting} gangs starting"] if starting else []), *waits])
+        rate = None if ended else tracker.rate.per_hour(time.monotonic())
         left = self._work_left.in_flight(tracker, self.policy, self.pools, self._call_began, now)
         self.progress.update(tracker.done, tracker.failed, total, doing, ended, rate=rate, left=left)

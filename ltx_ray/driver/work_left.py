@@ -68,11 +68,11 @@ class WorkLeft:
     ) -> float | None:
         """Seconds that a run still takes; None while rows are still read, or when some will be left.
 
-        `call_began`: by busy replica, in the time of `now`.
+        `call_began`: by item under way, in the time of `now`.
         """
         if not tracker.exhausted or policy.draining:
             return None
-        spent = {item: now - call_began[replica] for replica, item in policy.running.items()}
+        spent = {item: now - call_began[item] for item in policy.running}
         items = (
             (tracked.item, policy.remaining_path(name), spent.get(name, 0.0))
             for name, tracked in tracker.items.items()

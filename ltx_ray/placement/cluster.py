@@ -14,8 +14,9 @@ from ltx_ray.checkpoints.checkpoint import Checkpoint
 from ltx_ray.checkpoints.digests import writable_cache_root
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec, RequestedNumerics
 from ltx_ray.placement.address import find_cluster
-from ltx_ray.placement.memory import Gpu, can_share, known_gpus
+from ltx_ray.placement.memory import ROOMY_BYTES, Gpu, can_share, known_gpus
 from ltx_ray.placement.numerics import has_fa3, resolve
+from ltx_ray.placement.output_pools import Node
 from ltx_ray.placement.private_cluster import PrivateCluster, temporary_folder
 from ltx_ray.placement.sizing import ParallelConfig, Resources, check_schedulable, lay_out, slots_needed
 from ltx_ray.records import first_line
@@ -51,6 +52,9 @@ class _FreeGpus:
     #: Those of known memory, where any are.
     largest: Gpu | None = None
     smallest: Gpu | None = None
+    #: The nodes that have them, and whether no other job has a GPU of any node.
+    nodes: tuple[Node, ...] = ()
+    alone: bool = True
 
 
 def where_to_run(given: str | None) -> str | None:
@@ -81,8 +85,8 @@ class Cluster:
         """`address` of a running cluster, as `address.find_cluster` gives it; None for a private one.
 
         `engines` gives the engines by kind (text, diffusion, decode) for the resolved numerics. `share_cards`: whether
-        text and decode may run on the DiT's GPUs: "on" for at most 31 GPUs with enough memory, "off", or "auto" for
-        "on" in a private cluster. A gang that fills the cluster shares in any case.
+        text and decode may run on the DiT's GPUs: "on" for GPUs with enough memory, "off", or "auto" for "on" in a
+        cluster whose GPUs are all free. A gang that fills the cluster shares in any case.
         """
         self._address = address
         self._parallel, self._requested = parallel, requested
@@ -110,7 +114,7 @@ class Cluster:
             self._connect(address)
         free = Resources.of(ray.available_resources())
         models = _free_gpu_models()
-        found = _FreeGpus(free.gpus, models, *_known_extremes(models))
+        found = _FreeGpus(free.gpus, models, *_known_extremes(models), *_gpu_nodes())
         # The pools are sized for what is free, so that the run fits beside others.
         pools, numerics = self._lay_out(found)
         if not self._parallel.max_replicas:
@@ -122,7 +126,7 @@ class Cluster:
         found = _local_gpus()
         pools, numerics = self._lay_out(found)
         # A private cluster has as many logical CPUs as its pools ask for.
-        slots = Resources(slots_needed(pools).cpus, found.count)
+        slots = Resources(max(slots_needed(pools).cpus, os.cpu_count() or 1), found.count)
         check_schedulable(pools, slots)
         if numerics.device == "cuda":
             writable_cache_root()  # Triton keeps its kernels there.
@@ -150,9 +154,10 @@ class Cluster:
         transformer = self._checkpoint.transformer
         numerics = resolve(self._requested, self._parallel, device, found.models, has_fa3(), transformer)
         # Ray shows what is left of a shared GPU as free, so a cluster with other jobs shares GPUs on request only.
-        allowed = self._share_cards == "on" or (self._share_cards == "auto" and not self._address)
+        allowed = self._share_cards == "on" or (self._share_cards == "auto" and found.alone)
         share_cards = allowed and found.smallest is not None and self._can_share(numerics, found.smallest)
-        return lay_out(self._parallel, gpus, self._engines(numerics), share_cards), numerics
+        roomy = found.smallest is None or found.smallest.nbytes >= ROOMY_BYTES
+        return lay_out(self._parallel, gpus, self._engines(numerics), share_cards, found.nodes, roomy), numerics
 
     def _usable_gpus(self, free: float) -> float:
         """GPUs to lay the pools out on; 0 renders on CPUs. Raises ValueError when GPUs are missing."""
@@ -198,7 +203,9 @@ def _local_gpus() -> _FreeGpus:
     if not count:
         return _FreeGpus(0.0)
     models = _local_gpu_models()
-    return _FreeGpus(float(count), models, *_local_extremes(models))
+    # The CPUs of a private cluster are logical, so that a machine has those that the smallest pools need.
+    nodes = (Node(float(max(os.cpu_count() or 1, count + 2)), float(count)),)
+    return _FreeGpus(float(count), models, *_local_extremes(models), nodes)
 
 
 def _local_gpu_count() -> int:
@@ -254,6 +261,17 @@ def _free_gpu_models() -> tuple[str, ...]:
 
     free = [node for node in available_resources_per_node().values() if node.get("GPU", 0.0) > 0]
     return _gpu_models({name for node in free for name in node}) or _gpu_models(ray.cluster_resources())
+
+
+def _gpu_nodes() -> tuple[tuple[Node, ...], bool]:
+    """What is free on the nodes that have a free GPU, and whether all GPUs of the cluster are free."""
+    import ray
+    from ray._private.state import available_resources_per_node
+
+    free = {name: Resources.of(node) for name, node in available_resources_per_node().items()}
+    whole = sum(node["Resources"].get("GPU", 0.0) for node in ray.nodes() if node["Alive"])
+    nodes = tuple(Node(node.cpus, node.gpus) for node in free.values() if node.gpus)
+    return nodes, sum(node.gpus for node in nodes) >= whole
 
 
 def _gpu_models(resources: Iterable[str]) -> tuple[str, ...]:

@@ -53,7 +53,9 @@ def run(
     plan = Plan(manifest, RowRules(), HashingBuilder(), log.existing, latents_only=latents_only)
     events = EventLog(store, "run")
     tracker = RowTracker(plan, DatasetWriter(log), publisher(log), events, Progress(io.StringIO()), "{}")
-    tracker.metrics = SimpleNamespace(item=lambda outcome: None, call=lambda stage, seconds: None)
+    tracker.metrics = SimpleNamespace(
+        item=lambda outcome: None, call=lambda stage, seconds: None, waited=lambda stage, cause, seconds: None
+    )
     replica_set = replica_set_class(times=lambda stage, item, dice: SECONDS[stage], make=Stages(store)).watched(
         Counter()
     )

@@ -14,12 +14,13 @@ import pytest
 import torch
 
 from ltx_ray import run as runs
-from ltx_ray.config import PoolSpec
+from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec
 from ltx_ray.dataset.thumbnails import FrameSheet
 from ltx_ray.driver import signals
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
 from ltx_ray.engine import codec
+from ltx_ray.engine.base import Rank
 from ltx_ray.engine.decode import DecodeEngine
 from ltx_ray.engine.diffusion import DiffusionEngine
 from ltx_ray.engine.frames import PictureCheck
@@ -96,9 +97,7 @@ def test_latents_that_are_not_finite_are_the_rows_fault():
 
 @pytest.fixture
 def decoder(monkeypatch) -> DecodeEngine:
-    engine = object.__new__(DecodeEngine)
-    engine.device, engine.dtype, engine.facts = torch.device("cpu"), torch.float32, EngineFacts()
-    engine._rung_by_size = {}
+    engine = DecodeEngine(EngineSpec("", ModelFiles("", "", ""), Numerics(dtype="float32"), ""), Rank())
     engine.audio_vae = engine.vocoder = engine.video_vae = None
     monkeypatch.setattr("ltx_ray.engine.decode.write_mp4", lambda target, frames, **rest: list(frames))
     return engine
@@ -122,7 +121,7 @@ def test_a_prompt_that_was_cut_is_flagged(tmp_path):
         def wait(self, timeout):
             events = super().wait(timeout)
             for at, event in enumerate(events):
-                if self.driver.policy.item_of(event.replica) and event.report.ok:
+                if self.driver.policy.items_of(event.replica) and event.report.ok:
                     facts = EngineFacts(prompt_truncated=True)
                     events[at] = replace(event, report=replace(event.report, facts=facts))
             return events
@@ -149,7 +148,8 @@ def test_a_rank_that_failed_alone_is_not_waited_for():
     gang = object.__new__(Gang)
     gang.state, gang.ranks = GangState.READY, [RankInfo(n, address="1.2.3.4", device="cpu") for n in range(2)]
     failed = CallReport(0.0, 0.0, error=CallError(ErrorKind.UNKNOWN, "RuntimeError", "no kernel"))
-    gang.call = Call(Stage.STAGE1, None, [], reports=[None, None], started=100.0, done={1: failed}, failed_at=105.0)
+    call = Call(Stage.STAGE1, None, [], reports=[None, None], started=100.0, done={1: failed}, failed_at=105.0)
+    gang.calls = [call]
     assert gang.overdue(114.0, 1.0, 1000.0) is None
     reason = gang.overdue(116.0, 1.0, 1000.0)
     assert reason == "rank 1 on node 1.2.3.4 (cpu) failed alone during stage1: RuntimeError: no kernel"

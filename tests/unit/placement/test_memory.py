@@ -379,24 +379,24 @@ def test_gpus_are_shared_only_where_they_certainly_have_the_memory(gpu, changes,
 
 
 @pytest.mark.parametrize(
-    ("mode", "address", "fits", "dit"),
+    ("mode", "alone", "fits", "dit"),
     [
-        ("auto", None, True, 8), ("auto", "other:6379", True, 7), ("on", "other:6379", True, 8),
-        ("on", None, False, 7), ("off", None, True, 7),
+        ("auto", True, True, 8), ("auto", False, True, 7), ("on", False, True, 8), ("on", True, False, 7),
+        ("off", True, True, 7),
     ],
 )  # fmt: skip
-def test_a_cluster_shares_gpus_when_it_may_and_can(monkeypatch, mode, address, fits, dit):
+def test_a_cluster_shares_gpus_when_it_may_and_can(monkeypatch, mode, alone, fits, dit):
     """What is left of a shared GPU looks free to other jobs, so a cluster with other jobs is shared on request only."""
     monkeypatch.setattr("ltx_ray.placement.cluster.can_share", lambda *_: fits)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     spec = EngineSpec("m:E", ModelFiles("c", "g", "u"), Numerics(), "out")
     cluster = Cluster(
-        address=address, parallel=ParallelConfig(), requested=RequestedNumerics(device="cuda"), checkpoint=CHECKPOINT,
+        address=None, parallel=ParallelConfig(), requested=RequestedNumerics(device="cuda"), checkpoint=CHECKPOINT,
         model=spec.model, engines=lambda numerics: dict.fromkeys(("text", "diffusion", "decode"), spec),
         share_cards=mode,
     )  # fmt: skip
     [gpu] = known_gpus(["H100"])
-    pools, _ = cluster._lay_out(_FreeGpus(8.0, ("H100",), gpu, gpu))
+    pools, _ = cluster._lay_out(_FreeGpus(8.0, ("H100",), gpu, gpu, alone=alone))
     by_name = {pool.name: pool for pool in pools}
     assert by_name["stage1"].replicas + by_name["stage2"].replicas == dit
     if dit == 8:

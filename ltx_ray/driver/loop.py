@@ -298,7 +298,7 @@ class Driver:
     def _replica_lost(self, event: ReplicaLost, traceback: str = "") -> None:
         """A replica has been killed."""
         pool = self._staff.pool_of(event.replica)
-        self.progress.say(f"{event.replica} lost: {event.reason}")
+        self.progress.say(f"{event.replica} lost: {first_line(event.reason)}")
         self.events.emit("gang_lost", role=pool.spec.name, replica=event.replica, reason=event.reason)
         self._charge_lost_calls(pool, event.replica)
         stages = {item: self.policy.stage_of(item) for item in self.policy.items_of(event.replica)}

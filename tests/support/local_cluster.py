@@ -80,10 +80,11 @@ class LocalCluster:
     Drivers connect to the head's raylet, so that any worker node may die.
     """
 
-    def __init__(self, workers: int = 3, slots: int = 3):
+    def __init__(self, workers: int = 3, slots: int = 3, gpus: int = 0):
+        """`slots`, `gpus`: logical CPUs and GPUs of each worker."""
         from ray.cluster_utils import Cluster
 
-        self.workers, self.slots = workers, slots
+        self.workers, self.slots, self.gpus = workers, slots, gpus
         self._node = {**QUICK, "object_store_memory": 80 * 2**20}
         head = {**self._node, "num_cpus": 0, "include_dashboard": False, "_system_config": _SYSTEM}
         self._cluster = Cluster(initialize_head=True, head_node_args=head)
@@ -96,7 +97,8 @@ class LocalCluster:
         return sorted(node.node_id for node in self._cluster.worker_nodes if node.node_id not in dead)
 
     def add_node(self) -> str:
-        return self._cluster.add_node(num_cpus=self.slots, **self._node).node_id
+        node = {**self._node, "num_gpus": self.gpus}
+        return self._cluster.add_node(num_cpus=self.slots, **node).node_id
 
     def remove_node(self, node_id: str) -> None:
         """Kill the node's raylet with SIGKILL; returns when the cluster has noticed."""

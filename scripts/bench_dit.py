@@ -7,7 +7,9 @@ Needs one CUDA GPU. All sides have the same random weights at the released width
 so that only one side's are in memory at a time. Passes are text-to-video at sigma 0.7, batch 1, 1,024 text tokens. In
 stage 1, with half the height and width of --shape, two passes are measured: the full pass ("cond") and the pass without
 attention between the streams ("isolated"). Times are medians of CUDA events between consecutive passes without a pause.
-With --rank-alone it is one rank of a gang without the others (scripts/bench/rank_alone.py), beside one card.
+With --tp, --sequence-parallel or --guidance-parallel a gang of as many cards is measured beside one of them
+(scripts/bench/gang.py), with --rank-alone one of its ranks without the others (scripts/bench/rank_alone.py). --step
+measures a call of stage 1 with all its guidance passes (scripts/bench/guided_step.py).
 The skeleton (scripts/bench/skeleton.py) runs before and after ours to reveal drifting clocks. ltx_core is the reference
 v1.2.0 from PYTHONPATH, called as its pipelines call it: with the attention backend that it chooses itself, and with a
 timestep for every token (--peer-levels one: one for all).
@@ -23,148 +25,44 @@ import itertools
 import json
 import statistics
 import sys
-import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import torch
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ltx_ray.model.attention_backends import BACKENDS, attention_backend
-from ltx_ray.model.fused import FusedTransformer
-from ltx_ray.model.packing import pack_linears
-from ltx_ray.model.transformer import Modality, Perturbation, Transformer
+from ltx_ray.model.divided_attention import head_groups
+from ltx_ray.model.fused import row_pieces
 from ltx_ray.parallel.collectives import SINGLE_RANK, Alone, RankGroup
-from ltx_ray.parallel.fp8 import row_scale_of, write_values
-from ltx_ray.records import AV
-from ltx_ray.shapes import ClipShape
-from scripts.bench import dit_implementations, random_transformer
+from ltx_ray.parallel.fp8 import row_scale_of
+from scripts.bench import dit_implementations, gang, guided_step
 from scripts.bench.baselines import Baselines, check
 from scripts.bench.dit_implementations import Case
-from scripts.bench.rank_alone import RankAlone, counted
+from scripts.bench.passes import (
+    GIB,
+    Call,
+    Row,
+    Velocities,
+    best_attention,
+    build_ours,
+    call_ours,
+    errors,
+    graphed,
+    measure,
+    on_host,
+    pass_names,
+    random_case,
+    weights_gib,
+)
+from scripts.bench.rank_alone import OneRank, RankAlone, counted
 from scripts.bench.skeleton import Lengths, Skeleton, flops, plan
 
-GIB = 2**30
 TEXT = 1024
-T = TypeVar("T")
-Call = Callable[[], object]
-Velocities = tuple[torch.Tensor, torch.Tensor]
-
-
-@dataclass
-class Row:
-    """One side's passes in milliseconds, and in GiB its weights and the memory of a pass beyond them."""
-
-    side: str
-    passes: list[float]
-    pass_gib: float | None = None
-    weights_gib: float | None = None
-    error: tuple[float, float] | None = None
-
-    @property
-    def ms(self) -> float:
-        return statistics.median(self.passes)
-
-
-def measure(side: str, call: Call, device: torch.device, repeat: int, warm: float) -> Row:
-    """Time `repeat` consecutive passes after `warm` seconds of warm-up; the very first pass may compile."""
-    memory = _memory_of(call, device)
-    if device.type != "cuda":
-        marks = []
-        for _ in range(repeat + 1):
-            call()
-            marks.append(time.perf_counter())
-        return Row(side, [1e3 * (b - a) for a, b in itertools.pairwise(marks)], memory)
-    began = time.perf_counter()
-    while time.perf_counter() - began < warm:
-        call()
-        torch.cuda.synchronize(device)
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeat + 1)]
-    events[0].record()
-    for event in events[1:]:
-        call()
-        event.record()
-    torch.cuda.synchronize(device)
-    return Row(side, [a.elapsed_time(b) for a, b in itertools.pairwise(events)], memory)
-
-
-def _memory_of(call: Call, device: torch.device) -> float | None:
-    """Peak GiB of a pass beyond what is allocated after the first pass."""
-    call()
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    call()
-    torch.cuda.synchronize(device)
-    return (torch.cuda.max_memory_allocated(device) - before) / GIB
-
-
-def graphed(call: Callable[[], T]) -> Callable[[], T]:
-    """Capture the call in a CUDA graph; each replay overwrites the result of the last."""
-    stream = torch.cuda.Stream()
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = call()
-
-    def replay() -> T:
-        graph.replay()
-        return result
-
-    return replay
-
-
-def on_host(velocities: Iterable[torch.Tensor]) -> Velocities:
-    video, audio = velocities
-    return video.float().cpu(), audio.float().cpu()
-
-
-def errors(found: Velocities, expected: Velocities) -> tuple[float, float]:
-    """Relative L2 errors of video and audio."""
-    video, audio = (((f - e).norm() / e.norm()).item() for f, e in zip(found, expected, strict=True))
-    return video, audio
-
-
-def build_ours(case: Case, precision: str, tp: RankGroup = SINGLE_RANK) -> Transformer:
-    with torch.device("meta"):
-        model = Transformer(case.config, tp)
-    pack_linears(model, case.device, case.dtype, precision)
-    random_transformer.fill(model, case.device, case.dtype, write_values)
-    return model
-
-
-def call_ours(
-    case: Case, model: Transformer, attention: str, plain: bool, sequence_group: RankGroup = SINGLE_RANK
-) -> Callable[[bool], AV[torch.Tensor]]:
-    """isolated -> velocities. Each call copies the noise level, so that nothing is reused from the last call."""
-    dit = model if plain else FusedTransformer(model, attention=attention)
-    if isinstance(dit, FusedTransformer):
-        ropes = dit.ropes(case.positions, case.dtype, sequence_group)
-    else:
-        ropes = dit.ropes(case.positions, case.dtype)
-
-    def modality(latent: torch.Tensor, context: torch.Tensor, tables: tuple) -> Modality:
-        return Modality(latent, case.sigma.clone(), case.sigma.reshape(1, 1).clone(), context, *tables)
-
-    def call(isolated: bool) -> AV[torch.Tensor]:
-        return dit(case.latents.map(modality, case.contexts, ropes), Perturbation(isolated=isolated), sequence_group)
-
-    return call
-
-
-def weights_gib(model: nn.Module) -> float:
-    return sum(p.numel() * p.element_size() for p in model.parameters()) / GIB
 
 
 class Bench:
@@ -172,7 +70,7 @@ class Bench:
 
     def __init__(self, case: Case, arguments: argparse.Namespace):
         self.case, self.arguments = case, arguments
-        self.passes = ("cond", "isolated") if arguments.stage == 1 else ("cond",)
+        self.passes = pass_names(arguments.stage)
         self.rows: dict[str, list[Row]] = {name: [] for name in self.passes}
         self.outputs: dict[str, dict[str, Velocities]] = {name: {} for name in self.passes}
         self.flops: dict[str, int] = {}
@@ -207,40 +105,61 @@ class Bench:
             self._time(name, "skeleton again", skeleton)
         return frozenset(k.removesuffix(".weight") for k, p in model.named_parameters() if row_scale_of(p) is not None)
 
-    def run_alone(self, tp: int, sequence: int) -> dict[str, RankAlone]:
-        """Measure one card, then a rank without the others of its gang."""
-        case, a = self.case, self.arguments
-        attend = attention_backend(a.attention, case.device)
-        lengths = Lengths(case.shape.video_tokens, case.shape.audio_latents, TEXT)
-        transport = Alone(tp * sequence)
-        group = RankGroup(0, tp * sequence, transport)
-        measured: dict[str, list[float]] = {name: [] for name in self.passes}
-        exchanges = {}
-        for ranks in (1, tp * sequence):
-            alone = ranks > 1
-            model = build_ours(case, a.precision, group if alone and tp > 1 else SINGLE_RANK)
-            call = call_ours(case, model, a.attention, False, group if alone and sequence > 1 else SINGLE_RANK)
+    def run_alone(self, layouts: Sequence[tuple[str, int]]) -> dict[tuple[str, str], RankAlone]:
+        """Measure one card, then for each of `layouts` ("tp" or "sp", ranks) a rank without the others of its gang.
+
+        Keys are passes and layouts, such as ("cond", "tp2").
+        """
+        whole = self._run_alone("one card", SINGLE_RANK, SINGLE_RANK)
+        found = {}
+        for kind, ranks in layouts:
+            transport = Alone(ranks)
+            group = RankGroup(0, ranks, transport)
+            tp, tokens = (group, SINGLE_RANK) if kind == "tp" else (SINGLE_RANK, group)
+            rank = self._run_alone(f"{kind}{ranks}", tp, tokens, transport)
             for name in self.passes:
-                calls = plan(model, lengths, name == "isolated", sequence if alone else 1)
+                of_rank, of_whole = rank[name], whole[name]
+                found[name, f"{kind}{ranks}"] = RankAlone(
+                    ranks, of_whole.ours, of_whole.skeleton, of_rank.ours, of_rank.skeleton,
+                    of_rank.calls, of_rank.nbytes, self.case.config.num_layers, self._pieces(kind, ranks, name),
+                )  # fmt: skip
+        return found
+
+    def _pieces(self, kind: str, ranks: int, name: str) -> int:
+        """The exchanges of a block that only continue another one, as rows and heads are exchanged in pieces."""
+        tokens, heads = self.case.shape.video_tokens, self.case.config.video.heads
+        if kind == "tp":
+            return (row_pieces(tokens) - 1) * (8 if name == "cond" else 6)
+        return (head_groups(heads // ranks, tokens) - 1) * 2
+
+    def _run_alone(
+        self, side: str, tp: RankGroup, tokens: RankGroup, transport: Alone | None = None
+    ) -> dict[str, OneRank]:
+        case, a = self.case, self.arguments
+        lengths = Lengths(case.shape.video_tokens, case.shape.audio_latents, TEXT)
+        attend = attention_backend(a.attention, case.device)
+        model = build_ours(case, a.precision, tp)
+        call = call_ours(case, model, a.attention, False, tokens)
+        found = {}
+        for name in self.passes:
+            calls = plan(model, lengths, name == "isolated", tokens.size)
+            if transport is None:
                 self.flops[name] = flops(calls)
-                side = f" of {ranks}" if alone else ""
-                for which, run in (("ours", partial(call, name == "isolated")), ("skeleton", Skeleton(calls, attend))):
-                    rows = [self._time(name, which + side, run)]
-                    if a.graphs:
-                        rows.append(self._time(name, f"{which}{side}, graph", graphed(run)))
-                    measured[name].append(min(row.ms for row in rows))
+            times: list[float] = []
+            for which, run in (("ours", partial(call, name == "isolated")), ("skeleton", Skeleton(calls, attend))):
+                rows = [self._time(name, f"{which}, {side}", run)]
+                if a.graphs:
+                    rows.append(self._time(name, f"{which}, {side}, graph", graphed(run)))
+                times.append(min(row.ms for row in rows))
+            exchanges: tuple[dict[str, int], dict[str, int]] = ({}, {})
+            if transport is not None:
                 counted(transport)
                 call(name == "isolated")
-                exchanges[name] = counted(transport)
-            del model, call
-            self._free()
-
-        def of_pass(name: str) -> RankAlone:
-            whole, whole_skeleton, rank, rank_skeleton = measured[name]
-            found = tp * sequence, whole, whole_skeleton, rank, rank_skeleton
-            return RankAlone(*found, *exchanges[name], case.config.num_layers)
-
-        return {name: of_pass(name) for name in self.passes}
+                exchanges = counted(transport)
+            found[name] = OneRank(times[0], times[1], *exchanges)
+        del model, call
+        self._free()
+        return found
 
     def run_peer(self, name: str, fp8: frozenset[str]) -> None:
         missing = [module for module in dit_implementations.NEEDS[name] if importlib.util.find_spec(module) is None]
@@ -337,6 +256,11 @@ class Bench:
         }
 
 
+def _numbers(text: str) -> list[int]:
+    """Numbers of ranks, separated by commas."""
+    return [int(number) for number in text.split(",")]
+
+
 def parse() -> argparse.Namespace:
     """The command line, with defaults resolved and `key`, the name of the case in the baselines."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -351,9 +275,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeat", type=int, default=10)
     parser.add_argument("--warm", type=float, default=2.0, help="seconds of passes before those that are timed")
     parser.add_argument("--graphs", action="store_true", help="also run ours and the skeleton as CUDA graphs")
-    parser.add_argument("--tp", type=int, default=1, help="ranks that share the weights; with --rank-alone")
-    parser.add_argument("--sequence-parallel", type=int, default=1, help="ranks that share the tokens; the same")
-    parser.add_argument("--rank-alone", action="store_true", help="one of these ranks, without the others")
+    parser.add_argument("--tp", type=_numbers, default=[1], help="ranks that share the weights")
+    parser.add_argument("--sequence-parallel", type=_numbers, default=[1], help="ranks that share the tokens")
+    parser.add_argument("--guidance-parallel", type=int, default=1, help="ranks that share the passes of a --step")
+    parser.add_argument(
+        "--rank-alone", action="store_true", help="one of these ranks without the others; --tp 2,4 takes turns"
+    )
+    parser.add_argument("--step", choices=guided_step.PIPELINES, help="a guided call of this pipeline's stage 1")
     parser.add_argument("--check", action="store_true", help="exit 1 when a figure is 5 %% worse than its baseline")
     parser.add_argument("--record", action="store_true", help="write the figures to scripts/baselines.json")
     parser.add_argument("--json", type=Path)
@@ -367,15 +295,27 @@ def parse() -> argparse.Namespace:
     if unknown := set(a.against) - set(dit_implementations.BUILDERS):
         parser.error(f"--against {','.join(sorted(unknown))}; legal: {', '.join(dit_implementations.BUILDERS)}")
     a.shape = a.shape or ("128x192x17" if a.tiny else "1088x1920x121")
-    if a.plain and (a.precision == "fp8" or a.rank_alone):
-        parser.error("--plain has no fp8, and no --rank-alone")
-    if a.rank_alone != (a.tp * a.sequence_parallel > 1) or (a.tp > 1 and a.sequence_parallel > 1):
-        parser.error("--rank-alone takes --tp N or --sequence-parallel N, which are measured with it only")
-    if a.rank_alone and a.against:
-        parser.error("--rank-alone has no peers")
+    if a.guidance_parallel > 1:
+        a.step = a.step or "hq"
+    a.alone = [(kind, n) for kind, ranks in (("tp", a.tp), ("sp", a.sequence_parallel)) for n in ranks if n > 1]
+    if not a.rank_alone and len(a.tp) * len(a.sequence_parallel) > 1:
+        parser.error("several numbers of ranks take turns with --rank-alone only")
+    a.tp, a.sequence_parallel = a.tp[0], a.sequence_parallel[0]
+    a.ranks = a.tp * a.sequence_parallel * a.guidance_parallel
+    if a.plain and (a.precision == "fp8" or a.ranks > 1 or a.step):
+        parser.error("--plain has no fp8, no --step and no gangs")
+    if a.rank_alone and (not a.alone or a.step):
+        parser.error("--rank-alone takes --tp N or --sequence-parallel N, and no --step")
+    if a.step and a.stage != 1:
+        parser.error("--step and --guidance-parallel are of --stage 1")
+    if (a.ranks > 1 or a.step) and a.against:
+        parser.error("--against is for passes of one card")
     on_cuda = torch.device(a.device).type == "cuda"
     if on_cuda and not torch.cuda.is_available():
         print("bench_dit needs a CUDA GPU, and torch finds none", file=sys.stderr)
+        raise SystemExit(2)
+    if on_cuda and not a.rank_alone and a.ranks > torch.cuda.device_count():
+        print(f"{a.ranks} ranks need as many GPUs, and torch finds {torch.cuda.device_count()}", file=sys.stderr)
         raise SystemExit(2)
     best = best_attention(torch.device(a.device))
     chosen = best if a.attention == "auto" else a.attention
@@ -387,30 +327,35 @@ def parse() -> argparse.Namespace:
     return a
 
 
-def best_attention(device: torch.device) -> str:
-    """The fastest backend that this machine has; BACKENDS is in order of speed."""
-    for name in BACKENDS:
-        with contextlib.suppress(RuntimeError, ImportError):
-            attention_backend(name, device)
-            return name
-    raise AssertionError("sdpa is always available")
-
-
 def alone(bench: Bench, device: str) -> int:
     """Measure, print and record a rank without the others of its gang."""
     a, figures = bench.arguments, dict[str, float]()
-    layout = f"tp{a.tp}" if a.tp > 1 else f"sp{a.sequence_parallel}"
-    for name, found in bench.run_alone(a.tp, a.sequence_parallel).items():
+    for (name, layout), found in bench.run_alone(a.alone).items():
         key = a.key + ("" if name == "cond" else f".{name}") + f".{layout}.alone"
         figures |= {f"{key}.{figure}": value for figure, value in found.figures.items()}
         print(found.table(f"stage {a.stage}, {name}, {layout}"))
+    return reported(a, device, figures, {"flops": bench.flops})
+
+
+def of_gang(a: argparse.Namespace, device: str) -> int:
+    """Measure, print and record a gang of ranks on cards of their own, or a guided step."""
+    figures = dict[str, float]()
+    for name, found in gang.measure_gang(a, TEXT).items():
+        key = a.key + ("" if name == "cond" else f".{name}") + (f".{found.layout}" if a.ranks > 1 else "")
+        figures |= {f"{key}.{figure}": value for figure, value in found.figures.items()}
+        print(found.table(f"stage {a.stage}, {name}"))
+    return reported(a, device, figures)
+
+
+def reported(a: argparse.Namespace, device: str, figures: dict[str, float], more: dict[str, object] = {}) -> int:  # noqa: B006 (read only)
+    """Record the figures where that is asked for. Returns the exit code."""
     baselines = Baselines(device)
     timed = {key: value for key, value in figures.items() if key.endswith((".ms", ".x_skeleton"))}
     if a.record:
         baselines.record(timed)
     if a.json:
         about = {"device": device, "torch": torch.__version__, "case": a.key, "attention": a.attention}
-        a.json.write_text(json.dumps(about | {"flops": bench.flops, "figures": figures}, indent=1))
+        a.json.write_text(json.dumps(about | more | {"figures": figures}, indent=1))
     return check(baselines, timed) if a.check else 0
 
 
@@ -419,15 +364,14 @@ def main() -> int:
     a = parse()
     device = torch.device(a.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    height, width, frames = (int(n) for n in a.shape.split("x"))
-    clip = ClipShape(frames, height, width, 24.0)
-    metadata = random_transformer.metadata(a.layers, a.tiny)
-    case = Case.random(metadata, clip.half() if a.stage == 1 else clip, TEXT, device, getattr(torch, a.dtype))
+    case = random_case(a, TEXT, device)
     tokens = f"{case.shape.video_tokens} video, {case.shape.audio_latents} audio and {TEXT} text tokens"
     print(f"{name}, torch {torch.__version__}: {tokens}, {a.key}, attention {a.attention}")
     bench = Bench(case, a)
     if a.rank_alone:
         return alone(bench, name)
+    if a.ranks > 1 or a.step:
+        return of_gang(a, name)
     fp8 = bench.run_ours()
     for peer in a.against:
         bench.run_peer(peer, fp8)

@@ -31,7 +31,8 @@ from ltx_ray.shapes import ClipShape
 from scripts.bench import dit_implementations, random_transformer
 from scripts.bench.baselines import Baselines, check
 from scripts.bench.dit_implementations import Case
-from scripts.bench_dit import TEXT, Velocities, best_attention, build_ours, errors, measure, on_host
+from scripts.bench.passes import Velocities, best_attention, build_ours, errors, measure, on_host
+from scripts.bench_dit import TEXT
 
 SHAPES = "512x768x121,704x1280x121,1920x1088x121,1088x1920x65,512x768x257"
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from ltx_ray.engine import codec, components
 from ltx_ray.engine.base import Rank, resolve_dtype
 from ltx_ray.engine.initial_state import ImageConditioning, LatentState, noised_state
 from ltx_ray.engine.patchify import latent_sizes, patchify, unpatchify
-from ltx_ray.engine.stage_model import StageModel, pass_contexts, pass_perturbations
+from ltx_ray.engine.stage_model import StageModel, pass_contexts, pass_perturbations, run_divided
 from ltx_ray.model.fused import FusedTransformer
 from ltx_ray.model.graphs import GraphedTransformer
 from ltx_ray.model.packing import pack_linears
@@ -49,7 +49,6 @@ from ltx_ray.records import (
 )
 from ltx_ray.sampling.guidance import GuidedDenoiser, run_batched, run_one_by_one
 from ltx_ray.sampling.noise import ClipNoise, SamplerNoise, check_noise_device
-from ltx_ray.sampling.passes import Pass, divide_passes
 from ltx_ray.sampling.sampler import Denoise
 from ltx_ray.sampling.samplers import SAMPLERS
 from ltx_ray.sampling.sigmas import shifted_sigmas
@@ -241,7 +240,7 @@ class DiffusionEngine:
 
     def _guided(self, model: StageModel, guidance: AV[Guidance]) -> GuidedDenoiser:
         if self.mesh.passes.size > 1:
-            run_passes = self._run_divided
+            run_passes = run_divided(self.mesh.passes)
         else:
             run_passes = run_batched if self._batches_guidance else run_one_by_one
         return GuidedDenoiser(model.run_pass, guidance, run_passes)
@@ -250,21 +249,6 @@ class DiffusionEngine:
         """`g` without STG blocks that the model does not have."""
         layers = self.transformer.config.num_layers
         return replace(g, stg_blocks=tuple(block for block in g.stg_blocks if block < layers))
-
-    def _run_divided(
-        self, names: tuple[Pass, ...], run: Callable[[str], AV[torch.Tensor]], like: AV[torch.Tensor]
-    ) -> dict[Pass, AV[torch.Tensor]]:
-        """Run each pass on one group of peers and broadcast its result to all (a guidance.RunPasses)."""
-        peers = self.mesh.passes
-        divided = divide_passes(names, peers.size)
-        own = {name: run(name) for name in divided[peers.rank]}
-
-        def broadcast(name: Pass, source: int) -> AV[torch.Tensor]:
-            result = own[name].map(torch.Tensor.contiguous) if name in own else like.map(_empty_like)
-            return result.map(lambda x: peers.broadcast_(x, source))
-
-        found = {name: broadcast(name, source) for source, names in enumerate(divided) for name in names}
-        return {name: found[name] for name in names}
 
     # --- LoRAs -----------------------------------------------------------------------------------
 
@@ -327,10 +311,6 @@ def _checksum(latents: AV[torch.Tensor]) -> torch.Tensor:
         places = torch.arange(1, len(bits) + 1, device=x.device) % 65521
         sums.append(torch.stack((bits.sum(), (bits * places).sum())))
     return torch.stack(sums).sum(0)
-
-
-def _empty_like(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def _device_name(device: torch.device) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +14,8 @@ from ltx_ray.model.rope import RopeTable
 from ltx_ray.model.transformer import NO_PERTURBATION, Modality, Perturbation, Prefix, Transformer
 from ltx_ray.parallel.collectives import SINGLE_RANK, RankGroup
 from ltx_ray.records import AV, Conditions, Guidance, PromptContext
-from ltx_ray.sampling.guidance import BATCHED_PASS
-from ltx_ray.sampling.passes import Pass, needs_perturbed
+from ltx_ray.sampling.guidance import BATCHED_PASS, RunPasses
+from ltx_ray.sampling.passes import Pass, divide_passes, needs_perturbed
 
 #: The plain transformer, or one of the two that run its fused path.
 Dit = Transformer | FusedTransformer | GraphedTransformer
@@ -43,6 +43,25 @@ def pass_perturbations(guidance: AV[Guidance]) -> dict[str, Perturbation]:
     """What the perturbed and the isolated pass take away."""
     blocks = guidance.map(lambda g: frozenset(g.stg_blocks) if needs_perturbed(g) else frozenset())
     return {Pass.PERTURBED: Perturbation(values_only=blocks), Pass.ISOLATED: Perturbation(isolated=True)}
+
+
+def run_divided(peers: RankGroup) -> RunPasses:
+    """A guidance.RunPasses that runs each pass on one rank of `peers` and broadcasts its result to all."""
+
+    def run_passes(
+        names: tuple[Pass, ...], run: Callable[[str], AV[torch.Tensor]], like: AV[torch.Tensor]
+    ) -> dict[Pass, AV[torch.Tensor]]:
+        divided = divide_passes(names, peers.size)
+        own = {name: run(name) for name in divided[peers.rank]}
+
+        def broadcast(name: Pass, source: int) -> AV[torch.Tensor]:
+            result = own[name].map(torch.Tensor.contiguous) if name in own else like.map(_empty_like)
+            return result.map(lambda x: peers.broadcast_(x, source))
+
+        found = {name: broadcast(name, source) for source, names in enumerate(divided) for name in names}
+        return {name: found[name] for name in names}
+
+    return run_passes
 
 
 class StageModel:
@@ -131,6 +150,10 @@ class _CallPrefix:
     def is_of(self, other: _CallPrefix) -> bool:
         same = all(a is b for a, b in zip((*self.latents, self.sigma), (*other.latents, other.sigma), strict=True))
         return same and self.enabled == other.enabled
+
+
+def _empty_like(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def _x0(x: torch.Tensor, velocity: torch.Tensor, token_sigmas: torch.Tensor) -> torch.Tensor:

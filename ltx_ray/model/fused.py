@@ -31,6 +31,9 @@ from ltx_ray.shapes import ClipShape
 
 #: Compute capability (Ada) from which tensor cores multiply e4m3.
 _FIRST_FP8 = (8, 9)
+#: Rows from which a product of its own is no slower than its part of a larger one, and the pieces after which the first
+#: and the last exchange, which nothing hides, are short enough.
+_PIECE_ROWS, _MOST_PIECES = 4000, 4
 
 
 class FusedTransformer:
@@ -128,6 +131,8 @@ class FusedTransformer:
         prefix: Prefix | None = None,
     ) -> AV[torch.Tensor]:
         """A pass with given modulations. All that depends on values happens on the device, so it can be captured."""
+        self.model.tp.begin()
+        sequence_group.begin()
         self._audio_stream.wait_for_video()
         tokens = SequenceSharding(sequence_group, inputs.video.latent.shape[1])
         divided = AV(tokens if sequence_group.size > 1 else None, None)
@@ -158,7 +163,9 @@ class FusedTransformer:
             latent, index = own.latent, own.level_index
             if tokens is not None:
                 latent, index = tokens.own_shard(latent, 1), None if index is None else tokens.own_shard(index, 0)
-            rows = RowSharding(self.model.tp, batch * latent.shape[1])
+            length = batch * latent.shape[1]
+            pieces = row_pieces(length) if self.model.tp.size > 1 and names is STREAM_NAMES.video else 1
+            rows = RowSharding(self.model.tp, length, pieces)
             if index is not None and rows.group.size > 1:
                 index = rows.own_shard(index.repeat(batch))
             if begun is None:
@@ -176,16 +183,25 @@ class FusedTransformer:
         """The velocities (R, C_out) of this rank's rows."""
         proj_out = getattr(self.model, names.proj_out)
         shift, scale = s.tables.output[0].unbind(1)
-        (h,) = self._blocks.normed(s, [Modulation(shift, scale)], norm="layer")
-        assert isinstance(h, torch.Tensor)
+        found = []
+        for piece in range(s.rows.pieces):
+            (h,) = self._blocks.normed(s, piece, [Modulation(shift, scale)], norm="layer")
+            assert isinstance(h, torch.Tensor)
+            with self._audio_stream.running(names):
+                found.append(F.linear(h, proj_out.weight, proj_out.bias))
         with self._audio_stream.running(names):
-            return F.linear(h, proj_out.weight, proj_out.bias)
+            return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def _whole_velocities(s: FusedStream, own: torch.Tensor) -> torch.Tensor:
     """(B, T, C_out) from the velocities of this rank's rows."""
     by_entry = s.rows.gather(own).unflatten(0, (s.batch, -1))
     return by_entry if s.tokens is None else s.tokens.gather_tokens(by_entry)
+
+
+def row_pieces(rows: int) -> int:
+    """In how many pieces tensor-parallel ranks exchange so many rows."""
+    return max(1, min(_MOST_PIECES, rows // _PIECE_ROWS))
 
 
 def check_fp8(layer: PackedLinear, device_name: str) -> None:

@@ -2,16 +2,19 @@
 
 A residual is not added where it arises, but by the step that reads the stream next. Tensor-parallel ranks divide the
 rows of a stream between the sharded layers (mesh.RowSharding): partial products are summed by a reduce-scatter, and the
-modulated rows are gathered. Ranks that divide the video's tokens (mesh.SequenceSharding) exchange them for heads around
-the attention that needs all of them. A single rank does neither.
+modulated rows are gathered, in pieces, so that the product of one hides the exchange of another. Ranks that divide the
+video's tokens (mesh.SequenceSharding) exchange them for heads around the attention that needs all of them. A single
+rank does neither.
 
-All exchanges are issued from the video's CUDA stream, by every rank in the same order.
+Every rank issues the same exchanges in the same order, whichever CUDA stream they are of.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import itemgetter
 from types import ModuleType
 
@@ -25,24 +28,33 @@ from ltx_ray.model.block import (
     CROSS_ATTENTION_ROWS,
     FEED_FORWARD_ROWS,
     SELF_ATTENTION_ROWS,
+    STREAM_NAMES,
     TEXT_ATTENTION_ROWS,
     AVBlock,
 )
+from ltx_ray.model.divided_attention import attend_to_divided
 from ltx_ray.model.modulations import ModulationTables
 from ltx_ray.model.packed_linear import PackedLinear
 from ltx_ray.model.rope import RopeTable
-from ltx_ray.model.steps import Activations, Modulation, Norm, QuantizedRows, Residual, TokenLevels
+from ltx_ray.model.row_pieces import (
+    PendingRows,
+    as_activations,
+    exchanged_tensors,
+    exchanged_together,
+    piece_of,
+    without_padding,
+)
+from ltx_ray.model.steps import Activations, Modulation, Norm, Residual, TokenLevels
 from ltx_ray.parallel.collectives import Pending, RankGroup
-from ltx_ray.parallel.fp8 import FP8
 from ltx_ray.parallel.mesh import RowSharding, SequenceSharding
 from ltx_ray.records import AV
 
 
 @dataclass(frozen=True)
 class PendingResidual:
-    """What is still to be added to a stream: value (R, D), which may be on its way, times gate (L, D) or (1, D)."""
+    """What is still to be added to a stream: values (R, D) in pieces, maybe on their way, times gate (L or 1, D)."""
 
-    value: Pending[torch.Tensor]
+    values: list[Pending[torch.Tensor]]
     gate: torch.Tensor
 
 
@@ -66,6 +78,16 @@ class FusedStream:
     rows: RowSharding
     tokens: SequenceSharding | None = None
     residual: PendingResidual | None = None
+
+
+@dataclass(frozen=True)
+class _Product:
+    """A row-parallel product of the stream `s`, which is to be added to it: the input of a piece by its number."""
+
+    s: FusedStream
+    piece: Callable[[int], Activations]
+    layer: PackedLinear
+    gate: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -118,19 +140,25 @@ class FusedBlocks:
             self._attend_across(streams, block, index)
         self._feed_forward(enabled, block, index)
 
-    def normed(self, s: FusedStream, modulations: Sequence[Modulation], norm: Norm = "rms") -> list[Activations]:
-        """This rank's rows of the stream, normed and modulated, after its residual has been added to them."""
-        pending, s.residual = s.residual, None
+    def normed(
+        self, s: FusedStream, piece: int, modulations: Sequence[Modulation], norm: Norm = "rms"
+    ) -> list[Activations]:
+        """This rank's rows of a piece, normed and modulated, after its residual has been added to them."""
+        own = s.rows.own_rows_of(piece) if self._tp.size > 1 else slice(None)
+        levels = s.levels if s.levels is None else TokenLevels(s.levels.index[own])
         with self._audio.running(s.names):
-            residual = None if pending is None else Residual(pending.value.wait(), pending.gate)
+            residual = None if s.residual is None else Residual(s.residual.values[piece].wait(), s.residual.gate)
             if self._tp.size > 1:
                 self._held.append(residual)
-            return self._steps.add_norm_modulate(s.x, residual, list(modulations), s.levels, norm, self._eps)
+            if piece == s.rows.pieces - 1:
+                s.residual = None
+            return self._steps.add_norm_modulate(s.x[own], residual, list(modulations), levels, norm, self._eps)
 
     def first_entry(self, s: FusedStream) -> torch.Tensor:
         """A copy of the first batch entry's x (T, D), with all that has been added to it."""
         if s.residual is not None:
-            self.normed(s, [])
+            for piece in range(s.rows.pieces):
+                self.normed(s, piece, [])
         if self._tp.size > 1:
             self._meet()
             return s.rows.gather(s.x)[: s.rows.length // s.batch].contiguous()
@@ -142,37 +170,35 @@ class FusedBlocks:
     def _attend_to_self(
         self, enabled: list[FusedStream], perturbed: list[FusedStream], block: AVBlock, index: int
     ) -> None:
-        def modulation(s: FusedStream) -> Modulation:
-            shift, scale, _ = s.tables.own[index, :, SELF_ATTENTION_ROWS].unbind(1)
-            return Modulation(shift, scale, block.packed_linears[s.names.self_attention, "qkv"].quantized)
-
-        inputs = self._inputs((s, [modulation(s)]) for s in enabled)
+        packed = block.packed_linears
+        tables = [_own_tables(s, index, SELF_ATTENTION_ROWS, packed[s.names.self_attention, "qkv"]) for s in enabled]
+        inputs = self._inputs((s, [modulation]) for s, (modulation, _) in zip(enabled, tables, strict=True))
         attentions = []
         for s, (h,) in zip(enabled, inputs, strict=True):
             with self._audio.running(s.names):
                 attentions.append(self._project_self(s, block, h, any(s is other for other in perturbed)))
         means = self._start_head_means(attentions)
         for attention, (h,) in zip(attentions, inputs, strict=True):
-            s, packed = attention.s, block.packed_linears
+            s = attention.s
             with self._audio.running(s.names):
                 if attention.v is None:
                     attention.v = _values(packed[s.names.self_attention, "qkv"], h)
                 gates = packed[s.names.self_attention, "gates"]
-                (attention.logits,) = gates.split(steps.linear(h, gates))
+                (attention.logits,) = gates.split(h.through(gates))
         self._norm_heads(attentions, means)
         outs = []
         for attention in attentions:
             with self._audio.running(attention.s.names):
                 outs.append(self._self_heads_out(attention))
-        self._add_projected(attentions, outs, [s.tables.own[index, :, SELF_ATTENTION_ROWS][:, 2] for s in enabled])
+        self._add_projected(attentions, outs, [gate for _, gate in tables])
 
-    def _project_self(self, s: FusedStream, block: AVBlock, h: Activations, values_only: bool) -> _Attention:
+    def _project_self(self, s: FusedStream, block: AVBlock, h: PendingRows, values_only: bool) -> _Attention:
         """Queries and keys, and where they come with them or are to be exchanged, the values."""
         name = s.names.self_attention
         module, qkv = getattr(block, name), block.packed_linears[name, "qkv"]
         attention = _Attention(s, module.heads, block.packed_linears[name, "out"], [])
         if s.tokens is None and self._tp.size == 1:
-            attention.q, attention.k, attention.v = qkv.split(steps.linear(h, qkv))
+            attention.q, attention.k, attention.v = qkv.split(h.through(qkv))
         if values_only:
             attention.q = attention.k = None
             return attention
@@ -182,7 +208,7 @@ class FusedBlocks:
             attention.exchanged_v = s.tokens.start_rows_to_heads([attention.v], s.batch, module.heads)
         if attention.q is None or attention.k is None:
             q_k = qkv.part(0, 2)
-            attention.q, attention.k = q_k.split(steps.linear(h, q_k))
+            attention.q, attention.k = q_k.split(h.through(q_k))
         parts = [(attention.q, module.q_norm.weight), (attention.k, module.k_norm.weight)]
         attention.norms.append(_HeadNorm(s.names, parts, module.heads, s.rope))
         return attention
@@ -194,20 +220,16 @@ class FusedBlocks:
             return v.unflatten(1, (heads, -1))
         if s.tokens is None:
             return self._heads_out(q, k, v, heads, s.batch)
-        q, k = s.tokens.start_rows_to_heads([q, k], s.batch, heads).wait()
         assert attention.exchanged_v is not None
-        (v,) = attention.exchanged_v.wait()
-        return s.tokens.start_heads_to_rows(self._attend(q, k, v)).wait()
+        return attend_to_divided(s.tokens, q, k, attention.exchanged_v, heads, s.batch, self._attend)
 
     def _attend_to_text(self, enabled: list[FusedStream], block: AVBlock, index: int) -> None:
         packed = block.packed_linears
-
-        def modulation(s: FusedStream) -> Modulation:
-            shift, scale, _ = s.tables.own[index, :, TEXT_ATTENTION_ROWS].unbind(1)
-            return Modulation(shift, scale, packed[s.names.text_attention, "q_gates"].quantized)
-
+        tables = [
+            _own_tables(s, index, TEXT_ATTENTION_ROWS, packed[s.names.text_attention, "q_gates"]) for s in enabled
+        ]
+        inputs = self._inputs((s, [modulation]) for s, (modulation, _) in zip(enabled, tables, strict=True))
         attentions = []
-        inputs = self._inputs((s, [modulation(s)]) for s in enabled)
         for s, (h,) in zip(enabled, inputs, strict=True):
             shift, scale = s.tables.prompt[index].unbind(1)
             name = s.names.text_attention
@@ -216,14 +238,15 @@ class FusedBlocks:
                     s.context, None, [Modulation(shift, scale, packed[name, "kv"].quantized)], None, None, self._eps
                 )
                 attention = self._queries(s, block, name, h, None)
-                self._keys_and_values(attention, block, name, context, s.names, None)
+                text = PendingRows([Pending(context)], s.rows)
+                self._keys_and_values(attention, block, name, text, s.names, None)
             attentions.append(attention)
         self._norm_heads(attentions, self._start_head_means(attentions))
         outs = []
         for attention in attentions:
             with self._audio.running(attention.s.names):
                 outs.append(self._cross_heads_out(attention))
-        self._add_projected(attentions, outs, [s.tables.own[index, :, TEXT_ATTENTION_ROWS][:, 2] for s in enabled])
+        self._add_projected(attentions, outs, [gate for _, gate in tables])
 
     def _attend_across(self, streams: AV[FusedStream], block: AVBlock, index: int) -> None:
         """Attention from each enabled stream to the other.
@@ -248,7 +271,7 @@ class FusedBlocks:
         for number, (s, other, _) in enumerate(receivers):
             own, others = inputs if s is streams.video else inputs.swapped()
             name = s.names.cross_attention
-            # Keys and values of divided tokens will be exchanged, from the video's CUDA stream.
+            # Keys and values of divided tokens will be exchanged before the other stream needs them.
             reader = s.names if other.tokens is None else other.names
             with self._audio.running(s.names):
                 attention = self._queries(s, block, name, own[number], s.cross_rope)
@@ -271,8 +294,6 @@ class FusedBlocks:
             return None if tokens is None else tokens.start_rows_to_heads([a.k, a.v], a.s.batch, a.heads)
 
         exchanges = [exchanged(attention, tokens) for attention, tokens in zip(attentions, divided, strict=True)]
-        if any(exchanges):
-            self._meet()
         outs = []
         for attention, tokens, exchange in zip(attentions, divided, exchanges, strict=True):
             with self._audio.running(attention.s.names):
@@ -283,38 +304,34 @@ class FusedBlocks:
                 self._held.append((k, v))
                 assert attention.q is not None
                 q = attention.q.unflatten(0, (attention.s.batch, -1)).unflatten(2, (attention.heads, -1))
-                outs.append(self._attend(q[:, :, tokens.group.slice(attention.heads)], k, v))
-        for number, tokens in enumerate(divided):
-            if tokens is not None:
-                self._meet(outs[number])
-                by_rank = tokens.group.gather(outs[number][None])
-                outs[number] = by_rank.permute(1, 2, 0, 3, 4).flatten(2, 3).flatten(0, 1)
-                self._meet()
+                own = self._attend(q[:, :, tokens.group.slice(attention.heads)], k, v)
+                outs.append(tokens.group.gather(own[None]).permute(1, 2, 0, 3, 4).flatten(2, 3).flatten(0, 1))
         return outs
 
     def _feed_forward(self, enabled: list[FusedStream], block: AVBlock, index: int) -> None:
-        def modulation(s: FusedStream) -> Modulation:
-            shift, scale, _ = s.tables.own[index, :, FEED_FORWARD_ROWS].unbind(1)
-            return Modulation(shift, scale, block.packed_linears[s.names.feed_forward, "up"].quantized)
+        packed = block.packed_linears
+        tables = [_own_tables(s, index, FEED_FORWARD_ROWS, packed[s.names.feed_forward, "up"]) for s in enabled]
 
-        partials = []
-        inputs = self._inputs((s, [modulation(s)]) for s in enabled)
-        for s, (h,) in zip(enabled, inputs, strict=True):
-            up, down = (block.packed_linears[s.names.feed_forward, part] for part in ("up", "down"))
-            with self._audio.running(s.names):
+        def product(s: FusedStream, h: PendingRows, gate: torch.Tensor) -> _Product:
+            up, down = packed[s.names.feed_forward, "up"], packed[s.names.feed_forward, "down"]
+
+            def hidden(piece: int) -> Activations:
+                rows = h.pieces[piece].wait()
                 if up.quantized or down.quantized:
-                    hidden = self._steps.gelu(steps.linear(h, up), down.quantized)
-                else:
-                    hidden = self._steps.linear_gelu(h, up)
-                partials.append(steps.linear(hidden, down))
-        self._add(enabled, partials, [s.tables.own[index, :, FEED_FORWARD_ROWS][:, 2] for s in enabled])
+                    return self._steps.gelu(steps.linear(rows, up), down.quantized)
+                return self._steps.linear_gelu(rows, up)
+
+            return _Product(s, hidden, down, gate)
+
+        inputs = self._inputs((s, [modulation]) for s, (modulation, _) in zip(enabled, tables, strict=True))
+        self._add([product(s, h, gate) for s, (h,), (_, gate) in zip(enabled, inputs, tables, strict=True)])
 
     # --- what they consist of --------------------------------------------------------------------
 
-    def _queries(self, s: FusedStream, block: AVBlock, name: str, h: Activations, rope: RopeTable | None) -> _Attention:
+    def _queries(self, s: FusedStream, block: AVBlock, name: str, h: PendingRows, rope: RopeTable | None) -> _Attention:
         module, layer = getattr(block, name), block.packed_linears[name, "q_gates"]
         attention = _Attention(s, module.heads, block.packed_linears[name, "out"], [])
-        attention.q, attention.logits = layer.split(steps.linear(h, layer))
+        attention.q, attention.logits = layer.split(h.through(layer))
         attention.norms.append(_HeadNorm(s.names, [(attention.q, module.q_norm.weight)], module.heads, rope))
         return attention
 
@@ -323,12 +340,12 @@ class FusedBlocks:
         attention: _Attention,
         block: AVBlock,
         name: str,
-        context: Activations,
+        context: PendingRows,
         reader: StreamNames,
         rope: RopeTable | None,
     ) -> None:
         module, layer = getattr(block, name), block.packed_linears[name, "kv"]
-        attention.k, attention.v = layer.split(steps.linear(context, layer))
+        attention.k, attention.v = layer.split(context.through(layer))
         attention.norms.append(_HeadNorm(reader, [(attention.k, module.k_norm.weight)], module.heads, rope))
 
     def _cross_heads_out(self, attention: _Attention) -> torch.Tensor:
@@ -343,16 +360,16 @@ class FusedBlocks:
 
     def _add_projected(self, attentions: list[_Attention], outs: list[torch.Tensor], gates: list[torch.Tensor]) -> None:
         """Gate the heads' results (B * T, heads, D), project them, and leave them to be added to their streams."""
-        partials = []
-        for attention, heads_out in zip(attentions, outs, strict=True):
+        products = []
+        for attention, heads_out, gate in zip(attentions, outs, gates, strict=True):
             with self._audio.running(attention.s.names):
                 if heads_out.stride(1) != heads_out.shape[2] or heads_out.stride(2) != 1:
                     # Unlike `contiguous`, this gives an axis of a single head the stride that the kernel expects, too.
                     heads_out = heads_out.flatten(1).unflatten(1, heads_out.shape[1:])
                 assert attention.logits is not None
                 gated = self._steps.apply_gates(heads_out, attention.logits, attention.out.quantized)
-                partials.append(steps.linear(gated, attention.out))
-        self._add([attention.s for attention in attentions], partials, gates)
+            products.append(_Product(attention.s, partial(piece_of, gated, attention.s.rows), attention.out, gate))
+        self._add(products)
 
     # --- exchanges of tensor-parallel ranks ------------------------------------------------------
 
@@ -361,33 +378,57 @@ class FusedBlocks:
         self._audio.synchronize()
         self._held = list(held)
 
-    def _inputs(self, wanted: Iterable[tuple[FusedStream, list[Modulation]]]) -> list[list[Activations]]:
+    def _meet_with(self, streams: Sequence[FusedStream], held: object) -> None:
+        """Meet where the audio is among the `streams` whose rows are exchanged."""
+        if any(s.names is STREAM_NAMES.audio for s in streams):
+            self._meet(held)
+
+    def _inputs(self, wanted: Iterable[tuple[FusedStream, list[Modulation]]]) -> list[list[PendingRows]]:
         """All B * T rows of each stream, normed and modulated."""
         wanted = list(wanted)
-        normed = [self.normed(s, modulations) for s, modulations in wanted]
-        if self._tp.size == 1:
-            return normed
-        self._meet(normed)
-        shards = [tensor for parts in normed for part in parts for tensor in _tensors(part)]
-        whole = iter(self._tp.start_gather(shards).wait())
-        gathered = [
-            [_as_activations([next(whole)[: s.rows.length] for _ in _tensors(part)]) for part in parts]
-            for (s, _), parts in zip(wanted, normed, strict=True)
-        ]
-        self._meet()
-        return gathered
+        found = [[PendingRows([], s.rows) for _ in modulations] for s, modulations in wanted]
+        for pieces in exchanged_together([s.rows for s, _ in wanted]):
+            normed = [self.normed(wanted[number][0], piece, wanted[number][1]) for number, piece in pieces]
+            if self._tp.size == 1:
+                gathered = iter([Pending(part) for parts in normed for part in parts])
+            else:
+                self._meet_with([wanted[number][0] for number, _ in pieces], normed)
+                shards = [exchanged_tensors(part) for parts in normed for part in parts]
+                pending = self._tp.start_gather([tensor for tensors in shards for tensor in tensors])
+                # The audio may read its part until the two meet again.
+                self._held.append(pending)
+                firsts = itertools.accumulate((len(tensors) for tensors in shards), initial=0)
+                gathered = iter(
+                    [
+                        pending.then(partial(as_activations, first, len(tensors) > 1))
+                        for first, tensors in zip(firsts, shards, strict=False)
+                    ]
+                )
+            for number, piece in pieces:
+                for rows in found[number]:
+                    rows.pieces.append(next(gathered).then(partial(without_padding, rows.rows, piece)))
+        return found
 
-    def _add(self, streams: list[FusedStream], partials: list[torch.Tensor], gates: list[torch.Tensor]) -> None:
-        """Leave `partials` (B * T, D), summed over the ranks, to be added to their streams."""
-        if self._tp.size == 1:
-            sums = [Pending(partial) for partial in partials]
-        else:
-            self._meet(partials)
-            padded = [s.rows.padded(partial) for s, partial in zip(streams, partials, strict=True)]
-            pending = self._tp.start_reduce_scatter(padded)
-            sums = [pending.then(itemgetter(number)) for number in range(len(streams))]
-        for s, value, gate in zip(streams, sums, gates, strict=True):
-            s.residual = PendingResidual(value, gate)
+    def _add(self, products: list[_Product]) -> None:
+        """Leave the products (B * T, D), summed over the ranks, to be added to their streams."""
+        values: list[list[Pending[torch.Tensor]]] = [[] for _ in products]
+        for pieces in exchanged_together([product.s.rows for product in products]):
+            partials = []
+            for number, piece in pieces:
+                s, layer = products[number].s, products[number].layer
+                with self._audio.running(s.names):
+                    value = steps.linear(products[number].piece(piece), layer)
+                    partials.append(value if self._tp.size == 1 else s.rows.padded(value))
+            if self._tp.size == 1:
+                sums = [Pending(value) for value in partials]
+            else:
+                self._meet_with([products[number].s for number, _ in pieces], partials)
+                pending = self._tp.start_reduce_scatter(partials)
+                sums = [pending.then(itemgetter(number)) for number in range(len(partials))]
+            for (number, _), summed in zip(pieces, sums, strict=True):
+                values[number].append(summed)
+        for product, of_pieces in zip(products, values, strict=True):
+            product.s.residual = PendingResidual(of_pieces, product.gate)
 
     def _start_head_means(self, attentions: list[_Attention]) -> Pending[torch.Tensor] | None:
         """Begin to sum what `_norm_heads` needs of the other ranks' heads; None where this rank has all heads."""
@@ -416,18 +457,14 @@ class FusedBlocks:
                 self._steps.norm_heads_(norm.parts, norm.heads, self._eps, norm.rope, mean)
 
 
-def _values(qkv: PackedLinear, h: Activations) -> torch.Tensor:
+def _own_tables(s: FusedStream, index: int, rows: slice, layer: PackedLinear) -> tuple[Modulation, torch.Tensor]:
+    """The modulation of the input of `layer` in block `index`, and the gate of what comes of it."""
+    shift, scale, gate = s.tables.own[index, :, rows].unbind(1)
+    return Modulation(shift, scale, layer.quantized), gate
+
+
+def _values(qkv: PackedLinear, h: PendingRows) -> torch.Tensor:
     """The values (R, heads * D) alone."""
     layer = qkv.part(2, 3)
-    (v,) = layer.split(steps.linear(h, layer))
+    (v,) = layer.split(h.through(layer))
     return v
-
-
-def _tensors(x: Activations) -> tuple[torch.Tensor, ...]:
-    """What ranks exchange of rows. Not every transport knows e4m3."""
-    return (x,) if isinstance(x, torch.Tensor) else (x.values.view(torch.uint8), x.scale)
-
-
-def _as_activations(tensors: list[torch.Tensor]) -> Activations:
-    """The inverse of `_tensors`."""
-    return tensors[0] if len(tensors) == 1 else QuantizedRows(tensors[0].view(FP8), tensors[1])

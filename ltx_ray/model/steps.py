@@ -36,6 +36,11 @@ class QuantizedRows:
 Activations = torch.Tensor | QuantizedRows
 
 
+def some_rows(x: Activations, rows: slice) -> Activations:
+    """The `rows` of x."""
+    return x[rows] if isinstance(x, torch.Tensor) else QuantizedRows(x.values[rows], x.scale[rows])
+
+
 @dataclass(frozen=True)
 class TokenLevels:
     """The noise level of each of a stream's T tokens: `index` (T,) int32 in [0, L), the same for every batch entry."""
@@ -138,23 +143,32 @@ def linear_gelu(x: torch.Tensor, layer: PackedLinear) -> torch.Tensor:
     return hidden
 
 
-def linear(x: Activations, layer: PackedLinear) -> torch.Tensor:
-    """x (R, K) through a layer: (R, N) in the bias's dtype. `x` is quantized if and only if the layer is."""
+def linear(x: Activations, layer: PackedLinear, out: torch.Tensor | None = None) -> torch.Tensor:
+    """x (R, K) through a layer: (R, N) in the bias's dtype, written to `out` if given.
+
+    `x` is quantized if and only if the layer is.
+    """
     if isinstance(x, torch.Tensor):
         assert layer.row_scale is None
-        return F.linear(x, layer.weight, layer.bias)
+        if out is None:
+            return F.linear(x, layer.weight, layer.bias)
+        return torch.addmm(layer.bias, x, layer.weight.t(), out=out)
     assert layer.row_scale is not None
-    if x.values.is_cuda:
-        rows = len(x.values)
-        if rows < MIN_FP8_ROWS:
-            padding = (0, 0, 0, MIN_FP8_ROWS - rows)
-            x = QuantizedRows(F.pad(x.values.view(torch.uint8), padding).view(FP8), F.pad(x.scale, padding))
+    if x.values.is_cuda and len(x.values) >= MIN_FP8_ROWS:
+        given = {} if out is None else {"out": out}
         return torch._scaled_mm(
             x.values, layer.weight.t(), x.scale, layer.row_scale[None], layer.bias,
-            out_dtype=layer.bias.dtype, use_fast_accum=True,
-        )[:rows]  # fmt: skip
-    out32 = (x.values.float() @ layer.weight.float().t()) * x.scale * layer.row_scale[None]
-    return (out32 + layer.bias.float()).to(layer.bias.dtype)
+            out_dtype=layer.bias.dtype, use_fast_accum=True, **given,
+        )  # fmt: skip
+    if x.values.is_cuda:
+        rows = len(x.values)
+        padding = (0, 0, 0, MIN_FP8_ROWS - rows)
+        padded = QuantizedRows(F.pad(x.values.view(torch.uint8), padding).view(FP8), F.pad(x.scale, padding))
+        found = linear(padded, layer)[:rows]
+    else:
+        out32 = (x.values.float() @ layer.weight.float().t()) * x.scale * layer.row_scale[None]
+        found = (out32 + layer.bias.float()).to(layer.bias.dtype)
+    return found if out is None else out.copy_(found)
 
 
 def _rounded(x32: torch.Tensor, dtype: torch.dtype, quantize: bool) -> Activations:

@@ -46,7 +46,10 @@ class _Changed(Pending[U]):
 
 
 class Transport(Protocol):
-    """The exchanges of n ranks. Tensors are contiguous and have the same shapes on every rank."""
+    """The exchanges of n ranks. Tensors have the same shapes on every rank, and are contiguous except in all_to_all."""
+
+    def begin(self) -> None:
+        """Begin a pass of the model, whose exchanges may be captured in a CUDA graph."""
 
     def sum_(self, tensor: torch.Tensor) -> Pending[torch.Tensor]:
         """The sum over the ranks, in place."""
@@ -63,8 +66,8 @@ class Transport(Protocol):
     def reduce_scatter(self, tensors: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
         """Each (n * L, ...) of each rank -> (L, ...): this rank's part of the sum, in one exchange."""
 
-    def all_to_all(self, tensor: torch.Tensor) -> Pending[torch.Tensor]:
-        """(n, ...), by the rank that is to get it -> (n, ...), by the rank that sent it."""
+    def all_to_all(self, tensors: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
+        """Each (n, ...), by the rank that is to get it -> (n, ...), by the rank that sent it."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,9 @@ class ProcessGroup:
 
     size: int
     group: dist.ProcessGroup | None = None
+
+    def begin(self) -> None:
+        pass
 
     def sum_(self, tensor: torch.Tensor) -> Pending[torch.Tensor]:
         return Pending(tensor, [dist.all_reduce(tensor, group=self.group, async_op=True)])
@@ -104,9 +110,14 @@ class ProcessGroup:
             return Pending(outputs, [launched])
         return Pending(outputs, [exchange(output, x, group=self.group, async_op=True) for output, x in pairs])
 
-    def all_to_all(self, tensor: torch.Tensor) -> Pending[torch.Tensor]:
-        received = torch.empty_like(tensor)
-        return Pending(received, [dist.all_to_all_single(received, tensor, group=self.group, async_op=True)])
+    def all_to_all(self, tensors: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
+        given = [tensor.contiguous() for tensor in tensors]
+        received = [torch.empty_like(tensor) for tensor in given]
+        launched = [
+            dist.all_to_all_single(place, tensor, group=self.group, async_op=True)
+            for place, tensor in zip(received, given, strict=True)
+        ]
+        return Pending(received, launched)
 
 
 class Threads:
@@ -144,6 +155,9 @@ class _ThreadRank:
     threads: Threads
     rank: int
 
+    def begin(self) -> None:
+        pass
+
     def sum_(self, tensor: torch.Tensor) -> Pending[torch.Tensor]:
         return self._replace(tensor, _sum)
 
@@ -162,10 +176,11 @@ class _ThreadRank:
 
         return Pending([self.threads.exchange(self.rank, tensor, own_part) for tensor in tensors])
 
-    def all_to_all(self, tensor: torch.Tensor) -> Pending[torch.Tensor]:
-        return Pending(
-            self.threads.exchange(self.rank, tensor, lambda tensors: torch.stack([t[self.rank] for t in tensors]))
-        )
+    def all_to_all(self, tensors: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
+        def own_parts(of_ranks: list[torch.Tensor]) -> torch.Tensor:
+            return torch.stack([tensor[self.rank] for tensor in of_ranks])
+
+        return Pending([self.threads.exchange(self.rank, tensor, own_parts) for tensor in tensors])
 
     def _replace(
         self, tensor: torch.Tensor, result: Callable[[list[torch.Tensor]], torch.Tensor]
@@ -196,8 +211,11 @@ class Alone:
     size: int
     calls: dict[str, int] = field(default_factory=dict)
     nbytes: dict[str, int] = field(default_factory=dict)
-    #: What is gathered, by shape and dtype. It is drawn once and never written, as no time is to be spent on it.
-    _gathered: dict[tuple[torch.Size, torch.dtype], torch.Tensor] = field(default_factory=dict)
+    #: What is received, by shape and dtype. It is drawn once and never written, as no time is to be spent on it.
+    _received: dict[tuple[torch.Size, torch.dtype], torch.Tensor] = field(default_factory=dict)
+
+    def begin(self) -> None:
+        pass
 
     def sum_(self, tensor: torch.Tensor) -> Pending[torch.Tensor]:
         # A ring sends each part of the tensor twice, to be summed and to be spread.
@@ -211,24 +229,26 @@ class Alone:
 
     def gather(self, shards: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
         nbytes = sum((self.size - 1) * shard.nbytes for shard in shards)
-        return self._count("gather", nbytes, [self._drawn(shard) for shard in shards])
+        shapes = [(self.size * shard.shape[0], *shard.shape[1:]) for shard in shards]
+        return self._count("gather", nbytes, [self._drawn(*of) for of in zip(shapes, shards, strict=True)])
 
-    def _drawn(self, shard: torch.Tensor) -> torch.Tensor:
-        shape = torch.Size((self.size * shard.shape[0], *shard.shape[1:]))
-        if (shape, shard.dtype) not in self._gathered:
-            drawn = torch.randn(shape, device=shard.device)
+    def _drawn(self, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+        key = torch.Size(shape), like.dtype
+        if key not in self._received:
+            drawn = torch.randn(shape, device=like.device)
             # Rows in fp8 are exchanged as bytes.
-            as_bytes = shard.dtype == torch.uint8
-            values = drawn.to(torch.float8_e4m3fn).view(torch.uint8) if as_bytes else drawn.to(shard.dtype)
-            self._gathered[shape, shard.dtype] = values
-        return self._gathered[shape, shard.dtype]
+            as_bytes = like.dtype == torch.uint8
+            values = drawn.to(torch.float8_e4m3fn).view(torch.uint8) if as_bytes else drawn.to(like.dtype)
+            self._received[key] = values
+        return self._received[key]
 
     def reduce_scatter(self, tensors: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
         parts = [tensor[: tensor.shape[0] // self.size] for tensor in tensors]
         return self._count("reduce_scatter", sum(map(self._part, tensors)), parts)
 
-    def all_to_all(self, tensor: torch.Tensor) -> Pending[torch.Tensor]:
-        return self._count("all_to_all", self._part(tensor), tensor)
+    def all_to_all(self, tensors: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
+        nbytes = sum(map(self._part, tensors))
+        return self._count("all_to_all", nbytes, [self._drawn(tensor.shape, tensor) for tensor in tensors])
 
     def _part(self, tensor: torch.Tensor) -> int:
         return tensor.nbytes * (self.size - 1) // self.size
@@ -254,6 +274,11 @@ class RankGroup:
     def of_processes(cls, rank: int, size: int, group: dist.ProcessGroup | None = None) -> RankGroup:
         """The ranks of `group` of torch.distributed; None is the default group."""
         return cls(rank, size, ProcessGroup(size, group) if size > 1 else None)
+
+    def begin(self) -> None:
+        """Begin a pass of the model."""
+        if self.transport is not None:
+            self.transport.begin()
 
     def start_sum(self, tensor: torch.Tensor) -> Pending[torch.Tensor]:
         """Begin to sum `tensor` over the ranks, in place."""
@@ -286,13 +311,14 @@ class RankGroup:
             return Pending(list(tensors))
         return self._transport.reduce_scatter([x.contiguous() for x in tensors])
 
-    def start_all_to_all(self, tensor: torch.Tensor) -> Pending[torch.Tensor]:
-        """Begin to exchange (n, ...), by the rank that is to get it, for (n, ...), by the rank that sent it."""
-        return self._transport.all_to_all(tensor.contiguous()) if self.size > 1 else Pending(tensor)
+    def start_all_to_all(self, tensors: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
+        """Begin to exchange each (n, ...), by the rank that is to get it, for (n, ...), by the rank that sent it."""
+        return self._transport.all_to_all(tensors) if self.size > 1 else Pending(list(tensors))
 
     def all_to_all(self, tensor: torch.Tensor) -> torch.Tensor:
         """(n, ...), by the rank that is to get it -> (n, ...), by the rank that sent it."""
-        return self.start_all_to_all(tensor).wait()
+        (received,) = self.start_all_to_all([tensor]).wait()
+        return received
 
     def slice(self, length: int) -> slice:
         """This rank's part of an axis of `length`, which the group's size must divide."""

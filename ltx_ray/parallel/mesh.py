@@ -11,12 +11,13 @@ tokens of some heads before attention, and back after it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 
-from ltx_ray.parallel.collectives import SINGLE_RANK, Pending, RankGroup
+from ltx_ray.parallel.collectives import SINGLE_RANK, Pending, ProcessGroup, RankGroup
+from ltx_ray.parallel.peer_copies import fastest_transport
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def _group(rank: int, world: int, size: int, stride: int) -> RankGroup:
     if size == 1:
         return SINGLE_RANK
     if size == world:
-        return RankGroup.of_processes(rank, world)
+        return _fast(RankGroup.of_processes(rank, world))
     own = RankGroup()
     for first in (r for r in range(world) if r // stride % size == 0):
         ranks = list(range(first, first + size * stride, stride))
@@ -59,7 +60,12 @@ def _group(rank: int, world: int, size: int, stride: int) -> RankGroup:
         group = dist.new_group(ranks)
         if rank in ranks:
             own = RankGroup.of_processes(ranks.index(rank), size, group)
-    return own
+    return _fast(own)
+
+
+def _fast(group: RankGroup) -> RankGroup:
+    assert isinstance(group.transport, ProcessGroup), group
+    return replace(group, transport=fastest_transport(group.rank, group.size, group.transport))
 
 
 @dataclass(frozen=True)
@@ -107,30 +113,35 @@ class SequenceSharding:
         return received.movedim(0, 1).reshape(batch, n * heads, self.shard_length, dim)
 
     def start_rows_to_heads(
-        self, parts: Sequence[torch.Tensor], batch: int, heads: int
+        self, parts: Sequence[torch.Tensor], batch: int, heads: int, group: int = 0, groups: int = 1
     ) -> Pending[tuple[torch.Tensor, ...]]:
-        """Each (B * T / n, heads * D) of this rank's tokens -> (B, T, heads / n, D) of all tokens, in one exchange."""
+        """Each (B * T / n, heads * D) of this rank's tokens -> (B, T, heads / n / groups, D) of all tokens.
+
+        Every rank's heads are taken in `groups`, of which this exchanges one.
+        """
         n, length = self.group.size, self.shard_length
-        assert heads % n == 0, (heads, n)
-        by_rank = [x.unflatten(0, (batch, length)).unflatten(2, (n, -1)).movedim(2, 0) for x in parts]
+        assert heads % (n * groups) == 0, (heads, n, groups)
+        by_rank = [
+            x.unflatten(0, (batch, length)).unflatten(2, (n, groups, -1))[:, :, :, group].movedim(2, 0) for x in parts
+        ]
 
-        def by_head(received: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            # (n, B, T / n, parts, heads / n * D), whose first axis is the rank whose tokens they are.
-            tokens = received.movedim(0, 1).flatten(1, 2)[:, : self.length]
-            return tuple(x.unflatten(2, (heads // n, -1)) for x in tokens.unbind(2))
+        def by_head(received: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+            # Each (n, B, T / n, heads / n / groups * D), whose first axis is the rank whose tokens they are.
+            tokens = (x.movedim(0, 1).flatten(1, 2)[:, : self.length] for x in received)
+            return tuple(x.unflatten(2, (heads // n // groups, -1)) for x in tokens)
 
-        return self.group.start_all_to_all(torch.stack(by_rank, dim=3)).then(by_head)
+        return self.group.start_all_to_all(by_rank).then(by_head)
 
     def start_heads_to_rows(self, x: torch.Tensor) -> Pending[torch.Tensor]:
-        """(B, T, heads / n, D) of all tokens -> (B * T / n, heads, D) of this rank's tokens."""
+        """(B, T, H, D) of all tokens, H heads -> (B * T / n, n, H, D) of this rank's tokens, each rank's heads."""
         n, length = self.group.size, self.shard_length
         by_rank = _padded(x, 1, n * length).unflatten(1, (n, length)).movedim(1, 0)
 
-        def rows(received: torch.Tensor) -> torch.Tensor:
-            # (n, B, T / n, heads / n, D), whose first axis is the rank whose heads they are.
-            return received.permute(1, 2, 0, 3, 4).flatten(2, 3).flatten(0, 1)
+        def rows(received: list[torch.Tensor]) -> torch.Tensor:
+            # (n, B, T / n, H, D), whose first axis is the rank whose heads they are.
+            return received[0].permute(1, 2, 0, 3, 4).flatten(0, 1)
 
-        return self.group.start_all_to_all(by_rank).then(rows)
+        return self.group.start_all_to_all([by_rank]).then(rows)
 
     def own_heads(self, x: torch.Tensor) -> torch.Tensor:
         """(B, heads, T, D), the same on every rank -> this rank's (B, heads / n, T, D)."""
@@ -151,32 +162,51 @@ class RowSharding:
     """`length` rows of activations divided over the n tensor-parallel ranks of `group`, between sharded layers.
 
     Every rank norms and modulates its own rows (arXiv:2205.05198, section 4.2.2): the partial products of a
-    row-parallel layer are summed by a reduce-scatter, and the input of a column-parallel layer is gathered. Shards are
-    equally long, and what pads the last ones reaches no other row.
+    row-parallel layer are summed by a reduce-scatter, and the input of a column-parallel layer is gathered. Rows are
+    exchanged in `pieces`, so that a layer works on one piece while the next is on its way. Of each piece a rank has one
+    n-th. What pads the last piece reaches no other row.
     """
 
     group: RankGroup
     length: int
+    pieces: int = 1
+
+    @property
+    def piece_length(self) -> int:
+        """Rows of a rank in a piece, padding included."""
+        return -(-self.length // (self.group.size * self.pieces))
 
     @property
     def shard_length(self) -> int:
         """Rows of a rank, padding included."""
-        return -(-self.length // self.group.size)
+        return self.pieces * self.piece_length
+
+    def rows_of(self, piece: int) -> slice:
+        """The rows of a piece, without padding."""
+        length = self.group.size * self.piece_length
+        return slice(piece * length, min((piece + 1) * length, self.length))
+
+    def own_rows_of(self, piece: int) -> slice:
+        """The rows of a piece within this rank's shard."""
+        return slice(piece * self.piece_length, (piece + 1) * self.piece_length)
 
     def own_shard(self, x: torch.Tensor) -> torch.Tensor:
         """This rank's rows of `x` (length, ...)."""
         if self.group.size == 1:
             return x
-        start = min(self.group.rank * self.shard_length, self.length)
-        return _padded(x[start : start + self.shard_length], 0, self.shard_length)
+        padded = _padded(x, 0, self.group.size * self.shard_length)
+        return padded.unflatten(0, (self.pieces, self.group.size, -1))[:, self.group.rank].flatten(0, 1)
 
     def gather(self, shard: torch.Tensor) -> torch.Tensor:
         """(shard_length, ...) of each rank -> (length, ...)."""
-        return self.group.gather(shard)[: self.length]
+        if self.group.size == 1:
+            return shard
+        by_rank = self.group.gather(shard).unflatten(0, (self.group.size, self.pieces, -1))
+        return by_rank.transpose(0, 1).flatten(0, 2)[: self.length]
 
-    def padded(self, x: torch.Tensor) -> torch.Tensor:
-        """(length, ...), and as many rows of zeros as make it divisible."""
-        return _padded(x, 0, self.group.size * self.shard_length)
+    def padded(self, rows: torch.Tensor) -> torch.Tensor:
+        """The rows of a piece, and as many rows of zeros as make it divisible."""
+        return _padded(rows, 0, self.group.size * self.piece_length)
 
 
 def _padded(x: torch.Tensor, dim: int, length: int) -> torch.Tensor:

@@ -203,8 +203,7 @@ class MemoryBudget:
             options.append("--precision fp8")
         heads = self._checkpoint.transformer.video.heads
         for tp in (n for n in range(rank.tp + 1, heads + 1) if heads % n == 0):
-            # bf16 does not choose the fused path on several ranks by itself.
-            if fits(replace(rank, tp=tp, fused=rank.fp8)):
+            if fits(replace(rank, tp=tp)):
                 of_stage2 = self._numerics.tp != self._numerics.stage2_tp and rank.stages == (Stage.STAGE2,)
                 options.append(f"{'--stage2-tp' if of_stage2 else '--tp'} {tp}")
                 break

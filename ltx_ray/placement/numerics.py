@@ -150,10 +150,8 @@ def _resolve_compile(
         return "fused"
     with_bf16 = not any(name in _WITHOUT_BF16 for name in gpu_models)
     supported = on_gpu and with_bf16 and requested.dtype == "bfloat16"
-    # The fused path is right at any width, and no faster where rows cannot be loaded as vectors. Where ranks divide
-    # weights or tokens, its speed has not been measured on several GPUs.
-    wanted = not _odd_widths(transformer, parallel) and not _divides(parallel)
-    wanted = wanted or requested.attention in GPU_ATTENTION
+    # The fused path is right at any width, and no faster where rows cannot be loaded as vectors.
+    wanted = not _odd_widths(transformer, parallel) or requested.attention in GPU_ATTENTION
     return "fused" if supported and wanted else "off"
 
 
@@ -195,8 +193,3 @@ def _odd_widths(transformer: TransformerConfig | None, parallel: ParallelConfig)
     ]
     return " and ".join(odd)
 
-
-def _divides(parallel: ParallelConfig) -> bool:
-    """Whether ranks divide weights or tokens."""
-    ranks = parallel.tp, parallel.tp_of_stage2, parallel.sequence_parallel, parallel.stage1_sequence_parallel
-    return max(ranks) > 1

@@ -16,7 +16,7 @@ from ltx_ray.checkpoints.lora import Factor, LoraPair
 from ltx_ray.checkpoints.safetensors import TensorInfo, read_header
 from ltx_ray.checkpoints.transformer_config import TransformerConfig
 from ltx_ray.model.transformer import Transformer
-from ltx_ray.parallel.collectives import RankGroup
+from ltx_ray.parallel.collectives import SINGLE_RANK, RankGroup
 from ltx_ray.parallel.layers import ShardParameter, shard_parameter
 from ltx_ray.toy.config import ToyShape, checkpoint_config
 
@@ -38,7 +38,7 @@ def config(layers: int = 48, tiny: bool = False) -> TransformerConfig:
     return TransformerConfig.from_metadata(metadata(layers, tiny)["transformer"])
 
 
-def build(layers: int, tp: RankGroup = RankGroup()) -> Transformer:  # noqa: B008 (frozen)
+def build(layers: int, tp: RankGroup = SINGLE_RANK) -> Transformer:
     """The transformer on the meta device."""
     with torch.device("meta"):
         return Transformer(config(layers), tp)
@@ -70,15 +70,22 @@ def fill(
     dtype: torch.dtype,
     store: Callable[[nn.Parameter, torch.Tensor], None] | None = None,
     official: Callable[[str], str] = lambda name: name,
+    tp: RankGroup = SINGLE_RANK,
 ) -> None:
     """Fill every parameter of `model` with its `values`; one on the meta device is allocated on `device`.
 
     `store` writes into a parameter that is allocated already (default: a copy). `official` maps the model's names to
-    the checkpoint's.
+    the checkpoint's. Ranks of `tp` get their parts of the same values.
     """
     for path, module in model.named_modules():
-        for key, old in module.named_parameters(recurse=False):
-            new = values(official(f"{path}.{key}" if path else key), tuple(old.shape), device, dtype)
+        for key, old in list(module.named_parameters(recurse=False)):
+            name, shape = official(f"{path}.{key}" if path else key), list(old.shape)
+            shard_dim = old.shard_dim if isinstance(old, ShardParameter) and tp.size > 1 else None
+            if shard_dim is not None:
+                shape[shard_dim] *= tp.size
+            new = values(name, tuple(shape), device, dtype)
+            if shard_dim is not None:
+                new = new.chunk(tp.size, shard_dim)[tp.rank].contiguous()
             if not old.is_meta:
                 (store or (lambda parameter, data: parameter.data.copy_(data)))(old, new)
                 continue

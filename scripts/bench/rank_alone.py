@@ -11,12 +11,20 @@ from dataclasses import dataclass
 
 from ltx_ray.parallel.collectives import Alone
 
-#: Milliseconds of an exchange: to begin it, and for each MiB that a rank sends. Fits to all-reduces of 64 and 256 MiB
-#: (0.25 and 0.90 ms) and to all-to-alls of 32 and 128 MiB (0.12 and 0.27 ms) between two H200s.
-_SUM, _ALL_TO_ALL = (0.033, 0.00339), (0.07, 0.00313)
-#: A reduce-scatter and a gather are the two halves of an all-reduce.
-_RATES = {"sum": _SUM, "gather": (0.017, 0.00339), "reduce_scatter": (0.017, 0.00339), "all_to_all": _ALL_TO_ALL}
+#: Milliseconds of an exchange: to begin it, and for each MiB that a rank sends, laying it out included. Fits to copies
+#: of 16 to 128 MiB between two H200s with a barrier before each (0.063 to 0.378 ms).
+_BEGIN, _PER_MIB = 0.018, 0.0034
 _MIB = 2**20
+
+
+@dataclass(frozen=True)
+class OneRank:
+    """Milliseconds of a rank's pass and of its skeleton, and its exchanges by name: their number, and bytes sent."""
+
+    ours: float
+    skeleton: float
+    calls: dict[str, int]
+    nbytes: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -31,22 +39,24 @@ class RankAlone:
     calls: dict[str, int]
     nbytes: dict[str, int]
     layers: int
+    #: Exchanges of a block that continue another one.
+    pieces: int
 
     @property
     def exchanges(self) -> float:
         """Estimated milliseconds of a pass's exchanges when nothing hides them."""
-        return sum(
-            calls * _RATES[name][0] + self.nbytes[name] / _MIB * _RATES[name][1] for name, calls in self.calls.items()
-        )
+        return sum(self.calls.values()) * _BEGIN + sum(self.nbytes.values()) / _MIB * _PER_MIB
 
     @property
     def figures(self) -> dict[str, float]:
         """The figures of a case, by the end of its key."""
+        launched = sum(self.calls.values()) / self.layers
         return {
             "ms": self.rank,
             "x_skeleton": self.rank / self.rank_skeleton,
             "skeletons_over_one_card": self.ranks * self.rank_skeleton / self.whole_skeleton,
-            "collectives_per_block": round(sum(self.calls.values()) / self.layers, 2),
+            "collectives_per_block": round(launched - self.pieces, 2),
+            "launches_per_block": round(launched, 2),
             "bytes_per_pass": float(sum(self.nbytes.values())),
             "exchanges_ms": self.exchanges,
             "speedup_hidden": self.whole / max(self.rank, self.exchanges),
@@ -62,7 +72,8 @@ class RankAlone:
                 f"  {f['x_skeleton']:.3f} of the products and attention of its shard ({self.rank_skeleton:.2f} ms),",
                 f"  of which {self.ranks} take {f['skeletons_over_one_card']:.3f} of those of one card "
                 f"({self.whole_skeleton:.2f} ms)",
-                f"  {f['collectives_per_block']:g} exchanges a block ({exchanges} a pass)",
+                f"  {f['collectives_per_block']:g} exchanges a block, in {f['launches_per_block']:g} pieces "
+                f"({exchanges} a pass)",
                 f"  {mib:,.0f} MiB sent a pass, about {self.exchanges:.1f} ms",
                 f"  predicted speed-up over one card ({self.whole:.2f} ms): {f['speedup_hidden']:.2f} when all of this "
                 f"is hidden, {f['speedup_exposed']:.2f} when nothing is",

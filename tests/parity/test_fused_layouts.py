@@ -6,17 +6,18 @@ import pytest
 import torch
 
 from ltx_ray.checkpoints.checkpoint import open_checkpoint
+from ltx_ray.model import divided_attention, fused
 from ltx_ray.model.fused import FusedTransformer
 from ltx_ray.model.packing import pack_linears
 from ltx_ray.model.rope import audio_positions, video_positions
 from ltx_ray.model.transformer import NO_PERTURBATION, Modality, Perturbation, Transformer
-from ltx_ray.parallel.collectives import RankGroup
+from ltx_ray.parallel.collectives import RankGroup, Threads
 from ltx_ray.parallel.loading import load_shard
 from ltx_ray.parallel.mesh import Mesh
 from ltx_ray.records import AV
 from ltx_ray.shapes import ClipShape
 from ltx_ray.toy import ToyShape, make_toy_model
-from tests.support.thread_ranks import run_ranks
+from tests.support.thread_ranks import CopyingThreads, run_ranks
 from tests.support.transformers import TEXT, relative
 
 #: 3 * 4 * 6 = 72 video tokens and 18 audio latents; 2 x 5 x 3 = 30 and 9, which 4 ranks do not divide.
@@ -94,6 +95,43 @@ def test_a_layout_gives_the_velocities_of_one_rank(six_heads, one_rank, tp, sequ
         for found in ranks:
             assert max(relative(a, b) for a, b in zip(found[key], expected, strict=True)) <= 1e-5, key
             assert all(torch.equal(a, b) for a, b in zip(found[key], ranks[0][key], strict=True)), "the ranks differ"
+
+
+@pytest.mark.parametrize(("tp", "sequence"), [(2, 1), (3, 2)])
+def test_rows_in_pieces_give_the_velocities_of_one_rank(six_heads, one_rank, monkeypatch, tp, sequence):
+    """Between 3 and 4 of them, of which the last is the shortest."""
+    monkeypatch.setattr(fused, "_PIECE_ROWS", 9)
+    for precision in ("bf16", "fp8"):
+        ranks = run_ranks(tp, sequence, lambda mesh, p=precision: _passes(six_heads, p, mesh), CopyingThreads)
+        for key, exact in one_rank["bf16"].items():
+            floor = max(relative(a, b) for a, b in zip(one_rank[precision][key], exact, strict=True))
+            for found in ranks:
+                error = max(relative(a, b) for a, b in zip(found[key], exact, strict=True))
+                assert error <= max(1e-5, 1.25 * floor), key
+                assert all(torch.equal(a, b) for a, b in zip(found[key], ranks[0][key], strict=True)), (
+                    "the ranks differ"
+                )
+
+
+@pytest.mark.parametrize(("sequence", "groups"), [(3, (2,)), (2, (3,)), (2, (2,))])
+def test_heads_in_groups_give_the_velocities_of_one_rank(six_heads, one_rank, monkeypatch, sequence, groups):
+    """The last asks for more groups than the heads of a rank can make."""
+    monkeypatch.setattr(divided_attention, "_GROUPS", groups)
+    monkeypatch.setattr(divided_attention, "_FILLING_QUERIES", 1)
+    for found in run_ranks(1, sequence, lambda mesh: _passes(six_heads, "bf16", mesh), CopyingThreads):
+        for key, expected in one_rank["bf16"].items():
+            assert max(relative(a, b) for a, b in zip(found[key], expected, strict=True)) <= 1e-5, key
+
+
+@pytest.mark.parametrize(("tp", "sequence"), [(2, 1), (3, 2)])
+def test_exchanges_by_copies_give_the_same_bits(six_heads, tp, sequence):
+    found, expected = (
+        run_ranks(tp, sequence, lambda mesh: _passes(six_heads, "fp8", mesh), threads)
+        for threads in (CopyingThreads, Threads)
+    )
+    for a, b in zip(found, expected, strict=True):
+        for key in a:
+            assert all(torch.equal(x, y) for x, y in zip(a[key], b[key], strict=True)), key
 
 
 @pytest.mark.parametrize(("tp", "sequence"), [(1, 3), (2, 1), (3, 2)])

@@ -8,15 +8,67 @@ from typing import TypeVar
 
 import torch
 
-from ltx_ray.parallel.collectives import RankGroup, Threads
+from ltx_ray.parallel.collectives import RankGroup, Threads, Transport
 from ltx_ray.parallel.mesh import Mesh
+from ltx_ray.parallel.peer_copies import CopyStream, PeerCopies
 
 T = TypeVar("T")
 
 
-def run_ranks(tp: int, peers: int, run: Callable[[Mesh], T]) -> list[T]:
+class ThreadSlots:
+    """The slots (peer_copies.Slots) of ranks that are threads and share the memory of a CPU."""
+
+    def __init__(self, size: int):
+        self._barrier = threading.Barrier(size)
+        self._nbytes = 0
+        self._slots: list[list[torch.Tensor]] = [[] for _ in range(size)]
+
+    def of_rank(self, rank: int) -> _RankSlots:
+        return _RankSlots(self, rank)
+
+    def abort(self) -> None:
+        self._barrier.abort()
+
+
+class _RankSlots:
+    def __init__(self, shared: ThreadSlots, rank: int):
+        self._shared, self._rank, self._nbytes = shared, rank, 0
+
+    def reserve(self, nbytes: int) -> None:
+        if nbytes > self._nbytes:
+            self._nbytes = nbytes
+            # The others may still read what is replaced.
+            self._shared._barrier.wait()
+            # What a rank reads too early is no number that it could take for a result.
+            self._shared._slots[self._rank] = [torch.full((nbytes,), 255, dtype=torch.uint8) for _ in range(2)]
+            self._shared._barrier.wait()
+
+    def of(self, rank: int, slot: int) -> torch.Tensor:
+        return self._shared._slots[rank][slot]
+
+    def barrier(self) -> None:
+        self._shared._barrier.wait()
+
+
+class CopyingThreads(Threads):
+    """Threads that exchange as GPUs of a node do (peer_copies.PeerCopies)."""
+
+    def __init__(self, size: int):
+        super().__init__(size)
+        self._places = ThreadSlots(size)
+
+    def rank(self, rank: int) -> Transport:
+        slots = self._places.of_rank(rank)
+        return PeerCopies(rank, self.size, slots, super().rank(rank), CopyStream(torch.device("cpu")))
+
+    def abort(self) -> None:
+        super().abort()
+        self._places.abort()
+
+
+def run_ranks(tp: int, peers: int, run: Callable[[Mesh], T], threads: type[Threads] = Threads) -> list[T]:
     """What `run` returns on each of tp * peers ranks, in their order (mesh.make_mesh). The first failure is raised."""
-    tp_groups, peer_groups = [Threads(tp) for _ in range(peers)], [Threads(peers) for _ in range(tp)]
+    tp_groups, peer_groups = [threads(tp) for _ in range(peers)], [threads(peers) for _ in range(tp)]
     found: dict[int, T] = {}
     failures: list[BaseException] = []
 

@@ -245,10 +245,10 @@ def test_a_row_of_which_no_frame_fits():
 
 def test_the_neediest_pool_decides():
     wide = budget("H100", 8, ParallelConfig(stage1=1, stage2=1, sequence_parallel=4))
-    assert [rank.sequence_parallel for rank in wide.ranks] == [1, 4] and not wide.ranks[0].fused
+    assert [rank.sequence_parallel for rank in wide.ranks] == [1, 4] and wide.ranks[0].fused
     separate = budget("H100", 8, ParallelConfig(stage1=1, stage2=1, tp=4, stage2_tp=1))
     assert [rank.tp for rank in separate.ranks] == [4, 1]
-    assert "--stage2-tp 2 or a larger" in separate.problem(replace(LONG, num_frames=1001)).legal
+    assert "--stage2-tp 2 or a larger" in separate.problem(replace(LONG, num_frames=2201)).legal
 
 
 def test_other_numbers_need_other_memory():

@@ -1,0 +1,275 @@
+"""Exchanges among the GPUs of one node that read each other's memory, made by the cards' copy engines.
+
+NCCL's kernels hold multiprocessors. A matrix product that starts beside them has fewer of these, and as its tiles are
+dealt out beforehand, it ends later by as long as the exchange takes. Copy engines leave the products alone. Sums are
+taken in the order of the ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import socket
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from ltx_ray.parallel.collectives import Pending, ProcessGroup, Transport
+
+T = TypeVar("T")
+
+#: Sums of more bytes are left to the process group. Those of the fused path are small.
+_MAX_SUM_BYTES = 2**20
+#: What is laid side by side in a slot begins at multiples of this.
+_ALIGNMENT = 256
+_LEAST_SLOT = 2**22
+_log = logging.getLogger(__name__)
+
+
+class Slots(Protocol):
+    """Two places in the memory of each rank of a group, which all its ranks can read."""
+
+    def reserve(self, nbytes: int) -> None:
+        """Make every slot at least this large. All ranks of the group call this together."""
+
+    def of(self, rank: int, slot: int) -> torch.Tensor:
+        """The slot of a rank (nbytes,) uint8."""
+
+    def barrier(self) -> None:
+        """What is launched from now on waits until every rank has come here."""
+
+
+@dataclass
+class PeerCopies:
+    """A Transport of `size` ranks, of which this is `rank`. What is rare, or large and to be summed, goes by `others`.
+
+    A rank lays what the others want into a slot, waits until all have done so, and fetches its parts from theirs.
+    Slots take turns, so that the wait of an exchange also says that the slot of the one before has been read.
+    """
+
+    rank: int
+    size: int
+    slots: Slots
+    others: Transport
+    copies: CopyStream
+    _turn: int = field(default=0, init=False)
+
+    def begin(self) -> None:
+        self.copies.after_current()
+        with self.copies.running():
+            self.slots.barrier()
+        self._turn = 0
+
+    def sum_(self, tensor: torch.Tensor) -> Pending[torch.Tensor]:
+        if tensor.nbytes > _MAX_SUM_BYTES:
+            return self.others.sum_(tensor)
+        received = [torch.empty_like(tensor) for _ in range(self.size - 1)]
+
+        def fetch(of: Callable[[int], list[torch.Tensor]]) -> torch.Tensor:
+            return _sum_into(tensor, self._received(tensor, received, partial(_nth, of, 0)))
+
+        return self._exchange([tensor], None, fetch, received)
+
+    def min_(self, tensor: torch.Tensor) -> Pending[torch.Tensor]:
+        return self.others.min_(tensor)
+
+    def broadcast_(self, tensor: torch.Tensor, source: int) -> Pending[torch.Tensor]:
+        return self.others.broadcast_(tensor, source)
+
+    def gather(self, shards: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
+        whole = [shard.new_empty((self.size * shard.shape[0], *shard.shape[1:])) for shard in shards]
+
+        def fetch(of: Callable[[int], list[torch.Tensor]]) -> list[torch.Tensor]:
+            for rank in self._from_next():
+                for target, part in zip(whole, shards if rank == self.rank else of(rank), strict=True):
+                    target.chunk(self.size)[rank].copy_(part)
+            return whole
+
+        return self._exchange(shards, None, fetch)
+
+    def reduce_scatter(self, tensors: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
+        parts = [tensor.chunk(self.size) for tensor in tensors]
+        own = [by_rank[self.rank] for by_rank in parts]
+        sums = [torch.empty_like(part) for part in own]
+        received = [[torch.empty_like(part) for _ in range(self.size - 1)] for part in own]
+
+        def fetch(of: Callable[[int], list[torch.Tensor]]) -> list[torch.Tensor]:
+            for number, (total, part) in enumerate(zip(sums, own, strict=True)):
+                first = self.rank * len(own)
+                _sum_into(total, self._received(part, received[number], partial(_nth, of, first + number)))
+            return sums
+
+        outgoing = [by_rank[rank] for rank in range(self.size) for by_rank in parts]
+        return self._exchange(outgoing, len(own), fetch, received)
+
+    def all_to_all(self, tensors: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
+        received = [tensor.new_empty(tensor.shape) for tensor in tensors]
+
+        def fetch(of: Callable[[int], list[torch.Tensor]]) -> list[torch.Tensor]:
+            for rank in self._from_next():
+                first = self.rank * len(tensors)
+                theirs = of(rank)[first : first + len(tensors)]
+                for number, place in enumerate(received):
+                    place[rank].copy_(tensors[number][rank] if rank == self.rank else theirs[number])
+            return received
+
+        return self._exchange([tensor[rank] for rank in range(self.size) for tensor in tensors], len(tensors), fetch)
+
+    def _from_next(self) -> list[int]:
+        """This rank, then those after it: at any time each rank is read by one other."""
+        return [(self.rank + step) % self.size for step in range(self.size)]
+
+    def _received(
+        self, own: torch.Tensor, places: list[torch.Tensor], of: Callable[[int], torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """What each rank has for this one, in their order; that of the others is copied to `places`."""
+        by_rank = [own] * self.size
+        for rank, place in zip(self._from_next()[1:], places, strict=True):
+            by_rank[rank] = place.copy_(of(rank))
+        return by_rank
+
+    def _exchange(
+        self,
+        tensors: Sequence[torch.Tensor],
+        by_rank: int | None,
+        fetch: Callable[[Callable[[int], list[torch.Tensor]]], T],
+        used: object = None,
+    ) -> Pending[T]:
+        """Lay `tensors` out, and `fetch` from what the ranks have laid out, which also uses what is in `used`.
+
+        With `by_rank`, so many of the tensors are for each rank in turn, and a rank keeps its own to itself.
+        """
+        sizes = [tensor.nbytes for tensor in tensors]
+        self.slots.reserve(sum(math.ceil(size / _ALIGNMENT) * _ALIGNMENT for size in sizes))
+        slot, self._turn = self._turn, 1 - self._turn
+
+        def laid_out(rank: int) -> list[torch.Tensor]:
+            whole, at, views = self.slots.of(rank, slot), 0, []
+            for number, tensor in enumerate(tensors):
+                views.append(whole[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape))
+                if by_rank is None or number // by_rank != rank:
+                    at += math.ceil(tensor.nbytes / _ALIGNMENT) * _ALIGNMENT
+            return views
+
+        self.copies.after_current()
+        with self.copies.running():
+            for number, (place, tensor) in enumerate(zip(laid_out(self.rank), tensors, strict=True)):
+                if by_rank is None or number // by_rank != self.rank:
+                    place.copy_(tensor)
+            self.slots.barrier()
+            result = fetch(laid_out)
+        return Pending(result, [self.copies.mark((tensors, used))])
+
+
+def _nth(of: Callable[[int], list[torch.Tensor]], number: int, rank: int) -> torch.Tensor:
+    return of(rank)[number]
+
+
+def _sum_into(target: torch.Tensor, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum in the parts' order, rounded to their dtype after each addition. `target` may be one of them."""
+    total = parts[0]
+    for part in parts[1:-1]:
+        total = total + part
+    return torch.add(total, parts[-1], out=target)
+
+
+class CopyStream:
+    """The CUDA stream of the exchanges. On a CPU all this does nothing."""
+
+    def __init__(self, device: torch.device):
+        # Its small kernels go before the tiles of a product that is under way.
+        self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+
+    def after_current(self) -> None:
+        """Copies wait for what has been launched so far."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+
+    def running(self) -> AbstractContextManager:
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def mark(self, used: object) -> _Mark:
+        """The end of an exchange that uses tensors of another CUDA stream, to which their memory may return."""
+        return _Mark(None if self._stream is None else self._stream.record_event(), used)
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """The end of an exchange, and what must not be freed before the CUDA streams that read its result have waited."""
+
+    event: torch.cuda.Event | None
+    used: object
+
+    def wait(self) -> None:
+        if self.event is not None:
+            torch.cuda.current_stream().wait_event(self.event)
+
+
+class SymmetricSlots:
+    """Slots in PyTorch's symmetric memory. Raises RuntimeError where the ranks cannot read each other's memory."""
+
+    def __init__(self, rank: int, size: int, group: dist.ProcessGroup, device: torch.device):
+        # A rank may see no card but its own, which every rank then calls number 0.
+        os.environ.setdefault("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
+        self._rank, self._size, self._group, self._device = rank, size, group, device
+        self._nbytes = 0
+        #: Captured graphs read the slots that there were.
+        self._kept: list[Any] = []
+        self._handle: Any = None
+        self.reserve(_LEAST_SLOT)
+
+    def reserve(self, nbytes: int) -> None:
+        if nbytes <= self._nbytes:
+            return
+        assert not torch.cuda.is_current_stream_capturing(), "an exchange is larger in a graph than before its capture"
+        # PyTorch has no public name for it yet.
+        import torch.distributed._symmetric_memory as symmetric
+
+        # Doubled at least, so that all those that are kept are no more than the last.
+        self._nbytes = max(nbytes, 2 * self._nbytes)
+        memory = symmetric.empty(2 * self._nbytes, dtype=torch.uint8, device=self._device)
+        self._handle = symmetric.rendezvous(memory, self._group)
+        self._kept.append((memory, self._handle))
+        self._by_rank = [
+            [
+                self._handle.get_buffer(rank, (self._nbytes,), torch.uint8, storage_offset=slot * self._nbytes)
+                for slot in range(2)
+            ]
+            for rank in range(self._size)
+        ]
+
+    def of(self, rank: int, slot: int) -> torch.Tensor:
+        return self._by_rank[rank][slot]
+
+    def barrier(self) -> None:
+        self._handle.barrier(channel=0)
+
+
+def fastest_transport(rank: int, size: int, processes: ProcessGroup) -> Transport:
+    """PeerCopies where the ranks of NCCL's group are on one node and can read each other's memory, else `processes`.
+
+    All ranks of the group call this together and come to the same.
+    """
+    group = processes.group or dist.group.WORLD
+    if group is None or not torch.cuda.is_available() or dist.get_backend(group) != "nccl":
+        return processes
+    device = torch.device("cuda", torch.cuda.current_device())
+    hosts: list[Any] = [None] * size
+    dist.all_gather_object(hosts, socket.gethostname(), group)
+    if len(set(hosts)) > 1:
+        return processes
+    slots = None
+    try:
+        slots = SymmetricSlots(rank, size, group, device)
+    except (RuntimeError, AttributeError, ImportError) as error:
+        _log.info("exchanges go by NCCL, as the ranks cannot read each other's memory: %s", error)
+    able = torch.tensor([slots is not None], dtype=torch.int32, device=device)
+    if not int(processes.min_(able).wait()) or slots is None:
+        return processes
+    return PeerCopies(rank, size, slots, processes, CopyStream(device))

@@ -19,6 +19,7 @@ from ltx_ray.pools.parking import Parking
 from ltx_ray.pools.pool import Pool, StartFailed
 from ltx_ray.pools.protocol import ReplicaLost, ReplicaSet, ReplicaStarted
 from ltx_ray.records import first_line
+from ltx_ray.stages import Stage
 
 #: Seconds for which the DiT's replicas may wait for places before those of other pools no longer wait for them.
 _HEAD_START = 60.0
@@ -83,9 +84,12 @@ class Staffing:
             for name, seconds in self._replicas.placing().items()
         )
 
+    def _served(self) -> set[Stage]:
+        """The roles that a replica which is ready may serve."""
+        return {role for pool in self.pools if pool.ready for role in pool.spec.roles}
+
     def _all_served(self) -> bool:
-        """Whether every role has a replica that is ready."""
-        served = {role for pool in self.pools if pool.ready for role in pool.spec.roles}
+        served = self._served()
         return all(served.issuperset(pool.spec.roles) for pool in self.pools)
 
     def _size(self, now: float) -> None:
@@ -163,18 +167,19 @@ class Staffing:
             self._events.emit("card_retried", replica=parked.replica, where=parked.where)
 
     def _is_stuck(self) -> bool:
-        """Whether a pool has no replica but some that wait for a place."""
-        placing = self._replicas.placing()
+        """Whether a role has no replica but some that wait for a place."""
+        placing, served = self._replicas.placing(), self._served()
         return any(
             pool.replicas and all(placing.get(name, 0.0) > _LAST_RESORT for name in pool.replicas)
             for pool in self.pools
+            if not served.issuperset(pool.spec.roles)
         )
 
     def check_placing(self) -> None:
         """A replica may wait for a place as long as others serve its roles meanwhile. Raises StartFailed."""
         if not (placing := self._replicas.placing()):
             return
-        served = {role for pool in self.pools if pool.ready for role in pool.spec.roles}
+        served = self._served()
         for name, seconds in placing.items():
             pool = self.pool_of(name)
             if seconds > self._limits.start_timeout and not served.issuperset(pool.spec.roles):

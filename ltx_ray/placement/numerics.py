@@ -192,4 +192,3 @@ def _odd_widths(transformer: TransformerConfig | None, parallel: ParallelConfig)
         if stream.dim // n % _WIDTH_MULTIPLE
     ]
     return " and ".join(odd)
-

@@ -125,6 +125,19 @@ def test_the_only_card_is_tried_again_at_once():
     assert run.replicas.released == ["stage1-0"]
 
 
+def test_a_card_that_failed_is_not_tried_again_for_a_role_that_others_serve():
+    run = Run()
+    run.turn(one_each=True)
+    run.come_up("text-0", "stage1-0", "decode-0")
+    run.staff.pools.append(Pool(PoolSpec("stage2", ("stage2", "stage1"), 1, 1, SPEC, gpus_per_rank=0.6), 4))
+    run.turn()
+    run.fail("stage2-0", now=1.0)
+    run.turn(now=1.0)
+    run.replicas.waits["stage2-1"] = 20.0
+    run.turn(now=21.0)
+    assert run.replicas.released == []
+
+
 def test_a_pool_that_starts_nowhere_ends_the_run():
     run = Run()
     run.replicas.nodes = 1

@@ -24,12 +24,14 @@ from ltx_ray.checkpoints.lora import check_lora
 from ltx_ray.config import NEWEST_SCHEME, EngineSpec, ModelFiles, Numerics, RequestedNumerics, RunLimits, Selection
 from ltx_ray.dataset.existing import ExistingRows, list_existing
 from ltx_ray.dataset.fold import fold_dataset, fold_output
+from ltx_ray.dataset.gpu_time import GpuTime
 from ltx_ray.dataset.identity import KeptIdentity, read_identity
 from ltx_ray.dataset.output import check_creation, check_place, is_within
 from ltx_ray.dataset.row_log import RowLog
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.driver.events import EventLog
-from ltx_ray.driver.loop import Driver, JoinedCluster
+from ltx_ray.driver.joined_cluster import JoinedCluster
+from ltx_ray.driver.loop import Driver
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
 from ltx_ray.driver.run_record import RunRecord, keep_older_run, recorded_counts, summary_line
@@ -43,6 +45,7 @@ from ltx_ray.placement.memory import MemoryBudget
 from ltx_ray.placement.numerics import check as check_numerics
 from ltx_ray.placement.numerics import check_widths, numerics_json
 from ltx_ray.placement.sizing import ParallelConfig
+from ltx_ray.planning.legality import check_legality
 from ltx_ray.planning.plan import ItemBuilder, Plan, PlanEntry
 from ltx_ray.planning.preflight import preflight_item
 from ltx_ray.planning.promotion import promoted
@@ -115,6 +118,10 @@ class Options:
     retry_failed: bool = False
     #: The rows are previews. These items resume from their stored latents; the other rows are passed over.
     promote: frozenset[str] | None = None
+    #: Whether a manifest is rendered of whose first rows many are illegal.
+    allow_illegal: bool = False
+    #: Whether a run that has left no row, but failed some, ends with 0.
+    exit_zero_on_failed_rows: bool = False
     #: Whether a tiny clip goes through every pool before a pool grows beyond one replica.
     preflight: bool = True
     #: Whether noise may be drawn on another device than that of the dataset's other clips.
@@ -214,6 +221,8 @@ def _render(options: Options, signals: RunSignals) -> ExitCode:
     raws = prepared.plan.read(notes.append)
     if not (options.retry_failed or options.promote is not None):  # whose manifest is a table of a dataset
         prepared = replace(prepared, warnings=(*prepared.warnings, *notes))
+        if not options.allow_illegal and options.selection.ids is None:
+            check_legality(prepared.plan)
     store = Store(options.output)
     store.check_writable()
     check_creation(store, options.single_writer)
@@ -338,6 +347,7 @@ class _Rendering:
             run.progress,
             canonical_json(self._record.versions),
         )
+        self._gpu_time = GpuTime(store.retrying_for(_CHECK_RETRY_SECONDS), run.lease.epoch)
         self._driver = Driver(
             tracker=self._tracker,
             join_cluster=self._join_cluster,
@@ -348,6 +358,7 @@ class _Rendering:
             use_stored=not options.stop_after,
             on_drain=lambda: self._write_record("draining"),
             should_stop=self._why_stop,
+            gpu_seconds_before=self._gpu_time.before,
         )
 
     def execute(self, rows: Iterator[PlanEntry]) -> ExitCode:
@@ -403,7 +414,8 @@ class _Rendering:
             return state, ExitCode.FAILED_ROWS
         if drained:
             return state, ExitCode.DRAINED
-        return state, ExitCode.FAILED_ROWS if counts["failed"] + counts["illegal"] else ExitCode.OK
+        failed = counts["failed"] + counts["illegal"]
+        return state, ExitCode.FAILED_ROWS if failed and not self._options.exit_zero_on_failed_rows else ExitCode.OK
 
     def _join_cluster(self) -> JoinedCluster:
         """What the driver calls when the first row is to be rendered."""
@@ -425,7 +437,7 @@ class _Rendering:
         self._events.emit("cluster_joined", pools=replicas, tp=options.parallel.tp, device=placement.numerics.device)
         preflight = options.preflight and max(replicas.values()) > 1
         return JoinedCluster(
-            RayReplicaSet(options.limits.start_timeout, options.limits.call_timeout),
+            RayReplicaSet(options.limits.start_timeout),
             placement.pools,
             numerics_json(placement.numerics),
             placement.store_bytes,
@@ -448,6 +460,7 @@ class _Rendering:
         if self._run.lease.lost:
             return f"another run has taken over {self._run.store.name}"
         if self._record.due:
+            self._gpu_time.refresh(self._driver.gpu_seconds())
             rate = self._tracker.rate
             self._record.refresh(
                 self._tracker.counts, rate.clips, self._events.summary, rate.per_hour(time.monotonic())
@@ -465,6 +478,7 @@ class _Rendering:
         if self._run.lease.lost:
             return
         self._events.emit("run_finished", state=state, counts=recorded_counts(self._tracker.counts))
+        self._gpu_time.write(self._driver.gpu_seconds())
         self._write_record(state)
         self._events.flush()
 

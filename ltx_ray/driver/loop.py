@@ -8,11 +8,13 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from ltx_ray.config import PoolSpec, RunLimits
+from ltx_ray.config import RunLimits
 from ltx_ray.dataset.run_summary import wait_lines
 from ltx_ray.dataset.writer import Failure
+from ltx_ray.driver.joined_cluster import JoinedCluster
+from ltx_ray.driver.outcomes import Outcomes
 from ltx_ray.driver.policy import Policy
 from ltx_ray.driver.policy_state import RetryDecision
 from ltx_ray.driver.publisher import Publisher
@@ -20,36 +22,20 @@ from ltx_ray.driver.staffing import Staffing
 from ltx_ray.driver.tracker import RowTracker, TrackedItem
 from ltx_ray.driver.waits import WaitReport
 from ltx_ray.driver.work_left import WorkLeft
-from ltx_ray.manifest.rules import RowProblem
 from ltx_ray.planning.identity import merged_weights
 from ltx_ray.planning.plan import PlanEntry
 from ltx_ray.pools.pool import ModelRefused, Pool, StartFailed
 from ltx_ray.pools.protocol import CallFinished, InputsLost, ReplicaEvent, ReplicaLost, ReplicaSet, ReplicaStarted
-from ltx_ray.records import CallReport, ErrorKind, RenderRequest, WorkItem, first_line
+from ltx_ray.records import CallReport, ErrorKind, WorkItem, first_line
 from ltx_ray.stages import PATH_FROM_STORED, Stage
 
 _TICK_SECONDS = 0.5
 #: Rows judged between two looks at the pools: a long stretch of finished rows must not keep the pools waiting.
 _ROWS_PER_TURN = 500
+#: The deadline of a call, as a multiple of what such calls usually take, and the least in seconds.
+_DEADLINE_TIMES, _LEAST_DEADLINE = 8.0, 300.0
 #: The item_id of the preflight clip. A row may ask for the very same clip.
 _PREFLIGHT = "preflight"
-
-
-@dataclass(frozen=True)
-class JoinedCluster:
-    """The cluster of a run: its replica set, its pools, and the numerics (JSON) that the pools render with."""
-
-    replicas: ReplicaSet
-    pools: list[PoolSpec]
-    numerics: str
-    #: Bytes of the object store that the results of items in flight may take.
-    max_bytes: float = float("inf")
-    #: A tiny clip that passes every pool before the pools grow beyond one replica each.
-    preflight: WorkItem | None = None
-    #: Whether the cluster grows and shrinks on request: replicas are given back when no row needs them.
-    elastic: bool = False
-    #: Why none of the replicas can render a row; None when one can.
-    problem: Callable[[RenderRequest], RowProblem | None] = lambda request: None
 
 
 class Driver:
@@ -68,12 +54,14 @@ class Driver:
         on_drain: Callable[[], None] = lambda: None,
         should_stop: Callable[[], str | None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
+        gpu_seconds_before: float = 0.0,
     ):
         """`path`: the stages of an item. `use_stored`: start items from stored latents of stage 1, if there are any.
 
         `check_noise` is called once, with the model of the GPU (or "cpu") on which noise is drawn, and raises
         ValueError when the dataset does not allow it. `on_drain` is called once, when the run begins to drain.
         `should_stop` is called at every turn and returns a reason to drain, or None. `clock`: seconds, of the replicas.
+        `gpu_seconds_before`: those that earlier runs have reserved.
         """
         self.tracker, self.limits, self.noise_device = tracker, limits, noise_device
         self.events, self.progress, self.counts = tracker.events, tracker.progress, tracker.counts
@@ -87,7 +75,7 @@ class Driver:
         self._staffing: Staffing | None = None
         self._wait_report: WaitReport | None = None
         self._preflight_admitted = self._preflight_running = False
-        self._gpu_seconds = 0.0
+        self._outcomes, self._gpu_seconds_before = Outcomes(limits.max_failed_fraction), gpu_seconds_before
         self._work_left = WorkLeft()
         #: When the call of each item under way began.
         self._call_began: dict[str, float] = {}
@@ -195,8 +183,10 @@ class Driver:
             if not capacity:
                 return
             taken += capacity
+            illegal = self.counts["illegal"]
             for tracked in self.tracker.take(rows, capacity):
                 self._admit_item(tracked)
+            self._outcomes.add_illegal(self.counts["illegal"] - illegal)
 
     def _admit_item(self, tracked: TrackedItem) -> None:
         item = tracked.item
@@ -219,9 +209,8 @@ class Driver:
             self.pools = [Pool(spec, max_failures=self.limits.max_attempts + 1) for spec in cluster.pools]
             self.policy.max_bytes = cluster.max_bytes
             self._staffing = Staffing(
-                self.pools, cluster.replicas, self.policy, self.limits, self.events, self.progress,
-                self._charge_lost_calls,
-            )  # fmt: skip
+                self.pools, cluster.replicas, self.policy, self.limits, self.events, self.progress
+            )
             self._wait_report = WaitReport(self._staffing.waits, self.events, self.tracker.metrics)
         return self._cluster
 
@@ -253,7 +242,15 @@ class Driver:
             self._call_began[dispatch.item] = self._clock()
             self.tracker.call_begins(tracked, dispatch.stage, time.monotonic())
             inputs = tracked.inputs(dispatch.stage)
-            self._replicas.submit(dispatch.replica, dispatch.stage, tracked.item, inputs)
+            timeout = self._deadline(dispatch.stage, tracked.item)
+            self._replicas.submit(dispatch.replica, dispatch.stage, tracked.item, inputs, timeout)
+
+    def _deadline(self, stage: Stage, item: WorkItem) -> float:
+        """Seconds that a call may take: a multiple of what its stage and size usually take, once that is known."""
+        usual = self._work_left.usual_seconds(stage, item)
+        if usual is None:
+            return self.limits.call_timeout
+        return min(self.limits.call_timeout, max(_LEAST_DEADLINE, _DEADLINE_TIMES * usual))
 
     # --- events ----------------------------------------------------------------------------------
 
@@ -300,13 +297,13 @@ class Driver:
         pool = self._staff.pool_of(event.replica)
         self.progress.say(f"{event.replica} lost: {first_line(event.reason)}")
         self.events.emit("gang_lost", role=pool.spec.name, replica=event.replica, reason=event.reason)
-        self._charge_lost_calls(pool, event.replica)
         stages = {item: self.policy.stage_of(item) for item in self.policy.items_of(event.replica)}
 
         def charged(item: str) -> bool:
             return not (event.idle or event.node_lost) and event.item_id in (None, item)
 
         for decision in self.policy.remove_replica(event.replica, charged, event.inputs_lost):
+            self._call_began.pop(decision.item, None)
             if event.inputs_lost:
                 self._drop_results(decision.item)
             self._carry_out(decision, stages[decision.item], event.reason, traceback)
@@ -369,9 +366,7 @@ class Driver:
     def _account(self, pool: Pool, replica: str, tracked: TrackedItem, stage: Stage, report: CallReport) -> None:
         """Record the cost of a call."""
         self._call_began.pop(tracked.item.item_id, None)
-        gpu_seconds = report.seconds * pool.spec.gpus_per_rank * pool.spec.ranks
-        self._gpu_seconds += gpu_seconds
-        tracked.take_call(stage, replica, report, gpu_seconds)
+        tracked.take_call(stage, replica, report, report.seconds * pool.spec.gpus_per_rank * pool.spec.ranks)
         self.events.emit(
             "preflight_call" if tracked.item.preflight else "call",
             role=pool.spec.name, replica=replica, stage=stage, item_id=tracked.item.item_id, id=tracked.name,
@@ -384,12 +379,6 @@ class Driver:
             )  # fmt: skip
         self.tracker.metrics.call(stage, report.seconds)
 
-    def _charge_lost_calls(self, pool: Pool, replica: str) -> None:
-        """Count the GPU seconds of calls that never came back."""
-        for item in self.policy.items_of(replica):
-            if (began := self._call_began.pop(item, None)) is not None:
-                self._gpu_seconds += (self._clock() - began) * pool.spec.gpus_per_rank * pool.spec.ranks
-
     def _finish(self, tracked: TrackedItem, stage: Stage, event: CallFinished) -> None:
         """An item has passed its last stage."""
         result = self._replicas.result(event.payload)
@@ -400,7 +389,7 @@ class Driver:
         elif stage == Stage.SAVE_LATENTS:
             failure = tracked.failure
             assert failure is not None
-            self.tracker.fail(tracked, replace(failure, message=f"{failure.message} (latents kept in {result})"))
+            self._fail(tracked, replace(failure, message=f"{failure.message} (latents kept in {result})"))
         elif tracked.item.preflight:
             del self.tracker.items[item_id]
             self._preflight_running = False
@@ -408,6 +397,7 @@ class Driver:
             self.events.emit("preflight", seconds=round(seconds, 3))
             self.progress.say(f"preflight: a clip of one frame group went through every pool in {seconds:.1f} s")
         else:
+            self._outcomes.add("rendered", len(tracked.rows))
             self.tracker.finish(tracked, result, self._join().numerics)
 
     def _drop_results(self, item_id: str) -> None:
@@ -423,7 +413,7 @@ class Driver:
         tracked = self.tracker.items[decision.item]
         if stage == Stage.SAVE_LATENTS:
             if not decision.retry and tracked.failure is not None:
-                self.tracker.fail(tracked, tracked.failure)
+                self._fail(tracked, tracked.failure)
             return
         tracked.attempts = decision.attempts
         if decision.retry:
@@ -438,7 +428,11 @@ class Driver:
             tracked.failure = failure
             self.policy.admit(decision.item, path=(Stage.SAVE_LATENTS,), attempts=self.limits.max_attempts)
         else:
-            self.tracker.fail(tracked, failure)
+            self._fail(tracked, failure)
+
+    def _fail(self, tracked: TrackedItem, failure: Failure) -> None:
+        self._outcomes.add(failure.error_class, len(tracked.rows))
+        self.tracker.fail(tracked, failure)
 
     # --- housekeeping ----------------------------------------------------------------------------
 
@@ -460,15 +454,17 @@ class Driver:
             self._on_drain()
 
     def _check_limits(self) -> None:
-        limits = self.limits
-        failed, finished = self.tracker.failed, self.tracker.done + self.tracker.failed
-        if limits.max_failed_fraction is not None and finished >= 10:
-            fraction = failed / finished
-            if fraction > limits.max_failed_fraction:
-                self.too_many_failed = True
-                self._drain(f"{fraction:.0%} of {finished} rows failed (--max-failed-fraction)")
-        if limits.max_gpu_hours is not None and self._gpu_seconds > limits.max_gpu_hours * 3600:
-            self._drain(f"{self._gpu_seconds / 3600:.2f} GPU hours used (--max-gpu-hours)")
+        if (found := self._outcomes.too_many_failed()) is not None:
+            part, rows, why, limit = found
+            self.too_many_failed = True
+            self._drain(f"{part:.0%} of the last {rows} rows failed {why} (--max-failed-fraction {limit:g})")
+        hours, before = self.limits.max_gpu_hours, self._gpu_seconds_before / 3600
+        if hours is not None and (used := self.gpu_seconds() / 3600) > hours:
+            self._drain(f"{used:.2f} GPU hours reserved, {before:.2f} of them by earlier runs (--max-gpu-hours)")
+
+    def gpu_seconds(self) -> float:
+        """How long this run and those before it have reserved GPUs."""
+        return self._gpu_seconds_before + (self._replicas.gpu_seconds() if self._cluster is not None else 0.0)
 
     def _show(self, ended: bool = False) -> None:
         """Print the state when it is due, and at the end, where the rate of the whole run follows it."""

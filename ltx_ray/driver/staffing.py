@@ -6,7 +6,6 @@ Replicas of text and decode beyond the first come after those of the DiT, so tha
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 from ltx_ray.config import RunLimits
@@ -38,11 +37,9 @@ class Staffing:
         limits: RunLimits,
         events: EventLog,
         progress: Progress,
-        before_end: Callable[[Pool, str], None],
     ):
-        """`before_end` is called with the pool and the name of a replica that is about to be given back."""
         self.pools, self._replicas, self._policy, self._limits = pools, replicas, policy, limits
-        self._events, self._progress, self._before_end = events, progress, before_end
+        self._events, self._progress = events, progress
         self._parking = Parking()
         #: What the stages wait for.
         self.waits = Waits()
@@ -120,7 +117,6 @@ class Staffing:
     def give_back(self, name: str, why: str) -> None:
         """End a replica that is not at fault; its calls cost their items no attempt."""
         pool = self.pool_of(name)
-        self._before_end(pool, name)
         self._policy.remove_replica(name, given_back=True)
         self._forget(name)
         self._replicas.kill(name)

@@ -7,6 +7,7 @@ for are ready, so that the driver's single loop can start many gangs at once.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -79,6 +80,8 @@ class Call:
     stage: Stage
     item: WorkItem
     inputs: list[Any]
+    #: Seconds that it may take.
+    timeout: float = math.inf
     reports: list[ray.ObjectRef] = field(default_factory=list)
     payload: ray.ObjectRef | None = None
     started: float = field(default_factory=time.time)
@@ -204,11 +207,11 @@ class Gang:
         if (error := report.error) is not None:
             raise GangLost(f"{self.ranks[rank]}: {error.type}: {error.message}\n{error.traceback}")
 
-    def submit(self, stage: Stage, item: WorkItem, inputs: list[Any]) -> None:
-        """Start `stage` of `item` on all ranks. `inputs` are references to earlier payloads."""
+    def submit(self, stage: Stage, item: WorkItem, inputs: list[Any], timeout: float) -> None:
+        """Start `stage` of `item` on all ranks, for `timeout` seconds. `inputs` are references to earlier payloads."""
         assert self.state is GangState.READY and len(self.calls) < self.pool.calls_at_once
         alive = any(call.reports for call in self.calls) or time.time() - self._answered <= _FRESH_SECONDS
-        self.calls.append(call := Call(stage, item, inputs))
+        self.calls.append(call := Call(stage, item, inputs, timeout))
         if alive:
             self._run(call)
         else:
@@ -283,7 +286,7 @@ class Gang:
         self._answered = time.time()
         return reports
 
-    def overdue(self, now: float, start_timeout: float, call_timeout: float) -> str | None:
+    def overdue(self, now: float, start_timeout: float) -> str | None:
         """Why the start or a call under way should be given up, or None. `now` as of `time.time`.
 
         A gang may wait for a place without a limit, because that depends on the cluster alone. Its time to start begins
@@ -299,8 +302,8 @@ class Gang:
                 # The other ranks wait for the failed one in a collective, and would wait forever.
                 rank, failure = call.first_failure()
                 return f"{self.ranks[rank]} failed alone during {call.stage}: {failure.type}: {failure.message}"
-            if now - call.started > call_timeout:
-                return f"{call.stage} took longer than {call_timeout:g} s"
+            if now - call.started > call.timeout:
+                return f"{call.stage} took longer than {call.timeout:g} s"
         return None
 
     def kill(self, release: bool = True) -> None:

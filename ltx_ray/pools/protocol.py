@@ -100,14 +100,17 @@ class ReplicaSet(Protocol):
     def start(self, name: str, spec: PoolSpec) -> None:
         """Begin to start a replica; ReplicaStarted or ReplicaLost reports how that ended."""
 
-    def submit(self, replica: str, stage: Stage, item: WorkItem, inputs: list[Any]) -> None:
-        """Start `stage` of `item`; `inputs` are payloads of earlier calls."""
+    def submit(self, replica: str, stage: Stage, item: WorkItem, inputs: list[Any], timeout: float) -> None:
+        """Start `stage` of `item`, which may take `timeout` seconds; `inputs` are payloads of earlier calls."""
 
     def wait(self, timeout: float) -> list[ReplicaEvent]:
         """The events since the last call; waits up to `timeout` seconds for the first."""
 
     def placing(self) -> Mapping[str, float]:
         """The replicas that have no place in the cluster yet, with the seconds that each has waited for one."""
+
+    def gpu_seconds(self) -> float:
+        """How long GPUs have been reserved, those of replicas that could not start included."""
 
     def node_count(self) -> int:
         """How many nodes the cluster has."""

@@ -13,6 +13,7 @@ from typing import Any
 import ray
 
 from ltx_ray.config import PoolSpec
+from ltx_ray.pools.card_time import CardTime
 from ltx_ray.pools.gang import Call, Gang, GangLost, GangState, InputsMissing
 from ltx_ray.pools.load_limit import LoadLimit
 from ltx_ray.pools.protocol import CallFinished, InputsLost, ReplicaEvent, ReplicaLost, ReplicaStarted
@@ -21,10 +22,11 @@ from ltx_ray.stages import Stage
 
 
 class RayReplicaSet:
-    """`start_timeout`: seconds from a gang's placement until it is ready; `call_timeout`: seconds of one call."""
+    """`start_timeout`: seconds from the time when a gang may load until it is ready."""
 
-    def __init__(self, start_timeout: float, call_timeout: float):
-        self._start_timeout, self._call_timeout = start_timeout, call_timeout
+    def __init__(self, start_timeout: float):
+        self._start_timeout = start_timeout
+        self._card_time = CardTime()
         self._gangs: dict[str, Gang] = {}
         #: Dead ones whose places are held.
         self._held: dict[str, Gang] = {}
@@ -33,8 +35,8 @@ class RayReplicaSet:
     def start(self, name: str, spec: PoolSpec) -> None:
         self._gangs[name] = Gang(name, spec)
 
-    def submit(self, replica: str, stage: Stage, item: WorkItem, inputs: list[Any]) -> None:
-        self._gangs[replica].submit(stage, item, inputs)
+    def submit(self, replica: str, stage: Stage, item: WorkItem, inputs: list[Any], timeout: float) -> None:
+        self._gangs[replica].submit(stage, item, inputs, timeout)
 
     def wait(self, timeout: float) -> list[ReplicaEvent]:
         now = time.time()
@@ -57,7 +59,7 @@ class RayReplicaSet:
             events += self._advance(gang, arrived)
         now = time.time()
         for gang in list(self._gangs.values()):
-            if (reason := gang.overdue(now, self._start_timeout, self._call_timeout)) is not None:
+            if (reason := gang.overdue(now, self._start_timeout)) is not None:
                 events.append(self._lose(gang, reason))
             elif gang.silent(now):
                 events.append(self._lose(gang, "a rank does not answer", idle=True))
@@ -69,6 +71,8 @@ class RayReplicaSet:
         try:
             if gang.state is not GangState.READY:
                 if not gang.advance(arrived):
+                    if gang.state is GangState.WAITING:
+                        self._card_time.hold(gang.name, gang.ranks, time.time())
                     return []
                 self._load_limit.end(time.time() - gang.load_began)
                 return [ReplicaStarted(gang.name, gang.ranks, time.time() - gang.created)]
@@ -119,9 +123,15 @@ class RayReplicaSet:
         if gang.state is GangState.LOADING:
             self._load_limit.end(None)
         gang.kill(release)
+        if release:
+            self._card_time.free(replica, time.time())
 
     def release(self, replica: str) -> None:
         self._held.pop(replica).kill()
+        self._card_time.free(replica, time.time())
+
+    def gpu_seconds(self) -> float:
+        return self._card_time.seconds(time.time())
 
     def result(self, payload: Any) -> Any:
         return ray.get(payload)

@@ -15,7 +15,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ltx_ray.config import PoolSpec, RunLimits
+from ltx_ray.config import PoolSpec
+from ltx_ray.pools.card_time import CardTime
 from ltx_ray.pools.protocol import CallFinished, InputsLost, RankInfo, ReplicaEvent, ReplicaLost, ReplicaStarted
 from ltx_ray.records import CallError, CallReport, ErrorKind, RenderError, WorkItem
 from ltx_ray.stages import TRAITS, Stage
@@ -70,7 +71,7 @@ class _Replica:
 
 @dataclass
 class SimulatedReplicaSet:
-    """`start_seconds`, `switch_seconds`, `call_timeout` in virtual seconds; `now` is the virtual time."""
+    """`start_seconds`, `switch_seconds` in virtual seconds; `now` is the virtual time."""
 
     times: Times
     make: Make
@@ -79,7 +80,6 @@ class SimulatedReplicaSet:
     nodes: int = 8
     start_seconds: float = 40.0
     switch_seconds: float = 1.5
-    call_timeout: float = RunLimits.call_timeout
     now: float = 0.0
 
     def __post_init__(self) -> None:
@@ -89,6 +89,7 @@ class SimulatedReplicaSet:
         self._replicas: dict[str, _Replica] = {}
         self._lives = [0] * self.nodes
         self._idle_waits = 0
+        self._card_time = CardTime()
         if self.faults.node_seconds:
             self._schedule_node_loss()
 
@@ -99,7 +100,7 @@ class SimulatedReplicaSet:
         fails = self._random.random() < self.faults.no_start
         self._after(self.start_seconds, lambda: self._started(name, replica, fails))
 
-    def submit(self, replica: str, stage: Stage, item: WorkItem, inputs: list[Any]) -> None:
+    def submit(self, replica: str, stage: Stage, item: WorkItem, inputs: list[Any], timeout: float) -> None:
         state = self._replicas[replica]
         assert state.ready and len(state.calls) < state.spec.calls_at_once, f"{replica} is busy"
         number = next(self._numbers)
@@ -116,8 +117,8 @@ class SimulatedReplicaSet:
         if fault is None:
             self._after(seconds + switch, lambda: self._succeeds(replica, number, inputs, seconds, switch))
         elif fault == "hang":
-            reason = f"{stage} took longer than {self.call_timeout:g} s"
-            self._after(self.call_timeout, lambda: self._gone(replica, number, reason))
+            reason = f"{stage} took longer than {timeout:g} s"
+            self._after(timeout, lambda: self._gone(replica, number, reason))
         elif fault == "crash":
             after = seconds * self._random.random()
             self._after(after, lambda: self._gone(replica, number, "rank 0 died"))
@@ -157,11 +158,14 @@ class SimulatedReplicaSet:
     def placing(self) -> Mapping[str, float]:
         return {}
 
+    def gpu_seconds(self) -> float:
+        return self._card_time.seconds(self.now)
+
     def node_count(self) -> int:
         return self.nodes
 
     def kill(self, replica: str) -> None:
-        del self._replicas[replica]
+        self._remove(replica)
 
     def release(self, replica: str) -> None:
         raise AssertionError("no place is ever held")
@@ -170,7 +174,12 @@ class SimulatedReplicaSet:
         return payload.value
 
     def close(self) -> None:
-        self._replicas.clear()
+        for name in list(self._replicas):
+            self._remove(name)
+
+    def _remove(self, name: str) -> None:
+        del self._replicas[name]
+        self._card_time.free(name, self.now)
 
     @property
     def alive(self) -> int:
@@ -186,9 +195,12 @@ class SimulatedReplicaSet:
         if self._replicas.get(name) is not replica:
             return []
         if fails or replica.dead:
-            del self._replicas[name]
+            self._remove(name)
             return [ReplicaLost(name, "it did not start", served=False, node_lost=replica.dead)]
         replica.ready = True
+        # Each rank has a card of its own.
+        cards = range(replica.spec.ranks if replica.spec.gpus_per_rank else 0)
+        self._card_time.hold(name, [RankInfo(n, node=name, gpus=str(n)) for n in cards], self.now - self.start_seconds)
         return [ReplicaStarted(name, [RankInfo(0, node=str(replica.node))], self.start_seconds)]
 
     def _in_call(self, name: str, number: int) -> _Replica | None:
@@ -199,7 +211,7 @@ class SimulatedReplicaSet:
     def _gone(self, name: str, number: int, reason: str, idle: bool = False) -> list[ReplicaEvent]:
         if self._in_call(name, number) is None:
             return []
-        del self._replicas[name]
+        self._remove(name)
         return [ReplicaLost(name, reason, served=True, idle=idle)]
 
     def _inputs_gone(self, name: str, number: int) -> list[ReplicaEvent]:
@@ -207,7 +219,7 @@ class SimulatedReplicaSet:
         if replica is None:
             return []
         if replica.spec.ranks > 1:
-            del self._replicas[name]
+            self._remove(name)
             return [ReplicaLost(name, "rank 0 has no inputs", served=True, inputs_lost=True)]
         _, item = replica.calls.pop(number)
         return [InputsLost(name, item.item_id, "rank 0 has no inputs")]
@@ -246,7 +258,7 @@ class SimulatedReplicaSet:
                 continue
             replica.dead = True
             if replica.calls:
-                del self._replicas[name]
+                self._remove(name)
                 events.append(ReplicaLost(name, "its node was lost", served=True, node_lost=True))
         self._schedule_node_loss()
         return events

@@ -17,7 +17,8 @@ from ltx_ray.dataset.row_log import RowLog
 from ltx_ray.dataset.run_summary import wait_lines
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.driver.events import EventLog
-from ltx_ray.driver.loop import Driver, JoinedCluster
+from ltx_ray.driver.joined_cluster import JoinedCluster
+from ltx_ray.driver.loop import Driver
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
 from ltx_ray.driver.tracker import RowTracker

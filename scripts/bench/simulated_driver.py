@@ -17,7 +17,8 @@ from ltx_ray.dataset.parts import key_bytes
 from ltx_ray.dataset.row_log import RowLog
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.driver.events import EventLog
-from ltx_ray.driver.loop import Driver, JoinedCluster
+from ltx_ray.driver.joined_cluster import JoinedCluster
+from ltx_ray.driver.loop import Driver
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
 from ltx_ray.driver.tracker import RowTracker
@@ -44,9 +45,9 @@ class WatchedReplicas(SimulatedReplicaSet):
         self._began: dict[str, float] = {}
         return self
 
-    def submit(self, replica: str, stage: Stage, item: WorkItem, inputs: list[Any]) -> None:
+    def submit(self, replica: str, stage: Stage, item: WorkItem, inputs: list[Any], timeout: float) -> None:
         self._began[replica] = self.now
-        super().submit(replica, stage, item, inputs)
+        super().submit(replica, stage, item, inputs, timeout)
 
     def wait(self, timeout: float) -> list[ReplicaEvent]:
         events = super().wait(timeout)

@@ -149,7 +149,7 @@ class SimulatedFleet:
         self._replicas[name] = self._unplaced[name] = _Replica(name, spec, self.now)
         self._after(_PLACING_SECONDS, self._place)
 
-    def submit(self, replica: str, stage: Stage, item: WorkItem, inputs: list[Any]) -> None:
+    def submit(self, replica: str, stage: Stage, item: WorkItem, inputs: list[Any], timeout: float) -> None:
         state = self._replicas[replica]
         node = state.node
         assert state.ready and node is not None
@@ -180,6 +180,9 @@ class SimulatedFleet:
 
     def placing(self) -> Mapping[str, float]:
         return {name: self.now - replica.asked for name, replica in self._unplaced.items()}
+
+    def gpu_seconds(self) -> float:
+        return 0.0  # No run here has a limit on them.
 
     def node_count(self) -> int:
         return sum(node.away_until <= self.now for node in self.nodes)

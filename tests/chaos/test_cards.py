@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -50,4 +51,6 @@ def test_a_decoder_takes_two_clips_at_once(job):
     spans = sorted((event["start"], event["start"] + event["seconds"]) for event in calls)
     busy = max(sum(begin <= at < end for begin, end in spans) for at, _ in spans)
     assert busy == 2
+    # Two cards or more, from the first replica to the last clip.
+    assert json.loads((job.out.folder / "state/gpu_time.json").read_text())["gpu_seconds"] > spans[-1][1] - spans[0][0]
     assert job.check([f"r{n}" for n in range(6)], undisturbed(job.out.index(), job.folder / "alone")) == []

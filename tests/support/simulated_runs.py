@@ -10,7 +10,8 @@ from types import SimpleNamespace
 from ltx_ray.config import PoolSpec, RunLimits
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.driver.events import EventLog
-from ltx_ray.driver.loop import Driver, JoinedCluster
+from ltx_ray.driver.joined_cluster import JoinedCluster
+from ltx_ray.driver.loop import Driver
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
 from ltx_ray.driver.tracker import RowTracker

@@ -51,10 +51,8 @@ class Run:
         self.events, self.said = [], []
         events = SimpleNamespace(emit=lambda event, **fields: self.events.append((event, fields)))
         progress = SimpleNamespace(say=self.said.append)
-        self.staff = Staffing(
-            [Pool(spec, 4) for spec in specs], self.replicas, self.policy, RunLimits(), events, progress,
-            lambda pool, name: None,
-        )  # fmt: skip
+        pools = [Pool(spec, 4) for spec in specs]
+        self.staff = Staffing(pools, self.replicas, self.policy, RunLimits(), events, progress)
 
     def turn(self, now=0.0, one_each=False, elastic=False, more_rows=True) -> list[str]:
         """What is started in a turn of the driver."""

@@ -18,7 +18,7 @@ from ltx_ray.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ltx_ray.checkpoints.safetensors import TensorInfo
 from ltx_ray.checkpoints.transformer_keys import transformer_shapes
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics, RequestedNumerics
-from ltx_ray.driver.loop import JoinedCluster
+from ltx_ray.driver.joined_cluster import JoinedCluster
 from ltx_ray.manifest.rules import RowProblem
 from ltx_ray.model.packing import pack_linears
 from ltx_ray.model.transformer import Transformer
@@ -262,9 +262,9 @@ def test_other_numbers_need_other_memory():
 
 
 class Busy(WatchedReplicas):
-    def submit(self, replica, stage, item, inputs):
+    def submit(self, replica, stage, item, inputs, timeout):
         assert item.request.num_frames != 8001
-        super().submit(replica, stage, item, inputs)
+        super().submit(replica, stage, item, inputs, timeout)
 
 
 def joining(driver, problem) -> list:

@@ -101,6 +101,8 @@ class Options:
     #: Whether text and decode run on the DiT's GPUs: "on" (for GPUs with enough memory), "off", or "auto" for "on"
     #: where all GPUs are free. One gang that fills the cluster shares in any case.
     share_cards: str = "auto"
+    #: Seconds to wait for GPUs of a running cluster that is busy.
+    wait_for_gpus: float = 0.0
     #: Address of a running Ray cluster; None for that of RAY_ADDRESS, or else a private one.
     ray_address: str | None = None
     #: Defaults of row fields, by column.
@@ -249,6 +251,8 @@ class Run:
             model=options.model,
             engines=self._engines,
             share_cards=options.share_cards,
+            wait_for_gpus=options.wait_for_gpus,
+            say=self.progress.say,
         )
 
     def execute(self, raws: Iterator[RawRow]) -> ExitCode:
@@ -440,7 +444,7 @@ class _Rendering:
             RayReplicaSet(options.limits.start_timeout),
             placement.pools,
             numerics_json(placement.numerics),
-            placement.store_bytes,
+            run.cluster.store_bytes,
             preflight_item(run.prepared.plan, options.model.distilled) if preflight else None,
             elastic=options.parallel.max_replicas is not None,
             problem=budget.problem if budget is not None else lambda request: None,

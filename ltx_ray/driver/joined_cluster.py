@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,8 +19,8 @@ class JoinedCluster:
     replicas: ReplicaSet
     pools: list[PoolSpec]
     numerics: str
-    #: Bytes of the object store that the results of items in flight may take.
-    max_bytes: float = float("inf")
+    #: Bytes of the object store that the results of items in flight may take, as large as it is now.
+    max_bytes: Callable[[], float] = lambda: math.inf
     #: A tiny clip that passes every pool before the pools grow beyond one replica each.
     preflight: WorkItem | None = None
     #: Whether the cluster grows and shrinks on request: replicas are given back when no row needs them.

@@ -32,6 +32,8 @@ from ltx_ray.stages import PATH_FROM_STORED, Stage
 _TICK_SECONDS = 0.5
 #: Rows judged between two looks at the pools: a long stretch of finished rows must not keep the pools waiting.
 _ROWS_PER_TURN = 500
+#: Seconds between two looks at how large the object store is.
+_MEMORY_SECONDS = 30.0
 #: The deadline of a call, as a multiple of what such calls usually take, and the least in seconds.
 _DEADLINE_TIMES, _LEAST_DEADLINE = 8.0, 300.0
 #: The item_id of the preflight clip. A row may ask for the very same clip.
@@ -79,7 +81,7 @@ class Driver:
         self._work_left = WorkLeft()
         #: When the call of each item under way began.
         self._call_began: dict[str, float] = {}
-        self._drain_until = float("inf")
+        self._drain_until, self._memory_due = float("inf"), -float("inf")
         #: Items whose latents are saved for the next run, because this one drains.
         self._saved: set[str] = set()
         self._device_name: str | None = None
@@ -132,6 +134,7 @@ class Driver:
     def _turn_pools(self) -> None:
         """Start what is missing, dispatch what may run, and take in what happened."""
         self._start_replicas()
+        self._follow_memory()
         self._dispatch()
         if not self._preflight_running:
             # What can run does by now.
@@ -207,12 +210,18 @@ class Driver:
         if self._cluster is None:
             cluster = self._cluster = self._join_cluster()
             self.pools = [Pool(spec, max_failures=self.limits.max_attempts + 1) for spec in cluster.pools]
-            self.policy.max_bytes = cluster.max_bytes
+            self._follow_memory()
             self._staffing = Staffing(
                 self.pools, cluster.replicas, self.policy, self.limits, self.events, self.progress
             )
             self._wait_report = WaitReport(self._staffing.waits, self.events, self.tracker.metrics)
         return self._cluster
+
+    def _follow_memory(self) -> None:
+        """The object store grows and shrinks with the cluster."""
+        if self._cluster is not None and self._clock() >= self._memory_due:
+            self._memory_due = self._clock() + _MEMORY_SECONDS
+            self.policy.max_bytes = self._cluster.max_bytes()
 
     def _start_replicas(self) -> None:
         cluster = self._join()

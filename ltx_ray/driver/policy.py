@@ -83,6 +83,13 @@ class Policy:
         self._count_server(state, 1)
         self._mark_idle(replica)
 
+    def retire(self, replica: str) -> None:
+        """A replica gets no new call. It is to be removed once those under way have ended."""
+        state = self._replicas[replica]
+        self._mark_busy(replica)
+        self._count_server(state, -1)
+        state.retired = True
+
     def remove_replica(
         self,
         replica: str,
@@ -102,7 +109,8 @@ class Policy:
         for item in items:
             self._end_call(item)
         self._mark_busy(replica)
-        self._count_server(gone, -1)
+        if not gone.retired:
+            self._count_server(gone, -1)
         if gone.merged_stage is not None:
             self._merged -= Counter([(gone.merged_stage, gone.merged_weights)])
         del self._replicas[replica]
@@ -452,8 +460,10 @@ class Policy:
         state = self._items[item]
         assert state.replica is not None, f"{item} is not running"
         self._calls[state.stage, state.next_stage] -= 1
-        del self._replicas[state.replica].items[item]
-        self._mark_idle(state.replica)
+        replica = self._replicas[state.replica]
+        del replica.items[item]
+        if replica.takes_more:
+            self._mark_idle(state.replica)
         state.replica = None
         return state
 

@@ -71,11 +71,13 @@ class Replica:
     #: Calls that it takes at once, and the items that it is busy with, in the order in which they came.
     calls_at_once: int = 1
     items: dict[str, None] = field(default_factory=dict)
+    #: Whether it leaves after the calls that are under way.
+    retired: bool = False
 
     @property
     def takes_more(self) -> bool:
         """Whether it can begin another call."""
-        return len(self.items) < self.calls_at_once
+        return not self.retired and len(self.items) < self.calls_at_once
 
     @property
     def serves_both(self) -> bool:

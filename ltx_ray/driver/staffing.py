@@ -24,6 +24,8 @@ from ltx_ray.stages import Stage
 _HEAD_START = 60.0
 #: Seconds that a pool without any replica waits for a place before a card that has failed is tried again.
 _LAST_RESORT = 2.0
+#: Why a replica leaves with its node.
+_DRAINS = "its node drains"
 
 
 class Staffing:
@@ -45,6 +47,8 @@ class Staffing:
         self.waits = Waits()
         self._sizer = PoolSizer(policy, self.waits)
         self._by_replica: dict[str, Pool] = {}
+        #: Replicas that leave after the calls that are under way.
+        self._retired: list[str] = []
 
     def pool_of(self, replica: str) -> Pool:
         return self._by_replica[replica]
@@ -55,6 +59,7 @@ class Staffing:
         `elastic` as in JoinedCluster. Without `more_rows` to come, no pool grows.
         """
         self._retry_cards(now)
+        self._retire_leaving()
         if elastic and not one_each and not self._all_served():
             one_each = True
             # A second replica of one pool must not take the place that another pool's first replica needs.
@@ -122,9 +127,28 @@ class Staffing:
         self._replicas.kill(name)
         self._events.emit("gang_given_back", role=pool.spec.name, replica=name, reason=why)
 
+    def _retire_leaving(self) -> None:
+        """Replicas on nodes that drain leave after their calls. Their successors start at once, elsewhere."""
+        for name in self._replicas.leaving():
+            pool = self.pool_of(name)
+            if not pool.replicas.get(name):
+                # It is still starting, or leaves already. What it waits for will come up nowhere.
+                if name in pool.replicas:
+                    self.give_back(name, _DRAINS)
+                continue
+            del pool.replicas[name]
+            self._policy.retire(name)
+            self._retired.append(name)
+            self._progress.say(f"{name} leaves after its call, because {_DRAINS}")
+            self._events.emit("gang_leaving", role=pool.spec.name, replica=name, reason=_DRAINS)
+        for name in [name for name in self._retired if not self._policy.items_of(name)]:
+            self.give_back(name, _DRAINS)
+
     def _forget(self, name: str) -> Pool:
         pool = self._by_replica.pop(name)
-        del pool.replicas[name]
+        pool.replicas.pop(name, None)
+        if name in self._retired:
+            self._retired.remove(name)
         return pool
 
     def started(self, event: ReplicaStarted) -> Pool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sysconfig
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ _CPU_MODEL_BYTES = 4 * 2**30
 _LOCAL_STORE_BYTES = 512 * 2**20
 #: Part of the cluster's object store that the results of a run may fill. The rest holds what calls pass on.
 _STORE_SHARE = 0.5
+#: Seconds between two looks at a busy cluster.
+_WAIT_PERIOD = 5.0
 #: Prefix of the GPU model among the resources of a Ray node.
 _MODEL_PREFIX = "accelerator_type:"
 
@@ -39,8 +42,6 @@ class Placement:
     numerics: Numerics
     #: The largest GPU that a rank may get; None on CPUs, and where the memory of no GPU is known.
     largest_gpu: Gpu | None
-    #: Bytes of the object store that the results of the run's items in flight may take together.
-    store_bytes: float
 
 
 @dataclass(frozen=True)
@@ -81,17 +82,20 @@ class Cluster:
         model: ModelFiles,
         engines: Callable[[Numerics], Mapping[str, EngineSpec]],
         share_cards: str,
+        wait_for_gpus: float = 0.0,
+        say: Callable[[str], None] = lambda message: None,
     ):
         """`address` of a running cluster, as `address.find_cluster` gives it; None for a private one.
 
         `engines` gives the engines by kind (text, diffusion, decode) for the resolved numerics. `share_cards`: whether
         text and decode may run on the DiT's GPUs: "on" for GPUs with enough memory, "off", or "auto" for "on" in a
-        cluster whose GPUs are all free. A gang that fills the cluster shares in any case.
+        cluster whose GPUs are all free. A gang that fills the cluster shares in any case. `wait_for_gpus`: seconds to
+        wait for a cluster on which the pools do not fit yet; `say` is told once that this is so.
         """
         self._address = address
         self._parallel, self._requested = parallel, requested
         self._checkpoint, self._model, self._engines = checkpoint, model, engines
-        self._share_cards = share_cards
+        self._share_cards, self._wait_for_gpus, self.say = share_cards, wait_for_gpus, say
         self._joined = False
         self._private = PrivateCluster()
 
@@ -101,17 +105,37 @@ class Cluster:
         # With Ray's own handler, a signal that comes while the run joins would abort it with a trace of Ray's stack.
         os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
         found, pools, numerics = self._join_running(self._address) if self._address else self._start_private()
+        largest = found.largest if numerics.device == "cuda" else None
+        return Placement(pools, numerics, largest)
+
+    def store_bytes(self) -> float:
+        """Bytes of the object store, as large as it is now, that the results of the run's items may take together."""
         import ray
 
-        store_bytes = _STORE_SHARE * ray.cluster_resources().get("object_store_memory", float("inf"))
-        largest = found.largest if numerics.device == "cuda" else None
-        return Placement(pools, numerics, largest, store_bytes)
+        return _STORE_SHARE * ray.cluster_resources().get("object_store_memory", float("inf"))
 
     def _join_running(self, address: str) -> tuple[_FreeGpus, list[PoolSpec], Numerics]:
         import ray
 
         if not ray.is_initialized():
             self._connect(address)
+        until, said = time.monotonic() + self._wait_for_gpus, False
+        while True:
+            try:
+                return self._lay_out_on_free()
+            except ValueError as busy:
+                # Other jobs may end, and nodes may join.
+                if time.monotonic() >= until or self._requested.device == "cpu":
+                    raise
+                if not said:
+                    self.say(f"waiting up to {self._wait_for_gpus:g} s for GPUs (--wait-for-gpus): {busy}")
+                    said = True
+                time.sleep(min(_WAIT_PERIOD, max(until - time.monotonic(), 0.0)))
+
+    def _lay_out_on_free(self) -> tuple[_FreeGpus, list[PoolSpec], Numerics]:
+        """The pools on what is free of the cluster now. Raises ValueError when they do not fit."""
+        import ray
+
         free = Resources.of(ray.available_resources())
         models = _free_gpu_models()
         found = _FreeGpus(free.gpus, models, *_known_extremes(models), *_gpu_nodes())

@@ -6,7 +6,7 @@ A ReplicaSet holds the gangs of a run: on a Ray cluster (`ray_replicas.RayReplic
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -108,6 +108,9 @@ class ReplicaSet(Protocol):
 
     def placing(self) -> Mapping[str, float]:
         """The replicas that have no place in the cluster yet, with the seconds that each has waited for one."""
+
+    def leaving(self) -> Collection[str]:
+        """The replicas on nodes that are about to leave the cluster."""
 
     def gpu_seconds(self) -> float:
         """How long GPUs have been reserved, those of replicas that could not start included."""

@@ -7,7 +7,7 @@ reports are read.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import ray
@@ -20,6 +20,9 @@ from ltx_ray.pools.protocol import CallFinished, InputsLost, ReplicaEvent, Repli
 from ltx_ray.records import WorkItem
 from ltx_ray.stages import Stage
 
+#: Seconds between two looks at which nodes drain.
+_DRAIN_PERIOD = 2.0
+
 
 class RayReplicaSet:
     """`start_timeout`: seconds from the time when a gang may load until it is ready."""
@@ -27,6 +30,9 @@ class RayReplicaSet:
     def __init__(self, start_timeout: float):
         self._start_timeout = start_timeout
         self._card_time = CardTime()
+        #: Ids of the nodes that drain, and when that was asked for last.
+        self._draining: frozenset[str] = frozenset()
+        self._looked_for_drains = 0.0
         self._gangs: dict[str, Gang] = {}
         #: Dead ones whose places are held.
         self._held: dict[str, Gang] = {}
@@ -129,6 +135,15 @@ class RayReplicaSet:
     def release(self, replica: str) -> None:
         self._held.pop(replica).kill()
         self._card_time.free(replica, time.time())
+
+    def leaving(self) -> Collection[str]:
+        now = time.time()
+        if now - self._looked_for_drains > _DRAIN_PERIOD:
+            self._looked_for_drains = now
+            self._draining = frozenset(ray._private.state.state.get_draining_nodes())
+        if not self._draining:
+            return ()
+        return [g.name for g in self._gangs.values() if any(rank.node in self._draining for rank in g.ranks)]
 
     def gpu_seconds(self) -> float:
         return self._card_time.seconds(time.time())

@@ -11,7 +11,7 @@ import heapq
 import itertools
 import random
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -157,6 +157,9 @@ class SimulatedReplicaSet:
 
     def placing(self) -> Mapping[str, float]:
         return {}
+
+    def leaving(self) -> Collection[str]:
+        return ()
 
     def gpu_seconds(self) -> float:
         return self._card_time.seconds(self.now)

@@ -11,7 +11,7 @@ import heapq
 import itertools
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -180,6 +180,9 @@ class SimulatedFleet:
 
     def placing(self) -> Mapping[str, float]:
         return {name: self.now - replica.asked for name, replica in self._unplaced.items()}
+
+    def leaving(self) -> Collection[str]:
+        return ()  # Nodes are lost without a notice.
 
     def gpu_seconds(self) -> float:
         return 0.0  # No run here has a limit on them.

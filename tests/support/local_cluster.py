@@ -105,6 +105,16 @@ class LocalCluster:
         node = next(node for node in self._cluster.worker_nodes if node.node_id == node_id)
         self._cluster.remove_node(node, allow_graceful=False)
 
+    def drain_node(self, node_id: str, seconds: int = 600) -> None:
+        """Tell the node to leave once nothing runs there, as a spot notice or `kubectl drain` does."""
+        from ray._raylet import GcsClient
+        from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+
+        deadline = int((time.time() + seconds) * 1000)
+        reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        accepted, why = GcsClient(address=self.address).drain_node(node_id, reason, "told by the test", deadline)
+        assert accepted, why
+
     def heal(self) -> None:
         """Restore the cluster's number of nodes."""
         for _ in range(len(self.nodes()), self.workers):

@@ -260,7 +260,7 @@ class Schedule:
                 replica_set,
                 self.pools,
                 "{}",
-                max_bytes,
+                lambda: max_bytes,
                 preflight,
                 elastic=self.layout != "split" and self.runs % 2 == 0,
             ),

@@ -288,3 +288,16 @@ def test_a_preflight_that_fails_ends_the_run(tmp_path):
     with pytest.raises(StartFailed, match="preflight: stage2: rank 0 died"):
         driver.run(driver.tracker.plan.open())
     assert not rows_in(store, "failed") and time.monotonic() - began < 30
+
+
+def test_the_bound_on_results_in_flight_follows_the_cluster(tmp_path):
+    driver, _ = run(tmp_path, rows(1))
+    now, size = [0.0], [100.0]
+    driver._clock = lambda: now[0]
+    driver._cluster = SimpleNamespace(max_bytes=lambda: size[0])
+    seen = []
+    for second, size[0] in ((0.0, 100.0), (20.0, 200.0), (31.0, 300.0)):
+        now[0] = second
+        driver._follow_memory()
+        seen.append(driver.policy.max_bytes)
+    assert seen == [100.0, 100.0, 300.0]

@@ -21,6 +21,7 @@ class FakeCluster:
 
     def __init__(self):
         self.starting, self.waits, self.released, self.killed, self.nodes = [], {}, [], [], 8
+        self.left = []
 
     def start(self, name, spec):
         self.starting.append(name)
@@ -31,6 +32,9 @@ class FakeCluster:
 
     def node_count(self):
         return self.nodes
+
+    def leaving(self):
+        return self.left
 
     def release(self, replica):
         self.released.append(replica)
@@ -188,3 +192,31 @@ def test_no_pool_grows_for_rows_that_are_no_more():
     run.staff._sizer = SimpleNamespace(sizes=lambda pools, now: {"decode": 5})
     run.turn(more_rows=False)
     assert run.told("pool_resized") == []
+
+
+def test_a_replica_whose_node_drains_leaves_after_its_call_and_its_successor_starts_at_once():
+    run = Run(stage1=2, decode=1)
+    run.turn(one_each=True)
+    run.come_up("text-0", "stage1-0", "decode-0")
+    run.turn()
+    run.come_up("stage1-1")
+    run.policy.admit("i0", path=("stage1",))
+    busy = run.policy.next_dispatch().replica
+    run.replicas.left = [busy]
+    assert run.turn() == ["stage1-2"] and run.replicas.killed == []
+    assert run.said == [f"{busy} leaves after its call, because its node drains"]
+    run.policy.admit("i1", path=("stage1",))
+    assert run.policy.next_dispatch().replica != busy, "it gets no new call"
+    run.policy.call_finished("i0", 1.0)
+    assert run.policy.next_dispatch() is None
+    assert run.turn() == [] and run.replicas.killed == [busy]
+    assert [event["reason"] for event in run.told("gang_given_back")] == ["its node drains"]
+    run.replicas.left = []
+    assert run.turn() == []
+
+
+def test_a_replica_that_starts_on_a_node_that_drains_is_given_up():
+    run = Run(stage1=1, decode=1)
+    run.turn(one_each=True)
+    run.replicas.left = ["stage1-0"]
+    assert run.turn(one_each=True) == ["stage1-1"] and run.replicas.killed == ["stage1-0"]

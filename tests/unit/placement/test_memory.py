@@ -343,7 +343,7 @@ def test_only_gpus_of_known_memory_are_asked(toy, tmp_path, monkeypatch, device,
     def join(cluster):
         found = _FreeGpus(2.0 if device == "cuda" else 0.0, (), gpu, gpu)
         pools, numerics = cluster._lay_out(found)
-        return Placement(pools, numerics, gpu if device == "cuda" else None, float("inf"))
+        return Placement(pools, numerics, gpu if device == "cuda" else None)
 
     def replica_set(*_):
         raise Reached

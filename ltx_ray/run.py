@@ -98,8 +98,7 @@ class Options:
     model: ModelFiles
     numerics: RequestedNumerics = RequestedNumerics()  # noqa: RUF009 (frozen)
     parallel: ParallelConfig = ParallelConfig()  # noqa: RUF009 (frozen)
-    #: Whether text and decode run on the DiT's GPUs: "on" (for GPUs with enough memory), "off", or "auto" for "on"
-    #: where all GPUs are free. One gang that fills the cluster shares in any case.
+    #: Whether text and decode run on the DiT's GPUs: "on", "off", or "auto" for "on" where all GPUs are free.
     share_cards: str = "auto"
     #: Seconds to wait for GPUs of a running cluster that is busy.
     wait_for_gpus: float = 0.0
@@ -431,6 +430,8 @@ class _Rendering:
         # Only now: joining sets variables that Ray reads when it is imported.
         from ltx_ray.pools.ray_replicas import RayReplicaSet
 
+        if placement.parallel.names_a_layout and not options.parallel.names_a_layout:
+            run.progress.say(f"layout chosen for {options.parallel.optimize}: {placement.parallel.flags}")
         budget = self._memory_budget(placement)
         self._record.place(placement.pools, placement.numerics)
         # Until now there was nothing to finish, and Ray has set a handler of its own.
@@ -438,7 +439,7 @@ class _Rendering:
         run.signals.install()
         self._write_record("running")
         replicas = {pool.name: pool.replicas for pool in placement.pools}
-        self._events.emit("cluster_joined", pools=replicas, tp=options.parallel.tp, device=placement.numerics.device)
+        self._events.emit("cluster_joined", pools=replicas, tp=placement.numerics.tp, device=placement.numerics.device)
         preflight = options.preflight and max(replicas.values()) > 1
         return JoinedCluster(
             RayReplicaSet(options.limits.start_timeout),

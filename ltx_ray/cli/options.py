@@ -265,6 +265,14 @@ LAYOUT_OPTIONS = (
         help="replicas of both stages that an autoscaling cluster may be asked for",
     ),
     Option(
+        "--optimize",
+        section=_LAYOUT,
+        metavar="GOAL",
+        type=OneOf("throughput", "latency"),
+        default=ParallelConfig.optimize,
+        help="what ranks are for where no option divides anything: the most clips/h, or one clip soonest",
+    ),
+    Option(
         "--tp",
         section=_LAYOUT,
         metavar="N",

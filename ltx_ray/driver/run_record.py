@@ -73,6 +73,7 @@ class RunRecord:
         """Take in what the run got on its cluster."""
         self._pools = {pool.name: pool.replicas for pool in pools}
         self._numerics = json.loads(numerics_json(numerics))
+        self._tp = numerics.tp
 
     def write(
         self,

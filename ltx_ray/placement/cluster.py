@@ -7,7 +7,7 @@ import os
 import sysconfig
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from ltx_ray.checkpoints.checkpoint import Checkpoint
 from ltx_ray.checkpoints.digests import writable_cache_root
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec, RequestedNumerics
 from ltx_ray.placement.address import find_cluster
-from ltx_ray.placement.memory import ROOMY_BYTES, Gpu, can_share, known_gpus
+from ltx_ray.placement.layouts import Cards, choose_layout
+from ltx_ray.placement.memory import ROOMY_BYTES, Gpu, can_share, holds_rank, known_gpus
 from ltx_ray.placement.numerics import has_fa3, resolve
 from ltx_ray.placement.output_pools import Node
 from ltx_ray.placement.private_cluster import PrivateCluster, temporary_folder
@@ -42,6 +43,8 @@ class Placement:
     numerics: Numerics
     #: The largest GPU that a rank may get; None on CPUs, and where the memory of no GPU is known.
     largest_gpu: Gpu | None
+    #: The layout, which may have been chosen for the GPUs.
+    parallel: ParallelConfig
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,11 @@ class _FreeGpus:
     #: The nodes that have them, and whether no other job has a GPU of any node.
     nodes: tuple[Node, ...] = ()
     alone: bool = True
+
+    @property
+    def on_a_node(self) -> float:
+        """Those of the node that has the most."""
+        return max((node.gpus for node in self.nodes), default=0.0)
 
 
 def where_to_run(given: str | None) -> str | None:
@@ -93,7 +101,8 @@ class Cluster:
         wait for a cluster on which the pools do not fit yet; `say` is told once that this is so.
         """
         self._address = address
-        self._parallel, self._requested = parallel, requested
+        self._asked = self._parallel = parallel
+        self._requested = requested
         self._checkpoint, self._model, self._engines = checkpoint, model, engines
         self._share_cards, self._wait_for_gpus, self.say = share_cards, wait_for_gpus, say
         self._joined = False
@@ -106,7 +115,7 @@ class Cluster:
         os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
         found, pools, numerics = self._join_running(self._address) if self._address else self._start_private()
         largest = found.largest if numerics.device == "cuda" else None
-        return Placement(pools, numerics, largest)
+        return Placement(pools, numerics, largest, self._parallel)
 
     def store_bytes(self) -> float:
         """Bytes of the object store, as large as it is now, that the results of the run's items may take together."""
@@ -176,12 +185,28 @@ class Cluster:
         gpus = self._usable_gpus(found.count)
         device = "cuda" if gpus else "cpu"
         transformer = self._checkpoint.transformer
+        if gpus:
+            self._parallel = self._layout(found, device)
         numerics = resolve(self._requested, self._parallel, device, found.models, has_fa3(), transformer)
         # Ray shows what is left of a shared GPU as free, so a cluster with other jobs shares GPUs on request only.
         allowed = self._share_cards == "on" or (self._share_cards == "auto" and found.alone)
         share_cards = allowed and found.smallest is not None and self._can_share(numerics, found.smallest)
         roomy = found.smallest is None or found.smallest.nbytes >= ROOMY_BYTES
         return lay_out(self._parallel, gpus, self._engines(numerics), share_cards, found.nodes, roomy), numerics
+
+    def _layout(self, found: _FreeGpus, device: str) -> ParallelConfig:
+        """The layout that the user named, or one that is chosen for the GPUs of a node."""
+        transformer, smallest = self._checkpoint.transformer, found.smallest
+
+        def fits(tp: int) -> bool:
+            # Ranks that share the tokens need no less than one alone.
+            numerics = resolve(
+                self._requested, replace(self._asked, tp=tp), device, found.models, has_fa3(), transformer
+            )
+            return smallest is None or holds_rank(self._checkpoint, self._model.local(), numerics, smallest, tp)
+
+        cards = Cards(found.models[0] if len(set(found.models)) == 1 else "", int(found.on_a_node))
+        return choose_layout(self._asked, cards, transformer, self._model.distilled, fits)
 
     def _usable_gpus(self, free: float) -> float:
         """GPUs to lay the pools out on; 0 renders on CPUs. Raises ValueError when GPUs are missing."""

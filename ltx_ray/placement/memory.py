@@ -47,6 +47,8 @@ _DECODE_BYTES = 4 * GIB
 _CONNECTOR_BYTES = 6 * GIB
 _LARGEST_DECODE_BYTES = 10 * GIB
 _SHARED_MARGIN = 6 * GIB
+#: Activations and state of an HQ clip, for the choice of a layout.
+_CLIP_MARGIN = 4 * GIB
 #: Elements of activation for each token at the peak of a pass, as multiples of the stream's width. The fused path has
 #: 2.00 GiB at 32,640 tokens and 0.50 GiB at 8,160, the plain path about 7 GiB at 32,640 tokens. Tensor parallelism
 #: divides the sharded part: heads, the feed-forward's hidden layer, and in the fused path the stream itself.
@@ -273,6 +275,14 @@ def can_share(checkpoint: Checkpoint, model: ModelFiles, numerics: Numerics, gpu
         colocated_bytes=max(budget.text_bytes + _CONNECTOR_BYTES, _LARGEST_DECODE_BYTES) + _CONTEXT_BYTES,
     )
     return budget.resident_bytes(rank) + _SHARED_MARGIN <= gpu.nbytes
+
+
+def holds_rank(checkpoint: Checkpoint, model: ModelFiles, numerics: Numerics, gpu: Gpu, tp: int) -> bool:
+    """Whether `gpu` holds a rank of a DiT on `tp` tensor-parallel ranks and the activations of an HQ clip."""
+    budget = MemoryBudget(checkpoint, model, (), numerics, gpu)
+    fp8, fused = numerics.precision == "fp8", numerics.compile == "fused"
+    rank = RankMemory(DIFFUSION_STAGES, tp, element_bytes=budget.element_bytes, fp8=fp8, fused=fused)
+    return budget.resident_bytes(rank) + _CLIP_MARGIN <= gpu.nbytes
 
 
 def transformer_bytes(tensors: Mapping[str, TensorInfo], tp: int, element_bytes: int, fp8: bool) -> int:

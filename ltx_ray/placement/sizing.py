@@ -57,6 +57,13 @@ class ParallelConfig:
     #: Replicas of the DiT, of both stages together, that a growing cluster may be asked for. None: as many as fit on
     #: the GPUs that are free.
     max_replicas: int | None = None
+    #: What a layout is chosen for where none is named (layouts.py): "throughput", or "latency" for one clip soonest.
+    optimize: str = "throughput"
+
+    @property
+    def names_a_layout(self) -> bool:
+        """Whether the user has divided something over ranks."""
+        return self.ranks != (1, 1) or self.stage2_tp is not None
 
     @property
     def tp_of_stage2(self) -> int:
@@ -91,12 +98,30 @@ class ParallelConfig:
         """Whether the driver may move replicas between the stages: their numbers are open, their gangs the same."""
         return self.stage1 is None and self.stage2 is None and self.with_stage2 and self.interchangeable
 
+    @property
+    def flags(self) -> str:
+        """The options that ask for this layout."""
+        numbers = {
+            "--tp": self.tp,
+            "--stage2-tp": self.stage2_tp or 1,
+            "--guidance-parallel": self.guidance_parallel,
+            "--stage1-sequence-parallel": self.stage1_sequence_parallel,
+            "--sequence-parallel": self.sequence_parallel,
+        }
+        return " ".join(f"{flag} {number}" for flag, number in numbers.items() if number > 1)
+
+    @property
+    def _names_replicas(self) -> bool:
+        return (self.stage1, self.stage2, self.max_replicas) != (None, None, None)
+
     def check(self, distilled: bool) -> None:
         """Raise ValueError for a layout that no pipeline can use, and for options that contradict each other."""
         legal = [1] if distilled else [1, 2, 3, 4]
         if self.guidance_parallel not in legal:
             why = "the distilled pipeline has no guidance" if distilled else "there are four passes at most"
             raise ValueError(f"--guidance-parallel: {self.guidance_parallel}, legal: {legal} ({why})")
+        if self.optimize == "latency" and (self.names_a_layout or self._names_replicas):
+            raise ValueError("--optimize: 'latency' with ranks or replicas of your own, legal: one of the two")
         if self.max_replicas is not None and (self.stage1 or self.stage2):
             raise ValueError("--max-replicas and a number of --stage1-replicas or --stage2-replicas exclude each other")
         if self.max_replicas is not None and not self.interchangeable:

@@ -26,6 +26,7 @@ from ltx_ray.parallel.collectives import RankGroup
 from ltx_ray.placement.cluster import Cluster, Placement, _FreeGpus
 from ltx_ray.placement.memory import GIB, Gpu, MemoryBudget, can_share, known_gpus, transformer_bytes
 from ltx_ray.placement.numerics import resolve
+from ltx_ray.placement.output_pools import Node
 from ltx_ray.placement.sizing import ParallelConfig, lay_out
 from tests.support.checkpoint_files import RELEASED
 from tests.support.datasets import rows_in
@@ -343,7 +344,7 @@ def test_only_gpus_of_known_memory_are_asked(toy, tmp_path, monkeypatch, device,
     def join(cluster):
         found = _FreeGpus(2.0 if device == "cuda" else 0.0, (), gpu, gpu)
         pools, numerics = cluster._lay_out(found)
-        return Placement(pools, numerics, gpu if device == "cuda" else None)
+        return Placement(pools, numerics, gpu if device == "cuda" else None, cluster._parallel)
 
     def replica_set(*_):
         raise Reached
@@ -403,6 +404,33 @@ def test_a_cluster_shares_gpus_when_it_may_and_can(monkeypatch, mode, alone, fit
         # never text and decode beside the same rank of the DiT
         shares = [by_name[name].gpus_per_rank for name in ("text", "stage1", "decode")]
         assert sum(shares) > 1 and max(shares[0], shares[2]) + shares[1] <= 1
+
+
+@pytest.mark.parametrize(
+    ("gpu", "asked", "flags"),
+    [
+        ("H100", {}, ""),
+        ("A40", {}, ""),
+        ("A100-40G", {}, "--tp 2"),
+        ("A10G", {}, "--tp 4"),
+        ("A100-40G", {"optimize": "latency"}, "--tp 2 --stage1-sequence-parallel 4 --sequence-parallel 4"),
+        ("T4", {"tp": 2}, "--tp 2"),
+    ],
+)
+def test_a_layout_that_the_cards_hold_is_chosen(gpu, asked, flags):
+    """The numerics and the pools are those of the layout."""
+    spec = EngineSpec("m:E", ModelFiles("c", "g", "u"), Numerics(), "out")
+    cluster = Cluster(
+        address=None, parallel=ParallelConfig(**asked), requested=RequestedNumerics(), checkpoint=CHECKPOINT,
+        model=spec.model, engines=lambda numerics: dict.fromkeys(("text", "diffusion", "decode"), spec),
+        share_cards="off",
+    )  # fmt: skip
+    [found] = known_gpus([gpu])
+    pools, numerics = cluster._lay_out(_FreeGpus(8.0, (gpu,), found, found, (Node(64.0, 8.0),)))
+    assert cluster._parallel.flags == flags
+    assert numerics.tp == cluster._parallel.tp
+    ranks = {pool.ranks for pool in pools if pool.engine.layout.roles and "stage1" in pool.roles}
+    assert ranks == {cluster._parallel.ranks[0]}
 
 
 def test_fp8_is_no_remedy_on_gpus_that_do_not_support_it():

@@ -72,9 +72,9 @@ def main() -> int:
             figures = run_fleet(fleet, workload, arguments.seed, folder)
     except ValueError as error:
         parser.error(str(error))
-    _show(figures)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(figures.record(), indent=2) + "\n")
+    _show(figures)
     return figures.exit_code
 
 

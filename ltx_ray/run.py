@@ -21,6 +21,7 @@ from ltx_ray.checkpoints.checkpoint import (
     open_checkpoint,
 )
 from ltx_ray.checkpoints.lora import check_lora
+from ltx_ray.checkpoints.parts import check_parts, check_text_width
 from ltx_ray.config import NEWEST_SCHEME, EngineSpec, ModelFiles, Numerics, RequestedNumerics, RunLimits, Selection
 from ltx_ray.dataset.existing import ExistingRows, list_existing
 from ltx_ray.dataset.fold import fold_dataset, fold_output
@@ -100,8 +101,7 @@ class Options:
     parallel: ParallelConfig = ParallelConfig()  # noqa: RUF009 (frozen)
     #: Whether text and decode run on the DiT's GPUs: "on", "off", or "auto" for "on" where all GPUs are free.
     share_cards: str = "auto"
-    #: Seconds to wait for GPUs of a running cluster that is busy.
-    wait_for_gpus: float = 0.0
+    wait_for_gpus: float = 0.0  # seconds, for those of a running cluster that is busy
     #: Address of a running Ray cluster; None for that of RAY_ADDRESS, or else a private one.
     ray_address: str | None = None
     #: Defaults of row fields, by column.
@@ -119,10 +119,8 @@ class Options:
     retry_failed: bool = False
     #: The rows are previews. These items resume from their stored latents; the other rows are passed over.
     promote: frozenset[str] | None = None
-    #: Whether a manifest is rendered of whose first rows many are illegal.
-    allow_illegal: bool = False
-    #: Whether a run that has left no row, but failed some, ends with 0.
-    exit_zero_on_failed_rows: bool = False
+    allow_illegal: bool = False  # even if many of the manifest's first rows are
+    exit_zero_on_failed_rows: bool = False  # in place of 3, when none is left
     #: Whether a tiny clip goes through every pool before a pool grows beyond one replica.
     preflight: bool = True
     #: Whether noise may be drawn on another device than that of the dataset's other clips.
@@ -161,7 +159,9 @@ def prepare(options: Options) -> Prepared:
     )
     parallel.check(model.distilled)
     check_upsampler(model.spatial_upsampler_path)
+    check_parts(model.checkpoint_path, model.spatial_upsampler_path)
     check_gemma(model.gemma_root)
+    check_text_width(model.checkpoint_path, model.gemma_root)
     loras = ([model.distilled_lora] if model.distilled_lora else []) + [lora.path for lora in model.loras]
     warnings = [warning for path in loras if (warning := check_lora(checkpoint, path)) is not None]
     defaults = check_defaults(options.row_defaults)

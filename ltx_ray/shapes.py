@@ -16,6 +16,9 @@ SPACE_FACTOR = 32
 SIZE_MULTIPLE = 2 * SPACE_FACTOR
 #: Pixels of a side that the H.264 encoder of the clips takes.
 LARGEST_SIDE = 16_384
+#: FFmpeg takes pictures whose sides, each with a margin, have a product below this. Source: `av_image_check_size2` in
+#: its `libavutil/imgutils.c`.
+_PICTURE_LIMIT, _PICTURE_MARGIN = 2**28, 128
 VIDEO_CHANNELS = 128
 AUDIO_LATENTS_PER_SECOND = 16000 / 160 / 4
 AUDIO_CHANNELS = 8
@@ -95,6 +98,11 @@ def _decimals(number: float) -> int:
     return max(0, -exponent)
 
 
+def _highest(width: int) -> int:
+    """The largest legal height of pictures of this width, as far as FFmpeg limits it."""
+    return ((_PICTURE_LIMIT - 1) // (width + _PICTURE_MARGIN) - _PICTURE_MARGIN) // SIZE_MULTIPLE * SIZE_MULTIPLE
+
+
 def legal_frame_rate(frame_rate: float) -> bool:
     return FRAME_RATES[0] <= frame_rate <= FRAME_RATES[1]
 
@@ -111,6 +119,10 @@ def size_problems(shape: ClipShape) -> list[tuple[str, object, str]]:
             )
         elif value > LARGEST_SIDE:
             problems.append((column, value, f"at most {LARGEST_SIDE}, the longest side that H.264 encoders take"))
+    if not problems and shape.height > (highest := _highest(shape.width)):
+        problems.append(
+            ("height", shape.height, f"at most {highest} where the width is {shape.width}, as FFmpeg takes pictures")
+        )
     if shape.num_frames < 1 or (shape.num_frames - 1) % TIME_FACTOR:
         lower = max(1, (shape.num_frames - 1) // TIME_FACTOR * TIME_FACTOR + 1)
         problems.append(

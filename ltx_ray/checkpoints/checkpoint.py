@@ -5,6 +5,7 @@ A wrong generation, a missing part or a truncated download is a ValueError here.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import re
@@ -190,26 +191,38 @@ def gemma_folders(root: str) -> tuple[str, str]:
 
 def check_gemma(root: str) -> None:
     """Raise ValueError unless `root` holds a Gemma 3 model and its tokenizer, complete as far as headers tell."""
-    legal = "legal: a Gemma 3 model directory, or a diffusers directory with text_encoder/ and tokenizer/"
+    legal = "legal: a Gemma 3 model directory (gemma3), or a diffusers directory with text_encoder/ and tokenizer/"
     model, tokenizer = gemma_folders(root)
     if not os.path.isfile(os.path.join(model, "config.json")):
         raise ValueError(f"--gemma-root: {model}, has no config.json; {legal}")
-    files = [os.path.join(tokenizer, name) for name in ("tokenizer.json", "tokenizer.model")]
-    files = [file for file in files if os.path.isfile(file)]
-    if not files:
+    whole, pieces = (os.path.join(tokenizer, name) for name in ("tokenizer.json", "tokenizer.model"))
+    # Of the second alone, transformers makes the first with a package that ltx-ray does not install.
+    makes_it = os.path.isfile(pieces) and importlib.util.find_spec("sentencepiece") is not None
+    if not os.path.isfile(whole) and not makes_it:
         raise ValueError(f"--gemma-root: {tokenizer}, has no tokenizer.json; {legal}")
-    for path in files:
+    for path in filter(os.path.isfile, (whole, pieces)):
         with open(path, "rb") as file:
             if kind := named_kind(file.read(HEAD_BYTES)):
                 raise ValueError(f"{path}: not a tokenizer but {kind}")
-    kind = str(diffusers_layout.read_config(model).get("model_type"))
-    if not kind.startswith("gemma3"):
+    if os.path.isfile(whole) and not _ends_like_json(whole):
+        raise ValueError(f"{whole}: is not JSON (its end is missing); fetch it again")
+    config = diffusers_layout.read_config(model)
+    kind = str(config.get("model_type"))
+    if kind != "gemma3":  # gemma3_text (without the vision tower) and gemma3n have other classes
         raise ValueError(f"--gemma-root: {model}, is a {kind} (LTX-2.5 takes Gemma 4); {legal}")
+    diffusers_layout.check_plain(model, config)
     single = os.path.join(model, "model.safetensors")
     if os.path.isfile(single):  # transformers prefers it to an index, whereas diffusers prefers the index
         read_header(single)
     else:
         diffusers_layout.read_weights(model, "model.safetensors")
+
+
+def _ends_like_json(path: str) -> bool:
+    """Whether a file of 30 MB, which is not read for this, ends as a JSON object does."""
+    with open(path, "rb") as file:
+        file.seek(max(0, os.path.getsize(path) - HEAD_BYTES))
+        return file.read().rstrip().endswith(b"}")
 
 
 def held_by(checkpoint_path: str) -> dict[str, str]:

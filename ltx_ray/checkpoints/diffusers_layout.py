@@ -146,6 +146,12 @@ def check_class(folder: str, config: Mapping[str, Any], class_name: str) -> None
         raise ValueError(f"{folder}: config.json is of a {found}; legal: {class_name} (LTX-2.3)")
 
 
+def check_plain(folder: str, config: Mapping[str, Any]) -> None:
+    """Raise ValueError when `config`, that of the weights in `folder`, says that they are quantized."""
+    if config.get("quantization_config") is not None:
+        raise ValueError(f"{folder}: is quantized (quantization_config in its config.json); legal: plain weights")
+
+
 def read_component(folder: str, class_name: str) -> Component:
     """The component in `folder`, from its config and the headers of its files.
 
@@ -153,8 +159,7 @@ def read_component(folder: str, class_name: str) -> Component:
     """
     config = read_config(folder)
     check_class(folder, config, class_name)
-    if "quantization_config" in config:
-        raise ValueError(f"{folder}: is quantized (quantization_config in its config.json); legal: plain weights")
+    check_plain(folder, config)
     for field, (legal, default) in _REQUIRED.get(class_name, {}).items():
         if (value := config.get(field, default)) != legal:
             raise ValueError(f"{folder}: config.json: {field} is {value!r}; legal: {legal!r} (LTX-2.3)")

@@ -107,6 +107,8 @@ def read_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
     tensors = {}
     try:
         metadata = dict(table.pop("__metadata__", None) or {})
+        if not all(isinstance(text, str) for text in metadata.values()):
+            raise TypeError
         for name, entry in table.items():
             start, end = map(int, entry["data_offsets"])
             shape = tuple(map(int, entry["shape"]))

@@ -163,7 +163,7 @@ class _Fields:
         value = self._config.get(field, default)
         try:
             return parse(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise self.error(field, value, legal) from None
 
     def error(self, field: str, value: Any, legal: str) -> ValueError:

@@ -179,7 +179,8 @@ class PathAndStrength(click.ParamType):
         path, strength = value
         if not (_is_number(strength) and float32_holds(float(strength))):
             raise ValueError(f"--lora: {path} {strength}, legal: a finite number as its strength, which float32 holds")
-        return Location(local=True).convert(path, param, ctx), float(strength)
+        # -0.0 would give another item_id than 0.0, which it becomes in a row.
+        return Location(local=True).convert(path, param, ctx), float(strength) + 0.0
 
 
 def with_lora_strengths(arguments: Sequence[str]) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 #: A module of diffusers, whose attributes have no types.
 DiffusersModule = Any
@@ -72,6 +73,21 @@ class GroupNorm(torch.nn.GroupNorm):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps, torch.backends.cudnn.enabled)
+
+
+class ReflectingConv3d(torch.nn.Conv3d):
+    """torch.nn.Conv3d with reflected sides, which repeats a side of a single value, where PyTorch raises an error.
+
+    Stage 1 of a clip with a side of 64 pixels is one latent high or wide, and its previews and images have to be made.
+    """
+
+    def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if 1 not in input.shape[-2:]:
+            return super()._conv_forward(input, weight, bias)
+        _, height, width = (int(side) for side in self.padding)
+        for padding, side in (((width, width, 0, 0, 0, 0), -1), ((0, 0, height, height, 0, 0), -2)):
+            input = F.pad(input, padding, mode="replicate" if input.shape[side] == 1 else "reflect")
+        return F.conv3d(input, weight, bias, self.stride, 0, self.dilation, self.groups)
 
 
 def _per_channel(vector: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -10,43 +10,36 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Iterable, Mapping
-from types import MappingProxyType, ModuleType
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from ltx_ray.checkpoints import diffusers_layout, single_file
 from ltx_ray.checkpoints.diffusers_layout import Component, refuse_unknown
+from ltx_ray.checkpoints.parts import (
+    AUDIO_SIZES,
+    UPSAMPLER_SIZES,
+    VIDEO_SIZES,
+    VOCODER_SIZES,
+    check_sizes,
+    layout_of,
+)
 from ltx_ray.checkpoints.safetensors import TensorInfo
-from ltx_ray.engine.codec import ConnectorAttention, DiffusersModule, GroupNorm, RoundedRope
+from ltx_ray.engine.codec import ConnectorAttention, DiffusersModule, GroupNorm, ReflectingConv3d, RoundedRope
 from ltx_ray.engine.fused_decoder import fuse_decoder
-from ltx_ray.shapes import AUDIO_CHANNELS, AUDIO_SAMPLE_RATE, SPACE_FACTOR, TIME_FACTOR, VIDEO_CHANNELS
 
 Path = str | os.PathLike[str]
 Device = str | torch.device
 
-#: What a clip's sizes rely on (shapes.py), by the classes' names of it.
-_VIDEO_SIZES = {
-    "latent_channels": VIDEO_CHANNELS, "spatial_compression_ratio": SPACE_FACTOR,
-    "temporal_compression_ratio": TIME_FACTOR,
-}  # fmt: skip
-_AUDIO_SIZES = {"latent_channels": AUDIO_CHANNELS, "sample_rate": 16000, "mel_hop_length": 160}
-_SOUND_RATE = {"output_sampling_rate": AUDIO_SAMPLE_RATE}
-_UPSAMPLER_SIZES = {"in_channels": VIDEO_CHANNELS, "dims": 3}
 #: The two halves of a VAE.
 _HALVES = ("encoder", "decoder")
-
-
-def _layout(path: Path) -> ModuleType:
-    """The module of checkpoints/ that reads the layout at `path`."""
-    return diffusers_layout if os.path.isdir(path) else single_file
 
 
 def load_connectors(path: Path, dtype: torch.dtype, device: Device) -> DiffusersModule:
     """Text projections and connectors as diffusers' LTX2TextConnectors, run by codec.encode_connectors."""
     from diffusers.pipelines.ltx2 import LTX2TextConnectors
 
-    part = _layout(path).connectors(str(path))
+    part = layout_of(path).connectors(str(path))
     module = _load(LTX2TextConnectors, part, "text connectors", dtype, device)
     for connector in (module.video_connector, module.audio_connector):
         connector.rope = RoundedRope(connector.rope, dtype)
@@ -68,9 +61,12 @@ def load_video_vae(
     if part not in (*_HALVES, "both"):
         raise ValueError(f"part is {part!r}; legal is 'decoder', 'encoder' or 'both'")
     without = [half for half in _HALVES if part not in (half, "both")]
-    component = _layout(path).video_vae(str(path))
+    component = layout_of(path).video_vae(str(path))
     what = f"video VAE ({part})"
-    vae = _materialized(_load(AutoencoderKLLTX2Video, component, what, dtype, device, without, _VIDEO_SIZES))
+    vae = _materialized(_load(AutoencoderKLLTX2Video, component, what, dtype, device, without, VIDEO_SIZES))
+    for name, conv in list(vae.named_modules()):
+        if type(conv) is torch.nn.Conv3d and conv.padding_mode == "reflect":
+            _replace(vae, name, conv, _reflecting(conv))
     if fused and vae.decoder is not None:
         try:
             fuse_decoder(vae.decoder)
@@ -91,7 +87,7 @@ def latent_stats(path: Path, which: str = "video") -> tuple[torch.Tensor, torch.
     """
     if which not in ("video", "audio"):
         raise ValueError(f"which is {which!r}; legal is 'video' or 'audio'")
-    layout = _layout(path)
+    layout = layout_of(path)
     part = layout.video_vae(str(path)) if which == "video" else layout.audio_vae(str(path))
     names = ("latents_mean", "latents_std")
     _refuse(part.path, f"{which} statistics", "missing keys", set(names) - part.tensors.keys())
@@ -103,9 +99,9 @@ def load_audio_decoder(path: Path, dtype: torch.dtype, device: Device) -> Diffus
     """The decoder of the audio VAE as diffusers' AutoencoderKLLTX2Audio, whose encoder is None."""
     from diffusers import AutoencoderKLLTX2Audio
 
-    part = _layout(path).audio_vae(str(path))
+    part = layout_of(path).audio_vae(str(path))
     what = "audio VAE (decoder)"
-    return _materialized(_load(AutoencoderKLLTX2Audio, part, what, dtype, device, ["encoder"], _AUDIO_SIZES))
+    return _materialized(_load(AutoencoderKLLTX2Audio, part, what, dtype, device, ["encoder"], AUDIO_SIZES))
 
 
 def load_vocoder(path: Path, dtype: torch.dtype, device: Device) -> DiffusersModule:
@@ -117,8 +113,8 @@ def load_vocoder(path: Path, dtype: torch.dtype, device: Device) -> DiffusersMod
     from diffusers.pipelines.ltx2 import LTX2VocoderWithBWE
     from diffusers.pipelines.ltx2.vocoder import UpSample1d
 
-    part = _layout(path).vocoder(str(path))
-    module = _load(LTX2VocoderWithBWE, part, "vocoder", dtype, device, sizes=_SOUND_RATE).float()
+    part = layout_of(path).vocoder(str(path))
+    module = _load(LTX2VocoderWithBWE, part, "vocoder", dtype, device, sizes=VOCODER_SIZES).float()
     # The resampler's filter is computed and not stored, so the one built on the meta device has no values.
     ratio = module.config.output_sampling_rate // module.config.input_sampling_rate
     resampler = UpSample1d(ratio=ratio, window_type="hann", persistent=False)
@@ -131,13 +127,11 @@ def load_upsampler(path: Path, dtype: torch.dtype, device: Device) -> DiffusersM
     """The latent upsampler as diffusers' LTX2LatentUpsamplerModel."""
     from diffusers.pipelines.ltx2 import LTX2LatentUpsamplerModel
 
-    part = _layout(path).upsampler(str(path))
-    module = _load(LTX2LatentUpsamplerModel, part, "latent upsampler", dtype, device, sizes=_UPSAMPLER_SIZES)
+    part = layout_of(path).upsampler(str(path))
+    module = _load(LTX2LatentUpsamplerModel, part, "latent upsampler", dtype, device, sizes=UPSAMPLER_SIZES)
     for name, norm in list(module.named_modules()):
         if type(norm) is torch.nn.GroupNorm:
-            ours = GroupNorm(norm.num_groups, norm.num_channels, norm.eps, device="meta")
-            ours.load_state_dict(norm.state_dict(), assign=True)
-            module.set_submodule(name, ours.requires_grad_(False).eval())
+            _replace(module, name, norm, GroupNorm(norm.num_groups, norm.num_channels, norm.eps, device="meta"))
     return _materialized(module)
 
 
@@ -161,11 +155,8 @@ def _load(
     refuse_unknown(part, set(arguments))
     with torch.device("meta"):
         module = cls(**{field: value for field, value in part.config.items() if field in arguments})
-    for name, legal in sizes.items():
-        # A VAE computes its factors where its config does not state them.
-        value = vars(module).get(name, module.config.get(name))
-        if value != legal:
-            raise ValueError(f"{part.path}: {what}: {name} is {value!r}; legal: {legal} (LTX-2.3)")
+    # A VAE computes its factors where its config does not state them.
+    check_sizes(part.path, what, sizes, lambda name: vars(module).get(name, module.config.get(name)))
     for name in without:
         setattr(module, name, None)
     found = {name: info for name, info in part.tensors.items() if name.split(".")[0] not in without}
@@ -184,6 +175,19 @@ def _load(
     )
     module.load_state_dict(_read_tensors(found, dtype, device), strict=True, assign=True)
     return module.requires_grad_(False).eval()
+
+
+def _replace(module: DiffusersModule, name: str, old: torch.nn.Module, new: torch.nn.Module) -> None:
+    """Put `new` in the place of `old`, which `module` has under `name`, with its tensors."""
+    new.load_state_dict(old.state_dict(), assign=True)
+    module.set_submodule(name, new.requires_grad_(False).eval())
+
+
+def _reflecting(conv: DiffusersModule) -> ReflectingConv3d:
+    return ReflectingConv3d(
+        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups,
+        conv.bias is not None, conv.padding_mode, "meta",
+    )  # fmt: skip
 
 
 def _materialized(module: DiffusersModule) -> DiffusersModule:

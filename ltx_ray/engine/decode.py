@@ -35,7 +35,7 @@ from ltx_ray.engine.loudness import measure_sound
 from ltx_ray.engine.mp4 import read_metadata, write_mp4
 from ltx_ray.engine.prefetch import prefetch
 from ltx_ray.engine.tiling import LADDER, Tiling, distinct_rungs
-from ltx_ray.placement.numerics import numerics_json
+from ltx_ray.placement.numerics import numerics_json, numerics_of_row
 from ltx_ray.presets import PIPELINES
 from ltx_ray.records import Clip, EngineFacts, RowError, StageLatents, WorkItem
 from ltx_ray.shapes import AUDIO_SAMPLE_RATE, ClipShape, frame_rate_fraction
@@ -171,9 +171,10 @@ class DecodeEngine:
             return stages, {}
         # They stay. The preview is of the latents that a promotion continues.
         stored, _ = self.latents.load_stage1(item, self.dtype)
+        numerics = numerics_of_row(numerics_json(self.spec.numerics), item.request)
         return (stored,), {
             "noise_ledger": stored.ledger,
-            "stage1_numerics": stored.other_numerics(numerics_json(self.spec.numerics)),
+            "stage1_numerics": stored.other_numerics(numerics, stages[0].device_name),
             "unchecked": self.latents.unchecked,
         }
 

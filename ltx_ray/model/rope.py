@@ -86,12 +86,12 @@ def rope_table(
 ) -> RopeTable:
     """Rotary table for `positions` (B, axes, T, 2) over `dim` channels in `heads` heads.
 
-    `max_pos` is the limit of each axis in the unit of the positions. Pairs of channels that the axes do not fill come
+    `max_pos` is the limit of every axis in the unit of the positions. Pairs of channels that the axes do not fill come
     first and do not rotate. `head_slice` keeps the heads of one rank.
     """
     frequencies = _frequencies(theta, positions.shape[1], dim, float64).to(positions.device)
     middles = (positions[..., 0] + positions[..., 1]) / 2.0
-    fractions = torch.stack([middles[:, i] / limit for i, limit in enumerate(max_pos)], dim=-1)
+    fractions = torch.stack([axis / limit for axis, limit in zip(middles.unbind(1), max_pos, strict=True)], dim=-1)
     angles = (frequencies * (fractions.unsqueeze(-1) * 2 - 1)).transpose(-1, -2).flatten(2)
     cos, sin = angles.cos(), angles.sin()
     unrotated = dim // 2 - angles.shape[-1]

@@ -88,11 +88,11 @@ class TemplateCache:
         shared, get = found
         values = get(raw.values)
         # 1, 1.0 and True are equal, but True is not a legal number
-        key: tuple = shared, values, tuple(map(type, values))
+        key: tuple = raw.from_failed, shared, values, tuple(map(type, values))
         try:
             template = self._templates.get(key, _UNKNOWN)
         except TypeError:  # a list among the values
-            key = shared, repr(values)
+            key = raw.from_failed, shared, repr(values)
             template = self._templates.get(key, _UNKNOWN)
         if template is _UNKNOWN:
             _bound(self._templates)

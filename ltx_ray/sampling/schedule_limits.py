@@ -1,4 +1,8 @@
-"""Which computed schedules can be sampled. Without torch, because it is asked while rows are planned."""
+"""Noise schedules that are computed, and which of them can be sampled. No torch, because planning asks.
+
+Formulas: docs/ltx-2.3.md#schedules. Source: `LTX2Scheduler` in `ltx_core/components/schedulers.py` of the reference
+v1.2.0.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,7 @@ def schedule_shift(tokens: int) -> float:
 
 @lru_cache(maxsize=4096)
 def is_sampled(steps: int, tokens: int) -> bool:
-    """Whether the sigmas of `shifted_sigmas(steps, tokens)` are finite and fall with every step.
+    """Whether the sigmas of `host_sigmas(steps, tokens)` are finite and fall with every step.
 
     The shift grows exponentially with the tokens. From some number on, the first sigmas round to the same float32, and
     a sampler divides by their difference, which is 0; from a larger one on, all are NaN.
@@ -76,22 +80,29 @@ def _most_tokens(steps: int) -> int:
 def _falls(steps: int, tokens: int) -> bool:
     if tokens > _most_tokens(steps):
         return False
-    with np.errstate(all="ignore"):
-        sigmas = host_sigmas(steps, tokens)
+    sigmas = host_sigmas(steps, tokens)
     return bool(np.isfinite(sigmas).all() and (np.diff(sigmas) < 0).all())
 
 
 def host_sigmas(steps: int, tokens: int) -> np.ndarray:
-    """`shifted_sigmas` in numpy: the same float32 numbers, in the order of operations of torch's kernels."""
-    shift = np.float32(schedule_shift(tokens))
-    # torch.linspace fills each half from its own end, and rounds a product and its sum once.
-    at = np.arange(steps + 1)
-    step = np.float64(np.float32(-1.0) / np.float32(steps))
-    even = np.where(at < (steps + 1) // 2, 1.0 + step * at, -step * (steps - at)).astype(np.float32)
-    one = np.float32(1)
-    # A number divided by a tensor is its reciprocal times the number.
-    sigmas = np.where(even != 0, one / (shift + (one / even - one)) * shift, np.float32(0))
-    positive = sigmas != 0
-    complement = one - sigmas[positive]
-    sigmas[positive] = one - complement / (complement[-1] / np.float32(1.0 - LAST_SIGMA))
+    """`steps` + 1 sigmas from 1 to 0 (float32), shifted by the number of video tokens. `steps` >= 2.
+
+    More tokens keep the schedule at high noise for longer. The shift is linear in `tokens` and not clamped. Sigmas are
+    then stretched so that the last one above 0 is 0.1. They are the reference's numbers on a CPU with AVX2, in the
+    order of operations of torch's kernels. On other CPUs torch.linspace rounds otherwise, and a row that can be sampled
+    on one machine might not be on the next.
+    """
+    assert steps >= 2
+    with np.errstate(all="ignore"):
+        shift = np.float32(schedule_shift(tokens))
+        # torch.linspace fills each half from its own end, and rounds a product and its sum once.
+        at = np.arange(steps + 1)
+        step = np.float64(np.float32(-1.0) / np.float32(steps))
+        even = np.where(at < (steps + 1) // 2, 1.0 + step * at, -step * (steps - at)).astype(np.float32)
+        one = np.float32(1)
+        # A number divided by a tensor is its reciprocal times the number.
+        sigmas = np.where(even != 0, one / (shift + (one / even - one)) * shift, np.float32(0))
+        positive = sigmas != 0
+        complement = one - sigmas[positive]
+        sigmas[positive] = one - complement / (complement[-1] / np.float32(1.0 - LAST_SIGMA))
     return sigmas

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from fractions import Fraction
 
+import av
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -107,6 +109,17 @@ def test_a_side_that_no_encoder_takes():
     assert size_problems(ClipShape(9, 64, 16_384, 24.0)) == []
     [problem] = size_problems(ClipShape(9, 16_448, 64, 24.0))
     assert problem == ("height", 16_448, "at most 16384, the longest side that H.264 encoders take")
+
+
+@pytest.mark.parametrize("height, width, highest", [(16_384, 16_384, 16_128), (16_192, 16_384, 16_128)])
+def test_a_picture_that_ffmpeg_does_not_take(height, width, highest):
+    """It would be refused when the first frame is encoded, after all of the work."""
+    [problem] = size_problems(ClipShape(1, height, width, 24.0))
+    assert problem == ("height", height, f"at most {highest} where the width is {width}, as FFmpeg takes pictures")
+    for legal, size in ((True, (highest, width)), (False, (highest + 64, width)), (True, (16_192, 16_192))):
+        assert (size_problems(ClipShape(1, *size, 24.0)) == []) == legal
+        with contextlib.nullcontext() if legal else pytest.raises(ValueError):
+            av.VideoFrame(size[1], size[0], "gray")
 
 
 def test_every_problem_of_a_size_is_reported():

@@ -66,6 +66,7 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
         struct.pack("<Q", 7) + b'{"a":1}',
         struct.pack("<Q", 8) + b'{"a":{}}',
         struct.pack("<Q", 18) + b'{"__metadata__":7}',
+        struct.pack("<Q", 38) + b'{"__metadata__":{"model_version":2.3}}',
         struct.pack("<Q", 3) + b'"\xff"',
         struct.pack("<Q", 2**62) + b"{}",
         struct.pack("<Q", 100_000) + b"[" * 100_000,

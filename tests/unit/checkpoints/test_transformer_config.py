@@ -31,6 +31,7 @@ def test_another_architecture_under_the_same_version_is_refused(toy_config, fiel
     "field, value, legal",
     [
         ("num_layers", "many", "an integer"),
+        ("num_layers", math.inf, "an integer"),
         ("num_layers", 0, "a positive integer"),
         ("attention_head_dim", 63, "an even number, because channels rotate in pairs"),
         ("audio_attention_head_dim", 7, "an even number, because channels rotate in pairs"),

@@ -360,8 +360,12 @@ ILLEGAL_ROWS = [
         ":1:num_frames (x): 577, legal: at most 569 at 1088x1920 with 15 steps: the noise levels of",
     ),
     (
-        {"num_frames": 9, "height": 16_384, "width": 16_384, "num_inference_steps": 15},
-        ":1:height (x): 16384, legal: a size less than 16384x16384: a frame has too many tokens",
+        {"num_frames": 9, "height": 16_128, "width": 16_384, "num_inference_steps": 15},
+        ":1:height (x): 16128, legal: a size less than 16128x16384: a frame has too many tokens",
+    ),
+    (
+        {"height": 16_384, "width": 16_384, "pipeline": "base"},
+        ":1:height (x): 16384, legal: at most 16128 where the width is 16384, as FFmpeg takes pictures",
     ),
     (
         {"height": 64 * 2**20},
@@ -485,6 +489,13 @@ def test_loras_with_and_without_strength(cmd, manifest, options):
     )
     cmd("render", manifest, "--output", "o", "--model", "toy", "--lora=x.safetensors", "2")
     assert options[1].model.loras == (LoraSpec("x", resolve("x.safetensors"), 2.0),)
+
+
+def test_a_lora_of_strength_minus_zero_gives_the_item_of_zero(cmd, manifest, toy):
+    """So a retry reads it, since a row's -0.0 is 0."""
+    for strength in ("0", "-0.0", "-0"):
+        _, out, err = cmd("plan", manifest, "--model", "toy", "--lora", toy["distilled_lora"], strength, "--resolved")
+        assert '"strength": 0.0' in out or '"strength":0.0' in out, err
 
 
 CONFIG = {

@@ -17,6 +17,8 @@ import jsonschema
 import pytest
 import yaml
 
+import ltx_ray
+
 ROOT = Path(__file__).resolve().parents[3]
 KINDS = {"RayCluster": "rayclusters", "RayJob": "rayjobs"}
 
@@ -53,8 +55,12 @@ def validator(kind):
     # The CRD leaves `metadata` to the API server.
     schema["properties"]["metadata"] = {
         "type": "object",
-        "properties": {"name": {"type": "string", "pattern": "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"}},
-        "required": ["name"],
+        "properties": {
+            "name": {"type": "string", "pattern": "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"},
+            "generateName": {"type": "string", "pattern": "^[a-z0-9][-a-z0-9]*-$"},
+        },
+        "oneOf": [{"required": ["name"]}, {"required": ["generateName"]}],
+        "additionalProperties": False,
     }
     return jsonschema.Draft7Validator(schema)
 
@@ -139,14 +145,68 @@ def test_what_the_operator_checks_beyond_the_schema(name, kind):
     worker = pods[1]
     (container,) = worker["containers"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] >= 1
-    drain = {e["name"]: e["value"] for e in container["env"]}["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"]
-    assert 0 < float(drain) < worker["terminationGracePeriodSeconds"]
+    environment = {e["name"]: e["value"] for e in container["env"]}
+    assert 0 < float(environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"]) < worker["terminationGracePeriodSeconds"]
+    # Kernels in the cache are loaded as code, so no two pods share it.
+    (mount,) = [m for m in container["volumeMounts"] if m["mountPath"] == environment["LTX_RAY_CACHE"]]
+    assert [v["emptyDir"] for v in worker["volumes"] if v["name"] == mount["name"]] == [{}]
+
+
+@pytest.mark.parametrize(("name", "kind"), RAY_DOCUMENTS)
+def test_a_cluster_is_guarded(name, kind):
+    """A token is asked for, policies.yaml applies to every pod, and nothing but the user ends a head."""
+    spec = cluster_spec(only(name, kind))
+    assert spec["authOptions"] == {"mode": "token"}
+    pods = {"head": spec["headGroupSpec"]["template"], "worker": spec["workerGroupSpecs"][0]["template"]}
+    policy, budget = documents("policies.yaml")
+    for template in pods.values():
+        assert policy["spec"]["podSelector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
+        assert template["spec"]["securityContext"]["runAsUser"] != 0
+    # KubeRay gives the label of the node type.
+    head = pods["head"]["metadata"]["labels"] | {"ray.io/node-type": "head"}
+    assert budget["spec"]["selector"]["matchLabels"].items() <= head.items()
+    assert budget["spec"]["maxUnavailable"] == 0
+    terms = pods["head"]["spec"]["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    (term,) = terms["nodeSelectorTerms"]
+    assert {e["operator"] for e in term["matchExpressions"]} == {"NotIn", "DoesNotExist"}
+    ports = {p["containerPort"] for p in pods["head"]["spec"]["containers"][0]["ports"]}
+    assert ports == {6379, 8265}, "a client's port lets whoever reaches it run code"
+
+
+def test_pods_that_submit_reach_the_head():
+    (policy,) = [d for d in documents("policies.yaml") if d["kind"] == "NetworkPolicy"]
+    (own,) = [r["from"][0]["podSelector"]["matchLabels"] for r in policy["spec"]["ingress"] if "ports" not in r]
+    (cron,) = documents("cronjob.yaml")
+    submitter = only("rayjob.yaml", "RayJob")["spec"]["submitterPodTemplate"]
+    for template in (submitter, cron["spec"]["jobTemplate"]["spec"]["template"]):
+        assert own.items() <= template["metadata"]["labels"].items()
+    environment = {
+        e["name"]: e for e in cron["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"][0]["env"]
+    }
+    secret = environment["RAY_AUTH_TOKEN"]["valueFrom"]["secretKeyRef"]
+    # The operator names the secret like the cluster.
+    assert secret == {"name": only("raycluster.yaml", "RayCluster")["metadata"]["name"], "key": "auth_token"}
+
+
+def test_policies_are_of_their_kinds():
+    kinds = [(d["apiVersion"], d["kind"]) for d in documents("policies.yaml")]
+    assert kinds == [("networking.k8s.io/v1", "NetworkPolicy"), ("policy/v1", "PodDisruptionBudget")]
+    policy, budget = (d["spec"] for d in documents("policies.yaml"))
+    assert set(policy) == {"podSelector", "policyTypes", "ingress"} and policy["policyTypes"] == ["Ingress"]
+    assert all(set(rule) <= {"from", "ports"} for rule in policy["ingress"])
+    assert set(budget) == {"maxUnavailable", "selector"}
+
+
+def test_every_pod_has_the_image_of_this_version():
+    text = "".join((ROOT / "cluster" / name).read_text() for name in ("raycluster.yaml", "rayjob.yaml", "cronjob.yaml"))
+    images = re.findall(r"image: (\S+)", text)
+    assert set(images) == {f"REGISTRY/ltx-ray:{ltx_ray.__version__}"} and len(images) == 6
 
 
 @pytest.mark.parametrize(("name", "kind"), RAY_DOCUMENTS)
 def test_ray_is_the_version_that_is_tested_here(name, kind):
     assert cluster_spec(only(name, kind))["rayVersion"] == metadata.version("ray")
-    text = "".join((ROOT / "cluster" / f).read_text() for f in ("raycluster.yaml", "autoscaler-aws.yaml"))
+    text = "".join((ROOT / "cluster" / f).read_text() for f in ("Dockerfile", "autoscaler-aws.yaml"))
     assert set(re.findall(r"rayproject/ray:([\d.]+)|==([\d.]+)\"", text)) == {
         (metadata.version("ray"), ""),
         ("", metadata.version("ray")),
@@ -161,6 +221,7 @@ def test_rayjob_runs_the_render():
     assert spec["shutdownAfterJobFinishes"] is True
     assert spec["submissionMode"] in ("K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode")
     assert spec["backoffLimit"] >= 1
+    assert "activeDeadlineSeconds" not in spec, "it kills a run that could drain"
 
 
 def test_cronjob_is_a_cronjob():
@@ -235,5 +296,5 @@ def test_ray_autoscaler_accepts_the_aws_file():
 
 
 def test_every_file_is_checked_here():
-    checked = {"raycluster.yaml", "rayjob.yaml", "cronjob.yaml", "autoscaler-aws.yaml"}
+    checked = {"raycluster.yaml", "rayjob.yaml", "cronjob.yaml", "autoscaler-aws.yaml", "policies.yaml"}
     assert {p.name for p in (ROOT / "cluster").glob("*.y*ml")} == checked

@@ -185,6 +185,36 @@ def test_upsampler_of_a_single_token(tmp_path, toy):
     assert torch.equal(norm(x), torch.nn.functional.group_norm(x, 32, norm.weight, norm.bias, norm.eps))
 
 
+def reflecting(config):
+    config["vae"]["spatial_padding_mode"] = "reflect"
+
+
+def test_a_vae_that_reflects_takes_a_side_of_one_latent(path, tmp_path):
+    """So small are previews and conditioning images of clips with a side of 64 pixels, and there PyTorch reflects
+    nothing."""
+    copy = changed(path, tmp_path, edit_config=reflecting)
+    vae = components.load_video_vae(copy, torch.float32, CPU, "both")
+    fused = components.load_video_vae(copy, torch.float32, CPU, fused=True)
+    for height, width in ((1, 1), (1, 3), (2, 1)):
+        pixels = codec.decode_video_tile(vae, normal(1, 128, 2, height, width))
+        assert pixels.shape == (1, 3, 9, 32 * height, 32 * width) and pixels.isfinite().all() and pixels.std() > 0
+        again = codec.decode_video_tile(fused, normal(1, 128, 2, height, width))
+        assert torch.allclose(again, pixels, atol=1e-4)
+        latent = codec.encode_video(vae, normal(1, 3, 1, 32 * height, 32 * width).clamp(-1, 1))
+        assert latent.shape == (1, 128, 1, height, width) and latent.isfinite().all()
+
+
+def test_a_vae_that_reflects_is_the_library_s_elsewhere(path, tmp_path):
+    vae = components.load_video_vae(changed(path, tmp_path, edit_config=reflecting), torch.float32, CPU)
+    conv = vae.decoder.conv_in.conv
+    library = torch.nn.Conv3d(128, conv.out_channels, 3, padding=(0, 1, 1), padding_mode="reflect")
+    library.load_state_dict(conv.state_dict())
+    assert torch.equal(conv(normal(1, 128, 3, 2, 3)), library(normal(1, 128, 3, 2, 3)))
+    # A single row is like a picture of equal rows, whose reflection is such a row.
+    row = normal(1, 128, 3, 1, 3)
+    assert torch.allclose(conv(row), library(row.expand(-1, -1, -1, 3, -1))[:, :, :, 1:2], atol=1e-5)
+
+
 def test_statistics(path):
     for which in ("video", "audio"):
         mean, std = components.latent_stats(path, which)

@@ -24,6 +24,7 @@ from ltx_ray.engine.decode import DecodeEngine
 from ltx_ray.engine.initial_state import stage1_draws
 from ltx_ray.engine.latents import latents_sha256, named_latents
 from ltx_ray.engine.patchify import latent_sizes
+from ltx_ray.placement.numerics import numerics_json, numerics_of_row
 from ltx_ray.records import AV, ImageCondition, NoiseLedger, RowError, StageLatents, StoredLatentsGone, WorkItem
 from ltx_ray.storage.store import Store
 from tests.support.samples import recipe, request
@@ -449,6 +450,22 @@ def test_a_preview_is_of_the_latents_that_are_stored(made):
     clip = engine.run("decode", item, StageLatents(other[0].latents, stored[0].ledger, "{}"))
     assert clip.latents_sha256 == latents_sha256(named_latents(stored[0]))
     assert engine.facts.noise_ledger == ledger and engine.facts.stage1_numerics == '{"tp":2}'
+
+
+@pytest.mark.parametrize("stored_on, recorded", [("H200", False), ("A100", True)])
+def test_stored_latents_of_the_same_numerics_and_gpu_are_no_other_ones(made, stored_on, recorded):
+    """The numerics of a row of base name its shared blocks, which those of a run do not. With noise of a CPU, stages
+    may run on GPUs of several models, and the preview shows what the one of the stored latents has made."""
+    item = work(num_frames=9, video_stg_scale=1.0, video_stg_blocks=(1,))
+    engine = made(stop_after="stage1")
+    numerics = numerics_of_row(numerics_json(engine.spec.numerics), item.request)
+    assert json.loads(numerics)["stg_prefix"]
+    first, second = stages(item)
+    made().run("save_latents", item, StageLatents(first.latents, first.ledger, numerics, stored_on), second)
+    engine.run("decode", item, StageLatents(first.latents, first.ledger, numerics, "H200"))
+    found = engine.facts.stage1_numerics
+    assert (found is not None) == recorded
+    assert found is None or json.loads(found) == {**json.loads(numerics), "device_name": "A100"}
 
 
 @pytest.mark.parametrize("fault", FAULTS)

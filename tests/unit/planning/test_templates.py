@@ -111,6 +111,14 @@ def test_true_is_not_a_number_even_after_a_row_with_1(builder):
     assert statuses == ["todo", ILLEGAL, "repeated"]
 
 
+def test_a_row_of_failed_is_judged_apart_from_an_equal_one_that_a_person_wrote(builder):
+    """The first has the pipeline's own STG blocks, which a smaller model lacks, and the second asks for them."""
+    values = {name: value for name, value in plain(request(pipeline="base")).items() if name not in ("id", "extra")}
+    raws = [RawRow("m.jsonl", n, {**values, "seed": n}, from_failed=n % 2 == 0) for n in range(4)]
+    plan = Plan("", RowRules(num_layers=4), builder, ExistingRows())
+    assert [planned.status for planned in plan.rows(iter(raws))] == ["todo", ILLEGAL] * 2
+
+
 def test_rows_of_one_template_share_their_recipe(builder):
     raws = [RawRow("m.jsonl", n, {"prompt": f"clip {n}", "id": f"id-{n}", "seed": n, "note": n}) for n in range(9)]
     items = [planned.item for planned in Plan("", RowRules(), builder, ExistingRows()).rows(iter(raws))]

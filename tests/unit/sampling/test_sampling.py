@@ -14,7 +14,7 @@ from ltx_ray.sampling.guidance import GuidedDenoiser, combine, skips
 from ltx_ray.sampling.noise import ClipNoise, SamplerNoise, add_noise, check_noise_device
 from ltx_ray.sampling.passes import passes_for
 from ltx_ray.sampling.res2s import _replace_with_noise, coefficients, sample_res2s
-from ltx_ray.sampling.schedule_limits import host_sigmas, is_sampled, most_frames
+from ltx_ray.sampling.schedule_limits import host_sigmas, is_sampled, most_frames, schedule_shift
 from ltx_ray.sampling.sigmas import shifted_sigmas
 from ltx_ray.shapes import ClipShape
 
@@ -30,15 +30,41 @@ def pair(seed: int, dtype: torch.dtype = torch.float32) -> AV[torch.Tensor]:
     return AV(torch.randn(1, 12, 8, generator=rng).to(dtype), torch.randn(1, 5, 6, generator=rng).to(dtype))
 
 
-@pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value", "ignore:overflow")
-def test_the_planner_knows_the_schedules_of_the_sampler():
+def drawn_schedules() -> list[tuple[int, int]]:
     drawn = random.Random(3)
-    for steps in (2, 3, 4, 7, 15, 30, 31, 50, 99, 1000):
-        for tokens in [1, 1024, 8160, 24_500, 36_700, *(drawn.randrange(60_000) for _ in range(30))]:
-            sigmas = shifted_sigmas(steps, tokens)
-            assert torch.equal(torch.from_numpy(host_sigmas(steps, tokens)).nan_to_num(-1), sigmas.nan_to_num(-1))
-            falls = bool(torch.isfinite(sigmas).all() and (sigmas.diff() < 0).all())
-            assert is_sampled(steps, tokens) == falls, (steps, tokens)
+    return [
+        (steps, tokens)
+        for steps in (2, 3, 4, 7, 15, 30, 31, 50, 99, 1000)
+        for tokens in [1, 1024, 8160, 24_500, 36_700, *(drawn.randrange(60_000) for _ in range(30))]
+    ]
+
+
+def test_the_planner_knows_the_schedules_of_the_sampler():
+    for steps, tokens in drawn_schedules():
+        sigmas = shifted_sigmas(steps, tokens)
+        falls = bool(torch.isfinite(sigmas).all() and (sigmas.diff() < 0).all())
+        assert is_sampled(steps, tokens) == falls, (steps, tokens)
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="torch.linspace rounds otherwise")
+def test_a_schedule_has_the_bits_of_torchs_kernels():
+    for steps, tokens in drawn_schedules():
+        shift = schedule_shift(tokens)
+        even = torch.linspace(1.0, 0.0, steps + 1)
+        sigmas = torch.where(even != 0, shift / (shift + (1 / even - 1)), 0)
+        complement = 1.0 - sigmas[sigmas != 0]
+        sigmas[sigmas != 0] = 1.0 - complement / (complement[-1] / (1.0 - 0.1))
+        assert torch.equal(shifted_sigmas(steps, tokens).nan_to_num(-1), sigmas.nan_to_num(-1)), (steps, tokens)
+
+
+def test_a_schedule_does_not_depend_on_the_cpus_instructions(monkeypatch):
+    """Without AVX2, torch.linspace differs in the last bit. The sampler must not divide by a difference of 0 where the
+    planner has seen none, nor one machine begin with other levels than the next."""
+    here = [shifted_sigmas(*schedule) for schedule in drawn_schedules()]
+    linspace = torch.linspace
+    monkeypatch.setattr(torch, "linspace", lambda *args, **kw: torch.nextafter(linspace(*args, **kw), torch.zeros(())))
+    for schedule, sigmas in zip(drawn_schedules(), here, strict=True):
+        assert torch.equal(shifted_sigmas(*schedule).nan_to_num(-1), sigmas.nan_to_num(-1)), schedule
 
 
 # The first sizes that fail, found with the reference's scheduler (v1.2.0).

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 
 from ltx_ray.stages import Stage
 
+#: Threads of x264. The bytes that it encodes depend on their number, so it is fixed.
+ENCODER_THREADS = 8
 #: Modules that provide FlashAttention-3: that of the package fa3-fwd, and that of a build from source.
 FA3_MODULES = ("fa3_fwd_interface", "flash_attn_interface")
 #: Attention backends that run on GPUs only, and the head widths that they take: multiples of the first number up to the
@@ -154,6 +156,10 @@ class PoolSpec:
     engine: EngineSpec
     cpus_per_rank: float = 1.0
     gpus_per_rank: float = 0.0
+    #: The driver sizes the pool by what it measures, from one replica up to this many. None: `replicas`, always.
+    most: int | None = None
+    #: Calls that a replica takes at once. More than one is for engines that are safe for threads.
+    calls_at_once: int = 1
 
 
 @dataclass(frozen=True)

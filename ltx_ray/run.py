@@ -27,13 +27,15 @@ from ltx_ray.config import NEWEST_SCHEME, EngineSpec, ModelFiles, Numerics, Requ
 from ltx_ray.dataset.description import describe
 from ltx_ray.dataset.existing import ExistingRows, list_existing
 from ltx_ray.dataset.fold import fold_dataset, fold_output
+from ltx_ray.dataset.gpu_time import GpuTime
 from ltx_ray.dataset.identity import KeptIdentity, read_identity
 from ltx_ray.dataset.output import check_creation, check_place, is_within
 from ltx_ray.dataset.removal import finish_removals
 from ltx_ray.dataset.row_log import RowLog
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.driver.events import EventLog
-from ltx_ray.driver.loop import Driver, JoinedCluster
+from ltx_ray.driver.joined_cluster import JoinedCluster
+from ltx_ray.driver.loop import Driver
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
 from ltx_ray.driver.run_record import RunRecord, keep_older_run, recorded_counts, summary_line
@@ -47,6 +49,7 @@ from ltx_ray.placement.memory import MemoryBudget
 from ltx_ray.placement.numerics import check as check_numerics
 from ltx_ray.placement.numerics import check_widths, numerics_json
 from ltx_ray.placement.sizing import ParallelConfig
+from ltx_ray.planning.legality import check_legality
 from ltx_ray.planning.plan import ItemBuilder, Plan, PlanEntry, item_to_render
 from ltx_ray.planning.preflight import preflight_item
 from ltx_ray.planning.promotion import promoted
@@ -99,9 +102,9 @@ class Options:
     model: ModelFiles
     numerics: RequestedNumerics = RequestedNumerics()  # noqa: RUF009 (frozen)
     parallel: ParallelConfig = ParallelConfig()  # noqa: RUF009 (frozen)
-    #: Whether text and decode run on the DiT's GPUs: "on" (for at most 31 GPUs with enough memory), "off", or "auto"
-    #: for "on" in a private cluster. One gang that fills the cluster shares in any case.
+    #: Whether text and decode run on the DiT's GPUs: "on", "off", or "auto" for "on" where all GPUs are free.
     share_cards: str = "auto"
+    wait_for_gpus: float = 0.0  # seconds, for those of a running cluster that is busy
     #: Address of a running Ray cluster; None for that of RAY_ADDRESS, or else a private one.
     ray_address: str | None = None
     #: Defaults of row fields, by column.
@@ -119,6 +122,8 @@ class Options:
     retry_failed: bool = False
     #: The rows are previews. These items resume from their stored latents; the other rows are passed over.
     promote: frozenset[str] | None = None
+    allow_illegal: bool = False  # even if many of the manifest's first rows are
+    exit_zero_on_failed_rows: bool = False  # in place of 3, when none is left
     #: Whether a tiny clip goes through every pool before a pool grows beyond one replica.
     preflight: bool = True
     #: Whether noise may be drawn on another device than that of the dataset's other clips.
@@ -220,6 +225,8 @@ def _render(options: Options, signals: RunSignals) -> ExitCode:
     raws = prepared.plan.read(notes.append)
     if not (options.retry_failed or options.promote is not None):  # whose manifest is a table of a dataset
         prepared = replace(prepared, warnings=(*prepared.warnings, *notes))
+        if not options.allow_illegal and options.selection.ids is None:
+            check_legality(prepared.plan)
     store = Store(options.output)
     store.check_writable()
     check_creation(store, options.single_writer)
@@ -246,6 +253,8 @@ class Run:
             model=options.model,
             engines=self._engines,
             share_cards=options.share_cards,
+            wait_for_gpus=options.wait_for_gpus,
+            say=self.progress.say,
         )
 
     def execute(self, raws: Iterator[RawRow]) -> ExitCode:
@@ -348,6 +357,7 @@ class _Rendering:
             run.progress,
             canonical_json(self._record.versions),
         )
+        self._gpu_time = GpuTime(store.retrying_for(_CHECK_RETRY_SECONDS), run.lease.epoch)
         self._driver = Driver(
             tracker=self._tracker,
             join_cluster=self._join_cluster,
@@ -358,6 +368,7 @@ class _Rendering:
             use_stored=not options.stop_after,
             on_drain=lambda: self._write_record("draining"),
             should_stop=self._why_stop,
+            gpu_seconds_before=self._gpu_time.before,
         )
 
     def execute(self, rows: Iterator[PlanEntry]) -> ExitCode:
@@ -416,7 +427,8 @@ class _Rendering:
             return state, ExitCode.FAILED_ROWS
         if drained:
             return state, ExitCode.DRAINED
-        return state, ExitCode.FAILED_ROWS if counts["failed"] + counts["illegal"] else ExitCode.OK
+        failed = counts["failed"] + counts["illegal"]
+        return state, ExitCode.FAILED_ROWS if failed and not self._options.exit_zero_on_failed_rows else ExitCode.OK
 
     def _join_cluster(self) -> JoinedCluster:
         """What the driver calls when the first row is to be rendered."""
@@ -440,10 +452,10 @@ class _Rendering:
         self._events.emit("cluster_joined", pools=replicas, tp=placement.numerics.tp, device=placement.numerics.device)
         preflight = options.preflight and max(replicas.values()) > 1
         return JoinedCluster(
-            RayReplicaSet(options.limits.start_timeout, options.limits.call_timeout),
+            RayReplicaSet(options.limits.start_timeout),
             placement.pools,
             numerics_json(placement.numerics),
-            placement.store_bytes,
+            run.cluster.store_bytes,
             preflight_item(run.prepared.plan, options.model.distilled) if preflight else None,
             elastic=options.parallel.max_replicas is not None,
             problem=budget.problem if budget is not None else lambda request: None,
@@ -463,6 +475,7 @@ class _Rendering:
         if self._run.lease.lost:
             return f"another run has taken over {self._run.store.name}"
         if self._record.due:
+            self._gpu_time.refresh(self._driver.gpu_seconds())
             rate = self._tracker.rate
             self._record.refresh(
                 self._tracker.counts, rate.clips, self._events.summary, rate.per_hour(time.monotonic())
@@ -480,6 +493,7 @@ class _Rendering:
         if self._run.lease.lost:
             return
         self._events.emit("run_finished", state=state, counts=recorded_counts(self._tracker.counts))
+        self._gpu_time.write(self._driver.gpu_seconds())
         self._write_record(state)
         self._events.flush()
 

@@ -17,11 +17,11 @@ import pyarrow as pa
 
 from ltx_ray.checkpoints.checkpoint import held_by
 from ltx_ray.cli.config_file import read_config
+from ltx_ray.cli.limit_options import LIMIT_OPTIONS
 from ltx_ray.cli.parameters import (
     LORA,
     AtLeast,
     BlockNumbers,
-    Fraction,
     IdsFile,
     Location,
     OneOf,
@@ -45,7 +45,7 @@ T = TypeVar("T")
 _PROVIDERS = {"toy": "ltx_ray.toy:ensure_toy_model"}
 #: Sections of the help page.
 _MODEL, _NUMERICS, _ROWS, _DEFAULTS = "Model", "Numerics", "Rows", "Defaults of columns that a row leaves empty"
-_OUTPUT, _CLUSTER, _LAYOUT, _LIMITS = "Output", "Cluster", "Replicas and their layout", "Limits"
+_OUTPUT, _CLUSTER, _LAYOUT = "Output", "Cluster", "Replicas and their layout"
 
 
 def _numerics_option(flag: str, help: str, field: str) -> Option:
@@ -193,14 +193,22 @@ CLUSTER_OPTIONS = (
         help="a running cluster [$RAY_ADDRESS, or else a private local cluster]",
     ),
     Option(
+        "--wait-for-gpus",
+        section=_CLUSTER,
+        metavar="SECONDS",
+        type=AtLeast(0.0),
+        default=Options.wait_for_gpus,
+        help="time for a running cluster to get free GPUs",
+    ),
+    Option(
         "--share-cards",
         section=_CLUSTER,
         metavar="NAME",
         type=OneOf("auto", "on", "off"),
         default=Options.share_cards,
         help=(
-            "text and decode use the DiT's GPUs: off, on, or auto (on in a private cluster); on needs at most 31 GPUs "
-            "with enough memory; one gang that fills the cluster shares in any case"
+            "text and decode use the DiT's GPUs: off, on, or auto (on where all GPUs are free); on needs GPUs with "
+            "enough memory; one gang that fills the cluster shares in any case"
         ),
     ),
     Option(
@@ -230,6 +238,24 @@ LAYOUT_OPTIONS = (
         type=ReplicaCount(0),
         default="auto",
         help="replicas of stage 2, or auto; 0: those of stage 1 serve both stages in turns",
+    ),
+    Option(
+        "text",
+        "--text-replicas",
+        section=_LAYOUT,
+        metavar="N",
+        type=ReplicaCount(1),
+        default="auto",
+        help="replicas of text, or auto: as many as its calls need",
+    ),
+    Option(
+        "decode",
+        "--decode-replicas",
+        section=_LAYOUT,
+        metavar="N",
+        type=ReplicaCount(1),
+        default="auto",
+        help="replicas of decode, or auto: as many as its calls need",
     ),
     Option(
         "--max-replicas",
@@ -278,63 +304,6 @@ LAYOUT_OPTIONS = (
         type=AtLeast(1),
         default=ParallelConfig.stage1_sequence_parallel,
         help="groups of --tp ranks that share the tokens of each pass of stage 1",
-    ),
-)
-
-LIMIT_OPTIONS = (
-    Option(
-        "--max-attempts",
-        section=_LIMITS,
-        metavar="N",
-        type=AtLeast(1),
-        default=RunLimits.max_attempts,
-        help="attempts at a row",
-    ),
-    Option(
-        "--queue-depth",
-        section=_LIMITS,
-        metavar="N",
-        type=AtLeast(1),
-        default=RunLimits.queue_depth,
-        help="clips that wait before a stage, for each of its replicas",
-    ),
-    Option(
-        "--start-timeout",
-        section=_LIMITS,
-        metavar="SECONDS",
-        type=AtLeast(1.0),
-        default=RunLimits.start_timeout,
-        help="time for a replica to start",
-    ),
-    Option(
-        "--call-timeout",
-        section=_LIMITS,
-        metavar="SECONDS",
-        type=AtLeast(1.0),
-        default=RunLimits.call_timeout,
-        help="time for one stage of a clip",
-    ),
-    Option(
-        "--grace",
-        section=_LIMITS,
-        metavar="SECONDS",
-        type=AtLeast(0.0),
-        default=RunLimits.grace,
-        help="time for decoding when the run is told to stop",
-    ),
-    Option(
-        "--max-failed-fraction",
-        section=_LIMITS,
-        metavar="X",
-        type=Fraction(),
-        help="stop when more than this part of the rows has failed",
-    ),
-    Option(
-        "--max-gpu-hours",
-        section=_LIMITS,
-        metavar="X",
-        type=AtLeast(0.0),
-        help="drain once calls have used X GPU hours",
     ),
 )
 
@@ -390,6 +359,7 @@ def build_options(manifest: str, output: str | None, values: Mapping[str, Any], 
         numerics=_from_values(RequestedNumerics, values),
         parallel=_from_values(ParallelConfig, values),
         share_cards=values["share_cards"],
+        wait_for_gpus=values["wait_for_gpus"],
         allow_other_noise=values["allow_other_noise"],
         ray_address=values["ray_address"],
         row_defaults=given,
@@ -398,6 +368,8 @@ def build_options(manifest: str, output: str | None, values: Mapping[str, Any], 
         save_latents=values["save_latents"],
         stop_after=values["stop_after"],
         single_writer=values["single_writer"],
+        allow_illegal=values["allow_illegal"],
+        exit_zero_on_failed_rows=values["exit_zero_on_failed_rows"],
         image_roots=values["image_root"],
         limits=_from_values(RunLimits, values),
         retry_failed=retry_failed,

@@ -33,6 +33,7 @@ from ltx_ray.dataset.report_links import MAX_SIGNED, SignedLinks, sign_links
 from ltx_ray.dataset.report_list import IMAGES, MAX_LISTED, list_data, list_script, listed_items
 from ltx_ray.dataset.report_text import STAGE_NAMES, count, epoch_seconds, esc, finite, human, when, words
 from ltx_ray.dataset.report_throughput import draw_throughput
+from ltx_ray.dataset.run_summary import parked_lines, wait_lines
 from ltx_ray.dataset.thumbnails import Strip
 from ltx_ray.dataset.timeline_chart import draw_timeline
 from ltx_ray.storage.store import Store
@@ -159,7 +160,7 @@ def _tiles(data: ReportData) -> list[tuple[str, str, str, str]]:
     rows = f"of {counts['rows']:,} rows in the manifest" if isinstance(counts.get("rows"), int) else ""
     each = f"{data.gpu_seconds / data.clip_seconds:,.1f} s a second of video" if data.clip_seconds else ""
     flags = ", ".join(f"{n:,} {words(flag)}" for flag, n in data.flags.most_common(3))
-    rate = data.run.clips_per_hour
+    rate, waits = data.run.clips_per_hour, wait_lines(data.run.waits)
     link = '<a href="#failures">Failed</a>'
     return [
         ('<a href="#clips">Rendered</a>', f"{data.rendered:,}", rows, ""),
@@ -168,13 +169,13 @@ def _tiles(data: ReportData) -> list[tuple[str, str, str, str]]:
         ("Video", human(data.clip_seconds or None), "total length of the clips", ""),
         ("Wall time", human(wall), "of the newest run", ""),
         ("GPU time", human(data.gpu_seconds or None), each if data.gpu_seconds else "", ""),
-        ("Throughput", rate_text(rate) if rate else "–", "of the newest run", ""),
+        ("Throughput", rate_text(rate) if rate else "–", waits[0] if waits else "of the newest run", ""),
     ]
 
 
 def _problems(data: ReportData, strips: list[Strip]) -> list[str]:
     """What is missing or damaged, in words."""
-    problems = data.problems[:20]
+    problems = data.problems[:20] + parked_lines(data.run.parked)
     pairs = zip(data.clips, strips, strict=False)
     bad = [str(row.get("id")) for row, strip in pairs if row.get("clip") and strip.problem]
     if bad:

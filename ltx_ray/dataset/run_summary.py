@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import FiniteFloat, TypeAdapter
@@ -18,6 +18,7 @@ from ltx_ray.dataset import layout
 from ltx_ray.dataset.clip_rate import UNFINISHED, recorded_rate
 from ltx_ray.dataset.report_text import finite, short
 from ltx_ray.dataset.timeline import Timeline, TimelineBuilder, parse_timeline
+from ltx_ray.stages import DIFFUSION_STAGES
 from ltx_ray.storage.store import Store
 
 
@@ -42,6 +43,11 @@ class RunSummary:
     events: dict[str, int]
     #: By replica; those that have ended are left out.
     replicas: dict[str, LastCall]
+    #: By stage, shares of the time of its replicas, by what they waited for: in the last minute, or in a run that has
+    #: ended.
+    waits: dict[str, dict[str, FiniteFloat]] = field(default_factory=dict)
+    #: Cards that are left alone, because no replica starts there.
+    parked: tuple[str, ...] = ()
 
 
 _SUMMARY = TypeAdapter(RunSummary)
@@ -55,6 +61,9 @@ class SummaryBuilder:
         #: The event of the last call of each replica.
         self._calls: dict[str, Mapping[str, Any]] = {}
         self._last: float | None = None
+        self._waits: dict[str, dict[str, float]] = {}
+        #: By the replica that could not start, where that was.
+        self._parked: dict[str, str] = {}
         self._timeline = TimelineBuilder()
 
     def add(self, event: Mapping[str, Any]) -> None:
@@ -71,6 +80,12 @@ class SummaryBuilder:
                 self._calls[str(event.get("replica"))] = event
         elif kind in ("gang_lost", "gang_given_back"):
             self._calls.pop(str(event.get("replica")), None)
+        elif kind == "waits":
+            self._waits = _shares(event.get("shares"))
+        elif kind == "card_parked":
+            self._parked[str(event.get("replica"))] = str(event.get("where"))
+        elif kind == "card_retried":
+            self._parked.pop(str(event.get("replica")), None)
 
     @property
     def last(self) -> float | None:
@@ -82,7 +97,7 @@ class SummaryBuilder:
             replica: LastCall(str(call.get("stage")), str(call.get("id")), float(call["seconds"]), float(call["t"]))
             for replica, call in self._calls.items()
         }
-        return RunSummary(at, clips_per_hour, dict(self._events), calls)
+        return RunSummary(at, clips_per_hour, dict(self._events), calls, self._waits, tuple(self._parked.values()))
 
     def timeline(self) -> Timeline | None:
         """None when no event was about a replica."""
@@ -101,6 +116,9 @@ class RecordedRun:
     last: float | None
     replicas: Mapping[str, LastCall]
     timeline: Timeline | None
+    #: As in RunSummary.
+    waits: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    parked: Sequence[str] = ()
 
 
 def read_run(
@@ -117,7 +135,34 @@ def read_run(
         return _from_events(store, record, now, note)
     rate = summary.clips_per_hour if record.get("state") in UNFINISHED else recorded_rate(record, (), None)
     timeline = _read_timeline(store, str(record.get("run_id")), note)
-    return RecordedRun(record, rate, summary.at, summary.replicas, timeline)
+    return RecordedRun(record, rate, summary.at, summary.replicas, timeline, summary.waits, summary.parked)
+
+
+def wait_lines(waits: Mapping[str, Mapping[str, float]], least: float = 0.1) -> list[str]:
+    """`stage2 waits for decode 63% of the time`, the largest share first. Idle replicas of the DiT alone are dear."""
+    shares = [
+        (share, stage, cause)
+        for stage in DIFFUSION_STAGES
+        for cause, share in waits.get(stage, {}).items()
+        if share >= least
+    ]
+    shares.sort(reverse=True)
+    return [f"{stage} waits for {cause} {share:.0%} of the time" for share, stage, cause in shares]
+
+
+def parked_lines(parked: Sequence[str]) -> list[str]:
+    """The cards that a run leaves alone."""
+    return [f"{where}: left alone, because replicas did not start there" for where in parked]
+
+
+def _shares(value: Any) -> dict[str, dict[str, float]]:
+    """The shares of an event. Damaged ones are left out."""
+    stages = value.items() if isinstance(value, dict) else ()
+    return {
+        stage: {cause: share for cause, told in causes.items() if (share := finite(told)) is not None}
+        for stage, causes in stages
+        if isinstance(causes, dict)
+    }
 
 
 def _read_timeline(store: Store, run_id: str, note: Callable[[str], None]) -> Timeline | None:
@@ -155,7 +200,7 @@ def _from_events(store: Store, record: dict[str, Any], now: float | None, note: 
     if bad:
         note(f"{layout.EVENTS}: {bad:,} malformed line{'s' * (bad > 1)} skipped")
     summary = builder.summary(0.0, rate)
-    return RecordedRun(record, rate, builder.last, summary.replicas, builder.timeline())
+    return RecordedRun(record, rate, builder.last, summary.replicas, builder.timeline(), summary.waits, summary.parked)
 
 
 def _lines(store: Store, note: Callable[[str], None]) -> Iterator[bytes]:

@@ -263,6 +263,19 @@ class RunMetrics:
             tag_keys=("stage",),
         )
 
+    @cached_property
+    def _waited(self) -> Any:
+        from ray.util import metrics
+
+        return metrics.Counter(
+            "ltx_ray_waited_seconds", "Seconds that replicas of a stage waited, by cause", tag_keys=("stage", "cause")
+        )
+
+    def waited(self, stage: str, cause: str, seconds: float) -> None:
+        """Record that replicas of a stage have waited, for another stage, for memory or for rows."""
+        if seconds > 0:
+            self._waited.inc(seconds, tags={"stage": stage, "cause": cause})
+
     def item(self, outcome: str) -> None:
         """Count a row whose item ended: "rendered" or "failed"."""
         self._items.inc(1, tags={"outcome": outcome})

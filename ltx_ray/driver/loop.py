@@ -8,44 +8,36 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from ltx_ray.config import PoolSpec, RunLimits
+from ltx_ray.config import RunLimits
+from ltx_ray.dataset.run_summary import wait_lines
 from ltx_ray.dataset.writer import Failure
-from ltx_ray.driver.policy import Policy, RetryDecision
+from ltx_ray.driver.joined_cluster import JoinedCluster
+from ltx_ray.driver.outcomes import Outcomes
+from ltx_ray.driver.policy import Policy
+from ltx_ray.driver.policy_state import RetryDecision
 from ltx_ray.driver.publisher import Publisher
+from ltx_ray.driver.staffing import Staffing
 from ltx_ray.driver.tracker import RowTracker, TrackedItem
+from ltx_ray.driver.waits import WaitReport
 from ltx_ray.driver.work_left import WorkLeft
-from ltx_ray.manifest.rules import RowProblem
 from ltx_ray.planning.identity import merged_weights
 from ltx_ray.planning.plan import PlanEntry
 from ltx_ray.pools.pool import ModelRefused, Pool, StartFailed
 from ltx_ray.pools.protocol import CallFinished, InputsLost, ReplicaEvent, ReplicaLost, ReplicaSet, ReplicaStarted
-from ltx_ray.records import CallReport, ErrorKind, RenderRequest, WorkItem, first_line
+from ltx_ray.records import CallReport, ErrorKind, WorkItem, first_line
 from ltx_ray.stages import PATH_FROM_STORED, Stage
 
 _TICK_SECONDS = 0.5
 #: Rows judged between two looks at the pools: a long stretch of finished rows must not keep the pools waiting.
 _ROWS_PER_TURN = 500
+#: Seconds between two looks at how large the object store is.
+_MEMORY_SECONDS = 30.0
+#: The deadline of a call, as a multiple of what such calls usually take, and the least in seconds.
+_DEADLINE_TIMES, _LEAST_DEADLINE = 8.0, 300.0
 #: The item_id of the preflight clip. A row may ask for the very same clip.
 _PREFLIGHT = "preflight"
-
-
-@dataclass(frozen=True)
-class JoinedCluster:
-    """The cluster of a run: its replica set, its pools, and the numerics (JSON) that the pools render with."""
-
-    replicas: ReplicaSet
-    pools: list[PoolSpec]
-    numerics: str
-    #: Bytes of the object store that the results of items in flight may take.
-    max_bytes: float = float("inf")
-    #: A tiny clip that passes every pool before the pools grow beyond one replica each.
-    preflight: WorkItem | None = None
-    #: Whether the cluster grows and shrinks on request: replicas are given back when no row needs them.
-    elastic: bool = False
-    #: Why none of the replicas can render a row; None when one can.
-    problem: Callable[[RenderRequest], RowProblem | None] = lambda request: None
 
 
 class Driver:
@@ -63,12 +55,15 @@ class Driver:
         use_stored: bool = False,
         on_drain: Callable[[], None] = lambda: None,
         should_stop: Callable[[], str | None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+        gpu_seconds_before: float = 0.0,
     ):
         """`path`: the stages of an item. `use_stored`: start items from stored latents of stage 1, if there are any.
 
         `check_noise` is called once, with the model of the GPU (or "cpu") on which noise is drawn, and raises
         ValueError when the dataset does not allow it. `on_drain` is called once, when the run begins to drain.
-        `should_stop` is called at every turn and returns a reason to drain, or None.
+        `should_stop` is called at every turn and returns a reason to drain, or None. `clock`: seconds, of the replicas.
+        `gpu_seconds_before`: those that earlier runs have reserved.
         """
         self.tracker, self.limits, self.noise_device = tracker, limits, noise_device
         self.events, self.progress, self.counts = tracker.events, tracker.progress, tracker.counts
@@ -77,14 +72,16 @@ class Driver:
         self.too_many_failed = False
         self.drain_requested: str | None = None
         self._join_cluster, self._on_drain, self._use_stored = join_cluster, on_drain, use_stored
-        self._should_stop, self._check_noise = should_stop, check_noise
+        self._should_stop, self._check_noise, self._clock = should_stop, check_noise, clock
         self._cluster: JoinedCluster | None = None
+        self._staffing: Staffing | None = None
+        self._wait_report: WaitReport | None = None
         self._preflight_admitted = self._preflight_running = False
-        self._gpu_seconds = 0.0
+        self._outcomes, self._gpu_seconds_before = Outcomes(limits.max_failed_fraction), gpu_seconds_before
         self._work_left = WorkLeft()
-        #: When the call of each busy replica began.
+        #: When the call of each item under way began.
         self._call_began: dict[str, float] = {}
-        self._drain_until = float("inf")
+        self._drain_until, self._memory_due = float("inf"), -float("inf")
         #: Items whose latents are saved for the next run, because this one drains.
         self._saved: set[str] = set()
         self._device_name: str | None = None
@@ -129,16 +126,22 @@ class Driver:
                 self._cluster.replicas.close()
         left = bool(self.policy.in_flight) or not self.tracker.exhausted or bool(self._saved)
         self.tracker.close(complete=self.tracker.exhausted and not left)
+        if waited := self.waited():
+            self.events.emit("waits", shares=waited)
         self._show(ended=True)
         return self.policy.draining and left
 
     def _turn_pools(self) -> None:
         """Start what is missing, dispatch what may run, and take in what happened."""
         self._start_replicas()
+        self._follow_memory()
         self._dispatch()
+        if not self._preflight_running:
+            # What can run does by now.
+            self._staff.waits.look(self.policy, self._clock())
         for event in self._replicas.wait(self._wait_seconds()):
             self._handle(event)
-        self._check_placing()
+        self._staff.check_placing()
         if self.policy.draining and not self._preflight_running:
             # The next run resumes from a finished stage 1.
             self._saved.update(self.policy.save_waiting(Stage.STAGE2))
@@ -152,7 +155,7 @@ class Driver:
     def _ended(self) -> bool:
         if self.tracker.exhausted and not self.policy.in_flight and not self.tracker.publisher.pending:
             return True
-        if self.policy.drained() or time.monotonic() > self._drain_until:
+        if self.policy.drained() or self._clock() > self._drain_until:
             return True
         # Once the decode pool is gone, no item that waits for it can end.
         decoding = any(pool.replicas for pool in self.pools if Stage.DECODE in pool.spec.roles)
@@ -162,6 +165,15 @@ class Driver:
     def _replicas(self) -> ReplicaSet:
         assert self._cluster is not None
         return self._cluster.replicas
+
+    @property
+    def _staff(self) -> Staffing:
+        assert self._staffing is not None
+        return self._staffing
+
+    def waited(self) -> dict[str, dict[str, float]]:
+        """Shares of the time of each stage's replicas in this run, by what they waited for."""
+        return {} if self._wait_report is None else self._wait_report.whole_run()
 
     # --- rows ------------------------------------------------------------------------------------
 
@@ -174,8 +186,10 @@ class Driver:
             if not capacity:
                 return
             taken += capacity
+            illegal = self.counts["illegal"]
             for tracked in self.tracker.take(rows, capacity):
                 self._admit_item(tracked)
+            self._outcomes.add_illegal(self.counts["illegal"] - illegal)
 
     def _admit_item(self, tracked: TrackedItem) -> None:
         item = tracked.item
@@ -196,31 +210,27 @@ class Driver:
         if self._cluster is None:
             cluster = self._cluster = self._join_cluster()
             self.pools = [Pool(spec, max_failures=self.limits.max_attempts + 1) for spec in cluster.pools]
-            self.policy.max_bytes = cluster.max_bytes
+            self._follow_memory()
+            self._staffing = Staffing(
+                self.pools, cluster.replicas, self.policy, self.limits, self.events, self.progress
+            )
+            self._wait_report = WaitReport(self._staffing.waits, self.events, self.tracker.metrics)
         return self._cluster
+
+    def _follow_memory(self) -> None:
+        """The object store grows and shrinks with the cluster."""
+        if self._cluster is not None and self._clock() >= self._memory_due:
+            self._memory_due = self._clock() + _MEMORY_SECONDS
+            self.policy.max_bytes = self._cluster.max_bytes()
 
     def _start_replicas(self) -> None:
         cluster = self._join()
         self._admit_preflight(cluster)
         if self.policy.draining:
             return
-        served = {role for pool in self.pools if pool.ready for role in pool.spec.roles}
-        all_served = all(served.issuperset(pool.spec.roles) for pool in self.pools)
-        if cluster.elastic and not all_served:
-            # A second replica of one pool must not take the place that another pool's first replica needs.
-            for name in self._replicas.placing():
-                if (pool := self._pool(name)).ready:
-                    self._give_back(pool, name, "another pool has none")
-        one_each = self._preflight_running or (cluster.elastic and not all_served)
-        for pool in self.pools:
-            for name in pool.missing(at_most=1 if one_each else None):
-                self._replicas.start(name, pool.spec)
-                self.events.emit("gang_starting", role=pool.spec.name, replica=name)
+        self._staff.start_missing(self._clock(), self._preflight_running, cluster.elastic, not self.tracker.exhausted)
         if cluster.elastic and self.tracker.exhausted:
-            for name in self.policy.spare_replicas():
-                pool = self._pool(name)
-                pool.spec = replace(pool.spec, replicas=pool.spec.replicas - 1)
-                self._give_back(pool, name, "no row needs it")
+            self._staff.give_back_spare()
 
     def _admit_preflight(self, cluster: JoinedCluster) -> None:
         if self._preflight_admitted:
@@ -231,39 +241,25 @@ class Driver:
             item = replace(cluster.preflight, item_id=_PREFLIGHT)
             self.tracker.items[_PREFLIGHT] = TrackedItem(item, [])
             self.policy.admit(_PREFLIGHT, merged_weights(item.request), first=True)
-
-    def _give_back(self, pool: Pool, name: str, why: str) -> None:
-        """End a replica that is not at fault; its call costs the item no attempt."""
-        self._charge_lost_call(pool, name)
-        self.policy.remove_replica(name, given_back=True)
-        del pool.replicas[name]
-        self._replicas.kill(name)
-        self.events.emit("gang_given_back", role=pool.spec.name, replica=name, reason=why)
-
-    def _pool(self, replica: str) -> Pool:
-        return next(pool for pool in self.pools if replica in pool.replicas)
+            self.policy.alone = _PREFLIGHT
 
     def _dispatch(self) -> None:
         while (dispatch := self.policy.next_dispatch()) is not None:
             tracked = self.tracker.items[dispatch.item]
             if dispatch.moved:
                 self.events.emit("role_moved", replica=dispatch.replica, to=dispatch.stage)
-            now = self._call_began[dispatch.replica] = time.monotonic()
-            self.tracker.call_begins(tracked, dispatch.stage, now)
+            self._call_began[dispatch.item] = self._clock()
+            self.tracker.call_begins(tracked, dispatch.stage, time.monotonic())
             inputs = tracked.inputs(dispatch.stage)
-            self._replicas.submit(dispatch.replica, dispatch.stage, tracked.item, inputs)
+            timeout = self._deadline(dispatch.stage, tracked.item)
+            self._replicas.submit(dispatch.replica, dispatch.stage, tracked.item, inputs, timeout)
 
-    def _check_placing(self) -> None:
-        """A replica may wait for a place as long as others serve its roles meanwhile."""
-        served = {role for pool in self.pools if pool.ready for role in pool.spec.roles}
-        for name, seconds in self._replicas.placing().items():
-            pool = self._pool(name)
-            if seconds > self.limits.start_timeout and not served.issuperset(pool.spec.roles):
-                spec = pool.spec
-                needs = f"{spec.ranks} x ({spec.cpus_per_rank:g} CPU, {spec.gpus_per_rank:g} GPU) on one node"
-                raise StartFailed(
-                    f"pool {spec.name}: no place for a replica in {self.limits.start_timeout:g} s; it needs {needs}"
-                )
+    def _deadline(self, stage: Stage, item: WorkItem) -> float:
+        """Seconds that a call may take: a multiple of what its stage and size usually take, once that is known."""
+        usual = self._work_left.usual_seconds(stage, item)
+        if usual is None:
+            return self.limits.call_timeout
+        return min(self.limits.call_timeout, max(_LEAST_DEADLINE, _DEADLINE_TIMES * usual))
 
     # --- events ----------------------------------------------------------------------------------
 
@@ -278,13 +274,12 @@ class Driver:
             self._inputs_lost(event)
 
     def _replica_started(self, event: ReplicaStarted) -> None:
-        pool = self._pool(event.replica)
-        pool.started(event.replica)
+        pool = self._staff.started(event)
         known = self._device_name
         self._check_device(event)
         if known is None and self._device_name is not None:
             self._check_noise(self._device_name)
-        self.policy.add_replica(event.replica, pool.spec.roles)
+        self.policy.add_replica(event.replica, pool.spec.roles, pool.spec.calls_at_once)
         self.events.emit(
             "gang_started",
             role=pool.spec.name,
@@ -308,25 +303,23 @@ class Driver:
 
     def _replica_lost(self, event: ReplicaLost, traceback: str = "") -> None:
         """A replica has been killed."""
-        pool = self._pool(event.replica)
-        self.progress.say(f"{event.replica} lost: {event.reason}")
+        pool = self._staff.pool_of(event.replica)
+        self.progress.say(f"{event.replica} lost: {first_line(event.reason)}")
         self.events.emit("gang_lost", role=pool.spec.name, replica=event.replica, reason=event.reason)
-        self._charge_lost_call(pool, event.replica)
-        item = self.policy.item_of(event.replica)
-        stage = self.policy.stage_of(item) if item else None
-        charged = not (event.idle or event.node_lost)
-        decision = self.policy.remove_replica(event.replica, charged, event.inputs_lost)
-        if decision is not None and stage is not None:
+        stages = {item: self.policy.stage_of(item) for item in self.policy.items_of(event.replica)}
+
+        def charged(item: str) -> bool:
+            return not (event.idle or event.node_lost) and event.item_id in (None, item)
+
+        for decision in self.policy.remove_replica(event.replica, charged, event.inputs_lost):
+            self._call_began.pop(decision.item, None)
             if event.inputs_lost:
                 self._drop_results(decision.item)
-            self._carry_out(decision, stage, event.reason, traceback)
-        pool.lost(event.replica, event.served, event.reason)
-        if event.idle:
-            pool.died_idle(event.reason)
+            self._carry_out(decision, stages[decision.item], event.reason, traceback)
+        self._staff.lost(event, self._clock())
 
     def _inputs_lost(self, event: InputsLost) -> None:
-        item = self.policy.item_of(event.replica)
-        assert item is not None
+        item = event.item_id
         self.events.emit("inputs_lost", replica=event.replica, item_id=item, reason=event.reason)
         stage = self.policy.stage_of(item)
         # Latents that were to be saved are gone for good.
@@ -336,9 +329,8 @@ class Driver:
         self._carry_out(decision, stage, event.reason, "")
 
     def _call_finished(self, event: CallFinished) -> None:
-        report, pool = event.report, self._pool(event.replica)
-        item_id = self.policy.item_of(event.replica)
-        assert item_id is not None
+        report, pool = event.report, self._staff.pool_of(event.replica)
+        item_id = event.item_id
         tracked, stage = self.tracker.items[item_id], self.policy.stage_of(item_id)
         self._account(pool, event.replica, tracked, stage, report)
         if report.error is not None:
@@ -365,7 +357,8 @@ class Driver:
             self._replicas.kill(event.replica)
             name = "" if error.kind == ErrorKind.REPLICA else f"{error.type}: "
             reason = f"{stage}: {event.where}: {name}{error.message}"
-            self._replica_lost(ReplicaLost(event.replica, reason, served=True), error.traceback)
+            lost = ReplicaLost(event.replica, reason, served=True, item_id=item_id)
+            self._replica_lost(lost, error.traceback)
             if error.kind == ErrorKind.REPLICA:
                 pool.broke(reason)
         elif error.kind == ErrorKind.STORED_LATENTS_GONE:
@@ -381,10 +374,8 @@ class Driver:
 
     def _account(self, pool: Pool, replica: str, tracked: TrackedItem, stage: Stage, report: CallReport) -> None:
         """Record the cost of a call."""
-        self._call_began.pop(replica, None)
-        gpu_seconds = report.seconds * pool.spec.gpus_per_rank * pool.spec.ranks
-        self._gpu_seconds += gpu_seconds
-        tracked.take_call(stage, replica, report, gpu_seconds)
+        self._call_began.pop(tracked.item.item_id, None)
+        tracked.take_call(stage, replica, report, report.seconds * pool.spec.gpus_per_rank * pool.spec.ranks)
         self.events.emit(
             "preflight_call" if tracked.item.preflight else "call",
             role=pool.spec.name, replica=replica, stage=stage, item_id=tracked.item.item_id, id=tracked.name,
@@ -397,11 +388,6 @@ class Driver:
             )  # fmt: skip
         self.tracker.metrics.call(stage, report.seconds)
 
-    def _charge_lost_call(self, pool: Pool, replica: str) -> None:
-        """Count the GPU seconds of a call that never came back."""
-        if (began := self._call_began.pop(replica, None)) is not None:
-            self._gpu_seconds += (time.monotonic() - began) * pool.spec.gpus_per_rank * pool.spec.ranks
-
     def _finish(self, tracked: TrackedItem, stage: Stage, event: CallFinished) -> None:
         """An item has passed its last stage."""
         result = self._replicas.result(event.payload)
@@ -412,7 +398,7 @@ class Driver:
         elif stage == Stage.SAVE_LATENTS:
             failure = tracked.failure
             assert failure is not None
-            self.tracker.fail(tracked, replace(failure, message=f"{failure.message} (latents kept in {result})"))
+            self._fail(tracked, replace(failure, message=f"{failure.message} (latents kept in {result})"))
         elif tracked.item.preflight:
             del self.tracker.items[item_id]
             self._preflight_running = False
@@ -420,6 +406,7 @@ class Driver:
             self.events.emit("preflight", seconds=round(seconds, 3))
             self.progress.say(f"preflight: a clip of one frame group went through every pool in {seconds:.1f} s")
         else:
+            self._outcomes.add("rendered", len(tracked.rows))
             self.tracker.finish(tracked, result, self._join().numerics)
 
     def _drop_results(self, item_id: str) -> None:
@@ -435,7 +422,7 @@ class Driver:
         tracked = self.tracker.items[decision.item]
         if stage == Stage.SAVE_LATENTS:
             if not decision.retry and tracked.failure is not None:
-                self.tracker.fail(tracked, tracked.failure)
+                self._fail(tracked, tracked.failure)
             return
         tracked.attempts = decision.attempts
         if decision.retry:
@@ -450,7 +437,11 @@ class Driver:
             tracked.failure = failure
             self.policy.admit(decision.item, path=(Stage.SAVE_LATENTS,), attempts=self.limits.max_attempts)
         else:
-            self.tracker.fail(tracked, failure)
+            self._fail(tracked, failure)
+
+    def _fail(self, tracked: TrackedItem, failure: Failure) -> None:
+        self._outcomes.add(failure.error_class, len(tracked.rows))
+        self.tracker.fail(tracked, failure)
 
     # --- housekeeping ----------------------------------------------------------------------------
 
@@ -460,11 +451,11 @@ class Driver:
         `at_once` gives up the calls of the other pools, and the decode pool has `limits.grace` seconds left.
         """
         if at_once and self._drain_until == float("inf"):
-            self._drain_until = time.monotonic() + self.limits.grace
+            self._drain_until = self._clock() + self.limits.grace
             for pool in self.pools:
                 if Stage.DECODE not in pool.spec.roles:
                     for name in list(pool.replicas):
-                        self._give_back(pool, name, "draining")
+                        self._staff.give_back(name, "draining")
         if not self.policy.draining:
             self.policy.draining = True
             self.progress.say(f"draining: {reason}")
@@ -472,26 +463,31 @@ class Driver:
             self._on_drain()
 
     def _check_limits(self) -> None:
-        limits = self.limits
-        failed, finished = self.tracker.failed, self.tracker.done + self.tracker.failed
-        if limits.max_failed_fraction is not None and finished >= 10:
-            fraction = failed / finished
-            if fraction > limits.max_failed_fraction:
-                self.too_many_failed = True
-                self._drain(f"{fraction:.0%} of {finished} rows failed (--max-failed-fraction)")
-        if limits.max_gpu_hours is not None and self._gpu_seconds > limits.max_gpu_hours * 3600:
-            self._drain(f"{self._gpu_seconds / 3600:.2f} GPU hours used (--max-gpu-hours)")
+        if (found := self._outcomes.too_many_failed()) is not None:
+            part, rows, why, limit = found
+            self.too_many_failed = True
+            self._drain(f"{part:.0%} of the last {rows} rows failed {why} (--max-failed-fraction {limit:g})")
+        hours, before = self.limits.max_gpu_hours, self._gpu_seconds_before / 3600
+        if hours is not None and (used := self.gpu_seconds() / 3600) > hours:
+            self._drain(f"{used:.2f} GPU hours reserved, {before:.2f} of them by earlier runs (--max-gpu-hours)")
+
+    def gpu_seconds(self) -> float:
+        """How long this run and those before it have reserved GPUs."""
+        return self._gpu_seconds_before + (self._replicas.gpu_seconds() if self._cluster is not None else 0.0)
 
     def _show(self, ended: bool = False) -> None:
         """Print the state when it is due, and at the end, where the rate of the whole run follows it."""
+        if self._wait_report is not None:
+            self._wait_report.tell(self._clock())
         if not (self.progress.due() or ended):
             return
-        tracker, now = self.tracker, time.monotonic()
+        tracker, now = self.tracker, self._clock()
         total = self.counts["rows"] if tracker.exhausted else tracker.plan.expected_rows
-        running = Counter(self.policy.stage_of(item) for item in self.policy.running.values())
+        running = Counter(map(self.policy.stage_of, self.policy.running))
         starting = sum(len(pool.replicas) - pool.ready for pool in self.pools)
         busy = [f"{stage} {n}" for stage, n in sorted(running.items())]
-        doing = ", ".join([*busy, f"{starting} gangs starting"] if starting else busy)
-        rate = None if ended else tracker.rate.per_hour(now)
+        waits = wait_lines(self._wait_report.shares)[:1] if self._wait_report is not None else []
+        doing = ", ".join([*busy, *([f"{starting} gangs starting"] if starting else []), *waits])
+        rate = None if ended else tracker.rate.per_hour(time.monotonic())
         left = self._work_left.in_flight(tracker, self.policy, self.pools, self._call_began, now)
         self.progress.update(tracker.done, tracker.failed, total, doing, ended, rate=rate, left=left)

@@ -18,10 +18,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ltx_ray.config import RunLimits
+from ltx_ray.driver.policy_state import Dispatch, Item, Replica, RetryDecision, RunningMean
 from ltx_ray.driver.queue import FairQueue
 from ltx_ray.stages import DIFFUSION_STAGES, FULL_PATH, TRAITS, Stage, needed_results
 
@@ -29,85 +30,6 @@ from ltx_ray.stages import DIFFUSION_STAGES, FULL_PATH, TRAITS, Stage, needed_re
 _STAGES = tuple(Stage)
 #: Seconds of a switch until one has been measured: one H100, the released model.
 _SWITCH_SECONDS = 1.5
-#: Weight of the newest measurement in a running mean.
-_NEWEST = 0.1
-
-
-@dataclass(frozen=True)
-class Dispatch:
-    """Run `stage` of `item` on `replica`.
-
-    `switched`: the replica has to merge other weights first. `moved`: it was assigned to the other diffusion stage.
-    """
-
-    item: str
-    stage: Stage
-    replica: str
-    switched: bool = False
-    moved: bool = False
-
-
-@dataclass(frozen=True)
-class RetryDecision:
-    """What becomes of an item after a failure: it is tried again, or given up after `attempts`."""
-
-    item: str
-    retry: bool
-    attempts: int
-
-
-@dataclass
-class _Item:
-    order: int
-    path: tuple[Stage, ...]
-    #: By stage, which weights a replica must have merged for it.
-    weights: Mapping[Stage, Hashable]
-    attempts: int
-    position: int = 0
-    restarts: int = 0
-    replica: str | None = None
-    #: Bytes of the results that it holds in the object store.
-    results: dict[Stage, float] = field(default_factory=dict)
-
-    @property
-    def stage(self) -> Stage:
-        return self.path[self.position]
-
-    @property
-    def next_stage(self) -> Stage | None:
-        return self.path[self.position + 1] if self.position + 1 < len(self.path) else None
-
-
-@dataclass
-class _Replica:
-    roles: tuple[Stage, ...]
-    #: The diffusion stage that it serves now.
-    assigned: Stage | None
-    #: The stage and the weights that are merged now.
-    merged_stage: Stage | None = None
-    merged_weights: Hashable = None
-    item: str | None = None
-
-    @property
-    def serves_both(self) -> bool:
-        """Whether it may serve both diffusion stages."""
-        return all(stage in self.roles for stage in DIFFUSION_STAGES)
-
-    def serves(self) -> tuple[Stage, ...]:
-        """The stages that it serves now."""
-        return tuple(role for role in self.roles if role == self.assigned or role not in DIFFUSION_STAGES)
-
-
-@dataclass
-class _RunningMean:
-    """A running mean that starts from a guess and drops it at the first measurement."""
-
-    value: float
-    measured: bool = False
-
-    def add(self, value: float) -> None:
-        self.value = value if not self.measured else (1 - _NEWEST) * self.value + _NEWEST * value
-        self.measured = True
 
 
 @dataclass
@@ -125,8 +47,10 @@ class Policy:
     max_passed_over: int = 16
     max_bytes: float = math.inf
     draining: bool = False
-    _items: dict[str, _Item] = field(default_factory=dict)
-    _replicas: dict[str, _Replica] = field(default_factory=dict)
+    #: An item that has the stages after text to itself, as long as it is in flight.
+    alone: str | None = None
+    _items: dict[str, Item] = field(default_factory=dict)
+    _replicas: dict[str, Replica] = field(default_factory=dict)
     #: Items that wait for a stage, by the stage after it.
     _queues: dict[Stage, dict[Stage | None, FairQueue]] = field(default_factory=lambda: {stage: {} for stage in Stage})
     #: Idle replicas of each stage that they serve, in the order in which they became idle.
@@ -139,46 +63,60 @@ class Policy:
     _merged: Counter[tuple[Stage, Hashable]] = field(default_factory=Counter)
     _result_bytes: float = 0.0
     _admitted: int = 0
-    _seconds: dict[Stage, _RunningMean] = field(
-        default_factory=lambda: {stage: _RunningMean(traits.seconds) for stage, traits in TRAITS.items()}
+    _seconds: dict[Stage, RunningMean] = field(
+        default_factory=lambda: {stage: RunningMean(traits.seconds) for stage, traits in TRAITS.items()}
     )
-    _bytes: dict[Stage, _RunningMean] = field(
-        default_factory=lambda: {stage: _RunningMean(traits.result_bytes) for stage, traits in TRAITS.items()}
+    _bytes: dict[Stage, RunningMean] = field(
+        default_factory=lambda: {stage: RunningMean(traits.result_bytes) for stage, traits in TRAITS.items()}
     )
-    _switch: _RunningMean = field(default_factory=lambda: _RunningMean(_SWITCH_SECONDS))
+    _switch: RunningMean = field(default_factory=lambda: RunningMean(_SWITCH_SECONDS))
 
     # --- what happened ---------------------------------------------------------------------------
 
-    def add_replica(self, replica: str, roles: Iterable[Stage]) -> None:
+    def add_replica(self, replica: str, roles: Iterable[Stage], calls_at_once: int = 1) -> None:
         """A replica that may serve `roles` is ready, assigned to the first diffusion stage among them."""
         assert replica not in self._replicas
         roles = tuple(roles)
-        state = _Replica(roles, next((role for role in roles if role in DIFFUSION_STAGES), None))
+        assigned = next((role for role in roles if role in DIFFUSION_STAGES), None)
+        state = Replica(roles, assigned, calls_at_once=calls_at_once)
         self._replicas[replica] = state
         self._count_server(state, 1)
         self._mark_idle(replica)
 
-    def remove_replica(
-        self, replica: str, charged: bool = True, inputs_lost: bool = False, given_back: bool = False
-    ) -> RetryDecision | None:
-        """A replica is gone, and with it its call.
+    def retire(self, replica: str) -> None:
+        """A replica gets no new call. It is to be removed once those under way have ended."""
+        state = self._replicas[replica]
+        self._mark_busy(replica)
+        self._count_server(state, -1)
+        state.retired = True
 
-        The item of that call is charged an attempt. Without `charged` that happens only when it has restarted too
-        often, and never when the run has `given_back` the replica. With `inputs_lost` the item starts over.
+    def remove_replica(
+        self,
+        replica: str,
+        charged: Callable[[str], bool] = lambda item: True,
+        inputs_lost: bool = False,
+        given_back: bool = False,
+    ) -> list[RetryDecision]:
+        """A replica is gone, and with it its calls.
+
+        Their items are charged an attempt. An item that is not `charged` is so only when it has restarted too often,
+        and never when the run has `given_back` the replica. With `inputs_lost` the items start over.
         """
         gone = self._replicas.get(replica)
         if gone is None:
-            return None
-        item = gone.item
-        if item is not None:
+            return []
+        items = list(gone.items)
+        for item in items:
             self._end_call(item)
         self._mark_busy(replica)
-        self._count_server(gone, -1)
+        if not gone.retired:
+            self._count_server(gone, -1)
         if gone.merged_stage is not None:
             self._merged -= Counter([(gone.merged_stage, gone.merged_weights)])
         del self._replicas[replica]
-        if item is None:
-            return None
+        return [self._after_loss(item, charged(item), inputs_lost, given_back) for item in items]
+
+    def _after_loss(self, item: str, charged: bool, inputs_lost: bool, given_back: bool) -> RetryDecision:
         if inputs_lost:
             return self._restart(item)
         if given_back:
@@ -201,7 +139,7 @@ class Policy:
         `attempts`: the number of its first attempt.
         """
         assert item not in self._items
-        self._items[item] = _Item(-1 if first else self._admitted, path or self.path, weights or {}, attempts)
+        self._items[item] = Item(-1 if first else self._admitted, path or self.path, weights or {}, attempts)
         self._admitted += 1
         self._enqueue(item)
 
@@ -272,6 +210,8 @@ class Policy:
 
     def next_dispatch(self) -> Dispatch | None:
         """The next call to make, or None when no call can or may be made now."""
+        if self.alone in self._items:
+            return self._dispatch_alone(self._items[self.alone])
         for stage in reversed(_STAGES):
             if self._idle[stage] and (queues := self._ready_queues(stage)):
                 return self._assign(self._best_idle(stage, queues), stage, queues)
@@ -279,6 +219,20 @@ class Policy:
             if (queues := self._ready_queues(stage)) and (replica := self._replica_to_move(stage)) is not None:
                 self._move(replica, stage)
                 return self._assign(replica, stage, queues, moved=True)
+        return None
+
+    def _dispatch_alone(self, state: Item) -> Dispatch | None:
+        """The next call of the item that goes first; meanwhile others get their text."""
+        stage = state.stage
+        if state.replica is None and not (self.draining and not TRAITS[stage].runs_while_draining):
+            queue, weights = self._queues[stage][state.next_stage], state.weights.get(stage)
+            if self._idle[stage]:
+                return self._run(next(iter(self._idle[stage])), stage, queue, weights)
+            if stage in DIFFUSION_STAGES and (replica := self._replica_to_move(stage)) is not None:
+                self._move(replica, stage)
+                return self._run(replica, stage, queue, weights, moved=True)
+        if stage != Stage.TEXT and self._idle[Stage.TEXT] and (queues := self._ready_queues(Stage.TEXT)):
+            return self._assign(self._best_idle(Stage.TEXT, queues), Stage.TEXT, queues)
         return None
 
     def spare_replicas(self) -> list[str]:
@@ -293,7 +247,7 @@ class Policy:
         needed = {roles: sum(1 for stages in remaining if stages & roles) for roles in same_roles}
         for name, replica in self._replicas.items():
             roles = frozenset(replica.roles)
-            if replica.item is None and same_roles[roles] > needed[roles] and all(serving[role] > 1 for role in roles):
+            if not replica.items and same_roles[roles] > needed[roles] and all(serving[role] > 1 for role in roles):
                 spare.append(name)
                 same_roles[roles] -= 1
                 serving.subtract(roles)
@@ -306,8 +260,8 @@ class Policy:
 
     @property
     def running(self) -> dict[str, str]:
-        """The items under way, by replica."""
-        return {name: r.item for name, r in self._replicas.items() if r.item is not None}
+        """By item that is under way, its replica."""
+        return {item: name for name, replica in self._replicas.items() for item in replica.items}
 
     @property
     def assignments(self) -> dict[str, Stage]:
@@ -324,9 +278,31 @@ class Policy:
         """Items that wait for `stage`."""
         return sum(len(queue) for queue in self._queues[stage].values())
 
-    def item_of(self, replica: str) -> str | None:
-        """The item that the replica is busy with."""
-        return self._replicas[replica].item if replica in self._replicas else None
+    def measured_seconds(self, stage: Stage) -> float | None:
+        """The running mean of the seconds of a stage's calls, without merging; None before one has succeeded."""
+        mean = self._seconds[stage]
+        return mean.value if mean.measured else None
+
+    def idleness(self) -> Iterator[tuple[Stage, int, int, str]]:
+        """By stage with replicas: (stage, those that serve it now, those of them that are idle, what they wait for).
+
+        They wait for the stage whose queue is full, for "memory", for the last stage before theirs that has items to
+        do, or for "rows".
+        """
+        before = "rows"
+        for stage in self.path:
+            waiting = [after for after, queue in self._queues[stage].items() if queue]
+            full = next((after for after in waiting if not self._has_space(after)), None)
+            cause = str(full) if full else "memory" if waiting else before
+            if waiting:
+                before = str(stage)
+            if not (servers := self._servers[stage]):
+                continue
+            yield stage, servers, sum(not self._replicas[name].items for name in self._idle[stage]), cause
+
+    def items_of(self, replica: str) -> list[str]:
+        """The items that the replica is busy with."""
+        return list(self._replicas[replica].items) if replica in self._replicas else []
 
     def stage_of(self, item: str) -> Stage:
         """The stage that the item waits for or is in."""
@@ -369,7 +345,10 @@ class Policy:
             replica = self._replicas[name]
             if replica.merged_stage == stage and any(queue.has(replica.merged_weights) for queue in queues):
                 return name
-        return next(iter(self._idle[stage]))
+        # One that takes several calls at once is the better choice while it has none.
+        return next(
+            (name for name in self._idle[stage] if not self._replicas[name].items), next(iter(self._idle[stage]))
+        )
 
     def _replica_to_move(self, stage: Stage) -> str | None:
         """An idle replica of the other diffusion stage that should serve `stage` from now on."""
@@ -417,7 +396,10 @@ class Policy:
         self._count_server(replica, 1)
 
     def _assign(self, name: str, stage: Stage, queues: list[FairQueue], moved: bool = False) -> Dispatch:
-        replica = self._replicas[name]
+        return self._run(name, stage, *self._choose(self._replicas[name], stage, queues), moved)
+
+    def _choose(self, replica: Replica, stage: Stage, queues: list[FairQueue]) -> tuple[FairQueue, Hashable]:
+        """The queue and the weights of the item that an idle replica should take."""
         same_stage = replica.merged_stage == stage
 
         def preference(weights: Hashable) -> int:
@@ -431,9 +413,15 @@ class Policy:
         if passed_over < self.max_passed_over:
             queue = min(queues, key=lambda queue: queue.best(preference)[:2])
             weights = queue.best(preference).group
-        item = queue.pop(weights)
+        return queue, weights
+
+    def _run(self, name: str, stage: Stage, queue: FairQueue, weights: Hashable, moved: bool = False) -> Dispatch:
+        """Have a replica take the oldest item with these weights."""
+        replica, item = self._replicas[name], queue.pop(weights)
         state = self._items[item]
-        self._mark_busy(name)
+        replica.items[item] = None
+        if not replica.takes_more:
+            self._mark_busy(name)
         switched = False
         if TRAITS[stage].merges_weights:
             switched = replica.merged_stage is not None and (replica.merged_stage, replica.merged_weights) != (
@@ -443,13 +431,13 @@ class Policy:
                 self._merged -= Counter([(replica.merged_stage, replica.merged_weights)])  # Drops what is at 0.
             self._merged[stage, weights] += 1
             replica.merged_stage, replica.merged_weights = stage, weights
-        state.replica, replica.item = name, item
+        state.replica = name
         self._calls[stage, state.next_stage] += 1
         return Dispatch(item, stage, name, switched, moved)
 
     # --- bookkeeping -----------------------------------------------------------------------------
 
-    def _count_server(self, replica: _Replica, count: int) -> None:
+    def _count_server(self, replica: Replica, count: int) -> None:
         for stage in replica.serves():
             self._servers[stage] += count
         if replica.serves_both and replica.assigned is not None:
@@ -468,12 +456,14 @@ class Policy:
         for stage in self._replicas[name].serves():
             self._idle[stage].pop(name, None)
 
-    def _end_call(self, item: str) -> _Item:
+    def _end_call(self, item: str) -> Item:
         state = self._items[item]
         assert state.replica is not None, f"{item} is not running"
         self._calls[state.stage, state.next_stage] -= 1
-        self._replicas[state.replica].item = None
-        self._mark_idle(state.replica)
+        replica = self._replicas[state.replica]
+        del replica.items[item]
+        if replica.takes_more:
+            self._mark_idle(state.replica)
         state.replica = None
         return state
 

@@ -54,6 +54,11 @@ class WorkLeft:
         elif len(self._measured) < _MOST_SIZES:
             self._measured[kind] = [1, seconds]
 
+    def usual_seconds(self, stage: Stage, item: WorkItem) -> float | None:
+        """The mean seconds of a stage for clips of this size; None before it has been measured often enough."""
+        calls, seconds = self._measured.get(_kind(stage, item.request), (0, 0.0))
+        return seconds / calls if calls >= _LEAST_CALLS else None
+
     def _seconds_of_units(self) -> dict[Stage, float]:
         """Seconds of a unit, by stage, of stages that have been measured often enough."""
         calls, units, seconds = (defaultdict[Stage, float](float) for _ in range(3))
@@ -68,11 +73,11 @@ class WorkLeft:
     ) -> float | None:
         """Seconds that a run still takes; None while rows are still read, or when some will be left.
 
-        `call_began`: by busy replica, in the time of `now`.
+        `call_began`: by item under way, in the time of `now`.
         """
         if not tracker.exhausted or policy.draining:
             return None
-        spent = {item: now - call_began[replica] for replica, item in policy.running.items()}
+        spent = {item: now - call_began[item] for item in policy.running}
         items = (
             (tracked.item, policy.remaining_path(name), spent.get(name, 0.0))
             for name, tracked in tracker.items.items()

@@ -1,5 +1,7 @@
 """The decode engine: latents to frames and sound, encoded in the same process and published when complete.
 
+A replica may be called from two threads at once: the GPU decodes one clip while another is encoded and uploaded.
+
 It also serves the stages that deal with stored latents: LOAD_LATENTS reads those of stage 1, and SAVE_LATENTS stores
 those of a clip that could not be finished.
 """
@@ -11,6 +13,7 @@ import hashlib
 import logging
 import os
 import tempfile
+import threading
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -42,6 +45,10 @@ from ltx_ray.storage.store import Store
 _log = logging.getLogger(__name__)
 #: Seconds for which the write of a thumbnail is retried. The clip does not wait for its picture longer.
 _THUMB_RETRY_SECONDS = 2.0
+#: Bytes of frames up to which a clip is decoded without waiting for its encoder, so that the GPU is free for the next.
+_FRAMES_AHEAD_BYTES = 2 * 2**30
+#: More chunks than any clip has.
+_ALL_CHUNKS = 10_000
 
 
 class DecodeEngine:
@@ -51,10 +58,21 @@ class DecodeEngine:
         self.spec, self.rank = spec, rank
         self.device = torch.device(rank.device)
         self.dtype = resolve_dtype(spec.numerics.dtype)
-        self.facts = EngineFacts()
+        self._of_thread = threading.local()
+        #: Held while the GPU decodes a clip, and while stored latents are read or written.
+        self._gpu, self._stored = threading.Lock(), threading.Lock()
         #: By size of a clip (pixels x frames): the rung that sufficed for it, where that was not the first. Larger
         #: clips that needed no higher rung are left out, so there is at most one size for each rung.
         self._rung_by_size: dict[int, int] = {}
+
+    @property
+    def facts(self) -> EngineFacts:
+        """Those of the last call on this thread."""
+        return getattr(self._of_thread, "facts", EngineFacts())
+
+    @facts.setter
+    def facts(self, facts: EngineFacts) -> None:
+        self._of_thread.facts = facts
 
     def load(self) -> None:
         """Load the decoders. Raises ValueError for files that do not fit, RuntimeError as load_video_vae does."""
@@ -88,29 +106,21 @@ class DecodeEngine:
             finally:
                 self._release_cached_memory()
         if stage == Stage.LOAD_LATENTS:
-            latents, location = self.latents.load_stage1(item, self.dtype)
-            self.facts = EngineFacts(stored_at=location, unchecked=self.latents.unchecked)
+            with self._stored:
+                latents, location = self.latents.load_stage1(item, self.dtype)
+                self.facts = EngineFacts(stored_at=location, unchecked=self.latents.unchecked)
             return latents
         assert stage == Stage.SAVE_LATENTS and stages, stage
-        location = self.latents.save(item, stages)
+        with self._stored:
+            location = self.latents.save(item, stages)
         self.facts = EngineFacts(stored_at=location)
         return location
 
     def _decode(self, item: WorkItem, stages: tuple[StageLatents, ...]) -> Clip:
         stored_facts: dict[str, Any] = {}
         if (self.spec.save_latents or self.spec.stop_after) and not item.preflight:
-            stored_before = bool(self.spec.stop_after) and self.latents.holds_both_stages(item, self.dtype)
-            self.latents.publish(item, stages)
-            if stored_before:
-                # They stay. The preview is of the latents that a promotion continues.
-                stored, _ = self.latents.load_stage1(item, self.dtype)
-                numerics = numerics_of_row(numerics_json(self.spec.numerics), item.request)
-                stored_facts = {
-                    "noise_ledger": stored.ledger,
-                    "stage1_numerics": stored.other_numerics(numerics, stages[0].device_name),
-                    "unchecked": self.latents.unchecked,
-                }
-                stages = (stored,)
+            with self._stored:
+                stages, stored_facts = self._publish_latents(item, stages)
         named = named_latents(*stages)
         digest = latents_sha256(named)
         metadata = {
@@ -151,6 +161,23 @@ class DecodeEngine:
             self.latents.delete_cached(item)
         return clip
 
+    def _publish_latents(
+        self, item: WorkItem, stages: tuple[StageLatents, ...]
+    ) -> tuple[tuple[StageLatents, ...], dict[str, Any]]:
+        """Store the latents; those to decode, and facts of them where they are of an earlier run."""
+        stored_before = bool(self.spec.stop_after) and self.latents.holds_both_stages(item, self.dtype)
+        self.latents.publish(item, stages)
+        if not stored_before:
+            return stages, {}
+        # They stay. The preview is of the latents that a promotion continues.
+        stored, _ = self.latents.load_stage1(item, self.dtype)
+        numerics = numerics_of_row(numerics_json(self.spec.numerics), item.request)
+        return (stored,), {
+            "noise_ledger": stored.ledger,
+            "stage1_numerics": stored.other_numerics(numerics, stages[0].device_name),
+            "unchecked": self.latents.unchecked,
+        }
+
     def _publish_thumb(self, item: WorkItem, sheet: FrameSheet) -> None:
         """Write the picture of a clip. The report makes one of the clip where there is none, so that no row fails."""
         try:
@@ -177,13 +204,14 @@ class DecodeEngine:
         known = max((rung for known_size, rung in self._rung_by_size.items() if known_size <= size), default=0)
         first = max(rung for rung in rungs if rung <= known)
         reason = ""
+        depth = _ALL_CHUNKS if size * 3 // 2 <= _FRAMES_AHEAD_BYTES else 1
         for rung in (r for r in rungs if r >= first):
             check, sheet = PictureCheck(), FrameSheet(shape.num_frames)
             try:
                 write_mp4(
                     target,
                     # The GPU decodes the next frames while the CPU encodes the last ones.
-                    prefetch(self._frames(latent, LADDER[rung], check, sheet)),
+                    prefetch(self._frames(latent, LADDER[rung], check, sheet), depth),
                     width=shape.width,
                     height=shape.height,
                     frame_rate=frame_rate_fraction(shape.frame_rate),
@@ -197,8 +225,9 @@ class DecodeEngine:
                 reason = str(error)
             else:
                 if rung > first:
-                    known_rungs = self._rung_by_size.items()
-                    self._rung_by_size = {s: r for s, r in known_rungs if s < size or r > rung} | {size: rung}
+                    with self._gpu:
+                        known_rungs = self._rung_by_size.items()
+                        self._rung_by_size = {s: r for s, r in known_rungs if s < size or r > rung} | {size: rung}
                 self.facts = EngineFacts(decode_rung=rung)
                 return check, sheet
             # Outside the except block, where the error and with it the frames' tensors are gone.
@@ -216,21 +245,22 @@ class DecodeEngine:
         def decode(tile: torch.Tensor) -> torch.Tensor:
             return codec.decode_video_tile(self.video_vae, tile)
 
-        for chunk in decode_tiled(decode, latent.to(self.device, self.dtype), tiling):
-            if not torch.isfinite(chunk).all():
-                raise RowError("decoded frames are not finite")
-            frames = to_yuv420(chunk)
-            check.update(frames)
-            encodable = frames.cpu().numpy()
-            sheet.update(encodable)
-            yield encodable
+        with self._gpu:
+            for chunk in decode_tiled(decode, latent.to(self.device, self.dtype), tiling):
+                if not torch.isfinite(chunk).all():
+                    raise RowError("decoded frames are not finite")
+                frames = to_yuv420(chunk)
+                check.update(frames)
+                encodable = frames.cpu().numpy()
+                sheet.update(encodable)
+                yield encodable
 
     def _sound(self, latent: torch.Tensor, samples: int) -> np.ndarray:
         """Stereo float32 (2, samples) of a latent (1, 8, T, 16), cut or padded to the length of the video."""
-        latent = latent.to(self.device, self.dtype)
-        waveform, rate = codec.decode_audio(self.audio_vae, self.vocoder, latent)
-        assert rate == AUDIO_SAMPLE_RATE, rate
-        if not torch.isfinite(waveform).all():
-            raise RowError("the decoded sound is not finite")
+        with self._gpu:
+            waveform, rate = codec.decode_audio(self.audio_vae, self.vocoder, latent.to(self.device, self.dtype))
+            assert rate == AUDIO_SAMPLE_RATE, rate
+            if not torch.isfinite(waveform).all():
+                raise RowError("the decoded sound is not finite")
         sound = waveform.float().cpu().numpy()[:, :samples]
         return np.pad(sound, ((0, 0), (0, samples - sound.shape[1])))

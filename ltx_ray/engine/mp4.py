@@ -14,12 +14,11 @@ from fractions import Fraction
 import av
 import numpy as np
 
+from ltx_ray.config import ENCODER_THREADS
 from ltx_ray.dataset.clips import ClipMetadata
 
 CRF = 19
 PRESET = "veryfast"
-#: The bytes that x264 encodes depend on its number of threads, so it is fixed.
-THREADS = 8
 #: FFmpeg's codes.
 _BT709 = 1
 _LIMITED_RANGE = 1
@@ -55,7 +54,7 @@ def write_mp4(
         video = container.add_stream("libx264", rate=frame_rate, options={"crf": str(CRF), "preset": PRESET})
         video.width, video.height, video.pix_fmt = width, height, "yuv420p"
         context = video.codec_context
-        context.thread_count, context.thread_type = THREADS, "FRAME"
+        context.thread_count, context.thread_type = ENCODER_THREADS, "FRAME"
         context.colorspace = context.color_primaries = context.color_trc = _BT709
         context.color_range = _LIMITED_RANGE
         context.time_base = 1 / frame_rate

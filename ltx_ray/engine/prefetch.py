@@ -1,4 +1,4 @@
-"""A generator run in a thread of its own, one item ahead of its consumer."""
+"""A generator run in a thread of its own, ahead of its consumer."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class _End:
     pass
 
 
-def prefetch(items: Generator[T, None, None]) -> Iterator[T]:
-    """The items of a generator, which a thread produces one ahead of the one in use. Raises what producing raised.
+def prefetch(items: Generator[T, None, None], depth: int = 1) -> Iterator[T]:
+    """The items of a generator, of which a thread has up to `depth` ready. Raises what producing raised.
 
     The thread ends with this iterator, also when that is closed early.
     """
-    ready: queue.Queue[T | _Failed | _End] = queue.Queue(maxsize=1)
+    ready: queue.Queue[T | _Failed | _End] = queue.Queue(maxsize=depth)
     stop = threading.Event()
 
     def put(item: T | _Failed | _End) -> bool:

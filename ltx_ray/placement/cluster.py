@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sysconfig
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +16,9 @@ from ltx_ray.checkpoints.digests import writable_cache_root
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec, RequestedNumerics
 from ltx_ray.placement.address import find_cluster
 from ltx_ray.placement.layouts import Cards, choose_layout
-from ltx_ray.placement.memory import Gpu, can_share, holds_rank, known_gpus
+from ltx_ray.placement.memory import ROOMY_BYTES, Gpu, can_share, holds_rank, known_gpus
 from ltx_ray.placement.numerics import has_fa3, resolve
+from ltx_ray.placement.output_pools import Node
 from ltx_ray.placement.private_cluster import PrivateCluster, temporary_folder
 from ltx_ray.placement.sizing import ParallelConfig, Resources, check_schedulable, lay_out, slots_needed
 from ltx_ray.records import first_line
@@ -27,6 +29,8 @@ _CPU_MODEL_BYTES = 4 * 2**30
 _LOCAL_STORE_BYTES = 512 * 2**20
 #: Part of the cluster's object store that the results of a run may fill. The rest holds what calls pass on.
 _STORE_SHARE = 0.5
+#: Seconds between two looks at a busy cluster.
+_WAIT_PERIOD = 5.0
 #: Prefix of the GPU model among the resources of a Ray node.
 _MODEL_PREFIX = "accelerator_type:"
 
@@ -39,8 +43,6 @@ class Placement:
     numerics: Numerics
     #: The largest GPU that a rank may get; None on CPUs, and where the memory of no GPU is known.
     largest_gpu: Gpu | None
-    #: Bytes of the object store that the results of the run's items in flight may take together.
-    store_bytes: float
     #: The layout, which may have been chosen for the GPUs.
     parallel: ParallelConfig
 
@@ -54,8 +56,14 @@ class _FreeGpus:
     #: Those of known memory, where any are.
     largest: Gpu | None = None
     smallest: Gpu | None = None
-    #: Those of the node that has the most.
-    on_a_node: float = 0.0
+    #: The nodes that have them, and whether no other job has a GPU of any node.
+    nodes: tuple[Node, ...] = ()
+    alone: bool = True
+
+    @property
+    def on_a_node(self) -> float:
+        """Those of the node that has the most."""
+        return max((node.gpus for node in self.nodes), default=0.0)
 
 
 def where_to_run(given: str | None) -> str | None:
@@ -82,17 +90,21 @@ class Cluster:
         model: ModelFiles,
         engines: Callable[[Numerics], Mapping[str, EngineSpec]],
         share_cards: str,
+        wait_for_gpus: float = 0.0,
+        say: Callable[[str], None] = lambda message: None,
     ):
         """`address` of a running cluster, as `address.find_cluster` gives it; None for a private one.
 
         `engines` gives the engines by kind (text, diffusion, decode) for the resolved numerics. `share_cards`: whether
-        text and decode may run on the DiT's GPUs: "on" for at most 31 GPUs with enough memory, "off", or "auto" for
-        "on" in a private cluster. A gang that fills the cluster shares in any case.
+        text and decode may run on the DiT's GPUs: "on" for GPUs with enough memory, "off", or "auto" for "on" in a
+        cluster whose GPUs are all free. A gang that fills the cluster shares in any case. `wait_for_gpus`: seconds to
+        wait for a cluster on which the pools do not fit yet; `say` is told once that this is so.
         """
         self._address = address
-        self._parallel, self._requested = parallel, requested
+        self._asked = self._parallel = parallel
+        self._requested = requested
         self._checkpoint, self._model, self._engines = checkpoint, model, engines
-        self._share_cards = share_cards
+        self._share_cards, self._wait_for_gpus, self.say = share_cards, wait_for_gpus, say
         self._joined = False
         self._private = PrivateCluster()
 
@@ -102,20 +114,40 @@ class Cluster:
         # With Ray's own handler, a signal that comes while the run joins would abort it with a trace of Ray's stack.
         os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
         found, pools, numerics = self._join_running(self._address) if self._address else self._start_private()
+        largest = found.largest if numerics.device == "cuda" else None
+        return Placement(pools, numerics, largest, self._parallel)
+
+    def store_bytes(self) -> float:
+        """Bytes of the object store, as large as it is now, that the results of the run's items may take together."""
         import ray
 
-        store_bytes = _STORE_SHARE * ray.cluster_resources().get("object_store_memory", float("inf"))
-        largest = found.largest if numerics.device == "cuda" else None
-        return Placement(pools, numerics, largest, store_bytes, self._parallel)
+        return _STORE_SHARE * ray.cluster_resources().get("object_store_memory", float("inf"))
 
     def _join_running(self, address: str) -> tuple[_FreeGpus, list[PoolSpec], Numerics]:
         import ray
 
         if not ray.is_initialized():
             self._connect(address)
+        until, said = time.monotonic() + self._wait_for_gpus, False
+        while True:
+            try:
+                return self._lay_out_on_free()
+            except ValueError as busy:
+                # Other jobs may end, and nodes may join.
+                if time.monotonic() >= until or self._requested.device == "cpu":
+                    raise
+                if not said:
+                    self.say(f"waiting up to {self._wait_for_gpus:g} s for GPUs (--wait-for-gpus): {busy}")
+                    said = True
+                time.sleep(min(_WAIT_PERIOD, max(until - time.monotonic(), 0.0)))
+
+    def _lay_out_on_free(self) -> tuple[_FreeGpus, list[PoolSpec], Numerics]:
+        """The pools on what is free of the cluster now. Raises ValueError when they do not fit."""
+        import ray
+
         free = Resources.of(ray.available_resources())
         models = _free_gpu_models()
-        found = _FreeGpus(free.gpus, models, *_known_extremes(models), _most_on_a_node())
+        found = _FreeGpus(free.gpus, models, *_known_extremes(models), *_gpu_nodes())
         # The pools are sized for what is free, so that the run fits beside others.
         pools, numerics = self._lay_out(found)
         if not self._parallel.max_replicas:
@@ -127,7 +159,7 @@ class Cluster:
         found = _local_gpus()
         pools, numerics = self._lay_out(found)
         # A private cluster has as many logical CPUs as its pools ask for.
-        slots = Resources(slots_needed(pools).cpus, found.count)
+        slots = Resources(max(slots_needed(pools).cpus, os.cpu_count() or 1), found.count)
         check_schedulable(pools, slots)
         if numerics.device == "cuda":
             writable_cache_root()  # Triton keeps its kernels there.
@@ -157,9 +189,10 @@ class Cluster:
             self._parallel = self._layout(found, device)
         numerics = resolve(self._requested, self._parallel, device, found.models, has_fa3(), transformer)
         # Ray shows what is left of a shared GPU as free, so a cluster with other jobs shares GPUs on request only.
-        allowed = self._share_cards == "on" or (self._share_cards == "auto" and not self._address)
+        allowed = self._share_cards == "on" or (self._share_cards == "auto" and found.alone)
         share_cards = allowed and found.smallest is not None and self._can_share(numerics, found.smallest)
-        return lay_out(self._parallel, gpus, self._engines(numerics), share_cards), numerics
+        roomy = found.smallest is None or found.smallest.nbytes >= ROOMY_BYTES
+        return lay_out(self._parallel, gpus, self._engines(numerics), share_cards, found.nodes, roomy), numerics
 
     def _layout(self, found: _FreeGpus, device: str) -> ParallelConfig:
         """The layout that the user named, or one that is chosen for the GPUs of a node."""
@@ -168,12 +201,12 @@ class Cluster:
         def fits(tp: int) -> bool:
             # Ranks that share the tokens need no less than one alone.
             numerics = resolve(
-                self._requested, replace(self._parallel, tp=tp), device, found.models, has_fa3(), transformer
+                self._requested, replace(self._asked, tp=tp), device, found.models, has_fa3(), transformer
             )
             return smallest is None or holds_rank(self._checkpoint, self._model.local(), numerics, smallest, tp)
 
         cards = Cards(found.models[0] if len(set(found.models)) == 1 else "", int(found.on_a_node))
-        return choose_layout(self._parallel, cards, transformer, self._model.distilled, fits)
+        return choose_layout(self._asked, cards, transformer, self._model.distilled, fits)
 
     def _usable_gpus(self, free: float) -> float:
         """GPUs to lay the pools out on; 0 renders on CPUs. Raises ValueError when GPUs are missing."""
@@ -219,7 +252,9 @@ def _local_gpus() -> _FreeGpus:
     if not count:
         return _FreeGpus(0.0)
     models = _local_gpu_models()
-    return _FreeGpus(float(count), models, *_local_extremes(models), float(count))
+    # The CPUs of a private cluster are logical, so that a machine has those that the smallest pools need.
+    nodes = (Node(float(max(os.cpu_count() or 1, count + 2)), float(count)),)
+    return _FreeGpus(float(count), models, *_local_extremes(models), nodes)
 
 
 def _local_gpu_count() -> int:
@@ -277,11 +312,15 @@ def _free_gpu_models() -> tuple[str, ...]:
     return _gpu_models({name for node in free for name in node}) or _gpu_models(ray.cluster_resources())
 
 
-def _most_on_a_node() -> float:
-    """The free GPUs of the node that has the most of them."""
+def _gpu_nodes() -> tuple[tuple[Node, ...], bool]:
+    """What is free on the nodes that have a free GPU, and whether all GPUs of the cluster are free."""
+    import ray
     from ray._private.state import available_resources_per_node
 
-    return max((Resources.of(node).gpus for node in available_resources_per_node().values()), default=0.0)
+    free = {name: Resources.of(node) for name, node in available_resources_per_node().items()}
+    whole = sum(node["Resources"].get("GPU", 0.0) for node in ray.nodes() if node["Alive"])
+    nodes = tuple(Node(node.cpus, node.gpus) for node in free.values() if node.gpus)
+    return nodes, sum(node.gpus for node in nodes) >= whole
 
 
 def _gpu_models(resources: Iterable[str]) -> tuple[str, ...]:

@@ -38,6 +38,8 @@ _GPU_GIB = {
 #: Memory of every process on a GPU: CUDA's context, workspaces of its libraries, and that of kernels and graphs.
 _RESERVE = int(1.5 * GIB)
 _CONTEXT_BYTES = GIB // 2
+#: Bytes of a GPU that holds the text model and three decoders, or five decoders.
+ROOMY_BYTES = 64 * GIB
 #: The decode engine with its smallest tiles: 2.5 GiB of weights, 1 GiB of tiles, and the context.
 _DECODE_BYTES = 4 * GIB
 #: Upper bounds for the decision to share a GPU, which must never be wrong: the text connectors and projections of the

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from enum import Enum
 from typing import NamedTuple
 
 from ltx_ray.config import EngineSpec, GangLayout, PoolSpec
-from ltx_ray.stages import DIFFUSION_STAGES, OUTPUT_STAGES, Stage
+from ltx_ray.placement.output_pools import Colocation, Node, OutputPools, OutputSizing
+from ltx_ray.stages import DIFFUSION_STAGES, Stage
 
 #: GPU time of stage 1 over that of stage 2 for an HQ clip on one H100 (docs/benchmarks.md#parts-of-a-clip).
 _STAGE_RATIO = 2.3
 #: Speed of a replica that alternates between the stages, and so has to switch, over that of one that does not.
 _ALTERNATING_SPEED = 0.9
-#: GPUs of the DiT that one replica each of text and decode keep up with: (0.1 + 1.75) s of 63 s per clip, with margin.
-_DIT_GPUS_PER_PAIR = 31
+#: GPUs of which one that the DiT leaves over is worth more to text and decode than a place beside the DiT.
+_FEW_GPUS = 31
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,9 @@ class ParallelConfig:
     #: Replicas of each stage. None leaves the number to `choose_replicas`; `stage2` 0 has those of stage 1 serve both.
     stage1: int | None = None
     stage2: int | None = None
+    #: Replicas of text and of decode. None: the driver sizes them by what it measures.
+    text: int | None = None
+    decode: int | None = None
     #: Whether the run renders stage 2 at all.
     with_stage2: bool = True
     #: None: as `tp`.
@@ -136,57 +139,71 @@ class ParallelConfig:
             )
 
 
-class Colocation(Enum):
-    """Which GPUs the single-rank replicas run on, those of text and of decode."""
-
-    #: On GPUs of their own, one of text and one of decode on each.
-    NONE = "none"
-    #: Beside ranks of the DiT, both beside the same one where it has to be.
-    BOTH = "both"
-    #: Beside ranks of the DiT, each beside another one.
-    SEPARATE = "separate"
-
-
-#: By colocation: the part of a GPU that a rank of the DiT asks Ray for, and that of a replica of text or decode. A rank
-#: asks for more than half, so that two of a gang never share a GPU. Beside a rank, two single-rank replicas fit at 0.2,
-#: and only one of them at 0.3.
-_GPU_SHARES = {Colocation.NONE: (1.0, 0.5), Colocation.BOTH: (0.6, 0.2), Colocation.SEPARATE: (0.6, 0.3)}
-
-
 @dataclass(frozen=True)
 class PoolSizes:
     """Replicas of each pool. With `stage2` 0 those of stage 1 serve both stages, or the run has one stage."""
 
     stage1: int
     stage2: int
-    #: Replicas of text, and of decode.
-    single_rank: int = 1
+    output: OutputPools
     colocation: Colocation = Colocation.NONE
 
 
-def choose_replicas(parallel: ParallelConfig, gpus: float, share_cards: bool = False) -> PoolSizes:
+def choose_replicas(
+    parallel: ParallelConfig,
+    gpus: float,
+    share_cards: bool = False,
+    nodes: Sequence[Node] = (),
+    roomy_cards: bool = True,
+) -> PoolSizes:
     """Replicas for a cluster with `gpus` free GPUs; those of a machine without any are one of each pool.
 
     What the user left open is chosen for the most clips/h, where a replica's speed counts as its ranks.
-    `share_cards`: text and decode may run beside the DiT, whose GPUs certainly have the memory. They do while the DiT
-    has too few GPUs to keep a pair of them busy, and in any case when the DiT's smallest layout takes every GPU.
+    `share_cards`: text and decode may run beside the DiT, whose GPUs certainly have the memory. They do, unless the DiT
+    leaves a GPU over. In any case they do when the DiT's smallest layout takes every GPU. `nodes`: those with GPUs, as
+    far as they are known. `roomy_cards`: whether the GPUs have 64 GiB.
     """
+    if parallel.max_replicas is not None and (there := sum(node.gpus for node in nodes)):
+        # The nodes to come are like those that are there.
+        nodes = tuple(nodes) * math.ceil(parallel.max_replicas * parallel.ranks[0] / there)
+    output = OutputSizing(parallel.text, parallel.decode, parallel.with_stage2, roomy_cards, nodes)
     if not gpus:
-        return PoolSizes(*_replicas_without_gpus(parallel))
-    if parallel.max_replicas is not None:
-        gpus = _gpus_to_grow_to(parallel, parallel.max_replicas, gpus)
-    elif share_cards and gpus <= _DIT_GPUS_PER_PAIR:
-        stage1, stage2 = _diffusion_replicas(parallel, int(gpus))
-        ranks1, ranks2 = parallel.ranks
-        # Where the DiT leaves a GPU over, text and decode get it. An alternating gang counts with its stage-1 ranks.
-        if stage1 * ranks1 + stage2 * ranks2 == int(gpus):
+        return PoolSizes(*_replicas_without_gpus(parallel), output.without_gpus())
+    if nodes and parallel.max_replicas is None:
+        gpus = _gpus_with_cpus(gpus, nodes, output)
+    grows = parallel.max_replicas is not None
+    if share_cards:
+        dit = parallel.max_replicas * parallel.ranks[0] if parallel.max_replicas is not None else int(gpus)
+        stage1, stage2 = _diffusion_replicas(parallel, dit)
+        taken = _dit_gpus(parallel, stage1, stage2)
+        # A few GPUs are enough work for one that the DiT leaves over.
+        if taken == dit or (taken < dit and dit > _FEW_GPUS):
             several_gangs = stage1 + stage2 > 1
-            return PoolSizes(stage1, stage2, 1, Colocation.SEPARATE if several_gangs else Colocation.BOTH)
+            beside = output.beside_ranks(taken) if several_gangs else output.beside_one_gang(taken)
+            return PoolSizes(stage1, stage2, beside, Colocation.SEPARATE if several_gangs else Colocation.BOTH)
+    if parallel.max_replicas is not None:
+        gpus = _gpus_to_grow_to(parallel, parallel.max_replicas, gpus, output)
     if gpus < _fewest_gpus(parallel) + 1:
-        return PoolSizes(*_diffusion_replicas(parallel, int(gpus)), 1, Colocation.BOTH)
-    # Each pair of text and decode takes one GPU out of every 32.
-    pairs = math.ceil(gpus / (_DIT_GPUS_PER_PAIR + 1))
-    return PoolSizes(*_diffusion_replicas(parallel, int(gpus - pairs)), pairs)
+        stage1, stage2 = _diffusion_replicas(parallel, int(gpus))
+        return PoolSizes(stage1, stage2, output.beside_one_gang(int(gpus)), Colocation.BOTH)
+    own = 1 if grows and parallel.max_replicas == 1 else output.own_gpus(gpus)
+    stage1, stage2 = _diffusion_replicas(parallel, int(gpus - own))
+    return PoolSizes(stage1, stage2, output.on_own_gpus(_dit_gpus(parallel, stage1, stage2), own))
+
+
+def _gpus_with_cpus(gpus: float, nodes: Sequence[Node], output: OutputSizing) -> float:
+    """Those of `gpus` GPUs that can be used, when each rank of the DiT and each other replica has a CPU."""
+    cpus = sum(node.cpus for node in nodes)
+    beside = output.fewest_cpus(gpus)
+    return gpus if cpus >= gpus + beside else max(1.0, cpus - beside)
+
+
+def _dit_gpus(parallel: ParallelConfig, stage1: int, stage2: int) -> int:
+    """GPUs that replicas of the DiT take."""
+    ranks1, ranks2 = parallel.ranks
+    if not stage2 and parallel.with_stage2:
+        return stage1 * (parallel.alternating_ranks or ranks1)
+    return stage1 * ranks1 + stage2 * ranks2
 
 
 def _replicas_without_gpus(parallel: ParallelConfig) -> tuple[int, int]:
@@ -196,13 +213,16 @@ def _replicas_without_gpus(parallel: ParallelConfig) -> tuple[int, int]:
     return _as_requested(parallel, *split)
 
 
-def _gpus_to_grow_to(parallel: ParallelConfig, replicas: int, gpus: float) -> float:
+def _gpus_to_grow_to(parallel: ParallelConfig, replicas: int, gpus: float, output: OutputSizing) -> float:
     """GPUs of a cluster that has grown to `replicas` replicas of the DiT, with those of text and decode."""
     ranks = parallel.ranks[0]
     if replicas == 1:
         # One more GPU is for text and decode. The only replica shares its own with them when that one is not free.
         return min(max(gpus, ranks), ranks + 1)
-    return replicas * ranks + math.ceil(replicas * ranks / _DIT_GPUS_PER_PAIR)
+    total = replicas * ranks + 1
+    while total - output.own_gpus(total) < replicas * ranks:
+        total += 1
+    return total
 
 
 def _fewest_gpus(parallel: ParallelConfig) -> int:
@@ -286,11 +306,16 @@ def _alternating_split(parallel: ParallelConfig, gpus: int) -> _Split | None:
 
 
 def lay_out(
-    parallel: ParallelConfig, gpus: float, engines: Mapping[str, EngineSpec], share_cards: bool = False
+    parallel: ParallelConfig,
+    gpus: float,
+    engines: Mapping[str, EngineSpec],
+    share_cards: bool = False,
+    nodes: Sequence[Node] = (),
+    roomy_cards: bool = True,
 ) -> list[PoolSpec]:
-    """The pools of a run. `engines` by kind: text, diffusion, decode. `share_cards` as in `choose_replicas`."""
-    sizes = choose_replicas(parallel, gpus, share_cards)
-    rank_gpus, single_rank_gpus = _GPU_SHARES[sizes.colocation] if gpus else (0.0, 0.0)
+    """The pools of a run. `engines` by kind: text, diffusion, decode. The other arguments as in `choose_replicas`."""
+    sizes = choose_replicas(parallel, gpus, share_cards, nodes, roomy_cards)
+    output = sizes.output
 
     def diffusion_pool(
         name: str, roles: tuple[Stage, ...], replicas: int, tp: int, ranks: int, alternates: bool = False
@@ -305,13 +330,11 @@ def lay_out(
             shared_card=sizes.colocation is not Colocation.NONE,
         )
         engine = replace(engines["diffusion"], layout=layout)
-        return PoolSpec(name, roles, replicas, ranks, engine, gpus_per_rank=rank_gpus)
-
-    def single_rank_pool(name: str, roles: tuple[Stage, ...]) -> PoolSpec:
-        return PoolSpec(name, roles, sizes.single_rank, 1, engines[name], gpus_per_rank=single_rank_gpus)
+        return PoolSpec(name, roles, replicas, ranks, engine, gpus_per_rank=output.rank_gpus)
 
     ranks1, ranks2 = parallel.ranks
-    pools = [single_rank_pool("text", (Stage.TEXT,))]
+    text, decode = output.text_pool(engines["text"]), output.decode_pool(engines["decode"])
+    pools = [text]
     if sizes.stage2 or not parallel.with_stage2:
         # A movable replica begins in the first of its roles.
         roles1 = (Stage.STAGE1, Stage.STAGE2) if parallel.movable else (Stage.STAGE1,)
@@ -323,24 +346,25 @@ def lay_out(
         ranks = parallel.alternating_ranks
         assert ranks is not None, parallel
         pools.append(diffusion_pool("diffusion", DIFFUSION_STAGES, sizes.stage1, parallel.tp, ranks, alternates=True))
-    pools.append(single_rank_pool("decode", OUTPUT_STAGES))
+    pools.append(decode)
     return pools
 
 
 def slots_needed(pools: list[PoolSpec]) -> Resources:
     """CPU and GPU slots that all gangs of `pools` take together."""
+    # A rank that asks for more than half a GPU needs one of its own, even where the fractions add up to fewer GPUs.
+    ranks = sum(p.replicas * p.ranks for p in pools if p.gpus_per_rank > 0.5)
+    parts = math.ceil(round(sum(p.replicas * p.gpus_per_rank for p in pools if p.gpus_per_rank <= 0.5), 6))
+    beside = all(p.gpus_per_rank < 1 for p in pools)
     return Resources(
         cpus=sum(p.replicas * p.ranks * p.cpus_per_rank for p in pools),
-        gpus=round(sum(p.replicas * p.ranks * p.gpus_per_rank for p in pools), 6),
+        gpus=float(ranks if beside else ranks + parts),
     )
 
 
 def check_schedulable(pools: list[PoolSpec], free: Resources) -> None:
     """Raise ValueError naming what is needed and what is free when the pools do not fit."""
     needed = slots_needed(pools)
-    # Ranks that ask for more than half a GPU need one each, even where the fractions add up to fewer GPUs.
-    undivided = sum(pool.replicas * pool.ranks for pool in pools if pool.gpus_per_rank > 0.5)
-    needed = replace(needed, gpus=max(needed.gpus, float(undivided)))
     short = [
         f"{what}: {need:g} needed, {have:g} free"
         for what, need, have in (("CPU slots", needed.cpus, free.cpus), ("GPUs", needed.gpus, free.gpus))

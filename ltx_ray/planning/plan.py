@@ -262,6 +262,10 @@ class Plan:
         self.manifest_rows = manifest.row_count
         return manifest.rows(extra)
 
+    def selected_raws(self, raws: Iterator[RawRow]) -> Iterator[RawRow]:
+        """Those of `raws` that the shard and the limit take; ids select none of them out."""
+        return itertools.islice(itertools.islice(raws, *self._shard()), self.selection.limit)
+
     def rows(self, raws: Iterator[RawRow]) -> Iterator[PlanEntry]:
         """The selected ones of `raws` with their samples, judged, counted and with a status."""
         taken = 0

@@ -7,6 +7,7 @@ for are ready, so that the driver's single loop can start many gangs at once.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -47,6 +48,7 @@ class GangState(StrEnum):
 
     PLACING = "placing"
     RENDEZVOUS = "rendezvous"
+    WAITING = "waiting"
     LOADING = "loading"
     READY = "ready"
     DEAD = "dead"
@@ -55,7 +57,7 @@ class GangState(StrEnum):
 class GangLost(Exception):
     """The gang can serve no more calls: a rank died, failed to start, or disagreed with the others.
 
-    `idle`: it had died before the call under way began; `node_lost`: its node is gone.
+    `idle`: it had died before the calls under way began; `node_lost`: its node is gone.
     """
 
     def __init__(self, reason: str, idle: bool = False, node_lost: bool = False):
@@ -78,6 +80,8 @@ class Call:
     stage: Stage
     item: WorkItem
     inputs: list[Any]
+    #: Seconds that it may take.
+    timeout: float = math.inf
     reports: list[ray.ObjectRef] = field(default_factory=list)
     payload: ray.ObjectRef | None = None
     started: float = field(default_factory=time.time)
@@ -98,9 +102,12 @@ class Gang:
         self.state = GangState.PLACING
         self.created = time.time()
         self.ranks: list[RankInfo] = []
-        self.call: Call | None = None
+        #: Under way, the oldest first.
+        self.calls: list[Call] = []
         self._pings: list[ray.ObjectRef] = []
         self._answered = self._pinged = self._placed = 0.0
+        #: When it began to load.
+        self.load_began = 0.0
         bundle = {"CPU": pool.cpus_per_rank}
         if pool.gpus_per_rank:
             bundle["GPU"] = pool.gpus_per_rank
@@ -110,15 +117,15 @@ class Gang:
         #: What each rank reports about its process, then a free port on the node of rank 0.
         self._described: list[ray.ObjectRef] = []
         self._started: list[ray.ObjectRef] = []
+        self._port = 0
         self._pending: list[ray.ObjectRef] = [self._group.ready()]
 
     def waits_for(self) -> list[ray.ObjectRef]:
         """The references whose readiness takes this gang on."""
         if self.state is not GangState.READY:
             return self._pending
-        if self.call is not None and self.call.reports:
-            return [ref for rank, ref in enumerate(self.call.reports) if rank not in self.call.done]
-        return self._pings
+        running = [ref for call in self.calls for rank, ref in enumerate(call.reports) if rank not in call.done]
+        return running + self._pings
 
     def advance(self, ready: set[ray.ObjectRef]) -> bool:
         """Take the next step of the start if everything it waits for is in `ready`; True when that makes it ready.
@@ -137,14 +144,14 @@ class Gang:
             if self.state is GangState.PLACING:
                 self._spawn()
             elif self.state is GangState.RENDEZVOUS:
-                self._load()
+                self._describe()
             elif self.state is GangState.LOADING:
                 self.state = GangState.READY
                 # Loading ended a while before this call, so the gang's first call is preceded by a ping, too.
                 self._answered = time.time() - _FRESH_SECONDS
                 return True
         except ray.exceptions.RayError as error:
-            raise GangLost(f"{self.state}: {first_line(error)}") from error
+            raise GangLost(f"{self.state}: {first_line(error)}", node_lost=_NODE_LOST in str(error)) from error
         return False
 
     def _spawn(self) -> None:
@@ -159,6 +166,7 @@ class Gang:
                 num_cpus=pool.cpus_per_rank,
                 num_gpus=pool.gpus_per_rank,
                 max_restarts=0,
+                max_concurrency=pool.calls_at_once,
                 runtime_env={"env_vars": environment},
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank),
             ).remote()
@@ -169,11 +177,17 @@ class Gang:
         self._pending = list(self._described)
         self.state = GangState.RENDEZVOUS
 
-    def _load(self) -> None:
-        *processes, port = ray.get(self._described)
+    def _describe(self) -> None:
+        *processes, self._port = ray.get(self._described)
         self.ranks = [RankInfo(rank, p.pid, p.node, p.address, p.gpus) for rank, p in enumerate(processes)]
+        self.state = GangState.WAITING
+
+    def load(self) -> None:
+        """Have the ranks meet and load the model. For a gang that waits for it."""
+        assert self.state is GangState.WAITING
+        self.load_began = self._placed = time.time()
         world = len(self._actors)
-        rendezvous = Rendezvous(self.ranks[0].address, port) if world > 1 else None
+        rendezvous = Rendezvous(self.ranks[0].address, self._port) if world > 1 else None
         self._started = [
             a.start.remote(self.pool.engine, rank, world, rendezvous, _RENDEZVOUS_SECONDS)
             for rank, a in enumerate(self._actors)
@@ -193,18 +207,19 @@ class Gang:
         if (error := report.error) is not None:
             raise GangLost(f"{self.ranks[rank]}: {error.type}: {error.message}\n{error.traceback}")
 
-    def submit(self, stage: Stage, item: WorkItem, inputs: list[Any]) -> None:
-        """Start `stage` of `item` on all ranks. `inputs` are references to earlier payloads."""
-        assert self.state is GangState.READY and self.call is None
-        self.call = Call(stage, item, inputs)
-        if time.time() - self._answered > _FRESH_SECONDS:
-            self._ping()
+    def submit(self, stage: Stage, item: WorkItem, inputs: list[Any], timeout: float) -> None:
+        """Start `stage` of `item` on all ranks, for `timeout` seconds. `inputs` are references to earlier payloads."""
+        assert self.state is GangState.READY and len(self.calls) < self.pool.calls_at_once
+        alive = any(call.reports for call in self.calls) or time.time() - self._answered <= _FRESH_SECONDS
+        self.calls.append(call := Call(stage, item, inputs, timeout))
+        if alive:
+            self._run(call)
         else:
-            self._run(self.call)
+            self._ping()
 
     def probe(self, now: float) -> None:
         """Ping a gang that has been idle for a while, so that a dead one does not occupy its place for hours."""
-        if self.state is GangState.READY and self.call is None and now - self._answered > _PING_AFTER_SECONDS:
+        if self.state is GangState.READY and not self.calls and now - self._answered > _PING_AFTER_SECONDS:
             self._ping()
 
     def silent(self, now: float) -> bool:
@@ -222,10 +237,12 @@ class Gang:
         call.inputs, call.started = [], time.time()
 
     def pinged(self, ready: set[ray.ObjectRef]) -> None:
-        """Take in answers to the pings; when every rank has answered, the call that waits for them begins.
+        """Take in answers to the pings, if there are any; when every rank has answered, calls that wait for them begin.
 
         Raises GangLost when a rank is dead.
         """
+        if not self._pings:
+            return
         for ref in self._pings:
             if ref in ready:
                 try:
@@ -235,17 +252,16 @@ class Gang:
         self._pings = [ref for ref in self._pings if ref not in ready]
         if not self._pings:
             self._answered = time.time()
-            if self.call is not None:
-                self._run(self.call)
+            for call in self.calls:
+                if not call.reports:
+                    self._run(call)
 
-    def collect(self, ready: set[ray.ObjectRef]) -> list[CallReport] | None:
-        """The reports of the call under way once every rank has answered, else None.
+    def collect(self, call: Call, ready: set[ray.ObjectRef]) -> list[CallReport] | None:
+        """The reports of a call once every rank has answered, else None.
 
         Raises GangLost when a rank died, or when some ranks failed and others did not; InputsMissing when a rank
         could not get the inputs.
         """
-        call = self.call
-        assert call is not None
         for rank, ref in enumerate(call.reports):
             if rank not in call.done and ref in ready:
                 try:
@@ -266,33 +282,36 @@ class Gang:
             raise GangLost(
                 f"the ranks disagreed during {call.stage}: {self.ranks[rank]}: {failure.type}: {failure.message}"
             )
-        self.call = None
+        self.calls.remove(call)
         self._answered = time.time()
         return reports
 
-    def overdue(self, now: float, start_timeout: float, call_timeout: float) -> str | None:
-        """Why the start or the call under way should be given up, or None. `now` as of `time.time`.
+    def overdue(self, now: float, start_timeout: float) -> str | None:
+        """Why the start or a call under way should be given up, or None. `now` as of `time.time`.
 
-        A gang may wait for a place without a limit, because that depends on the cluster alone.
+        A gang may wait for a place without a limit, because that depends on the cluster alone. Its time to start begins
+        with its turn to load.
         """
         if self.state is not GangState.READY:
-            slow = self.state is not GangState.PLACING and now - self._placed > start_timeout
+            slow = self.state not in (GangState.PLACING, GangState.WAITING) and now - self._placed > start_timeout
             return f"not ready after {start_timeout:g} s ({self.state})" if slow else None
-        call = self.call
-        if call is None or not call.reports:
-            return None
-        if call.failed_at is not None and now - call.failed_at > _LONE_FAILURE_SECONDS:
-            # The other ranks wait for the failed one in a collective, and would wait forever.
-            rank, failure = call.first_failure()
-            return f"{self.ranks[rank]} failed alone during {call.stage}: {failure.type}: {failure.message}"
-        if now - call.started > call_timeout:
-            return f"{call.stage} took longer than {call_timeout:g} s"
+        for call in self.calls:
+            if not call.reports:
+                continue
+            if call.failed_at is not None and now - call.failed_at > _LONE_FAILURE_SECONDS:
+                # The other ranks wait for the failed one in a collective, and would wait forever.
+                rank, failure = call.first_failure()
+                return f"{self.ranks[rank]} failed alone during {call.stage}: {failure.type}: {failure.message}"
+            if now - call.started > call.timeout:
+                return f"{call.stage} took longer than {call.timeout:g} s"
         return None
 
-    def kill(self) -> None:
-        """End all ranks and give the placement group back."""
+    def kill(self, release: bool = True) -> None:
+        """End all ranks, and give the placement group back, unless it is still to keep others off its cards."""
         self.state = GangState.DEAD
         self._pending = []
         for actor in self._actors:
             ray.kill(actor, no_restart=True)
-        remove_placement_group(self._group)
+        self._actors = []
+        if release:
+            remove_placement_group(self._group)

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 
 from ltx_ray.config import PoolSpec
 
-#: Replicas of a pool that may be starting at once while fewer are ready.
-_STARTING_AT_ONCE = 16
+#: Nodes on which starts have to fail before a pool without a replica is given up, where there are as many.
+_FAILED_NODES = 3
+#: Or this many times the failures that would be enough on several nodes.
+_MANY_TIMES = 4
 
 
 class StartFailed(Exception):
@@ -28,8 +30,9 @@ class Pool:
     max_failures: int
     #: By name, whether the replica is ready.
     replicas: dict[str, bool] = field(default_factory=dict)
-    #: Starts that have failed since one succeeded.
+    #: Starts that have failed since one succeeded, and the nodes where they have.
     failed_starts: int = 0
+    failed_nodes: set[str] = field(default_factory=set)
     #: Replicas that broke since a call last succeeded.
     broken: int = 0
     #: Replicas that died before their first call had reached them, since a call last succeeded.
@@ -41,16 +44,9 @@ class Pool:
         return sum(self.replicas.values())
 
     def missing(self, at_most: int | None = None) -> list[str]:
-        """Names of the replicas to start now, for as many as there should be, or for `at_most`.
-
-        A large pool grows as its replicas become ready, so that only a few wait for places that the cluster may lack.
-        """
+        """Names of the replicas to start now, for as many as there should be, or for `at_most`."""
         target = self.spec.replicas if at_most is None else min(at_most, self.spec.replicas)
-        if len(self.replicas) >= target:
-            return []
-        starting = len(self.replicas) - self.ready
-        count = min(target - len(self.replicas), max(_STARTING_AT_ONCE, self.ready) - starting)
-        names = [f"{self.spec.name}-{next(self._numbers)}" for _ in range(count)]
+        names = [f"{self.spec.name}-{next(self._numbers)}" for _ in range(target - len(self.replicas))]
         self.replicas.update(dict.fromkeys(names, False))
         return names
 
@@ -58,16 +54,21 @@ class Pool:
         """A replica is ready."""
         self.replicas[name] = True
         self.failed_starts = 0
+        self.failed_nodes.clear()
 
-    def lost(self, name: str, served: bool, reason: str) -> None:
-        """A replica is gone. Raises StartFailed when starts keep failing."""
-        del self.replicas[name]
-        if not served:
-            self.failed_starts += 1
-            if self.failed_starts >= self.max_failures:
-                raise StartFailed(
-                    f"pool {self.spec.name}: {self.failed_starts} gangs failed to start; the last: {reason}"
-                )
+    def start_failed(self, reason: str, node: str, nodes: int) -> None:
+        """A replica could not start on `node`, one of the cluster's `nodes`.
+
+        Raises StartFailed when starts keep failing, on several nodes if there are several, and none is ready.
+        """
+        self.failed_starts += 1
+        self.failed_nodes.add(node)
+        if self.ready or self.failed_starts < self.max_failures:
+            return
+        # A cluster may have nodes on which there is no place for this pool.
+        hopeless = self.failed_starts >= _MANY_TIMES * self.max_failures
+        if len(self.failed_nodes) >= min(_FAILED_NODES, nodes) or hopeless:
+            raise StartFailed(f"pool {self.spec.name}: {self.failed_starts} gangs failed to start; the last: {reason}")
 
     def broke(self, reason: str) -> None:
         """A replica broke in a call. Raises StartFailed when replicas keep breaking and no call succeeds."""

@@ -6,7 +6,7 @@ A ReplicaSet holds the gangs of a run: on a Ray cluster (`ray_replicas.RayReplic
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -53,6 +53,7 @@ class CallFinished:
     """A call ended the same way on all ranks. `report` is that of rank 0, `payload` a handle of its result."""
 
     replica: str
+    item_id: str
     report: CallReport
     payload: Any
     #: Rank 0 with its node and device, for messages.
@@ -73,6 +74,12 @@ class ReplicaLost:
     idle: bool = False
     #: Whether its node is gone, for which the item is seldom to blame.
     node_lost: bool = False
+    #: The item whose call has broken it, where that is known. Items of other calls are not to blame.
+    item_id: str | None = None
+    #: Where its ranks ran, as far as that is known.
+    ranks: Sequence[RankInfo] = ()
+    #: Whether its place is held until `ReplicaSet.release` is called.
+    held: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,7 @@ class InputsLost:
     """The results of earlier stages that a call needs are gone; the replica is alive."""
 
     replica: str
+    item_id: str
     reason: str
 
 
@@ -92,8 +100,8 @@ class ReplicaSet(Protocol):
     def start(self, name: str, spec: PoolSpec) -> None:
         """Begin to start a replica; ReplicaStarted or ReplicaLost reports how that ended."""
 
-    def submit(self, replica: str, stage: Stage, item: WorkItem, inputs: list[Any]) -> None:
-        """Start `stage` of `item`; `inputs` are payloads of earlier calls."""
+    def submit(self, replica: str, stage: Stage, item: WorkItem, inputs: list[Any], timeout: float) -> None:
+        """Start `stage` of `item`, which may take `timeout` seconds; `inputs` are payloads of earlier calls."""
 
     def wait(self, timeout: float) -> list[ReplicaEvent]:
         """The events since the last call; waits up to `timeout` seconds for the first."""
@@ -101,8 +109,20 @@ class ReplicaSet(Protocol):
     def placing(self) -> Mapping[str, float]:
         """The replicas that have no place in the cluster yet, with the seconds that each has waited for one."""
 
+    def leaving(self) -> Collection[str]:
+        """The replicas on nodes that are about to leave the cluster."""
+
+    def gpu_seconds(self) -> float:
+        """How long GPUs have been reserved, those of replicas that could not start included."""
+
+    def node_count(self) -> int:
+        """How many nodes the cluster has."""
+
     def kill(self, replica: str) -> None:
         """End a replica and give its place back."""
+
+    def release(self, replica: str) -> None:
+        """Give back the place of a replica that has failed to start (`ReplicaLost.held`)."""
 
     def result(self, payload: Any) -> Any:
         """The value behind a payload's handle."""

@@ -7,35 +7,50 @@ reports are read.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import ray
 
 from ltx_ray.config import PoolSpec
-from ltx_ray.pools.gang import Gang, GangLost, GangState, InputsMissing
+from ltx_ray.pools.card_time import CardTime
+from ltx_ray.pools.gang import Call, Gang, GangLost, GangState, InputsMissing
+from ltx_ray.pools.load_limit import LoadLimit
 from ltx_ray.pools.protocol import CallFinished, InputsLost, ReplicaEvent, ReplicaLost, ReplicaStarted
 from ltx_ray.records import WorkItem
 from ltx_ray.stages import Stage
 
+#: Seconds between two looks at which nodes drain.
+_DRAIN_PERIOD = 2.0
+
 
 class RayReplicaSet:
-    """`start_timeout`: seconds from a gang's placement until it is ready; `call_timeout`: seconds of one call."""
+    """`start_timeout`: seconds from the time when a gang may load until it is ready."""
 
-    def __init__(self, start_timeout: float, call_timeout: float):
-        self._start_timeout, self._call_timeout = start_timeout, call_timeout
+    def __init__(self, start_timeout: float):
+        self._start_timeout = start_timeout
+        self._card_time = CardTime()
+        #: Ids of the nodes that drain, and when that was asked for last.
+        self._draining: frozenset[str] = frozenset()
+        self._looked_for_drains = 0.0
         self._gangs: dict[str, Gang] = {}
+        #: Dead ones whose places are held.
+        self._held: dict[str, Gang] = {}
+        self._load_limit = LoadLimit()
 
     def start(self, name: str, spec: PoolSpec) -> None:
         self._gangs[name] = Gang(name, spec)
 
-    def submit(self, replica: str, stage: Stage, item: WorkItem, inputs: list[Any]) -> None:
-        self._gangs[replica].submit(stage, item, inputs)
+    def submit(self, replica: str, stage: Stage, item: WorkItem, inputs: list[Any], timeout: float) -> None:
+        self._gangs[replica].submit(stage, item, inputs, timeout)
 
     def wait(self, timeout: float) -> list[ReplicaEvent]:
         now = time.time()
         for gang in self._gangs.values():
             gang.probe(now)
+            if gang.state is GangState.WAITING and self._load_limit.open:
+                self._load_limit.begin()
+                gang.load()
         waiting = {ref: gang for gang in self._gangs.values() for ref in gang.waits_for()}
         if not waiting:
             time.sleep(timeout)
@@ -50,7 +65,7 @@ class RayReplicaSet:
             events += self._advance(gang, arrived)
         now = time.time()
         for gang in list(self._gangs.values()):
-            if (reason := gang.overdue(now, self._start_timeout, self._call_timeout)) is not None:
+            if (reason := gang.overdue(now, self._start_timeout)) is not None:
                 events.append(self._lose(gang, reason))
             elif gang.silent(now):
                 events.append(self._lose(gang, "a rank does not answer", idle=True))
@@ -58,40 +73,80 @@ class RayReplicaSet:
 
     def _advance(self, gang: Gang, arrived: set[ray.ObjectRef]) -> list[ReplicaEvent]:
         """Take a gang on by the references that have arrived."""
+        events: list[ReplicaEvent] = []
         try:
             if gang.state is not GangState.READY:
-                ready = gang.advance(arrived)
-                return [ReplicaStarted(gang.name, gang.ranks, time.time() - gang.created)] if ready else []
-            call = gang.call
-            if call is None or not call.reports:
-                gang.pinged(arrived)
-                return []
-            reports = gang.collect(arrived)
-            if reports is None:
-                return []
-            return [CallFinished(gang.name, reports[0], call.payload, str(gang.ranks[0]))]
+                if not gang.advance(arrived):
+                    if gang.state is GangState.WAITING:
+                        self._card_time.hold(gang.name, gang.ranks, time.time())
+                    return []
+                self._load_limit.end(time.time() - gang.load_began)
+                return [ReplicaStarted(gang.name, gang.ranks, time.time() - gang.created)]
+            gang.pinged(arrived)
+            for call in [call for call in gang.calls if call.reports]:
+                events += self._collect(gang, call, arrived)
         except GangLost as lost:
-            return [self._lose(gang, str(lost), idle=lost.idle, node_lost=lost.node_lost)]
+            events.append(self._lose(gang, str(lost), idle=lost.idle, node_lost=lost.node_lost))
+        return events
+
+    def _collect(self, gang: Gang, call: Call, arrived: set[ray.ObjectRef]) -> list[ReplicaEvent]:
+        """What became of a call, if it has ended. Raises GangLost."""
+        try:
+            reports = gang.collect(call, arrived)
         except InputsMissing as lost:
             if len(gang.ranks) > 1:
                 # The other ranks have begun the call and wait for this one in a collective.
                 return [self._lose(gang, str(lost), inputs_lost=True)]
-            gang.call = None
-            return [InputsLost(gang.name, str(lost))]
+            gang.calls.remove(call)
+            return [InputsLost(gang.name, call.item.item_id, str(lost))]
+        if reports is None:
+            return []
+        return [CallFinished(gang.name, call.item.item_id, reports[0], call.payload, str(gang.ranks[0]))]
 
     def _lose(
         self, gang: Gang, reason: str, inputs_lost: bool = False, idle: bool = False, node_lost: bool = False
     ) -> ReplicaLost:
         served = gang.state is GangState.READY
-        self.kill(gang.name)
-        return ReplicaLost(gang.name, reason, served, inputs_lost, idle, node_lost)
+        # Only a card that has failed is kept from others.
+        held = not served and not node_lost and bool(gang.ranks) and gang.pool.gpus_per_rank > 0
+        self._end(gang.name, release=not held)
+        if held:
+            self._held[gang.name] = gang
+        return ReplicaLost(gang.name, reason, served, inputs_lost, idle, node_lost, ranks=gang.ranks, held=held)
 
     def placing(self) -> Mapping[str, float]:
         now = time.time()
         return {name: now - gang.created for name, gang in self._gangs.items() if gang.state is GangState.PLACING}
 
+    def node_count(self) -> int:
+        return sum(node["Alive"] for node in ray.nodes())
+
     def kill(self, replica: str) -> None:
-        self._gangs.pop(replica).kill()
+        self._end(replica)
+
+    def _end(self, replica: str, release: bool = True) -> None:
+        gang = self._gangs.pop(replica)
+        if gang.state is GangState.LOADING:
+            self._load_limit.end(None)
+        gang.kill(release)
+        if release:
+            self._card_time.free(replica, time.time())
+
+    def release(self, replica: str) -> None:
+        self._held.pop(replica).kill()
+        self._card_time.free(replica, time.time())
+
+    def leaving(self) -> Collection[str]:
+        now = time.time()
+        if now - self._looked_for_drains > _DRAIN_PERIOD:
+            self._looked_for_drains = now
+            self._draining = frozenset(ray._private.state.state.get_draining_nodes())
+        if not self._draining:
+            return ()
+        return [g.name for g in self._gangs.values() if any(rank.node in self._draining for rank in g.ranks)]
+
+    def gpu_seconds(self) -> float:
+        return self._card_time.seconds(time.time())
 
     def result(self, payload: Any) -> Any:
         return ray.get(payload)
@@ -99,3 +154,5 @@ class RayReplicaSet:
     def close(self) -> None:
         for name in list(self._gangs):
             self.kill(name)
+        for name in list(self._held):
+            self.release(name)

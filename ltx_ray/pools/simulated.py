@@ -11,11 +11,12 @@ import heapq
 import itertools
 import random
 import traceback
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from ltx_ray.config import PoolSpec, RunLimits
+from ltx_ray.config import PoolSpec
+from ltx_ray.pools.card_time import CardTime
 from ltx_ray.pools.protocol import CallFinished, InputsLost, RankInfo, ReplicaEvent, ReplicaLost, ReplicaStarted
 from ltx_ray.records import CallError, CallReport, ErrorKind, RenderError, WorkItem
 from ltx_ray.stages import TRAITS, Stage
@@ -58,27 +59,19 @@ class _Payload:
 
 
 @dataclass
-class _Call:
-    stage: Stage
-    item: WorkItem
-    inputs: list[Any]
-
-
-@dataclass
 class _Replica:
     spec: PoolSpec
     node: int
     ready: bool = False
     dead: bool = False
-    call: _Call | None = None
     merged_stage: Stage | None = None
-    #: Calls so far; an event of an older call is ignored.
-    calls: int = 0
+    #: Calls under way, by their numbers. An event of another call is ignored.
+    calls: dict[int, tuple[Stage, WorkItem]] = field(default_factory=dict)
 
 
 @dataclass
 class SimulatedReplicaSet:
-    """`start_seconds`, `switch_seconds`, `call_timeout` in virtual seconds; `now` is the virtual time."""
+    """`start_seconds`, `switch_seconds` in virtual seconds; `now` is the virtual time."""
 
     times: Times
     make: Make
@@ -87,7 +80,6 @@ class SimulatedReplicaSet:
     nodes: int = 8
     start_seconds: float = 40.0
     switch_seconds: float = 1.5
-    call_timeout: float = RunLimits.call_timeout
     now: float = 0.0
 
     def __post_init__(self) -> None:
@@ -97,6 +89,7 @@ class SimulatedReplicaSet:
         self._replicas: dict[str, _Replica] = {}
         self._lives = [0] * self.nodes
         self._idle_waits = 0
+        self._card_time = CardTime()
         if self.faults.node_seconds:
             self._schedule_node_loss()
 
@@ -107,12 +100,11 @@ class SimulatedReplicaSet:
         fails = self._random.random() < self.faults.no_start
         self._after(self.start_seconds, lambda: self._started(name, replica, fails))
 
-    def submit(self, replica: str, stage: Stage, item: WorkItem, inputs: list[Any]) -> None:
+    def submit(self, replica: str, stage: Stage, item: WorkItem, inputs: list[Any], timeout: float) -> None:
         state = self._replicas[replica]
-        assert state.ready and state.call is None, f"{replica} is busy"
-        state.call = _Call(stage, item, inputs)
-        state.calls += 1
-        number = state.calls
+        assert state.ready and len(state.calls) < state.spec.calls_at_once, f"{replica} is busy"
+        number = next(self._numbers)
+        state.calls[number] = stage, item
         if state.dead:
             self._after(0.0, lambda: self._gone(replica, number, "its node was lost", idle=True))
             return
@@ -123,10 +115,10 @@ class SimulatedReplicaSet:
         switch = self._switch(state, stage)
         fault = self.fault(stage, item)
         if fault is None:
-            self._after(seconds + switch, lambda: self._succeeds(replica, number, seconds, switch))
+            self._after(seconds + switch, lambda: self._succeeds(replica, number, inputs, seconds, switch))
         elif fault == "hang":
-            reason = f"{stage} took longer than {self.call_timeout:g} s"
-            self._after(self.call_timeout, lambda: self._gone(replica, number, reason))
+            reason = f"{stage} took longer than {timeout:g} s"
+            self._after(timeout, lambda: self._gone(replica, number, reason))
         elif fault == "crash":
             after = seconds * self._random.random()
             self._after(after, lambda: self._gone(replica, number, "rank 0 died"))
@@ -166,14 +158,31 @@ class SimulatedReplicaSet:
     def placing(self) -> Mapping[str, float]:
         return {}
 
+    def leaving(self) -> Collection[str]:
+        return ()
+
+    def gpu_seconds(self) -> float:
+        return self._card_time.seconds(self.now)
+
+    def node_count(self) -> int:
+        return self.nodes
+
     def kill(self, replica: str) -> None:
-        del self._replicas[replica]
+        self._remove(replica)
+
+    def release(self, replica: str) -> None:
+        raise AssertionError("no place is ever held")
 
     def result(self, payload: Any) -> Any:
         return payload.value
 
     def close(self) -> None:
-        self._replicas.clear()
+        for name in list(self._replicas):
+            self._remove(name)
+
+    def _remove(self, name: str) -> None:
+        del self._replicas[name]
+        self._card_time.free(name, self.now)
 
     @property
     def alive(self) -> int:
@@ -189,20 +198,23 @@ class SimulatedReplicaSet:
         if self._replicas.get(name) is not replica:
             return []
         if fails or replica.dead:
-            del self._replicas[name]
-            return [ReplicaLost(name, "it did not start", served=False)]
+            self._remove(name)
+            return [ReplicaLost(name, "it did not start", served=False, node_lost=replica.dead)]
         replica.ready = True
+        # Each rank has a card of its own.
+        cards = range(replica.spec.ranks if replica.spec.gpus_per_rank else 0)
+        self._card_time.hold(name, [RankInfo(n, node=name, gpus=str(n)) for n in cards], self.now - self.start_seconds)
         return [ReplicaStarted(name, [RankInfo(0, node=str(replica.node))], self.start_seconds)]
 
     def _in_call(self, name: str, number: int) -> _Replica | None:
         """The replica, if it is still in its call of this number."""
         replica = self._replicas.get(name)
-        return replica if replica is not None and replica.call is not None and replica.calls == number else None
+        return replica if replica is not None and number in replica.calls else None
 
     def _gone(self, name: str, number: int, reason: str, idle: bool = False) -> list[ReplicaEvent]:
         if self._in_call(name, number) is None:
             return []
-        del self._replicas[name]
+        self._remove(name)
         return [ReplicaLost(name, reason, served=True, idle=idle)]
 
     def _inputs_gone(self, name: str, number: int) -> list[ReplicaEvent]:
@@ -210,31 +222,31 @@ class SimulatedReplicaSet:
         if replica is None:
             return []
         if replica.spec.ranks > 1:
-            del self._replicas[name]
+            self._remove(name)
             return [ReplicaLost(name, "rank 0 has no inputs", served=True, inputs_lost=True)]
-        replica.call = None
-        return [InputsLost(name, "rank 0 has no inputs")]
+        _, item = replica.calls.pop(number)
+        return [InputsLost(name, item.item_id, "rank 0 has no inputs")]
 
     def _fails(self, name: str, number: int, seconds: float, error: CallError) -> list[ReplicaEvent]:
         replica = self._in_call(name, number)
         if replica is None:
             return []
-        replica.call = None
-        return [CallFinished(name, CallReport(seconds, self.now, error=error), None)]
+        _, item = replica.calls.pop(number)
+        return [CallFinished(name, item.item_id, CallReport(seconds, self.now, error=error), None)]
 
-    def _succeeds(self, name: str, number: int, seconds: float, switch: float) -> list[ReplicaEvent]:
+    def _succeeds(self, name: str, number: int, inputs: list[Any], seconds: float, switch: float) -> list[ReplicaEvent]:
         replica = self._in_call(name, number)
-        if replica is None or replica.call is None:
+        if replica is None:
             return []
-        call = replica.call
+        stage, item = replica.calls[number]
         try:
-            value = self.make(call.stage, call.item, *(p.value for p in call.inputs))
+            value = self.make(stage, item, *(p.value for p in inputs))
         except Exception as error:
             return self._fails(name, number, seconds, _call_error(error))
-        replica.call = None
+        del replica.calls[number]
         payload = _Payload(value, replica.node, self._lives[replica.node])
         report = CallReport(seconds + switch, self.now - seconds - switch, switch, int(switch > 0), nbytes=1)
-        return [CallFinished(name, report, payload)]
+        return [CallFinished(name, item.item_id, report, payload)]
 
     def _schedule_node_loss(self) -> None:
         self._after(self._random.expovariate(1 / self.faults.node_seconds), self._node_lost)
@@ -248,8 +260,8 @@ class SimulatedReplicaSet:
             if replica.node != node:
                 continue
             replica.dead = True
-            if replica.call is not None:
-                del self._replicas[name]
+            if replica.calls:
+                self._remove(name)
                 events.append(ReplicaLost(name, "its node was lost", served=True, node_lost=True))
         self._schedule_node_loss()
         return events

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import random
 import tempfile
 import time
@@ -18,10 +17,12 @@ from ltx_ray.dataset.parts import key_bytes
 from ltx_ray.dataset.row_log import RowLog
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.driver.events import EventLog
-from ltx_ray.driver.loop import Driver, JoinedCluster
+from ltx_ray.driver.joined_cluster import JoinedCluster
+from ltx_ray.driver.loop import Driver
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
 from ltx_ray.driver.tracker import RowTracker
+from ltx_ray.placement.output_pools import needed
 from ltx_ray.planning.plan import Plan, PlanEntry
 from ltx_ray.pools.protocol import CallFinished, ReplicaEvent, ReplicaLost, ReplicaStarted
 from ltx_ray.pools.simulated import Faults, SimulatedReplicaSet
@@ -44,9 +45,9 @@ class WatchedReplicas(SimulatedReplicaSet):
         self._began: dict[str, float] = {}
         return self
 
-    def submit(self, replica: str, stage: Stage, item: WorkItem, inputs: list[Any]) -> None:
+    def submit(self, replica: str, stage: Stage, item: WorkItem, inputs: list[Any], timeout: float) -> None:
         self._began[replica] = self.now
-        super().submit(replica, stage, item, inputs)
+        super().submit(replica, stage, item, inputs, timeout)
 
     def wait(self, timeout: float) -> list[ReplicaEvent]:
         events = super().wait(timeout)
@@ -97,12 +98,12 @@ class _KeyWriter(DatasetWriter):
 
 def lay_out(replicas: int, split: tuple[int, int] | None) -> list[PoolSpec]:
     """Pools with `replicas` diffusion replicas: fixed as `split` (stage 1, stage 2) says, or free to switch stages."""
-    others = max(1, math.ceil(replicas / 31))  # as `ltx_ray.placement.sizing` shares out the cards
+    text, decode = (needed(stage, replicas, with_stage2=True) for stage in (Stage.TEXT, Stage.DECODE))
     stage1, stage2 = split or (replicas - round(replicas * 17 / 63), round(replicas * 17 / 63))
     roles1, roles2 = ((Stage.STAGE1,), (Stage.STAGE2,)) if split else (DIFFUSION_STAGES, DIFFUSION_STAGES[::-1])
     pools: list[tuple[str, tuple[Stage, ...], int]] = [
-        ("text", (Stage.TEXT,), others), ("stage1", roles1, stage1), ("stage2", roles2, stage2),
-        ("decode", OUTPUT_STAGES, others),
+        ("text", (Stage.TEXT,), text), ("stage1", roles1, stage1), ("stage2", roles2, stage2),
+        ("decode", OUTPUT_STAGES, decode),
     ]  # fmt: skip
     return [PoolSpec(name, serves, count, 1, _SPEC) for name, serves, count in pools if count]
 

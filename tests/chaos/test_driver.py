@@ -22,10 +22,10 @@ def test_a_gradual_drain_ends_when_the_decode_pool_is_gone(tmp_path):
     """--max-failed-fraction and --max-gpu-hours drain like this: nothing is killed, and no gang is started again."""
 
     class Watched(WatchedReplicas):
-        def submit(self, replica, stage, item, inputs):
+        def submit(self, replica, stage, item, inputs, timeout):
             if stage == "decode":
                 self.driver._drain("enough")
-            super().submit(replica, stage, item, inputs)
+            super().submit(replica, stage, item, inputs, timeout)
 
         def fault(self, stage, item):
             return "crash" if stage == "decode" and self.driver.policy.draining else super().fault(stage, item)
@@ -38,9 +38,9 @@ def test_the_preflight_goes_first(tmp_path):
     order = []
 
     class Watched(WatchedReplicas):
-        def submit(self, replica, stage, item, inputs):
+        def submit(self, replica, stage, item, inputs, timeout):
             order.append((stage, item.preflight))
-            super().submit(replica, stage, item, inputs)
+            super().submit(replica, stage, item, inputs, timeout)
 
     driver, _ = run(tmp_path, rows(8), Watched, preflight={"prompt": "preflight"}, the_pools=pools(4))
     driver.run(driver.tracker.plan.open())
@@ -126,10 +126,10 @@ def test_clips_that_are_finished_are_indexed_when_a_pool_gives_up(tmp_path):
             super().submit(lambda: (time.sleep(0.3), write()), then)
 
     class Watched(WatchedReplicas):
-        def submit(self, replica, stage, item, inputs):
+        def submit(self, replica, stage, item, inputs, timeout):
             if item.request.id == "r5" and stage == "text":
                 raise StartFailed("gave up")
-            super().submit(replica, stage, item, inputs)
+            super().submit(replica, stage, item, inputs, timeout)
 
     driver, store = run(tmp_path, rows(9), Watched, publisher=Slow, queue_depth=1)
     with pytest.raises(StartFailed):
@@ -144,11 +144,11 @@ def test_latents_that_were_lost_are_not_saved(tmp_path):
     called = []
 
     class Watched(WatchedReplicas):
-        def submit(self, replica, stage, item, inputs):
+        def submit(self, replica, stage, item, inputs, timeout):
             called.append((stage, len(inputs)))
             if stage == "decode":
                 inputs = [replace(payload, life=-1) for payload in inputs]  # as if their node had been lost
-            super().submit(replica, stage, item, inputs)
+            super().submit(replica, stage, item, inputs, timeout)
 
     driver, _ = run(tmp_path, rows(1), Watched, max_attempts=1)
     driver.run(driver.tracker.plan.open())
@@ -159,9 +159,9 @@ def test_a_later_row_of_the_same_preview_is_not_rendered_again(tmp_path):
     stages = Counter()
 
     class Watched(WatchedReplicas):
-        def submit(self, replica, stage, item, inputs):
+        def submit(self, replica, stage, item, inputs, timeout):
             stages[stage] += 1
-            super().submit(replica, stage, item, inputs)
+            super().submit(replica, stage, item, inputs, timeout)
 
     copies = [{"id": name, "prompt": "x"} for name in "ab"]
     manifest = [copies[0], *rows(12), copies[1]]
@@ -189,11 +189,11 @@ def test_what_has_passed_stage_1_when_a_run_is_told_to_stop_goes_on_from_there(t
     class Watched(WatchedReplicas):
         stops = True
 
-        def submit(self, replica, stage, item, inputs):
+        def submit(self, replica, stage, item, inputs, timeout):
             asked.append((stage, item.item_id))
             if stage == "decode" and self.stops:
                 self.driver.request_drain("asked") if immediate else self.driver._drain("enough")
-            super().submit(replica, stage, item, inputs)
+            super().submit(replica, stage, item, inputs, timeout)
 
     class GoesOn(Watched):
         stops = False
@@ -240,7 +240,7 @@ def test_a_lost_node_costs_its_rows_no_attempt(tmp_path, node_lost, attempts):
         def wait(self, timeout):
             events = super().wait(timeout)
             for at, event in enumerate(events):
-                item = self.driver.policy.item_of(event.replica)
+                item = next(iter(self.driver.policy.items_of(event.replica)), None)
                 if item and not self.lost and self.driver.policy.stage_of(item) == "stage1":
                     self.lost = True
                     self.kill(event.replica)

@@ -102,6 +102,25 @@ def test_latents_that_die_with_their_node_are_made_again(job):
     assert [again[name] for name in ("r1", "r2", "r3")] == [2, 2, 2]
 
 
+def test_replicas_of_a_node_that_drains_leave_after_their_calls(job):
+    """Nothing is lost, no row is charged, and what takes their place is there before they have gone."""
+    parallel = ParallelConfig(guidance_parallel=3, stage1=2, stage2=0)
+    driver = job.start(rows(*["[[stage1:gate]]"] * 6), parallel=parallel)
+    gangs = job.until(lambda: len(found := job.out.gangs("diffusion")) == 2 and found, "both gangs")
+    assert node(gangs[0]) != node(gangs[1])
+    job.cluster.add_node()
+    job.cluster.drain_node(node(gangs[1]))
+    job.until(lambda: len(job.out.gangs("diffusion")) == 3, "a successor")
+    assert not job.out.events("gang_lost")
+    job.open_gate()
+    driver.ends(0)
+    index = whole(job, 6)
+    assert {row["attempts"] for row in index.values()} == {1}
+    left = {event["replica"] for event in job.out.events("gang_given_back") if event["reason"] == "its node drains"}
+    assert gangs[1]["replica"] in left and gangs[0]["replica"] not in left
+    assert {event["replica"] for event in job.out.events("gang_leaving")} == left
+
+
 def test_a_node_that_never_comes_back_does_not_end_the_run(job):
     parallel, limits = ParallelConfig(guidance_parallel=3, stage1=2, stage2=0), RunLimits(start_timeout=12)
     driver = job.start(rows(*["[[stage1:gate]]"] * 4), parallel=parallel, limits=limits)

@@ -10,7 +10,7 @@ import pytest
 
 from ltx_ray.config import EngineSpec, GangLayout, ModelFiles, Numerics, PoolSpec, RunLimits
 from ltx_ray.pools import gang as gangs
-from ltx_ray.pools.gang import Gang, GangLost
+from ltx_ray.pools.gang import Gang, GangLost, GangState
 from tests.support.runner import FAKE
 
 ENGINES = "tests.support.engines"
@@ -27,6 +27,8 @@ def start(engine: str, ranks: int = 2) -> Gang:
     try:
         until = time.time() + 90
         while time.time() < until:
+            if gang.state is GangState.WAITING:
+                gang.load()
             ready, _ = ray.wait(gang.waits_for(), num_returns=1, timeout=1)
             if ready and gang.advance(set(ready)):
                 return gang

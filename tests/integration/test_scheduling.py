@@ -140,6 +140,24 @@ def test_too_many_failures_stop_the_run(runner):
     assert json.loads((runner.output / "run.json").read_text())["state"] == "finished"
 
 
+def test_failed_rows_may_end_a_run_with_zero(runner):
+    """KubeRay runs a job again that ends with another code."""
+    manifest = [{"id": "a", "prompt": "fine", **SIZE}, {"id": "b", "prompt": "fine", "height": 100}]
+    assert runner.render(manifest) == 3
+    assert runner.render(manifest, exit_zero_on_failed_rows=True) == 0
+    assert set(runner.index()) == {"a"} and set(runner.failed()) == {"b"}
+
+
+def test_a_manifest_that_is_mostly_illegal_is_refused_unless_that_is_meant(runner):
+    manifest = [{"id": f"b{n}", "prompt": "fine", "height": 100} for n in range(999)]
+    manifest.append({"id": "a", "prompt": "fine", **SIZE})
+    with pytest.raises(ValueError, match="999 of the first 1,000 rows are illegal: 999 of height: legal: "):
+        runner.render(manifest)
+    assert not runner.output.exists()
+    assert runner.render(manifest, allow_illegal=True) == 3
+    assert set(runner.index()) == {"a"} and len(runner.failed()) == 999
+
+
 def test_an_address_where_nothing_listens_is_said_before_the_manifest_is_read(runner, monkeypatch):
     import ray
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 from ltx_ray.engine import base
@@ -16,6 +17,15 @@ class ShardOutOfMemory(FakeEngine):
         super().load()
         if self.rank.rank == 1:
             raise MemoryError("model.safetensors: blocks.3.attn1.to_q.weight: tried to allocate 32 MiB")
+
+
+class BadCard(FakeEngine):
+    """No replica loads on the second GPU of a node."""
+
+    def load(self) -> None:
+        super().load()
+        if os.environ.get("CUDA_VISIBLE_DEVICES") == "1":
+            raise RuntimeError("CUDA error: the GPU has fallen off the bus")
 
 
 class LateToRendezvous(FakeEngine):

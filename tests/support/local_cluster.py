@@ -53,7 +53,7 @@ _SYSTEM = {
 #: Files that a run may leave in its output.
 _EXPECTED_FILES = re.compile(
     r"(clips|previews)/[0-9a-f]{2}/[0-9a-f]{32}\.mp4|latents/[0-9a-f]{2}/[0-9a-f]{32}\.safetensors"
-    r"|dataset\.json|state/(lease\.json|probe)|thumbs/[0-9a-f]{2}/[0-9a-f]{32}\.webp"
+    r"|dataset\.json|state/(lease\.json|gpu_time\.json|probe)|thumbs/[0-9a-f]{2}/[0-9a-f]{32}\.webp"
     r"|(index|failed|previews)/part-[\w-]+\.parquet|(runs/[^/]+/)?(run\.json|events\.jsonl|report\.html)"
     r"|state/events/[^/]+/(timeline\.json|\d{6}\.jsonl\.zst)|_fake/[\w-]+"
 )
@@ -80,10 +80,11 @@ class LocalCluster:
     Drivers connect to the head's raylet, so that any worker node may die.
     """
 
-    def __init__(self, workers: int = 3, slots: int = 3):
+    def __init__(self, workers: int = 3, slots: int = 3, gpus: int = 0):
+        """`slots`, `gpus`: logical CPUs and GPUs of each worker."""
         from ray.cluster_utils import Cluster
 
-        self.workers, self.slots = workers, slots
+        self.workers, self.slots, self.gpus = workers, slots, gpus
         self._node = {**QUICK, "object_store_memory": 80 * 2**20}
         head = {**self._node, "num_cpus": 0, "include_dashboard": False, "_system_config": _SYSTEM}
         self._cluster = Cluster(initialize_head=True, head_node_args=head)
@@ -96,12 +97,23 @@ class LocalCluster:
         return sorted(node.node_id for node in self._cluster.worker_nodes if node.node_id not in dead)
 
     def add_node(self) -> str:
-        return self._cluster.add_node(num_cpus=self.slots, **self._node).node_id
+        node = {**self._node, "num_gpus": self.gpus}
+        return self._cluster.add_node(num_cpus=self.slots, **node).node_id
 
     def remove_node(self, node_id: str) -> None:
         """Kill the node's raylet with SIGKILL; returns when the cluster has noticed."""
         node = next(node for node in self._cluster.worker_nodes if node.node_id == node_id)
         self._cluster.remove_node(node, allow_graceful=False)
+
+    def drain_node(self, node_id: str, seconds: int = 600) -> None:
+        """Tell the node to leave once nothing runs there, as a spot notice or `kubectl drain` does."""
+        from ray._raylet import GcsClient
+        from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+
+        deadline = int((time.time() + seconds) * 1000)
+        reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        accepted, why = GcsClient(address=self.address).drain_node(node_id, reason, "told by the test", deadline)
+        assert accepted, why
 
     def heal(self) -> None:
         """Restore the cluster's number of nodes."""

@@ -25,7 +25,8 @@ from ltx_ray.dataset.identity import dataset_id
 from ltx_ray.dataset.parts import list_segments, read_segment, segment_table
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.driver.events import EventLog
-from ltx_ray.driver.loop import Driver, JoinedCluster
+from ltx_ray.driver.joined_cluster import JoinedCluster
+from ltx_ray.driver.loop import Driver
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
 from ltx_ray.driver.tracker import RowTracker
@@ -123,9 +124,9 @@ class WatchedReplicas(SimulatedReplicaSet):
         self.seen, self.waits, self.called = seen, 0, Counter()
         return self
 
-    def submit(self, replica, stage, item, inputs):
+    def submit(self, replica, stage, item, inputs, timeout):
         self.called[item.item_id] += 1
-        super().submit(replica, stage, item, inputs)
+        super().submit(replica, stage, item, inputs, timeout)
 
     def fault(self, stage, item):
         drawn = super().fault(stage, item)
@@ -259,7 +260,7 @@ class Schedule:
                 replica_set,
                 self.pools,
                 "{}",
-                max_bytes,
+                lambda: max_bytes,
                 preflight,
                 elastic=self.layout != "split" and self.runs % 2 == 0,
             ),

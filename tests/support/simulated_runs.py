@@ -10,7 +10,8 @@ from types import SimpleNamespace
 from ltx_ray.config import PoolSpec, RunLimits
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.driver.events import EventLog
-from ltx_ray.driver.loop import Driver, JoinedCluster
+from ltx_ray.driver.joined_cluster import JoinedCluster
+from ltx_ray.driver.loop import Driver
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
 from ltx_ray.driver.tracker import RowTracker
@@ -53,7 +54,9 @@ def run(
     plan = Plan(manifest, RowRules(), HashingBuilder(), log.existing, latents_only=latents_only)
     events = EventLog(store, "run")
     tracker = RowTracker(plan, DatasetWriter(log), publisher(log), events, Progress(io.StringIO()), "{}")
-    tracker.metrics = SimpleNamespace(item=lambda outcome: None, call=lambda stage, seconds: None)
+    tracker.metrics = SimpleNamespace(
+        item=lambda outcome: None, call=lambda stage, seconds: None, waited=lambda stage, cause, seconds: None
+    )
     replica_set = replica_set_class(times=lambda stage, item, dice: SECONDS[stage], make=Stages(store)).watched(
         Counter()
     )

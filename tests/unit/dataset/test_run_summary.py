@@ -9,7 +9,7 @@ import pytest
 
 from ltx_ray.dataset import layout
 from ltx_ray.dataset.report import write_report
-from ltx_ray.dataset.run_summary import LastCall, SummaryBuilder, read_run
+from ltx_ray.dataset.run_summary import LastCall, SummaryBuilder, parked_lines, read_run, wait_lines
 from ltx_ray.dataset.timeline import build_timeline
 from ltx_ray.records import plain
 from ltx_ray.storage.store import Store
@@ -46,6 +46,21 @@ def test_a_summary_counts_and_knows_the_last_call_of_each_replica_that_lives():
     assert summary.replicas == {"stage1-0": LastCall("stage1", "cat", 10.0, 110.0)}
     assert summary.events == {"call": 4, "gang_lost": 1, "gang_given_back": 1, "item_finished": 1}
     assert (summary.at, summary.clips_per_hour, made.last) == (140.0, 72.0, 130.0)
+
+
+def test_what_stages_wait_for_and_cards_that_are_left_alone_are_told(tmp_path):
+    waits = {"stage2": {"decode": 0.63, "rows": 0.05}, "decode": {"stage2": 0.9}}
+    events = [
+        {"t": 1.0, "event": "waits", "shares": {"stage2": {"decode": 0.1}}},
+        {"t": 2.0, "event": "waits", "shares": {**waits, "broken": 3}},
+        {"t": 3.0, "event": "card_parked", "replica": "stage1-4", "where": "node 10.0.0.7, GPU 3"},
+        {"t": 4.0, "event": "card_parked", "replica": "stage1-5", "where": "node 10.0.0.8, GPU 0"},
+        {"t": 5.0, "event": "card_retried", "replica": "stage1-5"},
+    ]
+    run = read_run(Store(str(tmp_path)), write_records(Store(str(tmp_path)), events), now=9.0)
+    assert run.waits == waits
+    assert wait_lines(run.waits) == ["stage2 waits for decode 63% of the time"], "an idle decoder costs no GPU"
+    assert parked_lines(run.parked) == ["node 10.0.0.7, GPU 3: left alone, because replicas did not start there"]
 
 
 def test_the_summary_takes_the_place_of_the_events(tmp_path):

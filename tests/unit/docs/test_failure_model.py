@@ -14,12 +14,13 @@ import pytest
 import torch
 
 from ltx_ray import run as runs
-from ltx_ray.config import PoolSpec
+from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec
 from ltx_ray.dataset.thumbnails import FrameSheet
 from ltx_ray.driver import signals
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
 from ltx_ray.engine import codec
+from ltx_ray.engine.base import Rank
 from ltx_ray.engine.decode import DecodeEngine
 from ltx_ray.engine.diffusion import DiffusionEngine
 from ltx_ray.engine.frames import PictureCheck
@@ -43,7 +44,7 @@ from ltx_ray.shapes import AUDIO_SAMPLE_RATE
 from ltx_ray.stages import Stage
 from ltx_ray.storage.store import Store
 from tests.support.datasets import rows_in
-from tests.support.schedules import SPEC, Stages, WatchedReplicas
+from tests.support.schedules import SECONDS, SPEC, Stages, WatchedReplicas
 from tests.support.simulated_runs import pools, rows, run
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -96,9 +97,7 @@ def test_latents_that_are_not_finite_are_the_rows_fault():
 
 @pytest.fixture
 def decoder(monkeypatch) -> DecodeEngine:
-    engine = object.__new__(DecodeEngine)
-    engine.device, engine.dtype, engine.facts = torch.device("cpu"), torch.float32, EngineFacts()
-    engine._rung_by_size = {}
+    engine = DecodeEngine(EngineSpec("", ModelFiles("", "", ""), Numerics(dtype="float32"), ""), Rank())
     engine.audio_vae = engine.vocoder = engine.video_vae = None
     monkeypatch.setattr("ltx_ray.engine.decode.write_mp4", lambda target, frames, **rest: list(frames))
     return engine
@@ -122,7 +121,7 @@ def test_a_prompt_that_was_cut_is_flagged(tmp_path):
         def wait(self, timeout):
             events = super().wait(timeout)
             for at, event in enumerate(events):
-                if self.driver.policy.item_of(event.replica) and event.report.ok:
+                if self.driver.policy.items_of(event.replica) and event.report.ok:
                     facts = EngineFacts(prompt_truncated=True)
                     events[at] = replace(event, report=replace(event.report, facts=facts))
             return events
@@ -149,19 +148,22 @@ def test_a_rank_that_failed_alone_is_not_waited_for():
     gang = object.__new__(Gang)
     gang.state, gang.ranks = GangState.READY, [RankInfo(n, address="1.2.3.4", device="cpu") for n in range(2)]
     failed = CallReport(0.0, 0.0, error=CallError(ErrorKind.UNKNOWN, "RuntimeError", "no kernel"))
-    gang.call = Call(Stage.STAGE1, None, [], reports=[None, None], started=100.0, done={1: failed}, failed_at=105.0)
-    assert gang.overdue(114.0, 1.0, 1000.0) is None
-    reason = gang.overdue(116.0, 1.0, 1000.0)
+    call = Call(
+        Stage.STAGE1, None, [], timeout=1000.0, reports=[None, None], started=100.0, done={1: failed}, failed_at=105.0
+    )
+    gang.calls = [call]
+    assert gang.overdue(114.0, 1.0) is None
+    reason = gang.overdue(116.0, 1.0)
     assert reason == "rank 1 on node 1.2.3.4 (cpu) failed alone during stage1: RuntimeError: no kernel"
 
 
 def test_a_placed_gang_has_so_long_to_start():
     gang = object.__new__(Gang)
     gang.state, gang._placed = GangState.LOADING, 100.0
-    assert gang.overdue(109.0, 10.0, 1.0) is None
-    assert gang.overdue(111.0, 10.0, 1.0) == "not ready after 10 s (loading)"
+    assert gang.overdue(109.0, 10.0) is None
+    assert gang.overdue(111.0, 10.0) == "not ready after 10 s (loading)"
     gang.state = GangState.PLACING
-    assert gang.overdue(9999.0, 10.0, 1.0) is None, "finding a place is the cluster's doing"
+    assert gang.overdue(9999.0, 10.0) is None, "finding a place is the cluster's doing"
 
 
 class BrokenProcess(RenderError):
@@ -211,8 +213,8 @@ def test_a_run_that_lost_its_lease_drains(tmp_path):
     decoded = []
 
     class Watched(WatchedReplicas):
-        def submit(self, replica, stage, item, inputs):
-            super().submit(replica, stage, item, inputs)
+        def submit(self, replica, stage, item, inputs, timeout):
+            super().submit(replica, stage, item, inputs, timeout)
             if stage == "decode":
                 decoded.append(item)
 
@@ -224,8 +226,8 @@ def test_a_run_that_lost_its_lease_drains(tmp_path):
 
 def test_a_drain_that_leaves_nothing_is_a_finished_run(tmp_path):
     class Last(WatchedReplicas):
-        def submit(self, replica, stage, item, inputs):
-            super().submit(replica, stage, item, inputs)
+        def submit(self, replica, stage, item, inputs, timeout):
+            super().submit(replica, stage, item, inputs, timeout)
             if stage == "decode":
                 self.driver.request_drain("SIGTERM")
 
@@ -250,7 +252,33 @@ def test_gpu_hours_that_are_used_up_drain_the_run(tmp_path):
     assert 1 <= len(rows_in(store, "index")) <= 6 and not rows_in(store, "failed")
     driver.events.flush()
     (drain,) = events(store, "drain")
-    assert drain["reason"].endswith("GPU hours used (--max-gpu-hours)") and not events(store, "gang_given_back")
+    assert drain["reason"].endswith("GPU hours reserved, 0.00 of them by earlier runs (--max-gpu-hours)")
+    assert not events(store, "gang_given_back")
+
+
+def test_gpu_hours_of_earlier_runs_count(tmp_path):
+    driver, store = run(tmp_path, rows(3), max_gpu_hours=0.1)
+    driver._gpu_seconds_before = 400.0
+    assert driver.run(driver.tracker.plan.open()) and not rows_in(store, "index")
+    driver.events.flush()
+    (drain,) = events(store, "drain")
+    assert drain["reason"] == "0.11 GPU hours reserved, 0.11 of them by earlier runs (--max-gpu-hours)"
+
+
+def test_a_call_has_a_multiple_of_the_time_that_such_calls_take(tmp_path):
+    """The first ones have --call-timeout, since nothing is known yet."""
+    seen = []
+
+    class Watched(WatchedReplicas):
+        def submit(self, replica, stage, item, inputs, timeout):
+            seen.append((str(stage), timeout))
+            super().submit(replica, stage, item, inputs, timeout)
+
+    driver, _ = run(tmp_path, rows(6), Watched, call_timeout=7000.0)
+    driver.run(driver.tracker.plan.open())
+    timeouts = [timeout for stage, timeout in seen if stage == "stage1"]
+    assert timeouts[:2] == [7000.0, 7000.0] and timeouts[-1] == pytest.approx(8 * SECONDS["stage1"])
+    assert {timeout for stage, timeout in seen if stage == "text"} == {7000.0, 300.0}, "at least five minutes"
 
 
 def test_a_preflight_that_fails_ends_the_run(tmp_path):
@@ -260,3 +288,16 @@ def test_a_preflight_that_fails_ends_the_run(tmp_path):
     with pytest.raises(StartFailed, match="preflight: stage2: rank 0 died"):
         driver.run(driver.tracker.plan.open())
     assert not rows_in(store, "failed") and time.monotonic() - began < 30
+
+
+def test_the_bound_on_results_in_flight_follows_the_cluster(tmp_path):
+    driver, _ = run(tmp_path, rows(1))
+    now, size = [0.0], [100.0]
+    driver._clock = lambda: now[0]
+    driver._cluster = SimpleNamespace(max_bytes=lambda: size[0])
+    seen = []
+    for second, size[0] in ((0.0, 100.0), (20.0, 200.0), (31.0, 300.0)):
+        now[0] = second
+        driver._follow_memory()
+        seen.append(driver.policy.max_bytes)
+    assert seen == [100.0, 100.0, 300.0]

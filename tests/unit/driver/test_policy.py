@@ -91,7 +91,7 @@ def run_all(policy: Policy, weights: list[str]) -> tuple[list[str], int]:
         while (d := policy.next_dispatch()) is not None:
             ran.append(weights[int(d.item[1:])])
             switched += d.switched
-        for item in list(policy.running.values()):
+        for item in list(policy.running):
             policy.call_finished(item)
     return ran, switched
 
@@ -171,10 +171,10 @@ def test_attempts_are_capped_and_uncharged_losses_are_free():
     calls(policy)
     assert policy.call_failed("i0") == RetryDecision("i0", True, 2)
     calls(policy)
-    assert policy.remove_replica("t", charged=False) == RetryDecision("i0", True, 2)
+    assert policy.remove_replica("t", charged=lambda item: False) == [RetryDecision("i0", True, 2)]
     policy.add_replica("t", TEXT)
     calls(policy)
-    assert policy.remove_replica("t") == RetryDecision("i0", False, 2)
+    assert policy.remove_replica("t") == [RetryDecision("i0", False, 2)]
     assert policy.in_flight == 0
 
 
@@ -250,7 +250,7 @@ def test_misuse_is_an_assertion():
         policy.add_replica("t", TEXT)
     with pytest.raises(AssertionError):
         policy.call_finished("i0")
-    assert policy.remove_replica("unknown") is None
+    assert policy.remove_replica("unknown") == []
 
 
 def test_a_shared_replica_waits_for_items_that_are_about_to_reach_its_stage():
@@ -294,7 +294,7 @@ def test_results_in_flight_stay_within_memory():
         if not policy.running:
             break
         # Decode is the slowest stage here, so that results pile up before it.
-        item = max(policy.running.values(), key=lambda i: (policy.stage_of(i) != "decode", i))
+        item = max(policy.running, key=lambda i: (policy.stage_of(i) != "decode", i))
         stage = policy.stage_of(item)
         done += policy.call_finished(item, 1.0, nbytes=NBYTES[stage])
         results.setdefault(item, {})[stage] = NBYTES[stage]

@@ -76,10 +76,12 @@ class PolicyMachine(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(sorted(self.roles)))
         del self.roles[name], self.assigned[name]
         call = self.running.pop(name, None)
-        decision = self.policy.remove_replica(name, charged, inputs_lost)
+        decisions = self.policy.remove_replica(name, lambda item: charged, inputs_lost)
         if call is None:
-            assert decision is None, "an idle replica charges no item"
-        elif inputs_lost:
+            assert decisions == [], "an idle replica charges no item"
+            return
+        [decision] = decisions
+        if inputs_lost:
             self._check_restart(call.item, None, decision)
         else:
             self.restarts[call.item] += not charged
@@ -251,7 +253,7 @@ class PolicyMachine(RuleBasedStateMachine):
     def no_item_is_lost_or_doubled(self):
         assert self.admitted == set(self.path) | self.ended and not set(self.path) & self.ended
         assert self.policy.in_flight == len(self.path)
-        assert self.policy.running == {r: c.item for r, c in self.running.items()}
+        assert self.policy.running == {c.item: r for r, c in self.running.items()}
         assert self.policy.assignments == {r: stage for r, stage in self.assigned.items() if stage is not None}
         for stage in Stage:
             assert self.policy.queued(stage) == len(self._waiting(stage))

@@ -34,6 +34,56 @@ def test_a_real_model_wants_gpus_unless_told_otherwise():
     assert pools(46 * 2**30, "cpu") and pools(1, "auto")
 
 
+def waiting_cluster(monkeypatch, free: list[int], seconds: float):
+    """A cluster on which so many GPUs are free at each look, for a run that waits for `seconds`; and what it says."""
+    pytest.importorskip("ray")
+    from ltx_ray.placement import cluster as clusters
+    from ltx_ray.placement.cluster import Cluster, Node, Resources, _FreeGpus
+    from ltx_ray.placement.sizing import ParallelConfig
+
+    spec, now, said = EngineSpec("m:E", ModelFiles("c", "g", "u"), Numerics(), "out"), [0.0], []
+    cluster = Cluster(
+        address="other:6379", parallel=ParallelConfig(stage1=1, stage2=1), requested=RequestedNumerics(device="cuda"),
+        checkpoint=Checkpoint("c", "2.3.0", RELEASED, {}, 1), model=spec.model,
+        engines=lambda numerics: dict.fromkeys(("text", "diffusion", "decode"), spec), share_cards="off",
+        wait_for_gpus=seconds, say=said.append,
+    )  # fmt: skip
+
+    def look():
+        gpus = float(free.pop(0) if len(free) > 1 else free[0])
+        found = _FreeGpus(gpus, nodes=(Node(64.0, gpus),))
+        pools, numerics = cluster._lay_out(found)
+        clusters.check_schedulable(pools, Resources(64.0, gpus))
+        return found, pools, numerics
+
+    monkeypatch.setattr(cluster, "_lay_out_on_free", look)
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr(clusters.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(clusters.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    return cluster, said, now
+
+
+def test_a_run_may_wait_for_a_busy_cluster(monkeypatch):
+    cluster, said, now = waiting_cluster(monkeypatch, [0, 1, 1, 3], 60.0)
+    found, pools, _ = cluster._join_running("other:6379")
+    assert found.count == 3 and now == [15.0] and sum(pool.replicas for pool in pools) == 4
+    assert said == [
+        "waiting up to 60 s for GPUs (--wait-for-gpus): GPUs: at least 1 needed, 0 free; legal: a cluster with GPUs "
+        "now, or --device cpu"
+    ]
+
+
+def test_a_wait_that_is_over_ends_like_none(monkeypatch):
+    cluster, said, now = waiting_cluster(monkeypatch, [2], 12.0)
+    with pytest.raises(ValueError, match=r"the pools .* cannot be scheduled: GPUs: 3 needed, 2 free"):
+        cluster._join_running("other:6379")
+    assert now == [12.0] and len(said) == 1
+    cluster, said, now = waiting_cluster(monkeypatch, [2], 0.0)
+    with pytest.raises(ValueError):
+        cluster._join_running("other:6379")
+    assert now == [0.0] and not said
+
+
 def test_stages_on_gpus_of_two_models_want_noise_from_the_cpu():
     pytest.importorskip("ray")
     from ltx_ray.driver.loop import Driver

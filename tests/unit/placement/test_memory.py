@@ -18,7 +18,7 @@ from ltx_ray.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ltx_ray.checkpoints.safetensors import TensorInfo
 from ltx_ray.checkpoints.transformer_keys import transformer_shapes
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics, RequestedNumerics
-from ltx_ray.driver.loop import JoinedCluster
+from ltx_ray.driver.joined_cluster import JoinedCluster
 from ltx_ray.manifest.rules import RowProblem
 from ltx_ray.model.packing import pack_linears
 from ltx_ray.model.transformer import Transformer
@@ -26,6 +26,7 @@ from ltx_ray.parallel.collectives import RankGroup
 from ltx_ray.placement.cluster import Cluster, Placement, _FreeGpus
 from ltx_ray.placement.memory import GIB, Gpu, MemoryBudget, can_share, known_gpus, transformer_bytes
 from ltx_ray.placement.numerics import resolve
+from ltx_ray.placement.output_pools import Node
 from ltx_ray.placement.sizing import ParallelConfig, lay_out
 from tests.support.checkpoint_files import RELEASED
 from tests.support.datasets import rows_in
@@ -262,9 +263,9 @@ def test_other_numbers_need_other_memory():
 
 
 class Busy(WatchedReplicas):
-    def submit(self, replica, stage, item, inputs):
+    def submit(self, replica, stage, item, inputs, timeout):
         assert item.request.num_frames != 8001
-        super().submit(replica, stage, item, inputs)
+        super().submit(replica, stage, item, inputs, timeout)
 
 
 def joining(driver, problem) -> list:
@@ -343,7 +344,7 @@ def test_only_gpus_of_known_memory_are_asked(toy, tmp_path, monkeypatch, device,
     def join(cluster):
         found = _FreeGpus(2.0 if device == "cuda" else 0.0, (), gpu, gpu)
         pools, numerics = cluster._lay_out(found)
-        return Placement(pools, numerics, gpu if device == "cuda" else None, float("inf"), cluster._parallel)
+        return Placement(pools, numerics, gpu if device == "cuda" else None, cluster._parallel)
 
     def replica_set(*_):
         raise Reached
@@ -379,24 +380,24 @@ def test_gpus_are_shared_only_where_they_certainly_have_the_memory(gpu, changes,
 
 
 @pytest.mark.parametrize(
-    ("mode", "address", "fits", "dit"),
+    ("mode", "alone", "fits", "dit"),
     [
-        ("auto", None, True, 8), ("auto", "other:6379", True, 7), ("on", "other:6379", True, 8),
-        ("on", None, False, 7), ("off", None, True, 7),
+        ("auto", True, True, 8), ("auto", False, True, 7), ("on", False, True, 8), ("on", True, False, 7),
+        ("off", True, True, 7),
     ],
 )  # fmt: skip
-def test_a_cluster_shares_gpus_when_it_may_and_can(monkeypatch, mode, address, fits, dit):
+def test_a_cluster_shares_gpus_when_it_may_and_can(monkeypatch, mode, alone, fits, dit):
     """What is left of a shared GPU looks free to other jobs, so a cluster with other jobs is shared on request only."""
     monkeypatch.setattr("ltx_ray.placement.cluster.can_share", lambda *_: fits)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     spec = EngineSpec("m:E", ModelFiles("c", "g", "u"), Numerics(), "out")
     cluster = Cluster(
-        address=address, parallel=ParallelConfig(), requested=RequestedNumerics(device="cuda"), checkpoint=CHECKPOINT,
+        address=None, parallel=ParallelConfig(), requested=RequestedNumerics(device="cuda"), checkpoint=CHECKPOINT,
         model=spec.model, engines=lambda numerics: dict.fromkeys(("text", "diffusion", "decode"), spec),
         share_cards=mode,
     )  # fmt: skip
     [gpu] = known_gpus(["H100"])
-    pools, _ = cluster._lay_out(_FreeGpus(8.0, ("H100",), gpu, gpu))
+    pools, _ = cluster._lay_out(_FreeGpus(8.0, ("H100",), gpu, gpu, alone=alone))
     by_name = {pool.name: pool for pool in pools}
     assert by_name["stage1"].replicas + by_name["stage2"].replicas == dit
     if dit == 8:
@@ -425,7 +426,7 @@ def test_a_layout_that_the_cards_hold_is_chosen(gpu, asked, flags):
         share_cards="off",
     )  # fmt: skip
     [found] = known_gpus([gpu])
-    pools, numerics = cluster._lay_out(_FreeGpus(8.0, (gpu,), found, found, 8.0))
+    pools, numerics = cluster._lay_out(_FreeGpus(8.0, (gpu,), found, found, (Node(64.0, 8.0),)))
     assert cluster._parallel.flags == flags
     assert numerics.tp == cluster._parallel.tp
     ranks = {pool.ranks for pool in pools if pool.engine.layout.roles and "stage1" in pool.roles}

@@ -15,7 +15,7 @@ from ltx_ray.stages import Stage
 def gang_in_a_call() -> Gang:
     gang = object.__new__(Gang)
     gang.state, gang.ranks = GangState.READY, [RankInfo(0, address="1.2.3.4", device="cpu")]
-    gang.call = Call(Stage.STAGE2, None, [], reports=["report"], started=0.0)  # type: ignore[arg-type, list-item]
+    gang.calls = [Call(Stage.STAGE2, None, [], reports=["report"], started=0.0)]  # type: ignore[arg-type, list-item]
     return gang
 
 
@@ -36,5 +36,6 @@ def test_a_dead_rank_is_told_from_lost_inputs(monkeypatch, error, lost, node_los
 
     monkeypatch.setattr(gangs.ray, "get", get)
     with pytest.raises(GangLost if lost else InputsMissing) as caught:
-        gang_in_a_call().collect({"report"})  # type: ignore[arg-type]
+        gang = gang_in_a_call()
+        gang.collect(gang.calls[0], {"report"})  # type: ignore[arg-type]
     assert getattr(caught.value, "node_lost", False) == node_lost

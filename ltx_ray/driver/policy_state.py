@@ -1,0 +1,101 @@
+"""What the policy keeps of items and replicas, and what it decides."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+
+from ltx_ray.stages import DIFFUSION_STAGES, Stage
+
+#: Weight of the newest measurement in a running mean.
+_NEWEST = 0.1
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """Run `stage` of `item` on `replica`.
+
+    `switched`: the replica has to merge other weights first. `moved`: it was assigned to the other diffusion stage.
+    """
+
+    item: str
+    stage: Stage
+    replica: str
+    switched: bool = False
+    moved: bool = False
+
+
+@dataclass(frozen=True)
+class RetryDecision:
+    """What becomes of an item after a failure: it is tried again, or given up after `attempts`."""
+
+    item: str
+    retry: bool
+    attempts: int
+
+
+@dataclass
+class Item:
+    """An admitted item: where on its path it is."""
+
+    order: int
+    path: tuple[Stage, ...]
+    #: By stage, which weights a replica must have merged for it.
+    weights: Mapping[Stage, Hashable]
+    attempts: int
+    position: int = 0
+    restarts: int = 0
+    replica: str | None = None
+    #: Bytes of the results that it holds in the object store.
+    results: dict[Stage, float] = field(default_factory=dict)
+
+    @property
+    def stage(self) -> Stage:
+        return self.path[self.position]
+
+    @property
+    def next_stage(self) -> Stage | None:
+        return self.path[self.position + 1] if self.position + 1 < len(self.path) else None
+
+
+@dataclass
+class Replica:
+    """A replica that is ready: what it serves, and what it is busy with."""
+
+    roles: tuple[Stage, ...]
+    #: The diffusion stage that it serves now.
+    assigned: Stage | None
+    #: The stage and the weights that are merged now.
+    merged_stage: Stage | None = None
+    merged_weights: Hashable = None
+    #: Calls that it takes at once, and the items that it is busy with, in the order in which they came.
+    calls_at_once: int = 1
+    items: dict[str, None] = field(default_factory=dict)
+    #: Whether it leaves after the calls that are under way.
+    retired: bool = False
+
+    @property
+    def takes_more(self) -> bool:
+        """Whether it can begin another call."""
+        return not self.retired and len(self.items) < self.calls_at_once
+
+    @property
+    def serves_both(self) -> bool:
+        """Whether it may serve both diffusion stages."""
+        return all(stage in self.roles for stage in DIFFUSION_STAGES)
+
+    def serves(self) -> tuple[Stage, ...]:
+        """The stages that it serves now."""
+        return tuple(role for role in self.roles if role == self.assigned or role not in DIFFUSION_STAGES)
+
+
+@dataclass
+class RunningMean:
+    """A running mean that starts from a guess and drops it at the first measurement."""
+
+    value: float
+    measured: bool = False
+
+    def add(self, value: float) -> None:
+        self.value = value if not self.measured else (1 - _NEWEST) * self.value + _NEWEST * value
+        self.measured = True

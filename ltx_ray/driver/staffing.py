@@ -1,0 +1,210 @@
+"""Which replicas a run starts, gives back and leaves out, so that every pool has as many as it should.
+
+Until every pool has a replica and the preflight clip is through, each gets one. Then all places are asked for at once.
+Replicas of text and decode beyond the first come after those of the DiT, so that they land beside its ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ltx_ray.config import RunLimits
+from ltx_ray.driver.events import EventLog
+from ltx_ray.driver.policy import Policy
+from ltx_ray.driver.pool_sizer import PoolSizer
+from ltx_ray.driver.progress import Progress, duration
+from ltx_ray.driver.waits import Waits
+from ltx_ray.pools.parking import Parking
+from ltx_ray.pools.pool import Pool, StartFailed
+from ltx_ray.pools.protocol import ReplicaLost, ReplicaSet, ReplicaStarted
+from ltx_ray.records import first_line
+from ltx_ray.stages import Stage
+
+#: Seconds for which the DiT's replicas may wait for places before those of other pools no longer wait for them.
+_HEAD_START = 60.0
+#: Seconds that a pool without any replica waits for a place before a card that has failed is tried again.
+_LAST_RESORT = 2.0
+#: Why a replica leaves with its node.
+_DRAINS = "its node drains"
+
+
+class Staffing:
+    """The replicas of a run: those that are starting or ready, and the places of those that could not start."""
+
+    def __init__(
+        self,
+        pools: list[Pool],
+        replicas: ReplicaSet,
+        policy: Policy,
+        limits: RunLimits,
+        events: EventLog,
+        progress: Progress,
+    ):
+        self.pools, self._replicas, self._policy, self._limits = pools, replicas, policy, limits
+        self._events, self._progress = events, progress
+        self._parking = Parking()
+        #: What the stages wait for.
+        self.waits = Waits()
+        self._sizer = PoolSizer(policy, self.waits)
+        self._by_replica: dict[str, Pool] = {}
+        #: Replicas that leave after the calls that are under way.
+        self._retired: list[str] = []
+
+    def pool_of(self, replica: str) -> Pool:
+        return self._by_replica[replica]
+
+    def start_missing(self, now: float, one_each: bool, elastic: bool, more_rows: bool) -> None:
+        """Start what is missing; no more than one of each pool with `one_each`.
+
+        `elastic` as in JoinedCluster. Without `more_rows` to come, no pool grows.
+        """
+        self._retry_cards(now)
+        self._retire_leaving()
+        if elastic and not one_each and not self._all_served():
+            one_each = True
+            # A second replica of one pool must not take the place that another pool's first replica needs.
+            for name in self._replicas.placing():
+                if self.pool_of(name).ready:
+                    self.give_back(name, "another pool has none")
+        if more_rows and not one_each:
+            self._size(now)
+        for pool in self.pools:
+            if len(pool.replicas) < pool.spec.replicas:
+                at_most = 1 if one_each or (pool.spec.most is not None and self._others_wait()) else None
+                self._start(pool, at_most)
+
+    def _start(self, pool: Pool, at_most: int | None) -> None:
+        for name in pool.missing(at_most):
+            self._by_replica[name] = pool
+            self._replicas.start(name, pool.spec)
+            self._events.emit("gang_starting", role=pool.spec.name, replica=name)
+
+    def _others_wait(self) -> bool:
+        """Whether replicas of pools of a fixed size wait for places, and have not done so for long."""
+        return any(
+            seconds < _HEAD_START and self.pool_of(name).spec.most is None
+            for name, seconds in self._replicas.placing().items()
+        )
+
+    def _served(self) -> set[Stage]:
+        """The roles that a replica which is ready may serve."""
+        return {role for pool in self.pools if pool.ready for role in pool.spec.roles}
+
+    def _all_served(self) -> bool:
+        served = self._served()
+        return all(served.issuperset(pool.spec.roles) for pool in self.pools)
+
+    def _size(self, now: float) -> None:
+        """Set the numbers of replicas of the pools that have no fixed one."""
+        for name, size in self._sizer.sizes(self.pools, now).items():
+            pool = next(pool for pool in self.pools if pool.spec.name == name)
+            self._events.emit("pool_resized", role=name, replicas=size, before=pool.spec.replicas)
+            pool.spec = replace(pool.spec, replicas=size)
+        for pool in self.pools:
+            if pool.spec.most is not None and len(pool.replicas) > pool.spec.replicas:
+                self._trim(pool)
+
+    def _trim(self, pool: Pool) -> None:
+        """Give back what a pool has too many of. Those that have no place yet go first, and busy ones stay."""
+        spare = len(pool.replicas) - pool.spec.replicas
+        ready = [name for name, is_ready in pool.replicas.items() if is_ready and not self._policy.items_of(name)]
+        placing = [name for name in self._replicas.placing() if name in pool.replicas]
+        for name in [*placing, *reversed(ready)][:spare]:
+            self.give_back(name, "its pool needs fewer")
+
+    def give_back_spare(self) -> None:
+        """Give back the replicas that no row needs any more."""
+        for name in self._policy.spare_replicas():
+            pool = self.pool_of(name)
+            pool.spec = replace(pool.spec, replicas=pool.spec.replicas - 1)
+            self.give_back(name, "no row needs it")
+
+    def give_back(self, name: str, why: str) -> None:
+        """End a replica that is not at fault; its calls cost their items no attempt."""
+        pool = self.pool_of(name)
+        self._policy.remove_replica(name, given_back=True)
+        self._forget(name)
+        self._replicas.kill(name)
+        self._events.emit("gang_given_back", role=pool.spec.name, replica=name, reason=why)
+
+    def _retire_leaving(self) -> None:
+        """Replicas on nodes that drain leave after their calls. Their successors start at once, elsewhere."""
+        for name in self._replicas.leaving():
+            pool = self.pool_of(name)
+            if not pool.replicas.get(name):
+                # It is still starting, or leaves already. What it waits for will come up nowhere.
+                if name in pool.replicas:
+                    self.give_back(name, _DRAINS)
+                continue
+            del pool.replicas[name]
+            self._policy.retire(name)
+            self._retired.append(name)
+            self._progress.say(f"{name} leaves after its call, because {_DRAINS}")
+            self._events.emit("gang_leaving", role=pool.spec.name, replica=name, reason=_DRAINS)
+        for name in [name for name in self._retired if not self._policy.items_of(name)]:
+            self.give_back(name, _DRAINS)
+
+    def _forget(self, name: str) -> Pool:
+        pool = self._by_replica.pop(name)
+        pool.replicas.pop(name, None)
+        if name in self._retired:
+            self._retired.remove(name)
+        return pool
+
+    def started(self, event: ReplicaStarted) -> Pool:
+        """A replica is ready."""
+        pool = self.pool_of(event.replica)
+        pool.started(event.replica)
+        self._parking.started(event.ranks)
+        return pool
+
+    def lost(self, event: ReplicaLost, now: float) -> None:
+        """A replica has been killed. Raises StartFailed when starts keep failing everywhere."""
+        pool = self._forget(event.replica)
+        if event.held:
+            parked = self._parking.hold(event.replica, event.ranks, now)
+            again = duration(parked.until - now)
+            self._progress.say(f"{parked.where}: left alone for {again}, because {event.replica} did not start there")
+            self._events.emit(
+                "card_parked", role=pool.spec.name, replica=event.replica, where=parked.where,
+                failures=parked.failures, seconds=round(parked.until - now, 3), reason=first_line(event.reason),
+            )  # fmt: skip
+        # Losing a node while it loads is nobody's fault.
+        if not event.served and not event.node_lost:
+            # Where a replica was that had no time to tell is not known, so it counts as another node.
+            node = event.ranks[0].node if event.ranks else event.replica
+            pool.start_failed(event.reason, node, self._replicas.node_count())
+        if event.idle:
+            pool.died_idle(event.reason)
+
+    def _retry_cards(self, now: float) -> None:
+        """Give back the places of failed cards whose time has come, and one that a pool without replicas waits for."""
+        due = self._parking.due(now)
+        if not due and self._parking.held and self._is_stuck() and (first := self._parking.earliest()) is not None:
+            due = [first]
+        for parked in due:
+            self._replicas.release(parked.replica)
+            self._events.emit("card_retried", replica=parked.replica, where=parked.where)
+
+    def _is_stuck(self) -> bool:
+        """Whether a role has no replica but some that wait for a place."""
+        placing, served = self._replicas.placing(), self._served()
+        return any(
+            pool.replicas and all(placing.get(name, 0.0) > _LAST_RESORT for name in pool.replicas)
+            for pool in self.pools
+            if not served.issuperset(pool.spec.roles)
+        )
+
+    def check_placing(self) -> None:
+        """A replica may wait for a place as long as others serve its roles meanwhile. Raises StartFailed."""
+        if not (placing := self._replicas.placing()):
+            return
+        served = self._served()
+        for name, seconds in placing.items():
+            pool = self.pool_of(name)
+            if seconds > self._limits.start_timeout and not served.issuperset(pool.spec.roles):
+                spec = pool.spec
+                needs = f"{spec.ranks} x ({spec.cpus_per_rank:g} CPU, {spec.gpus_per_rank:g} GPU) on one node"
+                raise StartFailed(
+                    f"pool {spec.name}: no place for a replica in {self._limits.start_timeout:g} s; it needs {needs}"
+                )

@@ -1,0 +1,69 @@
+"""Cards on which replicas cannot start: their places are held for a while, so that no other replica lands on them.
+
+A place that is given back at once would be the only free one of a full cluster, and the next replica would fail there,
+too. Its neighbours and its node go on. A place is given back, and tried again, after a time that doubles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ltx_ray.pools.protocol import RankInfo
+
+#: Seconds for which a place is held after its first failure, and the most.
+_FIRST_SECONDS, _MOST_SECONDS = 30.0, 1800.0
+
+
+@dataclass(frozen=True)
+class Parked:
+    """The place of a replica that could not start, held until a time of the driver's clock."""
+
+    replica: str
+    #: Its node's address and its cards, for messages.
+    where: str
+    failures: int
+    until: float
+
+
+def card(ranks: Sequence[RankInfo]) -> str:
+    """Where the ranks of a gang run: the address of their node, and their cards."""
+    cards = ",".join(rank.gpus for rank in ranks if rank.gpus)
+    return f"node {ranks[0].address or ranks[0].node}" + (f", GPU {cards}" if cards else "")
+
+
+class Parking:
+    """The places that are held, and how often each has failed since a replica started there."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, Parked] = {}
+        self._failures: dict[tuple[tuple[str, str], ...], int] = {}
+
+    def hold(self, replica: str, ranks: Sequence[RankInfo], now: float) -> Parked:
+        """The place of a replica that failed to start is held from now on."""
+        place = _place(ranks)
+        count = self._failures[place] = self._failures.get(place, 0) + 1
+        seconds = min(_FIRST_SECONDS * 2.0 ** (count - 1), _MOST_SECONDS)
+        parked = self.held[replica] = Parked(replica, card(ranks), count, now + seconds)
+        return parked
+
+    def started(self, ranks: Sequence[RankInfo]) -> None:
+        """A replica is ready there."""
+        self._failures.pop(_place(ranks), None)
+
+    def due(self, now: float) -> list[Parked]:
+        """The places that are to be tried again now; they are no longer held."""
+        due = [parked for parked in self.held.values() if parked.until <= now]
+        for parked in due:
+            del self.held[parked.replica]
+        return due
+
+    def earliest(self) -> Parked | None:
+        """Take the place that would be tried again first."""
+        if not self.held:
+            return None
+        return self.held.pop(min(self.held.values(), key=lambda parked: parked.until).replica)
+
+
+def _place(ranks: Sequence[RankInfo]) -> tuple[tuple[str, str], ...]:
+    return tuple((rank.node, rank.gpus) for rank in ranks)

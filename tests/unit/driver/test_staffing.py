@@ -1,0 +1,222 @@
+"""Which replicas a run starts, gives back and leaves out."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec, RunLimits
+from ltx_ray.driver.policy import Policy
+from ltx_ray.driver.staffing import Staffing
+from ltx_ray.pools.pool import Pool, StartFailed
+from ltx_ray.pools.protocol import RankInfo, ReplicaLost, ReplicaStarted
+from ltx_ray.stages import OUTPUT_STAGES
+
+SPEC = EngineSpec("m:E", ModelFiles("c", "g", "u"), Numerics(), "out")
+
+
+class FakeCluster:
+    """A cluster with any number of places, unless `full`."""
+
+    def __init__(self):
+        self.starting, self.waits, self.released, self.killed, self.nodes = [], {}, [], [], 8
+        self.left = []
+
+    def start(self, name, spec):
+        self.starting.append(name)
+        self.waits[name] = 0.0
+
+    def placing(self):
+        return dict(self.waits)
+
+    def node_count(self):
+        return self.nodes
+
+    def leaving(self):
+        return self.left
+
+    def release(self, replica):
+        self.released.append(replica)
+
+    def kill(self, replica):
+        self.killed.append(replica)
+        self.waits.pop(replica, None)
+
+
+class Run:
+    def __init__(self, stage1=3, decode=4, text=1):
+        self.replicas, self.policy = FakeCluster(), Policy()
+        specs = [
+            PoolSpec("text", ("text",), text, 1, SPEC, most=4),
+            PoolSpec("stage1", ("stage1", "stage2"), stage1, 1, SPEC, gpus_per_rank=0.6),
+            PoolSpec("decode", OUTPUT_STAGES, decode, 1, SPEC, most=9),
+        ]
+        self.events, self.said = [], []
+        events = SimpleNamespace(emit=lambda event, **fields: self.events.append((event, fields)))
+        progress = SimpleNamespace(say=self.said.append)
+        pools = [Pool(spec, 4) for spec in specs]
+        self.staff = Staffing(pools, self.replicas, self.policy, RunLimits(), events, progress)
+
+    def turn(self, now=0.0, one_each=False, elastic=False, more_rows=True) -> list[str]:
+        """What is started in a turn of the driver."""
+        self.replicas.starting = []
+        self.staff.start_missing(now, one_each, elastic, more_rows)
+        return self.replicas.starting
+
+    def come_up(self, *names):
+        for name in names:
+            self.replicas.waits.pop(name)
+            pool = self.staff.started(ReplicaStarted(name, [RankInfo(0, node="n0", gpus=name)], 1.0))
+            self.policy.add_replica(name, pool.spec.roles)
+
+    def fail(self, name, node="n1", gpus="3", now=0.0, **changes):
+        self.replicas.waits.pop(name)
+        options = {"served": False, "held": True, "ranks": [RankInfo(0, node=node, address=node, gpus=gpus)], **changes}
+        self.staff.lost(ReplicaLost(name, "fallen off the bus", **options), now)
+
+    def told(self, event) -> list[dict]:
+        return [fields for name, fields in self.events if name == event]
+
+
+def test_one_of_each_comes_first_and_then_all_at_once():
+    run = Run()
+    assert run.turn(one_each=True) == ["text-0", "stage1-0", "decode-0"]
+    run.come_up("text-0", "stage1-0", "decode-0")
+    assert run.turn(one_each=True) == []
+    assert run.turn() == ["stage1-1", "stage1-2"], "decode comes after the ranks beside which it runs"
+    assert run.turn() == []
+    run.come_up("stage1-1", "stage1-2")
+    assert run.turn() == ["decode-1", "decode-2", "decode-3"]
+
+
+def test_decode_does_not_wait_for_ever_for_ranks_that_have_no_place():
+    run = Run()
+    run.turn(one_each=True)
+    run.come_up("text-0", "stage1-0", "decode-0")
+    run.turn()
+    run.replicas.waits.update(dict.fromkeys(["stage1-1", "stage1-2"], 61.0))
+    assert run.turn() == ["decode-1", "decode-2", "decode-3"]
+
+
+def test_a_card_that_failed_is_left_alone_and_the_others_go_on():
+    run = Run()
+    run.turn(one_each=True)
+    run.come_up("text-0", "stage1-0", "decode-0")
+    run.turn()
+    run.fail("stage1-1", now=100.0)
+    assert run.said == ["node n1, GPU 3: left alone for 30 s, because stage1-1 did not start there"]
+    assert run.turn(now=100.0) == ["stage1-3"], "another card may be free"
+    assert run.replicas.released == []
+    run.turn(now=130.0)
+    assert run.replicas.released == ["stage1-1"] and run.told("card_retried") == [
+        {"replica": "stage1-1", "where": "node n1, GPU 3"}
+    ]
+    run.fail("stage1-3", now=140.0)
+    assert run.told("card_parked")[-1]["failures"] == 2 and run.told("card_parked")[-1]["seconds"] == 60.0
+
+
+def test_the_only_card_is_tried_again_at_once():
+    run = Run()
+    run.turn(one_each=True)
+    run.come_up("text-0", "decode-0")
+    run.fail("stage1-0", now=1.0)
+    assert run.turn(now=1.0, one_each=True) == ["stage1-1"] and run.replicas.released == []
+    run.replicas.waits["stage1-1"] = 3.0
+    run.turn(now=4.0, one_each=True)
+    assert run.replicas.released == ["stage1-0"]
+
+
+def test_a_card_that_failed_is_not_tried_again_for_a_role_that_others_serve():
+    run = Run()
+    run.turn(one_each=True)
+    run.come_up("text-0", "stage1-0", "decode-0")
+    run.staff.pools.append(Pool(PoolSpec("stage2", ("stage2", "stage1"), 1, 1, SPEC, gpus_per_rank=0.6), 4))
+    run.turn()
+    run.fail("stage2-0", now=1.0)
+    run.turn(now=1.0)
+    run.replicas.waits["stage2-1"] = 20.0
+    run.turn(now=21.0)
+    assert run.replicas.released == []
+
+
+def test_a_pool_that_starts_nowhere_ends_the_run():
+    run = Run()
+    run.replicas.nodes = 1
+    run.turn(one_each=True)
+    for number in range(3):
+        run.fail(f"stage1-{number}")
+        run.turn(one_each=True)
+    with pytest.raises(StartFailed, match="pool stage1: 4 gangs failed to start; the last: fallen off the bus"):
+        run.fail("stage1-3")
+
+
+def test_losing_a_node_while_it_loads_is_nobodys_fault():
+    run = Run()
+    run.replicas.nodes = 1
+    run.turn(one_each=True)
+    for number in range(20):
+        run.fail(f"stage1-{number}", node_lost=True, held=False)
+        run.turn(one_each=True)
+    assert run.told("card_parked") == []
+
+
+def test_places_of_a_growing_cluster_go_to_pools_that_have_none():
+    run = Run(stage1=2, decode=1)
+    run.turn(elastic=True)
+    run.come_up("text-0", "stage1-0", "decode-0")
+    assert run.turn(elastic=True) == ["stage1-1"]
+    run.policy.remove_replica("decode-0")
+    run.staff.lost(ReplicaLost("decode-0", "gone", served=True), 0.0)
+    assert run.turn(elastic=True) == ["decode-1"] and run.replicas.killed == ["stage1-1"]
+
+
+def test_a_pool_with_too_many_gives_back_those_that_are_idle():
+    run = Run(stage1=1, decode=4)
+    run.turn(one_each=True)
+    run.come_up("text-0", "stage1-0", "decode-0")
+    run.turn()
+    run.come_up("decode-1", "decode-2", "decode-3")
+    run.policy.path = ("decode",)
+    run.policy.admit("i0", path=("decode",))
+    busy = run.policy.next_dispatch().replica
+    run.staff._sizer = SimpleNamespace(sizes=lambda pools, now: {"decode": 1})
+    run.turn(now=1.0)
+    assert busy not in run.replicas.killed and len(run.replicas.killed) == 3
+    assert run.told("pool_resized") == [{"role": "decode", "replicas": 1, "before": 4}]
+
+
+def test_no_pool_grows_for_rows_that_are_no_more():
+    run = Run(decode=1)
+    run.turn(one_each=True)
+    run.staff._sizer = SimpleNamespace(sizes=lambda pools, now: {"decode": 5})
+    run.turn(more_rows=False)
+    assert run.told("pool_resized") == []
+
+
+def test_a_replica_whose_node_drains_leaves_after_its_call_and_its_successor_starts_at_once():
+    run = Run(stage1=2, decode=1)
+    run.turn(one_each=True)
+    run.come_up("text-0", "stage1-0", "decode-0")
+    run.turn()
+    run.come_up("stage1-1")
+    run.policy.admit("i0", path=("stage1",))
+    busy = run.policy.next_dispatch().replica
+    run.replicas.left = [busy]
+    assert run.turn() == ["stage1-2"] and run.replicas.killed == []
+    assert run.said == [f"{busy} leaves after its call, because its node drains"]
+    run.policy.admit("i1", path=("stage1",))
+    assert run.policy.next_dispatch().replica != busy, "it gets no new call"
+    run.policy.call_finished("i0", 1.0)
+    assert run.policy.next_dispatch() is None
+    assert run.turn() == [] and run.replicas.killed == [busy]
+    assert [event["reason"] for event in run.told("gang_given_back")] == ["its node drains"]
+    run.replicas.left = []
+    assert run.turn() == []
+
+
+def test_a_replica_that_starts_on_a_node_that_drains_is_given_up():
+    run = Run(stage1=1, decode=1)
+    run.turn(one_each=True)
+    run.replicas.left = ["stage1-0"]
+    assert run.turn(one_each=True) == ["stage1-1"] and run.replicas.killed == ["stage1-0"]

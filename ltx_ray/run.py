@@ -32,6 +32,7 @@ from ltx_ray.dataset.identity import KeptIdentity, read_identity
 from ltx_ray.dataset.output import check_creation, check_place, is_within
 from ltx_ray.dataset.removal import finish_removals
 from ltx_ray.dataset.row_log import RowLog
+from ltx_ray.dataset.run_summary import SummaryBuilder
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.driver.events import EventLog
 from ltx_ray.driver.joined_cluster import JoinedCluster
@@ -44,8 +45,8 @@ from ltx_ray.driver.tracker import RowTracker
 from ltx_ray.manifest.raw import RawRow
 from ltx_ray.manifest.reader import manifest_folder
 from ltx_ray.manifest.rules import RowRules, check_defaults
-from ltx_ray.placement.cluster import Cluster, Placement, where_to_run
-from ltx_ray.placement.memory import MemoryBudget
+from ltx_ray.placement.cluster import Cluster, where_to_run
+from ltx_ray.placement.memory import checked_budget
 from ltx_ray.placement.numerics import check as check_numerics
 from ltx_ray.placement.numerics import check_widths, numerics_json
 from ltx_ray.placement.sizing import ParallelConfig
@@ -421,13 +422,12 @@ class _Rendering:
     def _run_driver(self, rows: Iterator[PlanEntry]) -> tuple[str, ExitCode]:
         """Render `rows`; the run's state and its exit code."""
         drained = self._driver.run(rows)
-        counts = self._tracker.counts
         state = "drained" if drained else "finished"
         if self._driver.too_many_failed:
             return state, ExitCode.FAILED_ROWS
         if drained:
             return state, ExitCode.DRAINED
-        failed = counts["failed"] + counts["illegal"]
+        failed = self._tracker.counts["failed"] + self._tracker.counts["illegal"]
         return state, ExitCode.FAILED_ROWS if failed and not self._options.exit_zero_on_failed_rows else ExitCode.OK
 
     def _join_cluster(self) -> JoinedCluster:
@@ -442,7 +442,8 @@ class _Rendering:
 
         if placement.parallel.names_a_layout and not options.parallel.names_a_layout:
             run.progress.say(f"layout chosen for {options.parallel.optimize}: {placement.parallel.flags}")
-        budget = self._memory_budget(placement)
+        files = run.prepared.checkpoint, options.model.local()
+        budget = checked_budget(*files, placement.pools, placement.numerics, placement.largest_gpu)
         self._record.place(placement.pools, placement.numerics)
         # Until now there was nothing to finish, and Ray has set a handler of its own.
         run.signals.action = self._driver.request_drain
@@ -461,32 +462,21 @@ class _Rendering:
             problem=budget.problem if budget is not None else lambda request: None,
         )
 
-    def _memory_budget(self, placement: Placement) -> MemoryBudget | None:
-        """The memory that rows are compared with; None where it is not known. Raises ValueError for too small GPUs."""
-        if placement.largest_gpu is None:
-            return None
-        checkpoint, model = self._run.prepared.checkpoint, self._options.model.local()
-        budget = MemoryBudget(checkpoint, model, placement.pools, placement.numerics, placement.largest_gpu)
-        budget.check()
-        return budget
-
     def _why_stop(self) -> str | None:
         """Why the run has to end, if it has to. The driver asks at every turn, so the record is refreshed here."""
         if self._run.lease.lost:
             return f"another run has taken over {self._run.store.name}"
         if self._record.due:
             self._gpu_time.refresh(self._driver.gpu_seconds())
-            rate = self._tracker.rate
-            self._record.refresh(
-                self._tracker.counts, rate.clips, self._events.summary, rate.per_hour(time.monotonic())
-            )
+            self._record.refresh(*self._progress_so_far())
         return None
 
     def _write_record(self, state: str) -> None:
+        self._record.write(state, *self._progress_so_far())
+
+    def _progress_so_far(self) -> tuple[Mapping[str, int], int, SummaryBuilder, float | None]:
         rate = self._tracker.rate
-        self._record.write(
-            state, self._tracker.counts, rate.clips, self._events.summary, rate.per_hour(time.monotonic())
-        )
+        return self._tracker.counts, rate.clips, self._events.summary, rate.per_hour(time.monotonic())
 
     def _finish(self, state: str) -> None:
         """Record how the run ended, unless another run has taken the output over and the records are its own."""

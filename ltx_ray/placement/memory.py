@@ -263,6 +263,17 @@ class MemoryBudget:
         return self.element_bytes * _elements(text)
 
 
+def checked_budget(
+    checkpoint: Checkpoint, model: ModelFiles, pools: Iterable[PoolSpec], numerics: Numerics, gpu: Gpu | None
+) -> MemoryBudget | None:
+    """The memory that rows are compared with; None where it is not known. Raises ValueError for too small GPUs."""
+    if gpu is None:
+        return None
+    budget = MemoryBudget(checkpoint, model, pools, numerics, gpu)
+    budget.check()
+    return budget
+
+
 def can_share(checkpoint: Checkpoint, model: ModelFiles, numerics: Numerics, gpu: Gpu) -> bool:
     """Whether `gpu` certainly holds a rank of the DiT and a replica of text or decode, for clips of the HQ size."""
     budget = MemoryBudget(checkpoint, model, (), numerics, gpu)

@@ -37,10 +37,7 @@ first to last        between the first and the last finished clip. With few clip
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -53,6 +50,7 @@ sys.path.insert(0, str(ROOT))
 
 from scripts.bench import clip_runs
 from scripts.bench.baselines import Baselines, check
+from scripts.bench.clip_figures import device_name, known_figures, save_figures, time_and_commit, write_files
 
 RELEASED_LAYERS = 48
 #: Seconds of merging again at 48 layers from clean weights and factors in pinned host memory (docs/benchmarks.md).
@@ -169,7 +167,7 @@ def _judge(arguments: argparse.Namespace, found: Mapping[str, Runs]) -> int:
         }
         for name in _RECORDED
     }
-    baselines, code = Baselines(_device_name(arguments)), 0
+    baselines, code = Baselines(device_name(arguments.device)), 0
     if arguments.check:
         code = check(baselines, {case: value for name in _CHECKED for case, value in named[name].items()})
         if ratios:
@@ -180,31 +178,14 @@ def _judge(arguments: argparse.Namespace, found: Mapping[str, Runs]) -> int:
     return code
 
 
-def _device_name(arguments: argparse.Namespace) -> str:
-    if arguments.device == "cpu":
-        return "cpu"
-    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
-
-
-def _files(arguments: argparse.Namespace, folder: Path, layers: int) -> dict[str, str]:
-    if arguments.model == "toy":
-        from ltx_ray.toy import ToyShape, make_toy_model
-
-        return make_toy_model(folder / "model", shape=ToyShape(layers=layers))
-    from scripts.bench import random_model
-
-    gemma_layers = arguments.gemma_layers or layers
-    return random_model.write_model(folder / "model", layers, gemma_layers, arguments.connector_layers)
-
-
 def main() -> int:
     arguments = _arguments()
-    known = _known(arguments)
+    before = known_figures(arguments.json, _identity(arguments))
+    known = {side: {int(n): run for n, run in runs.items()} for side, runs in before.items()}
     if not known:
         shutil.rmtree(arguments.folder / "caches", ignore_errors=True)
     deadline, failed = time.monotonic() + arguments.budget, False
-    print(f"{_device_name(arguments)}, {arguments.case}, {arguments.clips} clips, {arguments.model} model")
+    print(f"{device_name(arguments.device)}, {arguments.case}, {arguments.clips} clips, {arguments.model} model")
     for layers in arguments.layers:
         failed |= _measure(arguments, layers, known, deadline)
     asked = {side: {n: known[side][n] for n in arguments.layers if n in known[side]}
@@ -226,7 +207,7 @@ def _measure(arguments: argparse.Namespace, layers: int, known: Figures, deadlin
     if missing:
         folder.mkdir(parents=True, exist_ok=True)
         since = time.monotonic()
-        files = _files(arguments, folder, layers)
+        files = write_files(arguments, folder, layers)
         print(f"{layers} layers: files in {time.monotonic() - since:.0f} s", flush=True)
     for side in missing:
         since = time.monotonic()
@@ -243,51 +224,20 @@ def _measure(arguments: argparse.Namespace, layers: int, known: Figures, deadlin
             print(f"{layers} layers: {side} FAILED after {time.monotonic() - since:.0f} s: {error}", flush=True)
             failed = True
             continue
-        known.setdefault(side, {})[layers] = {**figures, "measured": _time_and_commit()}
+        known.setdefault(side, {})[layers] = {**figures, "measured": time_and_commit()}
         print(f"{layers} layers: {side} in {time.monotonic() - since:.0f} s", flush=True)
-        _save(arguments, known)
+        save_figures(arguments.json, _identity(arguments), known)
     if not arguments.keep:
         shutil.rmtree(folder, ignore_errors=True)
     return failed
 
 
-def _known(arguments: argparse.Namespace) -> Figures:
-    """The figures that --json holds from an earlier run."""
-    if not (arguments.json and arguments.json.exists()):
-        return {}
-    try:
-        before = json.loads(arguments.json.read_text())
-        of, figures = before["of"], before["figures"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise SystemExit(
-            f"--json: {arguments.json}, was not written by this script ({type(error).__name__})"
-        ) from error
-    if of != _identity(arguments):
-        raise SystemExit(f"--json: {arguments.json}, has figures of {of}; this run is {_identity(arguments)}")
-    return {side: {int(n): run for n, run in runs.items()} for side, runs in figures.items()}
-
-
-def _save(arguments: argparse.Namespace, known: Figures) -> None:
-    if arguments.json:
-        temporary = arguments.json.with_name(arguments.json.name + ".new")
-        temporary.write_text(json.dumps({"of": _identity(arguments), "figures": known}, indent=2))
-        os.replace(temporary, arguments.json)
-
-
-def _time_and_commit() -> str:
-    """The time and, where git knows it, the commit, which go with a figure."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "an unknown commit"
-    return f"{time.strftime('%Y-%m-%d %H:%M')} at {commit}"
-
-
 def _identity(arguments: argparse.Namespace) -> str:
     """The settings in which comparable figures agree."""
     depths = f"{arguments.gemma_layers or 'as many'} layers of Gemma, {arguments.connector_layers} of the connectors"
-    return f"{_device_name(arguments)}, {arguments.case}, {arguments.clips} clips, {arguments.model} model, {depths}"
+    return (
+        f"{device_name(arguments.device)}, {arguments.case}, {arguments.clips} clips, {arguments.model} model, {depths}"
+    )
 
 
 def _arguments() -> argparse.Namespace:

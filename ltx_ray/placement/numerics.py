@@ -77,6 +77,10 @@ def resolve(
         raise ValueError(
             f"--precision: 'fp8' on {old[0]}, legal: bf16, or GPUs that support fp8 (Ada, Hopper and later)"
         )
+    if on_gpu and requested.attention in GPU_ATTENTION and (old := [n for n in gpu_models if n in _WITHOUT_BF16]):
+        raise ValueError(
+            f"--attention: {requested.attention!r} on {old[0]}, legal: auto or sdpa, or GPUs with bfloat16"
+        )
     if on_gpu:
         _check_widths_on_gpu(requested, parallel, gpu_models, transformer)
     compiled = _resolve_compile(requested, parallel, on_gpu, gpu_models, transformer)

@@ -1,6 +1,6 @@
 """One run of ours and one command of the reference on the same files, split into the seconds of their parts.
 
-scripts/bench_clip.py calls these for each number of layers.
+scripts/bench_clip.py calls these for each number of layers, scripts/bench_line.py renders with several replicas.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import mean, median
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 _PROMPTS = (
@@ -54,8 +54,9 @@ from ltx_ray.run import Options, render
 spec = json.loads(sys.argv[1])
 model, parallel = ModelFiles(**spec.pop("model")), ParallelConfig(**spec.pop("parallel"))
 numerics = RequestedNumerics(**spec.pop("numerics"))
+spec["command"] = tuple(spec["command"])
 limits = RunLimits(max_attempts=1, start_timeout=300.0, call_timeout=300.0)
-options = Options(model=model, numerics=numerics, parallel=parallel, limits=limits, command=("bench_clip",), **spec)
+options = Options(model=model, numerics=numerics, parallel=parallel, limits=limits, **spec)
 sys.exit(render(options))
 """
 
@@ -67,29 +68,54 @@ def ours(
     arguments: argparse.Namespace, files: dict[str, str], folder: Path, limit: float, precision: str
 ) -> dict[str, Any]:
     """Seconds of the parts of one run of ours; figures of a clip are means or medians over all clips."""
+    # One GPU has one replica for both stages by default; a CPU would get one for each.
+    parallel = {"stage2": 0} if arguments.device == "cpu" else {}
+    spec = {"numerics": {"precision": precision, "device": arguments.device}, "parallel": parallel}
+    run = render(arguments, files, folder / "ours", arguments.clips, limit, spec)
+    figures = read_events(run.events, run.began, arguments.clips) | _index_seconds(run.out)
+    figures["whole run"] = time.time() - run.began
+    numerics = json.loads((run.out / "run.json").read_text())["numerics"]
+    figures["numerics"] = {name: numerics.get(name) for name in ("attention", "precision", "compile")}
+    return figures
+
+
+class Rendered(NamedTuple):
+    """A finished run: its output, its events, and when its command was given."""
+
+    out: Path
+    events: list[dict[str, Any]]
+    began: float
+
+
+def render(
+    arguments: argparse.Namespace,
+    files: dict[str, str],
+    out: Path,
+    clips: int,
+    limit: float,
+    spec: Mapping[str, Any],
+    command: str = "bench_clip",
+) -> Rendered:
+    """Render `clips` rows into the new folder `out` in a process of its own, whose log is beside it.
+
+    `spec` has the fields of `ltx_ray.run.Options` that are special to the run. Raises RuntimeError when a row fails or
+    the run takes more than `limit` seconds.
+    """
     height, width, frames = arguments.size
-    manifest, out = folder / "manifest.jsonl", folder / "ours"
+    manifest, log = out.with_name("manifest.jsonl"), out.with_name(f"{out.name}.log")
     shutil.rmtree(out, ignore_errors=True)
-    rows = [{"id": f"clip-{i}", "prompt": _PROMPTS[i % len(_PROMPTS)], "seed": i} for i in range(arguments.clips)]
+    rows = [{"id": f"clip-{i}", "prompt": _PROMPTS[i % len(_PROMPTS)], "seed": i} for i in range(clips)]
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
     spec = {
-        "manifest": str(manifest), "output": str(out), "model": files,
-        "numerics": {"precision": precision, "device": arguments.device}, "row_defaults": {
+        "manifest": str(manifest), "output": str(out), "model": files, "command": [command], "row_defaults": {
             "height": height, "width": width, "num_frames": frames, "num_inference_steps": arguments.steps,
-        },
-        # One GPU has one replica for both stages by default; a CPU would get one for each.
-        "parallel": {"stage2": 0} if arguments.device == "cpu" else {},
+        }, **spec,
     }  # fmt: skip
-    began, log = time.time(), folder / "ours.log"
+    began = time.time()
     code = _run([sys.executable, "-c", _RENDER, json.dumps(spec)], _environment(arguments, [ROOT]), log, limit)
     if code != 0:
         raise RuntimeError(f"ours ended with {code}: {_tail(log)}\n{_failures(out)}")
-    events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
-    figures = read_events(events, began, arguments.clips) | _index_seconds(out)
-    figures["whole run"] = time.time() - began
-    numerics = json.loads((out / "run.json").read_text())["numerics"]
-    figures["numerics"] = {name: numerics.get(name) for name in ("attention", "precision", "compile")}
-    return figures
+    return Rendered(out, [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()], began)
 
 
 def read_events(events: list[dict[str, Any]], began: float, clips: int) -> dict[str, Any]:

@@ -55,6 +55,13 @@ def test_auto(device, requested, parallel, gpus, fa3, attention, compiled):
     assert resolve(by_name, layout, device, gpus, fa3) == found
 
 
+@pytest.mark.parametrize("attention", ["fa3", "cudnn", "flash"])
+def test_attention_of_the_fused_path_is_refused_where_there_is_none(attention):
+    """Those GPUs have no bfloat16, so what was recorded would not have been computed with."""
+    with pytest.raises(ValueError, match=f"--attention: '{attention}' on V100, legal: auto or sdpa, or GPUs with bf"):
+        resolve(RequestedNumerics(attention=attention), ParallelConfig(), "cuda", ("H100", "V100"), True)
+
+
 @pytest.mark.parametrize(
     ("requested", "message"),
     [

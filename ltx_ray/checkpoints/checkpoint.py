@@ -202,8 +202,11 @@ def check_gemma(root: str) -> None:
     makes_it = os.path.isfile(pieces) and importlib.util.find_spec("sentencepiece") is not None
     if not os.path.isfile(whole) and not makes_it:
         raise ValueError(f"--gemma-root: {tokenizer}, has no tokenizer.json; {legal}")
-    if not any(os.path.isfile(os.path.join(tokenizer, name)) for name in _SPECIAL_TOKENS):
+    special = [path for name in _SPECIAL_TOKENS if os.path.isfile(path := os.path.join(tokenizer, name))]
+    if not special:
         raise ValueError(f"--gemma-root: {tokenizer}, has no tokenizer_config.json; {legal}")
+    for path in special:
+        diffusers_layout.read_json(path)
     for path in filter(os.path.isfile, (whole, pieces)):
         with open(path, "rb") as file:
             if kind := named_kind(file.read(HEAD_BYTES)):

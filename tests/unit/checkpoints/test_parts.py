@@ -155,6 +155,15 @@ def test_a_tokenizer_that_was_cut_off_is_refused(toy, tmp_path):
         check_gemma(str(file.parent))
 
 
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_names_of_special_tokens_that_were_cut_off_are_refused(toy, tmp_path, name):
+    """Replicas of text would end with what a parser says, which names no file."""
+    file = Path(another_gemma(toy, tmp_path / "gemma")) / name
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=rf"^{file}: is not JSON \(.+\); fetch it again"):
+        check_gemma(str(file.parent))
+
+
 def test_a_quantized_gemma_is_refused(toy, tmp_path):
     """It wants a package that is not installed, as each replica of text would find out."""
     root = another_gemma(toy, tmp_path / "gemma", quantization_config={"quant_method": "bitsandbytes"})

@@ -34,6 +34,8 @@ _PLAIN_DTYPES = ("BF16", "F16", "F32", "F64")
 _QUANTIZED_DTYPES = ("F8_E4M3", "F8_E5M2")
 _INPUT_SCALE = ".input_scale"
 _SCALES = (".weight_scale", ".bias_scale", _INPUT_SCALE)
+#: Files of which each tells transformers which tokens begin and pad a text. The last is that of Gemma's weights.
+_SPECIAL_TOKENS = ("tokenizer_config.json", "special_tokens_map.json", "config.json")
 #: Parts that a single file must hold, by the prefix of their keys.
 PIECES = {
     f"{TRANSFORMER_PREFIX}{BLOCKS}.": "transformer",
@@ -200,6 +202,11 @@ def check_gemma(root: str) -> None:
     makes_it = os.path.isfile(pieces) and importlib.util.find_spec("sentencepiece") is not None
     if not os.path.isfile(whole) and not makes_it:
         raise ValueError(f"--gemma-root: {tokenizer}, has no tokenizer.json; {legal}")
+    special = [path for name in _SPECIAL_TOKENS if os.path.isfile(path := os.path.join(tokenizer, name))]
+    if not special:
+        raise ValueError(f"--gemma-root: {tokenizer}, has no tokenizer_config.json; {legal}")
+    for path in special:
+        diffusers_layout.read_json(path)
     for path in filter(os.path.isfile, (whole, pieces)):
         with open(path, "rb") as file:
             if kind := named_kind(file.read(HEAD_BYTES)):

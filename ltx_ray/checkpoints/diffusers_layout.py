@@ -137,7 +137,7 @@ def read_config(folder: str) -> dict[str, Any]:
     path = os.path.join(folder, "config.json")
     if not os.path.isfile(path):
         raise ValueError(f"{folder}: has no config.json; legal: a folder as diffusers writes it")
-    return _read_json(path)
+    return read_json(path)
 
 
 def check_class(folder: str, config: Mapping[str, Any], class_name: str) -> None:
@@ -246,7 +246,7 @@ def read_weights(folder: str, name: str = WEIGHTS) -> dict[str, TensorInfo]:
             f"{folder}: has neither {name} nor its .index.json; legal: safetensors without a variant in the name; "
             f"there are {', '.join(there[:10]) or 'no weights'}"
         )
-    files = _read_json(index).get("weight_map")
+    files = read_json(index).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
         raise ValueError(f"{index}: has no weight_map of names to files; fetch it again")
     headers = {file: read_header(os.path.join(folder, file)) for file in sorted(set(files.values()))}
@@ -257,7 +257,8 @@ def read_weights(folder: str, name: str = WEIGHTS) -> dict[str, TensorInfo]:
     return {key: headers[file].tensors[key] for key, file in files.items()}
 
 
-def _read_json(path: str) -> dict[str, Any]:
+def read_json(path: str) -> dict[str, Any]:
+    """The JSON object in the file at `path`. Raises ValueError naming the file."""
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)

@@ -230,7 +230,11 @@ def test_gemma_in_two_folders(tmp_path):
     steps = [
         (lambda: text.mkdir(), f"{text}, has no config.json"),
         (lambda: (text / "config.json").write_text('{"model_type": "gemma4_unified"}'), f"{tokenizer}, has no tokeni"),
-        (lambda: (tokenizer.mkdir(), (tokenizer / "tokenizer.json").write_text("{}")), f"{text}, is a gemma4_unified"),
+        (
+            lambda: (tokenizer.mkdir(), (tokenizer / "tokenizer.json").write_text("{}")),
+            f"{tokenizer}, has no tokenizer_config.json",
+        ),
+        (lambda: (tokenizer / "tokenizer_config.json").write_text("{}"), f"{text}, is a gemma4_unified"),
         (lambda: (text / "config.json").write_text('{"model_type": "gemma3"}'), f"{text}: has neither model.safetens"),
         (lambda: (text / "model.safetensors").write_bytes(b"x" * 20), f"{text}/model.safetensors: not a safetensors"),
     ]

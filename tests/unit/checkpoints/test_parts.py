@@ -128,12 +128,39 @@ def test_a_tokenizer_that_needs_another_package_is_refused_without_it(toy, tmp_p
             check_gemma(str(root))
 
 
+@pytest.mark.parametrize("named_by", ["tokenizer_config.json", "special_tokens_map.json", None])
+def test_a_tokenizer_without_its_special_tokens_is_refused(toy, tmp_path, named_by):
+    """Beside no config.json, as in diffusers' layout, transformers does not know what begins and pads a text. Each row
+    failed as if by its own fault."""
+    from transformers import AutoTokenizer
+
+    whole, tokenizer = Path(another_gemma(toy, tmp_path / "text_encoder")), tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    for name in filter(None, ("tokenizer.json", named_by)):
+        (whole / name).rename(tokenizer / name)
+    if named_by:
+        check_gemma(str(tmp_path))
+        assert AutoTokenizer.from_pretrained(tokenizer).bos_token_id == 2
+    else:
+        with pytest.raises(ValueError, match=rf"^--gemma-root: {tokenizer}, has no tokenizer_config\.json; legal: "):
+            check_gemma(str(tmp_path))
+
+
 def test_a_tokenizer_that_was_cut_off_is_refused(toy, tmp_path):
     file = Path(another_gemma(toy, tmp_path / "gemma")) / "tokenizer.json"
     file.write_bytes(file.read_bytes() + b"\n \n")
     check_gemma(str(file.parent))
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match=rf"^{file}: is not JSON \(its end is missing\); fetch it again"):
+        check_gemma(str(file.parent))
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_names_of_special_tokens_that_were_cut_off_are_refused(toy, tmp_path, name):
+    """Replicas of text would end with what a parser says, which names no file."""
+    file = Path(another_gemma(toy, tmp_path / "gemma")) / name
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=rf"^{file}: is not JSON \(.+\); fetch it again"):
         check_gemma(str(file.parent))
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -190,6 +193,25 @@ def test_a_generator_after_the_ledgers_draws_goes_on_as_the_first_one():
     for draws in (halfway.draws[:1], (("0", (1, 12, 9), "bfloat16"), halfway.draws[1])):
         other = ClipNoise(NoiseLedger(7, "cpu", "cpu", draws), torch.device("cpu"))
         assert not torch.equal(other.draw("2", shapes[2], torch.bfloat16), drawn[2])
+
+
+def test_a_cpu_without_avx2_rounds_the_same_noise_otherwise(tmp_path):
+    """docs/parity.md says by how much. Machines of both kinds thus render the same clips, though not the same bits."""
+    code = (
+        "import sys, torch; g = torch.Generator().manual_seed(10); "
+        "torch.save([torch.randn(2**17, generator=g, dtype=d) for d in (torch.bfloat16, torch.float32)], sys.argv[1])"
+    )
+
+    def drawn(capability: str) -> list[torch.Tensor]:
+        file = tmp_path / capability
+        environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+        subprocess.run([sys.executable, "-c", code, str(file)], env=environment, check=True)
+        return torch.load(file)
+
+    (bf16, fp32), (bf16_without, fp32_without) = drawn("avx2"), drawn("default")
+    assert torch.allclose(fp32, fp32_without, rtol=0, atol=1e-5)
+    assert torch.allclose(bf16.float(), bf16_without.float(), rtol=2**-7, atol=1e-5)
+    assert (bf16 != bf16_without).sum() < 100
 
 
 def test_first_draw_is_the_seeds():

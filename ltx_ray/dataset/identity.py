@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from ltx_ray.config import NEWEST_SCHEME
+from ltx_ray.config import NEWEST_SCHEME, Numerics
 from ltx_ray.dataset import layout
 from ltx_ray.storage.parquet import read_parquet
 from ltx_ray.storage.store import Store
@@ -137,10 +137,15 @@ def _identity_of_rows(store: Store) -> DatasetIdentity:
     return DatasetIdentity()
 
 
+#: What numerics have where they do not say it (placement.numerics.numerics_json).
+_WHERE_LEFT_OUT = {"stage1_sequence_parallel": Numerics.stage1_sequence_parallel}
+
+
 def changed_numerics(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str:
     """`attention fa3 (was cudnn), tp 2 (was 1)`; empty when nothing differs or nothing was before."""
     if before is None:
         return ""
+    before, now = _WHERE_LEFT_OUT | before, _WHERE_LEFT_OUT | now
     names = [name for name in sorted(now) if name in before and before[name] != now[name]]
     return ", ".join(f"{name} {now[name]} (was {before[name]})" for name in names)
 

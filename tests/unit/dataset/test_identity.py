@@ -7,10 +7,11 @@ import json
 
 import pytest
 
-from ltx_ray.config import NEWEST_SCHEME
+from ltx_ray.config import NEWEST_SCHEME, Numerics
 from ltx_ray.dataset import layout
 from ltx_ray.dataset.existing import list_existing
 from ltx_ray.dataset.identity import DatasetIdentity, KeptIdentity, changed_numerics, read_identity, write_identity
+from ltx_ray.placement.numerics import numerics_json
 from ltx_ray.planning.identity import recipe_json
 from ltx_ray.storage.store import Store
 from tests.support.datasets import dataset_writer, finish
@@ -88,6 +89,9 @@ def test_a_scheme_of_the_future_is_refused(store):
 
 
 def test_what_a_run_computes_otherwise():
+    one, two = (json.loads(numerics_json(Numerics(stage1_sequence_parallel=n))) for n in (1, 2))
+    assert changed_numerics(one, two) == "stage1_sequence_parallel 2 (was 1)"
+    assert changed_numerics(two, one) == "stage1_sequence_parallel 1 (was 2)"
     assert changed_numerics(None, {"tp": 1}) == ""
     assert changed_numerics({"tp": 1, "gone": 2}, {"tp": 1, "new": 3}) == ""
     assert changed_numerics({"tp": 1, "attention": "fa3"}, {"tp": 2, "attention": "cudnn"}) == (

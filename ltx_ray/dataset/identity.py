@@ -145,7 +145,7 @@ def changed_numerics(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -
     """`attention fa3 (was cudnn), tp 2 (was 1)`; empty when nothing differs or nothing was before."""
     if before is None:
         return ""
-    before, now = _WHERE_LEFT_OUT | before, _WHERE_LEFT_OUT | now
+    before, now = {**_WHERE_LEFT_OUT, **before}, {**_WHERE_LEFT_OUT, **now}
     names = [name for name in sorted(now) if name in before and before[name] != now[name]]
     return ", ".join(f"{name} {now[name]} (was {before[name]})" for name in names)
 

@@ -50,7 +50,6 @@ class GangPass:
     """
 
     layout: str
-    ranks: int
     sides: dict[str, float]
     error: tuple[float, float] | None = None
     waits: float | None = None
@@ -131,7 +130,7 @@ class _Rank:
         for name in self._names:
             error = errors(outputs[name][-1], outputs[name][0]) if len(outputs[name]) > 1 else None
             last = list(sides[name])[-1]
-            found[name] = GangPass(last, max(1, self._a.ranks), sides[name], error, waits.get(name))
+            found[name] = GangPass(last, sides[name], error, waits.get(name))
         return found
 
     def _calls(self, mesh: Mesh) -> Iterable[tuple[str, str, Callable[[], Iterable[torch.Tensor]]]]:
@@ -181,11 +180,16 @@ class _Rank:
             call()
             torch.cuda.synchronize()
         kernels = [
-            (event.time_range.start, event.time_range.end, "nccl" in event.name.lower())
+            (event.time_range.start, event.time_range.end, is_exchange(event.name))
             for event in profile.events()
             if event.device_type == DeviceType.CUDA
         ]
         return max(self._of_all(_exposed_share(kernels)))
+
+
+def is_exchange(kernel: str) -> bool:
+    """Whether a kernel or copy of this name, as the profiler gives it, belongs to an exchange between cards."""
+    return any(word in kernel.lower() for word in ("nccl", "symmetric_memory", "ptop"))
 
 
 def _exposed_share(kernels: list[tuple[float, float, bool]]) -> float:

@@ -148,7 +148,7 @@ class Driver:
 
     def _wait_seconds(self) -> float:
         """Seconds to wait for events of the pools: few or none while rows are being committed or may be taken."""
-        if self.tracker.publisher.committing:
+        if self.tracker.publisher.committing or self.tracker.waits_for_images:
             return _TICK_SECONDS / 20
         return 0.0 if not self.tracker.exhausted and self.policy.capacity() else _TICK_SECONDS
 
@@ -187,9 +187,12 @@ class Driver:
                 return
             taken += capacity
             illegal = self.counts["illegal"]
-            for tracked in self.tracker.take(rows, capacity):
+            # With nothing in flight there is nothing to do but to wait for a row.
+            for tracked in self.tracker.take(rows, capacity, wait=not self.policy.in_flight):
                 self._admit_item(tracked)
             self._outcomes.add_illegal(self.counts["illegal"] - illegal)
+            if self.tracker.waits_for_images:
+                return
 
     def _admit_item(self, tracked: TrackedItem) -> None:
         item = tracked.item

@@ -140,10 +140,20 @@ class RowTracker:
         """Rows that have failed or are illegal."""
         return self.counts["failed"] + self.counts["illegal"]
 
-    def take(self, rows: Iterator[PlanEntry], at_most: int) -> Iterator[TrackedItem]:
-        """Read up to `at_most` rows and yield the items that are new."""
+    @property
+    def waits_for_images(self) -> bool:
+        """Whether the images of the next row are still being read."""
+        return not self.exhausted and not self.plan.next_is_ready
+
+    def take(self, rows: Iterator[PlanEntry], at_most: int, wait: bool = True) -> Iterator[TrackedItem]:
+        """Read up to `at_most` rows and yield the items that are new.
+
+        No row after the first is waited for, nor is the first without `wait`.
+        """
         existing = self.plan.existing
-        for _ in range(at_most):
+        for number in range(at_most):
+            if self.waits_for_images and (number or not wait):
+                return
             planned = next(rows, None)
             if planned is None:
                 self.exhausted = True

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from ltx_ray.checkpoints.checkpoint import open_checkpoint
 from ltx_ray.checkpoints.digests import cached_digest
@@ -20,9 +20,10 @@ from ltx_ray.dataset.existing import ExistingRows, ItemLookup
 from ltx_ray.manifest.columns import LONGEST_ID
 from ltx_ray.manifest.raw import RawRow
 from ltx_ray.manifest.reader import open_manifest
-from ltx_ray.manifest.rules import IllegalRow, RowProblem, RowRules, duplicate_id, judge, resolved_values
+from ltx_ray.manifest.rules import IllegalRow, LegalRow, RowProblem, RowRules, duplicate_id, judge, resolved_values
 from ltx_ray.planning.cost import H100_TFLOPS, clip_tflop
 from ltx_ray.planning.identity import item_id, recipe_digest
+from ltx_ray.planning.image_lookahead import ImageLookAhead, Use
 from ltx_ray.planning.templates import RowTemplate, TemplateCache, item_sample_seed, sample_id, sample_seed
 from ltx_ray.records import Recipe, RenderRequest, WorkItem
 from ltx_ray.storage.id_table import IdTable
@@ -128,6 +129,10 @@ class UnreadableImage(Exception):
         self.path, self.reason = path, reason
 
 
+def _images(request: RenderRequest) -> tuple[Use, ...]:
+    return tuple((image.path, image.crf or 0) for image in request.images)
+
+
 def _digest(path: str, crf: int = 0) -> str:
     try:
         check_image(path, crf)
@@ -167,10 +172,10 @@ class ItemBuilder:
             scheme=self.scheme,
         )
 
-    def item(self, request: RenderRequest) -> WorkItem:
-        """Raises UnreadableImage."""
+    def item(self, request: RenderRequest, digest: Callable[[str, int], str] = _digest) -> WorkItem:
+        """`digest` of an image by its location and crf. Raises UnreadableImage."""
         recipe = self.recipe(request)
-        digests = tuple(_digest(image.path, image.crf or 0) for image in request.images)
+        digests = tuple(digest(*use) for use in _images(request))
         name = item_id(request, recipe, digests)
         if request.id is None:
             request = dataclasses.replace(request, id=name[:16])
@@ -179,6 +184,19 @@ class ItemBuilder:
 
 #: An entry of a plan.
 PlanEntry: TypeAlias = PlannedRow | IllegalRow
+
+
+class _Judged(NamedTuple):
+    """A row without a template: it is illegal, or has images, which are read only when it is nearly its turn."""
+
+    raw: RawRow
+    row: LegalRow | IllegalRow
+
+
+def _images_of(draft: Sequence[PlannedRow] | _Judged) -> tuple[Use, ...]:
+    """What has to be read before a row can be planned."""
+    judged = draft.row if isinstance(draft, _Judged) else None
+    return () if judged is None or isinstance(judged, IllegalRow) else _images(judged.request)
 
 
 @dataclass(frozen=True)
@@ -220,6 +238,7 @@ class Plan:
         #: Selected ids that no row has had yet, of the shard where there is one.
         self.unmet: set[str | None] = set(self.selection.ids or ())
         self._templates = TemplateCache(self.rules, self.builder.item)
+        self._images = ImageLookAhead(_digest)
         # None where nothing was: it is asked for every row.
         self._removed = self.existing.removed or None
         # records of 96 bits of each id's hash and 32 bits of its row's item_id
@@ -241,6 +260,11 @@ class Plan:
         rows = len(range(first, self.manifest_rows, step))
         limit = self.selection.limit
         return (rows if limit is None else min(rows, limit)) * self.samples
+
+    @property
+    def next_is_ready(self) -> bool:
+        """Whether the next row of `rows` is to be had without waiting for its images."""
+        return self._images.ready
 
     def against(self, existing: ExistingRows) -> Plan:
         """The same plan compared with another dataset. Nothing is counted yet."""
@@ -272,9 +296,8 @@ class Plan:
         for chunk in _chunks(itertools.islice(raws, *self._shard())):
             drafts = [self._drafted(raw) for raw in chunk]
             looked_up = self._look_up([row for rows in drafts if rows for row in rows])
-            for raw, draft in zip(chunk, drafts, strict=True):
-                # A row without a template may have images, which are read only when it is its turn.
-                rows, found = (self._judged(raw), None) if draft is None else (draft, looked_up)
+            for draft in self._images.over(map(self._judged, chunk, drafts), _images_of):
+                rows, found = (self._samples(draft), None) if isinstance(draft, _Judged) else (draft, looked_up)
                 selected = False
                 for row in self._selected(rows):
                     selected = True
@@ -315,10 +338,15 @@ class Plan:
             return (row,)
         return None if _too_long(given_id, count) else row.samples(count, given_id)
 
-    def _judged(self, raw: RawRow) -> Sequence[PlanEntry]:
-        """The samples of any row, or the row itself when it is illegal."""
-        count, row = self._count(raw), judge(raw, self.rules)
+    def _judged(self, raw: RawRow, draft: Sequence[PlannedRow] | None) -> Sequence[PlannedRow] | _Judged:
+        """The samples of a row that has a template; another row is judged here. Nothing is read for that."""
+        return _Judged(raw, judge(raw, self.rules)) if draft is None else draft
+
+    def _samples(self, judged: _Judged) -> Sequence[PlanEntry]:
+        """The samples of a row without a template, or the row itself when it is illegal."""
+        raw, row = judged
         # An illegal row stands for all its samples, and a retry renders them.
+        count = self._count(raw)
         unplanned = raw._replace(samples=count)
         if isinstance(row, IllegalRow):
             return (replace(row, raw=unplanned),)
@@ -328,7 +356,7 @@ class Plan:
             legal = f"at most {longest} characters, because --samples-per-prompt appends {sample_id('', count - 1)}"
             return (IllegalRow(unplanned, (RowProblem("id", given_id, legal),)),)
         try:
-            item = self.builder.item(row.request)
+            item = self.builder.item(row.request, self._images.digest)
         except UnreadableImage as error:
             problem = RowProblem("images", error.path, f"an image that can be read ({error.reason})")
             return (IllegalRow(unplanned, (problem,)),)

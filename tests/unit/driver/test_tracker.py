@@ -307,3 +307,20 @@ def test_no_row_is_half_written_when_the_publisher_closes_without_finishing(outp
     assert output.take() == [], "the rest are copies"
     output.settle()
     assert output.ids("index") == ["a", "b", "c", "d"]
+
+
+def test_rows_whose_images_are_still_being_read_are_not_waited_for(output, monkeypatch):
+    ready = True
+    monkeypatch.setattr(Plan, "next_is_ready", property(lambda plan: ready))
+    tracker = output.open(rows("a", "b", "c")).tracker
+    assert len(output.take(1)) == 1 and not tracker.waits_for_images
+    ready = False
+    assert tracker.waits_for_images and list(tracker.take(output.rows, 2, wait=False)) == []
+    assert [planned.id for planned in tracker.items[next(iter(tracker.items))].rows] == ["a"]
+    assert output.take(5) == [], "the same item"
+    assert [planned.id for planned in tracker.items[next(iter(tracker.items))].rows] == ["a", "b"], (
+        "only one is waited for"
+    )
+    ready = True
+    output.take(5)
+    assert tracker.exhausted and not tracker.waits_for_images

@@ -53,7 +53,7 @@ VARIANTS: dict[str, tuple[bool, int | None]] = {
 }  # fmt: skip
 
 
-def take(manifest: str, rate: float, ahead: int | None) -> dict[str, float]:
+def take(manifest: str, rate: float, depth: int | None) -> dict[str, float]:
     """Take every row of a manifest at `rate` a second; what that costs the thread that does it."""
     from ltx_ray.config import ModelFiles
     from ltx_ray.dataset.writer import DatasetWriter
@@ -69,8 +69,8 @@ def take(manifest: str, rate: float, ahead: int | None) -> dict[str, float]:
 
     model = ModelFiles("", "", "", provider=sleeping_stages.TOY)
     plan = prepare(Options(manifest, None, model, image_roots=(f"s3://{_BUCKET}",))).plan
-    if ahead is not None:
-        plan._images = ImageLookAhead(planning._digest, ahead)
+    if depth is not None:
+        plan._images = ImageLookAhead(planning._digest, depth)
     with tempfile.TemporaryDirectory() as folder:
         store = Store(folder)
         log: Any = SimpleNamespace(store=store)
@@ -85,7 +85,7 @@ def take(manifest: str, rate: float, ahead: int | None) -> dict[str, float]:
             time.sleep(max(due - time.perf_counter(), 0.0))
             at = time.perf_counter()
             # Other rows are in flight, so that the loop waits for none; it looks again soon.
-            got = len(list(tracker.take(rows, max(int((at - began) * rate) - taken, 1), wait=ahead == 0)))
+            got = len(list(tracker.take(rows, max(int((at - began) * rate) - taken, 1), wait=depth == 0)))
             walls.append(time.perf_counter() - at)
             taken += got
             if tracker.waits_for_images:
@@ -162,10 +162,10 @@ def _compare(arguments: argparse.Namespace) -> None:
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS}
     with tempfile.TemporaryDirectory(prefix="ltx-ray-bench-") as folder:
         for _ in range(arguments.repeat):
-            for name, (images, ahead) in VARIANTS.items():
+            for name, (images, depth) in VARIANTS.items():
                 manifest = _manifest(Path(folder, "rows.jsonl"), rows, arguments.images if images else 0)
                 figures = run_isolated(
-                    "scripts.bench_images:take", manifest=manifest, rate=arguments.rate, ahead=ahead
+                    "scripts.bench_images:take", manifest=manifest, rate=arguments.rate, depth=depth
                 )  # fmt: skip
                 assert figures["rows"] == rows and not figures["illegal"], figures
                 runs[name].append(figures)

@@ -16,14 +16,14 @@ T = TypeVar("T")
 Use: TypeAlias = tuple[str, int]
 
 #: Threads that read, and rows ahead whose images they read. With 0.2 s for an image that is 80 images a second.
-_THREADS, _AHEAD = 16, 64
+_THREADS, _DEPTH = 16, 64
 
 
 class ImageLookAhead:
-    """Runs `digest` ahead of the rows that need it. `ahead`: how many rows; 0 reads an image when it is needed."""
+    """Runs `digest` ahead of the rows that need it. `depth`: how many rows; 0 reads an image when it is needed."""
 
-    def __init__(self, digest: Callable[[str, int], str], ahead: int = _AHEAD):
-        self._read, self._ahead = digest, ahead
+    def __init__(self, digest: Callable[[str, int], str], depth: int = _DEPTH):
+        self._read, self._depth = digest, depth
         # It has no threads until the first image.
         self._pool: ThreadPoolExecutor | None = None
         self._reading: dict[Use, Future[str]] = {}
@@ -54,7 +54,7 @@ class ImageLookAhead:
                     continue
                 self._begin(used)
                 window.append((row, used))
-                while len(window) > self._ahead or (window and not self._users):
+                while len(window) > self._depth or (window and not self._users):
                     yield from self._leave(window)
             while window:
                 yield from self._leave(window)
@@ -74,7 +74,7 @@ class ImageLookAhead:
 
     def _begin(self, used: tuple[Use, ...]) -> None:
         self._users.update(used)
-        if not self._ahead:
+        if not self._depth:
             return
         for use in used:
             if use not in self._reading:

@@ -111,7 +111,7 @@ def plan_all(manifest: str) -> dict[str, float]:
 
 
 def planning(arguments: argparse.Namespace, folder: Path) -> None:
-    manifest = _manifest(folder, arguments.rows)
+    manifest = manifest_of(folder, arguments.rows)
     figures = run_isolated("scripts.bench_driver:plan_all", manifest=manifest)
     assert figures["rows"] == arguments.rows, figures
     rate = figures["rows"] / figures["seconds"]
@@ -161,7 +161,7 @@ def plan_and_weigh(manifest: str, marks: list[int]) -> dict[str, Any]:
 
 def memory(arguments: argparse.Namespace, folder: Path) -> None:
     marks = [arguments.rows, 2 * arguments.rows]
-    figures = run_isolated("scripts.bench_driver:plan_and_weigh", manifest=_manifest(folder, marks[1]), marks=marks)
+    figures = run_isolated("scripts.bench_driver:plan_and_weigh", manifest=manifest_of(folder, marks[1]), marks=marks)
     first, second = figures["held"]
     slope = (second - first) / arguments.rows
     judgement = verdict(first <= TARGET_MEMORY) if arguments.rows == TARGET_ROWS else f"not run at {TARGET_ROWS:,}"
@@ -196,7 +196,7 @@ def complete(manifest: str, rows: int) -> dict[str, Any]:
 
 def policy(arguments: argparse.Namespace, folder: Path) -> None:
     rows = arguments.completions
-    figures = run_isolated("scripts.bench_driver:complete", manifest=_manifest(folder, rows), rows=rows)
+    figures = run_isolated("scripts.bench_driver:complete", manifest=manifest_of(folder, rows), rows=rows)
     assert figures["counts"]["rendered"] == rows, figures
     rate, slope = rows / figures["seconds"], figures["slope"]
     print(
@@ -220,7 +220,7 @@ def simulate(manifest: str, replicas: int, split: tuple[int, int] | None) -> dic
 
 def simulation(arguments: argparse.Namespace, folder: Path) -> None:
     replicas = arguments.simulated
-    manifest = _manifest(folder, replicas * 40)
+    manifest = manifest_of(folder, replicas * 40)
     parts: dict[str, float] = {}
     print(f"simulation  {replicas:,} replicas, {replicas * 40:,} clips, in virtual time")
     for stage2 in (None, *(round(replicas * part) for part in (0.15, 0.19, 0.23, 0.27))):
@@ -248,7 +248,7 @@ def simulation(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def ray_data(arguments: argparse.Namespace, folder: Path) -> None:
-    packages, manifest = _requirements(), _manifest(folder, arguments.clips)
+    packages, manifest = _requirements(), manifest_of(folder, arguments.clips)
     split = sleeping_stages.best_split(arguments.replicas)
     stage1, stage2 = TRAITS[Stage.STAGE1].seconds, TRAITS[Stage.STAGE2].seconds
     fixed, free = min(split[0] / stage1, split[1] / stage2), arguments.replicas / (stage1 + stage2)
@@ -340,10 +340,10 @@ def _requirements() -> str:
 
 
 def against(arguments: argparse.Namespace, folder: Path) -> None:
-    manifest, rows = _manifest(folder, arguments.rows), arguments.completions
+    manifest, rows = manifest_of(folder, arguments.rows), arguments.completions
     calls: dict[str, dict[str, Any]] = {
         "plan_all": {"manifest": manifest},
-        "complete": {"manifest": _manifest(folder, rows), "rows": rows},
+        "complete": {"manifest": manifest_of(folder, rows), "rows": rows},
     }
     clones = {"other": arguments.against.resolve(), "this": ROOT}
     print(f"other: {clones['other']}\nthis:  {ROOT}\n{'':10}{'clone':8}{'seconds':>10}{'CPU s':>10}")
@@ -368,7 +368,7 @@ def against(arguments: argparse.Namespace, folder: Path) -> None:
 # --- all -----------------------------------------------------------------------------------------
 
 
-def _manifest(folder: Path, rows: int) -> str:
+def manifest_of(folder: Path, rows: int) -> str:
     path = folder / f"rows-{rows}.parquet"
     if not path.exists():
         sleeping_stages.write_manifest(str(path), rows)

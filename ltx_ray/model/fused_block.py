@@ -15,7 +15,6 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from operator import itemgetter
 from types import ModuleType
 
 import torch
@@ -149,7 +148,7 @@ class FusedBlocks:
         with self._audio.running(s.names):
             residual = None if s.residual is None else Residual(s.residual.values[piece].wait(), s.residual.gate)
             if self._tp.size > 1:
-                self._held.append(residual)
+                self._held.append((s.residual, residual))
             if piece == s.rows.pieces - 1:
                 s.residual = None
             return self._steps.add_norm_modulate(s.x[own], residual, list(modulations), levels, norm, self._eps)
@@ -423,8 +422,7 @@ class FusedBlocks:
                 sums = [Pending(value) for value in partials]
             else:
                 self._meet_with([products[number].s for number, _ in pieces], partials)
-                pending = self._tp.start_reduce_scatter(partials)
-                sums = [pending.then(itemgetter(number)) for number in range(len(partials))]
+                sums = self._tp.start_reduce_scatter(partials)
             for (number, _), summed in zip(pieces, sums, strict=True):
                 values[number].append(summed)
         for product, of_pieces in zip(products, values, strict=True):

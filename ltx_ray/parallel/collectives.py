@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
@@ -45,6 +46,11 @@ class _Changed(Pending[U]):
         return self._change(self._before.wait())
 
 
+def one_by_one(pending: Pending[list[T]], number: int) -> list[Pending[T]]:
+    """Each of the `number` results, to be waited for by itself."""
+    return [pending.then(itemgetter(n)) for n in range(number)]
+
+
 class Transport(Protocol):
     """The exchanges of n ranks. Tensors have the same shapes on every rank, and are contiguous except in all_to_all."""
 
@@ -63,8 +69,11 @@ class Transport(Protocol):
     def gather(self, shards: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
         """Each (L, ...) of each rank -> (n * L, ...), by rank, in one exchange."""
 
-    def reduce_scatter(self, tensors: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
-        """Each (n * L, ...) of each rank -> (L, ...): this rank's part of the sum, in one exchange."""
+    def reduce_scatter(self, tensors: Sequence[torch.Tensor]) -> list[Pending[torch.Tensor]]:
+        """Each (n * L, ...) of each rank -> (L, ...): this rank's part of the sum, in one exchange.
+
+        Each part may be waited for in a CUDA stream of its own.
+        """
 
     def all_to_all(self, tensors: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
         """Each (n, ...), by the rank that is to get it -> (n, ...), by the rank that sent it."""
@@ -93,9 +102,9 @@ class ProcessGroup:
         whole = [shard.new_empty((self.size * shard.shape[0], *shard.shape[1:])) for shard in shards]
         return self._together(dist.all_gather_into_tensor, whole, shards)
 
-    def reduce_scatter(self, tensors: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
+    def reduce_scatter(self, tensors: Sequence[torch.Tensor]) -> list[Pending[torch.Tensor]]:
         parts = [tensor.new_empty((tensor.shape[0] // self.size, *tensor.shape[1:])) for tensor in tensors]
-        return self._together(dist.reduce_scatter_tensor, parts, tensors)
+        return one_by_one(self._together(dist.reduce_scatter_tensor, parts, tensors), len(parts))
 
     def _together(
         self, exchange: Callable[..., Any], outputs: list[torch.Tensor], inputs: Sequence[torch.Tensor]
@@ -170,11 +179,11 @@ class _ThreadRank:
     def gather(self, shards: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
         return Pending([self.threads.exchange(self.rank, shard, torch.cat) for shard in shards])
 
-    def reduce_scatter(self, tensors: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
+    def reduce_scatter(self, tensors: Sequence[torch.Tensor]) -> list[Pending[torch.Tensor]]:
         def own_part(tensors: list[torch.Tensor]) -> torch.Tensor:
             return _sum([tensor.chunk(self.threads.size)[self.rank] for tensor in tensors])
 
-        return Pending([self.threads.exchange(self.rank, tensor, own_part) for tensor in tensors])
+        return [Pending(self.threads.exchange(self.rank, tensor, own_part)) for tensor in tensors]
 
     def all_to_all(self, tensors: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
         def own_parts(of_ranks: list[torch.Tensor]) -> torch.Tensor:
@@ -242,9 +251,9 @@ class Alone:
             self._received[key] = values
         return self._received[key]
 
-    def reduce_scatter(self, tensors: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
+    def reduce_scatter(self, tensors: Sequence[torch.Tensor]) -> list[Pending[torch.Tensor]]:
         parts = [tensor[: tensor.shape[0] // self.size] for tensor in tensors]
-        return self._count("reduce_scatter", sum(map(self._part, tensors)), parts)
+        return one_by_one(self._count("reduce_scatter", sum(map(self._part, tensors)), parts), len(parts))
 
     def all_to_all(self, tensors: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
         nbytes = sum(map(self._part, tensors))
@@ -305,10 +314,10 @@ class RankGroup:
         (whole,) = self.start_gather([shard]).wait()
         return whole
 
-    def start_reduce_scatter(self, tensors: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
+    def start_reduce_scatter(self, tensors: Sequence[torch.Tensor]) -> list[Pending[torch.Tensor]]:
         """Begin to sum each (n * L, ...) over the ranks, of which each gets its (L, ...)."""
         if self.size == 1:
-            return Pending(list(tensors))
+            return [Pending(tensor) for tensor in tensors]
         return self._transport.reduce_scatter([x.contiguous() for x in tensors])
 
     def start_all_to_all(self, tensors: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:

@@ -20,8 +20,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 
-from ltx_ray.parallel import stream_operations
-from ltx_ray.parallel.collectives import Pending, ProcessGroup, Transport
+from ltx_ray.parallel.collectives import Pending, ProcessGroup, Transport, one_by_one
+from ltx_ray.parallel.stream_operations import StreamOperations
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -86,7 +86,7 @@ class PeerCopies:
         def fetch(of: Callable[[int], list[torch.Tensor]]) -> list[torch.Tensor]:
             return self._received(tensor, received, partial(_nth, of, 0))
 
-        return self._exchange([tensor], None, fetch).then(_once(partial(_sum_into, tensor)))
+        return _Sum(self._exchange([tensor], None, fetch), self.copies, tensor)
 
     def min_(self, tensor: torch.Tensor) -> Pending[torch.Tensor]:
         return self.others.min_(tensor)
@@ -107,7 +107,7 @@ class PeerCopies:
 
         return self._exchange(shards, None, fetch)
 
-    def reduce_scatter(self, tensors: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
+    def reduce_scatter(self, tensors: Sequence[torch.Tensor]) -> list[Pending[torch.Tensor]]:
         parts = [tensor.chunk(self.size) for tensor in tensors]
         own = [by_rank[self.rank] for by_rank in parts]
         received = [[torch.empty_like(part) for _ in range(self.size - 1)] for part in own]
@@ -119,11 +119,9 @@ class PeerCopies:
                 for number, part in enumerate(own)
             ]
 
-        def sums(by_rank: list[list[torch.Tensor]]) -> list[torch.Tensor]:
-            return [_sum_into(torch.empty_like(of_ranks[0]), of_ranks) for of_ranks in by_rank]
-
         outgoing = [by_rank[rank] for rank in range(self.size) for by_rank in parts]
-        return self._exchange(outgoing, len(own), fetch).then(_once(sums))
+        fetched = one_by_one(self._exchange(outgoing, len(own), fetch), len(own))
+        return [_Sum(of_ranks, self.copies) for of_ranks in fetched]
 
     def all_to_all(self, tensors: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
         received = [tensor.new_empty(tensor.shape) for tensor in tensors]
@@ -188,16 +186,24 @@ class PeerCopies:
         return Pending(result, [self.copies.mark((tensors, result))])
 
 
-def _once(change: Callable[[T], U]) -> Callable[[T], U]:
-    """`change`, whose first result is that of every later call."""
-    results: list[U] = []
+class _Sum(Pending[torch.Tensor]):
+    """The sum of what `fetched` has of each rank, taken in the CUDA stream that first waits for it.
 
-    def changed(value: T) -> U:
-        if not results:
-            results.append(change(value))
-        return results[0]
+    It goes into `target`, which may be one of the parts, or else into new memory.
+    """
 
-    return changed
+    def __init__(self, fetched: Pending[list[torch.Tensor]], copies: CopyStream, target: torch.Tensor | None = None):
+        self._fetched, self._copies, self._target = fetched, copies, target
+        self._total: torch.Tensor | None = None
+        self._taken: torch.cuda.Event | None = None
+
+    def wait(self) -> torch.Tensor:
+        if self._total is None:
+            parts = self._fetched.wait()
+            self._total = _sum_into(torch.empty_like(parts[0]) if self._target is None else self._target, parts)
+            self._taken = self._copies.end_of_current()
+        self._copies.current_waits(self._taken)
+        return self._total
 
 
 def _nth(of: Callable[[int], list[torch.Tensor]], number: int, rank: int) -> torch.Tensor:
@@ -233,6 +239,10 @@ class CopyStream:
         """The end of what has been given to the stream."""
         return None if self._stream is None else self._stream.record_event()
 
+    def end_of_current(self) -> torch.cuda.Event | None:
+        """The end of what has been launched so far."""
+        return None if self._stream is None else torch.cuda.current_stream(self._stream.device).record_event()
+
     def running(self) -> AbstractContextManager:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
@@ -267,7 +277,7 @@ class SymmetricSlots:
         #: Captured graphs read the slots that there were.
         self._kept: list[Any] = []
         self._handle: Any = None
-        stream_operations.check()
+        StreamOperations.check()
         self.reserve(_LEAST_SLOT)
 
     def reserve(self, nbytes: int) -> None:
@@ -293,15 +303,18 @@ class SymmetricSlots:
         ]
         self._by_rank = [[x[n * self._nbytes :][: self._nbytes] for n in range(SLOTS)] for x in whole]
         self._flags = [x.data_ptr() + SLOTS * self._nbytes for x in whole]
+        self._barriers = [self._barrier(number) for number in range(SLOTS + 1)]
 
     def of(self, rank: int, slot: int) -> torch.Tensor:
         return self._by_rank[rank][slot]
 
     def barrier(self, number: int) -> None:
+        self._barriers[number].launch(torch.cuda.current_stream().cuda_stream)
+
+    def _barrier(self, number: int) -> StreamOperations:
         others = [rank for rank in range(self._size) if rank != self._rank]
         told = [self._flag(rank, number, self._rank) for rank in others]
-        own = [self._flag(self._rank, number, rank) for rank in others]
-        stream_operations.tell_and_wait(torch.cuda.current_stream().cuda_stream, told, own)
+        return StreamOperations.tell_and_wait(told, [self._flag(self._rank, number, rank) for rank in others])
 
     def _flag(self, rank: int, number: int, of: int) -> int:
         """The address of the flag by which rank `of` tells `rank` that it has come to barrier `number`."""

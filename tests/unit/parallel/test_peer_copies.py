@@ -29,7 +29,7 @@ def _exchanges(group: RankGroup, late: float) -> list[torch.Tensor]:
         scattered = group.start_reduce_scatter(
             [_drawn(rank, number, n * rows, 3), _drawn(rank, number, n * 2, 4, dtype=torch.bfloat16)]
         )
-        found += [*pending.wait(), group.all_to_all(_drawn(rank, number, n, rows, 2)), *scattered.wait()]
+        found += [*pending.wait(), group.all_to_all(_drawn(rank, number, n, rows, 2)), *(x.wait() for x in scattered)]
         found += [group.sum_(_drawn(rank, number, rows)), group.sum_(_drawn(rank, number, 2**18 + 1))]
         found += [group.min_(_drawn(rank, number, 4)), group.broadcast_(_drawn(rank, number, 4), n - 1)]
         time.sleep(pause.random() * late)
@@ -53,7 +53,8 @@ def test_inputs_are_as_they_were():
         shards, whole = [_drawn(group.rank, 1, 4)], [_drawn(group.rank, 2, 2 * group.size)]
         before = [x.clone() for x in (*shards, *whole)]
         group.start_gather(shards).wait()
-        group.start_reduce_scatter(whole).wait()
+        for pending in group.start_reduce_scatter(whole):
+            pending.wait()
         return all(torch.equal(a, b) for a, b in zip((*shards, *whole), before, strict=True))
 
     assert run_ranks(3, 1, lambda mesh: run(mesh.tp), CopyingThreads) == [True] * 3

@@ -75,8 +75,10 @@ class Transport(Protocol):
         Each part may be waited for in a CUDA stream of its own.
         """
 
-    def all_to_all(self, tensors: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
-        """Each (n, ...), by the rank that is to get it -> (n, ...), by the rank that sent it."""
+    def all_to_all(
+        self, tensors: Sequence[torch.Tensor], into: Sequence[torch.Tensor] | None = None
+    ) -> Pending[list[torch.Tensor]]:
+        """Each (n, ...), by the rank that is to get it -> (n, ...), by the rank that sent it, in `into` if given."""
 
 
 @dataclass(frozen=True)
@@ -119,9 +121,11 @@ class ProcessGroup:
             return Pending(outputs, [launched])
         return Pending(outputs, [exchange(output, x, group=self.group, async_op=True) for output, x in pairs])
 
-    def all_to_all(self, tensors: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
+    def all_to_all(
+        self, tensors: Sequence[torch.Tensor], into: Sequence[torch.Tensor] | None = None
+    ) -> Pending[list[torch.Tensor]]:
         given = [tensor.contiguous() for tensor in tensors]
-        received = [torch.empty_like(tensor) for tensor in given]
+        received = [torch.empty_like(tensor) for tensor in given] if into is None else list(into)
         launched = [
             dist.all_to_all_single(place, tensor, group=self.group, async_op=True)
             for place, tensor in zip(received, given, strict=True)
@@ -185,11 +189,13 @@ class _ThreadRank:
 
         return [Pending(self.threads.exchange(self.rank, tensor, own_part)) for tensor in tensors]
 
-    def all_to_all(self, tensors: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
+    def all_to_all(
+        self, tensors: Sequence[torch.Tensor], into: Sequence[torch.Tensor] | None = None
+    ) -> Pending[list[torch.Tensor]]:
         def own_parts(of_ranks: list[torch.Tensor]) -> torch.Tensor:
             return torch.stack([tensor[self.rank] for tensor in of_ranks])
 
-        return Pending([self.threads.exchange(self.rank, tensor, own_parts) for tensor in tensors])
+        return Pending(_moved([self.threads.exchange(self.rank, tensor, own_parts) for tensor in tensors], into))
 
     def _replace(
         self, tensor: torch.Tensor, result: Callable[[list[torch.Tensor]], torch.Tensor]
@@ -255,9 +261,12 @@ class Alone:
         parts = [tensor[: tensor.shape[0] // self.size] for tensor in tensors]
         return one_by_one(self._count("reduce_scatter", sum(map(self._part, tensors)), parts), len(parts))
 
-    def all_to_all(self, tensors: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
+    def all_to_all(
+        self, tensors: Sequence[torch.Tensor], into: Sequence[torch.Tensor] | None = None
+    ) -> Pending[list[torch.Tensor]]:
         nbytes = sum(map(self._part, tensors))
-        return self._count("all_to_all", nbytes, [self._drawn(tensor.shape, tensor) for tensor in tensors])
+        received = [self._drawn(tensor.shape, tensor) for tensor in tensors]
+        return self._count("all_to_all", nbytes, _moved(received, into))
 
     def _part(self, tensor: torch.Tensor) -> int:
         return tensor.nbytes * (self.size - 1) // self.size
@@ -266,6 +275,12 @@ class Alone:
         self.calls[name] = self.calls.get(name, 0) + 1
         self.nbytes[name] = self.nbytes.get(name, 0) + nbytes
         return Pending(result)
+
+
+def _moved(tensors: list[torch.Tensor], into: Sequence[torch.Tensor] | None) -> list[torch.Tensor]:
+    if into is None:
+        return tensors
+    return [place.copy_(tensor) for place, tensor in zip(into, tensors, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -320,9 +335,16 @@ class RankGroup:
             return [Pending(tensor) for tensor in tensors]
         return self._transport.reduce_scatter([x.contiguous() for x in tensors])
 
-    def start_all_to_all(self, tensors: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
-        """Begin to exchange each (n, ...), by the rank that is to get it, for (n, ...), by the rank that sent it."""
-        return self._transport.all_to_all(tensors) if self.size > 1 else Pending(list(tensors))
+    def start_all_to_all(
+        self, tensors: Sequence[torch.Tensor], into: Sequence[torch.Tensor] | None = None
+    ) -> Pending[list[torch.Tensor]]:
+        """Begin to exchange each (n, ...), by the rank that is to get it, for (n, ...), by the rank that sent it.
+
+        What is received goes to `into`, contiguous and of the same shapes, if it is given.
+        """
+        if self.size == 1:
+            return Pending(_moved(list(tensors), into))
+        return self._transport.all_to_all(tensors, into)
 
     def all_to_all(self, tensor: torch.Tensor) -> torch.Tensor:
         """(n, ...), by the rank that is to get it -> (n, ...), by the rank that sent it."""

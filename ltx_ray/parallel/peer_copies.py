@@ -7,6 +7,7 @@ barrier that is a kernel, begin only when the product beside them has ended. Sum
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import os
@@ -21,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from ltx_ray.parallel.collectives import Pending, ProcessGroup, Transport, one_by_one
+from ltx_ray.parallel.head_exchange import HeadPlaces, HeadShape, Write
 from ltx_ray.parallel.stream_operations import StreamOperations
 
 T = TypeVar("T")
@@ -36,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 
 #: Slots of a rank, which exchanges use in turns. With more of them, fewer exchanges wait for slower ranks.
-SLOTS = 4
+SLOTS = 3
 
 
 class Slots(Protocol):
@@ -55,7 +57,7 @@ class Slots(Protocol):
         """
 
 
-@dataclass
+@dataclass(eq=False)
 class PeerCopies:
     """A Transport of `size` ranks, of which this is `rank`. What is rare, or large and to be summed, goes by `others`.
 
@@ -123,8 +125,10 @@ class PeerCopies:
         fetched = one_by_one(self._exchange(outgoing, len(own), fetch), len(own))
         return [_Sum(of_ranks, self.copies) for of_ranks in fetched]
 
-    def all_to_all(self, tensors: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
-        received = [tensor.new_empty(tensor.shape) for tensor in tensors]
+    def all_to_all(
+        self, tensors: Sequence[torch.Tensor], into: Sequence[torch.Tensor] | None = None
+    ) -> Pending[list[torch.Tensor]]:
+        received = [tensor.new_empty(tensor.shape) for tensor in tensors] if into is None else list(into)
         for place, tensor in zip(received, tensors, strict=True):
             place[self.rank].copy_(tensor[self.rank])
 
@@ -136,6 +140,29 @@ class PeerCopies:
             return received
 
         return self._exchange([tensor[rank] for rank in range(self.size) for tensor in tensors], len(tensors), fetch)
+
+    def exchange_heads(self, shape: HeadShape, like: torch.Tensor, write: Write) -> list[Pending[list[torch.Tensor]]]:
+        received = like.new_empty((*shape[:3], self.size, *shape[3:]))
+        slot = self._next_slot((self.size - 1) * math.prod(shape) * like.element_size())
+
+        def laid_out(rank: int) -> torch.Tensor:
+            """What a rank has for the others, of which it is not one itself."""
+            whole = self.slots.of(rank, slot).view(like.dtype)
+            return whole[: (self.size - 1) * math.prod(shape)].view(self.size - 1, *shape)
+
+        own = laid_out(self.rank)
+        write(HeadPlaces(own[: self.rank], received[:, :, :, self.rank], own[self.rank :]))
+        pending = []
+        self._meet(slot)
+        with self.copies.running():
+            for group in range(shape.groups):
+                for rank in self._others():
+                    theirs = laid_out(rank)[self.rank - (self.rank > rank), group]
+                    # Copy engines copy what is contiguous on both sides.
+                    for part, batch in itertools.product(range(shape.parts), range(shape.batch)):
+                        received[group, part, batch, rank].copy_(theirs[part, batch])
+                pending.append(Pending(list(received[group]), [self.copies.mark(received)]))
+        return pending
 
     def _others(self) -> list[int]:
         """The other ranks, from the next one on: at any time each rank is read by one other."""
@@ -162,8 +189,7 @@ class PeerCopies:
         result is waited for, it holds what is copied from and to.
         """
         sizes = [tensor.nbytes for tensor in tensors]
-        self.slots.reserve(sum(math.ceil(size / _ALIGNMENT) * _ALIGNMENT for size in sizes))
-        slot, self._turn = self._turn, (self._turn + 1) % SLOTS
+        slot = self._next_slot(sum(math.ceil(size / _ALIGNMENT) * _ALIGNMENT for size in sizes))
 
         def laid_out(rank: int) -> list[torch.Tensor]:
             whole, at, views = self.slots.of(rank, slot), 0, []
@@ -173,17 +199,28 @@ class PeerCopies:
                     at += math.ceil(tensor.nbytes / _ALIGNMENT) * _ALIGNMENT
             return views
 
-        # All have read the slot when they have come to the exchange after its last one.
-        self.copies.current_waits(self._met[(slot + 1) % SLOTS])
         for number, (place, tensor) in enumerate(zip(laid_out(self.rank), tensors, strict=True)):
             if by_rank is None or number // by_rank != self.rank:
                 place.copy_(tensor)
+        self._meet(slot)
+        with self.copies.running():
+            result = fetch(laid_out)
+        return Pending(result, [self.copies.mark((tensors, result))])
+
+    def _next_slot(self, nbytes: int) -> int:
+        """The number of a slot of `nbytes` at least, which what is launched from now on may fill."""
+        self.slots.reserve(nbytes)
+        slot, self._turn = self._turn, (self._turn + 1) % SLOTS
+        # All have read the slot when they have come to the exchange after its last one.
+        self.copies.current_waits(self._met[(slot + 1) % SLOTS])
+        return slot
+
+    def _meet(self, slot: int) -> None:
+        """The copies from now on wait until every rank has filled its slot."""
         self.copies.after_current()
         with self.copies.running():
             self.slots.barrier(slot)
             self._met[slot] = self.copies.event()
-            result = fetch(laid_out)
-        return Pending(result, [self.copies.mark((tensors, result))])
 
 
 class _Sum(Pending[torch.Tensor]):

@@ -22,10 +22,13 @@ U = TypeVar("U")
 
 
 class Pending(Generic[T]):
-    """The result of an exchange that may be under way, whose inputs must stay as they are until `wait`."""
+    """The result of an exchange that may be under way, whose inputs must stay as they are until `wait`.
 
-    def __init__(self, result: T, work: Sequence[Any] = ()):
-        self._result, self._work = result, work
+    It holds `used`: CUDA streams that do not wait for the exchange must not get the memory of what it reads.
+    """
+
+    def __init__(self, result: T, work: Sequence[Any] = (), used: object = None):
+        self._result, self._work, self._used = result, work, used
 
     def wait(self) -> T:
         """The result. On a GPU only what is launched into the current CUDA stream from now on waits for it."""
@@ -118,8 +121,9 @@ class ProcessGroup:
             with _coalescing_manager(group=self.group, async_ops=True) as launched:
                 for output, given in pairs:
                     exchange(output, given, group=self.group)
-            return Pending(outputs, [launched])
-        return Pending(outputs, [exchange(output, x, group=self.group, async_op=True) for output, x in pairs])
+            return Pending(outputs, [launched], inputs)
+        work = [exchange(output, x, group=self.group, async_op=True) for output, x in pairs]
+        return Pending(outputs, work, inputs)
 
     def all_to_all(
         self, tensors: Sequence[torch.Tensor], into: Sequence[torch.Tensor] | None = None
@@ -130,7 +134,7 @@ class ProcessGroup:
             dist.all_to_all_single(place, tensor, group=self.group, async_op=True)
             for place, tensor in zip(received, given, strict=True)
         ]
-        return Pending(received, launched)
+        return Pending(received, launched, given)
 
 
 class Threads:

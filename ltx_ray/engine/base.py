@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import os
+import socket
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,6 +20,7 @@ from ltx_ray.records import ErrorKind, RenderError
 
 if TYPE_CHECKING:
     import torch
+    import torch.distributed as dist
 
 
 #: What messages say about a lack of memory where torch raises no OutOfMemoryError: on a CPU, in the CUDA driver, in
@@ -83,7 +86,13 @@ def join_gang(device: str, rank: int, world: int, rendezvous: tuple[str, int] | 
     import torch
     import torch.distributed as dist
 
+    store = None
+    if rendezvous is not None:
+        host, port = rendezvous
+        store = dist.TCPStore(host, port, world, is_master=rank == 0, timeout=timedelta(seconds=timeout))
     if device == "cuda":
+        if store is not None:
+            _see_cards_of_gang(store, rank, world)
         if not torch.cuda.is_available():
             raise RuntimeError("a GPU was promised to this rank, but torch sees none")
         torch.cuda.set_device(0)
@@ -94,13 +103,19 @@ def join_gang(device: str, rank: int, world: int, rendezvous: tuple[str, int] | 
         # The bits of a sum depend on how many threads share it.
         torch.set_num_threads(1)
         backend, device_name = "gloo", "cpu"
-    if rendezvous is not None:
-        host, port = rendezvous
-        dist.init_process_group(
-            backend,
-            init_method=f"tcp://{host}:{port}",
-            rank=rank,
-            world_size=world,
-            timeout=timedelta(seconds=timeout),
-        )
+    if store is not None:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
     return device_name
+
+
+def _see_cards_of_gang(store: dist.Store, rank: int, world: int) -> None:
+    """Let this rank see the cards of the others on its node, behind its own, which stays number 0.
+
+    It computes on its own only. But what CUDA takes for memory of another card, it copies with copy engines.
+    """
+    own = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    store.set(f"card of {rank}", f"{socket.gethostname()} {own}")
+    cards = [store.get(f"card of {r}").decode().partition(" ") for r in range(world)]
+    if all(node == cards[rank][0] and card and "," not in card for node, _, card in cards):
+        others = dict.fromkeys(card for _, _, card in cards if card != own)
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join((own, *others))

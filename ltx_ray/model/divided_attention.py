@@ -5,6 +5,9 @@ Heads are exchanged in groups, so that the attention of one group hides the exch
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
 import torch
 
 from ltx_ray.model.attention_backends import Attend
@@ -15,32 +18,43 @@ from ltx_ray.parallel.mesh import SequenceSharding
 _GROUPS, _FILLING_QUERIES = (4, 2), 32_000
 
 
+@dataclass
+class HeadExchange:
+    """An exchange of queries, keys and values whose tokens are divided, in groups of heads.
+
+    `unnormed`: rows (R, heads * D) that go with those that are normed. `pending`: by group, once it has begun.
+    """
+
+    tokens: SequenceSharding
+    batch: int
+    groups: int
+    unnormed: list[torch.Tensor]
+    pending: list[Pending[tuple[torch.Tensor, ...]]] = field(default_factory=list)
+
+
 def attend_to_divided(
     tokens: SequenceSharding,
-    q: torch.Tensor,
-    k: torch.Tensor,
+    queries_and_keys: Sequence[Pending[tuple[torch.Tensor, ...]]],
     values: Pending[tuple[torch.Tensor, ...]],
     heads: int,
-    batch: int,
     attend: Attend,
 ) -> torch.Tensor:
-    """Attention of q (R, heads * D) to k (R, heads * D), both of this rank's tokens: (R, heads, D).
+    """Attention of all tokens, for the rows of this rank's: (R, n, groups, heads / n / groups, D).
 
-    `values` (B, T, heads / n, D) are those of all tokens, as `start_rows_to_heads` exchanges them.
+    The queries and keys of each group, and the values of all, are those that `start_rows_to_heads` exchanges.
     """
-    n = tokens.group.size
-    groups = head_groups(heads // n, tokens.length)
-    started = [tokens.start_rows_to_heads([q, k], batch, heads, group, groups) for group in range(groups)]
+    n, groups = tokens.group.size, len(queries_and_keys)
     (v,) = values.wait()
+    batch, _, _, head_dim = v.shape
+    rows = v.new_empty((groups, n, batch * tokens.shard_length, heads // n // groups, head_dim))
     returned = []
-    for group, exchange in enumerate(started):
-        own_q, own_k = exchange.wait()
+    for group, exchange in enumerate(queries_and_keys):
+        q, k = exchange.wait()
         own_v = v.unflatten(2, (groups, -1))[:, :, group]
-        returned.append(tokens.start_heads_to_rows(attend(own_q, own_k, own_v)))
-    rows = q.new_empty((len(q), n, groups, heads // n // groups, q.shape[1] // heads))
-    for group, back in enumerate(returned):
-        rows[:, :, group] = back.wait()
-    return rows.flatten(1, 3)
+        returned.append(tokens.start_heads_to_rows(attend(q, k, own_v), rows[group]))
+    for back in returned:
+        back.wait()
+    return rows.permute(2, 1, 0, 3, 4)
 
 
 def head_groups(heads: int, length: int) -> int:

@@ -15,7 +15,6 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from operator import itemgetter
 from types import ModuleType
 
 import torch
@@ -32,7 +31,7 @@ from ltx_ray.model.block import (
     TEXT_ATTENTION_ROWS,
     AVBlock,
 )
-from ltx_ray.model.divided_attention import attend_to_divided
+from ltx_ray.model.divided_attention import HeadExchange, attend_to_divided, head_groups
 from ltx_ray.model.modulations import ModulationTables
 from ltx_ray.model.packed_linear import PackedLinear
 from ltx_ray.model.rope import RopeTable
@@ -46,6 +45,7 @@ from ltx_ray.model.row_pieces import (
 )
 from ltx_ray.model.steps import Activations, Modulation, Norm, Residual, TokenLevels
 from ltx_ray.parallel.collectives import Pending, RankGroup
+from ltx_ray.parallel.head_exchange import HeadPlaces
 from ltx_ray.parallel.mesh import RowSharding, SequenceSharding
 from ltx_ray.records import AV
 
@@ -94,13 +94,14 @@ class _Product:
 class _HeadNorm:
     """Queries or keys (R, heads * D) that are normed and rotated together, each with its weight.
 
-    `names`: the modality in whose CUDA stream they are.
+    `names`: the modality in whose CUDA stream they are. `exchange`: how ranks that divide their tokens exchange them.
     """
 
     names: StreamNames
     parts: list[tuple[torch.Tensor, torch.Tensor]]
     heads: int
     rope: RopeTable | None
+    exchange: HeadExchange | None = None
 
 
 @dataclass
@@ -149,7 +150,7 @@ class FusedBlocks:
         with self._audio.running(s.names):
             residual = None if s.residual is None else Residual(s.residual.values[piece].wait(), s.residual.gate)
             if self._tp.size > 1:
-                self._held.append(residual)
+                self._held.append((s.residual, residual))
             if piece == s.rows.pieces - 1:
                 s.residual = None
             return self._steps.add_norm_modulate(s.x[own], residual, list(modulations), levels, norm, self._eps)
@@ -205,12 +206,17 @@ class FusedBlocks:
         if s.tokens is not None:
             # The exchange of the values takes place during the product of queries and keys.
             attention.v = _values(qkv, h)
-            attention.exchanged_v = s.tokens.start_rows_to_heads([attention.v], s.batch, module.heads)
+            place = partial(self._steps.place_heads, attention.v, 0)
+            (attention.exchanged_v,) = s.tokens.start_rows_to_heads([attention.v], s.batch, module.heads, place)
         if attention.q is None or attention.k is None:
             q_k = qkv.part(0, 2)
             attention.q, attention.k = q_k.split(h.through(q_k))
         parts = [(attention.q, module.q_norm.weight), (attention.k, module.k_norm.weight)]
-        attention.norms.append(_HeadNorm(s.names, parts, module.heads, s.rope))
+        exchange = None
+        if s.tokens is not None:
+            groups = head_groups(module.heads // s.tokens.group.size, s.tokens.length)
+            exchange = HeadExchange(s.tokens, s.batch, groups, [])
+        attention.norms.append(_HeadNorm(s.names, parts, module.heads, s.rope, exchange))
         return attention
 
     def _self_heads_out(self, attention: _Attention) -> torch.Tensor:
@@ -220,8 +226,9 @@ class FusedBlocks:
             return v.unflatten(1, (heads, -1))
         if s.tokens is None:
             return self._heads_out(q, k, v, heads, s.batch)
-        assert attention.exchanged_v is not None
-        return attend_to_divided(s.tokens, q, k, attention.exchanged_v, heads, s.batch, self._attend)
+        (norm,) = attention.norms
+        assert attention.exchanged_v is not None and norm.exchange is not None
+        return attend_to_divided(s.tokens, norm.exchange.pending, attention.exchanged_v, heads, self._attend)
 
     def _attend_to_text(self, enabled: list[FusedStream], block: AVBlock, index: int) -> None:
         packed = block.packed_linears
@@ -239,7 +246,7 @@ class FusedBlocks:
                 )
                 attention = self._queries(s, block, name, h, None)
                 text = PendingRows([Pending(context)], s.rows)
-                self._keys_and_values(attention, block, name, text, s.names, None)
+                self._keys_and_values(attention, block, name, text, s.names, None, None)
             attentions.append(attention)
         self._norm_heads(attentions, self._start_head_means(attentions))
         outs = []
@@ -276,33 +283,27 @@ class FusedBlocks:
             with self._audio.running(s.names):
                 attention = self._queries(s, block, name, own[number], s.cross_rope)
             with self._audio.running(reader):
-                self._keys_and_values(attention, block, name, others[number], reader, other.cross_rope)
+                self._keys_and_values(attention, block, name, others[number], reader, other.cross_rope, other)
             attentions.append(attention)
         self._norm_heads(attentions, self._start_head_means(attentions))
-        outs = self._across_heads_out(attentions, [other.tokens for _, other, _ in receivers])
+        outs = self._across_heads_out(attentions)
         self._add_projected(attentions, outs, [s.tables.cross_gate[index, :, 0] for s, _, _ in receivers])
         # Both CUDA streams read `inputs`, whose life ends here.
         self._meet()
 
-    def _across_heads_out(
-        self, attentions: list[_Attention], divided: list[SequenceSharding | None]
-    ) -> list[torch.Tensor]:
+    def _across_heads_out(self, attentions: list[_Attention]) -> list[torch.Tensor]:
         """Of each attention to the other stream, whose tokens may be divided: (B * T, heads, D)."""
-
-        def exchanged(a: _Attention, tokens: SequenceSharding | None) -> Pending[tuple[torch.Tensor, ...]] | None:
-            assert a.k is not None and a.v is not None
-            return None if tokens is None else tokens.start_rows_to_heads([a.k, a.v], a.s.batch, a.heads)
-
-        exchanges = [exchanged(attention, tokens) for attention, tokens in zip(attentions, divided, strict=True)]
         outs = []
-        for attention, tokens, exchange in zip(attentions, divided, exchanges, strict=True):
+        for attention in attentions:
+            exchange = attention.norms[-1].exchange
             with self._audio.running(attention.s.names):
-                if tokens is None or exchange is None:
+                if exchange is None:
                     outs.append(self._cross_heads_out(attention))
                     continue
-                k, v = exchange.wait()
+                k, v = exchange.pending[0].wait()
                 self._held.append((k, v))
                 assert attention.q is not None
+                tokens = exchange.tokens
                 q = attention.q.unflatten(0, (attention.s.batch, -1)).unflatten(2, (attention.heads, -1))
                 own = self._attend(q[:, :, tokens.group.slice(attention.heads)], k, v)
                 outs.append(tokens.group.gather(own[None]).permute(1, 2, 0, 3, 4).flatten(2, 3).flatten(0, 1))
@@ -343,10 +344,15 @@ class FusedBlocks:
         context: PendingRows,
         reader: StreamNames,
         rope: RopeTable | None,
+        other: FusedStream | None,
     ) -> None:
+        """Of the text, or of the `other` stream, whose tokens may be divided."""
         module, layer = getattr(block, name), block.packed_linears[name, "kv"]
         attention.k, attention.v = layer.split(context.through(layer))
-        attention.norms.append(_HeadNorm(reader, [(attention.k, module.k_norm.weight)], module.heads, rope))
+        exchange = None
+        if other is not None and other.tokens is not None:
+            exchange = HeadExchange(other.tokens, other.batch, 1, [attention.v])
+        attention.norms.append(_HeadNorm(reader, [(attention.k, module.k_norm.weight)], module.heads, rope, exchange))
 
     def _cross_heads_out(self, attention: _Attention) -> torch.Tensor:
         q, k, v = attention.q, attention.k, attention.v
@@ -363,7 +369,7 @@ class FusedBlocks:
         products = []
         for attention, heads_out, gate in zip(attentions, outs, gates, strict=True):
             with self._audio.running(attention.s.names):
-                if heads_out.stride(1) != heads_out.shape[2] or heads_out.stride(2) != 1:
+                if heads_out.stride(-2) != heads_out.shape[-1] or heads_out.stride(-1) != 1:
                     # Unlike `contiguous`, this gives an axis of a single head the stride that the kernel expects, too.
                     heads_out = heads_out.flatten(1).unflatten(1, heads_out.shape[1:])
                 assert attention.logits is not None
@@ -423,8 +429,7 @@ class FusedBlocks:
                 sums = [Pending(value) for value in partials]
             else:
                 self._meet_with([products[number].s for number, _ in pieces], partials)
-                pending = self._tp.start_reduce_scatter(partials)
-                sums = [pending.then(itemgetter(number)) for number in range(len(partials))]
+                sums = self._tp.start_reduce_scatter(partials)
             for (number, _), summed in zip(pieces, sums, strict=True):
                 values[number].append(summed)
         for product, of_pieces in zip(products, values, strict=True):
@@ -443,7 +448,7 @@ class FusedBlocks:
         return self._tp.start_sum(torch.cat(means)) if means else None
 
     def _norm_heads(self, attentions: list[_Attention], means: Pending[torch.Tensor] | None) -> None:
-        """Norm and rotate the queries and keys, in place."""
+        """Norm and rotate the queries and keys, in place, or on their way to the ranks that attend with them."""
         norms = [norm for attention in attentions for norm in attention.norms]
         if means is None:
             of_norms: list[torch.Tensor | None] = [None] * len(norms)
@@ -453,8 +458,20 @@ class FusedBlocks:
             of_norms = [x.view(len(n.parts), -1) for n, x in zip(norms, found.split(sizes), strict=True)]
             self._meet(found)
         for norm, mean in zip(norms, of_norms, strict=True):
+            write = partial(self._write_heads, norm, mean)
             with self._audio.running(norm.names):
-                self._steps.norm_heads_(norm.parts, norm.heads, self._eps, norm.rope, mean)
+                if norm.exchange is None:
+                    write(None)
+                else:
+                    rows = [x for x, _ in norm.parts] + norm.exchange.unnormed
+                    tokens, batch, groups = norm.exchange.tokens, norm.exchange.batch, norm.exchange.groups
+                    norm.exchange.pending = tokens.start_rows_to_heads(rows, batch, norm.heads, write, groups)
+
+    def _write_heads(self, norm: _HeadNorm, mean: torch.Tensor | None, places: HeadPlaces | None) -> None:
+        self._steps.norm_heads_(norm.parts, norm.heads, self._eps, norm.rope, mean, places)
+        if places is not None and norm.exchange is not None:
+            for part, x in enumerate(norm.exchange.unnormed, start=len(norm.parts)):
+                self._steps.place_heads(x, part, places)
 
 
 def _own_tables(s: FusedStream, index: int, rows: slice, layer: PackedLinear) -> tuple[Modulation, torch.Tensor]:

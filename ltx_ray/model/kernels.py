@@ -6,7 +6,9 @@ reads the modulations again, but they stay in the caches, because a stage has a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,6 +18,7 @@ from ltx_ray.model.packed_linear import PackedLinear
 from ltx_ray.model.rope import RopeTable
 from ltx_ray.model.steps import Activations, Modulation, Norm, QuantizedRows, Residual, TokenLevels
 from ltx_ray.parallel.fp8 import FP8, FP8_MAX, MIN_SCALE
+from ltx_ray.parallel.head_exchange import HeadPlaces
 
 #: Norms as the kernels' NORM.
 _NORMS: dict[Norm | None, int] = {None: 0, "rms": 1, "layer": 2}
@@ -133,8 +136,80 @@ def _empty_rows(rows: int, width: int, like: torch.Tensor, quantize: bool) -> Ac
 
 
 @triton.jit
-def _norm_one(x, weight, stride, mean, row, first, second, in_row, cos, sin, eps, WIDTH: tl.constexpr,
-              ROPE: tl.constexpr, MEANS: tl.constexpr):  # fmt: skip
+def _place(before, own, after, strides, row, channel, in_row, values, RANK: tl.constexpr, RANKS: tl.constexpr,
+           GROUPS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """Store channels of a row in the places of the ranks whose heads they are (HeadPlaces), each of WIDTH channels."""
+    tokens, by_rank, by_group, by_batch, own_by_group, own_by_batch = strides
+    rank = (channel // (GROUPS * WIDTH)).to(tl.int64)
+    group = (channel // WIDTH % GROUPS).to(tl.int64)
+    at = row % tokens * WIDTH + channel % WIDTH
+    others_at = group * by_group + row // tokens * by_batch + at
+    values = values.to(own.dtype.element_ty)
+    if RANK > 0:
+        tl.store(before + rank * by_rank + others_at, values, mask=in_row & (rank < RANK))
+    own_at = group * own_by_group + row // tokens * own_by_batch + at
+    tl.store(own + own_at, values, mask=in_row & (rank == RANK))
+    if RANK < RANKS - 1:
+        tl.store(after + (rank - RANK - 1) * by_rank + others_at, values, mask=in_row & (rank > RANK))
+
+
+@triton.jit
+def _place_heads_kernel(
+    x, stride, before, own, after, tokens, by_rank, by_group, by_batch, own_by_group, own_by_batch,
+    ROW: tl.constexpr, BLOCK: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    in_row = columns < ROW
+    values = tl.load(x + row * stride + columns, mask=in_row, other=0.0)
+    strides = (tokens, by_rank, by_group, by_batch, own_by_group, own_by_batch)
+    _place(before, own, after, strides, row, columns, in_row, values, RANK, RANKS, GROUPS, WIDTH)
+
+
+def place_heads(x: torch.Tensor, part: int, places: HeadPlaces) -> None:
+    """Do as `steps.place_heads`."""
+    rows, width = x.shape
+    assert x.stride(1) == 1, x.stride()
+    to = _places(places, part, rows, width)
+    _place_heads_kernel[(rows,)](
+        x, x.stride(0), *to.pointers, *to.strides, ROW=width, BLOCK=triton.next_power_of_2(width),
+        RANK=to.rank, RANKS=to.ranks, GROUPS=to.groups, WIDTH=width // (to.ranks * to.groups), num_warps=4,
+    )  # fmt: skip
+
+
+class _Places(NamedTuple):
+    """A part's HeadPlaces, as kernels take them: before, own, after; strides of tokens, ranks, groups and batches."""
+
+    pointers: tuple[torch.Tensor, ...]
+    strides: tuple[int, ...]
+    rank: int
+    ranks: int
+    groups: int
+
+
+def _no_places(unused: torch.Tensor) -> _Places:
+    return _Places((unused,) * 3, (1,) + (0,) * 5, rank=0, ranks=0, groups=1)
+
+
+def _places(places: HeadPlaces, part: int, rows: int, width: int) -> _Places:
+    """Where rows (rows, width) go."""
+    groups, _, batch, tokens, of_rank = places.own.shape
+    assert batch * tokens == rows and places.size * groups * of_rank == width, (places.own.shape, rows, width)
+    others = [of_ranks[:, :, part] for of_ranks in (places.before, places.after)]
+    own = places.own[:, part]
+    assert own.stride()[2:] == (of_rank, 1) and all(x.stride()[3:] == (of_rank, 1) for x in others), own.stride()
+    # A kernel does not touch what belongs to no rank.
+    before, after = (of_ranks if len(of_ranks) else own for of_ranks in others)
+    by_rank, by_group, by_batch = (others[0] if len(others[0]) else others[1]).stride()[:3]
+    strides = (tokens, by_rank, by_group, by_batch, own.stride(0), own.stride(1))
+    return _Places((before, own, after), strides, places.rank, places.size, groups)
+
+
+@triton.jit
+def _norm_one(x, weight, stride, mean, before, own, after, strides, row, first, second, in_row, cos, sin, eps,
+              WIDTH: tl.constexpr, ROPE: tl.constexpr, MEANS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
+              GROUPS: tl.constexpr):  # fmt: skip
     a = tl.load(x + row * stride + first, mask=in_row, other=0.0).to(tl.float32)
     b = tl.load(x + row * stride + second, mask=in_row, other=0.0).to(tl.float32)
     if MEANS:
@@ -147,15 +222,22 @@ def _norm_one(x, weight, stride, mean, row, first, second, in_row, cos, sin, eps
         rotated = a * cos - b * sin
         b = b * cos + a * sin
         a = rotated
-    tl.store(x + row * stride + first, a.to(x.dtype.element_ty), mask=in_row)
-    tl.store(x + row * stride + second, b.to(x.dtype.element_ty), mask=in_row)
+    if RANKS > 0:
+        OF_RANK: tl.constexpr = WIDTH // (RANKS * GROUPS)
+        _place(before, own, after, strides, row, first, in_row, a, RANK, RANKS, GROUPS, OF_RANK)
+        _place(before, own, after, strides, row, second, in_row, b, RANK, RANKS, GROUPS, OF_RANK)
+    else:
+        tl.store(x + row * stride + first, a.to(x.dtype.element_ty), mask=in_row)
+        tl.store(x + row * stride + second, b.to(x.dtype.element_ty), mask=in_row)
 
 
 @triton.jit
 def _norm_heads_kernel(
     x_0, weight_0, stride_0, mean_0, x_1, weight_1, stride_1, mean_1, cos, sin, tokens, eps,
+    before_0, own_0, after_0, before_1, own_1, after_1,
+    places_tokens, by_rank, by_group, by_batch, own_by_group, own_by_batch,
     WIDTH: tl.constexpr, HALF_HEAD: tl.constexpr, BLOCK: tl.constexpr, PAIR: tl.constexpr, ROPE: tl.constexpr,
-    MEANS: tl.constexpr,
+    MEANS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     # A pair of channels that rotate together: one in the first half of a head, its partner in the second.
@@ -169,9 +251,12 @@ def _norm_heads_kernel(
         at = row % tokens * (WIDTH // 2) + pair
         c = tl.load(cos + at, mask=in_row, other=0.0).to(tl.float32)
         s = tl.load(sin + at, mask=in_row, other=0.0).to(tl.float32)
-    _norm_one(x_0, weight_0, stride_0, mean_0, row, first, second, in_row, c, s, eps, WIDTH, ROPE, MEANS)
+    strides = (places_tokens, by_rank, by_group, by_batch, own_by_group, own_by_batch)
+    _norm_one(x_0, weight_0, stride_0, mean_0, before_0, own_0, after_0, strides, row, first, second, in_row, c, s, eps,
+              WIDTH, ROPE, MEANS, RANK, RANKS, GROUPS)  # fmt: skip
     if PAIR:
-        _norm_one(x_1, weight_1, stride_1, mean_1, row, first, second, in_row, c, s, eps, WIDTH, ROPE, MEANS)
+        _norm_one(x_1, weight_1, stride_1, mean_1, before_1, own_1, after_1, strides, row, first, second, in_row, c, s,
+                  eps, WIDTH, ROPE, MEANS, RANK, RANKS, GROUPS)  # fmt: skip
 
 
 @triton.jit
@@ -206,6 +291,7 @@ def norm_heads_(
     eps: float,
     table: RopeTable | None,
     means: torch.Tensor | None = None,
+    places: HeadPlaces | None = None,
 ) -> None:
     """Do as `steps.norm_heads_`, for one tensor or for two of the same shape."""
     (x, weight), (other, other_weight) = parts[0], parts[-1]
@@ -220,40 +306,57 @@ def norm_heads_(
     if means is not None:
         assert means.shape == (len(parts), rows) and means.stride(1) == 1, (means.shape, means.stride(), rows)
     half = width // heads // 2
+    first, last = (_places(places, part, rows, width) if places else _no_places(x) for part in (0, len(parts) - 1))
     _norm_heads_kernel[(rows,)](
         x, weight, x.stride(0), x if means is None else means[0],
         other, other_weight, other.stride(0), x if means is None else means[-1],
         x if table is None else table.cos, x if table is None else table.sin, 1 if table is None else len(table.cos),
-        eps, WIDTH=width, HALF_HEAD=half, BLOCK=triton.next_power_of_2(width // 2), PAIR=len(parts) == 2,
-        ROPE=table is not None, MEANS=means is not None, num_warps=4,
+        eps, *first.pointers, *last.pointers, *first.strides,
+        WIDTH=width, HALF_HEAD=half, BLOCK=triton.next_power_of_2(width // 2), PAIR=len(parts) == 2,
+        ROPE=table is not None, MEANS=means is not None, RANK=first.rank, RANKS=first.ranks, GROUPS=first.groups,
+        num_warps=4,
     )  # fmt: skip
 
 
 @triton.jit
 def _apply_gates_kernel(
-    values, logits, out, row_scale, value_stride, logit_stride,
+    values, logits, out, row_scale, value_stride, logit_stride, rank_stride, group_stride,
     WIDTH: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr, QUANTIZE: tl.constexpr, MAX: tl.constexpr,
-    LEAST_SCALE: tl.constexpr,
+    LEAST_SCALE: tl.constexpr, GROUPS: tl.constexpr, IN_GROUP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     in_row = columns < WIDTH
-    x32 = tl.load(values + row * value_stride + columns, mask=in_row, other=0.0).to(tl.float32)
+    if GROUPS > 0:
+        rank = (columns // (GROUPS * IN_GROUP)).to(tl.int64)
+        group = (columns // IN_GROUP % GROUPS).to(tl.int64)
+        at = rank * rank_stride + group * group_stride + columns % IN_GROUP
+    else:
+        at = columns
+    x32 = tl.load(values + row * value_stride + at, mask=in_row, other=0.0).to(tl.float32)
     logit = tl.load(logits + row * logit_stride + columns // HEAD, mask=in_row, other=0.0).to(tl.float32)
     _store_row(out, row_scale, row, columns, in_row, WIDTH, x32 * (2 * tl.sigmoid(logit)), QUANTIZE, MAX, LEAST_SCALE)
 
 
 def apply_gates(heads_out: torch.Tensor, logits: torch.Tensor, quantize: bool) -> Activations:
-    """Do as `steps.apply_gates`. Heads are contiguous in every row of `heads_out`."""
-    rows, heads, head_dim = heads_out.shape
+    """Do as `steps.apply_gates`.
+
+    Heads (R, heads, D) are contiguous in every row, and those of several ranks (R, ranks, groups, heads, D) in every
+    group.
+    """
+    rows, *_, in_group, head_dim = heads_out.shape
+    of_ranks = heads_out.dim() == 5
+    heads = math.prod(heads_out.shape[1:-1])
     assert logits.shape == (rows, heads), (logits.shape, heads_out.shape)
-    assert heads_out.stride()[1:] == (head_dim, 1) and logits.stride(1) == 1, (heads_out.stride(), logits.stride())
+    assert heads_out.stride()[-2:] == (head_dim, 1) and logits.stride(1) == 1, (heads_out.stride(), logits.stride())
     out = _empty_rows(rows, heads * head_dim, heads_out, quantize)
     target, row_scale = (out.values, out.scale) if isinstance(out, QuantizedRows) else (out, out)
     _apply_gates_kernel[(rows,)](
         heads_out, logits, target, row_scale, heads_out.stride(0), logits.stride(0),
+        heads_out.stride(1) if of_ranks else 0, heads_out.stride(2) if of_ranks else 0,
         WIDTH=heads * head_dim, HEAD=head_dim, BLOCK=triton.next_power_of_2(heads * head_dim), QUANTIZE=quantize,
-        MAX=FP8_MAX, LEAST_SCALE=MIN_SCALE, num_warps=4,
+        MAX=FP8_MAX, LEAST_SCALE=MIN_SCALE, GROUPS=heads_out.shape[2] if of_ranks else 0,
+        IN_GROUP=in_group * head_dim, num_warps=4,
     )  # fmt: skip
     return out
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from ltx_ray.model.packed_linear import PackedLinear
 from ltx_ray.model.rope import RopeTable
 from ltx_ray.parallel.fp8 import FP8, FP8_MAX, MIN_SCALE
+from ltx_ray.parallel.head_exchange import HeadPlaces
 
 #: Rows to which an fp8 product is padded with zeros: cuBLAS 13.0 has no kernel for under 32 rows of 16,384 features on
 #: an H100, and works on 64 or more at a time anyway.
@@ -106,10 +107,12 @@ def norm_heads_(
     eps: float,
     table: RopeTable | None,
     means: torch.Tensor | None = None,
+    places: HeadPlaces | None = None,
 ) -> None:
     """RMS norm over all heads of each (x (R, D), weight (D,)), then the rotation by `table` (T, D / 2), in place.
 
-    `means` (parts, R) float32: the mean squares over the heads of all ranks; None where x has all heads.
+    `means` (parts, R) float32: the mean squares over the heads of all ranks; None where x has all heads. `places`:
+    where the results go instead, as the first parts of what is exchanged.
     """
     for number, (x, weight) in enumerate(parts):
         if means is None:
@@ -122,12 +125,20 @@ def norm_heads_(
             cos, sin = (t.float().repeat(repeats, 1).unflatten(-1, (heads, -1)) for t in (table.cos, table.sin))
             rotated = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-2)
             x32 = rotated.flatten(1)
-        x.copy_(x32)
+        if places is None:
+            x.copy_(x32)
+        else:
+            places.write(number, x32.to(x.dtype))
+
+
+def place_heads(x: torch.Tensor, part: int, places: HeadPlaces) -> None:
+    """Write x (R, D) as a part of what is exchanged."""
+    places.write(part, x)
 
 
 def apply_gates(heads_out: torch.Tensor, logits: torch.Tensor, quantize: bool) -> Activations:
-    """heads_out (R, heads, D) times twice the sigmoid of logits (R, heads), as (R, heads * D)."""
-    gated = heads_out.float() * (2 * torch.sigmoid(logits.float()))[..., None]
+    """heads_out (R, ..., D), all heads of a row, times twice the sigmoid of logits (R, heads): (R, heads * D)."""
+    gated = heads_out.flatten(1, -2).float() * (2 * torch.sigmoid(logits.float()))[..., None]
     return _rounded(gated.flatten(1), heads_out.dtype, quantize)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
@@ -21,10 +22,13 @@ U = TypeVar("U")
 
 
 class Pending(Generic[T]):
-    """The result of an exchange that may be under way, whose inputs must stay as they are until `wait`."""
+    """The result of an exchange that may be under way, whose inputs must stay as they are until `wait`.
 
-    def __init__(self, result: T, work: Sequence[Any] = ()):
-        self._result, self._work = result, work
+    It holds `used`: CUDA streams that do not wait for the exchange must not get the memory of what it reads.
+    """
+
+    def __init__(self, result: T, work: Sequence[Any] = (), used: object = None):
+        self._result, self._work, self._used = result, work, used
 
     def wait(self) -> T:
         """The result. On a GPU only what is launched into the current CUDA stream from now on waits for it."""
@@ -45,6 +49,11 @@ class _Changed(Pending[U]):
         return self._change(self._before.wait())
 
 
+def one_by_one(pending: Pending[list[T]], number: int) -> list[Pending[T]]:
+    """Each of the `number` results, to be waited for by itself."""
+    return [pending.then(itemgetter(n)) for n in range(number)]
+
+
 class Transport(Protocol):
     """The exchanges of n ranks. Tensors have the same shapes on every rank, and are contiguous except in all_to_all."""
 
@@ -63,11 +72,16 @@ class Transport(Protocol):
     def gather(self, shards: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
         """Each (L, ...) of each rank -> (n * L, ...), by rank, in one exchange."""
 
-    def reduce_scatter(self, tensors: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
-        """Each (n * L, ...) of each rank -> (L, ...): this rank's part of the sum, in one exchange."""
+    def reduce_scatter(self, tensors: Sequence[torch.Tensor]) -> list[Pending[torch.Tensor]]:
+        """Each (n * L, ...) of each rank -> (L, ...): this rank's part of the sum, in one exchange.
 
-    def all_to_all(self, tensors: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
-        """Each (n, ...), by the rank that is to get it -> (n, ...), by the rank that sent it."""
+        Each part may be waited for in a CUDA stream of its own.
+        """
+
+    def all_to_all(
+        self, tensors: Sequence[torch.Tensor], into: Sequence[torch.Tensor] | None = None
+    ) -> Pending[list[torch.Tensor]]:
+        """Each (n, ...), by the rank that is to get it -> (n, ...), by the rank that sent it, in `into` if given."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +107,9 @@ class ProcessGroup:
         whole = [shard.new_empty((self.size * shard.shape[0], *shard.shape[1:])) for shard in shards]
         return self._together(dist.all_gather_into_tensor, whole, shards)
 
-    def reduce_scatter(self, tensors: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
+    def reduce_scatter(self, tensors: Sequence[torch.Tensor]) -> list[Pending[torch.Tensor]]:
         parts = [tensor.new_empty((tensor.shape[0] // self.size, *tensor.shape[1:])) for tensor in tensors]
-        return self._together(dist.reduce_scatter_tensor, parts, tensors)
+        return one_by_one(self._together(dist.reduce_scatter_tensor, parts, tensors), len(parts))
 
     def _together(
         self, exchange: Callable[..., Any], outputs: list[torch.Tensor], inputs: Sequence[torch.Tensor]
@@ -107,17 +121,20 @@ class ProcessGroup:
             with _coalescing_manager(group=self.group, async_ops=True) as launched:
                 for output, given in pairs:
                     exchange(output, given, group=self.group)
-            return Pending(outputs, [launched])
-        return Pending(outputs, [exchange(output, x, group=self.group, async_op=True) for output, x in pairs])
+            return Pending(outputs, [launched], inputs)
+        work = [exchange(output, x, group=self.group, async_op=True) for output, x in pairs]
+        return Pending(outputs, work, inputs)
 
-    def all_to_all(self, tensors: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
+    def all_to_all(
+        self, tensors: Sequence[torch.Tensor], into: Sequence[torch.Tensor] | None = None
+    ) -> Pending[list[torch.Tensor]]:
         given = [tensor.contiguous() for tensor in tensors]
-        received = [torch.empty_like(tensor) for tensor in given]
+        received = [torch.empty_like(tensor) for tensor in given] if into is None else list(into)
         launched = [
             dist.all_to_all_single(place, tensor, group=self.group, async_op=True)
             for place, tensor in zip(received, given, strict=True)
         ]
-        return Pending(received, launched)
+        return Pending(received, launched, given)
 
 
 class Threads:
@@ -170,17 +187,19 @@ class _ThreadRank:
     def gather(self, shards: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
         return Pending([self.threads.exchange(self.rank, shard, torch.cat) for shard in shards])
 
-    def reduce_scatter(self, tensors: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
+    def reduce_scatter(self, tensors: Sequence[torch.Tensor]) -> list[Pending[torch.Tensor]]:
         def own_part(tensors: list[torch.Tensor]) -> torch.Tensor:
             return _sum([tensor.chunk(self.threads.size)[self.rank] for tensor in tensors])
 
-        return Pending([self.threads.exchange(self.rank, tensor, own_part) for tensor in tensors])
+        return [Pending(self.threads.exchange(self.rank, tensor, own_part)) for tensor in tensors]
 
-    def all_to_all(self, tensors: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
+    def all_to_all(
+        self, tensors: Sequence[torch.Tensor], into: Sequence[torch.Tensor] | None = None
+    ) -> Pending[list[torch.Tensor]]:
         def own_parts(of_ranks: list[torch.Tensor]) -> torch.Tensor:
             return torch.stack([tensor[self.rank] for tensor in of_ranks])
 
-        return Pending([self.threads.exchange(self.rank, tensor, own_parts) for tensor in tensors])
+        return Pending(_moved([self.threads.exchange(self.rank, tensor, own_parts) for tensor in tensors], into))
 
     def _replace(
         self, tensor: torch.Tensor, result: Callable[[list[torch.Tensor]], torch.Tensor]
@@ -242,13 +261,16 @@ class Alone:
             self._received[key] = values
         return self._received[key]
 
-    def reduce_scatter(self, tensors: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
+    def reduce_scatter(self, tensors: Sequence[torch.Tensor]) -> list[Pending[torch.Tensor]]:
         parts = [tensor[: tensor.shape[0] // self.size] for tensor in tensors]
-        return self._count("reduce_scatter", sum(map(self._part, tensors)), parts)
+        return one_by_one(self._count("reduce_scatter", sum(map(self._part, tensors)), parts), len(parts))
 
-    def all_to_all(self, tensors: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
+    def all_to_all(
+        self, tensors: Sequence[torch.Tensor], into: Sequence[torch.Tensor] | None = None
+    ) -> Pending[list[torch.Tensor]]:
         nbytes = sum(map(self._part, tensors))
-        return self._count("all_to_all", nbytes, [self._drawn(tensor.shape, tensor) for tensor in tensors])
+        received = [self._drawn(tensor.shape, tensor) for tensor in tensors]
+        return self._count("all_to_all", nbytes, _moved(received, into))
 
     def _part(self, tensor: torch.Tensor) -> int:
         return tensor.nbytes * (self.size - 1) // self.size
@@ -257,6 +279,12 @@ class Alone:
         self.calls[name] = self.calls.get(name, 0) + 1
         self.nbytes[name] = self.nbytes.get(name, 0) + nbytes
         return Pending(result)
+
+
+def _moved(tensors: list[torch.Tensor], into: Sequence[torch.Tensor] | None) -> list[torch.Tensor]:
+    if into is None:
+        return tensors
+    return [place.copy_(tensor) for place, tensor in zip(into, tensors, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -305,15 +333,22 @@ class RankGroup:
         (whole,) = self.start_gather([shard]).wait()
         return whole
 
-    def start_reduce_scatter(self, tensors: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
+    def start_reduce_scatter(self, tensors: Sequence[torch.Tensor]) -> list[Pending[torch.Tensor]]:
         """Begin to sum each (n * L, ...) over the ranks, of which each gets its (L, ...)."""
         if self.size == 1:
-            return Pending(list(tensors))
+            return [Pending(tensor) for tensor in tensors]
         return self._transport.reduce_scatter([x.contiguous() for x in tensors])
 
-    def start_all_to_all(self, tensors: Sequence[torch.Tensor]) -> Pending[list[torch.Tensor]]:
-        """Begin to exchange each (n, ...), by the rank that is to get it, for (n, ...), by the rank that sent it."""
-        return self._transport.all_to_all(tensors) if self.size > 1 else Pending(list(tensors))
+    def start_all_to_all(
+        self, tensors: Sequence[torch.Tensor], into: Sequence[torch.Tensor] | None = None
+    ) -> Pending[list[torch.Tensor]]:
+        """Begin to exchange each (n, ...), by the rank that is to get it, for (n, ...), by the rank that sent it.
+
+        What is received goes to `into`, contiguous and of the same shapes, if it is given.
+        """
+        if self.size == 1:
+            return Pending(_moved(list(tensors), into))
+        return self._transport.all_to_all(tensors, into)
 
     def all_to_all(self, tensor: torch.Tensor) -> torch.Tensor:
         """(n, ...), by the rank that is to get it -> (n, ...), by the rank that sent it."""

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from ltx_ray.parallel.collectives import SINGLE_RANK, Pending, ProcessGroup, RankGroup
+from ltx_ray.parallel.head_exchange import HeadShape, Write, exchange_heads
 from ltx_ray.parallel.peer_copies import fastest_transport
 
 
@@ -113,35 +114,27 @@ class SequenceSharding:
         return received.movedim(0, 1).reshape(batch, n * heads, self.shard_length, dim)
 
     def start_rows_to_heads(
-        self, parts: Sequence[torch.Tensor], batch: int, heads: int, group: int = 0, groups: int = 1
-    ) -> Pending[tuple[torch.Tensor, ...]]:
+        self, parts: Sequence[torch.Tensor], batch: int, heads: int, write: Write, groups: int = 1
+    ) -> list[Pending[tuple[torch.Tensor, ...]]]:
         """Each (B * T / n, heads * D) of this rank's tokens -> (B, T, heads / n / groups, D) of all tokens.
 
-        Every rank's heads are taken in `groups`, of which this exchanges one.
+        `write` writes what is to be exchanged of the parts. Every rank's heads are exchanged in `groups`.
         """
-        n, length = self.group.size, self.shard_length
+        n = self.group.size
         assert heads % (n * groups) == 0, (heads, n, groups)
-        by_rank = [
-            x.unflatten(0, (batch, length)).unflatten(2, (n, groups, -1))[:, :, :, group].movedim(2, 0) for x in parts
-        ]
 
         def by_head(received: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-            # Each (n, B, T / n, heads / n / groups * D), whose first axis is the rank whose tokens they are.
-            tokens = (x.movedim(0, 1).flatten(1, 2)[:, : self.length] for x in received)
+            tokens = (x.flatten(1, 2)[:, : self.length] for x in received)
             return tuple(x.unflatten(2, (heads // n // groups, -1)) for x in tokens)
 
-        return self.group.start_all_to_all(by_rank).then(by_head)
+        shape = HeadShape(groups, len(parts), batch, self.shard_length, parts[0].shape[1] // (n * groups))
+        return [pending.then(by_head) for pending in exchange_heads(self.group, shape, parts[0], write)]
 
-    def start_heads_to_rows(self, x: torch.Tensor) -> Pending[torch.Tensor]:
-        """(B, T, H, D) of all tokens, H heads -> (B * T / n, n, H, D) of this rank's tokens, each rank's heads."""
+    def start_heads_to_rows(self, x: torch.Tensor, into: torch.Tensor) -> Pending[list[torch.Tensor]]:
+        """(B, T, H, D) of all tokens, H heads -> `into` (n, B * T / n, H, D): this rank's tokens, each rank's heads."""
         n, length = self.group.size, self.shard_length
         by_rank = _padded(x, 1, n * length).unflatten(1, (n, length)).movedim(1, 0)
-
-        def rows(received: list[torch.Tensor]) -> torch.Tensor:
-            # (n, B, T / n, H, D), whose first axis is the rank whose heads they are.
-            return received[0].permute(1, 2, 0, 3, 4).flatten(0, 1)
-
-        return self.group.start_all_to_all([by_rank]).then(rows)
+        return self.group.start_all_to_all([by_rank], [into.unflatten(1, (len(x), length))])
 
     def own_heads(self, x: torch.Tensor) -> torch.Tensor:
         """(B, heads, T, D), the same on every rank -> this rank's (B, heads / n, T, D)."""

@@ -46,7 +46,7 @@ T = TypeVar("T")
 class GangPass:
     """Milliseconds of a pass by side, and how far the gang's result is from that of one card.
 
-    `waits`: the part of the gang's time in which a card ran exchanges and nothing else.
+    `waits`: the part of the gang's time in which a card ran exchanges or nothing.
     """
 
     layout: str
@@ -70,7 +70,7 @@ class GangPass:
         if self.error is not None:
             lines.append(f"  relative L2 error against one card: video {self.error[0]:.2e}, audio {self.error[1]:.2e}")
         if self.waits is not None:
-            lines.append(f"  {self.waits:.1%} of the gang's pass runs exchanges alone")
+            lines.append(f"  {self.waits:.1%} of the gang's pass goes by with exchanges or nothing")
         return "\n".join(lines)
 
 
@@ -172,7 +172,7 @@ class _Rank:
         return values
 
     def _waits(self, call: Call) -> float | None:
-        """The largest share, over the ranks, of a call in which only exchanges run."""
+        """The largest share, over the ranks, of a call in which no kernel but those of exchanges runs."""
         if self._case.device.type != "cuda":
             return None
         torch.cuda.synchronize()
@@ -184,7 +184,7 @@ class _Rank:
             for event in profile.events()
             if event.device_type == DeviceType.CUDA
         ]
-        return max(self._of_all(_exposed_share(kernels)))
+        return max(self._of_all(exposed_share(kernels)))
 
 
 def is_exchange(kernel: str) -> bool:
@@ -192,16 +192,14 @@ def is_exchange(kernel: str) -> bool:
     return any(word in kernel.lower() for word in ("nccl", "symmetric_memory", "ptop"))
 
 
-def _exposed_share(kernels: list[tuple[float, float, bool]]) -> float:
-    """The share of the time from the first kernel to the last in which exchanges run and nothing else.
+def exposed_share(kernels: list[tuple[float, float, bool]]) -> float:
+    """The share of the time from the first kernel to the last in which none runs but those of exchanges.
 
-    `kernels`: begin, end, and whether it is an exchange.
+    `kernels`: begin, end, and whether it is an exchange. Waits for the other ranks are no kernels.
     """
-    edges = sorted([(begin, 1, exchange) for begin, _, exchange in kernels] + [(end, -1, x) for _, end, x in kernels])
-    running, exposed, last = {True: 0, False: 0}, 0.0, edges[0][0]
-    for at, change, exchange in edges:
-        if running[True] and not running[False]:
-            exposed += at - last
-        running[exchange] += change
-        last = at
-    return exposed / (edges[-1][0] - edges[0][0])
+    first, last = min(begin for begin, _, _ in kernels), max(end for _, end, _ in kernels)
+    busy, until = 0.0, first
+    for begin, end in sorted((begin, end) for begin, end, exchange in kernels if not exchange):
+        busy += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    return 1 - busy / (last - first)

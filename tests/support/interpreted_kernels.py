@@ -27,12 +27,13 @@ from ltx_ray.engine.decode_steps import ConvSum, SumOutputs
 from ltx_ray.model import kernels, steps
 from ltx_ray.model.fused import FusedTransformer
 from ltx_ray.model.packing import pack_linears
-from ltx_ray.model.rope import audio_positions, video_positions
+from ltx_ray.model.rope import RopeTable, audio_positions, video_positions
 from ltx_ray.model.steps import QuantizedRows
 from ltx_ray.model.transformer import Modality, Perturbation, Prefix, Transformer
 from ltx_ray.parallel import merge_kernel, merging
 from ltx_ray.parallel.collectives import SINGLE_RANK, Alone, RankGroup
 from ltx_ray.parallel.factors import FactorProduct
+from ltx_ray.parallel.head_exchange import HeadPlaces
 from ltx_ray.parallel.loading import load_shard
 from ltx_ray.records import AV
 from ltx_ray.toy import ToyShape, make_toy_model
@@ -205,6 +206,42 @@ def passes() -> None:
             dit(modalities, Perturbation(values_only=blocks), prefix=prefix)
 
 
+def head_places() -> None:
+    """Rows that are written by the rank that is to have their heads, and those that came back by rank and group."""
+    batch, tokens, head_dim = 2, 3, 6
+    for dtype, (ranks, groups), in_group, gaps in itertools.product(
+        (torch.bfloat16, torch.float32), ((2, 1), (2, 2), (3, 4)), (1, 2), (False, True)
+    ):
+        width, heads = in_group * head_dim, ranks * groups * in_group
+        q, k = (normal(batch * tokens, 2 * heads * head_dim).to(dtype).chunk(2, dim=1)[n] for n in range(2))
+        weight, logits = normal(heads * head_dim).to(dtype), normal(batch * tokens, heads).to(dtype)
+        table = RopeTable(*(normal(tokens, heads * head_dim // 2).to(dtype) for _ in range(2)))
+        for rank in range(ranks):
+            written = []
+            for module in (steps, kernels):
+                shape = (groups, 3, batch, tokens, width)
+                # One axis more, of which every other entry is somebody else's.
+                whole, own = (torch.full((2, *size), torch.nan, dtype=dtype) for size in ((ranks, *shape), shape))
+                if gaps:
+                    own = own.movedim(0, 3).flatten(2, 3).unflatten(2, (batch, 2)).contiguous()[:, :, :, 0]
+                else:
+                    own = own[0]
+                others = whole[0] if gaps else whole[0, 1:]
+                after = others[rank + 1 :] if gaps else others[rank:]
+                places = HeadPlaces(others[:rank], own, after)
+                module.norm_heads_([(q, weight), (k, weight)], heads, 1e-6, table, None, places)
+                module.place_heads(k, 2, places)
+                written.append([whole, own])
+            for right, found in zip(*written, strict=True):
+                assert torch.equal(right.isnan(), found.isnan())
+                check(found.nan_to_num(), right.nan_to_num())
+        back = normal(groups, ranks, batch * tokens, in_group, head_dim).to(dtype).permute(2, 1, 0, 3, 4)
+        for quantize in (False, True):
+            right = steps.apply_gates(back.flatten(1, 3), logits, quantize)
+            check(kernels.apply_gates(back, logits, quantize), right)
+            check(steps.apply_gates(back, logits, quantize), right)
+
+
 def decoding() -> None:
     for dtype, layout, (factors, channels), size in itertools.product(
         (torch.bfloat16, torch.float32),
@@ -256,4 +293,4 @@ if __name__ == "__main__":
     instrument(Accesses())
     with torch.inference_mode():
         for check_name in sys.argv[1:]:
-            {"passes": passes, "decoding": decoding, "merges": merges}[check_name]()
+            {"passes": passes, "head_places": head_places, "decoding": decoding, "merges": merges}[check_name]()

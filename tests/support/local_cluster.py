@@ -294,7 +294,8 @@ class Driver:
         self._log = base.with_suffix(".log")
         base.with_suffix(".pickle").write_bytes(pickle.dumps(options))
         self._mark = f"LTX_RAY_CHAOS={base}"
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "LTX_RAY_CHAOS": str(base)}
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "LTX_RAY_CHAOS": str(base)}
         with open(self._log, "wb") as log:
             self._process = subprocess.Popen(
                 [*under, sys.executable, "-P", "-c", DRIVER, str(base.with_suffix(".pickle"))],

@@ -10,7 +10,7 @@ import torch
 
 from ltx_ray.parallel.collectives import RankGroup, Threads, Transport
 from ltx_ray.parallel.mesh import Mesh
-from ltx_ray.parallel.peer_copies import CopyStream, PeerCopies
+from ltx_ray.parallel.peer_copies import SLOTS, CopyStream, PeerCopies
 
 T = TypeVar("T")
 
@@ -40,13 +40,13 @@ class _RankSlots:
             # The others may still read what is replaced.
             self._shared._barrier.wait()
             # What a rank reads too early is no number that it could take for a result.
-            self._shared._slots[self._rank] = [torch.full((nbytes,), 255, dtype=torch.uint8) for _ in range(2)]
+            self._shared._slots[self._rank] = [torch.full((nbytes,), 255, dtype=torch.uint8) for _ in range(SLOTS)]
             self._shared._barrier.wait()
 
     def of(self, rank: int, slot: int) -> torch.Tensor:
         return self._shared._slots[rank][slot]
 
-    def barrier(self) -> None:
+    def barrier(self, number: int) -> None:
         self._shared._barrier.wait()
 
 

@@ -16,7 +16,7 @@ INSTALLED = importlib.util.find_spec("triton") is not None and importlib.metadat
 
 @pytest.mark.slow
 @pytest.mark.skipif(not INSTALLED, reason=f"needs Triton {TRITON}*")
-@pytest.mark.parametrize("check", ["passes", "decoding", "merges"])
+@pytest.mark.parametrize("check", ["passes", "head_places", "decoding", "merges"])
 def test_kernels_do_as_plain_pytorch_and_stay_in_their_tensors(check):
     command = [sys.executable, "-m", "tests.support.interpreted_kernels", check]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1200)

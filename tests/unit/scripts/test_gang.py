@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from scripts.bench.gang import is_exchange
+from scripts.bench.gang import exposed_share, is_exchange
 
 
 @pytest.mark.parametrize(
@@ -19,3 +19,10 @@ from scripts.bench.gang import is_exchange
 )
 def test_copies_between_cards_are_exchanges_as_nccl_is(kernel, exchange):
     assert is_exchange(kernel) is exchange
+
+
+def test_time_without_work_is_exposed_whether_an_exchange_runs_or_nothing():
+    work = [(0.0, 10.0, False), (5.0, 12.0, False), (40.0, 60.0, False), (60.0, 70.0, False)]
+    exchanges = [(11.0, 30.0, True), (50.0, 80.0, True)]
+    assert exposed_share(work + exchanges) == pytest.approx((28 + 10) / 80)
+    assert exposed_share(work[:1]) == 0

@@ -36,6 +36,12 @@ class ErrorKind(StrEnum):
     REPLICA = "replica"
     #: The state of the replica's processes is unknown, so the replica is replaced.
     PROCESS = "process"
+    #: The GPU failed, and its process with it. If that happens again there, the card is left alone.
+    DEVICE = "device"
+    #: The node cannot compute as the run does, whatever replica starts there.
+    NODE = "node"
+    #: The latents are not finite. The row is tried once on another node before it is blamed.
+    NOT_FINITE = "not_finite"
     #: A file of the model cannot be used, by any row on any replica. The run ends.
     MODEL = "model"
     #: The item starts over without its stored latents.
@@ -52,6 +58,18 @@ class RowError(RenderError):
     """The row cannot be rendered on any replica."""
 
     kind = ErrorKind.ROW
+
+
+class NotFinite(RowError):
+    """A clip's latents are not finite, because of the row, or because the node computes wrongly."""
+
+    kind = ErrorKind.NOT_FINITE
+
+
+class UnfitNode(RenderError, RuntimeError):
+    """This node lacks what the run's numerics need: a package, a compiler, or another model of GPU."""
+
+    kind = ErrorKind.NODE
 
 
 class WrongDevice(RenderError):

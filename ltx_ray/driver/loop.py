@@ -18,6 +18,7 @@ from ltx_ray.driver.outcomes import Outcomes
 from ltx_ray.driver.policy import Policy
 from ltx_ray.driver.policy_state import RetryDecision
 from ltx_ray.driver.publisher import Publisher
+from ltx_ray.driver.second_opinion import SecondOpinions
 from ltx_ray.driver.staffing import Staffing
 from ltx_ray.driver.tracker import RowTracker, TrackedItem
 from ltx_ray.driver.waits import WaitReport
@@ -26,7 +27,7 @@ from ltx_ray.planning.identity import merged_weights
 from ltx_ray.planning.plan import PlanEntry
 from ltx_ray.pools.pool import ModelRefused, Pool, StartFailed
 from ltx_ray.pools.protocol import CallFinished, InputsLost, ReplicaEvent, ReplicaLost, ReplicaSet, ReplicaStarted
-from ltx_ray.records import CallReport, ErrorKind, WorkItem, first_line
+from ltx_ray.records import CallError, CallReport, ErrorKind, WorkItem, first_line
 from ltx_ray.stages import PATH_FROM_STORED, Stage
 
 _TICK_SECONDS = 0.5
@@ -75,6 +76,7 @@ class Driver:
         self._should_stop, self._check_noise, self._clock = should_stop, check_noise, clock
         self._cluster: JoinedCluster | None = None
         self._staffing: Staffing | None = None
+        self._opinions: SecondOpinions
         self._wait_report: WaitReport | None = None
         self._preflight_admitted = self._preflight_running = False
         self._outcomes, self._gpu_seconds_before = Outcomes(limits.max_failed_fraction), gpu_seconds_before
@@ -217,6 +219,7 @@ class Driver:
             self._staffing = Staffing(
                 self.pools, cluster.replicas, self.policy, self.limits, self.events, self.progress
             )
+            self._opinions = SecondOpinions(self.policy, self._staffing)
             self._wait_report = WaitReport(self._staffing.waits, self.events, self.tracker.metrics)
         return self._cluster
 
@@ -282,7 +285,8 @@ class Driver:
         self._check_device(event)
         if known is None and self._device_name is not None:
             self._check_noise(self._device_name)
-        self.policy.add_replica(event.replica, pool.spec.roles, pool.spec.calls_at_once)
+        node = event.ranks[0].node if event.ranks else ""
+        self.policy.add_replica(event.replica, pool.spec.roles, pool.spec.calls_at_once, node)
         self.events.emit(
             "gang_started",
             role=pool.spec.name,
@@ -340,6 +344,8 @@ class Driver:
             self._call_failed(event, pool, tracked, stage)
             return
         pool.call_succeeded()
+        self._staff.left_alone.call_succeeded(self._staff.ranks_of(event.replica))
+        self._opinions.succeeded(item_id, stage, tracked.name, self._clock())
         tracked.take_result(stage, report, event.payload)
         if report.facts.unchecked:
             self.tracker.say_unchecked(tracked)
@@ -356,24 +362,43 @@ class Driver:
         assert error is not None
         if error.kind == ErrorKind.MODEL:
             raise ModelRefused(error.message)
-        if error.kind in (ErrorKind.REPLICA, ErrorKind.PROCESS):
-            self._replicas.kill(event.replica)
+        if error.kind in (ErrorKind.REPLICA, ErrorKind.PROCESS, ErrorKind.DEVICE, ErrorKind.NODE):
+            ranks = self._staff.ranks_of(event.replica)
+            hold = error.kind == ErrorKind.DEVICE and self._staff.left_alone.breaks(ranks, item_id)
+            self._replicas.kill(event.replica, hold)
             name = "" if error.kind == ErrorKind.REPLICA else f"{error.type}: "
             reason = f"{stage}: {event.where}: {name}{error.message}"
-            lost = ReplicaLost(event.replica, reason, served=True, item_id=item_id)
+            lost = ReplicaLost(event.replica, reason, served=True, item_id=item_id, ranks=ranks, held=hold)
             self._replica_lost(lost, error.traceback)
             if error.kind == ErrorKind.REPLICA:
                 pool.broke(reason)
+        elif error.kind == ErrorKind.NOT_FINITE and self._not_finite(event, tracked, stage, error):
+            pass
         elif error.kind == ErrorKind.STORED_LATENTS_GONE:
             self.events.emit("stored_latents_gone", item_id=item_id, id=tracked.name, message=error.message)
             self._drop_results(item_id)
             self._carry_out(self.policy.inputs_lost(item_id, self.policy.path), stage, error.message, "")
         else:
             # Every rank raised the same error. A RowError blames the row at once, another error after the last attempt.
-            at_fault = error.kind == ErrorKind.ROW
+            at_fault = error.kind in (ErrorKind.ROW, ErrorKind.NOT_FINITE)
             decision = self.policy.row_failed(item_id) if at_fault else self.policy.call_failed(item_id)
             blamed = "infrastructure" if error.kind == ErrorKind.INFRASTRUCTURE else "row"
             self._carry_out(decision, stage, error.message, error.traceback, blamed)
+
+    def _not_finite(self, event: CallFinished, tracked: TrackedItem, stage: Stage, error: CallError) -> bool:
+        """Whether the node may be to blame for latents that are not finite, and the call is made again elsewhere."""
+        item_id, ranks = event.item_id, self._staff.ranks_of(event.replica)
+        if tracked.item.preflight and ranks and self._staff.left_alone.has_others(ranks):
+            # There is one replica of each pool, and the clip has to be right.
+            self._carry_out(self.policy.call_failed(item_id), stage, error.message, error.traceback)
+            self._staff.exclude(ranks, f"{stage} of the preflight clip was not finite there", self._clock())
+            return True
+        if (where := self._opinions.ask(item_id, event.replica)) is None:
+            self._opinions.forget(item_id)
+            return False
+        self.progress.say(f"{tracked.name}: {stage} on {where}: {error.message}; trying once on another node")
+        self.events.emit("tried_elsewhere", item_id=item_id, id=tracked.name, stage=stage, node=ranks[0].node)
+        return True
 
     def _account(self, pool: Pool, replica: str, tracked: TrackedItem, stage: Stage, report: CallReport) -> None:
         """Record the cost of a call."""

@@ -22,7 +22,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ltx_ray.config import RunLimits
-from ltx_ray.driver.policy_state import Dispatch, Item, Replica, RetryDecision, RunningMean
+from ltx_ray.driver.policy_state import Dispatch, Item, Replica, RetryDecision, RunningMean, choose, guesses, spare_replicas
 from ltx_ray.driver.queue import FairQueue
 from ltx_ray.stages import DIFFUSION_STAGES, FULL_PATH, TRAITS, Stage, needed_results
 
@@ -53,6 +53,8 @@ class Policy:
     _replicas: dict[str, Replica] = field(default_factory=dict)
     #: Items that wait for a stage, by the stage after it.
     _queues: dict[Stage, dict[Stage | None, FairQueue]] = field(default_factory=lambda: {stage: {} for stage in Stage})
+    #: Items that wait for a replica on another node than this, instead of in a queue.
+    _elsewhere: dict[str, str] = field(default_factory=dict)
     #: Idle replicas of each stage that they serve, in the order in which they became idle.
     _idle: dict[Stage, dict[str, None]] = field(default_factory=lambda: {stage: {} for stage in Stage})
     _servers: Counter[Stage] = field(default_factory=Counter)
@@ -63,22 +65,18 @@ class Policy:
     _merged: Counter[tuple[Stage, Hashable]] = field(default_factory=Counter)
     _result_bytes: float = 0.0
     _admitted: int = 0
-    _seconds: dict[Stage, RunningMean] = field(
-        default_factory=lambda: {stage: RunningMean(traits.seconds) for stage, traits in TRAITS.items()}
-    )
-    _bytes: dict[Stage, RunningMean] = field(
-        default_factory=lambda: {stage: RunningMean(traits.result_bytes) for stage, traits in TRAITS.items()}
-    )
+    _seconds: dict[Stage, RunningMean] = field(default_factory=lambda: guesses("seconds"))
+    _bytes: dict[Stage, RunningMean] = field(default_factory=lambda: guesses("result_bytes"))
     _switch: RunningMean = field(default_factory=lambda: RunningMean(_SWITCH_SECONDS))
 
     # --- what happened ---------------------------------------------------------------------------
 
-    def add_replica(self, replica: str, roles: Iterable[Stage], calls_at_once: int = 1) -> None:
+    def add_replica(self, replica: str, roles: Iterable[Stage], calls_at_once: int = 1, node: str = "") -> None:
         """A replica that may serve `roles` is ready, assigned to the first diffusion stage among them."""
         assert replica not in self._replicas
         roles = tuple(roles)
         assigned = next((role for role in roles if role in DIFFUSION_STAGES), None)
-        state = Replica(roles, assigned, calls_at_once=calls_at_once)
+        state = Replica(roles, assigned, node, calls_at_once=calls_at_once)
         self._replicas[replica] = state
         self._count_server(state, 1)
         self._mark_idle(replica)
@@ -170,7 +168,7 @@ class Policy:
         return False
 
     def row_failed(self, item: str) -> RetryDecision:
-        """The row itself is at fault: it is given up at once."""
+        """The row itself is at fault."""
         state = self._end_call(item)
         self._drop(item)
         return RetryDecision(item, retry=False, attempts=state.attempts)
@@ -179,6 +177,17 @@ class Policy:
         """The call failed and the replica is alive: an attempt is charged."""
         self._end_call(item)
         return self._retry(item, charged=True)
+
+    def try_elsewhere(self, item: str) -> bool:
+        """Have the item's call made again on another node, uncharged. False, and no change, when none serves it."""
+        state = self._items[item]
+        assert state.replica is not None
+        node = self._replicas[state.replica].node
+        if not self._served_elsewhere(state.stage, node):
+            return False
+        self._end_call(item)
+        self._elsewhere[item] = node
+        return True
 
     def inputs_lost(self, item: str, path: tuple[Stage, ...] | None = None) -> RetryDecision:
         """The results of earlier stages are gone, and the item starts over.
@@ -191,6 +200,8 @@ class Policy:
     def save_waiting(self, stage: Stage) -> list[str]:
         """Send every item that waits for `stage` to SAVE_LATENTS instead. Returns the items."""
         diverted = []
+        for item in [item for item in self._elsewhere if self._items[item].stage == stage]:
+            self._enqueue(item)
         for queue in self._queues[stage].values():
             while queue:
                 item = queue.pop(queue.oldest().group)
@@ -212,6 +223,8 @@ class Policy:
         """The next call to make, or None when no call can or may be made now."""
         if self.alone in self._items:
             return self._dispatch_alone(self._items[self.alone])
+        if self._elsewhere and (dispatch := self._dispatch_elsewhere()) is not None:
+            return dispatch
         for stage in reversed(_STAGES):
             if self._idle[stage] and (queues := self._ready_queues(stage)):
                 return self._assign(self._best_idle(stage, queues), stage, queues)
@@ -224,7 +237,7 @@ class Policy:
     def _dispatch_alone(self, state: Item) -> Dispatch | None:
         """The next call of the item that goes first; meanwhile others get their text."""
         stage = state.stage
-        if state.replica is None and not (self.draining and not TRAITS[stage].runs_while_draining):
+        if state.replica is None and self._begins(stage):
             queue, weights = self._queues[stage][state.next_stage], state.weights.get(stage)
             if self._idle[stage]:
                 return self._run(next(iter(self._idle[stage])), stage, queue, weights)
@@ -235,23 +248,30 @@ class Policy:
             return self._assign(self._best_idle(Stage.TEXT, queues), Stage.TEXT, queues)
         return None
 
-    def spare_replicas(self) -> list[str]:
-        """Idle replicas for which the items in flight have no work, when no more are admitted.
+    def _dispatch_elsewhere(self) -> Dispatch | None:
+        """The next call that is to be made on another node than before."""
+        for item, node in list(self._elsewhere.items()):
+            state, stage = self._items[item], self._items[item].stage
+            if not self._served_elsewhere(stage, node):
+                self._enqueue(item)  # All that could serve it there have gone.
+                continue
+            may_run = self._begins(stage) and self._has_space(state.next_stage) and self._memory_allows(stage)
+            for name in [*self._idle[stage], *self.assignments] if may_run else ():
+                replica = self._replicas[name]
+                if replica.node != node and stage in replica.roles and not replica.items and not replica.retired:
+                    (queue := FairQueue()).push(item, state.order, state.weights.get(stage))
+                    del self._elsewhere[item]
+                    if moved := stage not in replica.serves():
+                        self._move(name, stage)
+                    return self._run(name, stage, queue, state.weights.get(stage), moved)
+        return None
 
-        Each role keeps one replica.
-        """
-        spare = []
-        serving = Counter(role for replica in self._replicas.values() for role in replica.roles)
-        same_roles = Counter(frozenset(replica.roles) for replica in self._replicas.values())
-        remaining = [set(item.path[item.position :]) for item in self._items.values()]
-        needed = {roles: sum(1 for stages in remaining if stages & roles) for roles in same_roles}
-        for name, replica in self._replicas.items():
-            roles = frozenset(replica.roles)
-            if not replica.items and same_roles[roles] > needed[roles] and all(serving[role] > 1 for role in roles):
-                spare.append(name)
-                same_roles[roles] -= 1
-                serving.subtract(roles)
-        return spare
+    def _served_elsewhere(self, stage: Stage, node: str) -> bool:
+        return any(r.node != node and stage in r.roles and not r.retired for r in self._replicas.values())
+
+    def spare_replicas(self) -> list[str]:
+        """Idle replicas for which the items in flight have no work, when no more are admitted."""
+        return spare_replicas(self._replicas, self._items.values())
 
     @property
     def in_flight(self) -> int:
@@ -317,10 +337,13 @@ class Policy:
 
     def _ready_queues(self, stage: Stage) -> list[FairQueue]:
         """The queues before `stage` of which an item may run now."""
-        if self.draining and not TRAITS[stage].runs_while_draining:
-            return []
-        queues = [queue for after, queue in self._queues[stage].items() if queue and self._has_space(after)]
+        waiting = self._queues[stage].items() if self._begins(stage) else ()
+        queues = [queue for after, queue in waiting if queue and self._has_space(after)]
         return queues if queues and self._memory_allows(stage) else []
+
+    def _begins(self, stage: Stage) -> bool:
+        """Whether calls of `stage` may begin, which not all do while draining."""
+        return not self.draining or TRAITS[stage].runs_while_draining
 
     def _has_space(self, stage: Stage | None) -> bool:
         """Whether the queue before `stage` may take one more item."""
@@ -396,24 +419,8 @@ class Policy:
         self._count_server(replica, 1)
 
     def _assign(self, name: str, stage: Stage, queues: list[FairQueue], moved: bool = False) -> Dispatch:
-        return self._run(name, stage, *self._choose(self._replicas[name], stage, queues), moved)
-
-    def _choose(self, replica: Replica, stage: Stage, queues: list[FairQueue]) -> tuple[FairQueue, Hashable]:
-        """The queue and the weights of the item that an idle replica should take."""
-        same_stage = replica.merged_stage == stage
-
-        def preference(weights: Hashable) -> int:
-            if same_stage and weights == replica.merged_weights:
-                return 0
-            # Items whose weights another replica has merged are better left to that one.
-            return 2 if self._merged[stage, weights] else 1
-
-        queue = min(queues, key=FairQueue.oldest)
-        _, weights, passed_over = queue.oldest()
-        if passed_over < self.max_passed_over:
-            queue = min(queues, key=lambda queue: queue.best(preference)[:2])
-            weights = queue.best(preference).group
-        return queue, weights
+        chosen = choose(self._replicas[name], stage, queues, self._merged, self.max_passed_over)
+        return self._run(name, stage, *chosen, moved)
 
     def _run(self, name: str, stage: Stage, queue: FairQueue, weights: Hashable, moved: bool = False) -> Dispatch:
         """Have a replica take the oldest item with these weights."""
@@ -445,6 +452,7 @@ class Policy:
 
     def _enqueue(self, item: str) -> None:
         state = self._items[item]
+        self._elsewhere.pop(item, None)
         queue = self._queues[state.stage].setdefault(state.next_stage, FairQueue())
         queue.push(item, state.order, state.weights.get(state.stage))
 

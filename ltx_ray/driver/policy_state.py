@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ltx_ray.stages import DIFFUSION_STAGES, Stage
+from ltx_ray.driver.queue import FairQueue
+from ltx_ray.stages import DIFFUSION_STAGES, TRAITS, Stage
 
 #: Weight of the newest measurement in a running mean.
 _NEWEST = 0.1
@@ -65,6 +67,8 @@ class Replica:
     roles: tuple[Stage, ...]
     #: The diffusion stage that it serves now.
     assigned: Stage | None
+    #: Where it runs; "" where that is not known.
+    node: str = ""
     #: The stage and the weights that are merged now.
     merged_stage: Stage | None = None
     merged_weights: Hashable = None
@@ -89,6 +93,49 @@ class Replica:
         return tuple(role for role in self.roles if role == self.assigned or role not in DIFFUSION_STAGES)
 
 
+def spare_replicas(replicas: Mapping[str, Replica], items: Iterable[Item]) -> list[str]:
+    """Idle replicas for which `items` have no work. Each role keeps one replica."""
+    spare = []
+    serving = Counter(role for replica in replicas.values() for role in replica.roles)
+    same_roles = Counter(frozenset(replica.roles) for replica in replicas.values())
+    remaining = [set(item.path[item.position :]) for item in items]
+    needed = {roles: sum(1 for stages in remaining if stages & roles) for roles in same_roles}
+    for name, replica in replicas.items():
+        roles = frozenset(replica.roles)
+        if not replica.items and same_roles[roles] > needed[roles] and all(serving[role] > 1 for role in roles):
+            spare.append(name)
+            same_roles[roles] -= 1
+            serving.subtract(roles)
+    return spare
+
+
+def choose(
+    replica: Replica,
+    stage: Stage,
+    queues: Sequence[FairQueue],
+    merged: Counter[tuple[Stage, Hashable]],
+    max_passed_over: int,
+) -> tuple[FairQueue, Hashable]:
+    """The queue and the weights of the item that an idle replica should take. `merged`: how many replicas have which.
+
+    No item is passed over more than `max_passed_over` times.
+    """
+    same_stage = replica.merged_stage == stage
+
+    def preference(weights: Hashable) -> int:
+        if same_stage and weights == replica.merged_weights:
+            return 0
+        # Items whose weights another replica has merged are better left to that one.
+        return 2 if merged[stage, weights] else 1
+
+    queue = min(queues, key=FairQueue.oldest)
+    _, weights, passed_over = queue.oldest()
+    if passed_over < max_passed_over:
+        queue = min(queues, key=lambda queue: queue.best(preference)[:2])
+        weights = queue.best(preference).group
+    return queue, weights
+
+
 @dataclass
 class RunningMean:
     """A running mean that starts from a guess and drops it at the first measurement."""
@@ -99,3 +146,8 @@ class RunningMean:
     def add(self, value: float) -> None:
         self.value = value if not self.measured else (1 - _NEWEST) * self.value + _NEWEST * value
         self.measured = True
+
+
+def guesses(trait: str) -> dict[Stage, RunningMean]:
+    """By stage, the mean of a trait that is guessed from the released model."""
+    return {stage: RunningMean(getattr(traits, trait)) for stage, traits in TRAITS.items()}

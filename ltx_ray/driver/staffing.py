@@ -6,18 +6,18 @@ Replicas of text and decode beyond the first come after those of the DiT, so tha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from ltx_ray.config import RunLimits
 from ltx_ray.driver.events import EventLog
+from ltx_ray.driver.left_alone import LeftAlone
 from ltx_ray.driver.policy import Policy
 from ltx_ray.driver.pool_sizer import PoolSizer
-from ltx_ray.driver.progress import Progress, duration
+from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.waits import Waits
-from ltx_ray.pools.parking import Parking
 from ltx_ray.pools.pool import Pool, StartFailed
-from ltx_ray.pools.protocol import ReplicaLost, ReplicaSet, ReplicaStarted
-from ltx_ray.records import first_line
+from ltx_ray.pools.protocol import RankInfo, ReplicaLost, ReplicaSet, ReplicaStarted
 from ltx_ray.stages import Stage
 
 #: Seconds for which the DiT's replicas may wait for places before those of other pools no longer wait for them.
@@ -42,23 +42,29 @@ class Staffing:
     ):
         self.pools, self._replicas, self._policy, self._limits = pools, replicas, policy, limits
         self._events, self._progress = events, progress
-        self._parking = Parking()
+        self.left_alone = LeftAlone(replicas, events, progress)
         #: What the stages wait for.
         self.waits = Waits()
         self._sizer = PoolSizer(policy, self.waits)
         self._by_replica: dict[str, Pool] = {}
-        #: Replicas that leave after the calls that are under way.
-        self._retired: list[str] = []
+        #: Where the replicas that are ready run.
+        self._ranks: dict[str, Sequence[RankInfo]] = {}
+        #: Replicas that leave after the calls that are under way, and why.
+        self._retired: dict[str, str] = {}
 
     def pool_of(self, replica: str) -> Pool:
         return self._by_replica[replica]
+
+    def ranks_of(self, replica: str) -> Sequence[RankInfo]:
+        """Where a replica runs that is ready."""
+        return self._ranks.get(replica, ())
 
     def start_missing(self, now: float, one_each: bool, elastic: bool, more_rows: bool) -> None:
         """Start what is missing; no more than one of each pool with `one_each`.
 
         `elastic` as in JoinedCluster. Without `more_rows` to come, no pool grows.
         """
-        self._retry_cards(now)
+        self.left_alone.retry(now, self._is_stuck)
         self._retire_leaving()
         if elastic and not one_each and not self._all_served():
             one_each = True
@@ -136,55 +142,57 @@ class Staffing:
                 if name in pool.replicas:
                     self.give_back(name, _DRAINS)
                 continue
-            del pool.replicas[name]
-            self._policy.retire(name)
-            self._retired.append(name)
-            self._progress.say(f"{name} leaves after its call, because {_DRAINS}")
-            self._events.emit("gang_leaving", role=pool.spec.name, replica=name, reason=_DRAINS)
-        for name in [name for name in self._retired if not self._policy.items_of(name)]:
-            self.give_back(name, _DRAINS)
+            self._retire(name, _DRAINS)
+        for name, why in [(name, why) for name, why in self._retired.items() if not self._policy.items_of(name)]:
+            self.give_back(name, why)
+
+    def _retire(self, name: str, why: str) -> None:
+        """Have a replica that is ready leave after its calls."""
+        pool = self.pool_of(name)
+        del pool.replicas[name]
+        self._policy.retire(name)
+        self._retired[name] = why
+        self._progress.say(f"{name} leaves after its call, because {why}")
+        self._events.emit("gang_leaving", role=pool.spec.name, replica=name, reason=why)
+
+    def exclude(self, ranks: Sequence[RankInfo], why: str, now: float) -> None:
+        """The node of these ranks computes wrongly. Its replicas leave, and others start elsewhere."""
+        self.left_alone.exclude(ranks, why, now)
+        for name, where in list(self._ranks.items()):
+            if where and where[0].node == ranks[0].node and name not in self._retired:
+                self._retire(name, "its node computes wrongly")
 
     def _forget(self, name: str) -> Pool:
         pool = self._by_replica.pop(name)
         pool.replicas.pop(name, None)
-        if name in self._retired:
-            self._retired.remove(name)
+        self._retired.pop(name, None)
+        self._ranks.pop(name, None)
         return pool
 
     def started(self, event: ReplicaStarted) -> Pool:
         """A replica is ready."""
         pool = self.pool_of(event.replica)
         pool.started(event.replica)
-        self._parking.started(event.ranks)
+        self._ranks[event.replica] = event.ranks
+        self.left_alone.works(event.ranks)
         return pool
 
     def lost(self, event: ReplicaLost, now: float) -> None:
         """A replica has been killed. Raises StartFailed when starts keep failing everywhere."""
         pool = self._forget(event.replica)
-        if event.held:
-            parked = self._parking.hold(event.replica, event.ranks, now)
-            again = duration(parked.until - now)
-            self._progress.say(f"{parked.where}: left alone for {again}, because {event.replica} did not start there")
-            self._events.emit(
-                "card_parked", role=pool.spec.name, replica=event.replica, where=parked.where,
-                failures=parked.failures, seconds=round(parked.until - now, 3), reason=first_line(event.reason),
-            )  # fmt: skip
+        if event.held or not event.served:
+            self.left_alone.failed(event, pool.spec.name, now)
         # Losing a node while it loads is nobody's fault.
         if not event.served and not event.node_lost:
             # Where a replica was that had no time to tell is not known, so it counts as another node.
             node = event.ranks[0].node if event.ranks else event.replica
-            pool.start_failed(event.reason, node, self._replicas.node_count())
+            pool.start_failed(event.reason, node, self._nodes_for(pool), certain=event.unfit)
         if event.idle:
             pool.died_idle(event.reason)
 
-    def _retry_cards(self, now: float) -> None:
-        """Give back the places of failed cards whose time has come, and one that a pool without replicas waits for."""
-        due = self._parking.due(now)
-        if not due and self._parking.held and self._is_stuck() and (first := self._parking.earliest()) is not None:
-            due = [first]
-        for parked in due:
-            self._replicas.release(parked.replica)
-            self._events.emit("card_retried", replica=parked.replica, where=parked.where)
+    def _nodes_for(self, pool: Pool) -> int:
+        """How many nodes have what a replica of the pool needs, excluded ones included."""
+        return sum(cards > 0 or not pool.spec.gpus_per_rank for cards in self._replicas.nodes().values())
 
     def _is_stuck(self) -> bool:
         """Whether a role has no replica but some that wait for a place."""

@@ -42,8 +42,11 @@ def error_kind(error: BaseException) -> ErrorKind:
     """What an exception of an engine says of the row and of the replica."""
     if isinstance(error, RenderError):
         return error.kind
-    broken = _torch_errors("AcceleratorError", "distributed.DistBackendError", "distributed.DistNetworkError")
-    if is_out_of_memory(error) or isinstance(error, broken):
+    if is_out_of_memory(error):
+        return ErrorKind.PROCESS
+    if isinstance(error, _torch_errors("AcceleratorError")):
+        return ErrorKind.DEVICE
+    if isinstance(error, _torch_errors("distributed.DistBackendError", "distributed.DistNetworkError")):
         return ErrorKind.PROCESS
     return ErrorKind.INFRASTRUCTURE if isinstance(error, OSError) else ErrorKind.UNKNOWN
 

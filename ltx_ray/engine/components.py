@@ -27,6 +27,7 @@ from ltx_ray.checkpoints.parts import (
 from ltx_ray.checkpoints.safetensors import TensorInfo
 from ltx_ray.engine.codec import ConnectorAttention, DiffusersModule, GroupNorm, ReflectingConv3d, RoundedRope
 from ltx_ray.engine.fused_decoder import fuse_decoder
+from ltx_ray.records import UnfitNode
 
 Path = str | os.PathLike[str]
 Device = str | torch.device
@@ -54,7 +55,7 @@ def load_video_vae(
     """The video VAE as diffusers' AutoencoderKLLTX2Video; `part` is "decoder", "encoder" or "both".
 
     A half that `part` leaves out is not read, and is None in the module. Both parts have latents_mean and latents_std.
-    `fused`: the decoder computes as in fused_decoder.py. Raises RuntimeError where that is impossible.
+    `fused`: the decoder computes as in fused_decoder.py. Raises UnfitNode where that is impossible.
     """
     from diffusers import AutoencoderKLLTX2Video
 
@@ -70,10 +71,10 @@ def load_video_vae(
     if fused and vae.decoder is not None:
         try:
             fuse_decoder(vae.decoder)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         except Exception as error:
-            raise RuntimeError(
+            raise UnfitNode(
                 f"decoding in fused steps needs Triton and a C compiler on every GPU node "
                 f"({type(error).__name__}: {error}); legal: --compile off"
             ) from error

@@ -75,7 +75,7 @@ class DecodeEngine:
         self._of_thread.facts = facts
 
     def load(self) -> None:
-        """Load the decoders. Raises ValueError for files that do not fit, RuntimeError as load_video_vae does."""
+        """Load the decoders. Raises ValueError for files that do not fit, UnfitNode as load_video_vae does."""
         path = self.spec.model.local().checkpoint_path
         self.store = Store(self.spec.output)
         self.latents = LatentStore(self.store)

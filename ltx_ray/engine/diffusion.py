@@ -42,8 +42,8 @@ from ltx_ray.records import (
     Guidance,
     ModelError,
     NoiseLedger,
+    NotFinite,
     ReplicaError,
-    RowError,
     StageLatents,
     WorkItem,
 )
@@ -75,8 +75,7 @@ class DiffusionEngine:
     def load(self) -> None:
         """Read this rank's slices. LoRAs are merged by the first call, which says at which strengths.
 
-        Raises ValueError for files that do not fit, RuntimeError when this replica cannot compute as the run's numerics
-        say.
+        Raises ValueError for files that do not fit, UnfitNode when this node cannot compute as the run's numerics say.
         """
         # Kernels are compiled once for all processes, and for all nodes where the cache is shared.
         os.environ.setdefault("TRITON_CACHE_DIR", str(cache_root() / "triton"))
@@ -122,7 +121,7 @@ class DiffusionEngine:
     def run(self, stage: Stage, item: WorkItem, conditions: Conditions, *latents: StageLatents) -> StageLatents | None:
         """Render `stage` of `item`, stage 2 from the `latents` of stage 1.
 
-        Returns the stage's latents on rank 0 and None elsewhere. Raises RowError when they are not finite, WrongDevice
+        Returns the stage's latents on rank 0 and None elsewhere. Raises NotFinite when they are not finite, WrongDevice
         when this device cannot repeat the noise of stage 1, ReplicaError when merging LoRAs failed.
         """
         result = self._stage1(item, conditions) if stage == Stage.STAGE1 else self._stage2(item, conditions, *latents)
@@ -130,7 +129,7 @@ class DiffusionEngine:
         for name, tensor in zip(("video", "audio"), result.latents, strict=True):
             bad = int((~torch.isfinite(tensor)).sum())
             if bad:
-                raise RowError(f"{bad} of {tensor.numel()} {name} latents are not finite")
+                raise NotFinite(f"{bad} of {tensor.numel()} {name} latents are not finite")
         numerics = numerics_of_row(numerics_json(self.spec.numerics), item.request)
         device_name = _device_name(self.device)
         self.facts = self._facts(

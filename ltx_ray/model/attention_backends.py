@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ltx_ray.config import FA3_MODULES, takes_heads
+from ltx_ray.records import UnfitNode
 
 #: (queries, keys, values) -> what each query attends to.
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -31,13 +32,16 @@ _MAX_SPLITS = 8
 
 
 def attention_backend(name: str, device: torch.device | None = None, head_dims: Collection[int] = ()) -> Attend:
-    """The implementation called `name`. Raises RuntimeError saying what is missing where `device` cannot run it, or
-    when it does not take heads of the widths `head_dims`."""
+    """The implementation called `name`.
+
+    Raises UnfitNode saying what is missing where `device` cannot run it, RuntimeError when it does not take heads of
+    the widths `head_dims`.
+    """
     assert name in BACKENDS, name
     if name == "sdpa":
         return _passing_a_single_value(_sdpa)
     if device is not None and device.type != "cuda":
-        raise RuntimeError(f"attention {name!r} needs CUDA, and this replica runs on {device.type}")
+        raise UnfitNode(f"attention {name!r} needs CUDA, and this replica runs on {device.type}")
     if not takes_heads(name, head_dims, device is not None and _is_hopper(device)):
         widths = " and ".join(map(str, sorted(set(head_dims))))
         raise RuntimeError(f"attention {name!r} does not take heads of {widths} channels; legal: --attention sdpa")
@@ -71,7 +75,7 @@ def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 def _fa3(device: torch.device | None) -> Attend:
     if device is not None and not _is_hopper(device):
-        raise RuntimeError(
+        raise UnfitNode(
             f"attention 'fa3' needs a Hopper GPU, and this replica has {torch.cuda.get_device_name(device)}; "
             "legal: --attention cudnn"
         )
@@ -80,7 +84,7 @@ def _fa3(device: torch.device | None) -> Attend:
             function = importlib.import_module(name).flash_attn_func
             break
     else:
-        raise RuntimeError("attention 'fa3' needs the package fa3-fwd on every GPU node; legal: --attention cudnn")
+        raise UnfitNode("attention 'fa3' needs the package fa3-fwd on every GPU node; legal: --attention cudnn")
 
     processors = torch.cuda.get_device_properties(device).multi_processor_count
 

@@ -26,7 +26,7 @@ from ltx_ray.model.transformer import NO_PERTURBATION, Modality, Perturbation, P
 from ltx_ray.parallel.collectives import SINGLE_RANK, RankGroup
 from ltx_ray.parallel.fp8 import FP8
 from ltx_ray.parallel.mesh import RowSharding, SequenceSharding
-from ltx_ray.records import AV
+from ltx_ray.records import AV, UnfitNode
 from ltx_ray.shapes import ClipShape
 
 #: Compute capability (Ada) from which tensor cores multiply e4m3.
@@ -39,8 +39,8 @@ _PIECE_ROWS, _MOST_PIECES = 4000, 4
 class FusedTransformer:
     """Velocities from a packed Transformer, as `Transformer.forward` gives them.
 
-    `attention` names a backend of attention_backends.py. Raises RuntimeError when the device lacks what the backend,
-    the kernels or fp8 need.
+    `attention` names a backend of attention_backends.py. Raises UnfitNode when the node lacks what the backend, the
+    kernels or fp8 need.
     """
 
     def __init__(self, model: Transformer, attention: str = "sdpa"):
@@ -51,7 +51,7 @@ class FusedTransformer:
         if quantized is not None and device.type == "cuda":
             name = torch.cuda.get_device_name(device)
             if torch.cuda.get_device_capability(device) < _FIRST_FP8:
-                raise RuntimeError(f"precision fp8 needs a GPU that supports it, and {name} does not")
+                raise UnfitNode(f"precision fp8 needs a GPU that supports it, and {name} does not")
             check_fp8(quantized, name)
         streams = model.config.video, model.config.audio
         attend = attention_backend(attention, device, [stream.head_dim for stream in streams])
@@ -205,15 +205,15 @@ def row_pieces(rows: int) -> int:
 
 
 def check_fp8(layer: PackedLinear, device_name: str) -> None:
-    """Raise RuntimeError where PyTorch has no fp8 products with a scale for each row for the device of `layer`."""
+    """Raise UnfitNode where PyTorch has no fp8 products with a scale for each row for the device of `layer`."""
     rows = torch.zeros((steps.MIN_FP8_ROWS, layer.weight.shape[1]), device=layer.weight.device)
     try:
         steps.linear(steps.QuantizedRows(rows.to(FP8), torch.ones_like(rows[:, :1])), layer)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except RuntimeError as error:
         why = str(error).partition("\n")[0]
-        raise RuntimeError(
+        raise UnfitNode(
             f"precision fp8 needs a PyTorch with its products for {device_name} ({why}); legal: --precision bf16"
         ) from error
 
@@ -230,10 +230,10 @@ def _steps_for(device: torch.device) -> ModuleType:
         from ltx_ray.model import kernels  # Triton is not installed everywhere.
 
         kernels.gelu(torch.zeros((1, 16), dtype=torch.bfloat16, device=device), False)
-    except torch.OutOfMemoryError:
-        raise
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise  # The card's fault.
     except Exception as error:
-        raise RuntimeError(
+        raise UnfitNode(
             f"the fused path needs Triton and a C compiler on every GPU node ({type(error).__name__}: {error}); "
             "legal: --compile off"
         ) from error

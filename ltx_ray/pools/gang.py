@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -20,7 +21,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from ltx_ray.config import PoolSpec
 from ltx_ray.pools.protocol import RankInfo
 from ltx_ray.pools.worker import RankActor, Rendezvous
-from ltx_ray.records import CallError, CallReport, WorkItem, first_line
+from ltx_ray.records import CallError, CallReport, ErrorKind, WorkItem, first_line
 from ltx_ray.stages import Stage
 
 _RENDEZVOUS_SECONDS = 300.0
@@ -41,6 +42,8 @@ _RANK_DIED = (
 )
 #: Part of Ray's message about a dead actor when its node is gone.
 _NODE_LOST = "its node has died"
+#: The label of every node that holds its id.
+_NODE_LABEL = "ray.io/node-id"
 
 
 class GangState(StrEnum):
@@ -57,12 +60,15 @@ class GangState(StrEnum):
 class GangLost(Exception):
     """The gang can serve no more calls: a rank died, failed to start, or disagreed with the others.
 
-    `idle`: it had died before the calls under way began; `node_lost`: its node is gone.
+    `idle`: it had died before the calls under way began; `node_lost`: its node is gone; `rank`: the one that failed to
+    load; `unfit`: its node cannot compute as the run does.
     """
 
-    def __init__(self, reason: str, idle: bool = False, node_lost: bool = False):
+    def __init__(
+        self, reason: str, idle: bool = False, node_lost: bool = False, rank: int | None = None, unfit: bool = False
+    ):
         super().__init__(reason)
-        self.idle, self.node_lost = idle, node_lost
+        self.idle, self.node_lost, self.rank, self.unfit = idle, node_lost, rank, unfit
 
 
 class InputsMissing(Exception):
@@ -97,7 +103,8 @@ class Call:
 class Gang:
     """One replica of `pool`."""
 
-    def __init__(self, name: str, pool: PoolSpec):
+    def __init__(self, name: str, pool: PoolSpec, avoided: Collection[str] = ()):
+        """`avoided`: nodes on which it may not be placed."""
         self.name, self.pool = name, pool
         self.state = GangState.PLACING
         self.created = time.time()
@@ -108,17 +115,31 @@ class Gang:
         self._answered = self._pinged = self._placed = 0.0
         #: When it began to load.
         self.load_began = 0.0
-        bundle = {"CPU": pool.cpus_per_rank}
-        if pool.gpus_per_rank:
-            bundle["GPU"] = pool.gpus_per_rank
-        # Tensor parallelism communicates after every layer, so a gang never spans nodes.
-        self._group: PlacementGroup = placement_group([bundle] * pool.ranks, strategy="STRICT_PACK")
+        self._group = self._new_group(avoided)
         self._actors: list[Any] = []
         #: What each rank reports about its process, then a free port on the node of rank 0.
         self._described: list[ray.ObjectRef] = []
         self._started: list[ray.ObjectRef] = []
         self._port = 0
         self._pending: list[ray.ObjectRef] = [self._group.ready()]
+
+    def _new_group(self, avoided: Collection[str]) -> PlacementGroup:
+        pool = self.pool
+        bundle = {"CPU": pool.cpus_per_rank}
+        if pool.gpus_per_rank:
+            bundle["GPU"] = pool.gpus_per_rank
+        elsewhere = {_NODE_LABEL: f"!in({','.join(sorted(avoided))})"} if avoided else {}
+        # Tensor parallelism communicates after every layer, so a gang never spans nodes.
+        return placement_group(
+            [bundle] * pool.ranks, strategy="STRICT_PACK", bundle_label_selector=[elsewhere] * pool.ranks
+        )
+
+    def avoid(self, nodes: Collection[str]) -> None:
+        """Wait for a place on other nodes than these, if this gang has none yet."""
+        if self.state is GangState.PLACING:
+            remove_placement_group(self._group)
+            self._group = self._new_group(nodes)
+            self._pending = [self._group.ready()]
 
     def waits_for(self) -> list[ray.ObjectRef]:
         """The references whose readiness takes this gang on."""
@@ -205,7 +226,8 @@ class Gang:
             lora_factors=facts.lora_factors,
         )
         if (error := report.error) is not None:
-            raise GangLost(f"{self.ranks[rank]}: {error.type}: {error.message}\n{error.traceback}")
+            reason = f"{self.ranks[rank]}: {error.type}: {error.message}\n{error.traceback}"
+            raise GangLost(reason, rank=rank, unfit=error.kind == ErrorKind.NODE)
 
     def submit(self, stage: Stage, item: WorkItem, inputs: list[Any], timeout: float) -> None:
         """Start `stage` of `item` on all ranks, for `timeout` seconds. `inputs` are references to earlier payloads."""

@@ -20,6 +20,7 @@ class Parked:
     """The place of a replica that could not start, held until a time of the driver's clock."""
 
     replica: str
+    node: str
     #: Its node's address and its cards, for messages.
     where: str
     failures: int
@@ -44,7 +45,7 @@ class Parking:
         place = _place(ranks)
         count = self._failures[place] = self._failures.get(place, 0) + 1
         seconds = min(_FIRST_SECONDS * 2.0 ** (count - 1), _MOST_SECONDS)
-        parked = self.held[replica] = Parked(replica, card(ranks), count, now + seconds)
+        parked = self.held[replica] = Parked(replica, ranks[0].node, card(ranks), count, now + seconds)
         return parked
 
     def started(self, ranks: Sequence[RankInfo]) -> None:
@@ -57,6 +58,13 @@ class Parking:
         for parked in due:
             del self.held[parked.replica]
         return due
+
+    def on_node(self, node: str) -> list[Parked]:
+        """Take the places that are held on a node."""
+        found = [parked for parked in self.held.values() if parked.node == node]
+        for parked in found:
+            del self.held[parked.replica]
+        return found
 
     def earliest(self) -> Parked | None:
         """Take the place that would be tried again first."""

@@ -56,14 +56,14 @@ class Pool:
         self.failed_starts = 0
         self.failed_nodes.clear()
 
-    def start_failed(self, reason: str, node: str, nodes: int) -> None:
-        """A replica could not start on `node`, one of the cluster's `nodes`.
+    def start_failed(self, reason: str, node: str, nodes: int, certain: bool = False) -> None:
+        """A replica could not start on `node`, one of the cluster's `nodes`; `certain`: nor would another one there.
 
         Raises StartFailed when starts keep failing, on several nodes if there are several, and none is ready.
         """
         self.failed_starts += 1
         self.failed_nodes.add(node)
-        if self.ready or self.failed_starts < self.max_failures:
+        if self.ready or (self.failed_starts < self.max_failures and not certain):
             return
         # A cluster may have nodes on which there is no place for this pool.
         hopeless = self.failed_starts >= _MANY_TIMES * self.max_failures

@@ -78,8 +78,12 @@ class ReplicaLost:
     item_id: str | None = None
     #: Where its ranks ran, as far as that is known.
     ranks: Sequence[RankInfo] = ()
+    #: Which of them has failed, where that is known.
+    rank: int | None = None
     #: Whether its place is held until `ReplicaSet.release` is called.
     held: bool = False
+    #: Whether its node cannot compute as the run does, so that nothing else would start there either.
+    unfit: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,14 +119,17 @@ class ReplicaSet(Protocol):
     def gpu_seconds(self) -> float:
         """How long GPUs have been reserved, those of replicas that could not start included."""
 
-    def node_count(self) -> int:
-        """How many nodes the cluster has."""
+    def nodes(self) -> Mapping[str, int]:
+        """The nodes that have CPUs or GPUs, with the number of their GPUs."""
 
-    def kill(self, replica: str) -> None:
-        """End a replica and give its place back."""
+    def avoid(self, nodes: Collection[str]) -> None:
+        """Place no replica on these nodes from now on, nor those that wait for a place; on all others again."""
+
+    def kill(self, replica: str, hold: bool = False) -> None:
+        """End a replica, and give its place back unless it is to be held until `release`."""
 
     def release(self, replica: str) -> None:
-        """Give back the place of a replica that has failed to start (`ReplicaLost.held`)."""
+        """Give back a place that is held (`ReplicaLost.held`)."""
 
     def result(self, payload: Any) -> Any:
         """The value behind a payload's handle."""

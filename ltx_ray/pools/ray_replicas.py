@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -37,9 +38,16 @@ class RayReplicaSet:
         #: Dead ones whose places are held.
         self._held: dict[str, Gang] = {}
         self._load_limit = LoadLimit()
+        #: Nodes on which no gang is placed.
+        self._avoided: frozenset[str] = frozenset()
 
     def start(self, name: str, spec: PoolSpec) -> None:
-        self._gangs[name] = Gang(name, spec)
+        self._gangs[name] = Gang(name, spec, self._avoided)
+
+    def avoid(self, nodes: Collection[str]) -> None:
+        self._avoided = frozenset(nodes)
+        for gang in self._gangs.values():
+            gang.avoid(self._avoided)
 
     def submit(self, replica: str, stage: Stage, item: WorkItem, inputs: list[Any], timeout: float) -> None:
         self._gangs[replica].submit(stage, item, inputs, timeout)
@@ -86,7 +94,11 @@ class RayReplicaSet:
             for call in [call for call in gang.calls if call.reports]:
                 events += self._collect(gang, call, arrived)
         except GangLost as lost:
-            events.append(self._lose(gang, str(lost), idle=lost.idle, node_lost=lost.node_lost))
+            events.append(
+                self._lose(
+                    gang, str(lost), idle=lost.idle, node_lost=lost.node_lost, rank=lost.rank, unfit=lost.unfit
+                )
+            )
         return events
 
     def _collect(self, gang: Gang, call: Call, arrived: set[ray.ObjectRef]) -> list[ReplicaEvent]:
@@ -103,33 +115,34 @@ class RayReplicaSet:
             return []
         return [CallFinished(gang.name, call.item.item_id, reports[0], call.payload, str(gang.ranks[0]))]
 
-    def _lose(
-        self, gang: Gang, reason: str, inputs_lost: bool = False, idle: bool = False, node_lost: bool = False
-    ) -> ReplicaLost:
+    def _lose(self, gang: Gang, reason: str, **how: Any) -> ReplicaLost:
+        """`how` it was lost: fields of ReplicaLost."""
         served = gang.state is GangState.READY
+        lost = ReplicaLost(gang.name, reason, served, ranks=gang.ranks, **how)
         # Only a card that has failed is kept from others.
-        held = not served and not node_lost and bool(gang.ranks) and gang.pool.gpus_per_rank > 0
-        self._end(gang.name, release=not held)
-        if held:
-            self._held[gang.name] = gang
-        return ReplicaLost(gang.name, reason, served, inputs_lost, idle, node_lost, ranks=gang.ranks, held=held)
+        held = not (served or lost.node_lost) and bool(gang.ranks) and gang.pool.gpus_per_rank > 0
+        self._end(gang.name, hold=held)
+        return replace(lost, held=held)
 
     def placing(self) -> Mapping[str, float]:
         now = time.time()
         return {name: now - gang.created for name, gang in self._gangs.items() if gang.state is GangState.PLACING}
 
-    def node_count(self) -> int:
-        return sum(node["Alive"] for node in ray.nodes())
+    def nodes(self) -> Mapping[str, int]:
+        alive = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+        return {name: int(has.get("GPU", 0)) for name, has in alive.items() if has.get("GPU") or has.get("CPU")}
 
-    def kill(self, replica: str) -> None:
-        self._end(replica)
+    def kill(self, replica: str, hold: bool = False) -> None:
+        self._end(replica, hold)
 
-    def _end(self, replica: str, release: bool = True) -> None:
+    def _end(self, replica: str, hold: bool = False) -> None:
         gang = self._gangs.pop(replica)
         if gang.state is GangState.LOADING:
             self._load_limit.end(None)
-        gang.kill(release)
-        if release:
+        gang.kill(release=not hold)
+        if hold:
+            self._held[replica] = gang
+        else:
             self._card_time.free(replica, time.time())
 
     def release(self, replica: str) -> None:

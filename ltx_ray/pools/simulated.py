@@ -77,7 +77,7 @@ class SimulatedReplicaSet:
     make: Make
     seed: int = 0
     faults: Faults = Faults()
-    nodes: int = 8
+    node_count: int = 8
     start_seconds: float = 40.0
     switch_seconds: float = 1.5
     now: float = 0.0
@@ -87,8 +87,10 @@ class SimulatedReplicaSet:
         self._events: list[tuple[float, int, Callable[[], list[ReplicaEvent]]]] = []
         self._numbers = itertools.count()
         self._replicas: dict[str, _Replica] = {}
-        self._lives = [0] * self.nodes
+        self._lives = [0] * self.node_count
         self._idle_waits = 0
+        #: Nodes on which nothing is placed, unless there is no other.
+        self._avoided: frozenset[str] = frozenset()
         self._card_time = CardTime()
         if self.faults.node_seconds:
             self._schedule_node_loss()
@@ -96,9 +98,13 @@ class SimulatedReplicaSet:
     # --- the protocol of a replica set -----------------------------------------------------------
 
     def start(self, name: str, spec: PoolSpec) -> None:
-        replica = self._replicas[name] = _Replica(spec, self._random.randrange(self.nodes))
+        replica = self._replicas[name] = _Replica(spec, self._node_for_one())
         fails = self._random.random() < self.faults.no_start
         self._after(self.start_seconds, lambda: self._started(name, replica, fails))
+
+    def _node_for_one(self) -> int:
+        free = [node for node in range(self.node_count) if str(node) not in self._avoided]
+        return self._random.choice(free or range(self.node_count))
 
     def submit(self, replica: str, stage: Stage, item: WorkItem, inputs: list[Any], timeout: float) -> None:
         state = self._replicas[replica]
@@ -164,10 +170,13 @@ class SimulatedReplicaSet:
     def gpu_seconds(self) -> float:
         return self._card_time.seconds(self.now)
 
-    def node_count(self) -> int:
-        return self.nodes
+    def nodes(self) -> Mapping[str, int]:
+        return {str(number): 0 for number in range(self.node_count)}
 
-    def kill(self, replica: str) -> None:
+    def avoid(self, nodes: Collection[str]) -> None:
+        self._avoided = frozenset(nodes)
+
+    def kill(self, replica: str, hold: bool = False) -> None:
         self._remove(replica)
 
     def release(self, replica: str) -> None:
@@ -253,7 +262,7 @@ class SimulatedReplicaSet:
 
     def _node_lost(self) -> list[ReplicaEvent]:
         """A node is lost with its replicas and all results on it, and comes back at once, empty."""
-        node = self._random.randrange(self.nodes)
+        node = self._random.randrange(self.node_count)
         self._lives[node] += 1
         events: list[ReplicaEvent] = []
         for name, replica in list(self._replicas.items()):

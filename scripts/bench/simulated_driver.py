@@ -137,7 +137,7 @@ def drive(
     plan = plan.against(plan.existing)
     replica_set = WatchedReplicas(
         call_seconds, lambda stage, item, *inputs: _CLIP, seed=seed, faults=faults,
-        nodes=max(1, sum(pool.replicas for pool in pools) // 8),
+        node_count=max(1, sum(pool.replicas for pool in pools) // 8),
     ).watched()  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         store = Store(folder)

@@ -127,12 +127,14 @@ class SimulatedFleet:
         self._unplaced: dict[str, _Replica] = {}
         self._waiting: list[_Replica] = []
         self._load_limit = LoadLimit()
+        #: Nodes on which nothing is placed.
+        self._avoided: frozenset[str] = frozenset()
         cards = iter(self._bad_cards())
-        self.nodes = [
+        self.machines = [
             _Node(number, count * fleet.cpus_per_gpu, [_Card(next(cards)) for _ in range(count)], 0.0)
             for number, count in enumerate(fleet.node_gpus())
         ]
-        for node in self.nodes:
+        for node in self.machines:
             node.free_cpus = node.cpus
         #: When the first call of stage 1 of a row began, and when the last clip was made.
         self.first_call, self.last_clip = math.inf, 0.0
@@ -187,11 +189,15 @@ class SimulatedFleet:
     def gpu_seconds(self) -> float:
         return 0.0  # No run here has a limit on them.
 
-    def node_count(self) -> int:
-        return sum(node.away_until <= self.now for node in self.nodes)
+    def nodes(self) -> Mapping[str, int]:
+        return {str(node.number): len(node.cards) for node in self.machines if node.away_until <= self.now}
 
-    def kill(self, replica: str) -> None:
-        self._end(self._replicas[replica])
+    def avoid(self, nodes: Collection[str]) -> None:
+        self._avoided = frozenset(nodes)
+        self._after(_PLACING_SECONDS, self._place)
+
+    def kill(self, replica: str, hold: bool = False) -> None:
+        self._end(self._replicas[replica], hold)
 
     def release(self, replica: str) -> None:
         self._free(self._held.pop(replica))
@@ -233,8 +239,8 @@ class SimulatedFleet:
         """As Ray packs a placement group: of the nodes on which it fits, the one of which the largest part is free."""
         best, best_score = None, -1.0
         cpus, gpus = spec.cpus_per_rank * spec.ranks, spec.gpus_per_rank * spec.ranks
-        for node in self.nodes:
-            if node.away_until > self.now or node.free_cpus < cpus:
+        for node in self.machines:
+            if node.away_until > self.now or node.free_cpus < cpus or str(node.number) in self._avoided:
                 continue
             free = sum(card.free for card in node.cards)
             if gpus > free + 1e-6 or len(self._cards_for(node, spec)) < spec.ranks:
@@ -384,7 +390,7 @@ class SimulatedFleet:
     def _node_lost(self) -> list[ReplicaEvent]:
         """A node is lost with its replicas and all results on it. It comes back empty."""
         self._schedule_loss()
-        node = self._random.choice(self.nodes)
+        node = self._random.choice(self.machines)
         if node.away_until > self.now:
             return []
         node.life, node.away_until = node.life + 1, self.now + self.fleet.away_seconds

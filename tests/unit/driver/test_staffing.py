@@ -20,7 +20,10 @@ class FakeCluster:
     """A cluster with any number of places, unless `full`."""
 
     def __init__(self):
-        self.starting, self.waits, self.released, self.killed, self.nodes = [], {}, [], [], 8
+        self.starting, self.waits, self.released, self.killed = [], {}, [], []
+        #: GPUs of each node.
+        self.cards = {f"n{number}": 8 for number in range(8)}
+        self.avoided = frozenset()
         self.left = []
 
     def start(self, name, spec):
@@ -30,8 +33,11 @@ class FakeCluster:
     def placing(self):
         return dict(self.waits)
 
-    def node_count(self):
-        return self.nodes
+    def nodes(self):
+        return self.cards
+
+    def avoid(self, nodes):
+        self.avoided = frozenset(nodes)
 
     def leaving(self):
         return self.left
@@ -39,7 +45,7 @@ class FakeCluster:
     def release(self, replica):
         self.released.append(replica)
 
-    def kill(self, replica):
+    def kill(self, replica, hold=False):
         self.killed.append(replica)
         self.waits.pop(replica, None)
 
@@ -142,7 +148,7 @@ def test_a_card_that_failed_is_not_tried_again_for_a_role_that_others_serve():
 
 def test_a_pool_that_starts_nowhere_ends_the_run():
     run = Run()
-    run.replicas.nodes = 1
+    run.replicas.cards = {"n1": 8}
     run.turn(one_each=True)
     for number in range(3):
         run.fail(f"stage1-{number}")
@@ -153,7 +159,7 @@ def test_a_pool_that_starts_nowhere_ends_the_run():
 
 def test_losing_a_node_while_it_loads_is_nobodys_fault():
     run = Run()
-    run.replicas.nodes = 1
+    run.replicas.cards = {"n1": 8}
     run.turn(one_each=True)
     for number in range(20):
         run.fail(f"stage1-{number}", node_lost=True, held=False)

@@ -23,7 +23,7 @@ from ltx_ray.records import ErrorKind, ModelError, ReplicaError, RowError, Store
         (torch.OutOfMemoryError("tried to allocate 32 MiB"), ErrorKind.PROCESS),
         (RuntimeError("CUDA error: out of memory"), ErrorKind.PROCESS),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), ErrorKind.PROCESS),
-        (torch.AcceleratorError("an illegal memory access was encountered"), ErrorKind.PROCESS),
+        (torch.AcceleratorError("an illegal memory access was encountered"), ErrorKind.DEVICE),
         (torch.distributed.DistBackendError("NCCL error"), ErrorKind.PROCESS),
         (torch.distributed.DistNetworkError("connection reset"), ErrorKind.PROCESS),
     ],

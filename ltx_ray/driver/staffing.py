@@ -22,8 +22,8 @@ from ltx_ray.stages import Stage
 
 #: Seconds for which the DiT's replicas may wait for places before those of other pools no longer wait for them.
 _HEAD_START = 60.0
-#: Seconds that a pool without any replica waits for a place before a card that has failed is tried again.
-_LAST_RESORT = 2.0
+#: Seconds that a pool without any replica waits for a place, or for its process, before a failed card is tried again.
+_LAST_RESORT = 15.0
 #: Why a replica leaves with its node.
 _DRAINS = "its node drains"
 

@@ -1,4 +1,8 @@
-"""A gang: the rank actors of one replica in one placement group, started and killed as one.
+"""A gang: the rank actors of one replica, started and killed as one.
+
+Several ranks have a placement group, which keeps them on one node. A single rank has one only for its GPU: if the card
+fails, the group goes on reserving that very card, so that nothing else lands there. The rank is asked for together with
+its group, because to wait for the group alone would take a process of its own.
 
 Nothing here waits. `advance` takes the gang from one step of its start to the next once the references that it waits
 for are ready, so that the driver's single loop can start many gangs at once.
@@ -9,9 +13,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Any
 
 import ray
@@ -115,31 +120,39 @@ class Gang:
         self._answered = self._pinged = self._placed = 0.0
         #: When it began to load.
         self.load_began = 0.0
-        self._group = self._new_group(avoided)
+        self._group: PlacementGroup | None = None
         self._actors: list[Any] = []
-        #: What each rank reports about its process, then a free port on the node of rank 0.
+        #: What each rank reports about its process, then a free port on the node of rank 0 for several.
         self._described: list[ray.ObjectRef] = []
         self._started: list[ray.ObjectRef] = []
         self._port = 0
-        self._pending: list[ray.ObjectRef] = [self._group.ready()]
+        self._pending: list[ray.ObjectRef] = []
+        self._place(avoided)
 
-    def _new_group(self, avoided: Collection[str]) -> PlacementGroup:
+    def _place(self, avoided: Collection[str]) -> None:
+        """Ask for a place on another node than these."""
         pool = self.pool
+        elsewhere = {_NODE_LABEL: f"!in({','.join(sorted(avoided))})"} if avoided else {}
+        if pool.ranks == 1 and not pool.gpus_per_rank:
+            self._spawn(elsewhere)
+            return
         bundle = {"CPU": pool.cpus_per_rank}
         if pool.gpus_per_rank:
             bundle["GPU"] = pool.gpus_per_rank
-        elsewhere = {_NODE_LABEL: f"!in({','.join(sorted(avoided))})"} if avoided else {}
         # Tensor parallelism communicates after every layer, so a gang never spans nodes.
-        return placement_group(
+        self._group = placement_group(
             [bundle] * pool.ranks, strategy="STRICT_PACK", bundle_label_selector=[elsewhere] * pool.ranks
         )
+        if pool.ranks == 1:
+            self._spawn()
+        else:
+            self._pending = [self._group.ready()]
 
     def avoid(self, nodes: Collection[str]) -> None:
         """Wait for a place on other nodes than these, if this gang has none yet."""
         if self.state is GangState.PLACING:
-            remove_placement_group(self._group)
-            self._group = self._new_group(nodes)
-            self._pending = [self._group.ready()]
+            self._end()
+            self._place(nodes)
 
     def waits_for(self) -> list[ray.ObjectRef]:
         """The references whose readiness takes this gang on."""
@@ -162,9 +175,10 @@ class Gang:
                         self._loaded(rank, ray.get(ref))
             if self._pending:
                 return False
-            if self.state is GangState.PLACING:
+            if self.state is GangState.PLACING and not self._actors:
                 self._spawn()
-            elif self.state is GangState.RENDEZVOUS:
+                self.state = GangState.RENDEZVOUS
+            elif self.state in (GangState.PLACING, GangState.RENDEZVOUS):
                 self._describe()
             elif self.state is GangState.LOADING:
                 self.state = GangState.READY
@@ -175,31 +189,33 @@ class Gang:
             raise GangLost(f"{self.state}: {first_line(error)}", node_lost=_NODE_LOST in str(error)) from error
         return False
 
-    def _spawn(self) -> None:
-        pool = self.pool
+    def _spawn(self, elsewhere: Mapping[str, str] = MappingProxyType({})) -> None:
+        """Ask for the ranks, in the group if there is one, or on a node with the labels of `elsewhere`."""
+        pool, group = self.pool, self._group
         self._placed = time.time()
-        environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        if not pool.gpus_per_rank:
-            environment["CUDA_VISIBLE_DEVICES"] = ""
         actor = ray.remote(RankActor)
-        self._actors = [
-            actor.options(
+        where: dict[str, Any] = {"label_selector": dict(elsewhere)} if elsewhere else {}
+        for rank in range(pool.ranks):
+            if group is not None:
+                where = {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, rank)}
+            options = actor.options(
                 num_cpus=pool.cpus_per_rank,
                 num_gpus=pool.gpus_per_rank,
                 max_restarts=0,
                 max_concurrency=pool.calls_at_once,
-                runtime_env={"env_vars": environment},
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank),
-            ).remote()
-            for rank in range(pool.ranks)
-        ]
+                **where,
+            )
+            self._actors.append(options.remote(hides_gpus=not pool.gpus_per_rank))
         self._described = [a.describe.remote() for a in self._actors]
-        self._described.append(self._actors[0].free_port.remote())
+        if pool.ranks > 1:
+            self._described.append(self._actors[0].free_port.remote())
         self._pending = list(self._described)
-        self.state = GangState.RENDEZVOUS
 
     def _describe(self) -> None:
-        *processes, self._port = ray.get(self._described)
+        answers = ray.get(self._described)
+        processes = answers[: self.pool.ranks]
+        if self.pool.ranks > 1:
+            self._port = answers[-1]
         self.ranks = [RankInfo(rank, p.pid, p.node, p.address, p.gpus) for rank, p in enumerate(processes)]
         self.state = GangState.WAITING
 
@@ -329,11 +345,15 @@ class Gang:
         return None
 
     def kill(self, release: bool = True) -> None:
-        """End all ranks, and give the placement group back, unless it is still to keep others off its cards."""
+        """End all ranks, and give their place back, unless its group is still to keep others off its cards."""
         self.state = GangState.DEAD
+        self._end(release)
+
+    def _end(self, release: bool = True) -> None:
         self._pending = []
         for actor in self._actors:
             ray.kill(actor, no_restart=True)
         self._actors = []
-        if release:
+        if release and self._group is not None:
             remove_placement_group(self._group)
+            self._group = None

@@ -95,9 +95,7 @@ class RayReplicaSet:
                 events += self._collect(gang, call, arrived)
         except GangLost as lost:
             events.append(
-                self._lose(
-                    gang, str(lost), idle=lost.idle, node_lost=lost.node_lost, rank=lost.rank, unfit=lost.unfit
-                )
+                self._lose(gang, str(lost), idle=lost.idle, node_lost=lost.node_lost, rank=lost.rank, unfit=lost.unfit)
             )
         return events
 

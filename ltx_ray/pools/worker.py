@@ -45,7 +45,13 @@ class RankProcess:
 class RankActor:
     """One rank. The class is not decorated, so that tests run it without Ray; `pools.gang` makes actors of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, hides_gpus: bool = False) -> None:
+        """`hides_gpus`: the rank has reserved no GPU, and is to see none."""
+        # An environment that Ray sets would take a process of its own, which imports Ray, before each rank. No module
+        # that reads these is imported yet.
+        os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+        if hides_gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
         self.engine: Any = None  # as engine.base describes it
         self.device = "cpu"
 

@@ -19,6 +19,11 @@ class IdleEngine:
     def __init__(self, spec: Any, rank: Any):
         self.facts = EngineFacts()
 
+    @staticmethod
+    def join_gang(device: str, rank: int, world: int, rendezvous: tuple[str, int] | None, timeout: float) -> str:
+        """No torch."""
+        return device
+
     def load(self) -> None:
         pass
 

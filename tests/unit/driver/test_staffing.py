@@ -128,7 +128,7 @@ def test_the_only_card_is_tried_again_at_once():
     run.come_up("text-0", "decode-0")
     run.fail("stage1-0", now=1.0)
     assert run.turn(now=1.0, one_each=True) == ["stage1-1"] and run.replicas.released == []
-    run.replicas.waits["stage1-1"] = 3.0
+    run.replicas.waits["stage1-1"] = 16.0
     run.turn(now=4.0, one_each=True)
     assert run.replicas.released == ["stage1-0"]
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 ray = pytest.importorskip("ray")
 
+from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec
 from ltx_ray.pools import gang as gangs
 from ltx_ray.pools.gang import Call, Gang, GangLost, GangState, InputsMissing
 from ltx_ray.pools.protocol import RankInfo
@@ -39,3 +42,54 @@ def test_a_dead_rank_is_told_from_lost_inputs(monkeypatch, error, lost, node_los
         gang = gang_in_a_call()
         gang.collect(gang.calls[0], {"report"})  # type: ignore[arg-type]
     assert getattr(caught.value, "node_lost", False) == node_lost
+
+
+class FakeActors:
+    """In the place of `ray.remote`: counts the actors, and what each was asked for with."""
+
+    def __init__(self):
+        self.asked: list[dict] = []
+
+    def __call__(self, kind):
+        return self
+
+    def options(self, **options):
+        self.asked.append(options)
+        return self
+
+    def remote(self, hides_gpus=False):
+        self.asked[-1]["hides_gpus"] = hides_gpus
+        return SimpleNamespace(
+            **{name: SimpleNamespace(remote=lambda name=name: name) for name in ("describe", "free_port")}
+        )
+
+
+@pytest.mark.parametrize(
+    "ranks, gpus, groups, actors",
+    [(1, 0.0, 0, 1), (1, 0.6, 1, 1), (2, 1.0, 1, 0)],
+    ids=["a rank without a GPU", "a rank with a GPU", "a gang"],
+)
+def test_what_a_replica_asks_for(monkeypatch, ranks, gpus, groups, actors):
+    asked: list[list[dict]] = []
+
+    def group(bundles, **how):
+        asked.append(bundles)
+        return SimpleNamespace(ready=lambda: "group")
+
+    fake = FakeActors()
+    monkeypatch.setattr(gangs, "placement_group", group)
+    monkeypatch.setattr(gangs, "PlacementGroupSchedulingStrategy", lambda group, rank: ("in the group", rank))
+    monkeypatch.setattr(gangs.ray, "remote", fake)
+    engine = EngineSpec("m:E", ModelFiles("c", "g", "u"), Numerics(), "out")
+    gang = Gang("a", PoolSpec("a", (Stage.TEXT,), 1, ranks, engine, cpus_per_rank=3, gpus_per_rank=gpus), ["bad"])
+    assert gang.state is GangState.PLACING
+    assert len(asked) == groups and len(fake.asked) == actors
+    if groups:
+        assert asked[0] == [{"CPU": 3, "GPU": gpus}] * ranks
+    # Nothing but the answers of ranks is waited for, unless a group comes first.
+    assert gang.waits_for() == (["describe"] if actors else ["group"])
+    for options in fake.asked:
+        assert (options["num_cpus"], options["num_gpus"], options["hides_gpus"]) == (3, gpus, not gpus)
+        avoids = {"ray.io/node-id": "!in(bad)"}
+        assert options.get("scheduling_strategy") == (("in the group", 0) if groups else None)
+        assert options.get("label_selector") == (None if groups else avoids)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence, Set
 
 from ltx_ray.driver.events import EventLog
 from ltx_ray.driver.progress import Progress, duration
@@ -21,11 +21,13 @@ class LeftAlone:
     def __init__(self, replicas: ReplicaSet, events: EventLog, progress: Progress):
         self._replicas, self._events, self._progress = replicas, events, progress
         self._parking, self._exclusions = Parking(), Exclusions()
+        #: Nodes that are excluded because they compute wrongly.
+        self.wrong_nodes: set[str] = set()
         #: By node and card: the items whose calls have broken there.
         self._broken: dict[tuple[str, str], set[str]] = {}
 
     @property
-    def nodes(self) -> Collection[str]:
+    def nodes(self) -> Set[str]:
         """The nodes that are excluded now."""
         return self._exclusions.excluded.keys()
 
@@ -66,9 +68,11 @@ class LeftAlone:
 
     def has_others(self, ranks: Sequence[RankInfo]) -> bool:
         """Whether replicas that need what these ranks need may go to another node."""
-        on_gpus = bool(ranks[0].gpus)
-        usable = {node for node, cards in self._replicas.nodes().items() if cards or not on_gpus}
-        return bool(usable - self.nodes - {ranks[0].node})
+        return bool(self.usable(bool(ranks[0].gpus)) - {ranks[0].node})
+
+    def usable(self, on_gpus: bool) -> set[str]:
+        """The nodes that are not excluded; those with GPUs where replicas need them."""
+        return {node for node, cards in self._replicas.nodes().items() if cards or not on_gpus} - self.nodes
 
     def exclude(self, ranks: Sequence[RankInfo], why: str, now: float) -> None:
         """Place nothing on the node of these ranks for a while."""
@@ -108,6 +112,7 @@ class LeftAlone:
         if nodes:
             self._replicas.avoid(self.nodes)
         for excluded in nodes:
+            self.wrong_nodes.discard(excluded.node)
             self._progress.say(f"{excluded.where}: tried again")
             self._events.emit("node_retried", node=excluded.node, where=excluded.where)
 

@@ -11,8 +11,8 @@ from ltx_ray.pools.parking import Parking
 from ltx_ray.pools.protocol import RankInfo, ReplicaLost, ReplicaSet
 from ltx_ray.records import first_line
 
-#: Different items whose calls have to break on a card, with no call that succeeds in between.
-_BROKEN_ITEMS = 2
+#: Calls that have to break a card one after the other.
+_BROKEN_CALLS = 2
 
 
 class LeftAlone:
@@ -23,34 +23,32 @@ class LeftAlone:
         self._parking, self._exclusions = Parking(), Exclusions()
         #: Nodes that are excluded because they compute wrongly.
         self.wrong_nodes: set[str] = set()
-        #: By node and card: the items whose calls have broken there.
-        self._broken: dict[tuple[str, str], set[str]] = {}
+        #: By node, card and role: the calls that have broken the card since one succeeded.
+        self._broken: dict[tuple[str, str, str], int] = {}
 
     @property
     def nodes(self) -> Set[str]:
         """The nodes that are excluded now."""
         return self._exclusions.excluded.keys()
 
-    def works(self, ranks: Sequence[RankInfo]) -> None:
-        """A replica has started on its cards."""
-        if ranks:
+    def started(self, ranks: Sequence[RankInfo], role: str) -> None:
+        """A replica has started on its cards. Those that broke in calls have to show that calls succeed, too."""
+        if ranks and not any((rank.node, rank.gpus, role) in self._broken for rank in ranks):
             self._exclusions.works(ranks)
             self._parking.started(ranks)
-            self.call_succeeded(ranks)
 
-    def call_succeeded(self, ranks: Sequence[RankInfo]) -> None:
+    def call_succeeded(self, ranks: Sequence[RankInfo], role: str) -> None:
         """A call has succeeded on these GPUs. Cheap, because nearly all do."""
         for rank in ranks if self._broken else ():
-            self._broken.pop((rank.node, rank.gpus), None)
+            if self._broken.pop((rank.node, rank.gpus, role), None):
+                self.started(ranks, role)
 
-    def breaks(self, ranks: Sequence[RankInfo], item: str) -> bool:
-        """A GPU of these failed in a call of `item`. Whether its place is to be held, because that repeats there."""
-        often = False
+    def breaks(self, ranks: Sequence[RankInfo], role: str) -> bool:
+        """A GPU of these failed in a call. Whether its place is to be held, because that repeats there."""
         for rank in ranks:
-            items = self._broken.setdefault((rank.node, rank.gpus), set())
-            items.add(item)
-            often = often or len(items) >= _BROKEN_ITEMS
-        return often
+            card = rank.node, rank.gpus, role
+            self._broken[card] = self._broken.get(card, 0) + 1
+        return any(self._broken[rank.node, rank.gpus, role] >= _BROKEN_CALLS for rank in ranks)
 
     def failed(self, event: ReplicaLost, role: str, now: float) -> None:
         """A replica failed to start, or its card keeps failing. Its node is excluded when too many cards have."""

@@ -336,7 +336,7 @@ class Driver:
             self._call_failed(event, pool, tracked, stage)
             return
         pool.call_succeeded()
-        self._staff.left_alone.call_succeeded(self._staff.ranks_of(event.replica))
+        self._staff.left_alone.call_succeeded(self._staff.ranks_of(event.replica), pool.spec.name)
         self._opinions.succeeded(item_id, stage, tracked.name, self._clock())
         tracked.take_result(stage, report, event.payload)
         if report.facts.unchecked:
@@ -356,7 +356,7 @@ class Driver:
             raise ModelRefused(error.message)
         if error.kind in (ErrorKind.REPLICA, ErrorKind.PROCESS, ErrorKind.DEVICE, ErrorKind.NODE):
             ranks = self._staff.ranks_of(event.replica)
-            hold = error.kind == ErrorKind.DEVICE and self._staff.left_alone.breaks(ranks, item_id)
+            hold = error.kind == ErrorKind.DEVICE and self._staff.left_alone.breaks(ranks, pool.spec.name)
             self._replicas.kill(event.replica, hold)
             name = "" if error.kind == ErrorKind.REPLICA else f"{error.type}: "
             reason = f"{stage}: {event.where}: {name}{error.message}"

@@ -208,7 +208,7 @@ class Staffing:
             if name in pool.replicas and len(pool.replicas) > pool.spec.replicas:
                 self.give_back(name, "its pool needs fewer")
         self._ranks[event.replica] = event.ranks
-        self.left_alone.works(event.ranks)
+        self.left_alone.started(event.ranks, pool.spec.name)
         return pool
 
     def lost(self, event: ReplicaLost, now: float) -> None:

@@ -68,10 +68,10 @@ class StaffedRun:
         self.staff.start_missing(now, one_each, elastic, more_rows)
         return self.replicas.starting
 
-    def come_up(self, *names, node="n0"):
+    def come_up(self, *names, node="n0", gpus=None):
         for name in names:
             self.replicas.waits.pop(name)
-            pool = self.staff.started(ReplicaStarted(name, [RankInfo(0, node=node, gpus=name)], 1.0))
+            pool = self.staff.started(ReplicaStarted(name, [RankInfo(0, node=node, gpus=gpus or name)], 1.0))
             self.policy.add_replica(name, pool.spec.roles)
 
     def fail(self, name, node="n1", gpus="3", now=0.0, **changes):

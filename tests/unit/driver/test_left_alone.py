@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ltx_ray.pools.pool import StartFailed
-from ltx_ray.pools.protocol import RankInfo, ReplicaStarted
+from ltx_ray.pools.protocol import RankInfo, ReplicaLost, ReplicaStarted
 from tests.support.fake_cluster import StaffedRun
 
 
@@ -101,15 +101,25 @@ def test_replicas_of_a_node_that_computes_wrongly_end_at_once_and_come_up_elsewh
     assert run.turn(now=5.0) == ["stage1-2"] and run.policy.queued("stage1") == 1
 
 
-def test_a_card_whose_calls_break_for_two_items_is_left_alone():
+def test_a_card_that_breaks_twice_in_calls_is_left_alone_for_longer_each_time():
     run = StaffedRun()
     started(run)
-    alone, ranks = run.staff.left_alone, [RankInfo(0, node="n0", gpus="3")]
-    assert not alone.breaks(ranks, "i0") and not alone.breaks(ranks, "i0"), "a row may be to blame"
-    alone.call_succeeded(ranks)
-    assert not alone.breaks(ranks, "i1")
-    assert not alone.breaks([RankInfo(0, node="n0", gpus="4")], "i2"), "another card"
-    assert alone.breaks(ranks, "i2")
+    alone, ranks = run.staff.left_alone, [RankInfo(0, node="n0", address="n0", gpus="3")]
+    other = [RankInfo(0, node="n0", gpus="4")]
+    assert not alone.breaks(ranks, "stage1") and not alone.breaks(other, "stage1"), "a row may be to blame"
+    alone.call_succeeded(ranks, "decode")
+    assert alone.breaks(ranks, "stage1"), "decode on the same card proves nothing for the DiT"
+    alone.call_succeeded(ranks, "stage1")
+    assert not alone.breaks(ranks, "stage1") and alone.breaks(ranks, "stage1")
+    seconds = []
+    for number in range(3):
+        run.turn(now=100.0 * number)
+        name = max(run.replicas.waits)
+        run.come_up(name, gpus="3")
+        run.policy.remove_replica(name)
+        run.staff.lost(ReplicaLost(name, "illegal access", served=True, ranks=ranks, held=True), 100.0 * number)
+        seconds.append(run.told("card_parked")[-1]["seconds"])
+    assert seconds == [30.0, 60.0, 120.0] and run.said[-1].endswith("failed there again")
 
 
 def test_a_replica_that_is_refused_is_named_and_its_node_excluded():

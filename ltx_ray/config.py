@@ -142,6 +142,8 @@ class EngineSpec:
     save_latents: bool = False
     stop_after: str | None = None
     layout: GangLayout = GangLayout()
+    #: The scheme of digests of the model's files.
+    scheme: int = NEWEST_SCHEME
 
 
 @dataclass(frozen=True)

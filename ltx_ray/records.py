@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
@@ -385,6 +385,22 @@ class CallError:
 
 
 @dataclass(frozen=True)
+class Evidence:
+    """What a replica shows before it joins a run, so that every rank computes what the rows claim.
+
+    `files`: digests of the model's files that it opened, by `ItemBuilder.digests`' names. `versions`: of packages, by
+    name. `driver`: that of the GPU, "" on a CPU. `device`: the model of the GPU, or the kind of CPU. `answers`:
+    digests of what it computes for a clip of a few tokens, by what that is.
+    """
+
+    files: Mapping[str, str]
+    versions: Mapping[str, str | None]
+    driver: str
+    device: str
+    answers: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class EngineFacts:
     """What an engine tells of its last call, or of its start, beside the result; each sets what applies to it."""
 
@@ -402,6 +418,8 @@ class EngineFacts:
     stored_at: str | None = None
     #: Whether stored latents had no digest, so that nothing shows that they are as they were written.
     unchecked: bool = False
+    #: After a start alone; None for engines whose results need none.
+    evidence: Evidence | None = None
     #: The rung of engine.tiling.LADDER at which a clip was decoded.
     decode_rung: int | None = None
 

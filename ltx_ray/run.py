@@ -8,7 +8,7 @@ import functools
 import json
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any
@@ -29,13 +29,16 @@ from ltx_ray.dataset.existing import ExistingRows, list_existing
 from ltx_ray.dataset.fold import fold_dataset, fold_output
 from ltx_ray.dataset.gpu_time import GpuTime
 from ltx_ray.dataset.identity import KeptIdentity, read_identity
+from ltx_ray.dataset.known_answers import KnownAnswers
 from ltx_ray.dataset.output import check_creation, check_place, is_within
 from ltx_ray.dataset.removal import finish_removals
 from ltx_ray.dataset.row_log import RowLog
 from ltx_ray.dataset.run_summary import SummaryBuilder
 from ltx_ray.dataset.writer import DatasetWriter
+from ltx_ray.driver.admission import Claims
 from ltx_ray.driver.events import EventLog
 from ltx_ray.driver.joined_cluster import JoinedCluster
+from ltx_ray.driver.last_report import write_last_report
 from ltx_ray.driver.loop import Driver
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
@@ -69,8 +72,6 @@ _STALE_SECONDS = 3600.0
 #: Seconds for which an output that cannot be reached is retried before the run ends.
 _OUTPUT_RETRY_SECONDS = 600.0
 _CHECK_RETRY_SECONDS = 10.0
-#: A run ends with a report for up to this many rows, because the report reads every row while the cluster waits.
-_REPORT_ROWS, _REMOTE_REPORT_ROWS = 20_000, 500
 
 _ENGINES = {
     "text": "ltx_ray.engine.text:TextEngine",
@@ -303,6 +304,7 @@ class Run:
                 model=self.options.model,
                 numerics=numerics,
                 output=self.store.uri,
+                scheme=self.prepared.plan.builder.scheme,
                 save_latents=self.options.save_latents,
                 stop_after=self.options.stop_after,
             )
@@ -378,7 +380,7 @@ class _Rendering:
         # A run that was told to stop does not wait for a report.
         if state != "drained" and not self._driver.drain_requested and not run.lease.lost:
             run.signals.action = None
-            _write_report(run.store, self._tracker.counts["rows"], run.progress.say)
+            write_last_report(run.store, self._tracker.counts["rows"], run.progress.say)
             run.signals.action = self._driver.request_drain
         counts = recorded_counts(self._tracker.counts)
         run.progress.say(summary_line(state, counts, self._record.clips_per_hour, run.store.name))
@@ -457,10 +459,18 @@ class _Rendering:
             placement.pools,
             numerics_json(placement.numerics),
             run.cluster.store_bytes,
-            preflight_item(run.prepared.plan, options.model.distilled) if preflight else None,
+            preflight=preflight_item(run.prepared.plan, options.model.distilled) if preflight else None,
+            claims=Claims(run.prepared.plan.builder.digests, one_model=options.numerics.noise_device != "cpu"),
+            answers=KnownAnswers(run.store.retrying_for(_CHECK_RETRY_SECONDS)),
+            on_versions=self._take_versions,
             elastic=options.parallel.max_replicas is not None,
             problem=budget.problem if budget is not None else lambda request: None,
         )
+
+    def _take_versions(self, versions: Mapping[str, str | None]) -> None:
+        """The packages of the ranks have these versions, which the rows record."""
+        self._record.versions = versions
+        self._tracker.versions = canonical_json(dict(versions))
 
     def _why_stop(self) -> str | None:
         """Why the run has to end, if it has to. The driver asks at every turn, so the record is refreshed here."""
@@ -486,15 +496,3 @@ class _Rendering:
         self._gpu_time.write(self._driver.gpu_seconds())
         self._write_record(state)
         self._events.flush()
-
-
-def _write_report(store: Store, rows: int, say: Callable[[str], None]) -> None:
-    if rows > (_REPORT_ROWS if store.is_local else _REMOTE_REPORT_ROWS):
-        say(f"report.html is left to `ltx-ray report {store.name}`: it reads every row of the index")
-        return
-    try:
-        from ltx_ray.dataset.report import write_report
-
-        write_report(store.uri)
-    except (Exception, Stopped) as error:  # The report must never change how a run ends.
-        say(f"report.html was not written: {error}")

@@ -39,6 +39,8 @@ from ltx_ray.manifest.raw import FAILED_ROW_COLUMN
 DATASET_MARKS = (RUN_RECORD, INDEX, FAILED, PREVIEWS, f"{STATE}/wal")
 #: The GPU time that all runs have reserved.
 GPU_TIME = f"{STATE}/gpu_time.json"
+#: What replicas have computed for known-answer clips.
+ANSWERS = f"{STATE}/answers.json"
 #: Names of files of latents, with the item_id as group.
 LATENTS_FILE = re.compile(rf"{ITEM_ID_DIGITS}\.safetensors")
 ITEM_ID = re.compile(ITEM_ID_DIGITS)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ltx_ray.config import PoolSpec
+from ltx_ray.driver.admission import Answers, Claims
 from ltx_ray.manifest.rules import RowProblem
 from ltx_ray.pools.protocol import ReplicaSet
 from ltx_ray.records import RenderRequest, WorkItem
@@ -21,6 +22,11 @@ class JoinedCluster:
     numerics: str
     #: Bytes of the object store that the results of items in flight may take, as large as it is now.
     max_bytes: Callable[[], float] = lambda: math.inf
+    #: What the run says of its replicas, what earlier runs into its output have computed, and who is told the versions
+    #: of the ranks' packages.
+    claims: Claims = Claims()  # noqa: RUF009 (frozen)
+    answers: Answers | None = None
+    on_versions: Callable[[Mapping[str, str | None]], None] = lambda versions: None
     #: A tiny clip that passes every pool before the pools grow beyond one replica each.
     preflight: WorkItem | None = None
     #: Whether the cluster grows and shrinks on request: replicas are given back when no row needs them.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence, Set
 
 from ltx_ray.driver.events import EventLog
 from ltx_ray.driver.progress import Progress, duration
@@ -11,8 +11,8 @@ from ltx_ray.pools.parking import Parking
 from ltx_ray.pools.protocol import RankInfo, ReplicaLost, ReplicaSet
 from ltx_ray.records import first_line
 
-#: Different items whose calls have to break on a card, with no call that succeeds in between.
-_BROKEN_ITEMS = 2
+#: Calls that have to break a card one after the other.
+_BROKEN_CALLS = 2
 
 
 class LeftAlone:
@@ -21,34 +21,34 @@ class LeftAlone:
     def __init__(self, replicas: ReplicaSet, events: EventLog, progress: Progress):
         self._replicas, self._events, self._progress = replicas, events, progress
         self._parking, self._exclusions = Parking(), Exclusions()
-        #: By node and card: the items whose calls have broken there.
-        self._broken: dict[tuple[str, str], set[str]] = {}
+        #: Nodes that are excluded because they compute wrongly.
+        self.wrong_nodes: set[str] = set()
+        #: By node, card and role: the calls that have broken the card since one succeeded.
+        self._broken: dict[tuple[str, str, str], int] = {}
 
     @property
-    def nodes(self) -> Collection[str]:
+    def nodes(self) -> Set[str]:
         """The nodes that are excluded now."""
         return self._exclusions.excluded.keys()
 
-    def works(self, ranks: Sequence[RankInfo]) -> None:
-        """A replica has started on its cards."""
-        if ranks:
+    def started(self, ranks: Sequence[RankInfo], role: str) -> None:
+        """A replica has started on its cards. Those that broke in calls have to show that calls succeed, too."""
+        if ranks and not any((rank.node, rank.gpus, role) in self._broken for rank in ranks):
             self._exclusions.works(ranks)
             self._parking.started(ranks)
-            self.call_succeeded(ranks)
 
-    def call_succeeded(self, ranks: Sequence[RankInfo]) -> None:
+    def call_succeeded(self, ranks: Sequence[RankInfo], role: str) -> None:
         """A call has succeeded on these GPUs. Cheap, because nearly all do."""
         for rank in ranks if self._broken else ():
-            self._broken.pop((rank.node, rank.gpus), None)
+            if self._broken.pop((rank.node, rank.gpus, role), None):
+                self.started(ranks, role)
 
-    def breaks(self, ranks: Sequence[RankInfo], item: str) -> bool:
-        """A GPU of these failed in a call of `item`. Whether its place is to be held, because that repeats there."""
-        often = False
+    def breaks(self, ranks: Sequence[RankInfo], role: str) -> bool:
+        """A GPU of these failed in a call. Whether its place is to be held, because that repeats there."""
         for rank in ranks:
-            items = self._broken.setdefault((rank.node, rank.gpus), set())
-            items.add(item)
-            often = often or len(items) >= _BROKEN_ITEMS
-        return often
+            card = rank.node, rank.gpus, role
+            self._broken[card] = self._broken.get(card, 0) + 1
+        return any(self._broken[rank.node, rank.gpus, role] >= _BROKEN_CALLS for rank in ranks)
 
     def failed(self, event: ReplicaLost, role: str, now: float) -> None:
         """A replica failed to start, or its card keeps failing. Its node is excluded when too many cards have."""
@@ -66,9 +66,11 @@ class LeftAlone:
 
     def has_others(self, ranks: Sequence[RankInfo]) -> bool:
         """Whether replicas that need what these ranks need may go to another node."""
-        on_gpus = bool(ranks[0].gpus)
-        usable = {node for node, cards in self._replicas.nodes().items() if cards or not on_gpus}
-        return bool(usable - self.nodes - {ranks[0].node})
+        return bool(self.usable(bool(ranks[0].gpus)) - {ranks[0].node})
+
+    def usable(self, on_gpus: bool) -> set[str]:
+        """The nodes that are not excluded; those with GPUs where replicas need them."""
+        return {node for node, cards in self._replicas.nodes().items() if cards or not on_gpus} - self.nodes
 
     def exclude(self, ranks: Sequence[RankInfo], why: str, now: float) -> None:
         """Place nothing on the node of these ranks for a while."""
@@ -108,6 +110,7 @@ class LeftAlone:
         if nodes:
             self._replicas.avoid(self.nodes)
         for excluded in nodes:
+            self.wrong_nodes.discard(excluded.node)
             self._progress.say(f"{excluded.where}: tried again")
             self._events.emit("node_retried", node=excluded.node, where=excluded.where)
 

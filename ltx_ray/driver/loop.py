@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from ltx_ray.config import RunLimits
 from ltx_ray.dataset.run_summary import wait_lines
 from ltx_ray.dataset.writer import Failure
+from ltx_ray.driver.admission import Admission
 from ltx_ray.driver.joined_cluster import JoinedCluster
 from ltx_ray.driver.outcomes import Outcomes
 from ltx_ray.driver.policy import Policy
@@ -27,7 +28,7 @@ from ltx_ray.planning.identity import merged_weights
 from ltx_ray.planning.plan import PlanEntry
 from ltx_ray.pools.pool import ModelRefused, Pool, StartFailed
 from ltx_ray.pools.protocol import CallFinished, InputsLost, ReplicaEvent, ReplicaLost, ReplicaSet, ReplicaStarted
-from ltx_ray.records import CallError, CallReport, ErrorKind, WorkItem, first_line
+from ltx_ray.records import CallReport, ErrorKind, WorkItem, first_line
 from ltx_ray.stages import PATH_FROM_STORED, Stage
 
 _TICK_SECONDS = 0.5
@@ -77,16 +78,17 @@ class Driver:
         self._cluster: JoinedCluster | None = None
         self._staffing: Staffing | None = None
         self._opinions: SecondOpinions
+        self._admission: Admission
         self._wait_report: WaitReport | None = None
         self._preflight_admitted = self._preflight_running = False
         self._outcomes, self._gpu_seconds_before = Outcomes(limits.max_failed_fraction), gpu_seconds_before
         self._work_left = WorkLeft()
         #: When the call of each item under way began.
         self._call_began: dict[str, float] = {}
+        self._noise_checked = False
         self._drain_until, self._memory_due = float("inf"), -float("inf")
         #: Items whose latents are saved for the next run, because this one drains.
         self._saved: set[str] = set()
-        self._device_name: str | None = None
 
     def request_drain(self, reason: str) -> None:
         """Have the loop drain at its next turn, giving up calls under way; safe to call from a signal handler."""
@@ -143,6 +145,7 @@ class Driver:
             self._staff.waits.look(self.policy, self._clock())
         for event in self._replicas.wait(self._wait_seconds()):
             self._handle(event)
+        self._join(self._admission.settle(self._clock()))
         self._staff.check_placing()
         if self.policy.draining and not self._preflight_running:
             # The next run resumes from a finished stage 1.
@@ -198,7 +201,7 @@ class Driver:
 
     def _admit_item(self, tracked: TrackedItem) -> None:
         item = tracked.item
-        problem = self._join().problem(item.request)
+        problem = self._joined().problem(item.request)
         if problem is not None:
             self.tracker.refuse(tracked, problem)
             return
@@ -211,7 +214,7 @@ class Driver:
 
     # --- replicas --------------------------------------------------------------------------------
 
-    def _join(self) -> JoinedCluster:
+    def _joined(self) -> JoinedCluster:
         if self._cluster is None:
             cluster = self._cluster = self._join_cluster()
             self.pools = [Pool(spec, max_failures=self.limits.max_attempts + 1) for spec in cluster.pools]
@@ -220,6 +223,7 @@ class Driver:
                 self.pools, cluster.replicas, self.policy, self.limits, self.events, self.progress
             )
             self._opinions = SecondOpinions(self.policy, self._staffing)
+            self._admission = Admission(self._staffing, cluster.claims, cluster.answers, cluster.on_versions)
             self._wait_report = WaitReport(self._staffing.waits, self.events, self.tracker.metrics)
         return self._cluster
 
@@ -230,7 +234,7 @@ class Driver:
             self.policy.max_bytes = self._cluster.max_bytes()
 
     def _start_replicas(self) -> None:
-        cluster = self._join()
+        cluster = self._joined()
         self._admit_preflight(cluster)
         if self.policy.draining:
             return
@@ -270,43 +274,34 @@ class Driver:
     # --- events ----------------------------------------------------------------------------------
 
     def _handle(self, event: ReplicaEvent) -> None:
+        if not self._staff.knows(event.replica):
+            return  # It was given back by what was done about an event before this one.
         if isinstance(event, CallFinished):
             self._call_finished(event)
         elif isinstance(event, ReplicaStarted):
-            self._replica_started(event)
+            self._join(self._admission.take(event, self._clock()))
         elif isinstance(event, ReplicaLost):
             self._replica_lost(event)
         elif isinstance(event, InputsLost):
             self._inputs_lost(event)
 
-    def _replica_started(self, event: ReplicaStarted) -> None:
-        pool = self._staff.started(event)
-        known = self._device_name
-        self._check_device(event)
-        if known is None and self._device_name is not None:
-            self._check_noise(self._device_name)
-        node = event.ranks[0].node if event.ranks else ""
-        self.policy.add_replica(event.replica, pool.spec.roles, pool.spec.calls_at_once, node)
-        self.events.emit(
-            "gang_started",
-            role=pool.spec.name,
-            replica=event.replica,
-            ranks=[rank.event() for rank in event.ranks],
-            seconds=round(event.seconds, 3),
-        )
-
-    def _check_device(self, event: ReplicaStarted) -> None:
-        """Noise drawn on a GPU depends on its model, so the stages of a run must not span several models."""
-        for rank in event.ranks:
-            name = rank.device_name
-            if not name or self.noise_device == "cpu":
-                continue
-            if self._device_name not in (None, name):
-                raise StartFailed(
-                    f"the stages span {self._device_name} and {name}, whose noise differs; give --noise-device cpu, "
-                    f"or GPUs of one model"
-                )
-            self._device_name = name
+    def _join(self, events: Iterable[ReplicaStarted]) -> None:
+        """Replicas that are up and compute what the rows claim take part from now on."""
+        for event in events:
+            pool = self._staff.started(event)
+            drawing = next((rank.device_name for rank in event.ranks if rank.device_name), None)
+            if drawing is not None and self.noise_device != "cpu" and not self._noise_checked:
+                self._noise_checked = True
+                self._check_noise(drawing)
+            node = event.ranks[0].node if event.ranks else ""
+            self.policy.add_replica(event.replica, pool.spec.roles, pool.spec.calls_at_once, node)
+            self.events.emit(
+                "gang_started",
+                role=pool.spec.name,
+                replica=event.replica,
+                ranks=[rank.event() for rank in event.ranks],
+                seconds=round(event.seconds, 3),
+            )
 
     def _replica_lost(self, event: ReplicaLost, traceback: str = "") -> None:
         """A replica has been killed."""
@@ -344,7 +339,7 @@ class Driver:
             self._call_failed(event, pool, tracked, stage)
             return
         pool.call_succeeded()
-        self._staff.left_alone.call_succeeded(self._staff.ranks_of(event.replica))
+        self._staff.left_alone.call_succeeded(self._staff.ranks_of(event.replica), pool.spec.name)
         self._opinions.succeeded(item_id, stage, tracked.name, self._clock())
         tracked.take_result(stage, report, event.payload)
         if report.facts.unchecked:
@@ -358,13 +353,13 @@ class Driver:
             tracked.drop_results(self.policy.remaining_path(item_id))
 
     def _call_failed(self, event: CallFinished, pool: Pool, tracked: TrackedItem, stage: Stage) -> None:
-        error, item_id = event.report.error, tracked.item.item_id
+        error, item_id, now = event.report.error, tracked.item.item_id, self._clock()
         assert error is not None
         if error.kind == ErrorKind.MODEL:
             raise ModelRefused(error.message)
         if error.kind in (ErrorKind.REPLICA, ErrorKind.PROCESS, ErrorKind.DEVICE, ErrorKind.NODE):
             ranks = self._staff.ranks_of(event.replica)
-            hold = error.kind == ErrorKind.DEVICE and self._staff.left_alone.breaks(ranks, item_id)
+            hold = error.kind == ErrorKind.DEVICE and self._staff.left_alone.breaks(ranks, pool.spec.name)
             self._replicas.kill(event.replica, hold)
             name = "" if error.kind == ErrorKind.REPLICA else f"{error.type}: "
             reason = f"{stage}: {event.where}: {name}{error.message}"
@@ -372,8 +367,8 @@ class Driver:
             self._replica_lost(lost, error.traceback)
             if error.kind == ErrorKind.REPLICA:
                 pool.broke(reason)
-        elif error.kind == ErrorKind.NOT_FINITE and self._not_finite(event, tracked, stage, error):
-            pass
+        elif error.kind == ErrorKind.NOT_FINITE and self._opinions.ask(tracked, event.replica, error.message, now):
+            pass  # Its node may be to blame.
         elif error.kind == ErrorKind.STORED_LATENTS_GONE:
             self.events.emit("stored_latents_gone", item_id=item_id, id=tracked.name, message=error.message)
             self._drop_results(item_id)
@@ -384,21 +379,6 @@ class Driver:
             decision = self.policy.row_failed(item_id) if at_fault else self.policy.call_failed(item_id)
             blamed = "infrastructure" if error.kind == ErrorKind.INFRASTRUCTURE else "row"
             self._carry_out(decision, stage, error.message, error.traceback, blamed)
-
-    def _not_finite(self, event: CallFinished, tracked: TrackedItem, stage: Stage, error: CallError) -> bool:
-        """Whether the node may be to blame for latents that are not finite, and the call is made again elsewhere."""
-        item_id, ranks = event.item_id, self._staff.ranks_of(event.replica)
-        if tracked.item.preflight and ranks and self._staff.left_alone.has_others(ranks):
-            # There is one replica of each pool, and the clip has to be right.
-            self._carry_out(self.policy.call_failed(item_id), stage, error.message, error.traceback)
-            self._staff.exclude(ranks, f"{stage} of the preflight clip was not finite there", self._clock())
-            return True
-        if (where := self._opinions.ask(item_id, event.replica)) is None:
-            self._opinions.forget(item_id)
-            return False
-        self.progress.say(f"{tracked.name}: {stage} on {where}: {error.message}; trying once on another node")
-        self.events.emit("tried_elsewhere", item_id=item_id, id=tracked.name, stage=stage, node=ranks[0].node)
-        return True
 
     def _account(self, pool: Pool, replica: str, tracked: TrackedItem, stage: Stage, report: CallReport) -> None:
         """Record the cost of a call."""
@@ -435,7 +415,7 @@ class Driver:
             self.progress.say(f"preflight: a clip of one frame group went through every pool in {seconds:.1f} s")
         else:
             self._outcomes.add("rendered", len(tracked.rows))
-            self.tracker.finish(tracked, result, self._join().numerics)
+            self.tracker.finish(tracked, result, self._joined().numerics)
 
     def _drop_results(self, item_id: str) -> None:
         if (tracked := self.tracker.items.get(item_id)) is not None:

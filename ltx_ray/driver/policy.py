@@ -22,7 +22,16 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ltx_ray.config import RunLimits
-from ltx_ray.driver.policy_state import Dispatch, Item, Replica, RetryDecision, RunningMean, choose, guesses, spare_replicas
+from ltx_ray.driver.policy_state import (
+    Dispatch,
+    Item,
+    Replica,
+    RetryDecision,
+    RunningMean,
+    choose,
+    guesses,
+    spare_replicas,
+)
 from ltx_ray.driver.queue import FairQueue
 from ltx_ray.stages import DIFFUSION_STAGES, FULL_PATH, TRAITS, Stage, needed_results
 

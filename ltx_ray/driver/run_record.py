@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import importlib.metadata
 import json
 import math
 import os
@@ -13,11 +12,11 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import ltx_ray
 from ltx_ray.checkpoints.checkpoint import Checkpoint
 from ltx_ray.config import Numerics, PoolSpec, RequestedNumerics
 from ltx_ray.dataset import layout
 from ltx_ray.dataset.clip_rate import UNFINISHED, final_rate, rate_text
+from ltx_ray.dataset.package_versions import package_versions
 from ltx_ray.dataset.run_summary import SummaryBuilder
 from ltx_ray.placement.numerics import numerics_json
 from ltx_ray.placement.sizing import ParallelConfig
@@ -30,7 +29,6 @@ from ltx_ray.storage.store import Store
 _REFRESH_SECONDS, _REMOTE_REFRESH_SECONDS = 10.0, 60.0
 #: Seconds for which an output that cannot be reached is retried before the record is given up.
 _RETRY_SECONDS = 10.0
-_PACKAGES = ("torch", "ray", "diffusers", "transformers", "safetensors", "av", "pyarrow")
 #: The counts of rows that the record and the last line of a run have.
 _COUNTS = ("rows", "rendered", "already_done", "failed", "illegal")
 
@@ -66,8 +64,8 @@ class RunRecord:
         self._numerics = _unresolved(requested, parallel)
         #: The clips/h of the whole run, once it has ended.
         self.clips_per_hour: float | None = None
-        #: Of this package and of those whose versions may change bits, by name; None for one that is missing.
-        self.versions = {"ltx_ray": ltx_ray.__version__, **{name: _version(name) for name in _PACKAGES}}
+        #: Those of this process, until a replica has told its own.
+        self.versions: Mapping[str, str | None] = package_versions()
 
     def place(self, pools: Sequence[PoolSpec], numerics: Numerics) -> None:
         """Take in what the run got on its cluster."""
@@ -130,7 +128,7 @@ class RunRecord:
             "counts": recorded_counts(counts),
             "clips": clips,
             "clips_per_hour": self.clips_per_hour,
-            "versions": self.versions,
+            "versions": dict(self.versions),
         }
         files = {}
         if summary is not None:
@@ -204,13 +202,6 @@ def _unresolved(requested: RequestedNumerics, parallel: ParallelConfig) -> dict[
         stage1_sequence_parallel=parallel.stage1_sequence_parallel,
     )
     return json.loads(numerics_json(fields))
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _now() -> str:

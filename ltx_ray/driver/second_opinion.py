@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from ltx_ray.driver.policy import Policy
 from ltx_ray.driver.staffing import Staffing
+from ltx_ray.driver.tracker import TrackedItem
 from ltx_ray.pools.exclusion import node_name
 from ltx_ray.pools.protocol import RankInfo
 from ltx_ray.stages import Stage
@@ -22,22 +23,27 @@ class SecondOpinions:
         self._policy, self._staff = policy, staff
         self._asked: dict[str, tuple[Stage, Sequence[RankInfo]]] = {}
 
-    def ask(self, item: str, replica: str) -> str | None:
-        """Have the item's call made once more on another node; where it was made, or None when the row is to blame."""
-        stage, ranks = self._policy.stage_of(item), self._staff.ranks_of(replica)
-        if not ranks or self._asked.get(item, ("",))[0] == stage or not self._policy.try_elsewhere(item):
-            return None
+    def ask(self, tracked: TrackedItem, replica: str, message: str, now: float) -> bool:
+        """Have the call be made once more on another node. False when the row is to blame."""
+        item, ranks = tracked.item.item_id, self._staff.ranks_of(replica)
+        stage, has_others = self._policy.stage_of(item), bool(ranks) and self._staff.left_alone.has_others(ranks)
+        if has_others and tracked.item.preflight:
+            # It is the same clip whatever the manifest says. With the replica, its call goes back to the queue.
+            self._staff.exclude(ranks, f"{stage} of the preflight clip was not finite there", now)
+            return True
+        asked = self._asked.pop(item, None)
+        if not has_others or (asked is not None and asked[0] == stage) or not self._policy.try_elsewhere(item):
+            return False
         self._asked[item] = stage, ranks
-        return node_name(ranks)
+        self._staff.say(f"{tracked.name}: {stage} on {node_name(ranks)}: {message}; trying once on another node")
+        return True
 
     def succeeded(self, item: str, stage: Stage, name: str, now: float) -> None:
         """A call of `stage` has succeeded. When another node had failed at it, that one is excluded."""
-        if not self._asked or self._asked.get(item, ("",))[0] != stage:
+        asked = self._asked.get(item) if self._asked else None
+        if asked is None or asked[0] != stage:
             return
-        _, ranks = self._asked.pop(item)
+        del self._asked[item]
+        _, ranks = asked
         if self._staff.left_alone.has_others(ranks):
             self._staff.exclude(ranks, f"{stage} of {name} was not finite there, and is on another node", now)
-
-    def forget(self, item: str) -> None:
-        """The item has ended."""
-        self._asked.pop(item, None)

@@ -16,6 +16,7 @@ from ltx_ray.driver.policy import Policy
 from ltx_ray.driver.pool_sizer import PoolSizer
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.waits import Waits
+from ltx_ray.pools.exclusion import node_name
 from ltx_ray.pools.pool import Pool, StartFailed
 from ltx_ray.pools.protocol import RankInfo, ReplicaLost, ReplicaSet, ReplicaStarted
 from ltx_ray.stages import Stage
@@ -26,6 +27,7 @@ _HEAD_START = 60.0
 _LAST_RESORT = 15.0
 #: Why a replica leaves with its node.
 _DRAINS = "its node drains"
+WRONG_NODE = "its node computes wrongly"
 
 
 class Staffing:
@@ -156,11 +158,39 @@ class Staffing:
         self._events.emit("gang_leaving", role=pool.spec.name, replica=name, reason=why)
 
     def exclude(self, ranks: Sequence[RankInfo], why: str, now: float) -> None:
-        """The node of these ranks computes wrongly. Its replicas leave, and others start elsewhere."""
+        """The node of these ranks computes wrongly. Its replicas end at once, and others start elsewhere."""
+        node = ranks[0].node
         self.left_alone.exclude(ranks, why, now)
+        self.left_alone.wrong_nodes.add(node)
         for name, where in list(self._ranks.items()):
-            if where and where[0].node == ranks[0].node and name not in self._retired:
-                self._retire(name, "its node computes wrongly")
+            if where and where[0].node == node:
+                self.give_back(name, WRONG_NODE)
+
+    def refuse(self, event: ReplicaStarted, why: str, now: float) -> None:
+        """A replica that is up must not join. Raises StartFailed when none could that serves its stages."""
+        pool = self._forget(event.replica)
+        self._replicas.kill(event.replica)
+        reason = f"{event.replica} on {node_name(event.ranks)} is refused: {why}"
+        self._progress.say(reason)
+        self._events.emit(
+            "gang_refused", role=pool.spec.name, replica=event.replica, where=node_name(event.ranks), reason=why
+        )
+        if self.left_alone.has_others(event.ranks):
+            self.exclude(event.ranks, why, now)
+        pool.start_failed(reason, event.ranks[0].node, self._nodes_for(pool), certain=True)
+
+    def set_aside(self, name: str) -> None:
+        """A replica that is up waits for others before it may join, so that another one is started."""
+        self.pool_of(name).replicas.pop(name, None)
+
+    def knows(self, replica: str) -> bool:
+        """Whether a replica has not ended."""
+        return replica in self._by_replica
+
+    def say(self, message: str) -> None:
+        """Say something of a node, in the log and in the events."""
+        self._progress.say(message)
+        self._events.emit("warning", message=message)
 
     def _forget(self, name: str) -> Pool:
         pool = self._by_replica.pop(name)
@@ -173,8 +203,12 @@ class Staffing:
         """A replica is ready."""
         pool = self.pool_of(event.replica)
         pool.started(event.replica)
+        # One that was set aside has had another one started in its place.
+        for name in self._replicas.placing() if len(pool.replicas) > pool.spec.replicas else ():
+            if name in pool.replicas and len(pool.replicas) > pool.spec.replicas:
+                self.give_back(name, "its pool needs fewer")
         self._ranks[event.replica] = event.ranks
-        self.left_alone.works(event.ranks)
+        self.left_alone.started(event.ranks, pool.spec.name)
         return pool
 
     def lost(self, event: ReplicaLost, now: float) -> None:

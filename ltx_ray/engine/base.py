@@ -1,7 +1,8 @@
 """What engines share: their place in a gang, their dtype, and what their errors mean.
 
 An engine is a class `(spec: EngineSpec, rank: Rank)` with `load()` and `run(stage, item, *inputs)`. Its `facts` are an
-EngineFacts of the last of these calls. `switches` and `switch_seconds` count LoRA merges, in engines that merge. A
+EngineFacts of the last of these calls. One whose results depend on its device has `evidence()`, an Evidence of what it
+computes with once it has loaded. `switches` and `switch_seconds` count LoRA merges, in engines that merge. A
 class may have a `join_gang` of its own.
 """
 

@@ -29,6 +29,7 @@ from ltx_ray.dataset.layout import clip_path, preview_path, thumb_path
 from ltx_ray.dataset.thumbnails import FrameSheet
 from ltx_ray.engine import codec, components
 from ltx_ray.engine.base import Rank, is_out_of_memory, resolve_dtype
+from ltx_ray.engine.evidence import FileDigests, evidence
 from ltx_ray.engine.frames import PictureCheck, decode_tiled, to_yuv420
 from ltx_ray.engine.latents import LatentStore, latents_sha256, named_latents
 from ltx_ray.engine.loudness import measure_sound
@@ -37,7 +38,7 @@ from ltx_ray.engine.prefetch import prefetch
 from ltx_ray.engine.tiling import LADDER, Tiling, distinct_rungs
 from ltx_ray.placement.numerics import numerics_json, numerics_of_row
 from ltx_ray.presets import PIPELINES
-from ltx_ray.records import Clip, EngineFacts, RowError, StageLatents, WorkItem
+from ltx_ray.records import Clip, EngineFacts, Evidence, RowError, StageLatents, WorkItem
 from ltx_ray.shapes import AUDIO_SAMPLE_RATE, ClipShape, frame_rate_fraction
 from ltx_ray.stages import Stage
 from ltx_ray.storage.store import Store
@@ -77,6 +78,7 @@ class DecodeEngine:
     def load(self) -> None:
         """Load the decoders. Raises ValueError for files that do not fit, UnfitNode as load_video_vae does."""
         path = self.spec.model.local().checkpoint_path
+        self._files = FileDigests(self.spec, "checkpoint_path")
         self.store = Store(self.spec.output)
         self.latents = LatentStore(self.store)
         # Kernels are compiled once for all processes, and for all nodes where the cache is shared.
@@ -89,6 +91,10 @@ class DecodeEngine:
             self.video_vae.decoder.to(memory_format=torch.channels_last_3d)
         self.audio_vae = components.load_audio_decoder(path, self.dtype, self.device)
         self.vocoder = components.load_vocoder(path, self.dtype, self.device)
+
+    def evidence(self) -> Evidence:
+        """What this rank computes with. It decides no latents, so there is no answer to compare."""
+        return evidence(self._files, self.device, {})
 
     @torch.inference_mode()
     def run(self, stage: Stage, item: WorkItem, *stages: StageLatents) -> Clip | StageLatents | str:

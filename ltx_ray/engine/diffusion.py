@@ -22,9 +22,10 @@ from ltx_ray.checkpoints.lora import open_lora
 from ltx_ray.config import EngineSpec, ModelFiles
 from ltx_ray.engine import codec, components
 from ltx_ray.engine.base import Rank, resolve_dtype
+from ltx_ray.engine.evidence import FileDigests, evidence, known_conditions, known_noise
 from ltx_ray.engine.initial_state import ImageConditioning, LatentState, noised_state
 from ltx_ray.engine.patchify import latent_sizes, patchify, unpatchify
-from ltx_ray.engine.stage_model import StageModel, pass_contexts, pass_perturbations, run_divided
+from ltx_ray.engine.stage_model import Dit, StageModel, pass_contexts, pass_perturbations, run_divided
 from ltx_ray.model.fused import FusedTransformer
 from ltx_ray.model.graphs import GraphedTransformer
 from ltx_ray.model.packing import pack_linears
@@ -39,6 +40,7 @@ from ltx_ray.records import (
     AV,
     Conditions,
     EngineFacts,
+    Evidence,
     Guidance,
     ModelError,
     NoiseLedger,
@@ -52,6 +54,7 @@ from ltx_ray.sampling.noise import ClipNoise, SamplerNoise, check_noise_device
 from ltx_ray.sampling.sampler import Denoise
 from ltx_ray.sampling.samplers import SAMPLERS
 from ltx_ray.sampling.sigmas import shifted_sigmas
+from ltx_ray.shapes import ClipShape
 from ltx_ray.stages import Stage
 
 #: Device memory that caches leave free: for the activations of a large clip, and for text and decode on a shared card.
@@ -80,6 +83,8 @@ class DiffusionEngine:
         # Kernels are compiled once for all processes, and for all nodes where the cache is shared.
         os.environ.setdefault("TRITON_CACHE_DIR", str(cache_root() / "triton"))
         model, layout = self.spec.model.local(), self.spec.layout
+        upsampler = ("spatial_upsampler_path",) if Stage.STAGE2 in layout.roles else ()
+        self._files = FileDigests(self.spec, "checkpoint_path", "distilled_lora", "loras", *upsampler)
         checkpoint = open_checkpoint(model.checkpoint_path)
         passes, tokens = layout.guidance_parallel, layout.stage1_sequence_parallel
         self.mesh = make_mesh(self.rank.rank, self.rank.world, layout.tp, passes, tokens)
@@ -91,6 +96,30 @@ class DiffusionEngine:
             mean, std = components.latent_stats(model.checkpoint_path, "video")
             self.latent_stats = mean.to(self.device, self.dtype), std.to(self.device, self.dtype)
 
+    @torch.inference_mode()
+    def evidence(self) -> Evidence:
+        """What this rank computes with, and what a pass over a clip of few tokens gives with the clean weights.
+
+        The pass is no graph and takes no LoRA, so that it leaves nothing behind. Raises ReplicaError when its results
+        are not finite.
+        """
+        shape = ClipShape(num_frames=9, height=64, width=64, frame_rate=24.0)
+        config = self.transformer.config
+        contexts = pass_contexts(
+            known_conditions(AV(config.video, config.audio).map(lambda stream: stream.context_dim)),
+            self.device, self.dtype, batched=False,
+        )  # fmt: skip
+        noise = ClipNoise(NoiseLedger(0, "cpu", "cpu"), self.device)
+        zeros = latent_sizes(shape).map(lambda size: torch.zeros(size, dtype=self.dtype, device=self.device))
+        state = noised_state(shape, "known answer", noise, patchify(zeros), 1.0)
+        model = StageModel(self._plain_dit, state, contexts, {}, self.dtype)
+        answers = {"transformer": model.denoise(state.latents, torch.tensor(1.0), 0)}
+        if Stage.STAGE2 in self.spec.layout.roles:
+            video = known_noise(latent_sizes(shape).video).to(self.device, self.dtype)
+            upsampled = codec.upsample_latents(self.upsampler, *self.latent_stats, video)
+            answers["upsampler"] = AV(upsampled, upsampled[:0])
+        return evidence(self._files, self.device, answers)
+
     def _load_transformer(self, checkpoint: Checkpoint) -> None:
         tp, numerics = self.mesh.tp, self.spec.numerics
         with torch.device("meta"):
@@ -99,14 +128,15 @@ class DiffusionEngine:
         if fused:
             pack_linears(self.transformer, self.device, self.dtype, numerics.precision)
         load_shard(self.transformer, checkpoint.tensors, tp, dtype=self.dtype, device=self.device)
-        self._dit = self._fused_dit() if fused else self.transformer
-
-    def _fused_dit(self) -> FusedTransformer | GraphedTransformer:
-        dit = FusedTransformer(self.transformer, self.spec.numerics.attention)
-        if self.device.type != "cuda":
-            return dit
-        dit.warm_up()
-        return GraphedTransformer(dit)
+        #: What passes run on, and the same without graphs.
+        self._dit: Dit = self.transformer
+        self._plain_dit: Dit = self.transformer
+        if fused:
+            self._plain_dit = dit = FusedTransformer(self.transformer, numerics.attention)
+            self._dit = dit
+            if self.device.type == "cuda":
+                dit.warm_up()
+                self._dit = GraphedTransformer(dit)
 
     def _load_loras(self, model: ModelFiles, checkpoint: Checkpoint) -> None:
         self._lora_names = [lora.name for lora in model.loras]

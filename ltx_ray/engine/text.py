@@ -17,8 +17,19 @@ from ltx_ray.checkpoints.checkpoint import gemma_folders
 from ltx_ray.config import EngineSpec
 from ltx_ray.engine import codec, components
 from ltx_ray.engine.base import Rank, resolve_dtype
+from ltx_ray.engine.evidence import FileDigests, evidence
 from ltx_ray.engine.images import image_pixels
-from ltx_ray.records import AV, Conditions, EngineFacts, ImageLatents, ModelError, PromptContext, RowError, WorkItem
+from ltx_ray.records import (
+    AV,
+    Conditions,
+    EngineFacts,
+    Evidence,
+    ImageLatents,
+    ModelError,
+    PromptContext,
+    RowError,
+    WorkItem,
+)
 from ltx_ray.sampling.passes import Pass, passes_for
 from ltx_ray.shapes import ClipShape
 from ltx_ray.stages import Stage
@@ -27,6 +38,8 @@ from ltx_ray.storage.pictures import InvalidImage
 
 #: Prompts whose contexts are cached. The negative prompt is usually the same for all rows.
 _CACHED_PROMPTS = 16
+#: The prompt of the known-answer clip.
+_KNOWN_PROMPT = "a lighthouse at dawn"
 
 
 class TextEngine:
@@ -45,6 +58,7 @@ class TextEngine:
         from transformers import AutoTokenizer, Gemma3ForConditionalGeneration
 
         model = self.spec.model.local()
+        self._files = FileDigests(self.spec, "checkpoint_path", "gemma_root")
         weights, tokenizer = gemma_folders(model.gemma_root)
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         if self.tokenizer.pad_token is None:
@@ -61,6 +75,13 @@ class TextEngine:
         self.gemma = whole.model.language_model.eval().to(self.device)
         del whole, loaded
         self.connectors = components.load_connectors(model.checkpoint_path, self.dtype, self.device)
+
+    @torch.inference_mode()
+    def evidence(self) -> Evidence:
+        """What this rank computes with, and the contexts of a prompt. Raises ReplicaError when they are not finite."""
+        context = self.encode(_KNOWN_PROMPT).context
+        del self._contexts[_KNOWN_PROMPT]
+        return evidence(self._files, self.device, {"text": context})
 
     @torch.inference_mode()
     def run(self, stage: Stage, item: WorkItem) -> Conditions:

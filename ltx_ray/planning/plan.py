@@ -154,6 +154,17 @@ class ItemBuilder:
         self._distilled_lora = lora_digest(local.distilled_lora, scheme) if local.distilled_lora else None
         self._loras = {lora.name: lora_digest(lora.path, scheme) for lora in local.loras}
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """Digests of the model's files by what they are, which recipes have and replicas show (records.Evidence)."""
+        found = {
+            "checkpoint_path": self._checkpoint,
+            "gemma_root": self._gemma,
+            "spatial_upsampler_path": self._upsampler,
+            **{f"lora {name}": digest for name, digest in self._loras.items()},
+        }
+        return found if self._distilled_lora is None else {**found, "distilled_lora": self._distilled_lora}
+
     def recipe(self, request: RenderRequest) -> Recipe:
         return Recipe(
             pipeline=request.pipeline,

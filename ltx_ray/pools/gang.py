@@ -26,7 +26,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from ltx_ray.config import PoolSpec
 from ltx_ray.pools.protocol import RankInfo
 from ltx_ray.pools.worker import RankActor, Rendezvous
-from ltx_ray.records import CallError, CallReport, ErrorKind, WorkItem, first_line
+from ltx_ray.records import CallError, CallReport, ErrorKind, Evidence, WorkItem, first_line
 from ltx_ray.stages import Stage
 
 _RENDEZVOUS_SECONDS = 300.0
@@ -114,6 +114,7 @@ class Gang:
         self.state = GangState.PLACING
         self.created = time.time()
         self.ranks: list[RankInfo] = []
+        self.evidence: Evidence | None = None
         #: Under way, the oldest first.
         self.calls: list[Call] = []
         self._pings: list[ray.ObjectRef] = []
@@ -234,6 +235,8 @@ class Gang:
 
     def _loaded(self, rank: int, report: CallReport) -> None:
         facts = report.facts
+        if rank == 0:
+            self.evidence = facts.evidence
         self.ranks[rank] = dataclasses.replace(
             self.ranks[rank],
             device=report.device,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ltx_ray.config import PoolSpec
-from ltx_ray.records import CallReport, WorkItem, plain
+from ltx_ray.records import CallReport, Evidence, WorkItem, plain
 from ltx_ray.stages import Stage
 
 
@@ -46,6 +46,8 @@ class ReplicaStarted:
     replica: str
     ranks: Sequence[RankInfo]
     seconds: float
+    #: Of rank 0; None when its engine has none.
+    evidence: Evidence | None = None
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ class RayReplicaSet:
                         self._card_time.hold(gang.name, gang.ranks, time.time())
                     return []
                 self._load_limit.end(time.time() - gang.load_began)
-                return [ReplicaStarted(gang.name, gang.ranks, time.time() - gang.created)]
+                return [ReplicaStarted(gang.name, gang.ranks, time.time() - gang.created, gang.evidence)]
             gang.pinged(arrived)
             for call in [call for call in gang.calls if call.reports]:
                 events += self._collect(gang, call, arrived)

@@ -89,6 +89,8 @@ class RankActor:
             self.device = join_gang(spec.numerics.device, rank, world, address, timeout)
             self.engine = engine(spec, base.Rank(rank, world, self.device))
             self.engine.load()
+            if hasattr(engine, "evidence"):
+                self.engine.facts = dataclasses.replace(self.engine.facts, evidence=self.engine.evidence())
         finally:
             gc.enable()
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 
 from ltx_ray.engine import base
 from ltx_ray.engine.fake import FakeEngine
-from ltx_ray.records import ReplicaError
+from ltx_ray.records import ErrorKind, Evidence, NotFinite, RenderError, ReplicaError, UnfitNode
 
 
 class ShardOutOfMemory(FakeEngine):
@@ -59,3 +60,70 @@ class BriefStoreRetries(FakeEngine):
     def load(self) -> None:
         super().load()
         self.store = self.store.retrying_for(1.0)
+
+
+class OnNodes(FakeEngine):
+    """Differs on the nodes whose ids `_fake/nodes` of the output has; the base of engines that fail there."""
+
+    def load(self) -> None:
+        import ray
+
+        super().load()
+        told = self.store.read_bytes("_fake/nodes").decode().split() if self.store.exists("_fake/nodes") else []
+        self.differs = ray.get_runtime_context().get_node_id() in told
+
+    def evidence(self) -> Evidence:
+        return Evidence({}, {"torch": "2.11"}, "", "NVIDIA H100", {"transformer": "right"})
+
+
+class LoadsNowhereOn(OnNodes):
+    def load(self) -> None:
+        super().load()
+        if self.differs:
+            raise RuntimeError("CUDA error: the GPU has fallen off the bus")
+
+
+class LacksAPackageOn(OnNodes):
+    def load(self) -> None:
+        super().load()
+        if self.differs:
+            raise UnfitNode("attention 'fa3' needs the package fa3-fwd on every GPU node; legal: --attention cudnn")
+
+
+class OtherBitsOn(OnNodes):
+    def evidence(self) -> Evidence:
+        return dataclasses.replace(super().evidence(), answers={"transformer": "wrong" if self.differs else "right"})
+
+    def run(self, stage, item, *inputs):
+        result = super().run(stage, item, *inputs)
+        return "wrong" if self.differs and stage == "stage1" and isinstance(result, str) else result
+
+
+class OtherModelOn(OnNodes):
+    def evidence(self) -> Evidence:
+        return dataclasses.replace(super().evidence(), device="NVIDIA A100" if self.differs else "NVIDIA H100")
+
+
+class OtherTorchOn(OnNodes):
+    def evidence(self) -> Evidence:
+        return dataclasses.replace(super().evidence(), versions={"torch": "2.12" if self.differs else "2.11"})
+
+
+class NotFiniteOn(OnNodes):
+    def run(self, stage, item, *inputs):
+        if self.differs and stage == "stage1":
+            raise NotFinite("3 of 9 video latents are not finite")
+        return super().run(stage, item, *inputs)
+
+
+class BrokenGpu(RenderError):
+    kind = ErrorKind.DEVICE
+
+
+class CardBreaksOn(OnNodes):
+    """Replicas load on every card, and every call on the second GPU of such a node breaks it."""
+
+    def run(self, stage, item, *inputs):
+        if self.differs and os.environ.get("CUDA_VISIBLE_DEVICES") == "1":
+            raise BrokenGpu("CUDA error: an illegal memory access was encountered")
+        return super().run(stage, item, *inputs)

@@ -53,7 +53,7 @@ _SYSTEM = {
 #: Files that a run may leave in its output.
 _EXPECTED_FILES = re.compile(
     r"(clips|previews)/[0-9a-f]{2}/[0-9a-f]{32}\.mp4|latents/[0-9a-f]{2}/[0-9a-f]{32}\.safetensors"
-    r"|dataset\.json|state/(lease\.json|gpu_time\.json|probe)|thumbs/[0-9a-f]{2}/[0-9a-f]{32}\.webp"
+    r"|dataset\.json|state/(lease\.json|gpu_time\.json|answers\.json|probe)|thumbs/[0-9a-f]{2}/[0-9a-f]{32}\.webp"
     r"|(index|failed|previews)/part-[\w-]+\.parquet|(runs/[^/]+/)?(run\.json|events\.jsonl|report\.html)"
     r"|state/events/[^/]+/(timeline\.json|\d{6}\.jsonl\.zst)|_fake/[\w-]+"
 )

@@ -6,87 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec, RunLimits
-from ltx_ray.driver.policy import Policy
-from ltx_ray.driver.staffing import Staffing
+from ltx_ray.config import PoolSpec
 from ltx_ray.pools.pool import Pool, StartFailed
-from ltx_ray.pools.protocol import RankInfo, ReplicaLost, ReplicaStarted
-from ltx_ray.stages import OUTPUT_STAGES
-
-SPEC = EngineSpec("m:E", ModelFiles("c", "g", "u"), Numerics(), "out")
-
-
-class FakeCluster:
-    """A cluster with any number of places, unless `full`."""
-
-    def __init__(self):
-        self.starting, self.waits, self.released, self.killed = [], {}, [], []
-        #: GPUs of each node.
-        self.cards = {f"n{number}": 8 for number in range(8)}
-        self.avoided = frozenset()
-        self.left = []
-
-    def start(self, name, spec):
-        self.starting.append(name)
-        self.waits[name] = 0.0
-
-    def placing(self):
-        return dict(self.waits)
-
-    def nodes(self):
-        return self.cards
-
-    def avoid(self, nodes):
-        self.avoided = frozenset(nodes)
-
-    def leaving(self):
-        return self.left
-
-    def release(self, replica):
-        self.released.append(replica)
-
-    def kill(self, replica, hold=False):
-        self.killed.append(replica)
-        self.waits.pop(replica, None)
-
-
-class Run:
-    def __init__(self, stage1=3, decode=4, text=1):
-        self.replicas, self.policy = FakeCluster(), Policy()
-        specs = [
-            PoolSpec("text", ("text",), text, 1, SPEC, most=4),
-            PoolSpec("stage1", ("stage1", "stage2"), stage1, 1, SPEC, gpus_per_rank=0.6),
-            PoolSpec("decode", OUTPUT_STAGES, decode, 1, SPEC, most=9),
-        ]
-        self.events, self.said = [], []
-        events = SimpleNamespace(emit=lambda event, **fields: self.events.append((event, fields)))
-        progress = SimpleNamespace(say=self.said.append)
-        pools = [Pool(spec, 4) for spec in specs]
-        self.staff = Staffing(pools, self.replicas, self.policy, RunLimits(), events, progress)
-
-    def turn(self, now=0.0, one_each=False, elastic=False, more_rows=True) -> list[str]:
-        """What is started in a turn of the driver."""
-        self.replicas.starting = []
-        self.staff.start_missing(now, one_each, elastic, more_rows)
-        return self.replicas.starting
-
-    def come_up(self, *names):
-        for name in names:
-            self.replicas.waits.pop(name)
-            pool = self.staff.started(ReplicaStarted(name, [RankInfo(0, node="n0", gpus=name)], 1.0))
-            self.policy.add_replica(name, pool.spec.roles)
-
-    def fail(self, name, node="n1", gpus="3", now=0.0, **changes):
-        self.replicas.waits.pop(name)
-        options = {"served": False, "held": True, "ranks": [RankInfo(0, node=node, address=node, gpus=gpus)], **changes}
-        self.staff.lost(ReplicaLost(name, "fallen off the bus", **options), now)
-
-    def told(self, event) -> list[dict]:
-        return [fields for name, fields in self.events if name == event]
-
+from ltx_ray.pools.protocol import ReplicaLost
+from tests.support.fake_cluster import SPEC, StaffedRun
 
 def test_one_of_each_comes_first_and_then_all_at_once():
-    run = Run()
+    run = StaffedRun()
     assert run.turn(one_each=True) == ["text-0", "stage1-0", "decode-0"]
     run.come_up("text-0", "stage1-0", "decode-0")
     assert run.turn(one_each=True) == []
@@ -97,7 +23,7 @@ def test_one_of_each_comes_first_and_then_all_at_once():
 
 
 def test_decode_does_not_wait_for_ever_for_ranks_that_have_no_place():
-    run = Run()
+    run = StaffedRun()
     run.turn(one_each=True)
     run.come_up("text-0", "stage1-0", "decode-0")
     run.turn()
@@ -106,7 +32,7 @@ def test_decode_does_not_wait_for_ever_for_ranks_that_have_no_place():
 
 
 def test_a_card_that_failed_is_left_alone_and_the_others_go_on():
-    run = Run()
+    run = StaffedRun()
     run.turn(one_each=True)
     run.come_up("text-0", "stage1-0", "decode-0")
     run.turn()
@@ -123,7 +49,7 @@ def test_a_card_that_failed_is_left_alone_and_the_others_go_on():
 
 
 def test_the_only_card_is_tried_again_at_once():
-    run = Run()
+    run = StaffedRun()
     run.turn(one_each=True)
     run.come_up("text-0", "decode-0")
     run.fail("stage1-0", now=1.0)
@@ -134,7 +60,7 @@ def test_the_only_card_is_tried_again_at_once():
 
 
 def test_a_card_that_failed_is_not_tried_again_for_a_role_that_others_serve():
-    run = Run()
+    run = StaffedRun()
     run.turn(one_each=True)
     run.come_up("text-0", "stage1-0", "decode-0")
     run.staff.pools.append(Pool(PoolSpec("stage2", ("stage2", "stage1"), 1, 1, SPEC, gpus_per_rank=0.6), 4))
@@ -147,7 +73,7 @@ def test_a_card_that_failed_is_not_tried_again_for_a_role_that_others_serve():
 
 
 def test_a_pool_that_starts_nowhere_ends_the_run():
-    run = Run()
+    run = StaffedRun()
     run.replicas.cards = {"n1": 8}
     run.turn(one_each=True)
     for number in range(3):
@@ -158,7 +84,7 @@ def test_a_pool_that_starts_nowhere_ends_the_run():
 
 
 def test_losing_a_node_while_it_loads_is_nobodys_fault():
-    run = Run()
+    run = StaffedRun()
     run.replicas.cards = {"n1": 8}
     run.turn(one_each=True)
     for number in range(20):
@@ -168,7 +94,7 @@ def test_losing_a_node_while_it_loads_is_nobodys_fault():
 
 
 def test_places_of_a_growing_cluster_go_to_pools_that_have_none():
-    run = Run(stage1=2, decode=1)
+    run = StaffedRun(stage1=2, decode=1)
     run.turn(elastic=True)
     run.come_up("text-0", "stage1-0", "decode-0")
     assert run.turn(elastic=True) == ["stage1-1"]
@@ -178,7 +104,7 @@ def test_places_of_a_growing_cluster_go_to_pools_that_have_none():
 
 
 def test_a_pool_with_too_many_gives_back_those_that_are_idle():
-    run = Run(stage1=1, decode=4)
+    run = StaffedRun(stage1=1, decode=4)
     run.turn(one_each=True)
     run.come_up("text-0", "stage1-0", "decode-0")
     run.turn()
@@ -193,7 +119,7 @@ def test_a_pool_with_too_many_gives_back_those_that_are_idle():
 
 
 def test_no_pool_grows_for_rows_that_are_no_more():
-    run = Run(decode=1)
+    run = StaffedRun(decode=1)
     run.turn(one_each=True)
     run.staff._sizer = SimpleNamespace(sizes=lambda pools, now: {"decode": 5})
     run.turn(more_rows=False)
@@ -201,7 +127,7 @@ def test_no_pool_grows_for_rows_that_are_no_more():
 
 
 def test_a_replica_whose_node_drains_leaves_after_its_call_and_its_successor_starts_at_once():
-    run = Run(stage1=2, decode=1)
+    run = StaffedRun(stage1=2, decode=1)
     run.turn(one_each=True)
     run.come_up("text-0", "stage1-0", "decode-0")
     run.turn()
@@ -222,7 +148,7 @@ def test_a_replica_whose_node_drains_leaves_after_its_call_and_its_successor_sta
 
 
 def test_a_replica_that_starts_on_a_node_that_drains_is_given_up():
-    run = Run(stage1=1, decode=1)
+    run = StaffedRun(stage1=1, decode=1)
     run.turn(one_each=True)
     run.replicas.left = ["stage1-0"]
     assert run.turn(one_each=True) == ["stage1-1"] and run.replicas.killed == ["stage1-0"]

@@ -1,0 +1,176 @@
+"""Which replicas may join a run, by what they show."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from ltx_ray.driver.admission import Admission, Claims
+from ltx_ray.pools.pool import StartFailed
+from ltx_ray.pools.protocol import RankInfo, ReplicaStarted
+from ltx_ray.records import Evidence
+from tests.support.fake_cluster import StaffedRun
+
+GOOD = Evidence({"checkpoint_path": "c0"}, {"torch": "2.11"}, "580", "NVIDIA H100", {"transformer": "right"})
+CLAIMS = Claims({"checkpoint_path": "c0", "gemma_root": "g0"})
+
+
+class Kept(dict):
+    """Answers of earlier runs."""
+
+    def keep(self, key, value):
+        self[key] = value
+
+
+class Judged:
+    """A run of five replicas of stage 1 on nodes with a GPU each, and its admission."""
+
+    def __init__(self, nodes: int = 5, claims: Claims = CLAIMS, answers: Kept | None = None):
+        self.run = StaffedRun(stage1=5, decode=1)
+        self.run.replicas.cards = {f"n{number}": 1 for number in range(nodes)}
+        self.versions: list = []
+        self.answers = Kept() if answers is None else answers
+        self.admission = Admission(self.run.staff, claims, self.answers, self.versions.append)
+        self.run.turn()
+
+    def up(self, number: int, node: str, now: float = 0.0, **changes) -> list[str]:
+        """A replica of stage 1 is up; those that may join now."""
+        name = f"stage1-{number}"
+        self.run.replicas.waits.pop(name)
+        event = ReplicaStarted(
+            name, [RankInfo(0, node=node, address=node, gpus="0")], 1.0, replace(GOOD, **changes)
+        )  # fmt: skip
+        return self.join(self.admission.take(event, now))
+
+    def join(self, events) -> list[str]:
+        for event in events:
+            pool = self.run.staff.started(event)
+            self.run.policy.add_replica(event.replica, pool.spec.roles, 1, event.ranks[0].node)
+        return [event.replica for event in events]
+
+    @property
+    def refused(self) -> dict[str, str]:
+        return {event["replica"]: event["reason"] for event in self.run.told("gang_refused")}
+
+
+def test_replicas_that_agree_join_and_the_rows_get_their_versions():
+    judged = Judged()
+    assert judged.up(0, "n0") == ["stage1-0"] and judged.up(1, "n1") == ["stage1-1"]
+    assert judged.versions == [{"torch": "2.11"}] and not judged.refused
+    assert list(judged.answers.values()) == ["right"]
+
+
+def test_a_replica_with_another_file_is_refused_and_its_node_excluded():
+    judged = Judged()
+    assert judged.up(0, "n0", files={"checkpoint_path": "c1"}) == []
+    assert judged.refused == {
+        "stage1-0": "its file checkpoint_path has the digest c1, and that of the rows is c0"
+    }
+    assert judged.run.replicas.avoided == {"n0"} and judged.run.replicas.killed == ["stage1-0"]
+    assert judged.up(1, "n1") == ["stage1-1"]
+
+
+def test_of_two_that_differ_a_third_tells_which_is_odd_and_that_may_be_the_first():
+    judged = Judged()
+    assert judged.up(0, "n0", answers={"transformer": "wrong"}) == ["stage1-0"]
+    assert judged.up(1, "n1") == [], "nobody knows yet which of them is right"
+    assert judged.run.turn() == ["stage1-5"], "one more is started, in the place of the one that waits"
+    assert judged.up(2, "n2") == ["stage1-1", "stage1-2"]
+    assert judged.run.replicas.killed == ["stage1-0"] and judged.run.replicas.avoided == {"n0"}
+    assert any("it computes wrong for the known-answer clip, and the other nodes right" in s for s in judged.run.said)
+    assert any("stage1_replica and stage2_replica of the index name stage1-0" in said for said in judged.run.said)
+    assert list(judged.answers.values()) == ["right"]
+
+
+def test_the_second_may_be_the_odd_one():
+    judged = Judged()
+    judged.up(0, "n0")
+    assert judged.up(1, "n1", answers={"transformer": "wrong"}) == []
+    assert judged.up(2, "n2") == ["stage1-2"]
+    assert list(judged.refused) == ["stage1-1"] and judged.run.replicas.avoided == {"n1"}
+
+
+def test_a_node_with_other_versions_is_the_odd_one():
+    judged = Judged()
+    judged.up(0, "n0")
+    judged.up(1, "n1", versions={"torch": "2.12"})
+    judged.up(2, "n2")
+    assert judged.refused == {
+        "stage1-1": 'its package versions are {"torch":"2.12"}, and those of the other nodes {"torch":"2.11"}'
+    }
+    assert judged.versions == [{"torch": "2.11"}]
+
+
+def test_without_a_third_node_those_that_serve_go_on():
+    judged = Judged(nodes=2)
+    judged.up(0, "n0")
+    assert judged.up(1, "n1", answers={"transformer": "other"}) == []
+    assert list(judged.refused) == ["stage1-1"]
+
+
+def test_nobody_waits_for_ever_for_a_third():
+    judged = Judged()
+    judged.up(0, "n0")
+    judged.up(1, "n1", answers={"transformer": "other"}, now=10.0)
+    assert judged.admission.settle(300.0) == [] and not judged.refused
+    assert judged.admission.settle(310.0) == [] and list(judged.refused) == ["stage1-1"]
+
+
+def test_an_answer_of_earlier_runs_is_a_vote():
+    answers = Judged()
+    answers.up(0, "n0")
+    judged = Judged(answers=Kept(answers.answers))
+    assert judged.up(0, "n0", answers={"transformer": "wrong"}) == []
+    assert judged.up(1, "n1") == ["stage1-1"] and list(judged.refused) == ["stage1-0"]
+
+
+def test_all_nodes_may_outvote_earlier_runs():
+    answers = Judged()
+    answers.up(0, "n0")
+    judged = Judged(answers=Kept(answers.answers))
+    judged.up(0, "n0", answers={"transformer": "new"})
+    assert judged.up(1, "n1", answers={"transformer": "new"}) == ["stage1-0", "stage1-1"]
+    assert any("compute otherwise than the runs before" in said for said in judged.run.said)
+    assert list(judged.answers.values()) == ["new"]
+
+
+def test_a_run_of_one_node_says_that_it_computes_otherwise_and_goes_on():
+    answers = Judged()
+    answers.up(0, "n0")
+    judged = Judged(nodes=1, answers=Kept(answers.answers))
+    assert judged.up(0, "n0", answers={"transformer": "new"}) == ["stage1-0"]
+    assert any("no other node can settle which is right" in said for said in judged.run.said)
+
+
+def test_gpus_of_another_model_are_left_out_unless_the_noise_is_drawn_on_a_cpu():
+    judged = Judged()
+    assert judged.up(0, "n0") == ["stage1-0"] and judged.up(1, "n1", device="NVIDIA A100") == []
+    assert judged.refused == {
+        "stage1-1": "its GPU is a NVIDIA A100, and those of this run are NVIDIA H100; --noise-device cpu allows both"
+    }
+    judged = Judged(claims=replace(CLAIMS, one_model=False))
+    assert judged.up(0, "n0") == ["stage1-0"]
+    assert judged.up(1, "n1", device="NVIDIA A100", answers={"transformer": "as an A100 rounds"}) == ["stage1-1"]
+    assert len(judged.answers) == 2, "each model has its own answer"
+
+
+def test_a_run_all_of_whose_nodes_are_refused_ends():
+    judged = Judged(nodes=2)
+    judged.up(0, "n0", files={"checkpoint_path": "c1"})
+    with pytest.raises(StartFailed, match="stage1-1 on node n1 is refused: its file checkpoint_path"):
+        judged.up(1, "n1", files={"checkpoint_path": "c1"})
+
+
+def test_a_replica_that_was_still_starting_on_a_node_that_computes_wrongly_joins_no_more():
+    judged = Judged()
+    judged.up(0, "n0", files={"checkpoint_path": "c1"})
+    assert judged.up(1, "n0") == [] and list(judged.refused) == ["stage1-0"]
+
+
+def test_one_that_is_lost_while_it_waits_is_forgotten():
+    judged = Judged()
+    judged.up(0, "n0")
+    judged.up(1, "n1", answers={"transformer": "other"})
+    judged.run.staff.give_back("stage1-1", "its node drains")
+    assert judged.up(2, "n2") == ["stage1-2"] and not judged.refused

@@ -464,6 +464,8 @@ class _Rendering:
             answers=KnownAnswers(run.store.retrying_for(_CHECK_RETRY_SECONDS)),
             on_versions=self._take_versions,
             elastic=options.parallel.max_replicas is not None,
+            new_nodes=run.cluster.new_nodes,
+            max_gpus=options.parallel.max_gpus,
             problem=budget.problem if budget is not None else lambda request: None,
         )
 

@@ -265,6 +265,13 @@ LAYOUT_OPTIONS = (
         help="replicas of both stages that an autoscaling cluster may be asked for",
     ),
     Option(
+        "--max-gpus",
+        section=_LAYOUT,
+        metavar="N",
+        type=AtLeast(1),
+        help="GPUs that a run may take, those of nodes that join later included [all]",
+    ),
+    Option(
         "--optimize",
         section=_LAYOUT,
         metavar="GOAL",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ltx_ray.config import PoolSpec
 from ltx_ray.driver.admission import Answers, Claims
 from ltx_ray.manifest.rules import RowProblem
+from ltx_ray.placement.output_pools import Node
 from ltx_ray.pools.protocol import ReplicaSet
 from ltx_ray.records import RenderRequest, WorkItem
 
@@ -31,5 +32,8 @@ class JoinedCluster:
     preflight: WorkItem | None = None
     #: Whether the cluster grows and shrinks on request: replicas are given back when no row needs them.
     elastic: bool = False
+    #: What is free on each node that has joined since, and the most GPUs that all pools may take.
+    new_nodes: Callable[[], Sequence[Node]] = tuple
+    max_gpus: int | None = None
     #: Why none of the replicas can render a row; None when one can.
     problem: Callable[[RenderRequest], RowProblem | None] = lambda request: None

@@ -14,6 +14,7 @@ from ltx_ray.config import RunLimits
 from ltx_ray.dataset.run_summary import wait_lines
 from ltx_ray.dataset.writer import Failure
 from ltx_ray.driver.admission import Admission
+from ltx_ray.driver.growth import Growth
 from ltx_ray.driver.joined_cluster import JoinedCluster
 from ltx_ray.driver.outcomes import Outcomes
 from ltx_ray.driver.policy import Policy
@@ -219,8 +220,9 @@ class Driver:
             cluster = self._cluster = self._join_cluster()
             self.pools = [Pool(spec, max_failures=self.limits.max_attempts + 1) for spec in cluster.pools]
             self._follow_memory()
+            growth = Growth(self.pools, cluster.new_nodes, cluster.max_gpus)
             self._staffing = Staffing(
-                self.pools, cluster.replicas, self.policy, self.limits, self.events, self.progress
+                self.pools, cluster.replicas, self.policy, self.limits, self.events, self.progress, growth
             )
             self._opinions = SecondOpinions(self.policy, self._staffing)
             self._admission = Admission(self._staffing, cluster.claims, cluster.answers, cluster.on_versions)
@@ -296,12 +298,9 @@ class Driver:
             node = event.ranks[0].node if event.ranks else ""
             self.policy.add_replica(event.replica, pool.spec.roles, pool.spec.calls_at_once, node)
             self.events.emit(
-                "gang_started",
-                role=pool.spec.name,
-                replica=event.replica,
-                ranks=[rank.event() for rank in event.ranks],
-                seconds=round(event.seconds, 3),
-            )
+                "gang_started", role=pool.spec.name, replica=event.replica,
+                ranks=[rank.event() for rank in event.ranks], seconds=round(event.seconds, 3),
+            )  # fmt: skip
 
     def _replica_lost(self, event: ReplicaLost, traceback: str = "") -> None:
         """A replica has been killed."""

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from ltx_ray.config import RunLimits
 from ltx_ray.driver.events import EventLog
+from ltx_ray.driver.growth import Growth
 from ltx_ray.driver.left_alone import LeftAlone
 from ltx_ray.driver.policy import Policy
 from ltx_ray.driver.pool_sizer import PoolSizer
@@ -41,6 +42,7 @@ class Staffing:
         limits: RunLimits,
         events: EventLog,
         progress: Progress,
+        growth: Growth | None = None,
     ):
         self.pools, self._replicas, self._policy, self._limits = pools, replicas, policy, limits
         self._events, self._progress = events, progress
@@ -48,6 +50,7 @@ class Staffing:
         #: What the stages wait for.
         self.waits = Waits()
         self._sizer = PoolSizer(policy, self.waits)
+        self._growth = growth
         self._by_replica: dict[str, Pool] = {}
         #: Where the replicas that are ready run.
         self._ranks: dict[str, Sequence[RankInfo]] = {}
@@ -75,6 +78,7 @@ class Staffing:
                 if self.pool_of(name).ready:
                     self.give_back(name, "another pool has none")
         if more_rows and not one_each:
+            self._grow(now)
             self._size(now)
         for pool in self.pools:
             if len(pool.replicas) < pool.spec.replicas:
@@ -101,6 +105,13 @@ class Staffing:
     def _all_served(self) -> bool:
         served = self._served()
         return all(served.issuperset(pool.spec.roles) for pool in self.pools)
+
+    def _grow(self, now: float) -> None:
+        """Take nodes that have joined."""
+        grown = self._growth.grow(self._replicas.placing, now) if self._growth is not None else {}
+        for name, size in grown.items():
+            self._progress.say(f"{name} grows to {size} replicas, because nodes have joined the cluster")
+            self._events.emit("pool_grown", role=name, replicas=size)
 
     def _size(self, now: float) -> None:
         """Set the numbers of replicas of the pools that have no fixed one."""

@@ -15,6 +15,7 @@ from ltx_ray.checkpoints.checkpoint import Checkpoint
 from ltx_ray.checkpoints.digests import writable_cache_root
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec, RequestedNumerics
 from ltx_ray.placement.address import find_cluster
+from ltx_ray.placement.joined_nodes import MODEL_PREFIX, JoinedNodes
 from ltx_ray.placement.layouts import Cards, choose_layout
 from ltx_ray.placement.memory import ROOMY_BYTES, Gpu, can_share, holds_rank, known_gpus
 from ltx_ray.placement.numerics import has_fa3, resolve
@@ -31,8 +32,6 @@ _LOCAL_STORE_BYTES = 512 * 2**20
 _STORE_SHARE = 0.5
 #: Seconds between two looks at a busy cluster.
 _WAIT_PERIOD = 5.0
-#: Prefix of the GPU model among the resources of a Ray node.
-_MODEL_PREFIX = "accelerator_type:"
 
 
 @dataclass(frozen=True)
@@ -106,6 +105,8 @@ class Cluster:
         self._checkpoint, self._model, self._engines = checkpoint, model, engines
         self._share_cards, self._wait_for_gpus, self.say = share_cards, wait_for_gpus, say
         self._joined = False
+        #: Those that join while the run is there.
+        self._nodes: JoinedNodes | None = None
         self._private = PrivateCluster()
 
     def join(self) -> Placement:
@@ -122,6 +123,10 @@ class Cluster:
         import ray
 
         return _STORE_SHARE * ray.cluster_resources().get("object_store_memory", float("inf"))
+
+    def new_nodes(self) -> list[Node]:
+        """What is free on nodes that have joined since the pools were laid out; nothing for a run that may not grow."""
+        return self._nodes.free() if self._nodes is not None and self._asked.may_grow else []
 
     def _join_running(self, address: str) -> tuple[_FreeGpus, list[PoolSpec], Numerics]:
         import ray
@@ -145,6 +150,7 @@ class Cluster:
         """The pools on what is free of the cluster now. Raises ValueError when they do not fit."""
         import ray
 
+        self._nodes = JoinedNodes()
         free = Resources.of(ray.available_resources())
         models = _free_gpu_models()
         found = _FreeGpus(free.gpus, models, *_known_extremes(models), *_gpu_nodes())
@@ -213,7 +219,7 @@ class Cluster:
         if self._requested.device == "cpu":
             return 0.0
         if free or (self._requested.device == "auto" and self._checkpoint.size <= _CPU_MODEL_BYTES):
-            return free
+            return min(free, self._parallel.max_gpus or free)
         if not self._parallel.max_replicas:
             raise ValueError("GPUs: at least 1 needed, 0 free; legal: a cluster with GPUs now, or --device cpu")
         return float(self._parallel.max_replicas)  # The autoscaler is going to add them.
@@ -325,4 +331,4 @@ def _gpu_nodes() -> tuple[tuple[Node, ...], bool]:
 
 def _gpu_models(resources: Iterable[str]) -> tuple[str, ...]:
     """The GPU models among the names of a cluster's resources."""
-    return tuple(name.removeprefix(_MODEL_PREFIX) for name in resources if name.startswith(_MODEL_PREFIX))
+    return tuple(name.removeprefix(MODEL_PREFIX) for name in resources if name.startswith(MODEL_PREFIX))

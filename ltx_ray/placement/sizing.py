@@ -57,6 +57,8 @@ class ParallelConfig:
     #: Replicas of the DiT, of both stages together, that a growing cluster may be asked for. None: as many as fit on
     #: the GPUs that are free.
     max_replicas: int | None = None
+    #: GPUs that a run without `max_replicas` may take in all, those of nodes that join later included. None: any.
+    max_gpus: int | None = None
     #: What a layout is chosen for where none is named (layouts.py): "throughput", or "latency" for one clip soonest.
     optimize: str = "throughput"
 
@@ -99,6 +101,11 @@ class ParallelConfig:
         return self.stage1 is None and self.stage2 is None and self.with_stage2 and self.interchangeable
 
     @property
+    def may_grow(self) -> bool:
+        """Whether a run may take GPUs that join its cluster later: nobody has said how many replicas there are."""
+        return self.max_replicas is None and self.stage1 is None and not self.stage2
+
+    @property
     def flags(self) -> str:
         """The options that ask for this layout."""
         numbers = {
@@ -124,6 +131,8 @@ class ParallelConfig:
             raise ValueError("--optimize: 'latency' with ranks or replicas of your own, legal: one of the two")
         if self.max_replicas is not None and (self.stage1 or self.stage2):
             raise ValueError("--max-replicas and a number of --stage1-replicas or --stage2-replicas exclude each other")
+        if self.max_gpus is not None and self._names_replicas:
+            raise ValueError(f"--max-gpus: {self.max_gpus} with a number of replicas of the DiT, legal: one of the two")
         if self.max_replicas is not None and not self.interchangeable:
             raise ValueError(
                 f"--max-replicas: {self.max_replicas}, but a gang of stage 1 has {self.ranks[0]} ranks at --tp "

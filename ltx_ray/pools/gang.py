@@ -359,4 +359,3 @@ class Gang:
         self._actors = []
         if release and self._group is not None:
             remove_placement_group(self._group)
-            self._group = None

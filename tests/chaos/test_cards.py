@@ -54,3 +54,26 @@ def test_a_decoder_takes_two_clips_at_once(job):
     # Two cards or more, from the first replica to the last clip.
     assert json.loads((job.out.folder / "state/gpu_time.json").read_text())["gpu_seconds"] > spans[-1][1] - spans[0][0]
     assert job.check([f"r{n}" for n in range(6)], undisturbed(job.out.index(), job.folder / "alone")) == []
+
+
+def test_a_run_takes_a_node_that_joins_up_to_its_number_of_gpus(tmp_path):
+    cluster = LocalCluster(workers=1, slots=8, gpus=2)
+    job = Job(cluster, tmp_path)
+    try:
+        driver = job.start(rows(*["[[stage1:gate]]"] * 8), parallel=ParallelConfig(max_gpus=3))
+        job.until(lambda: job.out.gangs("diffusion") or job.out.gangs("stage1"), "stage 1")
+        added = cluster.add_node()
+        grown = job.until(lambda: job.out.events("pool_grown"), "growth")
+        assert len(grown) == 1
+        job.until(
+            lambda: any(rank["node"] == added for gang in job.out.events("gang_started") for rank in gang["ranks"]),
+            "gang on the new node",
+        )
+        job.open_gate()
+        assert "grows to 2 replicas, because nodes have joined the cluster" in driver.ends(0)
+        on_cards = [gang for gang in job.out.events("gang_started") if gang["role"] not in ("text", "decode")]
+        assert len(on_cards) == 2, "with the card of text and decode these are three"
+        assert job.check([f"r{n}" for n in range(8)], undisturbed(job.out.index(), tmp_path / "alone")) == []
+    finally:
+        job.close()
+        cluster.close()

@@ -20,7 +20,7 @@ from ltx_ray.driver.waits import Waits
 from ltx_ray.pools.exclusion import node_name
 from ltx_ray.pools.pool import Pool, StartFailed
 from ltx_ray.pools.protocol import RankInfo, ReplicaLost, ReplicaSet, ReplicaStarted
-from ltx_ray.stages import Stage
+from ltx_ray.stages import DIFFUSION_STAGES, Stage
 
 #: Seconds for which the DiT's replicas may wait for places before those of other pools no longer wait for them.
 _HEAD_START = 60.0
@@ -77,8 +77,9 @@ class Staffing:
             for name in self._replicas.placing():
                 if self.pool_of(name).ready:
                     self.give_back(name, "another pool has none")
-        if more_rows and not one_each:
+        if not one_each and (more_rows or any(self._policy.queued(stage) for stage in DIFFUSION_STAGES)):
             self._grow(now)
+        if more_rows and not one_each:
             self._size(now)
         for pool in self.pools:
             if len(pool.replicas) < pool.spec.replicas:

@@ -15,6 +15,7 @@ from ltx_ray.checkpoints.checkpoint import Checkpoint
 from ltx_ray.checkpoints.digests import writable_cache_root
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec, RequestedNumerics
 from ltx_ray.placement.address import find_cluster
+from ltx_ray.placement.gpu_models import GpuNode, choose_nodes, model_of
 from ltx_ray.placement.layouts import Cards, choose_layout
 from ltx_ray.placement.memory import ROOMY_BYTES, Gpu, can_share, holds_rank, known_gpus
 from ltx_ray.placement.numerics import has_fa3, resolve
@@ -31,8 +32,6 @@ _LOCAL_STORE_BYTES = 512 * 2**20
 _STORE_SHARE = 0.5
 #: Seconds between two looks at a busy cluster.
 _WAIT_PERIOD = 5.0
-#: Prefix of the GPU model among the resources of a Ray node.
-_MODEL_PREFIX = "accelerator_type:"
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,8 @@ class Placement:
     largest_gpu: Gpu | None
     #: The layout, which may have been chosen for the GPUs.
     parallel: ParallelConfig
+    #: Ids of the nodes that the run leaves alone, because their GPUs are of another model.
+    left_alone: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,9 @@ class _FreeGpus:
     #: The nodes that have them, and whether no other job has a GPU of any node.
     nodes: tuple[Node, ...] = ()
     alone: bool = True
+    #: Ids of the nodes that are left alone, and what is said of them.
+    left_alone: frozenset[str] = frozenset()
+    told: str | None = None
 
     @property
     def on_a_node(self) -> float:
@@ -91,6 +95,7 @@ class Cluster:
         engines: Callable[[Numerics], Mapping[str, EngineSpec]],
         share_cards: str,
         wait_for_gpus: float = 0.0,
+        gpu_model: str | None = None,
         say: Callable[[str], None] = lambda message: None,
     ):
         """`address` of a running cluster, as `address.find_cluster` gives it; None for a private one.
@@ -98,13 +103,15 @@ class Cluster:
         `engines` gives the engines by kind (text, diffusion, decode) for the resolved numerics. `share_cards`: whether
         text and decode may run on the DiT's GPUs: "on" for GPUs with enough memory, "off", or "auto" for "on" in a
         cluster whose GPUs are all free. A gang that fills the cluster shares in any case. `wait_for_gpus`: seconds to
-        wait for a cluster on which the pools do not fit yet; `say` is told once that this is so.
+        wait for a cluster on which the pools do not fit yet; `say` is told once that this is so. `gpu_model`: of the
+        GPUs to use, as Ray names it.
         """
         self._address = address
         self._asked = self._parallel = parallel
         self._requested = requested
         self._checkpoint, self._model, self._engines = checkpoint, model, engines
         self._share_cards, self._wait_for_gpus, self.say = share_cards, wait_for_gpus, say
+        self._gpu_model = gpu_model
         self._joined = False
         self._private = PrivateCluster()
 
@@ -115,7 +122,9 @@ class Cluster:
         os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
         found, pools, numerics = self._join_running(self._address) if self._address else self._start_private()
         largest = found.largest if numerics.device == "cuda" else None
-        return Placement(pools, numerics, largest, self._parallel)
+        if found.told is not None:
+            self.say(found.told)
+        return Placement(pools, numerics, largest, self._parallel, found.left_alone)
 
     def store_bytes(self) -> float:
         """Bytes of the object store, as large as it is now, that the results of the run's items may take together."""
@@ -145,9 +154,17 @@ class Cluster:
         """The pools on what is free of the cluster now. Raises ValueError when they do not fit."""
         import ray
 
-        free = Resources.of(ray.available_resources())
-        models = _free_gpu_models()
-        found = _FreeGpus(free.gpus, models, *_known_extremes(models), *_gpu_nodes())
+        everything = Resources.of(ray.available_resources())
+        choice = choose_nodes(_gpu_nodes(), self._gpu_model, self._requested.noise_device != "cpu")
+        free = Resources(
+            everything.cpus - sum(node.cpus for node in choice.others),
+            everything.gpus - sum(node.gpus for node in choice.others),
+        )
+        models = _models(choice.nodes)
+        nodes = tuple(Node(node.cpus, node.gpus) for node in choice.nodes if node.gpus)
+        alone = sum(node.gpus for node in choice.nodes) >= _whole_gpus(choice.nodes)
+        left_alone = frozenset(node.id for node in choice.others)
+        found = _FreeGpus(free.gpus, models, *_known_extremes(models), nodes, alone, left_alone, choice.told())
         # The pools are sized for what is free, so that the run fits beside others.
         pools, numerics = self._lay_out(found)
         if not self._parallel.max_replicas:
@@ -157,6 +174,7 @@ class Cluster:
     def _start_private(self) -> tuple[_FreeGpus, list[PoolSpec], Numerics]:
         self._private.prepare()
         found = _local_gpus()
+        choose_nodes([GpuNode("", "", model, 1.0, 1.0) for model in found.models], self._gpu_model, one_model=True)
         pools, numerics = self._lay_out(found)
         # A private cluster has as many logical CPUs as its pools ask for.
         slots = Resources(max(slots_needed(pools).cpus, os.cpu_count() or 1), found.count)
@@ -303,26 +321,34 @@ def _known_extremes(models: Collection[str]) -> tuple[Gpu | None, Gpu | None]:
     return (known[-1], known[0]) if known else (None, None)
 
 
-def _free_gpu_models() -> tuple[str, ...]:
+def _gpu_nodes() -> list[GpuNode]:
+    """The nodes that have GPUs, with what is free of them."""
+    import ray
+    from ray._private.state import available_resources_per_node
+
+    free = available_resources_per_node()
+    return [
+        GpuNode(
+            node["NodeID"],
+            node["NodeManagerAddress"],
+            model_of(node["Resources"]),
+            free.get(node["NodeID"], {}).get("GPU", 0.0),
+            free.get(node["NodeID"], {}).get("CPU", 0.0),
+        )
+        for node in ray.nodes()
+        if node["Alive"] and node["Resources"].get("GPU")
+    ]
+
+
+def _whole_gpus(nodes: Iterable[GpuNode]) -> float:
+    """GPUs of these nodes, free or not."""
+    import ray
+
+    ids = {node.id for node in nodes}
+    return sum(node["Resources"].get("GPU", 0.0) for node in ray.nodes() if node["NodeID"] in ids)
+
+
+def _models(nodes: Sequence[GpuNode]) -> tuple[str, ...]:
     """GPU models of the nodes on which some of a GPU is free; of all nodes when there are none."""
-    import ray
-    from ray._private.state import available_resources_per_node
-
-    free = [node for node in available_resources_per_node().values() if node.get("GPU", 0.0) > 0]
-    return _gpu_models({name for node in free for name in node}) or _gpu_models(ray.cluster_resources())
-
-
-def _gpu_nodes() -> tuple[tuple[Node, ...], bool]:
-    """What is free on the nodes that have a free GPU, and whether all GPUs of the cluster are free."""
-    import ray
-    from ray._private.state import available_resources_per_node
-
-    free = {name: Resources.of(node) for name, node in available_resources_per_node().items()}
-    whole = sum(node["Resources"].get("GPU", 0.0) for node in ray.nodes() if node["Alive"])
-    nodes = tuple(Node(node.cpus, node.gpus) for node in free.values() if node.gpus)
-    return nodes, sum(node.gpus for node in nodes) >= whole
-
-
-def _gpu_models(resources: Iterable[str]) -> tuple[str, ...]:
-    """The GPU models among the names of a cluster's resources."""
-    return tuple(name.removeprefix(_MODEL_PREFIX) for name in resources if name.startswith(_MODEL_PREFIX))
+    free = {node.model for node in nodes if node.gpus > 0 and node.model}
+    return tuple(sorted(free or {node.model for node in nodes if node.model}))

@@ -108,3 +108,20 @@ def test_a_card_whose_calls_keep_breaking_is_left_alone(job, nodes):
     parked = job.out.events("card_parked")
     assert parked and {event["where"].rpartition(", ")[2] for event in parked} == {"GPU 1"}
     assert "failed there again" in log
+
+
+def test_of_two_models_that_ray_knows_the_one_with_the_most_cards_serves_and_the_other_gets_nothing(tmp_path):
+    cluster = LocalCluster(workers=0, slots=8, gpus=2)
+    try:
+        mine = {cluster.add_node("H100"), cluster.add_node("H100")}
+        cluster.add_node("A100")
+        job = Job(cluster, tmp_path)
+        manifest = rows(*["[[stage1:slow:0.5]]"] * ROWS)
+        log = job.start(manifest, parallel=ParallelConfig()).ends(0)
+        assert "the GPUs of this run are H100; left alone: " in log and "(A100)" in log
+        used = {rank["node"] for event in job.out.events("gang_started") for rank in event["ranks"]}
+        assert used == mine
+        assert job.check([f"r{n}" for n in range(ROWS)], undisturbed(job.out.index(), job.folder / "alone")) == []
+        job.close()
+    finally:
+        cluster.close()

@@ -64,9 +64,7 @@ def test_replicas_that_agree_join_and_the_rows_get_their_versions():
 def test_a_replica_with_another_file_is_refused_and_its_node_excluded():
     judged = Judged()
     assert judged.up(0, "n0", files={"checkpoint_path": "c1"}) == []
-    assert judged.refused == {
-        "stage1-0": "its file checkpoint_path has the digest c1, and that of the rows is c0"
-    }
+    assert judged.refused == {"stage1-0": "its file checkpoint_path has the digest c1, and that of the rows is c0"}
     assert judged.run.replicas.avoided == {"n0"} and judged.run.replicas.killed == ["stage1-0"]
     assert judged.up(1, "n1") == ["stage1-1"]
 

@@ -67,7 +67,9 @@ def test_a_node_whose_bad_rows_succeed_elsewhere_is_excluded_and_no_row_fails(tm
 
 
 def test_a_row_that_is_not_finite_anywhere_is_blamed_after_the_second_node(tmp_path):
-    driver, store = run(tmp_path, [*rows(3), {"id": "bad", "prompt": "nan"}], type("Good", (Nodes,), {"bad": ()}), the_pools=pools(2))
+    driver, store = run(
+        tmp_path, [*rows(3), {"id": "bad", "prompt": "nan"}], type("Good", (Nodes,), {"bad": ()}), the_pools=pools(2)
+    )
     driver.run(driver.tracker.plan.open())
     assert driver.counts["rendered"] == 3 and driver.counts["failed"] == 1
     calls = stage1_calls(driver._replicas, "bad")
@@ -132,5 +134,3 @@ def test_a_drain_saves_what_waits_for_another_node_before_stage_2(stage, saved):
     assert policy.try_elsewhere(calls["i0"].item)
     policy.draining = True
     assert policy.next_dispatch() is None and policy.save_waiting("stage2") == saved
-
-

@@ -11,6 +11,7 @@ from ltx_ray.pools.pool import Pool, StartFailed
 from ltx_ray.pools.protocol import ReplicaLost
 from tests.support.fake_cluster import SPEC, StaffedRun
 
+
 def test_one_of_each_comes_first_and_then_all_at_once():
     run = StaffedRun()
     assert run.turn(one_each=True) == ["text-0", "stage1-0", "decode-0"]

@@ -18,7 +18,8 @@ from ltx_ray.placement.address import find_cluster
 from ltx_ray.placement.gpu_models import GpuNode, choose_nodes, model_of
 from ltx_ray.placement.layouts import Cards, choose_layout
 from ltx_ray.placement.memory import ROOMY_BYTES, Gpu, can_share, holds_rank, known_gpus
-from ltx_ray.placement.numerics import has_fa3, resolve
+from ltx_ray.placement.node_probe import nodes_have_fa3
+from ltx_ray.placement.numerics import all_hopper, has_fa3, resolve
 from ltx_ray.placement.output_pools import Node
 from ltx_ray.placement.private_cluster import PrivateCluster, temporary_folder
 from ltx_ray.placement.sizing import ParallelConfig, Resources, check_schedulable, lay_out, slots_needed
@@ -63,6 +64,8 @@ class _FreeGpus:
     #: Ids of the nodes that are left alone, and what is said of them.
     left_alone: frozenset[str] = frozenset()
     told: str | None = None
+    #: Whether they have FlashAttention-3.
+    fa3: bool = False
 
     @property
     def on_a_node(self) -> float:
@@ -112,6 +115,8 @@ class Cluster:
         self._checkpoint, self._model, self._engines = checkpoint, model, engines
         self._share_cards, self._wait_for_gpus, self.say = share_cards, wait_for_gpus, say
         self._gpu_model = gpu_model
+        #: What the nodes have said, once they have been asked.
+        self._fa3: bool | None = None
         self._joined = False
         self._private = PrivateCluster()
 
@@ -164,12 +169,20 @@ class Cluster:
         nodes = tuple(Node(node.cpus, node.gpus) for node in choice.nodes if node.gpus)
         alone = sum(node.gpus for node in choice.nodes) >= _whole_gpus(choice.nodes)
         left_alone = frozenset(node.id for node in choice.others)
-        found = _FreeGpus(free.gpus, models, *_known_extremes(models), nodes, alone, left_alone, choice.told())
+        if self._fa3 is None and self._asks_for_fa3(models):
+            self._fa3 = nodes_have_fa3([node.id for node in choice.nodes])
+        found = _FreeGpus(
+            free.gpus, models, *_known_extremes(models), nodes, alone, left_alone, choice.told(), bool(self._fa3)
+        )
         # The pools are sized for what is free, so that the run fits beside others.
         pools, numerics = self._lay_out(found)
         if not self._parallel.max_replicas:
             check_schedulable(pools, free)
         return found, pools, numerics
+
+    def _asks_for_fa3(self, models: Sequence[str]) -> bool:
+        """Whether the numerics depend on what the nodes have installed."""
+        return self._requested.attention == "auto" and self._requested.device != "cpu" and all_hopper(models)
 
     def _start_private(self) -> tuple[_FreeGpus, list[PoolSpec], Numerics]:
         self._private.prepare()
@@ -205,7 +218,7 @@ class Cluster:
         transformer = self._checkpoint.transformer
         if gpus:
             self._parallel = self._layout(found, device)
-        numerics = resolve(self._requested, self._parallel, device, found.models, has_fa3(), transformer)
+        numerics = resolve(self._requested, self._parallel, device, found.models, found.fa3, transformer)
         # Ray shows what is left of a shared GPU as free, so a cluster with other jobs shares GPUs on request only.
         allowed = self._share_cards == "on" or (self._share_cards == "auto" and found.alone)
         share_cards = allowed and found.smallest is not None and self._can_share(numerics, found.smallest)
@@ -219,7 +232,7 @@ class Cluster:
         def fits(tp: int) -> bool:
             # Ranks that share the tokens need no less than one alone.
             numerics = resolve(
-                self._requested, replace(self._asked, tp=tp), device, found.models, has_fa3(), transformer
+                self._requested, replace(self._asked, tp=tp), device, found.models, found.fa3, transformer
             )
             return smallest is None or holds_rank(self._checkpoint, self._model.local(), numerics, smallest, tp)
 
@@ -272,7 +285,7 @@ def _local_gpus() -> _FreeGpus:
     models = _local_gpu_models()
     # The CPUs of a private cluster are logical, so that a machine has those that the smallest pools need.
     nodes = (Node(float(max(os.cpu_count() or 1, count + 2)), float(count)),)
-    return _FreeGpus(float(count), models, *_local_extremes(models), nodes)
+    return _FreeGpus(float(count), models, *_local_extremes(models), nodes, fa3=has_fa3())
 
 
 def _local_gpu_count() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -110,7 +111,11 @@ def test_a_card_whose_calls_keep_breaking_is_left_alone(job, nodes):
     assert "failed there again" in log
 
 
-def test_of_two_models_that_ray_knows_the_one_with_the_most_cards_serves_and_the_other_gets_nothing(tmp_path):
+def test_of_two_models_the_one_with_the_most_cards_serves_with_what_its_nodes_have_installed(tmp_path, monkeypatch):
+    """Only the nodes have FlashAttention-3, and not the driver."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "fa3_fwd_interface.py").touch()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
     cluster = LocalCluster(workers=0, slots=8, gpus=2)
     try:
         mine = {cluster.add_node("H100"), cluster.add_node("H100")}
@@ -121,6 +126,7 @@ def test_of_two_models_that_ray_knows_the_one_with_the_most_cards_serves_and_the
         assert "the GPUs of this run are H100; left alone: " in log and "(A100)" in log
         used = {rank["node"] for event in job.out.events("gang_started") for rank in event["ranks"]}
         assert used == mine
+        assert {json.loads(row["numerics"])["attention"] for row in job.out.index().values()} == {"fa3"}
         assert job.check([f"r{n}" for n in range(ROWS)], undisturbed(job.out.index(), job.folder / "alone")) == []
         job.close()
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -115,11 +116,12 @@ def test_of_two_models_the_one_with_the_most_cards_serves_with_what_its_nodes_ha
     """Only the nodes have FlashAttention-3, and not the driver."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "fa3_fwd_interface.py").touch()
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
-    cluster = LocalCluster(workers=0, slots=8, gpus=2)
-    try:
+    with monkeypatch.context() as of_nodes:
+        of_nodes.setenv("PYTHONPATH", str(tmp_path / "site"), prepend=os.pathsep)
+        cluster = LocalCluster(workers=0, slots=8, gpus=2)
         mine = {cluster.add_node("H100"), cluster.add_node("H100")}
         cluster.add_node("A100")
+    try:
         job = Job(cluster, tmp_path)
         manifest = rows(*["[[stage1:slow:0.5]]"] * ROWS)
         log = job.start(manifest, parallel=ParallelConfig()).ends(0)

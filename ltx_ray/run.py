@@ -107,6 +107,7 @@ class Options:
     #: Whether text and decode run on the DiT's GPUs: "on", "off", or "auto" for "on" where all GPUs are free.
     share_cards: str = "auto"
     wait_for_gpus: float = 0.0  # seconds, for those of a running cluster that is busy
+    gpu_model: str | None = None  # Ray's name of the GPUs to use
     #: Address of a running Ray cluster; None for that of RAY_ADDRESS, or else a private one.
     ray_address: str | None = None
     #: Defaults of row fields, by column.
@@ -256,6 +257,7 @@ class Run:
             engines=self._engines,
             share_cards=options.share_cards,
             wait_for_gpus=options.wait_for_gpus,
+            gpu_model=options.gpu_model,
             say=self.progress.say,
         )
 
@@ -455,7 +457,7 @@ class _Rendering:
         self._events.emit("cluster_joined", pools=replicas, tp=placement.numerics.tp, device=placement.numerics.device)
         preflight = options.preflight and max(replicas.values()) > 1
         return JoinedCluster(
-            RayReplicaSet(options.limits.start_timeout),
+            RayReplicaSet(options.limits.start_timeout, placement.left_alone),
             placement.pools,
             numerics_json(placement.numerics),
             run.cluster.store_bytes,

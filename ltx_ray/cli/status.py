@@ -16,7 +16,7 @@ from ltx_ray.checkpoints.transformer_keys import AUDIO_CONNECTOR_PREFIX, TRANSFO
 from ltx_ray.dataset import layout
 from ltx_ray.dataset.clip_rate import UNFINISHED, rate_text
 from ltx_ray.dataset.existing import ExistingRows, list_existing
-from ltx_ray.dataset.run_summary import LastCall, parked_lines, read_run, wait_lines
+from ltx_ray.dataset.run_summary import LastCall, read_run, wait_lines
 from ltx_ray.driver.progress import duration
 from ltx_ray.storage.lease import holder
 from ltx_ray.storage.store import Store
@@ -57,7 +57,7 @@ def status_lines(output: str) -> list[str]:
         _counts(list_existing(store)),
         *_replica_lines(known.replicas),
         *wait_lines(known.waits),
-        *parked_lines(known.parked),
+        *known.left_alone,
         *([rate_text(rate) + (" when it was interrupted" if interrupted else "")] if rate else ()),
     ]
 

@@ -33,7 +33,7 @@ from ltx_ray.dataset.report_links import MAX_SIGNED, SignedLinks, sign_links
 from ltx_ray.dataset.report_list import IMAGES, MAX_LISTED, list_data, list_script, listed_items
 from ltx_ray.dataset.report_text import STAGE_NAMES, count, epoch_seconds, esc, finite, human, when, words
 from ltx_ray.dataset.report_throughput import draw_throughput
-from ltx_ray.dataset.run_summary import parked_lines, wait_lines
+from ltx_ray.dataset.run_summary import wait_lines
 from ltx_ray.dataset.thumbnails import Strip
 from ltx_ray.dataset.timeline_chart import draw_timeline
 from ltx_ray.storage.store import Store
@@ -175,7 +175,7 @@ def _tiles(data: ReportData) -> list[tuple[str, str, str, str]]:
 
 def _problems(data: ReportData, strips: list[Strip]) -> list[str]:
     """What is missing or damaged, in words."""
-    problems = data.problems[:20] + parked_lines(data.run.parked)
+    problems = data.problems[:20] + data.run.left_alone
     pairs = zip(data.clips, strips, strict=False)
     bad = [str(row.get("id")) for row, strip in pairs if row.get("clip") and strip.problem]
     if bad:

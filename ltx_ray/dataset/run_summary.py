@@ -48,6 +48,8 @@ class RunSummary:
     waits: dict[str, dict[str, FiniteFloat]] = field(default_factory=dict)
     #: Cards that are left alone, because no replica starts there.
     parked: tuple[str, ...] = ()
+    #: Nodes that are excluded, and why.
+    excluded: dict[str, str] = field(default_factory=dict)
 
 
 _SUMMARY = TypeAdapter(RunSummary)
@@ -64,6 +66,8 @@ class SummaryBuilder:
         self._waits: dict[str, dict[str, float]] = {}
         #: By the replica that could not start, where that was.
         self._parked: dict[str, str] = {}
+        #: By the node's id, its address and why it is excluded.
+        self._excluded: dict[str, tuple[str, str]] = {}
         self._timeline = TimelineBuilder()
 
     def add(self, event: Mapping[str, Any]) -> None:
@@ -86,6 +90,10 @@ class SummaryBuilder:
             self._parked[str(event.get("replica"))] = str(event.get("where"))
         elif kind == "card_retried":
             self._parked.pop(str(event.get("replica")), None)
+        elif kind == "node_excluded":
+            self._excluded[str(event.get("node"))] = str(event.get("where")), str(event.get("reason"))
+        elif kind == "node_retried":
+            self._excluded.pop(str(event.get("node")), None)
 
     @property
     def last(self) -> float | None:
@@ -97,7 +105,10 @@ class SummaryBuilder:
             replica: LastCall(str(call.get("stage")), str(call.get("id")), float(call["seconds"]), float(call["t"]))
             for replica, call in self._calls.items()
         }
-        return RunSummary(at, clips_per_hour, dict(self._events), calls, self._waits, tuple(self._parked.values()))
+        return RunSummary(
+            at, clips_per_hour, dict(self._events), calls, self._waits, tuple(self._parked.values()),
+            dict(self._excluded.values()),
+        )  # fmt: skip
 
     def timeline(self) -> Timeline | None:
         """None when no event was about a replica."""
@@ -119,6 +130,12 @@ class RecordedRun:
     #: As in RunSummary.
     waits: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     parked: Sequence[str] = ()
+    excluded: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def left_alone(self) -> list[str]:
+        """The nodes and the cards that the run leaves alone."""
+        return excluded_lines(self.excluded) + parked_lines(self.parked)
 
 
 def read_run(
@@ -135,7 +152,9 @@ def read_run(
         return _from_events(store, record, now, note)
     rate = summary.clips_per_hour if record.get("state") in UNFINISHED else recorded_rate(record, (), None)
     timeline = _read_timeline(store, str(record.get("run_id")), note)
-    return RecordedRun(record, rate, summary.at, summary.replicas, timeline, summary.waits, summary.parked)
+    return RecordedRun(
+        record, rate, summary.at, summary.replicas, timeline, summary.waits, summary.parked, summary.excluded
+    )
 
 
 def wait_lines(waits: Mapping[str, Mapping[str, float]], least: float = 0.1) -> list[str]:
@@ -150,9 +169,14 @@ def wait_lines(waits: Mapping[str, Mapping[str, float]], least: float = 0.1) -> 
     return [f"{stage} waits for {cause} {share:.0%} of the time" for share, stage, cause in shares]
 
 
+def excluded_lines(excluded: Mapping[str, str]) -> list[str]:
+    """The nodes on which a run places nothing, and why."""
+    return [f"{where}: excluded, because {reason}" for where, reason in excluded.items()]
+
+
 def parked_lines(parked: Sequence[str]) -> list[str]:
     """The cards that a run leaves alone."""
-    return [f"{where}: left alone, because replicas did not start there" for where in parked]
+    return [f"{where}: left alone, because replicas failed there" for where in parked]
 
 
 def _shares(value: Any) -> dict[str, dict[str, float]]:
@@ -200,7 +224,10 @@ def _from_events(store: Store, record: dict[str, Any], now: float | None, note: 
     if bad:
         note(f"{layout.EVENTS}: {bad:,} malformed line{'s' * (bad > 1)} skipped")
     summary = builder.summary(0.0, rate)
-    return RecordedRun(record, rate, builder.last, summary.replicas, builder.timeline(), summary.waits, summary.parked)
+    return RecordedRun(
+        record, rate, builder.last, summary.replicas, builder.timeline(), summary.waits, summary.parked,
+        summary.excluded,
+    )  # fmt: skip
 
 
 def _lines(store: Store, note: Callable[[str], None]) -> Iterator[bytes]:

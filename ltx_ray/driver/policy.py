@@ -22,16 +22,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ltx_ray.config import RunLimits
-from ltx_ray.driver.policy_state import (
-    Dispatch,
-    Item,
-    Replica,
-    RetryDecision,
-    RunningMean,
-    choose,
-    guesses,
-    spare_replicas,
-)
+from ltx_ray.driver.policy_state import Dispatch, Item, Replica, RetryDecision, RunningMean, spare_replicas
 from ltx_ray.driver.queue import FairQueue
 from ltx_ray.stages import DIFFUSION_STAGES, FULL_PATH, TRAITS, Stage, needed_results
 
@@ -74,8 +65,8 @@ class Policy:
     _merged: Counter[tuple[Stage, Hashable]] = field(default_factory=Counter)
     _result_bytes: float = 0.0
     _admitted: int = 0
-    _seconds: dict[Stage, RunningMean] = field(default_factory=lambda: guesses("seconds"))
-    _bytes: dict[Stage, RunningMean] = field(default_factory=lambda: guesses("result_bytes"))
+    _seconds: dict[Stage, RunningMean] = field(default_factory=lambda: RunningMean.guesses("seconds"))
+    _bytes: dict[Stage, RunningMean] = field(default_factory=lambda: RunningMean.guesses("result_bytes"))
     _switch: RunningMean = field(default_factory=lambda: RunningMean(_SWITCH_SECONDS))
 
     # --- what happened ---------------------------------------------------------------------------
@@ -428,7 +419,7 @@ class Policy:
         self._count_server(replica, 1)
 
     def _assign(self, name: str, stage: Stage, queues: list[FairQueue], moved: bool = False) -> Dispatch:
-        chosen = choose(self._replicas[name], stage, queues, self._merged, self.max_passed_over)
+        chosen = self._replicas[name].choose(stage, queues, self._merged, self.max_passed_over)
         return self._run(name, stage, *chosen, moved)
 
     def _run(self, name: str, stage: Stage, queue: FairQueue, weights: Hashable, moved: bool = False) -> Dispatch:

@@ -92,6 +92,32 @@ class Replica:
         """The stages that it serves now."""
         return tuple(role for role in self.roles if role == self.assigned or role not in DIFFUSION_STAGES)
 
+    def choose(
+        self,
+        stage: Stage,
+        queues: Sequence[FairQueue],
+        merged: Counter[tuple[Stage, Hashable]],
+        max_passed_over: int,
+    ) -> tuple[FairQueue, Hashable]:
+        """The queue and the weights of the item that it should take. `merged`: how many replicas have which weights.
+
+        No item is passed over more than `max_passed_over` times.
+        """
+        same_stage = self.merged_stage == stage
+
+        def preference(weights: Hashable) -> int:
+            if same_stage and weights == self.merged_weights:
+                return 0
+            # Items whose weights another replica has merged are better left to that one.
+            return 2 if merged[stage, weights] else 1
+
+        queue = min(queues, key=FairQueue.oldest)
+        _, weights, passed_over = queue.oldest()
+        if passed_over < max_passed_over:
+            queue = min(queues, key=lambda queue: queue.best(preference)[:2])
+            weights = queue.best(preference).group
+        return queue, weights
+
 
 def spare_replicas(replicas: Mapping[str, Replica], items: Iterable[Item]) -> list[str]:
     """Idle replicas for which `items` have no work. Each role keeps one replica."""
@@ -109,33 +135,6 @@ def spare_replicas(replicas: Mapping[str, Replica], items: Iterable[Item]) -> li
     return spare
 
 
-def choose(
-    replica: Replica,
-    stage: Stage,
-    queues: Sequence[FairQueue],
-    merged: Counter[tuple[Stage, Hashable]],
-    max_passed_over: int,
-) -> tuple[FairQueue, Hashable]:
-    """The queue and the weights of the item that an idle replica should take. `merged`: how many replicas have which.
-
-    No item is passed over more than `max_passed_over` times.
-    """
-    same_stage = replica.merged_stage == stage
-
-    def preference(weights: Hashable) -> int:
-        if same_stage and weights == replica.merged_weights:
-            return 0
-        # Items whose weights another replica has merged are better left to that one.
-        return 2 if merged[stage, weights] else 1
-
-    queue = min(queues, key=FairQueue.oldest)
-    _, weights, passed_over = queue.oldest()
-    if passed_over < max_passed_over:
-        queue = min(queues, key=lambda queue: queue.best(preference)[:2])
-        weights = queue.best(preference).group
-    return queue, weights
-
-
 @dataclass
 class RunningMean:
     """A running mean that starts from a guess and drops it at the first measurement."""
@@ -147,7 +146,7 @@ class RunningMean:
         self.value = value if not self.measured else (1 - _NEWEST) * self.value + _NEWEST * value
         self.measured = True
 
-
-def guesses(trait: str) -> dict[Stage, RunningMean]:
-    """By stage, the mean of a trait that is guessed from the released model."""
-    return {stage: RunningMean(getattr(traits, trait)) for stage, traits in TRAITS.items()}
+    @classmethod
+    def guesses(cls, trait: str) -> dict[Stage, RunningMean]:
+        """By stage, the mean of a trait that is guessed from the released model."""
+        return {stage: cls(getattr(traits, trait)) for stage, traits in TRAITS.items()}

@@ -15,10 +15,12 @@ from ltx_ray.checkpoints.checkpoint import Checkpoint
 from ltx_ray.checkpoints.digests import writable_cache_root
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec, RequestedNumerics
 from ltx_ray.placement.address import find_cluster
-from ltx_ray.placement.joined_nodes import MODEL_PREFIX, JoinedNodes
+from ltx_ray.placement.gpu_models import GpuNode, choose_nodes, model_of
+from ltx_ray.placement.joined_nodes import JoinedNodes
 from ltx_ray.placement.layouts import Cards, choose_layout
 from ltx_ray.placement.memory import ROOMY_BYTES, Gpu, can_share, holds_rank, known_gpus
-from ltx_ray.placement.numerics import has_fa3, resolve
+from ltx_ray.placement.node_probe import nodes_have_fa3
+from ltx_ray.placement.numerics import all_hopper, has_fa3, resolve
 from ltx_ray.placement.output_pools import Node
 from ltx_ray.placement.private_cluster import PrivateCluster, temporary_folder
 from ltx_ray.placement.sizing import ParallelConfig, Resources, check_schedulable, lay_out, slots_needed
@@ -44,6 +46,8 @@ class Placement:
     largest_gpu: Gpu | None
     #: The layout, which may have been chosen for the GPUs.
     parallel: ParallelConfig
+    #: Ids of the nodes that the run leaves alone, because their GPUs are of another model.
+    left_alone: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,11 @@ class _FreeGpus:
     #: The nodes that have them, and whether no other job has a GPU of any node.
     nodes: tuple[Node, ...] = ()
     alone: bool = True
+    #: Ids of the nodes that are left alone, and what is said of them.
+    left_alone: frozenset[str] = frozenset()
+    told: str | None = None
+    #: Whether they have FlashAttention-3.
+    fa3: bool = False
 
     @property
     def on_a_node(self) -> float:
@@ -90,6 +99,7 @@ class Cluster:
         engines: Callable[[Numerics], Mapping[str, EngineSpec]],
         share_cards: str,
         wait_for_gpus: float = 0.0,
+        gpu_model: str | None = None,
         say: Callable[[str], None] = lambda message: None,
     ):
         """`address` of a running cluster, as `address.find_cluster` gives it; None for a private one.
@@ -97,13 +107,17 @@ class Cluster:
         `engines` gives the engines by kind (text, diffusion, decode) for the resolved numerics. `share_cards`: whether
         text and decode may run on the DiT's GPUs: "on" for GPUs with enough memory, "off", or "auto" for "on" in a
         cluster whose GPUs are all free. A gang that fills the cluster shares in any case. `wait_for_gpus`: seconds to
-        wait for a cluster on which the pools do not fit yet; `say` is told once that this is so.
+        wait for a cluster on which the pools do not fit yet; `say` is told once that this is so. `gpu_model`: of the
+        GPUs to use, as Ray names it.
         """
         self._address = address
         self._asked = self._parallel = parallel
         self._requested = requested
         self._checkpoint, self._model, self._engines = checkpoint, model, engines
         self._share_cards, self._wait_for_gpus, self.say = share_cards, wait_for_gpus, say
+        self._gpu_model = gpu_model
+        #: What the nodes have said, once they have been asked.
+        self._fa3: bool | None = None
         self._joined = False
         #: Those that join while the run is there.
         self._nodes: JoinedNodes | None = None
@@ -116,7 +130,9 @@ class Cluster:
         os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
         found, pools, numerics = self._join_running(self._address) if self._address else self._start_private()
         largest = found.largest if numerics.device == "cuda" else None
-        return Placement(pools, numerics, largest, self._parallel)
+        if found.told is not None:
+            self.say(found.told)
+        return Placement(pools, numerics, largest, self._parallel, found.left_alone)
 
     def store_bytes(self) -> float:
         """Bytes of the object store, as large as it is now, that the results of the run's items may take together."""
@@ -150,19 +166,36 @@ class Cluster:
         """The pools on what is free of the cluster now. Raises ValueError when they do not fit."""
         import ray
 
-        self._nodes = JoinedNodes()
-        free = Resources.of(ray.available_resources())
-        models = _free_gpu_models()
-        found = _FreeGpus(free.gpus, models, *_known_extremes(models), *_gpu_nodes())
+        everything = Resources.of(ray.available_resources())
+        choice = choose_nodes(_gpu_nodes(), self._gpu_model, self._requested.noise_device != "cpu")
+        free = Resources(
+            everything.cpus - sum(node.cpus for node in choice.others),
+            everything.gpus - sum(node.gpus for node in choice.others),
+        )
+        self._nodes = JoinedNodes({node.model for node in choice.nodes})
+        models = _models(choice.nodes)
+        nodes = tuple(Node(node.cpus, node.gpus) for node in choice.nodes if node.gpus)
+        alone = sum(node.gpus for node in choice.nodes) >= _whole_gpus(choice.nodes)
+        left_alone = frozenset(node.id for node in choice.others)
+        if self._fa3 is None and self._asks_for_fa3(models):
+            self._fa3 = nodes_have_fa3([node.id for node in choice.nodes])
+        found = _FreeGpus(
+            free.gpus, models, *_known_extremes(models), nodes, alone, left_alone, choice.told(), bool(self._fa3)
+        )
         # The pools are sized for what is free, so that the run fits beside others.
         pools, numerics = self._lay_out(found)
         if not self._parallel.max_replicas:
             check_schedulable(pools, free)
         return found, pools, numerics
 
+    def _asks_for_fa3(self, models: Sequence[str]) -> bool:
+        """Whether the numerics depend on what the nodes have installed."""
+        return self._requested.attention == "auto" and self._requested.device != "cpu" and all_hopper(models)
+
     def _start_private(self) -> tuple[_FreeGpus, list[PoolSpec], Numerics]:
         self._private.prepare()
         found = _local_gpus()
+        choose_nodes([GpuNode("", "", model, 1.0, 1.0) for model in found.models], self._gpu_model, one_model=True)
         pools, numerics = self._lay_out(found)
         # A private cluster has as many logical CPUs as its pools ask for.
         slots = Resources(max(slots_needed(pools).cpus, os.cpu_count() or 1), found.count)
@@ -193,7 +226,7 @@ class Cluster:
         transformer = self._checkpoint.transformer
         if gpus:
             self._parallel = self._layout(found, device)
-        numerics = resolve(self._requested, self._parallel, device, found.models, has_fa3(), transformer)
+        numerics = resolve(self._requested, self._parallel, device, found.models, found.fa3, transformer)
         # Ray shows what is left of a shared GPU as free, so a cluster with other jobs shares GPUs on request only.
         allowed = self._share_cards == "on" or (self._share_cards == "auto" and found.alone)
         share_cards = allowed and found.smallest is not None and self._can_share(numerics, found.smallest)
@@ -207,7 +240,7 @@ class Cluster:
         def fits(tp: int) -> bool:
             # Ranks that share the tokens need no less than one alone.
             numerics = resolve(
-                self._requested, replace(self._asked, tp=tp), device, found.models, has_fa3(), transformer
+                self._requested, replace(self._asked, tp=tp), device, found.models, found.fa3, transformer
             )
             return smallest is None or holds_rank(self._checkpoint, self._model.local(), numerics, smallest, tp)
 
@@ -260,7 +293,7 @@ def _local_gpus() -> _FreeGpus:
     models = _local_gpu_models()
     # The CPUs of a private cluster are logical, so that a machine has those that the smallest pools need.
     nodes = (Node(float(max(os.cpu_count() or 1, count + 2)), float(count)),)
-    return _FreeGpus(float(count), models, *_local_extremes(models), nodes)
+    return _FreeGpus(float(count), models, *_local_extremes(models), nodes, fa3=has_fa3())
 
 
 def _local_gpu_count() -> int:
@@ -309,26 +342,34 @@ def _known_extremes(models: Collection[str]) -> tuple[Gpu | None, Gpu | None]:
     return (known[-1], known[0]) if known else (None, None)
 
 
-def _free_gpu_models() -> tuple[str, ...]:
+def _gpu_nodes() -> list[GpuNode]:
+    """The nodes that have GPUs, with what is free of them."""
+    import ray
+    from ray._private.state import available_resources_per_node
+
+    free = available_resources_per_node()
+    return [
+        GpuNode(
+            node["NodeID"],
+            node["NodeManagerAddress"],
+            model_of(node["Resources"]),
+            free.get(node["NodeID"], {}).get("GPU", 0.0),
+            free.get(node["NodeID"], {}).get("CPU", 0.0),
+        )
+        for node in ray.nodes()
+        if node["Alive"] and node["Resources"].get("GPU")
+    ]
+
+
+def _whole_gpus(nodes: Iterable[GpuNode]) -> float:
+    """GPUs of these nodes, free or not."""
+    import ray
+
+    ids = {node.id for node in nodes}
+    return sum(node["Resources"].get("GPU", 0.0) for node in ray.nodes() if node["NodeID"] in ids)
+
+
+def _models(nodes: Sequence[GpuNode]) -> tuple[str, ...]:
     """GPU models of the nodes on which some of a GPU is free; of all nodes when there are none."""
-    import ray
-    from ray._private.state import available_resources_per_node
-
-    free = [node for node in available_resources_per_node().values() if node.get("GPU", 0.0) > 0]
-    return _gpu_models({name for node in free for name in node}) or _gpu_models(ray.cluster_resources())
-
-
-def _gpu_nodes() -> tuple[tuple[Node, ...], bool]:
-    """What is free on the nodes that have a free GPU, and whether all GPUs of the cluster are free."""
-    import ray
-    from ray._private.state import available_resources_per_node
-
-    free = {name: Resources.of(node) for name, node in available_resources_per_node().items()}
-    whole = sum(node["Resources"].get("GPU", 0.0) for node in ray.nodes() if node["Alive"])
-    nodes = tuple(Node(node.cpus, node.gpus) for node in free.values() if node.gpus)
-    return nodes, sum(node.gpus for node in nodes) >= whole
-
-
-def _gpu_models(resources: Iterable[str]) -> tuple[str, ...]:
-    """The GPU models among the names of a cluster's resources."""
-    return tuple(name.removeprefix(MODEL_PREFIX) for name in resources if name.startswith(MODEL_PREFIX))
+    free = {node.model for node in nodes if node.gpus > 0 and node.model}
+    return tuple(sorted(free or {node.model for node in nodes if node.model}))

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
 
+from ltx_ray.placement.gpu_models import model_of
 from ltx_ray.placement.output_pools import Node
-
-#: Prefix of the GPU model among the resources of a Ray node.
-MODEL_PREFIX = "accelerator_type:"
-
-
-def model_of(resources: Mapping[str, Any]) -> str | None:
-    """The GPU model of a node, as Ray names it."""
-    return next((name.removeprefix(MODEL_PREFIX) for name in resources if name.startswith(MODEL_PREFIX)), None)
 
 
 class JoinedNodes:
-    """Knows the nodes that were there when it was made. The others are new, if their GPUs are of a model that was."""
+    """Knows the nodes that were there when it was made. The others are new, if their GPUs are of one of `models`."""
 
-    def __init__(self) -> None:
-        there = self._alive()
-        self._known = frozenset(there)
-        self._models = {model_of(resources) for resources in there.values() if resources.get("GPU")}
+    def __init__(self, models: Collection[str]):
+        self._known, self._models = frozenset(self._alive()), frozenset(models)
 
     def free(self) -> list[Node]:
         """The CPUs and GPUs that are free on each new node."""

@@ -33,7 +33,7 @@ _WIDTH_MULTIPLE = 16
 
 
 def has_fa3() -> bool:
-    """Whether FlashAttention-3 is installed here; it is not imported. Replicas have the same environment."""
+    """Whether FlashAttention-3 is installed here; it is not imported."""
     return any(importlib.util.find_spec(name) for name in FA3_MODULES)
 
 
@@ -133,7 +133,7 @@ def _check_widths_on_gpu(
     transformer: TransformerConfig | None,
 ) -> None:
     # Where the models are unknown, the replicas find out.
-    hopper = not gpu_models or _all_hopper(gpu_models)
+    hopper = not gpu_models or all_hopper(gpu_models)
     if not takes_heads(requested.attention, _head_dims(transformer), hopper):
         heads, where = " and ".join(map(str, _head_dims(transformer))), " or ".join(gpu_models)
         multiple, widest = GPU_ATTENTION[requested.attention][0], widest_heads(requested.attention, hopper)
@@ -176,13 +176,14 @@ def _resolve_attention(
         return requested.attention
     if not fused_on_gpu or requested.dtype != "bfloat16":
         return "sdpa"
-    hopper = bool(gpu_models) and _all_hopper(gpu_models)
+    hopper = all_hopper(gpu_models)
     fastest = ("fa3", "cudnn") if hopper and fa3 else ("cudnn",)
     return next((name for name in fastest if takes_heads(name, _head_dims(transformer), hopper)), "sdpa")
 
 
-def _all_hopper(gpu_models: Collection[str]) -> bool:
-    return all(name in _HOPPER for name in gpu_models)
+def all_hopper(gpu_models: Collection[str]) -> bool:
+    """Whether all of these GPUs are of the generation that FlashAttention-3 is written for; some have to be known."""
+    return bool(gpu_models) and all(name in _HOPPER for name in gpu_models)
 
 
 def _head_dims(transformer: TransformerConfig | None) -> tuple[int, ...]:

@@ -26,10 +26,10 @@ _DRAIN_PERIOD = 2.0
 
 
 class RayReplicaSet:
-    """`start_timeout`: seconds from the time when a gang may load until it is ready."""
+    """`start_timeout`: seconds from the time when a gang may load until it is ready. `left_alone`: nodes of others."""
 
-    def __init__(self, start_timeout: float):
-        self._start_timeout = start_timeout
+    def __init__(self, start_timeout: float, left_alone: Collection[str] = ()):
+        self._start_timeout, self._left_alone = start_timeout, frozenset(left_alone)
         self._card_time = CardTime()
         #: Ids of the nodes that drain, and when that was asked for last.
         self._draining: frozenset[str] = frozenset()
@@ -39,13 +39,13 @@ class RayReplicaSet:
         self._held: dict[str, Gang] = {}
         self._load_limit = LoadLimit()
         #: Nodes on which no gang is placed.
-        self._avoided: frozenset[str] = frozenset()
+        self._avoided = self._left_alone
 
     def start(self, name: str, spec: PoolSpec) -> None:
         self._gangs[name] = Gang(name, spec, self._avoided)
 
     def avoid(self, nodes: Collection[str]) -> None:
-        self._avoided = frozenset(nodes)
+        self._avoided = self._left_alone.union(nodes)
         for gang in self._gangs.values():
             gang.avoid(self._avoided)
 
@@ -128,6 +128,7 @@ class RayReplicaSet:
 
     def nodes(self) -> Mapping[str, int]:
         alive = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+        alive = {name: has for name, has in alive.items() if name not in self._left_alone}
         return {name: int(has.get("GPU", 0)) for name, has in alive.items() if has.get("GPU") or has.get("CPU")}
 
     def kill(self, replica: str, hold: bool = False) -> None:

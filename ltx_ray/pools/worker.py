@@ -74,7 +74,11 @@ class RankActor:
         self, spec: EngineSpec, rank: int, world: int, rendezvous: Rendezvous | None, timeout: float
     ) -> CallReport:
         """Join the gang and load the engine; the report says how it went. `timeout` of the rendezvous in seconds."""
-        return self._report(lambda: self._start(spec, rank, world, rendezvous, timeout))[0]
+        report = self._report(lambda: self._start(spec, rank, world, rendezvous, timeout))[0]
+        if report.facts.evidence is not None:
+            # Calls do not report it again.
+            self.engine.facts = dataclasses.replace(self.engine.facts, evidence=None)
+        return report
 
     def _start(self, spec: EngineSpec, rank: int, world: int, rendezvous: Rendezvous | None, timeout: float) -> None:
         # Imported modules are never freed, and collecting garbage among them takes a sixth of the time of a start.

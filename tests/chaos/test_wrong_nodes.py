@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -108,3 +110,26 @@ def test_a_card_whose_calls_keep_breaking_is_left_alone(job, nodes):
     parked = job.out.events("card_parked")
     assert parked and {event["where"].rpartition(", ")[2] for event in parked} == {"GPU 1"}
     assert "failed there again" in log
+
+
+def test_of_two_models_the_one_with_the_most_cards_serves_with_what_its_nodes_have_installed(tmp_path, monkeypatch):
+    """Only the nodes have FlashAttention-3, and not the driver."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "fa3_fwd_interface.py").touch()
+    with monkeypatch.context() as of_nodes:
+        of_nodes.setenv("PYTHONPATH", str(tmp_path / "site"), prepend=os.pathsep)
+        cluster = LocalCluster(workers=0, slots=8, gpus=2)
+        mine = {cluster.add_node("H100"), cluster.add_node("H100")}
+        cluster.add_node("A100")
+    try:
+        job = Job(cluster, tmp_path)
+        manifest = rows(*["[[stage1:slow:0.5]]"] * ROWS)
+        log = job.start(manifest, parallel=ParallelConfig()).ends(0)
+        assert "the GPUs of this run are H100; left alone: " in log and "(A100)" in log
+        used = {rank["node"] for event in job.out.events("gang_started") for rank in event["ranks"]}
+        assert used == mine
+        assert {json.loads(row["numerics"])["attention"] for row in job.out.index().values()} == {"fa3"}
+        assert job.check([f"r{n}" for n in range(ROWS)], undisturbed(job.out.index(), job.folder / "alone")) == []
+        job.close()
+    finally:
+        cluster.close()

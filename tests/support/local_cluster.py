@@ -96,8 +96,11 @@ class LocalCluster:
         dead = {node["NodeID"] for node in self._cluster.global_state.node_table() if not node["Alive"]}
         return sorted(node.node_id for node in self._cluster.worker_nodes if node.node_id not in dead)
 
-    def add_node(self) -> str:
+    def add_node(self, model: str | None = None) -> str:
+        """Add a node, whose GPUs Ray takes for those of `model`."""
         node = {**self._node, "num_gpus": self.gpus}
+        if model is not None:
+            node["resources"] = {f"accelerator_type:{model}": 1.0}
         return self._cluster.add_node(num_cpus=self.slots, **node).node_id
 
     def remove_node(self, node_id: str) -> None:

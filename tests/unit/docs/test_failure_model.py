@@ -17,6 +17,7 @@ from ltx_ray import run as runs
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec
 from ltx_ray.dataset.thumbnails import FrameSheet
 from ltx_ray.driver import signals
+from ltx_ray.driver.last_report import write_last_report
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
 from ltx_ray.engine import codec
@@ -205,7 +206,7 @@ def test_a_report_that_fails_costs_no_exit_code(tmp_path, monkeypatch, capsys):
         raise RuntimeError("no pictures")
 
     monkeypatch.setattr("ltx_ray.dataset.report.write_report", fails)
-    runs._write_report(Store(str(tmp_path)), 1, Progress().say)
+    write_last_report(Store(str(tmp_path)), 1, Progress().say)
     assert "report.html was not written: no pictures" in capsys.readouterr().err
 
 

@@ -84,24 +84,6 @@ def test_a_wait_that_is_over_ends_like_none(monkeypatch):
     assert now == [0.0] and not said
 
 
-def test_stages_on_gpus_of_two_models_want_noise_from_the_cpu():
-    pytest.importorskip("ray")
-    from ltx_ray.driver.loop import Driver
-    from ltx_ray.pools.pool import StartFailed
-    from ltx_ray.pools.protocol import RankInfo, ReplicaStarted
-
-    def meet(noise_device: str, *names: str) -> None:
-        driver = Driver.__new__(Driver)
-        driver.noise_device, driver._device_name = noise_device, None
-        for name in names:
-            driver._check_device(ReplicaStarted("stage1-0", [RankInfo(0, device_name=name)], 1.0))
-
-    meet("model", "H100", "", "H100")  # Text and decode draw no noise and name no device.
-    meet("cpu", "H100", "H200")
-    with pytest.raises(StartFailed, match="the stages span H100 and H200, whose noise differs; give --noise-"):
-        meet("model", "H100", "H200")
-
-
 @pytest.mark.parametrize(
     "present, visible, count",
     [(0, "0,1", 0), (0, None, 0), (2, None, 2), (2, "0,1,2", 2), (2, "1,-1,0", 1), (4, " 3 , 1,", 2), (2, "", 0),

@@ -1,0 +1,98 @@
+"""What a rank shows of what it computes with before its replica joins a run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ltx_ray.config import EngineSpec, GangLayout, ModelFiles, Numerics, RecipeNumerics
+from ltx_ray.engine.base import Rank
+from ltx_ray.engine.diffusion import DiffusionEngine
+from ltx_ray.engine.latents import latents_sha256, named_latents
+from ltx_ray.engine.text import TextEngine
+from ltx_ray.planning.plan import ItemBuilder
+from ltx_ray.pools.worker import RankActor
+from ltx_ray.records import ReplicaError
+from ltx_ray.stages import DIFFUSION_STAGES
+from tests.support.pipeline import one_thread, toy_pipeline
+
+MODEL = ModelFiles("", "", "", provider="ltx_ray.toy:ensure_toy_model")
+ROW = {"prompt": "a red boat", "height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 2, "seed": 3}
+
+
+def spec(engine: str = "ltx_ray.engine.diffusion:DiffusionEngine", compile: str = "off") -> EngineSpec:
+    numerics = Numerics(dtype="float32", compile=compile)
+    return EngineSpec(engine, MODEL, numerics, "out", layout=GangLayout(DIFFUSION_STAGES))
+
+
+@pytest.fixture(scope="module")
+def engine() -> DiffusionEngine:
+    engine = DiffusionEngine(spec(), Rank())
+    engine.load()
+    return engine
+
+
+def test_files_have_the_digests_of_the_rows_recipes(engine):
+    digests = ItemBuilder(MODEL, RecipeNumerics(dtype="float32")).digests
+    text = TextEngine(spec(), Rank())
+    text.load()
+    for shown in (engine.evidence().files, text.evidence().files):
+        assert shown and shown.items() <= digests.items()
+    assert engine.evidence().files.keys() == {"checkpoint_path", "spatial_upsampler_path", "distilled_lora"}
+
+
+@pytest.mark.parametrize("compile", ["off", "fused"])
+def test_the_answer_is_that_of_every_rank_with_these_weights_and_of_no_others(compile):
+    def answers() -> dict[str, str]:
+        other = DiffusionEngine(spec(compile=compile), Rank())
+        other.load()
+        before = other.evidence()
+        assert other.evidence() == before
+        weight = other.transformer.get_parameter("proj_out.weight")
+        with torch.no_grad():
+            weight[0, 0] += 0.25
+        changed = other.evidence().answers
+        assert changed["transformer"] != before.answers["transformer"]
+        assert changed["upsampler"] == before.answers["upsampler"]
+        return dict(before.answers)
+
+    with one_thread():
+        assert answers() == answers()
+
+
+def test_it_changes_no_bit_of_a_clip_and_draws_no_global_random_number():
+    pipeline = toy_pipeline()
+    item = pipeline.item(ROW)
+    with one_thread():
+        conditions = pipeline.text.run("text", item)
+
+        def clip() -> str:
+            first = pipeline.diffusion.run("stage1", item, conditions)
+            return latents_sha256(named_latents(first, pipeline.diffusion.run("stage2", item, conditions, first)))
+
+        before, state = clip(), torch.get_rng_state()
+        pipeline.text.evidence()
+        pipeline.diffusion.evidence()
+        assert clip() == before and torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_device_that_makes_nan_is_found_before_it_joins():
+    broken = DiffusionEngine(spec(), Rank())
+    broken.load()
+    with torch.no_grad():
+        broken.transformer.get_parameter("proj_out.weight")[0, 0] = torch.nan
+    with pytest.raises(ReplicaError, match="the transformer of the known-answer clip is not finite, so this device"):
+        broken.evidence()
+
+
+def test_a_rank_reports_it_when_it_has_started_and_not_with_calls():
+    actor = RankActor()
+    report = actor.start(spec(), 0, 1, None, 10.0)
+    shown = report.facts.evidence
+    assert report.ok and shown is not None and shown.device.startswith("cpu") and shown.answers and shown.versions
+    assert shown.driver == ""
+    pipeline = toy_pipeline()
+    item = pipeline.item(ROW)
+    with one_thread():
+        call, _ = actor.run("stage1", item, pipeline.text.run("text", item))
+    assert call.ok and call.facts.evidence is None

@@ -457,8 +457,7 @@ class _Rendering:
         self._events.emit("cluster_joined", pools=replicas, tp=placement.numerics.tp, device=placement.numerics.device)
         preflight = options.preflight and max(replicas.values()) > 1
         return JoinedCluster(
-            RayReplicaSet(options.limits.start_timeout, placement.left_alone),
-            placement.pools,
+            RayReplicaSet(options.limits.start_timeout, placement.left_alone), placement.pools,
             numerics_json(placement.numerics),
             run.cluster.store_bytes,
             preflight=preflight_item(run.prepared.plan, options.model.distilled) if preflight else None,
@@ -466,10 +465,9 @@ class _Rendering:
             answers=KnownAnswers(run.store.retrying_for(_CHECK_RETRY_SECONDS)),
             on_versions=self._take_versions,
             elastic=options.parallel.max_replicas is not None,
-            new_nodes=run.cluster.new_nodes,
-            max_gpus=options.parallel.max_gpus,
+            new_nodes=run.cluster.new_nodes, max_gpus=options.parallel.max_gpus,
             problem=budget.problem if budget is not None else lambda request: None,
-        )
+        )  # fmt: skip
 
     def _take_versions(self, versions: Mapping[str, str | None]) -> None:
         """The packages of the ranks have these versions, which the rows record."""

@@ -66,7 +66,7 @@ def start_bare(actors: int) -> dict[str, float]:
         )
         began = time.perf_counter()
         actor = ray.remote(Bare)
-        handles = [actor.options(num_cpus=1).remote() for _ in range(actors)]
+        handles: list[Any] = [actor.options(num_cpus=1).remote() for _ in range(actors)]
         ray.get([handle.ping.remote() for handle in handles])
         return {"seconds": time.perf_counter() - began}
     finally:

@@ -19,6 +19,7 @@ import torch
 from ltx_ray.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ltx_ray.checkpoints.digests import cache_root
 from ltx_ray.checkpoints.lora import open_lora
+from ltx_ray.checkpoints.node_cache import on_this_node
 from ltx_ray.config import EngineSpec, ModelFiles
 from ltx_ray.engine import codec, components
 from ltx_ray.engine.base import Rank, resolve_dtype
@@ -80,7 +81,7 @@ class DiffusionEngine:
         """
         # Kernels are compiled once for all processes, and for all nodes where the cache is shared.
         os.environ.setdefault("TRITON_CACHE_DIR", str(cache_root() / "triton"))
-        model, layout = self.spec.model.local(), self.spec.layout
+        model, layout = on_this_node(self.spec.model), self.spec.layout
         checkpoint = open_checkpoint(model.checkpoint_path)
         passes, tokens = layout.guidance_parallel, layout.stage1_sequence_parallel
         self.mesh = make_mesh(self.rank.rank, self.rank.world, layout.tp, passes, tokens)

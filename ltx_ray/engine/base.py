@@ -20,7 +20,7 @@ from ltx_ray.records import ErrorKind, RenderError
 
 if TYPE_CHECKING:
     import torch
-    import torch.distributed as dist
+    from torch._C._distributed_c10d import Store
 
 
 #: What messages say about a lack of memory where torch raises no OutOfMemoryError: on a CPU, in the CUDA driver, in
@@ -89,7 +89,9 @@ def join_gang(device: str, rank: int, world: int, rendezvous: tuple[str, int] | 
     store = None
     if rendezvous is not None:
         host, port = rendezvous
-        store = dist.TCPStore(host, port, world, is_master=rank == 0, timeout=timedelta(seconds=timeout))
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            host, port, world, is_master=rank == 0, timeout=timedelta(seconds=timeout)
+        )
     if device == "cuda":
         if store is not None:
             _see_cards_of_gang(store, rank, world)
@@ -108,7 +110,7 @@ def join_gang(device: str, rank: int, world: int, rendezvous: tuple[str, int] | 
     return device_name
 
 
-def _see_cards_of_gang(store: dist.Store, rank: int, world: int) -> None:
+def _see_cards_of_gang(store: Store, rank: int, world: int) -> None:
     """Let this rank see the cards of the others on its node, behind its own, which stays number 0.
 
     It computes on its own only. But what CUDA takes for memory of another card, it copies with copy engines.

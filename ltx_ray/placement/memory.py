@@ -53,6 +53,9 @@ _CLIP_MARGIN = 4 * GIB
 #: 2.00 GiB at 32,640 tokens and 0.50 GiB at 8,160, the plain path about 7 GiB at 32,640 tokens. Tensor parallelism
 #: divides the sharded part: heads, the feed-forward's hidden layer, and in the fused path the stream itself.
 _FUSED_WIDTHS, _FUSED_SHARDED_WIDTHS = 2, 6
+#: The same for what ranks on one node exchange in the fused path, where they divide tokens or rows: what each lays out
+#: for the others, in places that have grown (peer_copies.py), and what it receives.
+_EXCHANGED_TOKEN_WIDTHS, _EXCHANGED_ROW_WIDTHS = 12, 4
 _PLAIN_WIDTHS, _PLAIN_SHARDED_WIDTHS = 6, 22
 #: More widths for each token in the plain path when images give tokens noise levels of their own: their modulations.
 _MODULATION_WIDTHS = 14
@@ -233,6 +236,8 @@ class MemoryBudget:
             (_FUSED_WIDTHS, _FUSED_SHARDED_WIDTHS) if rank.fused else (_PLAIN_WIDTHS, _PLAIN_SHARDED_WIDTHS)
         )
         widths = whole + sharded / rank.tp
+        if rank.fused:
+            widths += (_EXCHANGED_TOKEN_WIDTHS if sharing > 1 else 0) + (_EXCHANGED_ROW_WIDTHS if rank.tp > 1 else 0)
         activations = widths * (own_tokens * config.video.dim + audio_tokens * config.audio.dim)
         if request.images and not rank.fused:
             activations += _MODULATION_WIDTHS * own_tokens * config.video.dim

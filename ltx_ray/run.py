@@ -444,7 +444,7 @@ class _Rendering:
         self._events.emit("cluster_joined", pools=replicas, tp=placement.numerics.tp, device=placement.numerics.device)
         preflight = options.preflight and max(replicas.values()) > 1
         return JoinedCluster(
-            RayReplicaSet(options.limits.start_timeout),
+            RayReplicaSet(options.limits.start_timeout, options.limits.load_concurrency),
             placement.pools,
             numerics_json(placement.numerics),
             run.cluster.store_bytes,

@@ -14,13 +14,13 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 from ltx_ray.checkpoints.checkpoint import gemma_folders
 from ltx_ray.checkpoints.diffusers_layout import COMPONENTS, upsampler_folder
-from ltx_ray.checkpoints.digests import cached_digest, file_digest, writable_cache_root
+from ltx_ray.checkpoints.digests import cache_root, cached_digest, file_digest, writable_cache_root
 from ltx_ray.checkpoints.lora import config_beside
 from ltx_ray.checkpoints.model_paths import (
     ahead,
@@ -260,17 +260,31 @@ def _make_room(entry: Path, needed: int, cache_bytes: int | None) -> None:
         raise OSError(f"{weights}: {needed / 1e9:.1f} GB are needed, and the disk has {free / 1e9:.1f} GB free")
 
 
+def unfinished_bytes() -> int:
+    """Bytes on this node's disk of downloads that are under way."""
+    return sum(_bytes_on_disk(folder) for folder in (cache_root() / "weights").glob("*.partial"))
+
+
 def _keys(weights: Path) -> set[str]:
     return {path.name.removesuffix(".partial") for path in weights.iterdir() if path.is_dir()}
 
 
 def _bytes_of(weights: Path, key: str) -> int:
-    whole, partial = weights / key, _partial(weights / key)
-    return sum(file.stat().st_size for folder in (whole, partial) for file in folder.rglob("*") if file.is_file())
+    """Bytes of an entry, those that are still to come included."""
+    size = 0
+    for folder in (weights / key, _partial(weights / key)):
+        for file in folder.rglob("*"):
+            with suppress(FileNotFoundError):
+                size += 0 if file.is_dir() else file.stat().st_size
+    return size
 
 
 def _bytes_on_disk(folder: Path) -> int:
-    return sum(512 * file.stat().st_blocks for file in folder.rglob("*") if file.is_file())
+    blocks = 0
+    for file in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # renamed since
+            blocks += file.stat().st_blocks
+    return 512 * blocks
 
 
 def _used(entry: Path) -> float:

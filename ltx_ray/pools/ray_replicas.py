@@ -16,6 +16,7 @@ from ltx_ray.config import PoolSpec
 from ltx_ray.pools.card_time import CardTime
 from ltx_ray.pools.gang import Call, Gang, GangLost, GangState, InputsMissing
 from ltx_ray.pools.load_limit import LoadLimit
+from ltx_ray.pools.load_progress import LoadProgress
 from ltx_ray.pools.protocol import CallFinished, InputsLost, ReplicaEvent, ReplicaLost, ReplicaStarted
 from ltx_ray.records import WorkItem
 from ltx_ray.stages import Stage
@@ -25,10 +26,12 @@ _DRAIN_PERIOD = 2.0
 
 
 class RayReplicaSet:
-    """`start_timeout`: seconds from the time when a gang may load until it is ready."""
+    """`start_timeout`: seconds that a gang may take to be ready, from when it may load or from the last bytes of the
+    model that came. `load_concurrency`: gangs that load at once; None for as many as do not slow each other down."""
 
-    def __init__(self, start_timeout: float):
+    def __init__(self, start_timeout: float, load_concurrency: int | None = None):
         self._start_timeout = start_timeout
+        self._load_progress = LoadProgress(start_timeout)
         self._card_time = CardTime()
         #: Ids of the nodes that drain, and when that was asked for last.
         self._draining: frozenset[str] = frozenset()
@@ -36,7 +39,7 @@ class RayReplicaSet:
         self._gangs: dict[str, Gang] = {}
         #: Dead ones whose places are held.
         self._held: dict[str, Gang] = {}
-        self._load_limit = LoadLimit()
+        self._load_limit = LoadLimit(load_concurrency)
 
     def start(self, name: str, spec: PoolSpec) -> None:
         self._gangs[name] = Gang(name, spec)
@@ -64,6 +67,7 @@ class RayReplicaSet:
         for gang in {id(waiting[ref]): waiting[ref] for ref in ready}.values():
             events += self._advance(gang, arrived)
         now = time.time()
+        self._load_progress.look(self._gangs.values(), now)
         for gang in list(self._gangs.values()):
             if (reason := gang.overdue(now, self._start_timeout)) is not None:
                 events.append(self._lose(gang, reason))
@@ -80,7 +84,7 @@ class RayReplicaSet:
                     if gang.state is GangState.WAITING:
                         self._card_time.hold(gang.name, gang.ranks, time.time())
                     return []
-                self._load_limit.end(time.time() - gang.load_began)
+                self._load_limit.end(gang.pool.name, time.time() - gang.load_began)
                 return [ReplicaStarted(gang.name, gang.ranks, time.time() - gang.created)]
             gang.pinged(arrived)
             for call in [call for call in gang.calls if call.reports]:
@@ -127,7 +131,7 @@ class RayReplicaSet:
     def _end(self, replica: str, release: bool = True) -> None:
         gang = self._gangs.pop(replica)
         if gang.state is GangState.LOADING:
-            self._load_limit.end(None)
+            self._load_limit.end(gang.pool.name, None)
         gang.kill(release)
         if release:
             self._card_time.free(replica, time.time())

@@ -194,10 +194,10 @@ def test_a_digest_or_a_size_that_does_not_match_is_refused(bucket, node, wrong, 
 
 
 def test_bytes_that_no_sample_covers_are_compared_with_the_stores_checksum(bucket, monkeypatch):
-    model, content = blob(bucket, 9_000_000)
+    model, _ = blob(bucket, 9_000_000)
     pinned = node_cache.pinned(model)
     monkeypatch.setattr(Store, "stored_sha256", lambda self, relative: "0" * 64)
-    with pytest.raises(ValueError, match="has the SHA-256 .* legal: 0000"):
+    with pytest.raises(ValueError, match=r"has the SHA-256 .* legal: 0000"):
         node_cache.on_this_node(pinned)
 
 
@@ -280,7 +280,7 @@ def test_a_cache_that_is_smaller_than_the_model_is_refused_by_the_driver(bucket)
 
 def test_a_run_from_uris_gives_the_clips_of_a_run_from_a_disk(toy, bucket, runner, node):
     uris = upload(toy, bucket)
-    row = {"id": "a", "prompt": "a", "width": 64, "height": 64, "num_frames": 9, "num_inference_steps": 1}
+    row = {"id": "a", "prompt": "a", "width": 64, "height": 64, "num_frames": 9, "num_inference_steps": 3}
     manifest = runner.manifest([row])
     rows = []
     for name, files in (("here", toy), ("there", uris)):

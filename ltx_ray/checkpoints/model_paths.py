@@ -95,10 +95,10 @@ def open_binary(path: str) -> BinaryIO:
 def read_ranges(path: str, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
     """The bytes of each (start, bytes) of a URI's file, in pieces, with many requests at once."""
     remote, seen = remote_files(path), version(path)
-    return ahead(functools.partial(remote.read_range, "", version=seen), pieces(_merged(ranges), _BLOCK_BYTES))
+    return in_order(functools.partial(remote.read_range, "", version=seen), pieces(_merged(ranges), _BLOCK_BYTES))
 
 
-def ahead(read: Any, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:
+def in_order(read: Any, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:
     """`read(start=, length=)` of each range, in their order, `RANGES_AT_ONCE` at a time."""
     pending = iter(ranges)
     with ThreadPoolExecutor(RANGES_AT_ONCE, thread_name_prefix="ranges") as threads:

@@ -23,7 +23,7 @@ from ltx_ray.checkpoints.diffusers_layout import COMPONENTS, upsampler_folder
 from ltx_ray.checkpoints.digests import cache_root, cached_digest, file_digest, writable_cache_root
 from ltx_ray.checkpoints.lora import config_beside
 from ltx_ray.checkpoints.model_paths import (
-    ahead,
+    in_order,
     files_below,
     is_folder,
     is_remote,
@@ -64,7 +64,7 @@ def pinned(model: ModelFiles) -> ModelFiles:
         wanted.setdefault(path, set()).update(_needed(model, path))
     try:
         remote = tuple((path, tuple(_seen(path, name) for name in sorted(names))) for path, names in wanted.items())
-    except (OSError, FileReplaced) as error:
+    except OSError as error:
         raise ValueError(f"the model's files cannot be read ({error})") from None
     whole = sum(file.size for _, files in remote for file in files)
     if model.cache_bytes is not None and whole > model.cache_bytes:
@@ -202,7 +202,7 @@ def _download_file(target: Path, location: str, file: RemoteFile) -> None:
     part = Path(f"{target}.part")
     try:
         with open(part, "r+b") as out:
-            for block in ahead(read, pieces([(0, file.size)], _PART_BYTES)):
+            for block in in_order(read, pieces([(0, file.size)], _PART_BYTES)):
                 whole.update(block)
                 out.write(block)
             out.flush()

@@ -19,13 +19,13 @@ from ltx_ray.storage.retry import RetryPolicy
 T = TypeVar("T")
 
 SCHEME = "hf://"
-_URI = re.compile(r"hf://(?P<repo>[^/@\s?#]+/[^/@\s?#]+)(?:@(?P<revision>[^/\s?#]+))?(?:/(?P<path>[^?#]+))?")
+_URI = re.compile(r"hf://(?P<repo>[^/@\s?#]+/[^/@\s?#]+)(?:@(?P<revision>[^/\s?#]+))?(?:/(?P<path>(?:[^/?#]+/)*[^/?#]+))?")
 
 
 def hub_location(uri: str) -> str:
     """`uri` without slashes at its end. Raises ValueError when it is none, or the package for it is missing."""
     found = _URI.fullmatch(uri.rstrip("/"))
-    if found is None or "//" in (found["path"] or ""):
+    if found is None:
         raise ValueError(f"{uri}, names no file of the Hub; legal: hf://org/repo@revision/file")
     if importlib.util.find_spec("huggingface_hub") is None:
         raise ValueError(

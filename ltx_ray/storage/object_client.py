@@ -223,7 +223,7 @@ class ObjectClient:
             return False
 
 
-class FileReplaced(Exception):
+class FileReplaced(ValueError):
     """The file is there, but no longer in the version that was asked for."""
 
 

@@ -23,8 +23,8 @@ from ltx_ray.checkpoints.diffusers_layout import COMPONENTS, upsampler_folder
 from ltx_ray.checkpoints.digests import cache_root, cached_digest, file_digest, writable_cache_root
 from ltx_ray.checkpoints.lora import config_beside
 from ltx_ray.checkpoints.model_paths import (
-    in_order,
     files_below,
+    in_order,
     is_folder,
     is_remote,
     pieces,

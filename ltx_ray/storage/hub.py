@@ -19,7 +19,9 @@ from ltx_ray.storage.retry import RetryPolicy
 T = TypeVar("T")
 
 SCHEME = "hf://"
-_URI = re.compile(r"hf://(?P<repo>[^/@\s?#]+/[^/@\s?#]+)(?:@(?P<revision>[^/\s?#]+))?(?:/(?P<path>(?:[^/?#]+/)*[^/?#]+))?")
+_URI = re.compile(
+    r"hf://(?P<repo>[^/@\s?#]+/[^/@\s?#]+)(?:@(?P<revision>[^/\s?#]+))?(?:/(?P<path>(?:[^/?#]+/)*[^/?#]+))?"
+)
 
 
 def hub_location(uri: str) -> str:

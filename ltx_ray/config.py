@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from ltx_ray.stages import Stage
@@ -42,8 +42,19 @@ class LoraSpec:
 
 
 @dataclass(frozen=True)
+class RemoteFile:
+    """A file of the model below a URI, as the driver has read it: its path from there ("" for the URI itself), bytes,
+    the store's version of it, and its digest (`checkpoints.digests.file_digest`)."""
+
+    relative: str
+    size: int
+    version: str
+    digest: str
+
+
+@dataclass(frozen=True)
 class ModelFiles:
-    """Paths of the model's files.
+    """Paths and URIs of the model's files.
 
     `provider` names a function (`module:function`) that makes the files available on a node and returns their paths
     there by field name. It is called on every node that needs the files.
@@ -57,14 +68,38 @@ class ModelFiles:
     #: Whether the checkpoint is the distilled one, which serves only the distilled pipeline.
     distilled: bool = False
     provider: str | None = None
+    #: The files below each path that is a URI, once the driver has looked (`checkpoints.node_cache.pinned`).
+    remote: tuple[tuple[str, tuple[RemoteFile, ...]], ...] = ()
+    #: Bytes that a node keeps of such files at most; None for no bound.
+    cache_bytes: int | None = None
 
-    def local(self) -> ModelFiles:
-        """The same files as paths on this node."""
+    def in_place(self) -> ModelFiles:
+        """The same files where they can be looked at: URIs stay, and a provider's files are made on this node."""
         if self.provider is None:
             return self
         module, _, function = self.provider.partition(":")
         paths = getattr(importlib.import_module(module), function)()
         return replace(self, **paths)
+
+    def paths(self) -> tuple[str, ...]:
+        """The paths of all files and folders, each once."""
+        named = (self.checkpoint_path, self.gemma_root, self.spatial_upsampler_path, self.distilled_lora)
+        return tuple(dict.fromkeys(path for path in (*named, *(lora.path for lora in self.loras)) if path))
+
+    def at(self, places: Mapping[str, str]) -> ModelFiles:
+        """The same files where those of `places` are at other paths."""
+
+        def place(path: str) -> str:
+            return places.get(path, path)
+
+        return replace(
+            self,
+            checkpoint_path=place(self.checkpoint_path),
+            gemma_root=place(self.gemma_root),
+            spatial_upsampler_path=place(self.spatial_upsampler_path),
+            distilled_lora=self.distilled_lora and place(self.distilled_lora),
+            loras=tuple(replace(lora, path=place(lora.path)) for lora in self.loras),
+        )
 
 
 #: How items are identified (docs/dataset.md#schemes). An output that has rows of an older scheme goes on with it.
@@ -172,9 +207,11 @@ class RunLimits:
     max_attempts: int = 3
     #: Items that wait before a stage, for each of its replicas.
     queue_depth: int = 4
-    #: Time for a replica to start, and for one call of a stage.
+    #: Time for a replica to start during which nothing of the model arrives on its node, and for one call of a stage.
     start_timeout: float = 1800.0
     call_timeout: float = 7200.0
+    #: Replicas that may load the model at once. None: as many as do not slow each other down.
+    load_concurrency: int | None = None
     #: The run drains when a larger fraction of its rows has failed.
     max_failed_fraction: float | None = None
     #: The run drains when calls have used this many GPU hours.

@@ -13,16 +13,10 @@ from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any
 
-from ltx_ray.checkpoints.checkpoint import (
-    Checkpoint,
-    check_gemma,
-    check_parallel,
-    check_transformer,
-    check_upsampler,
-    open_checkpoint,
-)
+from ltx_ray.checkpoints.checkpoint import Checkpoint, check_parallel, check_transformer, open_checkpoint
 from ltx_ray.checkpoints.lora import check_lora
-from ltx_ray.checkpoints.parts import check_parts, check_text_width
+from ltx_ray.checkpoints.node_cache import pinned
+from ltx_ray.checkpoints.parts import check_other_models
 from ltx_ray.config import NEWEST_SCHEME, EngineSpec, ModelFiles, Numerics, RequestedNumerics, RunLimits, Selection
 from ltx_ray.dataset.description import describe
 from ltx_ray.dataset.existing import ExistingRows, list_existing
@@ -156,7 +150,7 @@ def prepare(options: Options) -> Prepared:
 
     The plan knows no dataset yet: `plan.against` is for the caller, once the dataset may be read.
     """
-    model = options.model.local()
+    model = options.model.in_place()
     checkpoint = open_checkpoint(model.checkpoint_path)
     parallel = options.parallel
     check_transformer(checkpoint)
@@ -164,10 +158,7 @@ def prepare(options: Options) -> Prepared:
         checkpoint, parallel.tp, parallel.stage2_tp, parallel.sequence_parallel, parallel.stage1_sequence_parallel
     )
     parallel.check(model.distilled)
-    check_upsampler(model.spatial_upsampler_path)
-    check_parts(model.checkpoint_path, model.spatial_upsampler_path)
-    check_gemma(model.gemma_root)
-    check_text_width(model.checkpoint_path, model.gemma_root)
+    check_other_models(model)
     loras = ([model.distilled_lora] if model.distilled_lora else []) + [lora.path for lora in model.loras]
     warnings = [warning for path in loras if (warning := check_lora(checkpoint, path)) is not None]
     defaults = check_defaults(options.row_defaults)
@@ -192,7 +183,7 @@ def prepare(options: Options) -> Prepared:
         retry_failed=options.retry_failed,
         latents_only=options.stop_after is not None,
     )
-    return Prepared(options, checkpoint, plan, tuple(warnings))
+    return Prepared(replace(options, model=pinned(options.model)), checkpoint, plan, tuple(warnings))
 
 
 def _scheme_of(output: str | None) -> int:
@@ -446,7 +437,7 @@ class _Rendering:
 
         if placement.parallel.names_a_layout and not options.parallel.names_a_layout:
             run.progress.say(f"layout chosen for {options.parallel.optimize}: {placement.parallel.flags}")
-        files = run.prepared.checkpoint, options.model.local()
+        files = run.prepared.checkpoint, options.model.in_place()
         budget = checked_budget(*files, placement.pools, placement.numerics, placement.largest_gpu)
         self._record.place(placement.pools, placement.numerics)
         # Until now there was nothing to finish, and Ray has set a handler of its own.
@@ -457,7 +448,8 @@ class _Rendering:
         self._events.emit("cluster_joined", pools=replicas, tp=placement.numerics.tp, device=placement.numerics.device)
         preflight = options.preflight and max(replicas.values()) > 1
         return JoinedCluster(
-            RayReplicaSet(options.limits.start_timeout, placement.left_alone), placement.pools,
+            RayReplicaSet(options.limits.start_timeout, placement.left_alone, options.limits.load_concurrency),
+            placement.pools,
             numerics_json(placement.numerics),
             run.cluster.store_bytes,
             preflight=preflight_item(run.prepared.plan, options.model.distilled) if preflight else None,

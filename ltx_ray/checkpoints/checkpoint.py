@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ltx_ray.checkpoints import diffusers_layout
+from ltx_ray.checkpoints.model_paths import is_file, is_folder, names, open_binary, size
 from ltx_ray.checkpoints.safetensors import SafetensorsHeader, TensorInfo, listed, read_header
 from ltx_ray.checkpoints.transformer_config import TransformerConfig
 from ltx_ray.checkpoints.transformer_keys import (
@@ -25,6 +25,7 @@ from ltx_ray.checkpoints.transformer_keys import (
     transformer_shapes,
 )
 from ltx_ray.storage.file_kinds import HEAD_BYTES, named_kind
+from ltx_ray.storage.locations import join
 
 SUPPORTED_GENERATION = (2, 3)
 _LEGAL_GENERATION = "legal: 2.3.x (LTX-2.0 and LTX-2.5 are other architectures)"
@@ -86,7 +87,7 @@ def open_checkpoint(path: str) -> Checkpoint:
 
     Raises ValueError when it is of another generation or architecture, incomplete, or quantized but not in fp8.
     """
-    checkpoint = _open_directory(path) if os.path.isdir(path) else _open_file(path)
+    checkpoint = _open_directory(path) if is_folder(path) else _open_file(path)
     legal = (*_PLAIN_DTYPES, *_QUANTIZED_DTYPES)
     quantized = [info for info in checkpoint.tensors.values() if info.dtype not in legal]
     if quantized:
@@ -123,9 +124,9 @@ def _refuse_lora(header: SafetensorsHeader, wanted: str) -> None:
 
 
 def _open_directory(path: str) -> Checkpoint:
-    transformer = os.path.join(path, "transformer")
-    if not os.path.isfile(os.path.join(transformer, "config.json")):
-        files = sorted(name for name in os.listdir(path) if name.endswith(".safetensors"))
+    transformer = join(path, "transformer")
+    if not is_file(join(transformer, "config.json")):
+        files = [name for name in names(path) if name.endswith(".safetensors")]
         instead = f"name one of its files ({', '.join(files[:10])}), or " if files else ""
         raise ValueError(
             f"{path}: is a directory without transformer/config.json; legal: {instead}an LTX-2.3 directory as "
@@ -170,7 +171,7 @@ def _transformer_tensors(header: SafetensorsHeader) -> dict[str, TensorInfo]:
 
 def check_upsampler(path: str) -> None:
     """Raise ValueError unless `path` is a spatial x2 latent upsampler, as a file or in diffusers' layout."""
-    if os.path.isdir(path):
+    if is_folder(path):
         part = diffusers_layout.read_upsampler(path)
         config, tensors, scale = part.config, part.tensors, part.config.get("rational_spatial_scale", 2.0)
     else:
@@ -185,9 +186,9 @@ def check_upsampler(path: str) -> None:
 
 def gemma_folders(root: str) -> tuple[str, str]:
     """Folders of Gemma's weights and its tokenizer in `root`, a Gemma directory or one in diffusers' layout."""
-    inside = os.path.join(root, diffusers_layout.TEXT_ENCODER)
-    if os.path.isdir(inside) and not os.path.isfile(os.path.join(root, "config.json")):
-        return inside, os.path.join(root, diffusers_layout.TOKENIZER)
+    inside = join(root, diffusers_layout.TEXT_ENCODER)
+    if is_folder(inside) and not is_file(join(root, "config.json")):
+        return inside, join(root, diffusers_layout.TOKENIZER)
     return root, root
 
 
@@ -195,31 +196,31 @@ def check_gemma(root: str) -> None:
     """Raise ValueError unless `root` holds a Gemma 3 model and its tokenizer, complete as far as headers tell."""
     legal = "legal: a Gemma 3 model directory (gemma3), or a diffusers directory with text_encoder/ and tokenizer/"
     model, tokenizer = gemma_folders(root)
-    if not os.path.isfile(os.path.join(model, "config.json")):
+    if not is_file(join(model, "config.json")):
         raise ValueError(f"--gemma-root: {model}, has no config.json; {legal}")
-    whole, pieces = (os.path.join(tokenizer, name) for name in ("tokenizer.json", "tokenizer.model"))
+    whole, pieces = (join(tokenizer, name) for name in ("tokenizer.json", "tokenizer.model"))
     # Of the second alone, transformers makes the first with a package that ltx-ray does not install.
-    makes_it = os.path.isfile(pieces) and importlib.util.find_spec("sentencepiece") is not None
-    if not os.path.isfile(whole) and not makes_it:
+    makes_it = is_file(pieces) and importlib.util.find_spec("sentencepiece") is not None
+    if not is_file(whole) and not makes_it:
         raise ValueError(f"--gemma-root: {tokenizer}, has no tokenizer.json; {legal}")
-    special = [path for name in _SPECIAL_TOKENS if os.path.isfile(path := os.path.join(tokenizer, name))]
+    special = [path for name in _SPECIAL_TOKENS if is_file(path := join(tokenizer, name))]
     if not special:
         raise ValueError(f"--gemma-root: {tokenizer}, has no tokenizer_config.json; {legal}")
     for path in special:
         diffusers_layout.read_json(path)
-    for path in filter(os.path.isfile, (whole, pieces)):
-        with open(path, "rb") as file:
+    for path in filter(is_file, (whole, pieces)):
+        with open_binary(path) as file:
             if kind := named_kind(file.read(HEAD_BYTES)):
                 raise ValueError(f"{path}: not a tokenizer but {kind}")
-    if os.path.isfile(whole) and not _ends_like_json(whole):
+    if is_file(whole) and not _ends_like_json(whole):
         raise ValueError(f"{whole}: is not JSON (its end is missing); fetch it again")
     config = diffusers_layout.read_config(model)
     kind = str(config.get("model_type"))
     if kind != "gemma3":  # gemma3_text (without the vision tower) and gemma3n have other classes
         raise ValueError(f"--gemma-root: {model}, is a {kind} (LTX-2.5 takes Gemma 4); {legal}")
     diffusers_layout.check_plain(model, config)
-    single = os.path.join(model, "model.safetensors")
-    if os.path.isfile(single):  # transformers prefers it to an index, whereas diffusers prefers the index
+    single = join(model, "model.safetensors")
+    if is_file(single):  # transformers prefers it to an index, whereas diffusers prefers the index
         read_header(single)
     else:
         diffusers_layout.read_weights(model, "model.safetensors")
@@ -227,17 +228,19 @@ def check_gemma(root: str) -> None:
 
 def _ends_like_json(path: str) -> bool:
     """Whether a file of 30 MB, which is not read for this, ends as a JSON object does."""
-    with open(path, "rb") as file:
-        file.seek(max(0, os.path.getsize(path) - HEAD_BYTES))
+    with open_binary(path) as file:
+        file.seek(max(0, size(path) - HEAD_BYTES))
         return file.read().rstrip().endswith(b"}")
 
 
 def held_by(checkpoint_path: str) -> dict[str, str]:
     """Default paths, by option name, of the other models that a checkpoint in diffusers' layout contains."""
-    held = {}
-    if os.path.isdir(os.path.join(checkpoint_path, diffusers_layout.TEXT_ENCODER)):
+    held: dict[str, str] = {}
+    if not is_folder(checkpoint_path):
+        return held
+    if is_folder(join(checkpoint_path, diffusers_layout.TEXT_ENCODER)):
         held["gemma_root"] = checkpoint_path
-    if os.path.isdir(upsampler := os.path.join(checkpoint_path, diffusers_layout.UPSAMPLER)):
+    if is_folder(upsampler := join(checkpoint_path, diffusers_layout.UPSAMPLER)):
         held["spatial_upsampler_path"] = upsampler
     return held
 

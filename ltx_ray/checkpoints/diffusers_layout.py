@@ -9,13 +9,14 @@ fewer fields.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ltx_ray.checkpoints.diffusers_names import to_official
+from ltx_ray.checkpoints.model_paths import is_file, is_folder, names, open_binary
 from ltx_ray.checkpoints.safetensors import TensorInfo, read_header
+from ltx_ray.storage.locations import join
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 #: The folders of an LTX-2.3 model and the classes that their config.json names.
@@ -134,8 +135,8 @@ def generation(config: Mapping[str, Any]) -> tuple[str, str]:
 
 def read_config(folder: str) -> dict[str, Any]:
     """The config.json of `folder`. Raises ValueError when there is none or it is not a JSON object."""
-    path = os.path.join(folder, "config.json")
-    if not os.path.isfile(path):
+    path = join(folder, "config.json")
+    if not is_file(path):
         raise ValueError(f"{folder}: has no config.json; legal: a folder as diffusers writes it")
     return read_json(path)
 
@@ -172,9 +173,9 @@ def read_model(path: str) -> dict[str, Component]:
     The caller has checked the generation. Raises ValueError naming what is missing or does not fit.
     """
     for name in COMPONENTS:
-        if not os.path.isdir(os.path.join(path, name)):
+        if not is_folder(join(path, name)):
             raise ValueError(f"{path}: has no {name}/; legal: a whole model, with {', '.join(COMPONENTS)}")
-    parts = {name: read_component(os.path.join(path, name), known) for name, known in COMPONENTS.items()}
+    parts = {name: read_component(join(path, name), known) for name, known in COMPONENTS.items()}
     known = {*_REQUIRED[COMPONENTS["transformer"]], *_SAME, *_OTHER, *(field for _, field, _, _ in _GENERATION_FIELDS)}
     refuse_unknown(parts["transformer"], known)
     noise = parts["vae"].config.get("decoder_inject_noise", False)
@@ -225,8 +226,8 @@ def official_tensors(transformer: Component) -> dict[str, TensorInfo]:
 
 def upsampler_folder(path: str) -> str:
     """The upsampler's folder: `path` itself, or its latent_upsampler/ (as LTX2LatentUpsamplePipeline writes it)."""
-    inside = os.path.join(path, UPSAMPLER)
-    return inside if os.path.isdir(inside) and not os.path.isfile(os.path.join(path, "config.json")) else path
+    inside = join(path, UPSAMPLER)
+    return inside if is_folder(inside) and not is_file(join(path, "config.json")) else path
 
 
 def read_upsampler(path: str) -> Component:
@@ -236,12 +237,12 @@ def read_upsampler(path: str) -> Component:
 
 def read_weights(folder: str, name: str = WEIGHTS) -> dict[str, TensorInfo]:
     """The tensors in `folder`, of one file or of several under an index. Raises ValueError when any are missing."""
-    single = os.path.join(folder, name)
+    single = join(folder, name)
     index = single + ".index.json"
-    if not os.path.isfile(index):  # with both, the index is used, as in diffusers
-        if os.path.isfile(single):
+    if not is_file(index):  # with both, the index is used, as in diffusers
+        if is_file(single):
             return dict(read_header(single).tensors)
-        there = sorted(other for other in os.listdir(folder) if not other.endswith(".json"))
+        there = [other for other in names(folder) if not other.endswith(".json")]
         raise ValueError(
             f"{folder}: has neither {name} nor its .index.json; legal: safetensors without a variant in the name; "
             f"there are {', '.join(there[:10]) or 'no weights'}"
@@ -249,7 +250,7 @@ def read_weights(folder: str, name: str = WEIGHTS) -> dict[str, TensorInfo]:
     files = read_json(index).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
         raise ValueError(f"{index}: has no weight_map of names to files; fetch it again")
-    headers = {file: read_header(os.path.join(folder, file)) for file in sorted(set(files.values()))}
+    headers = {file: read_header(join(folder, file)) for file in sorted(set(files.values()))}
     missing = sorted(key for key, file in files.items() if key not in headers[file].tensors)
     if missing:
         shown = ", ".join(missing[:10]) + (", …" if len(missing) > 10 else "")
@@ -260,8 +261,8 @@ def read_weights(folder: str, name: str = WEIGHTS) -> dict[str, TensorInfo]:
 def read_json(path: str) -> dict[str, Any]:
     """The JSON object in the file at `path`. Raises ValueError naming the file."""
     try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
+        with open_binary(path) as file:
+            content = json.loads(file.read().decode("utf-8"))
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
     except ValueError as error:
@@ -275,7 +276,7 @@ def read_json(path: str) -> dict[str, Any]:
 
 
 def _part(path: str, name: str) -> Component:
-    return read_component(os.path.join(path, name), COMPONENTS[name])
+    return read_component(join(path, name), COMPONENTS[name])
 
 
 def connectors(path: str) -> Component:

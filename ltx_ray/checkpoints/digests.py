@@ -11,8 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from ltx_ray.checkpoints.model_paths import files_below, identity, is_folder, is_remote, open_binary, read_ranges
+from ltx_ray.checkpoints.model_paths import size as size_of
 from ltx_ray.checkpoints.safetensors import MAX_HEADER_BYTES, read_header
 from ltx_ray.config import NEWEST_SCHEME
+from ltx_ray.storage.locations import join, split_options
 
 #: Bytes at the beginning, in the middle and at the end of each tensor that a digest reads.
 _TENSOR_SAMPLE_BYTES = 4096
@@ -30,16 +33,19 @@ def file_digest(path: str, scheme: int = NEWEST_SCHEME) -> str:
     about 70 MB of a 46 GB file. Scheme 1 read 64 samples of 64 KiB of any file, between which whole tensors could lie.
     A file of up to 4 MiB is hashed whole in both.
     """
-    size = os.path.getsize(path)
+    size = size_of(path)
     digest = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as file:
+    with open_binary(path) as file:
         if size <= _SAMPLES * _SAMPLE_BYTES:
             digest.update(file.read())
-        elif scheme == 1:
-            for start, length in _spread_samples(path, file, size):
-                _add(digest, file, start, length)
+            return digest.hexdigest()[:32]
+        samples = list(_spread_samples(path, file, size) if scheme == 1 else _tensor_samples(path))
+        if is_remote(path):
+            # One after the other, thousands of samples would take minutes.
+            for block in read_ranges(path, samples):
+                digest.update(block)
         else:
-            for start, length in _tensor_samples(path):
+            for start, length in samples:
                 _add(digest, file, start, length)
     return digest.hexdigest()[:32]
 
@@ -54,7 +60,7 @@ def _add(digest: hashlib._Hash, file: BinaryIO, start: int, length: int) -> None
 
 def _spread_samples(path: str, file: BinaryIO, size: int) -> Iterator[tuple[int, int]]:
     """(start, bytes) of the header and of samples at even distances."""
-    length = struct.unpack("<Q", file.read(8))[0] if path.endswith(".safetensors") else 0
+    length = struct.unpack("<Q", file.read(8))[0] if _suffix(path) == ".safetensors" else 0
     yield 0, 8 + min(length, MAX_HEADER_BYTES)
     for i in range(_SAMPLES):
         yield (size - _SAMPLE_BYTES) * i // (_SAMPLES - 1), _SAMPLE_BYTES
@@ -69,7 +75,7 @@ def _tensor_samples(path: str) -> Iterator[tuple[int, int]]:
         tensors = sorted(read_header(path).tensors.values(), key=lambda info: info.start)
     except ValueError:
         tensors = []  # A tokenizer, or a damaged file in a folder of a model, which nothing loads.
-    yield 0, min((info.start for info in tensors), default=os.path.getsize(path))
+    yield 0, min((info.start for info in tensors), default=size_of(path))
     for info in tensors:
         if info.nbytes <= 3 * _TENSOR_SAMPLE_BYTES:
             yield info.start, info.nbytes
@@ -83,13 +89,13 @@ def cached_digest(path: str, cache_dir: Path | None = None, scheme: int = NEWEST
     """`file_digest` of a file, or the digest over the config, tokenizer and weight files of a directory.
 
     It is cached in `cache_dir` (default: ltx-ray's cache directory) for as long as the file's path, size, inode, mtime
-    and ctime stay. A program can set the mtime, and copies keep it, but the ctime is the system's.
+    and ctime stay; of a URI, its size and the store's version of it.
     """
-    if os.path.isdir(path):
+    if is_folder(path):
         return _folder_digest(path, cache_dir, scheme)
-    stat, real_path = os.stat(path), os.path.realpath(path)
+    real_path, *state = identity(path)
     # The first scheme samples a file by the name that it is given, and a link may have another ending than its file.
-    key = [scheme, real_path, stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns, Path(path).suffix]
+    key = [scheme, real_path, *state, _suffix(path)]
     folder = (cache_dir or cache_root()) / "digests"
     entry = folder / (hashlib.sha256(f"{scheme} {real_path}".encode()).hexdigest()[:32] + ".json")
     try:
@@ -110,13 +116,15 @@ def cached_digest(path: str, cache_dir: Path | None = None, scheme: int = NEWEST
 
 
 def _folder_digest(path: str, cache_dir: Path | None, scheme: int) -> str:
-    # followlinks: a component of a model may be a link to a folder elsewhere
-    inside = (Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names)
-    files = sorted(p for p in inside if p.suffix in (".safetensors", ".json", ".model") and p.is_file())
     digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.relative_to(path)}:{cached_digest(str(file), cache_dir, scheme)}\n".encode())
+    for name in files_below(path):
+        if _suffix(name) in (".safetensors", ".json", ".model"):
+            digest.update(f"{name}:{cached_digest(join(path, name), cache_dir, scheme)}\n".encode())
     return digest.hexdigest()[:32]
+
+
+def _suffix(path: str) -> str:
+    return Path(split_options(path)[0]).suffix
 
 
 def cache_root() -> Path:

@@ -22,9 +22,11 @@ from typing import Any
 from ltx_ray.checkpoints.checkpoint import Checkpoint
 from ltx_ray.checkpoints.diffusers_names import to_diffusers, to_official
 from ltx_ray.checkpoints.digests import cached_digest
+from ltx_ray.checkpoints.model_paths import is_file, open_binary
 from ltx_ray.checkpoints.safetensors import SafetensorsHeader, TensorInfo, read_header
 from ltx_ray.checkpoints.values import first_not_finite
 from ltx_ray.config import NEWEST_SCHEME
+from ltx_ray.storage.locations import join, parent, split_options
 
 _SIDES = {
     "lora_A": "a", "lora_down": "a", "lora.down": "a", "lora_linear_layer.down": "a",
@@ -219,7 +221,7 @@ def _settings(metadata: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def lora_digest(path: str, scheme: int = NEWEST_SCHEME) -> str:
     """32 hex digits for the LoRA at `path` and the configuration beside it, whose alpha decides pixels."""
-    digest, beside = cached_digest(path, scheme=scheme), _config_beside(read_header(path))
+    digest, beside = cached_digest(path, scheme=scheme), config_beside(read_header(path))
     if beside is None:
         return digest
     return hashlib.sha256((digest + cached_digest(beside, scheme=scheme)).encode()).hexdigest()[:32]
@@ -234,12 +236,12 @@ def _belongs(name: str, stems: Mapping[str, object]) -> bool:
     return False
 
 
-def _config_beside(header: SafetensorsHeader) -> str | None:
+def config_beside(header: SafetensorsHeader) -> str | None:
     """The adapter_config.json beside an adapter that PEFT wrote, which is recognized by its name or keys."""
-    folder, name = os.path.split(header.path)
     peft = any(key.startswith(_PEFT) for key in header.tensors)
-    beside = os.path.join(folder, "adapter_config.json")
-    return beside if (peft or name == "adapter_model.safetensors") and os.path.isfile(beside) else None
+    named = os.path.basename(split_options(header.path)[0]) == "adapter_model.safetensors"
+    beside = join(parent(header.path), "adapter_config.json")
+    return beside if (peft or named) and is_file(beside) else None
 
 
 class _Alphas:
@@ -292,10 +294,10 @@ def _configs(header: SafetensorsHeader) -> Iterator[tuple[str, dict[str, Any]]]:
         prefixes = {key.split(".")[0] + "." for key in table if key.endswith(".lora_alpha")} or {""}
         for prefix in sorted(prefixes):
             yield prefix, {key[len(prefix) :]: value for key, value in table.items() if key.startswith(prefix)}
-    elif beside := _config_beside(header):
+    elif beside := config_beside(header):
         try:
-            with open(beside, encoding="utf-8") as file:
-                text = file.read()
+            with open_binary(beside) as file:
+                text = file.read().decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{beside}: cannot be read ({error})") from None
         yield "", _json(beside, "it", text)

@@ -8,7 +8,9 @@ from types import MappingProxyType, ModuleType
 from typing import Any
 
 from ltx_ray.checkpoints import diffusers_layout, single_file
-from ltx_ray.checkpoints.checkpoint import gemma_folders
+from ltx_ray.checkpoints.checkpoint import check_gemma, check_upsampler, gemma_folders
+from ltx_ray.checkpoints.model_paths import is_folder
+from ltx_ray.config import ModelFiles
 from ltx_ray.shapes import AUDIO_CHANNELS, AUDIO_SAMPLE_RATE, SPACE_FACTOR, TIME_FACTOR, VIDEO_CHANNELS
 
 #: What a clip's sizes rely on (shapes.py), by diffusers' names of it.
@@ -30,7 +32,7 @@ UPSAMPLER_SIZES: Mapping[str, int] = MappingProxyType({"in_channels": VIDEO_CHAN
 
 def layout_of(path: str | os.PathLike[str]) -> ModuleType:
     """The module of this package that reads the layout at `path`."""
-    return diffusers_layout if os.path.isdir(path) else single_file
+    return diffusers_layout if is_folder(path) else single_file
 
 
 def check_sizes(path: str, what: str, sizes: Mapping[str, int], value: Callable[[str], Any]) -> None:
@@ -39,6 +41,14 @@ def check_sizes(path: str, what: str, sizes: Mapping[str, int], value: Callable[
     for name, legal in sizes.items():
         if (found := value(name)) != legal:
             raise ValueError(f"{path}: {what}: {name} is {found!r}; legal: {legal} (LTX-2.3)")
+
+
+def check_other_models(model: ModelFiles) -> None:
+    """Raise ValueError unless the upsampler, Gemma and the parts around the transformer are of LTX-2.3, and fit."""
+    check_upsampler(model.spatial_upsampler_path)
+    check_parts(model.checkpoint_path, model.spatial_upsampler_path)
+    check_gemma(model.gemma_root)
+    check_text_width(model.checkpoint_path, model.gemma_root)
 
 
 def check_parts(checkpoint_path: str, upsampler_path: str) -> None:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from ltx_ray.checkpoints.model_paths import open_binary
+from ltx_ray.checkpoints.model_paths import size as size_of
 from ltx_ray.storage.file_kinds import HEAD_BYTES, named_kind
 
 MAX_HEADER_BYTES = 100 * 2**20
@@ -46,7 +48,7 @@ class TensorInfo:
         """The value of a one-element tensor. Raises ValueError for another size, or a dtype that is not supported."""
         if self.nbytes != ITEM_BYTES.get(self.dtype) or self.dtype not in _SCALARS:
             raise ValueError(f"{self.path}: {self.key} is {self.dtype} {self.shape}; legal: one number")
-        with open(self.path, "rb") as file:
+        with open_binary(self.path) as file:
             file.seek(self.start)
             data = file.read(self.nbytes)
         # A bfloat16 is the upper half of a float32.
@@ -86,8 +88,8 @@ def read_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
     """
     path = os.fspath(path)
     try:
-        size = os.path.getsize(path)
-        with open(path, "rb") as file:
+        size = size_of(path)
+        with open_binary(path) as file:
             head = file.read(HEAD_BYTES)
             # A header begins with its brace. Its length, which comes first, may look like another kind of file.
             if head[8:9] != b"{" and (kind := named_kind(head)):

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from ltx_ray.checkpoints.model_paths import open_binary
 from ltx_ray.checkpoints.safetensors import TensorInfo
 
 #: Bits of a value that are all set when it is infinite or no number, and never otherwise, by the format's dtype.
@@ -31,7 +32,7 @@ def first_not_finite(tensors: Iterable[TensorInfo]) -> TensorInfo | None:
 
 def _is_finite(info: TensorInfo, mask: np.unsignedinteger) -> bool:
     try:
-        with open(info.path, "rb") as file:
+        with open_binary(info.path) as file:
             file.seek(info.start)
             for start in range(info.start, info.end, _CHUNK_BYTES):
                 data = file.read(min(_CHUNK_BYTES, info.end - start))

@@ -1,4 +1,5 @@
-"""The `ltx-ray` command: render, retry, promote, plan, status, report, fold, export, remove, verify, inspect."""
+"""The `ltx-ray` command: render, retry, promote, plan, status, report, fold, export, remove, verify, fetch and
+inspect."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from ltx_ray.cli.options import (
     RUN_OPTIONS,
     SELECTION_OPTIONS,
     build_options,
+    model_files,
     output_option,
 )
 from ltx_ray.cli.parameters import (
@@ -29,6 +31,7 @@ from ltx_ray.cli.parameters import (
     Fraction,
     IdsFile,
     Location,
+    ModelLocation,
     OneOf,
     Option,
     Shard,
@@ -420,9 +423,30 @@ def verify_command(
 
 
 @app.command(
+    name="fetch",
+    short_help="download the model's files to this node",
+    params=[*MODEL_OPTIONS, CONFIG_OPTION],
+)
+def fetch_command(**values: Any) -> ExitCode:
+    """Download the model's files that are given as URIs into $LTX_RAY_CACHE/weights, where ranks find them.
+
+    A rank does so itself when it starts; this is for an image, an init container or a node that is idle.
+    """
+    from ltx_ray.checkpoints.node_cache import fetch, pinned
+
+    model = pinned(model_files(values))
+    for path, files in model.remote:
+        place = fetch(path, files, model.cache_bytes)
+        click.echo(f"{recorded(path)}: {sum(file.size for file in files) / 1e9:.1f} GB in {place}")
+    if not model.remote:
+        click.echo("nothing to fetch: every file of the model is on this machine's disks")
+    return ExitCode.OK
+
+
+@app.command(
     name="inspect",
     short_help="say what a weight file or a model directory holds",
-    params=[Argument("file", "a safetensors file, or a directory of them", Location(local=True))],
+    params=[Argument("file", "a safetensors file, or a directory of them; local or a URI", ModelLocation())],
 )
 def inspect_command(file: str) -> ExitCode:
     """Say what a weight file or a model directory holds."""

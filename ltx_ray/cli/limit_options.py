@@ -32,7 +32,14 @@ LIMIT_OPTIONS = (
         metavar="SECONDS",
         type=AtLeast(1.0),
         default=RunLimits.start_timeout,
-        help="time for a replica to start",
+        help="time for a replica to start without any of the model's bytes arriving",
+    ),
+    Option(
+        "--load-concurrency",
+        section=_LIMITS,
+        metavar="N",
+        type=AtLeast(1),
+        help="replicas that load the model at once [as many as do not slow each other down]",
     ),
     Option(
         "--call-timeout",

@@ -16,6 +16,7 @@ import click
 import pyarrow as pa
 
 from ltx_ray.checkpoints.checkpoint import held_by
+from ltx_ray.checkpoints.model_paths import look_again
 from ltx_ray.cli.config_file import read_config
 from ltx_ray.cli.limit_options import LIMIT_OPTIONS
 from ltx_ray.cli.parameters import (
@@ -24,6 +25,7 @@ from ltx_ray.cli.parameters import (
     BlockNumbers,
     IdsFile,
     Location,
+    ModelLocation,
     OneOf,
     Option,
     PathAndStrength,
@@ -38,6 +40,7 @@ from ltx_ray.manifest.text_values import json_value
 from ltx_ray.placement.numerics import NUMERICS_CHOICES
 from ltx_ray.placement.sizing import ParallelConfig
 from ltx_ray.run import Options
+from ltx_ray.storage.locations import split_options
 
 T = TypeVar("T")
 
@@ -59,31 +62,31 @@ MODEL_OPTIONS = (
         "--checkpoint-path",
         section=_MODEL,
         metavar="PATH",
-        type=Location(local=True),
-        help="LTX-2.3: a single file, or a diffusers directory",
+        type=ModelLocation(),
+        help="LTX-2.3: a single file, or a diffusers directory; this and others may be s3://, gs:// or hf:// URIs",
     ),
     Option(
         "--distilled-checkpoint-path",
         section=_MODEL,
         metavar="PATH",
-        type=Location(local=True),
+        type=ModelLocation(),
         help="the distilled LTX-2.3 instead, for the pipeline distilled",
     ),
     Option(
         "--gemma-root",
         section=_MODEL,
         metavar="DIR",
-        type=Location(local=True),
+        type=ModelLocation(),
         help="Gemma 3 (a diffusers directory may hold it)",
     ),
     Option(
         "--spatial-upsampler-path",
         section=_MODEL,
         metavar="PATH",
-        type=Location(local=True),
+        type=ModelLocation(),
         help="latent upsampler x2 (a diffusers directory may hold it)",
     ),
-    Option("--distilled-lora", section=_MODEL, metavar="PATH", type=Location(local=True), help="distilled LoRA"),
+    Option("--distilled-lora", section=_MODEL, metavar="PATH", type=ModelLocation(), help="distilled LoRA"),
     Option(
         LORA,
         section=_MODEL,
@@ -91,6 +94,13 @@ MODEL_OPTIONS = (
         type=PathAndStrength(),
         multiple=True,
         help=f"a LoRA for rows and its default strength; repeatable [{LoraSpec.strength:g}]",
+    ),
+    Option(
+        "--weights-cache-gb",
+        section=_MODEL,
+        metavar="X",
+        type=AtLeast(0.0),
+        help="GB that a node keeps of files that are given as URIs, in $LTX_RAY_CACHE/weights [all that fit]",
     ),
 )
 
@@ -400,7 +410,10 @@ def _from_values(kind: type[T], values: Mapping[str, Any]) -> T:
 
 def model_files(values: Mapping[str, Any]) -> ModelFiles:
     """The model that the values of MODEL_OPTIONS name."""
+    look_again()
     loras = lora_specs(values["lora"])
+    bound = values["weights_cache_gb"]
+    cache_bytes = None if bound is None else int(bound * 1e9)
     if (model := values["model"]) is not None:
         if model not in _PROVIDERS:
             raise ValueError(f"--model: {model!r}, legal: {', '.join(_PROVIDERS)}, or the paths of a model's files")
@@ -408,7 +421,7 @@ def model_files(values: Mapping[str, Any]) -> ModelFiles:
         given = [name for name in own if values[name]]
         if given:
             raise ValueError(f"--model and --{given[0].replace('_', '-')} exclude each other")
-        return ModelFiles("", "", "", provider=_PROVIDERS[model], loras=loras)
+        return ModelFiles("", "", "", provider=_PROVIDERS[model], loras=loras, cache_bytes=cache_bytes)
     distilled = values["distilled_checkpoint_path"] is not None
     if distilled and (other := next((n for n in ("checkpoint_path", "distilled_lora") if values[n]), None)):
         raise ValueError(f"--distilled-checkpoint-path and --{other.replace('_', '-')} exclude each other")
@@ -427,6 +440,7 @@ def model_files(values: Mapping[str, Any]) -> ModelFiles:
         distilled_lora=values["distilled_lora"],
         loras=loras,
         distilled=distilled,
+        cache_bytes=cache_bytes,
     )
 
 
@@ -437,6 +451,7 @@ def lora_specs(pairs: Iterable[tuple[str, float]]) -> tuple[LoraSpec, ...]:
     """
 
     def name(path: str) -> str:
+        path = split_options(path)[0]
         stem = os.path.splitext(os.path.basename(path))[0]
         folder = os.path.basename(os.path.dirname(os.path.abspath(path)))
         return folder if stem == "adapter_model" and folder else stem

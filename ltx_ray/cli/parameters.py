@@ -15,7 +15,8 @@ from click.core import ParameterSource
 
 from ltx_ray.config import LoraSpec
 from ltx_ray.manifest.columns import float32_holds
-from ltx_ray.storage.locations import recorded, resolve
+from ltx_ray.storage.hub import SCHEME, hub_location
+from ltx_ray.storage.locations import resolve
 from ltx_ray.storage.text import read_text
 
 LORA = "--lora"
@@ -127,21 +128,25 @@ class BlockNumbers(click.ParamType):
 
 
 class Location(click.ParamType):
-    """A path or URI as the location that it means. With `local`, object stores are refused."""
+    """A path or URI as the location that it means."""
 
     name = "location"
 
-    def __init__(self, local: bool = False):
-        self._local = local
-
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         try:
-            location = resolve(str(value))
+            return self.resolve(str(value))
         except ValueError as error:
             raise ValueError(f"{_shown_name(param)}: {error}") from None
-        if self._local and "://" in location:
-            raise ValueError(f"{_shown_name(param)}: {recorded(location)}, legal: a local path")
-        return location
+
+    def resolve(self, text: str) -> str:
+        return resolve(text)
+
+
+class ModelLocation(Location):
+    """A location, or a file or folder of the Hugging Face Hub."""
+
+    def resolve(self, text: str) -> str:
+        return hub_location(text) if text.startswith(SCHEME) else resolve(text)
 
 
 class IdsFile(click.ParamType):
@@ -196,7 +201,7 @@ class PathAndStrength(click.ParamType):
         if not (_is_number(strength) and float32_holds(float(strength))):
             raise ValueError(f"--lora: {path} {strength}, legal: a finite number as its strength, which float32 holds")
         # -0.0 would give another item_id than 0.0, which it becomes in a row.
-        return Location(local=True).convert(path, param, ctx), float(strength) + 0.0
+        return ModelLocation().convert(path, param, ctx), float(strength) + 0.0
 
 
 def with_lora_strengths(arguments: Sequence[str]) -> list[str]:

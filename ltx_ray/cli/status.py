@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import posixpath
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,6 +11,7 @@ from typing import Any
 
 from ltx_ray.checkpoints.diffusers_layout import COMPONENTS, generation, read_config
 from ltx_ray.checkpoints.lora import open_lora
+from ltx_ray.checkpoints.model_paths import is_file, is_folder, names
 from ltx_ray.checkpoints.safetensors import SafetensorsHeader, TensorInfo, read_header
 from ltx_ray.checkpoints.transformer_keys import AUDIO_CONNECTOR_PREFIX, TRANSFORMER_PREFIX, VIDEO_CONNECTOR_PREFIX
 from ltx_ray.dataset import layout
@@ -19,6 +20,7 @@ from ltx_ray.dataset.existing import ExistingRows, list_existing
 from ltx_ray.dataset.run_summary import LastCall, read_run, wait_lines
 from ltx_ray.driver.progress import duration
 from ltx_ray.storage.lease import holder
+from ltx_ray.storage.locations import join, split_options
 from ltx_ray.storage.store import Store
 
 _MIB = 2**20
@@ -98,7 +100,7 @@ def _replica_lines(replicas: Mapping[str, LastCall]) -> Iterator[str]:
 
 def inspect_lines(path: str) -> list[str]:
     """Parts, sizes and metadata of the safetensors file or the model directory at `path`; ValueError for neither."""
-    if os.path.isdir(path):
+    if is_folder(path):
         return _directory_lines(path)
     header = read_header(path)
     lines = [f"{path}: {header.size / _MIB:,.1f} MiB, {_dtypes(header.tensors.values())}"]
@@ -106,11 +108,11 @@ def inspect_lines(path: str) -> list[str]:
         lines.append(f"model_version {version}")
     described: set[str] = set()
     for prefix, part in _PARTS_OF_FILE.items():
-        names = {name for name in header.tensors if name.startswith(prefix)} - described
-        described |= names
-        if names:
-            size = sum(header.tensors[name].nbytes for name in names)
-            lines.append(f"{part}: {len(names)} tensors, {size / _MIB:,.1f} MiB under {prefix}")
+        own = {name for name in header.tensors if name.startswith(prefix)} - described
+        described |= own
+        if own:
+            size = sum(header.tensors[name].nbytes for name in own)
+            lines.append(f"{part}: {len(own)} tensors, {size / _MIB:,.1f} MiB under {prefix}")
     if any("lora" in name for name in header.tensors):
         lines.append(_lora_line(path))
         described = set(header.tensors)
@@ -136,8 +138,8 @@ def _config_lines(header: SafetensorsHeader) -> list[str]:
 
 def _directory_lines(path: str) -> list[str]:
     """The folders of a model in diffusers' layout, or the only one when `path` is such a folder itself."""
-    inside = sorted(entry.path for entry in os.scandir(path) if os.path.isfile(os.path.join(entry.path, "config.json")))
-    folders = [path] if os.path.isfile(os.path.join(path, "config.json")) else inside
+    inside = [folder for name in names(path) if is_file(join(folder := join(path, name), "config.json"))]
+    folders = [path] if is_file(join(path, "config.json")) else inside
     if not folders:
         raise ValueError(f"{path}: no folder in it has a config.json; legal: a model directory, or a safetensors file")
     return [f"{path}: a model directory", *(line for folder in folders for line in _folder_lines(folder))]
@@ -145,11 +147,11 @@ def _directory_lines(path: str) -> list[str]:
 
 def _folder_lines(folder: str) -> Iterator[str]:
     config = read_config(folder)
-    files = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
-    tensors = [info for name in files for info in read_header(os.path.join(folder, name)).tensors.values()]
+    files = [name for name in names(folder) if name.endswith(".safetensors")]
+    tensors = [info for name in files for info in read_header(join(folder, name)).tensors.values()]
     size = sum(info.nbytes for info in tensors) / _MIB
     component = config.get("_class_name") or config.get("model_type", "?")
-    name = os.path.basename(os.path.normpath(folder))
+    name = posixpath.basename(split_options(folder)[0].rstrip("/"))
     stored = f"{size:,.1f} MiB in {len(files)} file{'s' if len(files) != 1 else ''}"
     yield f"{name}: {component}, {stored}, {_dtypes(tensors)}"
     if component == COMPONENTS["transformer"]:

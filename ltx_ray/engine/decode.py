@@ -23,6 +23,7 @@ import torch
 
 import ltx_ray
 from ltx_ray.checkpoints.digests import cache_root
+from ltx_ray.checkpoints.node_cache import on_this_node
 from ltx_ray.config import EngineSpec
 from ltx_ray.dataset.clips import publish_clip
 from ltx_ray.dataset.layout import clip_path, preview_path, thumb_path
@@ -77,7 +78,7 @@ class DecodeEngine:
 
     def load(self) -> None:
         """Load the decoders. Raises ValueError for files that do not fit, UnfitNode as load_video_vae does."""
-        path = self.spec.model.local().checkpoint_path
+        path = on_this_node(self.spec.model).checkpoint_path
         self._files = FileDigests(self.spec, "checkpoint_path")
         self.store = Store(self.spec.output)
         self.latents = LatentStore(self.store)

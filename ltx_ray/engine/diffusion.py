@@ -19,6 +19,7 @@ import torch
 from ltx_ray.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ltx_ray.checkpoints.digests import cache_root
 from ltx_ray.checkpoints.lora import open_lora
+from ltx_ray.checkpoints.node_cache import on_this_node
 from ltx_ray.config import EngineSpec, ModelFiles
 from ltx_ray.engine import codec, components
 from ltx_ray.engine.base import Rank, resolve_dtype
@@ -82,7 +83,7 @@ class DiffusionEngine:
         """
         # Kernels are compiled once for all processes, and for all nodes where the cache is shared.
         os.environ.setdefault("TRITON_CACHE_DIR", str(cache_root() / "triton"))
-        model, layout = self.spec.model.local(), self.spec.layout
+        model, layout = on_this_node(self.spec.model), self.spec.layout
         upsampler = ("spatial_upsampler_path",) if Stage.STAGE2 in layout.roles else ()
         self._files = FileDigests(self.spec, "checkpoint_path", "distilled_lora", "loras", *upsampler)
         checkpoint = open_checkpoint(model.checkpoint_path)

@@ -11,6 +11,7 @@ import torch
 
 from ltx_ray.checkpoints.digests import cached_digest
 from ltx_ray.checkpoints.lora import lora_digest
+from ltx_ray.checkpoints.node_cache import on_this_node
 from ltx_ray.config import EngineSpec, ModelFiles
 from ltx_ray.dataset.package_versions import package_versions
 from ltx_ray.records import AV, Conditions, Evidence, PromptContext, ReplicaError
@@ -27,7 +28,7 @@ class FileDigests:
     """
 
     def __init__(self, spec: EngineSpec, *parts: str):
-        self._model, self._scheme, self._parts = spec.model.local(), spec.scheme, parts
+        self._model, self._scheme, self._parts = on_this_node(spec.model), spec.scheme, parts
         self._found: dict[str, str] = {}
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._find, name="digests", daemon=True)

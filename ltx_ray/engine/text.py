@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ltx_ray.checkpoints.checkpoint import gemma_folders
+from ltx_ray.checkpoints.node_cache import on_this_node
 from ltx_ray.config import EngineSpec
 from ltx_ray.engine import codec, components
 from ltx_ray.engine.base import Rank, resolve_dtype
@@ -57,7 +58,7 @@ class TextEngine:
         """Load all but the video encoder. Raises ValueError naming what the files lack."""
         from transformers import AutoTokenizer, Gemma3ForConditionalGeneration
 
-        model = self.spec.model.local()
+        model = on_this_node(self.spec.model)
         self._files = FileDigests(self.spec, "checkpoint_path", "gemma_root")
         weights, tokenizer = gemma_folders(model.gemma_root)
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
@@ -118,7 +119,7 @@ class TextEngine:
     def _video_encoder(self) -> torch.nn.Module:
         """The video encoder, loaded for the first image: it takes half a gigabyte, which text alone never needs."""
         if self._encoder is None:
-            path = self.spec.model.local().checkpoint_path
+            path = on_this_node(self.spec.model).checkpoint_path
             try:
                 self._encoder = components.load_video_vae(path, self.dtype, self.device, part="encoder")
             except ValueError as error:

@@ -242,7 +242,7 @@ class Cluster:
             numerics = resolve(
                 self._requested, replace(self._asked, tp=tp), device, found.models, found.fa3, transformer
             )
-            return smallest is None or holds_rank(self._checkpoint, self._model.local(), numerics, smallest, tp)
+            return smallest is None or holds_rank(self._checkpoint, self._model.in_place(), numerics, smallest, tp)
 
         cards = Cards(found.models[0] if len(set(found.models)) == 1 else "", int(found.on_a_node))
         return choose_layout(self._asked, cards, transformer, self._model.distilled, fits)
@@ -258,7 +258,7 @@ class Cluster:
         return float(self._parallel.max_replicas)  # The autoscaler is going to add them.
 
     def _can_share(self, numerics: Numerics, gpu: Gpu) -> bool:
-        return can_share(self._checkpoint, self._model.local(), numerics, gpu)
+        return can_share(self._checkpoint, self._model.in_place(), numerics, gpu)
 
     def leave(self) -> None:
         """Disconnect from the cluster, and end a private one. Does nothing unless `join` has begun to connect."""

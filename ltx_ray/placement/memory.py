@@ -8,7 +8,6 @@ attempt. Weights are counted from the files. Activations and decoding are figure
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from functools import cache, cached_property
 from ltx_ray.checkpoints import diffusers_layout
 from ltx_ray.checkpoints import transformer_keys as keys
 from ltx_ray.checkpoints.checkpoint import Checkpoint, gemma_folders
+from ltx_ray.checkpoints.model_paths import is_folder
 from ltx_ray.checkpoints.safetensors import TensorInfo, read_header
 from ltx_ray.config import ModelFiles, Numerics, PoolSpec
 from ltx_ray.manifest.rules import RowProblem
@@ -256,7 +256,7 @@ class MemoryBudget:
     @cached_property
     def _upsampler_bytes(self) -> int:
         path = self._model.spatial_upsampler_path
-        tensors = diffusers_layout.read_upsampler(path).tensors if os.path.isdir(path) else read_header(path).tensors
+        tensors = diffusers_layout.read_upsampler(path).tensors if is_folder(path) else read_header(path).tensors
         return self.element_bytes * _elements(tensors)
 
     @cached_property

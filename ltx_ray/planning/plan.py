@@ -145,7 +145,7 @@ class ItemBuilder:
     """Makes the work items of requests: the recipe (the run's weights and dtypes, the row's LoRAs) and the item_id."""
 
     def __init__(self, model: ModelFiles, numerics: RecipeNumerics, scheme: int = NEWEST_SCHEME):
-        local = model.local()
+        local = model.in_place()
         self.checkpoint = open_checkpoint(local.checkpoint_path)
         self._numerics, self.scheme = numerics, scheme
         self._checkpoint = cached_digest(local.checkpoint_path, scheme=scheme)

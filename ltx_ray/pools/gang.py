@@ -327,6 +327,10 @@ class Gang:
         self._answered = time.time()
         return reports
 
+    def gets_on(self, now: float) -> None:
+        """The gang loads still: its time to start begins anew."""
+        self._placed = now
+
     def overdue(self, now: float, start_timeout: float) -> str | None:
         """Why the start or a call under way should be given up, or None. `now` as of `time.time`.
 

@@ -17,6 +17,7 @@ from ltx_ray.config import PoolSpec
 from ltx_ray.pools.card_time import CardTime
 from ltx_ray.pools.gang import Call, Gang, GangLost, GangState, InputsMissing
 from ltx_ray.pools.load_limit import LoadLimit
+from ltx_ray.pools.load_progress import LoadProgress
 from ltx_ray.pools.protocol import CallFinished, InputsLost, ReplicaEvent, ReplicaLost, ReplicaStarted
 from ltx_ray.records import WorkItem
 from ltx_ray.stages import Stage
@@ -26,10 +27,16 @@ _DRAIN_PERIOD = 2.0
 
 
 class RayReplicaSet:
-    """`start_timeout`: seconds from the time when a gang may load until it is ready. `left_alone`: nodes of others."""
+    """Gangs on a Ray cluster.
 
-    def __init__(self, start_timeout: float, left_alone: Collection[str] = ()):
+    `start_timeout`: seconds that a gang may take to be ready, from when it may load or from the last bytes of the
+    model that came. `load_concurrency`: gangs that load at once; None for as many as do not slow each other down.
+    `left_alone`: nodes of others.
+    """
+
+    def __init__(self, start_timeout: float, left_alone: Collection[str] = (), load_concurrency: int | None = None):
         self._start_timeout, self._left_alone = start_timeout, frozenset(left_alone)
+        self._load_progress = LoadProgress(start_timeout)
         self._card_time = CardTime()
         #: Ids of the nodes that drain, and when that was asked for last.
         self._draining: frozenset[str] = frozenset()
@@ -37,7 +44,7 @@ class RayReplicaSet:
         self._gangs: dict[str, Gang] = {}
         #: Dead ones whose places are held.
         self._held: dict[str, Gang] = {}
-        self._load_limit = LoadLimit()
+        self._load_limit = LoadLimit(load_concurrency)
         #: Nodes on which no gang is placed.
         self._avoided = self._left_alone
 
@@ -72,6 +79,7 @@ class RayReplicaSet:
         for gang in {id(waiting[ref]): waiting[ref] for ref in ready}.values():
             events += self._advance(gang, arrived)
         now = time.time()
+        self._load_progress.look(self._gangs.values(), now)
         for gang in list(self._gangs.values()):
             if (reason := gang.overdue(now, self._start_timeout)) is not None:
                 events.append(self._lose(gang, reason))
@@ -88,7 +96,7 @@ class RayReplicaSet:
                     if gang.state is GangState.WAITING:
                         self._card_time.hold(gang.name, gang.ranks, time.time())
                     return []
-                self._load_limit.end(time.time() - gang.load_began)
+                self._load_limit.end(gang.pool.name, time.time() - gang.load_began)
                 return [ReplicaStarted(gang.name, gang.ranks, time.time() - gang.created, gang.evidence)]
             gang.pinged(arrived)
             for call in [call for call in gang.calls if call.reports]:
@@ -137,7 +145,7 @@ class RayReplicaSet:
     def _end(self, replica: str, hold: bool = False) -> None:
         gang = self._gangs.pop(replica)
         if gang.state is GangState.LOADING:
-            self._load_limit.end(None)
+            self._load_limit.end(gang.pool.name, None)
         gang.kill(release=not hold)
         if hold:
             self._held[replica] = gang

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ltx_ray.storage.retry import RetryPolicy
 
 if TYPE_CHECKING:
+    from obstore import GetOptions, ObjectMeta
     from obstore.store import ObjectStore
 
 #: Objects that S3 deletes in one request.
@@ -67,6 +68,11 @@ class ObjectClient:
             return self._replace("writing", relative, data, version)
 
     def names(self, folder: str) -> Iterator[str]:
+        # An object without data stands for a folder, and obstore shows it without its slash.
+        return (name for name, size, _ in self.listed(folder) if size)
+
+    def listed(self, folder: str) -> Iterator[tuple[str, int, str]]:
+        """(name relative to `folder`, bytes, version) of all objects below it, in no order."""
         import obstore
 
         below = self.key(folder)
@@ -87,8 +93,42 @@ class ObjectClient:
 
         while found := self._retry("listing", folder, page):
             last = found[-1]["path"]
-            # An object without data stands for a folder, and obstore shows it without its slash.
-            yield from (meta["path"][start:] for meta in found if meta["size"])
+            yield from ((meta["path"][start:], meta["size"], _version(meta)) for meta in found)
+
+    def head(self, relative: str) -> tuple[int, str]:
+        """Bytes and version of an object. Raises FileNotFoundError when there is none."""
+        import obstore
+
+        def head() -> tuple[int, str]:
+            with _os_errors():
+                meta = obstore.head(self._connect(self._silence, False), self.key(relative))
+            return meta["size"], _version(meta)
+
+        return self._retry("looking up", relative, head)
+
+    def read_range(self, relative: str, start: int, length: int, version: str) -> bytes:
+        """`length` bytes of an object in this version, from byte `start` on. Threads may share the client.
+
+        Raises FileNotFoundError when the object is gone, and FileReplaced when it is there in another version.
+        """
+        import obstore
+
+        options: GetOptions = {"range": (start, start + length)}
+        if (tag := json.loads(version).get("e_tag")) is not None:
+            options["if_match"] = tag
+
+        def get() -> bytes:
+            with _os_errors():
+                answer = obstore.get(self._connect(self._silence, False), self.key(relative), options=options)
+                data = bytes(answer.bytes())
+            if len(data) != length:
+                raise OSError(f"{len(data)} bytes came where {length} were asked for")
+            return data
+
+        try:
+            return self._retry("reading", relative, get)
+        except _Refused:
+            raise FileReplaced(f"{self._retry.uri}: {relative} was replaced while it was read") from None
 
     def delete_many(self, relatives: Iterable[str]) -> None:
         pending = iter(relatives)
@@ -116,9 +156,7 @@ class ObjectClient:
 
         with _os_errors():
             answer = obstore.get(self._connect(self._silence, False), self.key(relative))
-            # S3 compares the first of them, Google's store the second.
-            version = {name: answer.meta[name] for name in ("e_tag", "version") if answer.meta[name] is not None}
-            return bytes(answer.bytes()), json.dumps(version)
+            return bytes(answer.bytes()), _version(answer.meta)
 
     def _put(self, doing: str, relative: str, data: bytes, mode: Any) -> bool:
         """Write the object; False when the condition of `mode` does not hold."""
@@ -183,6 +221,16 @@ class ObjectClient:
             return self._get(relative)[0] == data
         except FileNotFoundError:
             return False
+
+
+class FileReplaced(ValueError):
+    """The file is there, but no longer in the version that was asked for."""
+
+
+def _version(meta: ObjectMeta) -> str:
+    # S3 compares the first of them, Google's store the second.
+    found = {"e_tag": meta["e_tag"], "version": meta["version"]}
+    return json.dumps({name: value for name, value in found.items() if value is not None})
 
 
 class _Refused(Exception):

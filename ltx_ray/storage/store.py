@@ -206,12 +206,17 @@ class Store:
 
     def signed_urls(self, relatives: Sequence[str], seconds: float) -> list[str]:
         """URLs of objects that need no credentials until they expire. Raises OSError when they cannot be signed."""
-        assert isinstance(self._conditional, ObjectClient)
-        return self._conditional.signed_urls(relatives, seconds)
+        return self.objects.signed_urls(relatives, seconds)
 
     def object_store_options(self) -> dict[str, str]:
         """How libraries that are built on the object_store crate reach the store; nothing for a local disk."""
         return {} if self.is_local else object_store_options(self._fs)
+
+    @property
+    def objects(self) -> ObjectClient:
+        """The objects of an object store, for ranges of them."""
+        assert isinstance(self._conditional, ObjectClient)
+        return self._conditional
 
     @cached_property
     def _conditional(self) -> LocalFiles | ObjectClient:

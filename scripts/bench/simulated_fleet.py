@@ -276,7 +276,7 @@ class SimulatedFleet:
         if replica in self._waiting:
             self._waiting.remove(replica)
         if replica.loading:
-            self._load_limit.end(None)
+            self._load_limit.end(replica.spec.name, None)
         if (node := replica.node) is not None:
             self._advance(node)
             node.calls = {number: call for number, call in node.calls.items() if call.replica != replica.name}
@@ -312,7 +312,7 @@ class SimulatedFleet:
             self._load()
             return [ReplicaLost(replica.name, reason, served=False, ranks=ranks, held=True)]
         replica.ready, replica.loading = True, False
-        self._load_limit.end(self.fleet.start_seconds)
+        self._load_limit.end(replica.spec.name, self.fleet.start_seconds)
         self._load()
         return [ReplicaStarted(replica.name, ranks, self.now - replica.asked)]
 

@@ -112,3 +112,19 @@ def test_a_lora_that_cannot_be_used_ends_the_run_at_once(runner):
     kinds = [event["event"] for event in runner.events()]
     assert "retry" not in kinds and "gang_lost" not in kinds and kinds[-1] == "run_finished"
     assert not runner.index()
+
+
+ROW = {"id": "one", "prompt": "a", "height": 64, "width": 64, "num_frames": 9}
+
+
+def test_a_gang_that_still_reads_is_waited_for(runner):
+    engines = {**FAKE, "diffusion": f"{ENGINES}:SlowDisk"}
+    limits = RunLimits(start_timeout=8.0, load_concurrency=2)
+    assert runner.render([ROW], fake=False, engines=engines, limits=limits) == 0
+
+
+def test_a_gang_that_reads_nothing_is_given_up(runner, capsys):
+    engines = {**FAKE, "diffusion": f"{ENGINES}:NoDisk"}
+    limits = RunLimits(start_timeout=8.0, max_attempts=1)
+    assert runner.render([ROW], fake=False, engines=engines, stage1=1, stage2=0, limits=limits) == 1
+    assert "not ready after 8 s (loading)" in capsys.readouterr().err

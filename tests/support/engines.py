@@ -29,6 +29,24 @@ class BadCard(FakeEngine):
             raise RuntimeError("CUDA error: the GPU has fallen off the bus")
 
 
+class SlowDisk(FakeEngine):
+    """Loads for 15 s, and reads 64 MiB a second as long as that takes."""
+
+    def load(self) -> None:
+        super().load()
+        with open("/dev/zero", "rb", buffering=0) as disk:
+            for _ in range(15):
+                disk.read(64 * 2**20)
+                time.sleep(1.0)
+
+
+class NoDisk(FakeEngine):
+    """Loads for minutes, and reads nothing."""
+
+    def load(self) -> None:
+        time.sleep(300.0)
+
+
 class LateToRendezvous(FakeEngine):
     """Rank 1 reaches the rendezvous after the others have given up."""
 

@@ -164,9 +164,16 @@ def test_a_path_means_the_same_in_every_place(cmd, tmp_path, monkeypatch, option
     )
 
 
-def test_a_model_in_an_object_store(cmd, manifest, out):
-    message = usage(cmd, "render", manifest, "--output", out, "--checkpoint-path", "s3://k:s@b/x.safetensors")
-    assert "--checkpoint-path: s3://b/x.safetensors, legal: a local path" in message
+@pytest.mark.parametrize("uri", ["hf://one", "hf://", "hf://org/repo//x", "hf://org/repo@"])
+def test_a_uri_that_names_no_file_of_the_hub(cmd, manifest, out, uri):
+    message = usage(cmd, "render", manifest, "--output", out, "--checkpoint-path", uri)
+    assert f"--checkpoint-path: {uri}, names no file of the Hub; legal: hf://org/repo@revision/file" in message
+
+
+def test_the_hub_without_its_package(cmd, manifest, out, monkeypatch):
+    monkeypatch.setattr("ltx_ray.storage.hub.importlib.util.find_spec", lambda name: None)
+    message = usage(cmd, "render", manifest, "--output", out, "--lora", "hf://org/repo@main/x.safetensors", "0.5")
+    assert "--lora: hf://org/repo@main/x.safetensors, needs the package huggingface_hub" in message
 
 
 def test_an_output_of_an_unknown_scheme(cmd, manifest):
@@ -737,7 +744,7 @@ def test_the_help_names_sections_and_defaults(cmd):
         "Replicas and their layout", "Limits", "Other",
     ]  # fmt: skip
     text = " ".join(out.split())
-    assert "attempts at a row [3]" in text and "time for a replica to start [1800]" in text
+    assert "attempts at a row [3]" in text and "time for a replica to start without any of" in text
 
 
 def test_without_options_a_run_has_the_defaults_of_its_settings(cmd, manifest, options):

@@ -19,7 +19,7 @@ HOLE = "\x00"
 RAISED = {
     "ValueError", "RowError", "WrongDevice", "ReplicaError", "StartFailed", "OSError", "ConnectionError",
     "FileNotFoundError", "RuntimeError", "OutOfMemoryError", "InvalidImage", "StoredLatentsGone", "GangLost",
-    "InputsMissing", "UnreadablePart", "StoreUnavailable", "NotFinite", "UnfitNode",
+    "FileReplaced", "InputsMissing", "UnreadablePart", "StoreUnavailable", "NotFinite", "UnfitNode",
 }  # fmt: skip
 #: Functions and classes that take messages, with the position of these among the arguments.
 SAID = {name: slice(0, 1) for name in (*RAISED, "say", "echo", "print", "warning", "_drain")} | {

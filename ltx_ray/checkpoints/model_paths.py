@@ -16,10 +16,7 @@ from pathlib import PurePosixPath
 from typing import Any, BinaryIO, Protocol
 
 from ltx_ray.storage.credentials import without_credentials
-from ltx_ray.storage.hub import SCHEME, HubFiles
 from ltx_ray.storage.locations import recorded, split_options
-from ltx_ray.storage.retry import RetryPolicy
-from ltx_ray.storage.store import RETRY_SECONDS, Store
 
 #: Bytes of a request, and blocks that stay in memory: headers are looked at several times.
 _BLOCK_BYTES = 4 * 2**20
@@ -138,6 +135,11 @@ def _merged(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
 @functools.lru_cache(maxsize=64)
 def remote_files(uri: str) -> RemoteFiles:
     """What reads the files below a URI. Raises ValueError for one that cannot be opened."""
+    # Arrow and numpy, which paths on this machine do not need, take a tenth of a second.
+    from ltx_ray.storage.hub import SCHEME, HubFiles
+    from ltx_ray.storage.retry import RetryPolicy
+    from ltx_ray.storage.store import RETRY_SECONDS, Store
+
     if uri.startswith(SCHEME):
         return HubFiles(uri, RetryPolicy(uri, RETRY_SECONDS))
     return Store(uri).objects

@@ -153,17 +153,17 @@ def _open_lock(entry: Path) -> int:
 
 
 def _take(entry: Path, path: str, files: Sequence[RemoteFile], cache_bytes: int | None) -> None:
-    """Have the entry complete and its lock, which is open, shared."""
+    """Have the entry complete and its lock, which is open, shared.
+
+    Who downloads holds a lock of its own: those that wait for it must not wait for those that use the entry.
+    """
     descriptor = _held[entry.name]
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH)
         if not entry.is_dir():
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if not entry.is_dir():  # another process may have made it by now
-                _download(entry, path, files, cache_bytes)
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
-            if not entry.is_dir():  # taking the lock anew lets others have it for a moment
-                return _take(entry, path, files, cache_bytes)
+            with _exclusively(Path(f"{entry}.download.lock")):
+                if not entry.is_dir():  # another process may have made it by now
+                    _download(entry, path, files, cache_bytes)
         os.utime(descriptor)  # says when it was used last
     except BaseException:
         os.close(_held.pop(entry.name))
@@ -172,7 +172,8 @@ def _take(entry: Path, path: str, files: Sequence[RemoteFile], cache_bytes: int 
 
 def _download(entry: Path, path: str, files: Sequence[RemoteFile], cache_bytes: int | None) -> None:
     partial = _partial(entry)
-    with _room_lock(entry.parent):
+    # Two downloads may not count on the same bytes.
+    with _exclusively(entry.parent / "room.lock"):
         _make_room(entry, sum(file.size for file in files), cache_bytes)
         # A file without data, but of the final size, counts for others that make room at the same time.
         for file in files:
@@ -227,9 +228,9 @@ def _download_file(target: Path, location: str, file: RemoteFile) -> None:
 
 
 @contextmanager
-def _room_lock(weights: Path) -> Iterator[None]:
-    """Held while room is made: two downloads may not count on the same bytes."""
-    descriptor = os.open(weights / "room.lock", os.O_RDWR | os.O_CREAT, 0o666)
+def _exclusively(lock: Path) -> Iterator[None]:
+    """Hold the file's lock, which only one process has at a time."""
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield

@@ -53,10 +53,10 @@ def test_the_last_node_is_tried_again_at_once_when_a_pool_has_nobody():
     run.fail("stage1-1", node="n2", gpus="0", now=2.0)
     assert run.replicas.avoided == {"n1"}, "the last one is left"
     run.turn(now=2.0, one_each=True)
-    run.replicas.waits["stage1-2"] = 3.0
-    run.turn(now=5.0, one_each=True)
+    run.replicas.waits["stage1-2"] = 16.0
+    run.turn(now=18.0, one_each=True)
     assert run.replicas.released == ["stage1-0", "stage1-1"]
-    run.turn(now=6.0, one_each=True)
+    run.turn(now=19.0, one_each=True)
     assert run.replicas.avoided == frozenset()
 
 

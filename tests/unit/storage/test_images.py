@@ -86,10 +86,8 @@ class FakeBuilder:
     recipe = Recipe("hq", "float32", "bf16", "cpu", "c", "g", "u", None, (0.0, 0.0))
     checkpoint = SimpleNamespace(transformer=RELEASED)
 
-    def item(self, request):
-        from ltx_ray.planning.plan import _digest
-
-        digests = tuple(_digest(image.path) for image in request.images)
+    def item(self, request, digest):
+        digests = tuple(digest(image.path) for image in request.images)
         name = item_id(request, self.recipe, digests)
         return WorkItem(name, dataclasses.replace(request, id=request.id or name[:16]), self.recipe, "r", digests)
 

@@ -87,7 +87,7 @@ class FakeBuilder:
     checkpoint = SimpleNamespace(transformer=RELEASED)
 
     def item(self, request, digest):
-        digests = tuple(digest(image.path) for image in request.images)
+        digests = tuple(digest(image.path, image.crf) for image in request.images)
         name = item_id(request, self.recipe, digests)
         return WorkItem(name, dataclasses.replace(request, id=request.id or name[:16]), self.recipe, "r", digests)
 

@@ -18,6 +18,7 @@ from ltx_ray.checkpoints import model_paths, node_cache
 from ltx_ray.checkpoints.digests import cached_digest
 from ltx_ray.cli.app import app
 from ltx_ray.config import ModelFiles
+from ltx_ray.storage import store
 from ltx_ray.storage.retry import StoreUnavailable
 from ltx_ray.storage.store import Store
 from tests.support.s3_faults import Faults, Proxy
@@ -159,9 +160,9 @@ def test_cut_connections_and_throttling_cost_retries_only(proxy, bucket):
 def test_a_store_that_stays_silent_leaves_nothing_under_the_name(proxy, bucket, node, monkeypatch):
     model, content = blob(bucket, 20_000_000)
     pinned = node_cache.pinned(model)
-    monkeypatch.setattr(model_paths, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(store, "RETRY_SECONDS", 0.0)
     model_paths.remote_files.cache_clear()
-    monkeypatch.setattr(model_paths, "Store", lambda uri: Store(uri, retry_seconds=0.0))
+    monkeypatch.setattr(store, "Store", lambda uri: Store(uri, retry_seconds=0.0))
     proxy.faults = Faults(("error",), ("GET",), probability=1.0)
     with pytest.raises(StoreUnavailable):
         node_cache.on_this_node(pinned)
@@ -181,7 +182,7 @@ def test_a_file_that_was_replaced_since_is_refused(bucket, node):
 
 @pytest.mark.parametrize("wrong", ["digest", "size"])
 def test_a_digest_or_a_size_that_does_not_match_is_refused(bucket, node, wrong, monkeypatch):
-    monkeypatch.setattr(model_paths, "Store", lambda uri: Store(uri, retry_seconds=0.0))
+    monkeypatch.setattr(store, "Store", lambda uri: Store(uri, retry_seconds=0.0))
     model_paths.remote_files.cache_clear()
     model, _ = blob(bucket, 9_000_000)
     pinned = node_cache.pinned(model)

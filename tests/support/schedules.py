@@ -261,7 +261,7 @@ class Schedule:
                 self.pools,
                 "{}",
                 lambda: max_bytes,
-                preflight,
+                preflight=preflight,
                 elastic=self.layout != "split" and self.runs % 2 == 0,
             ),
             path=FULL_PATH,
@@ -295,7 +295,7 @@ class Schedule:
             make=Stages(self.store),
             seed=self.dice.randrange(2**32),
             faults=self.faults,
-            nodes=self.dice.randint(1, 4),
+            node_count=self.dice.randint(1, 4),
         )
         return replica_set.watched(self.seen)
 

@@ -7,9 +7,9 @@ import hashlib
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, cast
 
 from ltx_ray.checkpoints.checkpoint import open_checkpoint
 from ltx_ray.checkpoints.digests import cached_digest
@@ -307,7 +307,12 @@ class Plan:
         for chunk in _chunks(itertools.islice(raws, *self._shard())):
             drafts = [self._drafted(raw) for raw in chunk]
             looked_up = self._look_up([row for rows in drafts if rows for row in rows])
-            for draft in self._images.over(map(self._judged, chunk, drafts), _images_of):
+            ready: Iterable[Sequence[PlannedRow] | _Judged]
+            if None in drafts:
+                ready = self._images.over(map(self._judged, chunk, drafts), _images_of)
+            else:
+                ready = cast(list[Sequence[PlannedRow]], drafts)  # Rows with templates have no images.
+            for draft in ready:
                 rows, found = (self._samples(draft), None) if isinstance(draft, _Judged) else (draft, looked_up)
                 selected = False
                 for row in self._selected(rows):

@@ -1,5 +1,5 @@
-"""The `ltx-ray` command: render, retry, promote, plan, status, report, fold, export, remove, verify, fetch and
-inspect."""
+"""The `ltx-ray` command: render, retry, promote, plan, status, report, fold, export, remove, verify, fetch, inspect
+and doctor."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from ltx_ray.cli.doctor import doctor_command
 from ltx_ray.cli.options import (
     CONFIG_OPTION,
     IMAGE_OPTIONS,
@@ -455,6 +456,9 @@ def inspect_command(file: str) -> ExitCode:
     for line in inspect_lines(file):
         click.echo(line)
     return ExitCode.OK
+
+
+app.add_command(doctor_command)
 
 
 def _check_dataset(output: str) -> None:

@@ -113,6 +113,13 @@ class Store:
         info = self._info(relative)
         return info.size if info.type == pafs.FileType.File else None
 
+    def modified(self, relative: str) -> float:
+        """When a file was written, in seconds since 1970 by the clock of whoever keeps it."""
+        info = self._info(relative)
+        if info.mtime is None:
+            raise FileNotFoundError(f"{self.name}: no {relative}")
+        return float(info.mtime.timestamp())
+
     def _info(self, relative: str) -> pafs.FileInfo:
         return self._retry("looking up", relative, lambda: self._fs.get_file_info(self.path(relative)))
 
@@ -257,15 +264,15 @@ class Store:
         """Remove files, as many in one request as the store takes. Those that are not there are passed over."""
         self._conditional.delete_many(relatives)
 
-    def refuses_second_create(self) -> bool:
+    def refuses_second_create(self, probe: str = _PROBE) -> bool:
         """Whether the store itself keeps `create` from replacing a file. Not every S3-compatible store does.
 
-        This leaves a file at state/probe.
+        This leaves a file at `probe`.
         """
         files = self._conditional
         create = files.create if isinstance(files, LocalFiles) else files.create_on_condition
         try:
-            return not all(create(_PROBE, secrets.token_bytes(16)) for _ in range(2))
+            return not all(create(probe, secrets.token_bytes(16)) for _ in range(2))
         except io.UnsupportedOperation:
             return False
 

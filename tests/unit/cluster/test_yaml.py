@@ -200,7 +200,7 @@ def test_policies_are_of_their_kinds():
 def test_every_pod_has_the_image_of_this_version():
     text = "".join((ROOT / "cluster" / name).read_text() for name in ("raycluster.yaml", "rayjob.yaml", "cronjob.yaml"))
     images = re.findall(r"image: (\S+)", text)
-    assert set(images) == {f"REGISTRY/ltx-ray:{ltx_ray.__version__}"} and len(images) == 6
+    assert set(images) == {f"REGISTRY/ltx-ray:{ltx_ray.__version__}"} and len(images) == 8
 
 
 @pytest.mark.parametrize(("name", "kind"), RAY_DOCUMENTS)

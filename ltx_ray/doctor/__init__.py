@@ -1,0 +1,1 @@
+"""`ltx-ray doctor`: whether a node has what a run needs, before one finds out."""

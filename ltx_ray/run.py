@@ -24,7 +24,7 @@ from ltx_ray.dataset.fold import fold_dataset, fold_output
 from ltx_ray.dataset.gpu_time import GpuTime
 from ltx_ray.dataset.identity import KeptIdentity, read_identity
 from ltx_ray.dataset.known_answers import KnownAnswers
-from ltx_ray.dataset.output import check_creation, check_place, is_within
+from ltx_ray.dataset.output import check_creation, check_place, is_within, wait_seconds
 from ltx_ray.dataset.removal import finish_removals
 from ltx_ray.dataset.row_log import RowLog
 from ltx_ray.dataset.run_summary import SummaryBuilder
@@ -113,6 +113,7 @@ class Options:
     stop_after: str | None = None
     #: Whether the output may be in a store that does not refuse to create a file twice. See `Store.create`.
     single_writer: bool = False
+    wait_for_output: float | None = None  # seconds; see dataset.output.wait_seconds
     image_roots: tuple[str, ...] = ()
     limits: RunLimits = RunLimits()  # noqa: RUF009 (frozen)
     #: Whether rows that failed by their own fault are tried again.
@@ -215,7 +216,9 @@ def _render(options: Options, signals: RunSignals) -> ExitCode:
     notes: list[str] = []
     if is_within(options.manifest, options.output):
         # Rows that failed in a run that was killed are in no part of failed/ yet.
-        fold_output(Store(options.output), Progress().say)
+        fold_output(
+            Store(options.output), Progress().say, wait_seconds=wait_seconds(options.wait_for_output, options.selection)
+        )
     raws = prepared.plan.read(notes.append)
     if not (options.retry_failed or options.promote is not None):  # whose manifest is a table of a dataset
         prepared = replace(prepared, warnings=(*prepared.warnings, *notes))
@@ -257,7 +260,7 @@ class Run:
         self.progress.say(f"rendering {recorded(self.options.manifest)} into {self.store.name}")
         for warning in self.prepared.warnings:
             self.progress.say(warning)
-        self.lease.acquire(self.progress.say)
+        self.lease.acquire(self.progress.say, wait_seconds(self.options.wait_for_output, self.options.selection))
         try:
             self.identity.begin(self.prepared.plan.builder.scheme, self.options.scheme)
             existing = self._existing_rows()

@@ -41,6 +41,7 @@ from ltx_ray.config import Selection
 from ltx_ray.dataset import layout
 from ltx_ray.dataset.check_scope import CheckScope
 from ltx_ray.dataset.existing import list_existing
+from ltx_ray.dataset.output import wait_seconds
 from ltx_ray.driver.progress import Progress
 from ltx_ray.manifest.rules import IllegalRow
 from ltx_ray.planning.plan import ILLEGAL, PlannedRow, cost_line
@@ -159,7 +160,7 @@ def promote_command(output: str, ids: frozenset[str] | None, where: Sequence[str
     _check_dataset(output)
     if values["stop_after"]:
         raise ValueError("promote: --stop-after does not apply here: the clips are finished")
-    fold_output(Store(output), click.echo)
+    fold_output(Store(output), click.echo, wait_seconds=wait_seconds(values["wait_for_output"]))
     chosen = chosen_items(Store(output), ids, [parse_filter(text) for text in where])
     if not chosen:
         click.echo(f"no preview in {recorded(output)} is chosen")

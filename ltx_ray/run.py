@@ -59,6 +59,7 @@ from ltx_ray.storage.credentials import masked
 from ltx_ray.storage.images import check_roots
 from ltx_ray.storage.lease import Lease
 from ltx_ray.storage.locations import recorded
+from ltx_ray.storage.reasons import reason
 from ltx_ray.storage.store import Store, clean_stale
 
 #: No process is still writing a temporary file of this age, in seconds.
@@ -399,7 +400,7 @@ class _Rendering:
             state, code = "drained", ExitCode.DRAINED
         except (StartFailed, OSError) as error:
             # An OSError is the output's, which could not be reached for as long as it is retried.
-            self._run.progress.say(str(error))
+            self._run.progress.say(reason(error))
             code = ExitCode.USAGE if isinstance(error, ModelRefused) else code
         finally:
             self._run.signals.action = self._driver.request_drain
@@ -415,7 +416,7 @@ class _Rendering:
             if not run.lease.lost:
                 run.identity.describe(functools.partial(describe, run.store, self._plan.existing))
         except OSError as error:
-            run.progress.say(f"rows were not folded: {error}; ltx-ray fold {run.store.name} does that")
+            run.progress.say(f"rows were not folded: {reason(error)}; ltx-ray fold {run.store.name} does that")
 
     def _run_driver(self, rows: Iterator[PlanEntry]) -> tuple[str, ExitCode]:
         """Render `rows`; the run's state and its exit code."""

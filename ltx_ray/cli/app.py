@@ -49,6 +49,7 @@ from ltx_ray.records import canonical_json
 from ltx_ray.run import ExitCode, Options, prepare, render
 from ltx_ray.storage.credentials import mask_tracebacks, masked
 from ltx_ray.storage.locations import join, recorded, recorded_image
+from ltx_ray.storage.reasons import reason
 from ltx_ray.storage.store import Store
 
 #: Rows that `plan` lists without --all.
@@ -86,7 +87,7 @@ class _Commands(click.Group):
         except BrokenPipeError:
             raise  # The reader of the output has seen enough, as `head` does; click ends the command without a word.
         except OSError as error:  # The store's, or a ConnectionError of the cluster.
-            click.echo(f"error: {masked(str(error))}", err=True)
+            click.echo(f"error: {masked(reason(error))}", err=True)
             code = ExitCode.ERROR
         ctx.exit(int(code))
 

@@ -198,10 +198,12 @@ def fold_output(
     """Fold what runs have finished and not folded, when no run is at work any more; returns the number of rows.
 
     `then(dataset, writer)` is called under the lease, `on_rows` with the rows that were folded and with how many there
-    are. `wait_seconds`: as Lease.acquire has it, with its ValueError. Raises OSError when the store does not answer.
+    are. `wait_seconds`: as Lease.acquire has it, with its ValueError. Raises OSError when the store does not answer,
+    ValueError for one that cannot be written.
     """
     if then is None and not list_segments(store) and not read_removed(store).unfinished:
         return 0
+    store.check_writable("OUTPUT")
     writer = f"fold-{secrets.token_hex(3)}"
     lease = Lease(store, writer)
     lease.acquire(say, wait_seconds)

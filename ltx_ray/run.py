@@ -24,7 +24,7 @@ from ltx_ray.dataset.fold import fold_dataset, fold_output
 from ltx_ray.dataset.gpu_time import GpuTime
 from ltx_ray.dataset.identity import KeptIdentity, read_identity
 from ltx_ray.dataset.known_answers import KnownAnswers
-from ltx_ray.dataset.output import check_creation, check_place, is_within
+from ltx_ray.dataset.output import check_creation, check_place, is_within, wait_seconds
 from ltx_ray.dataset.removal import finish_removals
 from ltx_ray.dataset.row_log import RowLog
 from ltx_ray.dataset.run_summary import SummaryBuilder
@@ -59,6 +59,7 @@ from ltx_ray.storage.credentials import masked
 from ltx_ray.storage.images import check_roots
 from ltx_ray.storage.lease import Lease
 from ltx_ray.storage.locations import recorded
+from ltx_ray.storage.reasons import reason
 from ltx_ray.storage.store import Store, clean_stale
 
 #: No process is still writing a temporary file of this age, in seconds.
@@ -113,6 +114,7 @@ class Options:
     stop_after: str | None = None
     #: Whether the output may be in a store that does not refuse to create a file twice. See `Store.create`.
     single_writer: bool = False
+    wait_for_output: float | None = None  # seconds; see dataset.output.wait_seconds
     image_roots: tuple[str, ...] = ()
     limits: RunLimits = RunLimits()  # noqa: RUF009 (frozen)
     #: Whether rows that failed by their own fault are tried again.
@@ -215,7 +217,9 @@ def _render(options: Options, signals: RunSignals) -> ExitCode:
     notes: list[str] = []
     if is_within(options.manifest, options.output):
         # Rows that failed in a run that was killed are in no part of failed/ yet.
-        fold_output(Store(options.output), Progress().say)
+        fold_output(
+            Store(options.output), Progress().say, wait_seconds=wait_seconds(options.wait_for_output, options.selection)
+        )
     raws = prepared.plan.read(notes.append)
     if not (options.retry_failed or options.promote is not None):  # whose manifest is a table of a dataset
         prepared = replace(prepared, warnings=(*prepared.warnings, *notes))
@@ -257,7 +261,7 @@ class Run:
         self.progress.say(f"rendering {recorded(self.options.manifest)} into {self.store.name}")
         for warning in self.prepared.warnings:
             self.progress.say(warning)
-        self.lease.acquire(self.progress.say)
+        self.lease.acquire(self.progress.say, wait_seconds(self.options.wait_for_output, self.options.selection))
         try:
             self.identity.begin(self.prepared.plan.builder.scheme, self.options.scheme)
             existing = self._existing_rows()
@@ -396,7 +400,7 @@ class _Rendering:
             state, code = "drained", ExitCode.DRAINED
         except (StartFailed, OSError) as error:
             # An OSError is the output's, which could not be reached for as long as it is retried.
-            self._run.progress.say(str(error))
+            self._run.progress.say(reason(error))
             code = ExitCode.USAGE if isinstance(error, ModelRefused) else code
         finally:
             self._run.signals.action = self._driver.request_drain
@@ -412,7 +416,7 @@ class _Rendering:
             if not run.lease.lost:
                 run.identity.describe(functools.partial(describe, run.store, self._plan.existing))
         except OSError as error:
-            run.progress.say(f"rows were not folded: {error}; ltx-ray fold {run.store.name} does that")
+            run.progress.say(f"rows were not folded: {reason(error)}; ltx-ray fold {run.store.name} does that")
 
     def _run_driver(self, rows: Iterator[PlanEntry]) -> tuple[str, ExitCode]:
         """Render `rows`; the run's state and its exit code."""

@@ -2,12 +2,13 @@
 """Benchmark the dataset's tables without GPUs: bytes and objects a row, the start of a run, and folding.
 
     scripts/bench_dataset.py --rows N [--store local|s3] [--folder FOLDER] [--json FILE]
-    scripts/bench_dataset.py --rows 10000000 --keys
+    scripts/bench_dataset.py --rows 10000000 --keys [--latency-ms 30] [--latents 1000000]
 
 Rows have prompts of 40 random words and digests of their own, and are written as a run writes them: made by
 `DatasetWriter`, committed in groups of 64, and folded by `RowLog` whenever that is due. Clips are left out: neither a
 start nor a fold reads them. `--store s3` is moto's server on this machine, so its times are not those of a network; its
-requests are counted.
+requests are counted. `--keys --latency-ms` measures a start over HTTP from a server that answers each request so late,
+and `--latents` what it takes to know whether rows have latents where so many are stored.
 
 rows                    finished rows
 bytes_per_row           bytes below index/, over the rows. Target: 600
@@ -177,6 +178,42 @@ def start(output: str) -> dict[str, float]:
     return {"rows": existing.row_count, "seconds": seconds, "held": held, "peak": peak}
 
 
+def look_up_latents(output: str) -> dict[str, float]:
+    """What the first rows of a run wait for, to know whether they have latents."""
+    from ltx_ray.dataset.stored_latents import StoredLatents
+    from ltx_ray.storage.store import Store
+
+    latents = StoredLatents(Store(output))
+    began = time.perf_counter()
+    rows = latents.prefetched(iter([f"{number:032x}" for number in range(64)]), lambda item_id: item_id)
+    found = sum(latents.has(item_id) for item_id in rows)
+    return {"seconds": time.perf_counter() - began, "found": found}
+
+
+def measure_keys(folder: Path, rows: int, latency: float | None, latents: int) -> None:
+    """A start alone, with parts of keys alone."""
+    from scripts.bench.slow_store import BUCKET, slow_store
+
+    run_isolated("scripts.bench_dataset:write_keys", output=str(folder / "out"), rows=rows)
+    if latency is None:
+        started, requests = run_isolated("scripts.bench_dataset:start", output=str(folder / "out")), ""
+    else:
+        names = "out/latents/{head}/{item}.safetensors", latents
+        with slow_store(str(folder), latency, names) as (environment, counter):
+            output = f"s3://{BUCKET}/out"
+            started = run_isolated("scripts.bench_dataset:start", environment, output=output)
+            before = counter()
+            requests = f", {before:,} requests of {1000 * latency:g} ms"
+            if latents:
+                looked = run_isolated("scripts.bench_dataset:look_up_latents", environment, output=output)
+                asked = counter() - before
+                print(f"64 rows with {latents:,} stored latents: {looked['seconds']:.1f} s, {asked:,} requests")
+    mb, peak = started["held"] / MB, started["peak"] / MB
+    print(
+        f"start with {started['rows']:,} rows: {started['seconds']:.1f} s, {mb:.0f} MB, at most {peak:.0f} MB{requests}"
+    )
+
+
 def one_row_files(folder: str, rows: int) -> dict[str, float]:
     """The same rows as a Parquet file each, as 0.1.0 wrote them."""
     import pyarrow as pa
@@ -234,19 +271,16 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where a local output goes (default: a temporary folder)")
     parser.add_argument("--compare", action="store_true", help="write rows as a Parquet file each, too")
     parser.add_argument("--keys", action="store_true", help="measure only a start, with parts of keys alone; local")
+    parser.add_argument("--latency-ms", type=float, help="with --keys: from a server that answers so late")
+    parser.add_argument("--latents", type=int, default=0, help="with --latency-ms: names below latents/")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     rows = arguments.rows
     with tempfile.TemporaryDirectory(prefix="ltx-ray-bench-") as temporary:
         folder = arguments.folder or Path(temporary)
         if arguments.keys:
-            run_isolated("scripts.bench_dataset:write_keys", output=str(folder / "out"), rows=rows)
-            started = run_isolated("scripts.bench_dataset:start", output=str(folder / "out"))
-            mb, peak = started["held"] / MB, started["peak"] / MB
-            print(
-                f"start with {started['rows']:,} rows: {started['seconds']:.1f} s, {mb:.0f} MB, at most {peak:.0f} MB"
-            )
-            return
+            latency = None if arguments.latency_ms is None else arguments.latency_ms / 1000
+            return measure_keys(folder, rows, latency, arguments.latents)
         with _output(arguments.store, folder) as (output, counter, environment):
             written = run_isolated("scripts.bench_dataset:write", environment, output=output, rows=rows)
             before = counter() if counter else 0

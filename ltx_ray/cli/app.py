@@ -42,6 +42,7 @@ from ltx_ray.config import Selection
 from ltx_ray.dataset import layout
 from ltx_ray.dataset.check_scope import CheckScope
 from ltx_ray.dataset.existing import list_existing
+from ltx_ray.dataset.output import wait_seconds
 from ltx_ray.driver.progress import Progress
 from ltx_ray.manifest.rules import IllegalRow
 from ltx_ray.planning.plan import ILLEGAL, PlannedRow, cost_line
@@ -49,6 +50,7 @@ from ltx_ray.records import canonical_json
 from ltx_ray.run import ExitCode, Options, prepare, render
 from ltx_ray.storage.credentials import mask_tracebacks, masked
 from ltx_ray.storage.locations import join, recorded, recorded_image
+from ltx_ray.storage.reasons import reason
 from ltx_ray.storage.store import Store
 
 #: Rows that `plan` lists without --all.
@@ -86,7 +88,7 @@ class _Commands(click.Group):
         except BrokenPipeError:
             raise  # The reader of the output has seen enough, as `head` does; click ends the command without a word.
         except OSError as error:  # The store's, or a ConnectionError of the cluster.
-            click.echo(f"error: {masked(str(error))}", err=True)
+            click.echo(f"error: {masked(reason(error))}", err=True)
             code = ExitCode.ERROR
         ctx.exit(int(code))
 
@@ -160,7 +162,7 @@ def promote_command(output: str, ids: frozenset[str] | None, where: Sequence[str
     _check_dataset(output)
     if values["stop_after"]:
         raise ValueError("promote: --stop-after does not apply here: the clips are finished")
-    fold_output(Store(output), click.echo)
+    fold_output(Store(output), click.echo, wait_seconds=wait_seconds(values["wait_for_output"]))
     chosen = chosen_items(Store(output), ids, [parse_filter(text) for text in where])
     if not chosen:
         click.echo(f"no preview in {recorded(output)} is chosen")

@@ -193,6 +193,13 @@ OUTPUT_OPTIONS = (
         default=Options.single_writer,
         help="take an object store that replaces a file where none may be; no second run may then write to the output",
     ),
+    Option(
+        "--wait-for-output",
+        section=_OUTPUT,
+        metavar="SECONDS",
+        type=AtLeast(0.0),
+        help="time for another run to leave the output [as long as it takes; with --shard, none]",
+    ),
 )
 
 CLUSTER_OPTIONS = (
@@ -392,6 +399,7 @@ def build_options(manifest: str, output: str | None, values: Mapping[str, Any], 
         save_latents=values["save_latents"],
         stop_after=values["stop_after"],
         single_writer=values["single_writer"],
+        wait_for_output=values["wait_for_output"],
         allow_illegal=values["allow_illegal"],
         exit_zero_on_failed_rows=values["exit_zero_on_failed_rows"],
         image_roots=values["image_root"],

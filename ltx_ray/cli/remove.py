@@ -32,8 +32,10 @@ class Removal:
 def remove(store: Store, ids: frozenset[str], say: Callable[[str], None], on_parts: OnParts) -> Removal:
     """Take down the rows with these ids, and all rows that share their clips. No run renders them again.
 
-    An id is that of a row, or an item_id. Waits while a run is at work. Raises UnreadablePart for a damaged part.
+    An id is that of a row, or an item_id. Waits while a run is at work. Raises UnreadablePart for a damaged part,
+    ValueError for an output that cannot be written.
     """
+    store.check_writable("OUTPUT")
     writer = f"remove-{secrets.token_hex(3)}"
     lease = Lease(store, writer)
     lease.acquire(say)

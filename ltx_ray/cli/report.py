@@ -21,13 +21,15 @@ def report(
 ) -> None:
     """Write the report of `output`, or its comparison with `against`, and serve it.
 
-    presign: hours for which links are signed. `serve`: a port. Raises ValueError for what does not go together.
+    presign: hours for which links are signed. `serve`: a port. Raises ValueError for what does not go together,
+    and for an output that cannot be written.
     """
     if presign is not None and not 0 < presign <= _MOST_HOURS:
         raise ValueError(f"--presign: {presign:g}, legal: hours above 0, up to {_MOST_HOURS:g}")
     if against is not None and serve is not None:
         raise ValueError("--against: with --serve, which shows one dataset; legal: without it")
     store = Store(output)
+    store.check_writable("OUTPUT")
     with contextlib.ExitStack() as stack:
         server = None if serve is None else stack.enter_context(report_server(store, serve))
         seconds = None if presign is None else presign * 3600

@@ -45,7 +45,7 @@ def verify(
     noise device; without `repair`, only their clips are checked. `repair`: bad rows and parts are set aside. `on_rows`
     is called with the number of rows that were passed and with how many there are. `scope`: the rows to check.
     `read_all`: clips are read though their store knows their sha256. `resume`: a local file of the parts that an
-    earlier call has found well. Raises ValueError when there is no dataset.
+    earlier call has found well. Raises ValueError when there is no dataset, and for a repair that cannot be written.
     """
     store = Store(output)
     if not any(store.exists(name) for name in (layout.INDEX, layout.RUN_RECORD, layout.SEGMENTS)):
@@ -90,6 +90,7 @@ def _check_files(check: DatasetCheck, say: Callable[[str], None], repair: bool) 
                 problems += 1
                 say(str(finding))
         return problems, moved
+    check.store.check_writable("OUTPUT")
     lease = Lease(check.store, f"verify-{secrets.token_hex(3)}")
     lease.acquire(say)
     try:

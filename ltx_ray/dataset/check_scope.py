@@ -14,6 +14,7 @@ from typing import Any
 
 from ltx_ray.dataset import layout
 from ltx_ray.records import canonical_json
+from ltx_ray.storage.reasons import reason
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class CheckedParts:
                 with open(path, "w", encoding="utf-8") as file:
                     file.write(head + "\n")
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"--resume: {path}, cannot be read or written ({error})") from None
+            raise ValueError(f"--resume: {path}, cannot be read or written ({reason(error, place=False)})") from None
 
     def _read(self, lines: list[str], head: str) -> None:
         if lines and lines[0] != head:

@@ -5,6 +5,7 @@ docs/dataset.md#how-rows-get-there says why no crash and no second driver loses 
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -192,17 +193,20 @@ def fold_output(
     say: Callable[[str], None],
     then: Callable[[str, str], None] | None = None,
     on_rows: OnRows = lambda done, total: None,
+    wait_seconds: float = math.inf,
 ) -> int:
     """Fold what runs have finished and not folded, when no run is at work any more; returns the number of rows.
 
     `then(dataset, writer)` is called under the lease, `on_rows` with the rows that were folded and with how many there
-    are. Raises OSError when the store does not answer.
+    are. `wait_seconds`: as Lease.acquire has it, with its ValueError. Raises OSError when the store does not answer,
+    ValueError for one that cannot be written.
     """
     if then is None and not list_segments(store) and not read_removed(store).unfinished:
         return 0
+    store.check_writable("OUTPUT")
     writer = f"fold-{secrets.token_hex(3)}"
     lease = Lease(store, writer)
-    lease.acquire(say)
+    lease.acquire(say, wait_seconds)
     try:
         dataset = dataset_id(store)
         existing = list_existing(store, say)

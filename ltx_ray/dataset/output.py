@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 
+from ltx_ray.config import Selection
 from ltx_ray.storage.locations import is_in_job_copy, resolve, split_options
 from ltx_ray.storage.store import Store
 
@@ -25,6 +27,16 @@ def check_creation(store: Store, single_writer: bool) -> None:
             f"--output: {store.name}, whose store creates a file although there is one, so that two runs could write a "
             f"row twice; legal: a store with conditional writes, or --single-writer if no other run writes there"
         )
+
+
+def wait_seconds(wait: float | None, selection: Selection = Selection()) -> float:  # noqa: B008 (frozen)
+    """Seconds to wait for another run to leave the output: `wait`, or as long as it takes where that is None.
+
+    Shards are meant to run side by side, which one output does not allow. So without `wait` they do not wait at all.
+    """
+    if wait is not None:
+        return wait
+    return math.inf if selection.shard is None else 0.0
 
 
 def is_within(manifest: str, output: str) -> bool:

@@ -30,7 +30,8 @@ from ltx_ray.dataset.report_data import (
 )
 from ltx_ray.dataset.report_failures import failures_section
 from ltx_ray.dataset.report_links import MAX_SIGNED, SignedLinks, sign_links
-from ltx_ray.dataset.report_list import IMAGES, MAX_LISTED, list_data, list_script, listed_items
+from ltx_ray.dataset.report_list import IMAGES, MAX_LISTED, Listed, list_data, list_script, listed_items
+from ltx_ray.dataset.report_status import failed_cards, left_out, name_of, status_options, statuses
 from ltx_ray.dataset.report_text import STAGE_NAMES, count, epoch_seconds, esc, finite, human, when, words
 from ltx_ray.dataset.report_throughput import draw_throughput
 from ltx_ray.dataset.run_summary import wait_lines
@@ -40,6 +41,8 @@ from ltx_ray.storage.store import Store
 
 #: Up to this many clips, the page holds everything, pictures included. Above it, it lists them (report_list.py).
 _CARDS = 500
+#: The filter by time: seconds before the newest row was finished.
+_TIMES = {"": "Any time", 3600: "Newest hour", 86_400: "Newest day", 604_800: "Newest week"}
 
 
 def write_report(
@@ -71,7 +74,7 @@ def write_report(
         {
             "images": f"{IMAGES} {links.origin}".strip() if is_list else "data:",
             "media": f"'self' file: {links.origin}".strip(),
-            "list": list_data(data.listed, data.flags, links) if is_list else "",
+            "list": list_data(data.listed, data.flags, links, *_failed(data)) if is_list else "",
             "title": esc(f"{data.run.record.get('run_id') or 'dataset'} · ltx-ray report"),
             "header": _header(data, strips),
             "failures": failures_section(data.failures, data.since_rendered, data.run.record, _place(store)),
@@ -110,9 +113,9 @@ def _header(data: ReportData, strips: list[Strip]) -> str:
     if not data.rendered and not failed:
         title = "Nothing rendered"
     elif not failed:
-        title = f"{count(data.rendered, 'clip')} rendered, none failed"
+        title = f"{_rows_and_clips(data)} rendered, none failed"
     else:
-        title = f"{count(data.rendered, 'clip')} rendered, {failed:,} failed"
+        title = f"{_rows_and_clips(data)} rendered, {failed:,} failed"
     state = str(run.get("state") or "")
     begun, _ = _run_times(data)
     eyebrow = [
@@ -143,6 +146,19 @@ def _header(data: ReportData, strips: list[Strip]) -> str:
     ])  # fmt: skip
 
 
+def _rows_and_clips(data: ReportData) -> str:
+    """How many rows there are, and how many clips where rows share some."""
+    if data.items == data.rendered:
+        return count(data.rendered, "clip")
+    return f"{count(data.rendered, 'row')} of {count(data.items, 'clip')}"
+
+
+def _failed(data: ReportData) -> tuple[list[tuple[Listed, int, str]], list[str]]:
+    """The failed rows as the list has them, and the names of their statuses."""
+    known = statuses(data.failures)
+    return [(one.row, known.index(one.status), one.why) for one in data.failed], list(map(name_of, known))
+
+
 def _run_times(data: ReportData) -> tuple[float | None, float | None]:
     """Start and end of the newest run in seconds since the epoch, so far as they are known."""
     run, timeline = data.run, data.run.timeline
@@ -158,6 +174,8 @@ def _tiles(data: ReportData) -> list[tuple[str, str, str, str]]:
     begun, ended = _run_times(data)
     wall = ended - begun if begun and ended and ended > begun else None
     rows = f"of {counts['rows']:,} rows in the manifest" if isinstance(counts.get("rows"), int) else ""
+    shared = f"rows of {count(data.items, 'clip')}" if data.items != data.rendered else ""
+    rows = " · ".join(filter(None, (shared, rows)))
     each = f"{data.gpu_seconds / data.clip_seconds:,.1f} s a second of video" if data.clip_seconds else ""
     flags = ", ".join(f"{n:,} {words(flag)}" for flag, n in data.flags.most_common(3))
     rate, waits = data.run.clips_per_hour, wait_lines(data.run.waits)
@@ -205,7 +223,8 @@ def _sign(store: Store, data: ReportData, is_list: bool, seconds: float) -> Sign
 
 def _clips(data: ReportData, strips: list[Strip], is_list: bool, links: SignedLinks) -> str:
     """The clips as cards, which have a strip each, or an empty list, which a script fills."""
-    head = f'<div class="head"><h2>Clips</h2><span class="soft">{data.rendered:,}</span></div>'
+    total = f"{data.rendered:,}" if data.items == data.rendered else _rows_and_clips(data)
+    head = f'<div class="head"><h2>Clips</h2><span class="soft">{total}</span></div>'
     if not data.clips:
         hidden = " shown here" if data.rendered else " yet. Finished clips appear here"
         return f'<section id="clips">{head}<p class="empty">No clips{hidden}.</p></section>'
@@ -220,26 +239,33 @@ def _clips(data: ReportData, strips: list[Strip], is_list: bool, links: SignedLi
         for (width, height), n in data.sizes.most_common(40)
     )
     options = "".join(f'<option value="{value}">{name}</option>' for value, name in orders.items())
+    times = "".join(f'<option value="{seconds}">{name}</option>' for seconds, name in _TIMES.items())
     controls = (
         '<div class="controls" hidden>'
         '<input type="search" placeholder="Filter by words in id, prompt, flags …" '
         'aria-label="Filter clips by words"><select name="flag" aria-label="Filter by flag">'
-        f'<option value="">All clips</option><option value="*">Flagged</option>{flags}</select>'
+        f'<option value="">With or without flags</option><option value="*">Flagged</option>{flags}</select>'
+        f'<select name="status" aria-label="Filter by status">{status_options(data.rendered, data.failures)}</select>'
+        f'<select name="time" aria-label="Filter by time">{times}</select>'
         f'<select name="size" aria-label="Filter by size"><option value="">All sizes</option>{sizes}</select>'
         f'<select name="sort" aria-label="Sort clips">{options}</select>'
         '<output aria-live="polite"></output></div>'
     )
     if is_list:
-        shown, clips = len(data.listed), '<div class="list"></div>'
+        shown, failed, clips = len(data.listed), len(data.failed), '<div class="list"></div>'
     else:
         slowest = max(sum(_timings(row).values()) for row in data.clips) or 1.0
         pairs = zip(data.clips, strips, strict=True)
         cards = "\n".join(_card(row, strip, slowest, links.urls.get(row.get("clip") or "")) for row, strip in pairs)
-        shown, clips = len(data.clips), f'<div class="clips">{cards}</div>'
+        others = data.failed[:_CARDS]
+        shown, failed = len(data.clips), len(others)
+        clips = f'<div class="clips">{cards}{failed_cards(others, statuses(data.failures))}</div>'
     more = data.rendered - shown
-    note = f"{count(more, 'more clip')} not shown here; all are in index/ and clips/."
-    note = f'<p class="note">{note}</p>' if more else ""
-    return f'<section id="clips">{head}{controls}{clips}{note}</section>'
+    notes = [f"{count(more, 'more row')} not shown here; all are in index/ and clips/."] if more else []
+    notes += filter(None, [left_out(data.failures, failed)])
+    return (
+        f'<section id="clips">{head}{controls}{clips}{"".join(f"<p class=note>{note}</p>" for note in notes)}</section>'
+    )
 
 
 def _card(row: dict[str, Any], strip: Strip, slowest: float, signed: str | None) -> str:

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from ltx_ray.dataset import layout
 from ltx_ray.dataset.report_failures import FailureGroups
 from ltx_ray.dataset.report_list import Listed, Smallest, listed
+from ltx_ray.dataset.report_status import FailedRow, failed_row
 from ltx_ray.dataset.report_text import finite, short
 from ltx_ray.dataset.report_throughput import COUNTED_SECONDS
 from ltx_ray.dataset.run_summary import RecordedRun, read_run
@@ -39,18 +40,23 @@ _INDEX_COLUMNS = (
     "stage2_replica switches text_seconds stage1_seconds stage2_seconds decode_seconds gpu_seconds device "
     "recipe_digest versions finished_at motion sharpness loudness_lufs"
 ).split()
-_FAILED_COLUMNS = "id prompt item_id stage attempts error_class message traceback source".split()
+_FAILED_COLUMNS = (
+    "id prompt item_id stage attempts error_class message traceback source failed_at seed height width num_frames "
+    "frame_rate"
+).split()
 
 
 @dataclass
 class ReportData:
-    """What the page shows. `clips` and `listed` are capped; counts and sums are over the whole dataset."""
+    """What the page shows. `clips`, `listed` and `failed` are capped; counts and sums are over the whole dataset."""
 
     run: RecordedRun
     clips: list[dict[str, Any]] = field(default_factory=list)
     #: More of them, as far as the list of a large dataset shows them.
     listed: list[Listed] = field(default_factory=list)
     rendered: int = 0
+    #: Items of them: rows of one item share its clip.
+    items: int = 0
     flags: Counter[str] = field(default_factory=Counter)
     flagged: int = 0
     #: Rows by width and height.
@@ -58,6 +64,7 @@ class ReportData:
     #: Clips by when they were finished, in COUNTED_SECONDS since the epoch.
     finished: Counter[int] = field(default_factory=Counter)
     failures: FailureGroups = field(default_factory=FailureGroups)
+    failed: list[FailedRow] = field(default_factory=list)
     #: Failed rows whose item has been rendered since.
     since_rendered: int = 0
     clip_seconds: float = 0.0
@@ -83,6 +90,8 @@ def read_report_data(store: Store, max_listed: int) -> ReportData:
             data.since_rendered += 1
             continue
         data.failures.add(row)
+        if len(data.failed) < max_listed:
+            data.failed.append(failed_row(row, finished_at(row, "failed_at")))
     return data
 
 
@@ -98,6 +107,7 @@ def _read_index(store: Store, data: ReportData, max_listed: int, rendered: _Item
         if isinstance(row.get("width"), int) and isinstance(row.get("height"), int):
             data.sizes[row["width"], row["height"]] += 1
         if rendered.add(row.get("item_id")):  # rows of one item share its clip
+            data.items += 1
             data.clip_seconds += clip_length(row) or 0
             data.gpu_seconds += finite(row.get("gpu_seconds")) or 0
             if done:
@@ -236,7 +246,7 @@ def clip_length(row: dict[str, Any]) -> float | None:
     return frames / rate if frames and rate and rate > 0 else None
 
 
-def finished_at(row: dict[str, Any]) -> float:
+def finished_at(row: dict[str, Any], column: str = "finished_at") -> float:
     """When a clip was finished, in seconds since the epoch; 0 when that is unknown."""
-    finished = row.get("finished_at")
+    finished = row.get(column)
     return finished.timestamp() if isinstance(finished, datetime) else 0.0

@@ -65,6 +65,13 @@ class FailureGroups:
         """The largest first."""
         return sorted(self._groups.values(), key=lambda group: -group.count)
 
+    def by_status(self) -> Counter[tuple[str, str]]:
+        """Rows by stage and kind."""
+        counts: Counter[tuple[str, str]] = Counter()
+        for group in self._groups.values():
+            counts[group.stage, group.kind] += group.count
+        return counts
+
     def by(self, name: str) -> Counter[str]:
         """Rows by `kind` or `stage`."""
         counts: Counter[str] = Counter()

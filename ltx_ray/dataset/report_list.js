@@ -6,8 +6,10 @@
   var HEIGHT = 124, MARGIN = 12;  // pixels of a row, and rows that are made beyond the window
   var words = box.querySelector("input"), flag = box.querySelector("[name=flag]");
   var sort = box.querySelector("[name=sort]"), format = box.querySelector("[name=size]"), out = box.querySelector("output");
-  var count = data.id.length, order = new Uint32Array(count), ranks = {}, texts = null, made = new Map(), due = false;
-  for (var i = 0; i < count; i++) order[i] = i;
+  var status = box.querySelector("[name=status]"), time = box.querySelector("[name=time]");
+  // Rows from `rendered` on have failed, and have neither clip nor picture.
+  var count = data.id.length, rendered = data.rendered, newest = 0, order = new Uint32Array(count), ranks = {}, texts = null, made = new Map(), due = false;
+  for (var i = 0; i < count; i++) { order[i] = i; newest = Math.max(newest, data.done[i]); }
 
   function element(kind, name, text) {
     var made = document.createElement(kind);
@@ -22,28 +24,35 @@
   }
   function row(n) {
     var item = data.item[n], frames = data.frames[n], rate = data.rate[n];
-    var href = data.clip[n] || place("clips", item, ".mp4", n);
-    var line = element("article", "line"), link = element("a", "thumb"), image = element("img"), body = element("div", "body");
+    var line = element("article", "line"), body = element("div", "body"), head = element("div", "row"), title = element("h3");
     line.dataset.n = n;
-    link.href = href;
-    link.tabIndex = -1;
-    image.alt = "frames of " + data.id[n];
-    image.decoding = "async";
-    image.onerror = function () { image.remove(); };
-    image.src = place("thumbs", item, ".webp", n);
-    link.append(image);
-    var head = element("div", "row"), title = element("h3"), name = element("a", "", data.id[n]);
-    name.href = href;
-    title.append(name);
     head.append(title);
+    if (n < rendered) {
+      var href = data.clip[n] || place("clips", item, ".mp4", n);
+      var link = element("a", "thumb"), image = element("img"), name = element("a", "", data.id[n]);
+      link.href = name.href = href;
+      link.tabIndex = -1;
+      image.alt = "frames of " + data.id[n];
+      image.decoding = "async";
+      image.onerror = function () { image.remove(); };
+      image.src = place("thumbs", item, ".webp", n);
+      link.append(image);
+      title.append(name);
+      line.append(link);
+    } else {
+      title.textContent = data.id[n];
+      head.append(element("span", "badge bad", data.statuses[data.status[n - rendered]]));
+    }
     data.flags[n].forEach(function (f) { head.append(element("span", "badge warn", data.names[f].replaceAll("_", " "))); });
     var prompt = element("p", "prompt", data.prompt[n]);
     prompt.dir = "auto";
     var facts = [data.width[n] + " × " + data.height[n], frames + " frames", "seed " + data.seed[n],
       data.work[n].toFixed(1) + " s of work"];
     if (rate) facts.splice(2, 0, (frames / rate).toFixed(2) + " s");
-    body.append(head, prompt, element("p", "small soft", facts.join(" · ")));
-    line.append(link, body);
+    var last = n < rendered ? element("p", "small soft", facts.join(" · ")) : element("p", "small why", data.why[n - rendered]);
+    last.dir = "auto";
+    body.append(head, prompt, last);
+    line.append(body);
     return line;
   }
   function draw() {
@@ -63,11 +72,11 @@
     }
   }
   function soon() { if (!due) { due = true; requestAnimationFrame(draw); } }
-  function again() {
+  function again(total) {
     made.forEach(function (line) { line.remove(); });
     made.clear();
     list.style.height = order.length * HEIGHT + "px";
-    out.textContent = order.length === count ? "" : order.length + " of " + count + " shown";
+    out.textContent = order.length === total ? "" : order.length + " of " + total + " shown";
     draw();
   }
   function pixels(n) { return data.width[n] * data.height[n] * data.frames[n]; }
@@ -85,26 +94,34 @@
   function filter() {
     var wanted = words.value.toLowerCase().split(/\s+/).filter(Boolean), value = flag.value, from = sort.value && ranked(sort.value);
     var of = format.value.split("x").map(Number), sized = of.length === 2;
-    var number = data.names.indexOf(value.slice(1)), kept = new Uint32Array(count), size = 0;
+    var number = data.names.indexOf(value.slice(1)), kept = new Uint32Array(count), size = 0, total = 0;
+    var wants = status.value, cause = wants.length > 1 ? Number(wants.slice(1)) : null, since = time.value ? newest - Number(time.value) : 0;
     if (wanted.length && !texts) texts = data.id.map(function (id, n) {
-      return (id + " " + data.prompt[n] + " " + data.flags[n].map(function (f) { return data.names[f]; }).join(" ")).toLowerCase();
+      var why = n < rendered ? "" : data.why[n - rendered] + " ";
+      return (id + " " + data.prompt[n] + " " + why + data.flags[n].map(function (f) { return data.names[f]; }).join(" ")).toLowerCase();
     });
     for (var at = 0; at < count; at++) {
       var n = from ? from[at] : at, flags = data.flags[n];
+      if (wants && (wants === "+") !== (n < rendered)) continue;
+      if (cause !== null && data.status[n - rendered] !== cause) continue;
+      total++;
+      if (since && data.done[n] < since) continue;
       if (sized && (data.width[n] !== of[0] || data.height[n] !== of[1])) continue;
       if (value && !(value === "*" ? flags.length : flags.includes(number))) continue;
       if (wanted.length && !wanted.every(function (w) { return texts[n].includes(w); })) continue;
       kept[size++] = n;
     }
     order = kept.subarray(0, size);
-    again();
+    again(total);
   }
   words.addEventListener("input", filter);
   flag.addEventListener("change", filter);
   format.addEventListener("change", filter);
+  status.addEventListener("change", filter);
+  time.addEventListener("change", filter);
   sort.addEventListener("change", filter);
   addEventListener("scroll", soon, { passive: true });
   addEventListener("resize", soon, { passive: true });
   box.hidden = false;
-  again();
+  filter();
 })();

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib import resources
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from ltx_ray.dataset.report_links import SignedLinks
 from ltx_ray.dataset.report_text import STAGE_NAMES, finite
@@ -53,18 +53,30 @@ class Smallest(Generic[T]):
         return [value for _, value in self._kept]
 
 
-#: What the list shows of a clip, in the order of `_COLUMNS`.
-Listed = tuple[Any, ...]
-_COLUMNS = ("id", "item", "clip", "prompt", "flags", "width", "height", "frames", "rate", "seed", "work", "done")
+class Listed(NamedTuple):
+    """What the list shows of a row."""
+
+    id: str
+    item: str
+    clip: str
+    prompt: str
+    flags: tuple[str, ...]
+    width: int | None
+    height: int | None
+    frames: int | None
+    rate: float | None
+    seed: str
+    work: float
+    done: int
 
 
 def listed(row: dict[str, Any], link: str | None, done: float) -> Listed:
-    """What the list shows of a row of the index. `link` to its clip, `done` in seconds since the epoch."""
+    """What the list shows of a row. `link` to its clip, `done` in seconds since the epoch."""
     item = str(row.get("item_id") or "")
     prompt = str(row.get("prompt") or "")
     usual = link == f"clips/{item[:2]}/{item}.mp4"
     work = sum(max(0.0, finite(row.get(f"{stage}_seconds")) or 0.0) for stage in STAGE_NAMES)
-    return (
+    return Listed(
         str(row.get("id") or item), item, "" if usual else link or "#clips",
         prompt if len(prompt) <= _PROMPT else prompt[:_PROMPT] + " …", tuple(map(str, row.get("flags") or ())),
         row.get("width"), row.get("height"), row.get("num_frames"), finite(row.get("frame_rate")), str(row.get("seed")),
@@ -74,18 +86,30 @@ def listed(row: dict[str, Any], link: str | None, done: float) -> Listed:
 
 def listed_items(clips: Iterable[Listed]) -> list[str]:
     """The item_ids of what is listed."""
-    return [clip[_COLUMNS.index("item")] for clip in clips]
+    return [clip.item for clip in clips]
 
 
-def list_data(clips: Iterable[Listed], flags: Counter[str], links: SignedLinks) -> str:
-    """The data of the list as a script element, which is not run. Nothing in it can end the element."""
+def list_data(
+    clips: Sequence[Listed],
+    flags: Counter[str],
+    links: SignedLinks,
+    failed: Sequence[tuple[Listed, int, str]] = (),
+    statuses: Sequence[str] = (),
+) -> str:
+    """The data of the list as a script element, which is not run. Nothing in it can end the element.
+
+    failed: rows that follow the clips, each with the number of its status and the reason. `statuses`: names of those.
+    """
     names = [name for name, _ in flags.most_common()]
     numbers = {name: number for number, name in enumerate(names)}
-    columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
-    for clip in clips:
-        for name, value in zip(_COLUMNS, clip, strict=True):
+    rows, status, why = zip(*failed, strict=True) if failed else ((), (), ())
+    columns: dict[str, list[Any]] = {name: [] for name in Listed._fields}
+    for row in (*clips, *rows):
+        for name, value in zip(Listed._fields, row, strict=True):
             columns[name].append([numbers[flag] for flag in value] if name == "flags" else value)
-    fields = {"names": names, **columns, "signed": links.of_list(columns["item"])}
+    signed = links.of_list(columns["item"][: len(clips)])
+    fields: dict[str, Any] = {"names": names, **columns, "signed": signed, "rendered": len(clips)}
+    fields |= {"status": status, "why": why, "statuses": statuses}
     text = json.dumps(fields, ensure_ascii=False, separators=(",", ":"))
     return f'<script type="application/json" id="listed">{text.replace("<", chr(92) + "u003c")}</script>'
 

@@ -16,8 +16,9 @@ from ltx_ray.storage.store import Store
 
 T = TypeVar("T")
 
-#: Names of an object store that are listed at most: some hundred requests.
-_MOST_NAMES = 100_000
+#: Names of an object store that are listed at most: ten requests, one after the other. Ten times as many would keep the
+#: first row waiting for seven seconds, where a look-up of each item keeps none.
+_MOST_NAMES = 10_000
 #: Items that are looked up at once, ahead of their use.
 _AHEAD, _THREADS = 64, 16
 #: Seconds for which a look-up is retried. A run outlives a store that does not answer for so long.
@@ -104,4 +105,11 @@ class StoredLatents:
 
     def _look_up(self, item_id: str) -> bool:
         assert self._store is not None
-        return self._store.exists(layout.latents_path(item_id))
+        path = layout.latents_path(item_id)
+        if self._store.is_local:
+            return self._store.exists(path)
+        try:
+            self._store.objects.head(path)  # `exists` would also list what is below a path that it does not find
+        except FileNotFoundError:
+            return False
+        return True

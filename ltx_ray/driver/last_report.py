@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ltx_ray.driver.signals import Stopped
+from ltx_ray.storage.reasons import reason
 from ltx_ray.storage.store import Store
 
 #: A run ends with a report for up to this many rows, because the report reads every row while the cluster waits.
@@ -21,4 +22,4 @@ def write_last_report(store: Store, rows: int, say: Callable[[str], None]) -> No
 
         write_report(store.uri)
     except (Exception, Stopped) as error:  # The report must never change how a run ends.
-        say(f"report.html was not written: {error}")
+        say(f"report.html was not written: {reason(error)}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -26,6 +26,16 @@ MAX_SEED = 2**63 - 1
 _SMALLEST, _LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 #: Legal guidance scales and strengths of the distilled LoRA.
 _FLOAT32_LEGAL = "a finite number that float32 holds (0, or from 1.2e-38 to 3.4e+38 in size)"
+
+
+def near_misses(names: Iterable[str]) -> frozenset[str]:
+    """Those of the names that are no column of a request and would be one in another writing, such as `Height`."""
+    return frozenset(name for name in names if name not in COLUMNS and written(name) in COLUMNS)
+
+
+def written(name: str) -> str:
+    """A name as columns of requests are written."""
+    return re.sub(r"[\s-]+", "_", name.strip().lower())
 
 
 class Mistyped(Exception):

@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow.fs as pafs
 
-from ltx_ray.manifest.columns import COLUMNS, Mistyped, shown
+from ltx_ray.manifest.columns import COLUMNS, Mistyped, near_misses, shown
 from ltx_ray.manifest.files import ManifestFile
 from ltx_ray.manifest.raw import DAMAGE, RawRow, RowSource, is_damage
 from ltx_ray.manifest.values import LARGEST_VALUE, short
@@ -63,7 +63,7 @@ def json_rows(fs: pafs.FileSystem, file: ManifestFile) -> RowSource | ValueError
                 f"{file.name}: column '{key}' has type {json_type(value)} (such as {shown(value)}); "
                 f"legal: {COLUMNS[key].type} ({COLUMNS[key].legal})"
             )
-    return RowSource(rows)
+    return RowSource(rows, near_misses=near_misses(peeked.others))
 
 
 class _Peeked:
@@ -73,6 +73,8 @@ class _Peeked:
         self.good: RawRow | None = None
         self.bad: RawRow | None = None
         self.has_prompt = False
+        #: Keys that no request has.
+        self.others: set[str] = set()
         self.counts: Counter[str] = Counter()
         #: Values that are not of their column's type: the first one, and how many.
         self.wrong: dict[str, Any] = {}
@@ -84,6 +86,7 @@ class _Peeked:
             return
         self.good = self.good or row
         self.has_prompt = self.has_prompt or "prompt" in row.values
+        self.others |= row.values.keys() - COLUMNS.keys()
         for key, value in row.values.items():
             if key in COLUMNS and value is not None:
                 self.counts[key] += 1

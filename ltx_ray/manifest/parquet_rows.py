@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from ltx_ray.manifest.columns import COLUMNS, arrow_type_fits
+from ltx_ray.manifest.columns import COLUMNS, arrow_type_fits, near_misses
 from ltx_ray.manifest.files import ManifestFile
 from ltx_ray.manifest.json_rows import json_type
 from ltx_ray.manifest.raw import DAMAGE, FAILED_ROW_COLUMN, RawRow, RowSource, is_damage, stored_row
@@ -56,7 +56,8 @@ def parquet_rows(fs: pafs.FileSystem, file: ManifestFile, most_rows: int) -> Row
             raise ValueError(f"{file.name}: column '{name}' has type {found}; legal: {column.type} ({column.legal})")
     # Without any column the rows could not be counted. Folders' names may give them all that a request has.
     known = [name for name in names if name in COLUMNS or name in file.folder_values] or names[:1]
-    return RowSource(lambda extra: _rows(fs, file, most_rows, names if extra else known, COLUMNS), count)
+    read = lambda extra: _rows(fs, file, most_rows, names if extra else known, COLUMNS)  # noqa: E731
+    return RowSource(read, count, near_misses(names))
 
 
 def _failed_rows(fs: pafs.FileSystem, file: ManifestFile, most_rows: int) -> Iterator[RawRow]:

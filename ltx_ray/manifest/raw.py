@@ -61,6 +61,8 @@ class RowSource:
     read: Callable[[bool], Iterator[RawRow]]
     #: How many rows it has; None where only reading it would tell.
     count: int | None = None
+    #: Columns that no request has, and that only differ from one that it has in how they are written.
+    near_misses: frozenset[str] = frozenset()
 
 
 def stored_row(file: str, number: int, values: dict[str, Any]) -> RawRow:

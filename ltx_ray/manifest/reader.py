@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from ltx_ray.manifest.columns import COLUMNS, Mistyped, shown
+from ltx_ray.manifest.columns import COLUMNS, Mistyped, shown, written
 from ltx_ray.manifest.files import JSON, ManifestFile, Skipped, list_files, one_file
 from ltx_ray.manifest.json_rows import json_rows
 from ltx_ray.manifest.parquet_rows import parquet_rows
@@ -49,9 +49,11 @@ class Manifest:
         return None if None in counts else sum(count or 0 for count in counts)
 
     def say_skipped(self, say: Callable[[str], None]) -> None:
-        """Name what it leaves out of a folder, one sentence for each reason."""
+        """Name what it leaves out of a folder, one sentence for each reason, and columns that may be misspelt."""
         for names, why in self._skipped.reasons():
             say(f"{self.name}: skipped {names} ({why})")
+        for name in sorted(frozenset[str]().union(*(source.near_misses for source in self._sources))):
+            say(f"{self.name}: column '{name}' is not '{written(name)}': it goes to extra, and changes no clip")
 
 
 def read_manifest(uri: str) -> Iterator[RawRow]:
@@ -102,7 +104,7 @@ def _source(fs: pafs.FileSystem, file: ManifestFile) -> RowSource | ValueError:
     source = json_rows(fs, file) if file.form.kind == JSON else parquet_rows(fs, file, _PARQUET_ROWS)
     if isinstance(source, ValueError) or not file.folder_values:
         return source
-    return RowSource(partial(_with_folder_values, source, file.folder_values), source.count)
+    return replace(source, read=partial(_with_folder_values, source, file.folder_values))
 
 
 # --- values in folders' names --------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ suspended, do no harm.
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import threading
@@ -70,10 +71,13 @@ class LeaseEntry:
     @property
     def is_held(self) -> bool:
         """Whether a run has the lease that is not known to be dead."""
-        # A run that was killed on this machine has no process any more. Containers may share the machine's host name,
-        # but not its process ids.
-        same_machine = self.host == socket.gethostname() and self.pid_namespace == _pid_namespace()
-        return bool(self.run_id) and (not same_machine or _is_running(self.pid))
+        # A run that was killed on this machine has no process any more.
+        return bool(self.run_id) and (not self.is_of_this_machine or _is_running(self.pid))
+
+    @property
+    def is_of_this_machine(self) -> bool:
+        """Whether its process would be known here. Containers may share a host name, but not their process ids."""
+        return self.host == socket.gethostname() and self.pid_namespace == _pid_namespace()
 
     @property
     def is_live(self) -> bool:
@@ -105,35 +109,45 @@ class Lease:
         """
         return self._lost.is_set()
 
-    def acquire(self, say: Callable[[str], None]) -> None:
+    def acquire(self, say: Callable[[str], None], wait_seconds: float = math.inf) -> None:
         """Wait until no other run holds the lease, then take it. Raises OSError when the store does not answer.
 
-        An exception, such as that of a signal, leaves no lease behind.
+        wait_seconds: how long to wait for a run that is alive, before ValueError is raised. Whether one on another
+        machine is alive takes up to a minute to see. An exception, such as that of a signal, leaves no lease behind.
         """
         try:
-            self._acquire(say)
+            self._acquire(say, wait_seconds)
         except BaseException:
             self.release()
             raise
 
-    def _acquire(self, say: Callable[[str], None]) -> None:
-        announced, seen, since = False, None, 0.0
+    def _acquire(self, say: Callable[[str], None], wait_seconds: float) -> None:
+        announced, seen, since, renewed = "", None, 0.0, False
+        began = time.monotonic()
+        limit = "" if wait_seconds == math.inf else f" for up to {wait_seconds:g} s, once it is seen to be alive"
         while True:
             entry, version = _read(self._store)
             # The holder renews it every 15 seconds, whatever its clock says.
             if version != seen:
+                renewed = seen is not None
                 seen, since = version, time.monotonic()
             silent = time.monotonic() - since >= _TTL_SECONDS
             other = _former(self._store)
+            is_alive = other is not None or renewed or (entry.is_of_this_machine and entry.is_live)
             if other is None and entry.is_held and not silent:
                 other = entry
             if other is None:
                 if self._take(entry, version):
                     break
                 continue
-            if not announced:
-                say(f"{self._store.name} is in use by run {other.run_id} on {other.host}; waiting for it")
-                announced = True
+            if is_alive and time.monotonic() - began >= wait_seconds:
+                raise ValueError(
+                    f"--output: {self._store.name}, in use by run {other.run_id} on {other.host}; legal: the same "
+                    f"command once that has ended, --wait-for-output SECONDS, or another --output, as for each --shard"
+                )
+            if announced != other.run_id:
+                say(f"{self._store.name} is in use by run {other.run_id} on {other.host}; waiting for it{limit}")
+                announced = other.run_id
             time.sleep(_POLL_SECONDS)
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
         self._thread.start()

@@ -7,16 +7,14 @@ import fcntl
 import functools
 import hashlib
 import os
-import re
 import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ltx_ray.storage.reasons import TEMPORARY
 from ltx_ray.storage.retry import RetryPolicy
 
-#: Names of files that a writer has beside its target: of data that is being written, and of a lock.
-TEMPORARY = re.compile(r"\..+\.(?:[0-9a-f]{8}|lock)")
 #: What link(2) answers on a disk without hard links, such as exFAT and some that are mounted with FUSE.
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 #: What flock(2) answers on a network file system that was mounted without locks.

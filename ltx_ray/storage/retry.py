@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from ltx_ray.storage.reasons import reason
+
 T = TypeVar("T")
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.25, 10.0
@@ -81,7 +83,7 @@ class RetryPolicy:
                 if spent >= self.seconds:
                     what = f"{self.uri}: {doing} {relative}" if relative else f"{self.uri}: {doing}"
                     often = "once" if tries == 1 else f"{tries} times in {spent:.0f} s"
-                    raise StoreUnavailable(f"{what} failed (tried {often}): {error}") from error
+                    raise StoreUnavailable(f"{what} failed (tried {often}): {reason(error)}") from error
             # jitter, so that a thousand workers that were throttled together do not retry together
             self.wait(min(pause * random.uniform(0.5, 1.0), max(0.0, self.seconds - spent)))
             pause = min(2 * pause, _LONGEST_WAIT)

@@ -17,7 +17,6 @@ import pyarrow.fs as pafs
 
 from ltx_ray.storage.credentials import encoded_user_info, split_user_info
 from ltx_ray.storage.local_files import (
-    TEMPORARY,
     LocalFiles,
     make_folder,
     sync_folder,
@@ -28,6 +27,7 @@ from ltx_ray.storage.locations import recorded, resolve, split_options
 from ltx_ray.storage.object_access import connector, object_store_options, sha256_reader
 from ltx_ray.storage.object_client import ObjectClient
 from ltx_ray.storage.parquet import read_parquet, read_parquet_file
+from ltx_ray.storage.reasons import TEMPORARY, reason
 from ltx_ray.storage.retry import RetryPolicy, retrying_reader
 
 #: Seconds for which an operation is retried. A restarted or throttled store is back sooner.
@@ -103,7 +103,10 @@ class Store:
                 store.create(probe, b"")  # by the other library, which has to find its credentials, too
             store.delete(probe)
         except Exception as error:  # each filesystem raises its own classes
-            raise ValueError(f"{what}: {self.name}, cannot be written ({error})") from None
+            raise ValueError(
+                f"{what}: {self.name}, cannot be written ({reason(error, place=False)}); legal: a place in which this "
+                f"user, or these credentials, may make and delete files"
+            ) from None
 
     def exists(self, relative: str) -> bool:
         return self._info(relative).type != pafs.FileType.NotFound

@@ -174,13 +174,19 @@ def test_a_killed_driver_is_followed_by_two_of_which_one_goes_on(job):
     assert any("0 rendered, 24 done before" in log for log in logs)
 
 
-def test_shards_of_one_output_take_turns_and_leave_each_row_once(job):
-    """Three start at once. Each says whom it waits for, renders its own rows, and keeps the failures of the others."""
-    manifest = rows(*["a cat"] * 8, "[[stage1:row]]")
-    drivers = [job.start(manifest, parallel=SHARED, selection=Selection(shard=(number, 3))) for number in range(3)]
-    logs = [driver.ends(3 if number == 8 % 3 else 0) for number, driver in enumerate(drivers)]
-    assert [sum(f"{name}: 3 rows, " in log for log in logs) for name in ("finished",)] == [3]
-    assert sum("is in use by run" in log for log in logs) >= 2
+def test_of_shards_of_one_output_one_goes_on_and_the_others_are_refused(job):
+    """One is refused, one waits as long as it was told to. Each keeps the failures of the others."""
+    manifest = rows("[[stage1:gate]]", *["a cat"] * 7, "[[stage1:row]]")
+    shards = [{"parallel": SHARED, "selection": Selection(shard=(number, 3))} for number in range(3)]
+    first = job.start(manifest, **shards[0])
+    job.until(lambda: job.out.events("gang_started"), "the first run's replica")
+    refused = job.start(manifest, **shards[1]).ends(1)  # by the ValueError that the command line turns into exit code 2
+    assert "in use by run" in refused and "waiting" not in refused
+    waiting = job.start(manifest, **shards[2], wait_for_output=600.0)
+    job.until(lambda: "waiting for it for up to 600 s" in waiting.log, "the shard that waits")
+    job.open_gate()
+    assert "finished: 3 rows, " in first.ends(0) and "finished: 3 rows, " in waiting.ends(3)
+    assert "finished: 3 rows, " in job.start(manifest, **shards[1]).ends(0)
     assert set(job.out.index()) == {f"r{number}" for number in range(8)}
     assert set(job.out.failed()) == {"r8"} and not list(job.out.folder.glob("state/wal/*"))
 

@@ -70,6 +70,7 @@ def page(browser, out) -> Browser:
     return browser
 
 
+HEIGHT = "document.querySelector('.list').offsetHeight"
 SHOWN = """[...document.querySelectorAll('.line')].sort((a, b) => a.offsetTop - b.offsetTop)
     .map(line => line.querySelector('h3').textContent)"""
 #: Scrolls to the end in steps; gives the most rows that the page had, and the tasks that took long, in milliseconds.
@@ -136,6 +137,51 @@ def test_it_filters_and_sorts(page):
     choose(page, "flag", "")
     assert choose(page, "size", "")[0] == ""
     assert choose(page, "words", "no such word") == (f"0 of {ROWS} shown", [])
+
+
+def test_it_filters_by_status(page):
+    words, shown = choose(page, "status", "-")
+    assert words == "" and shown[:2] == ["bad-000", "bad-001"]
+    assert page.evaluate("document.querySelectorAll('.line a, .line img').length") == 0, "they have no clip"
+    assert page.evaluate("document.querySelector('.line .badge.bad').textContent") == "stage 2: infrastructure"
+    assert page.evaluate("document.querySelector('.line .why').textContent") == "rank 0 died"
+    assert choose(page, "words", "rank 4711 died") == ("1 of 5000 shown", ["bad-4711"])
+    choose(page, "words", "")
+    assert choose(page, "status", "-0")[1][0] == "bad-000"
+    assert choose(page, "sort", "id")[0] == ""
+    words, shown = choose(page, "status", "")
+    assert words == "" and shown[0] == "bad-000" and page.evaluate(HEIGHT) == (ROWS + 5000) * 124
+    choose(page, "status", "+")
+    assert page.evaluate(SHOWN)[0] == "clip-0000" and page.evaluate(HEIGHT) == ROWS * 124
+
+
+def test_it_filters_by_time(page):
+    """A clip was finished every three seconds."""
+    words, shown = choose(page, "time", "3600")
+    assert words == f"1201 of {ROWS} shown" and shown[:3] == [
+        "clip-99000",
+        f"clip-{ROWS - 1201}",
+        f"clip-{ROWS - 1200}",
+    ]
+
+
+def test_cards_are_filtered_by_status_and_time(browser, tmp_path):
+    data.write_parts(tmp_path, "index", [data.index_row(n, id=f"clip-{n}", clip=None) for n in (0, 1, 5000)])
+    data.write_parts(
+        tmp_path, "failed", [data.failed_row(0), data.failed_row(1, stage="plan", item_id=None, error_class="row")]
+    )
+    write_report(str(tmp_path))
+    browser.open(tmp_path / "report.html")
+    cards = """[...document.querySelectorAll('.clips > article')].filter(card => card.offsetHeight)
+        .map(card => card.dataset.id)"""
+    assert browser.evaluate(cards) == ["clip-0", "clip-1", "clip-5000"]
+    chosen = {}
+    for value in ("-", "-0", "-1", "", "+"):
+        choose(browser, "status", value)
+        chosen[value] = browser.evaluate(cards)
+    assert chosen["-"] == ["bad-000", "bad-001"] and sorted([*chosen["-0"], *chosen["-1"]]) == chosen["-"]
+    assert chosen[""] == [*chosen["+"], *chosen["-"]] and len(chosen["-0"]) == 1
+    assert choose(browser, "time", "3600")[0] == "1 of 3 shown" and browser.evaluate(cards) == ["clip-5000"]
 
 
 #: Says what the player does, half a minute later at most, and closes it.

@@ -23,6 +23,11 @@ def example(package: str) -> str:
     return found
 
 
+def sql_examples() -> list[str]:
+    """The SQL statements of the page."""
+    return re.findall(r"^```sql\n(.*?)^```", (_DOCS / "dataset.md").read_text(), re.MULTILINE | re.DOTALL)
+
+
 def run_example(package: str) -> dict[str, Any]:
     """The names that the example leaves. It is run in the working directory."""
     names: dict[str, Any] = {}

@@ -74,6 +74,9 @@ class SharedStore:
         self._turn()
         return answer
 
+    def check_writable(self, what: str) -> None:
+        pass
+
     def create(self, path: str, data: bytes) -> bool:
         return self._do(lambda: self._files.setdefault(path, data) is data)
 

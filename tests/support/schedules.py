@@ -38,7 +38,7 @@ from ltx_ray.pools.protocol import CallFinished, InputsLost, ReplicaLost
 from ltx_ray.pools.simulated import Faults, SimulatedReplicaSet
 from ltx_ray.records import Clip, ErrorKind, RenderRequest, RowError, StoredLatentsGone, WorkItem
 from ltx_ray.stages import FULL_PATH, OUTPUT_STAGES
-from ltx_ray.storage.local_files import TEMPORARY
+from ltx_ray.storage.reasons import TEMPORARY
 from ltx_ray.storage.store import Store
 from tests.support.checkpoint_files import RELEASED
 from tests.support.datasets import row_log

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -20,6 +21,8 @@ from ltx_ray.cli import app
 from ltx_ray.cli.app import main
 from ltx_ray.cli.options import MODEL_OPTIONS, model_files
 from ltx_ray.config import LoraSpec, RunLimits
+from ltx_ray.dataset.output import wait_seconds
+from ltx_ray.storage.lease import Lease
 from ltx_ray.storage.locations import resolve
 from ltx_ray.storage.store import Store
 from tests.support.checkpoint_files import BLOCK, REQUIRED, checkpoint
@@ -119,6 +122,29 @@ def test_a_store_that_does_not_refuse_a_second_create(cmd, manifest, out, monkey
     assert code == 2 and f"--output: {out}, whose store creates a file although there is one" in err
     monkeypatch.setattr(run.Run, "execute", lambda self, rows: 0)
     assert cmd("render", manifest, "--output", out, "--model", "toy", "--single-writer")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "more", [("--shard", "0/2"), ("--wait-for-output", "0"), ("--shard", "0/2", "--wait-for-output", "0.1")]
+)
+def test_an_output_in_which_another_run_is_at_work(cmd, manifest, out, more):
+    other = Lease(Store(out), "another")
+    other.acquire(pytest.fail)
+    try:
+        code, _, err = cmd("render", manifest, "--output", out, "--model", "toy", *more)
+    finally:
+        other.release()
+    assert code == 2 and f"--output: {out}, in use by run another on " in err
+    assert not Path(out, "run.json").exists() and not Path(out, "dataset.json").exists()
+
+
+@pytest.mark.parametrize(
+    "given, seconds",
+    [((), math.inf), (("--shard", "1/2"), 0.0), (("--shard", "1/2", "--wait-for-output", "60"), 60.0)],
+)
+def test_how_long_a_run_waits_for_another(cmd, manifest, out, options, given, seconds):
+    assert cmd("render", manifest, "--output", out, "--model", "toy", *given)[0] == 0
+    assert wait_seconds(options[0].wait_for_output, options[0].selection) == seconds
 
 
 def test_an_output_in_the_copy_of_a_job(cmd, manifest, tmp_path, monkeypatch):

@@ -96,11 +96,11 @@ def test_hostile_text_stays_text(page):
     assert not [a for _, a in page.tags if any(name.startswith("on") for name in a)]
     assert all((a.get("src") or "").startswith("data:") for a in page.all("img"))
     shown = data.HOSTILE.replace("\x00", "\ufffd")
-    # The text is in three prompts, in a flag (summary, badge and option), and in a failed row's id, message and
-    # traceback. Its "{{title}}" is not taken for a placeholder.
-    assert page.text.count(shown) == 9
+    # The text is in three prompts, in a flag (summary, badge and option), and in a failed row's id and message, twice
+    # each, and traceback. Its "{{title}}" is not taken for a placeholder.
+    assert page.text.count(shown) == 11
     assert "\x00" not in page.source
-    flags = [json.loads(a["data-flags"]) for a in page.all("article") if a["data-flags"]]
+    flags = [json.loads(a["data-flags"]) for a in page.all("article") if a.get("data-flags")]
     assert flags == [["silent", data.HOSTILE]]
 
 
@@ -126,7 +126,7 @@ def test_failures_come_first_with_their_details(page):
 
 
 def test_every_clip_has_a_card_with_a_strip_or_a_reason(page):
-    assert len(page.all("article", "clip")) == 6
+    assert len([card for card in page.all("article", "clip") if "hidden" not in card]) == 6
     strips = [a for t, a in page.tags if "strip" in (a.get("class") or "").split()]
     assert len(strips) == 6
     assert len([a for a in strips if "none" in a["class"].split()]) == 3
@@ -192,11 +192,34 @@ def test_many_clips_are_a_list_whose_data_is_in_the_page(out):
     (element,) = [a for a in page.all("script") if a.get("type") == "application/json"]
     text = re.search(rf'<script type="application/json" id="{element["id"]}">(.*?)</script>', page.source, re.S)[1]
     found = json.loads(text)
-    assert found["id"] == ["clip-0002", "clip-0000"], "flagged ones first, then in the order of finishing"
+    ids = ["clip-0002", "clip-0000", "bad-001", "bad-002"]
+    assert found["id"] == ids, "flagged ones first, then in the order of finishing, and failed rows at the end"
+    assert (found["rendered"], found["status"], found["statuses"][0]) == (2, [0, 0], "stage 2: infrastructure")
+    assert all("illegal memory access" in why for why in found["why"])
     assert found["prompt"][0] == data.HOSTILE and "<" not in text
     assert [found["names"][n] for n in found["flags"][0]] == ["silent", data.HOSTILE] and found["flags"][1] == []
-    assert found["clip"] == ["", ""] and found["item"][1] == data.index_row(0)["item_id"]
-    assert "4 more clips not shown here" in page.text and "pictures are in thumbs/" in page.text
+    assert found["clip"][:2] == ["", ""] and found["item"][1] == data.index_row(0)["item_id"]
+    assert "4 more rows not shown here" in page.text and "1 more failed row not listed here" in page.text
+    assert "pictures are in thumbs/" in page.text
+
+
+def test_failed_rows_are_there_for_the_filter_by_status(page):
+    options = re.search(r'<select name="status".*?</select>', page.source, re.S)[0]
+    assert re.findall(r'<option value="(.*?)">(.*?)</option>', options) == [
+        ("+", "Finished (6)"), ("-", "Failed (3)"), ("-0", "Failed in stage 2: infrastructure (3)"),
+        ("", "All rows (9)"),
+    ]  # fmt: skip
+    cards = page.all("article", "failed")
+    assert [card["data-status"] for card in cards] == ["-0"] * 3 and all("hidden" in card for card in cards)
+
+
+def test_rows_that_share_a_clip_are_counted_as_rows(tmp_path):
+    rows = [data.index_row(n, id=f"row-{n}-{k}") for n in range(3) for k in range(1 + n)]
+    data.write_parts(tmp_path, "index", rows)
+    data.write_run(tmp_path, rows=6, rendered=6)
+    text = " ".join(Page(tmp_path).text.split())
+    assert "6 rows of 3 clips rendered, none failed" in text and "rows of 3 clips · of 6 rows in the manifest" in text
+    assert "Clips6 rows of 3 clips" in text
 
 
 def test_the_policy_of_a_list_allows_its_two_scripts_and_pictures_beside_it(out):

@@ -10,6 +10,7 @@ from ltx_ray.dataset import stored_latents
 from ltx_ray.dataset.existing import list_existing
 from ltx_ray.dataset.layout import latents_path
 from ltx_ray.dataset.stored_latents import StoredLatents
+from ltx_ray.storage.object_client import ObjectClient
 from ltx_ray.storage.store import Store
 
 ITEMS = [hashlib.sha256(str(n).encode()).hexdigest()[:32] for n in range(200)]
@@ -45,7 +46,8 @@ def test_entries_pass_in_order_and_are_known(latents):
 def test_without_latents_no_item_is_looked_up(tmp_path, bucket, monkeypatch):
     for output in (str(tmp_path), f"{bucket}/out"):
         latents = StoredLatents(Store(output))
-        monkeypatch.setattr(Store, "exists", lambda *path: pytest.fail("looked up"))
+        for kind, name in ((Store, "exists"), (ObjectClient, "head")):
+            monkeypatch.setattr(kind, name, lambda *path: pytest.fail("looked up"))
         assert not latents.any and not latents.has(ITEMS[0])
         assert list(latents.prefetched(iter(ITEMS), lambda item_id: item_id)) == ITEMS
     assert not StoredLatents(None).any and not StoredLatents(None).has(ITEMS[0])
@@ -67,8 +69,8 @@ def test_what_is_looked_up_ahead_is_not_asked_again(bucket, monkeypatch):
     for item_id in ITEMS[:10]:
         store.write_bytes(latents_path(item_id), b"x")
     latents, asked = StoredLatents(store, 1), []
-    exists = Store.exists
-    monkeypatch.setattr(Store, "exists", lambda self, path: asked.append(path) or exists(self, path))
+    head = ObjectClient.head
+    monkeypatch.setattr(ObjectClient, "head", lambda self, path: asked.append(path) or head(self, path))
     for item_id in latents.prefetched(iter(ITEMS), lambda item_id: item_id):
         assert latents.has(item_id) is latents.has(item_id)
     assert sorted(asked) == sorted(map(latents_path, ITEMS))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ltx_ray import records
-from ltx_ray.dataset.layout import FAILED_SCHEMA, INDEX_SCHEMA
+from ltx_ray.dataset.layout import FAILED_SCHEMA, INDEX_SCHEMA, PREVIEW_SCHEMA
 from ltx_ray.engine import frames, loudness, motion
 from ltx_ray.manifest.columns import COLUMNS
 
@@ -34,6 +34,11 @@ def test_every_column_of_failed_rows_has_a_line_too():
     described = [(name.strip("`"), kind) for name, kind, _ in rows("Columns of failed/")]
     columns = [field for field in FAILED_SCHEMA if field.name not in {*COLUMNS, "extra"}]
     assert described == [(column.name, str(column.type)) for column in columns]
+
+
+def test_every_column_of_previews_has_a_line_there_or_among_those_of_the_index():
+    described = [(name.strip("`"), kind) for name, kind, _ in rows("Columns of previews/")]
+    assert described == [(c.name, str(c.type)) for c in PREVIEW_SCHEMA if c.name not in INDEX_SCHEMA.names]
 
 
 def test_every_flag_has_a_line():

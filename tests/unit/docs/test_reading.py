@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.damaged_dataset import ITEMS, boxes
-from tests.support.doc_examples import make_dataset, run_example
+from ltx_ray.storage.store import Store
+from tests.support.damaged_dataset import ITEMS, boxes, build
+from tests.support.doc_examples import make_dataset, run_example, sql_examples
 
 pytestmark = pytest.mark.slow  # these packages take seconds to import
 
@@ -39,6 +40,17 @@ def test_duckdb_reads_the_index(tmp_path):
     pytest.importorskip("duckdb")
     make_dataset(tmp_path)
     assert sorted(row_id for row_id, _ in run_example("duckdb")["still"]) == ["a", "b", "c", "d"]
+
+
+def test_duckdb_reads_the_index_of_one_output_and_of_several(tmp_path):
+    duckdb = pytest.importorskip("duckdb")
+    for name in ("out", "shard-0", "shard-1"):
+        build(Store(str(tmp_path / name)))
+    of_one, of_several = sql_examples()
+    assert duckdb.sql(of_one).fetchall() == [], "their motion is null"
+    found = duckdb.sql(of_several).fetchall()
+    assert sorted(row_id for row_id, _ in found) == sorted([*"abcd"] * 2)
+    assert all((tmp_path / place).is_file() for _, place in found)
 
 
 def test_deltalake_reads_and_changes_the_table(tmp_path):

@@ -272,3 +272,21 @@ def test_a_users_own_column_may_be_called_manifest_row(tmp_path):
     uri = write_parquet(tmp_path / "m.parquet", prompt=["a"], manifest_row=[3])
     [request] = requests(uri)
     assert json.loads(request.extra) == {"manifest_row": 3}
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_columns_that_may_be_misspelt_are_named(tmp_path, ending):
+    row = {"prompt": "a cat", "Height": 64, "num-frames": 9, "Note": "x", "note": "y", "seed": 3}
+    path = tmp_path / "folder=x" / f"m.{ending}"
+    path.parent.mkdir()
+    if ending == "jsonl":
+        path.write_text(json.dumps(row) + "\n")
+    else:
+        pq.write_table(pa.table({name: [value] for name, value in row.items()}), path)
+    for place in (path, tmp_path):
+        said: list[str] = []
+        open_manifest(str(place)).say_skipped(said.append)
+        assert said == [
+            f"{place}: column 'Height' is not 'height': it goes to extra, and changes no clip",
+            f"{place}: column 'num-frames' is not 'num_frames': it goes to extra, and changes no clip",
+        ]

@@ -45,6 +45,10 @@ def leave_lease(store: Store, file: str = lease_module.LEASE_FILE, **changes) ->
     store.write_bytes(file, json.dumps(entry).encode())
 
 
+def holder_id(store: Store) -> str:
+    return json.loads(store.read_bytes(lease_module.LEASE_FILE))["run_id"]
+
+
 def dead_pid() -> int:
     process = subprocess.Popen(["true"])
     process.wait()
@@ -116,6 +120,47 @@ def test_a_lease_that_is_renewed_is_waited_for(store, clock):
     clock.each_nap = renew
     lease.acquire(lambda message: None)
     assert 1200 <= clock.now < 1204
+
+
+@pytest.mark.parametrize("wait_seconds", [0.0, 100.0])
+def test_a_run_that_does_not_wait_for_ever_is_refused_once_the_other_is_seen_to_be_alive(store, clock, wait_seconds):
+    leave_lease(store, expires=0.0, beat=0)
+    clock.each_nap = lambda: leave_lease(store, expires=0.0, beat=clock.now // 15)
+    messages: list[str] = []
+    with pytest.raises(ValueError) as refusal:
+        Lease(store, "mine").acquire(messages.append, wait_seconds)
+    assert f"{store.name}, in use by run other on elsewhere; legal: the same command once that" in str(refusal.value)
+    assert max(2, wait_seconds) <= clock.now - 1000 <= max(17, wait_seconds + 2)
+    assert len(messages) == 1 and f"waiting for it for up to {wait_seconds:g} s" in messages[0]
+    assert holder_id(store) == "other"
+
+
+def test_a_run_that_does_not_wait_takes_over_from_one_that_was_killed_elsewhere(store, clock):
+    leave_lease(store, expires=time.time() + 1e6)
+    Lease(store, "mine").acquire(lambda message: None, 0.0)
+    assert clock.now >= 1060 and holder_id(store) == "mine"
+
+
+def test_a_run_that_does_not_wait_is_refused_at_once_beside_one_on_this_machine(store, clock):
+    leave_lease(store, host=socket.gethostname(), pid=os.getpid())
+    with pytest.raises(ValueError, match="in use by run other"):
+        Lease(store, "mine").acquire(pytest.fail, 0.0)
+    assert clock.now == 1000 and holder_id(store) == "other"
+
+
+def test_every_run_that_is_waited_for_is_named_once(store, clock):
+    """One that was waited for ends, and another is faster than this one."""
+    leave_lease(store, beat=0)
+
+    def renew() -> None:
+        if clock.now < 1060:
+            leave_lease(store, run_id="other" if clock.now < 1030 else "a third", beat=clock.now // 15)
+        else:
+            store.write_bytes(lease_module.LEASE_FILE, lease_module._UNREADABLE.encode())
+
+    clock.each_nap, messages = renew, list[str]()
+    Lease(store, "mine").acquire(messages.append)
+    assert [message.partition(" is in use by run ")[2].split(" on ")[0] for message in messages] == ["other", "a third"]
 
 
 @pytest.mark.parametrize("kind", ["dead", "unreadable"])

@@ -38,18 +38,21 @@ os.environ.setdefault("LTX_RAY_PARITY_SEED", str(secrets.randbelow(10**9)))
 # Tests never connect to an existing cluster.
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.pop("RAY_API_SERVER_ADDRESS", None)
-# They never reach a real object store either; the `s3` fixture sets the endpoint.
+# They never reach a real object store either: at the default endpoint nothing listens, and the `s3` fixture sets
+# another. Without one, pyarrow asks Amazon for the region of each bucket.
 os.environ.update(
     AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="test", AWS_DEFAULT_REGION="us-east-1",
-    AWS_EC2_METADATA_DISABLED="true",
+    AWS_EC2_METADATA_DISABLED="true", AWS_ENDPOINT_URL="http://127.0.0.1:9",
 )  # fmt: skip
 
 try:
-    from hypothesis import settings
+    from hypothesis import HealthCheck, settings
 except ImportError:
     pass
 else:
-    settings.register_profile("ltx-ray", deadline=None, derandomize="CI" in os.environ)
+    settings.register_profile(
+        "ltx-ray", deadline=None, derandomize="CI" in os.environ, suppress_health_check=[HealthCheck.too_slow]
+    )
     settings.load_profile("ltx-ray")
 
 FOLDER_MARKS = ("gpu", "parity")
@@ -66,7 +69,7 @@ SEPARATE_FILES = (
 #: them, and short tests fill the end.
 LONG_GROUPS = (
     "chaos", "integration", "tests/chaos/test_random.py",
-    "tests/integration/test_schedule_submit.py", "tests/integration/test_jobs.py", "tests/parity/test_layouts.py",
+    "tests/integration/test_schedule_submit.py", "tests/parity/test_layouts.py", "tests/integration/test_jobs.py",
     "tests/parity/test_version_before.py",
 )  # fmt: skip
 ORDER = ("unit", "parity", "integration", "gpu", "chaos")
@@ -157,9 +160,10 @@ def s3():
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
+    before = os.environ["AWS_ENDPOINT_URL"]
     os.environ["AWS_ENDPOINT_URL"] = f"http://{host}:{port}"
     yield pafs.S3FileSystem(endpoint_override=os.environ["AWS_ENDPOINT_URL"], allow_bucket_creation=True)
-    del os.environ["AWS_ENDPOINT_URL"]
+    os.environ["AWS_ENDPOINT_URL"] = before
     server.stop()
     DomainDispatcherApplication.__call__ = serve
 

@@ -10,7 +10,7 @@ A prompt may contain orders `[[stage:order]]`:
 * `[[stage1:model]]`: a file of the model cannot be used
 * `[[load_latents:gone]]`: there are no stored latents
 * `[[stage1:lone]]`: the last rank of several fails; `[[stage1:stuck]]`: it hangs
-* `[[stage1:gate]]`: the call waits for `open_gate`
+* `[[stage1:gate]]`, `[[stage1:gate:2]]`: the call waits until `open_gate` opens that gate
 * `[[stage1:big]]`: the result has 1 MB, too much to travel with the report
 
 Attempts are counted in files below the output, so that the count outlives the process.
@@ -38,7 +38,7 @@ _ORDER = re.compile(r"\[\[(\w+):(\w+)(?::([\d.]+))?(?::(\d+))?\]\]")
 _MOOV = re.compile(rb"moov([0-9a-f]{32}) ([0-9a-f]{64})")
 #: Characters of a big result.
 _BIG = 2**20
-#: The gate is open once this file exists.
+#: A gate is open once this file exists, which ends in its number.
 _GATE = "_fake/open"
 
 
@@ -104,7 +104,8 @@ class FakeEngine:
                 if not slow_attempts or self.count_attempt(stage, item) <= int(slow_attempts):
                     time.sleep(float(number or 0.2))
             elif order == "gate":
-                while not self.store.exists(_GATE):
+                self.store.write_bytes(f"_fake/at-{item.item_id}-{stage}-{self.rank.rank}", b"")
+                while not self.store.exists(_GATE + number):
                     time.sleep(0.05)
             elif number and self.count_attempt(stage, item) > int(number):
                 continue
@@ -139,9 +140,9 @@ class FakeEngine:
         return attempt
 
 
-def open_gate(output: str) -> None:
+def open_gate(output: str, number: str = "") -> None:
     """Let all calls of a run into `output` pass the gate, those that wait there now and those that come later."""
-    Store(output).write_bytes(_GATE, b"")
+    Store(output).write_bytes(_GATE + number, b"")
 
 
 def mp4_boxes(item_id: str, content: str) -> bytes:

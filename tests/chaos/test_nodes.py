@@ -14,12 +14,13 @@ import pytest
 
 from ltx_ray.config import RunLimits, Selection
 from ltx_ray.placement.sizing import ParallelConfig
-from tests.support.local_cluster import Job, rows, undisturbed, wait_for
+from tests.support.local_cluster import HANGS_AFTER, Driver, Job, rows, undisturbed, wait_for
 
 pytestmark = pytest.mark.slow
 
 SEPARATE = ParallelConfig(stage1=1, stage2=1)
 SHARED = ParallelConfig(stage1=1, stage2=0)
+SHARED_BY_TWO = ParallelConfig(tp=2, stage1=1, stage2=0)
 
 
 def whole(job: Job, count: int) -> dict[str, dict]:
@@ -39,38 +40,39 @@ def node(gang: dict) -> str:
 
 
 def test_ranks_are_killed_one_hangs_one_raises_alone_and_memory_runs_out(job):
-    slow = "[[stage1:slow:0.4]]"
-    orders = ["[[stage2:stuck:1]]", "[[stage1:lone:1]]", "[[stage2:memory:1]]"]
-    manifest = rows(*[slow] * 14, *[slow + order for order in orders])
-    driver = job.start(manifest, limits=RunLimits(call_timeout=6))
-    first = job.until(lambda: job.out.gangs("stage1"), "stage 1")[0]
-    job.until(lambda: job.out.events("item_finished"), "a row")
+    """Stage 2 hangs with the first row until stage 1 has finished the others, during which its ranks are killed."""
+    orders = ["[[stage2:stuck:1]]", "plain", "[[stage1:lone:1]]", "[[stage2:memory:1]]", "[[stage1:gate]]"]
+    driver = job.start(rows(*orders), time_passes=True)
+    first = job.until(lambda: job.at_gate("stage1") == 2 and job.out.gangs("stage1"), "a gang at the gate")[-1]
     os.kill(pid(first, 1), signal.SIGKILL)
-    second = job.until(lambda: job.out.gangs("stage1")[1:], "another gang")[0]
+    second = job.until(lambda: [g for g in job.out.gangs("stage1") if g["t"] > first["t"]], "another gang")[0]
     os.kill(pid(second, 0), signal.SIGKILL)
+    job.open_gate()
+    job.until(lambda: len({e["id"] for e in job.out.events("call") if e["stage"] == "stage1"}) == 5, "all of stage 1")
+    job.until(lambda: job.out.gangs("decode"), "a decoder, which may take its time to start")
+    job.pass_time(RunLimits().call_timeout + 1)
     driver.ends(0)
-    index = whole(job, 17)
+    index = whole(job, 5)
     lost = Counter(event["role"] for event in job.out.events("gang_lost"))
     assert lost == {"stage1": 3, "stage2": 2}
     reasons = " ".join(event["reason"] for event in job.out.events("gang_lost"))
-    for what in ("stage2 took longer than 6 s", "told to fail alone", "OutOfMemoryError"):
+    for what in ("stage2 took longer than 7200 s", "told to fail alone", "OutOfMemoryError"):
         assert what in reasons
-    assert all(index[name]["attempts"] >= 2 for name in ("r14", "r15", "r16"))
+    assert all(index[name]["attempts"] >= 2 for name in ("r0", "r2", "r3", "r4"))
     # Each of the two kills costs at most one row an attempt.
     assert sum(row["attempts"] - 1 for row in index.values()) <= 5
 
 
 def test_a_stopped_process_is_a_hanging_rank(job):
     """After SIGSTOP a process neither answers nor ends when asked."""
-    driver = job.start(
-        rows(*["[[stage1:slow:0.5]]"] * 3),
-        parallel=ParallelConfig(tp=2, stage1=1, stage2=0),
-        limits=RunLimits(call_timeout=5),
-    )
-    gang = job.until(lambda: job.out.gangs("diffusion"), "the gang")[0]
+    driver = job.start(rows("[[stage1:gate]]"), parallel=SHARED_BY_TWO, time_passes=True)
+    job.until(lambda: job.at_gate("stage1") == 2 and job.out.gangs("decode"), "both ranks at the gate")
+    (gang,) = job.out.gangs("diffusion")
     os.kill(pid(gang, 1), signal.SIGSTOP)
+    job.open_gate()
+    job.pass_time(RunLimits().call_timeout + 1)
     driver.ends(0)
-    whole(job, 3)
+    whole(job, 1)
     assert len(job.out.events("gang_lost")) == 1
 
 
@@ -78,6 +80,7 @@ def test_the_death_of_an_idle_rank_costs_no_row_an_attempt(job):
     driver = job.start(rows(*["[[stage1:gate]]"] * 3))
     gang = job.until(lambda: job.out.gangs("stage2"), "stage 2")[0]
     os.kill(pid(gang, 1), signal.SIGKILL)
+    job.until(lambda: job.out.events("gang_lost"), "a lost gang")
     job.open_gate()
     driver.ends(0)
     assert {row["attempts"] for row in whole(job, 3).values()} == {1}
@@ -122,13 +125,17 @@ def test_replicas_of_a_node_that_drains_leave_after_their_calls(job):
 
 
 def test_a_node_that_never_comes_back_does_not_end_the_run(job):
-    parallel, limits = ParallelConfig(guidance_parallel=3, stage1=2, stage2=0), RunLimits(start_timeout=12)
-    driver = job.start(rows(*["[[stage1:gate]]"] * 4), parallel=parallel, limits=limits)
+    parallel = ParallelConfig(guidance_parallel=3, stage1=2, stage2=0)
+    driver = job.start(rows(*["[[stage1:gate]]"] * 4), parallel=parallel, time_passes=True)
     gangs = job.until(lambda: len(found := job.out.gangs("diffusion")) == 2 and found, "both gangs")
+    job.until(lambda: job.out.gangs("text") and job.out.gangs("decode"), "the others")
     assert node(gangs[0]) != node(gangs[1])
     job.cluster.remove_node(node(gangs[1]))
-    job.until(lambda: job.out.events("gang_lost"), "a lost gang")
-    time.sleep(limits.start_timeout + 2)
+    job.until(
+        lambda: sum(event["role"] == "diffusion" for event in job.out.events("gang_starting")) == 3,
+        "successor of the lost gang, which finds no place",
+    )
+    job.pass_time(RunLimits().start_timeout + 1)
     job.open_gate()
     driver.ends(0)
     index = whole(job, 4)
@@ -137,11 +144,12 @@ def test_a_node_that_never_comes_back_does_not_end_the_run(job):
 
 
 def test_a_pool_larger_than_any_node_is_refused_after_the_start_timeout(job):
-    driver = job.start(
-        rows("one"), parallel=ParallelConfig(tp=4, stage1=1, stage2=0), limits=RunLimits(start_timeout=4)
-    )
+    driver = job.start(rows("one"), parallel=ParallelConfig(tp=4, stage1=1, stage2=0), time_passes=True)
+    # Replicas that have a place would run out of time as well.
+    job.until(lambda: job.out.gangs("text") and job.out.gangs("decode"), "the others")
+    job.pass_time(RunLimits().start_timeout + 1)
     log = driver.ends(1)
-    assert "pool diffusion: no place for a replica in 4 s; it needs 4 x (1 CPU, 0 GPU) on one node" in log
+    assert "pool diffusion: no place for a replica in 1800 s; it needs 4 x (1 CPU, 0 GPU) on one node" in log
     assert "Traceback" not in log
     assert job.out.index() == {} and job.out.failed() == {}
     assert job.check([], {}) == []
@@ -158,20 +166,28 @@ def test_replicas_come_up_on_a_node_that_joins(job):
     assert not job.out.events("gang_lost")
 
 
+def waiting_runs(drivers: list[Driver]) -> int:
+    """How many have said that they wait for another run."""
+    return sum("is in use by run" in driver.log for driver in drivers)
+
+
 def test_a_killed_driver_is_followed_by_two_of_which_one_goes_on(job):
-    manifest = rows(*["[[stage1:slow:0.4]]"] * 24)
-    first = job.start(manifest, parallel=SHARED)
-    job.until(lambda: len(job.out.events("item_finished")) >= 3, "third row")
+    manifest = rows(*["plain"] * 3, *["[[text:gate]]"] * 9)
+    first = job.start(manifest, parallel=SEPARATE)
+    job.until(lambda: len(job.out.events("item_finished")) == 3, "third row")
     first.kill()
     assert job.cluster.leaks() == []
     before = job.out.index()
-    assert 3 <= len(before) < 24
-    logs = [driver.ends(0) for driver in [job.start(manifest, parallel=SHARED) for _ in range(2)]]
-    after = whole(job, 24)
+    assert set(before) == {"r0", "r1", "r2"}
+    drivers = [job.start(manifest, parallel=SEPARATE) for _ in range(2)]
+    wait_for(lambda: waiting_runs(drivers), "a run that waits for the other")
+    job.open_gate()
+    logs = [driver.ends(0) for driver in drivers]
+    after = whole(job, 12)
     # The equal `finished_at` shows that they were not rendered again.
     assert all(after[name] == row for name, row in before.items())
-    assert sum("is in use by run" in log for log in logs) == 1
-    assert any("0 rendered, 24 done before" in log for log in logs)
+    assert waiting_runs(drivers) == 1
+    assert any("0 rendered, 12 done before" in log for log in logs)
 
 
 def test_of_shards_of_one_output_one_goes_on_and_the_others_are_refused(job):
@@ -193,30 +209,35 @@ def test_of_shards_of_one_output_one_goes_on_and_the_others_are_refused(job):
 
 def test_a_killed_driver_leaves_no_row_twice_and_the_next_run_has_all(job):
     """Killed again and again, at moments that are spread over commits and folds."""
-    manifest, seen = rows(*["[[stage1:slow:0.4]]"] * 40), 0
-    for moment in (0.0, 0.4, 1.1):
-        driver = job.start(manifest, parallel=SHARED)
+    seen = 0
+    manifest = rows(*(f"[[text:gate:{number}]] [[stage1:slow:0.1]]" for number in range(4) for _ in range(8)))
+    for number, moment in enumerate((0.0, 0.4, 1.1)):
+        job.open_gate(str(number))
+        driver = job.start(manifest, parallel=SEPARATE)
         job.until(lambda seen=seen: len(job.out.index()) > seen, "another row")
         time.sleep(moment)
         driver.kill()
         read, seen = job.out.read(), len(job.out.index())  # which fail when a row is there twice
-        assert set(read) <= set(job.out.index()) and seen < 40
+        assert set(read) <= set(job.out.index()) and seen <= 8 * (number + 1)
     before = job.out.index()
-    job.start(manifest, parallel=SHARED).ends(0)
-    after = whole(job, 40)
+    job.open_gate("3")
+    job.start(manifest, parallel=SEPARATE).ends(0)
+    after = whole(job, 32)
     assert set(job.out.read()) == set(after) and all(after[name] == row for name, row in before.items())
-    assert not list(job.out.folder.glob("state/wal/*"))
+    # A driver that is killed while it removes a run's segments may leave their empty folder.
+    assert not list(job.out.folder.glob("state/wal/*/*"))
 
 
 def test_a_sigterm_drains_in_time_though_calls_of_minutes_are_under_way(job):
     """The decode pool finishes its clip; calls of stage 1 are abandoned."""
-    manifest = rows("[[decode:slow:3]]", *["[[stage1:gate]]"] * 4)
-    driver = job.start(manifest, parallel=SEPARATE)
-    job.until(lambda: [e for e in job.out.events("call") if e["stage"] == "stage2"], "row before its decoding")
-    asked = time.monotonic()
+    manifest = rows("[[decode:gate:1]]", *["[[stage1:gate]]"] * 4)
+    # The decode pool has longer than the test takes.
+    driver = job.start(manifest, parallel=SEPARATE, limits=RunLimits(grace=2 * HANGS_AFTER))
+    job.until(lambda: job.at_gate("decode") and job.at_gate("stage1"), "calls of decode and stage 1")
     driver.signal(signal.SIGTERM)
-    assert "draining: SIGTERM" in driver.ends(4)
-    assert time.monotonic() - asked < RunLimits().grace
+    job.until(lambda: "draining: SIGTERM" in driver.log, "drain")
+    job.open_gate("1")
+    driver.ends(4)
     assert job.check(["r0"], undisturbed(job.out.index(), job.folder / "alone")) == []
     before = job.out.index()
     assert set(before) == {"r0"}
@@ -235,18 +256,17 @@ def test_a_second_signal_ends_the_run_at_once_and_nothing_is_lost(job):
         calls = job.out.events("call", every_run=True)
         return sum(call["stage"] == "stage2" and call["id"] == "r1" for call in calls) if job.out.index() else 0
 
-    insistence = [(0.5, signal.SIGTERM, 128 + signal.SIGTERM), (3, signal.SIGKILL, -signal.SIGKILL)]
-    for times, (seconds, insistent, code) in enumerate(insistence):
-        driver = job.start(manifest, parallel=SEPARATE, limits=RunLimits(grace=120))
+    insistence = [(signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGKILL, -signal.SIGKILL)]
+    for times, (insistent, code) in enumerate(insistence):
+        # Without the second signal, the run would wait longer than the test.
+        driver = job.start(manifest, parallel=SEPARATE, limits=RunLimits(grace=2 * HANGS_AFTER))
         job.until(lambda times=times: decodings() > times, "decoding of the second row")
         driver.signal(signal.SIGTERM)
         job.until(lambda driver=driver: "draining: SIGTERM" in driver.log, "drain")
-        time.sleep(seconds)
+        time.sleep(0.5)  # signals that come together are one
         assert driver.running
-        asked = time.monotonic()
         driver.signal(insistent)
         assert driver.wait() == code
-        assert time.monotonic() - asked < 5
         assert job.cluster.leaks() == []
         assert set(job.out.index()) == {"r0"}
     before = job.out.index()
@@ -292,10 +312,10 @@ def test_a_full_disk_costs_no_latents_and_retry_goes_on_from_them(job, full_disk
 
 
 def test_no_process_outlives_a_killed_driver_with_a_cluster_of_its_own(job):
-    manifest = rows(*["[[stage1:slow:0.4]]"] * 4)
-    alone = {"parallel": SHARED, "ray_address": None}
+    manifest = rows("plain", "[[text:gate]]")
+    alone = {"parallel": SEPARATE, "ray_address": None}
     driver = job.start(manifest, **alone)
     job.until(lambda: job.out.events("item_finished"), "a row")
     assert len(driver.processes()) > 5
     driver.kill()
-    wait_for(lambda: not driver.processes(), lambda: f"the end of {driver.processes()}", 90)
+    wait_for(lambda: not driver.processes(), lambda: f"the end of {driver.processes()}")

@@ -9,8 +9,11 @@ import time
 import pytest
 
 from ltx_ray.config import EngineSpec, GangLayout, ModelFiles, Numerics, PoolSpec, RunLimits
+from ltx_ray.engine.fake import open_gate
 from ltx_ray.pools import gang as gangs
 from ltx_ray.pools.gang import Gang, GangLost, GangState
+from ltx_ray.pools.load_progress import LoadProgress
+from tests.support.passing_time import let_time_pass
 from tests.support.runner import FAKE
 
 ENGINES = "tests.support.engines"
@@ -25,7 +28,7 @@ def start(engine: str, ranks: int = 2) -> Gang:
     )
     gang = Gang(engine, PoolSpec("pool", ("stage1",), 1, ranks, spec))
     try:
-        until = time.time() + 90
+        until = time.time() + 600
         while time.time() < until:
             if gang.state is GangState.WAITING:
                 gang.load()
@@ -42,7 +45,7 @@ def assert_nothing_left(gang: Gang) -> None:
     from ray.util import placement_group_table
 
     gang.kill()
-    until = time.time() + 20
+    until = time.time() + 300
     while time.time() < until:
         state = placement_group_table(gang._group)["state"]
         if state == "REMOVED" and not any(_alive(rank.pid) for rank in gang.ranks):
@@ -117,14 +120,42 @@ def test_a_lora_that_cannot_be_used_ends_the_run_at_once(runner):
 ROW = {"id": "one", "prompt": "a", "height": 64, "width": 64, "num_frames": 9}
 
 
-def test_a_gang_that_still_reads_is_waited_for(runner):
+def test_a_gang_that_still_reads_is_waited_for(runner, monkeypatch):
+    """It is looked at four times in the time to start. A third of that passes whenever it has read again."""
+    looks, passed = [], [0.0]
+
+    def take_in(progress, gang, found, now):
+        _take_in(progress, gang, found, now)
+        if found.pending is None:
+            looks.append(found.seen)
+
+    def pieces() -> int:
+        return int((runner.output / "_fake" / "pieces").read_text() or 0) if runner.made("pieces") else 0
+
+    def time_passed() -> float:
+        if pieces() > 3 * len(looks) and runner.is_up("text", "decode") and passed[0] == 600.0 * len(looks):
+            passed[0] += 600.0
+        if len(looks) == 5:
+            open_gate(str(runner.output))
+        return passed[0]
+
+    _take_in = LoadProgress._take_in
+    monkeypatch.setattr(LoadProgress, "_take_in", take_in)
+    let_time_pass(monkeypatch.setattr, time_passed)
     engines = {**FAKE, "diffusion": f"{ENGINES}:SlowDisk"}
-    limits = RunLimits(start_timeout=8.0, load_concurrency=2)
-    assert runner.render([ROW], fake=False, engines=engines, limits=limits) == 0
+    assert runner.render([ROW], fake=False, engines=engines, stage1=1, stage2=0) == 0
+    assert passed[0] > RunLimits().start_timeout and not [e for e in runner.events() if e["event"] == "gang_lost"]
 
 
-def test_a_gang_that_reads_nothing_is_given_up(runner, capsys):
+def test_a_gang_that_reads_nothing_is_given_up(runner, monkeypatch, capsys):
+    """The time to start passes when a gang loads."""
+
+    def time_passed() -> float:
+        gangs = runner.made("loads-*")
+        return gangs * (RunLimits().start_timeout + 1) if gangs and runner.is_up("text", "decode") else 0.0
+
+    let_time_pass(monkeypatch.setattr, time_passed)
     engines = {**FAKE, "diffusion": f"{ENGINES}:NoDisk"}
-    limits = RunLimits(start_timeout=8.0, max_attempts=1)
+    limits = RunLimits(max_attempts=1)
     assert runner.render([ROW], fake=False, engines=engines, stage1=1, stage2=0, limits=limits) == 1
-    assert "not ready after 8 s (loading)" in capsys.readouterr().err
+    assert "not ready after 1800 s (loading)" in capsys.readouterr().err

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from datetime import datetime
@@ -38,7 +37,7 @@ def test_submitted_job_renders_parquet_prompts(tmp_path):
         "--output", str(out), "--model", "toy", "--stage2-replicas", "0",
     ]  # fmt: skip
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=240, env={**os.environ, "LTX_RAY_PYTHON": sys.executable}
+        command, capture_output=True, text=True, timeout=1200, env={**os.environ, "LTX_RAY_PYTHON": sys.executable}
     )
     log = done.stdout + done.stderr
     assert "prompts.parquet:3:width (bad): 100, legal: a positive multiple of 64" in log, log
@@ -58,27 +57,3 @@ def test_submitted_job_renders_parquet_prompts(tmp_path):
     assert {row["id"] for row in index} == {"p0", "p1"}
     assert all((out / row["clip"]).stat().st_size > 1000 for row in index)
     assert "http://" not in (out / "report.html").read_text()
-
-
-def test_a_clone_with_datasets_and_weights_in_it_is_submitted_without_them(tmp_path):
-    """Ray refuses a working directory of more than 100 MB."""
-    clone = tmp_path / "clone"
-    for folder in ("ltx_ray", "jobs"):
-        shutil.copytree(ROOT / folder, clone / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in (".gitignore", ".rayignore"):
-        shutil.copy(ROOT / name, clone / name)
-    for name in ("out/clips/aa/x.mp4", "out/index/part-x.parquet", "trial/clips/aa/x.mp4", "model.safetensors"):
-        (clone / name).parent.mkdir(parents=True, exist_ok=True)
-        (clone / name).touch()
-        os.truncate(clone / name, 2**30)
-    out = tmp_path / "out"
-    command = [
-        str(ROOT / "cluster" / "local"), "--num-cpus", "6", "--",
-        str(Path(sys.executable).parent / "ray"), "job", "submit", "--working-dir", ".", "--",
-        "python", "jobs/render.py", "jobs/example.jsonl", "--output", str(out), "--model", "toy", "--limit", "1",
-    ]  # fmt: skip
-    environment = {**os.environ, "LTX_RAY_PYTHON": sys.executable}
-    del environment["PYTHONPATH"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, cwd=clone)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert len(list((out / "clips").rglob("*.mp4"))) == 1

@@ -46,7 +46,7 @@ def surroundings(proxy, tmp_path) -> dict[str, str]:
 def modules(environment: dict[str, str], uri: str) -> list[str]:
     """Which libraries a process imports that writes with both."""
     done = subprocess.run(
-        [sys.executable, "-c", WRITE, uri], env=environment, check=True, timeout=60, capture_output=True
+        [sys.executable, "-c", WRITE, uri], env=environment, check=True, timeout=600, capture_output=True
     )
     return done.stdout.decode().split()
 
@@ -154,7 +154,7 @@ def test_a_web_identity(proxy, surroundings, bucket, tmp_path):
         "AWS_REGION": "us-east-1",
     }
     program = "import sys; from ltx_ray.storage.store import Store; assert Store(sys.argv[1]).create('x', b'1')"
-    subprocess.run([sys.executable, "-c", program, bucket], env={**surroundings, **changes}, check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program, bucket], env={**surroundings, **changes}, check=True, timeout=600)
     headers = next(headers for method, _, headers in proxy.requests if method == "PUT")
     assert "X-Amz-Security-Token" in {name.title() for name in headers}
 
@@ -163,7 +163,9 @@ def test_a_bucket_without_credentials_is_forbidden(surroundings, bucket):
     program = "import sys; from ltx_ray.storage.store import Store; Store(sys.argv[1]).create('x', b'1')"
     for changes, told in (({}, "there are no AWS credentials"), ({"AWS_PROFILE": "none"}, "config profile (none)")):
         environment = {**surroundings, "AWS_REGION": "us-east-1", **changes}
-        done = subprocess.run([sys.executable, "-c", program, bucket], env=environment, timeout=60, capture_output=True)
+        done = subprocess.run(
+            [sys.executable, "-c", program, bucket], env=environment, timeout=600, capture_output=True
+        )
         assert f"PermissionError: {told}" in done.stderr.decode().replace("The ", "")
 
 

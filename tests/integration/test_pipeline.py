@@ -121,8 +121,7 @@ def test_previews_are_promoted_to_the_clips_of_an_uninterrupted_run(split, tmp_p
         requested = {"promote": frozenset(items.values()), "selection": Selection(ids=frozenset(items))}
         return split.render(str(output / "previews"), output, stage1=1, stage2=0, **{**options, **requested, **changed})
 
-    assert promote("id ~ a", "num_frames < 17") == 0
-    assert promote("id = tall") == 0
+    assert promote("id ~ a", "num_frames < 18") == 0
     assert {e["stage"] for e in split.events(output) if e["event"] == "call"} == {
         "text",
         "load_latents",

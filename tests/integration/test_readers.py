@@ -49,7 +49,9 @@ class Run:
         self._writer = dataset_writer(Store(str(output)), part_rows=PART)
         self.items = [hashlib.sha256(str(number).encode()).hexdigest()[:32] for number in range(ROWS)]
         self._write(self.items[:PART])
-        self.thread = threading.Thread(target=self._rest)
+        self.thread = threading.Thread(target=self._rest, daemon=True)
+        #: How many parts it may write.
+        self.parts = threading.Semaphore(0)
 
     def _write(self, items: list[str]) -> None:
         for item_id in items:
@@ -59,6 +61,7 @@ class Run:
 
     def _rest(self) -> None:
         for start in range(PART, ROWS, PART):
+            self.parts.acquire()
             self._write(self.items[start : start + PART])
 
 
@@ -70,12 +73,13 @@ def test_no_row_is_seen_twice_while_a_run_writes_and_all_are_at_the_end(tmp_path
     assert sorted(read(index)) == sorted(run.items[:PART])
     run.thread.start()
     seen = [PART]
-    while run.thread.is_alive():
+    for _ in range(PART, ROWS, PART):
+        run.parts.release()  # it is written during the read
         items = read(index)
         assert len(set(items)) == len(items) >= seen[-1] and set(items) <= set(run.items)
         seen.append(len(items))
     run.thread.join()
-    assert len(seen) > 1 and sorted(read(index)) == sorted(run.items)
+    assert sorted(read(index)) == sorted(run.items)
 
 
 def test_ray_data_reads_it_too(request, tmp_path):
@@ -89,6 +93,7 @@ def test_ray_data_reads_it_too(request, tmp_path):
         return [row["item_id"] for row in ray.data.read_parquet(index, columns=["item_id"]).take_all()]
 
     run.thread.start()
+    run.parts.release(ROWS // PART)
     items = read()
     assert PART <= len(set(items)) == len(items) and set(items) <= set(run.items)
     run.thread.join()

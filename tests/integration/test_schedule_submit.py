@@ -1,10 +1,12 @@
 """jobs/schedule.py and cluster/local on a real Ray head: a schedule that fires twice runs once.
 
-All tests share one head. Their jobs are shell one-liners instead of a render.
+All tests share one head. Their jobs are shell one-liners instead of a render, but for one.
 """
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,11 +14,14 @@ import time
 import urllib.request
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCAL = str(ROOT / "cluster/local")
-ENV = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"LTX_RAY_PYTHON": sys.executable}
+# Without PYTHONPATH, so that a submitted clone has to suffice.
+ENV = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k != "PYTHONPATH"}
+ENV["LTX_RAY_PYTHON"] = sys.executable
 # A command that prints the address of its cluster and waits for the end of its stdin.
 REPORT = (
     "import os, sys, json; print(json.dumps({k: os.environ[k] for k in "
@@ -34,7 +39,7 @@ pytestmark = [
 
 def start(command, *options):
     return subprocess.Popen(
-        [LOCAL, "--num-cpus", "2", *options, "--", *command],
+        [LOCAL, "--num-cpus", "6", *options, "--", *command],
         env=ENV,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -85,10 +90,10 @@ def head():
     finally:
         process.stdin.close()
         try:
-            code = process.wait(40)
+            code = process.wait(600)
         except subprocess.TimeoutExpired:
             process.terminate()
-            process.wait(40)
+            process.wait(600)
             raise
     assert code == 7, "the command's exit code was not passed on"
     assert processes_of(folder) == []
@@ -127,7 +132,7 @@ class Schedule:
 
     def call(self, *options):
         process = self.start(*options)
-        out, _ = process.communicate(timeout=50)
+        out, _ = process.communicate(timeout=600)
         return process.returncode, out
 
     def count(self):
@@ -154,7 +159,7 @@ def test_twice_in_a_row_is_one_job(head, tmp_path):
 def test_at_once_is_one_job(head, tmp_path):
     job = Schedule(tmp_path, head, "once", "sleep 1")
     callers = [job.start("--wait") for _ in range(3)]
-    outs = [caller.communicate(timeout=50)[0] for caller in callers]
+    outs = [caller.communicate(timeout=600)[0] for caller in callers]
     assert [caller.returncode for caller in callers] == [0, 0, 0], outs
     assert sum(": submitted\n" in out for out in outs) == 1, outs
     assert job.count() == 1
@@ -181,6 +186,29 @@ def test_without_the_token_is_exit_1(head, tmp_path, monkeypatch):
     assert code == 1 and "token" in out and "Traceback" not in out, out
 
 
+def test_a_clone_with_datasets_and_weights_in_it_is_submitted_without_them(head, tmp_path):
+    """Ray refuses a working directory of more than 100 MB."""
+    clone = tmp_path / "clone"
+    for folder in ("ltx_ray", "jobs"):
+        shutil.copytree(ROOT / folder, clone / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in (".gitignore", ".rayignore"):
+        shutil.copy(ROOT / name, clone / name)
+    for name in ("out/clips/aa/x.mp4", "out/index/part-x.parquet", "trial/clips/aa/x.mp4", "model.safetensors"):
+        (clone / name).parent.mkdir(parents=True, exist_ok=True)
+        (clone / name).touch()
+        os.truncate(clone / name, 2**30)
+    out = tmp_path / "out"
+    command = [
+        str(Path(sys.executable).parent / "ray"), "job", "submit", "--working-dir", ".", "--",
+        "python", "jobs/render.py", "jobs/example.jsonl", "--output", str(out), "--model", "toy", "--limit", "1",
+        "--stage2-replicas", "0",
+    ]  # fmt: skip
+    environment = {**ENV, **TOKEN, "RAY_API_SERVER_ADDRESS": head}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, env=environment, cwd=clone)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list((out / "clips").rglob("*.mp4"))) == 1
+
+
 def test_no_cluster_is_exit_1_with_its_address(tmp_path):
     code, out = Schedule(tmp_path, "http://127.0.0.1:1", "none", "true").call()
     assert code == 1 and "http://127.0.0.1:1" in out and "Traceback" not in out
@@ -190,21 +218,30 @@ def test_a_second_head_comes_and_goes_on_sigterm(head):
     """It runs beside the first, forwards the signal to its command, and does not affect the first."""
     code = (
         "import os, signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(4)); "
-        "print(os.environ['RAY_ADDRESS'], flush=True); time.sleep(60)"
+        "print(os.environ['RAY_ADDRESS'], flush=True); time.sleep(3600)"
     )
     process = start([sys.executable, "-c", code])
     folder = temp_dir(process.stdout.readline().strip())
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 4
+    assert process.wait(600) == 4
     assert processes_of(folder) == [] and not Path(folder).exists()
     jobs(head)
 
 
+def starts_a_head(process):
+    """Whether a child of the process is a head that is there or is coming."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return any("--head" in child.cmdline() for child in psutil.Process(process.pid).children())
+    return False
+
+
 def test_sigint_while_the_head_starts():
     process = start(["touch", "/nonexistent"])
-    time.sleep(2)
+    while not starts_a_head(process):
+        assert process.poll() is None
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 130
+    assert process.wait(600) == 130
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ import json
 import pytest
 
 from ltx_ray.config import RunLimits
+from tests.support.passing_time import let_time_pass
+from tests.support.runner import FAKE
 
 SIZE = {"height": 64, "width": 64, "num_frames": 9}
 
@@ -46,8 +48,9 @@ def test_results_do_not_depend_on_pools_or_order(runner, tmp_path):
 
 
 def test_a_shared_replica_switches_seldom(runner):
-    slow = "[[stage1:slow:0.1]] [[stage2:slow:0.1]]"
-    assert runner.render(rows(*(slow + letter for letter in "abcdefgh")), stage1=1, stage2=0) == 0
+    engines = dict.fromkeys(FAKE, "tests.support.engines:TextFirst")
+    manifest = rows(*("8 rows, of which this is " + letter for letter in "abcdefgh"))
+    assert runner.render(manifest, fake=False, engines=engines, stage1=1, stage2=0) == 0
     switches = sum(row["switches"] for row in runner.index().values())
     # Eight clips are rendered in turns of up to four: stage 1, stage 2, stage 1, stage 2.
     assert 2 <= switches <= 8
@@ -174,10 +177,16 @@ def test_a_rank_that_fails_alone_takes_its_gang_with_it(runner):
     assert lost["role"] in ("stage1", "stage2"), "the replica that was ready first took the call"
 
 
-def test_a_hanging_call_is_ended_at_its_deadline(runner):
-    assert runner.render(rows("[[stage2:hang:1]]", "fine"), limits=RunLimits(call_timeout=4)) == 0
+def test_a_hanging_call_is_ended_at_its_deadline(runner, monkeypatch):
+    """Time passes once the call has begun and nothing else is under way."""
+
+    def time_passed() -> float:
+        return RunLimits().call_timeout + 1 if runner.made("*-stage2-0") and runner.is_up("text", "decode") else 0.0
+
+    let_time_pass(monkeypatch.setattr, time_passed)
+    assert runner.render(rows("[[stage2:hang:1]]"), stage1=1, stage2=0) == 0
     lost = [e for e in runner.events() if e["event"] == "gang_lost"]
-    assert len(lost) == 1 and "longer than 4 s" in lost[0]["reason"]
+    assert len(lost) == 1 and "longer than 7200 s" in lost[0]["reason"]
 
 
 def test_an_illegal_row_is_listed_and_the_others_render(runner):

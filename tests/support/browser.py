@@ -26,7 +26,7 @@ class Browser:
              f"--user-data-dir={folder}", "--no-first-run", "--window-size=1280,900", "about:blank"],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        port, end = folder / "DevToolsActivePort", time.monotonic() + 60
+        port, end = folder / "DevToolsActivePort", time.monotonic() + 600
         while not (port.exists() and port.read_text().strip()):
             assert time.monotonic() < end, "the browser does not start"
             time.sleep(0.05)
@@ -42,14 +42,14 @@ class Browser:
         async with self._session.get(f"{self._address}/json/list") as answer:
             (page,) = [target for target in await answer.json() if target["type"] == "page"]
         self._socket = await self._session.ws_connect(page["webSocketDebuggerUrl"], max_msg_size=0)
-        for domain in ("Page", "Runtime", "Log"):
+        for domain in ("Page", "Runtime", "Log", "Performance"):
             await self._send(f"{domain}.enable")
 
     async def _send(self, method: str, **parameters: Any) -> dict[str, Any]:
         number = next(self._numbers)
         await self._socket.send_json({"id": number, "method": method, "params": parameters})
         while True:
-            message = await self._socket.receive_json(timeout=120)
+            message = await self._socket.receive_json(timeout=600)
             if message.get("id") == number:
                 assert "error" not in message, message
                 return message["result"]
@@ -62,17 +62,20 @@ class Browser:
         elif method in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Page.javascriptDialogOpening"):
             self.console.append(f"{method}: {message['params']}")
 
-    def open(self, page: Path) -> float:
-        """Open a file, and return the seconds until its scripts have run."""
-        return self.open_url(page.as_uri())
+    def open(self, page: Path) -> None:
+        """Open a file, and wait until its scripts have run."""
+        self.open_url(page.as_uri())
 
-    def open_url(self, url: str) -> float:
+    def open_url(self, url: str) -> None:
         """The same of a URL."""
-        began = time.monotonic()
         self._loop.run_until_complete(self._send("Page.navigate", url=url))
         while self.evaluate("document.readyState") != "complete":
             time.sleep(0.02)
-        return time.monotonic() - began
+
+    def cpu_seconds(self) -> float:
+        """Seconds of a CPU that the thread of pages has taken so far, however busy the machine is."""
+        metrics = self._loop.run_until_complete(self._send("Performance.getMetrics"))["metrics"]
+        return next(metric["value"] for metric in metrics if metric["name"] == "ThreadTime")
 
     def click(self, selector: str) -> None:
         """Click on an element as a person does: a page may play sound after that."""

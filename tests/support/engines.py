@@ -30,21 +30,44 @@ class BadCard(FakeEngine):
 
 
 class SlowDisk(FakeEngine):
-    """Loads for 15 s, and reads 64 MiB a second as long as that takes."""
+    """Loads until the gate is open, and reads all the while."""
 
     def load(self) -> None:
         super().load()
+        pieces = 0
         with open("/dev/zero", "rb", buffering=0) as disk:
-            for _ in range(15):
+            while not self.store.exists("_fake/open"):
                 disk.read(64 * 2**20)
-                time.sleep(1.0)
+                pieces += 1
+                self.store.write_bytes("_fake/pieces", str(pieces).encode())
 
 
 class NoDisk(FakeEngine):
-    """Loads for minutes, and reads nothing."""
+    """Loads forever, and reads nothing."""
 
     def load(self) -> None:
-        time.sleep(300.0)
+        super().load()
+        self.store.write_bytes(f"_fake/loads-{os.getpid()}", b"")
+        time.sleep(3600.0)
+
+
+class TextFirst(FakeEngine):
+    """Stage 1, in one replica, waits for the texts of the next rows. The prompt begins with the number of rows."""
+
+    begun = 0
+
+    def run(self, stage, item, *inputs):
+        if stage == "text":
+            self.store.write_bytes(f"_fake/text-{item.item_id}", b"")
+        elif stage == "stage1":
+            self.begun += 1
+            # As many as a driver lets wait for stage 1.
+            while self._texts() < min(self.begun + 3, int(item.request.prompt.split()[0])):
+                time.sleep(0.02)
+        return super().run(stage, item, *inputs)
+
+    def _texts(self) -> int:
+        return sum(name.startswith("text-") for name in self.store.list_names("_fake"))
 
 
 class LateToRendezvous(FakeEngine):

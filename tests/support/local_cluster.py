@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -26,6 +27,7 @@ from ltx_ray.placement.sizing import ParallelConfig
 from ltx_ray.run import Options
 from ltx_ray.storage.lease import holder
 from ltx_ray.storage.store import Store
+from tests.support.passing_time import seconds_in
 from tests.support.ray_settings import QUICK, SYSTEM
 
 T = TypeVar("T")
@@ -35,10 +37,13 @@ MODEL = ModelFiles("", "", "", provider="ltx_ray.toy:ensure_toy_model")
 FAKE = {name: "ltx_ray.engine.fake:FakeEngine" for name in ("text", "diffusion", "decode")}
 SIZE = {"height": 64, "width": 64, "num_frames": 9}
 DRIVER = """
-import pickle, sys
+import pathlib, pickle, sys
 from ltx_ray import run
 from ltx_ray.driver import events
 events._FLUSH_SECONDS = 0.0  # the tests read the events while the run goes on
+if sys.argv[2:]:
+    from tests.support.passing_time import let_time_pass, seconds_in
+    let_time_pass(setattr, lambda: seconds_in(pathlib.Path(sys.argv[2])))
 with open(sys.argv[1], "rb") as file:
     options = pickle.load(file)
 sys.exit(run.render(options))
@@ -50,6 +55,9 @@ _SYSTEM = {
     # The toy model's small latents stay on the node that made them, as those of a real clip do.
     "max_direct_call_object_size": 4096,
 }  # fmt: skip
+#: Seconds after which a test is stuck. They decide nothing else, and a busy machine takes many times as long as an idle
+#: one.
+HANGS_AFTER = 600.0
 #: Files that a run may leave in its output.
 _EXPECTED_FILES = re.compile(
     r"(clips|previews)/[0-9a-f]{2}/[0-9a-f]{32}\.mp4|latents/[0-9a-f]{2}/[0-9a-f]{32}\.safetensors"
@@ -59,7 +67,7 @@ _EXPECTED_FILES = re.compile(
 )
 
 
-def wait_for(condition: Callable[[], T], what: str | Callable[[], str], seconds: float = 90) -> T:
+def wait_for(condition: Callable[[], T], what: str | Callable[[], str], seconds: float = HANGS_AFTER) -> T:
     """The first true value of `condition`."""
     end = time.monotonic() + seconds
     while not (value := condition()):
@@ -125,7 +133,7 @@ class LocalCluster:
         for node_id in self.nodes()[self.workers :]:
             self.remove_node(node_id)
 
-    def leaks(self, seconds: float = 20) -> list[str]:
+    def leaks(self, seconds: float = 120) -> list[str]:
         """Actors and placement groups that still exist `seconds` after their runs have ended."""
         end = time.monotonic() + seconds
         while (found := self._alive()) and time.monotonic() < end:
@@ -220,9 +228,10 @@ class Job:
         limits: RunLimits = RunLimits(),  # noqa: B008 (frozen)
         fake: bool = True,
         dtype: str = RequestedNumerics.dtype,
+        time_passes: bool = False,
         **options: Any,
     ) -> Driver:
-        """Start rendering `manifest`: rows, or the path of a manifest."""
+        """Start rendering `manifest`: rows, or the path of a manifest. `time_passes`: for `pass_time`."""
         if not isinstance(manifest, str):
             path = self.folder / "rows.jsonl"
             path.write_text("".join(json.dumps(row) + "\n" for row in manifest))
@@ -236,6 +245,7 @@ class Job:
                 **options,
             ),
             self.folder / f"driver-{len(self._drivers)}",
+            time_passes=time_passes,
         )  # fmt: skip
         self._drivers.append(driver)
         return driver
@@ -248,8 +258,16 @@ class Job:
         assert value, f"no {what}, and the driver has ended:\n{driver.log}"
         return value
 
-    def open_gate(self) -> None:
-        open_gate(str(self.out.folder))
+    def open_gate(self, number: str = "") -> None:
+        open_gate(str(self.out.folder), number)
+
+    def at_gate(self, stage: str) -> int:
+        """On how many ranks calls of `stage` have come to a gate, each row and rank counted once."""
+        return len(list(self.out.folder.glob(f"_fake/at-*-{stage}-*")))
+
+    def pass_time(self, seconds: float) -> None:
+        """Let time pass for calls and starts of the newest driver's replicas that are under way."""
+        self._drivers[-1].pass_time(seconds)
 
     def check(self, names: Iterable[str], expected: dict[str, str]) -> list[str]:
         """What is wrong with rows, bits, processes and files after the last run. `expected`: latents_sha256 by id."""
@@ -273,7 +291,7 @@ class Job:
             driver.kill()
 
 
-def _survivors(pids: set[int], seconds: float = 10) -> set[int]:
+def _survivors(pids: set[int], seconds: float = 120) -> set[int]:
     """The processes that do not end within `seconds`."""
     end = time.monotonic() + seconds
     while (left := {pid for pid in pids if _runs(pid)}) and time.monotonic() < end:
@@ -289,20 +307,36 @@ def _runs(pid: int) -> bool:
         return False
 
 
+def _hear_signals() -> None:
+    """Processes of a shell's background job, and those below nohup, ignore some."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Driver:
     """`ltx-ray render` in a process of its own, without the command line."""
 
-    def __init__(self, options: Options, base: Path, *, cwd: Path | None = None, under: Sequence[str] = ()):
-        """`under`: the command that runs the driver's command line, which follows it."""
-        self._log = base.with_suffix(".log")
+    def __init__(
+        self,
+        options: Options,
+        base: Path,
+        *,
+        cwd: Path | None = None,
+        under: Sequence[str] = (),
+        time_passes: bool = False,
+    ):
+        """`under`: the command that runs the command line, which follows it. `time_passes`: for `pass_time`."""
+        self._log, self._passed = base.with_suffix(".log"), base.with_suffix(".passed")
         base.with_suffix(".pickle").write_bytes(pickle.dumps(options))
         self._mark = f"LTX_RAY_CHAOS={base}"
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "LTX_RAY_CHAOS": str(base)}
+        timed = [str(self._passed)] if time_passes else []
         with open(self._log, "wb") as log:
             self._process = subprocess.Popen(
-                [*under, sys.executable, "-P", "-c", DRIVER, str(base.with_suffix(".pickle"))],
+                [*under, sys.executable, "-P", "-c", DRIVER, str(base.with_suffix(".pickle")), *timed],
                 stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True, cwd=cwd,
+                preexec_fn=_hear_signals,
             )  # fmt: skip
 
     @property
@@ -312,6 +346,11 @@ class Driver:
     @property
     def running(self) -> bool:
         return self._process.poll() is None
+
+    def pass_time(self, seconds: float) -> None:
+        """Let time pass for the calls and the starts of replicas that are under way."""
+        self._passed.with_suffix(".new").write_text(str(seconds + seconds_in(self._passed)))
+        self._passed.with_suffix(".new").replace(self._passed)
 
     def signal(self, number: int) -> None:
         self._process.send_signal(number)
@@ -327,14 +366,14 @@ class Driver:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    def wait(self, seconds: float = 120) -> int:
+    def wait(self, seconds: float = HANGS_AFTER) -> int:
         """Wait for the driver's end; returns its exit code."""
         try:
             return self._process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"the driver still runs after {seconds:g} s:\n{self.log}") from None
 
-    def ends(self, code: int, seconds: float = 120) -> str:
+    def ends(self, code: int, seconds: float = HANGS_AFTER) -> str:
         """Wait for the driver to end with `code`; returns its log."""
         found = self.wait(seconds)
         assert found == code, f"exit {found}, not {code}:\n{self.log}"

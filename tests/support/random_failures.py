@@ -52,7 +52,7 @@ class Trials:
         quick = {} if self._fake else _QUICK
         self._rows = [{"id": f"r{n}", "prompt": f"{orders} {n}", "seed": n, **SIZE, **quick} for n in range(_ROWS)]
         undisturbed = Job(cluster, folder / "undisturbed")
-        self._start(undisturbed, self._rows).ends(0, 300)
+        self._start(undisturbed, self._rows).ends(0)
         index = undisturbed.out.index()
         self.expected = {name: row["latents_sha256"] for name, row in index.items()}
         assert len(set(self.expected.values())) == _ROWS
@@ -64,9 +64,7 @@ class Trials:
     def _start(self, job: Job, rows: list[dict]) -> Driver:
         # Every rank with the toy model imports torch; sharing replicas between the stages halves their number.
         parallel = ParallelConfig(tp=self._tp) if self._fake else ParallelConfig(tp=self._tp, stage1=1, stage2=0)
-        return job.start(
-            rows, parallel=parallel, fake=self._fake, dtype="float32", limits=RunLimits(max_attempts=6, call_timeout=60)
-        )
+        return job.start(rows, parallel=parallel, fake=self._fake, dtype="float32", limits=RunLimits(max_attempts=6))
 
     def run(self, seed: int) -> Outcome:
         """Run one schedule, whose rows, failures and times are drawn from `seed`."""
@@ -84,7 +82,7 @@ class Trials:
                     time.sleep(pause)
                     outcome.failures.append(f"{kind}@{calls}")
                     driver = self._cause(job, driver, kind, which, rows)
-            if (code := driver.wait(300)) != 0:
+            if (code := driver.wait()) != 0:
                 outcome.wrong.append(f"exit {code}:\n{driver.log}")
             outcome.lost = len(job.out.events("gang_lost", every_run=True))
             outcome.retries = len(job.out.events("retry", every_run=True))
@@ -104,7 +102,7 @@ class Trials:
             target = kind in ("driver", "sigterm") or self._targets(job, kind)
             return not driver.running or (len(job.out.events("call", every_run=True)) >= calls and bool(target))
 
-        wait_for(due, f"{calls} calls and a {kind}", 300)
+        wait_for(due, f"{calls} calls and a {kind}")
         return driver.running
 
     def _targets(self, job: Job, kind: str) -> list[dict]:
@@ -123,7 +121,7 @@ class Trials:
                 driver.kill()
             else:
                 driver.signal(signal.SIGTERM)
-            code = driver.wait(60)
+            code = driver.wait()
             # -15 means that it got SIGTERM before it had a handler; 0, that it had just finished.
             assert code in (-signal.SIGKILL, -signal.SIGTERM, 4, 0), f"exit {code}:\n{driver.log}"
             return driver if code == 0 else self._start(job, rows)

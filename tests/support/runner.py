@@ -61,6 +61,14 @@ class Runner:
     def failed(self, output: Path | None = None) -> dict[str, dict]:
         return rows_by_id((output or self.output) / "failed")
 
+    def is_up(self, *roles: str) -> bool:
+        """Whether a replica of each role has started."""
+        return {*roles} <= {event["role"] for event in self.events() if event["event"] == "gang_started"}
+
+    def made(self, name: str) -> int:
+        """How many files the fake engine has made whose names match."""
+        return len(list(self.output.glob(f"_fake/{name}")))
+
     def events(self, output: Path | None = None) -> list[dict]:
         return [json.loads(line) for line in ((output or self.output) / "events.jsonl").read_text().splitlines()]
 

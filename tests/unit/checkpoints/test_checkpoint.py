@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import struct
-import time
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -358,9 +357,10 @@ def test_other_weights_of_the_same_size_and_mtime_are_noticed(tmp_path, replace)
         os.utime(tmp_path / "other", ns=(1, 10**18))
         (tmp_path / "other").replace(path)
     else:
-        time.sleep(0.01)  # the clock of a file system ticks every few milliseconds
-        path.write_bytes(b"b" * 100)
-        os.utime(path, ns=(1, 10**18))
+        changed = path.stat().st_ctime_ns
+        while path.stat().st_ctime_ns == changed:  # the clock of a file system ticks every few milliseconds
+            path.write_bytes(b"b" * 100)
+            os.utime(path, ns=(1, 10**18))
     assert cached_digest(str(path), cache) == file_digest(str(path)) != first
 
 

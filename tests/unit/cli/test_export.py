@@ -245,7 +245,7 @@ print(json.dumps(table.to_pyarrow_table(columns=["id", "clip", "clip_uri"]).to_p
 
 
 def python(code: str, *arguments: str) -> tuple[int, str, str]:
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=600)
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, done.stdout, done.stderr
 

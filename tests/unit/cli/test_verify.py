@@ -38,6 +38,10 @@ def store(request, tmp_path) -> Store:
     return as_one_row_parts(build(Store(place)))
 
 
+#: For what is made of rows once they have been read, whatever they were read from.
+on_a_disk = pytest.mark.parametrize("store", ["local"], indirect=True)
+
+
 @pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.slow)])
 def folded(request, tmp_path) -> Store:
     """The same rows in numbered parts: three in the first, one in the second."""
@@ -361,6 +365,7 @@ def test_a_sample_is_the_same_each_time_and_one_row_an_item(store, monkeypatch):
     }, "the recipe's"
 
 
+@on_a_disk
 def test_rows_are_rendered_as_they_were_resolved(store, monkeypatch):
     seen = {}
     renders(monkeypatch, lambda request: seen.update({request.id: request}) or {})
@@ -371,6 +376,7 @@ def test_rows_are_rendered_as_they_were_resolved(store, monkeypatch):
     assert {**again.row(), "id": "full"} == made.row()
 
 
+@on_a_disk
 @pytest.mark.parametrize(
     "changes, said, problems",
     [
@@ -390,6 +396,7 @@ def test_what_a_sample_may_show(store, monkeypatch, changes, said, problems):
     assert lines[-1].endswith(f"{problems} problems" if problems else "all well")
 
 
+@on_a_disk
 def test_a_row_is_rendered_again_as_it_was_computed(store, monkeypatch):
     asked = renders(monkeypatch, lambda request: {})
     numerics = {"attention": "cudnn", "compile": "off", "tp": 4, "stage2_tp": 2, "text_batch": 1}
@@ -401,6 +408,7 @@ def test_a_row_is_rendered_again_as_it_was_computed(store, monkeypatch):
     assert (plain.numerics.attention, plain.parallel) == ("auto", ParallelConfig())
 
 
+@on_a_disk
 def test_what_an_option_says_goes_before_what_a_row_had(store, monkeypatch):
     asked = renders(monkeypatch, lambda request: {})
     change(store, part_of(1, "c"), numerics='{"attention": "cudnn", "tp": 4}')
@@ -414,6 +422,7 @@ def test_what_an_option_says_goes_before_what_a_row_had(store, monkeypatch):
     assert {(one.numerics.attention, one.parallel.tp) for one in asked} == {("sdpa", 2)}
 
 
+@on_a_disk
 def test_where_that_cannot_be_done_it_is_rendered_as_it_can_be(store, monkeypatch):
     asked = renders(monkeypatch, lambda request: {})
     render = verify_module.render
@@ -430,6 +439,7 @@ def test_where_that_cannot_be_done_it_is_rendered_as_it_can_be(store, monkeypatc
     assert sum("the same latents" in line for line in said) == 3
 
 
+@on_a_disk
 def test_a_row_of_a_lora_that_is_not_given_is_not_comparable(store, monkeypatch):
     seen = {}
     renders(monkeypatch, lambda request: seen.update({request.id: request.loras}) or {})
@@ -439,6 +449,7 @@ def test_a_row_of_a_lora_that_is_not_given_is_not_comparable(store, monkeypatch)
     assert any("not comparable: it was rendered with LoRAs that are not given (style)" in line for line in said)
 
 
+@on_a_disk
 def test_images_whose_folder_is_gone_concern_their_row(store, monkeypatch, tmp_path):
     """A folder that there is not is no --image-root."""
     asked = []
@@ -451,6 +462,7 @@ def test_images_whose_folder_is_gone_concern_their_row(store, monkeypatch, tmp_p
     assert [one.image_roots for one in asked] == [(f"{tmp_path}/here",)]
 
 
+@on_a_disk
 def test_a_row_of_a_pipeline_that_is_not_served_is_not_comparable(store, monkeypatch):
     """One output may have rows of both checkpoints."""
     seen = []
@@ -461,6 +473,7 @@ def test_a_row_of_a_pipeline_that_is_not_served_is_not_comparable(store, monkeyp
     assert any("not comparable: it was rendered by the pipeline distilled, which" in line for line in said)
 
 
+@on_a_disk
 @pytest.mark.parametrize(
     "damage",
     [{"recipe": None}, {"recipe": "{}"}, {"recipe": "[1]"}, {"numerics": "{"}, {"numerics": "5"},
@@ -474,6 +487,7 @@ def test_a_row_with_damaged_records_is_not_comparable(store, monkeypatch, damage
     assert any("(c): not comparable: its recipe, numerics or noise_ledger is damaged" in line for line in said)
 
 
+@on_a_disk
 def test_replicas_of_the_rows_layout_that_do_not_start_are_no_problem_of_the_dataset(store, monkeypatch):
     asked = renders(monkeypatch, lambda request: {})
     render = verify_module.render
@@ -486,6 +500,7 @@ def test_replicas_of_the_rows_layout_that_do_not_start_are_no_problem_of_the_dat
     assert sum("the same latents" in line for line in said) == 3
 
 
+@on_a_disk
 def test_a_row_without_loras_is_rendered_without_those_that_are_given(store, monkeypatch):
     manifests = []
     monkeypatch.setattr(verify_module, "render", lambda given: manifests.append(Path(given.manifest).read_text()) or 0)
@@ -496,6 +511,7 @@ def test_a_row_without_loras_is_rendered_without_those_that_are_given(store, mon
 LEDGER = '{"seed":1,"device":"cuda","device_model":"NVIDIA H100","draws":[]}'
 
 
+@on_a_disk
 @pytest.mark.parametrize(
     "ledger, now, words",
     [

@@ -16,8 +16,9 @@ from tests.support.fold_model import run_schedules
 
 @pytest.mark.slow
 @pytest.mark.parametrize("drivers", [1, 2])
-@pytest.mark.parametrize("seeds", [range(n, n + 125) for n in range(0, 500, 125)])
+@pytest.mark.parametrize("seeds", [range(125), range(125, 250)])
 def test_no_schedule_goes_wrong(drivers, seeds):
+    """scripts/try_fold.py runs any number of others."""
     assert run_schedules(seeds, drivers) == {}
 
 

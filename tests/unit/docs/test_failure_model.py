@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import json
 import re
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -285,10 +284,9 @@ def test_a_call_has_a_multiple_of_the_time_that_such_calls_take(tmp_path):
 def test_a_preflight_that_fails_ends_the_run(tmp_path):
     preflight = {"prompt": "[[stage2:crash]]"}
     driver, store = run(tmp_path, rows(3), preflight=preflight, the_pools=pools(2), max_attempts=2)
-    began = time.monotonic()
     with pytest.raises(StartFailed, match="preflight: stage2: rank 0 died"):
         driver.run(driver.tracker.plan.open())
-    assert not rows_in(store, "failed") and time.monotonic() - began < 30
+    assert not rows_in(store, "failed")
 
 
 def test_the_bound_on_results_in_flight_follows_the_cluster(tmp_path):

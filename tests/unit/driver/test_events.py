@@ -49,7 +49,7 @@ def numbers(store: Store) -> list[int]:
     return [event["n"] for event in lines(store)]
 
 
-def eventually(condition, seconds: float = 20.0) -> None:
+def eventually(condition, seconds: float = 120.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
@@ -198,13 +198,12 @@ def test_a_log_whose_first_write_failed_holds_no_line_of_the_older_run(local, mo
     assert numbers(local) == [1]
 
 
-def test_gang_started_is_there_at_once(local):
+def test_gang_started_is_there_at_once(local, monkeypatch):
+    monkeypatch.setattr(events, "_FLUSH_SECONDS", 3600.0)
     log = EventLog(local, "r1")
-    began = time.monotonic()
     log.emit("gang_starting", n=1)
     log.emit("gang_started", n=2, ranks=[{"rank": 0, "pid": 1234}])
     eventually(lambda: numbers(local) == [1, 2])
-    assert time.monotonic() - began < events._FLUSH_SECONDS / 2
 
 
 def test_other_events_are_there_soon_though_none_follows(local, monkeypatch):
@@ -221,22 +220,22 @@ def test_a_slow_upload_holds_up_no_event(bucket, monkeypatch):
     monkeypatch.setattr(events, "_REMOTE_FLUSH_SECONDS", 0.0)
     store = Store(bucket)
     log = EventLog(store, "r1")
-    gate, write, writers = threading.Event(), log._log._store.write_bytes, []
+    gate, write, writers, opened = threading.Event(), log._log._store.write_bytes, [], []
 
     def slow(name: str, data: bytes) -> None:
         writers.append(threading.current_thread().name)
-        assert gate.wait(20)
+        opened.append(gate.wait(60))
         write(name, data)
 
     monkeypatch.setattr(log._log._store, "write_bytes", slow)
     log.emit("a", n=0)
     eventually(lambda: writers == ["events"])
-    began = time.monotonic()
     for n in range(1, 1000):
         log.emit("a", n=n)
-    assert time.monotonic() - began < 2 and writers == ["events"], "one upload at a time, on its own thread"
+    assert writers == ["events"], "one upload at a time, on its own thread"
     gate.set()
     log.flush()
+    assert all(opened), "events waited for the upload"
     assert numbers(store) == list(range(1000))
 
 

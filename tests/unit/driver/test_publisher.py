@@ -24,7 +24,7 @@ class Log:
 
     def commit(self) -> None:
         self.begun.set()
-        assert self.go.wait(10)
+        assert self.go.wait(120)
         if self.error is not None:
             raise self.error
         self.commits.append(self.added)
@@ -66,14 +66,14 @@ def test_rows_that_are_few_wait_for_others_and_not_for_long(publisher, log):
     assert (log.commits, publisher.pending, publisher.committing) == ([], 1, False)
     submit(publisher, 2, called)
     publisher.clock.now = 2.0
-    publisher.poll(timeout=10)
+    publisher.poll(timeout=120)
     assert (log.commits, called, publisher.pending) == ([[1, 2]], [1, 2], 0)
 
 
 def test_many_rows_are_committed_at_once(publisher, log):
     for n in range(64):
         submit(publisher, n)
-    publisher.poll(timeout=10)
+    publisher.poll(timeout=120)
     assert log.commits == [list(range(64))]
 
 
@@ -82,20 +82,20 @@ def test_a_row_counts_only_after_its_commit(publisher, log):
     log.go.clear()
     submit(publisher, 1, called)
     publisher.poll(flush=True)
-    assert log.begun.wait(10)
+    assert log.begun.wait(120)
     submit(publisher, 2, called)
     publisher.poll(flush=True)
     assert (called, publisher.pending, publisher.committing) == ([], 2, True)
     log.go.set()
     while publisher.pending:
-        publisher.poll(timeout=10, flush=True)
+        publisher.poll(timeout=120, flush=True)
     assert (called, log.commits) == ([1, 2], [[1], [2]])
 
 
 def test_callbacks_run_on_the_callers_thread_and_rows_are_made_on_another(publisher):
     threads: list[int] = []
     publisher.submit(lambda: threads.append(threading.get_ident()), lambda: threads.append(threading.get_ident()))
-    publisher.poll(timeout=10, flush=True)
+    publisher.poll(timeout=120, flush=True)
     assert threads[0] != threads[1] == threading.get_ident()
 
 
@@ -104,14 +104,14 @@ def test_the_error_of_a_commit_is_raised_and_its_callbacks_do_not_run(publisher,
     log.error = OSError("the store is gone")
     submit(publisher, "bad", called)
     with pytest.raises(OSError, match="the store is gone"):
-        publisher.poll(timeout=10, flush=True)
+        publisher.poll(timeout=120, flush=True)
     assert called == []
 
 
 def test_a_callback_may_submit_another_row(publisher, log):
     publisher.submit(lambda: None, lambda: submit(publisher, "again"))
     while publisher.pending:
-        publisher.poll(timeout=10, flush=True)
+        publisher.poll(timeout=120, flush=True)
     assert log.commits == [[], ["again"]]
 
 
@@ -122,7 +122,7 @@ def test_polling_nothing_does_not_wait(publisher):
 def test_what_is_due_is_folded_after_a_commit(publisher, log):
     log.fold_is_due = True
     submit(publisher, 1)
-    publisher.poll(timeout=10, flush=True)
+    publisher.poll(timeout=120, flush=True)
     publisher.close(finish=True)
     assert log.folds == 1
 
@@ -134,8 +134,8 @@ def test_the_error_of_a_fold_is_raised(publisher, log):
     log.fold, log.fold_is_due = fold, True
     submit(publisher, 1)
     with pytest.raises(OSError, match="full"):
-        for _ in range(1000):
-            publisher.poll(timeout=10, flush=True)
+        for _ in range(12_000):
+            publisher.poll(timeout=120, flush=True)
             time.sleep(0.01)
 
 
@@ -166,13 +166,13 @@ def test_closing_without_finish_drops_rows_whose_commit_has_not_begun(publisher,
     submit(publisher, 1, called)
     publisher.poll(flush=True)
     submit(publisher, 2, called)
-    assert log.begun.wait(10)
+    assert log.begun.wait(120)
     closing = threading.Thread(target=publisher.close, args=(False,))
     closing.start()
     closing.join(0.05)
     assert closing.is_alive(), "close waits for a commit that has begun"
     log.go.set()
-    closing.join(10)
+    closing.join(120)
     assert not closing.is_alive() and log.commits == [[1]] and called == []
 
 

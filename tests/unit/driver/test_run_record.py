@@ -121,7 +121,7 @@ def test_a_record_is_refreshed_when_it_is_due_and_no_refresh_comes_after_the_end
 
     def slow(name: str, data: bytes) -> None:
         if threading.current_thread() is not threading.main_thread():
-            assert gate.wait(20)
+            assert gate.wait(120)
         write(name, data)
 
     monkeypatch.setattr(a_record._store, "write_bytes", slow)

@@ -13,6 +13,15 @@ from ltx_ray.driver.signals import RunSignals, Stopped
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 
 
+@pytest.fixture(autouse=True)
+def _heard():
+    """A signal that is ignored, as SIGHUP is below nohup, would stay so."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def ended(monkeypatch) -> list[int]:
     """The codes with which the process would have ended."""

@@ -51,7 +51,7 @@ class GatedWriter(DatasetWriter):
 
     def write_index(self, *args):
         self.begun.set()
-        assert self.go.wait(10)
+        assert self.go.wait(120)
         super().write_index(*args)
 
 
@@ -79,7 +79,7 @@ class Output:
 
     def settle(self) -> None:
         while self.tracker.publisher.pending:
-            self.tracker.publisher.poll(timeout=10, flush=True)
+            self.tracker.publisher.poll(timeout=120, flush=True)
 
     def close(self) -> None:
         self.tracker.publisher.close(finish=True)
@@ -181,7 +181,7 @@ def test_a_row_of_the_same_item_that_arrives_while_rows_are_being_written(output
     if outcome == "rendered":
         output.tracker.finish(tracked, CLIP, "{}")
         output.tracker.publisher.poll(flush=True)
-        assert output.writer.begun.wait(10)
+        assert output.writer.begun.wait(120)
     else:
         output.tracker.fail(tracked, CRASH)
     assert output.take() == [], "it is not a new item"
@@ -296,11 +296,11 @@ def test_no_row_is_half_written_when_the_publisher_closes_without_finishing(outp
     output.writer.go.clear()
     output.tracker.finish(tracked, CLIP, "{}")
     output.tracker.publisher.poll(flush=True)
-    assert output.writer.begun.wait(10)
+    assert output.writer.begun.wait(120)
     closing = threading.Thread(target=output.tracker.publisher.close, args=(False,))
     closing.start()
     output.writer.go.set()
-    closing.join(10)
+    closing.join(120)
     written = output.ids("index")
     assert 1 <= len(written) <= 4 and output.tracker.counts["rendered"] == 0
     output.open(rows("a", "b", "c", "d"))

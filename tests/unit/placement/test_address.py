@@ -6,7 +6,6 @@ import http.server
 import os
 import socket
 import threading
-import time
 from concurrent import futures
 
 import grpc
@@ -23,14 +22,16 @@ def _no_settings(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr("ltx_ray.placement.address._has_joined", lambda: False)
+    # A busy machine takes long to answer.
+    for name in ("_CHECK", "_CONNECT", "_GREETING", "_ANSWER"):
+        monkeypatch.setattr(f"ltx_ray.placement.address.{name}_SECONDS", 120.0)
 
 
 def refusal(given: str | None) -> str:
-    began = time.monotonic()
     with pytest.raises(ValueError) as caught:
         find_cluster(given)
     message = str(caught.value)
-    assert time.monotonic() - began < 10 and "\n" not in message and "; legal: " in message
+    assert "\n" not in message and "; legal: " in message
     return message
 
 
@@ -112,7 +113,14 @@ def test_where_nothing_listens_is_said_at_once():
         unused.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{unused.getsockname()[1]}"
         assert refusal(address).startswith(f"--ray-address: {address}, cannot be reached (Connection refused)")
-    assert "cannot be reached (" in refusal("no-such-host.invalid:6379")
+
+
+def test_a_name_that_is_unknown_is_said(monkeypatch):
+    def unknown(*arguments):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    assert "head:6379, cannot be reached (" in refusal("head:6379")
 
 
 def test_a_dashboard_s_port_is_told_from_a_head_s(dashboard):
@@ -125,15 +133,18 @@ def test_a_head_is_found_and_another_service_is_not(serve):
     assert "is the port of another service" in refusal(f"127.0.0.1:{serve(methods=())}")
 
 
-def test_a_server_that_says_nothing_is_not_waited_for():
+def test_a_server_that_says_nothing_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr("ltx_ray.placement.address._GREETING_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         assert "does not answer as a head" in refusal(f"127.0.0.1:{silent.getsockname()[1]}")
 
 
 def test_a_name_server_that_is_gone_is_not_waited_for(monkeypatch):
+    over = threading.Event()
     monkeypatch.setattr("ltx_ray.placement.address._CHECK_SECONDS", 0.2)
-    monkeypatch.setattr("ltx_ray.placement.address._greeting", lambda host, port: time.sleep(1) or b"")
+    monkeypatch.setattr("ltx_ray.placement.address._greeting", lambda host, port: over.wait() and b"")
     assert "head:6379, does not answer; legal" in refusal("head:6379")
+    over.set()
 
 
 def test_a_head_with_a_token_says_what_to_set(serve, monkeypatch, tmp_path):

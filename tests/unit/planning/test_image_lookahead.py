@@ -15,7 +15,7 @@ from ltx_ray.planning.plan import Plan
 from tests.support.pictures import encoded, gradient
 from tests.support.samples import SMALL, write_jsonl
 
-SECONDS = 10
+SECONDS = 120
 
 
 class Images:

@@ -155,7 +155,7 @@ def test_no_update_of_several_processes_is_lost(local):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(30)
+        process.join()
     assert local.read_bytes("count") == b"90" and files(Path(local.root)) == ["count"]
 
 

@@ -36,7 +36,7 @@ def _no_lease_is_renewed_after_its_test(monkeypatch):
     for lease in made:
         lease._released.set()
         if lease._thread is not None:
-            lease._thread.join(timeout=10)
+            lease._thread.join(timeout=120)
 
 
 def leave_lease(store: Store, file: str = lease_module.LEASE_FILE, **changes) -> None:
@@ -255,7 +255,7 @@ def test_a_run_that_is_stopped_while_it_waits_leaves_the_lease_alone(store, cloc
 # --- simultaneous runs, stores that do not answer -------------------------------------------------
 
 
-def eventually(condition, seconds: float = 10.0) -> None:
+def eventually(condition, seconds: float = 120.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
@@ -278,7 +278,7 @@ def test_of_runs_that_start_at_the_same_moment_one_holds_the_lease(store, found,
         entry = read(store)
         if threading.current_thread().name.startswith("run") and not getattr(ready, "met", False):
             ready.met = True
-            barrier.wait(timeout=20)
+            barrier.wait(timeout=120)
         return entry
 
     ready = threading.local()
@@ -299,7 +299,7 @@ def test_of_runs_that_start_at_the_same_moment_one_holds_the_lease(store, found,
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(120)
     first = 2 if found == "dead" else 1
     assert epochs == [first, first + 1, first + 2] and holders == [1, 1, 1]
 

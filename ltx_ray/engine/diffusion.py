@@ -23,7 +23,7 @@ from ltx_ray.checkpoints.node_cache import on_this_node
 from ltx_ray.config import EngineSpec, ModelFiles
 from ltx_ray.engine import codec, components
 from ltx_ray.engine.base import Rank, resolve_dtype
-from ltx_ray.engine.evidence import FileDigests, evidence, known_conditions, known_noise
+from ltx_ray.engine.evidence import KNOWN_SHAPE, FileDigests, evidence, known_conditions, known_latents
 from ltx_ray.engine.initial_state import ImageConditioning, LatentState, noised_state
 from ltx_ray.engine.patchify import latent_sizes, patchify, unpatchify
 from ltx_ray.engine.stage_model import Dit, StageModel, pass_contexts, pass_perturbations, run_divided
@@ -55,7 +55,6 @@ from ltx_ray.sampling.noise import ClipNoise, SamplerNoise, check_noise_device
 from ltx_ray.sampling.sampler import Denoise
 from ltx_ray.sampling.samplers import SAMPLERS
 from ltx_ray.sampling.sigmas import shifted_sigmas
-from ltx_ray.shapes import ClipShape
 from ltx_ray.stages import Stage
 
 #: Device memory that caches leave free: for the activations of a large clip, and for text and decode on a shared card.
@@ -104,8 +103,7 @@ class DiffusionEngine:
         The pass is no graph and takes no LoRA, so that it leaves nothing behind. Raises ReplicaError when its results
         are not finite.
         """
-        shape = ClipShape(num_frames=9, height=64, width=64, frame_rate=24.0)
-        config = self.transformer.config
+        shape, config = KNOWN_SHAPE, self.transformer.config
         contexts = pass_contexts(
             known_conditions(AV(config.video, config.audio).map(lambda stream: stream.context_dim)),
             self.device, self.dtype, batched=False,
@@ -116,7 +114,7 @@ class DiffusionEngine:
         model = StageModel(self._plain_dit, state, contexts, {}, self.dtype)
         answers = {"transformer": model.denoise(state.latents, torch.tensor(1.0), 0)}
         if Stage.STAGE2 in self.spec.layout.roles:
-            video = known_noise(latent_sizes(shape).video).to(self.device, self.dtype)
+            video = known_latents().video.to(self.device, self.dtype)
             upsampled = codec.upsample_latents(self.upsampler, *self.latent_stats, video)
             answers["upsampler"] = AV(upsampled, upsampled[:0])
         return evidence(self._files, self.device, answers)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -14,10 +13,13 @@ from ltx_ray.checkpoints.lora import lora_digest
 from ltx_ray.checkpoints.node_cache import on_this_node
 from ltx_ray.config import EngineSpec, ModelFiles
 from ltx_ray.dataset.package_versions import package_versions
+from ltx_ray.engine.patchify import latent_sizes
 from ltx_ray.records import AV, Conditions, Evidence, PromptContext, ReplicaError
+from ltx_ray.shapes import ClipShape
 
 #: Seed of what a known-answer clip begins with, and tokens of its prompt.
 _SEED, _PROMPT_TOKENS = 20_260_101, 16
+KNOWN_SHAPE = ClipShape(num_frames=9, height=64, width=64, frame_rate=24.0)
 _DRIVER_VERSION = Path("/sys/module/nvidia/version")
 
 
@@ -79,9 +81,11 @@ def known_conditions(dims: AV[int]) -> Conditions:
     return Conditions(PromptContext(context, _PROMPT_TOKENS, truncated=False), None)
 
 
-def known_noise(shape: Iterable[int]) -> torch.Tensor:
-    """Standard normal numbers on the CPU that follow from a seed."""
-    return torch.randn(tuple(shape), generator=torch.Generator("cpu").manual_seed(_SEED))
+def known_latents() -> AV[torch.Tensor]:
+    """Latents of a known-answer clip: standard normal numbers on the CPU that follow from a seed."""
+    return latent_sizes(KNOWN_SHAPE).map(
+        lambda size: torch.randn(size, generator=torch.Generator("cpu").manual_seed(_SEED))
+    )
 
 
 def _digest(values: AV[torch.Tensor]) -> str:

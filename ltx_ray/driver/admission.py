@@ -18,6 +18,7 @@ from ltx_ray.placement.numerics import numerics_json
 from ltx_ray.pools.exclusion import node_name
 from ltx_ray.pools.protocol import ReplicaStarted
 from ltx_ray.records import Evidence, canonical_json
+from ltx_ray.stages import DIFFUSION_STAGES
 
 #: Seconds for which a replica waits for others that settle whether it or another one is right.
 _SETTLE_SECONDS = 300.0
@@ -97,6 +98,7 @@ class Admission:
             return []
         if event.evidence is None:
             return [event]
+        self._staff.gpu_drivers.seen(event.ranks[0].node, node_name(event.ranks), event.evidence.driver)
         spec = self._staff.pool_of(event.replica).spec
         candidate = _Candidate(event, _votes(event.evidence, spec), now + _SETTLE_SECONDS)
         for key, value in candidate.votes.items():
@@ -198,10 +200,12 @@ class Admission:
                 del self._joined[name]
                 key, value = wrong[0]
                 why = self._difference(key, value, self._ballots[key].settled or "")
+                in_index = bool(set(DIFFUSION_STAGES) & set(self._staff.pool_of(name).spec.roles))
+                where = "stage1_replica and stage2_replica of the index" if in_index else "the calls in the events"
                 self._staff.exclude(candidate.event.ranks, why, now)
                 self._staff.say(
                     f"clips that {node_name(candidate.event.ranks)} has made in this run are to be doubted; "
-                    f"stage1_replica and stage2_replica of the index name {name}"
+                    f"{where} name {name}"
                 )
 
     def _keep(self, candidate: _Candidate) -> None:

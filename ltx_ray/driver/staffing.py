@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from ltx_ray.config import RunLimits
 from ltx_ray.driver.events import EventLog
+from ltx_ray.driver.gpu_drivers import GpuDrivers
 from ltx_ray.driver.growth import Growth
 from ltx_ray.driver.left_alone import LeftAlone
 from ltx_ray.driver.policy import Policy
@@ -47,6 +48,7 @@ class Staffing:
         self.pools, self._replicas, self._policy, self._limits = pools, replicas, policy, limits
         self._events, self._progress = events, progress
         self.left_alone = LeftAlone(replicas, events, progress)
+        self.gpu_drivers = GpuDrivers(events, progress)
         #: What the stages wait for.
         self.waits = Waits()
         self._sizer = PoolSizer(policy, self.waits)

@@ -390,7 +390,8 @@ class Evidence:
 
     `files`: digests of the model's files that it opened, by `ItemBuilder.digests`' names. `versions`: of packages, by
     name. `driver`: that of the GPU, "" on a CPU. `device`: the model of the GPU, or the kind of CPU. `answers`:
-    digests of what it computes for a clip of a few tokens, by what that is.
+    digests of what it computes for a clip of a few tokens, by what that is. `kernels`: versions of the packages whose
+    kernels it uses, by name.
     """
 
     files: Mapping[str, str]
@@ -398,6 +399,7 @@ class Evidence:
     driver: str
     device: str
     answers: Mapping[str, str]
+    kernels: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)

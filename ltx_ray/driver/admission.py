@@ -22,7 +22,7 @@ from ltx_ray.stages import DIFFUSION_STAGES
 
 #: Seconds for which a replica waits for others that settle whether it or another one is right.
 _SETTLE_SECONDS = 300.0
-#: The ballot of package versions.
+#: The ballot of package versions, and what begins the names of those of kernels. Those of answers are JSON.
 _VERSIONS = "versions"
 
 
@@ -83,7 +83,8 @@ class Admission:
         self._joined: dict[str, _Candidate] = {}
         #: The model of GPU of the run, once it is known.
         self.model: str | None = None
-        self._versions: str | None = None
+        self._versions: Mapping[str, str | None] = {}
+        self._kernels: dict[str, str] = {}
 
     def take(self, event: ReplicaStarted, now: float) -> list[ReplicaStarted]:
         """A replica is up. Returns those that may join now, of which this may be one or not.
@@ -125,7 +126,7 @@ class Admission:
     def _ballot(self, key: str) -> Ballot:
         if key not in self._ballots:
             ballot = self._ballots[key] = Ballot()
-            if key != _VERSIONS and (before := self._answers.get(key)) is not None:
+            if not _of_versions(key) and (before := self._answers.get(key)) is not None:
                 ballot.cast(EARLIER_RUNS, before)
         return self._ballots[key]
 
@@ -181,7 +182,7 @@ class Admission:
         ballot.settle_for(value)
 
     def _difference(self, key: str, value: str, settled: str) -> str:
-        if key == _VERSIONS:
+        if _of_versions(key):
             return f"its package versions are {value}, and those of the other nodes {settled}"
         return f"it computes {value} for the known-answer clip, and the other nodes {settled}"
 
@@ -212,11 +213,14 @@ class Admission:
         """What an admitted replica shows is what the run's rows say from now on."""
         evidence = candidate.event.evidence
         assert evidence is not None
-        if self._versions != candidate.votes[_VERSIONS]:
-            self._versions = candidate.votes[_VERSIONS]
-            self._on_versions(evidence.versions)
+        # Text, the DiT and decode use different kernels.
+        self._kernels.update(evidence.kernels)
+        versions = {**evidence.versions, **self._kernels}
+        if self._versions != versions:
+            self._versions = versions
+            self._on_versions(versions)
         for key, value in candidate.votes.items():
-            if key == _VERSIONS:
+            if _of_versions(key):
                 continue
             if self._ballots[key].votes.get(EARLIER_RUNS, value) != value:
                 self._staff.say(
@@ -225,6 +229,10 @@ class Admission:
                 )
                 self._ballots[key].settle_for(value)
             self._answers.keep(key, value)
+
+
+def _of_versions(ballot: str) -> bool:
+    return ballot.startswith(_VERSIONS)
 
 
 def _votes(evidence: Evidence, spec: PoolSpec) -> dict[str, str]:
@@ -236,6 +244,8 @@ def _votes(evidence: Evidence, spec: PoolSpec) -> dict[str, str]:
         "device": evidence.device,
         "versions": versions,
         "files": dict(evidence.files),
+        **({"kernels": dict(evidence.kernels)} if evidence.kernels else {}),
     }
     answers = {canonical_json({**about, "answer": name}): value for name, value in evidence.answers.items()}
-    return {_VERSIONS: versions, **answers}
+    kernels = {f"{_VERSIONS} of kernels of {spec.engine.engine}": canonical_json(dict(evidence.kernels))}
+    return {_VERSIONS: versions, **(kernels if evidence.kernels else {}), **answers}

@@ -27,6 +27,7 @@ from ltx_ray.checkpoints.node_cache import on_this_node
 from ltx_ray.config import EngineSpec
 from ltx_ray.dataset.clips import publish_clip
 from ltx_ray.dataset.layout import clip_path, preview_path, thumb_path
+from ltx_ray.dataset.package_versions import TRITON
 from ltx_ray.dataset.thumbnails import FrameSheet
 from ltx_ray.engine import codec, components
 from ltx_ray.engine.base import Rank, is_out_of_memory, resolve_dtype
@@ -102,7 +103,8 @@ class DecodeEngine:
         video, audio = known_latents().map(lambda latents: latents.to(self.device, self.dtype))
         pixels = codec.decode_video_tile(self.video_vae, video)
         sound, _ = codec.decode_audio(self.audio_vae, self.vocoder, audio)
-        shown = evidence(self._files, self.device, {"decoder": AV(pixels, sound)})
+        kernels = TRITON if self.spec.numerics.compile == "fused" else ()
+        shown = evidence(self._files, self.device, {"decoder": AV(pixels, sound)}, kernels)
         del pixels
         self._release_cached_memory()
         return shown

@@ -21,13 +21,14 @@ from ltx_ray.checkpoints.digests import cache_root
 from ltx_ray.checkpoints.lora import open_lora
 from ltx_ray.checkpoints.node_cache import on_this_node
 from ltx_ray.config import EngineSpec, ModelFiles
+from ltx_ray.dataset.package_versions import FA3, TRITON
 from ltx_ray.engine import codec, components
 from ltx_ray.engine.base import Rank, resolve_dtype
 from ltx_ray.engine.evidence import KNOWN_SHAPE, FileDigests, evidence, known_conditions, known_latents
 from ltx_ray.engine.initial_state import ImageConditioning, LatentState, noised_state
 from ltx_ray.engine.patchify import latent_sizes, patchify, unpatchify
 from ltx_ray.engine.stage_model import Dit, StageModel, pass_contexts, pass_perturbations, run_divided
-from ltx_ray.model.fused import FusedTransformer
+from ltx_ray.model.fused import FusedTransformer, check_node
 from ltx_ray.model.graphs import GraphedTransformer
 from ltx_ray.model.packing import pack_linears
 from ltx_ray.model.transformer import Perturbation, Transformer
@@ -117,13 +118,17 @@ class DiffusionEngine:
             video = known_latents().video.to(self.device, self.dtype)
             upsampled = codec.upsample_latents(self.upsampler, *self.latent_stats, video)
             answers["upsampler"] = AV(upsampled, upsampled[:0])
-        return evidence(self._files, self.device, answers)
+        numerics = self.spec.numerics
+        kernels = (*(TRITON if numerics.compile == "fused" else ()), *(FA3 if numerics.attention == "fa3" else ()))
+        return evidence(self._files, self.device, answers, kernels)
 
     def _load_transformer(self, checkpoint: Checkpoint) -> None:
         tp, numerics = self.mesh.tp, self.spec.numerics
+        fused = numerics.compile == "fused"
+        if fused:
+            check_node(checkpoint.transformer, numerics.attention, self.device)
         with torch.device("meta"):
             self.transformer = Transformer(checkpoint.transformer, tp)
-        fused = numerics.compile == "fused"
         if fused:
             pack_linears(self.transformer, self.device, self.dtype, numerics.precision)
         load_shard(self.transformer, checkpoint.tensors, tp, dtype=self.dtype, device=self.device)

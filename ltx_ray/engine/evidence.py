@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from ltx_ray.checkpoints.digests import cached_digest
 from ltx_ray.checkpoints.lora import lora_digest
 from ltx_ray.checkpoints.node_cache import on_this_node
 from ltx_ray.config import EngineSpec, ModelFiles
-from ltx_ray.dataset.package_versions import package_versions
+from ltx_ray.dataset.package_versions import installed_versions, package_versions
 from ltx_ray.engine.patchify import latent_sizes
 from ltx_ray.records import AV, Conditions, Evidence, PromptContext, ReplicaError
 from ltx_ray.shapes import ClipShape
@@ -60,8 +61,13 @@ def _digests(model: ModelFiles, part: str, scheme: int) -> dict[str, str]:
     return {part: lora_digest(path, scheme) if part == "distilled_lora" else cached_digest(path, scheme=scheme)}
 
 
-def evidence(files: FileDigests, device: torch.device, answers: dict[str, AV[torch.Tensor]]) -> Evidence:
-    """`answers`: what the engine computes for its known-answer clip. Raises ReplicaError when that is not finite."""
+def evidence(
+    files: FileDigests, device: torch.device, answers: dict[str, AV[torch.Tensor]], kernels: Sequence[str] = ()
+) -> Evidence:
+    """`answers`: what the engine computes for its known-answer clip; `kernels`: packages of those that it uses.
+
+    Raises ReplicaError when an answer is not finite.
+    """
     if bad := [name for name, values in answers.items() if not all(torch.isfinite(x).all() for x in values)]:
         raise ReplicaError(f"the {bad[0]} of the known-answer clip is not finite, so this device computes wrongly")
     driver = _DRIVER_VERSION.read_text().strip() if device.type == "cuda" and _DRIVER_VERSION.exists() else ""
@@ -71,6 +77,7 @@ def evidence(files: FileDigests, device: torch.device, answers: dict[str, AV[tor
         driver=driver,
         device=_device_name(device),
         answers={name: _digest(values) for name, values in answers.items()},
+        kernels=installed_versions(kernels) if device.type == "cuda" else {},
     )
 
 

@@ -10,7 +10,7 @@ from ltx_ray.driver.admission import Admission, Claims
 from ltx_ray.pools.pool import StartFailed
 from ltx_ray.pools.protocol import RankInfo, ReplicaStarted
 from ltx_ray.records import Evidence
-from tests.support.fake_cluster import StaffedRun
+from tests.support.fake_cluster import SPEC, StaffedRun
 
 GOOD = Evidence({"checkpoint_path": "c0"}, {"torch": "2.11"}, "580", "NVIDIA H100", {"transformer": "right"})
 CLAIMS = Claims({"checkpoint_path": "c0", "gemma_root": "g0"})
@@ -109,6 +109,22 @@ def test_a_node_with_other_versions_is_the_odd_one():
         "stage1-1": 'its package versions are {"torch":"2.12"}, and those of the other nodes {"torch":"2.11"}'
     }
     assert judged.versions == [{"torch": "2.11"}]
+
+
+def test_a_node_whose_kernels_are_of_another_package_is_the_odd_one():
+    judged = Judged(decode=3)
+    kernels = {"triton": "3.6", "fa3-fwd": "0.0.3"}
+    judged.up(0, "n0", kernels=kernels)
+    judged.up(1, "n1", kernels={**kernels, "fa3-fwd": "0.0.4"}, answers={"transformer": "alike at few tokens"})
+    judged.up(2, "n2", kernels=kernels)
+    assert list(judged.refused) == ["stage1-1"] and '"fa3-fwd":"0.0.4"' in judged.refused["stage1-1"]
+    judged.run.replicas.waits = dict.fromkeys(judged.run.replicas.waits, 100.0)
+    judged.run.turn()
+    judged.run.staff.pool_of("decode-0").spec = replace(
+        judged.run.staff.pool_of("decode-0").spec, engine=replace(SPEC, engine="m:Decode")
+    )
+    assert judged.up(0, "n3", pool="decode", kernels={"triton": "3.6"}, answers={}) == ["decode-0"]
+    assert judged.versions == [{"torch": "2.11", **kernels}], "a decoder has no attention"
 
 
 def test_a_node_with_another_driver_of_its_gpus_is_named_and_serves():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from ltx_ray.config import EngineSpec, GangLayout, ModelFiles, Numerics, RecipeNumerics
+from ltx_ray.engine import diffusion
 from ltx_ray.engine.base import Rank
 from ltx_ray.engine.decode import DecodeEngine
 from ltx_ray.engine.diffusion import DiffusionEngine
@@ -13,7 +16,7 @@ from ltx_ray.engine.latents import latents_sha256, named_latents
 from ltx_ray.engine.text import TextEngine
 from ltx_ray.planning.plan import ItemBuilder
 from ltx_ray.pools.worker import RankActor
-from ltx_ray.records import Clip, ReplicaError
+from ltx_ray.records import Clip, ReplicaError, UnfitNode
 from ltx_ray.stages import DIFFUSION_STAGES
 from tests.support.pipeline import one_thread, toy_pipeline
 
@@ -130,6 +133,14 @@ def test_a_device_that_makes_nan_is_found_before_it_joins():
         broken.transformer.get_parameter("proj_out.weight")[0, 0] = torch.nan
     with pytest.raises(ReplicaError, match="the transformer of the known-answer clip is not finite, so this device"):
         broken.evidence()
+
+
+def test_a_node_that_lacks_what_the_attention_needs_tells_before_it_reads_the_weights(monkeypatch):
+    monkeypatch.setattr(diffusion, "load_shard", lambda *args, **kwargs: pytest.fail("the weights are read"))
+    asked = spec(compile="fused")
+    unfit = DiffusionEngine(replace(asked, numerics=replace(asked.numerics, attention="fa3")), Rank())
+    with pytest.raises(UnfitNode, match="attention 'fa3' needs CUDA, and this replica runs on cpu"):
+        unfit.load()
 
 
 def test_a_rank_reports_it_when_it_has_started_and_not_with_calls():

@@ -121,6 +121,7 @@ class Cluster:
         self._joined = False
         #: Those that join while the run is there.
         self._nodes: JoinedNodes | None = None
+        self._foreign: set[str] = set()
         self._private = PrivateCluster()
 
     def join(self) -> Placement:
@@ -143,6 +144,18 @@ class Cluster:
     def new_nodes(self) -> list[Node]:
         """What is free on nodes that have joined since the pools were laid out; nothing for a run that may not grow."""
         return self._nodes.free() if self._nodes is not None and self._asked.may_grow else []
+
+    def foreign_nodes(self, serving: Collection[str]) -> Collection[str]:
+        """Ids of nodes that have joined since and whose GPUs the run must not use; each is named once.
+
+        `serving`: ids of the nodes where replicas are ready.
+        """
+        found = self._nodes.foreign(serving) if self._nodes is not None else {}
+        if new := [name for name in found if name not in self._foreign]:
+            self._foreign.update(new)
+            others = ", ".join(sorted(found[name] for name in new))
+            self.say(f"left alone, because their GPUs are not of the model of this run: {others}")
+        return self._foreign
 
     def _join_running(self, address: str) -> tuple[_FreeGpus, list[PoolSpec], Numerics]:
         import ray
@@ -167,7 +180,8 @@ class Cluster:
         import ray
 
         everything = Resources.of(ray.available_resources())
-        choice = choose_nodes(_gpu_nodes(), self._gpu_model, self._requested.noise_device != "cpu")
+        one_model = self._requested.noise_device != "cpu"
+        choice = choose_nodes(_gpu_nodes(), self._gpu_model, one_model)
         attention = self._attention(choice)
         told = tuple(line for line in (choice.told(), attention.told()) if line is not None)
         if attention.fa3:
@@ -176,7 +190,8 @@ class Cluster:
             everything.cpus - sum(node.cpus for node in choice.others),
             everything.gpus - sum(node.gpus for node in choice.others),
         )
-        self._nodes = JoinedNodes({node.model for node in choice.nodes})
+        used = {node.model for node in choice.nodes} | ({self._gpu_model} if self._gpu_model else set())
+        self._nodes = JoinedNodes(used, binding=one_model or self._gpu_model is not None)
         models = _models(choice.nodes)
         nodes = tuple(Node(node.cpus, node.gpus) for node in choice.nodes if node.gpus)
         alone = sum(node.gpus for node in choice.nodes) >= _whole_gpus(choice.nodes)

@@ -155,6 +155,13 @@ class Gang:
             self._end()
             self._place(nodes)
 
+    def place_again(self, avoided: Collection[str]) -> None:
+        """Leave the place where this gang has not begun to load, for one on another node than these."""
+        assert self.state is GangState.WAITING
+        self._end()
+        self.state, self.ranks = GangState.PLACING, []
+        self._place(avoided)
+
     def waits_for(self) -> list[ray.ObjectRef]:
         """The references whose readiness takes this gang on."""
         if self.state is not GangState.READY:

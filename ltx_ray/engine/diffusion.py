@@ -26,6 +26,7 @@ from ltx_ray.engine import codec, components
 from ltx_ray.engine.base import Rank, resolve_dtype
 from ltx_ray.engine.evidence import KNOWN_SHAPE, FileDigests, evidence, known_conditions, known_latents
 from ltx_ray.engine.initial_state import ImageConditioning, LatentState, noised_state
+from ltx_ray.engine.negative_context import with_negative
 from ltx_ray.engine.patchify import latent_sizes, patchify, unpatchify
 from ltx_ray.engine.stage_model import Dit, StageModel, pass_contexts, pass_perturbations, run_divided
 from ltx_ray.model.fused import FusedTransformer, check_node
@@ -152,13 +153,21 @@ class DiffusionEngine:
             self._cache_merge_sources()  # Other replicas do so at their first switch, which may never come.
 
     @torch.inference_mode()
-    def run(self, stage: Stage, item: WorkItem, conditions: Conditions, *latents: StageLatents) -> StageLatents | None:
-        """Render `stage` of `item`, stage 2 from the `latents` of stage 1.
+    def run(
+        self, stage: Stage, item: WorkItem, conditions: Conditions, other: StageLatents | bytes | None = None
+    ) -> StageLatents | None:
+        """Render `stage` of `item`.
 
-        Returns the stage's latents on rank 0 and None elsewhere. Raises NotFinite when they are not finite, WrongDevice
-        when this device cannot repeat the noise of stage 1, ReplicaError when merging LoRAs failed.
+        `other`: of stage 1, the context of the negative prompt where it travels apart; of stage 2, the latents of stage
+        1. Returns the stage's latents on rank 0 and None elsewhere. Raises NotFinite when they are not finite,
+        WrongDevice when this device cannot repeat the noise of stage 1, ReplicaError when merging LoRAs failed.
         """
-        result = self._stage1(item, conditions) if stage == Stage.STAGE1 else self._stage2(item, conditions, *latents)
+        before = other if isinstance(other, StageLatents) else None
+        if before is None:
+            assert stage == Stage.STAGE1 and not isinstance(other, StageLatents), stage
+            result = self._stage1(item, with_negative(conditions, other))
+        else:
+            result = self._stage2(item, conditions, before)
         self._check_ranks_agree(stage, result)
         for name, tensor in zip(("video", "audio"), result.latents, strict=True):
             bad = int((~torch.isfinite(tensor)).sum())
@@ -168,7 +177,7 @@ class DiffusionEngine:
         device_name = _device_name(self.device)
         self.facts = self._facts(
             noise_ledger=result.ledger,
-            stage1_numerics=latents[0].other_numerics(numerics, device_name) if latents else None,
+            stage1_numerics=before.other_numerics(numerics, device_name) if before is not None else None,
         )
         if self.rank.rank != 0:
             return None

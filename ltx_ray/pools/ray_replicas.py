@@ -196,6 +196,9 @@ class RayReplicaSet:
     def gpu_seconds(self) -> float:
         return self._card_time.seconds(time.time())
 
+    def share(self, value: bytes) -> Any:
+        return ray.put(value)
+
     def result(self, payload: Any) -> Any:
         return ray.get(payload)
 

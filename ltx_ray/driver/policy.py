@@ -112,8 +112,7 @@ class Policy:
         self._mark_busy(replica)
         if not gone.retired:
             self._count_server(gone, -1)
-        if gone.merged_stage is not None:
-            self._merged -= Counter([(gone.merged_stage, gone.merged_weights)])
+        gone.drop_weights(self._merged)
         del self._replicas[replica]
         return [self._after_loss(item, charged(item), inputs_lost, given_back) for item in items]
 
@@ -432,13 +431,7 @@ class Policy:
             self._mark_busy(name)
         switched = False
         if TRAITS[stage].merges_weights:
-            switched = replica.merged_stage is not None and (replica.merged_stage, replica.merged_weights) != (
-                stage, weights,
-            )  # fmt: skip
-            if replica.merged_stage is not None:
-                self._merged -= Counter([(replica.merged_stage, replica.merged_weights)])  # Drops what is at 0.
-            self._merged[stage, weights] += 1
-            replica.merged_stage, replica.merged_weights = stage, weights
+            switched = replica.merge(stage, weights, self._merged)
         state.replica = name
         self._calls[stage, state.next_stage] += 1
         return Dispatch(item, stage, name, switched, moved)

@@ -214,8 +214,8 @@ class Staffing:
     def starting_like(self, name: str) -> list[str]:
         """The replicas that are starting with the same engine as a replica's. Not those that have no place for long."""
         engine, placing = _computes(self.pool_of(name)), self._replicas.placing()
-        alike = [pool for pool in self.pools if _computes(pool) == engine]
-        starting = [other for pool in alike for other, ready in pool.replicas.items() if not ready]
+        pools = [pool for pool in self.pools if _computes(pool) == engine]
+        starting = [other for pool in pools for other, ready in pool.replicas.items() if not ready]
         return [other for other in starting if placing.get(other, 0.0) < _LAST_RESORT]
 
     def hold_back(self, name: str) -> None:

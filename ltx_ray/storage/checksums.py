@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Protocol
@@ -48,8 +47,8 @@ def _empty(name: str) -> Checksum | None:
         return hashlib.sha256()
     if name == CRC32:
         return _Crc(zlib.crc32, 8)
-    if importlib.util.find_spec("awscrt") is None:
+    try:
+        from awscrt.checksums import crc64nvme
+    except ImportError:  # It is not installed, or too old.
         return None
-    from awscrt.checksums import crc64nvme
-
     return _Crc(crc64nvme, 16)

@@ -229,7 +229,7 @@ class Negative(StrEnum):
     #: Within the conditions.
     WITHIN = "within"
     #: Apart from them, as bytes.
-    APART = "apart"
+    SEPARATE = "separate"
     #: Nowhere, because the driver has it.
     LEFT_OUT = "left out"
 

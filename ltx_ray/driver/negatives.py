@@ -50,7 +50,7 @@ class NegativeContexts:
         times = self._met[prompt] = self._met.pop(prompt, 0) + 1
         if len(self._met) > _MOST_PROMPTS:
             self._met.popitem(last=False)
-        return Negative.APART if 1 < times <= 1 + _MOST_ASKED else Negative.WITHIN
+        return Negative.SEPARATE if 1 < times <= 1 + _MOST_ASKED else Negative.WITHIN
 
     def take(self, tracked: TrackedItem, report: CallReport) -> None:
         """A call has succeeded. Keep the context that text has returned apart."""

@@ -100,8 +100,8 @@ class TextEngine:
         negative = self.encode(request.negative_prompt) if Pass.UNCOND in passes_for(request.guidance) else None
         positive = self.encode(request.prompt)
         truncated = positive.truncated or (negative is not None and negative.truncated)
-        apart = packed(negative) if negative is not None and item.negative == Negative.APART else None
-        self.facts = EngineFacts(prompt_truncated=truncated, negative=apart)
+        separate = packed(negative) if negative is not None and item.negative == Negative.SEPARATE else None
+        self.facts = EngineFacts(prompt_truncated=truncated, negative=separate)
         return Conditions(positive, negative if item.negative == Negative.WITHIN else None, images)
 
     def _images(self, item: WorkItem) -> tuple[ImageLatents, ...]:

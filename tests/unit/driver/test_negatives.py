@@ -30,7 +30,7 @@ class Calls:
         item, inputs = self.contexts.call(tracked, Stage.TEXT)
         assert inputs == []
         if ends:
-            packed = item.request.negative_prompt.encode() if item.negative == "apart" else None
+            packed = item.request.negative_prompt.encode() if item.negative == "separate" else None
             self.contexts.take(tracked, SimpleNamespace(facts=SimpleNamespace(negative=packed)))
             tracked.payloads[Stage.TEXT] = "conditions"
         return item.negative
@@ -42,7 +42,7 @@ class Calls:
 def test_the_first_row_carries_its_own_the_second_has_it_shared_and_the_others_refer_to_it():
     calls = Calls()
     items = [calls.item(number, negative_prompt="blurry") for number in range(4)]
-    assert [calls.text(item) for item in items] == ["within", "apart", "left out", "left out"]
+    assert [calls.text(item) for item in items] == ["within", "separate", "left out", "left out"]
     assert calls.shared == [b"blurry"]
     assert [calls.inputs(item, "stage1")[1:] for item in items] == [[], *[["handle 1"]] * 3]
     items[3].payloads[Stage.STAGE1] = "latents"
@@ -52,7 +52,7 @@ def test_the_first_row_carries_its_own_the_second_has_it_shared_and_the_others_r
 def test_calls_that_are_under_way_do_not_all_return_it():
     calls = Calls()
     told = [calls.text(calls.item(number, negative_prompt="blurry"), ends=False) for number in range(8)]
-    assert told == ["within", *["apart"] * 3, *["within"] * 4]
+    assert told == ["within", *["separate"] * 3, *["within"] * 4]
 
 
 def test_an_item_keeps_what_it_refers_to_and_starts_over_with_what_there_is():
@@ -64,7 +64,7 @@ def test_an_item_keeps_what_it_refers_to_and_starts_over_with_what_there_is():
         for _ in range(2):
             calls.text(calls.item(number, negative_prompt=f"n{number}"))
     assert calls.inputs(first[2], "stage1") == ["conditions", "handle 1"], "though the driver has forgotten it"
-    assert [calls.text(first[2]), calls.text(first[2])] == ["within", "apart"] and len(calls.shared) == 102
+    assert [calls.text(first[2]), calls.text(first[2])] == ["within", "separate"] and len(calls.shared) == 102
     assert calls.inputs(first[2], "stage1") == ["conditions", "handle 102"]
 
 

@@ -22,17 +22,17 @@ def test_a_context_that_travels_apart_gives_the_same_bits(compiled):
     with one_thread():
         within = text.run("text", item)
         assert within.negative is not None and text.facts.negative is None
-        apart = text.run("text", replace(item, negative=Negative.APART))
+        separate = text.run("text", replace(item, negative=Negative.SEPARATE))
         packed = text.facts.negative
         left_out = text.run("text", replace(item, negative=Negative.LEFT_OUT))
-        assert apart.negative is None and left_out.negative is None and text.facts.negative is None
-        assert _nbytes(apart) * 2 == _nbytes(within) and len(packed) < 1.1 * _nbytes(apart) + 2048
+        assert separate.negative is None and left_out.negative is None and text.facts.negative is None
+        assert _nbytes(separate) * 2 == _nbytes(within) and len(packed) < 1.1 * _nbytes(separate) + 2048
 
         def clip(conditions, *negative: bytes) -> str:
             first = diffusion.run("stage1", item, conditions, *negative)
             return latents_sha256(named_latents(first, diffusion.run("stage2", item, conditions, first)))
 
-        assert clip(within) == clip(apart, packed) == clip(left_out, packed)
+        assert clip(within) == clip(separate, packed) == clip(left_out, packed)
 
 
 def test_a_negative_prompt_that_was_cut_flags_the_row_wherever_its_context_is():

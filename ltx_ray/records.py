@@ -223,6 +223,17 @@ class Recipe:
     scheme: int = 1
 
 
+class Negative(StrEnum):
+    """Where a call of text is to leave the context of the negative prompt."""
+
+    #: Within the conditions.
+    WITHIN = "within"
+    #: Apart from them, as bytes.
+    SEPARATE = "separate"
+    #: Nowhere, because the driver has it.
+    LEFT_OUT = "left out"
+
+
 @dataclass(frozen=True)
 class WorkItem:
     """One clip to render. Several manifest rows may share it."""
@@ -235,6 +246,7 @@ class WorkItem:
     image_digests: tuple[str, ...] = ()
     #: Whether this is the tiny clip that only tries every pool. Nothing of it is published.
     preflight: bool = False
+    negative: Negative = Negative.WITHIN
 
 
 @dataclass(frozen=True)
@@ -261,7 +273,10 @@ class ImageLatents:
 
 @dataclass(frozen=True)
 class Conditions:
-    """The conditions of a clip, as the text stage makes them. `negative` is None when no guidance pass needs it."""
+    """The conditions of a clip, as the text stage makes them.
+
+    `negative` is None when no guidance pass needs it, and when it travels apart (`WorkItem.negative`).
+    """
 
     positive: PromptContext
     negative: PromptContext | None
@@ -390,7 +405,8 @@ class Evidence:
 
     `files`: digests of the model's files that it opened, by `ItemBuilder.digests`' names. `versions`: of packages, by
     name. `driver`: that of the GPU, "" on a CPU. `device`: the model of the GPU, or the kind of CPU. `answers`:
-    digests of what it computes for a clip of a few tokens, by what that is.
+    digests of what it computes for a clip of a few tokens, by what that is. `kernels`: versions of the packages whose
+    kernels it uses, by name.
     """
 
     files: Mapping[str, str]
@@ -398,6 +414,7 @@ class Evidence:
     driver: str
     device: str
     answers: Mapping[str, str]
+    kernels: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -410,6 +427,8 @@ class EngineFacts:
     clean_weights: str | None = None
     lora_factors: str | None = None
     prompt_truncated: bool = False
+    #: The context of the negative prompt, where it is to be apart (engine/negative_context.py).
+    negative: bytes | None = None
     #: The draws of noise so far, after a diffusion stage, and of a preview's stored latents.
     noise_ledger: NoiseLedger | None = None
     #: The numerics of stage 1 as JSON, where they or its GPU are others (`StageLatents.other_numerics`).

@@ -452,7 +452,12 @@ class _Rendering:
         self._events.emit("cluster_joined", pools=replicas, tp=placement.numerics.tp, device=placement.numerics.device)
         preflight = options.preflight and max(replicas.values()) > 1
         return JoinedCluster(
-            RayReplicaSet(options.limits.start_timeout, placement.left_alone, options.limits.load_concurrency),
+            RayReplicaSet(
+                options.limits.start_timeout,
+                placement.left_alone,
+                options.limits.load_concurrency,
+                run.cluster.foreign_nodes,
+            ),
             placement.pools,
             numerics_json(placement.numerics),
             run.cluster.store_bytes,

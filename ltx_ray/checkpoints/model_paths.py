@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, Protocol
 
 from ltx_ray.storage.credentials import without_credentials
 from ltx_ray.storage.locations import recorded, split_options
+from ltx_ray.storage.range_file import RangeFile
 
 #: Bytes of a request, and blocks that stay in memory: headers are looked at several times.
 _BLOCK_BYTES = 4 * 2**20
@@ -85,7 +86,7 @@ def version(path: str) -> str:
 def open_binary(path: str) -> BinaryIO:
     """The file, opened for reading. Of a URI, the ranges that are read are fetched. Raises FileNotFoundError."""
     if is_remote(path):
-        return io.BufferedReader(_RemoteFile(path))
+        return io.BufferedReader(RangeFile(size(path), functools.partial(_read_block, path)))
     return open(path, "rb")
 
 
@@ -196,31 +197,7 @@ def _block(uri: str, number: int) -> bytes:
     return remote_files(uri).read_range("", start, min(_BLOCK_BYTES, total - start), seen)
 
 
-class _RemoteFile(io.RawIOBase):
-    """The file at a URI, read in blocks."""
-
-    def __init__(self, uri: str):
-        self._uri, self._position = uri, 0
-        self._size, _ = _existing(uri)
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        if self._position >= self._size:
-            return 0
-        number, start = divmod(self._position, _BLOCK_BYTES)
-        data = _block(self._uri, number)[start : start + len(buffer)]
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
+def _read_block(uri: str, start: int, count: int) -> bytes:
+    """What the block in which a URI's file goes on has of `count` bytes."""
+    number, within = divmod(start, _BLOCK_BYTES)
+    return _block(uri, number)[within : within + count]

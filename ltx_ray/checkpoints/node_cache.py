@@ -13,7 +13,7 @@ import hashlib
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +35,7 @@ from ltx_ray.checkpoints.model_paths import (
 )
 from ltx_ray.checkpoints.safetensors import read_header
 from ltx_ray.config import ModelFiles, RemoteFile
+from ltx_ray.storage.checksums import SHA256, comparable
 from ltx_ray.storage.hub import HubFiles
 from ltx_ray.storage.local_files import sync_folder
 from ltx_ray.storage.locations import join, parent, split_options
@@ -197,24 +198,26 @@ def _partial(entry: Path) -> Path:
 
 
 def _download_file(target: Path, location: str, file: RemoteFile) -> None:
-    """Write the file in this version, by many ranges at once. What arrives is hashed in order."""
-    remote, whole = remote_files(location), hashlib.sha256()
+    """Write the file in this version, by many ranges at once. What arrives is compared with the store's checksum."""
+    remote = remote_files(location)
     read = functools.partial(remote.read_range, "", version=file.version)
     part = Path(f"{target}.part")
     try:
+        kept = _kept_checksums(location, file)
+        name, whole = comparable(kept) or ("", None)
         with open(part, "r+b") as out:
             for block in in_order(read, pieces([(0, file.size)], _PART_BYTES)):
-                whole.update(block)
+                if whole is not None:
+                    whole.update(block)
                 out.write(block)
             out.flush()
             os.fsync(out.fileno())
     except (FileReplaced, FileNotFoundError) as error:
         raise ValueError(f"{shown(location)}: is not the file that the driver read ({error}); start again") from None
-    kept = HubFiles.sha256(file.version) if isinstance(remote, HubFiles) else Store(location).stored_sha256("")
-    for what, found, expected in (
-        ("SHA-256", whole.hexdigest(), kept or whole.hexdigest()),
-        ("digest", file_digest(str(part)), file.digest),
-    ):
+    found_and_expected = [("digest", file_digest(str(part)), file.digest)]
+    if whole is not None:
+        found_and_expected.append((name, whole.hexdigest(), kept[name]))
+    for what, found, expected in found_and_expected:
         if found != expected:
             part.unlink()
             raise ValueError(
@@ -222,6 +225,14 @@ def _download_file(target: Path, location: str, file: RemoteFile) -> None:
                 f"way, or replaced"
             )
     part.rename(target)
+
+
+def _kept_checksums(location: str, file: RemoteFile) -> Mapping[str, str]:
+    """What the store of a file keeps of it as a whole, by the names of checksums."""
+    if not isinstance(remote_files(location), HubFiles):
+        return Store(location).stored_checksums("")
+    sha256 = HubFiles.sha256(file.version)
+    return {} if sha256 is None else {SHA256: sha256}
 
 
 # --- room --------------------------------------------------------------------------------------------------------

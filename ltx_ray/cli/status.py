@@ -59,7 +59,7 @@ def status_lines(output: str) -> list[str]:
         _counts(list_existing(store)),
         *_replica_lines(known.replicas),
         *wait_lines(known.waits),
-        *known.left_alone,
+        *known.odd_nodes,
         *([rate_text(rate) + (" when it was interrupted" if interrupted else "")] if rate else ()),
     ]
 

@@ -18,6 +18,7 @@ from ltx_ray.dataset import layout
 from ltx_ray.dataset.check_scope import CheckedParts, CheckScope, short_hash
 from ltx_ray.dataset.parts import UnreadablePart, list_segments, one_line, read_part, read_segment, segment_table, take
 from ltx_ray.dataset.repair import Repair
+from ltx_ray.storage.checksums import SHA256
 from ltx_ray.storage.id_table import IdTable
 from ltx_ray.storage.store import Store
 
@@ -299,7 +300,7 @@ class DatasetCheck:
         if clip != layout.clip_path(row["item_id"]):
             return f"its clip is {clip!r}, which is not that of its item"
         try:
-            if not self.read_all and self.store.stored_sha256(clip) == row["clip_sha256"]:
+            if not self.read_all and self.store.stored_checksums(clip).get(SHA256) == row["clip_sha256"]:
                 return None
             data = self.store.read_bytes(clip)
         except FileNotFoundError:

@@ -193,7 +193,7 @@ def _tiles(data: ReportData) -> list[tuple[str, str, str, str]]:
 
 def _problems(data: ReportData, strips: list[Strip]) -> list[str]:
     """What is missing or damaged, in words."""
-    problems = data.problems[:20] + data.run.left_alone
+    problems = data.problems[:20] + data.run.odd_nodes
     pairs = zip(data.clips, strips, strict=False)
     bad = [str(row.get("id")) for row, strip in pairs if row.get("clip") and strip.problem]
     if bad:

@@ -50,6 +50,8 @@ class RunSummary:
     parked: tuple[str, ...] = ()
     #: Nodes that are excluded, and why.
     excluded: dict[str, str] = field(default_factory=dict)
+    #: Nodes whose NVIDIA driver is another one than that of the others.
+    other_drivers: dict[str, str] = field(default_factory=dict)
 
 
 _SUMMARY = TypeAdapter(RunSummary)
@@ -68,6 +70,7 @@ class SummaryBuilder:
         self._parked: dict[str, str] = {}
         #: By the node's id, its address and why it is excluded.
         self._excluded: dict[str, tuple[str, str]] = {}
+        self._other_drivers: dict[str, str] = {}
         self._timeline = TimelineBuilder()
 
     def add(self, event: Mapping[str, Any]) -> None:
@@ -94,6 +97,8 @@ class SummaryBuilder:
             self._excluded[str(event.get("node"))] = str(event.get("where")), str(event.get("reason"))
         elif kind == "node_retried":
             self._excluded.pop(str(event.get("node")), None)
+        elif kind == "driver_differs":
+            self._other_drivers[str(event.get("where"))] = str(event.get("driver"))
 
     @property
     def last(self) -> float | None:
@@ -107,7 +112,7 @@ class SummaryBuilder:
         }
         return RunSummary(
             at, clips_per_hour, dict(self._events), calls, self._waits, tuple(self._parked.values()),
-            dict(self._excluded.values()),
+            dict(self._excluded.values()), dict(self._other_drivers),
         )  # fmt: skip
 
     def timeline(self) -> Timeline | None:
@@ -131,11 +136,13 @@ class RecordedRun:
     waits: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     parked: Sequence[str] = ()
     excluded: Mapping[str, str] = field(default_factory=dict)
+    other_drivers: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def left_alone(self) -> list[str]:
-        """The nodes and the cards that the run leaves alone."""
-        return excluded_lines(self.excluded) + parked_lines(self.parked)
+    def odd_nodes(self) -> list[str]:
+        """The nodes and the cards that the run leaves alone, and the nodes that are not like the others."""
+        drivers = [f"{where}: its NVIDIA driver is {driver}" for where, driver in self.other_drivers.items()]
+        return excluded_lines(self.excluded) + parked_lines(self.parked) + drivers
 
 
 def read_run(
@@ -153,8 +160,9 @@ def read_run(
     rate = summary.clips_per_hour if record.get("state") in UNFINISHED else recorded_rate(record, (), None)
     timeline = _read_timeline(store, str(record.get("run_id")), note)
     return RecordedRun(
-        record, rate, summary.at, summary.replicas, timeline, summary.waits, summary.parked, summary.excluded
-    )
+        record, rate, summary.at, summary.replicas, timeline, summary.waits, summary.parked, summary.excluded,
+        summary.other_drivers,
+    )  # fmt: skip
 
 
 def wait_lines(waits: Mapping[str, Mapping[str, float]], least: float = 0.1) -> list[str]:
@@ -226,7 +234,7 @@ def _from_events(store: Store, record: dict[str, Any], now: float | None, note: 
     summary = builder.summary(0.0, rate)
     return RecordedRun(
         record, rate, builder.last, summary.replicas, builder.timeline(), summary.waits, summary.parked,
-        summary.excluded,
+        summary.excluded, summary.other_drivers,
     )  # fmt: skip
 
 

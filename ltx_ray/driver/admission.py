@@ -20,10 +20,11 @@ from ltx_ray.placement.numerics import numerics_json
 from ltx_ray.pools.exclusion import node_name
 from ltx_ray.pools.protocol import ReplicaStarted
 from ltx_ray.records import Evidence, canonical_json
+from ltx_ray.stages import DIFFUSION_STAGES
 
 #: Seconds for which a replica waits for others that settle whether it or another one is right.
 _SETTLE_SECONDS = 300.0
-#: The ballot of package versions.
+#: The ballot of package versions, and what begins the names of those of kernels. Those of answers are JSON.
 _VERSIONS = "versions"
 
 
@@ -84,7 +85,8 @@ class Admission:
         self._joined: dict[str, _Candidate] = {}
         #: The model of GPU of the run, once it is known.
         self.model: str | None = None
-        self._versions: str | None = None
+        self._versions: Mapping[str, str | None] = {}
+        self._kernels: dict[str, str] = {}
         self._rows_have_begun = False
 
     def take(self, event: ReplicaStarted, now: float) -> list[ReplicaStarted]:
@@ -100,6 +102,7 @@ class Admission:
             return []
         if event.evidence is None:
             return [event]
+        self._staff.gpu_drivers.seen(event.ranks[0].node, node_name(event.ranks), event.evidence.driver)
         spec = self._staff.pool_of(event.replica).spec
         candidate = _Candidate(event, _votes(event.evidence, spec), now + _SETTLE_SECONDS)
         for key, value in candidate.votes.items():
@@ -126,7 +129,7 @@ class Admission:
     def _ballot(self, key: str) -> Ballot:
         if key not in self._ballots:
             ballot = self._ballots[key] = Ballot()
-            if key != _VERSIONS and (before := self._answers.get(key)) is not None:
+            if not _of_versions(key) and (before := self._answers.get(key)) is not None:
                 ballot.cast(EARLIER_RUNS, before)
         return self._ballots[key]
 
@@ -188,7 +191,8 @@ class Admission:
         """Whether nobody else has said what a candidate says, and replicas that are starting may."""
         ballots = {key: self._ballots[key] for key in candidate.votes}
         if any(EARLIER_RUNS in ballot.votes for ballot in ballots.values()):
-            del ballots[_VERSIONS]  # Answers are kept by versions, so earlier runs had the same.
+            # Answers are kept by versions, so earlier runs had the same.
+            ballots = {key: ballot for key, ballot in ballots.items() if not _of_versions(key)}
         alone = [ballot for ballot in ballots.values() if not ballot.confirmed]
         if now >= candidate.until or not any(self._may_vote(ballot, candidate) for ballot in alone):
             return False
@@ -210,7 +214,7 @@ class Admission:
         ballot.settle_for(value)
 
     def _difference(self, key: str, value: str, settled: str) -> str:
-        if key == _VERSIONS:
+        if _of_versions(key):
             return f"its package versions are {value}, and those of the other nodes {settled}"
         return f"it computes {value} for the known-answer clip, and the other nodes {settled}"
 
@@ -229,21 +233,26 @@ class Admission:
                 del self._joined[name]
                 key, value = wrong[0]
                 why = self._difference(key, value, self._ballots[key].settled or "")
+                in_index = bool(set(DIFFUSION_STAGES) & set(self._staff.pool_of(name).spec.roles))
+                where = "stage1_replica and stage2_replica of the index" if in_index else "the calls in the events"
                 self._staff.exclude(candidate.event.ranks, why, now)
                 self._staff.say(
                     f"clips that {node_name(candidate.event.ranks)} has made in this run are to be doubted; "
-                    f"stage1_replica and stage2_replica of the index name {name}"
+                    f"{where} name {name}"
                 )
 
     def _keep(self, candidate: _Candidate) -> None:
         """What an admitted replica shows is what the run's rows say from now on."""
         evidence = candidate.event.evidence
         assert evidence is not None
-        if self._versions != candidate.votes[_VERSIONS]:
-            self._versions = candidate.votes[_VERSIONS]
-            self._on_versions(evidence.versions)
+        # Text, the DiT and decode use different kernels.
+        self._kernels.update(evidence.kernels)
+        versions = {**evidence.versions, **self._kernels}
+        if self._versions != versions:
+            self._versions = versions
+            self._on_versions(versions)
         for key, value in candidate.votes.items():
-            if key == _VERSIONS:
+            if _of_versions(key):
                 continue
             if self._ballots[key].votes.get(EARLIER_RUNS, value) != value:
                 self._staff.say(
@@ -252,6 +261,10 @@ class Admission:
                 )
                 self._ballots[key].settle_for(value)
             self._answers.keep(key, value)
+
+
+def _of_versions(ballot: str) -> bool:
+    return ballot.startswith(_VERSIONS)
 
 
 def _votes(evidence: Evidence, spec: PoolSpec) -> dict[str, str]:
@@ -263,6 +276,8 @@ def _votes(evidence: Evidence, spec: PoolSpec) -> dict[str, str]:
         "device": evidence.device,
         "versions": versions,
         "files": dict(evidence.files),
+        **({"kernels": dict(evidence.kernels)} if evidence.kernels else {}),
     }
     answers = {canonical_json({**about, "answer": name}): value for name, value in evidence.answers.items()}
-    return {_VERSIONS: versions, **answers}
+    kernels = {f"{_VERSIONS} of kernels of {spec.engine.engine}": canonical_json(dict(evidence.kernels))}
+    return {_VERSIONS: versions, **(kernels if evidence.kernels else {}), **answers}

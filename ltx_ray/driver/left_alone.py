@@ -29,7 +29,7 @@ class LeftAlone:
     @property
     def nodes(self) -> Set[str]:
         """The nodes that are excluded now."""
-        return self._exclusions.excluded.keys()
+        return self._exclusions.left.keys()
 
     def started(self, ranks: Sequence[RankInfo], role: str) -> None:
         """A replica has started on its cards. Those that broke in calls have to show that calls succeed, too."""
@@ -100,7 +100,7 @@ class LeftAlone:
     def retry(self, now: float, is_stuck: Callable[[], bool]) -> None:
         """Try again what is due, or what is due first when the run `is_stuck` without it."""
         cards, nodes = self._parking.due(now), self._exclusions.due(now)
-        if not cards and not nodes and (self._parking.held or self.nodes) and is_stuck():
+        if not cards and not nodes and (self._parking.left or self.nodes) and is_stuck():
             if (card := self._parking.earliest()) is not None:
                 cards = [card]
             elif (node := self._exclusions.earliest()) is not None:

@@ -16,6 +16,7 @@ from ltx_ray.dataset.writer import Failure
 from ltx_ray.driver.admission import Admission
 from ltx_ray.driver.growth import Growth
 from ltx_ray.driver.joined_cluster import JoinedCluster
+from ltx_ray.driver.negatives import NegativeContexts
 from ltx_ray.driver.outcomes import Outcomes
 from ltx_ray.driver.policy import Policy
 from ltx_ray.driver.policy_state import RetryDecision
@@ -225,6 +226,7 @@ class Driver:
                 self.pools, cluster.replicas, self.policy, self.limits, self.events, self.progress, growth
             )
             self._opinions = SecondOpinions(self.policy, self._staffing)
+            self._negatives = NegativeContexts(cluster.replicas)
             self._admission = Admission(self._staffing, cluster.claims, cluster.answers, cluster.on_versions)
             self._wait_report = WaitReport(self._staffing.waits, self.events, self.tracker.metrics)
         return self._cluster
@@ -264,9 +266,9 @@ class Driver:
                 self.events.emit("role_moved", replica=dispatch.replica, to=dispatch.stage)
             self._call_began[dispatch.item] = self._clock()
             self.tracker.call_begins(tracked, dispatch.stage, time.monotonic())
-            inputs = tracked.inputs(dispatch.stage)
-            timeout = self._deadline(dispatch.stage, tracked.item)
-            self._replicas.submit(dispatch.replica, dispatch.stage, tracked.item, inputs, timeout)
+            item, inputs = self._negatives.call(tracked, dispatch.stage)
+            timeout = self._deadline(dispatch.stage, item)
+            self._replicas.submit(dispatch.replica, dispatch.stage, item, inputs, timeout)
 
     def _deadline(self, stage: Stage, item: WorkItem) -> float:
         """Seconds that a call may take: a multiple of what its stage and size usually take, once that is known."""
@@ -328,8 +330,7 @@ class Driver:
         self._carry_out(decision, stage, event.reason, "")
 
     def _call_finished(self, event: CallFinished) -> None:
-        report, pool = event.report, self._staff.pool_of(event.replica)
-        item_id = event.item_id
+        report, pool, item_id = event.report, self._staff.pool_of(event.replica), event.item_id
         tracked, stage = self.tracker.items[item_id], self.policy.stage_of(item_id)
         self._account(pool, event.replica, tracked, stage, report)
         if report.error is not None:
@@ -339,6 +340,7 @@ class Driver:
         self._staff.left_alone.call_succeeded(self._staff.ranks_of(event.replica), pool.spec.name)
         self._opinions.succeeded(item_id, stage, tracked.name, self._clock())
         tracked.take_result(stage, report, event.payload)
+        self._negatives.take(tracked, report)
         if report.facts.unchecked:
             self.tracker.say_unchecked(tracked)
         # The preflight clip takes other times than the clips of rows.

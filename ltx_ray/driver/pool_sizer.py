@@ -46,6 +46,8 @@ class PoolSizer:
         self._policy, self._window = policy, WaitWindow(waits)
         self._sizings: dict[str, _Sizing] = {}
         self._looked = -math.inf
+        #: By pool, the replicas that would be busy all the time, at the last look.
+        self.needs: dict[str, float] = {}
 
     def sizes(self, pools: Sequence[Pool], now: float) -> dict[str, int]:
         """By pool whose number of replicas should change, the new one."""
@@ -57,7 +59,10 @@ class PoolSizer:
         for pool in pools:
             if pool.spec.most is None:
                 continue
-            size = self._size(pool, self._need(pool, pools), waited.of(*pool.spec.roles), now)
+            need = self._need(pool, pools)
+            if need is not None:
+                self.needs[pool.spec.name] = need
+            size = self._size(pool, need, waited.of(*pool.spec.roles), now)
             if size != pool.spec.replicas:
                 sizes[pool.spec.name] = size
         return sizes

@@ -11,8 +11,10 @@ from dataclasses import replace
 
 from ltx_ray.config import Numerics, RunLimits
 from ltx_ray.driver.events import EventLog
+from ltx_ray.driver.gpu_drivers import GpuDrivers
 from ltx_ray.driver.growth import Growth
 from ltx_ray.driver.left_alone import LeftAlone
+from ltx_ray.driver.own_cards import OwnCards
 from ltx_ray.driver.policy import Policy
 from ltx_ray.driver.pool_sizer import PoolSizer
 from ltx_ray.driver.progress import Progress
@@ -47,9 +49,11 @@ class Staffing:
         self.pools, self._replicas, self._policy, self._limits = pools, replicas, policy, limits
         self._events, self._progress = events, progress
         self.left_alone = LeftAlone(replicas, events, progress)
+        self.gpu_drivers = GpuDrivers(events, progress)
         #: What the stages wait for.
         self.waits = Waits()
         self._sizer = PoolSizer(policy, self.waits)
+        self._own_cards = OwnCards()
         self._growth = growth
         self._by_replica: dict[str, Pool] = {}
         #: Where the replicas that are ready run.
@@ -81,6 +85,8 @@ class Staffing:
             self._grow(now)
         if more_rows and not one_each:
             self._size(now)
+            if not elastic:
+                self._move_cards(now)
         for pool in self.pools:
             if len(pool.replicas) < pool.spec.replicas:
                 at_most = 1 if one_each or (pool.spec.most is not None and self._others_wait()) else None
@@ -123,6 +129,20 @@ class Staffing:
         for pool in self.pools:
             if pool.spec.most is not None and len(pool.replicas) > pool.spec.replicas:
                 self._trim(pool)
+
+    def _move_cards(self, now: float) -> None:
+        """Give a pool that has cards of its own another one of the DiT, when too few clips are made without."""
+        moved = self._own_cards.look(self.pools, self._sizer.needs, self._replicas.placing(), now)
+        if moved is None:
+            return
+        self._progress.say(f"{moved.taker} gets a card of {moved.giver}, because {moved.why}")
+        self._events.emit("card_moved", role=moved.giver, to=moved.taker, reason=moved.why)
+        for pool in self.pools:
+            if pool.spec.most is None and len(pool.replicas) > pool.spec.replicas:
+                ready = [name for name in pool.replicas if self._policy.has_replica(name)]
+                idle = [name for name in ready if not self._policy.items_of(name)]
+                for name in [*idle, *ready][:1]:
+                    self._retire(name, f"{moved.taker} gets its card")
 
     def _trim(self, pool: Pool) -> None:
         """Give back what a pool has too many of. Those that have no place yet go first, and busy ones stay."""

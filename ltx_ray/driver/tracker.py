@@ -41,6 +41,8 @@ class TrackedItem:
     rows: list[PlannedRow]
     #: Handles of the results that later stages take.
     payloads: dict[Stage, Any] = field(default_factory=dict)
+    #: Handle of the context of its negative prompt, where that is apart from the result of text.
+    negative: Any = None
     #: Seconds of the last call of each stage, and the replica that made it.
     seconds: dict[Stage, float] = field(default_factory=dict)
     replicas: dict[Stage, str] = field(default_factory=dict)

@@ -27,10 +27,11 @@ from ltx_ray.checkpoints.node_cache import on_this_node
 from ltx_ray.config import EngineSpec
 from ltx_ray.dataset.clips import publish_clip
 from ltx_ray.dataset.layout import clip_path, preview_path, thumb_path
+from ltx_ray.dataset.package_versions import TRITON
 from ltx_ray.dataset.thumbnails import FrameSheet
 from ltx_ray.engine import codec, components
 from ltx_ray.engine.base import Rank, is_out_of_memory, resolve_dtype
-from ltx_ray.engine.evidence import FileDigests, evidence
+from ltx_ray.engine.evidence import FileDigests, evidence, known_latents
 from ltx_ray.engine.frames import PictureCheck, decode_tiled, to_yuv420
 from ltx_ray.engine.latents import LatentStore, latents_sha256, named_latents
 from ltx_ray.engine.loudness import measure_sound
@@ -39,7 +40,7 @@ from ltx_ray.engine.prefetch import prefetch
 from ltx_ray.engine.tiling import LADDER, Tiling, distinct_rungs
 from ltx_ray.placement.numerics import numerics_json, numerics_of_row
 from ltx_ray.presets import PIPELINES
-from ltx_ray.records import Clip, EngineFacts, Evidence, RowError, StageLatents, WorkItem
+from ltx_ray.records import AV, Clip, EngineFacts, Evidence, RowError, StageLatents, WorkItem
 from ltx_ray.shapes import AUDIO_SAMPLE_RATE, ClipShape, frame_rate_fraction
 from ltx_ray.stages import Stage
 from ltx_ray.storage.store import Store
@@ -93,9 +94,20 @@ class DecodeEngine:
         self.audio_vae = components.load_audio_decoder(path, self.dtype, self.device)
         self.vocoder = components.load_vocoder(path, self.dtype, self.device)
 
+    @torch.inference_mode()
     def evidence(self) -> Evidence:
-        """What this rank computes with. It decides no latents, so there is no answer to compare."""
-        return evidence(self._files, self.device, {})
+        """What this rank computes with, and the pixels and the sound of a clip of few tokens.
+
+        Raises ReplicaError when they are not finite.
+        """
+        video, audio = known_latents().map(lambda latents: latents.to(self.device, self.dtype))
+        pixels = codec.decode_video_tile(self.video_vae, video)
+        sound, _ = codec.decode_audio(self.audio_vae, self.vocoder, audio)
+        kernels = TRITON if self.spec.numerics.compile == "fused" else ()
+        shown = evidence(self._files, self.device, {"decoder": AV(pixels, sound)}, kernels)
+        del pixels
+        self._release_cached_memory()
+        return shown
 
     @torch.inference_mode()
     def run(self, stage: Stage, item: WorkItem, *stages: StageLatents) -> Clip | StageLatents | str:

@@ -21,13 +21,15 @@ from ltx_ray.checkpoints.digests import cache_root
 from ltx_ray.checkpoints.lora import open_lora
 from ltx_ray.checkpoints.node_cache import on_this_node
 from ltx_ray.config import EngineSpec, ModelFiles
+from ltx_ray.dataset.package_versions import FA3, TRITON
 from ltx_ray.engine import codec, components
 from ltx_ray.engine.base import Rank, resolve_dtype
-from ltx_ray.engine.evidence import FileDigests, evidence, known_conditions, known_noise
+from ltx_ray.engine.evidence import KNOWN_SHAPE, FileDigests, evidence, known_conditions, known_latents
 from ltx_ray.engine.initial_state import ImageConditioning, LatentState, noised_state
+from ltx_ray.engine.negative_context import with_negative
 from ltx_ray.engine.patchify import latent_sizes, patchify, unpatchify
 from ltx_ray.engine.stage_model import Dit, StageModel, pass_contexts, pass_perturbations, run_divided
-from ltx_ray.model.fused import FusedTransformer
+from ltx_ray.model.fused import FusedTransformer, check_node
 from ltx_ray.model.graphs import GraphedTransformer
 from ltx_ray.model.packing import pack_linears
 from ltx_ray.model.transformer import Perturbation, Transformer
@@ -55,7 +57,6 @@ from ltx_ray.sampling.noise import ClipNoise, SamplerNoise, check_noise_device
 from ltx_ray.sampling.sampler import Denoise
 from ltx_ray.sampling.samplers import SAMPLERS
 from ltx_ray.sampling.sigmas import shifted_sigmas
-from ltx_ray.shapes import ClipShape
 from ltx_ray.stages import Stage
 
 #: Device memory that caches leave free: for the activations of a large clip, and for text and decode on a shared card.
@@ -104,8 +105,7 @@ class DiffusionEngine:
         The pass is no graph and takes no LoRA, so that it leaves nothing behind. Raises ReplicaError when its results
         are not finite.
         """
-        shape = ClipShape(num_frames=9, height=64, width=64, frame_rate=24.0)
-        config = self.transformer.config
+        shape, config = KNOWN_SHAPE, self.transformer.config
         contexts = pass_contexts(
             known_conditions(AV(config.video, config.audio).map(lambda stream: stream.context_dim)),
             self.device, self.dtype, batched=False,
@@ -116,16 +116,20 @@ class DiffusionEngine:
         model = StageModel(self._plain_dit, state, contexts, {}, self.dtype)
         answers = {"transformer": model.denoise(state.latents, torch.tensor(1.0), 0)}
         if Stage.STAGE2 in self.spec.layout.roles:
-            video = known_noise(latent_sizes(shape).video).to(self.device, self.dtype)
+            video = known_latents().video.to(self.device, self.dtype)
             upsampled = codec.upsample_latents(self.upsampler, *self.latent_stats, video)
             answers["upsampler"] = AV(upsampled, upsampled[:0])
-        return evidence(self._files, self.device, answers)
+        numerics = self.spec.numerics
+        kernels = (*(TRITON if numerics.compile == "fused" else ()), *(FA3 if numerics.attention == "fa3" else ()))
+        return evidence(self._files, self.device, answers, kernels)
 
     def _load_transformer(self, checkpoint: Checkpoint) -> None:
         tp, numerics = self.mesh.tp, self.spec.numerics
+        fused = numerics.compile == "fused"
+        if fused:
+            check_node(checkpoint.transformer, numerics.attention, self.device)
         with torch.device("meta"):
             self.transformer = Transformer(checkpoint.transformer, tp)
-        fused = numerics.compile == "fused"
         if fused:
             pack_linears(self.transformer, self.device, self.dtype, numerics.precision)
         load_shard(self.transformer, checkpoint.tensors, tp, dtype=self.dtype, device=self.device)
@@ -149,13 +153,21 @@ class DiffusionEngine:
             self._cache_merge_sources()  # Other replicas do so at their first switch, which may never come.
 
     @torch.inference_mode()
-    def run(self, stage: Stage, item: WorkItem, conditions: Conditions, *latents: StageLatents) -> StageLatents | None:
-        """Render `stage` of `item`, stage 2 from the `latents` of stage 1.
+    def run(
+        self, stage: Stage, item: WorkItem, conditions: Conditions, other: StageLatents | bytes | None = None
+    ) -> StageLatents | None:
+        """Render `stage` of `item`.
 
-        Returns the stage's latents on rank 0 and None elsewhere. Raises NotFinite when they are not finite, WrongDevice
-        when this device cannot repeat the noise of stage 1, ReplicaError when merging LoRAs failed.
+        `other`: of stage 1, the context of the negative prompt where it travels apart; of stage 2, the latents of stage
+        1. Returns the stage's latents on rank 0 and None elsewhere. Raises NotFinite when they are not finite,
+        WrongDevice when this device cannot repeat the noise of stage 1, ReplicaError when merging LoRAs failed.
         """
-        result = self._stage1(item, conditions) if stage == Stage.STAGE1 else self._stage2(item, conditions, *latents)
+        before = other if isinstance(other, StageLatents) else None
+        if before is None:
+            assert stage == Stage.STAGE1 and not isinstance(other, StageLatents), stage
+            result = self._stage1(item, with_negative(conditions, other))
+        else:
+            result = self._stage2(item, conditions, before)
         self._check_ranks_agree(stage, result)
         for name, tensor in zip(("video", "audio"), result.latents, strict=True):
             bad = int((~torch.isfinite(tensor)).sum())
@@ -165,7 +177,7 @@ class DiffusionEngine:
         device_name = _device_name(self.device)
         self.facts = self._facts(
             noise_ledger=result.ledger,
-            stage1_numerics=latents[0].other_numerics(numerics, device_name) if latents else None,
+            stage1_numerics=before.other_numerics(numerics, device_name) if before is not None else None,
         )
         if self.rank.rank != 0:
             return None

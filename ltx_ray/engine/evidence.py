@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,11 +13,14 @@ from ltx_ray.checkpoints.digests import cached_digest
 from ltx_ray.checkpoints.lora import lora_digest
 from ltx_ray.checkpoints.node_cache import on_this_node
 from ltx_ray.config import EngineSpec, ModelFiles
-from ltx_ray.dataset.package_versions import package_versions
+from ltx_ray.dataset.package_versions import installed_versions, package_versions
+from ltx_ray.engine.patchify import latent_sizes
 from ltx_ray.records import AV, Conditions, Evidence, PromptContext, ReplicaError
+from ltx_ray.shapes import ClipShape
 
 #: Seed of what a known-answer clip begins with, and tokens of its prompt.
 _SEED, _PROMPT_TOKENS = 20_260_101, 16
+KNOWN_SHAPE = ClipShape(num_frames=9, height=64, width=64, frame_rate=24.0)
 _DRIVER_VERSION = Path("/sys/module/nvidia/version")
 
 
@@ -58,8 +61,13 @@ def _digests(model: ModelFiles, part: str, scheme: int) -> dict[str, str]:
     return {part: lora_digest(path, scheme) if part == "distilled_lora" else cached_digest(path, scheme=scheme)}
 
 
-def evidence(files: FileDigests, device: torch.device, answers: dict[str, AV[torch.Tensor]]) -> Evidence:
-    """`answers`: what the engine computes for its known-answer clip. Raises ReplicaError when that is not finite."""
+def evidence(
+    files: FileDigests, device: torch.device, answers: dict[str, AV[torch.Tensor]], kernels: Sequence[str] = ()
+) -> Evidence:
+    """`answers`: what the engine computes for its known-answer clip; `kernels`: packages of those that it uses.
+
+    Raises ReplicaError when an answer is not finite.
+    """
     if bad := [name for name, values in answers.items() if not all(torch.isfinite(x).all() for x in values)]:
         raise ReplicaError(f"the {bad[0]} of the known-answer clip is not finite, so this device computes wrongly")
     driver = _DRIVER_VERSION.read_text().strip() if device.type == "cuda" and _DRIVER_VERSION.exists() else ""
@@ -69,6 +77,7 @@ def evidence(files: FileDigests, device: torch.device, answers: dict[str, AV[tor
         driver=driver,
         device=_device_name(device),
         answers={name: _digest(values) for name, values in answers.items()},
+        kernels=installed_versions(kernels) if device.type == "cuda" else {},
     )
 
 
@@ -79,9 +88,11 @@ def known_conditions(dims: AV[int]) -> Conditions:
     return Conditions(PromptContext(context, _PROMPT_TOKENS, truncated=False), None)
 
 
-def known_noise(shape: Iterable[int]) -> torch.Tensor:
-    """Standard normal numbers on the CPU that follow from a seed."""
-    return torch.randn(tuple(shape), generator=torch.Generator("cpu").manual_seed(_SEED))
+def known_latents() -> AV[torch.Tensor]:
+    """Latents of a known-answer clip: standard normal numbers on the CPU that follow from a seed."""
+    return latent_sizes(KNOWN_SHAPE).map(
+        lambda size: torch.randn(size, generator=torch.Generator("cpu").manual_seed(_SEED))
+    )
 
 
 def _digest(values: AV[torch.Tensor]) -> str:

@@ -20,6 +20,7 @@ from ltx_ray.engine import codec, components
 from ltx_ray.engine.base import Rank, resolve_dtype
 from ltx_ray.engine.evidence import FileDigests, evidence
 from ltx_ray.engine.images import image_pixels
+from ltx_ray.engine.negative_context import packed
 from ltx_ray.records import (
     AV,
     Conditions,
@@ -27,6 +28,7 @@ from ltx_ray.records import (
     Evidence,
     ImageLatents,
     ModelError,
+    Negative,
     PromptContext,
     RowError,
     WorkItem,
@@ -86,7 +88,9 @@ class TextEngine:
 
     @torch.inference_mode()
     def run(self, stage: Stage, item: WorkItem) -> Conditions:
-        """Contexts of the item's prompts, the negative one only when a pass needs it, and its encoded images.
+        """Contexts of the item's prompts and its encoded images.
+
+        The negative context is there only when a pass needs it, and as `item.negative` says.
 
         Raises RowError for images that cannot be decoded or have changed since the run was planned, OSError when their
         store does not answer, ModelError when the video encoder's weights do not fit.
@@ -96,8 +100,9 @@ class TextEngine:
         negative = self.encode(request.negative_prompt) if Pass.UNCOND in passes_for(request.guidance) else None
         positive = self.encode(request.prompt)
         truncated = positive.truncated or (negative is not None and negative.truncated)
-        self.facts = EngineFacts(prompt_truncated=truncated)
-        return Conditions(positive, negative, images)
+        separate = packed(negative) if negative is not None and item.negative == Negative.SEPARATE else None
+        self.facts = EngineFacts(prompt_truncated=truncated, negative=separate)
+        return Conditions(positive, negative if item.negative == Negative.WITHIN else None, images)
 
     def _images(self, item: WorkItem) -> tuple[ImageLatents, ...]:
         latents = []

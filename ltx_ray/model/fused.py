@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 
-from ltx_ray.checkpoints.transformer_config import StreamConfig
+from ltx_ray.checkpoints.transformer_config import StreamConfig, TransformerConfig
 from ltx_ray.checkpoints.transformer_keys import StreamNames
 from ltx_ray.model import steps
 from ltx_ray.model.attention_backends import attention_backend
@@ -36,6 +36,16 @@ _FIRST_FP8 = (8, 9)
 _PIECE_ROWS, _MOST_PIECES = 4000, 4
 
 
+def check_node(config: TransformerConfig, attention: str, device: torch.device) -> None:
+    """Raise UnfitNode when this node lacks what the attention or the kernels need, before the weights are read."""
+    attention_backend(attention, device, _head_dims(config))
+    _steps_for(device)
+
+
+def _head_dims(config: TransformerConfig) -> tuple[int, ...]:
+    return config.video.head_dim, config.audio.head_dim
+
+
 class FusedTransformer:
     """Velocities from a packed Transformer, as `Transformer.forward` gives them.
 
@@ -53,8 +63,7 @@ class FusedTransformer:
             if torch.cuda.get_device_capability(device) < _FIRST_FP8:
                 raise UnfitNode(f"precision fp8 needs a GPU that supports it, and {name} does not")
             check_fp8(quantized, name)
-        streams = model.config.video, model.config.audio
-        attend = attention_backend(attention, device, [stream.head_dim for stream in streams])
+        attend = attention_backend(attention, device, _head_dims(model.config))
         self._audio_stream = AudioCudaStream(device)
         self._blocks = FusedBlocks(attend, _steps_for(device), self._audio_stream, model.tp, model.config.norm_eps)
         self._modulations = Modulations(model)

@@ -15,12 +15,12 @@ from ltx_ray.checkpoints.checkpoint import Checkpoint
 from ltx_ray.checkpoints.digests import writable_cache_root
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec, RequestedNumerics
 from ltx_ray.placement.address import find_cluster
-from ltx_ray.placement.gpu_models import GpuNode, choose_nodes, model_of
+from ltx_ray.placement.gpu_models import Choice, GpuNode, choose_nodes, model_of
 from ltx_ray.placement.joined_nodes import JoinedNodes
 from ltx_ray.placement.layouts import Cards, choose_layout
 from ltx_ray.placement.memory import ROOMY_BYTES, Gpu, can_share, holds_rank, known_gpus
-from ltx_ray.placement.node_probe import nodes_have_fa3
-from ltx_ray.placement.numerics import all_hopper, has_fa3, resolve
+from ltx_ray.placement.node_probe import Attention, choose_attention, nodes_have_fa3
+from ltx_ray.placement.numerics import has_fa3, resolve
 from ltx_ray.placement.output_pools import Node
 from ltx_ray.placement.private_cluster import PrivateCluster, temporary_folder
 from ltx_ray.placement.sizing import ParallelConfig, Resources, check_schedulable, lay_out, slots_needed
@@ -46,7 +46,7 @@ class Placement:
     largest_gpu: Gpu | None
     #: The layout, which may have been chosen for the GPUs.
     parallel: ParallelConfig
-    #: Ids of the nodes that the run leaves alone, because their GPUs are of another model.
+    #: Ids of the nodes that the run leaves alone: their GPUs are of another model, or they lack FlashAttention-3.
     left_alone: frozenset[str] = frozenset()
 
 
@@ -64,8 +64,8 @@ class _FreeGpus:
     alone: bool = True
     #: Ids of the nodes that are left alone, and what is said of them.
     left_alone: frozenset[str] = frozenset()
-    told: str | None = None
-    #: Whether they have FlashAttention-3.
+    told: tuple[str, ...] = ()
+    #: Whether all of them have FlashAttention-3.
     fa3: bool = False
 
     @property
@@ -116,11 +116,12 @@ class Cluster:
         self._checkpoint, self._model, self._engines = checkpoint, model, engines
         self._share_cards, self._wait_for_gpus, self.say = share_cards, wait_for_gpus, say
         self._gpu_model = gpu_model
-        #: What the nodes have said, once they have been asked.
-        self._fa3: bool | None = None
+        #: By the ids of the nodes that have been asked, whether they have FlashAttention-3.
+        self._fa3: dict[str, bool] = {}
         self._joined = False
         #: Those that join while the run is there.
         self._nodes: JoinedNodes | None = None
+        self._foreign: set[str] = set()
         self._private = PrivateCluster()
 
     def join(self) -> Placement:
@@ -130,8 +131,8 @@ class Cluster:
         os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
         found, pools, numerics = self._join_running(self._address) if self._address else self._start_private()
         largest = found.largest if numerics.device == "cuda" else None
-        if found.told is not None:
-            self.say(found.told)
+        for line in found.told:
+            self.say(line)
         return Placement(pools, numerics, largest, self._parallel, found.left_alone)
 
     def store_bytes(self) -> float:
@@ -143,6 +144,18 @@ class Cluster:
     def new_nodes(self) -> list[Node]:
         """What is free on nodes that have joined since the pools were laid out; nothing for a run that may not grow."""
         return self._nodes.free() if self._nodes is not None and self._asked.may_grow else []
+
+    def foreign_nodes(self, serving: Collection[str]) -> Collection[str]:
+        """Ids of nodes that have joined since and whose GPUs the run must not use; each is named once.
+
+        `serving`: ids of the nodes where replicas are ready.
+        """
+        found = self._nodes.foreign(serving) if self._nodes is not None else {}
+        if new := [name for name in found if name not in self._foreign]:
+            self._foreign.update(new)
+            others = ", ".join(sorted(found[name] for name in new))
+            self.say(f"left alone, because their GPUs are not of the model of this run: {others}")
+        return self._foreign
 
     def _join_running(self, address: str) -> tuple[_FreeGpus, list[PoolSpec], Numerics]:
         import ray
@@ -167,30 +180,38 @@ class Cluster:
         import ray
 
         everything = Resources.of(ray.available_resources())
-        choice = choose_nodes(_gpu_nodes(), self._gpu_model, self._requested.noise_device != "cpu")
+        one_model = self._requested.noise_device != "cpu"
+        choice = choose_nodes(_gpu_nodes(), self._gpu_model, one_model)
+        attention = self._attention(choice)
+        told = tuple(line for line in (choice.told(), attention.told()) if line is not None)
+        if attention.fa3:
+            choice = choice.without(attention.without)
         free = Resources(
             everything.cpus - sum(node.cpus for node in choice.others),
             everything.gpus - sum(node.gpus for node in choice.others),
         )
-        self._nodes = JoinedNodes({node.model for node in choice.nodes})
+        used = {node.model for node in choice.nodes} | ({self._gpu_model} if self._gpu_model else set())
+        self._nodes = JoinedNodes(used, binding=one_model or self._gpu_model is not None)
         models = _models(choice.nodes)
         nodes = tuple(Node(node.cpus, node.gpus) for node in choice.nodes if node.gpus)
         alone = sum(node.gpus for node in choice.nodes) >= _whole_gpus(choice.nodes)
         left_alone = frozenset(node.id for node in choice.others)
-        if self._fa3 is None and self._asks_for_fa3(models):
-            self._fa3 = nodes_have_fa3([node.id for node in choice.nodes])
-        found = _FreeGpus(
-            free.gpus, models, *_known_extremes(models), nodes, alone, left_alone, choice.told(), bool(self._fa3)
-        )
+        found = _FreeGpus(free.gpus, models, *_known_extremes(models), nodes, alone, left_alone, told, attention.fa3)
         # The pools are sized for what is free, so that the run fits beside others.
         pools, numerics = self._lay_out(found)
         if not self._parallel.max_replicas:
             check_schedulable(pools, free)
         return found, pools, numerics
 
-    def _asks_for_fa3(self, models: Sequence[str]) -> bool:
-        """Whether the numerics depend on what the nodes have installed."""
-        return self._requested.attention == "auto" and self._requested.device != "cpu" and all_hopper(models)
+    def _attention(self, choice: Choice) -> Attention:
+        """Whether the run takes FlashAttention-3, by what its nodes have installed. Each is asked once."""
+        if not choice.nodes or self._requested.device == "cpu":
+            return Attention(False)
+        models, transformer = _models(choice.nodes), self._checkpoint.transformer
+        if resolve(self._requested, self._asked, "cuda", models, True, transformer).attention != "fa3":
+            return Attention(False)
+        self._fa3 |= nodes_have_fa3([node.id for node in choice.nodes if node.id not in self._fa3])
+        return choose_attention(choice.nodes, self._fa3, self._requested.attention)
 
     def _start_private(self) -> tuple[_FreeGpus, list[PoolSpec], Numerics]:
         self._private.prepare()

@@ -32,6 +32,10 @@ class Choice:
     nodes: Sequence[GpuNode]
     others: Sequence[GpuNode] = ()
 
+    def without(self, nodes: Sequence[GpuNode]) -> Choice:
+        """The same, with these nodes left alone, too."""
+        return Choice([node for node in self.nodes if node not in nodes], [*self.others, *nodes])
+
     def told(self) -> str | None:
         """What is left alone, in words; None when nothing is."""
         if not self.others:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ltx_ray.pools.back_off import BackOff
 from ltx_ray.pools.protocol import RankInfo
 
 #: Seconds for which a node is excluded the first time, and the most.
@@ -34,11 +35,11 @@ def node_name(ranks: Sequence[RankInfo]) -> str:
     return f"node {ranks[0].address or ranks[0].node}"
 
 
-class Exclusions:
+class Exclusions(BackOff[Excluded]):
     """The nodes that are excluded, by Ray's ids, and the failures of cards."""
 
     def __init__(self) -> None:
-        self.excluded: dict[str, Excluded] = {}
+        super().__init__(_FIRST_SECONDS, _MOST_SECONDS)
         #: By node: the cards on which nothing started or worked since something did, with the number of times.
         self._failed: dict[str, dict[str, int]] = {}
         self._times: dict[str, int] = {}
@@ -68,19 +69,5 @@ class Exclusions:
         """The node of a gang is excluded from now on."""
         node = ranks[0].node
         times = self._times[node] = self._times.get(node, 0) + 1
-        seconds = min(_FIRST_SECONDS * 2.0 ** (times - 1), _MOST_SECONDS)
-        found = self.excluded[node] = Excluded(node, node_name(ranks), reason, times, now + seconds)
+        found = self.left[node] = Excluded(node, node_name(ranks), reason, times, now + self.seconds(times))
         return found
-
-    def due(self, now: float) -> list[Excluded]:
-        """The nodes that are to be tried again now; they are no longer excluded."""
-        due = [node for node in self.excluded.values() if node.until <= now]
-        for node in due:
-            del self.excluded[node.node]
-        return due
-
-    def earliest(self) -> Excluded | None:
-        """Take the node that would be tried again first."""
-        if not self.excluded:
-            return None
-        return self.excluded.pop(min(self.excluded.values(), key=lambda node: node.until).node)

@@ -1,8 +1,10 @@
 """A gang: the rank actors of one replica, started and killed as one.
 
 Several ranks have a placement group, which keeps them on one node. A single rank has one only for its GPU: if the card
-fails, the group goes on reserving that very card, so that nothing else lands there. The rank is asked for together with
-its group, because to wait for the group alone would take a process of its own.
+fails, the group goes on reserving that very card, so that nothing else lands there. The rank itself could not do that.
+Many failures end its process, and Ray gives the card of a process that has ended to the next replica at once. A rank
+that lives on would keep the memory of its card, and what made it fail. The rank is asked for together with its group,
+because to wait for the group alone would take a process of its own.
 
 Nothing here waits. `advance` takes the gang from one step of its start to the next once the references that it waits
 for are ready, so that the driver's single loop can start many gangs at once.
@@ -154,6 +156,13 @@ class Gang:
         if self.state is GangState.PLACING:
             self._end()
             self._place(nodes)
+
+    def place_again(self, avoided: Collection[str]) -> None:
+        """Leave the place where this gang has not begun to load, for one on another node than these."""
+        assert self.state is GangState.WAITING
+        self._end()
+        self.state, self.ranks = GangState.PLACING, []
+        self._place(avoided)
 
     def waits_for(self) -> list[ray.ObjectRef]:
         """The references whose readiness takes this gang on."""

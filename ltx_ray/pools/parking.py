@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ltx_ray.pools.back_off import BackOff
+from ltx_ray.pools.exclusion import node_name
 from ltx_ray.pools.protocol import RankInfo
 
 #: Seconds for which a place is held after its first failure, and the most.
@@ -30,47 +32,31 @@ class Parked:
 def card(ranks: Sequence[RankInfo]) -> str:
     """Where the ranks of a gang run: the address of their node, and their cards."""
     cards = ",".join(rank.gpus for rank in ranks if rank.gpus)
-    return f"node {ranks[0].address or ranks[0].node}" + (f", GPU {cards}" if cards else "")
+    return node_name(ranks) + (f", GPU {cards}" if cards else "")
 
 
-class Parking:
-    """The places that are held, and how often each has failed since a replica started there."""
+class Parking(BackOff[Parked]):
+    """The places that are held, by replica, and how often each has failed since a replica started there."""
 
     def __init__(self) -> None:
-        self.held: dict[str, Parked] = {}
+        super().__init__(_FIRST_SECONDS, _MOST_SECONDS)
         self._failures: dict[tuple[tuple[str, str], ...], int] = {}
 
     def hold(self, replica: str, ranks: Sequence[RankInfo], now: float) -> Parked:
         """The place of a replica that failed to start is held from now on."""
         place = _place(ranks)
         count = self._failures[place] = self._failures.get(place, 0) + 1
-        seconds = min(_FIRST_SECONDS * 2.0 ** (count - 1), _MOST_SECONDS)
-        parked = self.held[replica] = Parked(replica, ranks[0].node, card(ranks), count, now + seconds)
+        parked = self.left[replica] = Parked(replica, ranks[0].node, card(ranks), count, now + self.seconds(count))
         return parked
 
     def started(self, ranks: Sequence[RankInfo]) -> None:
         """A replica is ready there."""
         self._failures.pop(_place(ranks), None)
 
-    def due(self, now: float) -> list[Parked]:
-        """The places that are to be tried again now; they are no longer held."""
-        due = [parked for parked in self.held.values() if parked.until <= now]
-        for parked in due:
-            del self.held[parked.replica]
-        return due
-
     def on_node(self, node: str) -> list[Parked]:
         """Take the places that are held on a node."""
-        found = [parked for parked in self.held.values() if parked.node == node]
-        for parked in found:
-            del self.held[parked.replica]
-        return found
-
-    def earliest(self) -> Parked | None:
-        """Take the place that would be tried again first."""
-        if not self.held:
-            return None
-        return self.held.pop(min(self.held.values(), key=lambda parked: parked.until).replica)
+        found = [replica for replica, parked in self.left.items() if parked.node == node]
+        return [self.left.pop(replica) for replica in found]
 
 
 def _place(ranks: Sequence[RankInfo]) -> tuple[tuple[str, str], ...]:

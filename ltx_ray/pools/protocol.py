@@ -133,6 +133,9 @@ class ReplicaSet(Protocol):
     def release(self, replica: str) -> None:
         """Give back a place that is held (`ReplicaLost.held`)."""
 
+    def share(self, value: bytes) -> Any:
+        """A handle of `value`, which calls may take as an input. It lives as long as it is referred to."""
+
     def result(self, payload: Any) -> Any:
         """The value behind a payload's handle."""
 

@@ -7,7 +7,7 @@ reports are read.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -31,11 +31,18 @@ class RayReplicaSet:
 
     `start_timeout`: seconds that a gang may take to be ready, from when it may load or from the last bytes of the
     model that came. `load_concurrency`: gangs that load at once; None for as many as do not slow each other down.
-    `left_alone`: nodes of others.
+    `left_alone`: nodes of others. `foreign`: those that have joined since and are to be left alone as well, for the
+    nodes where replicas are ready.
     """
 
-    def __init__(self, start_timeout: float, left_alone: Collection[str] = (), load_concurrency: int | None = None):
-        self._start_timeout, self._left_alone = start_timeout, frozenset(left_alone)
+    def __init__(
+        self,
+        start_timeout: float,
+        left_alone: Collection[str] = (),
+        load_concurrency: int | None = None,
+        foreign: Callable[[Collection[str]], Collection[str]] = lambda serving: (),
+    ):
+        self._start_timeout, self._left_alone, self._foreign = start_timeout, frozenset(left_alone), foreign
         self._load_progress = LoadProgress(start_timeout)
         self._card_time = CardTime()
         #: Ids of the nodes that drain, and when that was asked for last.
@@ -45,14 +52,18 @@ class RayReplicaSet:
         #: Dead ones whose places are held.
         self._held: dict[str, Gang] = {}
         self._load_limit = LoadLimit(load_concurrency)
-        #: Nodes on which no gang is placed.
+        #: Nodes that are excluded, and all on which no gang is placed.
+        self._excluded: frozenset[str] = frozenset()
         self._avoided = self._left_alone
+        #: Nodes of which it is known whether they are to be left alone.
+        self._judged: set[str] = set()
 
     def start(self, name: str, spec: PoolSpec) -> None:
         self._gangs[name] = Gang(name, spec, self._avoided)
 
     def avoid(self, nodes: Collection[str]) -> None:
-        self._avoided = self._left_alone.union(nodes)
+        self._excluded = frozenset(nodes)
+        self._avoided = self._left_alone | self._excluded
         for gang in self._gangs.values():
             gang.avoid(self._avoided)
 
@@ -93,7 +104,7 @@ class RayReplicaSet:
         try:
             if gang.state is not GangState.READY:
                 if not gang.advance(arrived):
-                    if gang.state is GangState.WAITING:
+                    if gang.state is GangState.WAITING and not self._leaves_foreign(gang):
                         self._card_time.hold(gang.name, gang.ranks, time.time())
                     return []
                 self._load_limit.end(gang.pool.name, time.time() - gang.load_began)
@@ -106,6 +117,23 @@ class RayReplicaSet:
                 self._lose(gang, str(lost), idle=lost.idle, node_lost=lost.node_lost, rank=lost.rank, unfit=lost.unfit)
             )
         return events
+
+    def _leaves_foreign(self, gang: Gang) -> bool:
+        """Have a gang that has a place look for another one, if its node is to be left alone."""
+        node = gang.ranks[0].node
+        if node not in self._judged:
+            ready = [each for each in self._gangs.values() if each.state is GangState.READY]
+            serving = {rank.node for each in ready for rank in each.ranks}
+            if serving:
+                self._judged.add(node)
+            found = self._left_alone.union(self._foreign(serving))
+            if found != self._left_alone:
+                self._left_alone = found
+                self.avoid(self._excluded)
+        if node not in self._left_alone:
+            return False
+        gang.place_again(self._avoided)
+        return True
 
     def _collect(self, gang: Gang, call: Call, arrived: set[ray.ObjectRef]) -> list[ReplicaEvent]:
         """What became of a call, if it has ended. Raises GangLost."""
@@ -167,6 +195,9 @@ class RayReplicaSet:
 
     def gpu_seconds(self) -> float:
         return self._card_time.seconds(time.time())
+
+    def share(self, value: bytes) -> Any:
+        return ray.put(value)
 
     def result(self, payload: Any) -> Any:
         return ray.get(payload)

@@ -182,6 +182,9 @@ class SimulatedReplicaSet:
     def release(self, replica: str) -> None:
         raise AssertionError("no place is ever held")
 
+    def share(self, value: bytes) -> Any:
+        raise AssertionError("no simulated call of text returns a context")
+
     def result(self, payload: Any) -> Any:
         return payload.value
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 from urllib.parse import unquote
 
-from ltx_ray.storage.object_client import FileReplaced
+from ltx_ray.storage.object_client import FileReplaced, whole
 from ltx_ray.storage.retry import RetryPolicy
 
 T = TypeVar("T")
@@ -78,10 +78,7 @@ class HubFiles:
         def read() -> bytes:
             with self._system.open(path, "rb", cache_type="none") as file:
                 file.seek(start)
-                data: bytes = file.read(length)
-            if len(data) != length:
-                raise OSError(f"{len(data)} bytes came where {length} were asked for")
-            return data
+                return whole(file.read(length), length)
 
         try:
             return self._try("reading", relative, read)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow.fs as pafs
+
+from ltx_ray.storage.checksums import CRC32, CRC64NVME, SHA256
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, GCSConfig, GCSStore, ObjectStore, RetryConfig, S3Credential, S3Store
@@ -48,14 +50,23 @@ def connector(fs: pafs.FileSystem, root: str, connect_seconds: float) -> Callabl
     return lambda seconds, checksums: _gcs_bucket(bucket, options, client(seconds))
 
 
-def sha256_reader(fs: pafs.FileSystem, root: str, seconds: float) -> Callable[[str], str | None]:
-    """A function that asks the bucket of `root` for the SHA-256 (hex) that it keeps of an object, or None.
+def whole_checksums(answer: Mapping[str, Any]) -> dict[str, str]:
+    """The checksums (hex) of a whole object in an answer of S3's, by name; not those of the parts of an upload."""
+    if answer.get("ChecksumType", "FULL_OBJECT") != "FULL_OBJECT":
+        return {}
+    fields = {SHA256: "ChecksumSHA256", CRC64NVME: "ChecksumCRC64NVME", CRC32: "ChecksumCRC32"}
+    kept = {name: answer.get(field, "") for name, field in fields.items()}
+    return {name: base64.b64decode(value).hex() for name, value in kept.items() if value and "-" not in value}
+
+
+def checksum_reader(fs: pafs.FileSystem, root: str, seconds: float) -> Callable[[str], dict[str, str]]:
+    """A function that asks the bucket of `root` for the checksums (hex) that it keeps of a whole object, by name.
 
     It raises FileNotFoundError, PermissionError, and OSError for what may pass. Threads may share it. obstore and
     pyarrow do not tell checksums.
     """
     if not isinstance(fs, pafs.S3FileSystem):
-        return lambda key: None
+        return lambda key: {}
     import botocore.exceptions
     import botocore.session
     from botocore import UNSIGNED
@@ -83,7 +94,7 @@ def sha256_reader(fs: pafs.FileSystem, root: str, seconds: float) -> Callable[[s
     )  # fmt: skip
     bucket = root.partition("/")[0]
 
-    def read(key: str) -> str | None:
+    def read(key: str) -> dict[str, str]:
         try:
             answer = client.head_object(Bucket=bucket, Key=key, ChecksumMode="ENABLED")
         except botocore.exceptions.ClientError as error:
@@ -92,10 +103,7 @@ def sha256_reader(fs: pafs.FileSystem, root: str, seconds: float) -> Callable[[s
             raise kind(f"{error} (HTTP status {status})") from None
         except botocore.exceptions.BotoCoreError as error:
             raise OSError(str(error)) from None
-        # That of an upload in parts is no hash of the whole.
-        whole = answer.get("ChecksumType", "FULL_OBJECT") == "FULL_OBJECT"
-        checksum = answer.get("ChecksumSHA256", "") if whole else ""
-        return base64.b64decode(checksum).hex() if checksum and "-" not in checksum else None
+        return whole_checksums(answer)
 
     return read
 

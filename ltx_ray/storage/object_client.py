@@ -120,10 +120,7 @@ class ObjectClient:
         def get() -> bytes:
             with _os_errors():
                 answer = obstore.get(self._connect(self._silence, False), self.key(relative), options=options)
-                data = bytes(answer.bytes())
-            if len(data) != length:
-                raise OSError(f"{len(data)} bytes came where {length} were asked for")
-            return data
+                return whole(bytes(answer.bytes()), length)
 
         try:
             return self._retry("reading", relative, get)
@@ -221,6 +218,13 @@ class ObjectClient:
             return self._get(relative)[0] == data
         except FileNotFoundError:
             return False
+
+
+def whole(data: bytes, length: int) -> bytes:
+    """`data`, which are the `length` bytes that were asked for. Raises OSError when an answer was cut off."""
+    if len(data) != length:
+        raise OSError(f"{len(data)} bytes came where {length} were asked for")
+    return data
 
 
 class FileReplaced(ValueError):

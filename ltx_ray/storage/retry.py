@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from ltx_ray.storage.range_file import RangeFile
 from ltx_ray.storage.reasons import reason
 
 T = TypeVar("T")
@@ -89,35 +90,12 @@ class RetryPolicy:
             pause = min(2 * pause, _LONGEST_WAIT)
 
 
-class _RetryingFile(io.RawIOBase):
+class _RetryingFile(RangeFile):
     """An object opened for reading. Each read is retried on its own."""
 
     def __init__(self, inner: pafs.FileSystem, path: str, retry: RetryPolicy):
-        self._retry, self._path, self._position = retry, path, 0
-        self._file = retry("opening", path, lambda: inner.open_input_file(path))
-        self._size = self._file.size()
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        count = max(0, min(len(buffer), self._size - self._position))
-        if count:
-            data = self._retry("reading", self._path, lambda: self._file.read_at(count, self._position))
-            buffer[: len(data)] = data
-            count = len(data)
-        self._position += count
-        return count
+        file = self._file = retry("opening", path, lambda: inner.open_input_file(path))
+        super().__init__(file.size(), lambda at, count: retry("reading", path, lambda: file.read_at(count, at)))
 
     def close(self) -> None:
         self._file.close()

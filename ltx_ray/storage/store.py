@@ -7,7 +7,7 @@ import os
 import random
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from urllib.parse import quote
@@ -24,7 +24,7 @@ from ltx_ray.storage.local_files import (
     write_synced,
 )
 from ltx_ray.storage.locations import recorded, resolve, split_options
-from ltx_ray.storage.object_access import connector, object_store_options, sha256_reader
+from ltx_ray.storage.object_access import checksum_reader, connector, object_store_options
 from ltx_ray.storage.object_client import ObjectClient
 from ltx_ray.storage.parquet import read_parquet, read_parquet_file
 from ltx_ray.storage.reasons import TEMPORARY, reason
@@ -167,19 +167,19 @@ class Store:
             # The store's error, which is retried, or that of a damaged file.
             return read_parquet(self.read_bytes(relative), columns)
 
-    def stored_sha256(self, relative: str) -> str | None:
-        """The SHA-256 (hex) that the store keeps of a whole file, without reading it; None where it keeps none.
+    def stored_checksums(self, relative: str) -> Mapping[str, str]:
+        """The checksums (hex) that the store keeps of a whole file, by name (checksums.py), without reading it.
 
-        S3 computes it while a file is created, and compares it with the sender's. Raises FileNotFoundError.
+        S3 computes them while a file is written, and compares one with the sender's. Raises FileNotFoundError.
         """
         if isinstance(self._conditional, LocalFiles):
-            return None
-        read, key = self._sha256_reader, self._conditional.key(relative)
+            return {}
+        read, key = self._checksum_reader, self._conditional.key(relative)
         return self._retry("looking up", relative, lambda: read(key))
 
     @cached_property
-    def _sha256_reader(self) -> Callable[[str], str | None]:
-        return sha256_reader(self._fs, self.root, _SILENCE_SECONDS)
+    def _checksum_reader(self) -> Callable[[str], dict[str, str]]:
+        return checksum_reader(self._fs, self.root, _SILENCE_SECONDS)
 
     def write_bytes(self, relative: str, data: bytes) -> None:
         """Write a whole file. It replaces an older one atomically."""

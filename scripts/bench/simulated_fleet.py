@@ -202,6 +202,9 @@ class SimulatedFleet:
     def release(self, replica: str) -> None:
         self._free(self._held.pop(replica))
 
+    def share(self, value: bytes) -> Any:
+        raise AssertionError("no simulated call of text returns a context")
+
     def result(self, payload: Any) -> Any:
         return _CLIP
 

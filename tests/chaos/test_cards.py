@@ -16,18 +16,11 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def cards() -> Iterator[LocalCluster]:
+def cluster() -> Iterator[LocalCluster]:
     """Two nodes with two GPUs each."""
     cluster = LocalCluster(workers=2, slots=8, gpus=2)
     yield cluster
     cluster.close()
-
-
-@pytest.fixture
-def job(cards, tmp_path) -> Iterator[Job]:
-    job = Job(cards, tmp_path)
-    yield job
-    job.close()
 
 
 def test_a_bad_card_is_named_and_left_alone_and_its_neighbours_go_on(job):

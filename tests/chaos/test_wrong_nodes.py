@@ -27,10 +27,9 @@ def nodes() -> Iterator[LocalCluster]:
 
 
 @pytest.fixture
-def job(nodes, tmp_path) -> Iterator[Job]:
-    job = Job(nodes, tmp_path)
-    yield job
-    job.close()
+def cluster(nodes) -> LocalCluster:
+    """That of `job`."""
+    return nodes
 
 
 def render(

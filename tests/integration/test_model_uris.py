@@ -197,9 +197,10 @@ def test_a_digest_or_a_size_that_does_not_match_is_refused(bucket, node, wrong, 
 def test_bytes_that_no_sample_covers_are_compared_with_the_stores_checksum(bucket, monkeypatch):
     model, _ = blob(bucket, 9_000_000)
     pinned = node_cache.pinned(model)
-    monkeypatch.setattr(Store, "stored_sha256", lambda self, relative: "0" * 64)
-    with pytest.raises(ValueError, match=r"has the SHA-256 .* legal: 0000"):
-        node_cache.on_this_node(pinned)
+    for name, digits in (("SHA-256", 64), ("CRC32", 8)):
+        monkeypatch.setattr(Store, "stored_checksums", lambda self, relative, kept={name: "0" * digits}: kept)
+        with pytest.raises(ValueError, match=rf"has the {name} .* legal: 0000"):
+            node_cache.on_this_node(pinned)
 
 
 TAKE = """

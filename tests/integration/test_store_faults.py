@@ -19,6 +19,7 @@ from ltx_ray.cli.verify import verify
 from ltx_ray.dataset.existing import list_existing
 from ltx_ray.manifest.reader import read_manifest
 from ltx_ray.storage import store
+from ltx_ray.storage.checksums import SHA256
 from ltx_ray.storage.images import read_image
 from ltx_ray.storage.lease import Lease, holder
 from ltx_ray.storage.retry import StoreUnavailable
@@ -403,21 +404,22 @@ def test_a_store_that_takes_no_checksums_gets_none(proxy, bucket):
     with proxy.misbehaving(kinds=("no_checksums",), first=10**6):
         assert [store.create("x", data) for data in (b"one", b"two")] == [True, False]
         assert store.update("x", b"three", store.read_versioned("x")[1])
-        assert store.read_bytes("x") == b"three" and store.stored_sha256("x") is None
+        assert store.read_bytes("x") == b"three" and store.stored_checksums("x") == {}
     summed = [path for _, path, headers in proxy.requests if "x-amz-checksum-sha256" in map(str.lower, headers)]
     assert len(summed) == 1
-    assert Store(bucket).create("y", b"one") and Store(bucket).stored_sha256("y") == hashlib.sha256(b"one").hexdigest()
+    assert Store(bucket).create("y", b"one")
+    assert Store(bucket).stored_checksums("y")[SHA256] == hashlib.sha256(b"one").hexdigest()
 
 
 def test_checksums_are_asked_for_again_when_that_fails(proxy, bucket):
     store = quick_store(bucket)
     store.create("x", b"one")
     with proxy.misbehaving(kinds=("slow_down", "cut_request", "lost_response"), methods=("HEAD",), first=3):
-        assert store.stored_sha256("x") == hashlib.sha256(b"one").hexdigest()
+        assert store.stored_checksums("x")[SHA256] == hashlib.sha256(b"one").hexdigest()
     with pytest.raises(FileNotFoundError):
-        store.stored_sha256("none")
+        store.stored_checksums("none")
     with proxy.misbehaving(kinds=("denied",), first=10**6), pytest.raises(PermissionError):
-        store.stored_sha256("x")
+        store.stored_checksums("x")
 
 
 def test_many_threads_share_a_store_that_throttles(proxy, single_try, s3, bucket):

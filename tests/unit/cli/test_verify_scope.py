@@ -15,6 +15,7 @@ from ltx_ray.cli.verify import verify
 from ltx_ray.dataset import check_scope
 from ltx_ray.dataset.check_scope import CheckScope
 from ltx_ray.dataset.parts import encode_part, read_part
+from ltx_ray.storage.checksums import SHA256
 from ltx_ray.storage.store import Store
 from tests.support.damaged_dataset import ITEMS, ROWS, boxes, build, clip_of
 
@@ -208,7 +209,7 @@ def test_clips_that_the_store_has_a_checksum_of_are_not_read(bucket, monkeypatch
     store = Store(f"{bucket}/out")
     for number, item_id in enumerate(ITEMS[:2]):
         assert store.create(clip_of(number), boxes(item_id))
-        assert store.stored_sha256(clip_of(number)) == hashlib.sha256(boxes(item_id)).hexdigest()
+        assert store.stored_checksums(clip_of(number))[SHA256] == hashlib.sha256(boxes(item_id)).hexdigest()
     build(store, ROWS[3:])
     monkeypatch.setattr(Store, "write_bytes", lambda self, path, data: None)  # those clips are there
     build(store, ROWS[:3])
@@ -232,7 +233,7 @@ def test_clips_that_the_store_has_a_checksum_of_are_not_read(bucket, monkeypatch
 def test_a_disk_keeps_no_checksums(tmp_path):
     store = Store(str(tmp_path))
     store.create("a", b"x")
-    assert store.stored_sha256("a") is None
+    assert store.stored_checksums("a") == {}
 
 
 # --- the command ----------------------------------------------------------------------------------

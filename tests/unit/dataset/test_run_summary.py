@@ -59,14 +59,16 @@ def test_what_stages_wait_for_and_cards_that_are_left_alone_are_told(tmp_path):
         {"t": 6.0, "event": "node_excluded", "node": "a1", "where": "node 10.0.0.8", "reason": "it is odd"},
         {"t": 6.0, "event": "node_excluded", "node": "b2", "where": "node 10.0.0.9", "reason": "its only GPU failed"},
         {"t": 7.0, "event": "node_retried", "node": "a1"},
+        {"t": 8.0, "event": "driver_differs", "node": "c3", "where": "node 10.0.0.6", "driver": "550.54"},
     ]
     run = read_run(Store(str(tmp_path)), write_records(Store(str(tmp_path)), events), now=9.0)
     assert run.waits == waits
     assert wait_lines(run.waits) == ["stage2 waits for decode 63% of the time"], "an idle decoder costs no GPU"
     assert parked_lines(run.parked) == ["node 10.0.0.7, GPU 3: left alone, because replicas failed there"]
-    assert run.left_alone == [
+    assert run.odd_nodes == [
         "node 10.0.0.9: excluded, because its only GPU failed",
         "node 10.0.0.7, GPU 3: left alone, because replicas failed there",
+        "node 10.0.0.6: its NVIDIA driver is 550.54",
     ]
 
 

@@ -10,7 +10,7 @@ from ltx_ray.driver.admission import Admission, Claims
 from ltx_ray.pools.pool import StartFailed
 from ltx_ray.pools.protocol import RankInfo, ReplicaStarted
 from ltx_ray.records import Evidence
-from tests.support.fake_cluster import StaffedRun
+from tests.support.fake_cluster import SPEC, StaffedRun
 
 GOOD = Evidence({"checkpoint_path": "c0"}, {"torch": "2.11"}, "580", "NVIDIA H100", {"transformer": "right"})
 CLAIMS = Claims({"checkpoint_path": "c0", "gemma_root": "g0"})
@@ -26,17 +26,24 @@ class Kept(dict):
 class Judged:
     """A run of five replicas of stage 1 on nodes with a GPU each, and its admission."""
 
-    def __init__(self, nodes: int = 5, claims: Claims = CLAIMS, answers: Kept | None = None, one_each: bool = False):
-        self.run = StaffedRun(stage1=5, decode=1)
+    def __init__(
+        self,
+        nodes: int = 5,
+        claims: Claims = CLAIMS,
+        answers: Kept | None = None,
+        one_each: bool = False,
+        decode: int = 1,
+    ):
+        self.run = StaffedRun(stage1=5, decode=decode)
         self.run.replicas.cards = {f"n{number}": 1 for number in range(nodes)}
         self.versions: list = []
         self.answers = Kept() if answers is None else answers
         self.admission = Admission(self.run.staff, claims, self.answers, self.versions.append)
         self.run.turn(one_each=one_each)
 
-    def up(self, number: int, node: str, now: float = 0.0, **changes) -> list[str]:
-        """A replica of stage 1 is up; those that may join now."""
-        name = f"stage1-{number}"
+    def up(self, number: int, node: str, now: float = 0.0, pool: str = "stage1", **changes) -> list[str]:
+        """A replica is up; those that may join now."""
+        name = f"{pool}-{number}"
         self.run.replicas.waits.pop(name)
         event = ReplicaStarted(
             name, [RankInfo(0, node=node, address=node, gpus="0")], 1.0, replace(GOOD, **changes)
@@ -86,6 +93,17 @@ def test_of_two_that_differ_a_third_tells_which_is_odd_and_that_may_be_the_first
     assert judged.run.replicas.killed[0] == "stage1-0" and judged.run.replicas.avoided == {"n0"}
     assert "it computes wrong for the known-answer clip, and the other nodes right" in judged.refused["stage1-0"]
     assert list(judged.answers.values()) == ["right"]
+
+
+def test_a_decoder_whose_answer_is_odd_is_refused_like_a_rank_of_the_dit():
+    judged = Judged(decode=3)
+    assert judged.up(0, "n0", pool="decode", answers={"decoder": "wrong"}) == ["decode-0"], "no other one is starting"
+    judged.run.replicas.waits = dict.fromkeys(judged.run.replicas.waits, 100.0)
+    judged.run.turn()
+    judged.up(1, "n1", pool="decode", answers={"decoder": "right"})
+    assert judged.up(2, "n2", pool="decode", answers={"decoder": "right"}) == ["decode-1", "decode-2"]
+    assert judged.run.replicas.avoided == {"n0"} and "decode-0" in judged.run.replicas.killed
+    assert any("to be doubted; the calls in the events name decode-0" in said for said in judged.run.said)
 
 
 def test_one_that_served_because_nobody_was_starting_may_be_outvoted_later():
@@ -160,6 +178,28 @@ def test_a_node_with_other_versions_is_the_odd_one():
         "stage1-1": 'its package versions are {"torch":"2.12"}, and those of the other nodes {"torch":"2.11"}'
     }
     assert judged.versions == [{"torch": "2.11"}]
+
+
+def test_a_node_whose_kernels_are_of_another_package_is_the_odd_one():
+    judged = Judged(decode=3)
+    kernels = {"triton": "3.6", "fa3-fwd": "0.0.3"}
+    judged.up(0, "n0", kernels=kernels)
+    judged.up(1, "n1", kernels={**kernels, "fa3-fwd": "0.0.4"}, answers={"transformer": "alike at few tokens"})
+    judged.up(2, "n2", kernels=kernels)
+    assert list(judged.refused) == ["stage1-1"] and '"fa3-fwd":"0.0.4"' in judged.refused["stage1-1"]
+    judged.run.replicas.waits = dict.fromkeys(judged.run.replicas.waits, 100.0)
+    judged.run.turn()
+    judged.run.staff.pool_of("decode-0").spec = replace(
+        judged.run.staff.pool_of("decode-0").spec, engine=replace(SPEC, engine="m:Decode")
+    )
+    assert judged.up(0, "n3", pool="decode", kernels={"triton": "3.6"}, answers={}) == ["decode-0"]
+    assert judged.versions == [{"torch": "2.11", **kernels}], "a decoder has no attention"
+
+
+def test_a_node_with_another_driver_of_its_gpus_is_named_and_serves():
+    judged = Judged()
+    assert judged.up(0, "n0") == [] and judged.up(1, "n1", driver="550") == ["stage1-0", "stage1-1"]
+    assert [event["where"] for event in judged.run.told("driver_differs")] == ["node n1"] and not judged.refused
 
 
 def test_without_a_third_node_those_that_serve_go_on():

@@ -113,7 +113,7 @@ def test_a_pool_with_too_many_gives_back_those_that_are_idle():
     run.policy.path = ("decode",)
     run.policy.admit("i0", path=("decode",))
     busy = run.policy.next_dispatch().replica
-    run.staff._sizer = SimpleNamespace(sizes=lambda pools, now: {"decode": 1})
+    run.staff._sizer = SimpleNamespace(needs={}, sizes=lambda pools, now: {"decode": 1})
     run.turn(now=1.0)
     assert busy not in run.replicas.killed and len(run.replicas.killed) == 3
     assert run.told("pool_resized") == [{"role": "decode", "replicas": 1, "before": 4}]
@@ -122,7 +122,7 @@ def test_a_pool_with_too_many_gives_back_those_that_are_idle():
 def test_no_pool_grows_for_rows_that_are_no_more():
     run = StaffedRun(decode=1)
     run.turn(one_each=True)
-    run.staff._sizer = SimpleNamespace(sizes=lambda pools, now: {"decode": 5})
+    run.staff._sizer = SimpleNamespace(needs={}, sizes=lambda pools, now: {"decode": 5})
     run.turn(more_rows=False)
     assert run.told("pool_resized") == []
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from ltx_ray.config import EngineSpec, GangLayout, ModelFiles, Numerics, RecipeNumerics
+from ltx_ray.engine import diffusion
 from ltx_ray.engine.base import Rank
+from ltx_ray.engine.decode import DecodeEngine
 from ltx_ray.engine.diffusion import DiffusionEngine
 from ltx_ray.engine.latents import latents_sha256, named_latents
 from ltx_ray.engine.text import TextEngine
 from ltx_ray.planning.plan import ItemBuilder
 from ltx_ray.pools.worker import RankActor
-from ltx_ray.records import ReplicaError
+from ltx_ray.records import Clip, ReplicaError, UnfitNode
 from ltx_ray.stages import DIFFUSION_STAGES
 from tests.support.pipeline import one_thread, toy_pipeline
 
@@ -60,6 +64,52 @@ def test_the_answer_is_that_of_every_rank_with_these_weights_and_of_no_others(co
         assert answers() == answers()
 
 
+def decoder(output: str, dtype: str = "float32") -> DecodeEngine:
+    numerics = Numerics(dtype=dtype)
+    engine = DecodeEngine(EngineSpec("ltx_ray.engine.decode:DecodeEngine", MODEL, numerics, output), Rank())
+    engine.load()
+    return engine
+
+
+@pytest.mark.parametrize("part", ["video_vae", "audio_vae", "vocoder"])
+def test_decoders_have_one_answer_too_and_another_with_any_other_weight(part, tmp_path):
+    with one_thread():
+        changed, other = decoder(str(tmp_path)), decoder(str(tmp_path))
+        before = changed.evidence()
+        assert other.evidence() == before and before.answers.keys() == {"decoder"}
+        assert other.evidence() == before and before.files.keys() == {"checkpoint_path"}
+        weight = next(iter(getattr(changed, part).parameters()))
+        with torch.no_grad():
+            weight.view(-1)[0] += 0.25
+        assert changed.evidence().answers != before.answers
+
+
+def test_a_decoder_that_makes_nan_is_found_before_it_joins(tmp_path):
+    broken = decoder(str(tmp_path))
+    with torch.no_grad():
+        next(iter(broken.vocoder.parameters())).view(-1)[0] = torch.nan
+    with pytest.raises(ReplicaError, match="the decoder of the known-answer clip is not finite, so this device"):
+        broken.evidence()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_decoder_makes_the_same_clip_after_it_has_answered(dtype, tmp_path):
+    pipeline = toy_pipeline(dtype=dtype)
+    item = pipeline.item(ROW)
+    with one_thread():
+        conditions = pipeline.text.run("text", item)
+        first = pipeline.diffusion.run("stage1", item, conditions)
+        second = pipeline.diffusion.run("stage2", item, conditions, first)
+
+        def clip(name: str, answers: bool) -> Clip:
+            engine = decoder(str(tmp_path / name), dtype)
+            if answers:
+                engine.evidence()
+            return engine.run("decode", item, first, second)
+
+        assert clip("asked", answers=True) == clip("not asked", answers=False)
+
+
 def test_it_changes_no_bit_of_a_clip_and_draws_no_global_random_number():
     pipeline = toy_pipeline()
     item = pipeline.item(ROW)
@@ -83,6 +133,14 @@ def test_a_device_that_makes_nan_is_found_before_it_joins():
         broken.transformer.get_parameter("proj_out.weight")[0, 0] = torch.nan
     with pytest.raises(ReplicaError, match="the transformer of the known-answer clip is not finite, so this device"):
         broken.evidence()
+
+
+def test_a_node_that_lacks_what_the_attention_needs_tells_before_it_reads_the_weights(monkeypatch):
+    monkeypatch.setattr(diffusion, "load_shard", lambda *args, **kwargs: pytest.fail("the weights are read"))
+    asked = spec(compile="fused")
+    unfit = DiffusionEngine(replace(asked, numerics=replace(asked.numerics, attention="fa3")), Rank())
+    with pytest.raises(UnfitNode, match="attention 'fa3' needs CUDA, and this replica runs on cpu"):
+        unfit.load()
 
 
 def test_a_rank_reports_it_when_it_has_started_and_not_with_calls():

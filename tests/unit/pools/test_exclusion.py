@@ -47,12 +47,12 @@ def test_the_time_doubles_and_the_node_that_is_due_first_may_be_taken_before_its
     exclusions, now, waits = Exclusions(), 50.0, []
     for _ in range(8):
         found = exclusions.exclude(gang("0"), "its only GPU failed", now)
-        assert found.where == "node 10.0.0.7" and list(exclusions.excluded) == ["n1"]
+        assert found.where == "node 10.0.0.7" and list(exclusions.left) == ["n1"]
         waits.append(found.until - now)
         now = found.until
-        assert exclusions.due(now - 1) == [] and exclusions.due(now) == [found] and not exclusions.excluded
+        assert exclusions.due(now - 1) == [] and exclusions.due(now) == [found] and not exclusions.left
     assert waits[:3] == [300.0, 600.0, 1200.0] and waits[-2:] == [14_400.0, 14_400.0]
     exclusions.exclude(gang("0"), "", now)
     exclusions.exclude(gang("0", node="n2"), "", now)
     first = exclusions.earliest()
-    assert first is not None and first.node == "n2" and list(exclusions.excluded) == ["n1"]
+    assert first is not None and first.node == "n2" and list(exclusions.left) == ["n1"]

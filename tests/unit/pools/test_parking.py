@@ -38,4 +38,4 @@ def test_the_card_whose_time_comes_first_may_be_taken_before_it():
     parking.hold("b", ranks(gpus="1"), 0.0)
     parking.hold("c", ranks(gpus="2"), 0.0)
     first = parking.earliest()
-    assert first is not None and first.replica == "c" and list(parking.held) == ["b"]
+    assert first is not None and first.replica == "c" and list(parking.left) == ["b"]

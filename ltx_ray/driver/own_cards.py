@@ -1,0 +1,98 @@
+"""Cards of the DiT that text and decode get for themselves, when those that they have do not suffice.
+
+Where text and decode do not share cards with the DiT, a run begins with as many cards for them as their calls usually
+need. What they do need is measured (driver/pool_sizer.py). A pool that is as large as its cards allow, and still bounds
+the run, gets the card of a replica of the DiT, as long as the run makes more clips with it. It keeps the card: its
+replicas are spread over all that it has, so that none becomes free when it shrinks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ltx_ray.pools.pool import Pool
+from ltx_ray.stages import DIFFUSION_STAGES
+
+#: Seconds between two looks, in which replicas on a new card come up and are measured.
+_PERIOD = 60.0
+#: By which part the run has to become faster.
+_WORTH = 0.02
+#: Replicas of the DiT that stay.
+_FEWEST_DIT = 2
+
+
+@dataclass(frozen=True)
+class CardMove:
+    """A card leaves the pool `giver` for the pool `taker`, and why."""
+
+    giver: str
+    taker: str
+    why: str
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """A card that `giver` has given to `taker`, which has so many places there."""
+
+    giver: Pool
+    taker: Pool
+    places: int
+
+
+class OwnCards:
+    """Moves a card at a time, by changing the sizes of its pools."""
+
+    def __init__(self) -> None:
+        self._looked = -math.inf
+        self._last: _Taken | None = None
+        self._has_failed = False
+
+    def look(
+        self, pools: Sequence[Pool], needs: Mapping[str, float], placing: Mapping[str, float], now: float
+    ) -> CardMove | None:
+        """A card that moves, if one does. Both pools have new sizes.
+
+        `needs`: by pool, the replicas that would be busy all the time. `placing`: replicas without a place, and how
+        long. What finds no place on its new card, because CPUs are lacking, gives it back, and no other card is moved.
+        """
+        if now - self._looked < _PERIOD or self._has_failed:
+            return None
+        self._looked = now
+        if self._last is not None and any(placing.get(name, 0.0) >= _PERIOD for name in self._last.taker.replicas):
+            return self._undo(self._last)
+        dit = [pool for pool in pools if set(pool.spec.roles) & set(DIFFUSION_STAGES)]
+        if not all(map(_gives_cards, dit)):
+            return None
+        ranks = sum(pool.spec.replicas for pool in dit)
+        giver = max(dit, key=lambda pool: pool.spec.replicas)
+        for pool in pools:
+            spec, need = pool.spec, needs.get(pool.spec.name)
+            if need is None or spec.most is None or not 0 < spec.gpus_per_rank < 1 or pool.ready < spec.most:
+                continue
+            places = int(1 / spec.gpus_per_rank + 1e-6)
+            # In clips of a replica of the DiT that never waits.
+            before = min(ranks, ranks * spec.most / need)
+            after = min(ranks - 1, ranks * (spec.most + places) / need)
+            if after > (1 + _WORTH) * before and ranks > _FEWEST_DIT and giver.spec.replicas > 1:
+                giver.spec = replace(giver.spec, replicas=giver.spec.replicas - 1)
+                pool.spec = replace(spec, most=spec.most + places)
+                self._last = _Taken(giver, pool, places)
+                return CardMove(giver.spec.name, spec.name, "with it the run makes more clips")
+        return None
+
+    def _undo(self, taken: _Taken) -> CardMove:
+        self._has_failed = True
+        spec = taken.taker.spec
+        assert spec.most is not None
+        most = spec.most - taken.places
+        taken.taker.spec = replace(spec, most=most, replicas=min(spec.replicas, most))
+        taken.giver.spec = replace(taken.giver.spec, replicas=taken.giver.spec.replicas + 1)
+        return CardMove(spec.name, taken.giver.spec.name, "nothing else has found a place there")
+
+
+def _gives_cards(pool: Pool) -> bool:
+    """Whether each replica of a pool of the DiT has a card to itself, and the driver may choose how many there are."""
+    spec = pool.spec
+    return spec.gpus_per_rank == 1 and spec.ranks == 1 and set(DIFFUSION_STAGES) <= set(spec.roles)

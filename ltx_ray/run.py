@@ -217,9 +217,8 @@ def _render(options: Options, signals: RunSignals) -> ExitCode:
     notes: list[str] = []
     if is_within(options.manifest, options.output):
         # Rows that failed in a run that was killed are in no part of failed/ yet.
-        fold_output(
-            Store(options.output), Progress().say, wait_seconds=wait_seconds(options.wait_for_output, options.selection)
-        )
+        wait = wait_seconds(options.wait_for_output, options.selection)
+        fold_output(Store(options.output), Progress().say, wait_seconds=wait)
     raws = prepared.plan.read(notes.append)
     if not (options.retry_failed or options.promote is not None):  # whose manifest is a table of a dataset
         prepared = replace(prepared, warnings=(*prepared.warnings, *notes))

@@ -17,16 +17,17 @@ from ltx_ray.checkpoints.checkpoint import Checkpoint, check_parallel, check_tra
 from ltx_ray.checkpoints.lora import check_lora
 from ltx_ray.checkpoints.node_cache import pinned
 from ltx_ray.checkpoints.parts import check_other_models
-from ltx_ray.config import NEWEST_SCHEME, EngineSpec, ModelFiles, Numerics, RequestedNumerics, RunLimits, Selection
+from ltx_ray.config import EngineSpec, ModelFiles, Numerics, RequestedNumerics, RunLimits, Selection
 from ltx_ray.dataset.description import describe
 from ltx_ray.dataset.existing import ExistingRows, list_existing
 from ltx_ray.dataset.fold import fold_dataset, fold_output
 from ltx_ray.dataset.gpu_time import GpuTime
-from ltx_ray.dataset.identity import KeptIdentity, read_identity
+from ltx_ray.dataset.identity import KeptIdentity, scheme_at
 from ltx_ray.dataset.known_answers import KnownAnswers
 from ltx_ray.dataset.output import check_creation, check_place, is_within
 from ltx_ray.dataset.removal import finish_removals
 from ltx_ray.dataset.row_log import RowLog
+from ltx_ray.dataset.run_cost import RunCost, cost_of
 from ltx_ray.dataset.run_summary import SummaryBuilder
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.driver.admission import Claims
@@ -47,6 +48,8 @@ from ltx_ray.placement.memory import checked_budget
 from ltx_ray.placement.numerics import check as check_numerics
 from ltx_ray.placement.numerics import check_widths, numerics_json
 from ltx_ray.placement.sizing import ParallelConfig
+from ltx_ray.planning.disk_space import expected_shortage
+from ltx_ray.planning.estimate import Stored
 from ltx_ray.planning.legality import check_legality
 from ltx_ray.planning.plan import ItemBuilder, Plan, PlanEntry, item_to_render
 from ltx_ray.planning.preflight import preflight_item
@@ -102,6 +105,7 @@ class Options:
     share_cards: str = "auto"
     wait_for_gpus: float = 0.0  # seconds, for those of a running cluster that is busy
     gpu_model: str | None = None  # Ray's name of the GPUs to use
+    gpu_price: float | None = None  # dollars for an hour of one GPU
     #: Address of a running Ray cluster; None for that of RAY_ADDRESS, or else a private one.
     ray_address: str | None = None
     #: Defaults of row fields, by column.
@@ -131,6 +135,10 @@ class Options:
     command: tuple[str, ...] = ()
     #: Dotted paths of the engines, by kind.
     engines: Mapping[str, str] = field(default_factory=lambda: dict(_ENGINES))
+
+    @property
+    def stored(self) -> Stored:
+        return Stored(self.save_latents, self.stop_after is not None, self.numerics.dtype)
 
 
 @dataclass(frozen=True)
@@ -177,23 +185,13 @@ def prepare(options: Options) -> Prepared:
     plan = Plan(
         manifest=options.manifest,
         rules=rules,
-        builder=ItemBuilder(model, options.numerics, options.scheme or _scheme_of(options.output)),
+        builder=ItemBuilder(model, options.numerics, options.scheme or scheme_at(options.output, _CHECK_RETRY_SECONDS)),
         selection=options.selection,
         samples=options.samples_per_prompt,
         retry_failed=options.retry_failed,
         latents_only=options.stop_after is not None,
     )
     return Prepared(replace(options, model=pinned(options.model)), checkpoint, plan, tuple(warnings))
-
-
-def _scheme_of(output: str | None) -> int:
-    """The scheme of the rows at `output`. A store that does not answer has none; `Run` reads it once more."""
-    if output is None:
-        return NEWEST_SCHEME
-    try:
-        return read_identity(Store(output, _CHECK_RETRY_SECONDS)).scheme
-    except OSError:
-        return NEWEST_SCHEME
 
 
 def render(options: Options) -> ExitCode:
@@ -267,6 +265,8 @@ class Run:
             plan = self.prepared.plan.against(existing)
             if self.options.promote is not None:
                 plan.manifest_rows = None  # many are passed over
+            elif (short := expected_shortage(self.store, plan, self.options.stored)) is not None:
+                self.progress.say(short)
             return _Rendering(self, plan).execute(self._chosen(plan, plan.rows(raws)))
         finally:
             self._leave()
@@ -478,9 +478,11 @@ class _Rendering:
     def _write_record(self, state: str) -> None:
         self._record.write(state, *self._progress_so_far())
 
-    def _progress_so_far(self) -> tuple[Mapping[str, int], int, SummaryBuilder, float | None]:
-        rate = self._tracker.rate
-        return self._tracker.counts, rate.clips, self._events.summary, rate.per_hour(time.monotonic())
+    def _progress_so_far(self) -> tuple[Mapping[str, int], int, SummaryBuilder, float | None, RunCost]:
+        tracker, rate = self._tracker, self._tracker.rate
+        reserved = self._driver.gpu_seconds() - self._gpu_time.before
+        cost = cost_of(reserved, self._options.gpu_price, rate.clips, tracker.video_seconds)
+        return tracker.counts, rate.clips, self._events.summary, rate.per_hour(time.monotonic()), cost
 
     def _finish(self, state: str) -> None:
         """Record how the run ended, unless another run has taken the output over and the records are its own."""

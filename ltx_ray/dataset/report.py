@@ -33,6 +33,7 @@ from ltx_ray.dataset.report_links import MAX_SIGNED, SignedLinks, sign_links
 from ltx_ray.dataset.report_list import IMAGES, MAX_LISTED, list_data, list_script, listed_items
 from ltx_ray.dataset.report_text import STAGE_NAMES, count, epoch_seconds, esc, finite, human, when, words
 from ltx_ray.dataset.report_throughput import draw_throughput
+from ltx_ray.dataset.run_cost import recorded_cost
 from ltx_ray.dataset.run_summary import wait_lines
 from ltx_ray.dataset.thumbnails import Strip
 from ltx_ray.dataset.timeline_chart import draw_timeline
@@ -169,8 +170,17 @@ def _tiles(data: ReportData) -> list[tuple[str, str, str, str]]:
         ("Video", human(data.clip_seconds or None), "total length of the clips", ""),
         ("Wall time", human(wall), "of the newest run", ""),
         ("GPU time", human(data.gpu_seconds or None), each if data.gpu_seconds else "", ""),
+        *_cost_tile(data),
         ("Throughput", rate_text(rate) if rate else "–", waits[0] if waits else "of the newest run", ""),
     ]
+
+
+def _cost_tile(data: ReportData) -> list[tuple[str, str, str, str]]:
+    cost = recorded_cost(data.run.record)
+    if cost is None:
+        return []
+    hours, _, each = str(cost).partition(", ")
+    return [("Reserved", hours, each or "by the newest run", "")]
 
 
 def _problems(data: ReportData, strips: list[Strip]) -> list[str]:

@@ -14,6 +14,7 @@ from ltx_ray.config import RunLimits
 from ltx_ray.dataset.run_summary import wait_lines
 from ltx_ray.dataset.writer import Failure
 from ltx_ray.driver.admission import Admission
+from ltx_ray.driver.calls_under_way import CallsUnderWay
 from ltx_ray.driver.growth import Growth
 from ltx_ray.driver.joined_cluster import JoinedCluster
 from ltx_ray.driver.outcomes import Outcomes
@@ -84,8 +85,7 @@ class Driver:
         self._preflight_admitted = self._preflight_running = False
         self._outcomes, self._gpu_seconds_before = Outcomes(limits.max_failed_fraction), gpu_seconds_before
         self._work_left = WorkLeft()
-        #: When the call of each item under way began.
-        self._call_began: dict[str, float] = {}
+        self._calls = CallsUnderWay(clock)
         self._noise_checked = False
         self._drain_until, self._memory_due = float("inf"), -float("inf")
         #: Items whose latents are saved for the next run, because this one drains.
@@ -260,7 +260,7 @@ class Driver:
             tracked = self.tracker.items[dispatch.item]
             if dispatch.moved:
                 self.events.emit("role_moved", replica=dispatch.replica, to=dispatch.stage)
-            self._call_began[dispatch.item] = self._clock()
+            self._calls.begin(dispatch.item)
             self.tracker.call_begins(tracked, dispatch.stage, time.monotonic())
             inputs = tracked.inputs(dispatch.stage)
             timeout = self._deadline(dispatch.stage, tracked.item)
@@ -313,16 +313,16 @@ class Driver:
             return not (event.idle or event.node_lost) and event.item_id in (None, item)
 
         for decision in self.policy.remove_replica(event.replica, charged, event.inputs_lost):
-            self._call_began.pop(decision.item, None)
+            self._calls.lose(self.tracker.items[decision.item], pool)
             if event.inputs_lost:
                 self._drop_results(decision.item)
             self._carry_out(decision, stages[decision.item], event.reason, traceback)
         self._staff.lost(event, self._clock())
 
     def _inputs_lost(self, event: InputsLost) -> None:
-        item = event.item_id
+        item, stage = event.item_id, self.policy.stage_of(event.item_id)
         self.events.emit("inputs_lost", replica=event.replica, item_id=item, reason=event.reason)
-        stage = self.policy.stage_of(item)
+        self._calls.lose(self.tracker.items[item], self._staff.pool_of(event.replica))
         # Latents that were to be saved are gone for good.
         saving = stage == Stage.SAVE_LATENTS
         decision = self.policy.row_failed(item) if saving else self.policy.inputs_lost(item)
@@ -381,8 +381,8 @@ class Driver:
 
     def _account(self, pool: Pool, replica: str, tracked: TrackedItem, stage: Stage, report: CallReport) -> None:
         """Record the cost of a call."""
-        self._call_began.pop(tracked.item.item_id, None)
-        tracked.take_call(stage, replica, report, report.seconds * pool.spec.gpus_per_rank * pool.spec.ranks)
+        self._calls.end(tracked.item.item_id)
+        tracked.take_call(stage, replica, report, report.seconds * pool.gpus_of_replica)
         self.events.emit(
             "preflight_call" if tracked.item.preflight else "call",
             role=pool.spec.name, replica=replica, stage=stage, item_id=tracked.item.item_id, id=tracked.name,
@@ -496,5 +496,5 @@ class Driver:
         waits = wait_lines(self._wait_report.shares)[:1] if self._wait_report is not None else []
         doing = ", ".join([*busy, *([f"{starting} gangs starting"] if starting else []), *waits])
         rate = None if ended else tracker.rate.per_hour(time.monotonic())
-        left = self._work_left.in_flight(tracker, self.policy, self.pools, self._call_began, now)
+        left = self._work_left.in_flight(tracker, self.policy, self.pools, self._calls.began, now)
         self.progress.update(tracker.done, tracker.failed, total, doing, ended, rate=rate, left=left)

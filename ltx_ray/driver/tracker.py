@@ -121,6 +121,8 @@ class RowTracker:
         self.metrics = RunMetrics()
         #: Of the clips that this run publishes, in the time of `time.monotonic`.
         self.rate = ClipRate()
+        #: How long those clips last in all.
+        self.video_seconds = 0.0
         #: The items in the pools and those whose rows are being written, by item_id.
         self.items: dict[str, TrackedItem] = {}
         self.exhausted = False
@@ -333,6 +335,7 @@ class RowTracker:
         if not tracked.published:
             tracked.published = True
             self.rate.published(time.monotonic())
+            self.video_seconds += planned.request.shape.seconds
         self._count(tracked, "rendered")
         self.events.emit("item_finished", item_id=tracked.item.item_id, id=planned.request.id)
 

@@ -452,6 +452,7 @@ class _Rendering:
             placement.pools,
             numerics_json(placement.numerics),
             run.cluster.store_bytes,
+            lease_age=lambda: run.lease.age,
             preflight=preflight_item(run.prepared.plan, options.model.distilled) if preflight else None,
             claims=Claims(run.prepared.plan.builder.digests, one_model=options.numerics.noise_device != "cpu"),
             answers=KnownAnswers(run.store.retrying_for(_CHECK_RETRY_SECONDS)),
@@ -481,7 +482,7 @@ class _Rendering:
     def _progress_so_far(self) -> tuple[Mapping[str, int], int, SummaryBuilder, float | None, RunCost]:
         tracker, rate = self._tracker, self._tracker.rate
         reserved = self._driver.gpu_seconds() - self._gpu_time.before
-        cost = cost_of(reserved, self._options.gpu_price, rate.clips, tracker.video_seconds)
+        cost = cost_of(reserved, self._options.gpu_price, rate.clips, tracker.done_work.total.seconds)
         return tracker.counts, rate.clips, self._events.summary, rate.per_hour(time.monotonic()), cost
 
     def _finish(self, state: str) -> None:

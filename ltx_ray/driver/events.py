@@ -1,4 +1,4 @@
-"""What happened and how long it took: the events of a run in its output, counters in Ray's metrics."""
+"""What happened and how long it took: the events of a run in its output."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import threading
 import time
 from collections.abc import Collection
-from functools import cached_property
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -150,6 +149,7 @@ class EventLog:
     """
 
     def __init__(self, store: Store, run_id: str):
+        self.run_id = run_id
         self._summary = SummaryBuilder()
         #: Events that are no lines yet.
         self._entries: list[dict[str, Any]] = []
@@ -238,48 +238,3 @@ class EventLog:
 
 def _compressed(data: bytes) -> bytes:
     return pa.compress(data, codec="zstd", asbytes=True)
-
-
-class RunMetrics:
-    """Counters and timings of a run in `ray.util.metrics`, for the cluster's Prometheus.
-
-    They are created on first use, because metrics need a cluster, and a run without work never joins one.
-    """
-
-    @cached_property
-    def _items(self) -> Any:
-        from ray.util import metrics
-
-        return metrics.Counter("ltx_ray_items", "Finished items by outcome", tag_keys=("outcome",))
-
-    @cached_property
-    def _seconds(self) -> Any:
-        from ray.util import metrics
-
-        return metrics.Histogram(
-            "ltx_ray_call_seconds",
-            "Seconds of engine calls by stage",
-            boundaries=[0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000],
-            tag_keys=("stage",),
-        )
-
-    @cached_property
-    def _waited(self) -> Any:
-        from ray.util import metrics
-
-        return metrics.Counter(
-            "ltx_ray_waited_seconds", "Seconds that replicas of a stage waited, by cause", tag_keys=("stage", "cause")
-        )
-
-    def waited(self, stage: str, cause: str, seconds: float) -> None:
-        """Record that replicas of a stage have waited, for another stage, for memory or for rows."""
-        if seconds > 0:
-            self._waited.inc(seconds, tags={"stage": stage, "cause": cause})
-
-    def item(self, outcome: str) -> None:
-        """Count a row whose item ended: "rendered" or "failed"."""
-        self._items.inc(1, tags={"outcome": outcome})
-
-    def call(self, stage: str, seconds: float) -> None:
-        """Record the duration of an engine call."""
-        self._seconds.observe(seconds, tags={"stage": stage})

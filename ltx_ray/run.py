@@ -25,6 +25,7 @@ from ltx_ray.dataset.gpu_time import GpuTime
 from ltx_ray.dataset.identity import KeptIdentity, scheme_at
 from ltx_ray.dataset.known_answers import KnownAnswers
 from ltx_ray.dataset.output import check_creation, check_place, is_within
+from ltx_ray.dataset.quality import QualitySums
 from ltx_ray.dataset.removal import finish_removals
 from ltx_ray.dataset.row_log import RowLog
 from ltx_ray.dataset.run_cost import RunCost, cost_of
@@ -479,11 +480,12 @@ class _Rendering:
     def _write_record(self, state: str) -> None:
         self._record.write(state, *self._progress_so_far())
 
-    def _progress_so_far(self) -> tuple[Mapping[str, int], int, SummaryBuilder, float | None, RunCost]:
+    def _progress_so_far(self) -> tuple[Mapping[str, int], int, SummaryBuilder, float | None, RunCost, QualitySums]:
         tracker, rate = self._tracker, self._tracker.rate
         reserved = self._driver.gpu_seconds() - self._gpu_time.before
         cost = cost_of(reserved, self._options.gpu_price, rate.clips, tracker.done_work.total.seconds)
-        return tracker.counts, rate.clips, self._events.summary, rate.per_hour(time.monotonic()), cost
+        per_hour = rate.per_hour(time.monotonic())
+        return tracker.counts, rate.clips, self._events.summary, per_hour, cost, tracker.quality
 
     def _finish(self, state: str) -> None:
         """Record how the run ended, unless another run has taken the output over and the records are its own."""

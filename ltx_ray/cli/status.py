@@ -19,6 +19,7 @@ from ltx_ray.dataset import layout
 from ltx_ray.dataset.clip_rate import UNFINISHED, rate_text
 from ltx_ray.dataset.existing import ExistingRows, list_existing
 from ltx_ray.dataset.gpu_time import read_gpu_seconds
+from ltx_ray.dataset.quality import quality_text
 from ltx_ray.dataset.run_cost import cost_lines, recorded_cost
 from ltx_ray.dataset.run_summary import LastCall, RecordedRun, read_run, wait_lines
 from ltx_ray.driver.progress import duration
@@ -83,6 +84,7 @@ def status_lines(output: str) -> list[str]:
         *_replica_lines(known.replicas),
         *wait_lines(known.waits),
         *known.left_alone,
+        *([f"clips of the run: {text}"] if (text := quality_text(run.get("quality"))) else ()),
         *cost_lines(run, status.gpu_seconds),
         *([rate_text(rate) + (" when it was interrupted" if interrupted else "")] if rate else ()),
     ]
@@ -107,6 +109,7 @@ def status_json(output: str) -> str:
         "clips_per_hour": known.clips_per_hour,
         "cost": None if cost is None else plain(cost),
         "gpu_hours_of_all_runs": status.gpu_seconds / 3600,
+        "quality": run.get("quality"),
         "waits": known.waits,
         "left_alone": known.left_alone,
         "replicas": {name: plain(call) for name, call in known.replicas.items()},

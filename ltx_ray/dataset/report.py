@@ -18,6 +18,7 @@ from typing import Any
 
 from ltx_ray.dataset import layout
 from ltx_ray.dataset.clip_rate import rate_text
+from ltx_ray.dataset.quality import measure_lines, quality_text
 from ltx_ray.dataset.report_data import (
     ReportData,
     clip_length,
@@ -128,6 +129,7 @@ def _header(data: ReportData, strips: list[Strip]) -> str:
         "Pools": _pairs(run.get("pools")) + (f" · tp {run['tp']}" if run.get("tp") else ""),
         "Versions": _pairs(run.get("versions") or first.get("versions")),
         "Manifest": run.get("manifest"),
+        "Measured": quality_text({**data.quality.summary(), "flags": None}),
     }
     more = {name: run[name] for name in ("command", "output", "numerics", "recipe", "counts") if run.get(name)}
     folded = json.dumps(more, indent=2, ensure_ascii=False, default=str) if more else ""
@@ -285,6 +287,7 @@ def _card(row: dict[str, Any], strip: Strip, slowest: float, signed: str | None)
         "images": ", ".join(f"{image.get('path')} at frame {image.get('frame_idx')}" for image in images),
         "replicas": " → ".join(str(replica) for replica in replicas if replica is not None),
         "switches": row.get("switches") or "",
+        **measure_lines(row),
         "GPU time": human(finite(row.get("gpu_seconds"))) if row.get("gpu_seconds") else "",
         "device": row.get("device"),
         "finished": when(finished) if finished else "",

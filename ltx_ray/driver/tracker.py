@@ -17,6 +17,7 @@ from ltx_ray.dataset import layout
 from ltx_ray.dataset.clip_rate import FIRST_STAGES, ClipRate
 from ltx_ray.dataset.failures import FailureScope
 from ltx_ray.dataset.parts import UnreadablePart
+from ltx_ray.dataset.quality import QualitySums
 from ltx_ray.dataset.writer import DatasetWriter, Failure, Rendered
 from ltx_ray.driver.events import EventLog
 from ltx_ray.driver.illegal_rows import IllegalRows
@@ -133,6 +134,8 @@ class RowTracker:
         self.rate = ClipRate()
         #: What those clips cost.
         self.done_work = PlannedWork()
+        #: What was measured of them.
+        self.quality = QualitySums()
         #: Rows that have failed in this run, by the class of their failure.
         self.failures: Counter[str] = Counter()
         #: The items in the pools and those whose rows are being written, by item_id.
@@ -347,6 +350,8 @@ class RowTracker:
         if not tracked.published:
             tracked.published = True
             self.rate.published(time.monotonic())
+            assert isinstance(tracked.outcome, Rendered)
+            self.quality.add(tracked.outcome.measures, tracked.outcome.flags)
             self.done_work.add(planned.estimate(self.plan.builder.checkpoint.transformer))
         self._count(tracked, "rendered")
         self.events.emit("item_finished", item_id=tracked.item.item_id, id=planned.request.id)

@@ -283,6 +283,7 @@ def write_run(out: Path, seconds: float = 300, state: str = "finished", **counts
         "tp": 1,
         "numerics": {"attention": "sdpa-flash", "compile": "off"},
         "counts": counts,
+        "cost": {"gpu_hours": 1.5, "dollars": 3.75, "dollars_per_clip": 0.05, "dollars_per_video_hour": 40.0},
         "recipe": {"pipeline": "hq", "dtype": "bfloat16", "checkpoint": "5b1e…"},
         "recipe_digest": "9f2c41d07be3a855",
         "device": "NVIDIA H100 80GB HBM3",

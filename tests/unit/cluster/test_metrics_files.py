@@ -82,6 +82,13 @@ def test_every_metric_is_on_the_dashboard():
     assert shown == set(SCRAPED)
 
 
+def test_the_page_for_operators_lists_every_metric_with_its_labels():
+    text = (ROOT / "docs" / "operations.md").read_text()
+    for name, metric in METRICS.items():
+        labels = ", ".join(f"`{label}`" for label in metric.labels)
+        assert f"| `{name}` | {labels} | {metric.help}{'; a counter' if metric.counts else ''} |\n" in text
+
+
 def test_panels_have_ids_and_places_of_their_own_and_sources_that_are_variables():
     panels = DASHBOARD["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)

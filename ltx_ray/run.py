@@ -38,6 +38,7 @@ from ltx_ray.driver.last_report import write_last_report
 from ltx_ray.driver.loop import Driver
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
+from ltx_ray.driver.row_traces import RowTraces
 from ltx_ray.driver.run_record import RunRecord, keep_older_run, recorded_counts, summary_line
 from ltx_ray.driver.signals import RunSignals, Stopped
 from ltx_ray.driver.tracker import RowTracker
@@ -104,6 +105,7 @@ class Options:
     parallel: ParallelConfig = ParallelConfig()  # noqa: RUF009 (frozen)
     #: Whether text and decode run on the DiT's GPUs: "on", "off", or "auto" for "on" where all GPUs are free.
     share_cards: str = "auto"
+    trace: bool = False  # of every row, to where OpenTelemetry's variables say
     wait_for_gpus: float = 0.0  # seconds, for those of a running cluster that is busy
     gpu_model: str | None = None  # Ray's name of the GPUs to use
     gpu_price: float | None = None  # dollars for an hour of one GPU
@@ -326,7 +328,7 @@ class _Rendering:
         assert options.output is not None
         self._run, self._options, self._plan = run, options, plan
         keep_older_run(store)
-        self._events = EventLog(store, run.run_id)
+        self._events = EventLog(store, run.run_id, RowTraces(run.run_id) if options.trace else None)
         self._record = RunRecord(
             store,
             run_id=run.run_id,

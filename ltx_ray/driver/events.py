@@ -14,6 +14,7 @@ from pydantic_core import to_json
 
 from ltx_ray.dataset.layout import EVENTS, event_segments
 from ltx_ray.dataset.run_summary import SummaryBuilder
+from ltx_ray.driver.row_traces import RowTraces
 from ltx_ray.storage.credentials import masked
 from ltx_ray.storage.store import Store
 
@@ -148,8 +149,9 @@ class EventLog:
     wait, the oldest are given up, and an event `events_lost` says how many.
     """
 
-    def __init__(self, store: Store, run_id: str):
-        self.run_id = run_id
+    def __init__(self, store: Store, run_id: str, traces: RowTraces | None = None):
+        """`traces`: what else takes the events, if anything does."""
+        self.run_id, self._traces = run_id, traces
         self._summary = SummaryBuilder()
         #: Events that are no lines yet.
         self._entries: list[dict[str, Any]] = []
@@ -194,6 +196,8 @@ class EventLog:
         """Make lines of the events, and sum them up."""
         for entry in self._entries:
             self._summary.add(entry)
+            if self._traces is not None:
+                self._traces.take(entry)
             line = _line(entry)
             self._lines.append(line)
             self._size += len(line)

@@ -2,7 +2,9 @@
 
 A replica shows the digests of the files that it opened, the versions of its packages, its GPU, and what it computes for
 a clip of a few tokens (records.Evidence). Files have to be those of the rows. Of versions and answers, what most nodes
-say is right. Two nodes that differ wait for a third, and the odd one is refused, by name, and excluded.
+say is right. The first replica waits until another node or an earlier run has said the same, so that no row is made by
+a node that others would outvote. Two nodes that differ wait for a third, and the odd one is refused, by name, and
+excluded.
 """
 
 from __future__ import annotations
@@ -83,6 +85,7 @@ class Admission:
         #: The model of GPU of the run, once it is known.
         self.model: str | None = None
         self._versions: str | None = None
+        self._rows_have_begun = False
 
     def take(self, event: ReplicaStarted, now: float) -> list[ReplicaStarted]:
         """A replica is up. Returns those that may join now, of which this may be one or not.
@@ -127,6 +130,20 @@ class Admission:
                 ballot.cast(EARLIER_RUNS, before)
         return self._ballots[key]
 
+    def rows_begin(self, now: float) -> None:
+        """All replicas have been asked for, where one of each pool was enough for the preflight clip.
+
+        Those that made it wait until other nodes say the same, as those do that come up later.
+        """
+        if self._rows_have_begun:
+            return
+        self._rows_have_begun = True
+        for name, candidate in list(self._joined.items()):
+            candidate.until = now + _SETTLE_SECONDS
+            if self._staff.knows(name) and self._may_be_confirmed(candidate, now):
+                self._waiting[name] = self._joined.pop(name)
+                self._staff.hold_back(name)
+
     def settle(self, now: float) -> list[ReplicaStarted]:
         """Admit and refuse those that wait, as far as their ballots are settled. Cheap when nobody waits."""
         if not self._waiting:
@@ -138,7 +155,6 @@ class Admission:
                 continue
             verdict = self._verdict(candidate, now)
             if verdict is None:
-                self._staff.set_aside(name)
                 continue
             del self._waiting[name]
             if verdict:
@@ -156,16 +172,31 @@ class Admission:
         for key, value in candidate.votes.items():
             ballot = self._ballots[key]
             if ballot.settled is None:
-                if now < candidate.until and self._may_vote(ballot, bool(candidate.event.ranks[0].gpus)):
+                if now < candidate.until and self._may_vote(ballot, candidate):
+                    # Another replica is started in its place, which may tell who is right.
+                    self._staff.set_aside(candidate.event.replica)
                     return None
                 self._settle_without_third(key, ballot, candidate)
             if ballot.settled != value:
                 return self._difference(key, value, ballot.settled or "")
+        if self._may_be_confirmed(candidate, now):
+            self._staff.hold_back(candidate.event.replica)
+            return None
         return ""
 
-    def _may_vote(self, ballot: Ballot, on_gpus: bool) -> bool:
-        """Whether there are nodes that have not voted yet."""
-        return bool(self._staff.left_alone.usable(on_gpus) - ballot.nodes)
+    def _may_be_confirmed(self, candidate: _Candidate, now: float) -> bool:
+        """Whether nobody else has said what a candidate says, and replicas that are starting may."""
+        ballots = {key: self._ballots[key] for key in candidate.votes}
+        if any(EARLIER_RUNS in ballot.votes for ballot in ballots.values()):
+            del ballots[_VERSIONS]  # Answers are kept by versions, so earlier runs had the same.
+        alone = [ballot for ballot in ballots.values() if not ballot.confirmed]
+        if now >= candidate.until or not any(self._may_vote(ballot, candidate) for ballot in alone):
+            return False
+        return any(name not in self._waiting for name in self._staff.starting_like(candidate.event.replica))
+
+    def _may_vote(self, ballot: Ballot, candidate: _Candidate) -> bool:
+        """Whether there are nodes for replicas like a candidate that have not voted yet."""
+        return bool(self._staff.left_alone.usable(bool(candidate.event.ranks[0].gpus)) - ballot.nodes)
 
     def _settle_without_third(self, key: str, ballot: Ballot, candidate: _Candidate) -> None:
         """Nobody else can be asked. Those that serve go on; a run of one node goes on with what it has."""

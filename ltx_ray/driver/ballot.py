@@ -18,6 +18,7 @@ class Ballot:
         self.settled: str | None = None
         #: Whether the nodes say different things.
         self.contested = False
+        self._asked_all = False
 
     def cast(self, node: str, value: str) -> None:
         if self.votes.get(node) != value:
@@ -26,6 +27,7 @@ class Ballot:
 
     def settle_for(self, value: str) -> None:
         """Nobody else can be asked, so `value` counts from now on. Votes for others are void."""
+        self._asked_all = True
         self.votes = {node: vote for node, vote in self.votes.items() if vote == value}
         self._count()
 
@@ -34,6 +36,11 @@ class Ballot:
         self.contested = len(counts) > 1
         tied = self.contested and counts[0][1] == counts[1][1]
         self.settled = None if tied or not counts else counts[0][0]
+
+    @property
+    def confirmed(self) -> bool:
+        """Whether more than one says what counts, or nobody else can be asked."""
+        return self.settled is not None and (self._asked_all or list(self.votes.values()).count(self.settled) > 1)
 
     @property
     def nodes(self) -> set[str]:

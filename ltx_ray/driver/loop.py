@@ -243,6 +243,8 @@ class Driver:
         if self.policy.draining:
             return
         self._staff.start_missing(self._clock(), self._preflight_running, cluster.elastic, not self.tracker.exhausted)
+        if not self._preflight_running:
+            self._admission.rows_begin(self._clock())
         if cluster.elastic and self.tracker.exhausted:
             self._staff.give_back_spare()
 
@@ -292,10 +294,6 @@ class Driver:
                 self._check_noise(drawing)
             node = event.ranks[0].node if event.ranks else ""
             self.policy.add_replica(event.replica, pool.spec.roles, pool.spec.calls_at_once, node)
-            self.events.emit(
-                "gang_started", role=pool.spec.name, replica=event.replica,
-                ranks=[rank.event() for rank in event.ranks], seconds=round(event.seconds, 3),
-            )  # fmt: skip
 
     def _replica_lost(self, event: ReplicaLost, traceback: str = "") -> None:
         """A replica has been killed."""

@@ -47,7 +47,7 @@ class Policy:
     max_passed_over: int = 16
     max_bytes: float = math.inf
     draining: bool = False
-    #: An item that has the stages after text to itself, as long as it is in flight.
+    #: An item that has all stages to itself, as long as it is in flight.
     alone: str | None = None
     _items: dict[str, Item] = field(default_factory=dict)
     _replicas: dict[str, Replica] = field(default_factory=dict)
@@ -81,6 +81,9 @@ class Policy:
         self._count_server(state, 1)
         self._mark_idle(replica)
 
+    def has_replica(self, replica: str) -> bool:
+        return replica in self._replicas
+
     def retire(self, replica: str) -> None:
         """A replica gets no new call. It is to be removed once those under way have ended."""
         state = self._replicas[replica]
@@ -109,8 +112,7 @@ class Policy:
         self._mark_busy(replica)
         if not gone.retired:
             self._count_server(gone, -1)
-        if gone.merged_stage is not None:
-            self._merged -= Counter([(gone.merged_stage, gone.merged_weights)])
+        gone.drop_weights(self._merged)
         del self._replicas[replica]
         return [self._after_loss(item, charged(item), inputs_lost, given_back) for item in items]
 
@@ -235,7 +237,7 @@ class Policy:
         return None
 
     def _dispatch_alone(self, state: Item) -> Dispatch | None:
-        """The next call of the item that goes first; meanwhile others get their text."""
+        """The next call of the item that goes first."""
         stage = state.stage
         if state.replica is None and self._begins(stage):
             queue, weights = self._queues[stage][state.next_stage], state.weights.get(stage)
@@ -244,8 +246,6 @@ class Policy:
             if stage in DIFFUSION_STAGES and (replica := self._replica_to_move(stage)) is not None:
                 self._move(replica, stage)
                 return self._run(replica, stage, queue, weights, moved=True)
-        if stage != Stage.TEXT and self._idle[Stage.TEXT] and (queues := self._ready_queues(Stage.TEXT)):
-            return self._assign(self._best_idle(Stage.TEXT, queues), Stage.TEXT, queues)
         return None
 
     def _dispatch_elsewhere(self) -> Dispatch | None:
@@ -431,13 +431,7 @@ class Policy:
             self._mark_busy(name)
         switched = False
         if TRAITS[stage].merges_weights:
-            switched = replica.merged_stage is not None and (replica.merged_stage, replica.merged_weights) != (
-                stage, weights,
-            )  # fmt: skip
-            if replica.merged_stage is not None:
-                self._merged -= Counter([(replica.merged_stage, replica.merged_weights)])  # Drops what is at 0.
-            self._merged[stage, weights] += 1
-            replica.merged_stage, replica.merged_weights = stage, weights
+            switched = replica.merge(stage, weights, self._merged)
         state.replica = name
         self._calls[stage, state.next_stage] += 1
         return Dispatch(item, stage, name, switched, moved)

@@ -92,6 +92,26 @@ class Replica:
         """The stages that it serves now."""
         return tuple(role for role in self.roles if role == self.assigned or role not in DIFFUSION_STAGES)
 
+    def merge(self, stage: Stage, weights: Hashable, merged: Counter[tuple[Stage, Hashable]]) -> bool:
+        """It has these weights merged from now on. Whether it had others. `merged`: how many replicas have which."""
+        if self.merged_stage == stage and self.merged_weights == weights:
+            return False
+        had_others = self.merged_stage is not None
+        self.drop_weights(merged)
+        self.merged_stage, self.merged_weights = stage, weights
+        merged[stage, weights] += 1
+        return had_others
+
+    def drop_weights(self, merged: Counter[tuple[Stage, Hashable]]) -> None:
+        """It has no weights merged any more."""
+        if self.merged_stage is None:
+            return
+        key = self.merged_stage, self.merged_weights
+        merged[key] -= 1
+        if not merged[key]:
+            del merged[key]
+        self.merged_stage = self.merged_weights = None
+
     def choose(
         self,
         stage: Stage,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ltx_ray.config import RunLimits
+from ltx_ray.config import Numerics, RunLimits
 from ltx_ray.driver.events import EventLog
 from ltx_ray.driver.growth import Growth
 from ltx_ray.driver.left_alone import LeftAlone
@@ -24,7 +24,7 @@ from ltx_ray.stages import DIFFUSION_STAGES, Stage
 
 #: Seconds for which the DiT's replicas may wait for places before those of other pools no longer wait for them.
 _HEAD_START = 60.0
-#: Seconds that a pool without any replica waits for a place, or for its process, before a failed card is tried again.
+#: Seconds after which a replica without a place, or without its process, is no longer counted on.
 _LAST_RESORT = 15.0
 #: Why a replica leaves with its node.
 _DRAINS = "its node drains"
@@ -151,8 +151,8 @@ class Staffing:
         """Replicas on nodes that drain leave after their calls. Their successors start at once, elsewhere."""
         for name in self._replicas.leaving():
             pool = self.pool_of(name)
-            if not pool.replicas.get(name):
-                # It is still starting, or leaves already. What it waits for will come up nowhere.
+            if not pool.replicas.get(name) or not self._policy.has_replica(name):
+                # It is still starting, is held back, or leaves already. What it waits for will come up nowhere.
                 if name in pool.replicas:
                     self.give_back(name, _DRAINS)
                 continue
@@ -191,6 +191,18 @@ class Staffing:
             self.exclude(event.ranks, why, now)
         pool.start_failed(reason, event.ranks[0].node, self._nodes_for(pool), certain=True)
 
+    def starting_like(self, name: str) -> list[str]:
+        """The replicas that are starting with the same engine as a replica's. Not those that have no place for long."""
+        engine, placing = _computes(self.pool_of(name)), self._replicas.placing()
+        pools = [pool for pool in self.pools if _computes(pool) == engine]
+        starting = [other for pool in pools for other, ready in pool.replicas.items() if not ready]
+        return [other for other in starting if placing.get(other, 0.0) < _LAST_RESORT]
+
+    def hold_back(self, name: str) -> None:
+        """A replica that is up, and has no call under way, gets none until it has `started`."""
+        self.pool_of(name).started(name)
+        self._policy.remove_replica(name, given_back=True)
+
     def set_aside(self, name: str) -> None:
         """A replica that is up waits for others before it may join, so that another one is started."""
         self.pool_of(name).replicas.pop(name, None)
@@ -212,13 +224,18 @@ class Staffing:
         return pool
 
     def started(self, event: ReplicaStarted) -> Pool:
-        """A replica is ready."""
+        """A replica is ready, or may go on that was held back."""
         pool = self.pool_of(event.replica)
         pool.started(event.replica)
         # One that was set aside has had another one started in its place.
         for name in self._replicas.placing() if len(pool.replicas) > pool.spec.replicas else ():
             if name in pool.replicas and len(pool.replicas) > pool.spec.replicas:
                 self.give_back(name, "its pool needs fewer")
+        if event.replica not in self._ranks:
+            self._events.emit(
+                "gang_started", role=pool.spec.name, replica=event.replica,
+                ranks=[rank.event() for rank in event.ranks], seconds=round(event.seconds, 3),
+            )  # fmt: skip
         self._ranks[event.replica] = event.ranks
         self.left_alone.started(event.ranks, pool.spec.name)
         return pool
@@ -262,3 +279,9 @@ class Staffing:
                 raise StartFailed(
                     f"pool {spec.name}: no place for a replica in {self._limits.start_timeout:g} s; it needs {needs}"
                 )
+
+
+def _computes(pool: Pool) -> tuple[str, int, Numerics]:
+    """What decides which answers the replicas of a pool should give."""
+    engine = pool.spec.engine
+    return engine.engine, engine.layout.tp, engine.numerics

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -13,8 +13,9 @@ from tests.support.local_cluster import FAKE, Job, LocalCluster, rows, undisturb
 
 pytestmark = pytest.mark.slow
 
-#: Rows that keep all replicas busy for a while, so that each pool comes up whole.
+#: Rows that keep all replicas busy until the gate opens, so that each pool comes up whole.
 ROWS = 16
+GATED = rows(*["[[stage1:gate]]"] * ROWS)
 
 
 @pytest.fixture(scope="module")
@@ -32,16 +33,23 @@ def job(nodes, tmp_path) -> Iterator[Job]:
     job.close()
 
 
-def render(job: Job, engine: str, differs: list[str], preflight: bool = False) -> str:
-    """Render all rows while the engine of the DiT differs on some nodes; the log. Every row has its own bits."""
+def render(
+    job: Job, engine: str, differs: list[str], until: Callable[[], object] | None = None, preflight: bool = False
+) -> str:
+    """Render all rows while the engine of the DiT differs on some nodes; the log. Every row has its own bits.
+
+    No call of stage 1 that works ends before `until`, which is whether a node has been excluded where not given.
+    """
     (job.out.folder / "_fake").mkdir(parents=True)
     (job.out.folder / "_fake" / "nodes").write_text(" ".join(differs))
     driver = job.start(
-        rows(*["[[stage1:slow:0.5]]"] * ROWS),
+        GATED,
         parallel=ParallelConfig(),
         engines={**FAKE, "diffusion": f"tests.support.engines:{engine}"},
         preflight=preflight,
     )
+    job.until(until or (lambda: excluded(job)), "excluded node" if until is None else "failure")
+    job.open_gate()
     log = driver.ends(0)
     index = job.out.index()
     assert job.check([f"r{n}" for n in range(ROWS)], undisturbed(index, job.folder / "alone")) == []
@@ -99,14 +107,18 @@ def test_gpus_of_a_second_model_are_left_out(job, nodes):
 @pytest.mark.parametrize("preflight", [False, True])
 def test_a_node_that_makes_nan_costs_no_row_and_is_excluded(job, nodes, preflight):
     bad = nodes.nodes()[1]
-    log = render(job, "NotFiniteOn", [bad], preflight)
+
+    def failed_there() -> bool:
+        return bool(excluded(job)) or any("not finite" in event["message"] for event in job.out.events("warning"))
+
+    log = render(job, "NotFiniteOn", [bad], failed_there, preflight)
     assert excluded(job) == {bad}
     assert {row["attempts"] for row in job.out.index().values()} == {1}
     assert "not finite there" in log
 
 
 def test_a_card_whose_calls_keep_breaking_is_left_alone(job, nodes):
-    log = render(job, "CardBreaksOn", [nodes.nodes()[0]])
+    log = render(job, "CardBreaksOn", [nodes.nodes()[0]], lambda: job.out.events("card_parked"))
     parked = job.out.events("card_parked")
     assert parked and {event["where"].rpartition(", ")[2] for event in parked} == {"GPU 1"}
     assert "failed there again" in log
@@ -123,11 +135,16 @@ def test_of_two_models_the_one_with_the_most_cards_serves_with_what_its_nodes_ha
         cluster.add_node("A100")
     try:
         job = Job(cluster, tmp_path)
-        manifest = rows(*["[[stage1:slow:0.5]]"] * ROWS)
-        log = job.start(manifest, parallel=ParallelConfig()).ends(0)
+
+        def used() -> set[str]:
+            return {rank["node"] for event in job.out.events("gang_started") for rank in event["ranks"]}
+
+        driver = job.start(GATED, parallel=ParallelConfig())
+        job.until(lambda: mine <= used(), "replica on each node")
+        job.open_gate()
+        log = driver.ends(0)
         assert "the GPUs of this run are H100; left alone: " in log and "(A100)" in log
-        used = {rank["node"] for event in job.out.events("gang_started") for rank in event["ranks"]}
-        assert used == mine
+        assert used() == mine
         assert {json.loads(row["numerics"])["attention"] for row in job.out.index().values()} == {"fa3"}
         assert job.check([f"r{n}" for n in range(ROWS)], undisturbed(job.out.index(), job.folder / "alone")) == []
         job.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec, RunLimits
@@ -52,9 +53,9 @@ class StaffedRun:
     def __init__(self, stage1=3, decode=4, text=1):
         self.replicas, self.policy = FakeCluster(), Policy()
         specs = [
-            PoolSpec("text", ("text",), text, 1, SPEC, most=4),
+            PoolSpec("text", ("text",), text, 1, replace(SPEC, engine="text"), most=4),
             PoolSpec("stage1", ("stage1", "stage2"), stage1, 1, SPEC, gpus_per_rank=0.6),
-            PoolSpec("decode", OUTPUT_STAGES, decode, 1, SPEC, most=9),
+            PoolSpec("decode", OUTPUT_STAGES, decode, 1, replace(SPEC, engine="decode"), most=9),
         ]
         self.events, self.said = [], []
         events = SimpleNamespace(emit=lambda event, **fields: self.events.append((event, fields)))

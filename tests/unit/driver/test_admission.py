@@ -26,13 +26,13 @@ class Kept(dict):
 class Judged:
     """A run of five replicas of stage 1 on nodes with a GPU each, and its admission."""
 
-    def __init__(self, nodes: int = 5, claims: Claims = CLAIMS, answers: Kept | None = None):
+    def __init__(self, nodes: int = 5, claims: Claims = CLAIMS, answers: Kept | None = None, one_each: bool = False):
         self.run = StaffedRun(stage1=5, decode=1)
         self.run.replicas.cards = {f"n{number}": 1 for number in range(nodes)}
         self.versions: list = []
         self.answers = Kept() if answers is None else answers
         self.admission = Admission(self.run.staff, claims, self.answers, self.versions.append)
-        self.run.turn()
+        self.run.turn(one_each=one_each)
 
     def up(self, number: int, node: str, now: float = 0.0, **changes) -> list[str]:
         """A replica of stage 1 is up; those that may join now."""
@@ -54,9 +54,17 @@ class Judged:
         return {event["replica"]: event["reason"] for event in self.run.told("gang_refused")}
 
 
+def answers_of_a_run() -> Kept:
+    """What a run whose replicas agreed has kept."""
+    judged = Judged(nodes=1)
+    judged.up(0, "n0")
+    return Kept(judged.answers)
+
+
 def test_replicas_that_agree_join_and_the_rows_get_their_versions():
     judged = Judged()
-    assert judged.up(0, "n0") == ["stage1-0"] and judged.up(1, "n1") == ["stage1-1"]
+    assert judged.up(0, "n0") == [], "another node may say otherwise"
+    assert judged.up(1, "n1") == ["stage1-0", "stage1-1"] and judged.up(2, "n2") == ["stage1-2"]
     assert judged.versions == [{"torch": "2.11"}] and not judged.refused
     assert list(judged.answers.values()) == ["right"]
 
@@ -66,26 +74,80 @@ def test_a_replica_with_another_file_is_refused_and_its_node_excluded():
     assert judged.up(0, "n0", files={"checkpoint_path": "c1"}) == []
     assert judged.refused == {"stage1-0": "its file checkpoint_path has the digest c1, and that of the rows is c0"}
     assert judged.run.replicas.avoided == {"n0"} and judged.run.replicas.killed == ["stage1-0"]
-    assert judged.up(1, "n1") == ["stage1-1"]
+    assert judged.up(1, "n1") == [] and judged.up(2, "n2") == ["stage1-1", "stage1-2"]
 
 
 def test_of_two_that_differ_a_third_tells_which_is_odd_and_that_may_be_the_first():
     judged = Judged()
-    assert judged.up(0, "n0", answers={"transformer": "wrong"}) == ["stage1-0"]
+    assert judged.up(0, "n0", answers={"transformer": "wrong"}) == []
     assert judged.up(1, "n1") == [], "nobody knows yet which of them is right"
-    assert judged.run.turn() == ["stage1-5"], "one more is started, in the place of the one that waits"
+    assert judged.run.turn() == ["stage1-5", "stage1-6"], "two more are started, in the places of those that wait"
     assert judged.up(2, "n2") == ["stage1-1", "stage1-2"]
-    assert judged.run.replicas.killed == ["stage1-0"] and judged.run.replicas.avoided == {"n0"}
-    assert any("it computes wrong for the known-answer clip, and the other nodes right" in s for s in judged.run.said)
-    assert any("stage1_replica and stage2_replica of the index name stage1-0" in said for said in judged.run.said)
+    assert judged.run.replicas.killed[0] == "stage1-0" and judged.run.replicas.avoided == {"n0"}
+    assert "it computes wrong for the known-answer clip, and the other nodes right" in judged.refused["stage1-0"]
     assert list(judged.answers.values()) == ["right"]
+
+
+def test_one_that_served_because_nobody_was_starting_may_be_outvoted_later():
+    judged = Judged()
+    judged.run.replicas.waits = dict.fromkeys(judged.run.replicas.waits, 60.0)
+    assert judged.up(0, "n0", answers={"transformer": "wrong"}) == ["stage1-0"]
+    assert judged.up(1, "n1") == [] and judged.up(2, "n2") == ["stage1-1", "stage1-2"]
+    assert judged.run.replicas.killed == ["stage1-0"] and judged.run.replicas.avoided == {"n0"}
+    assert any("stage1_replica and stage2_replica of the index name stage1-0" in said for said in judged.run.said)
+
+
+def test_the_replicas_that_made_the_preflight_clip_make_no_row_until_another_node_has_said_the_same():
+    judged = Judged(one_each=True)
+    assert judged.up(0, "n0", answers={"transformer": "wrong"}) == ["stage1-0"], "no other one is starting"
+    judged.run.turn()
+    judged.admission.rows_begin(0.0)
+    assert not judged.run.policy.has_replica("stage1-0") and judged.admission.settle(1.0) == []
+    judged.admission.rows_begin(2.0)
+    assert judged.up(1, "n1") == [] and judged.up(2, "n2") == ["stage1-1", "stage1-2"]
+    assert list(judged.refused) == ["stage1-0"] and len(judged.run.told("gang_started")) == 3
+
+
+def test_a_replica_that_made_the_preflight_clip_goes_on_once_it_is_confirmed_and_is_told_of_once():
+    judged = Judged(one_each=True)
+    judged.up(0, "n0")
+    judged.run.turn()
+    judged.admission.rows_begin(0.0)
+    assert judged.up(1, "n0") == [], "its own node does not count"
+    assert judged.up(2, "n2") == ["stage1-0", "stage1-1", "stage1-2"]
+    assert all(judged.run.policy.has_replica(f"stage1-{number}") for number in range(3))
+    assert [event["replica"] for event in judged.run.told("gang_started")] == ["stage1-0", "stage1-1", "stage1-2"]
+
+
+def test_who_is_alone_waits_for_nobody():
+    one_node = Judged(nodes=1)
+    assert one_node.up(0, "n0") == ["stage1-0"], "no other node has GPUs"
+    judged = Judged()
+    judged.up(0, "n0")
+    for name in list(judged.run.replicas.waits):
+        judged.run.replicas.waits.pop(name)
+        judged.run.staff.give_back(name, "its node drains")
+    assert judged.join(judged.admission.settle(1.0)) == ["stage1-0"], "no other one is starting any more"
+    slow = Judged()
+    slow.up(0, "n0")
+    assert slow.admission.settle(299.0) == [] and slow.join(slow.admission.settle(301.0)) == ["stage1-0"]
+
+
+def test_a_replica_that_is_held_back_is_up_and_leaves_with_its_node():
+    judged = Judged()
+    judged.up(0, "n0")
+    assert judged.run.staff.pool_of("stage1-0").ready == 1
+    judged.run.replicas.left = ["stage1-0"]
+    judged.run.turn()
+    assert not judged.run.staff.knows("stage1-0") and judged.run.told("gang_given_back")
+    assert judged.up(1, "n1") == ["stage1-1"], "what the first has said counts"
 
 
 def test_the_second_may_be_the_odd_one():
     judged = Judged()
     judged.up(0, "n0")
     assert judged.up(1, "n1", answers={"transformer": "wrong"}) == []
-    assert judged.up(2, "n2") == ["stage1-2"]
+    assert judged.up(2, "n2") == ["stage1-0", "stage1-2"]
     assert list(judged.refused) == ["stage1-1"] and judged.run.replicas.avoided == {"n1"}
 
 
@@ -103,7 +165,7 @@ def test_a_node_with_other_versions_is_the_odd_one():
 def test_without_a_third_node_those_that_serve_go_on():
     judged = Judged(nodes=2)
     judged.up(0, "n0")
-    assert judged.up(1, "n1", answers={"transformer": "other"}) == []
+    assert judged.up(1, "n1", answers={"transformer": "other"}) == ["stage1-0"]
     assert list(judged.refused) == ["stage1-1"]
 
 
@@ -111,22 +173,20 @@ def test_nobody_waits_for_ever_for_a_third():
     judged = Judged()
     judged.up(0, "n0")
     judged.up(1, "n1", answers={"transformer": "other"}, now=10.0)
-    assert judged.admission.settle(300.0) == [] and not judged.refused
-    assert judged.admission.settle(310.0) == [] and list(judged.refused) == ["stage1-1"]
+    assert judged.admission.settle(299.0) == [] and not judged.refused
+    assert judged.join(judged.admission.settle(300.0)) == ["stage1-0"] and list(judged.refused) == ["stage1-1"]
 
 
 def test_an_answer_of_earlier_runs_is_a_vote():
-    answers = Judged()
-    answers.up(0, "n0")
-    judged = Judged(answers=Kept(answers.answers))
+    judged = Judged(answers=answers_of_a_run())
     assert judged.up(0, "n0", answers={"transformer": "wrong"}) == []
     assert judged.up(1, "n1") == ["stage1-1"] and list(judged.refused) == ["stage1-0"]
+    judged = Judged(answers=answers_of_a_run())
+    assert judged.up(0, "n0") == ["stage1-0"], "it is confirmed"
 
 
 def test_all_nodes_may_outvote_earlier_runs():
-    answers = Judged()
-    answers.up(0, "n0")
-    judged = Judged(answers=Kept(answers.answers))
+    judged = Judged(answers=answers_of_a_run())
     judged.up(0, "n0", answers={"transformer": "new"})
     assert judged.up(1, "n1", answers={"transformer": "new"}) == ["stage1-0", "stage1-1"]
     assert any("compute otherwise than the runs before" in said for said in judged.run.said)
@@ -134,22 +194,24 @@ def test_all_nodes_may_outvote_earlier_runs():
 
 
 def test_a_run_of_one_node_says_that_it_computes_otherwise_and_goes_on():
-    answers = Judged()
-    answers.up(0, "n0")
-    judged = Judged(nodes=1, answers=Kept(answers.answers))
+    judged = Judged(nodes=1, answers=answers_of_a_run())
     assert judged.up(0, "n0", answers={"transformer": "new"}) == ["stage1-0"]
     assert any("no other node can settle which is right" in said for said in judged.run.said)
 
 
 def test_gpus_of_another_model_are_left_out_unless_the_noise_is_drawn_on_a_cpu():
     judged = Judged()
-    assert judged.up(0, "n0") == ["stage1-0"] and judged.up(1, "n1", device="NVIDIA A100") == []
+    assert judged.up(0, "n0") == [] and judged.up(1, "n1", device="NVIDIA A100") == []
     assert judged.refused == {
         "stage1-1": "its GPU is a NVIDIA A100, and those of this run are NVIDIA H100; --noise-device cpu allows both"
     }
     judged = Judged(claims=replace(CLAIMS, one_model=False))
-    assert judged.up(0, "n0") == ["stage1-0"]
-    assert judged.up(1, "n1", device="NVIDIA A100", answers={"transformer": "as an A100 rounds"}) == ["stage1-1"]
+    assert judged.up(0, "n0") == []
+    assert judged.up(1, "n1", device="NVIDIA A100", answers={"transformer": "as an A100 rounds"}) == []
+    assert judged.up(2, "n2") == ["stage1-0", "stage1-2"]
+    assert judged.up(3, "n3", device="NVIDIA A100", answers={"transformer": "as an A100 rounds"}) == [
+        "stage1-1", "stage1-3"
+    ]  # fmt: skip
     assert len(judged.answers) == 2, "each model has its own answer"
 
 
@@ -171,4 +233,4 @@ def test_one_that_is_lost_while_it_waits_is_forgotten():
     judged.up(0, "n0")
     judged.up(1, "n1", answers={"transformer": "other"})
     judged.run.staff.give_back("stage1-1", "its node drains")
-    assert judged.up(2, "n2") == ["stage1-2"] and not judged.refused
+    assert judged.up(2, "n2") == ["stage1-0", "stage1-2"] and not judged.refused

@@ -186,7 +186,7 @@ def test_summary(page):
         "$3.75: $0.05 a clip, $40.00 an hour of video",
     ):
         assert part in text, part
-    assert re.search(r"Measured motion 0\.\d+ ", text), "of the whole dataset"
+    assert re.search(r"Measured ?motion 0\.\d+ ", text), "of the whole dataset"
 
 
 def test_many_clips_are_a_list_whose_data_is_in_the_page(out):

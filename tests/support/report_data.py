@@ -125,6 +125,7 @@ def index_row(i: int, width: int = 64, height: int = 64, frames: int = 9, rate: 
         stage1_replica=f"stage1-{i % 3}",
         stage2_replica=f"stage2-{i % 2}",
         switches=0,
+        motion=0.1 + 0.05 * (i % 4),
         text_seconds=0.2 + 0.2 * rng.random(),
         stage1_seconds=1 + megapixels * 0.9,
         stage2_seconds=1 + megapixels * 0.5,

@@ -74,10 +74,11 @@ class RowTraces:
 
     def _send(self, calls: list[Mapping[str, Any]], end: Mapping[str, Any]) -> None:
         from opentelemetry import trace
+        from opentelemetry.context import Context
 
         self._ids.trace_id = int(str(end["item_id"]), 16)
         began = min(call["start"] for call in calls)
-        row = self._tracer.start_span("row", context=trace.Context(), start_time=_time(began))
+        row = self._tracer.start_span("row", context=Context(), start_time=_time(began))
         row.set_attributes({"ltx_ray.item_id": str(end["item_id"]), "ltx_ray.id": str(end["id"])})
         if end["event"] == "item_failed":
             row.set_status(trace.StatusCode.ERROR, str(end["message"]))

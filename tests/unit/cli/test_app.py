@@ -420,7 +420,9 @@ def test_plan_tells_dollars_and_that_the_disk_is_too_small(cmd, tmp_path, manife
     monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=1000))
     _, _, err = cmd("plan", manifest, "--model", "toy", "--output", tmp_path / "none" / "yet")
     assert f"{tmp_path}/none/yet: about " in err and "are needed there and 1 kB are free" in err
-    assert usage(cmd, "plan", manifest, "--model", "toy", "--gpu-price", "-1").startswith("error: --gpu-price: '-1'")
+    assert usage(cmd, "plan", manifest, "--model", "toy", "--gpu-price", "-1").startswith(
+        "error: --gpu-price: -1.0, legal: a number from 0"
+    )
 
 
 def test_plan_against_a_dataset(cmd, manifest, out, toy):

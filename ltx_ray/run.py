@@ -17,16 +17,18 @@ from ltx_ray.checkpoints.checkpoint import Checkpoint, check_parallel, check_tra
 from ltx_ray.checkpoints.lora import check_lora
 from ltx_ray.checkpoints.node_cache import pinned
 from ltx_ray.checkpoints.parts import check_other_models
-from ltx_ray.config import NEWEST_SCHEME, EngineSpec, ModelFiles, Numerics, RequestedNumerics, RunLimits, Selection
+from ltx_ray.config import EngineSpec, ModelFiles, Numerics, RequestedNumerics, RunLimits, Selection
 from ltx_ray.dataset.description import describe
 from ltx_ray.dataset.existing import ExistingRows, list_existing
 from ltx_ray.dataset.fold import fold_dataset, fold_output
 from ltx_ray.dataset.gpu_time import GpuTime
-from ltx_ray.dataset.identity import KeptIdentity, read_identity
+from ltx_ray.dataset.identity import KeptIdentity, scheme_at
 from ltx_ray.dataset.known_answers import KnownAnswers
 from ltx_ray.dataset.output import check_creation, check_place, is_within, wait_seconds
+from ltx_ray.dataset.quality import QualitySums
 from ltx_ray.dataset.removal import finish_removals
 from ltx_ray.dataset.row_log import RowLog
+from ltx_ray.dataset.run_cost import RunCost, cost_of
 from ltx_ray.dataset.run_summary import SummaryBuilder
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.driver.admission import Claims
@@ -36,6 +38,7 @@ from ltx_ray.driver.last_report import write_last_report
 from ltx_ray.driver.loop import Driver
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
+from ltx_ray.driver.row_traces import RowTraces
 from ltx_ray.driver.run_record import RunRecord, keep_older_run, recorded_counts, summary_line
 from ltx_ray.driver.signals import RunSignals, Stopped
 from ltx_ray.driver.tracker import RowTracker
@@ -47,6 +50,8 @@ from ltx_ray.placement.memory import checked_budget
 from ltx_ray.placement.numerics import check as check_numerics
 from ltx_ray.placement.numerics import check_widths, numerics_json
 from ltx_ray.placement.sizing import ParallelConfig
+from ltx_ray.planning.disk_space import expected_shortage
+from ltx_ray.planning.estimate import Stored
 from ltx_ray.planning.legality import check_legality
 from ltx_ray.planning.plan import ItemBuilder, Plan, PlanEntry, item_to_render
 from ltx_ray.planning.preflight import preflight_item
@@ -101,8 +106,10 @@ class Options:
     parallel: ParallelConfig = ParallelConfig()  # noqa: RUF009 (frozen)
     #: Whether text and decode run on the DiT's GPUs: "on", "off", or "auto" for "on" where all GPUs are free.
     share_cards: str = "auto"
+    trace: bool = False  # of every row, to where OpenTelemetry's variables say
     wait_for_gpus: float = 0.0  # seconds, for those of a running cluster that is busy
     gpu_model: str | None = None  # Ray's name of the GPUs to use
+    gpu_price: float | None = None  # dollars for an hour of one GPU
     #: Address of a running Ray cluster; None for that of RAY_ADDRESS, or else a private one.
     ray_address: str | None = None
     #: Defaults of row fields, by column.
@@ -133,6 +140,10 @@ class Options:
     command: tuple[str, ...] = ()
     #: Dotted paths of the engines, by kind.
     engines: Mapping[str, str] = field(default_factory=lambda: dict(_ENGINES))
+
+    @property
+    def stored(self) -> Stored:
+        return Stored(self.save_latents, self.stop_after is not None, self.numerics.dtype)
 
 
 @dataclass(frozen=True)
@@ -179,23 +190,13 @@ def prepare(options: Options) -> Prepared:
     plan = Plan(
         manifest=options.manifest,
         rules=rules,
-        builder=ItemBuilder(model, options.numerics, options.scheme or _scheme_of(options.output)),
+        builder=ItemBuilder(model, options.numerics, options.scheme or scheme_at(options.output, _CHECK_RETRY_SECONDS)),
         selection=options.selection,
         samples=options.samples_per_prompt,
         retry_failed=options.retry_failed,
         latents_only=options.stop_after is not None,
     )
     return Prepared(replace(options, model=pinned(options.model)), checkpoint, plan, tuple(warnings))
-
-
-def _scheme_of(output: str | None) -> int:
-    """The scheme of the rows at `output`. A store that does not answer has none; `Run` reads it once more."""
-    if output is None:
-        return NEWEST_SCHEME
-    try:
-        return read_identity(Store(output, _CHECK_RETRY_SECONDS)).scheme
-    except OSError:
-        return NEWEST_SCHEME
 
 
 def render(options: Options) -> ExitCode:
@@ -243,17 +244,11 @@ class Run:
         options = self.options
         self.identity = KeptIdentity(store, self.progress.say, options.allow_other_noise)
         self.cluster = Cluster(
-            address=address,
-            parallel=replace(options.parallel, with_stage2=options.stop_after is None),
-            requested=options.numerics,
-            checkpoint=prepared.checkpoint,
-            model=options.model,
-            engines=self._engines,
-            share_cards=options.share_cards,
-            wait_for_gpus=options.wait_for_gpus,
-            gpu_model=options.gpu_model,
+            address=address, parallel=replace(options.parallel, with_stage2=options.stop_after is None),
+            requested=options.numerics, checkpoint=prepared.checkpoint, model=options.model, engines=self._engines,
+            share_cards=options.share_cards, wait_for_gpus=options.wait_for_gpus, gpu_model=options.gpu_model,
             say=self.progress.say,
-        )
+        )  # fmt: skip
 
     def execute(self, raws: Iterator[RawRow]) -> ExitCode:
         """Render the manifest's rows, `raws`."""
@@ -270,6 +265,8 @@ class Run:
             plan = self.prepared.plan.against(existing)
             if self.options.promote is not None:
                 plan.manifest_rows = None  # many are passed over
+            elif (short := expected_shortage(self.store, plan, self.options.stored)) is not None:
+                self.progress.say(short)
             return _Rendering(self, plan).execute(self._chosen(plan, plan.rows(raws)))
         finally:
             self._leave()
@@ -328,7 +325,7 @@ class _Rendering:
         assert options.output is not None
         self._run, self._options, self._plan = run, options, plan
         keep_older_run(store)
-        self._events = EventLog(store, run.run_id)
+        self._events = EventLog(store, run.run_id, RowTraces(run.run_id) if options.trace else None)
         self._record = RunRecord(
             store,
             run_id=run.run_id,
@@ -452,14 +449,13 @@ class _Rendering:
         preflight = options.preflight and max(replicas.values()) > 1
         return JoinedCluster(
             RayReplicaSet(
-                options.limits.start_timeout,
-                placement.left_alone,
-                options.limits.load_concurrency,
+                options.limits.start_timeout, placement.left_alone, options.limits.load_concurrency,
                 run.cluster.foreign_nodes,
             ),
             placement.pools,
             numerics_json(placement.numerics),
             run.cluster.store_bytes,
+            lease_age=lambda: run.lease.age,
             preflight=preflight_item(run.prepared.plan, options.model.distilled) if preflight else None,
             claims=Claims(run.prepared.plan.builder.digests, one_model=options.numerics.noise_device != "cpu"),
             answers=KnownAnswers(run.store.retrying_for(_CHECK_RETRY_SECONDS)),
@@ -486,9 +482,12 @@ class _Rendering:
     def _write_record(self, state: str) -> None:
         self._record.write(state, *self._progress_so_far())
 
-    def _progress_so_far(self) -> tuple[Mapping[str, int], int, SummaryBuilder, float | None]:
-        rate = self._tracker.rate
-        return self._tracker.counts, rate.clips, self._events.summary, rate.per_hour(time.monotonic())
+    def _progress_so_far(self) -> tuple[Mapping[str, int], int, SummaryBuilder, float | None, RunCost, QualitySums]:
+        tracker, rate = self._tracker, self._tracker.rate
+        reserved = self._driver.gpu_seconds() - self._gpu_time.before
+        cost = cost_of(reserved, self._options.gpu_price, rate.clips, tracker.done_work.total.seconds)
+        per_hour = rate.per_hour(time.monotonic())
+        return tracker.counts, rate.clips, self._events.summary, per_hour, cost, tracker.quality
 
     def _finish(self, state: str) -> None:
         """Record how the run ended, unless another run has taken the output over and the records are its own."""

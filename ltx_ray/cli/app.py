@@ -4,7 +4,6 @@ and doctor."""
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -37,6 +36,7 @@ from ltx_ray.cli.parameters import (
     Option,
     Shard,
 )
+from ltx_ray.cli.plan import PLAN_ROWS, show_plan
 from ltx_ray.cli.streams import open_standard_streams
 from ltx_ray.config import Selection
 from ltx_ray.dataset import layout
@@ -44,29 +44,11 @@ from ltx_ray.dataset.check_scope import CheckScope
 from ltx_ray.dataset.existing import list_existing
 from ltx_ray.dataset.output import wait_seconds
 from ltx_ray.driver.progress import Progress
-from ltx_ray.manifest.rules import IllegalRow
-from ltx_ray.planning.plan import ILLEGAL, PlannedRow, cost_line
-from ltx_ray.records import canonical_json
-from ltx_ray.run import ExitCode, Options, prepare, render
+from ltx_ray.run import ExitCode, Options, render
 from ltx_ray.storage.credentials import mask_tracebacks, masked
-from ltx_ray.storage.locations import join, recorded, recorded_image
+from ltx_ray.storage.locations import join, recorded
 from ltx_ray.storage.reasons import reason
 from ltx_ray.storage.store import Store
-
-#: Rows that `plan` lists without --all.
-_PLAN_ROWS = 40
-#: Longest prompt that `plan` shows whole.
-_PROMPT_WIDTH = 60
-#: What each status of a planned row is called in the last lines of `plan`.
-_STATUS_WORDS = {
-    "todo": "to render",
-    "done": "done",
-    "copy": "done under another id",
-    "repeated": "repeated",
-    "failed": "failed before by their own fault (ltx-ray retry)",
-    "illegal": "illegal",
-    "removed": "removed (ltx-ray remove)",
-}
 
 
 class _Commands(click.Group):
@@ -177,7 +159,7 @@ def promote_command(output: str, ids: frozenset[str] | None, where: Sequence[str
     params=[
         Argument("manifest", "Parquet or JSONL file, or a folder of them; local, s3:// or gs://", Location()),
         output_option(required=False, help="the dataset to compare with"),
-        Option("every", "--all", section="Listing", is_flag=True, help=f"every row, not only the first {_PLAN_ROWS}"),
+        Option("every", "--all", section="Listing", is_flag=True, help=f"every row, not only the first {PLAN_ROWS}"),
         Option("--resolved", section="Listing", is_flag=True, help="rows as they would be rendered, as JSON"),
         *MODEL_OPTIONS, *SELECTION_OPTIONS, *IMAGE_OPTIONS, *ROW_OPTIONS, *RUN_OPTIONS, CONFIG_OPTION,
     ],
@@ -187,38 +169,22 @@ def plan_command(manifest: str, output: str | None, every: bool, resolved: bool,
 
     Exit code 3 when rows are illegal.
     """
-    prepared = prepare(build_options(manifest, output, values))
-    for warning in prepared.warnings:
-        click.echo(masked(warning), err=True)
-    plan = prepared.plan.against(list_existing(Store(output))) if output else prepared.plan
-    listed = 0
-    raws = plan.read(lambda note: click.echo(note, err=True), extra=resolved)
-    for row in plan.rows(raws):
-        if isinstance(row, IllegalRow):
-            for message in row.messages():
-                click.echo(f"illegal  {masked(message)}")
-        elif every or listed < _PLAN_ROWS:
-            listed += 1
-            click.echo(_resolved_line(row) if resolved else _plan_line(row))
-        elif listed == _PLAN_ROWS:
-            listed += 1
-            click.echo("... (more rows with --all)")
-    plan.say_missing_ids(lambda message: click.echo(message, err=True))
-    counts: Counter[str] = plan.counts
-    shown = ", ".join(f"{counts[status]} {words}" for status, words in _STATUS_WORDS.items() if counts[status])
-    click.echo(f"{counts['rows']} rows: {shown or 'none'}")
-    click.echo(cost_line(counts, plan.tflop))
-    return ExitCode.FAILED_ROWS if counts[ILLEGAL] else ExitCode.OK
+    return show_plan(build_options(manifest, output, values), every, resolved)
 
 
 @app.command(
-    name="status", short_help="say how far the newest run is", params=[Argument("output", "a dataset", Location())]
+    name="status",
+    short_help="say how far the newest run is",
+    params=[
+        Argument("output", "a dataset", Location()),
+        Option("as_json", "--json", section="Output", is_flag=True, help="one JSON object, for programs"),
+    ],
 )
-def status_command(output: str) -> ExitCode:
-    """Say how far the newest run into OUTPUT is."""
-    from ltx_ray.cli.status import status_lines
+def status_command(output: str, as_json: bool) -> ExitCode:
+    """Say how far the newest run into OUTPUT is, and what it has cost."""
+    from ltx_ray.cli.status import status_json, status_lines
 
-    for line in status_lines(output):
+    for line in [status_json(output)] if as_json else status_lines(output):
         click.echo(line)
     return ExitCode.OK
 
@@ -467,23 +433,6 @@ def _check_dataset(output: str) -> None:
     store = Store(output)
     if not any(store.exists(name) for name in layout.DATASET_MARKS):
         raise ValueError(f"{store.name}: no dataset; legal: the --output of a run")
-
-
-def _resolved_line(row: PlannedRow) -> str:
-    images = tuple(replace(image, path=recorded_image(image.path)) for image in row.request.images)
-    return canonical_json(replace(row.request, images=images))
-
-
-def _plan_line(row: PlannedRow) -> str:
-    request = row.request
-    prompt = " ".join(request.prompt.split())
-    if len(prompt) > _PROMPT_WIDTH:
-        prompt = f"{prompt[: _PROMPT_WIDTH - 3]}..."
-    size = f"{request.width}x{request.height}x{request.num_frames}@{request.frame_rate:g}"
-    return (
-        f"{row.status:<8} {row.raw.source} ({request.id}) {request.pipeline} {size} "
-        f"steps {request.num_inference_steps} seed {request.seed}: {prompt}"
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

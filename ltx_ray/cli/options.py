@@ -34,6 +34,7 @@ from ltx_ray.cli.parameters import (
     Whole,
 )
 from ltx_ray.config import LoraSpec, ModelFiles, RequestedNumerics, RunLimits, Selection
+from ltx_ray.driver.row_traces import check_traces
 from ltx_ray.manifest.columns import COLUMNS, Column, Mistyped, shown
 from ltx_ray.manifest.rules import check_defaults
 from ltx_ray.manifest.text_values import json_value
@@ -224,6 +225,20 @@ CLUSTER_OPTIONS = (
         help="GPUs to use, as Ray names them: H100, A100 … [the model with the most, or all with --noise-device cpu]",
     ),
     Option(
+        "--gpu-price",
+        section=_CLUSTER,
+        metavar="DOLLARS",
+        type=AtLeast(0.0),
+        help="what one GPU costs an hour, for the cost in plan, status, report and run.json",
+    ),
+    Option(
+        "--trace",
+        section=_CLUSTER,
+        is_flag=True,
+        default=Options.trace,
+        help="send OpenTelemetry traces of the rows to OTEL_EXPORTER_OTLP_ENDPOINT; needs ltx-ray[otel]",
+    ),
+    Option(
         "--share-cards",
         section=_CLUSTER,
         metavar="NAME",
@@ -381,6 +396,8 @@ CONFIG_OPTION = Option(
 
 def build_options(manifest: str, output: str | None, values: Mapping[str, Any], retry_failed: bool = False) -> Options:
     """The run that the values of a command's options ask for. Raises ValueError for options that exclude each other."""
+    if values["trace"]:
+        check_traces()
     given = {name: values[name] for name in COLUMNS if values.get(name) is not None}
     return Options(
         manifest=manifest,
@@ -391,6 +408,8 @@ def build_options(manifest: str, output: str | None, values: Mapping[str, Any], 
         share_cards=values["share_cards"],
         wait_for_gpus=values["wait_for_gpus"],
         gpu_model=values["gpu_model"],
+        gpu_price=values["gpu_price"],
+        trace=values["trace"],
         allow_other_noise=values["allow_other_noise"],
         ray_address=values["ray_address"],
         row_defaults=given,

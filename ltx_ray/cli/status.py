@@ -7,6 +7,7 @@ import posixpath
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ltx_ray.checkpoints.diffusers_layout import COMPONENTS, generation, read_config
@@ -17,8 +18,12 @@ from ltx_ray.checkpoints.transformer_keys import AUDIO_CONNECTOR_PREFIX, TRANSFO
 from ltx_ray.dataset import layout
 from ltx_ray.dataset.clip_rate import UNFINISHED, rate_text
 from ltx_ray.dataset.existing import ExistingRows, list_existing
-from ltx_ray.dataset.run_summary import LastCall, read_run, wait_lines
+from ltx_ray.dataset.gpu_time import read_gpu_seconds
+from ltx_ray.dataset.quality import quality_text
+from ltx_ray.dataset.run_cost import cost_lines, recorded_cost
+from ltx_ray.dataset.run_summary import LastCall, RecordedRun, read_run, wait_lines
 from ltx_ray.driver.progress import duration
+from ltx_ray.records import plain
 from ltx_ray.storage.lease import holder
 from ltx_ray.storage.locations import join, split_options
 from ltx_ray.storage.store import Store
@@ -39,8 +44,20 @@ _PARTS_OF_FILE = {
 # --- status ------------------------------------------------------------------------------------------------------
 
 
-def status_lines(output: str) -> list[str]:
-    """The state of the newest run into `output`, its counts, and its replicas. Raises ValueError for no dataset."""
+@dataclass(frozen=True)
+class Status:
+    """The newest run into an output, and what the output holds. `record` is its `run.json`."""
+
+    record: Mapping[str, Any]
+    interrupted: bool
+    known: RecordedRun
+    existing: ExistingRows
+    #: Seconds for which all runs have reserved GPUs.
+    gpu_seconds: float
+
+
+def read_status(output: str) -> Status:
+    """Raises ValueError for no dataset."""
     store = Store(output)
     try:
         run = json.loads(store.read_bytes(layout.RUN_RECORD))
@@ -52,16 +69,52 @@ def status_lines(output: str) -> list[str]:
         run = {}
     interrupted = run.get("state") in UNFINISHED and holder(store) is None
     known = read_run(store, run, None if interrupted else time.time())
+    return Status(run, interrupted, known, list_existing(store), read_gpu_seconds(store))
+
+
+def status_lines(output: str) -> list[str]:
+    """The state of the newest run into `output`, its counts, and its replicas. Raises ValueError for no dataset."""
+    status = read_status(output)
+    run, known, interrupted = status.record, status.known, status.interrupted
     rate = known.clips_per_hour
     return [
         f"run {run.get('run_id', '?')}: {_state(run, interrupted)}",
         f"manifest {run.get('manifest', '?')}, started {run.get('started_at', '?')}",
-        _counts(list_existing(store)),
+        _counts(status.existing),
         *_replica_lines(known.replicas),
         *wait_lines(known.waits),
         *known.odd_nodes,
+        *([f"clips of the run: {text}"] if (text := quality_text(run.get("quality"))) else ()),
+        *cost_lines(run, status.gpu_seconds),
         *([rate_text(rate) + (" when it was interrupted" if interrupted else "")] if rate else ()),
     ]
+
+
+def status_json(output: str) -> str:
+    """The same for programs: one JSON object. What is not known is null. Raises ValueError for no dataset."""
+    status = read_status(output)
+    run, known, existing = status.record, status.known, status.existing
+    cost, kinds = recorded_cost(run), existing.failed_kinds
+    fields = {
+        **{name: run.get(name) for name in ("run_id", "manifest", "output", "started_at", "finished_at")},
+        "state": "interrupted" if status.interrupted else run.get("state"),
+        "counts": run.get("counts"),
+        "rows": {
+            "index": existing.row_count - existing.pending_count,
+            "not_folded": existing.pending_count,
+            "previews": existing.preview_count,
+            "removed": len(existing.removed.items),
+            "failed": {name: kinds[name] for name in (layout.ILLEGAL, layout.ROW, layout.INFRASTRUCTURE)},
+        },
+        "clips_per_hour": known.clips_per_hour,
+        "cost": None if cost is None else plain(cost),
+        "gpu_hours_of_all_runs": status.gpu_seconds / 3600,
+        "quality": run.get("quality"),
+        "waits": known.waits,
+        "odd_nodes": known.odd_nodes,
+        "replicas": {name: plain(call) for name, call in known.replicas.items()},
+    }
+    return json.dumps(fields, ensure_ascii=False)
 
 
 def _state(run: Mapping[str, Any], interrupted: bool) -> str:

@@ -12,23 +12,25 @@ from ltx_ray.storage.lease import write_fenced
 from ltx_ray.storage.store import Store
 
 
+def read_gpu_seconds(store: Store) -> float:
+    """How long all runs so far have reserved GPUs, in seconds. Raises OSError when the record cannot be read."""
+    try:
+        record = json.loads(store.read_bytes(GPU_TIME))
+    except FileNotFoundError:
+        return 0.0
+    except ValueError:
+        return 0.0  # Damaged, so that nothing is known.
+    return max(finite(record.get("gpu_seconds")) or 0.0, 0.0) if isinstance(record, dict) else 0.0
+
+
 class GpuTime:
     """The record of an output, for a run whose lease has this `epoch`. Raises OSError when it cannot be read."""
 
     def __init__(self, store: Store, epoch: int):
         self._store, self._epoch = store, epoch
         #: Seconds of earlier runs.
-        self.before = self._read()
+        self.before = read_gpu_seconds(store)
         self._writing: threading.Thread | None = None
-
-    def _read(self) -> float:
-        try:
-            record = json.loads(self._store.read_bytes(GPU_TIME))
-        except FileNotFoundError:
-            return 0.0
-        except ValueError:
-            return 0.0  # Damaged, so that nothing is known.
-        return max(finite(record.get("gpu_seconds")) or 0.0, 0.0) if isinstance(record, dict) else 0.0
 
     def write(self, seconds: float) -> None:
         """Record the seconds of all runs so far. A store that fails loses them until the next time."""

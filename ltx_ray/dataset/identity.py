@@ -52,6 +52,16 @@ def read_identity(store: Store) -> DatasetIdentity:
     return _identity_in(store, data)
 
 
+def scheme_at(output: str | None, retry_seconds: float) -> int:
+    """The scheme of the rows at `output`, or the newest where there is none or the store does not answer."""
+    if output is None:
+        return NEWEST_SCHEME
+    try:
+        return read_identity(Store(output, retry_seconds)).scheme
+    except OSError:
+        return NEWEST_SCHEME
+
+
 def _identity_in(store: Store, data: bytes | None) -> DatasetIdentity:
     """The identity in the content of `dataset.json`, or that of the rows where it has none."""
     try:

@@ -18,6 +18,7 @@ from typing import Any
 
 from ltx_ray.dataset import layout
 from ltx_ray.dataset.clip_rate import rate_text
+from ltx_ray.dataset.quality import measure_lines, quality_text
 from ltx_ray.dataset.report_data import (
     ReportData,
     clip_length,
@@ -34,6 +35,7 @@ from ltx_ray.dataset.report_list import IMAGES, MAX_LISTED, Listed, list_data, l
 from ltx_ray.dataset.report_status import failed_cards, left_out, name_of, status_options, statuses
 from ltx_ray.dataset.report_text import STAGE_NAMES, count, epoch_seconds, esc, finite, human, when, words
 from ltx_ray.dataset.report_throughput import draw_throughput
+from ltx_ray.dataset.run_cost import recorded_cost
 from ltx_ray.dataset.run_summary import wait_lines
 from ltx_ray.dataset.thumbnails import Strip
 from ltx_ray.dataset.timeline_chart import draw_timeline
@@ -130,6 +132,7 @@ def _header(data: ReportData, strips: list[Strip]) -> str:
         "Pools": _pairs(run.get("pools")) + (f" · tp {run['tp']}" if run.get("tp") else ""),
         "Versions": _pairs(run.get("versions") or first.get("versions")),
         "Manifest": run.get("manifest"),
+        "Measured": quality_text({**data.quality.summary(), "flags": None}),
     }
     more = {name: run[name] for name in ("command", "output", "numerics", "recipe", "counts") if run.get(name)}
     folded = json.dumps(more, indent=2, ensure_ascii=False, default=str) if more else ""
@@ -187,8 +190,17 @@ def _tiles(data: ReportData) -> list[tuple[str, str, str, str]]:
         ("Video", human(data.clip_seconds or None), "total length of the clips", ""),
         ("Wall time", human(wall), "of the newest run", ""),
         ("GPU time", human(data.gpu_seconds or None), each if data.gpu_seconds else "", ""),
+        *_cost_tile(data),
         ("Throughput", rate_text(rate) if rate else "–", waits[0] if waits else "of the newest run", ""),
     ]
+
+
+def _cost_tile(data: ReportData) -> list[tuple[str, str, str, str]]:
+    cost = recorded_cost(data.run.record)
+    if cost is None:
+        return []
+    hours, _, each = str(cost).partition(", ")
+    return [("Reserved", hours, each or "by the newest run", "")]
 
 
 def _problems(data: ReportData, strips: list[Strip]) -> list[str]:
@@ -301,6 +313,7 @@ def _card(row: dict[str, Any], strip: Strip, slowest: float, signed: str | None)
         "images": ", ".join(f"{image.get('path')} at frame {image.get('frame_idx')}" for image in images),
         "replicas": " → ".join(str(replica) for replica in replicas if replica is not None),
         "switches": row.get("switches") or "",
+        **measure_lines(row),
         "GPU time": human(finite(row.get("gpu_seconds"))) if row.get("gpu_seconds") else "",
         "device": row.get("device"),
         "finished": when(finished) if finished else "",

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ltx_ray.dataset import layout
+from ltx_ray.dataset.quality import QualitySums
 from ltx_ray.dataset.report_failures import FailureGroups
 from ltx_ray.dataset.report_list import Listed, Smallest, listed
 from ltx_ray.dataset.report_status import FailedRow, failed_row
@@ -38,7 +39,8 @@ _INDEX_COLUMNS = (
     "id prompt negative_prompt seed height width num_frames frame_rate num_inference_steps video_cfg_scale "
     "pipeline images loras item_id clip clip_sha256 latents_sha256 flags attempts stage1_replica "
     "stage2_replica switches text_seconds stage1_seconds stage2_seconds decode_seconds gpu_seconds device "
-    "recipe_digest versions finished_at motion sharpness loudness_lufs"
+    "recipe_digest versions finished_at motion sharpness loudness_lufs "
+    "clipped_samples mean_luma cuts"
 ).split()
 _FAILED_COLUMNS = (
     "id prompt item_id stage attempts error_class message traceback source failed_at seed height width num_frames "
@@ -69,6 +71,8 @@ class ReportData:
     since_rendered: int = 0
     clip_seconds: float = 0.0
     gpu_seconds: float = 0.0
+    #: What was measured of all clips.
+    quality: QualitySums = field(default_factory=QualitySums)
     problems: list[str] = field(default_factory=list)
 
 
@@ -110,6 +114,7 @@ def _read_index(store: Store, data: ReportData, max_listed: int, rendered: _Item
             data.items += 1
             data.clip_seconds += clip_length(row) or 0
             data.gpu_seconds += finite(row.get("gpu_seconds")) or 0
+            data.quality.add(row, flags)
             if done:
                 data.finished[int(done // COUNTED_SECONDS)] += 1
         key = (not flags, done, str(row.get("id")), data.rendered)

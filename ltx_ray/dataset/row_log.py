@@ -82,6 +82,12 @@ class RowLog:
             self.existing.table(table).add_pending(keys, path)
 
     @property
+    def oldest_age(self) -> float:
+        """Seconds for which the oldest row that this run has committed is in no part; 0 without one."""
+        oldest = self._oldest
+        return 0.0 if oldest is None else self._clock() - oldest
+
+    @property
     def fold_is_due(self) -> bool:
         """Whether enough rows are in segments, or one has been there for long."""
         waiting = self.existing.pending_count + (self._failures if self._fold_failures else 0)

@@ -101,6 +101,21 @@ class SummaryBuilder:
             self._other_drivers[str(event.get("where"))] = str(event.get("driver"))
 
     @property
+    def counts(self) -> Mapping[str, int]:
+        """How many events there were, by their names."""
+        return self._events
+
+    @property
+    def excluded(self) -> int:
+        """Nodes that are excluded now."""
+        return len(self._excluded)
+
+    @property
+    def parked(self) -> int:
+        """Cards that are left alone now."""
+        return len(self._parked)
+
+    @property
     def last(self) -> float | None:
         """When the last event was."""
         return self._last

@@ -44,6 +44,15 @@ class Rendered:
     switches: int = 0
     extra_flags: tuple[str, ...] = ()
 
+    @property
+    def flags(self) -> tuple[str, ...]:
+        return (*self.clip.flags, *self.extra_flags)
+
+    @property
+    def measures(self) -> dict[str, Any]:
+        """What was measured of the clip, by columns."""
+        return {**plain(self.clip.picture), **plain(self.clip.sound)}
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -140,7 +149,7 @@ def _rendered_row(item_id: str, request: RenderRequest, rendered: Rendered) -> d
         "clip_sha256": rendered.clip.sha256,
         "latents_sha256": rendered.clip.latents_sha256,
         "audio_stage": rendered.clip.audio_stage,
-        "flags": [*rendered.clip.flags, *rendered.extra_flags],
+        "flags": list(rendered.flags),
         "attempts": rendered.attempts,
         "stage1_replica": rendered.stage1_replica,
         "stage2_replica": rendered.stage2_replica,
@@ -153,8 +162,7 @@ def _rendered_row(item_id: str, request: RenderRequest, rendered: Rendered) -> d
         "noise_ledger": rendered.noise_ledger,
         "versions": rendered.versions,
         "finished_at": datetime.datetime.now(datetime.UTC),
-        **plain(rendered.clip.picture),
-        **plain(rendered.clip.sound),
+        **rendered.measures,
     }
 
 

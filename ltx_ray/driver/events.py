@@ -1,4 +1,4 @@
-"""What happened and how long it took: the events of a run in its output, counters in Ray's metrics."""
+"""What happened and how long it took: the events of a run in its output."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import threading
 import time
 from collections.abc import Collection
-from functools import cached_property
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -15,6 +14,7 @@ from pydantic_core import to_json
 
 from ltx_ray.dataset.layout import EVENTS, event_segments
 from ltx_ray.dataset.run_summary import SummaryBuilder
+from ltx_ray.driver.row_traces import RowTraces
 from ltx_ray.storage.credentials import masked
 from ltx_ray.storage.store import Store
 
@@ -149,7 +149,9 @@ class EventLog:
     wait, the oldest are given up, and an event `events_lost` says how many.
     """
 
-    def __init__(self, store: Store, run_id: str):
+    def __init__(self, store: Store, run_id: str, traces: RowTraces | None = None):
+        """`traces`: what else takes the events, if anything does."""
+        self.run_id, self._traces = run_id, traces
         self._summary = SummaryBuilder()
         #: Events that are no lines yet.
         self._entries: list[dict[str, Any]] = []
@@ -194,6 +196,8 @@ class EventLog:
         """Make lines of the events, and sum them up."""
         for entry in self._entries:
             self._summary.add(entry)
+            if self._traces is not None:
+                self._traces.take(entry)
             line = _line(entry)
             self._lines.append(line)
             self._size += len(line)
@@ -238,48 +242,3 @@ class EventLog:
 
 def _compressed(data: bytes) -> bytes:
     return pa.compress(data, codec="zstd", asbytes=True)
-
-
-class RunMetrics:
-    """Counters and timings of a run in `ray.util.metrics`, for the cluster's Prometheus.
-
-    They are created on first use, because metrics need a cluster, and a run without work never joins one.
-    """
-
-    @cached_property
-    def _items(self) -> Any:
-        from ray.util import metrics
-
-        return metrics.Counter("ltx_ray_items", "Finished items by outcome", tag_keys=("outcome",))
-
-    @cached_property
-    def _seconds(self) -> Any:
-        from ray.util import metrics
-
-        return metrics.Histogram(
-            "ltx_ray_call_seconds",
-            "Seconds of engine calls by stage",
-            boundaries=[0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000],
-            tag_keys=("stage",),
-        )
-
-    @cached_property
-    def _waited(self) -> Any:
-        from ray.util import metrics
-
-        return metrics.Counter(
-            "ltx_ray_waited_seconds", "Seconds that replicas of a stage waited, by cause", tag_keys=("stage", "cause")
-        )
-
-    def waited(self, stage: str, cause: str, seconds: float) -> None:
-        """Record that replicas of a stage have waited, for another stage, for memory or for rows."""
-        if seconds > 0:
-            self._waited.inc(seconds, tags={"stage": stage, "cause": cause})
-
-    def item(self, outcome: str) -> None:
-        """Count a row whose item ended: "rendered" or "failed"."""
-        self._items.inc(1, tags={"outcome": outcome})
-
-    def call(self, stage: str, seconds: float) -> None:
-        """Record the duration of an engine call."""
-        self._seconds.observe(seconds, tags={"stage": stage})

@@ -23,6 +23,8 @@ class JoinedCluster:
     numerics: str
     #: Bytes of the object store that the results of items in flight may take, as large as it is now.
     max_bytes: Callable[[], float] = lambda: math.inf
+    #: Seconds since the run's right to write was renewed.
+    lease_age: Callable[[], float] = lambda: 0.0
     #: What the run says of its replicas, what earlier runs into its output have computed, and who is told the versions
     #: of the ranks' packages.
     claims: Claims = Claims()  # noqa: RUF009 (frozen)

@@ -6,14 +6,14 @@ It refers to replicas by name and to results by handle. The processes are those 
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from ltx_ray.config import RunLimits
-from ltx_ray.dataset.run_summary import wait_lines
 from ltx_ray.dataset.writer import Failure
+from ltx_ray.driver.activity import activity
 from ltx_ray.driver.admission import Admission
+from ltx_ray.driver.calls_under_way import CallsUnderWay
 from ltx_ray.driver.growth import Growth
 from ltx_ray.driver.joined_cluster import JoinedCluster
 from ltx_ray.driver.negatives import NegativeContexts
@@ -21,6 +21,7 @@ from ltx_ray.driver.outcomes import Outcomes
 from ltx_ray.driver.policy import Policy
 from ltx_ray.driver.policy_state import RetryDecision
 from ltx_ray.driver.publisher import Publisher
+from ltx_ray.driver.run_gauges import RunGauges
 from ltx_ray.driver.second_opinion import SecondOpinions
 from ltx_ray.driver.staffing import Staffing
 from ltx_ray.driver.tracker import RowTracker, TrackedItem
@@ -30,7 +31,7 @@ from ltx_ray.planning.identity import merged_weights
 from ltx_ray.planning.plan import PlanEntry
 from ltx_ray.pools.pool import ModelRefused, Pool, StartFailed
 from ltx_ray.pools.protocol import CallFinished, InputsLost, ReplicaEvent, ReplicaLost, ReplicaSet, ReplicaStarted
-from ltx_ray.records import CallReport, ErrorKind, WorkItem, first_line
+from ltx_ray.records import CallReport, ErrorKind, first_line
 from ltx_ray.stages import PATH_FROM_STORED, Stage
 
 _TICK_SECONDS = 0.5
@@ -38,8 +39,6 @@ _TICK_SECONDS = 0.5
 _ROWS_PER_TURN = 500
 #: Seconds between two looks at how large the object store is.
 _MEMORY_SECONDS = 30.0
-#: The deadline of a call, as a multiple of what such calls usually take, and the least in seconds.
-_DEADLINE_TIMES, _LEAST_DEADLINE = 8.0, 300.0
 #: The item_id of the preflight clip. A row may ask for the very same clip.
 _PREFLIGHT = "preflight"
 
@@ -81,12 +80,11 @@ class Driver:
         self._staffing: Staffing | None = None
         self._opinions: SecondOpinions
         self._admission: Admission
-        self._wait_report: WaitReport | None = None
+        self._gauges: RunGauges | None = None
         self._preflight_admitted = self._preflight_running = False
         self._outcomes, self._gpu_seconds_before = Outcomes(limits.max_failed_fraction), gpu_seconds_before
         self._work_left = WorkLeft()
-        #: When the call of each item under way began.
-        self._call_began: dict[str, float] = {}
+        self._calls = CallsUnderWay(clock)
         self._noise_checked = False
         self._drain_until, self._memory_due = float("inf"), -float("inf")
         #: Items whose latents are saved for the next run, because this one drains.
@@ -180,7 +178,7 @@ class Driver:
 
     def waited(self) -> dict[str, dict[str, float]]:
         """Shares of the time of each stage's replicas in this run, by what they waited for."""
-        return {} if self._wait_report is None else self._wait_report.whole_run()
+        return {} if self._gauges is None else self._gauges.waits.whole_run()
 
     # --- rows ------------------------------------------------------------------------------------
 
@@ -228,7 +226,11 @@ class Driver:
             self._opinions = SecondOpinions(self.policy, self._staffing)
             self._negatives = NegativeContexts(cluster.replicas)
             self._admission = Admission(self._staffing, cluster.claims, cluster.answers, cluster.on_versions)
-            self._wait_report = WaitReport(self._staffing.waits, self.events, self.tracker.metrics)
+            waits = WaitReport(self._staffing.waits, self.events, self.tracker.metrics)
+            self._gauges = RunGauges(
+                self.tracker, self.policy, self.pools, cluster.replicas, waits, lease_age=cluster.lease_age,
+                gpu_seconds=self.gpu_seconds, max_gpu_hours=self.limits.max_gpu_hours, seconds_left=self._seconds_left,
+            )  # fmt: skip
         return self._cluster
 
     def _follow_memory(self) -> None:
@@ -264,18 +266,11 @@ class Driver:
             tracked = self.tracker.items[dispatch.item]
             if dispatch.moved:
                 self.events.emit("role_moved", replica=dispatch.replica, to=dispatch.stage)
-            self._call_began[dispatch.item] = self._clock()
+            self._calls.begin(dispatch.item)
             self.tracker.call_begins(tracked, dispatch.stage, time.monotonic())
             item, inputs = self._negatives.call(tracked, dispatch.stage)
-            timeout = self._deadline(dispatch.stage, item)
+            timeout = self._work_left.deadline(dispatch.stage, item, self.limits.call_timeout)
             self._replicas.submit(dispatch.replica, dispatch.stage, item, inputs, timeout)
-
-    def _deadline(self, stage: Stage, item: WorkItem) -> float:
-        """Seconds that a call may take: a multiple of what its stage and size usually take, once that is known."""
-        usual = self._work_left.usual_seconds(stage, item)
-        if usual is None:
-            return self.limits.call_timeout
-        return min(self.limits.call_timeout, max(_LEAST_DEADLINE, _DEADLINE_TIMES * usual))
 
     # --- events ----------------------------------------------------------------------------------
 
@@ -313,16 +308,16 @@ class Driver:
             return not (event.idle or event.node_lost) and event.item_id in (None, item)
 
         for decision in self.policy.remove_replica(event.replica, charged, event.inputs_lost):
-            self._call_began.pop(decision.item, None)
+            self._calls.lose(self.tracker.items[decision.item], pool)
             if event.inputs_lost:
                 self._drop_results(decision.item)
             self._carry_out(decision, stages[decision.item], event.reason, traceback)
         self._staff.lost(event, self._clock())
 
     def _inputs_lost(self, event: InputsLost) -> None:
-        item = event.item_id
+        item, stage = event.item_id, self.policy.stage_of(event.item_id)
         self.events.emit("inputs_lost", replica=event.replica, item_id=item, reason=event.reason)
-        stage = self.policy.stage_of(item)
+        self._calls.lose(self.tracker.items[item], self._staff.pool_of(event.replica))
         # Latents that were to be saved are gone for good.
         saving = stage == Stage.SAVE_LATENTS
         decision = self.policy.row_failed(item) if saving else self.policy.inputs_lost(item)
@@ -381,8 +376,8 @@ class Driver:
 
     def _account(self, pool: Pool, replica: str, tracked: TrackedItem, stage: Stage, report: CallReport) -> None:
         """Record the cost of a call."""
-        self._call_began.pop(tracked.item.item_id, None)
-        tracked.take_call(stage, replica, report, report.seconds * pool.spec.gpus_per_rank * pool.spec.ranks)
+        self._calls.end(tracked.item.item_id)
+        tracked.take_call(stage, replica, report, report.seconds * pool.gpus_of_replica)
         self.events.emit(
             "preflight_call" if tracked.item.preflight else "call",
             role=pool.spec.name, replica=replica, stage=stage, item_id=tracked.item.item_id, id=tracked.name,
@@ -393,7 +388,8 @@ class Driver:
                 "switch", role=pool.spec.name, replica=replica, to=stage,
                 seconds=round(report.switch_seconds, 3), clean_weights=report.facts.clean_weights,
             )  # fmt: skip
-        self.tracker.metrics.call(stage, report.seconds)
+        if not tracked.item.preflight:
+            self.tracker.metrics.call(stage, report.ok, report.seconds, pool.gpus_of_replica)
 
     def _finish(self, tracked: TrackedItem, stage: Stage, event: CallFinished) -> None:
         """An item has passed its last stage."""
@@ -484,17 +480,15 @@ class Driver:
 
     def _show(self, ended: bool = False) -> None:
         """Print the state when it is due, and at the end, where the rate of the whole run follows it."""
-        if self._wait_report is not None:
-            self._wait_report.tell(self._clock())
+        if self._gauges is not None:
+            self._gauges.tell(self._clock(), ended)
         if not (self.progress.due() or ended):
             return
-        tracker, now = self.tracker, self._clock()
+        tracker = self.tracker
         total = self.counts["rows"] if tracker.exhausted else tracker.plan.expected_rows
-        running = Counter(map(self.policy.stage_of, self.policy.running))
-        starting = sum(len(pool.replicas) - pool.ready for pool in self.pools)
-        busy = [f"{stage} {n}" for stage, n in sorted(running.items())]
-        waits = wait_lines(self._wait_report.shares)[:1] if self._wait_report is not None else []
-        doing = ", ".join([*busy, *([f"{starting} gangs starting"] if starting else []), *waits])
+        doing = activity(self.policy, self.pools, {} if self._gauges is None else self._gauges.waits.shares)
         rate = None if ended else tracker.rate.per_hour(time.monotonic())
-        left = self._work_left.in_flight(tracker, self.policy, self.pools, self._call_began, now)
-        self.progress.update(tracker.done, tracker.failed, total, doing, ended, rate=rate, left=left)
+        self.progress.update(tracker.done, tracker.failed, total, doing, ended, rate=rate, left=self._seconds_left())
+
+    def _seconds_left(self) -> float | None:
+        return self._work_left.in_flight(self.tracker, self.policy, self.pools, self._calls.began, self._clock())

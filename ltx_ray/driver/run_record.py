@@ -17,6 +17,8 @@ from ltx_ray.config import Numerics, PoolSpec, RequestedNumerics
 from ltx_ray.dataset import layout
 from ltx_ray.dataset.clip_rate import UNFINISHED, final_rate, rate_text
 from ltx_ray.dataset.package_versions import package_versions
+from ltx_ray.dataset.quality import QualitySums
+from ltx_ray.dataset.run_cost import RunCost
 from ltx_ray.dataset.run_summary import SummaryBuilder
 from ltx_ray.placement.numerics import numerics_json
 from ltx_ray.placement.sizing import ParallelConfig
@@ -80,13 +82,15 @@ class RunRecord:
         clips: int = 0,
         summary: SummaryBuilder | None = None,
         rate: float | None = None,
+        cost: RunCost | None = None,
+        quality: QualitySums | None = None,
     ) -> None:
         """`state`: running, draining, drained, finished or failed. `clips`: those that the run has made so far.
 
-        `summary`: of its events, with the timeline, which is written beside them. `rate`: the clips/h of now. A store
-        that cannot be reached loses the record.
+        `summary`: of its events, with the timeline, which is written beside them. `rate`: the clips/h of now. `cost`
+        and `quality`: of the run's clips so far. A store that cannot be reached loses the record.
         """
-        files = self._files(state, counts, clips, summary, rate)
+        files = self._files(state, counts, clips, summary, rate, cost, quality)
         if self._refresh is not None:
             self._refresh.join()
         self._put(files)
@@ -99,15 +103,28 @@ class RunRecord:
         return self._refresh is None or not self._refresh.is_alive()
 
     def refresh(
-        self, counts: Mapping[str, int], clips: int, summary: SummaryBuilder | None = None, rate: float | None = None
+        self,
+        counts: Mapping[str, int],
+        clips: int,
+        summary: SummaryBuilder | None = None,
+        rate: float | None = None,
+        cost: RunCost | None = None,
+        quality: QualitySums | None = None,
     ) -> None:
         """Write it again with the same state, on a thread of its own."""
-        files = self._files(self._state, counts, clips, summary, rate)
+        files = self._files(self._state, counts, clips, summary, rate, cost, quality)
         self._refresh = threading.Thread(target=self._put, args=(files,), name="record", daemon=True)
         self._refresh.start()
 
     def _files(
-        self, state: str, counts: Mapping[str, int], clips: int, summary: SummaryBuilder | None, rate: float | None
+        self,
+        state: str,
+        counts: Mapping[str, int],
+        clips: int,
+        summary: SummaryBuilder | None,
+        rate: float | None,
+        cost: RunCost | None,
+        quality: QualitySums | None,
     ) -> dict[str, bytes]:
         """What is to be written, by its path."""
         self._state, self._written = state, time.monotonic()
@@ -128,6 +145,8 @@ class RunRecord:
             "counts": recorded_counts(counts),
             "clips": clips,
             "clips_per_hour": self.clips_per_hour,
+            "cost": None if cost is None else plain(cost),
+            "quality": None if quality is None else quality.summary(),
             "versions": dict(self.versions),
         }
         files = {}

@@ -17,13 +17,16 @@ from ltx_ray.dataset import layout
 from ltx_ray.dataset.clip_rate import FIRST_STAGES, ClipRate
 from ltx_ray.dataset.failures import FailureScope
 from ltx_ray.dataset.parts import UnreadablePart
+from ltx_ray.dataset.quality import QualitySums
 from ltx_ray.dataset.writer import DatasetWriter, Failure, Rendered
-from ltx_ray.driver.events import EventLog, RunMetrics
+from ltx_ray.driver.events import EventLog
 from ltx_ray.driver.illegal_rows import IllegalRows
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
+from ltx_ray.driver.run_metrics import RunMetrics
 from ltx_ray.manifest.rules import IllegalRow, RowProblem
 from ltx_ray.placement.numerics import numerics_of_row
+from ltx_ray.planning.estimate import PlannedWork
 from ltx_ray.planning.identity import recipe_json
 from ltx_ray.planning.plan import COPY, DONE, FAILED, REMOVED, REPEATED, Plan, PlanEntry, PlannedRow
 from ltx_ray.records import CallReport, Clip, NoiseLedger, WorkItem, canonical_json, first_line
@@ -43,6 +46,8 @@ class TrackedItem:
     payloads: dict[Stage, Any] = field(default_factory=dict)
     #: Handle of the context of its negative prompt, where that is apart from the result of text.
     negative: Any = None
+    #: Bytes of the results, those that were dropped included.
+    sizes: dict[Stage, float] = field(default_factory=dict)
     #: Seconds of the last call of each stage, and the replica that made it.
     seconds: dict[Stage, float] = field(default_factory=dict)
     replicas: dict[Stage, str] = field(default_factory=dict)
@@ -67,6 +72,11 @@ class TrackedItem:
         """Its name in messages."""
         return self.item.request.id or self.item.item_id
 
+    @property
+    def nbytes(self) -> float:
+        """Bytes of its results that are kept."""
+        return sum(self.sizes[made] for made in self.payloads)
+
     def inputs(self, stage: Stage) -> list[Any]:
         """The payloads that a call of `stage` takes."""
         return [self.payloads[made] for made in TRAITS[stage].inputs if made in self.payloads]
@@ -80,7 +90,8 @@ class TrackedItem:
 
     def take_result(self, stage: Stage, report: CallReport, payload: Any) -> None:
         """Record the result of a call that succeeded."""
-        self.payloads[TRAITS[stage].result] = payload
+        made = TRAITS[stage].result
+        self.payloads[made], self.sizes[made] = payload, report.nbytes
         facts = report.facts
         # Of two ways to the latents of stage 1, what an earlier attempt recorded on the other way is void.
         if stage in (Stage.STAGE1, Stage.LOAD_LATENTS):
@@ -120,9 +131,15 @@ class RowTracker:
         self.plan, self.writer, self.publisher = plan, writer, publisher
         self.events, self.progress, self.versions = events, progress, versions
         self.counts: Counter[str] = Counter()
-        self.metrics = RunMetrics()
+        self.metrics = RunMetrics(events.run_id)
         #: Of the clips that this run publishes, in the time of `time.monotonic`.
         self.rate = ClipRate()
+        #: What those clips cost.
+        self.done_work = PlannedWork()
+        #: What was measured of them.
+        self.quality = QualitySums()
+        #: Rows that have failed in this run, by the class of their failure.
+        self.failures: Counter[str] = Counter()
         #: The items in the pools and those whose rows are being written, by item_id.
         self.items: dict[str, TrackedItem] = {}
         self.exhausted = False
@@ -335,6 +352,9 @@ class RowTracker:
         if not tracked.published:
             tracked.published = True
             self.rate.published(time.monotonic())
+            assert isinstance(tracked.outcome, Rendered)
+            self.quality.add(tracked.outcome.measures, tracked.outcome.flags)
+            self.done_work.add(planned.estimate(self.plan.builder.checkpoint.transformer))
         self._count(tracked, "rendered")
         self.events.emit("item_finished", item_id=tracked.item.item_id, id=planned.request.id)
 
@@ -343,13 +363,13 @@ class RowTracker:
         self._report_failure(planned, failure)
 
     def _report_failure(self, planned: PlannedRow, failure: Failure) -> None:
+        self.failures[failure.error_class] += 1
         row_id, stage, message = planned.request.id, failure.stage, failure.message
         self.progress.say(f"{row_id}: failed in {stage}: {first_line(message)}")
         self.events.emit("item_failed", item_id=planned.item_id, id=row_id, stage=stage, message=message)
 
     def _count(self, tracked: TrackedItem, outcome: str) -> None:
         self.counts[outcome] += 1
-        self.metrics.item(outcome)
         tracked.writing -= 1
         if not tracked.writing:
             self.items.pop(tracked.item.item_id, None)

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
-from ltx_ray.driver.events import EventLog, RunMetrics
+from ltx_ray.driver.events import EventLog
 from ltx_ray.driver.policy import Policy
+from ltx_ray.driver.run_metrics import RunMetrics
 from ltx_ray.stages import Stage
 
 #: Seconds between two samples.
@@ -74,11 +75,6 @@ class WaitWindow:
         self._waits = waits
         self._waited, self._there = Counter(waits.waited), Counter(waits.there)
 
-    @property
-    def waited(self) -> Counter[tuple[Stage, str]]:
-        """Seconds of replicas that had waited when it was read last."""
-        return self._waited
-
     def read(self) -> WaitShares:
         """The shares, which begin anew."""
         shares = self.so_far()
@@ -107,10 +103,9 @@ class WaitReport:
             self._told = now
         elif now - self._told >= _REPORT_SECONDS:
             self._told = now
-            before = Counter(self._minute.waited)
             self.shares = self._minute.read().by_stage()
             for (stage, cause), seconds in self._waits.waited.items():
-                self._metrics.waited(stage, cause, seconds - before[stage, cause])
+                self._metrics.reach("ltx_ray_waited_seconds", seconds, stage, cause)
             self._events.emit("waits", shares=self.shares)
 
     def whole_run(self) -> dict[str, dict[str, float]]:

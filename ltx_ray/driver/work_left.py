@@ -18,6 +18,9 @@ _LEAST_CALLS = 2
 #: Sizes of clips that are measured, for each stage together. Those of further ones follow from these.
 _MOST_SIZES = 1000
 
+#: The deadline of a call, as a multiple of what such calls usually take, and the least in seconds.
+_DEADLINE_TIMES, _LEAST_DEADLINE = 8.0, 300.0
+
 #: A stage, and what decides how long it takes for a clip, apart from guidance: pipeline, height, width, frames, steps.
 _Kind: TypeAlias = tuple[Stage, str, int, int, int, int]
 
@@ -58,6 +61,11 @@ class WorkLeft:
         """The mean seconds of a stage for clips of this size; None before it has been measured often enough."""
         calls, seconds = self._measured.get(_kind(stage, item.request), (0, 0.0))
         return seconds / calls if calls >= _LEAST_CALLS else None
+
+    def deadline(self, stage: Stage, item: WorkItem, most: float) -> float:
+        """Seconds that a call may take: a multiple of what its stage and size usually take, once that is known."""
+        usual = self.usual_seconds(stage, item)
+        return most if usual is None else min(most, max(_LEAST_DEADLINE, _DEADLINE_TIMES * usual))
 
     def _seconds_of_units(self) -> dict[Stage, float]:
         """Seconds of a unit, by stage, of stages that have been measured often enough."""

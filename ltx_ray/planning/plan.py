@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeAlias, cast
 
@@ -21,7 +21,7 @@ from ltx_ray.manifest.columns import LONGEST_ID
 from ltx_ray.manifest.raw import RawRow
 from ltx_ray.manifest.reader import open_manifest
 from ltx_ray.manifest.rules import IllegalRow, LegalRow, RowProblem, RowRules, duplicate_id, judge, resolved_values
-from ltx_ray.planning.cost import H100_TFLOPS, clip_tflop
+from ltx_ray.planning.estimate import ClipEstimate, PlannedWork, estimate_clip
 from ltx_ray.planning.identity import item_id, recipe_digest
 from ltx_ray.planning.image_lookahead import ImageLookAhead, Use
 from ltx_ray.planning.templates import RowTemplate, TemplateCache, item_sample_seed, sample_id, sample_seed
@@ -105,11 +105,11 @@ class PlannedRow:
             rows.append(PlannedRow(self.raw, self._template, item_id_bytes, row_id, seed))
         return rows
 
-    def tflop(self, transformer: TransformerConfig) -> float:
-        """Cost of the clip in TFLOP."""
-        if self._template.tflop is None:
-            self._template.tflop = clip_tflop(transformer, self._template.item.request)
-        return self._template.tflop
+    def estimate(self, transformer: TransformerConfig) -> ClipEstimate:
+        """What the clip costs, the same object for all rows of a template."""
+        if self._template.estimate is None:
+            self._template.estimate = estimate_clip(transformer, self._template.item.request)
+        return self._template.estimate
 
     def refused(self, problem: RowProblem) -> IllegalRow:
         """The row as one that this run cannot render. With its defaults resolved, a retry asks for the same clip."""
@@ -224,7 +224,7 @@ class Plan:
     """A manifest compared with a dataset, row by row.
 
     While the rows are consumed, `counts` fills with "rows", one entry for each status and "clips" (the items to
-    render), and `tflop` with the cost of those items.
+    render), and `work` with the cost of those items.
 
     With `samples` N, each row stands for N rows: itself, and N-1 whose seeds follow from its own and whose ids end in
     "-s1" and so on. A selection by id takes a row with all of its samples; an id with such an ending takes that
@@ -243,7 +243,7 @@ class Plan:
     #: Rows of the manifest, once it was opened and if its files say so.
     manifest_rows: int | None = None
     counts: Counter[str] = field(default_factory=Counter, init=False)
-    tflop: float = field(default=0.0, init=False)
+    work: PlannedWork = field(default_factory=PlannedWork, init=False)
 
     def __post_init__(self) -> None:
         #: Selected ids that no row has had yet, of the shard where there is one.
@@ -427,7 +427,7 @@ class Plan:
         if not self._to_render.has(head, rest, settled=found is None or head in found.to_render):
             self._to_render.put(head, rest)
             self.counts["clips"] += 1
-            self.tflop += row.tflop(self.builder.checkpoint.transformer)
+            self.work.add(row.estimate(self.builder.checkpoint.transformer))
 
     def _status(self, row: PlannedRow, found: _LookedUp | None) -> str:
         existing = self.existing
@@ -468,17 +468,3 @@ def _chunks(raws: Iterator[RawRow]) -> Iterator[list[RawRow]]:
 
 def _too_long(given_id: str | None, count: int) -> bool:
     return given_id is not None and count > 1 and len(sample_id(given_id, count - 1)) > LONGEST_ID
-
-
-def cost_line(counts: Mapping[str, int], tflop: float) -> str:
-    """The cost in words: TFLOP of what is to be rendered, and hours of an H100."""
-    clips = counts.get("clips", 0)
-    if not clips:
-        return "nothing to render"
-    hours = tflop / H100_TFLOPS / 3600
-    what = f"{clips} clip{'s' if clips > 1 else ''}"
-    return f"about {_quantity(tflop)}TFLOP in {what}, {hours:.2g} hours of an H100 at {H100_TFLOPS:.0f} TFLOP/s"
-
-
-def _quantity(value: float) -> str:
-    return f"{value:,.0f} " if value >= 100 else f"{value:.3g} "

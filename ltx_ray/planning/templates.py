@@ -16,6 +16,7 @@ from typing import Any
 from ltx_ray.manifest.columns import COLUMNS, MAX_SEED, Mistyped
 from ltx_ray.manifest.raw import RawRow
 from ltx_ray.manifest.rules import IllegalRow, RowRules, extra_json, judge
+from ltx_ray.planning.estimate import ClipEstimate
 from ltx_ray.planning.identity import ItemHasher
 from ltx_ray.records import RenderRequest, WorkItem
 
@@ -31,8 +32,8 @@ class RowTemplate:
 
     def __init__(self, item: WorkItem):
         self.item = item
-        #: Cost of each clip in TFLOP, once it is known.
-        self.tflop: float | None = None
+        #: What each clip costs, once that is known.
+        self.estimate: ClipEstimate | None = None
 
     @cached_property
     def hasher(self) -> ItemHasher:

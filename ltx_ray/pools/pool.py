@@ -43,6 +43,11 @@ class Pool:
     def ready(self) -> int:
         return sum(self.replicas.values())
 
+    @property
+    def gpus_of_replica(self) -> float:
+        """GPUs that each replica has."""
+        return self.spec.gpus_per_rank * self.spec.ranks
+
     def missing(self, at_most: int | None = None) -> list[str]:
         """Names of the replicas to start now, for as many as there should be, or for `at_most`."""
         target = self.spec.replicas if at_most is None else min(at_most, self.spec.replicas)

@@ -100,6 +100,12 @@ class Lease:
         self._thread: threading.Thread | None = None
         #: The number of this holder, higher than that of every holder before; 0 before the lease is taken.
         self.epoch = 0
+        self._renewed = time.monotonic()
+
+    @property
+    def age(self) -> float:
+        """Seconds since it was taken or renewed."""
+        return time.monotonic() - self._renewed
 
     @property
     def lost(self) -> bool:
@@ -161,7 +167,11 @@ class Lease:
 
     def _write(self, store: Store, epoch: int, version: str) -> bool:
         entry = LeaseEntry(*self._process, expires=time.time() + _TTL_SECONDS, epoch=epoch)
-        return _replace(store, LEASE_FILE, entry.encode(), version)
+        began = time.monotonic()
+        written = _replace(store, LEASE_FILE, entry.encode(), version)
+        if written:
+            self._renewed = began
+        return written
 
     def _is_own(self, entry: LeaseEntry) -> bool:
         return (entry.run_id, entry.host, entry.pid, entry.pid_namespace) == self._process

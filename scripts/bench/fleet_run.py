@@ -7,8 +7,7 @@ import time
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec, RunLimits
 from ltx_ray.dataset import layout
@@ -32,6 +31,7 @@ from ltx_ray.run import ExitCode, Options, prepare
 from ltx_ray.stages import FULL_PATH, TRAITS, Stage
 from ltx_ray.storage.store import Store
 from scripts.bench import sleeping_stages
+from scripts.bench.silent_metrics import silent_metrics
 from scripts.bench.simulated_fleet import GPU_SECONDS_OF_DECODE, Fleet, SimulatedFleet
 
 _SPEC = EngineSpec("none", ModelFiles("", "", ""), Numerics(), "none")
@@ -156,9 +156,7 @@ def _driver(
     log.made = Counter()
     plan = plan.against(plan.existing)
     tracker = RowTracker(plan, _KeyWriter(log), Publisher(log), events, Progress(said), "{}")
-    cast(Any, tracker).metrics = SimpleNamespace(
-        item=lambda outcome: None, call=lambda stage, seconds: None, waited=lambda stage, cause, seconds: None
-    )
+    tracker.metrics = silent_metrics()
     # As in a run, one replica of each pool needs no preflight clip.
     first = preflight_item(plan, distilled=False) if max(pool.replicas for pool in pools) > 1 else None
     driver = Driver(

@@ -8,8 +8,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec, RunLimits
 from ltx_ray.dataset import layout
@@ -29,6 +28,7 @@ from ltx_ray.pools.simulated import Faults, SimulatedReplicaSet
 from ltx_ray.records import Clip, RenderRequest, WorkItem
 from ltx_ray.stages import DIFFUSION_STAGES, FULL_PATH, OUTPUT_STAGES, TRAITS, Stage
 from ltx_ray.storage.store import Store
+from scripts.bench.silent_metrics import silent_metrics
 
 #: Three sizes of clips: their cost relative to an HQ clip, and their weights in the draw.
 _SIZES, _WEIGHTS = (0.35, 1.0, 2.2), (3, 5, 2)
@@ -143,7 +143,7 @@ def drive(
         store = Store(folder)
         events, log = EventLog(store, "bench"), _KeyLog(store, plan.existing, "0" * 8, "run")
         tracker = RowTracker(plan, _KeyWriter(log), Publisher(log), events, Progress(io.StringIO()), "{}")
-        cast(Any, tracker).metrics = SimpleNamespace(item=lambda outcome: None, call=lambda stage, seconds: None)
+        tracker.metrics = silent_metrics()
         driver = Driver(
             tracker=tracker,
             join_cluster=lambda: JoinedCluster(replica_set, pools, "{}"),

@@ -42,6 +42,7 @@ from ltx_ray.storage.reasons import TEMPORARY
 from ltx_ray.storage.store import Store
 from tests.support.checkpoint_files import RELEASED
 from tests.support.datasets import row_log
+from tests.support.metrics_of_runs import RecordedMetrics
 from tests.support.samples import recipe, request, write_jsonl
 
 SECONDS = {"text": 0.1, "stage1": 46.0, "load_latents": 0.2, "stage2": 17.0, "decode": 1.75, "save_latents": 0.3}
@@ -249,7 +250,7 @@ class Schedule:
         plan = Plan(manifest or self.manifest, RowRules(), HashingBuilder(), log.existing)  # type: ignore[arg-type]
         events = EventLog(self.store, f"run{self.runs}")
         self.tracker = RowTracker(plan, DatasetWriter(log), Publisher(log), events, Progress(io.StringIO()), "{}")
-        self.tracker.metrics = SimpleNamespace(item=lambda outcome: None, call=lambda stage, seconds: None)  # type: ignore
+        self.tracker.metrics = RecordedMetrics()
         preflight = None
         if self.dice.random() < 0.3:
             preflight = self._preflight(plan)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections import Counter
 from dataclasses import replace
-from types import SimpleNamespace
 
 from ltx_ray.config import PoolSpec, RunLimits
 from ltx_ray.dataset.writer import DatasetWriter
@@ -20,6 +19,7 @@ from ltx_ray.planning.plan import Plan
 from ltx_ray.stages import FULL_PATH, OUTPUT_STAGES, PREVIEW_PATH
 from ltx_ray.storage.store import Store
 from tests.support.datasets import row_log
+from tests.support.metrics_of_runs import RecordedMetrics
 from tests.support.samples import request, write_jsonl
 from tests.support.schedules import SECONDS, SPEC, HashingBuilder, Stages, WatchedReplicas
 
@@ -54,9 +54,7 @@ def run(
     plan = Plan(manifest, RowRules(), HashingBuilder(), log.existing, latents_only=latents_only)
     events = EventLog(store, "run")
     tracker = RowTracker(plan, DatasetWriter(log), publisher(log), events, Progress(io.StringIO()), "{}")
-    tracker.metrics = SimpleNamespace(
-        item=lambda outcome: None, call=lambda stage, seconds: None, waited=lambda stage, cause, seconds: None
-    )
+    tracker.metrics = RecordedMetrics()
     replica_set = replica_set_class(times=lambda stage, item, dice: SECONDS[stage], make=Stages(store)).watched(
         Counter()
     )

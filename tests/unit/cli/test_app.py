@@ -432,11 +432,23 @@ def test_plan_of_good_rows(cmd, tmp_path):
     manifest = write_jsonl(tmp_path / "m.jsonl", rows)
     code, out, err = cmd("plan", manifest, "--model", "toy")
     assert (code, err) == (0, "")
-    first, second, total, cost = out.splitlines()
+    first, second, total, cost, size = out.splitlines()
     assert first == f"todo     {manifest}:1 (cat) hq 64x64x9@29.97 steps 2 seed 5: a cat"
     assert "line one xxx" in second and second.endswith("...")
     assert total == "2 rows: 2 to render"
-    assert "TFLOP in 2 clips" in cost
+    assert "TFLOP in 2 clips" in cost and "$" not in cost
+    assert size.startswith("output: about ") and size.endswith(" for each clip that is being decoded")
+
+
+def test_plan_tells_dollars_and_that_the_disk_is_too_small(cmd, tmp_path, manifest, monkeypatch):
+    _, out, err = cmd("plan", manifest, "--model", "toy", "--gpu-price", "2.5", "--output", tmp_path / "none" / "yet")
+    assert re.search(r" GPU hours, \$\S+: \$\S+ a clip, \$\S+ an hour of video$", out.splitlines()[-2]) and not err
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=1000))
+    _, _, err = cmd("plan", manifest, "--model", "toy", "--output", tmp_path / "none" / "yet")
+    assert f"{tmp_path}/none/yet: about " in err and "are needed there and 1 kB are free" in err
+    assert usage(cmd, "plan", manifest, "--model", "toy", "--gpu-price", "-1").startswith(
+        "error: --gpu-price: -1.0, legal: a number from 0"
+    )
 
 
 def test_plan_against_a_dataset(cmd, manifest, out, toy):
@@ -661,6 +673,29 @@ def test_status_of_a_run(cmd, tmp_path):
     assert "run r1: finished\nmanifest m.jsonl, started 2026-01-01\n0 rows in the index, 0 in failed/\n" in out
     assert "stage1-0: last finished stage1 of cat, 2.0 s, " in out
     assert out.endswith("\n982 clips/h\n")
+
+
+def test_status_tells_what_the_run_has_cost_and_the_gpu_time_of_all_runs(cmd, tmp_path):
+    cost = {"gpu_hours": 12.3, "dollars": 30.75, "dollars_per_clip": 0.0427, "dollars_per_video_hour": 30.5}
+    (tmp_path / "run.json").write_text(json.dumps({"run_id": "r1", "state": "finished", "cost": cost}))
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "gpu_time.json").write_text('{"epoch": 1, "gpu_seconds": 72000.0}')
+    _, out, _ = cmd("status", tmp_path)
+    assert "cost of the run: 12.30 GPU hours, $30.75: $0.0427 a clip, $30.50 an hour of video\n" in out
+    assert "all runs into this output: 20.00 GPU hours\n" in out
+    _, out, _ = cmd("status", tmp_path, "--json")
+    (line,) = out.splitlines()
+    found = json.loads(line)
+    assert (found["run_id"], found["state"], found["cost"], found["gpu_hours_of_all_runs"]) == (
+        "r1",
+        "finished",
+        cost,
+        20,
+    )
+    assert found["rows"]["index"] == 0 and found["rows"]["failed"] == {"illegal": 0, "row": 0, "infra": 0}
+    (tmp_path / "run.json").write_text('{"state": "finished", "cost": "damaged"}')
+    _, out, _ = cmd("status", tmp_path)
+    assert "cost of the run" not in out and "all runs into this output: 20.00 GPU hours\n" in out
 
 
 def test_status_passes_over_damaged_events(cmd, tmp_path):

@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 import ltx_ray
+from tests.support.kubernetes_schemas import strict
 
 ROOT = Path(__file__).resolve().parents[3]
 KINDS = {"RayCluster": "rayclusters", "RayJob": "rayjobs"}
@@ -30,23 +31,6 @@ def documents(name):
 def only(name, kind):
     (found,) = [d for d in documents(name) if d["kind"] == kind]
     return found
-
-
-def strict(schema):
-    """A CRD's openAPIV3Schema as a JSON schema that allows only the listed fields."""
-    if not isinstance(schema, dict):
-        return schema
-    if schema.get("x-kubernetes-int-or-string"):
-        schema = {k: v for k, v in schema.items() if k not in ("anyOf", "type")} | {"type": ["integer", "string"]}
-    out = dict(schema)
-    if "properties" in out:
-        out["properties"] = {key: strict(value) for key, value in out["properties"].items()}
-        if "additionalProperties" not in out and not out.get("x-kubernetes-preserve-unknown-fields"):
-            out["additionalProperties"] = False
-    for key in ("items", "additionalProperties"):
-        if key in out:
-            out[key] = strict(out[key])
-    return out
 
 
 def validator(kind):
@@ -297,4 +281,5 @@ def test_ray_autoscaler_accepts_the_aws_file():
 
 def test_every_file_is_checked_here():
     checked = {"raycluster.yaml", "rayjob.yaml", "cronjob.yaml", "autoscaler-aws.yaml", "policies.yaml"}
+    checked |= {"alerts.yaml", "podmonitor.yaml"}  # test_metrics_files.py
     assert {p.name for p in (ROOT / "cluster").glob("*.y*ml")} == checked

@@ -182,8 +182,11 @@ def test_summary(page):
         "torch 2.11.0",
         "NVIDIA H100",
         "9f2c41d07be3a855",
+        "1.50 GPU hours",
+        "$3.75: $0.05 a clip, $40.00 an hour of video",
     ):
         assert part in text, part
+    assert re.search(r"Measured ?motion 0\.\d+ ", text), "of the whole dataset"
 
 
 def test_many_clips_are_a_list_whose_data_is_in_the_page(out):

@@ -16,6 +16,7 @@ from ltx_ray import run as runs
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec
 from ltx_ray.dataset.thumbnails import FrameSheet
 from ltx_ray.driver import signals
+from ltx_ray.driver.calls_under_way import CallsUnderWay
 from ltx_ray.driver.last_report import write_last_report
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
@@ -254,6 +255,32 @@ def test_gpu_hours_that_are_used_up_drain_the_run(tmp_path):
     (drain,) = events(store, "drain")
     assert drain["reason"].endswith("GPU hours reserved, 0.00 of them by earlier runs (--max-gpu-hours)")
     assert not events(store, "gang_given_back")
+
+
+def test_a_row_has_the_gpu_seconds_of_calls_that_never_came_back(tmp_path):
+    cards = [PoolSpec(p.name, p.roles, p.replicas, 2, SPEC, gpus_per_rank=0.5) for p in pools()]
+
+    lost = []
+
+    class CrashesOnce(WatchedReplicas):
+        def fault(self, stage, item):
+            return "crash" if stage == "stage2" and not lost else None
+
+        def submit(self, replica, stage, item, inputs, timeout):
+            self.submitted = self.now
+            super().submit(replica, stage, item, inputs, timeout)
+
+        def _gone(self, *call, **how):
+            lost.append(self.now - self.submitted)
+            return super()._gone(*call, **how)
+
+    driver, store = run(tmp_path, rows(1), CrashesOnce, the_pools=cards)
+    driver._calls = CallsUnderWay(lambda: driver._replicas.now)
+    assert not driver.run(driver.tracker.plan.open())
+    (row,) = rows_in(store, "index")
+    calls = sum(SECONDS[stage] for stage in ("text", "stage1", "stage2", "decode"))
+    assert row["attempts"] == 2 and len(lost) == 1 and lost[0] > 0
+    assert row["gpu_seconds"] == pytest.approx(calls + lost[0])
 
 
 def test_gpu_hours_of_earlier_runs_count(tmp_path):

@@ -94,13 +94,13 @@ def test_samples_that_come_too_soon_are_passed_over():
 def test_events_and_metrics_are_told_once_a_minute():
     waits, told, measured = sampled(120.0, 2, 1), [], []
     events = SimpleNamespace(emit=lambda event, **fields: told.append((event, fields)))
-    metrics = SimpleNamespace(waited=lambda *row: measured.append(row))
+    metrics = SimpleNamespace(reach=lambda *row: measured.append(row))
     report = WaitReport(Waits(), events, metrics)
     report._waits = report._minute._waits = report._whole._waits = waits
     for second in (0.0, 30.0, 61.0):
         report.tell(second)
     assert told == [("waits", {"shares": {"stage2": {"decode": 0.5}}})]
-    assert measured == [("stage2", "decode", 120.0)]
+    assert measured == [("ltx_ray_waited_seconds", 120.0, "stage2", "decode")]
     assert report.whole_run() == report.shares == {"stage2": {"decode": 0.5}}
 
 

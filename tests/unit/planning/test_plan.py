@@ -15,7 +15,8 @@ from ltx_ray.dataset.writer import DatasetWriter, Failure
 from ltx_ray.manifest.reader import RawRow
 from ltx_ray.manifest.rules import RowRules
 from ltx_ray.planning.cost import clip_tflop, pass_tflop
-from ltx_ray.planning.plan import COPY, DONE, FAILED, ILLEGAL, REPEATED, TODO, ItemBuilder, Plan, PlannedRow, cost_line
+from ltx_ray.planning.estimate import ClipEstimate, cost_line
+from ltx_ray.planning.plan import COPY, DONE, FAILED, ILLEGAL, REPEATED, TODO, ItemBuilder, Plan, PlannedRow
 from ltx_ray.records import LoraUse
 from ltx_ray.shapes import ClipShape
 from ltx_ray.storage.store import Store
@@ -104,7 +105,7 @@ def test_a_row_in_the_index_is_done(plan, tmp_path):
     finish(writer)
     a_plan = plan([row(2), row(1)], existing=list_existing(writer.log.store))
     assert statuses(a_plan) == [DONE, DONE]
-    assert cost_line(a_plan.counts, a_plan.tflop) == "nothing to render"
+    assert cost_line(a_plan.counts, a_plan.work.total) == "nothing to render"
 
 
 def test_a_rendered_clip_under_another_id_is_copied(plan, tmp_path):
@@ -163,8 +164,8 @@ def test_rows_that_share_a_clip_cost_it_once(plan):
     assert statuses(one) == [TODO]
     shared = plan([row(1, id="a"), row(1, id="b"), row(1, id="c")])
     assert statuses(shared) == [TODO] * 3
-    assert shared.tflop == one.tflop > 0
-    assert " in 1 clip," in cost_line(shared.counts, shared.tflop)
+    assert shared.work.total == one.work.total and one.work.total.tflop > 0
+    assert " in 1 clip," in cost_line(shared.counts, shared.work.total)
 
 
 def test_with_latents_only_a_row_with_a_preview_is_done(plan, tmp_path):
@@ -266,6 +267,6 @@ def test_an_hq_clip_costs_93_passes_at_half_size_and_7_at_full_size():
 
 def test_the_cost_in_words():
     on = "of an H100 at 618 TFLOP/s"
-    assert cost_line({"clips": 3}, 36_736 * 3) == f"about 110,208 TFLOP in 3 clips, 0.05 hours {on}"
-    assert cost_line({"clips": 1}, 0.0123) == f"about 0.0123 TFLOP in 1 clip, 5.5e-09 hours {on}"
-    assert cost_line({}, 0.0) == "nothing to render"
+    assert cost_line({"clips": 3}, ClipEstimate(36_736 * 3)) == f"about 110,208 TFLOP in 3 clips, 0.05 hours {on}"
+    assert cost_line({"clips": 1}, ClipEstimate(0.0123)) == f"about 0.0123 TFLOP in 1 clip, 5.5e-09 hours {on}"
+    assert cost_line({}, ClipEstimate()) == "nothing to render"

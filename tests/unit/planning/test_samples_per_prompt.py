@@ -72,7 +72,7 @@ def test_each_row_is_planned_with_its_samples(plan, builder):
     assert a_plan.counts == {"rows": 6, TODO: 6, "clips": 6}
     one = plan({}, samples=1)
     assert len(list(one.open())) == 1
-    assert a_plan.tflop == pytest.approx(6 * one.tflop)
+    assert a_plan.work.total.tflop == pytest.approx(6 * one.work.total.tflop)
 
 
 def test_rows_with_images_have_samples_too(plan, builder, tmp_path):

@@ -1,0 +1,106 @@
+"""The metrics of a run in `ray.util.metrics`, for the cluster's Prometheus, which reads them as `ray_ltx_ray_…`.
+
+Prometheus adds `_total` to the names of counters. All have the label `run`. docs/operations.md#metrics lists them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ltx_ray.stages import Stage
+
+
+@dataclass(frozen=True)
+class Metric:
+    """`counts`: a counter, which only grows; otherwise a gauge."""
+
+    help: str
+    labels: tuple[str, ...] = ()
+    counts: bool = False
+
+
+METRICS: Mapping[str, Metric] = {
+    "ltx_ray_clips": Metric("Clips that the run has published, each once", counts=True),
+    "ltx_ray_stage_calls": Metric("Calls of a stage that came back", ("stage", "ok"), counts=True),
+    "ltx_ray_stage_seconds": Metric("Seconds of those calls", ("stage", "ok"), counts=True),
+    "ltx_ray_waited_seconds": Metric("Seconds that replicas of a stage waited", ("stage", "cause"), counts=True),
+    "ltx_ray_gpu_busy_seconds": Metric("GPU seconds of calls", ("stage",), counts=True),
+    "ltx_ray_gpu_reserved_seconds": Metric("GPU seconds that the run has reserved", counts=True),
+    "ltx_ray_events": Metric("Events of the run, by their names in events.jsonl", ("event",), counts=True),
+    "ltx_ray_rows": Metric("Rows of the manifest by what became of them", ("state",)),
+    "ltx_ray_replicas": Metric("Replicas: placing, starting, idle or busy", ("pool", "state")),
+    "ltx_ray_replicas_wanted": Metric("Replicas that there should be", ("pool",)),
+    "ltx_ray_queue": Metric("Clips that wait before a stage", ("stage",)),
+    "ltx_ray_inflight_bytes": Metric("Bytes of results in the object store"),
+    "ltx_ray_inflight_limit_bytes": Metric("Bytes that those results may take"),
+    "ltx_ray_publish_backlog": Metric("Rows that wait to be committed"),
+    "ltx_ray_unfolded_rows": Metric("Finished rows that are in no part of the index yet"),
+    "ltx_ray_unfolded_age_seconds": Metric("For how long the oldest of those waits"),
+    "ltx_ray_lease_age_seconds": Metric("Seconds since the run's lease was renewed"),
+    "ltx_ray_nodes_excluded": Metric("Nodes that are excluded"),
+    "ltx_ray_cards_left_alone": Metric("Cards that are left alone"),
+    "ltx_ray_clips_per_hour": Metric("The rate, as the console says it"),
+    "ltx_ray_tflop_done": Metric("TFLOP of the clips that the run has published"),
+    "ltx_ray_tflop_left": Metric("TFLOP of the clips that are left, an estimate"),
+    "ltx_ray_seconds_left": Metric("Seconds until the last row, an estimate"),
+    "ltx_ray_gpu_hours": Metric("GPU hours that all runs into the output have reserved"),
+    "ltx_ray_gpu_hours_limit": Metric("--max-gpu-hours"),
+}
+
+
+class _Recorder(Protocol):
+    """A Counter or a Gauge of `ray.util.metrics`."""
+
+    def inc(self, value: float, tags: dict[str, str]) -> None: ...
+
+    def set(self, value: float, tags: dict[str, str]) -> None: ...
+
+
+def _in_ray(name: str, metric: Metric) -> Any:
+    from ray.util import metrics
+
+    kind = metrics.Counter if metric.counts else metrics.Gauge
+    return kind(name, metric.help, tag_keys=("run", *metric.labels))
+
+
+class RunMetrics:
+    """Each is created on first use, because metrics need a cluster, and a run without work never joins one."""
+
+    def __init__(self, run: str, make: Callable[[str, Metric], _Recorder] = _in_ray):
+        self._run, self._make = run, make
+        self._made: dict[str, _Recorder] = {}
+        #: What counters have reached, by name and labels.
+        self._totals: Counter[tuple[str, tuple[str, ...]]] = Counter()
+
+    def _of(self, name: str, values: tuple[str, ...]) -> tuple[_Recorder, dict[str, str]]:
+        if name not in self._made:
+            self._made[name] = self._make(name, METRICS[name])
+        tags = {"run": self._run, **dict(zip(METRICS[name].labels, map(str, values), strict=True))}
+        return self._made[name], tags
+
+    def add(self, name: str, value: float, *labels: str) -> None:
+        """Have a counter grow. `labels`: their values, in order."""
+        if value > 0:
+            recorder, tags = self._of(name, labels)
+            recorder.inc(value, tags)
+
+    def reach(self, name: str, total: float, *labels: str) -> None:
+        """Have a counter grow to what is counted elsewhere."""
+        before = self._totals[name, labels]
+        self._totals[name, labels] = max(before, total)  # type: ignore[assignment]  # Counters take floats.
+        self.add(name, total - before, *labels)
+
+    def set(self, name: str, value: float, *labels: str) -> None:
+        """Set a gauge."""
+        recorder, tags = self._of(name, labels)
+        recorder.set(value, tags)
+
+    def call(self, stage: Stage, ok: bool, seconds: float, gpus: float) -> None:
+        """A call has come back, whose replica holds so many GPUs."""
+        told = "true" if ok else "false"
+        self.add("ltx_ray_stage_calls", 1, stage, told)
+        self.add("ltx_ray_stage_seconds", seconds, stage, told)
+        self.add("ltx_ray_gpu_busy_seconds", seconds * gpus, stage)

@@ -1,0 +1,80 @@
+"""A run's metrics say what its counts, queues and pools say, and count nothing twice."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from ltx_ray.driver.run_gauges import replica_states, row_states, tflop_left
+from ltx_ray.driver.run_metrics import METRICS
+from ltx_ray.pools.pool import Pool
+from tests.support.metrics_of_runs import RecordedMetrics
+from tests.support.schedules import SECONDS
+from tests.support.simulated_runs import pools, rows, run
+
+
+def told(driver) -> dict[tuple[str, ...], float]:
+    return driver.tracker.metrics.values
+
+
+def test_metrics_of_a_whole_run(tmp_path):
+    bad = {"id": "bad", "prompt": "x", "width": 100}
+    lost = {"id": "lost", "prompt": "a [[stage2:error]]"}
+    twin = {**rows(1)[0], "id": "twin"}
+    driver, _ = run(tmp_path, [*rows(4), twin, bad, lost])
+    assert not driver.run(driver.tracker.plan.open())
+    values, counts = told(driver), driver.counts
+    assert counts == {"rows": 7, "rendered": 5, "failed": 1, "illegal": 1}
+    states = {state: n for (name, *labels), n in values.items() if name == "ltx_ray_rows" for state in labels}
+    assert states == {
+        "rendered": 5, "done_before": 0, "failed_row": 1, "failed_infrastructure": 0, "failed_before": 0, "illegal": 1,
+        "removed": 0, "expected": 7,
+    }  # fmt: skip
+    assert values["ltx_ray_clips",] == 4, "rows that share a clip have one"
+    assert values["ltx_ray_stage_calls", "decode", "true"] == 4
+    assert values["ltx_ray_stage_seconds", "stage1", "true"] == pytest.approx(5 * SECONDS["stage1"])
+    assert values["ltx_ray_stage_calls", "stage2", "false"] == 3, "the attempts at the row that fails"
+    assert values["ltx_ray_events", "item_finished"] == 5 and values["ltx_ray_events", "row_illegal"] == 1
+    assert {values["ltx_ray_queue", stage] for stage in ("text", "stage1", "stage2", "decode")} == {0}
+    assert values["ltx_ray_inflight_bytes",] == 0 == values["ltx_ray_publish_backlog",]
+    assert values["ltx_ray_tflop_left",] == pytest.approx(0, abs=1e-6) and values["ltx_ray_tflop_done",] > 0
+
+
+def test_every_metric_has_its_labels_and_is_told(tmp_path):
+    driver, _ = run(tmp_path, rows(3), max_gpu_hours=5.0)
+    driver.run(driver.tracker.plan.open())
+    found = {name for name, *_ in told(driver)}
+    # Nothing waits, reserves a GPU or computes on one here, and the time that is left is not known.
+    missing = METRICS.keys() - found
+    assert missing <= {"ltx_ray_waited_seconds", "ltx_ray_gpu_busy_seconds", "ltx_ray_gpu_reserved_seconds",
+                       "ltx_ray_seconds_left"}  # fmt: skip
+
+
+def test_a_counter_grows_by_what_was_added_elsewhere_and_never_falls():
+    metrics = RecordedMetrics()
+    for total in (0, 3, 3, 2, 5):
+        metrics.reach("ltx_ray_clips", total)
+    assert metrics.values == {("ltx_ray_clips",): 5}
+
+
+def test_replicas_by_state():
+    pool = Pool(pools(4)[1], max_failures=3)
+    names = pool.missing()
+    pool.started(names[0])
+    pool.started(names[1])
+    found = replica_states(pool, placing={names[3]: 1.0}, busy={names[1]})
+    assert found == Counter({"idle": 1, "busy": 1, "starting": 1, "placing": 1})
+
+
+def test_rows_that_are_not_read_yet_are_left(tmp_path):
+    driver, _ = run(tmp_path, rows(10))
+    tracker = driver.tracker
+    planned = tracker.plan.open()
+    assert tflop_left(tracker) is None
+    list(tracker.take(planned, 4))
+    each = tracker.plan.work.total.tflop / tracker.plan.counts["clips"]
+    assert tflop_left(tracker) is None, "nobody knows how many rows there are"
+    tracker.plan.manifest_rows = 10
+    assert tflop_left(tracker) == pytest.approx(tracker.plan.work.total.tflop + 6 * each)
+    assert row_states(tracker)["expected"] == 10

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from ltx_ray.cli import app as cli
 from ltx_ray.cli.options import CONFIG_OPTION
+from ltx_ray.driver import row_traces
 from ltx_ray.run import ExitCode
 from tests.support.samples import write_jsonl
 
@@ -147,8 +148,9 @@ def commands():
     return [command for command in cli.app.commands.values() if CONFIG_OPTION in command.params]
 
 
-def test_every_switch_of_every_command_can_be_said_both_ways(ask):
+def test_every_switch_of_every_command_can_be_said_both_ways(ask, monkeypatch):
     """One file serves all commands: what one of them lacks is passed over."""
+    monkeypatch.setattr(row_traces, "_EXPORTER", "json")  # --trace needs a package that may be missing
     params = [p for c in commands() for p in c.params if isinstance(p, click.Option) and p.is_flag]
     assert {"--all", "--resolved", "--repair", "--save-latents", "--preflight"} <= {p.opts[0] for p in params}
     for param in params:

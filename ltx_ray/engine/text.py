@@ -63,12 +63,13 @@ class TextEngine:
         model = on_this_node(self.spec.model)
         self._files = FileDigests(self.spec, "checkpoint_path", "gemma_root")
         weights, tokenizer = gemma_folders(model.gemma_root)
-        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        # Files of a model are never run. By default transformers would ask, and read a pickle where nothing else is.
+        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         # With output_loading_info the method returns two values, which its annotation does not say.
         loaded: Any = Gemma3ForConditionalGeneration.from_pretrained(
-            weights, dtype=self.dtype, output_loading_info=True
+            weights, dtype=self.dtype, output_loading_info=True, use_safetensors=True
         )
         whole, report = loaded
         # Transformers initialises weights that it does not find with random numbers.

@@ -21,6 +21,7 @@ from ltx_ray.dataset import layout
 from ltx_ray.engine.base import Rank
 from ltx_ray.engine.text import TextEngine
 from ltx_ray.storage import lease
+from ltx_ray.storage.file_kinds import named_kind
 from ltx_ray.storage.store import _PROBE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,6 +63,12 @@ def test_nothing_is_unpickled_or_run_but_what_a_runs_own_processes_send():
 def test_such_calls_are_found(tmp_path):
     (tmp_path / "x.py").write_text("import pickle as p\nfrom torch import load\nload(a)\np.loads(b)\neval('1')\n")
     assert calls(tmp_path / "x.py") == {"torch.load", "pickle.loads", "builtins.eval"}
+
+
+def test_the_page_quotes_what_is_said_of_a_pickle():
+    text = " ".join(TEXT.split())
+    for head in (pickle.dumps({})[:2], b"PK\x03\x04"):
+        assert f'"{named_kind(head)}"' in text
 
 
 @pytest.fixture

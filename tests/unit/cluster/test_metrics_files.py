@@ -89,6 +89,13 @@ def test_the_page_for_operators_lists_every_metric_with_its_labels():
         assert f"| `{name}` | {labels} | {metric.help}{'; a counter' if metric.counts else ''} |\n" in text
 
 
+def test_the_runbook_names_metrics_and_alerts_that_exist():
+    text = (ROOT / "docs" / "runbook.md").read_text()
+    metrics, alerts = re.findall(r"\bltx_ray_\w+", text), re.findall(r"\bLtxRay\w+", text)
+    assert metrics and set(metrics) <= set(METRICS)
+    assert alerts and set(alerts) <= {rule["alert"] for rule in RULES}
+
+
 def test_panels_have_ids_and_places_of_their_own_and_sources_that_are_variables():
     panels = DASHBOARD["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)

@@ -11,12 +11,18 @@ import pytest
 from ltx_ray.cli.app import app
 
 ROOT = Path(__file__).resolve().parents[3]
-PAGES = ["README.md", "docs/manifest.md", "docs/gpus.md", "docs/operations.md", "docs/failure-model.md"]
+PAGES = ["README.md"] + [
+    f"docs/{name}.md"
+    for name in ("manifest", "gpus", "operations", "failure-model", "security", "sizing", "runbook", "first-runs")
+]
 #: Programs of the project; their options are those that their source names.
-PROGRAM = re.compile(r"\b(?:scripts|jobs|cluster)/[\w./]*\w")
+PROGRAM = re.compile(r"(?<![\w/])(?:scripts|jobs|cluster)/[\w./]*\w")
 PROGRAMS = [path for folder in ("scripts", "jobs", "cluster") for path in (ROOT / folder).iterdir() if path.is_file()]
 #: Options of other programs.
-FOREIGN = {"ray": {"--working-dir", "--address"}}
+FOREIGN = {
+    "ray": {"--working-dir", "--address"}, "kubectl": {"--from-file", "--from"}, "scancel": {"--batch", "--signal"},
+    "sbatch": {"--nodes", "--partition", "--time"}, "curl": {"--max-time"},
+}  # fmt: skip
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 

@@ -142,6 +142,15 @@ def test_no_line_is_stale_or_twice():
     assert sorted(lines) == sorted(set(lines)) and len(lines) > 200
 
 
+def test_messages_that_other_pages_quote_are_listed():
+    """A quoted message has a placeholder; its beginning or its end may be left out with an ellipsis."""
+    there = "\n".join(listed())
+    for page in ("runbook", "security"):
+        text = " ".join((ROOT / "docs" / f"{page}.md").read_text().split())
+        quoted = [span for span in re.findall(r"`([^`]*)`", text) if re.search(r"[a-z] .*<\w+>|<\w+>[^/]* [a-z]", span)]
+        assert quoted and [span for span in quoted if normal(span).strip("… ") not in there] == []
+
+
 def test_every_line_says_when_what_to_do_and_the_exit_code():
     for row in re.findall(r"^\| `.*", TEXT, re.MULTILINE):
         cells = [cell.strip() for cell in row.strip("|").split(" | ")]

@@ -9,8 +9,7 @@ HEAD_BYTES = 512
 _BEGINNINGS = {
     b"version https://git-lfs": "a Git LFS pointer, in whose place `git lfs pull` puts the file",
     b"PK\x03\x04": "a zip archive, which PyTorch's .pt and .ckpt files are too",
-    b"\x80\x02": "a pickle, which PyTorch's older files are",
-    b"\x80\x04": "a pickle, which PyTorch's older files are",
+    **dict.fromkeys((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"), "a pickle, which PyTorch's older files are"),
     b"GGUF": "a GGUF file",
     b"\x1f\x8b": "a gzip archive",
     b"%PDF": "a PDF document",

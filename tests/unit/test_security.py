@@ -67,7 +67,8 @@ def test_such_calls_are_found(tmp_path):
 
 def test_the_page_quotes_what_is_said_of_a_pickle():
     text = " ".join(TEXT.split())
-    for head in (pickle.dumps({})[:2], b"PK\x03\x04"):
+    protocols = range(2, pickle.HIGHEST_PROTOCOL + 1)
+    for head in (*(pickle.dumps({}, protocol) for protocol in protocols), b"PK\x03\x04"):
         assert f'"{named_kind(head)}"' in text
 
 

@@ -1,5 +1,5 @@
-"""The `ltx-ray` command: render, retry, promote, plan, status, report, fold, export, remove, verify, fetch, inspect
-and doctor."""
+"""The `ltx-ray` command: render, retry, promote, plan, status, report, fold, export, remove, verify, fetch, inspect,
+doctor and supervise."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ from ltx_ray.cli.parameters import (
 )
 from ltx_ray.cli.plan import PLAN_ROWS, show_plan
 from ltx_ray.cli.streams import open_standard_streams
+from ltx_ray.cli.supervise import supervise_command
 from ltx_ray.config import Selection
 from ltx_ray.dataset import layout
 from ltx_ray.dataset.check_scope import CheckScope
@@ -427,6 +428,7 @@ def inspect_command(file: str) -> ExitCode:
 
 
 app.add_command(doctor_command)
+app.add_command(supervise_command)
 
 
 def _check_dataset(output: str) -> None:

@@ -121,7 +121,7 @@ class Schedule:
         return subprocess.Popen(
             [
                 *(sys.executable, str(ROOT / "jobs/schedule.py"), str(self.folder / "recipe.yaml")),
-                *("--date", "2026-11-23", "--out-dir", str(self.folder), "--address", self.address),
+                *("--address", self.address, *(() if "--backfill" in options else ("--date", "2026-11-23"))),
                 *("--entrypoint", self.entrypoint, *options),
             ],
             env={**ENV, **TOKEN},
@@ -138,7 +138,8 @@ class Schedule:
     def count(self):
         """How often the job's command ran. Also checks the arguments of the last run."""
         lines = self.runs.read_text().splitlines()
-        assert lines[-1] == f"{self.folder}/{self.name}-2026-11-23.jsonl --output {self.folder}/out"
+        manifest = f"{self.folder}/out/manifests/{self.name}-2026-11-23.jsonl"
+        assert lines[-1] == f"{manifest} --output {self.folder}/out" and Path(manifest).is_file()
         return len(lines)
 
 
@@ -177,6 +178,29 @@ def test_a_failed_job_is_submitted_again(head, tmp_path):
     assert sorted(name.endswith("-2") for name in jobs(head) if name.startswith("failed-")) == [False, True]
     code, out = job.call("--wait")
     assert code == 0 and "-2: already there (succeeded)" in out and job.count() == 2, out
+
+
+def test_a_stop_goes_on_to_the_job_and_the_next_call_resumes(head, tmp_path):
+    """The first command waits for its SIGTERM, as a render does that drains; the second one finds nothing left."""
+    drains = f"trap 'touch {tmp_path}/drained; exit 4' TERM; touch {tmp_path}/up; while :; do sleep 0.1; done"
+    job = Schedule(tmp_path, head, "stopped", f"[ -e {tmp_path}/drained ] || {{ {drains}; }}")
+    caller = job.start("--wait", "--on-stop", "drain")
+    while not (tmp_path / "up").exists():
+        assert caller.poll() is None, caller.communicate()
+        time.sleep(0.05)
+    caller.send_signal(signal.SIGTERM)
+    out, _ = caller.communicate(timeout=600)
+    assert caller.returncode == 4 and "told to stop" in out and "Traceback" not in out, out
+    assert (tmp_path / "drained").exists()
+    code, out = job.call("--wait")
+    assert code == 0 and "submitted again (previous job: stopped)" in out and job.count() == 2, out
+
+
+def test_a_backfill_is_a_job_for_each_date(head, tmp_path):
+    job = Schedule(tmp_path, head, "fill", "true")
+    code, out = job.call("--backfill", "2026-11-22..2026-11-23", "--wait")
+    assert code == 0 and job.count() == 2, out
+    assert sorted(name[5:15] for name in jobs(head) if name.startswith("fill-")) == ["2026-11-22", "2026-11-23"]
 
 
 def test_without_the_token_is_exit_1(head, tmp_path, monkeypatch):

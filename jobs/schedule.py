@@ -7,8 +7,8 @@ The same recipe and date always give the same manifest, byte for byte, and the s
 that fires twice (a retried CronJob, two cron hosts, an impatient operator) therefore renders once. A job that
 failed or was stopped is followed by another whose id ends in "-2"; the render continues where it was.
 
-The manifest of a date is written once, to manifests/ in the output, on any store. It stands when the recipe or its pool
-changes later that day: the date renders what was drawn first. Remove the file to have it drawn again.
+The manifest of a date is written once, to state/manifests/ in the output, on any store. It stands when the recipe or
+its pool changes later that day: the date renders what was drawn first. Remove the file to have it drawn again.
 
 A recipe is YAML:
 
@@ -56,14 +56,15 @@ from schedule_pool import SourceManifest
 from schedule_recipe import Recipe, expand, manifest_bytes, parse_recipe, require
 
 from ltx_ray.cli.cluster_jobs import ATTEMPTS, connect, follow, submit_once
+from ltx_ray.manifest.outputs import STATE
 from ltx_ray.run import ExitCode
 from ltx_ray.storage.credentials import masked, without_credentials
 from ltx_ray.storage.locations import is_in_job_copy, join, parent, resolve
 from ltx_ray.storage.store import Store
 from ltx_ray.storage.text import read_text
 
-#: The folder of the dated manifests in an output.
-MANIFESTS = "manifests"
+#: The folder of the dated manifests in an output. Whoever reads a folder of manifests passes over `STATE` in outputs.
+MANIFESTS = f"{STATE}/manifests"
 #: What a date may end with while the dates after it are still rendered: every row is there, or some have failed.
 _GOES_ON = (ExitCode.OK, ExitCode.FAILED_ROWS)
 

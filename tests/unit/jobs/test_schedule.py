@@ -503,9 +503,9 @@ def test_the_manifest_of_a_date_is_written_once_below_the_output(tmp_path, kind,
     recipe.write_text(RECIPE.replace("/data/", f"{place}/"))
     assert submit(recipe, "--date", DATE) == 0
     out, err = capsys.readouterr()
-    path = f"{place}/night/{DATE}/manifests/night-{DATE}.jsonl"
+    path = f"{place}/night/{DATE}/state/manifests/night-{DATE}.jsonl"
     assert f"manifest  {path} (10 rows)" in out and f" {path} --output {place}/night/{DATE}\n" in out and not err
-    store = schedule.Store(f"{place}/night/{DATE}/manifests")
+    store = schedule.Store(f"{place}/night/{DATE}/state/manifests")
     written = store.read_bytes(f"night-{DATE}.jsonl")
     assert written.count(b"\n") == 10
 
@@ -599,3 +599,13 @@ def test_a_single_day_and_a_dry_run_are_a_backfill(tmp_path, capsys):
     for dates, count in (("2026-11-01..2026-11-01", 1), ("2026-02-27..2026-03-01", 3)):
         assert schedule.main([str(tmp_path / "r.yaml"), "--backfill", dates, "--dry-run"]) == 0
         assert capsys.readouterr().out.count("manifest  ") == count
+
+
+def test_a_pool_that_holds_the_output_does_not_grow_by_what_was_drawn(tmp_path, cluster, capsys):
+    (tmp_path / "pool.jsonl").write_text('{"prompt": "p"}\n')
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/run.json").write_text('{"run_id": "x"}')
+    (tmp_path / "r.yaml").write_text(f"name: night\noutput: {tmp_path}/out\nmanifest: {tmp_path}\n")
+    for date in (DATE, "2026-11-24"):
+        assert submit(tmp_path / "r.yaml", "--date", date) == 0
+        assert "(1 rows)" in capsys.readouterr().out

@@ -238,6 +238,11 @@ def test_cronjob_pod_is_one():
     assert errors(document) == []
 
 
+def head_environment():
+    head = only("raycluster.yaml", "RayCluster")["spec"]["headGroupSpec"]["template"]["spec"]
+    return head["containers"][0]["env"]
+
+
 def test_cronjob_command_is_one_of_schedule():
     (job,) = documents("cronjob.yaml")
     pod = job["spec"]["jobTemplate"]["spec"]["template"]["spec"]
@@ -245,10 +250,14 @@ def test_cronjob_command_is_one_of_schedule():
     python, script, *argv = container["command"]
     assert (python, script) == ("python", "/opt/ltx-ray/jobs/schedule.py")
     args = schedule_module().parser().parse_args(argv)
-    assert args.wait and not args.dry_run and args.date is None
+    assert args.wait and not args.dry_run and args.date is None and args.out_dir is None
+    # Its end at the deadline leaves no render behind that holds the cards, and there is time for the drain.
+    (grace,) = [e for e in head_environment() if e["name"] == "RAY_JOB_STOP_WAIT_TIME_S"]
+    assert args.on_stop == "drain" and pod["terminationGracePeriodSeconds"] > float(grace["value"]) + 30
+    assert container["envFrom"] == [{"secretRef": {"name": "ltx-ray-store", "optional": True}}]
     cluster = only("raycluster.yaml", "RayCluster")
     assert args.address == f"http://{cluster['metadata']['name']}-head-svc:8265"
-    # This pod and the head must see the manifest under the same path.
+    # This pod and the head must see an output below /data under the same path.
     head = cluster["spec"]["headGroupSpec"]["template"]["spec"]
     shared = {"data": {"claimName": "ltx-ray-data"}}
     for volumes, mounts in (
@@ -258,7 +267,6 @@ def test_cronjob_command_is_one_of_schedule():
         claims = {v["name"]: v["persistentVolumeClaim"] for v in volumes if "persistentVolumeClaim" in v}
         assert claims == shared
         assert {"name": "data", "mountPath": "/data"} in mounts
-    assert str(args.out_dir).startswith("/data/")
 
 
 def ray_autoscaler_schema():

@@ -325,7 +325,7 @@ class _Rendering:
         assert options.output is not None
         self._run, self._options, self._plan = run, options, plan
         keep_older_run(store)
-        self._events = EventLog(store, run.run_id, RowTraces(run.run_id) if options.trace else None)
+        self._events = EventLog(store, run.run_id, RowTraces(run.run_id, run.progress.say) if options.trace else None)
         self._record = RunRecord(
             store,
             run_id=run.run_id,

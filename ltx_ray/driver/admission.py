@@ -156,6 +156,10 @@ class Admission:
             if not self._staff.knows(name):
                 del self._waiting[name]  # It was lost meanwhile.
                 continue
+            if candidate.node in self._staff.left_alone.wrong_nodes:
+                del self._waiting[name]
+                self._staff.give_back(name, WRONG_NODE)
+                continue
             verdict = self._verdict(candidate, now)
             if verdict is None:
                 continue
@@ -196,7 +200,7 @@ class Admission:
         alone = [ballot for ballot in ballots.values() if not ballot.confirmed]
         if now >= candidate.until or not any(self._may_vote(ballot, candidate) for ballot in alone):
             return False
-        return any(name not in self._waiting for name in self._staff.starting_like(candidate.event.replica))
+        return self._staff.others_come(candidate.event.replica, self._waiting, self._rows_have_begun)
 
     def _may_vote(self, ballot: Ballot, candidate: _Candidate) -> bool:
         """Whether there are nodes for replicas like a candidate that have not voted yet."""

@@ -224,7 +224,7 @@ class Driver:
                 self.pools, cluster.replicas, self.policy, self.limits, self.events, self.progress, growth
             )
             self._opinions = SecondOpinions(self.policy, self._staffing)
-            self._negatives = NegativeContexts(cluster.replicas)
+            self._negatives = NegativeContexts(cluster.replicas, self._staffing.left_alone.wrong_nodes)
             self._admission = Admission(self._staffing, cluster.claims, cluster.answers, cluster.on_versions)
             waits = WaitReport(self._staffing.waits, self.events, self.tracker.metrics)
             self._gauges = RunGauges(
@@ -335,7 +335,7 @@ class Driver:
         self._staff.left_alone.call_succeeded(self._staff.ranks_of(event.replica), pool.spec.name)
         self._opinions.succeeded(item_id, stage, tracked.name, self._clock())
         tracked.take_result(stage, report, event.payload)
-        self._negatives.take(tracked, report)
+        self._negatives.take(tracked, report, self._staff.node_of(event.replica))
         if report.facts.unchecked:
             self.tracker.say_unchecked(tracked)
         # The preflight clip takes other times than the clips of rows.

@@ -50,17 +50,29 @@ class OwnCards:
         self._has_failed = False
 
     def look(
-        self, pools: Sequence[Pool], needs: Mapping[str, float], placing: Mapping[str, float], now: float
+        self,
+        pools: Sequence[Pool],
+        needs: Mapping[str, float],
+        placing: Mapping[str, float],
+        leaving: bool,
+        now: float,
     ) -> CardMove | None:
         """A card that moves, if one does. Both pools have new sizes.
 
         `needs`: by pool, the replicas that would be busy all the time. `placing`: replicas without a place, and how
-        long. What finds no place on its new card, because CPUs are lacking, gives it back, and no other card is moved.
+        long. `leaving`: whether replicas leave after their calls, and have their cards until then. What finds no place
+        on its new card, because CPUs are lacking, gives it back, and no other card is moved.
         """
         if now - self._looked < _PERIOD or self._has_failed:
             return None
         self._looked = now
-        if self._last is not None and any(placing.get(name, 0.0) >= _PERIOD for name in self._last.taker.replicas):
+        if self._last is not None and self._last.taker.ready >= (self._last.taker.spec.most or 0):
+            self._last = None  # The card is in use.
+        if (
+            self._last is not None
+            and not leaving
+            and any(placing.get(name, 0.0) >= _PERIOD for name in self._last.taker.replicas)
+        ):
             return self._undo(self._last)
         dit = [pool for pool in pools if set(pool.spec.roles) & set(DIFFUSION_STAGES)]
         if not all(map(_gives_cards, dit)):
@@ -77,7 +89,8 @@ class OwnCards:
             after = min(ranks - 1, ranks * (spec.most + places) / need)
             if after > (1 + _WORTH) * before and ranks > _FEWEST_DIT and giver.spec.replicas > 1:
                 giver.spec = replace(giver.spec, replicas=giver.spec.replicas - 1)
-                pool.spec = replace(spec, most=spec.most + places)
+                # Asked for at once: whoever else looks for free cards sees that they wait for this one.
+                pool.spec = replace(spec, most=spec.most + places, replicas=spec.most + places)
                 self._last = _Taken(giver, pool, places)
                 return CardMove(giver.spec.name, spec.name, "with it the run makes more clips")
         return None

@@ -6,9 +6,12 @@ which a backend finds it. Where they go is said by OpenTelemetry's own variables
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from importlib import util
 from typing import Any
+
+from ltx_ray.records import first_line
 
 #: What `ltx-ray[otel]` installs beside Ray's own packages.
 _EXPORTER = "opentelemetry.exporter.otlp.proto.http"
@@ -30,18 +33,20 @@ def check_traces() -> None:
 class RowTraces:
     """Takes a run's events. It keeps the calls of clips that have not ended, and nothing else."""
 
-    def __init__(self, run: str, exporter: Any = None):
-        """`exporter`: a SpanExporter; None for that of OTLP over HTTP."""
+    def __init__(self, run: str, say: Callable[[str], None], exporter: Any = None):
+        """`say` is told once when spans cannot be sent. `exporter`: a SpanExporter; None for OTLP's over HTTP."""
         # These packages take a tenth of a second, which a run without traces does not pay.
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
-        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
         from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 
         if exporter is None:
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
             exporter = OTLPSpanExporter()
+            # It logs each failure, some with tracebacks.
+            logging.getLogger(_EXPORTER).setLevel(logging.CRITICAL)
 
         class ItemIds(RandomIdGenerator):
             trace_id = 1
@@ -49,11 +54,28 @@ class RowTraces:
             def generate_trace_id(self) -> int:
                 return self.trace_id
 
+        class Saying(SpanExporter):
+            said = False
+
+            def export(self, spans: Sequence[Any]) -> SpanExportResult:
+                try:
+                    result = exporter.export(spans)
+                    why = "they were refused, or nobody answered"
+                except Exception as error:
+                    result, why = SpanExportResult.FAILURE, first_line(error)
+                if result is not SpanExportResult.SUCCESS and not self.said:
+                    self.said = True
+                    say(f"--trace: spans could not be sent ({why}); the run goes on without them")
+                return result
+
+            def shutdown(self) -> None:
+                exporter.shutdown()
+
         self._ids = ItemIds()
         resource = Resource.create({"service.name": "ltx-ray", "ltx_ray.run": run})
         provider = TracerProvider(resource=resource, id_generator=self._ids)
         # What has not been sent by then is sent when the process ends.
-        self._sender = BatchSpanProcessor(exporter)
+        self._sender = BatchSpanProcessor(Saying())
         provider.add_span_processor(self._sender)
         self._tracer = provider.get_tracer("ltx_ray")
         self._calls: dict[str, list[Mapping[str, Any]]] = {}
@@ -67,10 +89,6 @@ class RowTraces:
             # The other rows of an item end without calls of their own.
             if calls := self._calls.pop(str(event["item_id"]), None):
                 self._send(calls, event)
-
-    def flush(self) -> None:
-        """Send what is complete."""
-        self._sender.force_flush()
 
     def _send(self, calls: list[Mapping[str, Any]], end: Mapping[str, Any]) -> None:
         from opentelemetry import trace

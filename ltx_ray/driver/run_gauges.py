@@ -42,10 +42,12 @@ class RunGauges:
 
     def tell(self, now: float, ended: bool = False) -> None:
         """Set them when they are due at `now`, in seconds of the driver's clock, and at the end of the run."""
-        self.waits.tell(now)
+        self.waits.tell(now, ended)
         if ended or now - self._told >= _PERIOD:
             self._told = now
             self._tell()
+            if ended:
+                self._tracker.metrics.set("ltx_ray_seconds_left", 0.0)
 
     def _tell(self) -> None:
         metrics, tracker = self._tracker.metrics, self._tracker

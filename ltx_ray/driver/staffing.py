@@ -6,7 +6,7 @@ Replicas of text and decode beyond the first come after those of the DiT, so tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import replace
 
 from ltx_ray.config import Numerics, RunLimits
@@ -26,8 +26,10 @@ from ltx_ray.stages import DIFFUSION_STAGES, Stage
 
 #: Seconds for which the DiT's replicas may wait for places before those of other pools no longer wait for them.
 _HEAD_START = 60.0
-#: Seconds after which a replica without a place, or without its process, is no longer counted on.
+#: Seconds that a pool without any replica waits for a place, or for its process, before a failed card is tried again.
 _LAST_RESORT = 15.0
+#: Seconds for which a replica without a place, or without its process, is counted on.
+_COUNTED_ON = 60.0
 #: Why a replica leaves with its node.
 _DRAINS = "its node drains"
 WRONG_NODE = "its node computes wrongly"
@@ -63,6 +65,11 @@ class Staffing:
 
     def pool_of(self, replica: str) -> Pool:
         return self._by_replica[replica]
+
+    def node_of(self, replica: str) -> str:
+        """The node of a replica that is ready; "" where that is not known."""
+        ranks = self.ranks_of(replica)
+        return ranks[0].node if ranks else ""
 
     def ranks_of(self, replica: str) -> Sequence[RankInfo]:
         """Where a replica runs that is ready."""
@@ -132,7 +139,7 @@ class Staffing:
 
     def _move_cards(self, now: float) -> None:
         """Give a pool that has cards of its own another one of the DiT, when too few clips are made without."""
-        moved = self._own_cards.look(self.pools, self._sizer.needs, self._replicas.placing(), now)
+        moved = self._own_cards.look(self.pools, self._sizer.needs, self._replicas.placing(), bool(self._retired), now)
         if moved is None:
             return
         self._progress.say(f"{moved.taker} gets a card of {moved.giver}, because {moved.why}")
@@ -211,12 +218,21 @@ class Staffing:
             self.exclude(event.ranks, why, now)
         pool.start_failed(reason, event.ranks[0].node, self._nodes_for(pool), certain=True)
 
-    def starting_like(self, name: str) -> list[str]:
-        """The replicas that are starting with the same engine as a replica's. Not those that have no place for long."""
+    def others_come(self, name: str, up: Container[str], all_are_wanted: bool) -> bool:
+        """Whether replicas with the same engine as this one's are starting. Not those that have no place for long.
+
+        `up`: replicas that are up and have not joined. `all_are_wanted`: those that are yet to be started count, too.
+        """
         engine, placing = _computes(self.pool_of(name)), self._replicas.placing()
-        pools = [pool for pool in self.pools if _computes(pool) == engine]
-        starting = [other for pool in pools for other, ready in pool.replicas.items() if not ready]
-        return [other for other in starting if placing.get(other, 0.0) < _LAST_RESORT]
+        for pool in self.pools:
+            if _computes(pool) != engine:
+                continue
+            if all_are_wanted and len(pool.replicas) < pool.spec.replicas:
+                return True
+            starting = [other for other, ready in pool.replicas.items() if not ready and other not in up]
+            if any(placing.get(other, 0.0) < _COUNTED_ON for other in starting):
+                return True
+        return False
 
     def hold_back(self, name: str) -> None:
         """A replica that is up, and has no call under way, gets none until it has `started`."""

@@ -97,16 +97,18 @@ class WaitReport:
         #: Of the last minute.
         self.shares: dict[str, dict[str, float]] = {}
 
-    def tell(self, now: float) -> None:
-        """Emit an event when a minute has passed since the last one."""
+    def tell(self, now: float, ended: bool = False) -> None:
+        """Emit an event when a minute has passed since the last one. Metrics follow then, and at the end of the run."""
         if self._told is None:
             self._told = now
         elif now - self._told >= _REPORT_SECONDS:
             self._told = now
             self.shares = self._minute.read().by_stage()
+            self._events.emit("waits", shares=self.shares)
+            ended = True
+        if ended:
             for (stage, cause), seconds in self._waits.waited.items():
                 self._metrics.reach("ltx_ray_waited_seconds", seconds, stage, cause)
-            self._events.emit("waits", shares=self.shares)
 
     def whole_run(self) -> dict[str, dict[str, float]]:
         """The shares of the whole run so far."""

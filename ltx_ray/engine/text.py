@@ -29,6 +29,7 @@ from ltx_ray.records import (
     ImageLatents,
     ModelError,
     Negative,
+    NotFinite,
     PromptContext,
     RowError,
     WorkItem,
@@ -93,12 +94,16 @@ class TextEngine:
         The negative context is there only when a pass needs it, and as `item.negative` says.
 
         Raises RowError for images that cannot be decoded or have changed since the run was planned, OSError when their
-        store does not answer, ModelError when the video encoder's weights do not fit.
+        store does not answer, ModelError when the video encoder's weights do not fit, NotFinite for contexts that are
+        not finite.
         """
         request = item.request
         images = self._images(item)  # First, so that an image that cannot be used costs no pass of Gemma.
         negative = self.encode(request.negative_prompt) if Pass.UNCOND in passes_for(request.guidance) else None
         positive = self.encode(request.prompt)
+        _check_finite(request.prompt, positive)
+        if negative is not None:
+            _check_finite(request.negative_prompt, negative)
         truncated = positive.truncated or (negative is not None and negative.truncated)
         separate = packed(negative) if negative is not None and item.negative == Negative.SEPARATE else None
         self.facts = EngineFacts(prompt_truncated=truncated, negative=separate)
@@ -175,3 +180,9 @@ def read_planned_image(path: str, digest: str) -> bytes:
     if hashlib.sha256(data).hexdigest()[:32] != digest:
         raise RowError(f"images: {path} has changed since the run was planned")
     return data
+
+
+def _check_finite(prompt: str, context: PromptContext) -> None:
+    bad = sum(int((~torch.isfinite(values)).sum()) for values in context.context)
+    if bad:
+        raise NotFinite(f"{bad} numbers of the context of {prompt[:60]!r} are not finite")

@@ -198,9 +198,12 @@ class Cluster:
         left_alone = frozenset(node.id for node in choice.others)
         found = _FreeGpus(free.gpus, models, *_known_extremes(models), nodes, alone, left_alone, told, attention.fa3)
         # The pools are sized for what is free, so that the run fits beside others.
-        pools, numerics = self._lay_out(found)
-        if not self._parallel.max_replicas:
-            check_schedulable(pools, free)
+        try:
+            pools, numerics = self._lay_out(found)
+            if not self._parallel.max_replicas:
+                check_schedulable(pools, free)
+        except ValueError as error:
+            raise ValueError("; ".join((str(error), *told))) from None
         return found, pools, numerics
 
     def _attention(self, choice: Choice) -> Attention:

@@ -57,7 +57,7 @@ def choose_attention(nodes: Sequence[GpuNode], found: Mapping[str, bool], reques
     if not known:
         return Attention(has_fa3())
     cards = sum(node.gpus for node in known)
-    fa3 = len(without) < len(known) and sum(node.gpus for node in without) <= (1 - _ENOUGH) * cards
+    fa3 = len(without) < len(known) and cards - sum(node.gpus for node in without) >= _ENOUGH * cards
     return Attention(fa3, without if fa3 or len(without) < len(known) else ())
 
 

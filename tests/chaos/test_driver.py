@@ -221,7 +221,8 @@ def test_a_pool_without_a_place_does_not_end_a_run_that_others_can_carry(tmp_pat
             return [] if name.startswith("stage2") else super()._started(name, replica, fails)
 
         def placing(self):
-            return {"stage2-0": 9999.0} if self._replicas["stage1-0"].ready else {}
+            first = self._replicas.get("stage1-0")
+            return {"stage2-0": 9999.0} if first is not None and first.ready else {}
 
     text, stage1, stage2, decode = pools()
     switching = [text, replace(stage1, roles=("stage1", "stage2")), replace(stage2, roles=("stage2", "stage1")), decode]

@@ -131,7 +131,7 @@ class Version:
         """What `plan --resolved` says of one of PLANS, or of its manifest with other options.
 
         A legal row is the mapping that was printed, and any other line is text. An illegal row is kept up to the
-        words on what is legal, which may be improved. The last line is left out: it is an estimate of costs.
+        words on what is legal, which may be improved. What follows the rows is left out: it is an estimate of costs.
         """
         manifest, own = PLANS[name]
         own = own if options is None else tuple(options)
@@ -140,7 +140,7 @@ class Version:
         said = self.run(*arguments, codes=(3,) if manifest.startswith("planned") else (0,))
         # The version before named a manifest as it was given.
         said = said.replace(f"{self.folder}/{manifest}:", f"{manifest}:")
-        lines = said.replace(str(self.folder), "<folder>").rstrip("\n").split("\n")[:-1]
+        lines = said.replace(str(self.folder), "<folder>").partition("\nabout ")[0].split("\n")
         return [shortened(json.loads(line)) if line.startswith("{") else line.split(", legal:")[0] for line in lines]
 
     def _first_scheme(self, output: str) -> None:

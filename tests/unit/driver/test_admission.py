@@ -137,6 +137,23 @@ def test_a_replica_that_made_the_preflight_clip_goes_on_once_it_is_confirmed_and
     assert [event["replica"] for event in judged.run.told("gang_started")] == ["stage1-0", "stage1-1", "stage1-2"]
 
 
+def test_one_whose_pool_is_not_whole_waits_once_rows_have_begun():
+    """Decoders beyond the first are asked for after the DiT's replicas."""
+    judged = Judged(one_each=True)
+    judged.up(0, "n0")
+    judged.admission.rows_begin(0.0)
+    assert not judged.run.policy.has_replica("stage1-0"), "four more are to be started"
+    judged.run.turn()
+    assert judged.up(1, "n1") == ["stage1-0", "stage1-1"]
+
+
+def test_one_that_waits_on_a_node_that_is_found_wrong_does_not_join():
+    judged = Judged()
+    judged.up(0, "n0")
+    judged.run.staff.exclude([RankInfo(0, node="n0", address="n0", gpus="1")], "it computes wrongly", 0.0)
+    assert judged.up(1, "n1") == ["stage1-1"] and not judged.run.staff.knows("stage1-0")
+
+
 def test_who_is_alone_waits_for_nobody():
     one_node = Judged(nodes=1)
     assert one_node.up(0, "n0") == ["stage1-0"], "no other node has GPUs"

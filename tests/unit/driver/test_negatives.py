@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+from ltx_ray.driver import negatives
 from ltx_ray.driver.negatives import NegativeContexts
 from ltx_ray.driver.tracker import TrackedItem
 from ltx_ray.records import WorkItem
@@ -16,7 +17,8 @@ class Calls:
 
     def __init__(self):
         self.shared: list[bytes] = []
-        self.contexts = NegativeContexts(SimpleNamespace(share=self._share))
+        self.wrong_nodes: set[str] = set()
+        self.contexts = NegativeContexts(SimpleNamespace(share=self._share), self.wrong_nodes)
 
     def _share(self, value: bytes) -> str:
         self.shared.append(value)
@@ -31,7 +33,7 @@ class Calls:
         assert inputs == []
         if ends:
             packed = item.request.negative_prompt.encode() if item.negative == "separate" else None
-            self.contexts.take(tracked, SimpleNamespace(facts=SimpleNamespace(negative=packed)))
+            self.contexts.take(tracked, SimpleNamespace(facts=SimpleNamespace(negative=packed)), "n0")
             tracked.payloads[Stage.TEXT] = "conditions"
         return item.negative
 
@@ -55,7 +57,23 @@ def test_calls_that_are_under_way_do_not_all_return_it():
     assert told == ["within", *["separate"] * 3, *["within"] * 4]
 
 
-def test_an_item_keeps_what_it_refers_to_and_starts_over_with_what_there_is():
+def test_more_prompts_in_turn_than_are_kept_drive_none_out():
+    calls = Calls()
+    told = [calls.text(calls.item(number, negative_prompt=f"n{number % 20}")) for number in range(1200)]
+    assert told.count("separate") == 8 and told.count("left out") > 400
+    later = [calls.text(calls.item(number, negative_prompt="newer")) for number in range(400)]
+    assert later[0] == "within" and later[-1] == "left out", "those that nobody uses any more make room"
+
+
+def test_a_context_of_a_node_that_computes_wrongly_is_not_used_again():
+    calls = Calls()
+    assert [calls.text(calls.item(n, negative_prompt="blurry")) for n in range(3)] == ["within", "separate", "left out"]
+    calls.wrong_nodes.add("n0")
+    assert calls.text(calls.item(3, negative_prompt="blurry")) == "within"
+
+
+def test_an_item_keeps_what_it_refers_to_and_starts_over_with_what_there_is(monkeypatch):
+    monkeypatch.setattr(negatives, "_LEAST_CALLS", 0)
     calls = Calls()
     first = [calls.item(number, negative_prompt="blurry") for number in range(3)]
     for item in first:

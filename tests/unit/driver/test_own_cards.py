@@ -26,9 +26,9 @@ class Run:
         self.pools = [Pool(spec, 4, {f"{spec.name}-{n}": True for n in range(spec.replicas)}) for spec in specs]
         self.cards, self.now = OwnCards(), 0.0
 
-    def look(self, decode: float, placing=None, seconds=60.0) -> tuple[str, str] | None:
+    def look(self, decode: float, placing=None, seconds=60.0, leaving=False) -> tuple[str, str] | None:
         self.now += seconds
-        moved = self.cards.look(self.pools, {"text": 0.1, "decode": decode}, placing or {}, self.now)
+        moved = self.cards.look(self.pools, {"text": 0.1, "decode": decode}, placing or {}, leaving, self.now)
         return None if moved is None else (moved.giver, moved.taker)
 
     def fill(self):
@@ -67,10 +67,21 @@ def test_cards_that_are_shared_divided_or_fixed_by_the_user_stay():
 def test_a_card_on_which_nothing_finds_a_place_goes_back_for_good():
     run = Run()
     run.look(9.0)
-    run.fill()
+    assert run.pools[3].spec.replicas == 8, "they are asked for at once"
+    run.pools[3].replicas |= dict.fromkeys(["decode-3", "decode-4", "decode-5"], False)
+    assert run.look(9.0, {"decode-5": 61.0}, leaving=True) is None, "the card is still in use by the DiT"
     assert run.look(9.0, {"decode-5": 61.0}) == ("decode", "stage1") and run.sizes == [28, 12, 3]
     run.fill()
     assert run.look(9.0) is None
+
+
+def test_a_card_that_was_in_use_is_not_given_back_when_a_decoder_is_lost_later():
+    run = Run()
+    run.look(6.0)
+    run.fill()
+    assert run.look(6.0) is None, "all of it is up"
+    run.pools[3].replicas["decode-5"] = False
+    assert run.look(6.0, {"decode-5": 61.0}) is None and run.sizes == [27, 12, 8]
 
 
 def test_the_replica_of_the_dit_leaves_after_its_call_and_decoders_take_its_place():

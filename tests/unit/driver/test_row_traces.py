@@ -21,11 +21,11 @@ def traced(tmp_path, manifest):
     """The spans of a simulated run of the rows, by trace, and what has made them."""
     driver, _ = run(tmp_path, manifest)
     exporter = InMemorySpanExporter()
-    traces = RowTraces("r1", exporter)
+    traces = RowTraces("r1", print, exporter)
     driver.events._traces = traces
     driver.run(driver.tracker.plan.open())
     driver.events.flush()
-    traces.flush()
+    traces._sender.force_flush()
     spans = {}
     for span in exporter.get_finished_spans():
         spans.setdefault(f"{span.context.trace_id:032x}", []).append(span)
@@ -68,3 +68,19 @@ def test_a_run_without_traces_imports_nothing_of_theirs(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr
     assert EventLog(Store(str(tmp_path)), "r1")._traces is None
+
+
+def test_a_collector_that_does_not_answer_is_said_once_and_without_a_traceback(tmp_path, caplog):
+    class Broken(InMemorySpanExporter):
+        def export(self, spans):
+            raise ConnectionError("nobody is there")
+
+    said = []
+    traces = RowTraces("r1", said.append, Broken())
+    for item in ("a" * 32, "b" * 32):
+        call = {"event": "call", "item_id": item, "stage": "text", "replica": "t", "role": "text", "start": 1.0}
+        traces.take({**call, "seconds": 1.0, "ok": True})
+        traces.take({"event": "item_finished", "item_id": item, "id": "r", "t": 3.0})
+        traces._sender.force_flush()
+    assert said == ["--trace: spans could not be sent (nobody is there); the run goes on without them"]
+    assert not caplog.records

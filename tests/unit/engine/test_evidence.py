@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -16,9 +17,10 @@ from ltx_ray.engine.latents import latents_sha256, named_latents
 from ltx_ray.engine.text import TextEngine
 from ltx_ray.planning.plan import ItemBuilder
 from ltx_ray.pools.worker import RankActor
-from ltx_ray.records import Clip, ReplicaError, UnfitNode
-from ltx_ray.stages import DIFFUSION_STAGES
+from ltx_ray.records import AV, Clip, NotFinite, PromptContext, ReplicaError, UnfitNode, WorkItem
+from ltx_ray.stages import DIFFUSION_STAGES, Stage
 from tests.support.pipeline import one_thread, toy_pipeline
+from tests.support.samples import recipe, request
 
 MODEL = ModelFiles("", "", "", provider="ltx_ray.toy:ensure_toy_model")
 ROW = {"prompt": "a red boat", "height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 2, "seed": 3}
@@ -43,6 +45,19 @@ def test_files_have_the_digests_of_the_rows_recipes(engine):
     for shown in (engine.evidence().files, text.evidence().files):
         assert shown and shown.items() <= digests.items()
     assert engine.evidence().files.keys() == {"checkpoint_path", "spatial_upsampler_path", "distilled_lora"}
+
+
+@pytest.mark.parametrize("bad", ["a cat", "blurry"])
+def test_a_context_that_is_not_finite_is_reported_and_goes_nowhere(bad, monkeypatch):
+    text = TextEngine(spec(), Rank())
+
+    def encode(prompt: str) -> PromptContext:
+        return PromptContext(AV(*[torch.full((1, 4, 8), math.nan if prompt == bad else 1.0)] * 2), 4, truncated=False)
+
+    monkeypatch.setattr(text, "encode", encode)
+    item = WorkItem("0" * 32, request(prompt="a cat", negative_prompt="blurry"), recipe(), "r")
+    with pytest.raises(NotFinite, match=f"64 numbers of the context of '{bad}' are not finite"):
+        text.run(Stage.TEXT, item)
 
 
 @pytest.mark.parametrize("compile", ["off", "fused"])

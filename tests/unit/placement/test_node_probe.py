@@ -32,6 +32,13 @@ def test_where_many_cards_lack_it_all_serve_without_and_that_is_said():
         assert chosen.told().startswith("attention is not fa3, because these nodes lack FlashAttention-3")
 
 
+def test_exactly_enough_is_enough():
+    nodes = [GpuNode(str(n), str(n), "H100", 8.0, 1) for n in range(25)]
+    found = {node.id: int(node.id) >= 2 for node in nodes}
+    assert choose_attention(nodes, found, "auto").fa3
+    assert not choose_attention(nodes, {**found, "2": False}, "auto").fa3
+
+
 def test_cards_count_and_not_nodes():
     assert choose_attention(nodes(8.0, 8.0, 1.0), found(True, True, False), "auto").fa3
 

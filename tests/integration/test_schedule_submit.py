@@ -206,6 +206,20 @@ def test_a_backfill_is_a_job_for_each_date(head, tmp_path):
     assert sorted(name[5:15] for name in jobs(head) if name.startswith("fill-")) == ["2026-11-22", "2026-11-23"]
 
 
+def test_a_job_may_be_a_schedule_that_submits_another(head, tmp_path):
+    """As the entrypoint of cluster/raycronjob.yaml does: the token is in the environment of the head's jobs."""
+    job = Schedule(tmp_path, head, "inner", "true")
+    schedule = [sys.executable, str(ROOT / "jobs/schedule.py"), str(tmp_path / "recipe.yaml"), "--date", "2026-11-23"]
+    schedule += ["--address", head, "--wait", "--on-stop", "drain", "--entrypoint", job.entrypoint]
+    ray = str(Path(sys.executable).parent / "ray")
+    environment = {**ENV, **TOKEN, "RAY_API_SERVER_ADDRESS": head}
+    done = subprocess.run(
+        [ray, "job", "submit", "--", *schedule], capture_output=True, text=True, timeout=600, env=environment
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert job.count() == 1 and len([name for name in jobs(head) if name.startswith("inner-")]) == 1
+
+
 def examples():
     """The arguments of the calls of `ltx-ray submit` in the documentation: of the shell, of Airflow and of Argo."""
     text = (ROOT / "docs/operations.md").read_text()

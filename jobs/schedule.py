@@ -7,6 +7,9 @@ The same recipe and date always give the same manifest, byte for byte, and the s
 that fires twice (a retried CronJob, two cron hosts, an impatient operator) therefore renders once. A job that
 failed or was stopped is followed by another whose id ends in "-2"; the render continues where it was.
 
+The manifest of a date is written once, to state/manifests/ in the output, on any store. It stands when the recipe or
+its pool changes later that day: the date renders what was drawn first. Remove the file to have it drawn again.
+
 A recipe is YAML:
 
     name: nightly                       # letters, digits, "-", "_", "."; begins every id
@@ -27,7 +30,9 @@ A row without a seed of its own or from `defaults` gets one drawn from (recipe's
 Each row records its origin in `variables` or `source_id`; the index has both in `extra`.
 
 Exit codes: 0 submitted, or already there (with --wait: rendered); 2 wrong usage or recipe; with --wait the
-exit code of the job's command (3: some rows failed); 1 anything else.
+exit code of the job's command (3: some rows failed), 4 when a signal has stopped the job (--on-stop drain), and
+128 + the signal when the job was left; 1 anything else. --backfill ends at the first date with another code than 0
+and 3.
 """
 
 from __future__ import annotations
@@ -35,16 +40,12 @@ from __future__ import annotations
 import argparse
 import datetime
 import hashlib
-import itertools
 import os
 import shlex
 import sys
-import tempfile
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 # Python adds a program's own folder to the path; a test that loads this file by its path does not.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -54,14 +55,18 @@ sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 from schedule_pool import SourceManifest
 from schedule_recipe import Recipe, expand, manifest_bytes, parse_recipe, require
 
+from ltx_ray.cli.cluster_jobs import ATTEMPTS, connect, follow, submit_once
+from ltx_ray.manifest.outputs import STATE
+from ltx_ray.run import ExitCode
 from ltx_ray.storage.credentials import masked, without_credentials
-from ltx_ray.storage.locations import is_in_job_copy, parent, resolve
+from ltx_ray.storage.locations import is_in_job_copy, join, parent, resolve
+from ltx_ray.storage.store import Store
 from ltx_ray.storage.text import read_text
 
-#: Seconds between two status requests of --wait: at first, and at most.
-POLL_SECONDS = 0.5, 5.0
-#: Seconds for which --wait tolerates a silent dashboard, as when the head is being replaced.
-SILENCE_SECONDS = 600.0
+#: The folder of the dated manifests in an output. Whoever reads a folder of manifests passes over `STATE` in outputs.
+MANIFESTS = f"{STATE}/manifests"
+#: What a date may end with while the dates after it are still rendered: every row is there, or some have failed.
+_GOES_ON = (ExitCode.OK, ExitCode.FAILED_ROWS)
 
 
 # ---- the submission ----------------------------------------------------------------------------------
@@ -71,11 +76,24 @@ SILENCE_SECONDS = 600.0
 class Submission:
     """The manifest of one date, and the job that renders it."""
 
-    manifest_path: Path
+    #: The folder of the manifest: a location.
+    folder: str
+    file_name: str
     manifest: bytes
-    rows: int
+    #: Whether the manifest is there already.
+    stored: bool
+    #: Whether the recipe would give another manifest now than the one that is there.
+    outdated: bool
     submission_id: str
     entrypoint: str
+
+    @property
+    def manifest_path(self) -> str:
+        return join(self.folder, self.file_name)
+
+    @property
+    def rows(self) -> int:
+        return self.manifest.count(b"\n")
 
 
 def submission_id(name: str, date: str, manifest: bytes, options: Sequence[str]) -> str:
@@ -84,39 +102,48 @@ def submission_id(name: str, date: str, manifest: bytes, options: Sequence[str])
     return f"{name}-{date}-{digest[:12]}"
 
 
-def plan(recipe: Recipe, date: str, out_dir: str | Path, command: str) -> Submission:
-    """The submission of one date. Reads the recipe's manifest and writes nothing.
+def plan(recipe: Recipe, date: str, out_dir: str | None, command: str) -> Submission:
+    """The submission of one date. Reads the recipe's manifest and that of the date, and writes nothing.
 
-    `command` is in shell words; the manifest's path and the render's options are appended, quoted.
+    `command` is in shell words; the manifest's path and the render's options are appended, quoted. The manifest of a
+    date that is in `out_dir`, or below the output when that is None, stands: what is drawn now does not replace it.
     """
     source = SourceManifest(recipe.manifest) if recipe.manifest else None
     if source is not None:
         source.say_skipped(lambda note: print(f"schedule.py: {note}", file=sys.stderr))
-    data = manifest_bytes(expand(recipe, date, source))
+    drawn = manifest_bytes(expand(recipe, date, source))
     output = recipe.output.format(date=date, name=recipe.name)
+    _check_no_credentials(recipe, output, out_dir, command)
+    resolved_output = _resolved("output", output)
+    legal = "a place outside of the copy that Ray makes of a job's working directory, which is lost with it"
+    require("output", resolved_output, not is_in_job_copy(resolved_output), legal)
+    folder = join(resolved_output, MANIFESTS) if out_dir is None else _resolved("--out-dir", out_dir)
+    file_name = f"{recipe.name}-{date}.jsonl"
+    stored = _stored(folder, file_name)
+    data = drawn if stored is None else stored
     options = list(recipe.render_options)
-    texts = [("output", output), ("--entrypoint", command), *(("render_options", option) for option in options)]
-    for what, value in texts:
-        # Ray keeps the command of a job, and shows it to everyone who sees the cluster.
-        legal = "without credentials, which Ray would keep with the job; set them in the cluster's environment"
-        require(what, masked(value), masked(value) == value, legal)
-    if source is not None and source.has_images:
+    # Rows of a stored manifest that has become outdated may have images that those drawn now lack.
+    if source is not None and (source.has_images or (data != drawn and b'"images": [{' in data)):
         options += ["--image-root", without_credentials(source.folder)]
     # The job starts in a folder of its own and needs absolute paths. The id does not depend on them.
     job = submission_id(recipe.name, date, data, ["--output", output, *options])
-    output = _resolved("output", output)
-    legal = "a place outside of the copy that Ray makes of a job's working directory, which is lost with it"
-    require("output", output, not is_in_job_copy(output), legal)
-    folder = _resolved("--out-dir", str(out_dir))
-    require("--out-dir", folder, "://" not in folder, "a local folder")
-    path = Path(folder) / f"{recipe.name}-{date}.jsonl"
-    return Submission(
-        path,
-        data,
-        data.count(b"\n"),
-        job,
-        f"{command} {shlex.join([str(path), '--output', output, *options])}",
-    )
+    entrypoint = f"{command} {shlex.join([join(folder, file_name), '--output', resolved_output, *options])}"
+    return Submission(folder, file_name, data, stored is not None, data != drawn, job, entrypoint)
+
+
+def _check_no_credentials(recipe: Recipe, output: str, out_dir: str | None, command: str) -> None:
+    options = (("render_options", option) for option in recipe.render_options)
+    for what, value in (("output", output), ("--out-dir", out_dir or ""), ("--entrypoint", command), *options):
+        # Ray keeps the command of a job, and shows it to everyone who sees the cluster.
+        legal = "without credentials, which Ray would keep with the job; set them in the cluster's environment"
+        require(what, masked(value), masked(value) == value, legal)
+
+
+def _stored(folder: str, file_name: str) -> bytes | None:
+    try:
+        return Store(folder).read_versioned(file_name)[0]
+    except FileNotFoundError:
+        return None
 
 
 def _resolved(what: str, path: str) -> str:
@@ -125,113 +152,6 @@ def _resolved(what: str, path: str) -> str:
         return resolve(path)
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from None
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write by rename: a reader sees the old bytes or the new ones, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_file() and path.read_bytes() == data:
-        return
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would lock out the cluster's user
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def connect(address: str) -> Any:
-    """A job client for the dashboard at `address` (http://host:port).
-
-    Raises ConnectionError, also when the cluster rejects this process's token.
-    """
-    # Ray lets these variables override the address that it is given.
-    for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
-        os.environ.pop(name, None)
-    if os.environ.get("RAY_AUTH_TOKEN"):
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Without it, Ray would not send the token.
-    from ray.exceptions import AuthenticationError
-    from ray.job_submission import JobSubmissionClient
-
-    try:
-        return JobSubmissionClient(address)
-    except AuthenticationError as error:
-        text = str(error).partition("\n")[0]
-        raise ConnectionError(f"{text}; legal: the cluster's token in RAY_AUTH_TOKEN") from None
-
-
-def _status(client: Any, job: str) -> str | None:
-    """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED; None when the cluster has no such job."""
-    try:
-        return client.get_job_status(job).value
-    except RuntimeError as error:
-        if "does not exist" in str(error):
-            return None
-        raise
-
-
-def submit_once(client: Any, job: str, entrypoint: str, metadata: Mapping[str, str]) -> tuple[str, str]:
-    """Ensure that exactly one job of this submission is pending, running or succeeded.
-
-    Returns the job's id and a phrase for what was found or done. The first job has the id `job`; one that failed
-    or was stopped is followed by `job-2`, then `job-3`, and its record stays. The cluster accepts an id once, so
-    only one of several concurrent callers submits.
-    """
-    name, previous = job, None
-    for number in itertools.count(2):
-        status = _status(client, name)
-        if status in ("PENDING", "RUNNING", "SUCCEEDED"):
-            return name, f"already there ({status.lower()})"
-        if status is None:
-            break
-        name, previous = f"{job}-{number}", status
-    try:
-        client.submit_job(submission_id=name, entrypoint=entrypoint, metadata=dict(metadata))
-    except RuntimeError as error:
-        if "already exists" in str(error):
-            return name, "already there (submitted by another caller just now)"
-        raise
-    return name, "submitted" if previous is None else f"submitted again (previous job: {previous.lower()})"
-
-
-def wait(client: Any, job: str) -> int:
-    """Follow a job to its end. Returns the exit code of its command (0, 3 …), or 1 when there is none.
-
-    Raises ConnectionError after SILENCE_SECONDS without an answer.
-    """
-    shown, pause = "", POLL_SECONDS[0]
-    silent_since: float | None = None
-    while True:
-        try:
-            info = client.get_job_info(job)
-            silent_since = None
-        except (OSError, RuntimeError) as error:
-            if "does not exist" in str(error):
-                raise
-            silent_since = silent_since or time.monotonic()
-            if time.monotonic() - silent_since > SILENCE_SECONDS:
-                raise ConnectionError(f"no answer for {SILENCE_SECONDS:.0f} s: {error}") from error
-            time.sleep(POLL_SECONDS[1])
-            continue
-        status = info.status.value
-        if status != shown:
-            print(f"{job}: {status.lower()}", flush=True)
-            shown = status
-        if info.status.is_terminal():
-            break
-        time.sleep(pause)
-        pause = min(1.2 * pause, POLL_SECONDS[1])
-    if status == "SUCCEEDED":
-        return 0
-    log = client.get_job_logs(job).splitlines()[-20:]
-    print("\n".join([*log, f"{job}: {info.message or 'no message'}"]), file=sys.stderr)
-    # The exit code is None when the command never started, and negative when a signal ended it.
-    return info.driver_exit_code if (info.driver_exit_code or 0) > 0 else 1
 
 
 # ---- command line ------------------------------------------------------------------------------------
@@ -246,11 +166,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("recipe", metavar="RECIPE.yaml")
     p.add_argument("--date", metavar="YYYY-MM-DD", help="the date to render (default: today in UTC)")
     p.add_argument(
+        "--backfill",
+        metavar="FROM..TO",
+        help="render these dates and those between them, each when the one before has ended; needs --wait or --dry-run",
+    )
+    p.add_argument(
         "--out-dir",
         metavar="DIR",
-        default="manifests",
-        help="folder for <name>-<date>.jsonl, which the cluster's head must see under the same path "
-        "(default: manifests)",
+        help="folder or URI for <name>-<date>.jsonl, which the cluster's head must see under the same name "
+        f"(default: {MANIFESTS}/ in the output)",
     )
     p.add_argument(
         "--address",
@@ -267,6 +191,20 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--dry-run", action="store_true", help="print what would be submitted; write and submit nothing")
     p.add_argument("--wait", action="store_true", help="follow the job to its end and exit with its exit code")
+    p.add_argument(
+        "--on-stop",
+        choices=("leave", "drain"),
+        default="leave",
+        help="what SIGTERM, SIGINT or SIGHUP does to the job with --wait: it goes on, or it is stopped, drains, and "
+        "the exit code is 4 (default: %(default)s)",
+    )
+    p.add_argument(
+        "--attempts",
+        metavar="N",
+        type=int,
+        default=ATTEMPTS,
+        help="jobs of one date that may fail until no other is submitted (default: %(default)s)",
+    )
     return p
 
 
@@ -280,40 +218,79 @@ def parse_date(text: str | None) -> str:
         raise ValueError(f"--date: {text!r}, must be a date as YYYY-MM-DD") from None
 
 
+def parse_backfill(text: str) -> list[str]:
+    """The dates of FROM..TO, in order. Raises ValueError."""
+    try:
+        first, last = (datetime.date.fromisoformat(parse_date(end)) for end in text.split(".."))
+    except ValueError:
+        first, last = datetime.date.max, datetime.date.min
+    require("--backfill", text, first <= last, "FROM..TO, dates as YYYY-MM-DD in their order")
+    return [(first + datetime.timedelta(days)).isoformat() for days in range((last - first).days + 1)]
+
+
+def _dates(args: argparse.Namespace) -> list[str]:
+    """The dates to render, in order. Raises ValueError, also for other options that do not go together."""
+    require("--attempts", args.attempts, args.attempts >= 1, "a whole number of at least 1")
+    if args.backfill is None:
+        return [parse_date(args.date)]
+    if args.date is not None:
+        raise ValueError("--date and --backfill exclude each other")
+    require("--backfill", args.backfill, args.wait or args.dry_run, "with --wait, or with --dry-run")
+    return parse_backfill(args.backfill)
+
+
+def _run_date(args: argparse.Namespace, recipe: Recipe, date: str) -> int:
+    """Submit the job of one date, and follow it with --wait; returns the exit code."""
+    job = plan(recipe, date, args.out_dir, args.entrypoint)
+    if not (args.dry_run or job.stored) and not Store(job.folder).create(job.file_name, job.manifest):
+        job = plan(recipe, date, args.out_dir, args.entrypoint)  # Another caller was first.
+    if job.outdated:
+        print(
+            f"schedule.py: {job.manifest_path}: stands as drawn, though the recipe or its pool has changed since",
+            file=sys.stderr,
+        )
+    print(f"manifest  {job.manifest_path} ({job.rows} rows)")
+    print(f"job       {job.submission_id}\nruns      {job.entrypoint}", flush=True)
+    if args.dry_run:
+        return ExitCode.OK
+    try:
+        client = connect(args.address)
+        metadata = {"recipe": recipe.name, "date": date}
+        name, outcome = submit_once(client, job.submission_id, job.entrypoint, metadata, args.attempts)
+        print(f"{name}: {outcome}", flush=True)
+        if not args.wait:
+            return ExitCode.OK
+        return follow(client, name, args.on_stop == "drain", lambda text: print(text, flush=True))
+    except (OSError, RuntimeError) as error:
+        raise ConnectionError(f"{args.address}: {masked(str(error))}") from None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = parser().parse_args(argv)
     try:
-        date = parse_date(args.date)
+        dates = _dates(args)
         try:
             file = resolve(args.recipe)
             recipe = parse_recipe(read_text(file), parent(file))
         except ValueError as error:
             raise ValueError(f"{args.recipe}: {error}") from None
-        job = plan(recipe, date, args.out_dir, args.entrypoint)
         address = args.address or ""
         legal = args.dry_run or address.startswith(("http://", "https://"))
         require("--address", address, legal, "http://host:port")
+        worst = 0
+        for date in dates:
+            code = _run_date(args, recipe, date)
+            if code not in _GOES_ON:
+                return code
+            worst = max(worst, code)
+        return worst
     except ValueError as error:
         print(f"schedule.py: {masked(str(error))}", file=sys.stderr)
-        return 2
-    except OSError as error:  # The store of the recipe's manifest.
-        print(f"schedule.py: {error}", file=sys.stderr)
-        return 1
-    print(f"manifest  {job.manifest_path} ({job.rows} rows)")
-    print(f"job       {job.submission_id}\nruns      {job.entrypoint}")
-    if args.dry_run:
-        return 0
-    try:
-        write_atomically(job.manifest_path, job.manifest)
-        client = connect(address)
-        metadata = {"recipe": recipe.name, "date": date}
-        name, outcome = submit_once(client, job.submission_id, job.entrypoint, metadata)
-        print(f"{name}: {outcome}", flush=True)
-        return wait(client, name) if args.wait else 0
-    except (OSError, RuntimeError) as error:
-        print(f"schedule.py: {address}: {masked(str(error))}", file=sys.stderr)
-        return 1
+        return ExitCode.USAGE
+    except OSError as error:  # Of a store, or of the cluster.
+        print(f"schedule.py: {masked(str(error))}", file=sys.stderr)
+        return ExitCode.ERROR
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""The `ltx-ray` command: render, retry, promote, plan, status, report, fold, export, remove, verify, fetch, inspect
-and doctor."""
+"""The `ltx-ray` command: render, retry, promote, plan, status, report, fold, export, remove, verify, fetch, inspect,
+doctor, supervise and submit."""
 
 from __future__ import annotations
 
@@ -38,6 +38,8 @@ from ltx_ray.cli.parameters import (
 )
 from ltx_ray.cli.plan import PLAN_ROWS, show_plan
 from ltx_ray.cli.streams import open_standard_streams
+from ltx_ray.cli.submit import submit_command
+from ltx_ray.cli.supervise import supervise_command
 from ltx_ray.config import Selection
 from ltx_ray.dataset import layout
 from ltx_ray.dataset.check_scope import CheckScope
@@ -427,6 +429,8 @@ def inspect_command(file: str) -> ExitCode:
 
 
 app.add_command(doctor_command)
+app.add_command(supervise_command)
+app.add_command(submit_command)
 
 
 def _check_dataset(output: str) -> None:

@@ -280,8 +280,8 @@ class Option(click.Option):
 class Argument(click.Argument):
     """An argument with a line on the help page."""
 
-    def __init__(self, name: str, description: str, type: click.ParamType):
-        super().__init__([name], type=type)
+    def __init__(self, name: str, description: str, type: click.ParamType, **more: Any):
+        super().__init__([name], type=type, **more)
         self.description = description
 
 
@@ -289,7 +289,8 @@ class Command(click.Command):
     """A command whose help page has the sections of its options."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, with_lora_strengths(args))
+        has_loras = any(LORA in param.opts for param in self.params)
+        return super().parse_args(ctx, with_lora_strengths(args) if has_loras else args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}

@@ -3,9 +3,12 @@
 All tests share one head. Their jobs are shell one-liners instead of a render, but for one.
 """
 
+import ast
 import contextlib
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -121,7 +124,7 @@ class Schedule:
         return subprocess.Popen(
             [
                 *(sys.executable, str(ROOT / "jobs/schedule.py"), str(self.folder / "recipe.yaml")),
-                *("--date", "2026-11-23", "--out-dir", str(self.folder), "--address", self.address),
+                *("--address", self.address, *(() if "--backfill" in options else ("--date", "2026-11-23"))),
                 *("--entrypoint", self.entrypoint, *options),
             ],
             env={**ENV, **TOKEN},
@@ -138,7 +141,8 @@ class Schedule:
     def count(self):
         """How often the job's command ran. Also checks the arguments of the last run."""
         lines = self.runs.read_text().splitlines()
-        assert lines[-1] == f"{self.folder}/{self.name}-2026-11-23.jsonl --output {self.folder}/out"
+        manifest = f"{self.folder}/out/state/manifests/{self.name}-2026-11-23.jsonl"
+        assert lines[-1] == f"{manifest} --output {self.folder}/out" and Path(manifest).is_file()
         return len(lines)
 
 
@@ -177,6 +181,87 @@ def test_a_failed_job_is_submitted_again(head, tmp_path):
     assert sorted(name.endswith("-2") for name in jobs(head) if name.startswith("failed-")) == [False, True]
     code, out = job.call("--wait")
     assert code == 0 and "-2: already there (succeeded)" in out and job.count() == 2, out
+
+
+def test_a_stop_goes_on_to_the_job_and_the_next_call_resumes(head, tmp_path):
+    """The first command waits for its SIGTERM, as a render does that drains; the second one finds nothing left."""
+    drains = f"trap 'touch {tmp_path}/drained; exit 4' TERM; touch {tmp_path}/up; while :; do sleep 0.1; done"
+    job = Schedule(tmp_path, head, "stopped", f"[ -e {tmp_path}/drained ] || {{ {drains}; }}")
+    caller = job.start("--wait", "--on-stop", "drain")
+    while not (tmp_path / "up").exists():
+        assert caller.poll() is None, caller.communicate()
+        time.sleep(0.05)
+    caller.send_signal(signal.SIGTERM)
+    out, _ = caller.communicate(timeout=600)
+    assert caller.returncode == 4 and "told to stop" in out and "Traceback" not in out, out
+    assert (tmp_path / "drained").exists()
+    code, out = job.call("--wait")
+    assert code == 0 and "submitted again (previous job: stopped)" in out and job.count() == 2, out
+
+
+def test_a_backfill_is_a_job_for_each_date(head, tmp_path):
+    job = Schedule(tmp_path, head, "fill", "true")
+    code, out = job.call("--backfill", "2026-11-22..2026-11-23", "--wait")
+    assert code == 0 and job.count() == 2, out
+    assert sorted(name[5:15] for name in jobs(head) if name.startswith("fill-")) == ["2026-11-22", "2026-11-23"]
+
+
+def test_a_job_may_be_a_schedule_that_submits_another(head, tmp_path):
+    """As the entrypoint of cluster/raycronjob.yaml does: the token is in the environment of the head's jobs."""
+    job = Schedule(tmp_path, head, "inner", "true")
+    schedule = [sys.executable, str(ROOT / "jobs/schedule.py"), str(tmp_path / "recipe.yaml"), "--date", "2026-11-23"]
+    schedule += ["--address", head, "--wait", "--on-stop", "drain", "--entrypoint", job.entrypoint]
+    ray = str(Path(sys.executable).parent / "ray")
+    environment = {**ENV, **TOKEN, "RAY_API_SERVER_ADDRESS": head}
+    done = subprocess.run(
+        [ray, "job", "submit", "--", *schedule], capture_output=True, text=True, timeout=600, env=environment
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert job.count() == 1 and len([name for name in jobs(head) if name.startswith("inner-")]) == 1
+
+
+def examples():
+    """The arguments of the calls of `ltx-ray submit` in the documentation: of the shell, of Airflow and of Argo."""
+    text = (ROOT / "docs/operations.md").read_text()
+    airflow = re.search(r"bash_command=\((.*?)\n    \)", text, re.DOTALL)[1]
+    argo = re.search(r"source: \|\n(.*?)```", text, re.DOTALL)[1]
+    shell = re.search(r"^ltx-ray submit .*$", text, re.MULTILINE)[0]
+    calls = (shell, ast.literal_eval(f"({airflow})"), argo.replace("\\\n", " "))
+    return [shlex.split(re.sub(r"\{\{.*?\}\}", "20261123", call))[2:] for call in calls]
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_the_documented_calls_of_submit_render_and_say_what_came_of_it(head, tmp_path, number):
+    """With the places of this machine, and two rows of which one is illegal; the first call renders."""
+    words = [word for word in examples()[number] if word not in ("--address", "http://HEAD:8265")]
+    place = words[words.index("--output") + 1]
+    manifest = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": "a fox", "height": 64, "width": 64, "num_frames": 9}, {"prompt": "a fox", "height": 65}]
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [str(manifest) if word.startswith("s3://") and word != place else word for word in words]
+    words[words.index("--output") + 1] = str(tmp_path / "out")
+    if number:  # A command in place of the render, which the first call tries.
+        wrapper = tmp_path / "wrapper.sh"
+        wrapper.write_text(f'echo "$@" > {tmp_path}/arguments; exit 3')
+        words = ["--entrypoint", f"bash {wrapper}", *words]
+        words[words.index("--submission-id") + 1] += f"-{number}"
+    else:
+        words += ["--stage2-replicas", "0", "--allow-illegal", "--num-inference-steps", "2"]
+    program = "import sys; from ltx_ray.cli import main; main(sys.argv[1:])"
+    environment = {**ENV, **TOKEN, "RAY_API_SERVER_ADDRESS": head, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", program, "submit", *words], capture_output=True, text=True, timeout=600, env=environment
+    )
+    assert done.returncode == 3, done.stdout + done.stderr
+    (line,) = done.stdout.splitlines()
+    found = json.loads(line)
+    assert found["submission_id"] in jobs(head)
+    assert (found["exit_code"], found["output"]) == (3, str(tmp_path / "out"))
+    if number:
+        given = (tmp_path / "arguments").read_text().split()
+        assert given == [str(manifest), "--output", str(tmp_path / "out"), "--model", "toy"] and found["counts"] is None
+    else:
+        assert found["counts"]["rendered"] == 1 and found["counts"]["illegal"] == 1
 
 
 def test_without_the_token_is_exit_1(head, tmp_path, monkeypatch):

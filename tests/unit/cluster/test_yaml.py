@@ -21,7 +21,7 @@ import ltx_ray
 from tests.support.kubernetes_schemas import strict
 
 ROOT = Path(__file__).resolve().parents[3]
-KINDS = {"RayCluster": "rayclusters", "RayJob": "rayjobs"}
+KINDS = {"RayCluster": "rayclusters", "RayJob": "rayjobs", "RayCronJob": "raycronjobs"}
 
 
 def documents(name):
@@ -54,7 +54,9 @@ def errors(document):
 
 
 def cluster_spec(document):
-    return document["spec"] if document["kind"] == "RayCluster" else document["spec"]["rayClusterSpec"]
+    spec = document["spec"]
+    job = spec["jobTemplate"] if document["kind"] == "RayCronJob" else spec
+    return spec if document["kind"] == "RayCluster" else job["rayClusterSpec"]
 
 
 def schedule_module():
@@ -65,7 +67,8 @@ def schedule_module():
     return module
 
 
-RAY_DOCUMENTS = [("raycluster.yaml", "RayCluster"), ("rayjob.yaml", "RayJob")]
+KUBERNETES = ("raycluster.yaml", "rayjob.yaml", "cronjob.yaml", "raycronjob.yaml")
+RAY_DOCUMENTS = [("raycluster.yaml", "RayCluster"), ("rayjob.yaml", "RayJob"), ("raycronjob.yaml", "RayCronJob")]
 
 
 @pytest.mark.parametrize(("name", "kind"), RAY_DOCUMENTS)
@@ -182,9 +185,9 @@ def test_policies_are_of_their_kinds():
 
 
 def test_every_pod_has_the_image_of_this_version():
-    text = "".join((ROOT / "cluster" / name).read_text() for name in ("raycluster.yaml", "rayjob.yaml", "cronjob.yaml"))
+    text = "".join((ROOT / "cluster" / name).read_text() for name in KUBERNETES)
     images = re.findall(r"image: (\S+)", text)
-    assert set(images) == {f"REGISTRY/ltx-ray:{ltx_ray.__version__}"} and len(images) == 8
+    assert set(images) == {f"REGISTRY/ltx-ray:{ltx_ray.__version__}"} and len(images) == 12
 
 
 @pytest.mark.parametrize(("name", "kind"), RAY_DOCUMENTS)
@@ -206,6 +209,18 @@ def test_rayjob_runs_the_render():
     assert spec["submissionMode"] in ("K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode")
     assert spec["backoffLimit"] >= 1
     assert "activeDeadlineSeconds" not in spec, "it kills a run that could drain"
+
+
+def test_raycronjob_makes_the_job_of_rayjob_that_runs_the_schedule():
+    job, nightly = only("rayjob.yaml", "RayJob")["spec"], only("raycronjob.yaml", "RayCronJob")["spec"]
+    assert re.fullmatch(r"\d{1,2} \d{1,2} \* \* \*", nightly["schedule"]) and nightly["timeZone"] == "Etc/UTC"
+    template = dict(nightly["jobTemplate"])
+    python, script, *argv = shlex.split(template.pop("entrypoint"))
+    assert (python, script) == ("python", "/opt/ltx-ray/jobs/schedule.py")
+    assert template == {name: value for name, value in job.items() if name != "entrypoint"}
+    args = schedule_module().parser().parse_args(argv)
+    assert args.wait and args.on_stop == "drain" and args.date is None and args.out_dir is None
+    assert args.address == "http://127.0.0.1:8265" and args.recipe.startswith("/data/")
 
 
 def test_cronjob_is_a_cronjob():
@@ -238,6 +253,11 @@ def test_cronjob_pod_is_one():
     assert errors(document) == []
 
 
+def head_environment():
+    head = only("raycluster.yaml", "RayCluster")["spec"]["headGroupSpec"]["template"]["spec"]
+    return head["containers"][0]["env"]
+
+
 def test_cronjob_command_is_one_of_schedule():
     (job,) = documents("cronjob.yaml")
     pod = job["spec"]["jobTemplate"]["spec"]["template"]["spec"]
@@ -245,10 +265,14 @@ def test_cronjob_command_is_one_of_schedule():
     python, script, *argv = container["command"]
     assert (python, script) == ("python", "/opt/ltx-ray/jobs/schedule.py")
     args = schedule_module().parser().parse_args(argv)
-    assert args.wait and not args.dry_run and args.date is None
+    assert args.wait and not args.dry_run and args.date is None and args.out_dir is None
+    # Its end at the deadline leaves no render behind that holds the cards, and there is time for the drain.
+    (grace,) = [e for e in head_environment() if e["name"] == "RAY_JOB_STOP_WAIT_TIME_S"]
+    assert args.on_stop == "drain" and pod["terminationGracePeriodSeconds"] > float(grace["value"]) + 30
+    assert container["envFrom"] == [{"secretRef": {"name": "ltx-ray-store", "optional": True}}]
     cluster = only("raycluster.yaml", "RayCluster")
     assert args.address == f"http://{cluster['metadata']['name']}-head-svc:8265"
-    # This pod and the head must see the manifest under the same path.
+    # This pod and the head must see an output below /data under the same path.
     head = cluster["spec"]["headGroupSpec"]["template"]["spec"]
     shared = {"data": {"claimName": "ltx-ray-data"}}
     for volumes, mounts in (
@@ -258,7 +282,6 @@ def test_cronjob_command_is_one_of_schedule():
         claims = {v["name"]: v["persistentVolumeClaim"] for v in volumes if "persistentVolumeClaim" in v}
         assert claims == shared
         assert {"name": "data", "mountPath": "/data"} in mounts
-    assert str(args.out_dir).startswith("/data/")
 
 
 def ray_autoscaler_schema():
@@ -280,6 +303,6 @@ def test_ray_autoscaler_accepts_the_aws_file():
 
 
 def test_every_file_is_checked_here():
-    checked = {"raycluster.yaml", "rayjob.yaml", "cronjob.yaml", "autoscaler-aws.yaml", "policies.yaml"}
+    checked = {*KUBERNETES, "autoscaler-aws.yaml", "policies.yaml"}
     checked |= {"alerts.yaml", "podmonitor.yaml"}  # test_metrics_files.py
     assert {p.name for p in (ROOT / "cluster").glob("*.y*ml")} == checked

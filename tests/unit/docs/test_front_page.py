@@ -52,9 +52,10 @@ def spans(text: str) -> list[str]:
 
 
 def legal(span: str) -> set[str]:
-    """The options that a span may have: of the command that it calls, or of any when it calls none."""
-    if match := re.search(r"\bltx-ray ([a-z]+)", span):
-        return commands()[match[1]] | {"--help"}
+    """The options that a span may have: of the commands that it calls, or of any when it calls none."""
+    if names := re.findall(r"\bltx-ray ([a-z]+)", span):
+        names += ["render"] if "submit" in names else []  # whose arguments follow those of submit
+        return {"--help"}.union(*(commands()[name] for name in names))
     called = [ROOT / program for program in PROGRAM.findall(span) if (ROOT / program).is_file()]
     found = {"--help"}.union(*commands().values(), *map(options_of, called or PROGRAMS))
     return found.union(*(flags for word, flags in FOREIGN.items() if re.search(rf"\b{word}\b", span)))

@@ -39,9 +39,7 @@ variables: {animal: [fox, owl, 7], place: [snow, "heavy rain"]}
 def rows(text, date=DATE, folder="."):
     return [
         json.loads(line)
-        for line in schedule.plan(
-            schedule.parse_recipe(text, str(folder)), date, Path("/m"), "render"
-        ).manifest.splitlines()
+        for line in schedule.plan(schedule.parse_recipe(text, str(folder)), date, "/m", "render").manifest.splitlines()
     ]
 
 
@@ -72,10 +70,10 @@ def test_a_row_has_id_seed_defaults_and_what_made_it():
 def test_same_recipe_and_date_same_bytes_and_id():
     # These values are fixed: a change would make existing schedules render their date again.
     recipe = schedule.parse_recipe(RECIPE + "count: 3\nseed: 5")
-    job = schedule.plan(recipe, DATE, Path("/m"), "render")
-    assert job == schedule.plan(recipe, DATE, Path("/m"), "render")
+    job = schedule.plan(recipe, DATE, "/m", "render")
+    assert job == schedule.plan(recipe, DATE, "/m", "render")
     assert job.rows == 3
-    assert job.manifest_path == Path("/m/night-2026-11-23.jsonl")
+    assert job.manifest_path == "/m/night-2026-11-23.jsonl"
     assert job.submission_id == "night-2026-11-23-51049d328049"
     assert job.entrypoint == "render /m/night-2026-11-23.jsonl --output /data/night/2026-11-23"
 
@@ -108,7 +106,7 @@ def test_defaults_can_fix_the_seed():
 
 def test_id_depends_on_the_manifest_and_the_render_options_only(tmp_path):
     def ident(text, out_dir="/m", command="render"):
-        return schedule.plan(schedule.parse_recipe(text), DATE, Path(out_dir), command).submission_id
+        return schedule.plan(schedule.parse_recipe(text), DATE, out_dir, command).submission_id
 
     base = ident(RECIPE)
     assert base == ident(RECIPE, str(tmp_path), "wrapper render")
@@ -118,7 +116,7 @@ def test_id_depends_on_the_manifest_and_the_render_options_only(tmp_path):
 
 def test_render_options_are_quoted_for_the_shell():
     recipe = schedule.parse_recipe(RECIPE + "render_options: [--lora, /a b/x.safetensors, 0.5, '$(rm)']")
-    words = shlex.split(schedule.plan(recipe, DATE, Path("/m n"), "python r.py").entrypoint)
+    words = shlex.split(schedule.plan(recipe, DATE, "/m n", "python r.py").entrypoint)
     assert words == [
         *("python", "r.py", "/m n/night-2026-11-23.jsonl", "--output", "/data/night/2026-11-23"),
         *("--lora", "/a b/x.safetensors", "0.5", "$(rm)"),
@@ -165,7 +163,7 @@ def test_images_of_a_drawn_row_stay_findable(tmp_path):
     images = [{"path": "img/a.png"}, {"path": "/abs/b.png"}, {"path": "s3://b/c.png"}]
     (tmp_path / "pool.jsonl").write_text(json.dumps({"prompt": "p", "images": images}) + "\n")
     recipe = schedule.parse_recipe("name: n\noutput: /o\nmanifest: pool.jsonl", str(tmp_path))
-    job = schedule.plan(recipe, DATE, Path("/m"), "render")
+    job = schedule.plan(recipe, DATE, "/m", "render")
     paths = [image["path"] for image in json.loads(job.manifest)["images"]]
     assert paths == [f"{tmp_path}/img/a.png", "/abs/b.png", "s3://b/c.png"]
     assert shlex.split(job.entrypoint)[-2:] == ["--image-root", str(tmp_path)]
@@ -173,7 +171,7 @@ def test_images_of_a_drawn_row_stay_findable(tmp_path):
 
 def test_any_script_stays_readable_in_the_manifest():
     recipe = schedule.parse_recipe("name: n\noutput: /o\nprompts: ['雪の狐 🦊']")
-    assert "雪の狐 🦊".encode() in schedule.plan(recipe, DATE, Path("/m"), "render").manifest
+    assert "雪の狐 🦊".encode() in schedule.plan(recipe, DATE, "/m", "render").manifest
 
 
 @pytest.mark.parametrize(
@@ -306,26 +304,6 @@ def test_a_bad_line_of_a_manifest_is_named(tmp_path):
         rows("name: n\noutput: /o\nmanifest: pool.jsonl", folder=tmp_path)
 
 
-def test_write_is_by_rename_and_leaves_nothing_behind(tmp_path, monkeypatch):
-    path = tmp_path / "new" / "m.jsonl"
-    schedule.write_atomically(path, b"one")
-    inode = path.stat().st_ino
-    schedule.write_atomically(path, b"one")
-    assert path.stat().st_ino == inode, "unchanged bytes were written again"
-    with open(path, "rb") as reader:
-        schedule.write_atomically(path, b"two")
-        assert reader.read() == b"one", "the file of an open reader changed"
-    assert path.read_bytes() == b"two"
-
-    def full(_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(schedule.os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        schedule.write_atomically(path, b"three")
-    assert path.read_bytes() == b"two" and [p.name for p in path.parent.iterdir()] == ["m.jsonl"]
-
-
 @pytest.mark.parametrize("text", ["2026-13-01", "yesterday", "2026/11/23", ""])
 def test_bad_dates(text):
     with pytest.raises(ValueError, match="--date"):
@@ -363,7 +341,7 @@ def test_credentials_do_not_reach_the_job_by_its_entrypoint(tmp_path, capsys):
         ("C:\\ds", "m", "output: C:\\ds, is a Windows path"),
         ("$HOME/ds", "m", "output: $HOME/ds, begins with a variable"),
         ("/ds", "", "--out-dir: '', names no place"),
-        ("/ds", "s3://b/m", "--out-dir: 's3://b/m', must be a local folder"),
+        ("/ds", "s3://KEY:verySecret1@b/m", "--out-dir: 's3://***@b/m', must be without credentials"),
     ],
 )
 def test_a_place_that_is_refused_has_the_name_of_its_field(tmp_path, capsys, output, out_dir, words):
@@ -491,3 +469,143 @@ def test_help_is_whole(capsys):
         schedule.main(["--help"])
     assert "--entrypoint" in capsys.readouterr().out
     assert all(f"    {name}: " in schedule.__doc__ for name in schedule_recipe.RECIPE_FIELDS)
+
+
+def test_attempts_that_failed_are_counted_and_those_that_were_stopped_are_not():
+    statuses = {"id": "FAILED", "id-2": "STOPPED", "id-3": "FAILED"}
+    assert schedule.submit_once(FakeJobs(statuses), "id", "true", {}, attempts=3)[0] == "id-4"
+    jobs = FakeJobs(statuses)
+    with pytest.raises(ValueError, match=r"--attempts: 2, and 2 jobs of this .*, id-3 the last of them; legal: a larg"):
+        schedule.submit_once(jobs, "id", "true", {}, attempts=2)
+    assert not jobs.submitted
+
+
+# ---- the command line with a cluster that answers --------------------------------------------------------
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """The jobs of a cluster that `main` submits to, and the exit codes of those that are followed, by their date."""
+    jobs, codes = FakeJobs(), {}
+    monkeypatch.setattr(schedule, "connect", lambda address: jobs)
+    monkeypatch.setattr(schedule, "follow", lambda client, job, drain, say: codes.get(job[6:16], 0))
+    return SimpleNamespace(jobs=jobs, codes=codes)
+
+
+def submit(recipe, *options):
+    return schedule.main([str(recipe), "--address", "http://h:1", *options])
+
+
+@pytest.mark.parametrize("kind", ["folder", "bucket"])
+def test_the_manifest_of_a_date_is_written_once_below_the_output(tmp_path, kind, request, cluster, capsys):
+    place = request.getfixturevalue("bucket") if kind == "bucket" else str(tmp_path)
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(RECIPE.replace("/data/", f"{place}/"))
+    assert submit(recipe, "--date", DATE) == 0
+    out, err = capsys.readouterr()
+    path = f"{place}/night/{DATE}/state/manifests/night-{DATE}.jsonl"
+    assert f"manifest  {path} (10 rows)" in out and f" {path} --output {place}/night/{DATE}\n" in out and not err
+    store = schedule.Store(f"{place}/night/{DATE}/state/manifests")
+    written = store.read_bytes(f"night-{DATE}.jsonl")
+    assert written.count(b"\n") == 10
+
+    recipe.write_text(recipe.read_text() + "count: 3\n")
+    for more in ([], ["--dry-run"]):
+        assert submit(recipe, "--date", DATE, *more) == 0
+        out, err = capsys.readouterr()
+        assert "(10 rows)" in out and f"{path}: stands as drawn, though the recipe or its pool has changed since" in err
+    assert store.read_bytes(f"night-{DATE}.jsonl") == written and len(cluster.jobs.submitted) == 1
+
+    assert submit(recipe, "--date", "2026-11-24") == 0
+    out, err = capsys.readouterr()
+    assert "(3 rows)" in out and not err
+
+
+def test_of_two_callers_with_two_recipes_the_second_takes_what_the_first_wrote(tmp_path, monkeypatch, cluster, capsys):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(RECIPE.replace("/data/", f"{tmp_path}/"))
+    create = schedule.Store.create
+
+    def after_another(store, name, data):
+        assert create(store, name, b'{"id": "x", "prompt": "p"}\n')
+        return create(store, name, data)
+
+    monkeypatch.setattr(schedule.Store, "create", after_another)
+    assert submit(recipe, "--date", DATE) == 0
+    out, err = capsys.readouterr()
+    assert "(1 rows)" in out and "stands as drawn" in err
+
+
+def test_images_of_a_manifest_that_stands_stay_findable(tmp_path, cluster, capsys):
+    pool = tmp_path / "pool.jsonl"
+    pool.write_text('{"prompt": "p", "images": [{"path": "a.png"}]}\n')
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"name: night\noutput: {tmp_path}/out\nmanifest: pool.jsonl\n")
+    for _ in range(2):
+        assert submit(recipe, "--date", DATE) == 0
+        assert capsys.readouterr().out.split("runs ")[1].splitlines()[0].endswith(f" --image-root {tmp_path}")
+        pool.write_text('{"prompt": "p"}\n')
+    assert len(cluster.jobs.submitted) == 1
+
+
+def test_a_manifest_that_cannot_be_written_is_exit_1(tmp_path, cluster, capsys):
+    (tmp_path / "file").write_text("")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"name: night\noutput: {tmp_path}/file\nprompts: [p]\n")
+    assert submit(recipe, "--date", DATE) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("schedule.py: ") and f"{tmp_path}/file" in err and not cluster.jobs.submitted
+
+
+@pytest.mark.parametrize(
+    ("codes", "code", "rendered"),
+    [({}, 0, 3), ({"2026-11-30": 3}, 3, 3), ({"2026-11-30": 4}, 4, 1), ({"2026-12-01": 143}, 143, 2)],
+)
+def test_a_backfill_renders_one_date_after_the_other_and_goes_on_after_failed_rows(
+    tmp_path, cluster, codes, code, rendered
+):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(RECIPE.replace("/data/", f"{tmp_path}/"))
+    cluster.codes.update(codes)
+    assert submit(recipe, "--backfill", "2026-11-30..2026-12-02", "--wait") == code
+    dates = ["2026-11-30", "2026-12-01", "2026-12-02"][:rendered]
+    assert [name[6:16] for name in cluster.jobs.submitted] == dates
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--backfill", "2026-11-02..2026-11-01", "--wait"], "--backfill: '2026-11-02..2026-11-01', must be FROM..TO,"),
+        (["--backfill", "2026-11-02", "--wait"], "--backfill: '2026-11-02', must be FROM..TO, dates as YYYY-MM-DD in"),
+        (["--backfill", "a..b..c", "--wait"], "--backfill: 'a..b..c', must be FROM..TO"),
+        (
+            ["--backfill", "2026-11-01..2026-11-02"],
+            "--backfill: '2026-11-01..2026-11-02', must be with --wait, or with",
+        ),
+        (
+            ["--backfill", "2026-11-01..2026-11-02", "--wait", "--date", DATE],
+            "--date and --backfill exclude each other",
+        ),
+        (["--attempts", "0"], "--attempts: 0, must be a whole number of at least 1"),
+    ],
+)
+def test_options_that_do_not_go_together_are_exit_2(tmp_path, cluster, capsys, options, message):
+    assert submit(tmp_path / "none.yaml", *options) == 2
+    assert f"schedule.py: {message}" in capsys.readouterr().err and not cluster.jobs.submitted
+
+
+def test_a_single_day_and_a_dry_run_are_a_backfill(tmp_path, capsys):
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    for dates, count in (("2026-11-01..2026-11-01", 1), ("2026-02-27..2026-03-01", 3)):
+        assert schedule.main([str(tmp_path / "r.yaml"), "--backfill", dates, "--dry-run"]) == 0
+        assert capsys.readouterr().out.count("manifest  ") == count
+
+
+def test_a_pool_that_holds_the_output_does_not_grow_by_what_was_drawn(tmp_path, cluster, capsys):
+    (tmp_path / "pool.jsonl").write_text('{"prompt": "p"}\n')
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/run.json").write_text('{"run_id": "x"}')
+    (tmp_path / "r.yaml").write_text(f"name: night\noutput: {tmp_path}/out\nmanifest: {tmp_path}\n")
+    for date in (DATE, "2026-11-24"):
+        assert submit(tmp_path / "r.yaml", "--date", date) == 0
+        assert "(1 rows)" in capsys.readouterr().out

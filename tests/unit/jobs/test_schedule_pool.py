@@ -38,7 +38,7 @@ LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
 def dated(source: Path) -> bytes:
     """The manifest of a date that draws all rows of `source`."""
     recipe = schedule.parse_recipe(f"name: n\noutput: /o\nmanifest: {source}\ndefaults: {{seed: 3}}")
-    return schedule.plan(recipe, DATE, Path("/m"), "render").manifest
+    return schedule.plan(recipe, DATE, "/m", "render").manifest
 
 
 def same_requests(source: Path, tmp_path: Path) -> list[LegalRow]:

@@ -33,10 +33,16 @@ def cluster(nodes) -> LocalCluster:
 
 
 def render(
-    job: Job, engine: str, differs: list[str], until: Callable[[], object] | None = None, preflight: bool = False
+    job: Job,
+    engine: str,
+    differs: list[str],
+    until: Callable[[], object] | None = None,
+    preflight: bool = False,
+    kinds: tuple[str, ...] = ("diffusion",),
 ) -> str:
-    """Render all rows while the engine of the DiT differs on some nodes; the log. Every row has its own bits.
+    """Render all rows while engines of these kinds differ on some nodes; the log. Every row has its own bits.
 
+    One of the six cards is that of text and decode, and the others have a replica of the DiT each.
     No call of stage 1 that works ends before `until`, which is whether a node has been excluded where not given.
     """
     (job.out.folder / "_fake").mkdir(parents=True)
@@ -44,7 +50,7 @@ def render(
     driver = job.start(
         GATED,
         parallel=ParallelConfig(),
-        engines={**FAKE, "diffusion": f"tests.support.engines:{engine}"},
+        engines={**FAKE, **dict.fromkeys(kinds, f"tests.support.engines:{engine}")},
         preflight=preflight,
     )
     job.until(until or (lambda: excluded(job)), "excluded node" if until is None else "failure")
@@ -68,7 +74,7 @@ def dit_nodes(job: Job) -> set[str]:
 
 def test_a_node_whose_cards_cannot_load_is_named_and_left_out(job, nodes):
     bad = nodes.nodes()[0]
-    log = render(job, "LoadsNowhereOn", [bad])
+    log = render(job, "LoadsNowhereOn", [bad], kinds=("text", "diffusion", "decode"))
     assert excluded(job) == {bad} and dit_nodes(job) <= set(nodes.nodes()) - {bad}
     assert "excluded for 5 min 00 s, because 2 of its 2 GPUs failed" in log
 
@@ -117,7 +123,7 @@ def test_a_node_that_makes_nan_costs_no_row_and_is_excluded(job, nodes, prefligh
 
 
 def test_a_card_whose_calls_keep_breaking_is_left_alone(job, nodes):
-    log = render(job, "CardBreaksOn", [nodes.nodes()[0]], lambda: job.out.events("card_parked"))
+    log = render(job, "CardBreaksOn", nodes.nodes(), lambda: job.out.events("card_parked"))
     parked = job.out.events("card_parked")
     assert parked and {event["where"].rpartition(", ")[2] for event in parked} == {"GPU 1"}
     assert "failed there again" in log

@@ -252,7 +252,7 @@ def test_a_report_is_written_through_faults(proxy, single_try, bucket):
         result = CliRunner().invoke(app, ["report", bucket])
     assert (result.exit_code, result.output) == (0, f"{bucket}/report.html\n")
     page = store.read_bytes("report.html").decode()
-    assert "4 clips rendered, none failed" in page and "cannot be read: s3" not in page
+    assert "4 rows of 3 clips rendered, none failed" in page and "cannot be read: s3" not in page
 
 
 def test_an_endpoint_without_a_server_is_reported_before_the_run(bucket):

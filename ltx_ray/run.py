@@ -428,6 +428,7 @@ class _Rendering:
     def _join_cluster(self) -> JoinedCluster:
         """What the driver calls when the first row is to be rendered."""
         options, run = self._options, self._run
+        self._gpu_time.check(options.limits.max_gpu_hours)
         if options.numerics.noise_device == "cpu":
             run.identity.check_noise("cpu")
         placement = run.cluster.join()

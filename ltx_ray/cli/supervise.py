@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import click
 
 from ltx_ray.cli.parameters import Argument, AtLeast, Command, Option
+from ltx_ray.driver.supervised import VARIABLE
 from ltx_ray.run import ExitCode
 from ltx_ray.storage.reasons import reason
 
@@ -25,7 +29,9 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Supervisor:
-    """Runs a command until it ends with a final exit code, is told to stop, or has ended early too often.
+    """Runs a command until its end is final, it is told to stop, or it has ended early too often.
+
+    An end is final by its exit code, or because the command has said so (`driver.supervised`).
 
     Signals go on to the command, each of them once. `sleep` takes seconds, and `clock` returns seconds that only grow.
     """
@@ -61,20 +67,25 @@ class Supervisor:
         heard = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
         before: dict[signal.Signals, Any] = {number: signal.signal(number, self._handle) for number in heard}
         try:
-            return self._run()
+            with tempfile.TemporaryDirectory(prefix="ltx-ray-supervise-") as folder:
+                return self._run(Path(folder, "final"))
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _run(self) -> int:
-        early = 0
+    def _run(self, final: Path) -> int:
+        """`final`: the file in which a run says that its end is final, and why."""
+        early, name = 0, self._command[0]
         while not self._heard:
             began = self._clock()
-            code = self._run_once()
+            code = self._run_once(final)
             if self._heard or code in _FINAL:
                 return code
+            if final.exists():
+                why = final.read_text(encoding="utf-8")
+                self.say(f"supervise: {name} ended with {code}; it is not run again, because of {why}")
+                return code
             early = 1 if self._clock() - began >= LONG_RUN_SECONDS else early + 1
-            name = self._command[0]
             if early >= self._attempts:
                 self.say(f"supervise: {name} ended with {code}, for the {early}. time in a row; it is not run again")
                 return code
@@ -84,9 +95,9 @@ class Supervisor:
             self._wait(seconds)
         return ExitCode.DRAINED
 
-    def _run_once(self) -> int:
+    def _run_once(self, final: Path) -> int:
         try:
-            self._process = subprocess.Popen(self._command)
+            self._process = subprocess.Popen(self._command, env={**os.environ, VARIABLE: str(final)})
         except OSError as error:
             program, why = self._command[0], reason(error, place=False)
             raise ValueError(
@@ -135,9 +146,9 @@ class Supervisor:
 def supervise_command(command: tuple[str, ...], attempts: int, first_wait: float, longest_wait: float) -> int:
     """Run COMMAND, such as `ltx-ray render …`, and run it again when it ends before its work is done.
 
-    Exit codes 0, 2 and 3 of COMMAND are final, and become those of this command. After 1, 4, any other code and a
-    signal, COMMAND is run again. SIGTERM, SIGINT and SIGHUP are passed on, and end this command with COMMAND; the exit
-    code is COMMAND's then too.
+    Exit codes 0, 2 and 3 of COMMAND are final, and become those of this command; so is 4 of a run that has used up its
+    --max-gpu-hours. After 1, any other 4, any other code and a signal, COMMAND is run again. SIGTERM, SIGINT and SIGHUP
+    are passed on, and end this command with COMMAND; the exit code is COMMAND's then too.
     """
 
     def say(message: str) -> None:

@@ -32,6 +32,15 @@ class GpuTime:
         self.before = read_gpu_seconds(store)
         self._writing: threading.Thread | None = None
 
+    def check(self, max_hours: float | None) -> None:
+        """Raise ValueError when earlier runs have used up `max_hours` (--max-gpu-hours)."""
+        hours = self.before / 3600
+        if max_hours is not None and hours >= max_hours:
+            raise ValueError(
+                f"--max-gpu-hours: {max_hours:g}, of which earlier runs into this output have reserved {hours:.2f}; "
+                f"legal: a larger number"
+            )
+
     def write(self, seconds: float) -> None:
         """Record the seconds of all runs so far. A store that fails loses them until the next time."""
         if self._writing is not None:

@@ -24,6 +24,7 @@ from ltx_ray.driver.publisher import Publisher
 from ltx_ray.driver.run_gauges import RunGauges
 from ltx_ray.driver.second_opinion import SecondOpinions
 from ltx_ray.driver.staffing import Staffing
+from ltx_ray.driver.supervised import say_final
 from ltx_ray.driver.tracker import RowTracker, TrackedItem
 from ltx_ray.driver.waits import WaitReport
 from ltx_ray.driver.work_left import WorkLeft
@@ -448,10 +449,11 @@ class Driver:
 
     # --- housekeeping ----------------------------------------------------------------------------
 
-    def _drain(self, reason: str, at_once: bool = False) -> None:
+    def _drain(self, reason: str, at_once: bool = False, final: bool = False) -> None:
         """Admit nothing new and let the decode pool finish; `run` then returns.
 
-        `at_once` gives up the calls of the other pools, and the decode pool has `limits.grace` seconds left.
+        `at_once` gives up the calls of the other pools, and the decode pool has `limits.grace` seconds left. `final`:
+        the same command would end the same way.
         """
         if at_once and self._drain_until == float("inf"):
             self._drain_until = self._clock() + self.limits.grace
@@ -461,6 +463,8 @@ class Driver:
                         self._staff.give_back(name, "draining")
         if not self.policy.draining:
             self.policy.draining = True
+            if final:
+                say_final(reason)
             self.progress.say(f"draining: {reason}")
             self.events.emit("drain", reason=reason)
             self._on_drain()
@@ -472,7 +476,9 @@ class Driver:
             self._drain(f"{part:.0%} of the last {rows} rows failed {why} (--max-failed-fraction {limit:g})")
         hours, before = self.limits.max_gpu_hours, self._gpu_seconds_before / 3600
         if hours is not None and (used := self.gpu_seconds() / 3600) > hours:
-            self._drain(f"{used:.2f} GPU hours reserved, {before:.2f} of them by earlier runs (--max-gpu-hours)")
+            self._drain(
+                f"{used:.2f} GPU hours reserved, {before:.2f} of them by earlier runs (--max-gpu-hours)", final=True
+            )
 
     def gpu_seconds(self) -> float:
         """How long this run and those before it have reserved GPUs."""

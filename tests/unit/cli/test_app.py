@@ -124,6 +124,24 @@ def test_a_store_that_does_not_refuse_a_second_create(cmd, manifest, out, monkey
     assert cmd("render", manifest, "--output", out, "--model", "toy", "--single-writer")[0] == 0
 
 
+def test_gpu_hours_that_earlier_runs_have_used_up(cmd, manifest, out, monkeypatch):
+    """The cluster is not joined, unless the limit leaves some."""
+
+    def join(cluster):
+        raise ConnectionError("joined")
+
+    monkeypatch.setattr("ltx_ray.placement.cluster.Cluster.join", join)
+    Store(out).write_bytes("state/gpu_time.json", b'{"epoch": 1, "gpu_seconds": 7200.0}')
+    words = ("render", manifest, "--output", out, "--model", "toy")
+    code, _, err = cmd(*words, "--max-gpu-hours", "2")
+    told = (
+        "error: --max-gpu-hours: 2, of which earlier runs into this output have reserved 2.00; legal: a larger number"
+    )
+    assert code == 2 and told in err and "joined" not in err
+    code, _, err = cmd(*words, "--max-gpu-hours", "2.1")
+    assert code == 1 and "joined" in err
+
+
 @pytest.mark.parametrize(
     "more", [("--shard", "0/2"), ("--wait-for-output", "0"), ("--shard", "0/2", "--wait-for-output", "0.1")]
 )

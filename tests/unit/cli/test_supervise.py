@@ -40,9 +40,9 @@ def supervised(tmp_path, codes, attempts=10, run_seconds=None):
     if run_seconds is not None:
         run_once, lengths = found._run_once, iter(run_seconds)
 
-        def timed():
+        def timed(final):
             clock.now += next(lengths)
-            return run_once()
+            return run_once(final)
 
         found._run_once = timed
     code = found.run()
@@ -62,6 +62,23 @@ def test_any_other_end_is_followed_by_another_run(tmp_path, code):
     assert (found, waits, left) == (0, [10], ["9"])
     shown = 137 if code == -9 else code
     assert said == [f"supervise: {sys.executable} ended with {shown}; again in 10 s (1 of 10)"]
+
+
+#: Ends with 4, as a run whose limit is used up, and writes a line for each of its runs.
+USED_UP = (
+    "import sys; from ltx_ray.driver.supervised import say_final; "
+    "open(sys.argv[1], 'a').write('run\\n'); say_final('0.11 GPU hours reserved'); sys.exit(4)"
+)
+
+
+def test_a_run_that_says_that_its_end_is_final_is_not_run_again(tmp_path):
+    said, runs = [], tmp_path / "runs"
+    command = [sys.executable, "-c", USED_UP, str(runs)]
+    assert Supervisor(command, 10, 10.0, 60.0, said.append, pytest.fail).run() == 4
+    assert runs.read_text() == "run\n"
+    assert said == [
+        f"supervise: {sys.executable} ended with 4; it is not run again, because of 0.11 GPU hours reserved"
+    ]
 
 
 def test_waits_double_up_to_a_bound_and_attempts_are_counted(tmp_path):
@@ -129,8 +146,8 @@ def test_a_signal_between_two_runs_ends_it_with_4():
 def test_a_signal_that_comes_while_the_command_starts_goes_on(monkeypatch):
     real = subprocess.Popen
 
-    def popen(command):
-        process = real(command, stdout=subprocess.PIPE)
+    def popen(command, env):
+        process = real(command, stdout=subprocess.PIPE, env=env)
         process.stdout.readline()
         os.kill(os.getpid(), signal.SIGTERM)  # before the supervisor has the process
         return process

@@ -64,8 +64,8 @@ def submitted(tmp_path) -> Callable[..., subprocess.Popen[str]]:
         (bin_ / name).chmod(0o755)
     job = {"SLURM_JOB_ID": "123457", "SLURM_JOB_NUM_NODES": "3", "SLURM_CPUS_PER_TASK": "96"}
 
-    def start(code: str, *arguments: str) -> subprocess.Popen[str]:
-        environment = {**os.environ, **job, "HERE": str(tmp_path), "CODE": code, "TMPDIR": str(tmp_path)}
+    def start(code: str, *arguments: str, **more: str) -> subprocess.Popen[str]:
+        environment = {**os.environ, **job, "HERE": str(tmp_path), "CODE": code, "TMPDIR": str(tmp_path), **more}
         environment["PATH"] = f"{bin_}:{environment['PATH']}"
         return subprocess.Popen(
             ["bash", SCRIPT, *arguments], env=environment, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE
@@ -144,6 +144,38 @@ def test_a_signal_drains_and_the_time_limit_queues_again(submitted, tmp_path, se
     _, said = job.communicate(timeout=60)
     assert (job.returncode, requeued(tmp_path)) == (4, again), said
     assert list(tmp_path.glob("tmp.*")) == [], "its scratch folder is gone"
+
+
+@pytest.mark.parametrize(
+    ("before", "most", "again"),
+    [("49", "", ["requeue 123457"]), ("50", "", []), ("2", "3", ["requeue 123457"]), ("3", "3", [])],
+)
+def test_the_time_limit_queues_again_so_many_times(submitted, tmp_path, before, most, again):
+    counts = {"SLURM_RESTART_COUNT": before, **({"LTX_RAY_MAX_REQUEUES": most} if most else {})}
+    job = submitted("wait", "prompts.jsonl", **counts)
+    while not (tmp_path / "ready").exists():
+        assert job.poll() is None
+        time.sleep(0.02)
+    job.send_signal(signal.SIGUSR1)
+    _, said = job.communicate(timeout=60)
+    assert (job.returncode, requeued(tmp_path)) == (4, again)
+    assert (
+        again or f"queued again {before} times before (LTX_RAY_MAX_REQUEUES: {before}); the same sbatch resumes" in said
+    )
+
+
+@pytest.mark.parametrize(
+    ("before", "most", "message"),
+    [
+        ("51", "50", "queued again 51 times (LTX_RAY_MAX_REQUEUES: 50)"),
+        ("0", "some", "LTX_RAY_MAX_REQUEUES: some; legal: a whole number"),
+    ],
+)
+def test_lost_nodes_queue_a_job_again_so_many_times(submitted, tmp_path, before, most, message):
+    """Slurm itself queues it, when the first node is lost."""
+    job = submitted("0", "prompts.jsonl", SLURM_RESTART_COUNT=before, LTX_RAY_MAX_REQUEUES=most)
+    _, said = job.communicate(timeout=60)
+    assert job.returncode == 2 and message in said and not (tmp_path / "ray.json").exists()
 
 
 def test_a_time_limit_before_the_driver_has_begun_queues_again(submitted, tmp_path):

@@ -22,6 +22,16 @@ def test_the_next_run_goes_on_where_the_last_one_ended(store):
     assert GpuTime(store, 2).before == 120.0
 
 
+def test_hours_that_are_used_up_are_wrong_usage(store):
+    GpuTime(store, 1).write(3600.0)
+    found = GpuTime(store, 2)
+    found.check(None)
+    found.check(1.01)
+    message = r"--max-gpu-hours: 1, of which earlier runs into this output have reserved 1.00; legal: a larger number"
+    with pytest.raises(ValueError, match=message):
+        found.check(1.0)
+
+
 def test_a_run_that_has_lost_its_lease_changes_nothing(store):
     older = GpuTime(store, 1)
     GpuTime(store, 2).write(300.0)

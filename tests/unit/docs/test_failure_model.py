@@ -245,7 +245,8 @@ def test_no_rows_are_taken_while_too_many_are_being_written(tmp_path):
         assert driver.policy.in_flight == taken
 
 
-def test_gpu_hours_that_are_used_up_drain_the_run(tmp_path):
+def test_gpu_hours_that_are_used_up_drain_the_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("LTX_RAY_FINAL_FILE", str(tmp_path / "final"))
     cards = [PoolSpec(p.name, p.roles, p.replicas, p.ranks, SPEC, gpus_per_rank=1.0) for p in pools()]
     driver, store = run(tmp_path, rows(30), the_pools=cards, max_gpu_hours=0.1)
     assert driver.run(driver.tracker.plan.open())
@@ -254,6 +255,7 @@ def test_gpu_hours_that_are_used_up_drain_the_run(tmp_path):
     driver.events.flush()
     (drain,) = events(store, "drain")
     assert drain["reason"].endswith("GPU hours reserved, 0.00 of them by earlier runs (--max-gpu-hours)")
+    assert (tmp_path / "final").read_text() == drain["reason"], "for ltx-ray supervise"
     assert not events(store, "gang_given_back")
 
 

@@ -457,6 +457,7 @@ class CallReport:
     #: Size of the payload.
     nbytes: int = 0
     facts: EngineFacts = EngineFacts()
+    requests: tuple[tuple[str, str, int], ...] = ()  # since the last report, as `storage.requests` counts them
 
     @property
     def ok(self) -> bool:

@@ -1,11 +1,13 @@
-"""When the calls under way began, and what calls that never come back have cost their items."""
+"""When the calls under way began, and what calls have cost their items."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from ltx_ray.driver.tracker import TrackedItem
+from ltx_ray.driver.tracker import RowTracker, TrackedItem
 from ltx_ray.pools.pool import Pool
+from ltx_ray.records import CallReport
+from ltx_ray.stages import Stage
 
 
 class CallsUnderWay:
@@ -24,9 +26,25 @@ class CallsUnderWay:
         """A call of the item has been dispatched."""
         self._began[item] = self._clock()
 
-    def end(self, item: str) -> None:
-        """It came back, and its report says what it cost."""
-        self._began.pop(item, None)
+    def account(
+        self, tracker: RowTracker, pool: Pool, replica: str, tracked: TrackedItem, stage: Stage, report: CallReport
+    ) -> None:
+        """A call came back; record what it cost in its item, the events and the metrics."""
+        item = tracked.item
+        self._began.pop(item.item_id, None)
+        tracked.take_call(stage, replica, report, report.seconds * pool.gpus_of_replica)
+        tracker.events.emit(
+            "preflight_call" if item.preflight else "call",
+            role=pool.spec.name, replica=replica, stage=stage, item_id=item.item_id, id=tracked.name,
+            start=round(report.started, 3), seconds=round(report.seconds, 3), ok=report.ok,
+        )  # fmt: skip
+        if report.switches:
+            tracker.events.emit(
+                "switch", role=pool.spec.name, replica=replica, to=stage,
+                seconds=round(report.switch_seconds, 3), clean_weights=report.facts.clean_weights,
+            )  # fmt: skip
+        if not item.preflight:
+            tracker.metrics.call(stage, report.ok, report.seconds, pool.gpus_of_replica)
 
     def lose(self, tracked: TrackedItem, pool: Pool) -> None:
         """It never came back. Its item has had the GPUs of its replica until now."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 
 from ltx_ray.config import RunLimits
 from ltx_ray.dataset.writer import Failure
@@ -16,6 +17,7 @@ from ltx_ray.driver.admission import Admission
 from ltx_ray.driver.calls_under_way import CallsUnderWay
 from ltx_ray.driver.growth import Growth
 from ltx_ray.driver.joined_cluster import JoinedCluster
+from ltx_ray.driver.loop_time import LoopTime
 from ltx_ray.driver.negatives import NegativeContexts
 from ltx_ray.driver.outcomes import Outcomes
 from ltx_ray.driver.policy import Policy
@@ -32,7 +34,7 @@ from ltx_ray.planning.identity import merged_weights
 from ltx_ray.planning.plan import PlanEntry
 from ltx_ray.pools.pool import ModelRefused, Pool, StartFailed
 from ltx_ray.pools.protocol import CallFinished, InputsLost, ReplicaEvent, ReplicaLost, ReplicaSet, ReplicaStarted
-from ltx_ray.records import CallReport, ErrorKind, first_line
+from ltx_ray.records import ErrorKind, first_line
 from ltx_ray.stages import PATH_FROM_STORED, Stage
 
 _TICK_SECONDS = 0.5
@@ -84,7 +86,7 @@ class Driver:
         self._gauges: RunGauges | None = None
         self._preflight_admitted = self._preflight_running = False
         self._outcomes, self._gpu_seconds_before = Outcomes(limits.max_failed_fraction), gpu_seconds_before
-        self._work_left = WorkLeft()
+        self._work_left, self._loop_time = WorkLeft(), LoopTime()
         self._calls = CallsUnderWay(clock)
         self._noise_checked = False
         self._drain_until, self._memory_due = float("inf"), -float("inf")
@@ -114,7 +116,8 @@ class Driver:
                     self._turn_pools()
                 idle = not self.policy.in_flight
                 waits = idle and (self.tracker.exhausted or publisher.pending >= Publisher.FULL)
-                publisher.poll(_TICK_SECONDS if waits else 0.0, flush=idle)
+                poll = partial(publisher.poll, _TICK_SECONDS if waits else 0.0, flush=idle)
+                self._loop_time.waiting(poll)
                 self._check_limits()
                 self._show()
             publisher.close(finish=True)
@@ -144,7 +147,7 @@ class Driver:
         if not self._preflight_running:
             # What can run does by now.
             self._staff.waits.look(self.policy, self._clock())
-        for event in self._replicas.wait(self._wait_seconds()):
+        for event in self._loop_time.waiting(lambda: self._replicas.wait(self._wait_seconds())):
             self._handle(event)
         self._join(self._admission.settle(self._clock()))
         self._staff.check_placing()
@@ -231,6 +234,7 @@ class Driver:
             self._gauges = RunGauges(
                 self.tracker, self.policy, self.pools, cluster.replicas, waits, lease_age=cluster.lease_age,
                 gpu_seconds=self.gpu_seconds, max_gpu_hours=self.limits.max_gpu_hours, seconds_left=self._seconds_left,
+                busy_seconds=self._loop_time.busy,
             )  # fmt: skip
         return self._cluster
 
@@ -328,7 +332,7 @@ class Driver:
     def _call_finished(self, event: CallFinished) -> None:
         report, pool, item_id = event.report, self._staff.pool_of(event.replica), event.item_id
         tracked, stage = self.tracker.items[item_id], self.policy.stage_of(item_id)
-        self._account(pool, event.replica, tracked, stage, report)
+        self._calls.account(self.tracker, pool, event.replica, tracked, stage, report)
         if report.error is not None:
             self._call_failed(event, pool, tracked, stage)
             return
@@ -374,23 +378,6 @@ class Driver:
             decision = self.policy.row_failed(item_id) if at_fault else self.policy.call_failed(item_id)
             blamed = "infrastructure" if error.kind == ErrorKind.INFRASTRUCTURE else "row"
             self._carry_out(decision, stage, error.message, error.traceback, blamed)
-
-    def _account(self, pool: Pool, replica: str, tracked: TrackedItem, stage: Stage, report: CallReport) -> None:
-        """Record the cost of a call."""
-        self._calls.end(tracked.item.item_id)
-        tracked.take_call(stage, replica, report, report.seconds * pool.gpus_of_replica)
-        self.events.emit(
-            "preflight_call" if tracked.item.preflight else "call",
-            role=pool.spec.name, replica=replica, stage=stage, item_id=tracked.item.item_id, id=tracked.name,
-            start=round(report.started, 3), seconds=round(report.seconds, 3), ok=report.ok,
-        )  # fmt: skip
-        if report.switches:
-            self.events.emit(
-                "switch", role=pool.spec.name, replica=replica, to=stage,
-                seconds=round(report.switch_seconds, 3), clean_weights=report.facts.clean_weights,
-            )  # fmt: skip
-        if not tracked.item.preflight:
-            self.tracker.metrics.call(stage, report.ok, report.seconds, pool.gpus_of_replica)
 
     def _finish(self, tracked: TrackedItem, stage: Stage, event: CallFinished) -> None:
         """An item has passed its last stage."""

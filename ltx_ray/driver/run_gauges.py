@@ -12,13 +12,17 @@ from ltx_ray.driver.waits import WaitReport
 from ltx_ray.pools.pool import Pool
 from ltx_ray.pools.protocol import ReplicaSet
 from ltx_ray.stages import Stage
+from ltx_ray.storage.requests import REQUESTS
 
 #: Seconds between two looks. Ray exports every five.
 _PERIOD = 5.0
 
 
 class RunGauges:
-    """`gpu_seconds`: of this run and of all runs. `seconds_left` where the stages were measured, or None."""
+    """`gpu_seconds`: of this run and of all runs. `seconds_left` where the stages were measured, or None.
+
+    `busy_seconds`: those in which the driver's loop did not wait.
+    """
 
     def __init__(
         self,
@@ -32,10 +36,11 @@ class RunGauges:
         gpu_seconds: Callable[[], float],
         max_gpu_hours: float | None,
         seconds_left: Callable[[], float | None],
+        busy_seconds: Callable[[], float],
     ):
         self._tracker, self._policy, self._pools, self._replicas = tracker, policy, pools, replicas
         self._lease_age, self._gpu_seconds, self._seconds_left = lease_age, gpu_seconds, seconds_left
-        self._max_gpu_hours = max_gpu_hours
+        self._max_gpu_hours, self._busy_seconds = max_gpu_hours, busy_seconds
         #: What the stages wait for, which is told beside them.
         self.waits = waits
         self._told = -float("inf")
@@ -72,6 +77,9 @@ class RunGauges:
         metrics.set("ltx_ray_gpu_hours", self._gpu_seconds() / 3600)
         if self._max_gpu_hours is not None:
             metrics.set("ltx_ray_gpu_hours_limit", self._max_gpu_hours)
+        metrics.reach("ltx_ray_driver_busy_seconds", self._busy_seconds())
+        for kind, outcome, number in REQUESTS.take():
+            metrics.add("ltx_ray_store_requests", number, kind, outcome)
         self._tell_progress()
 
     def _tell_replicas(self) -> None:

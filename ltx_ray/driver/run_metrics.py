@@ -15,20 +15,35 @@ from ltx_ray.stages import Stage
 
 @dataclass(frozen=True)
 class Metric:
-    """`counts`: a counter, which only grows; otherwise a gauge."""
+    """`counts`: a counter, which only grows. `buckets`: a histogram with these upper bounds. Otherwise a gauge."""
 
     help: str
     labels: tuple[str, ...] = ()
     counts: bool = False
+    buckets: tuple[float, ...] = ()
+
+
+#: Seconds of calls, from a tenth of one to two hours. Each bound is a quarter above the one before, and so is the error
+#: of a quantile at most. Quantiles of a few fixed times could not be added up over runs, or read for another window.
+_CALL_SECONDS = tuple(
+    round(step * 10.0**power, 4)
+    for power in range(-1, 4)
+    for step in (1.0, 1.25, 1.6, 2.0, 2.5, 3.15, 4.0, 5.0, 6.3, 8.0)
+)
 
 
 METRICS: Mapping[str, Metric] = {
     "ltx_ray_clips": Metric("Clips that the run has published, each once", counts=True),
     "ltx_ray_stage_calls": Metric("Calls of a stage that came back", ("stage", "ok"), counts=True),
     "ltx_ray_stage_seconds": Metric("Seconds of those calls", ("stage", "ok"), counts=True),
+    "ltx_ray_call_seconds": Metric("The same of calls that succeeded, by buckets", ("stage",), buckets=_CALL_SECONDS),
     "ltx_ray_waited_seconds": Metric("Seconds that replicas of a stage waited", ("stage", "cause"), counts=True),
     "ltx_ray_gpu_busy_seconds": Metric("GPU seconds of calls", ("stage",), counts=True),
     "ltx_ray_gpu_reserved_seconds": Metric("GPU seconds that the run has reserved", counts=True),
+    "ltx_ray_driver_busy_seconds": Metric("Seconds in which the driver's loop did not wait", counts=True),
+    "ltx_ray_store_requests": Metric(
+        "Requests to object stores, of the driver and the ranks", ("kind", "outcome"), counts=True
+    ),
     "ltx_ray_events": Metric("Events of the run, by their names in events.jsonl", ("event",), counts=True),
     "ltx_ray_rows": Metric("Rows of the manifest by what became of them", ("state",)),
     "ltx_ray_replicas": Metric("Replicas: placing, starting, idle or busy", ("pool", "state")),
@@ -52,18 +67,23 @@ METRICS: Mapping[str, Metric] = {
 
 
 class _Recorder(Protocol):
-    """A Counter or a Gauge of `ray.util.metrics`."""
+    """A Counter, a Gauge or a Histogram of `ray.util.metrics`."""
 
     def inc(self, value: float, tags: dict[str, str]) -> None: ...
 
     def set(self, value: float, tags: dict[str, str]) -> None: ...
 
+    def observe(self, value: float, tags: dict[str, str]) -> None: ...
+
 
 def _in_ray(name: str, metric: Metric) -> Any:
     from ray.util import metrics
 
+    labels = ("run", *metric.labels)
+    if metric.buckets:
+        return metrics.Histogram(name, metric.help, list(metric.buckets), labels)
     kind = metrics.Counter if metric.counts else metrics.Gauge
-    return kind(name, metric.help, tag_keys=("run", *metric.labels))
+    return kind(name, metric.help, tag_keys=labels)
 
 
 class RunMetrics:
@@ -104,3 +124,6 @@ class RunMetrics:
         self.add("ltx_ray_stage_calls", 1, stage, told)
         self.add("ltx_ray_stage_seconds", seconds, stage, told)
         self.add("ltx_ray_gpu_busy_seconds", seconds * gpus, stage)
+        if ok:
+            recorder, tags = self._of("ltx_ray_call_seconds", (stage,))
+            recorder.observe(seconds, tags)

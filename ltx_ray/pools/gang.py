@@ -30,6 +30,7 @@ from ltx_ray.pools.protocol import RankInfo
 from ltx_ray.pools.worker import RankActor, Rendezvous
 from ltx_ray.records import CallError, CallReport, ErrorKind, Evidence, WorkItem, first_line
 from ltx_ray.stages import Stage
+from ltx_ray.storage.requests import REQUESTS
 
 _RENDEZVOUS_SECONDS = 300.0
 #: Seconds that the other ranks have to report the same failure, if the row is at fault.
@@ -244,6 +245,7 @@ class Gang:
 
     def _loaded(self, rank: int, report: CallReport) -> None:
         facts = report.facts
+        REQUESTS.add(report.requests)
         if rank == 0:
             self.evidence = facts.evidence
         self.ranks[rank] = dataclasses.replace(
@@ -315,7 +317,8 @@ class Gang:
         for rank, ref in enumerate(call.reports):
             if rank not in call.done and ref in ready:
                 try:
-                    call.done[rank] = ray.get(ref)
+                    call.done[rank] = report = ray.get(ref)
+                    REQUESTS.add(report.requests)
                 except _RANK_DIED as error:
                     reason = f"rank {rank} died during {call.stage}: {first_line(error)}"
                     raise GangLost(reason, node_lost=_NODE_LOST in str(error)) from error

@@ -22,6 +22,7 @@ import ray
 from ltx_ray.config import EngineSpec
 from ltx_ray.records import CallError, CallReport, EngineFacts, ErrorKind
 from ltx_ray.stages import Stage
+from ltx_ray.storage.requests import REQUESTS
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ class RankActor:
             error=failure,
             nbytes=_nbytes(payload),
             facts=getattr(self.engine, "facts", EngineFacts()),
+            requests=REQUESTS.take(),
         )
         return report, payload
 

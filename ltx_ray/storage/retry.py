@@ -15,6 +15,7 @@ import pyarrow.fs as pafs
 
 from ltx_ray.storage.range_file import RangeFile
 from ltx_ray.storage.reasons import reason
+from ltx_ray.storage.requests import REQUESTS
 
 T = TypeVar("T")
 
@@ -74,10 +75,8 @@ class RetryPolicy:
         while True:
             tries += 1
             try:
-                return call()
+                return self.once(doing, call)
             except OSError as error:
-                if _GONE.search(str(error)):  # deleted between the lookup and the read
-                    raise FileNotFoundError(str(error)) from error
                 if is_permanent(error):
                     raise
                 spent = self.clock() - began
@@ -88,6 +87,26 @@ class RetryPolicy:
             # jitter, so that a thousand workers that were throttled together do not retry together
             self.wait(min(pause * random.uniform(0.5, 1.0), max(0.0, self.seconds - spent)))
             pause = min(2 * pause, _LONGEST_WAIT)
+
+    def once(self, doing: str, call: Callable[[], T]) -> T:
+        """Return `call()`, which is one request, and count it when the store is an object store."""
+        outcome = "refused"
+        try:
+            value = call()
+            outcome = "ok"
+            return value
+        except OSError as error:
+            gone = _GONE.search(str(error))  # deleted between the lookup and the read
+            if gone or isinstance(error, FileNotFoundError):
+                outcome = "missing"
+            elif not is_permanent(error):
+                outcome = "error"
+            if gone:
+                raise FileNotFoundError(str(error)) from error
+            raise
+        finally:
+            if "://" in self.uri:
+                REQUESTS.count(doing, outcome)
 
 
 class _RetryingFile(RangeFile):

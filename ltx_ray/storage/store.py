@@ -158,9 +158,13 @@ class Store:
 
         Raises FileNotFoundError, and pa.ArrowException for a damaged file and one that lacks a column.
         """
-        try:
+
+        def read() -> pa.Table:
             with self._fs.open_input_file(self.path(relative)) as file:
                 return read_parquet_file(file, columns)
+
+        try:
+            return self._retry.once("reading", read)
         except FileNotFoundError:
             raise
         except OSError:

@@ -12,6 +12,9 @@ class _Silent:
     def set(self, value: float, tags: dict[str, str]) -> None:
         pass
 
+    def observe(self, value: float, tags: dict[str, str]) -> None:
+        pass
+
 
 def silent_metrics() -> RunMetrics:
     return RunMetrics("bench", lambda name, metric: _Silent())

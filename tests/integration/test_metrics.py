@@ -31,20 +31,24 @@ def scraped() -> Iterator[tuple[str, dict[str, str], float]]:
 
 
 def values(run: str) -> dict[tuple[str, ...], float]:
-    """By the metric's name and the values of its own labels; those of one run."""
+    """By the metric's name and the values of its own labels, the bound of a bucket last; those of one run."""
     return {
-        (name.removeprefix("ray_"), *(labels[own] for own in METRICS[plain_name(name)].labels)): value
+        (
+            name.removeprefix("ray_"),
+            *(labels[own] for own in (*METRICS[plain_name(name)].labels, "le") if own in labels),
+        ): value
         for name, labels, value in scraped()
         if labels["run"] == run
     }
 
 
 def plain_name(name: str) -> str:
-    """The name in the code. Prometheus' counters end with `_total`."""
+    """The name in the code. Prometheus' counters end with `_total`, and a histogram has three names."""
     name = name.removeprefix("ray_")
-    metric = METRICS.get(name.removesuffix("_total"))
-    assert name in METRICS or (metric is not None and metric.counts), name
-    return name if name in METRICS else name.removesuffix("_total")
+    known = {f"{name}_total": name for name, metric in METRICS.items() if metric.counts}
+    known |= {f"{name}{end}": name for name, m in METRICS.items() if m.buckets for end in ("_bucket", "_count", "_sum")}
+    known |= {name: name for name, metric in METRICS.items() if not (metric.counts or metric.buckets)}
+    return known[name]
 
 
 def test_the_endpoint_says_what_the_run_does(runner: Runner):
@@ -84,4 +88,12 @@ def test_the_endpoint_says_what_the_run_does(runner: Runner):
     assert last["ltx_ray_stage_seconds_total", "stage1", "true"] == pytest.approx(
         sum(c["seconds"] for c in calls), abs=0.01
     )
+    buckets = {
+        float(bound): n for (name, *labels), n in last.items() if name.endswith("call_seconds_bucket")
+        for stage, bound in [labels] if stage == "stage1"
+    }  # fmt: skip
+    shortest = min(c["seconds"] for c in calls)
+    assert buckets[float("inf")] == 3.0 and max(bound for bound, n in buckets.items() if n == 0) < shortest
+    assert min(bound for bound, n in buckets.items() if n == 3) < 1.26 * max(c["seconds"] for c in calls)
     assert last["ltx_ray_events_total", "item_finished"] == 3.0
+    assert last["ltx_ray_driver_busy_seconds_total",] > 0

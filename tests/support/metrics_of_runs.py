@@ -8,7 +8,7 @@ from ltx_ray.driver.run_metrics import Metric, RunMetrics
 
 
 class RecordedMetrics(RunMetrics):
-    """`values`: by name and the values of its labels, those of counters added up."""
+    """`values`: by name and the values of its labels; those of counters added up, and of histograms counted."""
 
     def __init__(self) -> None:
         super().__init__("run", self._recorder)
@@ -22,4 +22,6 @@ class RecordedMetrics(RunMetrics):
         def inc(value: float, tags: dict[str, str]) -> None:
             put(value, tags, self.values.get((name, *(tags[label] for label in metric.labels)), 0.0))
 
+        if metric.buckets:
+            return SimpleNamespace(observe=lambda value, tags: inc(1.0, tags))
         return SimpleNamespace(inc=inc) if metric.counts else SimpleNamespace(set=put)

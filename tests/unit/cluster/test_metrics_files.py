@@ -32,8 +32,11 @@ NAME = re.compile(r"\bray_ltx_ray_\w+")
 SELECTED = re.compile(r"\b(ray_ltx_ray_\w+)(?:\{([^}]*)\})?")
 CONDITION = re.compile(r'(\w+)\s*(=~|!~|!=|=)\s*"([^"]*)"')
 BY = re.compile(r"by \(([^)]*)\) \(")
-#: What Prometheus calls each metric.
-SCRAPED = {f"ray_{name}{'_total' if metric.counts else ''}": metric for name, metric in METRICS.items()}
+#: What Prometheus calls each metric. Of a histogram the buckets are used: its sum is Ray's guess from them.
+SCRAPED = {
+    f"ray_{name}{'_total' if metric.counts else '_bucket' if metric.buckets else ''}": metric
+    for name, metric in METRICS.items()
+}
 SCHEMAS = {"PodMonitor": "podmonitors", "PrometheusRule": "prometheusrules"}
 
 
@@ -49,12 +52,15 @@ def own_values() -> dict[str, set[str]]:
         failures=Counter(), exhausted=True,
     )  # fmt: skip
     source = "".join(path.read_text() for path in (ROOT / "ltx_ray").rglob("*.py"))
+    kinds = set(re.findall(r'_?retry(?:\.once)?\("([a-z ]+)"|_put\("([a-z ]+)"', source)) - {("", "")}
     events = set(re.findall(r'(?:emit\(\s*|"event": )"(\w+)"', source)) | {"call", "preflight_call"}
     return {
         "stage": {str(stage) for stage in Stage},
         "cause": {*map(str, Stage), "memory", "rows"},
         "state": {*row_states(tracker), "placing", "starting", "idle", "busy"},
         "event": events,
+        "kind": {kind for pair in kinds for kind in pair if kind},
+        "outcome": {"ok", "missing", "refused", "error"},
         "ok": {"true", "false"},
         "pool": {"text", "stage1", "stage2", "diffusion", "decode"},
     }
@@ -66,7 +72,7 @@ def test_expressions_name_metrics_labels_and_values_that_exist(expression):
     values, labels = own_values(), set()
     for name, selector in SELECTED.findall(expression):
         assert name in SCRAPED, f"{name} is not what Prometheus calls one of {sorted(SCRAPED)}"
-        labels |= {"run", *SCRAPED[name].labels}
+        labels |= {"run", *SCRAPED[name].labels, *(["le"] if SCRAPED[name].buckets else [])}
         for label, how, value in CONDITION.findall(selector):
             assert label in {"run", *SCRAPED[name].labels}, f"{name} has no label {label}"
             wanted = set() if value.startswith("$") else set(value.split("|") if "~" in how else [value])
@@ -86,7 +92,8 @@ def test_the_page_for_operators_lists_every_metric_with_its_labels():
     text = (ROOT / "docs" / "operations.md").read_text()
     for name, metric in METRICS.items():
         labels = ", ".join(f"`{label}`" for label in metric.labels)
-        assert f"| `{name}` | {labels} | {metric.help}{'; a counter' if metric.counts else ''} |\n" in text
+        kind = "; a counter" if metric.counts else "; a histogram" if metric.buckets else ""
+        assert f"| `{name}` | {labels} | {metric.help}{kind} |\n" in text
 
 
 def test_the_runbook_names_metrics_and_alerts_that_exist():

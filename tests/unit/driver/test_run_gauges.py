@@ -9,6 +9,7 @@ import pytest
 from ltx_ray.driver.run_gauges import replica_states, row_states, tflop_left
 from ltx_ray.driver.run_metrics import METRICS
 from ltx_ray.pools.pool import Pool
+from ltx_ray.storage.requests import REQUESTS
 from tests.support.metrics_of_runs import RecordedMetrics
 from tests.support.schedules import SECONDS
 from tests.support.simulated_runs import pools, rows, run
@@ -35,6 +36,7 @@ def test_metrics_of_a_whole_run(tmp_path):
     assert values["ltx_ray_stage_calls", "decode", "true"] == 4
     assert values["ltx_ray_stage_seconds", "stage1", "true"] == pytest.approx(5 * SECONDS["stage1"])
     assert values["ltx_ray_stage_calls", "stage2", "false"] == 3, "the attempts at the row that fails"
+    assert values["ltx_ray_call_seconds", "decode"] == 4 and values["ltx_ray_call_seconds", "stage2"] == 4
     assert values["ltx_ray_events", "item_finished"] == 5 and values["ltx_ray_events", "row_illegal"] == 1
     assert {values["ltx_ray_queue", stage] for stage in ("text", "stage1", "stage2", "decode")} == {0}
     assert values["ltx_ray_inflight_bytes",] == 0 == values["ltx_ray_publish_backlog",]
@@ -45,10 +47,21 @@ def test_every_metric_has_its_labels_and_is_told(tmp_path):
     driver, _ = run(tmp_path, rows(3), max_gpu_hours=5.0)
     driver.run(driver.tracker.plan.open())
     found = {name for name, *_ in told(driver)}
-    # Nothing waits, reserves a GPU or computes on one here, and the time that is left is not known.
+    # Nothing waits, has a GPU or asks an object store here, and the time that is left is not known.
     missing = METRICS.keys() - found
     assert missing <= {"ltx_ray_waited_seconds", "ltx_ray_gpu_busy_seconds", "ltx_ray_gpu_reserved_seconds",
-                       "ltx_ray_seconds_left"}  # fmt: skip
+                       "ltx_ray_store_requests", "ltx_ray_seconds_left"}  # fmt: skip
+
+
+def test_requests_to_stores_are_told_once(tmp_path):
+    """Those of this process, and of ranks whose reports have arrived."""
+    driver, _ = run(tmp_path, rows(3))
+    REQUESTS.take()
+    REQUESTS.count("writing", "error")
+    REQUESTS.add([("writing", "ok", 5), ("looking up", "missing", 2)])
+    driver.run(driver.tracker.plan.open())
+    found = {tuple(labels): n for (name, *labels), n in told(driver).items() if name == "ltx_ray_store_requests"}
+    assert found == {("writing", "error"): 1, ("writing", "ok"): 5, ("looking up", "missing"): 2}
 
 
 def test_a_counter_grows_by_what_was_added_elsewhere_and_never_falls():

@@ -12,7 +12,9 @@ from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec
 from ltx_ray.pools import gang as gangs
 from ltx_ray.pools.gang import Call, Gang, GangLost, GangState, InputsMissing
 from ltx_ray.pools.protocol import RankInfo
+from ltx_ray.records import CallReport
 from ltx_ray.stages import Stage
+from ltx_ray.storage.requests import REQUESTS
 
 
 def gang_in_a_call() -> Gang:
@@ -42,6 +44,19 @@ def test_a_dead_rank_is_told_from_lost_inputs(monkeypatch, error, lost, node_los
         gang = gang_in_a_call()
         gang.collect(gang.calls[0], {"report"})  # type: ignore[arg-type]
     assert getattr(caught.value, "node_lost", False) == node_lost
+
+
+def test_requests_of_the_ranks_are_counted_when_their_reports_arrive(monkeypatch):
+    reports = [CallReport(1.0, 0.0, requests=(("writing", "ok", number),)) for number in (1, 2, 4)]
+    monkeypatch.setattr(gangs.ray, "get", lambda ref: reports[ref])
+    gang = gang_in_a_call()
+    call = gang.calls[0] = Call(Stage.STAGE2, None, [], 0.0, reports=[0, 1])  # type: ignore[arg-type, list-item]
+    REQUESTS.take()
+    assert gang.collect(call, {1}) is None  # type: ignore[arg-type]
+    assert REQUESTS.take() == (("writing", "ok", 2),)
+    assert gang.collect(call, {0}) is not None  # type: ignore[arg-type]
+    gang._loaded(0, reports[2])
+    assert REQUESTS.take() == (("writing", "ok", 5),)
 
 
 class FakeActors:

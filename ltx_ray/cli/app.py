@@ -45,6 +45,7 @@ from ltx_ray.dataset import layout
 from ltx_ray.dataset.check_scope import CheckScope
 from ltx_ray.dataset.existing import list_existing
 from ltx_ray.dataset.output import wait_seconds
+from ltx_ray.dataset.package_versions import own_version
 from ltx_ray.driver.progress import Progress
 from ltx_ray.run import ExitCode, Options, render
 from ltx_ray.storage.credentials import mask_tracebacks, masked
@@ -78,6 +79,7 @@ class _Commands(click.Group):
 
 
 app = _Commands(name="ltx-ray")
+click.version_option(own_version(), prog_name="ltx-ray")(app)
 
 
 @app.command(

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from ltx_ray.config import PoolSpec
+from ltx_ray.dataset.package_versions import is_same_version, own_version
 from ltx_ray.driver.ballot import EARLIER_RUNS, Ballot
 from ltx_ray.driver.staffing import WRONG_NODE, Staffing
 from ltx_ray.placement.numerics import numerics_json
@@ -61,10 +62,14 @@ class _Candidate:
 
 @dataclass(frozen=True)
 class Claims:
-    """What a run says of its replicas. `files`: digests by name. `one_model`: whether all GPUs have to be of one."""
+    """What a run says of its replicas.
+
+    `files`: digests by name. `one_model`: whether all GPUs have to be of one. `version`: of this package, the driver's.
+    """
 
     files: Mapping[str, str] = field(default_factory=dict)
     one_model: bool = True
+    version: str = field(default_factory=own_version)
 
 
 class Admission:
@@ -113,6 +118,9 @@ class Admission:
     def _unlike_claims(self, event: ReplicaStarted) -> str | None:
         """Why a replica cannot compute what the rows claim, whatever others say."""
         evidence = event.evidence
+        version = evidence.versions.get("ltx_ray") if evidence is not None else None
+        if version is not None and not is_same_version(version, self._claims.version):
+            return f"its ltx-ray is {version}, and the driver's is {self._claims.version}"
         names = [evidence.device] if evidence is not None else [rank.device_name for rank in event.ranks]
         models = {name for name in names if name and not name.startswith("cpu")}
         if self._claims.one_model and models:

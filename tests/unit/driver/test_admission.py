@@ -84,6 +84,26 @@ def test_a_replica_with_another_file_is_refused_and_its_node_excluded():
     assert judged.up(1, "n1") == [] and judged.up(2, "n2") == ["stage1-1", "stage1-2"]
 
 
+@pytest.mark.parametrize(
+    ("driver", "nodes", "fits"),
+    [
+        ("0.1.0", "0.1.0", True),
+        ("0.1.0", "0.2.0", False),
+        ("0.1.0+1a2b3c4d5e6f", "0.1.0+1a2b3c4d5e6f", True),
+        ("0.1.0+1a2b3c4d5e6f", "0.1.0+6f5e4d3c2b1a", False),
+        ("0.1.0", "0.1.0+6f5e4d3c2b1a", True),
+    ],
+)
+def test_replicas_have_the_drivers_version(driver, nodes, fits):
+    """Though all nodes have the same, and none is odd. A commit counts where both know theirs."""
+    judged = Judged(claims=replace(CLAIMS, version=driver))
+    judged.up(0, "n0", versions={"ltx_ray": nodes})
+    joined = judged.up(1, "n1", versions={"ltx_ray": nodes})
+    assert joined == (["stage1-0", "stage1-1"] if fits else [])
+    reason = f"its ltx-ray is {nodes}, and the driver's is {driver}"
+    assert judged.refused == ({} if fits else {"stage1-0": reason, "stage1-1": reason})
+
+
 def test_of_two_that_differ_a_third_tells_which_is_odd_and_that_may_be_the_first():
     judged = Judged()
     assert judged.up(0, "n0", answers={"transformer": "wrong"}) == []

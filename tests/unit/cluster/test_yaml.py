@@ -131,6 +131,10 @@ def test_what_the_operator_checks_beyond_the_schema(name, kind):
             assert resources["requests"] == resources["limits"]
     worker = pods[1]
     (container,) = worker["containers"]
+    # The driver writes rows, and the ranks of decode clips. The secret is the one of the pod that writes the manifest.
+    (cron,) = documents("cronjob.yaml")
+    schedule = cron["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"][0]
+    assert [c["envFrom"] for pod in pods for c in pod["containers"]] == [schedule["envFrom"]] * 2
     assert container["resources"]["limits"]["nvidia.com/gpu"] >= 1
     environment = {e["name"]: e["value"] for e in container["env"]}
     assert 0 < float(environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"]) < worker["terminationGracePeriodSeconds"]

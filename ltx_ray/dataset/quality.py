@@ -9,14 +9,27 @@ from typing import Any
 
 from ltx_ray.dataset.report_text import finite, words
 
-#: Columns of the index, with their names for people and how their numbers are written.
-MEASURES: Mapping[str, tuple[str, str]] = {
-    "loudness_lufs": ("loudness", "{:.1f} LUFS"),
-    "clipped_samples": ("clipped samples", "{:,.0f}"),
-    "motion": ("motion", "{:.3f}"),
-    "sharpness": ("sharpness", "{:.1f}"),
-    "mean_luma": ("mean luma", "{:.0f}"),
-    "cuts": ("cuts", "{:.0f}"),
+
+@dataclass(frozen=True)
+class Measure:
+    """What people call a column of the index, and with how many `digits` behind the point they read it."""
+
+    title: str
+    digits: int
+    unit: str = ""
+
+    def text(self, value: float) -> str:
+        return f"{value:,.{self.digits}f} {self.unit}".rstrip()
+
+
+#: By column.
+MEASURES: Mapping[str, Measure] = {
+    "loudness_lufs": Measure("loudness", 1, "LUFS"),
+    "clipped_samples": Measure("clipped samples", 0),
+    "motion": Measure("motion", 3),
+    "sharpness": Measure("sharpness", 1),
+    "mean_luma": Measure("mean luma", 0),
+    "cuts": Measure("cuts", 0),
 }
 
 
@@ -58,8 +71,17 @@ class QualitySums:
 
 def measure_lines(row: Mapping[str, Any]) -> dict[str, str]:
     """What is known of one clip, by its names for people."""
-    known = {name: finite(row.get(name)) for name in MEASURES}
-    return {MEASURES[name][0]: MEASURES[name][1].format(value) for name, value in known.items() if value is not None}
+    known = ((measure, finite(row.get(name))) for name, measure in MEASURES.items())
+    return {measure.title: measure.text(value) for measure, value in known if value is not None}
+
+
+def rounded_measures(row: Mapping[str, Any]) -> tuple[float | None, ...]:
+    """What is known of one clip, in the order of MEASURES and as exact as it is read; empty when nothing is known."""
+    known = [finite(row.get(name)) for name in MEASURES]
+    if not any(value is not None for value in known):
+        return ()
+    pairs = zip(known, MEASURES.values(), strict=True)
+    return tuple(None if value is None else round(value, measure.digits or None) for value, measure in pairs)
 
 
 def quality_text(quality: Any) -> str:
@@ -70,13 +92,13 @@ def quality_text(quality: Any) -> str:
     fields = quality if isinstance(quality, dict) else {}
     measures, flags = (found if isinstance(found := fields.get(name), dict) else {} for name in ("measures", "flags"))
     parts = []
-    for name, (title, form) in MEASURES.items():
+    for name, measure in MEASURES.items():
         found = measures.get(name)
         known = found if isinstance(found, dict) else {}
         mean, least, most = (finite(known.get(of)) for of in ("mean", "least", "most"))
         if mean is not None and least is not None and most is not None:
-            spread = "" if least == most else f" ({form.format(least)} to {form.format(most)})"
-            parts.append(f"{title} {form.format(mean)}{spread}")
+            spread = "" if least == most else f" ({measure.text(least)} to {measure.text(most)})"
+            parts.append(f"{measure.title} {measure.text(mean)}{spread}")
     counted = [(flag, n) for flag, count in flags.items() if (n := finite(count))]
     told = ", ".join(f"{n:,.0f} {words(flag)}" for flag, n in sorted(counted, key=lambda pair: -pair[1]))
     return "; ".join(filter(None, [", ".join(parts), told]))

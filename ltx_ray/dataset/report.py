@@ -18,7 +18,7 @@ from typing import Any
 
 from ltx_ray.dataset import layout
 from ltx_ray.dataset.clip_rate import rate_text
-from ltx_ray.dataset.quality import measure_lines, quality_text
+from ltx_ray.dataset.quality import MEASURES, measure_lines, quality_text
 from ltx_ray.dataset.report_data import (
     ReportData,
     clip_length,
@@ -31,7 +31,15 @@ from ltx_ray.dataset.report_data import (
 )
 from ltx_ray.dataset.report_failures import failures_section
 from ltx_ray.dataset.report_links import MAX_SIGNED, SignedLinks, sign_links
-from ltx_ray.dataset.report_list import IMAGES, MAX_LISTED, Listed, list_data, list_script, listed_items
+from ltx_ray.dataset.report_list import (
+    IMAGES,
+    MAX_LISTED,
+    Listed,
+    list_data,
+    list_script,
+    listed_items,
+    measured_columns,
+)
 from ltx_ray.dataset.report_status import failed_cards, left_out, name_of, status_options, statuses
 from ltx_ray.dataset.report_text import STAGE_NAMES, count, epoch_seconds, esc, finite, human, when, words
 from ltx_ray.dataset.report_throughput import draw_throughput
@@ -251,6 +259,7 @@ def _clips(data: ReportData, strips: list[Strip], is_list: bool, links: SignedLi
         for (width, height), n in data.sizes.most_common(40)
     )
     options = "".join(f'<option value="{value}">{name}</option>' for value, name in orders.items())
+    options += _measured_orders(data) if is_list else ""
     times = "".join(f'<option value="{seconds}">{name}</option>' for seconds, name in _TIMES.items())
     controls = (
         '<div class="controls" hidden>'
@@ -278,6 +287,16 @@ def _clips(data: ReportData, strips: list[Strip], is_list: bool, links: SignedLi
     return (
         f'<section id="clips">{head}{controls}{clips}{"".join(f"<p class=note>{note}</p>" for note in notes)}</section>'
     )
+
+
+def _measured_orders(data: ReportData) -> str:
+    """The orders of a list by what was measured of its clips."""
+    ways = {"+": "least first", "-": "most first"}
+    options = [
+        f'<option value="{way}{name}">{MEASURES[name].title}, {title}</option>'
+        for name in measured_columns(data.listed) for way, title in ways.items()
+    ]  # fmt: skip
+    return f'<optgroup label="By what was measured">{"".join(options)}</optgroup>' if options else ""
 
 
 def _card(row: dict[str, Any], strip: Strip, slowest: float, signed: str | None) -> str:

@@ -3,7 +3,7 @@
   "use strict";
   var box = document.querySelector(".controls"), list = document.querySelector(".list");
   var data = JSON.parse(document.getElementById("listed").textContent);
-  var HEIGHT = 124, MARGIN = 12;  // pixels of a row, and rows that are made beyond the window
+  var HEIGHT = 144, MARGIN = 12;  // pixels of a row, and rows that are made beyond the window
   var words = box.querySelector("input"), flag = box.querySelector("[name=flag]");
   var sort = box.querySelector("[name=sort]"), format = box.querySelector("[name=size]"), out = box.querySelector("output");
   var status = box.querySelector("[name=status]"), time = box.querySelector("[name=time]");
@@ -21,6 +21,10 @@
   function place(folder, item, ending, n) {
     var path = folder + "/" + item.slice(0, 2) + "/" + item + ending, signed = data.signed;
     return signed ? signed.base + path + signed.query + signed[folder][n] : path;
+  }
+  function told(measure, value) {
+    var digits = { minimumFractionDigits: measure.digits, maximumFractionDigits: measure.digits };
+    return measure.title + " " + value.toLocaleString("en-US", digits) + (measure.unit ? " " + measure.unit : "");
   }
   function row(n) {
     var item = data.item[n], frames = data.frames[n], rate = data.rate[n];
@@ -52,6 +56,12 @@
     var last = n < rendered ? element("p", "small soft", facts.join(" · ")) : element("p", "small why", data.why[n - rendered]);
     last.dir = "auto";
     body.append(head, prompt, last);
+    var known = data.measures.filter(function (m) { return m.values[n] != null; });
+    if (known.length) {
+      var measures = element("p", "small soft measures", known.map(function (m) { return told(m, m.values[n]); }).join(" · "));
+      measures.title = measures.textContent;  // A narrow window cuts it off.
+      body.append(measures);
+    }
     line.append(body);
     return line;
   }
@@ -86,7 +96,15 @@
       var by = Array.from({ length: count }, function (_, n) { return n; });
       if (key === "id") by.sort(function (a, b) { return data.id[a] < data.id[b] ? -1 : data.id[a] > data.id[b] ? 1 : a - b; });
       else if (key === "size") by.sort(function (a, b) { return pixels(b) - pixels(a) || a - b; });
-      else by.sort(function (a, b) { return data[key][b] - data[key][a] || a - b; });
+      else {
+        // "+motion" is the least first. Clips of which it is not known come last.
+        var measure = data.measures.find(function (m) { return m.column === key.slice(1); });
+        var values = measure ? measure.values : data[key], sign = key[0] === "+" ? 1 : -1;
+        by.sort(function (a, b) {
+          var x = values[a], y = values[b];
+          return (x == null) - (y == null) || sign * (x - y) || a - b;
+        });
+      }
       ranks[key] = Uint32Array.from(by);
     }
     return ranks[key];

@@ -11,12 +11,13 @@ from collections.abc import Iterable, Sequence
 from importlib import resources
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from ltx_ray.dataset.quality import MEASURES, rounded_measures
 from ltx_ray.dataset.report_links import SignedLinks
 from ltx_ray.dataset.report_text import STAGE_NAMES, finite
 
 T = TypeVar("T")
 
-#: Most clips that are listed. The page holds some 500 bytes for each.
+#: Most clips that are listed. The page holds some 550 bytes for each.
 MAX_LISTED = 100_000
 #: Most characters of a prompt that are shown and searched.
 _PROMPT = 300
@@ -68,6 +69,8 @@ class Listed(NamedTuple):
     seed: str
     work: float
     done: int
+    #: In the order of MEASURES; empty when nothing is known.
+    measures: tuple[float | None, ...]
 
 
 def listed(row: dict[str, Any], link: str | None, done: float) -> Listed:
@@ -80,13 +83,32 @@ def listed(row: dict[str, Any], link: str | None, done: float) -> Listed:
         str(row.get("id") or item), item, "" if usual else link or "#clips",
         prompt if len(prompt) <= _PROMPT else prompt[:_PROMPT] + " …", tuple(map(str, row.get("flags") or ())),
         row.get("width"), row.get("height"), row.get("num_frames"), finite(row.get("frame_rate")), str(row.get("seed")),
-        round(work, 2), round(done),
+        round(work, 2), round(done), rounded_measures(row),
     )  # fmt: skip
 
 
 def listed_items(clips: Iterable[Listed]) -> list[str]:
     """The item_ids of what is listed."""
     return [clip.item for clip in clips]
+
+
+def measured_columns(clips: Sequence[Listed]) -> list[str]:
+    """Those of MEASURES that are known of some clip."""
+    return [
+        name
+        for number, name in enumerate(MEASURES)
+        if any(clip.measures and clip.measures[number] is not None for clip in clips)
+    ]
+
+
+def _measured(clips: Sequence[Listed]) -> list[dict[str, Any]]:
+    """Each measure as the script takes it, with its values in the order of the clips."""
+    numbers = {name: number for number, name in enumerate(MEASURES)}
+    return [
+        {"column": name, **vars(MEASURES[name]),
+         "values": [clip.measures[numbers[name]] if clip.measures else None for clip in clips]}
+        for name in measured_columns(clips)
+    ]  # fmt: skip
 
 
 def list_data(
@@ -103,12 +125,14 @@ def list_data(
     names = [name for name, _ in flags.most_common()]
     numbers = {name: number for number, name in enumerate(names)}
     rows, status, why = zip(*failed, strict=True) if failed else ((), (), ())
-    columns: dict[str, list[Any]] = {name: [] for name in Listed._fields}
+    shown = Listed._fields[:-1]  # all but the measures
+    columns: dict[str, list[Any]] = {name: [] for name in shown}
     for row in (*clips, *rows):
-        for name, value in zip(Listed._fields, row, strict=True):
+        for name, value in zip(shown, row, strict=False):
             columns[name].append([numbers[flag] for flag in value] if name == "flags" else value)
     signed = links.of_list(columns["item"][: len(clips)])
     fields: dict[str, Any] = {"names": names, **columns, "signed": signed, "rendered": len(clips)}
+    fields["measures"] = _measured(clips)
     fields |= {"status": status, "why": why, "statuses": statuses}
     text = json.dumps(fields, ensure_ascii=False, separators=(",", ":"))
     return f'<script type="application/json" id="listed">{text.replace("<", chr(92) + "u003c")}</script>'

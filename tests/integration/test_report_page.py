@@ -34,7 +34,7 @@ def rows() -> list[dict]:
         size = (96, 128) if n % 1000 == 500 else (64, 64)
         made.append(
             data.index_row(n, *size, item_id=item_id, clip=f"clips/{item_id[:2]}/{item_id}.mp4", prompt=prompt,
-                           flags=flags, text_seconds=float(n))
+                           flags=flags, text_seconds=float(n), loudness_lufs=-20.04 if n == PLAYED else None)
         )  # fmt: skip
     return made
 
@@ -99,7 +99,7 @@ def choose(page: Browser, name: str, value: str) -> tuple[str, list[str]]:
 def test_it_opens_quickly_and_holds_few_rows(page):
     assert 0 < page.cpu_seconds() < 2, "a page that is opened has a process of its own"
     assert page.evaluate("document.querySelectorAll('.line').length") < 100
-    assert page.evaluate("document.querySelector('.list').offsetHeight") == ROWS * 124
+    assert page.evaluate("document.querySelector('.list').offsetHeight") == ROWS * 144
     assert page.evaluate("document.querySelectorAll('#timeline svg').length") > 0
 
 
@@ -136,6 +136,23 @@ def test_it_filters_and_sorts(page):
     assert choose(page, "words", "no such word") == (f"0 of {ROWS} shown", [])
 
 
+def test_it_shows_what_was_measured_and_sorts_by_it(page):
+    """Clips of which it is not known come last."""
+    assert choose(page, "sort", "+motion")[1][:2] == ["clip-0000", "clip-0004"]
+    assert choose(page, "sort", "-motion")[1][:2] == ["clip-0003", "clip-0007"]
+    for way in "+-":
+        assert choose(page, "sort", f"{way}loudness_lufs")[1][:2] == [f"clip-{PLAYED}", "clip-0000"]
+    measures = page.evaluate("[...document.querySelectorAll('.measures')].map(line => line.textContent)")
+    assert {"loudness -20.0 LUFS · motion 0.250", "motion 0.100"} <= set(measures)
+    options = page.evaluate("[...document.querySelectorAll('[name=sort] optgroup option')].map(o => [o.value, o.text])")
+    assert options == [
+        ["+loudness_lufs", "loudness, least first"], ["-loudness_lufs", "loudness, most first"],
+        ["+motion", "motion, least first"], ["-motion", "motion, most first"],
+    ]  # fmt: skip
+    choose(page, "status", "-")
+    assert page.evaluate("document.querySelectorAll('.measures').length") == 0, "they have failed"
+
+
 def test_it_filters_by_status(page):
     words, shown = choose(page, "status", "-")
     assert words == "" and shown[:2] == ["bad-000", "bad-001"]
@@ -147,9 +164,9 @@ def test_it_filters_by_status(page):
     assert choose(page, "status", "-0")[1][0] == "bad-000"
     assert choose(page, "sort", "id")[0] == ""
     words, shown = choose(page, "status", "")
-    assert words == "" and shown[0] == "bad-000" and page.evaluate(HEIGHT) == (ROWS + 5000) * 124
+    assert words == "" and shown[0] == "bad-000" and page.evaluate(HEIGHT) == (ROWS + 5000) * 144
     choose(page, "status", "+")
-    assert page.evaluate(SHOWN)[0] == "clip-0000" and page.evaluate(HEIGHT) == ROWS * 124
+    assert page.evaluate(SHOWN)[0] == "clip-0000" and page.evaluate(HEIGHT) == ROWS * 144
 
 
 def test_it_filters_by_time(page):

@@ -19,6 +19,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ltx_ray.dataset import layout
+from ltx_ray.dataset.quality import MEASURES
+
 T0 = datetime(2026, 5, 12, 21, 4, 7, tzinfo=UTC)
 #: Text that would break out of HTML, attributes, scripts or the template if it were not escaped.
 HOSTILE = '</script><img src=x onerror=alert(1)><script>alert(2)</script>"\' onmouseover="alert(3) {{title}} \x00 &amp;'
@@ -39,7 +42,7 @@ _TYPES = {
     "width": pa.int32(),
     "num_frames": pa.int32(),
     "frame_rate": pa.float64(),
-    "motion": pa.float64(),
+    **{name: layout.INDEX_SCHEMA.field(name).type for name in MEASURES},
     "num_inference_steps": pa.int32(),
     "video_cfg_scale": pa.float64(),
     "attempts": pa.int32(),

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from ltx_ray.dataset import layout
-from ltx_ray.dataset.quality import MEASURES, QualitySums, measure_lines, quality_text
+from ltx_ray.dataset.quality import MEASURES, QualitySums, measure_lines, quality_text, rounded_measures
 from ltx_ray.dataset.report_data import _INDEX_COLUMNS
 
 CLIPS = [
@@ -46,6 +46,15 @@ def test_a_damaged_record_says_nothing(quality):
 
 def test_a_clip_in_words():
     assert measure_lines(CLIPS[1]) == {"clipped samples": "1,200", "motion": "0.400", "cuts": "1"}
+
+
+def test_a_clip_in_numbers_as_they_are_read():
+    clip = {"loudness_lufs": -20.04, "clipped_samples": 1200, "motion": 0.12345, "mean_luma": 99.6, "cuts": math.nan}
+    assert dict(zip(MEASURES, rounded_measures(clip), strict=True)) == {
+        "loudness_lufs": -20.0, "clipped_samples": 1200, "motion": 0.123, "sharpness": None, "mean_luma": 100,
+        "cuts": None,
+    }  # fmt: skip
+    assert rounded_measures({"cuts": None, "id": "a"}) == ()
 
 
 def test_measures_are_columns_that_pages_read():

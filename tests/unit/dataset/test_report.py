@@ -204,6 +204,20 @@ def test_many_clips_are_a_list_whose_data_is_in_the_page(out):
     assert found["clip"][:2] == ["", ""] and found["item"][1] == data.index_row(0)["item_id"]
     assert "4 more rows not shown here" in page.text and "1 more failed row not listed here" in page.text
     assert "pictures are in thumbs/" in page.text
+    assert found["measures"] == [
+        {"column": "motion", "title": "motion", "digits": 3, "unit": "", "values": [0.2, 0.1]}
+    ]  # fmt: skip
+    assert re.findall(r'<option value="([+-][a-z]\w+)">(.*?)</option>', page.source) == [
+        ("+motion", "motion, least first"), ("-motion", "motion, most first"),
+    ]  # fmt: skip
+
+
+def test_a_list_of_clips_of_which_nothing_was_measured(tmp_path):
+    """Datasets of earlier versions have no such columns."""
+    rows = [{name: value for name, value in data.index_row(n).items() if name != "motion"} for n in range(3)]
+    data.write_parts(tmp_path, "index", rows)
+    page = Page(tmp_path, cards=2)
+    assert '"measures":[]' in page.source and "<optgroup" not in page.source
 
 
 def test_failed_rows_are_there_for_the_filter_by_status(page):

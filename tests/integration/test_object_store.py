@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,8 +15,11 @@ import pytest
 
 from ltx_ray.cli import main
 from ltx_ray.cli.status import status_lines
+from ltx_ray.storage.requests import REQUESTS, Counted
 from ltx_ray.storage.store import Store
 from tests.support.datasets import rows_in
+from tests.support.local_cluster import wait_for
+from tests.support.scraped_metrics import values
 
 IMAGE = (Path(__file__).parents[1] / "parity" / "goldens" / "a.png").read_bytes()
 
@@ -29,7 +34,21 @@ def events(store: Store) -> list[dict]:
     ]
 
 
-def test_manifest_images_and_dataset_in_a_bucket(runner, bucket):
+class OfRanks:
+    """Takes in what ranks say of their requests, and keeps it."""
+
+    def __init__(self) -> None:
+        self.told: Counter[tuple[str, str]] = Counter()
+
+    def add(self, counted: Iterable[Counted]) -> None:
+        for kind, outcome, number in counted:
+            self.told[kind, outcome] += number
+        REQUESTS.add(counted)
+
+
+def test_manifest_images_and_dataset_in_a_bucket(runner, bucket, monkeypatch):
+    monkeypatch.setattr("ltx_ray.pools.gang.REQUESTS", of_ranks := OfRanks())
+    REQUESTS.take()
     row = {"prompt": "a tree", "height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 2}
     rows = [
         {"id": "image", "images": [{"path": "img/a 1.png"}, {"path": f"{bucket}/set/img/a 1.png", "frame_idx": 8}]},
@@ -51,6 +70,19 @@ def test_manifest_images_and_dataset_in_a_bucket(runner, bucket):
     assert render() == 3
     (rendered,) = rows_in(out, "index")
     assert rendered["id"] == "image" and [i["path"] for i in rendered["images"]] == [f"{bucket}/set/img/a 1.png"] * 2
+    told: dict[tuple[str, str], float] = {}
+
+    def requests_are_told() -> bool:
+        found = values(json.loads(out.read_bytes("run.json"))["run_id"])
+        told.update({tuple(labels): n for (name, *labels), n in found.items() if name.startswith("ltx_ray_store_")})
+        # The driver creates, too: the segments of rows.
+        return (
+            bool(of_ranks.told["creating", "ok"]) and told.get(("creating", "ok"), 0) > of_ranks.told["creating", "ok"]
+        )
+
+    wait_for(requests_are_told, lambda: f"the requests of ranks, {of_ranks.told}, in {told}", 60)
+    assert ("reading", "missing") in told or ("looking up", "ok") in told
+    assert {outcome for _, outcome in told} <= {"ok", "missing"}
     clip = out.read_bytes(rendered["clip"])
     assert hashlib.sha256(clip).hexdigest() == rendered["clip_sha256"] and b"ftyp" in clip[:12]
     assert out.exists(f"latents/{rendered['item_id'][:2]}/{rendered['item_id']}.safetensors")

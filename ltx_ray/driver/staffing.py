@@ -18,7 +18,7 @@ from ltx_ray.driver.own_cards import OwnCards
 from ltx_ray.driver.policy import Policy
 from ltx_ray.driver.pool_sizer import PoolSizer
 from ltx_ray.driver.progress import Progress
-from ltx_ray.driver.room import Room, served, stuck_pools
+from ltx_ray.driver.spare_places import SparePlaces, served, stuck_pools
 from ltx_ray.driver.waits import Waits
 from ltx_ray.pools.exclusion import node_name
 from ltx_ray.pools.pool import Pool, StartFailed
@@ -54,7 +54,7 @@ class Staffing:
         #: What the stages wait for.
         self.waits = Waits()
         self._sizer = PoolSizer(policy, self.waits)
-        self._own_cards, self._room = OwnCards(), Room()
+        self._own_cards, self._spare_places = OwnCards(), SparePlaces()
         self._growth = growth
         self._by_replica: dict[str, Pool] = {}
         #: Where the replicas that are ready run.
@@ -83,7 +83,7 @@ class Staffing:
         stuck = stuck_pools(self.pools, placing) if placing else []
         if stuck:
             self._make_room(stuck[0], now)
-        makes_room = bool(stuck) and (bool(self._retired) or self._room.is_made(now))
+        makes_room = bool(stuck) and (bool(self._retired) or self._spare_places.is_made(now))
         self.left_alone.retry(now, bool(stuck) and not makes_room)
         self._retire_leaving()
         if not one_each and (makes_room or (elastic and not self._all_served())):
@@ -126,7 +126,7 @@ class Staffing:
         """Have a replica leave for a pool that has none and finds no place. One that leaves already makes room, too."""
         if self._retired:
             return
-        name = self._room.choose(taker, self.pools, lambda name: not self._policy.items_of(name), now)
+        name = self._spare_places.choose(taker, self.pools, lambda name: not self._policy.items_of(name), now)
         if name is None:
             return
         why = f"{taker.spec.name} has no place"

@@ -97,6 +97,10 @@ def test_text_and_decode_get_a_card_of_the_dit_when_theirs_is_lost(job):
         lambda: len(found := [*job.out.gangs("stage1"), *job.out.gangs("stage2")]) == 3 and found, "the DiT"
     )
     (text,) = job.until(lambda: job.out.gangs("decode") and job.out.gangs("text"), "text and decode")
+    (decode,) = job.out.gangs("decode")
+    assert [(rank["node"], rank["gpus"]) for rank in text["ranks"]] == [
+        (rank["node"], rank["gpus"]) for rank in decode["ranks"]
+    ], "they share a card"
     lost = text["ranks"][0]["node"]
     staying = {gang["replica"] for gang in dit if gang["ranks"][0]["node"] != lost}
     assert len(staying) == 2

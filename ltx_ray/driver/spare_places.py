@@ -38,7 +38,7 @@ def stuck_pools(pools: Sequence[Pool], placing: Mapping[str, float]) -> list[Poo
     ]
 
 
-class Room:
+class SparePlaces:
     """Chooses the replicas that make room, one at a time."""
 
     def __init__(self) -> None:

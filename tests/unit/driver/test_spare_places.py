@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from ltx_ray.config import PoolSpec
-from ltx_ray.driver.room import Room, stuck_pools
+from ltx_ray.driver.spare_places import SparePlaces, stuck_pools
 from ltx_ray.pools.pool import Pool
 from tests.support.fake_cluster import SPEC, StaffedRun
 
@@ -100,7 +100,7 @@ def chosen(*givers: Pool, gpus: float = 0.4, ranks: int = 1) -> str | None:
     taker = Pool(PoolSpec("text", ("text",), 1, ranks, SPEC, gpus_per_rank=gpus), 4, {"text-9": False})
     pools = [taker, *givers]
     assert stuck_pools(pools, {"text-9": LATE}) == [taker]
-    return Room().choose(taker, pools, lambda name: name.endswith("-1"), 0.0)
+    return SparePlaces().choose(taker, pools, lambda name: name.endswith("-1"), 0.0)
 
 
 def test_the_pool_with_most_replicas_gives_one():
@@ -125,7 +125,7 @@ def test_a_gang_needs_the_place_of_a_gang():
 def test_one_that_frees_cpus_enough_is_preferred():
     taker = Pool(PoolSpec("decode", ("decode",), 1, 1, SPEC, 8.0, 0.2), 4, {"decode-9": False})
     pools = [taker, pool("stage1", BOTH, 9), pool("text", ("text",), 2, gpus=0.4, cpus=8.0)]
-    assert Room().choose(taker, pools, lambda name: True, 0.0) == "text-0"
+    assert SparePlaces().choose(taker, pools, lambda name: True, 0.0) == "text-0"
 
 
 def test_a_pool_whose_roles_others_serve_is_not_stuck():

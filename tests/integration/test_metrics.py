@@ -56,7 +56,7 @@ def test_the_endpoint_says_what_the_run_does(runner: Runner):
         for stage, bound in [labels] if stage == "stage1"
     }  # fmt: skip
     shortest = min(c["seconds"] for c in calls)
-    assert buckets[float("inf")] == 3.0 and max(bound for bound, n in buckets.items() if n == 0) < shortest
-    assert min(bound for bound, n in buckets.items() if n == 3) < 1.26 * max(c["seconds"] for c in calls)
+    assert buckets[float("inf")] == 3.0 and max(bound for bound, n in buckets.items() if n == 0) <= shortest
+    assert min(bound for bound, n in buckets.items() if n == 3) < 1.27 * max(c["seconds"] for c in calls)
     assert last["ltx_ray_events_total", "item_finished"] == 3.0
     assert last["ltx_ray_driver_busy_seconds_total",] > 0

@@ -116,8 +116,7 @@ class Driver:
                     self._turn_pools()
                 idle = not self.policy.in_flight
                 waits = idle and (self.tracker.exhausted or publisher.pending >= Publisher.FULL)
-                poll = partial(publisher.poll, _TICK_SECONDS if waits else 0.0, flush=idle)
-                self._loop_time.waiting(poll)
+                self._loop_time.waiting(partial(publisher.poll, flush=idle), _TICK_SECONDS if waits else 0.0)
                 self._check_limits()
                 self._show()
             publisher.close(finish=True)
@@ -147,7 +146,7 @@ class Driver:
         if not self._preflight_running:
             # What can run does by now.
             self._staff.waits.look(self.policy, self._clock())
-        for event in self._loop_time.waiting(lambda: self._replicas.wait(self._wait_seconds())):
+        for event in self._loop_time.waiting(self._replicas.wait, self._wait_seconds()):
             self._handle(event)
         self._join(self._admission.settle(self._clock()))
         self._staff.check_placing()

@@ -10,23 +10,34 @@ T = TypeVar("T")
 
 
 class LoopTime:
-    """Seconds since the loop began, without those in which it waited for events."""
+    """Sums up the seconds in which the loop worked, and did not wait for events."""
 
     def __init__(
         self, clock: Callable[[], float] = time.monotonic, cpu_clock: Callable[[], float] = time.thread_time
     ) -> None:
         """`clock`, and `cpu_clock` of the loop's thread, in seconds."""
         self._clock, self._cpu_clock = clock, cpu_clock
-        self._began, self._waited = clock(), 0.0
+        self._waited, self._busy = 0.0, 0.0
+        #: What the clocks and `_waited` were when `busy` was called last.
+        self._told = clock(), cpu_clock(), 0.0
 
-    def waiting(self, wait: Callable[[], T]) -> T:
-        """Return `wait()`, which waits for events and takes them in. That it computes meanwhile counts as busy."""
-        began, cpu_began = self._clock(), self._cpu_clock()
+    def waiting(self, wait: Callable[[float], T], seconds: float) -> T:
+        """Return `wait(seconds)`, which waits for events for so long at most, and takes them in."""
+        if not seconds:
+            return wait(seconds)
+        began = self._clock()
         try:
-            return wait()
+            return wait(seconds)
         finally:
-            self._waited += max(self._clock() - began - (self._cpu_clock() - cpu_began), 0.0)
+            self._waited += self._clock() - began
 
     def busy(self) -> float:
-        """Seconds so far."""
-        return self._clock() - self._began - self._waited
+        """Seconds so far. For the loop's own thread.
+
+        Of the time since the last call it counts what was not spent in waits, or the CPU time of the thread, which
+        computes in waits too: the larger of both.
+        """
+        (since, cpu_since, waited), self._told = self._told, (self._clock(), self._cpu_clock(), self._waited)
+        now, cpu_now, _ = self._told
+        self._busy += max(now - since - (self._waited - waited), cpu_now - cpu_since, 0.0)
+        return self._busy

@@ -92,14 +92,18 @@ class RunMetrics:
     def __init__(self, run: str, make: Callable[[str, Metric], _Recorder] = _in_ray):
         self._run, self._make = run, make
         self._made: dict[str, _Recorder] = {}
+        #: A recorder with its tags, by name and the values of labels.
+        self._known: dict[tuple[str, tuple[str, ...]], tuple[_Recorder, dict[str, str]]] = {}
         #: What counters have reached, by name and labels.
         self._totals: Counter[tuple[str, tuple[str, ...]]] = Counter()
 
     def _of(self, name: str, values: tuple[str, ...]) -> tuple[_Recorder, dict[str, str]]:
-        if name not in self._made:
-            self._made[name] = self._make(name, METRICS[name])
-        tags = {"run": self._run, **dict(zip(METRICS[name].labels, map(str, values), strict=True))}
-        return self._made[name], tags
+        if (known := self._known.get((name, values))) is None:
+            if name not in self._made:
+                self._made[name] = self._make(name, METRICS[name])
+            tags = {"run": self._run, **dict(zip(METRICS[name].labels, map(str, values), strict=True))}
+            known = self._known[name, values] = self._made[name], tags
+        return known
 
     def add(self, name: str, value: float, *labels: str) -> None:
         """Have a counter grow. `labels`: their values, in order."""

@@ -7,43 +7,58 @@ import pytest
 from ltx_ray.driver.loop_time import LoopTime
 
 
-def test_waiting_is_not_busy_but_computing_meanwhile_is():
-    now, cpu = [100.0], [7.0]
-    loop = LoopTime(lambda: now[0], lambda: cpu[0])
-    now[0] += 2.0  # works
-    cpu[0] += 1.5  # some of it blocked by a store, which keeps the loop as well
+class Loop:
+    """A loop whose time passes by what it is told to do."""
 
-    def wait() -> str:
-        now[0] += 5.0
-        cpu[0] += 0.5  # takes in events
-        return "events"
+    def __init__(self):
+        self.now, self.cpu = 100.0, 7.0
+        self.time = LoopTime(lambda: self.now, lambda: self.cpu)
 
-    assert loop.waiting(wait) == "events"
-    now[0] += 1.0
-    assert loop.busy() == pytest.approx(2.0 + 0.5 + 1.0)
+    def work(self, seconds, cpu=None):
+        self.now += seconds
+        self.cpu += seconds if cpu is None else cpu
+
+    def wait(self, seconds, cpu=0.0):
+        def wait(most):
+            self.work(seconds, cpu)
+            return most
+
+        return self.time.waiting(wait, seconds)
+
+
+def test_waiting_is_not_busy_and_being_blocked_is():
+    loop = Loop()
+    loop.work(2.0, cpu=0.5)  # the rest of it waits for a store, and the replicas for the loop
+    assert loop.wait(5.0) == 5.0, "what the wait gives"
+    loop.work(1.0)
+    assert loop.time.busy() == pytest.approx(3.0)
+    loop.wait(5.0)
+    assert loop.time.busy() == pytest.approx(3.0)
+
+
+def test_taking_in_events_is_busy():
+    """A wait computes when there is much to take in."""
+    loop = Loop()
+    loop.work(1.0)
+    loop.wait(9.0, cpu=7.0)
+    assert loop.time.busy() == pytest.approx(8.0)
+    loop.wait(1.0, cpu=0.9)
+    assert loop.time.busy() == pytest.approx(8.9)
+
+
+def test_a_look_without_waiting_is_busy():
+    loop = Loop()
+    loop.time.waiting(lambda most: loop.work(0.5), 0.0)
+    assert loop.time.busy() == pytest.approx(0.5)
 
 
 def test_a_wait_that_raises_was_a_wait():
-    now = [0.0]
-    loop = LoopTime(lambda: now[0], lambda: 0.0)
+    loop = Loop()
 
-    def wait() -> None:
-        now[0] += 3.0
+    def wait(most):
+        loop.now += 3.0
         raise OSError
 
     with pytest.raises(OSError):
-        loop.waiting(wait)
-    assert loop.busy() == 0.0
-
-
-def test_the_clocks_of_a_thread_are_compared_without_falling():
-    """A clock of another resolution may say that a wait computed for longer than it took."""
-    now, cpu = [0.0], [0.0]
-    loop = LoopTime(lambda: now[0], lambda: cpu[0])
-
-    def wait() -> None:
-        now[0] += 0.001
-        cpu[0] += 0.002
-
-    loop.waiting(wait)
-    assert loop.busy() == pytest.approx(0.001)
+        loop.time.waiting(wait, 3.0)
+    assert loop.time.busy() == 0.0

@@ -197,6 +197,8 @@ class PoolSpec:
     most: int | None = None
     #: Calls that a replica takes at once. More than one is for engines that are safe for threads.
     calls_at_once: int = 1
+    #: Its replicas share cards that have no rank of the DiT, and fill one before they begin another.
+    fills_cards: bool = False
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,9 @@ from ltx_ray.dataset.gpu_time import GpuTime
 from ltx_ray.dataset.identity import KeptIdentity, scheme_at
 from ltx_ray.dataset.known_answers import KnownAnswers
 from ltx_ray.dataset.output import check_creation, check_place, is_within, wait_seconds
-from ltx_ray.dataset.quality import QualitySums
 from ltx_ray.dataset.removal import finish_removals
 from ltx_ray.dataset.row_log import RowLog
-from ltx_ray.dataset.run_cost import RunCost, cost_of
-from ltx_ray.dataset.run_summary import SummaryBuilder
+from ltx_ray.dataset.run_cost import cost_of
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.driver.admission import Claims
 from ltx_ray.driver.events import EventLog
@@ -39,7 +37,7 @@ from ltx_ray.driver.loop import Driver
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
 from ltx_ray.driver.row_traces import RowTraces
-from ltx_ray.driver.run_record import RunRecord, keep_older_run, recorded_counts, summary_line
+from ltx_ray.driver.run_record import RunRecord, SoFar, keep_older_run, recorded_counts, summary_line
 from ltx_ray.driver.signals import RunSignals, Stopped
 from ltx_ray.driver.tracker import RowTracker
 from ltx_ray.manifest.raw import RawRow
@@ -476,18 +474,18 @@ class _Rendering:
             return f"another run has taken over {self._run.store.name}"
         if self._record.due:
             self._gpu_time.refresh(self._driver.gpu_seconds())
-            self._record.refresh(*self._progress_so_far())
+            self._record.refresh(self._so_far())
         return None
 
     def _write_record(self, state: str) -> None:
-        self._record.write(state, *self._progress_so_far())
+        self._record.write(state, self._so_far())
 
-    def _progress_so_far(self) -> tuple[Mapping[str, int], int, SummaryBuilder, float | None, RunCost, QualitySums]:
+    def _so_far(self) -> SoFar:
         tracker, rate = self._tracker, self._tracker.rate
         reserved = self._driver.gpu_seconds() - self._gpu_time.before
         cost = cost_of(reserved, self._options.gpu_price, rate.clips, tracker.done_work.total.seconds)
         per_hour = rate.per_hour(time.monotonic())
-        return tracker.counts, rate.clips, self._events.summary, per_hour, cost, tracker.quality
+        return SoFar(tracker.counts, rate.clips, self._events.summary, per_hour, cost, tracker.quality)
 
     def _finish(self, state: str) -> None:
         """Record how the run ended, unless another run has taken the output over and the records are its own."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Sequence, Set
 
 from ltx_ray.driver.events import EventLog
 from ltx_ray.driver.progress import Progress, duration
@@ -97,10 +97,10 @@ class LeftAlone:
             failures=parked.failures, seconds=round(parked.until - now, 3), reason=first_line(event.reason),
         )  # fmt: skip
 
-    def retry(self, now: float, is_stuck: Callable[[], bool]) -> None:
+    def retry(self, now: float, is_stuck: bool) -> None:
         """Try again what is due, or what is due first when the run `is_stuck` without it."""
         cards, nodes = self._parking.due(now), self._exclusions.due(now)
-        if not cards and not nodes and (self._parking.left or self.nodes) and is_stuck():
+        if not cards and not nodes and (self._parking.left or self.nodes) and is_stuck:
             if (card := self._parking.earliest()) is not None:
                 cards = [card]
             elif (node := self._exclusions.earliest()) is not None:

@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ltx_ray.checkpoints.checkpoint import Checkpoint
@@ -33,6 +34,22 @@ _REFRESH_SECONDS, _REMOTE_REFRESH_SECONDS = 10.0, 60.0
 _RETRY_SECONDS = 10.0
 #: The counts of rows that the record and the last line of a run have.
 _COUNTS = ("rows", "rendered", "already_done", "failed", "illegal")
+
+
+@dataclass(frozen=True)
+class SoFar:
+    """What a run has done so far.
+
+    `clips`: those that it has made. `summary`: of its events, with the timeline, which is written beside them. `rate`:
+    the clips/h of now. `cost` and `quality`: of its clips.
+    """
+
+    counts: Mapping[str, int]
+    clips: int = 0
+    summary: SummaryBuilder | None = None
+    rate: float | None = None
+    cost: RunCost | None = None
+    quality: QualitySums | None = None
 
 
 class RunRecord:
@@ -75,22 +92,9 @@ class RunRecord:
         self._numerics = json.loads(numerics_json(numerics))
         self._tp = numerics.tp
 
-    def write(
-        self,
-        state: str,
-        counts: Mapping[str, int],
-        clips: int = 0,
-        summary: SummaryBuilder | None = None,
-        rate: float | None = None,
-        cost: RunCost | None = None,
-        quality: QualitySums | None = None,
-    ) -> None:
-        """`state`: running, draining, drained, finished or failed. `clips`: those that the run has made so far.
-
-        `summary`: of its events, with the timeline, which is written beside them. `rate`: the clips/h of now. `cost`
-        and `quality`: of the run's clips so far. A store that cannot be reached loses the record.
-        """
-        files = self._files(state, counts, clips, summary, rate, cost, quality)
+    def write(self, state: str, so_far: SoFar) -> None:
+        """`state`: running, draining, drained, finished or failed. A store that cannot be reached loses the record."""
+        files = self._files(state, so_far)
         if self._refresh is not None:
             self._refresh.join()
         self._put(files)
@@ -102,34 +106,17 @@ class RunRecord:
             return False
         return self._refresh is None or not self._refresh.is_alive()
 
-    def refresh(
-        self,
-        counts: Mapping[str, int],
-        clips: int,
-        summary: SummaryBuilder | None = None,
-        rate: float | None = None,
-        cost: RunCost | None = None,
-        quality: QualitySums | None = None,
-    ) -> None:
+    def refresh(self, so_far: SoFar) -> None:
         """Write it again with the same state, on a thread of its own."""
-        files = self._files(self._state, counts, clips, summary, rate, cost, quality)
+        files = self._files(self._state, so_far)
         self._refresh = threading.Thread(target=self._put, args=(files,), name="record", daemon=True)
         self._refresh.start()
 
-    def _files(
-        self,
-        state: str,
-        counts: Mapping[str, int],
-        clips: int,
-        summary: SummaryBuilder | None,
-        rate: float | None,
-        cost: RunCost | None,
-        quality: QualitySums | None,
-    ) -> dict[str, bytes]:
+    def _files(self, state: str, so_far: SoFar) -> dict[str, bytes]:
         """What is to be written, by its path."""
         self._state, self._written = state, time.monotonic()
         finished = None if state in UNFINISHED else _now()
-        self.clips_per_hour = final_rate(clips, self._started, finished)
+        self.clips_per_hour = final_rate(so_far.clips, self._started, finished)
         record = {
             "run_id": self._run_id,
             "epoch": self._epoch,
@@ -142,16 +129,16 @@ class RunRecord:
             "tp": self._tp,
             "numerics": self._numerics,
             "device": self._numerics["device"],
-            "counts": recorded_counts(counts),
-            "clips": clips,
+            "counts": recorded_counts(so_far.counts),
+            "clips": so_far.clips,
             "clips_per_hour": self.clips_per_hour,
-            "cost": None if cost is None else plain(cost),
-            "quality": None if quality is None else quality.summary(),
+            "cost": None if so_far.cost is None else plain(so_far.cost),
+            "quality": None if so_far.quality is None else so_far.quality.summary(),
             "versions": dict(self.versions),
         }
         files = {}
-        if summary is not None:
-            record["summary"] = plain(summary.summary(round(time.time(), 3), rate))
+        if (summary := so_far.summary) is not None:
+            record["summary"] = plain(summary.summary(round(time.time(), 3), so_far.rate))
             if (timeline := summary.timeline()) is not None:
                 files[layout.timeline_path(self._run_id)] = masked(timeline.json()).encode()
         # The record comes last, so that a timeline is there when it can be read.

@@ -18,16 +18,15 @@ from ltx_ray.driver.own_cards import OwnCards
 from ltx_ray.driver.policy import Policy
 from ltx_ray.driver.pool_sizer import PoolSizer
 from ltx_ray.driver.progress import Progress
+from ltx_ray.driver.spare_places import SparePlaces, served, stuck_pools
 from ltx_ray.driver.waits import Waits
 from ltx_ray.pools.exclusion import node_name
 from ltx_ray.pools.pool import Pool, StartFailed
 from ltx_ray.pools.protocol import RankInfo, ReplicaLost, ReplicaSet, ReplicaStarted
-from ltx_ray.stages import DIFFUSION_STAGES, Stage
+from ltx_ray.stages import DIFFUSION_STAGES
 
 #: Seconds for which the DiT's replicas may wait for places before those of other pools no longer wait for them.
 _HEAD_START = 60.0
-#: Seconds that a pool without any replica waits for a place, or for its process, before a failed card is tried again.
-_LAST_RESORT = 15.0
 #: Seconds for which a replica without a place, or without its process, is counted on.
 _COUNTED_ON = 60.0
 #: Why a replica leaves with its node.
@@ -55,7 +54,7 @@ class Staffing:
         #: What the stages wait for.
         self.waits = Waits()
         self._sizer = PoolSizer(policy, self.waits)
-        self._own_cards = OwnCards()
+        self._own_cards, self._spare_places = OwnCards(), SparePlaces()
         self._growth = growth
         self._by_replica: dict[str, Pool] = {}
         #: Where the replicas that are ready run.
@@ -80,13 +79,18 @@ class Staffing:
 
         `elastic` as in JoinedCluster. Without `more_rows` to come, no pool grows.
         """
-        self.left_alone.retry(now, self._is_stuck)
+        placing = self._replicas.placing()
+        stuck = stuck_pools(self.pools, placing) if placing else []
+        if stuck:
+            self._make_room(stuck[0], now)
+        makes_room = bool(stuck) and (bool(self._retired) or self._spare_places.is_made(now))
+        self.left_alone.retry(now, bool(stuck) and not makes_room)
         self._retire_leaving()
-        if elastic and not one_each and not self._all_served():
+        if not one_each and (makes_room or (elastic and not self._all_served())):
             one_each = True
-            # A second replica of one pool must not take the place that another pool's first replica needs.
+            # What others serve as well must not take the place that another pool's first replica needs.
             for name in self._replicas.placing():
-                if self.pool_of(name).ready:
+                if served(self.pools).issuperset(self.pool_of(name).spec.roles):
                     self.give_back(name, "another pool has none")
         if not one_each and (more_rows or any(self._policy.queued(stage) for stage in DIFFUSION_STAGES)):
             self._grow(now)
@@ -96,6 +100,8 @@ class Staffing:
                 self._move_cards(now)
         for pool in self.pools:
             if len(pool.replicas) < pool.spec.replicas:
+                if makes_room and served(self.pools).issuperset(pool.spec.roles):
+                    continue
                 at_most = 1 if one_each or (pool.spec.most is not None and self._others_wait()) else None
                 self._start(pool, at_most)
 
@@ -112,13 +118,22 @@ class Staffing:
             for name, seconds in self._replicas.placing().items()
         )
 
-    def _served(self) -> set[Stage]:
-        """The roles that a replica which is ready may serve."""
-        return {role for pool in self.pools if pool.ready for role in pool.spec.roles}
-
     def _all_served(self) -> bool:
-        served = self._served()
-        return all(served.issuperset(pool.spec.roles) for pool in self.pools)
+        roles = served(self.pools)
+        return all(roles.issuperset(pool.spec.roles) for pool in self.pools)
+
+    def _make_room(self, taker: Pool, now: float) -> None:
+        """Have a replica leave for a pool that has none and finds no place. One that leaves already makes room, too."""
+        if self._retired:
+            return
+        name = self._spare_places.choose(taker, self.pools, lambda name: not self._policy.items_of(name), now)
+        if name is None:
+            return
+        why = f"{taker.spec.name} has no place"
+        if self._policy.has_replica(name):
+            self._retire(name, why)
+        else:
+            self.give_back(name, why)  # It is up, and has been held back.
 
     def _grow(self, now: float) -> None:
         """Take nodes that have joined."""
@@ -293,23 +308,14 @@ class Staffing:
         """How many nodes have what a replica of the pool needs, excluded ones included."""
         return sum(cards > 0 or not pool.spec.gpus_per_rank for cards in self._replicas.nodes().values())
 
-    def _is_stuck(self) -> bool:
-        """Whether a role has no replica but some that wait for a place."""
-        placing, served = self._replicas.placing(), self._served()
-        return any(
-            pool.replicas and all(placing.get(name, 0.0) > _LAST_RESORT for name in pool.replicas)
-            for pool in self.pools
-            if not served.issuperset(pool.spec.roles)
-        )
-
     def check_placing(self) -> None:
         """A replica may wait for a place as long as others serve its roles meanwhile. Raises StartFailed."""
         if not (placing := self._replicas.placing()):
             return
-        served = self._served()
+        roles = served(self.pools)
         for name, seconds in placing.items():
             pool = self.pool_of(name)
-            if seconds > self._limits.start_timeout and not served.issuperset(pool.spec.roles):
+            if seconds > self._limits.start_timeout and not roles.issuperset(pool.spec.roles):
                 spec = pool.spec
                 needs = f"{spec.ranks} x ({spec.cpus_per_rank:g} CPU, {spec.gpus_per_rank:g} GPU) on one node"
                 raise StartFailed(

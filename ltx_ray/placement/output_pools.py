@@ -71,12 +71,22 @@ class OutputPools:
     decode_gpus: float = 0.0
     decode_cpus: int = 1
 
+    @property
+    def _own_cards(self) -> bool:
+        return self.rank_gpus == 1.0
+
     def text_pool(self, engine: EngineSpec) -> PoolSpec:
-        return PoolSpec("text", (Stage.TEXT,), self.text, 1, engine, 1.0, self.text_gpus, self.most_text)
+        return PoolSpec(
+            "text", (Stage.TEXT,), self.text, 1, engine, 1.0, self.text_gpus, self.most_text,
+            fills_cards=self._own_cards,
+        )  # fmt: skip
 
     def decode_pool(self, engine: EngineSpec) -> PoolSpec:
         cpus, gpus, calls = self.decode_cpus, self.decode_gpus, CALLS_AT_ONCE if self.decode_gpus else 1
-        return PoolSpec("decode", OUTPUT_STAGES, self.decode, 1, engine, cpus, gpus, self.most_decode, calls)
+        return PoolSpec(
+            "decode", OUTPUT_STAGES, self.decode, 1, engine, cpus, gpus, self.most_decode, calls,
+            fills_cards=self._own_cards,
+        )  # fmt: skip
 
 
 def needed(stage: Stage, dit_gpus: float, with_stage2: bool, headroom: float = HEADROOM) -> int:

@@ -110,11 +110,14 @@ class Call:
 class Gang:
     """One replica of `pool`."""
 
-    def __init__(self, name: str, pool: PoolSpec, avoided: Collection[str] = ()):
-        """`avoided`: nodes on which it may not be placed."""
+    def __init__(self, name: str, pool: PoolSpec, avoided: Collection[str] | None = ()):
+        """`avoided`: nodes on which it may not be placed; None when it waits for `ask`."""
         self.name, self.pool = name, pool
         self.state = GangState.PLACING
         self.created = time.time()
+        #: When its place was asked for, and whether on certain nodes alone.
+        self.asked_at: float | None = None
+        self.asked_near = False
         self.ranks: list[RankInfo] = []
         self.evidence: Evidence | None = None
         #: Under way, the oldest first.
@@ -130,12 +133,20 @@ class Gang:
         self._started: list[ray.ObjectRef] = []
         self._port = 0
         self._pending: list[ray.ObjectRef] = []
-        self._place(avoided)
+        if avoided is not None:
+            self.ask(avoided)
 
-    def _place(self, avoided: Collection[str]) -> None:
-        """Ask for a place on another node than these."""
+    def ask(self, avoided: Collection[str], near: Collection[str] = ()) -> None:
+        """Ask for a place on another node than the `avoided`, or on one of those that are `near`."""
+        self._end()
+        self.asked_at, self.asked_near = time.time(), bool(near)
+        self._place(avoided, near)
+
+    def _place(self, avoided: Collection[str], near: Collection[str] = ()) -> None:
         pool = self.pool
         elsewhere = {_NODE_LABEL: f"!in({','.join(sorted(avoided))})"} if avoided else {}
+        if near:
+            elsewhere = {_NODE_LABEL: f"in({','.join(sorted(near))})"}
         if pool.ranks == 1 and not pool.gpus_per_rank:
             self._spawn(elsewhere)
             return
@@ -152,17 +163,15 @@ class Gang:
             self._pending = [self._group.ready()]
 
     def avoid(self, nodes: Collection[str]) -> None:
-        """Wait for a place on other nodes than these, if this gang has none yet."""
-        if self.state is GangState.PLACING:
-            self._end()
-            self._place(nodes)
+        """Wait for a place on other nodes than these, if this gang has asked for one and has none yet."""
+        if self.state is GangState.PLACING and self.asked_at is not None:
+            self.ask(nodes)
 
     def place_again(self, avoided: Collection[str]) -> None:
         """Leave the place where this gang has not begun to load, for one on another node than these."""
         assert self.state is GangState.WAITING
-        self._end()
         self.state, self.ranks = GangState.PLACING, []
-        self._place(avoided)
+        self.ask(avoided)
 
     def waits_for(self) -> list[ray.ObjectRef]:
         """The references whose readiness takes this gang on."""

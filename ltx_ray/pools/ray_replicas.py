@@ -19,6 +19,7 @@ from ltx_ray.pools.gang import Call, Gang, GangLost, GangState, InputsMissing
 from ltx_ray.pools.load_limit import LoadLimit
 from ltx_ray.pools.load_progress import LoadProgress
 from ltx_ray.pools.protocol import CallFinished, InputsLost, ReplicaEvent, ReplicaLost, ReplicaStarted
+from ltx_ray.pools.shared_cards import SharedCards
 from ltx_ray.records import WorkItem
 from ltx_ray.stages import Stage
 
@@ -44,6 +45,7 @@ class RayReplicaSet:
     ):
         self._start_timeout, self._left_alone, self._foreign = start_timeout, frozenset(left_alone), foreign
         self._load_progress = LoadProgress(start_timeout)
+        self._shared_cards = SharedCards()
         self._card_time = CardTime()
         #: Ids of the nodes that drain, and when that was asked for last.
         self._draining: frozenset[str] = frozenset()
@@ -59,7 +61,7 @@ class RayReplicaSet:
         self._judged: set[str] = set()
 
     def start(self, name: str, spec: PoolSpec) -> None:
-        self._gangs[name] = Gang(name, spec, self._avoided)
+        self._gangs[name] = Gang(name, spec, None if spec.fills_cards else self._avoided)
 
     def avoid(self, nodes: Collection[str]) -> None:
         self._excluded = frozenset(nodes)
@@ -72,6 +74,7 @@ class RayReplicaSet:
 
     def wait(self, timeout: float) -> list[ReplicaEvent]:
         now = time.time()
+        self._shared_cards.ask(self._gangs.values(), self._held.values(), self._avoided, now)
         for gang in self._gangs.values():
             gang.probe(now)
             if gang.state is GangState.WAITING and self._load_limit.open:

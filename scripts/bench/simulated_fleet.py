@@ -239,7 +239,10 @@ class SimulatedFleet:
         return self._load()
 
     def _best_node(self, spec: PoolSpec) -> _Node | None:
-        """As Ray packs a placement group: of the nodes on which it fits, the one of which the largest part is free."""
+        """As Ray packs a placement group: of the nodes on which it fits, the one of which the largest part is free.
+
+        What fills cards goes to a node with a card that has been begun, as the product asks Ray for.
+        """
         best, best_score = None, -1.0
         cpus, gpus = spec.cpus_per_rank * spec.ranks, spec.gpus_per_rank * spec.ranks
         for node in self.machines:
@@ -248,7 +251,8 @@ class SimulatedFleet:
             free = sum(card.free for card in node.cards)
             if gpus > free + 1e-6 or len(self._cards_for(node, spec)) < spec.ranks:
                 continue
-            score = (node.free_cpus - cpus) / max(node.free_cpus, 1e-9) + (free - gpus) / max(free, 1e-9)
+            begun = spec.fills_cards and any(spec.gpus_per_rank <= card.free + 1e-6 < 1 for card in node.cards)
+            score = 2.0 * begun + (node.free_cpus - cpus) / max(node.free_cpus, 1e-9) + (free - gpus) / max(free, 1e-9)
             if score > best_score:
                 best, best_score = node, score
         return best

@@ -1,4 +1,4 @@
-"""Logical GPUs: a card on which nothing loads, and decoders that take two clips at once."""
+"""Logical GPUs: cards on which nothing loads, those that are lost, and decoders that take two clips at once."""
 
 from __future__ import annotations
 
@@ -16,11 +16,18 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[LocalCluster]:
+def two_nodes() -> Iterator[LocalCluster]:
     """Two nodes with two GPUs each."""
     cluster = LocalCluster(workers=2, slots=8, gpus=2)
     yield cluster
     cluster.close()
+
+
+@pytest.fixture
+def cluster(two_nodes) -> LocalCluster:
+    """With both its nodes, whatever the previous test has done to it."""
+    two_nodes.heal()
+    return two_nodes
 
 
 def test_a_bad_card_is_named_and_left_alone_and_its_neighbours_go_on(job):
@@ -81,3 +88,28 @@ def test_a_run_takes_a_node_that_joins_up_to_its_number_of_gpus(tmp_path):
     finally:
         job.close()
         cluster.close()
+
+
+def test_text_and_decode_get_a_card_of_the_dit_when_theirs_is_lost(job):
+    """Three cards have a replica of the DiT, and one has text and decode, until its node is lost for good."""
+    driver = job.start(rows(*["[[stage1:gate]]"] * 8), parallel=ParallelConfig())
+    dit = job.until(
+        lambda: len(found := [*job.out.gangs("stage1"), *job.out.gangs("stage2")]) == 3 and found, "the DiT"
+    )
+    (text,) = job.until(lambda: job.out.gangs("decode") and job.out.gangs("text"), "text and decode")
+    (decode,) = job.out.gangs("decode")
+    assert [(rank["node"], rank["gpus"]) for rank in text["ranks"]] == [
+        (rank["node"], rank["gpus"]) for rank in decode["ranks"]
+    ], "they share a card"
+    lost = text["ranks"][0]["node"]
+    staying = {gang["replica"] for gang in dit if gang["ranks"][0]["node"] != lost}
+    assert len(staying) == 2
+    job.cluster.remove_node(lost)
+    job.until(lambda: job.out.events("gang_leaving"), "a replica that makes room")
+    job.open_gate()
+    log = driver.ends(0)
+    assert len(job.out.index()) == 8 and job.out.failed() == {}
+    (left,) = job.out.events("gang_leaving")
+    assert left["replica"] in staying and left["reason"] in ("text has no place", "decode has no place")
+    assert "Traceback" not in log
+    assert job.check([f"r{n}" for n in range(8)], undisturbed(job.out.index(), job.folder / "alone")) == []

@@ -15,7 +15,7 @@ from ltx_ray.dataset.run_summary import SummaryBuilder, read_run
 from ltx_ray.dataset.timeline import parse_timeline
 from ltx_ray.driver import run_record
 from ltx_ray.driver.events import EventLog
-from ltx_ray.driver.run_record import RunRecord, keep_older_run
+from ltx_ray.driver.run_record import RunRecord, SoFar, keep_older_run
 from ltx_ray.placement.sizing import ParallelConfig, lay_out
 from ltx_ray.storage.store import Store
 from tests.support.checkpoint_files import RELEASED
@@ -38,16 +38,16 @@ def record(store: Store, run_id: str = "r1", epoch: int = 1, **requested) -> Run
 def test_a_run_that_lost_its_lease_does_not_replace_the_record_of_its_successor(tmp_path):
     store = Store(str(tmp_path))
     former, later = record(store, "former", epoch=3), record(store, "later", epoch=4)
-    former.write("running", {})
-    later.write("running", {})
-    former.write("finished", {})
+    former.write("running", SoFar({}))
+    later.write("running", SoFar({}))
+    former.write("finished", SoFar({}))
     found = json.loads(store.read_bytes("run.json"))
     assert (found["run_id"], found["epoch"], found["state"]) == ("later", 4, "running")
 
 
 def test_before_the_cluster_is_joined_the_numerics_are_those_asked_for(tmp_path):
     store = Store(str(tmp_path))
-    record(store, precision="fp8", device="cuda").write("running", {"rows": 2})
+    record(store, precision="fp8", device="cuda").write("running", SoFar({"rows": 2}))
     found = json.loads(store.read_bytes("run.json"))
     assert found["numerics"] == {
         "attention": "auto", "compile": "auto", "device": "cpu", "dtype": "bfloat16", "guidance_batching": 1,
@@ -63,7 +63,7 @@ def test_afterwards_they_are_the_resolved_ones(tmp_path):
     spec = EngineSpec("m:E", ModelFiles("c", "g", "u"), numerics, "out")
     a_record = record(store)
     a_record.place(lay_out(ParallelConfig(), 8, dict.fromkeys(("text", "diffusion", "decode"), spec)), numerics)
-    a_record.write("finished", {"rows": 1, "rendered": 1, "calls": 9})
+    a_record.write("finished", SoFar({"rows": 1, "rendered": 1, "calls": 9}))
     found = json.loads(store.read_bytes("run.json"))
     assert (found["numerics"]["attention"], found["device"], found["state"]) == ("fa3", "cuda", "finished")
     assert found["pools"] == {"text": 1, "stage1": 5, "stage2": 2, "decode": 1} and found["finished_at"]
@@ -77,11 +77,11 @@ def test_the_rate_of_a_run_that_has_ended_is_its_clips_over_its_time(tmp_path, m
     store = Store(str(tmp_path))
     a_record = record(store)
     for unfinished in ("running", "draining"):
-        a_record.write(unfinished, {"rows": 9}, clips=1)
+        a_record.write(unfinished, SoFar({"rows": 9}, clips=1))
         found = json.loads(store.read_bytes("run.json"))
         assert (found["state"], found["finished_at"], found["clips_per_hour"]) == (unfinished, None, None)
     # Five million rows were done before, and one row shares its clip with another.
-    a_record.write(state, {"rows": 5_000_007, "already_done": 5_000_000, "rendered": 7}, clips=6)
+    a_record.write(state, SoFar({"rows": 5_000_007, "already_done": 5_000_000, "rendered": 7}, clips=6))
     found = json.loads(store.read_bytes("run.json"))
     assert (found["clips"], found["clips_per_hour"], a_record.clips_per_hour) == (6, 1728.0, 1728.0)
     assert 6 / 12.5 * 3600 == 1728
@@ -96,7 +96,7 @@ def test_the_summary_is_in_the_record_and_the_timeline_beside_the_events(tmp_pat
     store, summary = Store(str(tmp_path)), SummaryBuilder()
     summary.add(a_call())
     summary.add({"t": 120.0, "event": "item_failed", "id": "x", "message": "s3://KEY:SECRET@bucket/x"})
-    record(store).write("running", {"rows": 2}, 1, summary, rate=36.0)
+    record(store).write("running", SoFar({"rows": 2}, 1, summary, rate=36.0))
     found = json.loads(store.read_bytes("run.json"))
     assert found["summary"]["replicas"] == {"stage1-0": {"stage": "stage1", "id": "cat", "seconds": 10.0, "t": 110.0}}
     assert found["summary"]["clips_per_hour"] == 36.0 and found["clips_per_hour"] is None
@@ -111,7 +111,7 @@ def test_a_record_is_refreshed_when_it_is_due_and_no_refresh_comes_after_the_end
     monkeypatch.setattr(run_record, "time", SimpleNamespace(monotonic=lambda: now[0], time=time.time))
     a_record = record(store)
     assert a_record.due
-    a_record.write("draining", {"rows": 2})
+    a_record.write("draining", SoFar({"rows": 2}))
     assert not a_record.due
     now[0] += 59.0
     assert not a_record.due
@@ -125,11 +125,11 @@ def test_a_record_is_refreshed_when_it_is_due_and_no_refresh_comes_after_the_end
         write(name, data)
 
     monkeypatch.setattr(a_record._store, "write_bytes", slow)
-    a_record.refresh({"rows": 3}, 0)
+    a_record.refresh(SoFar({"rows": 3}, 0))
     now[0] += 3600.0
     assert not a_record.due, "one at a time"
     threading.Timer(0.2, gate.set).start()
-    a_record.write("drained", {"rows": 3})
+    a_record.write("drained", SoFar({"rows": 3}))
     found = json.loads(store.read_bytes("run.json"))
     assert (found["state"], found["counts"]["rows"]) == ("drained", 3)
 
@@ -137,8 +137,8 @@ def test_a_record_is_refreshed_when_it_is_due_and_no_refresh_comes_after_the_end
 def test_a_refresh_keeps_the_state(tmp_path):
     store = Store(str(tmp_path))
     a_record = record(store)
-    a_record.write("draining", {"rows": 2})
-    a_record.refresh({"rows": 2, "rendered": 1}, 1)
+    a_record.write("draining", SoFar({"rows": 2}))
+    a_record.refresh(SoFar({"rows": 2, "rendered": 1}, 1))
     a_record._refresh.join()
     found = json.loads(store.read_bytes("run.json"))
     assert (found["state"], found["counts"]["rendered"], found["clips"]) == ("draining", 1, 1)
@@ -148,7 +148,7 @@ def test_a_record_of_a_thousand_replicas_stays_small(tmp_path):
     summary, store = SummaryBuilder(), Store(str(tmp_path))
     for n in range(20_000):
         summary.add(a_call(f"stage1-{n % 1000}") | {"t": 100.0 + n, "start": 90.0 + n})
-    record(store).write("running", {}, 0, summary)
+    record(store).write("running", SoFar({}, 0, summary))
     assert store.size("run.json") < 200_000 and store.size("state/events/r1/timeline.json") < 200_000
 
 
@@ -156,10 +156,10 @@ def test_the_records_of_the_run_before_are_kept(tmp_path):
     store = Store(str(tmp_path))
     keep_older_run(store)
     assert store.list_names("runs", recursive=True) == []
-    record(store, "r1").write("finished", {})
+    record(store, "r1").write("finished", SoFar({}))
     store.write_bytes("events.jsonl", b"{}")
     keep_older_run(store)
-    record(store, "r2").write("running", {})
+    record(store, "r2").write("running", SoFar({}))
     assert json.loads(store.read_bytes("runs/r1/run.json"))["run_id"] == "r1"
     assert store.read_bytes("runs/r1/events.jsonl") == b"{}" and not store.exists("runs/r1/report.html")
     assert not store.exists("events.jsonl"), "it is renamed, and the new run begins its own"
@@ -167,7 +167,7 @@ def test_the_records_of_the_run_before_are_kept(tmp_path):
 
 def test_events_of_the_run_before_are_not_read(tmp_path, monkeypatch):
     store, read = Store(str(tmp_path)), Store.read_bytes
-    record(store, "r1").write("finished", {})
+    record(store, "r1").write("finished", SoFar({}))
     store.write_bytes("events.jsonl", b"{}")
     store.write_bytes("state/events/r1/000001.jsonl.zst", b"x")
     names: list[str] = []
@@ -179,7 +179,7 @@ def test_events_of_the_run_before_are_not_read(tmp_path, monkeypatch):
 
 def test_a_run_that_died_before_it_had_a_record_takes_no_events_from_the_run_before(tmp_path):
     store = Store(str(tmp_path))
-    record(store, "r1").write("finished", {})
+    record(store, "r1").write("finished", SoFar({}))
     store.write_bytes("events.jsonl", b"of r1")
     keep_older_run(store)
     EventLog(store, "r2")
@@ -191,7 +191,7 @@ def test_a_run_that_died_before_it_had_a_record_takes_no_events_from_the_run_bef
 
 def test_events_that_an_earlier_version_wrote_into_an_object_store_are_kept(bucket):
     store = Store(bucket)
-    record(store, "r1").write("finished", {})
+    record(store, "r1").write("finished", SoFar({}))
     store.write_bytes("events.jsonl", b"{}")
     keep_older_run(store)
     assert store.read_bytes("runs/r1/events.jsonl") == b"{}" and not store.exists("events.jsonl")

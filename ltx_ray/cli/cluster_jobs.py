@@ -41,7 +41,9 @@ def connect(address: str) -> Any:
         return JobSubmissionClient(address)
     except AuthenticationError as error:
         text = str(error).partition("\n")[0]
-        raise ConnectionError(f"{text}; legal: the cluster's token in RAY_AUTH_TOKEN") from None
+        raise ConnectionError(
+            f"{text}; legal: the cluster's token in RAY_AUTH_TOKEN, or in ~/.ray/auth_token with RAY_AUTH_MODE=token"
+        ) from None
 
 
 def _status(client: Any, job: str) -> str | None:

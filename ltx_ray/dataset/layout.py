@@ -1,6 +1,6 @@
 """The output's layout: schemas of its tables, and the names of everything in it.
 
-All paths are relative to the output's root, with '/'. docs/operations.md describes them for users. The files of a run
+All paths are relative to the output's root, with '/'. docs/dataset.md describes them for users. The files of a run
 in progress belong to storage: the lease (lease.py) and temporary files (store.py). The names of folders, records and
 parts are in manifest/outputs.py, because the reader of manifests must know an output when it meets one.
 """

@@ -1,6 +1,6 @@
 """The metrics of a run in `ray.util.metrics`, for the cluster's Prometheus, which reads them as `ray_ltx_ray_…`.
 
-Prometheus adds `_total` to the names of counters. All have the label `run`. docs/operations.md#metrics lists them.
+Prometheus adds `_total` to the names of counters. All have the label `run`. docs/monitoring.md#metrics lists them.
 """
 
 from __future__ import annotations

@@ -222,7 +222,7 @@ def test_a_job_may_be_a_schedule_that_submits_another(head, tmp_path):
 
 def examples():
     """The arguments of the calls of `ltx-ray submit` in the documentation: of the shell, of Airflow and of Argo."""
-    text = (ROOT / "docs/operations.md").read_text()
+    text = (ROOT / "docs/schedules.md").read_text()
     airflow = re.search(r"bash_command=\((.*?)\n    \)", text, re.DOTALL)[1]
     argo = re.search(r"source: \|\n(.*?)```", text, re.DOTALL)[1]
     shell = re.search(r"^ltx-ray submit .*$", text, re.MULTILINE)[0]

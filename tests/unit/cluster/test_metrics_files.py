@@ -89,7 +89,7 @@ def test_every_metric_is_on_the_dashboard():
 
 
 def test_the_page_for_operators_lists_every_metric_with_its_labels():
-    text = (ROOT / "docs" / "operations.md").read_text()
+    text = (ROOT / "docs" / "monitoring.md").read_text()
     for name, metric in METRICS.items():
         labels = ", ".join(f"`{label}`" for label in metric.labels)
         kind = "; a counter" if metric.counts else "; a histogram" if metric.buckets else ""

@@ -306,6 +306,14 @@ def test_ray_autoscaler_accepts_the_aws_file():
     assert not check.is_valid(bad)
 
 
+def test_the_machines_of_the_aws_file_ask_for_the_token_that_they_get():
+    (config,) = documents("autoscaler-aws.yaml")
+    assert config["file_mounts"]["/home/ubuntu/.ray/auth_token"] == "~/.ray/auth_token"
+    for role in ("head", "worker"):
+        (start,) = [line for line in config[f"{role}_start_ray_commands"] if "ray start" in line]
+        assert "RAY_AUTH_MODE=token" in start.partition("ray start")[0].split()
+
+
 def test_every_file_is_checked_here():
     checked = {*KUBERNETES, "autoscaler-aws.yaml", "policies.yaml"}
     checked |= {"alerts.yaml", "podmonitor.yaml"}  # test_metrics_files.py

@@ -11,10 +11,11 @@ import pytest
 from ltx_ray.cli.app import app
 
 ROOT = Path(__file__).resolve().parents[3]
-PAGES = ["README.md"] + [
-    f"docs/{name}.md"
-    for name in ("manifest", "gpus", "operations", "failure-model", "security", "sizing", "runbook", "first-runs")
-]
+PAGES = [
+    "README.md", "docs/manifest.md", "docs/gpus.md", "docs/operations.md", "docs/cluster.md", "docs/schedules.md",
+    "docs/storage.md", "docs/monitoring.md", "docs/failure-model.md", "docs/security.md", "docs/sizing.md",
+    "docs/runbook.md", "docs/first-runs.md",
+]  # fmt: skip
 #: Programs of the project; their options are those that their source names.
 PROGRAM = re.compile(r"(?<![\w/])(?:scripts|jobs|cluster)/[\w./]*\w")
 PROGRAMS = [path for folder in ("scripts", "jobs", "cluster") for path in (ROOT / folder).iterdir() if path.is_file()]

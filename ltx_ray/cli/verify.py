@@ -67,6 +67,9 @@ def verify(
         say(f"note: {check.shared_ids} rows have the id of another row with other content (of several manifests)")
     if check.pending:
         say(f"note: {check.pending} rows are finished and not yet folded (ltx-ray fold, or the next run)")
+    if check.unknown_ids:
+        shown = ", ".join(sorted(check.unknown_ids)[:10])
+        say(f"note: {len(check.unknown_ids)} ids have no row in the index, such as {shown}")
     if sample:
         assert options is not None
         for finding in _render_again(check.sampled_rows(), options, say):

@@ -102,6 +102,8 @@ class DatasetCheck:
     clips_without_row: int = 0
     #: Rows that have the id of another row, with other content.
     shared_ids: int = 0
+    #: Ids of the scope that no row of index/ has. Of a scope that leaves out more, they are not known.
+    unknown_ids: set[str] = field(default_factory=set)
     #: Short hashes of ids, and of ids with their items.
     _seen: IdTable = field(default_factory=lambda: IdTable(8))
     #: Rows of the parts that are checked, by their footers, and those that were passed.
@@ -130,6 +132,8 @@ class DatasetCheck:
             names = [name for name in names if (newest := footers[name][1]) is None or newest >= since]
         if self.sample_alone:
             names = self._choose_sample(names)
+        elif self.scope == CheckScope(ids=self.scope.ids):
+            self.unknown_ids = set(self.scope.ids or ())
         self._expected = sum(footers[name][0] for name in names)
         for name in names:
             part = self._index_part(name, footers[name][0])
@@ -204,6 +208,7 @@ class DatasetCheck:
         return ThreadPoolExecutor(_THREADS if self.store.is_local else _REMOTE_THREADS)
 
     def _takes(self, row: IndexRow) -> bool:
+        self.unknown_ids.discard(row["id"])
         return self.scope.takes(row) and (self._chosen is None or row["item_id"] in self._chosen)
 
     def _footer(self, name: str) -> tuple[int, datetime.datetime | None]:

@@ -83,7 +83,7 @@ class Staffing:
         stuck = stuck_pools(self.pools, placing) if placing else []
         if stuck:
             self._make_room(stuck[0], now)
-        makes_room = bool(stuck) and (bool(self._retired) or self._spare_places.is_made(now))
+        makes_room = bool(stuck) and (self._place_becomes_free() or self._spare_places.is_made(now))
         self.left_alone.retry(now, bool(stuck) and not makes_room)
         self._retire_leaving()
         if not one_each and (makes_room or (elastic and not self._all_served())):
@@ -124,7 +124,7 @@ class Staffing:
 
     def _make_room(self, taker: Pool, now: float) -> None:
         """Have a replica leave for a pool that has none and finds no place. One that leaves already makes room, too."""
-        if self._retired:
+        if self._place_becomes_free():
             return
         name = self._spare_places.choose(taker, self.pools, lambda name: not self._policy.items_of(name), now)
         if name is None:
@@ -134,6 +134,10 @@ class Staffing:
             self._retire(name, why)
         else:
             self.give_back(name, why)  # It is up, and has been held back.
+
+    def _place_becomes_free(self) -> bool:
+        """Whether a replica leaves whose place another one can take, which is not so on a node that drains."""
+        return any(why != _DRAINS for why in self._retired.values())
 
     def _grow(self, now: float) -> None:
         """Take nodes that have joined."""

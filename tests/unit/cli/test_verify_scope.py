@@ -69,6 +69,14 @@ def test_rows_by_their_ids(store):
     assert count == 1 and "is missing" in said[0] and said[-1] == "1 rows and 1 clips checked: 1 problems"
 
 
+def test_ids_without_a_row_are_named(store, tmp_path):
+    ids = frozenset({"a", "nobody", "noone"})
+    note = "note: 2 ids have no row in the index, such as nobody, noone"
+    assert check(store, scope=CheckScope(ids=ids)) == (0, [note, "1 rows and 1 clips checked: all well"])
+    # Another machine may have the part with their rows.
+    assert len(check(store, scope=CheckScope(ids=ids, part=(1, 2)))[1]) == 1
+
+
 def test_rows_that_were_finished_since(store, monkeypatch):
     """A part of which no row is new is not read."""
     early, late = datetime.datetime(2026, 11, 1, tzinfo=UTC), datetime.datetime(2026, 11, 30, 2, tzinfo=UTC)

@@ -84,6 +84,16 @@ def test_the_only_replica_of_a_pool_whose_stages_another_serves_has_no_successor
     assert run.turn(now=19.0) == ["stage1-1"]
 
 
+def test_a_busy_replica_whose_node_drains_leaves_no_place():
+    run = stuck_run()
+    run.policy.items_of = lambda name: ["a"] if name == "stage1-0" else []
+    run.replicas.left = ["stage1-0"]
+    assert run.turn(now=2.0) == ["stage1-3"]
+    run.replicas.waits["text-1"] = LATE
+    run.turn(now=17.0)
+    assert "stage1-1" in run.replicas.killed and "stage1-0" not in run.replicas.killed
+
+
 def test_a_short_wait_is_no_reason():
     run = stuck_run()
     run.replicas.waits["text-1"] = 14.0

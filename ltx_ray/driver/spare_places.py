@@ -24,9 +24,9 @@ def served(pools: Sequence[Pool]) -> set[Stage]:
 
 
 def stuck_pools(pools: Sequence[Pool], placing: Mapping[str, float]) -> list[Pool]:
-    """The pools with a role that no replica serves, all of whose replicas wait for a place, and have for a while.
+    """The pools with a role that no replica serves, all of whose replicas have been placing for a while.
 
-    `placing`: by replica without a place, the seconds for which it has waited.
+    `placing`: by such replica, for how many seconds. It may have its place, and wait for its process.
     """
     roles = served(pools)
     return [

@@ -124,7 +124,7 @@ class Staffing:
 
     def _make_room(self, taker: Pool, now: float) -> None:
         """Have a replica leave for a pool that has none and finds no place. One that leaves already makes room, too."""
-        if self._place_becomes_free():
+        if self._place_becomes_free() or any(self._replicas.has_place(name) for name in taker.replicas):
             return
         name = self._spare_places.choose(taker, self.pools, lambda name: not self._policy.items_of(name), now)
         if name is None:

@@ -22,7 +22,7 @@ from types import MappingProxyType
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ltx_ray.config import PoolSpec
@@ -116,9 +116,9 @@ class Gang:
         self.name, self.pool = name, pool
         self.state = GangState.PLACING
         self.created = time.time()
-        #: When its place was asked for, and whether on certain nodes alone.
+        #: When its place was asked for, and on which nodes alone; on any if there are none.
         self.asked_at: float | None = None
-        self.asked_near = False
+        self.asked_near: frozenset[str] = frozenset()
         self.ranks: list[RankInfo] = []
         self.evidence: Evidence | None = None
         #: Under way, the oldest first.
@@ -140,8 +140,17 @@ class Gang:
     def ask(self, avoided: Collection[str], near: Collection[str] = ()) -> None:
         """Ask for a place on another node than the `avoided`, or on one of those that are `near`."""
         self._end()
-        self.asked_at, self.asked_near = time.time(), bool(near)
+        self.asked_at, self.asked_near = time.time(), frozenset(near)
         self._place(avoided, near)
+
+    def node_of_place(self) -> str | None:
+        """The node of its placement group. None before that has a place, and without one. Ray is asked each time.
+
+        A gang that is placing may have its place already: it goes on once the processes of its ranks are there.
+        """
+        found = {} if self._group is None else placement_group_table(self._group)
+        nodes = found.get("bundles_to_node_id", {}) if found.get("state") == "CREATED" else {}
+        return next(iter(nodes.values()), None)
 
     def _place(self, avoided: Collection[str], near: Collection[str] = ()) -> None:
         pool = self.pool
@@ -166,7 +175,7 @@ class Gang:
     def avoid(self, nodes: Collection[str]) -> None:
         """Wait for a place on other nodes than these, if this gang has asked for one and has none yet."""
         if self.state is GangState.PLACING and self.asked_at is not None:
-            self.ask(nodes)
+            self.ask(nodes, self.asked_near.difference(nodes))
 
     def place_again(self, avoided: Collection[str]) -> None:
         """Leave the place where this gang has not begun to load, for one on another node than these."""

@@ -113,7 +113,13 @@ class ReplicaSet(Protocol):
         """The events since the last call; waits up to `timeout` seconds for the first."""
 
     def placing(self) -> Mapping[str, float]:
-        """The replicas that have no place in the cluster yet, with the seconds that each has waited for one."""
+        """The replicas that have no place in the cluster yet, with the seconds that each has waited for one.
+
+        One that has its place is among them until its processes are there.
+        """
+
+    def has_place(self, replica: str) -> bool:
+        """Whether a replica that is placing has its place, and waits for its processes alone. Not for every turn."""
 
     def leaving(self) -> Collection[str]:
         """The replicas on nodes that are about to leave the cluster."""

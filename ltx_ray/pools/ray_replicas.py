@@ -165,6 +165,9 @@ class RayReplicaSet:
         now = time.time()
         return {name: now - gang.created for name, gang in self._gangs.items() if gang.state is GangState.PLACING}
 
+    def has_place(self, replica: str) -> bool:
+        return self._gangs[replica].node_of_place() is not None
+
     def nodes(self) -> Mapping[str, int]:
         alive = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
         alive = {name: has for name, has in alive.items() if name not in self._left_alone}

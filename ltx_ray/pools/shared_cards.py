@@ -6,6 +6,7 @@ each begin a card of their own on two nodes, and one replica of the DiT, which n
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable
 
@@ -14,10 +15,17 @@ from ltx_ray.pools.gang import Gang, GangState
 #: Seconds for which a gang waits for the place of another one, and then for a place on a card that has been begun. Its
 #: node may have no CPUs left.
 _WAIT_SECONDS = 10.0
+#: Seconds between two looks at whether a gang has its place.
+_PERIOD = 0.2
 
 
 class SharedCards:
     """Asks for the places of gangs that fill cards, one after the other."""
+
+    def __init__(self) -> None:
+        self._looked = -math.inf
+        #: By gang whose processes are yet to come, the node where it has its place, and when that was asked for.
+        self._placed: dict[str, tuple[str, float | None]] = {}
 
     def ask(self, gangs: Iterable[Gang], held: Iterable[Gang], avoided: Collection[str], now: float) -> None:
         """Ask for the next place when it is known where the one before is. `held`: dead ones that keep their places.
@@ -26,25 +34,40 @@ class SharedCards:
         """
         sharing = [gang for gang in gangs if gang.pool.fills_cards]
         placing = [gang for gang in sharing if gang.state is GangState.PLACING]
-        waits = False
-        for gang in placing:
-            if gang.asked_at is None:
-                continue
-            if now - gang.asked_at <= _WAIT_SECONDS:
-                waits = True
-            elif gang.asked_near:
+        if not placing or now - self._looked < _PERIOD:
+            return
+        self._looked = now
+        unplaced = [gang for gang in placing if gang.asked_at is not None and not self._has_place(gang)]
+        for gang in unplaced:
+            if gang.asked_near and now - (gang.asked_at or 0.0) > _WAIT_SECONDS:
                 gang.ask(avoided)
-                waits = True
+        waits = any(now - (gang.asked_at or 0.0) <= _WAIT_SECONDS for gang in unplaced)
         following = next((gang for gang in placing if gang.asked_at is None), None)
         if following is not None and not waits:
-            following.ask(avoided, _begun(sharing, held, following.pool.gpus_per_rank) - set(avoided))
+            following.ask(avoided, self._begun(sharing, held, following.pool.gpus_per_rank).difference(avoided))
 
+    def _has_place(self, gang: Gang) -> bool:
+        if self._placed.get(gang.name, ("", None))[1] != gang.asked_at:
+            node = gang.node_of_place()
+            if node is None:
+                return False
+            self._placed[gang.name] = node, gang.asked_at
+        return True
 
-def _begun(sharing: Iterable[Gang], held: Iterable[Gang], part: float) -> set[str]:
-    """The nodes with a card that has been begun and has room for such a part of it. Cards that failed do not count."""
-    taken: defaultdict[tuple[str, str], float] = defaultdict(float)
-    for gang in sharing:
-        for rank in gang.ranks:
-            taken[rank.node, rank.gpus] += gang.pool.gpus_per_rank
-    failed = {(rank.node, rank.gpus) for gang in held for rank in gang.ranks}
-    return {card[0] for card, parts in taken.items() if card not in failed and parts + part <= 1 + 1e-6}
+    def _begun(self, sharing: Iterable[Gang], held: Iterable[Gang], part: float) -> set[str]:
+        """The nodes whose cards that have been begun have room for such a part. Cards that failed do not count."""
+        failed = {(rank.node, rank.gpus) for gang in held for rank in gang.ranks}
+        taken: defaultdict[str, float] = defaultdict(float)
+        cards: defaultdict[str, set[str]] = defaultdict(set)
+        for gang in sharing:
+            node, card = next(((rank.node, rank.gpus) for rank in gang.ranks), ("", ""))
+            if gang.state is GangState.PLACING and gang.asked_at is not None and gang.name in self._placed:
+                node = self._placed[gang.name][0]
+            if node and (node, card) not in failed:
+                taken[node] += gang.pool.gpus_per_rank
+                cards[node] |= {card} - {""}
+        # Ray fills cards that have been begun, so that those whose card is not known yet are on as few as possible.
+        return {
+            node for node, parts in taken.items()
+            if parts + part <= max(len(cards[node]), math.ceil(parts - 1e-6)) + 1e-6
+        }  # fmt: skip

@@ -164,6 +164,9 @@ class SimulatedReplicaSet:
     def placing(self) -> Mapping[str, float]:
         return {}
 
+    def has_place(self, replica: str) -> bool:
+        return True
+
     def leaving(self) -> Collection[str]:
         return ()
 

@@ -183,6 +183,9 @@ class SimulatedFleet:
     def placing(self) -> Mapping[str, float]:
         return {name: self.now - replica.asked for name, replica in self._unplaced.items()}
 
+    def has_place(self, replica: str) -> bool:
+        return replica not in self._unplaced
+
     def leaving(self) -> Collection[str]:
         return ()  # Nodes are lost without a notice.
 

@@ -24,6 +24,8 @@ class FakeCluster:
         self.cards = {f"n{number}": 8 for number in range(8)}
         self.avoided = frozenset()
         self.left = []
+        #: Replicas that wait for their processes alone.
+        self.placed = set()
 
     def start(self, name, spec):
         self.starting.append(name)
@@ -31,6 +33,9 @@ class FakeCluster:
 
     def placing(self):
         return dict(self.waits)
+
+    def has_place(self, replica):
+        return replica in self.placed
 
     def nodes(self):
         return self.cards

@@ -94,6 +94,17 @@ def test_a_busy_replica_whose_node_drains_leaves_no_place():
     assert "stage1-1" in run.replicas.killed and "stage1-0" not in run.replicas.killed
 
 
+def test_one_that_waits_for_its_process_alone_needs_no_place():
+    run = stuck_run()
+    run.replicas.waits["text-1"] = LATE
+    run.replicas.placed = {"text-1"}
+    run.turn(now=17.0)
+    assert run.replicas.killed == []
+    run.replicas.placed = set()
+    run.turn(now=18.0)
+    assert run.replicas.killed == ["stage1-0"]
+
+
 def test_a_short_wait_is_no_reason():
     run = stuck_run()
     run.replicas.waits["text-1"] = 14.0

@@ -314,17 +314,13 @@ class Plan:
                 ready = cast(list[Sequence[PlannedRow]], drafts)  # Rows with templates have no images.
             for draft in ready:
                 rows, found = (self._samples(draft), None) if isinstance(draft, _Judged) else (draft, looked_up)
-                selected = illegal = False
+                selected = False
                 for row in self._selected(rows):
                     selected = True
                     decided = self._decided(row, found) if isinstance(row, PlannedRow) else row
-                    if isinstance(decided, IllegalRow):
-                        if self._is_removed(decided):
-                            self.counts[REMOVED] += 1
-                            continue
-                        if illegal:
-                            continue  # failed/ has one row for all samples.
-                        illegal = True
+                    if isinstance(decided, IllegalRow) and self._is_removed(decided):
+                        self.counts[REMOVED] += 1
+                        continue
                     self.counts["rows"] += 1
                     self.counts[decided.status] += 1
                     if isinstance(decided, PlannedRow) and decided.status == TODO:

@@ -97,14 +97,6 @@ def test_an_id_that_names_a_sample_of_another_row_makes_that_sample_illegal(plan
     assert "'a-s1', legal: an id of its own" in rows[4].messages()[0]
 
 
-def test_a_row_with_the_id_of_an_earlier_one_is_illegal_once_for_all_of_its_samples(plan):
-    made = plan({"id": "a"}, {"id": "a", "prompt": "b"})
-    rows = list(made.open())
-    assert [p.status for p in rows] == [TODO] * 3 + [ILLEGAL]
-    assert "(a): 'a', legal: an id of its own" in rows[3].messages()[0]
-    assert made.counts["rows"] == 4 and made.counts[ILLEGAL] == 1, "failed/ has one row for them"
-
-
 def test_an_id_too_long_for_the_suffix_of_its_samples_is_illegal(plan):
     fitting, too_long = "x" * 125, "x" * 126
     assert [status for status, _ in statuses_and_ids(plan({"id": fitting}))] == [TODO] * 3

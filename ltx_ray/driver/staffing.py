@@ -79,8 +79,7 @@ class Staffing:
 
         `elastic` as in JoinedCluster. Without `more_rows` to come, no pool grows.
         """
-        placing = self._replicas.placing()
-        stuck = stuck_pools(self.pools, placing) if placing else []
+        stuck = [] if self._all_served() else stuck_pools(self.pools, self._replicas.placing())
         if stuck:
             self._make_room(stuck[0], now)
         makes_room = bool(stuck) and (self._place_becomes_free() or self._spare_places.is_made(now))

@@ -32,11 +32,11 @@ class SharedCards:
 
         `avoided`: nodes on which nothing is placed. `now` as of `time.time`.
         """
-        sharing = [gang for gang in gangs if gang.pool.fills_cards]
-        placing = [gang for gang in sharing if gang.state is GangState.PLACING]
-        if not placing or now - self._looked < _PERIOD:
+        if now - self._looked < _PERIOD:
             return
         self._looked = now
+        sharing = [gang for gang in gangs if gang.pool.fills_cards]
+        placing = [gang for gang in sharing if gang.state is GangState.PLACING]
         unplaced = [gang for gang in placing if gang.asked_at is not None and not self._has_place(gang)]
         for gang in unplaced:
             if gang.asked_near and now - (gang.asked_at or 0.0) > _WAIT_SECONDS:
@@ -47,12 +47,14 @@ class SharedCards:
             following.ask(avoided, self._begun(sharing, held, following.pool.gpus_per_rank).difference(avoided))
 
     def _has_place(self, gang: Gang) -> bool:
-        if self._placed.get(gang.name, ("", None))[1] != gang.asked_at:
-            node = gang.node_of_place()
-            if node is None:
-                return False
+        if not self._known_node(gang) and (node := gang.node_of_place()) is not None:
             self._placed[gang.name] = node, gang.asked_at
-        return True
+        return bool(self._known_node(gang))
+
+    def _known_node(self, gang: Gang) -> str:
+        """Where a gang that is placing was seen to have the place that it asked for last; "" before."""
+        node, asked_at = self._placed.get(gang.name, ("", None))
+        return node if asked_at == gang.asked_at else ""
 
     def _begun(self, sharing: Iterable[Gang], held: Iterable[Gang], part: float) -> set[str]:
         """The nodes whose cards that have been begun have room for such a part. Cards that failed do not count."""
@@ -61,8 +63,8 @@ class SharedCards:
         cards: defaultdict[str, set[str]] = defaultdict(set)
         for gang in sharing:
             node, card = next(((rank.node, rank.gpus) for rank in gang.ranks), ("", ""))
-            if gang.state is GangState.PLACING and gang.asked_at is not None and gang.name in self._placed:
-                node = self._placed[gang.name][0]
+            if gang.state is GangState.PLACING:
+                node = self._known_node(gang)
             if node and (node, card) not in failed:
                 taken[node] += gang.pool.gpus_per_rank
                 cards[node] |= {card} - {""}

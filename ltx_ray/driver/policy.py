@@ -26,8 +26,9 @@ from ltx_ray.driver.policy_state import Dispatch, Item, Replica, RetryDecision, 
 from ltx_ray.driver.queue import FairQueue
 from ltx_ray.stages import DIFFUSION_STAGES, FULL_PATH, TRAITS, Stage, needed_results
 
-#: Upstream first. Iterating over a tuple is several times faster than over the enum.
+#: Upstream first, and the other way round. Iterating over a tuple is several times faster than over the enum.
 _STAGES = tuple(Stage)
+_STAGES_FROM_LAST, _DIFFUSION_FROM_LAST = _STAGES[::-1], DIFFUSION_STAGES[::-1]
 #: Seconds of a switch until one has been measured: one H100, the released model.
 _SWITCH_SECONDS = 1.5
 
@@ -53,6 +54,8 @@ class Policy:
     _replicas: dict[str, Replica] = field(default_factory=dict)
     #: Items that wait for a stage, by the stage after it.
     _queues: dict[Stage, dict[Stage | None, FairQueue]] = field(default_factory=lambda: {stage: {} for stage in Stage})
+    #: How many items wait in the queues of each stage.
+    _queued: dict[Stage, int] = field(default_factory=lambda: dict.fromkeys(Stage, 0))
     #: Items that wait for a replica on another node than this, instead of in a queue.
     _elsewhere: dict[str, str] = field(default_factory=dict)
     #: Idle replicas of each stage that they serve, in the order in which they became idle.
@@ -206,7 +209,7 @@ class Policy:
             self._enqueue(item)
         for queue in self._queues[stage].values():
             while queue:
-                item = queue.pop(queue.oldest().group)
+                item = self._take(stage, queue, queue.oldest().group)
                 self._items[item].path, self._items[item].position = (Stage.SAVE_LATENTS,), 0
                 self._enqueue(item)
                 diverted.append(item)
@@ -227,10 +230,10 @@ class Policy:
             return self._dispatch_alone(self._items[self.alone])
         if self._elsewhere and (dispatch := self._dispatch_elsewhere()) is not None:
             return dispatch
-        for stage in reversed(_STAGES):
+        for stage in _STAGES_FROM_LAST:
             if self._idle[stage] and (queues := self._ready_queues(stage)):
                 return self._assign(self._best_idle(stage, queues), stage, queues)
-        for stage in reversed(DIFFUSION_STAGES):
+        for stage in _DIFFUSION_FROM_LAST:
             if (queues := self._ready_queues(stage)) and (replica := self._replica_to_move(stage)) is not None:
                 self._move(replica, stage)
                 return self._assign(replica, stage, queues, moved=True)
@@ -242,10 +245,10 @@ class Policy:
         if state.replica is None and self._begins(stage):
             queue, weights = self._queues[stage][state.next_stage], state.weights.get(stage)
             if self._idle[stage]:
-                return self._run(next(iter(self._idle[stage])), stage, queue, weights)
+                return self._run(next(iter(self._idle[stage])), stage, self._take(stage, queue, weights), weights)
             if stage in DIFFUSION_STAGES and (replica := self._replica_to_move(stage)) is not None:
                 self._move(replica, stage)
-                return self._run(replica, stage, queue, weights, moved=True)
+                return self._run(replica, stage, self._take(stage, queue, weights), weights, moved=True)
         return None
 
     def _dispatch_elsewhere(self) -> Dispatch | None:
@@ -259,11 +262,10 @@ class Policy:
             for name in [*self._idle[stage], *self.assignments] if may_run else ():
                 replica = self._replicas[name]
                 if replica.node != node and stage in replica.roles and not replica.items and not replica.retired:
-                    (queue := FairQueue()).push(item, state.order, state.weights.get(stage))
                     del self._elsewhere[item]
                     if moved := stage not in replica.serves():
                         self._move(name, stage)
-                    return self._run(name, stage, queue, state.weights.get(stage), moved)
+                    return self._run(name, stage, item, state.weights.get(stage), moved)
         return None
 
     def _served_elsewhere(self, stage: Stage, node: str) -> bool:
@@ -296,7 +298,7 @@ class Policy:
 
     def queued(self, stage: Stage) -> int:
         """Items that wait for `stage`."""
-        return sum(len(queue) for queue in self._queues[stage].values())
+        return self._queued[stage]
 
     def measured_seconds(self, stage: Stage) -> float | None:
         """The running mean of the seconds of a stage's calls, without merging; None before one has succeeded."""
@@ -337,8 +339,9 @@ class Policy:
 
     def _ready_queues(self, stage: Stage) -> list[FairQueue]:
         """The queues before `stage` of which an item may run now."""
-        waiting = self._queues[stage].items() if self._begins(stage) else ()
-        queues = [queue for after, queue in waiting if queue and self._has_space(after)]
+        if not self._queued[stage] or not self._begins(stage):
+            return []
+        queues = [queue for after, queue in self._queues[stage].items() if queue and self._has_space(after)]
         return queues if queues and self._memory_allows(stage) else []
 
     def _begins(self, stage: Stage) -> bool:
@@ -349,7 +352,7 @@ class Policy:
         """Whether the queue before `stage` may take one more item."""
         if stage is None or stage == Stage.SAVE_LATENTS:
             return True
-        return self.queued(stage) < self.queue_depth * max(1, self._servers[stage])
+        return self._queued[stage] < self.queue_depth * max(1, self._servers[stage])
 
     def _memory_allows(self, stage: Stage) -> bool:
         if self.max_bytes == math.inf or TRAITS[stage].runs_while_draining:
@@ -419,13 +422,12 @@ class Policy:
         self._count_server(replica, 1)
 
     def _assign(self, name: str, stage: Stage, queues: list[FairQueue], moved: bool = False) -> Dispatch:
-        chosen = self._replicas[name].choose(stage, queues, self._merged, self.max_passed_over)
-        return self._run(name, stage, *chosen, moved)
+        queue, weights = self._replicas[name].choose(stage, queues, self._merged, self.max_passed_over)
+        return self._run(name, stage, self._take(stage, queue, weights), weights, moved)
 
-    def _run(self, name: str, stage: Stage, queue: FairQueue, weights: Hashable, moved: bool = False) -> Dispatch:
-        """Have a replica take the oldest item with these weights."""
-        replica, item = self._replicas[name], queue.pop(weights)
-        state = self._items[item]
+    def _run(self, name: str, stage: Stage, item: str, weights: Hashable, moved: bool = False) -> Dispatch:
+        """Have a replica take an item that needs these weights."""
+        replica, state = self._replicas[name], self._items[item]
         replica.items[item] = None
         if not replica.takes_more:
             self._mark_busy(name)
@@ -449,6 +451,12 @@ class Policy:
         self._elsewhere.pop(item, None)
         queue = self._queues[state.stage].setdefault(state.next_stage, FairQueue())
         queue.push(item, state.order, state.weights.get(state.stage))
+        self._queued[state.stage] += 1
+
+    def _take(self, stage: Stage, queue: FairQueue, weights: Hashable) -> str:
+        """The oldest item with these weights leaves its queue before `stage`."""
+        self._queued[stage] -= 1
+        return queue.pop(weights)
 
     def _mark_idle(self, name: str) -> None:
         for stage in self._replicas[name].serves():

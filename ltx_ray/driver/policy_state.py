@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 from ltx_ray.driver.queue import FairQueue
 from ltx_ray.stages import DIFFUSION_STAGES, TRAITS, Stage
@@ -90,7 +91,7 @@ class Replica:
 
     def serves(self) -> tuple[Stage, ...]:
         """The stages that it serves now."""
-        return tuple(role for role in self.roles if role == self.assigned or role not in DIFFUSION_STAGES)
+        return _served_now(self.roles, self.assigned)
 
     def merge(self, stage: Stage, weights: Hashable, merged: Counter[tuple[Stage, Hashable]]) -> bool:
         """It has these weights merged from now on. Whether it had others. `merged`: how many replicas have which."""
@@ -123,6 +124,8 @@ class Replica:
 
         No item is passed over more than `max_passed_over` times.
         """
+        if len(queues) == 1 and (group := queues[0].only_group):
+            return queues[0], group[0]  # Nearly all runs have one set of weights, so that there is nothing to choose.
         same_stage = self.merged_stage == stage
 
         def preference(weights: Hashable) -> int:
@@ -137,6 +140,11 @@ class Replica:
             queue = min(queues, key=lambda queue: queue.best(preference)[:2])
             weights = queue.best(preference).group
         return queue, weights
+
+
+@cache
+def _served_now(roles: tuple[Stage, ...], assigned: Stage | None) -> tuple[Stage, ...]:
+    return tuple(role for role in roles if role == assigned or role not in DIFFUSION_STAGES)
 
 
 def spare_replicas(replicas: Mapping[str, Replica], items: Iterable[Item]) -> list[str]:

@@ -38,6 +38,11 @@ class FairQueue:
         """Whether an item of this group waits."""
         return group in self._heaps
 
+    @property
+    def only_group(self) -> tuple[Hashable, ...]:
+        """The group of all items that wait, if they have one, alone in a tuple."""
+        return tuple(self._heaps) if len(self._heaps) == 1 else ()
+
     def push(self, item: str, order: int, group: Hashable) -> None:
         """`order` is the item's place: an item that comes back to the queue goes before younger ones."""
         # The items before a new one are served before it without passing it over. One that comes back may have none.

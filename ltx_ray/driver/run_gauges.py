@@ -59,6 +59,7 @@ class RunGauges:
         for state, rows in row_states(tracker).items():
             metrics.set("ltx_ray_rows", rows, state)
         metrics.reach("ltx_ray_clips", tracker.rate.clips)
+        metrics.tell_calls()
         self._tell_replicas()
         for stage in Stage:
             metrics.set("ltx_ray_queue", self._policy.queued(stage), stage)

@@ -94,6 +94,8 @@ class RunMetrics:
         self._made: dict[str, _Recorder] = {}
         #: A recorder with its tags, by name and the values of labels.
         self._known: dict[tuple[str, tuple[str, ...]], tuple[_Recorder, dict[str, str]]] = {}
+        #: Calls, their seconds and their GPU seconds since `tell_calls`, by stage and success.
+        self._calls: dict[tuple[Stage, bool], tuple[int, float, float]] = {}
         #: What counters have reached, by name and labels.
         self._totals: Counter[tuple[str, tuple[str, ...]]] = Counter()
 
@@ -123,11 +125,18 @@ class RunMetrics:
         recorder.set(value, tags)
 
     def call(self, stage: Stage, ok: bool, seconds: float, gpus: float) -> None:
-        """A call has come back, whose replica holds so many GPUs."""
-        told = "true" if ok else "false"
-        self.add("ltx_ray_stage_calls", 1, stage, told)
-        self.add("ltx_ray_stage_seconds", seconds, stage, told)
-        self.add("ltx_ray_gpu_busy_seconds", seconds * gpus, stage)
+        """A call has come back, whose replica holds so many GPUs. Counters grow with `tell_calls`."""
+        calls, total, gpu_seconds = self._calls.get((stage, ok), (0, 0.0, 0.0))
+        self._calls[stage, ok] = calls + 1, total + seconds, gpu_seconds + seconds * gpus
         if ok:
             recorder, tags = self._of("ltx_ray_call_seconds", (stage,))
             recorder.observe(seconds, tags)
+
+    def tell_calls(self) -> None:
+        """Have the counters of calls grow by those since the last time."""
+        told, self._calls = self._calls, {}
+        for (stage, ok), (calls, seconds, gpu_seconds) in told.items():
+            succeeded = "true" if ok else "false"
+            self.add("ltx_ray_stage_calls", calls, stage, succeeded)
+            self.add("ltx_ray_stage_seconds", seconds, stage, succeeded)
+            self.add("ltx_ray_gpu_busy_seconds", gpu_seconds, stage)

@@ -51,7 +51,7 @@ class Rendered:
     @property
     def measures(self) -> dict[str, Any]:
         """What was measured of the clip, by columns."""
-        return {**plain(self.clip.picture), **plain(self.clip.sound)}
+        return {**vars(self.clip.picture), **vars(self.clip.sound)}
 
 
 @dataclass(frozen=True)

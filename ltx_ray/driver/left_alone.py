@@ -99,8 +99,10 @@ class LeftAlone:
 
     def retry(self, now: float, is_stuck: bool) -> None:
         """Try again what is due, or what is due first when the run `is_stuck` without it."""
+        if not self._parking.left and not self._exclusions.left:
+            return
         cards, nodes = self._parking.due(now), self._exclusions.due(now)
-        if not cards and not nodes and (self._parking.left or self.nodes) and is_stuck:
+        if not cards and not nodes and is_stuck:
             if (card := self._parking.earliest()) is not None:
                 cards = [card]
             elif (node := self._exclusions.earliest()) is not None:

@@ -335,11 +335,11 @@ class Driver:
         if report.error is not None:
             self._call_failed(event, pool, tracked, stage)
             return
-        pool.call_succeeded()
-        self._staff.left_alone.call_succeeded(self._staff.ranks_of(event.replica), pool.spec.name)
-        self._opinions.succeeded(item_id, stage, tracked.name, self._clock())
+        self._staff.call_succeeded(event.replica)
+        self._opinions.succeeded(tracked, stage, self._clock())
         tracked.take_result(stage, report, event.payload)
-        self._negatives.take(tracked, report, self._staff.node_of(event.replica))
+        if report.facts.negative is not None:
+            self._negatives.take(tracked, report.facts.negative, self._staff.node_of(event.replica))
         if report.facts.unchecked:
             self.tracker.say_unchecked(tracked)
         # The preflight clip takes other times than the clips of rows.

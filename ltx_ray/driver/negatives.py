@@ -14,8 +14,8 @@ from typing import Any
 
 from ltx_ray.driver.tracker import TrackedItem
 from ltx_ray.pools.protocol import ReplicaSet
-from ltx_ray.records import CallReport, Negative, WorkItem
-from ltx_ray.sampling.passes import Pass, passes_for
+from ltx_ray.records import Negative, WorkItem
+from ltx_ray.sampling.passes import needs_negative
 from ltx_ray.stages import Stage
 
 #: Contexts that are kept, and prompts that are remembered; the oldest go first.
@@ -50,16 +50,15 @@ class NegativeContexts:
 
     def call(self, tracked: TrackedItem, stage: Stage) -> tuple[WorkItem, list[Any]]:
         """The item and the inputs with which a call of `stage` is to be made."""
-        inputs = tracked.inputs(stage)
+        item, inputs = tracked.item, tracked.inputs(stage)
         if stage == Stage.STAGE1 and tracked.negative is not None:
-            return tracked.item, [*inputs, tracked.negative]
-        if stage != Stage.TEXT or Pass.UNCOND not in passes_for(tracked.item.request.guidance):
-            return tracked.item, inputs
-        prompt = tracked.item.request.negative_prompt
+            return item, [*inputs, tracked.negative]
+        if stage != Stage.TEXT or not needs_negative(item.request):
+            return item, inputs
+        prompt = item.request.negative_prompt
         tracked.negative = self._kept(prompt)
-        if tracked.negative is not None:
-            return replace(tracked.item, negative=Negative.LEFT_OUT), inputs
-        return replace(tracked.item, negative=self._meet(prompt)), inputs
+        negative = self._meet(prompt) if tracked.negative is None else Negative.LEFT_OUT
+        return (item if negative == item.negative else replace(item, negative=negative)), inputs
 
     def _kept(self, prompt: str) -> Any:
         """The handle of a prompt's context; None when there is none to be used."""
@@ -84,10 +83,8 @@ class NegativeContexts:
             self._met.popitem(last=False)
         return Negative.SEPARATE if 1 < times <= 1 + _MOST_ASKED else Negative.WITHIN
 
-    def take(self, tracked: TrackedItem, report: CallReport, node: str) -> None:
-        """A call has succeeded on `node`. Keep the context that text has returned apart."""
-        if (packed := report.facts.negative) is None:
-            return
+    def take(self, tracked: TrackedItem, packed: bytes, node: str) -> None:
+        """A call of text on `node` has returned the context apart. Keep it."""
         prompt = tracked.item.request.negative_prompt
         if prompt not in self._contexts:
             self._contexts[prompt] = _Kept(self._replicas.share(packed), node, self._calls)

@@ -50,6 +50,8 @@ class Outcomes:
         seen = len(self._last)
         if seen < (_LEAST if self._given else _DEFAULT_LEAST):
             return None
+        if (seen - self._counts["rendered"]) / seen <= self._limit:
+            return None  # Nor are those of one kind. This is asked at every turn, and few rows fail.
         for kind, words in _KINDS.items():
             part = self._counts[kind] / seen
             if part > self._limit:

@@ -49,6 +49,10 @@ class OwnCards:
         self._last: _Taken | None = None
         self._has_failed = False
 
+    def is_due(self, now: float) -> bool:
+        """Whether `look` would do more than say that it is too early, or too late."""
+        return now - self._looked >= _PERIOD and not self._has_failed
+
     def look(
         self,
         pools: Sequence[Pool],
@@ -63,7 +67,7 @@ class OwnCards:
         long. `leaving`: whether replicas leave after their calls, and have their cards until then. What finds no place
         on its new card, because CPUs are lacking, gives it back, and no other card is moved.
         """
-        if now - self._looked < _PERIOD or self._has_failed:
+        if not self.is_due(now):
             return None
         self._looked = now
         if self._last is not None and self._last.taker.ready >= (self._last.taker.spec.most or 0):

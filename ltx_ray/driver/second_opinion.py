@@ -38,12 +38,12 @@ class SecondOpinions:
         self._staff.say(f"{tracked.name}: {stage} on {node_name(ranks)}: {message}; trying once on another node")
         return True
 
-    def succeeded(self, item: str, stage: Stage, name: str, now: float) -> None:
+    def succeeded(self, tracked: TrackedItem, stage: Stage, now: float) -> None:
         """A call of `stage` has succeeded. When another node had failed at it, that one is excluded."""
-        asked = self._asked.get(item) if self._asked else None
+        asked = self._asked.get(tracked.item.item_id) if self._asked else None
         if asked is None or asked[0] != stage:
             return
-        del self._asked[item]
+        del self._asked[tracked.item.item_id]
         _, ranks = asked
         if self._staff.left_alone.has_others(ranks):
-            self._staff.exclude(ranks, f"{stage} of {name} was not finite there, and is on another node", now)
+            self._staff.exclude(ranks, f"{stage} of {tracked.name} was not finite there, and is on another node", now)

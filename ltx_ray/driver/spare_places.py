@@ -20,7 +20,7 @@ _PERIOD = 60.0
 
 def served(pools: Sequence[Pool]) -> set[Stage]:
     """The roles that a replica which is ready may serve."""
-    return {role for pool in pools if pool.ready for role in pool.spec.roles}
+    return {role for pool in pools if pool.has_ready for role in pool.spec.roles}
 
 
 def stuck_pools(pools: Sequence[Pool], placing: Mapping[str, float]) -> list[Pool]:

@@ -118,6 +118,8 @@ class Staffing:
         )
 
     def _all_served(self) -> bool:
+        if all(pool.has_ready for pool in self.pools):
+            return True
         roles = served(self.pools)
         return all(roles.issuperset(pool.spec.roles) for pool in self.pools)
 
@@ -157,6 +159,8 @@ class Staffing:
 
     def _move_cards(self, now: float) -> None:
         """Give a pool that has cards of its own another one of the DiT, when too few clips are made without."""
+        if not self._own_cards.is_due(now):
+            return
         moved = self._own_cards.look(self.pools, self._sizer.needs, self._replicas.placing(), bool(self._retired), now)
         if moved is None:
             return
@@ -202,8 +206,9 @@ class Staffing:
                     self.give_back(name, _DRAINS)
                 continue
             self._retire(name, _DRAINS)
-        for name, why in [(name, why) for name, why in self._retired.items() if not self._policy.items_of(name)]:
-            self.give_back(name, why)
+        for name, why in list(self._retired.items()):
+            if not self._policy.items_of(name):
+                self.give_back(name, why)
 
     def _retire(self, name: str, why: str) -> None:
         """Have a replica that is ready leave after its calls."""
@@ -293,6 +298,12 @@ class Staffing:
         self._ranks[event.replica] = event.ranks
         self.left_alone.started(event.ranks, pool.spec.name)
         return pool
+
+    def call_succeeded(self, replica: str) -> None:
+        """A call has succeeded on a replica."""
+        pool = self.pool_of(replica)
+        pool.call_succeeded()
+        self.left_alone.call_succeeded(self.ranks_of(replica), pool.spec.name)
 
     def lost(self, event: ReplicaLost, now: float) -> None:
         """A replica has been killed. Raises StartFailed when starts keep failing everywhere."""

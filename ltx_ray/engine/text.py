@@ -34,7 +34,7 @@ from ltx_ray.records import (
     RowError,
     WorkItem,
 )
-from ltx_ray.sampling.passes import Pass, passes_for
+from ltx_ray.sampling.passes import needs_negative
 from ltx_ray.shapes import ClipShape
 from ltx_ray.stages import Stage
 from ltx_ray.storage.images import read_image
@@ -100,7 +100,7 @@ class TextEngine:
         """
         request = item.request
         images = self._images(item)  # First, so that an image that cannot be used costs no pass of Gemma.
-        negative = self.encode(request.negative_prompt) if Pass.UNCOND in passes_for(request.guidance) else None
+        negative = self.encode(request.negative_prompt) if needs_negative(request) else None
         positive = self.encode(request.prompt)
         _check_finite(request.prompt, positive)
         if negative is not None:

@@ -35,6 +35,8 @@ class ImageLookAhead:
     @property
     def ready(self) -> bool:
         """Whether the images of the next row have been read, so that taking the row does not wait."""
+        if not self._next:
+            return True
         return all(future.done() for use in self._next if (future := self._reading.get(use)) is not None)
 
     def digest(self, path: str, crf: int) -> str:

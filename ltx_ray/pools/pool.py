@@ -44,6 +44,11 @@ class Pool:
         return sum(self.replicas.values())
 
     @property
+    def has_ready(self) -> bool:
+        """Whether any replica is ready. It is asked at every turn, and need not count them."""
+        return True in self.replicas.values()
+
+    @property
     def gpus_of_replica(self) -> float:
         """GPUs that each replica has."""
         return self.spec.gpus_per_rank * self.spec.ranks

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable
 from enum import StrEnum
 
-from ltx_ray.records import Guidance
+from ltx_ray.records import Guidance, RenderRequest
 
 
 class Pass(StrEnum):
@@ -24,7 +24,16 @@ class Pass(StrEnum):
 
 def needs_uncond(g: Guidance) -> bool:
     """Whether a stream needs the pass on the negative prompt (CFG, arXiv:2207.12598)."""
-    return not math.isclose(g.cfg_scale, 1.0)
+    return _guides(g.cfg_scale)
+
+
+def needs_negative(request: RenderRequest) -> bool:
+    """Whether any pass of a request takes the negative prompt: the same without making the guidance of each stream."""
+    return _guides(request.video_cfg_scale) or _guides(request.audio_cfg_scale)
+
+
+def _guides(cfg_scale: float) -> bool:
+    return not math.isclose(cfg_scale, 1.0)
 
 
 def needs_perturbed(g: Guidance) -> bool:

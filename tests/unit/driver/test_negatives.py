@@ -32,8 +32,8 @@ class Calls:
         item, inputs = self.contexts.call(tracked, Stage.TEXT)
         assert inputs == []
         if ends:
-            packed = item.request.negative_prompt.encode() if item.negative == "separate" else None
-            self.contexts.take(tracked, SimpleNamespace(facts=SimpleNamespace(negative=packed)), "n0")
+            if item.negative == "separate":
+                self.contexts.take(tracked, item.request.negative_prompt.encode(), "n0")
             tracked.payloads[Stage.TEXT] = "conditions"
         return item.negative
 

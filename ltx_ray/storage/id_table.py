@@ -32,7 +32,10 @@ class IdTable:
     def __init__(self, width: int, head: int = 8, cap: int | None = 1 << 20):
         assert head in (4, 8) and width >= head
         self._cap = cap
-        self._newest: dict[bytes, tuple[bytes, ...]] = {}
+        #: What follows each head, and what does in further records with the same head, which are few. A tuple for each
+        #: head would take longer to make, and the garbage collector would look at it.
+        self._newest: dict[bytes, bytes] = {}
+        self._others: dict[bytes, list[bytes]] = {}
         self._waiting = 0
         self._runs: list[dict[str, np.ndarray]] = []
         self._has_rest = width > head
@@ -46,8 +49,10 @@ class IdTable:
         return self._waiting + sum(len(run["head"]) for run in self._runs)
 
     def put(self, head: bytes, rest: bytes = b"") -> None:
-        older = self._newest.get(head)
-        self._newest[head] = (rest,) if older is None else (*older, rest)
+        if head in self._newest:
+            self._others.setdefault(head, []).append(rest)
+        else:
+            self._newest[head] = rest
         self._waiting += 1
 
     def rests(self, head: bytes, settled: bool = True) -> Sequence[bytes]:
@@ -55,7 +60,8 @@ class IdTable:
 
         With `settled` False, the caller knows that no run has it, and no run is searched.
         """
-        newest = self._newest.get(head, ())
+        first = self._newest.get(head)
+        newest = () if first is None else (first, *self._others.get(head, ()))
         return [*newest, *self._settled_rests(head)] if settled else newest
 
     def recent(self, head: bytes) -> bool:
@@ -89,9 +95,10 @@ class IdTable:
     def settle(self, least: int = _NEWEST) -> None:
         """Make a run of the newest records when there are at least `least` of them."""
         if self._waiting >= max(least, 1):
-            data = b"".join(head + rest for head, rests in self._newest.items() for rest in rests)
-            self._newest, self._waiting = {}, 0
-            self.extend(data)
+            first = [head + rest for head, rest in self._newest.items()]
+            others = [head + rest for head, rests in self._others.items() for rest in rests]
+            self._newest, self._others, self._waiting = {}, {}, 0
+            self.extend(b"".join(first + others))
 
     def load(self, pieces: Iterable[bytes]) -> None:
         """Add a great many records, while nobody looks any up: each piece is a concatenation of some.

@@ -318,13 +318,14 @@ class Plan:
                 for row in self._selected(rows):
                     selected = True
                     decided = self._decided(row, found) if isinstance(row, PlannedRow) else row
-                    if isinstance(decided, IllegalRow) and self._is_removed(decided):
+                    if isinstance(decided, PlannedRow):
+                        if decided.status == TODO:
+                            self._count_clip(decided, found)
+                    elif self._is_removed(decided):
                         self.counts[REMOVED] += 1
                         continue
                     self.counts["rows"] += 1
                     self.counts[decided.status] += 1
-                    if isinstance(decided, PlannedRow) and decided.status == TODO:
-                        self._count_clip(decided, found)
                     yield decided
                 taken += selected
                 if self.selection.limit is not None and taken >= self.selection.limit:

@@ -108,7 +108,9 @@ class TemplateCache:
 
 def _getter(names: tuple[str, ...]) -> Callable[[Any], tuple]:
     """A getter of a tuple of these items. `itemgetter` gives a tuple for two names or more only."""
-    return itemgetter(*names) if len(names) > 1 else lambda values: tuple(values[name] for name in names)
+    if len(names) > 1:
+        return itemgetter(*names)
+    return (lambda values: (values[names[0]],)) if names else lambda values: ()
 
 
 def sample_id(given_id: str, number: int) -> str:

@@ -163,11 +163,13 @@ class Driver:
     def _ended(self) -> bool:
         if self.tracker.exhausted and not self.policy.in_flight and not self.tracker.publisher.pending:
             return True
+        if not self.policy.draining:
+            return False
         if self.policy.drained() or self._clock() > self._drain_until:
             return True
         # Once the decode pool is gone, no item that waits for it can end.
         decoding = any(pool.replicas for pool in self.pools if Stage.DECODE in pool.spec.roles)
-        return self.policy.draining and bool(self.pools) and not decoding and not self.policy.running
+        return bool(self.pools) and not decoding and not self.policy.running
 
     @property
     def _replicas(self) -> ReplicaSet:

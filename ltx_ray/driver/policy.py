@@ -17,7 +17,7 @@ share of the work. The queues between the stages fill and empty slowly, so assig
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -53,7 +53,9 @@ class Policy:
     _items: dict[str, Item] = field(default_factory=dict)
     _replicas: dict[str, Replica] = field(default_factory=dict)
     #: Items that wait for a stage, by the stage after it.
-    _queues: dict[Stage, dict[Stage | None, FairQueue]] = field(default_factory=lambda: {stage: {} for stage in Stage})
+    _queues: dict[Stage, defaultdict[Stage | None, FairQueue]] = field(
+        default_factory=lambda: {stage: defaultdict(FairQueue) for stage in Stage}
+    )
     #: How many items wait in the queues of each stage.
     _queued: dict[Stage, int] = field(default_factory=lambda: dict.fromkeys(Stage, 0))
     #: Items that wait for a replica on another node than this, instead of in a queue.
@@ -431,9 +433,7 @@ class Policy:
         replica.items[item] = None
         if not replica.takes_more:
             self._mark_busy(name)
-        switched = False
-        if TRAITS[stage].merges_weights:
-            switched = replica.merge(stage, weights, self._merged)
+        switched = TRAITS[stage].merges_weights and replica.merge(stage, weights, self._merged)
         state.replica = name
         self._calls[stage, state.next_stage] += 1
         return Dispatch(item, stage, name, switched, moved)
@@ -448,10 +448,10 @@ class Policy:
 
     def _enqueue(self, item: str) -> None:
         state = self._items[item]
+        stage = state.stage
         self._elsewhere.pop(item, None)
-        queue = self._queues[state.stage].setdefault(state.next_stage, FairQueue())
-        queue.push(item, state.order, state.weights.get(state.stage))
-        self._queued[state.stage] += 1
+        self._queues[stage][state.next_stage].push(item, state.order, state.weights.get(stage))
+        self._queued[stage] += 1
 
     def _take(self, stage: Stage, queue: FairQueue, weights: Hashable) -> str:
         """The oldest item with these weights leaves its queue before `stage`."""

@@ -80,8 +80,11 @@ class Driver:
         self._join_cluster, self._on_drain, self._use_stored = join_cluster, on_drain, use_stored
         self._should_stop, self._check_noise, self._clock = should_stop, check_noise, clock
         self._cluster: JoinedCluster | None = None
-        self._staffing: Staffing | None = None
+        # These are there once the cluster is joined.
+        self._replicas: ReplicaSet
+        self._staff: Staffing
         self._opinions: SecondOpinions
+        self._negatives: NegativeContexts
         self._admission: Admission
         self._gauges: RunGauges | None = None
         self._preflight_admitted = self._preflight_running = False
@@ -171,16 +174,6 @@ class Driver:
         decoding = any(pool.replicas for pool in self.pools if Stage.DECODE in pool.spec.roles)
         return bool(self.pools) and not decoding and not self.policy.running
 
-    @property
-    def _replicas(self) -> ReplicaSet:
-        assert self._cluster is not None
-        return self._cluster.replicas
-
-    @property
-    def _staff(self) -> Staffing:
-        assert self._staffing is not None
-        return self._staffing
-
     def waited(self) -> dict[str, dict[str, float]]:
         """Shares of the time of each stage's replicas in this run, by what they waited for."""
         return {} if self._gauges is None else self._gauges.waits.whole_run()
@@ -224,14 +217,15 @@ class Driver:
             cluster = self._cluster = self._join_cluster()
             self.pools = [Pool(spec, max_failures=self.limits.max_attempts + 1) for spec in cluster.pools]
             self._follow_memory()
+            self._replicas = cluster.replicas
             growth = Growth(self.pools, cluster.new_nodes, cluster.max_gpus)
-            self._staffing = Staffing(
+            self._staff = Staffing(
                 self.pools, cluster.replicas, self.policy, self.limits, self.events, self.progress, growth
             )
-            self._opinions = SecondOpinions(self.policy, self._staffing)
-            self._negatives = NegativeContexts(cluster.replicas, self._staffing.left_alone.wrong_nodes)
-            self._admission = Admission(self._staffing, cluster.claims, cluster.answers, cluster.on_versions)
-            waits = WaitReport(self._staffing.waits, self.events, self.tracker.metrics)
+            self._opinions = SecondOpinions(self.policy, self._staff)
+            self._negatives = NegativeContexts(cluster.replicas, self._staff.left_alone.wrong_nodes)
+            self._admission = Admission(self._staff, cluster.claims, cluster.answers, cluster.on_versions)
+            waits = WaitReport(self._staff.waits, self.events, self.tracker.metrics)
             self._gauges = RunGauges(
                 self.tracker, self.policy, self.pools, cluster.replicas, waits, lease_age=cluster.lease_age,
                 gpu_seconds=self.gpu_seconds, max_gpu_hours=self.limits.max_gpu_hours, seconds_left=self._seconds_left,

@@ -233,10 +233,11 @@ class Policy:
         if self._elsewhere and (dispatch := self._dispatch_elsewhere()) is not None:
             return dispatch
         for stage in _STAGES_FROM_LAST:
-            if self._idle[stage] and (queues := self._ready_queues(stage)):
+            if self._queued[stage] and self._idle[stage] and (queues := self._ready_queues(stage)):
                 return self._assign(self._best_idle(stage, queues), stage, queues)
         for stage in _DIFFUSION_FROM_LAST:
-            if (queues := self._ready_queues(stage)) and (replica := self._replica_to_move(stage)) is not None:
+            replica = self._replica_to_move(stage) if self._queued[stage] else None
+            if replica is not None and (queues := self._ready_queues(stage)):
                 self._move(replica, stage)
                 return self._assign(replica, stage, queues, moved=True)
         return None
@@ -341,9 +342,8 @@ class Policy:
 
     def _ready_queues(self, stage: Stage) -> list[FairQueue]:
         """The queues before `stage` of which an item may run now."""
-        if not self._queued[stage] or not self._begins(stage):
-            return []
-        queues = [queue for after, queue in self._queues[stage].items() if queue and self._has_space(after)]
+        waiting = self._queues[stage].items() if self._begins(stage) else ()
+        queues = [queue for after, queue in waiting if queue and self._has_space(after)]
         return queues if queues and self._memory_allows(stage) else []
 
     def _begins(self, stage: Stage) -> bool:

@@ -132,6 +132,7 @@ class Driver:
         finally:
             if not ended:
                 publisher.close(finish=False)
+            self.tracker.metrics.tell_calls()
             if self._cluster is not None:
                 self._cluster.replicas.close()
         left = bool(self.policy.in_flight) or not self.tracker.exhausted or bool(self._saved)

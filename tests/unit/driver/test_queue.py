@@ -37,7 +37,9 @@ def test_it_serves_as_a_sorted_list_would(steps):
             for order in waiting:
                 passed[order] += order < expected
         assert len(queue) == len(waiting) and bool(queue) == bool(waiting)
-        assert {group for group in GROUPS if queue.has(group)} == set(waiting.values())
+        groups = set(waiting.values())
+        assert {group for group in GROUPS if queue.has(group)} == groups
+        assert queue.only_group == (tuple(groups) if len(groups) == 1 else ())
         if waiting:
             oldest = min(waiting)
             assert queue.oldest()[:2] == (oldest, waiting[oldest])

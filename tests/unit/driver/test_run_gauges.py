@@ -8,10 +8,10 @@ import pytest
 
 from ltx_ray.driver.run_gauges import replica_states, row_states, tflop_left
 from ltx_ray.driver.run_metrics import METRICS
-from ltx_ray.pools.pool import Pool
+from ltx_ray.pools.pool import Pool, StartFailed
 from ltx_ray.storage.requests import REQUESTS
 from tests.support.metrics_of_runs import RecordedMetrics
-from tests.support.schedules import SECONDS
+from tests.support.schedules import SECONDS, WatchedReplicas
 from tests.support.simulated_runs import pools, rows, run
 
 
@@ -51,6 +51,20 @@ def test_every_metric_has_its_labels_and_is_told(tmp_path):
     missing = METRICS.keys() - found
     assert missing <= {"ltx_ray_waited_seconds", "ltx_ray_gpu_busy_seconds", "ltx_ray_gpu_reserved_seconds",
                        "ltx_ray_store_requests", "ltx_ray_seconds_left"}  # fmt: skip
+
+
+def test_calls_are_told_however_the_run_ends(tmp_path):
+    class Fails(WatchedReplicas):
+        def wait(self, timeout):
+            if self.now > 100:
+                raise StartFailed("no replica starts any more")
+            return super().wait(timeout)
+
+    driver, _ = run(tmp_path, rows(9), Fails)
+    with pytest.raises(StartFailed):
+        driver.run(driver.tracker.plan.open())
+    values = told(driver)
+    assert values["ltx_ray_stage_calls", "stage1", "true"] == values["ltx_ray_call_seconds", "stage1"] > 0
 
 
 def test_requests_to_stores_are_told_once(tmp_path):

@@ -69,6 +69,8 @@ def _text(value: Any) -> str:
 
 
 def _integer(value: Any) -> int:
+    if type(value) is int:
+        return value  # Nearly all are, and every row of a plan has some.
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise Mistyped
     if isinstance(value, float):
@@ -124,10 +126,11 @@ def _images(value: Any) -> tuple[ImageCondition, ...]:
 
 
 def _encodable(value: str) -> bool:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return False
     return "\x00" not in value
 
 

@@ -303,7 +303,7 @@ class Plan:
 
     def rows(self, raws: Iterator[RawRow]) -> Iterator[PlanEntry]:
         """The selected ones of `raws` with their samples, judged, counted and with a status."""
-        taken = 0
+        taken, all_ids = 0, self.selection.ids is None
         for chunk in _chunks(itertools.islice(raws, *self._shard())):
             drafts = [self._drafted(raw) for raw in chunk]
             looked_up = self._look_up([row for rows in drafts if rows for row in rows])
@@ -315,7 +315,7 @@ class Plan:
             for draft in ready:
                 rows, found = (self._samples(draft), None) if isinstance(draft, _Judged) else (draft, looked_up)
                 selected = False
-                for row in self._selected(rows):
+                for row in rows if all_ids else self._selected(rows):
                     selected = True
                     decided = self._decided(row, found) if isinstance(row, PlannedRow) else row
                     if isinstance(decided, PlannedRow):
@@ -384,10 +384,11 @@ class Plan:
         return raw.samples if raw.from_failed else self.samples
 
     def _selected(self, rows: Sequence[PlanEntry]) -> Sequence[PlanEntry]:
+        """Those samples of a row that the ids select."""
         ids = self.selection.ids
-        if ids is not None:
-            self.unmet.difference_update(row.id for row in rows)
-        if ids is None or rows[0].id in ids:
+        assert ids is not None
+        self.unmet.difference_update(row.id for row in rows)
+        if rows[0].id in ids:
             return rows
         return [row for row in rows if row.id in ids]
 

@@ -80,7 +80,7 @@ class Driver:
         self._join_cluster, self._on_drain, self._use_stored = join_cluster, on_drain, use_stored
         self._should_stop, self._check_noise, self._clock = should_stop, check_noise, clock
         self._cluster: JoinedCluster | None = None
-        # These are there once the cluster is joined.
+        # The next five are there once the cluster is joined.
         self._replicas: ReplicaSet
         self._staff: Staffing
         self._opinions: SecondOpinions
@@ -132,9 +132,9 @@ class Driver:
         finally:
             if not ended:
                 publisher.close(finish=False)
-            self.tracker.metrics.tell_calls()
             if self._cluster is not None:
                 self._cluster.replicas.close()
+            self.tracker.metrics.tell_calls()
         left = bool(self.policy.in_flight) or not self.tracker.exhausted or bool(self._saved)
         self.tracker.close(complete=self.tracker.exhausted and not left)
         if waited := self.waited():

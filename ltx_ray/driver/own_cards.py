@@ -50,7 +50,7 @@ class OwnCards:
         self._has_failed = False
 
     def is_due(self, now: float) -> bool:
-        """Whether `look` would do more than say that it is too early, or too late."""
+        """Whether it is time for a look."""
         return now - self._looked >= _PERIOD and not self._has_failed
 
     def look(

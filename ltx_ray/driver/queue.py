@@ -40,7 +40,7 @@ class FairQueue:
 
     @property
     def only_group(self) -> tuple[Hashable, ...]:
-        """The group of all items that wait, if they have one, alone in a tuple."""
+        """The group that all items share, in a tuple because it may be None. Empty when there are several, or none."""
         return tuple(self._heaps) if len(self._heaps) == 1 else ()
 
     def push(self, item: str, order: int, group: Hashable) -> None:

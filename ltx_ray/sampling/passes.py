@@ -28,7 +28,7 @@ def needs_uncond(g: Guidance) -> bool:
 
 
 def needs_negative(request: RenderRequest) -> bool:
-    """Whether any pass of a request takes the negative prompt: the same without making the guidance of each stream."""
+    """Whether a request's negative prompt is used. It is asked for every row, so no `Guidance` is made for it."""
     return _guides(request.video_cfg_scale) or _guides(request.audio_cfg_scale)
 
 

@@ -190,12 +190,17 @@ class Staffing:
             return
         self._progress.say(f"{moved.taker} gets a card of {moved.giver}, because {moved.why}")
         self._events.emit("card_moved", role=moved.giver, to=moved.taker, reason=moved.why)
+        why = f"{moved.taker} gets its card"
+        placing = self._replicas.placing()
         for pool in self.pools:
+            for name in [name for name in pool.replicas if name in placing]:
+                if pool.spec.most is None and len(pool.replicas) > pool.spec.replicas:
+                    self.give_back(name, why)
             if pool.spec.most is None and len(pool.replicas) > pool.spec.replicas:
                 ready = [name for name in pool.replicas if self._policy.has_replica(name)]
                 idle = [name for name in ready if not self._policy.items_of(name)]
                 for name in [*idle, *ready][:1]:
-                    self._retire(name, f"{moved.taker} gets its card")
+                    self._retire(name, why)
 
     def _trim(self, pool: Pool) -> None:
         """Give back what a pool has too many of. Those that have no place yet go first, and busy ones stay."""

@@ -208,15 +208,17 @@ def _with_os_errors(call: Callable[[], T]) -> T:
         if isinstance(error, errors.EntryNotFoundError):
             raise FileNotFoundError(_first_line(error)) from None
         if isinstance(error, errors.GatedRepoError):
-            why = "the repository is gated: accept its terms on the Hub, and set HF_TOKEN"
-        elif isinstance(error, errors.RepositoryNotFoundError):
-            why = "there is no such repository, or the token (HF_TOKEN) may not read it"
-        elif isinstance(error, errors.RevisionNotFoundError):
-            why = "the repository has no such revision"
-        else:
-            why = _first_line(error)
+            raise OSError(
+                f"the repository is gated: accept its terms on the Hub, and set HF_TOKEN (HTTP status {status})"
+            ) from None
+        if isinstance(error, errors.RepositoryNotFoundError):
+            raise OSError(
+                f"there is no such repository, or the token (HF_TOKEN) may not read it (HTTP status {status})"
+            ) from None
+        if isinstance(error, errors.RevisionNotFoundError):
+            raise OSError(f"the repository has no such revision (HTTP status {status})") from None
         kind = PermissionError if status in (401, 403) else OSError
-        raise kind(f"{why} (HTTP status {status})") from None
+        raise kind(f"{_first_line(error)} (HTTP status {status})") from None
     except httpx.HTTPError as error:
         raise OSError(_first_line(error)) from None
 

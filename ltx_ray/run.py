@@ -245,7 +245,7 @@ class Run:
             address=address, parallel=replace(options.parallel, with_stage2=options.stop_after is None),
             requested=options.numerics, checkpoint=prepared.checkpoint, model=options.model, engines=self._engines,
             share_cards=options.share_cards, wait_for_gpus=options.wait_for_gpus, gpu_model=options.gpu_model,
-            say=self.progress.say,
+            start_timeout=options.limits.start_timeout, say=self.progress.say,
         )  # fmt: skip
 
     def execute(self, raws: Iterator[RawRow]) -> ExitCode:

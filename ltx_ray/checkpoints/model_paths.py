@@ -25,6 +25,9 @@ _BLOCKS = 16
 #: Ranges that are asked for at once. A store gives 60 to 100 MB/s to each.
 RANGES_AT_ONCE = 32
 
+#: Commits of repositories of the Hub, by repository and revision: a branch may go on while its files are looked at.
+_commits: dict[tuple[str, str | None], str] = {}
+
 
 class RemoteFiles(Protocol):
     """Files below a URI. ObjectClient and HubFiles document the methods."""
@@ -40,8 +43,9 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
 
 def look_again() -> None:
     """Forget what was read of URIs: from now on they are looked at as they are."""
-    for cached in (_head, _below, _block):
+    for cached in (remote_files, _head, _below, _block):
         cached.cache_clear()
+    _commits.clear()
 
 
 def is_file(path: str) -> bool:
@@ -50,9 +54,12 @@ def is_file(path: str) -> bool:
 
 
 def is_folder(path: str | os.PathLike[str]) -> bool:
-    """Whether there is such a folder; in an object store, whether objects are below it. Raises ValueError as above."""
+    """Whether there is such a folder; in a store, whether files are below it. Raises ValueError as above."""
     path = os.fspath(path)
-    return bool(_below(path)) if is_remote(path) else os.path.isdir(path)
+    if not is_remote(path):
+        return os.path.isdir(path)
+    # Of what is a file, nothing is listed, which takes a right of its own.
+    return _head(path) is None and bool(_below(path))
 
 
 def names(folder: str) -> list[str]:
@@ -142,7 +149,7 @@ def remote_files(uri: str) -> RemoteFiles:
     from ltx_ray.storage.store import RETRY_SECONDS, Store
 
     if uri.startswith(SCHEME):
-        return HubFiles(uri, RetryPolicy(uri, RETRY_SECONDS))
+        return HubFiles(uri, RetryPolicy(uri, RETRY_SECONDS), _commits)
     return Store(uri).objects
 
 

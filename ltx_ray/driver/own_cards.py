@@ -2,8 +2,9 @@
 
 Where text and decode do not share cards with the DiT, a run begins with as many cards for them as their calls usually
 need. What they do need is measured (driver/pool_sizer.py). A pool that is as large as its cards allow, and still bounds
-the run, gets the card of a replica of the DiT, as long as the run makes more clips with it. It keeps the card: its
-replicas are spread over all that it has, so that none becomes free when it shrinks.
+the run, gets the card of a replica of the DiT, as long as the run makes more clips with it. So does one that has fewer
+replicas than that, because some find no place: a card that it began with is bad, or its node is lost. It keeps the
+card: its replicas are spread over all that it has, so that none becomes free when it shrinks.
 """
 
 from __future__ import annotations
@@ -34,11 +35,15 @@ class CardMove:
 
 @dataclass(frozen=True)
 class _Taken:
-    """A card that `giver` has given to `taker`, which has so many places there."""
+    """A card that `giver` has given to `taker`."""
 
     giver: Pool
     taker: Pool
-    places: int
+    #: By how much the most replicas of `taker` have grown, and its ready ones once the card is in use.
+    added: int
+    ready: int
+    #: Replicas without a place that other pools do not ask for meanwhile, so that none of them takes the card.
+    withheld: Sequence[tuple[Pool, int]]
 
 
 class OwnCards:
@@ -70,43 +75,57 @@ class OwnCards:
         if not self.is_due(now):
             return None
         self._looked = now
-        if self._last is not None and self._last.taker.ready >= (self._last.taker.spec.most or 0):
-            self._last = None  # The card is in use.
-        if (
-            self._last is not None
-            and not leaving
-            and any(placing.get(name, 0.0) >= _PERIOD for name in self._last.taker.replicas)
-        ):
-            return self._undo(self._last)
+        if (last := self._last) is not None:
+            if last.taker.ready >= last.ready:
+                self._end(last)  # The card is in use.
+            elif not leaving and _waits(last.taker, placing):
+                return self._undo(last)
         dit = [pool for pool in pools if set(pool.spec.roles) & set(DIFFUSION_STAGES)]
-        if not all(map(_gives_cards, dit)):
+        if self._last is not None or not all(map(_gives_cards, dit)):
             return None
         ranks = sum(pool.spec.replicas for pool in dit)
         giver = max(dit, key=lambda pool: pool.spec.replicas)
         for pool in pools:
-            spec, need = pool.spec, needs.get(pool.spec.name)
-            if need is None or spec.most is None or not 0 < spec.gpus_per_rank < 1 or pool.ready < spec.most:
+            spec, need, lacks_places = pool.spec, needs.get(pool.spec.name), _waits(pool, placing)
+            if need is None or spec.most is None or not 0 < spec.gpus_per_rank < 1:
+                continue
+            if pool.ready < spec.most and not lacks_places:
                 continue
             places = int(1 / spec.gpus_per_rank + 1e-6)
             # In clips of a replica of the DiT that never waits.
-            before = min(ranks, ranks * spec.most / need)
-            after = min(ranks - 1, ranks * (spec.most + places) / need)
+            before = min(ranks, ranks * pool.ready / need)
+            after = min(ranks - 1, ranks * (pool.ready + places) / need)
             if after > (1 + _WORTH) * before and ranks > _FEWEST_DIT and giver.spec.replicas > 1:
-                giver.spec = replace(giver.spec, replicas=giver.spec.replicas - 1)
+                added = max(0, pool.ready + places - spec.most)
+                withheld = [(other, sum(name in other.replicas for name in placing)) for other in dit]
+                for other, count in [*withheld, (giver, 1)]:
+                    other.spec = replace(other.spec, replicas=other.spec.replicas - count)
                 # Asked for at once: whoever else looks for free cards sees that they wait for this one.
-                pool.spec = replace(spec, most=spec.most + places, replicas=spec.most + places)
-                self._last = _Taken(giver, pool, places)
+                most = spec.most + added
+                pool.spec = replace(spec, most=most, replicas=most)
+                self._last = _Taken(giver, pool, added, min(most, pool.ready + places), withheld)
                 return CardMove(giver.spec.name, spec.name, "with it the run makes more clips")
         return None
 
+    def _end(self, taken: _Taken) -> None:
+        self._last = None
+        for pool, count in taken.withheld:
+            pool.spec = replace(pool.spec, replicas=pool.spec.replicas + count)
+
     def _undo(self, taken: _Taken) -> CardMove:
+        self._end(taken)
         self._has_failed = True
         spec = taken.taker.spec
         assert spec.most is not None
-        most = spec.most - taken.places
+        most = spec.most - taken.added
         taken.taker.spec = replace(spec, most=most, replicas=min(spec.replicas, most))
         taken.giver.spec = replace(taken.giver.spec, replicas=taken.giver.spec.replicas + 1)
         return CardMove(spec.name, taken.giver.spec.name, "nothing else has found a place there")
+
+
+def _waits(pool: Pool, placing: Mapping[str, float]) -> bool:
+    """Whether a replica of the pool has found no place for a while."""
+    return any(placing.get(name, 0.0) >= _PERIOD for name in pool.replicas)
 
 
 def _gives_cards(pool: Pool) -> bool:

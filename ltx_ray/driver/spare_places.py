@@ -2,20 +2,27 @@
 
 The replicas of the DiT take all places at once. When the card or the node of the only replica of text is lost, there
 may be none left for its successor, and without it the run would stand still.
+
+A place that becomes free may not suit: its node may lack CPUs, or another job may take it. Such a place is not waited
+for any longer, and no place of its kind is made on its node again before the pool has a replica.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 
+from ltx_ray.config import PoolSpec
+from ltx_ray.pools.exclusion import node_name
 from ltx_ray.pools.pool import Pool
+from ltx_ray.pools.protocol import RankInfo
 from ltx_ray.stages import Stage
 
 #: Seconds for which a pool without any replica waits for a place, or for its process, before anything is done for it.
 LAST_RESORT = 15.0
-#: Seconds between two replicas that make room. In them the place becomes free and is taken.
-_PERIOD = 60.0
+#: Seconds for which a place that has become free is kept for the pool that needs it, and then for the pool that had it.
+PERIOD = 60.0
 
 
 def served(pools: Sequence[Pool]) -> set[Stage]:
@@ -38,28 +45,97 @@ def stuck_pools(pools: Sequence[Pool], placing: Mapping[str, float]) -> list[Poo
     ]
 
 
+@dataclass(frozen=True)
+class MadePlace:
+    """`replica` of the pool `giver` leaves its place on `node` to the pool `taker`; messages call the node `where`."""
+
+    replica: str
+    giver: str
+    taker: str
+    node: str
+    where: str
+    #: What becomes free: ranks, and the GPUs and CPUs of each.
+    shape: tuple[int, float, float]
+
+
 class SparePlaces:
-    """Chooses the replicas that make room, one at a time."""
+    """Chooses the replicas that make room, one at a time, and none whose place would not suit either."""
 
     def __init__(self) -> None:
+        self._made: MadePlace | None = None
         self._until = -math.inf
+        #: The pools that did not take a place, with its node and its shape.
+        self._in_vain: set[tuple[str, str, tuple[int, float, float]]] = set()
 
-    def is_made(self, now: float) -> bool:
-        """Whether a replica has been chosen lately."""
-        return now < self._until
+    @property
+    def is_made(self) -> bool:
+        """Whether a place is made that has not been taken yet."""
+        return self._made is not None
 
-    def choose(self, taker: Pool, pools: Sequence[Pool], idle: Callable[[str], bool], now: float) -> str | None:
-        """The replica that is to leave for `taker`; None when it is too early for another one, or none can be spared.
+    def leaves(self, now: float) -> None:
+        """The replica that makes room still has calls under way."""
+        self._until = now + PERIOD
 
-        Idle ones leave first. What it frees has to suffice, as far as one rank's GPU goes: CPUs may be free elsewhere.
+    def unused(self, waiting: Collection[str], now: float) -> MadePlace | None:
+        """The place that its pool, one of those `waiting` for a place, has not taken while it was free; reported once.
+
+        One whose pool does not wait any more has been taken, or is not needed.
         """
-        givers = [pool for pool in pools if pool.ready and _has_enough(pool, taker) and _is_spare(pool, pools)]
-        if self.is_made(now) or not givers:
+        made = self._made
+        if made is None or (made.taker in waiting and now < self._until):
             return None
-        giver = max(givers, key=lambda pool: (pool.spec.cpus_per_rank >= taker.spec.cpus_per_rank, pool.ready))
-        ready = [name for name, is_ready in giver.replicas.items() if is_ready]
-        self._until = now + _PERIOD
-        return next(filter(idle, ready), ready[-1])
+        self._made = None
+        if made.taker not in waiting:
+            return None
+        self._in_vain.add((made.taker, made.node, made.shape))
+        self._until = now + PERIOD
+        return made
+
+    def forget(self) -> None:
+        """Every pool has a replica."""
+        self._made = None
+        self._in_vain.clear()
+
+    def choose(
+        self,
+        taker: Pool,
+        pools: Sequence[Pool],
+        idle: Callable[[str], bool],
+        ranks_of: Callable[[str], Sequence[RankInfo]],
+        avoided: Collection[str],
+        now: float,
+    ) -> MadePlace | None:
+        """Whose replica is to leave for `taker`; None when it is too early for another one, or none can be spared.
+
+        Idle ones leave first. What one frees has to suffice, as far as one rank's GPU goes: CPUs may be free elsewhere.
+        On nodes that are `avoided` nothing is placed.
+        """
+        if self.is_made or now < self._until:
+            return None
+        offers: list[tuple[Pool, list[str]]] = []
+        for pool in pools:
+            if _has_enough(pool, taker) and _is_spare(pool, pools):
+                ready = [name for name, is_ready in pool.replicas.items() if is_ready]
+                names = [name for name in ready if self._may_suit(taker, pool, _node(ranks_of(name)), avoided)]
+                offers += [(pool, names)] if names else []
+        if not offers:
+            return None
+        giver, names = max(offers, key=lambda offer: (_has_cpus(offer[0], taker), offer[0].ready))
+        name = next(filter(idle, names), names[-1])
+        ranks = ranks_of(name)
+        where = node_name(ranks) if ranks else f"the node of {name}"
+        self._until = now + PERIOD
+        self._made = MadePlace(name, giver.spec.name, taker.spec.name, _node(ranks), where, _shape(giver.spec))
+        return self._made
+
+    def _may_suit(self, taker: Pool, giver: Pool, node: str, avoided: Collection[str]) -> bool:
+        """Whether `taker` could use the place of a replica of `giver` on `node`, as far as that is known."""
+        return node not in avoided and (taker.spec.name, node, _shape(giver.spec)) not in self._in_vain
+
+
+def _node(ranks: Sequence[RankInfo]) -> str:
+    """The node of a gang; "" of one that is held back and has never served."""
+    return ranks[0].node if ranks else ""
 
 
 def _has_enough(giver: Pool, taker: Pool) -> bool:
@@ -68,6 +144,14 @@ def _has_enough(giver: Pool, taker: Pool) -> bool:
     if taker.spec.gpus_per_rank:
         return giver.spec.gpus_per_rank >= taker.spec.gpus_per_rank
     return giver.spec.cpus_per_rank * giver.spec.ranks >= taker.spec.cpus_per_rank
+
+
+def _has_cpus(giver: Pool, taker: Pool) -> bool:
+    return giver.spec.cpus_per_rank >= taker.spec.cpus_per_rank
+
+
+def _shape(spec: PoolSpec) -> tuple[int, float, float]:
+    return spec.ranks, spec.gpus_per_rank, spec.cpus_per_rank
 
 
 def _is_spare(pool: Pool, pools: Sequence[Pool]) -> bool:

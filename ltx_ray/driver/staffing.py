@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Container, Sequence
 from dataclasses import replace
 
-from ltx_ray.config import Numerics, RunLimits
+from ltx_ray.config import Numerics, PoolSpec, RunLimits
 from ltx_ray.driver.events import EventLog
 from ltx_ray.driver.gpu_drivers import GpuDrivers
 from ltx_ray.driver.growth import Growth
@@ -18,7 +18,7 @@ from ltx_ray.driver.own_cards import OwnCards
 from ltx_ray.driver.policy import Policy
 from ltx_ray.driver.pool_sizer import PoolSizer
 from ltx_ray.driver.progress import Progress
-from ltx_ray.driver.spare_places import SparePlaces, served, stuck_pools
+from ltx_ray.driver.spare_places import PERIOD, MadePlace, SparePlaces, served, stuck_pools
 from ltx_ray.driver.waits import Waits
 from ltx_ray.pools.exclusion import node_name
 from ltx_ray.pools.pool import Pool, StartFailed
@@ -79,10 +79,12 @@ class Staffing:
 
         `elastic` as in JoinedCluster. Without `more_rows` to come, no pool grows.
         """
-        stuck = [] if self._all_served() else stuck_pools(self.pools, self._replicas.placing())
-        if stuck:
-            self._make_room(stuck[0], now)
-        makes_room = bool(stuck) and (self._place_becomes_free() or self._spare_places.is_made(now))
+        stuck: list[Pool] = []
+        if self._all_served():
+            self._spare_places.forget()
+        else:
+            stuck = stuck_pools(self.pools, self._replicas.placing())
+        makes_room = self._make_room(stuck, now)
         self.left_alone.retry(now, bool(stuck) and not makes_room)
         self._retire_leaving()
         if not one_each and (makes_room or (elastic and not self._all_served())):
@@ -123,18 +125,44 @@ class Staffing:
         roles = served(self.pools)
         return all(roles.issuperset(pool.spec.roles) for pool in self.pools)
 
-    def _make_room(self, taker: Pool, now: float) -> None:
-        """Have a replica leave for a pool that has none and finds no place. One that leaves already makes room, too."""
-        if self._place_becomes_free() or any(self._replicas.has_place(name) for name in taker.replicas):
-            return
-        name = self._spare_places.choose(taker, self.pools, lambda name: not self._policy.items_of(name), now)
-        if name is None:
-            return
-        why = f"{taker.spec.name} has no place"
-        if self._policy.has_replica(name):
-            self._retire(name, why)
-        else:
-            self.give_back(name, why)  # It is up, and has been held back.
+    def _make_room(self, stuck: Sequence[Pool], now: float) -> bool:
+        """Have a replica leave for one of the pools that have none and find no place. Whether a place is made for them.
+
+        A replica that leaves already makes room, too.
+        """
+        spare = self._spare_places
+        waiting = [pool for pool in stuck if not any(map(self._replicas.has_place, pool.replicas))]
+        if waiting and self._place_becomes_free():
+            spare.leaves(now)
+            return True
+        if (unused := spare.unused([pool.spec.name for pool in waiting], now)) is not None:
+            self._give_back_place(unused)
+        for taker in waiting:
+            made = spare.choose(taker, self.pools, self._is_idle, self.ranks_of, self.left_alone.nodes, now)
+            if made is None:
+                continue
+            why = f"{taker.spec.name} has no place"
+            if self._policy.has_replica(made.replica):
+                self._retire(made.replica, why)
+            else:
+                self.give_back(made.replica, why)  # It is up, and has been held back.
+            break
+        return spare.is_made
+
+    def _give_back_place(self, unused: MadePlace) -> None:
+        """A place has not suited the pool for which it was made."""
+        needs = next(_needs(pool.spec) for pool in self.pools if pool.spec.name == unused.taker)
+        self._progress.say(
+            f"{unused.where}: {unused.giver} gets the place back that {unused.replica} left, because {unused.taker} "
+            f"found no place there in {PERIOD:g} s; it needs {needs}"
+        )
+        self._events.emit(
+            "place_given_back", role=unused.giver, replica=unused.replica, made_for=unused.taker, node=unused.node,
+            where=unused.where, needs=needs,
+        )  # fmt: skip
+
+    def _is_idle(self, name: str) -> bool:
+        return not self._policy.items_of(name)
 
     def _place_becomes_free(self) -> bool:
         """Whether a replica leaves whose place another one can take, which is not so on a node that drains."""
@@ -166,12 +194,17 @@ class Staffing:
             return
         self._progress.say(f"{moved.taker} gets a card of {moved.giver}, because {moved.why}")
         self._events.emit("card_moved", role=moved.giver, to=moved.taker, reason=moved.why)
+        why = f"{moved.taker} gets its card"
+        placing = self._replicas.placing()
         for pool in self.pools:
+            for name in [name for name in pool.replicas if name in placing]:
+                if pool.spec.most is None and len(pool.replicas) > pool.spec.replicas:
+                    self.give_back(name, why)
             if pool.spec.most is None and len(pool.replicas) > pool.spec.replicas:
                 ready = [name for name in pool.replicas if self._policy.has_replica(name)]
                 idle = [name for name in ready if not self._policy.items_of(name)]
                 for name in [*idle, *ready][:1]:
-                    self._retire(name, f"{moved.taker} gets its card")
+                    self._retire(name, why)
 
     def _trim(self, pool: Pool) -> None:
         """Give back what a pool has too many of. Those that have no place yet go first, and busy ones stay."""
@@ -330,11 +363,15 @@ class Staffing:
         for name, seconds in placing.items():
             pool = self.pool_of(name)
             if seconds > self._limits.start_timeout and not roles.issuperset(pool.spec.roles):
-                spec = pool.spec
-                needs = f"{spec.ranks} x ({spec.cpus_per_rank:g} CPU, {spec.gpus_per_rank:g} GPU) on one node"
                 raise StartFailed(
-                    f"pool {spec.name}: no place for a replica in {self._limits.start_timeout:g} s; it needs {needs}"
+                    f"pool {pool.spec.name}: no place for a replica in {self._limits.start_timeout:g} s; it needs "
+                    f"{_needs(pool.spec)}"
                 )
+
+
+def _needs(spec: PoolSpec) -> str:
+    """What a replica of a pool needs, for messages."""
+    return f"{spec.ranks} x ({spec.cpus_per_rank:g} CPU, {spec.gpus_per_rank:g} GPU) on one node"
 
 
 def _computes(pool: Pool) -> tuple[str, int, Numerics]:

@@ -13,8 +13,9 @@ from typing import Any
 
 from ltx_ray.checkpoints.checkpoint import Checkpoint
 from ltx_ray.checkpoints.digests import writable_cache_root
-from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec, RequestedNumerics
+from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec, RequestedNumerics, RunLimits
 from ltx_ray.placement.address import find_cluster
+from ltx_ray.placement.first_node import wait_for_first_node
 from ltx_ray.placement.gpu_models import Choice, GpuNode, choose_nodes, model_of
 from ltx_ray.placement.joined_nodes import JoinedNodes
 from ltx_ray.placement.layouts import Cards, choose_layout
@@ -100,6 +101,7 @@ class Cluster:
         share_cards: str,
         wait_for_gpus: float = 0.0,
         gpu_model: str | None = None,
+        start_timeout: float = RunLimits.start_timeout,
         say: Callable[[str], None] = lambda message: None,
     ):
         """`address` of a running cluster, as `address.find_cluster` gives it; None for a private one.
@@ -108,14 +110,14 @@ class Cluster:
         text and decode may run on the DiT's GPUs: "on" for GPUs with enough memory, "off", or "auto" for "on" in a
         cluster whose GPUs are all free. A gang that fills the cluster shares in any case. `wait_for_gpus`: seconds to
         wait for a cluster on which the pools do not fit yet; `say` is told once that this is so. `gpu_model`: of the
-        GPUs to use, as Ray names it.
+        GPUs to use, as Ray names it. `start_timeout`: seconds in which an autoscaler has to bring a first node.
         """
         self._address = address
         self._asked = self._parallel = parallel
         self._requested = requested
         self._checkpoint, self._model, self._engines = checkpoint, model, engines
         self._share_cards, self._wait_for_gpus, self.say = share_cards, wait_for_gpus, say
-        self._gpu_model = gpu_model
+        self._gpu_model, self._start_timeout = gpu_model, start_timeout
         #: By the ids of the nodes that have been asked, whether they have FlashAttention-3.
         self._fa3: dict[str, bool] = {}
         self._joined = False
@@ -162,6 +164,8 @@ class Cluster:
 
         if not ray.is_initialized():
             self._connect(address)
+        if self._asked.max_replicas and self._requires_gpus:
+            wait_for_first_node(_gpu_nodes, self._gpu_model, self._start_timeout, self.say)
         until, said = time.monotonic() + self._wait_for_gpus, False
         while True:
             try:
@@ -174,6 +178,13 @@ class Cluster:
                     self.say(f"waiting up to {self._wait_for_gpus:g} s for GPUs (--wait-for-gpus): {busy}")
                     said = True
                 time.sleep(min(_WAIT_PERIOD, max(until - time.monotonic(), 0.0)))
+
+    @property
+    def _requires_gpus(self) -> bool:
+        """Whether a cluster without GPUs does not do."""
+        return self._requested.device == "cuda" or (
+            self._requested.device == "auto" and self._checkpoint.size > _CPU_MODEL_BYTES
+        )
 
     def _lay_out_on_free(self) -> tuple[_FreeGpus, list[PoolSpec], Numerics]:
         """The pools on what is free of the cluster now. Raises ValueError when they do not fit."""
@@ -275,7 +286,7 @@ class Cluster:
         """GPUs to lay the pools out on; 0 renders on CPUs. Raises ValueError when GPUs are missing."""
         if self._requested.device == "cpu":
             return 0.0
-        if free or (self._requested.device == "auto" and self._checkpoint.size <= _CPU_MODEL_BYTES):
+        if free or not self._requires_gpus:
             return min(free, self._parallel.max_gpus or free)
         if not self._parallel.max_replicas:
             raise ValueError("GPUs: at least 1 needed, 0 free; legal: a cluster with GPUs now, or --device cpu")

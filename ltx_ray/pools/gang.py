@@ -183,6 +183,12 @@ class Gang:
         self.state, self.ranks = GangState.PLACING, []
         self.ask(avoided)
 
+    def leave_reserved(self, avoided: Collection[str]) -> PlacementGroup | None:
+        """As `place_again`, but what is left stays reserved by the group that is returned."""
+        group, self._group = self._group, None
+        self.place_again(avoided)
+        return group
+
     def waits_for(self) -> list[ray.ObjectRef]:
         """The references whose readiness takes this gang on."""
         if self.state is not GangState.READY:

@@ -1,7 +1,8 @@
 """Cards on which replicas cannot start: their places are held for a while, so that no other replica lands on them.
 
 A place that is given back at once would be the only free one of a full cluster, and the next replica would fail there,
-too. Its neighbours and its node go on. A place is given back, and tried again, after a time that doubles.
+too. What lands on the rest of the card leaves it reserved as well (`RayReplicaSet`). Its neighbours and its node go on.
+A place is given back, and tried again, after a time that doubles.
 """
 
 from __future__ import annotations

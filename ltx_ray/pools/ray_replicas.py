@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import ray
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from ltx_ray.config import PoolSpec
 from ltx_ray.pools.card_time import CardTime
@@ -53,6 +54,8 @@ class RayReplicaSet:
         self._gangs: dict[str, Gang] = {}
         #: Dead ones whose places are held.
         self._held: dict[str, Gang] = {}
+        #: By such a gang, what is reserved of the rest of its card.
+        self._reserved: dict[str, list[PlacementGroup]] = {}
         self._load_limit = LoadLimit(load_concurrency)
         #: Nodes that are excluded, and all on which no gang is placed.
         self._excluded: frozenset[str] = frozenset()
@@ -107,7 +110,8 @@ class RayReplicaSet:
         try:
             if gang.state is not GangState.READY:
                 if not gang.advance(arrived):
-                    if gang.state is GangState.WAITING and not self._leaves_foreign(gang):
+                    leaves = gang.state is GangState.WAITING and (self._leaves_foreign(gang) or self._leaves_held(gang))
+                    if gang.state is GangState.WAITING and not leaves:
                         self._card_time.hold(gang.name, gang.ranks, time.time())
                     return []
                 self._load_limit.end(gang.pool.name, time.time() - gang.load_began)
@@ -137,6 +141,20 @@ class RayReplicaSet:
             return False
         gang.place_again(self._avoided)
         return True
+
+    def _leaves_held(self, gang: Gang) -> bool:
+        """Have a gang that has got a part of a card that has failed look for another place.
+
+        The card of a gang with several ranks is held whole. That of a part is taken by others, each of which would load
+        the model to fail there, too.
+        """
+        [place, *more] = [(rank.node, rank.gpus) for rank in gang.ranks]
+        for name, held in self._held.items():
+            if not more and gang.pool.gpus_per_rank and [(rank.node, rank.gpus) for rank in held.ranks] == [place]:
+                if (group := gang.leave_reserved(self._avoided)) is not None:
+                    self._reserved.setdefault(name, []).append(group)
+                return True
+        return False
 
     def _collect(self, gang: Gang, call: Call, arrived: set[ray.ObjectRef]) -> list[ReplicaEvent]:
         """What became of a call, if it has ended. Raises GangLost."""
@@ -188,6 +206,8 @@ class RayReplicaSet:
 
     def release(self, replica: str) -> None:
         self._held.pop(replica).kill()
+        for group in self._reserved.pop(replica, []):
+            remove_placement_group(group)
         self._card_time.free(replica, time.time())
 
     def leaving(self) -> Collection[str]:

@@ -12,7 +12,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ltx_ray.config import ENCODER_THREADS, PoolSpec
@@ -123,6 +123,8 @@ class SimulatedFleet:
         self._events: list[tuple[float, int, Callable[[], list[ReplicaEvent]]]] = []
         self._replicas: dict[str, _Replica] = {}
         self._held: dict[str, _Replica] = {}
+        #: By such a replica, what is reserved of the rest of its card.
+        self._reserved: dict[str, list[_Replica]] = {}
         #: Those without a place, in the order in which they were asked for.
         self._unplaced: dict[str, _Replica] = {}
         self._waiting: list[_Replica] = []
@@ -203,7 +205,8 @@ class SimulatedFleet:
         self._end(self._replicas[replica], hold)
 
     def release(self, replica: str) -> None:
-        self._free(self._held.pop(replica))
+        for held in [self._held.pop(replica), *self._reserved.pop(replica, [])]:
+            self._free(held)
 
     def share(self, value: bytes) -> Any:
         raise AssertionError("no simulated call of text returns a context")
@@ -225,21 +228,35 @@ class SimulatedFleet:
             shape = (spec.gpus_per_rank, spec.cpus_per_rank, spec.ranks)
             if shape in full:
                 continue
-            node = self._best_node(spec)
+            while (node := self._best_node(spec)) is not None:
+                self._take(replica, node)
+                if (held := self._held_on(replica)) is None:
+                    break
+                # Nothing loads on a card that has failed: the place stays reserved, and the replica looks on.
+                self._reserved.setdefault(held, []).append(replace(replica))
             if node is None:
+                replica.node = None
                 full.add(shape)
                 continue
             del self._unplaced[name]
-            replica.node, replica.life = node, node.life
-            replica.cards = self._cards_for(node, spec)
-            node.free_cpus -= spec.cpus_per_rank * spec.ranks
-            for number in replica.cards:
-                card = node.cards[number]
-                card.free = round(card.free - spec.gpus_per_rank, 6)
-                card.gib += replica.gib
-                card.replicas.add(name)
             self._waiting.append(replica)
         return self._load()
+
+    def _take(self, replica: _Replica, node: _Node) -> None:
+        spec = replica.spec
+        replica.node, replica.life = node, node.life
+        replica.cards = self._cards_for(node, spec)
+        node.free_cpus -= spec.cpus_per_rank * spec.ranks
+        for number in replica.cards:
+            card = node.cards[number]
+            card.free = round(card.free - spec.gpus_per_rank, 6)
+            card.gib += replica.gib
+            card.replicas.add(replica.name)
+
+    def _held_on(self, replica: _Replica) -> str | None:
+        """The dead replica that holds the card on which this one has its place."""
+        found = (name for name, held in self._held.items() if (held.node, held.cards) == (replica.node, replica.cards))
+        return next(found, None) if replica.spec.gpus_per_rank else None
 
     def _best_node(self, spec: PoolSpec) -> _Node | None:
         """As Ray packs a placement group: of the nodes on which it fits, the one of which the largest part is free.

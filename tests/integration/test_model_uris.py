@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from ltx_ray.config import ModelFiles
 from ltx_ray.storage import store
 from ltx_ray.storage.retry import StoreUnavailable
 from ltx_ray.storage.store import Store
+from tests.support.google_store import GoogleStore
 from tests.support.local_cluster import wait_for
 from tests.support.s3_faults import Faults, Proxy
 
@@ -160,6 +162,13 @@ def test_cut_connections_and_throttling_cost_retries_only(proxy, bucket):
     assert met["cut_response"] and met["slow_down"]
 
 
+def test_a_file_alone_needs_no_right_to_list(proxy, bucket):
+    model, _ = blob(bucket)
+    proxy.requests.clear()
+    assert cached_digest(model.checkpoint_path) and not model_paths.is_folder(model.checkpoint_path)
+    assert not [path for _, path, _ in proxy.requests if "list-type" in path or "prefix" in path]
+
+
 def test_a_store_that_stays_silent_leaves_nothing_under_the_name(proxy, bucket, node, monkeypatch):
     model, content = blob(bucket, 20_000_000)
     pinned = node_cache.pinned(model)
@@ -293,3 +302,47 @@ def test_a_run_from_uris_gives_the_clips_of_a_run_from_a_disk(toy, bucket, runne
         )
         rows.append(runner.index(runner.folder / name)["a"])
     assert rows[0]["latents_sha256"] == rows[1]["latents_sha256"] and rows[0]["item_id"] == rows[1]["item_id"]
+
+
+# --- Google's store ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def google() -> Iterator[tuple[GoogleStore, ModelFiles, bytes]]:
+    """Google's store with a file of random bytes that stands for a model, as the driver has seen it."""
+    google, content = GoogleStore("bucket"), os.urandom(20_000_000)
+    google.objects["m/big.safetensors"] = (1, content)
+    uri = f"gs://anonymous@bucket/m/big.safetensors?scheme=http&endpoint_override={google.address}"
+    yield google, node_cache.pinned(ModelFiles(uri, "", "")), content
+    google.close()
+
+
+def test_a_model_of_googles_store(google, node):
+    store, pinned, content = google
+    store.faults = ["cut", 503, "cut", 429]
+    place = Path(node_cache.on_this_node(pinned).checkpoint_path)
+    assert place.read_bytes() == content and place.name == "big.safetensors" and store.faults == []
+    folder = pinned.checkpoint_path.replace("/big.safetensors", "")
+    assert model_paths.is_folder(folder) and model_paths.files_below(folder) == ["big.safetensors"]
+    assert not model_paths.is_file(pinned.checkpoint_path.replace("big", "none"))
+
+
+@pytest.mark.parametrize("replaced", [True, False])
+def test_other_bytes_of_googles_store_are_refused(google, node, replaced):
+    """With a generation of their own, or as if they had been damaged on their way."""
+    store, pinned, content = google
+    store.objects["m/big.safetensors"] = (2 if replaced else 1, content[::-1])
+    told = "is not the file that the driver read" if replaced else "has the digest"
+    with pytest.raises(ValueError, match=rf"big\.safetensors.*: {told}"):
+        node_cache.on_this_node(pinned)
+    assert not [path for path in node.iterdir() if path.is_dir() and path.suffix != ".partial"]
+
+
+def test_a_file_of_googles_store_that_has_become_shorter_is_refused(google, node, monkeypatch):
+    server, pinned, content = google
+    server.objects["m/big.safetensors"] = (1, content[:-1000])
+    monkeypatch.setattr(store, "Store", lambda uri: Store(uri, retry_seconds=0.0))
+    model_paths.look_again()
+    with pytest.raises(OSError, match=r"bytes came|range"):
+        node_cache.on_this_node(pinned)
+    assert not [path for path in node.iterdir() if path.is_dir() and path.suffix != ".partial"]

@@ -1,8 +1,9 @@
-"""A server with as much of Google's object store as conditional writing and listing need."""
+"""A server with as much of Google's object store as conditional writing, listing and reading by ranges need."""
 
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -15,12 +16,14 @@ _DATE = "Thu, 01 Jan 2026 00:00:00 GMT"
 class GoogleStore:
     """Serves one bucket at `address` (host:port), and tokens at `/token`.
 
-    `objects` are (generation, bytes) by key. `tokens` are those that requests carried, None for anonymous ones.
+    `objects` are (generation, bytes) by key. `tokens` are those that requests carried, None for anonymous ones. The
+    next reads meet `faults`: the status of an answer, or "cut" for one that ends in the middle.
     """
 
     def __init__(self, bucket: str):
         self.objects: dict[str, tuple[int, bytes]] = {}
         self.tokens: set[str | None] = set()
+        self.faults: list[int | str] = []
         store, lock, generations = self, threading.Lock(), iter(range(1, 10**6))
 
         class Handler(BaseHTTPRequestHandler):
@@ -46,9 +49,23 @@ class GoogleStore:
                 key = self._key()
                 if not key:
                     return self._list(parse_qs(urlsplit(self.path).query))
-                if key not in store.objects:
-                    return self._answer(404)
-                self._answer(200, store.objects[key][1], self._version(key))
+                with lock:
+                    fault = store.faults.pop(0) if store.faults else None
+                if isinstance(fault, int) or key not in store.objects:
+                    return self._answer(fault if isinstance(fault, int) else 404)
+                version, content = self._version(key), store.objects[key][1]
+                if self.headers.get("if-match", version["ETag"]) != version["ETag"]:
+                    return self._answer(412)
+                if (asked := self.headers.get("range")) is None:
+                    return self._answer(200, content, version, cut=fault == "cut")
+                first, last = map(int, asked.removeprefix("bytes=").split("-"))
+                part = content[first : last + 1]
+                if not part:
+                    return self._answer(416)
+                version["Content-Range"] = f"bytes {first}-{first + len(part) - 1}/{len(content)}"
+                self._answer(206, part, version, cut=fault == "cut")
+
+            do_HEAD = do_GET
 
             def do_DELETE(self) -> None:
                 self._answer(204 if store.objects.pop(self._key(), None) else 404)
@@ -74,12 +91,19 @@ class GoogleStore:
                 )
                 self._answer(200, f"<ListBucketResult>{contents}</ListBucketResult>".encode())
 
-            def _answer(self, code: int, content: bytes = b"", headers: dict[str, str] | None = None) -> None:
+            def _answer(
+                self, code: int, content: bytes = b"", headers: dict[str, str] | None = None, cut: bool = False
+            ) -> None:
                 self.send_response(code)
                 for name, value in {**(headers or {}), "Content-Length": str(len(content))}.items():
                     self.send_header(name, value)
                 self.end_headers()
-                self.wfile.write(content)
+                if self.command != "HEAD":
+                    self.wfile.write(content[: len(content) // 2] if cut else content)
+                if cut:
+                    self.wfile.flush()
+                    self.connection.shutdown(socket.SHUT_RDWR)
+                    self.close_connection = True
 
             def log_message(self, *args: object) -> None:
                 pass

@@ -228,6 +228,7 @@ class Job:
         limits: RunLimits = RunLimits(),  # noqa: B008 (frozen)
         fake: bool = True,
         dtype: str = RequestedNumerics.dtype,
+        device: str = RequestedNumerics.device,
         time_passes: bool = False,
         **options: Any,
     ) -> Driver:
@@ -240,7 +241,8 @@ class Job:
             options = {"engines": FAKE, **options}
         driver = Driver(
             Options(
-                manifest, str(self.out.folder), MODEL, RequestedNumerics(dtype=dtype), parallel, limits=limits,
+                manifest, str(self.out.folder), MODEL, RequestedNumerics(dtype=dtype, device=device), parallel,
+                limits=limits,
                 ray_address=options.pop("ray_address", self.cluster.address), preflight=options.pop("preflight", False),
                 **options,
             ),

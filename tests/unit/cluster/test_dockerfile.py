@@ -42,7 +42,7 @@ def test_it_installs_what_was_measured_and_runs_as_no_root():
     assert any("gcc" in text for text in runs), "Triton needs a compiler"
     (install,) = [text for text in runs if "pip install" in text]
     assert install.startswith('echo "${COMMIT}" >/opt/ltx-ray/ltx_ray/commit.txt && '), "the wheel has it"
-    assert "--constraint /opt/ltx-ray/scripts/constraints-gpu.txt" in install and "[hopper]" in install
+    assert "--constraint /opt/ltx-ray/scripts/constraints-gpu.txt" in install and "[hopper,s3]" in install
     assert [text for name, text in found if name == "USER"][-1] == "ray"
 
 

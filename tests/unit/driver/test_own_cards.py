@@ -75,6 +75,26 @@ def test_a_card_on_which_nothing_finds_a_place_goes_back_for_good():
     assert run.look(9.0) is None
 
 
+def test_a_pool_whose_own_card_is_lost_gets_one_and_others_do_not_ask_for_it_meanwhile():
+    run = Run()
+    run.pools[3].replicas = {"decode-0": True, "decode-7": False, "decode-8": False}
+    run.pools[1].replicas |= {"stage1-4": False, "stage1-5": False}
+    waiting = {"decode-7": 59.0, "stage1-4": 400.0, "stage1-5": 400.0}
+    assert run.look(6.0, waiting) is None, "a short wait is no reason"
+    waiting["decode-7"] = 119.0
+    assert run.look(6.0, waiting) == ("stage1", "decode")
+    assert run.sizes == [25, 12, 6], "of 28, two wait for places and one leaves; there is room for five decoders more"
+    run.fill()
+    run.look(2.0)
+    assert run.sizes == [27, 12, 6]
+
+
+def test_a_pool_that_lacks_places_and_bounds_nothing_gets_no_card():
+    run = Run()
+    run.pools[3].replicas = {"decode-0": True, "decode-7": False}
+    assert run.look(1.0, {"decode-7": 500.0}) is None
+
+
 def test_a_card_that_was_in_use_is_not_given_back_when_a_decoder_is_lost_later():
     run = Run()
     run.look(6.0)
@@ -99,3 +119,25 @@ def test_the_replica_of_the_dit_leaves_after_its_call_and_decoders_take_its_plac
     assert "decode gets a card of stage1, because with it the run makes more clips" in run.said
     assert len(run.told("gang_leaving")) == 1 and not any(name.startswith("stage1") for name in started)
     assert any(name.startswith("decode") for name in [*started, *run.turn(now=111.0)])
+
+
+def test_replicas_of_the_dit_that_wait_for_a_place_leave_the_card_to_decoders():
+    run = StaffedRun(stage1=4, decode=2)
+    shares = {"text": 0.4, "stage1": 1.0, "decode": 0.2}
+    for pool in run.staff.pools:
+        pool.spec = replace(pool.spec, gpus_per_rank=shares[pool.spec.name], most=pool.spec.most and 2)
+    run.turn()
+    run.come_up("text-0", "stage1-0", "stage1-1", "stage1-2", "decode-0")
+    run.replicas.waits["stage1-3"] = 61.0
+    assert run.turn(now=61.0) == ["decode-1"]
+    for stage, seconds in (("text", 0.1), ("stage1", 10.0), ("stage2", 5.0), ("decode", 15.0)):
+        run.policy._seconds[stage].add(seconds)
+    run.replicas.waits |= {"decode-1": 69.0, "stage1-3": 130.0}
+    started = run.turn(now=130.0)
+    [left] = run.told("gang_leaving")
+    assert run.told("gang_given_back")[0]["replica"] == "stage1-3" and left["replica"] in (
+        "stage1-0",
+        "stage1-1",
+        "stage1-2",
+    )
+    assert not any(name.startswith("stage1") for name in started)

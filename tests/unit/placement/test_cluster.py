@@ -85,6 +85,32 @@ def test_a_wait_that_is_over_ends_like_none(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "device, size, replicas, asks",
+    [("auto", 46 * 2**30, 4, True), ("cuda", 1, 4, True), ("auto", 1, 4, False), ("cpu", 46 * 2**30, 4, False),
+     ("auto", 46 * 2**30, None, False)],
+    ids=["real", "gpu", "toy", "cpu", "fixed"],
+)  # fmt: skip
+def test_a_run_that_grows_from_nothing_sees_a_node_before_it_resolves_its_numerics(
+    monkeypatch, device, size, replicas, asks
+):
+    pytest.importorskip("ray")
+    from ltx_ray.placement import cluster as clusters
+    from ltx_ray.placement.sizing import ParallelConfig
+
+    asked = []
+    cluster = clusters.Cluster(
+        address="other:6379", parallel=ParallelConfig(max_replicas=replicas),
+        requested=RequestedNumerics(device=device), checkpoint=Checkpoint("c", "2.3.0", RELEASED, {}, size),
+        model=ModelFiles("c", "g", "u"), engines=dict, share_cards="off", gpu_model="H100", start_timeout=7.0,
+    )  # fmt: skip
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr(clusters, "wait_for_first_node", lambda nodes, *more: asked.append(more[:2]))
+    monkeypatch.setattr(cluster, "_lay_out_on_free", lambda: asked.append("laid out"))
+    cluster._join_running("other:6379")
+    assert asked == [*([("H100", 7.0)] if asks else []), "laid out"]
+
+
+@pytest.mark.parametrize(
     "present, visible, count",
     [(0, "0,1", 0), (0, None, 0), (2, None, 2), (2, "0,1,2", 2), (2, "1,-1,0", 1), (4, " 3 , 1,", 2), (2, "", 0),
      (1, "MIG-1,MIG-2", 2), (2, "5,0", 0)],

@@ -13,11 +13,14 @@ from ltx_ray.pools.protocol import RankInfo
 from ltx_ray.pools.ray_replicas import RayReplicaSet
 
 
-def gang(name: str, node: str, state: GangState) -> SimpleNamespace:
+def gang(name: str, node: str, state: GangState, gpus: str = "0") -> SimpleNamespace:
     """A gang that has got a place on `node`; `again` is where it was told not to go."""
-    made = SimpleNamespace(name=name, state=state, ranks=[RankInfo(0, node=node, gpus="0")], again=[], avoids=[])
+    ranks, pool = [RankInfo(0, node=node, gpus=gpus)], SimpleNamespace(gpus_per_rank=0.2)
+    made = SimpleNamespace(name=name, state=state, ranks=ranks, pool=pool, again=[], avoids=[])
     made.advance = lambda arrived: False
     made.place_again = made.again.append
+    made.leave_reserved = lambda avoided: made.again.append(avoided) or f"place of {name}"
+    made.kill = lambda release=True: None
     made.avoid = made.avoids.append
     return made
 
@@ -45,3 +48,22 @@ def test_nodes_are_looked_at_once():
         replicas._advance(replicas._gangs[name], set())
         assert replicas._gangs[name].again == []
     assert len(asked) == 2 and replicas.gpu_seconds() >= 0.0
+
+
+def test_the_rest_of_a_card_that_has_failed_is_reserved_and_nothing_loads_there(monkeypatch):
+    given_back: list[str] = []
+    monkeypatch.setattr("ltx_ray.pools.ray_replicas.remove_placement_group", given_back.append)
+    replicas = RayReplicaSet(60.0)
+    bad = gang("d-0", "a", GangState.WAITING, gpus="3")
+    replicas._gangs = {"d-0": bad}
+    assert replicas._lose(bad, "the GPU has fallen off the bus").held
+    same, beside = gang("d-1", "a", GangState.WAITING, gpus="3"), gang("d-2", "a", GangState.WAITING, gpus="4")
+    replicas._gangs = {each.name: each for each in (same, beside)}
+    assert replicas._advance(same, set()) == replicas._advance(beside, set()) == []
+    assert same.again == [frozenset()] and beside.again == [], "the other card of the node serves"
+    replicas.release("d-0")
+    assert given_back == ["place of d-1"]
+    again = gang("d-3", "a", GangState.WAITING, gpus="3")
+    replicas._gangs["d-3"] = again
+    replicas._advance(again, set())
+    assert again.again == [], "it is tried again"

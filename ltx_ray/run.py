@@ -482,11 +482,11 @@ class _Rendering:
         self._record.write(state, self._so_far())
 
     def _so_far(self) -> SoFar:
-        tracker, rate = self._tracker, self._tracker.rate
+        tracker, rate, events = self._tracker, self._tracker.rate, self._events.summary
         reserved = self._driver.gpu_seconds() - self._gpu_time.before
         cost = cost_of(reserved, self._options.gpu_price, rate.clips, tracker.done_work.total.seconds)
         per_hour = rate.per_hour(time.monotonic())
-        return SoFar(tracker.counts, rate.clips, self._events.summary, per_hour, cost, tracker.quality)
+        return SoFar(tracker.counts, rate.clips, events, per_hour, cost, tracker.quality, tracker.expected_rows)
 
     def _finish(self, state: str) -> None:
         """Record how the run ended, unless another run has taken the output over and the records are its own."""

@@ -477,10 +477,10 @@ class Driver:
         if not (self.progress.due() or ended):
             return
         tracker = self.tracker
-        total = self.counts["rows"] if tracker.exhausted else tracker.plan.expected_rows
         doing = activity(self.policy, self.pools, {} if self._gauges is None else self._gauges.waits.shares)
         rate = None if ended else tracker.rate.per_hour(time.monotonic())
-        self.progress.update(tracker.done, tracker.failed, total, doing, ended, rate=rate, left=self._seconds_left())
+        left, total = self._seconds_left(), tracker.expected_rows
+        self.progress.update(tracker.done, tracker.failed, total, doing, ended, rate=rate, left=left)
 
     def _seconds_left(self) -> float | None:
         return self._work_left.in_flight(self.tracker, self.policy, self.pools, self._calls.began, self._clock())

@@ -120,7 +120,7 @@ def replica_states(pool: Pool, placing: Mapping[str, float], busy: Collection[st
 def row_states(tracker: RowTracker) -> dict[str, int]:
     """Rows by what became of them. `expected`: all of them, where that is known."""
     counts, failures = tracker.counts, tracker.failures
-    expected = counts["rows"] if tracker.exhausted else tracker.plan.expected_rows
+    expected = tracker.expected_rows
     return {
         "rendered": counts["rendered"],
         "done_before": counts["already_done"],

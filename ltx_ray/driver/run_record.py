@@ -41,7 +41,7 @@ class SoFar:
     """What a run has done so far.
 
     `clips`: those that it has made. `summary`: of its events, with the timeline, which is written beside them. `rate`:
-    the clips/h of now. `cost` and `quality`: of its clips.
+    the clips/h of now. `cost` and `quality`: of its clips. `expected_rows`: all rows, where that is known.
     """
 
     counts: Mapping[str, int]
@@ -50,6 +50,7 @@ class SoFar:
     rate: float | None = None
     cost: RunCost | None = None
     quality: QualitySums | None = None
+    expected_rows: int | None = None
 
 
 class RunRecord:
@@ -130,6 +131,7 @@ class RunRecord:
             "numerics": self._numerics,
             "device": self._numerics["device"],
             "counts": recorded_counts(so_far.counts),
+            "expected_rows": so_far.expected_rows,
             "clips": so_far.clips,
             "clips_per_hour": self.clips_per_hour,
             "cost": None if so_far.cost is None else plain(so_far.cost),

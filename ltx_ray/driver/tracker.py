@@ -155,6 +155,11 @@ class RowTracker:
         return self.counts["rendered"] + self.counts["already_done"]
 
     @property
+    def expected_rows(self) -> int | None:
+        """All rows of the run; None while only reading the manifest will tell."""
+        return self.counts["rows"] if self.exhausted else self.plan.expected_rows
+
+    @property
     def failed(self) -> int:
         """Rows that have failed or are illegal."""
         return self.counts["failed"] + self.counts["illegal"]

@@ -47,7 +47,7 @@ def test_a_run_that_lost_its_lease_does_not_replace_the_record_of_its_successor(
 
 def test_before_the_cluster_is_joined_the_numerics_are_those_asked_for(tmp_path):
     store = Store(str(tmp_path))
-    record(store, precision="fp8", device="cuda").write("running", SoFar({"rows": 2}))
+    record(store, precision="fp8", device="cuda").write("running", SoFar({"rows": 2}, expected_rows=7))
     found = json.loads(store.read_bytes("run.json"))
     assert found["numerics"] == {
         "attention": "auto", "compile": "auto", "device": "cpu", "dtype": "bfloat16", "guidance_batching": 1,
@@ -56,6 +56,7 @@ def test_before_the_cluster_is_joined_the_numerics_are_those_asked_for(tmp_path)
     }  # fmt: skip
     assert (found["state"], found["finished_at"], found["pools"], found["tp"]) == ("running", None, {}, 2)
     assert found["counts"] == {"rows": 2, "rendered": 0, "already_done": 0, "failed": 0, "illegal": 0}
+    assert found["expected_rows"] == 7
 
 
 def test_afterwards_they_are_the_resolved_ones(tmp_path):

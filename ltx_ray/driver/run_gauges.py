@@ -143,7 +143,7 @@ def tflop_left(tracker: RowTracker) -> float | None:
     if not clips:
         return 0.0 if tracker.exhausted else None
     each = plan.work.total.tflop / clips
-    left = plan.work.total.tflop - tracker.done_work.total.tflop - each * tracker.failures.total()
+    left = plan.work.total.tflop - tracker.done_work.total.tflop - tracker.given_up_work.total.tflop
     if not tracker.exhausted:
         if plan.expected_rows is None:
             return None

@@ -134,8 +134,8 @@ class RowTracker:
         self.metrics = RunMetrics(events.run_id)
         #: Of the clips that this run publishes, in the time of `time.monotonic`.
         self.rate = ClipRate()
-        #: What those clips cost.
-        self.done_work = PlannedWork()
+        #: What those clips cost, and what the clips would have cost that are given up.
+        self.done_work, self.given_up_work = PlannedWork(), PlannedWork()
         #: What was measured of them.
         self.quality = QualitySums()
         #: Rows that have failed in this run, by the class of their failure.
@@ -224,6 +224,7 @@ class RowTracker:
     def refuse(self, tracked: TrackedItem, problem: RowProblem) -> None:
         """The run cannot render an item that was just taken, so its rows are illegal here."""
         del self.items[tracked.item.item_id]
+        self._give_up_work(tracked)
         for planned in tracked.rows:
             self._take_illegal(planned.refused(problem))
             self._forget_failure(planned)
@@ -318,7 +319,11 @@ class RowTracker:
         """The item is given up."""
         if len(self._given_up) < _REMEMBERED_FAILURES:
             self._given_up[tracked.item.item_id] = failure
+        self._give_up_work(tracked)
         self._end(tracked, failure)
+
+    def _give_up_work(self, tracked: TrackedItem) -> None:
+        self.given_up_work.add(tracked.rows[0].estimate(self.plan.builder.checkpoint.transformer))
 
     def _end(self, tracked: TrackedItem, outcome: Rendered | Failure) -> None:
         tracked.outcome = outcome

@@ -20,7 +20,7 @@ from ltx_ray.checkpoints.parts import check_other_models
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics, RequestedNumerics, RunLimits, Selection
 from ltx_ray.dataset.description import describe
 from ltx_ray.dataset.existing import ExistingRows, list_existing
-from ltx_ray.dataset.fold import fold_dataset, fold_output
+from ltx_ray.dataset.fold import fold_dataset, fold_output, remove_empty_folders
 from ltx_ray.dataset.gpu_time import GpuTime
 from ltx_ray.dataset.identity import KeptIdentity, scheme_at
 from ltx_ray.dataset.known_answers import KnownAnswers
@@ -37,7 +37,7 @@ from ltx_ray.driver.loop import Driver
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
 from ltx_ray.driver.row_traces import RowTraces
-from ltx_ray.driver.run_record import RunRecord, SoFar, keep_older_run, recorded_counts, summary_line
+from ltx_ray.driver.run_record import RunRecord, SoFar, keep_older_run, last_lines, recorded_counts
 from ltx_ray.driver.signals import RunSignals, Stopped
 from ltx_ray.driver.tracker import RowTracker
 from ltx_ray.manifest.raw import RawRow
@@ -311,6 +311,7 @@ class Run:
             # The run's workers have ended, so nobody finishes the files that they have begun.
             with contextlib.suppress(OSError):
                 clean_stale(self.store, 0)
+                remove_empty_folders(self.store)
                 self.store.remove_scratch()
         self.lease.release()
 
@@ -373,8 +374,9 @@ class _Rendering:
             run.signals.action = None
             write_last_report(run.store, self._tracker.counts["rows"], run.progress.say)
             run.signals.action = self._driver.request_drain
-        counts = recorded_counts(self._tracker.counts)
-        run.progress.say(summary_line(state, counts, self._record.clips_per_hour, run.store.name))
+        counts, at_fault = recorded_counts(self._tracker.counts), self._tracker.at_fault
+        for line in last_lines(state, counts, at_fault, self._record.clips_per_hour, run.store.name):
+            run.progress.say(line)
         return code
 
     def _drive(self, rows: Iterator[PlanEntry]) -> tuple[str, ExitCode]:

@@ -130,7 +130,8 @@ def run_progress(output: str) -> str:
     record = read_record(output, _OUTPUT_SECONDS)
     if record.get("state") not in UNFINISHED:
         return ""
-    counts, summary = Counter(record.get("counts")), record.get("summary") or {}
+    counts: Counter[str] = Counter(record.get("counts"))
+    summary = record.get("summary") or {}
     done, failed = counts["rendered"] + counts["already_done"], counts["failed"] + counts["illegal"]
     total, rate = record.get("expected_rows"), summary.get("clips_per_hour")
     known = f"{done:,}" if total is None else f"{done:,} of {total:,}"

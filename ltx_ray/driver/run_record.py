@@ -9,7 +9,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -174,6 +174,21 @@ def summary_line(state: str, counts: Mapping[str, int], rate: float | None, outp
     if counts["failed"] + counts["illegal"]:
         parts.append(f"listed in {output}/failed")
     return f"{state}: {counts['rows']} rows, {', '.join(parts)}"
+
+
+def last_lines(state: str, counts: Mapping[str, int], at_fault: int, rate: float | None, output: str) -> Iterator[str]:
+    """The last lines of a run. `at_fault`: rows that failed by their own fault; how illegal ones come right is apart."""
+    if at_fault and state == "finished":
+        yield retry_line(at_fault, output)
+    yield summary_line(state, counts, rate, output)
+
+
+def retry_line(rows: int, output: str) -> str:
+    """What becomes of rows that failed by their own fault."""
+    return (
+        f"{rows} rows failed by their own fault, in this run or before: the same command passes them over, and "
+        f"ltx-ray retry {output} renders them again"
+    )
 
 
 def keep_older_run(store: Store) -> None:

@@ -165,6 +165,11 @@ class RowTracker:
         return self.counts["failed"] + self.counts["illegal"]
 
     @property
+    def at_fault(self) -> int:
+        """Rows that have failed by their own fault, in this run or before. Illegal ones are apart."""
+        return self.counts["failed"] - self.failures["infrastructure"]
+
+    @property
     def waits_for_images(self) -> bool:
         """Whether the images of the next row are still being read."""
         return not self.exhausted and not self.plan.next_is_ready

@@ -24,7 +24,7 @@ from ltx_ray.dataset.fold import fold_dataset, fold_output, remove_empty_folders
 from ltx_ray.dataset.gpu_time import GpuTime
 from ltx_ray.dataset.identity import KeptIdentity, scheme_at
 from ltx_ray.dataset.known_answers import KnownAnswers
-from ltx_ray.dataset.output import check_creation, check_place, is_within, wait_seconds
+from ltx_ray.dataset.output import check_creation, check_place, is_own_table, is_within, wait_seconds
 from ltx_ray.dataset.removal import finish_removals
 from ltx_ray.dataset.row_log import RowLog
 from ltx_ray.dataset.run_cost import cost_of
@@ -176,8 +176,8 @@ def prepare(options: Options) -> Prepared:
     check_roots(options.image_roots)
     check_numerics(options.numerics)
     check_widths(options.numerics, parallel, checkpoint.transformer)
-    # Paths of retried and promoted rows count from the manifest that the rows were in first.
-    own_folder = () if options.retry_failed or options.promote is not None else (manifest_folder(options.manifest),)
+    # Paths in rows of failed/ and previews/ count from the manifest that the rows were in first.
+    own_folder = () if is_own_table(options.manifest, options.output) else (manifest_folder(options.manifest),)
     rules = RowRules(
         defaults=defaults,
         num_layers=checkpoint.transformer.num_layers,

@@ -177,7 +177,7 @@ def summary_line(state: str, counts: Mapping[str, int], rate: float | None, outp
 
 
 def last_lines(state: str, counts: Mapping[str, int], at_fault: int, rate: float | None, output: str) -> Iterator[str]:
-    """The last lines of a run. `at_fault`: rows that failed by their own fault; how illegal ones come right is apart."""
+    """The last lines of a run. `at_fault`: rows that failed by their own fault, without illegal ones."""
     if at_fault and state == "finished":
         yield retry_line(at_fault, output)
     yield summary_line(state, counts, rate, output)

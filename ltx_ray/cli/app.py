@@ -171,7 +171,7 @@ def promote_command(output: str, ids: frozenset[str] | None, where: Sequence[str
 def plan_command(manifest: str, output: str | None, every: bool, resolved: bool, **values: Any) -> ExitCode:
     """Say which rows would be rendered, are done or are illegal, and what the run costs.
 
-    Exit code 3 when rows are illegal.
+    Exit code 3 when rows are illegal, or have an image that cannot be read now.
     """
     return show_plan(build_options(manifest, output, values), every, resolved)
 

@@ -194,11 +194,13 @@ class Driver:
             if not capacity:
                 return
             taken += capacity
-            illegal = self.counts["illegal"]
+            illegal, unread = self.counts["illegal"], self.tracker.failures["infrastructure"]
             # With nothing in flight there is nothing to do but to wait for a row.
             for tracked in self.tracker.take(rows, capacity, wait=not self.policy.in_flight):
                 self._admit_item(tracked)
             self._outcomes.add_illegal(self.counts["illegal"] - illegal)
+            # Taking rows reports no other failures: those of items are reported when they have been written.
+            self._outcomes.add("infrastructure", self.tracker.failures["infrastructure"] - unread)
             if self.tracker.waits_for_images:
                 return
 

@@ -29,6 +29,7 @@ from ltx_ray.placement.numerics import numerics_of_row
 from ltx_ray.planning.estimate import PlannedWork
 from ltx_ray.planning.identity import recipe_json
 from ltx_ray.planning.plan import COPY, DONE, FAILED, REMOVED, REPEATED, Plan, PlanEntry, PlannedRow
+from ltx_ray.planning.row_images import UnreadRow
 from ltx_ray.records import CallReport, Clip, NoiseLedger, WorkItem, canonical_json, first_line
 from ltx_ray.stages import DIFFUSION_STAGES, TRAITS, Stage, needed_results
 
@@ -191,6 +192,10 @@ class RowTracker:
                 self.counts["rows"] += 1
                 self._take_illegal(planned)
                 continue
+            if isinstance(planned, UnreadRow):
+                self.counts["rows"] += 1
+                self._take_unread(planned)
+                continue
             if planned.status == REPEATED:
                 continue
             if planned.status == REMOVED:
@@ -240,6 +245,12 @@ class RowTracker:
         if self._illegal.take(row):
             self.events.emit("row_illegal", source=raw.source, id=row.id, message="\n".join(messages))
         self.publisher.submit(lambda: self._scope.found(self.writer.write_illegal(raw, messages)), _nothing)
+
+    def _take_unread(self, row: UnreadRow) -> None:
+        failure = Failure("plan", 0, "infrastructure", row.message)
+        self.counts["failed"] += 1
+        self._report(row.id, None, failure)
+        self.publisher.submit(lambda: self._scope.found(self.writer.write_unplanned(row.raw, failure)), _nothing)
 
     def _take_copy(self, planned: PlannedRow) -> None:
         item_id = planned.item.item_id
@@ -378,10 +389,13 @@ class RowTracker:
         self._report_failure(planned, failure)
 
     def _report_failure(self, planned: PlannedRow, failure: Failure) -> None:
+        self._report(planned.request.id, planned.item_id, failure)
+
+    def _report(self, row_id: str | None, item_id: str | None, failure: Failure) -> None:
         self.failures[failure.error_class] += 1
-        row_id, stage, message = planned.request.id, failure.stage, failure.message
+        stage, message = failure.stage, failure.message
         self.progress.say(f"{row_id}: failed in {stage}: {first_line(message)}")
-        self.events.emit("item_failed", item_id=planned.item_id, id=row_id, stage=stage, message=message)
+        self.events.emit("item_failed", item_id=item_id, id=row_id, stage=stage, message=message)
 
     def _count(self, tracked: TrackedItem, outcome: str) -> None:
         self.counts[outcome] += 1
@@ -391,9 +405,13 @@ class RowTracker:
 
     def _forget_older_failures(self, planned: PlannedRow) -> None:
         """The row may have failed as another item: with other weights, or before it was edited."""
-        item_id = planned.item_id
-        if any(other != item_id for other, _ in self.plan.existing.failures_of_key(planned.key)):
-            self.writer.forget_older_failures(item_id, planned.request, planned.raw.source)
+        item_id, raw, existing = planned.item_id, planned.raw, self.plan.existing
+        if not existing.may_have_failures:
+            return
+        if any(other != item_id for other, _ in existing.failures_of_key(planned.key)):
+            self.writer.forget_older_failures(item_id, planned.request, raw.source)
+        if existing.failures_of_key(layout.row_key(raw.source)):
+            self.writer.forget_unplanned(raw)  # at this place it was illegal, or its image could not be read
 
     def close(self, complete: bool) -> None:
         """End of the run. `complete`: every row of the manifest was read."""

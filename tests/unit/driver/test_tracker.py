@@ -322,6 +322,23 @@ def test_a_retry_of_a_row_whose_image_was_out_of_reach_asks_for_the_clip_that_it
     assert [planned.item_id for planned in plan.open()] == before and len(before) == 2
 
 
+def test_a_row_of_another_manifest_ends_no_failure_though_it_has_the_same_id(output, tmp_path):
+    """It may be another row. `ltx-ray remove --failures-only` is for those that were corrected there."""
+    output.open([*rows("a"), {"id": "b", "prompt": ""}])
+    (tracked,) = output.take()
+    output.tracker.fail(tracked, CRASH)
+    output.settle()
+    output.close()
+    output.folder = tmp_path / "other"
+    output.folder.mkdir()
+    output.open([*rows("a", prompt="a dog"), *rows("b", prompt="an owl")])
+    for tracked in output.take():
+        output.tracker.finish(tracked, CLIP, "{}")
+    output.settle()
+    output.tracker.close(complete=True)
+    assert output.ids("failed") == output.ids("index") == ["a", "b"]
+
+
 def test_many_illegal_rows_are_said_by_their_commonest_reasons(output):
     many = [{"id": f"r{n}", "prompt": "a", "height": 1080 if n % 3 else 1081, "seed": -n} for n in range(SHOWN + 200)]
     output.open(many)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import heapq
+from collections.abc import Callable, Iterator, Mapping
 
 from ltx_ray.driver.tracker import RowTracker, TrackedItem
 from ltx_ray.pools.pool import Pool
@@ -16,15 +17,26 @@ class CallsUnderWay:
     def __init__(self, clock: Callable[[], float]):
         self._clock = clock
         self._began: dict[str, float] = {}
+        #: Calls by when they are late: (that time, when the call began, its item).
+        self._due: list[tuple[float, float, str]] = []
 
     @property
     def began(self) -> Mapping[str, float]:
         """When the call of each item under way began."""
         return self._began
 
-    def begin(self, item: str) -> None:
-        """A call of the item has been dispatched."""
-        self._began[item] = self._clock()
+    def begin(self, item: str, late_after: float) -> None:
+        """A call of the item has been dispatched, which is late after so many seconds."""
+        now = self._began[item] = self._clock()
+        heapq.heappush(self._due, (now + late_after, now, item))
+
+    def late(self) -> Iterator[str]:
+        """The items whose calls have become late since this was asked for."""
+        now = self._clock()
+        while self._due and self._due[0][0] <= now:
+            _, began, item = heapq.heappop(self._due)
+            if self._began.get(item) == began:
+                yield item
 
     def account(
         self, tracker: RowTracker, pool: Pool, replica: str, tracked: TrackedItem, stage: Stage, report: CallReport

@@ -142,6 +142,8 @@ class Driver:
         """Start what is missing, dispatch what may run, and take in what happened."""
         self._start_replicas()
         self._follow_memory()
+        for item in self._calls.late():
+            self.policy.call_is_late(item)
         self._dispatch()
         if not self._preflight_running:
             # What can run does by now.
@@ -272,7 +274,7 @@ class Driver:
             tracked = self.tracker.items[dispatch.item]
             if dispatch.moved:
                 self.events.emit("role_moved", replica=dispatch.replica, to=dispatch.stage)
-            self._calls.begin(dispatch.item)
+            self._calls.begin(dispatch.item, self.policy.late_after(dispatch.stage))
             self.tracker.call_begins(tracked, dispatch.stage, time.monotonic())
             item, inputs = self._negatives.call(tracked, dispatch.stage)
             timeout = self._work_left.deadline(dispatch.stage, item, self.limits.call_timeout)

@@ -182,7 +182,9 @@ def _last_info(
         except (OSError, RuntimeError) as error:
             if "does not exist" in str(error):
                 raise
-            silent_since = silent_since or time.monotonic()
+            if silent_since is None:
+                silent_since = time.monotonic()
+                say(f"{job}: the cluster does not answer, and is asked again for {SILENCE_SECONDS:.0f} s")
             if time.monotonic() - silent_since > SILENCE_SECONDS:
                 raise ConnectionError(f"no answer for {SILENCE_SECONDS:.0f} s: {error}") from error
             _sleep(POLL_SECONDS[1], heard)

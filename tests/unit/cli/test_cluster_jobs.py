@@ -97,7 +97,10 @@ def test_a_stop_that_the_cluster_did_not_hear_is_told_again():
 
 
 def test_a_silent_cluster_is_waited_for_so_long():
-    assert follow(FakeJob(*[ConnectionError("silent")] * 100, "SUCCEEDED"), "j", False, print) == 0
+    said, silent = [], [ConnectionError("silent")]
+    assert follow(FakeJob(*silent * 50, "RUNNING", *silent * 50, "SUCCEEDED"), "j", False, said.append) == 0
+    told = "j: the cluster does not answer, and is asked again for 600 s"
+    assert said == [told, "j: running", told, "j: succeeded"]
     with pytest.raises(ConnectionError, match="no answer for 600 s: silent"):
         follow(FakeJob(ConnectionError("silent")), "j", False, print)
     with pytest.raises(RuntimeError, match="does not exist"):

@@ -421,9 +421,14 @@ def fetch_command(**values: Any) -> ExitCode:
     """
     from ltx_ray.checkpoints.node_cache import fetch, pinned
 
-    model = pinned(model_files(values))
+    model, progress = pinned(model_files(values)), Progress()
     for path, files in model.remote:
-        place = fetch(path, files, model.cache_bytes)
+
+        def on_bytes(done: int, total: int, name: str = recorded(path)) -> None:
+            progress.count(done // 10**6, total // 10**6, f"MB of {name}")
+
+        place = fetch(path, files, model.cache_bytes, on_bytes)
+        progress.clear()
         click.echo(f"{recorded(path)}: {sum(file.size for file in files) / 1e9:.1f} GB in {place}")
     if not model.remote:
         click.echo("nothing to fetch: every file of the model is on this machine's disks")

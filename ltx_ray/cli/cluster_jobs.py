@@ -8,13 +8,14 @@ import os
 import signal
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any
 
 from ltx_ray.dataset import layout
 from ltx_ray.dataset.clip_rate import UNFINISHED, rate_text
+from ltx_ray.dataset.report_text import finite
+from ltx_ray.dataset.run_summary import rows_text
 from ltx_ray.run import ExitCode
 from ltx_ray.storage.store import RETRY_SECONDS, Store
 
@@ -130,13 +131,9 @@ def run_progress(output: str) -> str:
     record = read_record(output, _OUTPUT_SECONDS)
     if record.get("state") not in UNFINISHED:
         return ""
-    counts: Counter[str] = Counter(record.get("counts"))
-    summary = record.get("summary") or {}
-    done, failed = counts["rendered"] + counts["already_done"], counts["failed"] + counts["illegal"]
-    total, rate = record.get("expected_rows"), summary.get("clips_per_hour")
-    known = f"{done:,}" if total is None else f"{done:,} of {total:,}"
-    more = (f", {failed:,} failed" if failed else "") + (f", {rate_text(rate)}" if rate else "")
-    return f"{known} rows done{more}"
+    summary = record.get("summary")
+    rate = finite(summary.get("clips_per_hour")) if isinstance(summary, dict) else None
+    return rows_text(record) + (f", {rate_text(rate)}" if rate else "")
 
 
 def follow(client: Any, job: str, drain: bool, say: Callable[[str], None], output: str | None = None) -> int:

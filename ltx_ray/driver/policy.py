@@ -180,7 +180,7 @@ class Policy:
 
     def late_after(self, stage: Stage) -> float:
         """Seconds after which a call of `stage` is late."""
-        return LATE_TIMES * self._seconds[stage].value + 2 * switch_seconds(self._switch, self._seconds)
+        return LATE_TIMES * self._seconds[stage].value + 2 * self._switch.value
 
     def row_failed(self, item: str) -> RetryDecision:
         """The row itself is at fault."""
@@ -411,7 +411,8 @@ class Policy:
         idle, queues = len(self._idle[assigned]), self._queues[assigned]
         # With items before it, it waits for space in the next queue, which the servers of that queue make.
         blocked = [after for after, queue in queues.items() if queue]
-        rate = calls_a_second(self._calls - self._late, self._seconds, blocked, assigned)
+        calls = self._calls - self._late if any(self._late.values()) else self._calls
+        rate = calls_a_second(calls, self._seconds, blocked, assigned)
         return idle / rate if rate else math.inf
 
     def _move(self, name: str, stage: Stage) -> None:
@@ -465,8 +466,9 @@ class Policy:
         state = self._items[item]
         assert state.replica is not None, f"{item} is not running"
         self._calls[state.stage, state.next_stage] -= 1
-        self._late[state.stage, state.next_stage] -= state.late
-        state.late = False
+        if state.late:
+            state.late = False
+            self._late[state.stage, state.next_stage] -= 1
         replica = self._replicas[state.replica]
         del replica.items[item]
         if replica.takes_more:

@@ -86,6 +86,7 @@ class Submission:
     outdated: bool
     submission_id: str
     entrypoint: str
+    output: str
 
     @property
     def manifest_path(self) -> str:
@@ -128,7 +129,7 @@ def plan(recipe: Recipe, date: str, out_dir: str | None, command: str) -> Submis
     # The job starts in a folder of its own and needs absolute paths. The id does not depend on them.
     job = submission_id(recipe.name, date, data, ["--output", output, *options])
     entrypoint = f"{command} {shlex.join([join(folder, file_name), '--output', resolved_output, *options])}"
-    return Submission(folder, file_name, data, stored is not None, data != drawn, job, entrypoint)
+    return Submission(folder, file_name, data, stored is not None, data != drawn, job, entrypoint, resolved_output)
 
 
 def _check_no_credentials(recipe: Recipe, output: str, out_dir: str | None, command: str) -> None:
@@ -260,7 +261,7 @@ def _run_date(args: argparse.Namespace, recipe: Recipe, date: str) -> int:
         print(f"{name}: {outcome}", flush=True)
         if not args.wait:
             return ExitCode.OK
-        return follow(client, name, args.on_stop == "drain", lambda text: print(text, flush=True))
+        return follow(client, name, args.on_stop == "drain", lambda text: print(text, flush=True), job.output)
     except (OSError, RuntimeError) as error:
         raise ConnectionError(f"{args.address}: {masked(str(error))}") from None
 

@@ -20,11 +20,11 @@ from ltx_ray.checkpoints.parts import check_other_models
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics, RequestedNumerics, RunLimits, Selection
 from ltx_ray.dataset.description import describe
 from ltx_ray.dataset.existing import ExistingRows, list_existing
-from ltx_ray.dataset.fold import fold_dataset, fold_output
+from ltx_ray.dataset.fold import fold_dataset, fold_output, remove_empty_folders
 from ltx_ray.dataset.gpu_time import GpuTime
 from ltx_ray.dataset.identity import KeptIdentity, scheme_at
 from ltx_ray.dataset.known_answers import KnownAnswers
-from ltx_ray.dataset.output import check_creation, check_place, is_within, wait_seconds
+from ltx_ray.dataset.output import check_creation, check_place, is_own_table, is_within, wait_seconds
 from ltx_ray.dataset.removal import finish_removals
 from ltx_ray.dataset.row_log import RowLog
 from ltx_ray.dataset.run_cost import cost_of
@@ -37,7 +37,7 @@ from ltx_ray.driver.loop import Driver
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
 from ltx_ray.driver.row_traces import RowTraces
-from ltx_ray.driver.run_record import RunRecord, SoFar, keep_older_run, recorded_counts, summary_line
+from ltx_ray.driver.run_record import RunRecord, SoFar, keep_older_run, last_lines, recorded_counts
 from ltx_ray.driver.signals import RunSignals, Stopped
 from ltx_ray.driver.tracker import RowTracker
 from ltx_ray.manifest.raw import RawRow
@@ -176,8 +176,8 @@ def prepare(options: Options) -> Prepared:
     check_roots(options.image_roots)
     check_numerics(options.numerics)
     check_widths(options.numerics, parallel, checkpoint.transformer)
-    # Paths of retried and promoted rows count from the manifest that the rows were in first.
-    own_folder = () if options.retry_failed or options.promote is not None else (manifest_folder(options.manifest),)
+    # Paths in rows of failed/ and previews/ count from the manifest that the rows were in first.
+    own_folder = () if is_own_table(options.manifest, options.output) else (manifest_folder(options.manifest),)
     rules = RowRules(
         defaults=defaults,
         num_layers=checkpoint.transformer.num_layers,
@@ -311,6 +311,7 @@ class Run:
             # The run's workers have ended, so nobody finishes the files that they have begun.
             with contextlib.suppress(OSError):
                 clean_stale(self.store, 0)
+                remove_empty_folders(self.store)
                 self.store.remove_scratch()
         self.lease.release()
 
@@ -373,8 +374,9 @@ class _Rendering:
             run.signals.action = None
             write_last_report(run.store, self._tracker.counts["rows"], run.progress.say)
             run.signals.action = self._driver.request_drain
-        counts = recorded_counts(self._tracker.counts)
-        run.progress.say(summary_line(state, counts, self._record.clips_per_hour, run.store.name))
+        counts, at_fault = recorded_counts(self._tracker.counts), self._tracker.at_fault
+        for line in last_lines(state, counts, at_fault, self._record.clips_per_hour, run.store.name):
+            run.progress.say(line)
         return code
 
     def _drive(self, rows: Iterator[PlanEntry]) -> tuple[str, ExitCode]:
@@ -482,11 +484,11 @@ class _Rendering:
         self._record.write(state, self._so_far())
 
     def _so_far(self) -> SoFar:
-        tracker, rate = self._tracker, self._tracker.rate
+        tracker, rate, events = self._tracker, self._tracker.rate, self._events.summary
         reserved = self._driver.gpu_seconds() - self._gpu_time.before
         cost = cost_of(reserved, self._options.gpu_price, rate.clips, tracker.done_work.total.seconds)
         per_hour = rate.per_hour(time.monotonic())
-        return SoFar(tracker.counts, rate.clips, self._events.summary, per_hour, cost, tracker.quality)
+        return SoFar(tracker.counts, rate.clips, events, per_hour, cost, tracker.quality, tracker.expected_rows)
 
     def _finish(self, state: str) -> None:
         """Record how the run ended, unless another run has taken the output over and the records are its own."""

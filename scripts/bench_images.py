@@ -61,8 +61,8 @@ def take(manifest: str, rate: float, depth: int | None) -> dict[str, float]:
     from ltx_ray.driver.progress import Progress
     from ltx_ray.driver.publisher import Publisher
     from ltx_ray.driver.tracker import RowTracker
-    from ltx_ray.planning import plan as planning
     from ltx_ray.planning.image_lookahead import ImageLookAhead
+    from ltx_ray.planning.row_images import digest_of_image
     from ltx_ray.run import Options, prepare
     from ltx_ray.storage.store import Store
     from scripts.bench import sleeping_stages
@@ -70,7 +70,7 @@ def take(manifest: str, rate: float, depth: int | None) -> dict[str, float]:
     model = ModelFiles("", "", "", provider=sleeping_stages.TOY)
     plan = prepare(Options(manifest, None, model, image_roots=(f"s3://{_BUCKET}",))).plan
     if depth is not None:
-        plan._images = ImageLookAhead(planning._digest, depth)
+        plan._images = ImageLookAhead(digest_of_image, depth)
     with tempfile.TemporaryDirectory() as folder:
         store = Store(folder)
         log: Any = SimpleNamespace(store=store)

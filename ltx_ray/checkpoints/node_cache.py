@@ -13,10 +13,11 @@ import hashlib
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeAlias
 
 from ltx_ray.checkpoints.checkpoint import gemma_folders
 from ltx_ray.checkpoints.diffusers_layout import COMPONENTS, upsampler_folder
@@ -46,6 +47,8 @@ from ltx_ray.storage.store import Store
 _ENDINGS = (".safetensors", ".json", ".model", ".txt", ".jinja")
 #: Bytes of a request. As many as `RANGES_AT_ONCE` are in memory.
 _PART_BYTES = 8 * 2**20
+#: Called with the bytes that have come and with how many there are.
+OnBytes: TypeAlias = Callable[[int, int], None]
 
 _lock = threading.Lock()
 #: Descriptors of the locks that this process holds, by entry.
@@ -126,14 +129,22 @@ def on_this_node(model: ModelFiles) -> ModelFiles:
     return model.in_place().at(places)
 
 
-def fetch(path: str, files: Sequence[RemoteFile], cache_bytes: int | None = None) -> str:
-    """The path on this node of `files` of the model at `path`, downloaded if they are not there yet."""
+def fetch(
+    path: str,
+    files: Sequence[RemoteFile],
+    cache_bytes: int | None = None,
+    on_bytes: OnBytes = lambda done, total: None,
+) -> str:
+    """The path on this node of `files` of the model at `path`, downloaded if they are not there yet.
+
+    `on_bytes` is told how many bytes have come, and of how many.
+    """
     entry = writable_cache_root() / "weights" / _key(path, files)
     with _lock:
         if entry.name not in _held:
             entry.parent.mkdir(parents=True, exist_ok=True)
             _held[entry.name] = _open_lock(entry)
-            _take(entry, path, files, cache_bytes)
+            _take(entry, path, files, cache_bytes, on_bytes)
     single = any(not file.relative for file in files)
     return str(entry / _name(path, "") if single else entry)
 
@@ -153,7 +164,7 @@ def _open_lock(entry: Path) -> int:
     return os.open(f"{entry}.lock", os.O_RDWR | os.O_CREAT, 0o666)
 
 
-def _take(entry: Path, path: str, files: Sequence[RemoteFile], cache_bytes: int | None) -> None:
+def _take(entry: Path, path: str, files: Sequence[RemoteFile], cache_bytes: int | None, on_bytes: OnBytes) -> None:
     """Have the entry complete and its lock, which is open, shared.
 
     Who downloads holds a lock of its own: those that wait for it must not wait for those that use the entry.
@@ -164,18 +175,18 @@ def _take(entry: Path, path: str, files: Sequence[RemoteFile], cache_bytes: int 
         if not entry.is_dir():
             with _exclusively(Path(f"{entry}.download.lock")):
                 if not entry.is_dir():  # another process may have made it by now
-                    _download(entry, path, files, cache_bytes)
+                    _download(entry, path, files, cache_bytes, on_bytes)
         os.utime(descriptor)  # says when it was used last
     except BaseException:
         os.close(_held.pop(entry.name))
         raise
 
 
-def _download(entry: Path, path: str, files: Sequence[RemoteFile], cache_bytes: int | None) -> None:
-    partial = _partial(entry)
+def _download(entry: Path, path: str, files: Sequence[RemoteFile], cache_bytes: int | None, on_bytes: OnBytes) -> None:
+    partial, total = _partial(entry), sum(file.size for file in files)
     # Two downloads may not count on the same bytes.
     with _exclusively(entry.parent / "room.lock"):
-        _make_room(entry, sum(file.size for file in files), cache_bytes)
+        _make_room(entry, total, cache_bytes)
         # A file without data, but of the final size, counts for others that make room at the same time.
         for file in files:
             target = partial / _name(path, file.relative)
@@ -183,10 +194,13 @@ def _download(entry: Path, path: str, files: Sequence[RemoteFile], cache_bytes: 
             if not target.exists():
                 with open(f"{target}.part", "wb") as out:
                     out.truncate(file.size)
+    before = 0
     for file in files:
         target = partial / _name(path, file.relative)
         if not target.exists():  # as it may, from a process that was killed
-            _download_file(target, _location(path, file.relative), file)
+            for done in _download_file(target, _location(path, file.relative), file):
+                on_bytes(before + done, total)
+        before += file.size
     for folder in {(partial / _name(path, file.relative)).parent for file in files}:
         sync_folder(str(folder))
     partial.rename(entry)
@@ -197,8 +211,11 @@ def _partial(entry: Path) -> Path:
     return entry.with_name(f"{entry.name}.partial")
 
 
-def _download_file(target: Path, location: str, file: RemoteFile) -> None:
-    """Write the file in this version, by many ranges at once. What arrives is compared with the store's checksum."""
+def _download_file(target: Path, location: str, file: RemoteFile) -> Iterator[int]:
+    """Write the file in this version, by many ranges at once, and yield how many bytes have come.
+
+    What arrives is compared with the store's checksum.
+    """
     remote = remote_files(location)
     read = functools.partial(remote.read_range, "", version=file.version)
     part = Path(f"{target}.part")
@@ -210,6 +227,7 @@ def _download_file(target: Path, location: str, file: RemoteFile) -> None:
                 if whole is not None:
                     whole.update(block)
                 out.write(block)
+                yield out.tell()
             out.flush()
             os.fsync(out.fileno())
     except (FileReplaced, FileNotFoundError) as error:

@@ -171,7 +171,7 @@ def promote_command(output: str, ids: frozenset[str] | None, where: Sequence[str
 def plan_command(manifest: str, output: str | None, every: bool, resolved: bool, **values: Any) -> ExitCode:
     """Say which rows would be rendered, are done or are illegal, and what the run costs.
 
-    Exit code 3 when rows are illegal.
+    Exit code 3 when rows are illegal, or have an image that cannot be read now.
     """
     return show_plan(build_options(manifest, output, values), every, resolved)
 
@@ -291,20 +291,34 @@ def export_command(output: str, destination: str, to: str) -> ExitCode:
             "--ids", section="Rows", metavar="FILE", type=IdsFile(), required=True,
             help="ids of rows, or item_ids of clips, one per line",
         ),
+        Option(
+            "--failures-only", section="Rows", is_flag=True,
+            help="only take failures out of failed/: clips stay, and later runs may render the rows",
+        ),
     ],
 )  # fmt: skip
-def remove_command(output: str, ids: frozenset[str]) -> ExitCode:
+def remove_command(output: str, ids: frozenset[str], failures_only: bool) -> ExitCode:
     """Take rows out of OUTPUT with their clips, latents and pictures, and never render them again.
 
     All rows that share a clip go with it. Waits while a run is at work. Exit code 3 when some ids have no row; rows of
-    theirs are not rendered later either.
+    theirs are not rendered later either. With --failures-only, FILE may also name places, such as prompts.jsonl:7.
     """
-    from ltx_ray.cli.remove import remove
+    from ltx_ray.cli.remove import remove, remove_failures
 
     _check_dataset(output)
     if not ids:
         raise ValueError("--ids: the file names no row; legal: one id per line")
     store, progress = Store(output), Progress()
+    if failures_only:
+        done = remove_failures(store, ids, progress.say, progress.counting("parts read"))
+        progress.clear()
+        click.echo(f"{done.rows} rows taken out of failed/; clips and other rows are as they were")
+        if done.unknown:
+            shown = ", ".join(sorted(done.unknown)[:10])
+            click.echo(
+                f"--ids: {len(done.unknown)} names have no row in {store.name}/failed, such as {shown}", err=True
+            )
+        return ExitCode.FAILED_ROWS if done.unknown else ExitCode.OK
     done = remove(store, ids, progress.say, progress.counting("parts read"))
     progress.clear()
     click.echo(f"{done.rows} rows of {done.items} clips removed; they are not rendered again")
@@ -407,9 +421,14 @@ def fetch_command(**values: Any) -> ExitCode:
     """
     from ltx_ray.checkpoints.node_cache import fetch, pinned
 
-    model = pinned(model_files(values))
+    model, progress = pinned(model_files(values)), Progress()
     for path, files in model.remote:
-        place = fetch(path, files, model.cache_bytes)
+
+        def on_bytes(done: int, total: int, name: str = recorded(path)) -> None:
+            progress.count(done // 10**6, total // 10**6, f"MB of {name}")
+
+        place = fetch(path, files, model.cache_bytes, on_bytes)
+        progress.clear()
         click.echo(f"{recorded(path)}: {sum(file.size for file in files) / 1e9:.1f} GB in {place}")
     if not model.remote:
         click.echo("nothing to fetch: every file of the model is on this machine's disks")

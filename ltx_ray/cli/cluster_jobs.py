@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import signal
 import sys
@@ -11,12 +12,19 @@ from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any
 
+from ltx_ray.dataset import layout
+from ltx_ray.dataset.clip_rate import UNFINISHED, rate_text
+from ltx_ray.dataset.report_text import finite
+from ltx_ray.dataset.run_summary import rows_text
 from ltx_ray.run import ExitCode
+from ltx_ray.storage.store import RETRY_SECONDS, Store
 
 #: Seconds between two status requests while a job is followed: at first, and at most.
 POLL_SECONDS = 0.5, 5.0
 #: Seconds for which a silent dashboard is tolerated, as when the head is being replaced.
 SILENCE_SECONDS = 600.0
+#: Seconds between two lines that say how far a job is, and for which its output is asked.
+PROGRESS_SECONDS, _OUTPUT_SECONDS = 60.0, 2.0
 #: Seconds that a wait sleeps at once. A signal ends the wait after at most so long.
 _SLICE_SECONDS = 0.5
 #: How many jobs of one submission may fail.
@@ -109,15 +117,34 @@ class _Heard:
         self.numbers.append(number)
 
 
-def follow(client: Any, job: str, drain: bool, say: Callable[[str], None]) -> int:
-    """Follow a job to its end, and say what becomes of it.
+def read_record(output: str, seconds: float = RETRY_SECONDS) -> dict[str, Any]:
+    """`run.json` of the newest run into `output`; empty when this machine cannot read it, tried for so many seconds."""
+    try:
+        record = json.loads(Store(output, seconds).read_bytes(layout.RUN_RECORD))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def run_progress(output: str) -> str:
+    """How far the run into `output` is, such as `40 of 120 rows done, 1 failed, 118 clips/h`; "" when none goes on."""
+    record = read_record(output, _OUTPUT_SECONDS)
+    if record.get("state") not in UNFINISHED:
+        return ""
+    summary = record.get("summary")
+    rate = finite(summary.get("clips_per_hour")) if isinstance(summary, dict) else None
+    return rows_text(record) + (f", {rate_text(rate)}" if rate else "")
+
+
+def follow(client: Any, job: str, drain: bool, say: Callable[[str], None], output: str | None = None) -> int:
+    """Follow a job to its end, and say what becomes of it; with its `output`, also how far it is, now and then.
 
     Returns the exit code of the job's command (0, 3 …), or 1 when there is none. SIGTERM, SIGINT and SIGHUP end the
     wait with 128 + the signal, and the job goes on; with `drain` the first one stops the job and the wait goes on, to
     4 for a job that was stopped so. Raises ConnectionError after SILENCE_SECONDS without an answer.
     """
     with _Heard() as heard:
-        info = _last_info(client, job, drain, say, heard)
+        info = _last_info(client, job, drain, say, heard, output)
     if info is None:
         say(f"{job}: goes on, and is followed no longer")
         return 128 + heard.numbers[-1]
@@ -133,9 +160,11 @@ def follow(client: Any, job: str, drain: bool, say: Callable[[str], None]) -> in
     return int(code) if code > 0 else ExitCode.ERROR
 
 
-def _last_info(client: Any, job: str, drain: bool, say: Callable[[str], None], heard: _Heard) -> Any:
+def _last_info(
+    client: Any, job: str, drain: bool, say: Callable[[str], None], heard: _Heard, output: str | None
+) -> Any:
     """What the cluster says of a job that has ended; None when a signal has ended the wait."""
-    shown, pause, stops = "", POLL_SECONDS[0], 0
+    shown, pause, stops, told = "", POLL_SECONDS[0], 0, time.monotonic()
     silent_since: float | None = None
     while True:
         if len(heard.numbers) > drain:
@@ -150,7 +179,9 @@ def _last_info(client: Any, job: str, drain: bool, say: Callable[[str], None], h
         except (OSError, RuntimeError) as error:
             if "does not exist" in str(error):
                 raise
-            silent_since = silent_since or time.monotonic()
+            if silent_since is None:
+                silent_since = time.monotonic()
+                say(f"{job}: the cluster does not answer, and is asked again for {SILENCE_SECONDS:.0f} s")
             if time.monotonic() - silent_since > SILENCE_SECONDS:
                 raise ConnectionError(f"no answer for {SILENCE_SECONDS:.0f} s: {error}") from error
             _sleep(POLL_SECONDS[1], heard)
@@ -160,6 +191,9 @@ def _last_info(client: Any, job: str, drain: bool, say: Callable[[str], None], h
             say(f"{job}: {shown.lower()}")
         if info.status.is_terminal():
             return info
+        if output is not None and time.monotonic() - told >= PROGRESS_SECONDS:
+            told = time.monotonic()
+            say(f"{job}: {shown.lower()}" + (f", {far}" if (far := run_progress(output)) else ""))
         _sleep(pause, heard)
         pause = min(1.2 * pause, POLL_SECONDS[1])
 

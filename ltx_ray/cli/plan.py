@@ -11,7 +11,8 @@ from ltx_ray.dataset.existing import list_existing
 from ltx_ray.manifest.rules import IllegalRow
 from ltx_ray.planning.disk_space import space_warning
 from ltx_ray.planning.estimate import bytes_lines, cost_line
-from ltx_ray.planning.plan import ILLEGAL, PlannedRow
+from ltx_ray.planning.plan import ILLEGAL, UNREAD, PlannedRow
+from ltx_ray.planning.row_images import UnreadRow
 from ltx_ray.records import canonical_json
 from ltx_ray.run import ExitCode, Options, prepare
 from ltx_ray.storage.credentials import masked
@@ -30,6 +31,7 @@ _STATUS_WORDS = {
     "repeated": "repeated",
     "failed": "failed before by their own fault (ltx-ray retry)",
     "illegal": "illegal",
+    "unread": "with an image that cannot be read now",
     "removed": "removed (ltx-ray remove)",
 }
 
@@ -46,6 +48,8 @@ def show_plan(options: Options, every: bool, resolved: bool) -> ExitCode:
         if isinstance(row, IllegalRow):
             for message in row.messages():
                 click.echo(f"illegal  {masked(message)}")
+        elif isinstance(row, UnreadRow):
+            click.echo(f"unread   {masked(row.message)}")
         elif every or listed < PLAN_ROWS:
             listed += 1
             click.echo(_resolved_line(row) if resolved else _plan_line(row))
@@ -65,7 +69,7 @@ def show_plan(options: Options, every: bool, resolved: bool) -> ExitCode:
         needed = options.stored.nbytes(counts["clips"], work)
         if (short := space_warning(Store(options.output), needed)) is not None:
             click.echo(short, err=True)
-    return ExitCode.FAILED_ROWS if counts[ILLEGAL] else ExitCode.OK
+    return ExitCode.FAILED_ROWS if counts[ILLEGAL] or counts[UNREAD] else ExitCode.OK
 
 
 def _resolved_line(row: PlannedRow) -> str:

@@ -14,7 +14,7 @@ from ltx_ray.dataset.existing import ExistingRows, list_existing
 from ltx_ray.dataset.fold import fold_dataset
 from ltx_ray.dataset.identity import dataset_id
 from ltx_ray.dataset.parts import KEY_COLUMNS, unreadable
-from ltx_ray.dataset.removal import OnParts, take_down
+from ltx_ray.dataset.removal import NamedFailures, OnParts, take_down, take_failures
 from ltx_ray.dataset.removed import id_digest, record_removed
 from ltx_ray.storage.lease import Lease
 from ltx_ray.storage.store import Store
@@ -52,6 +52,25 @@ def remove(store: Store, ids: frozenset[str], say: Callable[[str], None], on_par
         rows = take_down(store, existing, existing.removed, on_parts)
         describe_dataset(store, list_existing(store, say), anew=True)
         return Removal(rows, len(items), ids - known - known_before)
+    finally:
+        lease.release()
+
+
+def remove_failures(store: Store, names: frozenset[str], say: Callable[[str], None], on_parts: OnParts) -> Removal:
+    """Take rows out of failed/ alone. Runs that have them later try them again.
+
+    A name is the id of a row, its item_id, or its place as the column `source` has it. Raises what `remove` raises.
+    """
+    store.check_writable("OUTPUT")
+    writer = f"remove-{secrets.token_hex(3)}"
+    lease = Lease(store, writer)
+    lease.acquire(say)
+    try:
+        fold_dataset(store, list_existing(store, say), dataset_id(store), writer, say)
+        failures = NamedFailures(names)
+        rows = take_failures(store, failures, on_parts)
+        describe_dataset(store, list_existing(store, say), anew=True)
+        return Removal(rows, 0, names - failures.known)
     finally:
         lease.release()
 

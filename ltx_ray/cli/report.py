@@ -39,9 +39,8 @@ def report(
             path, name = write_report(output, signed_seconds=seconds), layout.REPORT
         say(path if store.is_local else join(store.name, name))
         if presign is not None:
-            say(
-                f"for whoever has no credentials, for {presign:g} hours: {store.signed_urls([name], presign * 3600)[0]}"
-            )
+            time = "1 hour" if presign == 1 else f"{presign:g} hours"
+            say(f"for whoever has no credentials, for {time}: {store.signed_urls([name], presign * 3600)[0]}")
         if server is not None:
             say(f"http://127.0.0.1:{server.server_port}/ shows it and plays its clips, until Ctrl-C")
             with contextlib.suppress(KeyboardInterrupt):

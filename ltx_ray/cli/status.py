@@ -21,7 +21,7 @@ from ltx_ray.dataset.existing import ExistingRows, list_existing
 from ltx_ray.dataset.gpu_time import read_gpu_seconds
 from ltx_ray.dataset.quality import quality_text
 from ltx_ray.dataset.run_cost import cost_lines, recorded_cost
-from ltx_ray.dataset.run_summary import LastCall, RecordedRun, read_run, wait_lines
+from ltx_ray.dataset.run_summary import LastCall, RecordedRun, read_run, rows_text, wait_lines
 from ltx_ray.driver.progress import duration
 from ltx_ray.records import plain
 from ltx_ray.storage.lease import holder
@@ -80,6 +80,7 @@ def status_lines(output: str) -> list[str]:
     return [
         f"run {run.get('run_id', '?')}: {_state(run, interrupted)}",
         f"manifest {run.get('manifest', '?')}, started {run.get('started_at', '?')}",
+        *([rows_text(run)] if isinstance(run.get("counts"), dict) else ()),
         _counts(status.existing),
         *_replica_lines(known.replicas),
         *wait_lines(known.waits),
@@ -99,6 +100,7 @@ def status_json(output: str) -> str:
         **{name: run.get(name) for name in ("run_id", "manifest", "output", "started_at", "finished_at")},
         "state": "interrupted" if status.interrupted else run.get("state"),
         "counts": run.get("counts"),
+        "expected_rows": run.get("expected_rows"),
         "rows": {
             "index": existing.row_count - existing.pending_count,
             "not_folded": existing.pending_count,

@@ -7,16 +7,13 @@ import os
 import re
 import secrets
 import shlex
-from typing import Any
 
 import click
 
-from ltx_ray.cli.cluster_jobs import ATTEMPTS, connect, follow, submit_once
+from ltx_ray.cli.cluster_jobs import ATTEMPTS, connect, follow, read_record, submit_once
 from ltx_ray.cli.parameters import Argument, AtLeast, Command, OneOf, Option, with_lora_strengths
-from ltx_ray.dataset import layout
 from ltx_ray.run import ExitCode
 from ltx_ray.storage.credentials import masked
-from ltx_ray.storage.store import Store
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -91,11 +88,11 @@ def submit_command(
         command = f"{entrypoint} {shlex.join(arguments)}"
         name, outcome = submit_once(client, job, command, {"output": output}, attempts)
         say(f"{name}: {outcome}")
-        code = follow(client, name, on_stop == "drain", say) if wait else None
+        code = follow(client, name, on_stop == "drain", say, None if as_json else output) if wait else None
     except (OSError, RuntimeError) as error:
         raise ConnectionError(f"{address}: {error}") from None
     if as_json:
-        counts = _counts(output) if code in (ExitCode.OK, ExitCode.FAILED_ROWS) else None
+        counts = read_record(output).get("counts") if code in (ExitCode.OK, ExitCode.FAILED_ROWS) else None
         line = {"submission_id": name, "exit_code": code, "counts": counts, "output": output}
         click.echo(json.dumps(line, ensure_ascii=False))
     return code or ExitCode.OK
@@ -119,12 +116,3 @@ def _checked_output(ctx: click.Context, arguments: tuple[str, ...], entrypoint: 
         if not (given[name].startswith("/") or "://" in given[name]):
             raise ValueError(f"{shown}: {given[name]}, legal: an absolute path that the head sees, or a URI")
     return str(checked.params["output"])
-
-
-def _counts(output: str) -> dict[str, Any] | None:
-    """The counts of the newest run into `output`; None when this machine cannot read them."""
-    try:
-        counts: dict[str, Any] | None = json.loads(Store(output).read_bytes(layout.RUN_RECORD)).get("counts")
-    except (OSError, ValueError):
-        return None
-    return counts

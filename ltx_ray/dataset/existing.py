@@ -198,10 +198,7 @@ class ItemLookup:
 
 
 class FailedRows:
-    """Rows of failed/: 21 bytes each.
-
-    A row is known by its item and its key. One that is no legal request has no item: `illegal_item` makes one up.
-    """
+    """Rows of failed/: 21 bytes each. A row is known by its item, or what `unplanned_item` gives, and its key."""
 
     def __init__(self) -> None:
         #: Records of a row's key (8 hex digits), its item and its kind. Rows of one key are looked up together.
@@ -267,18 +264,19 @@ def _failed_record(kind: str, key: bytes) -> bytes:
     return key[ITEM_BYTES:] + key[:ITEM_BYTES] + bytes([_KINDS.index(kind)])
 
 
-def illegal_item(source: str | None, row_id: str | None) -> str:
-    """32 hex digits in place of an item_id for a row that is no legal request."""
+def unplanned_item(source: str | None, row_id: str | None) -> str:
+    """32 hex digits in place of an item_id, for a row that has none."""
     return hashlib.sha256(f"{source}\0{row_id or ''}".encode("utf-8", "surrogatepass")).hexdigest()[: 2 * ITEM_BYTES]
 
 
 def failure_of(
     item_id: str | None, row_id: str | None, source: str | None, error_class: str | None
 ) -> tuple[str, bytes]:
-    """Kind and key of a row of failed/, from its FAILURE_COLUMNS."""
-    if item_id is None:
-        return layout.ILLEGAL, key_bytes(illegal_item(source, row_id), row_key(source))
+    """Kind and key of a row of failed/, from its FAILURE_COLUMNS. One without an item is known by its place."""
     kind = layout.ROW if error_class == "row" else layout.INFRASTRUCTURE
+    if item_id is None:
+        kind = layout.ILLEGAL if kind == layout.ROW else kind
+        return kind, key_bytes(unplanned_item(source, row_id), row_key(source))
     return kind, key_bytes(item_id, row_key(row_id))
 
 

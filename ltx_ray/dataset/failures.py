@@ -25,7 +25,7 @@ from ltx_ray.storage.store import Store
 
 
 class FailureScope:
-    """The illegal rows that a run over a whole manifest has found: older ones of the manifest are no longer illegal.
+    """The rows without an item that a run over a whole manifest has found, as illegal ones: older ones have one by now.
 
     When the manifest is this dataset's own failed/, its rows are those of every manifest.
     """
@@ -84,17 +84,13 @@ class _Judgement:
                     judgement.newest[key] = (segment, row) if mark is None else None
         return judgement
 
-    def stays(self, kind: str, key: bytes, source: str | None) -> bool:
-        """Whether an older failure is still one."""
+    def stays(self, unplanned: bool, key: bytes, source: str | None) -> bool:
+        """Whether an older failure is still one. `unplanned`: that of a row without an item."""
         if key in self.newest or self.existing.index.has(key):
             return False
         if any(item != key[:ITEM_BYTES] and same_row(place, source or "") for place, item in self._others(key)):
             return False
-        return not (kind == layout.ILLEGAL and self.scope is not None and self.scope.overcome(source, key))
-
-    def may_change(self, kind: str, key: bytes) -> bool:
-        """Whether the answer of `stays` depends on the source of a row of which only kind and key are known."""
-        return kind == layout.ILLEGAL or key[ITEM_BYTES:] in self.others
+        return not (unplanned and self.scope is not None and self.scope.overcome(source, key))
 
     def _others(self, key: bytes) -> list[tuple[str, bytes]]:
         return self.others.get(key[ITEM_BYTES:], [])
@@ -162,13 +158,14 @@ def _replace(parts: FailedParts, name: str, judgement: _Judgement, seen: IdTable
             return
         try:
             table = read_parquet(data)
-            found = list(zip(failures_of(table), table["source"].to_pylist(), strict=True))
+            places = table["item_id"].to_pylist(), table["source"].to_pylist()
+            found = [(item is None, key, at) for (_, key), item, at in zip(failures_of(table), *places, strict=True)]
         except (pa.ArrowException, KeyError, ValueError) as error:
             raise unreadable(store, path, error) from None
         left = [
             row
-            for row, ((kind, key), source) in enumerate(found)
-            if judgement.stays(kind, key, source) and not seen.has(key[:8], key[8:])
+            for row, (unplanned, key, source) in enumerate(found)
+            if judgement.stays(unplanned, key, source) and not seen.has(key[:8], key[8:])
         ]
         if len(left) == len(found):
             break
@@ -178,7 +175,7 @@ def _replace(parts: FailedParts, name: str, judgement: _Judgement, seen: IdTable
         if store.update(path, encode_part(take(table, left), layout.FAILED, parts.writer), version):
             break
     for row in left:
-        key = found[row][0][1]
+        key = found[row][1]
         seen.put(key[:8], key[8:])
     seen.settle()
 
@@ -191,17 +188,18 @@ def _overcome_of_one_row(store: Store, names: list[str], judgement: _Judgement) 
             continue
         kind, item_id, digits = match.groups()
         key = key_bytes(item_id, digits)
-        if kind != layout.ILLEGAL and not judgement.may_change(kind, key):
-            if not judgement.stays(kind, key, None):
+        illegal_row = kind == layout.ILLEGAL
+        if not illegal_row and key[ITEM_BYTES:] not in judgement.others:
+            if not judgement.stays(False, key, None):
                 yield name
             continue
-        if kind == layout.ILLEGAL and judgement.scope is None and key[ITEM_BYTES:] not in illegal:
+        if illegal_row and judgement.scope is None and key[ITEM_BYTES:] not in illegal:
             continue
         try:
             table = read_part(store, f"{layout.FAILED}/{name}", list(FAILURE_COLUMNS))
         except OSError:
             continue  # damaged, which `verify` finds, or gone
         # Its name has a digest of the row's content; here, an illegal row is known by its place.
-        [(kind, key)], [source] = failures_of(table), table["source"].to_pylist()
-        if not judgement.stays(kind, key, source):
+        [(_, key)], [source] = failures_of(table), table["source"].to_pylist()
+        if not judgement.stays(illegal_row, key, source):
             yield name

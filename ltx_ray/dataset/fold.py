@@ -170,6 +170,13 @@ def fold_dataset(
     return folder.fold(keeps=keeps)
 
 
+def remove_empty_folders(store: Store) -> None:
+    """Remove the folders of runs that have no segments; a run that was killed leaves one. Under the lease."""
+    if store.is_local:
+        for run in store.folders(layout.SEGMENTS):
+            store.remove_empty_folder(f"{layout.SEGMENTS}/{run}")
+
+
 def set_aside(store: Store, path: str) -> str:
     """Move a file of the dataset below state/aside/; returns where it is now."""
     data, moved_to = store.read_bytes(path), f"{layout.ASIDE}/{path}"
@@ -217,6 +224,7 @@ def fold_output(
             then(dataset, writer)
             existing = list_existing(store, say)
         describe_dataset(store, existing)
+        remove_empty_folders(store)
         return folded
     finally:
         lease.release()

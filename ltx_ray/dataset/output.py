@@ -6,7 +6,8 @@ import math
 import os
 
 from ltx_ray.config import Selection
-from ltx_ray.storage.locations import is_in_job_copy, resolve, split_options
+from ltx_ray.dataset import layout
+from ltx_ray.storage.locations import is_in_job_copy, parent, resolve, split_options
 from ltx_ray.storage.store import Store
 
 
@@ -43,3 +44,19 @@ def is_within(manifest: str, output: str) -> bool:
     """Whether a manifest is in the output: one of its tables."""
     inner, outer = (split_options(resolve(location))[0] for location in (manifest, output))
     return inner.startswith(f"{outer.rstrip('/')}/")
+
+
+def is_own_table(manifest: str, output: str | None) -> bool:
+    """Whether a manifest is failed/ or previews/ of the output, or a part of these; without an output, of any dataset.
+
+    Rows there keep the place of the manifest that they were in first, from which paths of their images count. A run
+    believes that of its own output alone: another dataset could name any folder as the place of its rows.
+    """
+    table = resolve(manifest)
+    if layout.is_part(os.path.basename(split_options(table)[0])):
+        table = parent(table)
+    if os.path.basename(split_options(table)[0]) not in (layout.FAILED, layout.PREVIEWS):
+        return False
+    if output is None:
+        return any(map(Store(parent(table)).exists, (layout.DATASET, layout.RUN_RECORD)))
+    return split_options(resolve(output))[0] == split_options(parent(table))[0]

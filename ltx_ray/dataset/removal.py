@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import pyarrow as pa
 
@@ -24,6 +26,40 @@ _WRITER = "remove"
 
 #: Called with the number of parts that were read and with how many there are.
 OnParts = Callable[[int, int], None]
+
+
+class Leaves(Protocol):
+    """What leaves a table."""
+
+    def numbers_left(self, rows: pa.Table) -> list[int]: ...
+
+
+@dataclass
+class NamedFailures:
+    """Rows of failed/ with one of these ids, item_ids or places (`<manifest>:<row>`), and which of these there were."""
+
+    names: frozenset[str]
+    known: set[str] = field(default_factory=set)
+
+    def numbers_left(self, rows: pa.Table) -> list[int]:
+        columns = (rows[name].to_pylist() for name in ("id", "item_id", "source"))
+        found = [self.names & {*values} for values in zip(*columns, strict=True)]
+        self.known.update(*found)
+        return [number for number, names in enumerate(found) if not names]
+
+
+def take_failures(store: Store, failures: NamedFailures, on_parts: OnParts = lambda done, total: None) -> int:
+    """Take rows out of failed/ alone, and return how many. There must be no segments. Raises UnreadablePart."""
+    paths = _failed_parts(store)
+    rows = 0
+    for done, path in enumerate(paths):
+        on_parts(done, len(paths))
+        rows += _rewrite(store, path, failures)
+    return rows
+
+
+def _failed_parts(store: Store) -> list[str]:
+    return [f"{layout.FAILED}/{name}" for name in store.names(layout.FAILED) if layout.is_part(name)]
 
 
 def finish_removals(store: Store, existing: ExistingRows, say: Callable[[str], None]) -> bool:
@@ -55,7 +91,7 @@ def take_down(
     """
     paths = [
         *_parts_of_items(existing, removed.items),
-        *(f"{layout.FAILED}/{name}" for name in store.names(layout.FAILED) if layout.is_part(name)),
+        *_failed_parts(store),
     ]
     rows = 0
     for done, path in enumerate(paths):
@@ -81,7 +117,7 @@ def _files_of(item_id: str) -> Iterator[str]:
         yield path(item_id)
 
 
-def _rewrite(store: Store, path: str, removed: RemovedRows) -> int:
+def _rewrite(store: Store, path: str, removed: Leaves) -> int:
     """Take rows out of a part, which keeps its name; returns how many."""
     table, _, name = path.partition("/")
     while True:

@@ -180,6 +180,17 @@ def read_run(
     )  # fmt: skip
 
 
+def rows_text(record: Mapping[str, Any]) -> str:
+    """How far the run of a `run.json` is."""
+    counts, total = record.get("counts"), finite(record.get("expected_rows"))
+    numbers = {name: finite(n) or 0.0 for name, n in counts.items()} if isinstance(counts, dict) else {}
+    done, failed = (
+        sum(numbers.get(name, 0.0) for name in names) for names in (("rendered", "already_done"), ("failed", "illegal"))
+    )
+    known = f"{done:,.0f}" if total is None else f"{done:,.0f} of {total:,.0f}"
+    return f"{known} rows done" + (f", {failed:,.0f} failed" if failed else "")
+
+
 def wait_lines(waits: Mapping[str, Mapping[str, float]], least: float = 0.1) -> list[str]:
     """`stage2 waits for decode 63% of the time`, the largest share first. Idle replicas of the DiT alone are dear."""
     shares = [

@@ -105,7 +105,11 @@ class DatasetWriter:
         self.log.add(layout.FAILED, row)
 
     def write_illegal(self, raw: RawRow, messages: list[str]) -> bytes:
-        """Add the failure of an illegal row and return its key.
+        """Add the failure of an illegal row and return its key."""
+        return self.write_unplanned(raw, Failure("plan", 0, "row", "\n".join(messages)))
+
+    def write_unplanned(self, raw: RawRow, failure: Failure) -> bytes:
+        """Add the failure of a row that has no item, and return its key.
 
         A value that does not fit its column is null there; the manifest row as it was is in FAILED_ROW_COLUMN.
         """
@@ -119,7 +123,6 @@ class DatasetWriter:
                 pa.array([row[name]], type=column.type)
             except Exception:
                 row[name] = None
-        failure = Failure("plan", 0, "row", "\n".join(messages))
         row.update(_failure_columns(raw, failure))
         self.log.add(layout.FAILED, row)
         return failure_of(None, row["id"], row["source"], failure.error_class)[1]
@@ -131,6 +134,11 @@ class DatasetWriter:
     def forget_older_failures(self, item_id: str, request: RenderRequest, source: str) -> None:
         """The failures of the manifest row at `source` as other items are overcome."""
         self._mark(item_id, request.id, layout.AS_OTHER_ITEMS, source)
+
+    def forget_unplanned(self, raw: RawRow) -> None:
+        """The failure is overcome that the row at this place, with this id, has had without an item, if any."""
+        row_id = raw.values.get("id")
+        self.log.add(layout.FAILED, {"id": row_id, "source": raw.source, "mark": layout.OVERCOME})
 
     def forget_failure(self, item_id: str, row_id: str | None) -> None:
         """The row's failure is overcome, if it has one."""

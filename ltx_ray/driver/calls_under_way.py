@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 from ltx_ray.driver.tracker import RowTracker, TrackedItem
 from ltx_ray.pools.pool import Pool
 from ltx_ray.records import CallReport
 from ltx_ray.stages import Stage
+
+#: Seconds between two looks at which calls are late.
+_PERIOD = 1.0
 
 
 class CallsUnderWay:
@@ -16,15 +20,30 @@ class CallsUnderWay:
     def __init__(self, clock: Callable[[], float]):
         self._clock = clock
         self._began: dict[str, float] = {}
+        #: When the call of an item is late, until that was said.
+        self._late_at: dict[str, float] = {}
+        self._looked = -math.inf
 
     @property
     def began(self) -> Mapping[str, float]:
         """When the call of each item under way began."""
         return self._began
 
-    def begin(self, item: str) -> None:
-        """A call of the item has been dispatched."""
-        self._began[item] = self._clock()
+    def begin(self, item: str, late_after: float) -> None:
+        """A call of the item has been dispatched, which is late after so many seconds."""
+        now = self._began[item] = self._clock()
+        self._late_at[item] = now + late_after
+
+    def late(self) -> list[str]:
+        """The items whose calls have become late since this was asked for; it looks once in a second."""
+        now = self._clock()
+        if now - self._looked < _PERIOD:
+            return []
+        self._looked = now
+        late = [item for item, time in self._late_at.items() if time <= now]
+        for item in late:
+            del self._late_at[item]
+        return late
 
     def account(
         self, tracker: RowTracker, pool: Pool, replica: str, tracked: TrackedItem, stage: Stage, report: CallReport
@@ -32,6 +51,7 @@ class CallsUnderWay:
         """A call came back; record what it cost in its item, the events and the metrics."""
         item = tracked.item
         self._began.pop(item.item_id, None)
+        self._late_at.pop(item.item_id, None)
         tracked.take_call(stage, replica, report, report.seconds * pool.gpus_of_replica)
         tracker.events.emit(
             "preflight_call" if item.preflight else "call",
@@ -48,6 +68,7 @@ class CallsUnderWay:
 
     def lose(self, tracked: TrackedItem, pool: Pool) -> None:
         """It never came back. Its item has had the GPUs of its replica until now."""
+        self._late_at.pop(tracked.item.item_id, None)
         began = self._began.pop(tracked.item.item_id, None)
         if began is not None:
             tracked.gpu_seconds += (self._clock() - began) * pool.gpus_of_replica

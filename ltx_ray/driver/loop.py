@@ -146,6 +146,8 @@ class Driver:
         """Start what is missing, dispatch what may run, and take in what happened."""
         self._start_replicas()
         self._follow_memory()
+        for item in self._calls.late():
+            self.policy.call_is_late(item)
         self._dispatch()
         if not self._preflight_running:
             # What can run does by now.
@@ -190,11 +192,13 @@ class Driver:
             if not capacity:
                 return
             taken += capacity
-            illegal = self.counts["illegal"]
+            illegal, unread = self.counts["illegal"], self.tracker.failures["infrastructure"]
             # With nothing in flight there is nothing to do but to wait for a row.
             for tracked in self.tracker.take(rows, capacity, wait=not self.policy.in_flight):
                 self._admit_item(tracked)
             self._outcomes.add_illegal(self.counts["illegal"] - illegal)
+            # Taking rows reports no other failures: those of items are reported when they have been written.
+            self._outcomes.add("infrastructure", self.tracker.failures["infrastructure"] - unread)
             if self.tracker.waits_for_images:
                 return
 
@@ -267,7 +271,7 @@ class Driver:
             tracked = self.tracker.items[dispatch.item]
             if dispatch.moved:
                 self.events.emit("role_moved", replica=dispatch.replica, to=dispatch.stage)
-            self._calls.begin(dispatch.item)
+            self._calls.begin(dispatch.item, self.policy.late_after(dispatch.stage))
             self.tracker.call_begins(tracked, dispatch.stage, time.monotonic())
             item, inputs = self._negatives.call(tracked, dispatch.stage)
             timeout = self._work_left.deadline(dispatch.stage, item, self.limits.call_timeout)
@@ -474,10 +478,10 @@ class Driver:
         if not (self.progress.due() or ended):
             return
         tracker = self.tracker
-        total = self.counts["rows"] if tracker.exhausted else tracker.plan.expected_rows
         doing = activity(self.policy, self.pools, {} if self._gauges is None else self._gauges.waits.shares)
         rate = None if ended else tracker.rate.per_hour(time.monotonic())
-        self.progress.update(tracker.done, tracker.failed, total, doing, ended, rate=rate, left=self._seconds_left())
+        left, total = self._seconds_left(), tracker.expected_rows
+        self.progress.update(tracker.done, tracker.failed, total, doing, ended, rate=rate, left=left)
 
     def _seconds_left(self) -> float | None:
         return self._work_left.in_flight(self.tracker, self.policy, self.pools, self._calls.began, self._clock())

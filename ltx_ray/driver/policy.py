@@ -11,7 +11,8 @@ replica before it. The results of all items in flight together stay within `max_
 
 A replica whose roles are both diffusion stages is assigned to one of them. It moves to the other when it is idle and
 waiting for work would take longer than merging there and back, or when its stage has more replicas than its measured
-share of the work. The queues between the stages fill and empty slowly, so assignments do not flap.
+share of the work. A call that is late may hang, and is not waited for. The queues between the stages fill and empty
+slowly, so assignments do not flap.
 """
 
 from __future__ import annotations
@@ -22,15 +23,14 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ltx_ray.config import RunLimits
-from ltx_ray.driver.policy_state import Dispatch, Item, Replica, RetryDecision, RunningMean, spare_replicas
+from ltx_ray.driver.call_times import LATE_TIMES, SWITCH_SECONDS, RunningMean, calls_a_second, switch_seconds
+from ltx_ray.driver.policy_state import Dispatch, Item, Replica, RetryDecision, spare_replicas
 from ltx_ray.driver.queue import FairQueue
 from ltx_ray.stages import DIFFUSION_STAGES, FULL_PATH, TRAITS, Stage, needed_results
 
 #: Upstream first, and the other way round. Iterating over a tuple is several times faster than over the enum.
 _STAGES = tuple(Stage)
 _STAGES_FROM_LAST, _DIFFUSION_FROM_LAST = _STAGES[::-1], DIFFUSION_STAGES[::-1]
-#: Seconds of a switch until one has been measured: one H100, the released model.
-_SWITCH_SECONDS = 1.5
 
 
 @dataclass
@@ -67,12 +67,14 @@ class Policy:
     _movable: Counter[Stage] = field(default_factory=Counter)
     #: Calls under way by (stage, the stage after it), and replicas by (merged stage, merged weights).
     _calls: Counter[tuple[Stage, Stage | None]] = field(default_factory=Counter)
+    #: Those of the calls that are late.
+    _late: Counter[tuple[Stage, Stage | None]] = field(default_factory=Counter)
     _merged: Counter[tuple[Stage, Hashable]] = field(default_factory=Counter)
     _result_bytes: float = 0.0
     _admitted: int = 0
     _seconds: dict[Stage, RunningMean] = field(default_factory=lambda: RunningMean.guesses("seconds"))
     _bytes: dict[Stage, RunningMean] = field(default_factory=lambda: RunningMean.guesses("result_bytes"))
-    _switch: RunningMean = field(default_factory=lambda: RunningMean(_SWITCH_SECONDS))
+    _switch: RunningMean = field(default_factory=lambda: RunningMean(SWITCH_SECONDS))
 
     # --- what happened ---------------------------------------------------------------------------
 
@@ -173,6 +175,17 @@ class Policy:
             self._result_bytes -= state.results.pop(stage)
         self._enqueue(item)
         return False
+
+    def call_is_late(self, item: str) -> None:
+        """The item's call takes much longer than was to be expected, and may hang: nothing waits for it."""
+        state = self._items.get(item)
+        if state is not None and state.replica is not None and not state.late:  # or the replica was given back
+            state.late = True
+            self._late[state.stage, state.next_stage] += 1
+
+    def late_after(self, stage: Stage) -> float:
+        """Seconds after which a call of `stage` is late."""
+        return LATE_TIMES * self._seconds[stage].value + 2 * self._switch.value
 
     def row_failed(self, item: str) -> RetryDecision:
         """The row itself is at fault."""
@@ -390,7 +403,7 @@ class Policy:
     def _worth_moving(self, assigned: Stage) -> bool:
         if not self._idle[assigned]:
             return False
-        if self._expected_wait(assigned) > 2 * self._switch_seconds():
+        if self._expected_wait(assigned) > 2 * switch_seconds(self._switch, self._seconds):
             return True
         # Each wait is short, but the stage has one replica more than it needs, and the other stage gains by it.
         if not all(self._seconds[stage].measured for stage in DIFFUSION_STAGES):
@@ -398,22 +411,13 @@ class Policy:
         share = self._seconds[assigned].value / sum(self._seconds[stage].value for stage in DIFFUSION_STAGES)
         return self._movable[assigned] - 1 >= share * self._movable.total()
 
-    def _switch_seconds(self) -> float:
-        if self._switch.measured:
-            return self._switch.value
-        # The guess is scaled like a clip: the speed of this model and machine shows before the first switch.
-        measured = sum(self._seconds[stage].value for stage in DIFFUSION_STAGES)
-        return self._switch.value * measured / sum(TRAITS[stage].seconds for stage in DIFFUSION_STAGES)
-
     def _expected_wait(self, assigned: Stage) -> float:
         """Seconds until an idle replica of `assigned` can expect a call there."""
         idle, queues = len(self._idle[assigned]), self._queues[assigned]
+        # With items before it, it waits for space in the next queue, which the servers of that queue make.
         blocked = [after for after, queue in queues.items() if queue]
-        if blocked:
-            # It waits for space in the next queue, which the servers of that queue make.
-            rate = sum(n / self._seconds[s].value for (s, _), n in self._calls.items() if s in blocked)
-        else:
-            rate = sum(n / self._seconds[s].value for (s, after), n in self._calls.items() if after == assigned)
+        calls = self._calls - self._late if any(self._late.values()) else self._calls
+        rate = calls_a_second(calls, self._seconds, blocked, assigned)
         return idle / rate if rate else math.inf
 
     def _move(self, name: str, stage: Stage) -> None:
@@ -470,6 +474,9 @@ class Policy:
         state = self._items[item]
         assert state.replica is not None, f"{item} is not running"
         self._calls[state.stage, state.next_stage] -= 1
+        if state.late:
+            state.late = False
+            self._late[state.stage, state.next_stage] -= 1
         replica = self._replicas[state.replica]
         del replica.items[item]
         if replica.takes_more:

@@ -8,10 +8,7 @@ from dataclasses import dataclass, field
 from functools import cache
 
 from ltx_ray.driver.queue import FairQueue
-from ltx_ray.stages import DIFFUSION_STAGES, TRAITS, Stage
-
-#: Weight of the newest measurement in a running mean.
-_NEWEST = 0.1
+from ltx_ray.stages import DIFFUSION_STAGES, Stage
 
 
 @dataclass(frozen=True)
@@ -49,6 +46,8 @@ class Item:
     position: int = 0
     restarts: int = 0
     replica: str | None = None
+    #: Whether its call takes longer than was to be expected.
+    late: bool = False
     #: Bytes of the results that it holds in the object store.
     results: dict[Stage, float] = field(default_factory=dict)
 
@@ -161,20 +160,3 @@ def spare_replicas(replicas: Mapping[str, Replica], items: Iterable[Item]) -> li
             same_roles[roles] -= 1
             serving.subtract(roles)
     return spare
-
-
-@dataclass
-class RunningMean:
-    """A running mean that starts from a guess and drops it at the first measurement."""
-
-    value: float
-    measured: bool = False
-
-    def add(self, value: float) -> None:
-        self.value = value if not self.measured else (1 - _NEWEST) * self.value + _NEWEST * value
-        self.measured = True
-
-    @classmethod
-    def guesses(cls, trait: str) -> dict[Stage, RunningMean]:
-        """By stage, the mean of a trait that is guessed from the released model."""
-        return {stage: cls(getattr(traits, trait)) for stage, traits in TRAITS.items()}

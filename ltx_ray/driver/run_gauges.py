@@ -121,7 +121,7 @@ def replica_states(pool: Pool, placing: Mapping[str, float], busy: Collection[st
 def row_states(tracker: RowTracker) -> dict[str, int]:
     """Rows by what became of them. `expected`: all of them, where that is known."""
     counts, failures = tracker.counts, tracker.failures
-    expected = counts["rows"] if tracker.exhausted else tracker.plan.expected_rows
+    expected = tracker.expected_rows
     return {
         "rendered": counts["rendered"],
         "done_before": counts["already_done"],
@@ -144,7 +144,7 @@ def tflop_left(tracker: RowTracker) -> float | None:
     if not clips:
         return 0.0 if tracker.exhausted else None
     each = plan.work.total.tflop / clips
-    left = plan.work.total.tflop - tracker.done_work.total.tflop - each * tracker.failures.total()
+    left = plan.work.total.tflop - tracker.done_work.total.tflop - tracker.given_up_work.total.tflop
     if not tracker.exhausted:
         if plan.expected_rows is None:
             return None

@@ -9,7 +9,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,7 @@ class SoFar:
     """What a run has done so far.
 
     `clips`: those that it has made. `summary`: of its events, with the timeline, which is written beside them. `rate`:
-    the clips/h of now. `cost` and `quality`: of its clips.
+    the clips/h of now. `cost` and `quality`: of its clips. `expected_rows`: all rows, where that is known.
     """
 
     counts: Mapping[str, int]
@@ -50,6 +50,7 @@ class SoFar:
     rate: float | None = None
     cost: RunCost | None = None
     quality: QualitySums | None = None
+    expected_rows: int | None = None
 
 
 class RunRecord:
@@ -130,6 +131,7 @@ class RunRecord:
             "numerics": self._numerics,
             "device": self._numerics["device"],
             "counts": recorded_counts(so_far.counts),
+            "expected_rows": so_far.expected_rows,
             "clips": so_far.clips,
             "clips_per_hour": self.clips_per_hour,
             "cost": None if so_far.cost is None else plain(so_far.cost),
@@ -172,6 +174,21 @@ def summary_line(state: str, counts: Mapping[str, int], rate: float | None, outp
     if counts["failed"] + counts["illegal"]:
         parts.append(f"listed in {output}/failed")
     return f"{state}: {counts['rows']} rows, {', '.join(parts)}"
+
+
+def last_lines(state: str, counts: Mapping[str, int], at_fault: int, rate: float | None, output: str) -> Iterator[str]:
+    """The last lines of a run. `at_fault`: rows that failed by their own fault, without illegal ones."""
+    if at_fault and state == "finished":
+        yield retry_line(at_fault, output)
+    yield summary_line(state, counts, rate, output)
+
+
+def retry_line(rows: int, output: str) -> str:
+    """What becomes of rows that failed by their own fault."""
+    return (
+        f"{rows} rows failed by their own fault, in this run or before: the same command passes them over, and "
+        f"ltx-ray retry {output} renders them again"
+    )
 
 
 def keep_older_run(store: Store) -> None:

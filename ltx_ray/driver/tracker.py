@@ -29,6 +29,7 @@ from ltx_ray.placement.numerics import numerics_of_row
 from ltx_ray.planning.estimate import PlannedWork
 from ltx_ray.planning.identity import recipe_json
 from ltx_ray.planning.plan import COPY, DONE, FAILED, REMOVED, REPEATED, Plan, PlanEntry, PlannedRow
+from ltx_ray.planning.row_images import UnreadRow
 from ltx_ray.records import CallReport, Clip, NoiseLedger, WorkItem, canonical_json, first_line
 from ltx_ray.stages import DIFFUSION_STAGES, TRAITS, Stage, needed_results
 
@@ -134,8 +135,8 @@ class RowTracker:
         self.metrics = RunMetrics(events.run_id)
         #: Of the clips that this run publishes, in the time of `time.monotonic`.
         self.rate = ClipRate()
-        #: What those clips cost.
-        self.done_work = PlannedWork()
+        #: What those clips cost, and what the clips would have cost that are given up.
+        self.done_work, self.given_up_work = PlannedWork(), PlannedWork()
         #: What was measured of them.
         self.quality = QualitySums()
         #: Rows that have failed in this run, by the class of their failure.
@@ -155,9 +156,19 @@ class RowTracker:
         return self.counts["rendered"] + self.counts["already_done"]
 
     @property
+    def expected_rows(self) -> int | None:
+        """All rows of the run; None while only reading the manifest will tell."""
+        return self.counts["rows"] if self.exhausted else self.plan.expected_rows
+
+    @property
     def failed(self) -> int:
         """Rows that have failed or are illegal."""
         return self.counts["failed"] + self.counts["illegal"]
+
+    @property
+    def at_fault(self) -> int:
+        """Rows that have failed by their own fault, in this run or before. Illegal ones are apart."""
+        return self.counts["failed"] - self.failures["infrastructure"]
 
     @property
     def waits_for_images(self) -> bool:
@@ -180,6 +191,10 @@ class RowTracker:
             if isinstance(planned, IllegalRow):
                 self.counts["rows"] += 1
                 self._take_illegal(planned)
+                continue
+            if isinstance(planned, UnreadRow):
+                self.counts["rows"] += 1
+                self._take_unread(planned)
                 continue
             if planned.status == REPEATED:
                 continue
@@ -219,6 +234,7 @@ class RowTracker:
     def refuse(self, tracked: TrackedItem, problem: RowProblem) -> None:
         """The run cannot render an item that was just taken, so its rows are illegal here."""
         del self.items[tracked.item.item_id]
+        self._give_up_work(tracked)
         for planned in tracked.rows:
             self._take_illegal(planned.refused(problem))
             self._forget_failure(planned)
@@ -229,6 +245,12 @@ class RowTracker:
         if self._illegal.take(row):
             self.events.emit("row_illegal", source=raw.source, id=row.id, message="\n".join(messages))
         self.publisher.submit(lambda: self._scope.found(self.writer.write_illegal(raw, messages)), _nothing)
+
+    def _take_unread(self, row: UnreadRow) -> None:
+        failure = Failure("plan", 0, "infrastructure", row.message)
+        self.counts["failed"] += 1
+        self._report(row.id, None, failure)
+        self.publisher.submit(lambda: self._scope.found(self.writer.write_unplanned(row.raw, failure)), _nothing)
 
     def _take_copy(self, planned: PlannedRow) -> None:
         item_id = planned.item.item_id
@@ -313,7 +335,11 @@ class RowTracker:
         """The item is given up."""
         if len(self._given_up) < _REMEMBERED_FAILURES:
             self._given_up[tracked.item.item_id] = failure
+        self._give_up_work(tracked)
         self._end(tracked, failure)
+
+    def _give_up_work(self, tracked: TrackedItem) -> None:
+        self.given_up_work.add(tracked.rows[0].estimate(self.plan.builder.checkpoint.transformer))
 
     def _end(self, tracked: TrackedItem, outcome: Rendered | Failure) -> None:
         tracked.outcome = outcome
@@ -363,10 +389,13 @@ class RowTracker:
         self._report_failure(planned, failure)
 
     def _report_failure(self, planned: PlannedRow, failure: Failure) -> None:
+        self._report(planned.request.id, planned.item_id, failure)
+
+    def _report(self, row_id: str | None, item_id: str | None, failure: Failure) -> None:
         self.failures[failure.error_class] += 1
-        row_id, stage, message = planned.request.id, failure.stage, failure.message
+        stage, message = failure.stage, failure.message
         self.progress.say(f"{row_id}: failed in {stage}: {first_line(message)}")
-        self.events.emit("item_failed", item_id=planned.item_id, id=row_id, stage=stage, message=message)
+        self.events.emit("item_failed", item_id=item_id, id=row_id, stage=stage, message=message)
 
     def _count(self, tracked: TrackedItem, outcome: str) -> None:
         self.counts[outcome] += 1
@@ -376,9 +405,13 @@ class RowTracker:
 
     def _forget_older_failures(self, planned: PlannedRow) -> None:
         """The row may have failed as another item: with other weights, or before it was edited."""
-        item_id = planned.item_id
-        if any(other != item_id for other, _ in self.plan.existing.failures_of_key(planned.key)):
-            self.writer.forget_older_failures(item_id, planned.request, planned.raw.source)
+        item_id, raw, existing = planned.item_id, planned.raw, self.plan.existing
+        if not existing.may_have_failures:
+            return
+        if any(other != item_id for other, _ in existing.failures_of_key(planned.key)):
+            self.writer.forget_older_failures(item_id, planned.request, raw.source)
+        if existing.failures_of_key(layout.row_key(raw.source)):
+            self.writer.forget_unplanned(raw)  # at this place it was illegal, or its image could not be read
 
     def close(self, complete: bool) -> None:
         """End of the run. `complete`: every row of the manifest was read."""

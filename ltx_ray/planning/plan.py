@@ -24,15 +24,15 @@ from ltx_ray.manifest.rules import IllegalRow, LegalRow, RowProblem, RowRules, d
 from ltx_ray.planning.estimate import ClipEstimate, PlannedWork, estimate_clip
 from ltx_ray.planning.identity import item_id, recipe_digest
 from ltx_ray.planning.image_lookahead import ImageLookAhead, Use
+from ltx_ray.planning.row_images import ImageOutOfReach, UnreadableImage, UnreadRow, digest_of_image, images_of
 from ltx_ray.planning.templates import RowTemplate, TemplateCache, item_sample_seed, sample_id, sample_seed
 from ltx_ray.records import Recipe, RenderRequest, WorkItem
 from ltx_ray.storage.id_table import IdTable
-from ltx_ray.storage.images import check_image, image_digest
 from ltx_ray.storage.locations import recorded
 
-#: Statuses of a row. An IllegalRow has the last one.
+#: Statuses of a row.
 TODO, DONE, COPY, FAILED, REPEATED, ILLEGAL = "todo", "done", "copy", "failed", "repeated", IllegalRow.status
-REMOVED = "removed"
+REMOVED, UNREAD = "removed", UnreadRow.status
 
 #: Most rows of a chunk, which are looked up at once; rows read between two checks of the clock; seconds for which a
 #: chunk grows.
@@ -121,26 +121,6 @@ def item_to_render(entry: PlanEntry) -> str | None:
     return entry.item_id if isinstance(entry, PlannedRow) and entry.status == TODO else None
 
 
-class UnreadableImage(Exception):
-    """A conditioning image of a row cannot be read, or cannot be used."""
-
-    def __init__(self, path: str, reason: str):
-        super().__init__(f"{path}: {reason}")
-        self.path, self.reason = path, reason
-
-
-def _images(request: RenderRequest) -> tuple[Use, ...]:
-    return tuple((image.path, image.crf or 0) for image in request.images)
-
-
-def _digest(path: str, crf: int = 0) -> str:
-    try:
-        check_image(path, crf)
-        return image_digest(path)
-    except (ValueError, OSError) as error:
-        raise UnreadableImage(path, str(error)) from None
-
-
 class ItemBuilder:
     """Makes the work items of requests: the recipe (the run's weights and dtypes, the row's LoRAs) and the item_id."""
 
@@ -183,10 +163,10 @@ class ItemBuilder:
             scheme=self.scheme,
         )
 
-    def item(self, request: RenderRequest, digest: Callable[[str, int], str] = _digest) -> WorkItem:
-        """`digest` of an image by its location and crf. Raises UnreadableImage."""
+    def item(self, request: RenderRequest, digest: Callable[[str, int], str] = digest_of_image) -> WorkItem:
+        """`digest` of an image by its location and crf. Raises UnreadableImage and ImageOutOfReach."""
         recipe = self.recipe(request)
-        digests = tuple(digest(*use) for use in _images(request))
+        digests = tuple(digest(*use) for use in images_of(request))
         name = item_id(request, recipe, digests)
         if request.id is None:
             request = dataclasses.replace(request, id=name[:16])
@@ -194,7 +174,7 @@ class ItemBuilder:
 
 
 #: An entry of a plan.
-PlanEntry: TypeAlias = PlannedRow | IllegalRow
+PlanEntry: TypeAlias = PlannedRow | IllegalRow | UnreadRow
 
 
 class _Judged(NamedTuple):
@@ -207,7 +187,7 @@ class _Judged(NamedTuple):
 def _images_of(draft: Sequence[PlannedRow] | _Judged) -> tuple[Use, ...]:
     """What has to be read before a row can be planned."""
     judged = draft.row if isinstance(draft, _Judged) else None
-    return () if judged is None or isinstance(judged, IllegalRow) else _images(judged.request)
+    return () if judged is None or isinstance(judged, IllegalRow) else images_of(judged.request)
 
 
 @dataclass(frozen=True)
@@ -249,7 +229,7 @@ class Plan:
         #: Selected ids that no row has had yet, of the shard where there is one.
         self.unmet: set[str | None] = set(self.selection.ids or ())
         self._templates = TemplateCache(self.rules, self.builder.item)
-        self._images = ImageLookAhead(_digest)
+        self._images = ImageLookAhead(digest_of_image)
         # None where nothing was: it is asked for every row.
         self._removed = self.existing.removed or None
         # records of 96 bits of each id's hash and 32 bits of its row's item_id
@@ -377,6 +357,8 @@ class Plan:
         except UnreadableImage as error:
             problem = RowProblem("images", error.path, f"an image that can be read ({error.reason})")
             return (IllegalRow(unplanned, (problem,)),)
+        except ImageOutOfReach as error:
+            return (UnreadRow.of(unplanned, row.request, error),)
         planned = PlannedRow(raw, RowTemplate(item), bytes.fromhex(item.item_id), given_id, row.request.seed, item)
         return planned.samples(count, given_id)
 
@@ -418,8 +400,8 @@ class Plan:
         row.status = self._status(row, found)
         return row
 
-    def _is_removed(self, row: IllegalRow) -> bool:
-        """Whether an illegal row, whose item is not known, was taken down: it is not to be in failed/ again."""
+    def _is_removed(self, row: IllegalRow | UnreadRow) -> bool:
+        """Whether a row whose item is not known was taken down: it is not to be in failed/ again."""
         row_id = row.raw.values.get("id") if self._removed is not None else None
         return self._removed is not None and row_id is not None and self._removed.has_row(None, str(row_id))
 

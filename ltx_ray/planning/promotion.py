@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ltx_ray.dataset.existing import ExistingRows
-from ltx_ray.manifest.rules import IllegalRow, RowProblem
-from ltx_ray.planning.plan import TODO, PlanEntry
+from ltx_ray.manifest.rules import RowProblem
+from ltx_ray.planning.plan import TODO, PlanEntry, PlannedRow
 
 
 def promoted(rows: Iterator[PlanEntry], items: frozenset[str], existing: ExistingRows) -> Iterator[PlanEntry]:
@@ -15,7 +15,7 @@ def promoted(rows: Iterator[PlanEntry], items: frozenset[str], existing: Existin
     A row is illegal when it is now another item than its preview, or when its stage-1 latents are missing.
     """
     for row in rows:
-        if isinstance(row, IllegalRow) or row.status != TODO:
+        if not isinstance(row, PlannedRow) or row.status != TODO:
             yield row
         elif row.item_id not in items and existing.has_preview(row.item_id, row.key):
             continue  # An older preview of the same id.

@@ -14,24 +14,41 @@ import pyarrow.fs as pafs
 from ltx_ray.storage.credentials import without_credentials
 from ltx_ray.storage.locations import recorded, resolve, split_options
 from ltx_ray.storage.pictures import InvalidImage, check_encodable, open_picture
+from ltx_ray.storage.retry import StoreUnavailable
 from ltx_ray.storage.store import Store
 
 #: An image of more bytes is refused before it is decoded.
 MAX_BYTES = 256 * 2**20
+#: Seconds for which the store of a root is tried before a run begins.
+_CHECK_SECONDS = 10.0
 
 
 def check_roots(roots: Iterable[str]) -> None:
-    """Raise ValueError unless each of `roots`, which are locations, is a local folder or a place in an object store."""
+    """Raise ValueError unless each of `roots`, which are locations, is a local folder or a place in an object store.
+
+    Raises ConnectionError when the object store does not answer: that is no fault of the root, nor of any row.
+    """
     for root in roots:
-        if "://" in root:
-            try:
-                legal = bool(Store(root).fs)
-            except (OSError, ValueError):
-                legal = False
-        else:
-            legal = os.path.isdir(root)
+        try:
+            legal = _is_place(root) if "://" in root else os.path.isdir(root)
+        except StoreUnavailable as error:
+            raise ConnectionError(f"--image-root: {recorded(root)}, cannot be reached: {error}") from None
         if not legal:
             raise ValueError(f"--image-root: {recorded(root)}, legal: a folder, or a place such as s3://bucket/folder")
+
+
+def _is_place(root: str) -> bool:
+    """Whether there is such a store. Raises StoreUnavailable."""
+    opened = False
+    try:
+        store = Store(root, _CHECK_SECONDS)
+        opened = True
+        store.exists("")
+    except StoreUnavailable:
+        raise
+    except (OSError, ValueError):
+        pass  # whoever may read the images need not be allowed to look their folder up
+    return opened
 
 
 def locate(path: str, folder: str, roots: Iterable[str]) -> str | None:

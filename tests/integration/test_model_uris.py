@@ -18,6 +18,7 @@ from ltx_ray.checkpoints import model_paths, node_cache
 from ltx_ray.checkpoints.digests import cached_digest
 from ltx_ray.cli.app import app
 from ltx_ray.config import ModelFiles
+from ltx_ray.driver import progress
 from ltx_ray.storage import store
 from ltx_ray.storage.retry import StoreUnavailable
 from ltx_ray.storage.store import Store
@@ -151,6 +152,25 @@ def test_fetch_downloads_what_ranks_open_once(toy, proxy, bucket, node):
     before = gets(proxy)
     found = node_cache.on_this_node(model)
     assert gets(proxy) == before and str(node) in found.checkpoint_path and os.path.isdir(found.gemma_root)
+
+
+def test_whoever_fetches_is_told_how_much_has_come(toy, bucket, node, monkeypatch):
+    monkeypatch.setattr(progress, "_LOG_PERIOD", 0.0)
+    uris = upload(toy, bucket)
+    done = CliRunner().invoke(app, ["fetch", *arguments(uris)])
+    assert done.exit_code == 0, done.output
+    whole = Path(toy["checkpoint_path"]).stat().st_size // 10**6
+    assert f"{whole} of {whole} MB of {uris['checkpoint_path']} | " in done.stderr
+    node_cache._held.clear()
+    assert CliRunner().invoke(app, ["fetch", *arguments(uris)]).stderr == "", "it is there already"
+
+
+def test_a_download_of_several_files_is_one(toy, bucket, node):
+    uris, told = upload(toy, bucket), []
+    files = next(files for path, files in node_cache.pinned(ModelFiles(**uris)).remote if path == uris["gemma_root"])
+    node_cache.fetch(uris["gemma_root"], files, None, lambda done, total: told.append((done, total)))
+    whole = sum(file.size for file in files)
+    assert len(files) > 1 and told == sorted(told) and told[-1] == (whole, whole)
 
 
 def test_cut_connections_and_throttling_cost_retries_only(proxy, bucket):

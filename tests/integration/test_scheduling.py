@@ -74,7 +74,7 @@ def test_a_poison_row_is_given_up_and_the_others_go_on(runner):
     assert (failed["stage"], failed["attempts"], failed["error_class"]) == ("stage2", 3, "infrastructure")
 
 
-def test_a_row_at_fault_fails_at_once_and_only_retry_tries_it_again(runner):
+def test_a_row_at_fault_fails_at_once_and_only_retry_tries_it_again(runner, capsys):
     manifest = rows("fine", "[[stage1:row]]")
     assert runner.render(manifest, tp=2) == 3
     failed = runner.failed()["r1"]
@@ -83,14 +83,17 @@ def test_a_row_at_fault_fails_at_once_and_only_retry_tries_it_again(runner):
     assert not [e for e in runner.events() if e["event"] == "gang_lost"]
     assert runner.render(manifest) == 3
     assert not [e for e in runner.events() if e["event"] == "call"]
+    told = f"the same command passes them over, and ltx-ray retry {runner.output} renders them again"
+    assert capsys.readouterr().err.count(f"1 rows failed by their own fault, in this run or before: {told}") == 2
     assert runner.render(str(runner.output / "failed"), retry_failed=True) == 3
     assert [e["stage"] for e in runner.events() if e["event"] == "call"] == ["text", "stage1"]
 
 
-def test_infrastructure_failures_are_retried_by_the_same_command(runner):
+def test_infrastructure_failures_are_retried_by_the_same_command(runner, capsys):
     manifest = rows("[[stage1:crash:3]]")
     assert runner.render(manifest) == 3
     assert runner.failed()["r0"]["error_class"] == "infrastructure"
+    assert "ltx-ray retry" not in capsys.readouterr().err
     assert runner.render(manifest) == 0
     assert set(runner.index()) == {"r0"} and not runner.failed()
 

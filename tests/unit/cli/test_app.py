@@ -693,6 +693,21 @@ def test_status_of_a_run(cmd, tmp_path):
     assert out.endswith("\n982 clips/h\n")
 
 
+@pytest.mark.parametrize(
+    ("expected", "counts", "line"),
+    [
+        (1200, {"rendered": 30, "already_done": 10, "failed": 2, "illegal": 1}, "40 of 1,200 rows done, 3 failed"),
+        (None, {"rendered": 4}, "4 rows done"),
+        ("many", {"rendered": [], "failed": None}, "0 rows done"),
+    ],
+)
+def test_status_says_how_far_the_run_is(cmd, tmp_path, expected, counts, line):
+    record = {"run_id": "r1", "state": "running", "expected_rows": expected, "counts": counts}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    assert f"\n{line}\n0 rows in the index" in cmd("status", tmp_path)[1]
+    assert json.loads(cmd("status", tmp_path, "--json")[1])["expected_rows"] == expected
+
+
 def test_status_tells_what_the_run_has_cost_and_the_gpu_time_of_all_runs(cmd, tmp_path):
     cost = {"gpu_hours": 12.3, "dollars": 30.75, "dollars_per_clip": 0.0427, "dollars_per_video_hour": 30.5}
     (tmp_path / "run.json").write_text(json.dumps({"run_id": "r1", "state": "finished", "cost": cost}))

@@ -1,5 +1,6 @@
 """Following a job of a cluster: its exit code, and what signals do."""
 
+import json
 import os
 import signal
 from types import SimpleNamespace
@@ -7,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from ltx_ray.cli import cluster_jobs
-from ltx_ray.cli.cluster_jobs import follow
+from ltx_ray.cli.cluster_jobs import follow, run_progress
 
 
 class FakeJob:
@@ -96,11 +97,57 @@ def test_a_stop_that_the_cluster_did_not_hear_is_told_again():
 
 
 def test_a_silent_cluster_is_waited_for_so_long():
-    assert follow(FakeJob(*[ConnectionError("silent")] * 100, "SUCCEEDED"), "j", False, print) == 0
+    said, silent = [], [ConnectionError("silent")]
+    assert follow(FakeJob(*silent * 50, "RUNNING", *silent * 50, "SUCCEEDED"), "j", False, said.append) == 0
+    told = "j: the cluster does not answer, and is asked again for 600 s"
+    assert said == [told, "j: running", told, "j: succeeded"]
     with pytest.raises(ConnectionError, match="no answer for 600 s: silent"):
         follow(FakeJob(ConnectionError("silent")), "j", False, print)
     with pytest.raises(RuntimeError, match="does not exist"):
         follow(FakeJob(RuntimeError("Job j does not exist.")), "j", False, print)
+
+
+RUNNING = {
+    "state": "running",
+    "counts": {"rows": 43, "rendered": 30, "already_done": 10, "failed": 2, "illegal": 1},
+    "expected_rows": 1200,
+    "summary": {"clips_per_hour": 118.2},
+}
+
+
+def test_whoever_waits_is_told_now_and_then_how_far_the_job_is(tmp_path):
+    """The clock moves by the sleeps alone, so that lines come at the same requests always."""
+    (tmp_path / "run.json").write_text(json.dumps(RUNNING))
+    script, said = ["RUNNING"] * 40 + ["SUCCEEDED"], []
+    assert follow(FakeJob(*script), "j", False, said.append, str(tmp_path)) == 0
+    assert said[0] == "j: running" and said[-1] == "j: succeeded"
+    assert set(said[1:-1]) == {"j: running, 40 of 1,200 rows done, 3 failed, 118 clips/h"} and 2 <= len(said[1:-1]) <= 4
+    said.clear()
+    assert follow(FakeJob(*script), "j", False, said.append) == 0
+    assert said == ["j: running", "j: succeeded"], "silent without the output"
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"expected_rows": None, "counts": {"rendered": 4}, "summary": None}, "4 rows done"),
+        ({"counts": {}}, "0 of 1,200 rows done, 118 clips/h"),
+        ({"state": "finished"}, ""),
+        ({"state": None}, ""),
+    ],
+)
+def test_how_far_a_run_is(tmp_path, changes, line):
+    (tmp_path / "run.json").write_text(json.dumps({**RUNNING, **changes}))
+    assert run_progress(str(tmp_path)) == line
+
+
+@pytest.mark.parametrize("content", [None, "", "[1]", "{"])
+def test_an_output_that_cannot_be_read_from_here_ends_no_wait(tmp_path, content):
+    if content is not None:
+        (tmp_path / "run.json").write_text(content)
+    said = []
+    assert follow(FakeJob(*["RUNNING"] * 40, "SUCCEEDED"), "j", False, said.append, str(tmp_path)) == 0
+    assert set(said) == {"j: running", "j: succeeded"} and len(said) > 3, "it goes on is all that is known"
 
 
 def test_a_signal_that_is_ignored_stays_so():

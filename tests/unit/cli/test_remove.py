@@ -8,7 +8,7 @@ import pyarrow.dataset as pads
 import pytest
 
 from ltx_ray.cli.app import main
-from ltx_ray.cli.remove import remove
+from ltx_ray.cli.remove import remove, remove_failures
 from ltx_ray.cli.status import status_lines
 from ltx_ray.config import ModelFiles, RecipeNumerics
 from ltx_ray.dataset import layout, removal
@@ -36,11 +36,11 @@ def store(request, tmp_path) -> Store:
 
 @pytest.fixture
 def cmd(capfd, tmp_path):
-    def call(store: Store, *ids: str) -> tuple[int, str, str]:
+    def call(store: Store, *ids: str, options: tuple[str, ...] = ()) -> tuple[int, str, str]:
         file = tmp_path / "ids.txt"
         file.write_text("".join(f"{row_id}\n" for row_id in ids))
         with pytest.raises(SystemExit) as caught:
-            main(["remove", store.uri, "--ids", str(file)])
+            main(["remove", store.uri, "--ids", str(file), *options])
         out, err = capfd.readouterr()
         assert "Traceback" not in err
         return caught.value.code, out, err
@@ -94,6 +94,40 @@ def test_previews_failures_and_rows_of_a_killed_run_go_too(store):
     assert not list_segments(store)
     assert (ids_in(store, layout.PREVIEWS), ids_in(store, layout.FAILED)) == ([], ["c", "worse"])
     assert FIRST not in everything(store) and SECOND not in everything(store)
+
+
+def test_failures_alone_are_named_by_id_item_or_place_and_may_be_rendered_again(store, cmd):
+    """The rows were corrected in a manifest of another name, under the same id or another: both are done."""
+    build(store, rows=((0, "a"), (1, "b")))
+    writer = dataset_writer(store)
+    raw = RawRow("old.jsonl", 7, {"id": "a", "prompt": ""})
+    writer.write_illegal(raw, ["prompt is empty"])
+    writer.write_illegal(RawRow("old rows.jsonl", 8, {"prompt": ""}), ["prompt is empty"])
+    for item, row_id in ((SECOND, "x"), (THIRD, "c"), (THIRD, "d")):
+        writer.write_failed(item, request(id=row_id), raw, CRASH)
+    writer.log.commit()
+    before = {name: store.read_bytes(name) for name in store.names("") if name.startswith(("clips/", "index/"))}
+    code, out, err = cmd(store, "a", SECOND, "old rows.jsonl:8", "c", "nobody", options=("--failures-only",))
+    assert (code, out) == (3, "4 rows taken out of failed/; clips and other rows are as they were\n")
+    assert f"1 names have no row in {store.name}/failed, such as nobody" in err
+    assert ids_in(store, layout.FAILED) == ["d"] and ids_in(store) == ["a", "b"]
+    assert before == {name: store.read_bytes(name) for name in before}
+    assert not list_existing(store).removed, "nothing is barred"
+    assert cmd(store, "d", options=("--failures-only",))[0] == 0
+    assert list_existing(store).failed_count == 0
+
+
+def test_failures_of_earlier_versions_parts_can_be_taken_out_alone(store):
+    path = f"{layout.FAILED}/part-row-{SECOND}-{layout.row_key('x')}.parquet"
+    writer = dataset_writer(store)
+    writer.write_failed(SECOND, request(id="x"), RawRow("m.jsonl", 1, {}), NAN)
+    finish(writer)
+    [part] = store.list_names(layout.FAILED)
+    store.write_bytes(path, store.read_bytes(f"{layout.FAILED}/{part}"))
+    store.delete(f"{layout.FAILED}/{part}")
+    assert list_existing(store).failed_count == 1
+    assert remove_failures(store, frozenset({"x"}), pytest.fail, lambda done, total: None).rows == 1
+    assert store.list_names(layout.FAILED) == []
 
 
 def test_what_repair_has_set_aside_goes_too(store):

@@ -132,6 +132,9 @@ def test_signed_links_of_cards_need_no_credentials(bucket, capfd):
     origin = links[0].split(f"/{bucket.removeprefix('s3://')}")[0]
     assert f"media-src 'self' file: {origin};" in page
     assert store.exists("report.html")
+    with pytest.raises(SystemExit):
+        main(["report", bucket, "--presign", "1"])
+    assert "for 1 hour: http" in capfd.readouterr().out
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ COUNTS = {"rendered": 2, "failed": 1}
 @pytest.fixture
 def cluster(monkeypatch, tmp_path):
     """Takes jobs, and ends those that are followed with `code`."""
-    found = SimpleNamespace(jobs={}, code=0, status="RUNNING", drains=[], addresses=[])
+    found = SimpleNamespace(jobs={}, code=0, status="RUNNING", drains=[], addresses=[], outputs=[])
 
     class Client:
         def get_job_status(self, job):
@@ -27,8 +27,9 @@ def cluster(monkeypatch, tmp_path):
         def submit_job(self, *, submission_id, entrypoint, metadata):
             found.jobs[submission_id] = (entrypoint, metadata)
 
-    def follow(client, job, drain, say):
+    def follow(client, job, drain, say, output):
         found.drains.append(drain)
+        found.outputs.append(output)
         say(f"{job}: running")
         (tmp_path / "out").mkdir(exist_ok=True)
         (tmp_path / "out/run.json").write_text(json.dumps({"run_id": "r", "counts": COUNTS}))
@@ -80,6 +81,8 @@ def test_json_is_one_line_and_has_the_counts_of_a_run_that_came_to_its_end(clust
     }  # fmt: skip
     found, out, _ = submit(*words)
     assert found == 0 and json.loads(out)["exit_code"] is None
+    submit("--wait", *(word for word in words if word != "--json"))
+    assert cluster.outputs == [None, f"{tmp_path}/out"], "progress would be more than one line"
 
 
 def test_counts_that_cannot_be_read_from_here_are_null(cluster, tmp_path):

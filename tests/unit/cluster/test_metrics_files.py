@@ -49,7 +49,7 @@ def own_values() -> dict[str, set[str]]:
     """The values that labels have, as far as the code has a list of them."""
     tracker = SimpleNamespace(
         counts=dict.fromkeys(("rows", "rendered", "already_done", "failed", "illegal", "removed"), 0),
-        failures=Counter(), exhausted=True,
+        failures=Counter(), expected_rows=0,
     )  # fmt: skip
     source = "".join(path.read_text() for path in (ROOT / "ltx_ray").rglob("*.py"))
     kinds = set(re.findall(r'_?retry(?:\.once)?\("([a-z ]+)"|_put\("([a-z ]+)"', source)) - {("", "")}

@@ -139,6 +139,18 @@ def test_the_next_start_folds_what_a_killed_run_has_finished(store):
     assert len(rows_in(store, "index")) == 2 and len(rows_in(store, "failed")) == 1
 
 
+def test_a_fold_removes_the_empty_folders_of_runs_and_no_other(tmp_path):
+    store = Store(str(tmp_path))
+    writer = dataset_writer(store)
+    writer.write_failed(OTHER, request(id="f"), RawRow("m.jsonl", 1, {}), CRASH)
+    writer.log.commit()
+    for run in ("killed", "writes"):
+        (tmp_path / "state/wal" / run).mkdir()
+    (tmp_path / "state/wal/writes/.00000000-index.rows.0123abcd").write_bytes(b"half")
+    fold_output(store, pytest.fail)
+    assert [path.name for path in (tmp_path / "state/wal").iterdir()] == ["writes"]
+
+
 def test_a_row_whose_clip_is_not_whole_is_rendered_again_and_the_others_are_folded(tmp_path):
     store = build(Store(str(tmp_path)))
     [part] = store.list_names("index")

@@ -30,7 +30,7 @@ SAID = {name: slice(0, 1) for name in (*RAISED, "say", "echo", "print", "warning
 NAMED = {"message", "unreadable"}
 RETURNED = {"messages", "overdue", "check_lora", "submit_once", "size_problems", "cost_line", "space_warning"} | {
     "clip_or_problem", "_wrong_clip", "summary_line", "_state", "_foreign", "taken_out", "_why_stop",
-} | {"_unlike_claims", "_difference", "card_failed", "told"}  # fmt: skip
+} | {"_unlike_claims", "_difference", "card_failed", "told", "rows_text", "retry_line"}  # fmt: skip
 #: The fake engine is left out: only tests see its messages.
 FILES = {*(ROOT / "ltx_ray").rglob("*.py"), *(ROOT / "jobs").glob("*.py")} - {ROOT / "ltx_ray" / "engine" / "fake.py"}
 

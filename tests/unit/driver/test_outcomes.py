@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from ltx_ray.driver.outcomes import Outcomes
+from ltx_ray.planning.row_images import ImageOutOfReach
+from tests.support.schedules import HashingBuilder
+from tests.support.simulated_runs import run
 
 
 def outcomes(limit=None, **kinds) -> Outcomes:
@@ -45,3 +48,21 @@ def test_illegal_rows_count_against_a_limit_that_is_given_alone():
     for seen in (default, given):
         seen.add_illegal(200)
     assert default.too_many_failed() is None and given.too_many_failed() is not None
+
+
+class OutOfReach(HashingBuilder):
+    """The store of all images does not answer."""
+
+    def item(self, request, digest=None):
+        if request.images:
+            raise ImageOutOfReach(request.images[0].path, "nobody answers")
+        return super().item(request)
+
+
+def test_rows_whose_images_are_out_of_reach_stop_a_run_as_other_failures_of_the_infrastructure_do(tmp_path):
+    """And no other kind: illegal rows do not count without a limit."""
+    with_image = [{"id": f"i{n}", "prompt": "x", "images": [{"path": "a.png"}]} for n in range(3000)]
+    driver, _ = run(tmp_path, with_image)
+    driver.tracker.plan.builder = OutOfReach()
+    driver.run(driver.tracker.plan.open())
+    assert driver.too_many_failed and driver.counts["failed"] < 3000 and not driver.counts["illegal"]

@@ -451,3 +451,40 @@ def test_a_surplus_replica_moves_however_short_its_wait(replicas, moves):
     policy.call_finished(first.item, 17.0)
     after = policy.next_dispatch()
     assert [call.moved for call in ([after] if after else [])] == ([True] if moves else [])
+
+
+def waits_for_text() -> Policy:
+    """Replica "d", which serves both stages, waits at stage 1 for "two", though "one" waits for stage 2."""
+    policy = make_policy({"t": TEXT, "d": MOVABLE, "c": DECODE_POOL}, items=2)
+    assert calls(policy) == [("i0", "text", "t")]
+    policy.call_finished("i0", 2.0)
+    assert calls(policy) == [("i0", "stage1", "d"), ("i1", "text", "t")]
+    policy.call_finished("i0", 40.0)
+    assert calls(policy) == []
+    return policy
+
+
+def test_a_shared_replica_waits_for_no_call_that_may_hang():
+    policy = waits_for_text()
+    assert policy.late_after("text") > 4 * 2.0
+    policy.call_is_late("i1")
+    policy.call_is_late("i1")
+    assert calls(policy) == [("i0", "stage2", "d")]
+    policy.call_finished("i0", 10.0)
+    policy.call_finished("i1", 300.0)
+    assert policy._late.total() == 0, "a call that came back is not late any more"
+    policy.call_is_late("i1")
+    assert policy._late.total() == 0, "nor is one that is not under way"
+    policy.call_is_late("nobody")
+
+
+@pytest.mark.parametrize("end", ["fails", "dies"])
+def test_a_late_call_that_fails_is_waited_for_again(end):
+    policy = waits_for_text()
+    policy.call_is_late("i1")
+    if end == "fails":
+        policy.call_failed("i1")
+    else:
+        policy.remove_replica("t")
+        policy.add_replica("t", TEXT)
+    assert calls(policy) == [("i1", "text", "t")] and policy._late.total() == 0

@@ -6,10 +6,13 @@ from collections import Counter
 
 import pytest
 
+from ltx_ray.dataset.writer import Failure
 from ltx_ray.driver.run_gauges import replica_states, row_states, tflop_left
 from ltx_ray.driver.run_metrics import METRICS
+from ltx_ray.manifest.rules import RowProblem
 from ltx_ray.pools.pool import Pool, StartFailed
 from ltx_ray.storage.requests import REQUESTS
+from tests.support.checkpoint_files import RELEASED
 from tests.support.metrics_of_runs import RecordedMetrics
 from tests.support.schedules import SECONDS, WatchedReplicas
 from tests.support.simulated_runs import pools, rows, run
@@ -105,3 +108,19 @@ def test_rows_that_are_not_read_yet_are_left(tmp_path):
     tracker.plan.manifest_rows = 10
     assert tflop_left(tracker) == pytest.approx(tracker.plan.work.total.tflop + 6 * each)
     assert row_states(tracker)["expected"] == 10
+
+
+def test_a_clip_that_is_given_up_is_left_no_more_however_many_rows_ask_for_it(tmp_path):
+    """Nor is one that the run's cards cannot hold. Clips of another size cost what they cost."""
+    twins = [{"id": f"t{n}", "prompt": "twins", "num_frames": 9} for n in range(3)]
+    driver, _ = run(tmp_path, [*twins, *rows(2), {"id": "huge", "prompt": "huge"}])
+    tracker = driver.tracker
+    small, first, _, huge = tracker.take(tracker.plan.open(), 10)
+    assert next(tracker.take(iter(()), 1), None) is None and tracker.exhausted
+    each = first.rows[0].estimate(RELEASED).tflop
+    assert 0 < small.rows[0].estimate(RELEASED).tflop < each
+    tracker.fail(small, Failure("stage2", 3, "row", "no"))
+    tracker.refuse(huge, RowProblem("num_frames", 121, "fewer"))
+    tracker.publisher.close(finish=True)
+    assert tracker.failures == {"row": 3}
+    assert tflop_left(tracker) == pytest.approx(2 * each)

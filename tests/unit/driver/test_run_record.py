@@ -15,7 +15,7 @@ from ltx_ray.dataset.run_summary import SummaryBuilder, read_run
 from ltx_ray.dataset.timeline import parse_timeline
 from ltx_ray.driver import run_record
 from ltx_ray.driver.events import EventLog
-from ltx_ray.driver.run_record import RunRecord, SoFar, keep_older_run
+from ltx_ray.driver.run_record import RunRecord, SoFar, keep_older_run, last_lines, recorded_counts
 from ltx_ray.placement.sizing import ParallelConfig, lay_out
 from ltx_ray.storage.store import Store
 from tests.support.checkpoint_files import RELEASED
@@ -47,7 +47,7 @@ def test_a_run_that_lost_its_lease_does_not_replace_the_record_of_its_successor(
 
 def test_before_the_cluster_is_joined_the_numerics_are_those_asked_for(tmp_path):
     store = Store(str(tmp_path))
-    record(store, precision="fp8", device="cuda").write("running", SoFar({"rows": 2}))
+    record(store, precision="fp8", device="cuda").write("running", SoFar({"rows": 2}, expected_rows=7))
     found = json.loads(store.read_bytes("run.json"))
     assert found["numerics"] == {
         "attention": "auto", "compile": "auto", "device": "cpu", "dtype": "bfloat16", "guidance_batching": 1,
@@ -56,6 +56,7 @@ def test_before_the_cluster_is_joined_the_numerics_are_those_asked_for(tmp_path)
     }  # fmt: skip
     assert (found["state"], found["finished_at"], found["pools"], found["tp"]) == ("running", None, {}, 2)
     assert found["counts"] == {"rows": 2, "rendered": 0, "already_done": 0, "failed": 0, "illegal": 0}
+    assert found["expected_rows"] == 7
 
 
 def test_afterwards_they_are_the_resolved_ones(tmp_path):
@@ -203,3 +204,12 @@ def test_a_record_that_is_none_is_not_kept(tmp_path, content):
     store.write_bytes("run.json", content)
     keep_older_run(store)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["run.json"]
+
+
+def test_a_run_that_has_finished_says_how_rows_at_fault_are_rendered_again():
+    counts = recorded_counts({"rows": 9, "rendered": 4, "failed": 3, "illegal": 2})
+    (*told, last) = last_lines("finished", counts, 2, None, "/out")
+    assert len(told) == 1 and told[0].startswith("2 rows failed by their own fault") and "retry /out " in told[0]
+    assert last == "finished: 9 rows, 4 rendered, 3 failed, 2 illegal, listed in /out/failed"
+    assert list(last_lines("finished", counts, 0, None, "/out")) == [last], "failures of the infrastructure and illegal"
+    assert len(list(last_lines("drained", counts, 2, None, "/out"))) == 1

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from ltx_ray.dataset.existing import list_existing
 from ltx_ray.dataset.parts import read_rows
 from ltx_ray.dataset.row_log import RowLog
 from ltx_ray.dataset.writer import DatasetWriter, Failure
@@ -16,9 +17,11 @@ from ltx_ray.driver.illegal_rows import SHOWN
 from ltx_ray.driver.progress import Progress
 from ltx_ray.driver.publisher import Publisher
 from ltx_ray.driver.tracker import RowTracker
+from ltx_ray.manifest.reader import read_manifest
 from ltx_ray.manifest.rules import RowRules
 from ltx_ray.planning.identity import item_id
 from ltx_ray.planning.plan import Plan
+from ltx_ray.planning.row_images import ImageOutOfReach
 from ltx_ray.records import CallReport, Clip, EngineFacts, NoiseLedger, Recipe, RenderRequest, WorkItem
 from ltx_ray.stages import Stage
 from ltx_ray.storage.store import Store
@@ -39,6 +42,17 @@ class FakeBuilder:
 
     def item(self, request: RenderRequest) -> WorkItem:
         return WorkItem(item_id(request, self.run_recipe), request, self.run_recipe, "e" * 16)
+
+
+class BuilderWithImages(FakeBuilder):
+    """Reads the digests of images with `read`, which may find that their store does not answer."""
+
+    def __init__(self, read):
+        self.read = read
+
+    def item(self, request: RenderRequest, digest=None) -> WorkItem:
+        digests = tuple(map(self.read, (image.path for image in request.images)))
+        return WorkItem(item_id(request, self.run_recipe, digests), request, self.run_recipe, "e" * 16, digests)
 
 
 class GatedWriter(DatasetWriter):
@@ -66,7 +80,8 @@ class Output:
         manifest = write_jsonl(self.folder / "m.jsonl", rows)
         log = row_log(self.store)
         self.writer = GatedWriter(log)
-        plan = Plan(manifest, RowRules(), FakeBuilder(), log.existing, **options)  # type: ignore[arg-type]
+        builder = options.pop("builder", FakeBuilder())
+        plan = Plan(manifest, RowRules(), builder, log.existing, **options)  # type: ignore[arg-type]
         events = EventLog(self.store, "run")
         self.tracker = RowTracker(plan, self.writer, Publisher(log), events, Progress(self.said), "{}")
         self.rows = plan.open()
@@ -248,6 +263,80 @@ def test_illegal_rows_are_on_record_and_forgotten_when_they_are_legal(output):
     assert output.ids("failed") == ["a"], "the rest of the manifest is unknown"
     output.tracker.close(complete=True)
     assert output.ids("failed") == []
+
+
+def test_an_illegal_row_that_is_corrected_at_its_place_leaves_failed_when_it_is_done(output):
+    """Also in a run that does not take all rows of the manifest. One that is illegal still stays."""
+    output.open([{"id": "a", "prompt": ""}, {"prompt": ""}, {"id": "c", "prompt": ""}])
+    output.take()
+    output.settle()
+    output.close()
+    output.open([*rows("a"), {"prompt": "b"}, {"id": "c", "prompt": ""}])
+    for tracked in output.take(2):
+        output.tracker.finish(tracked, CLIP, "{}")
+    output.settle()
+    output.tracker.close(complete=False)
+    assert output.ids("failed") == ["c"]
+
+
+def test_a_row_whose_image_is_out_of_reach_failed_because_of_the_infrastructure(output):
+    """The same command renders it, and its failure is gone, also when the run ends before its manifest does."""
+
+    def gone(path):
+        raise ImageOutOfReach(path, "nobody answers")
+
+    row = {"id": "a", "prompt": "a cat", "images": [{"path": "a.png"}], "note": 1}
+    output.open([row, *rows("b")], builder=BuilderWithImages(gone))
+    assert [tracked.name for tracked in output.take()] == ["b"]
+    output.settle()
+    output.close()
+    tracker = output.tracker
+    assert tracker.counts["failed"] == 1 == tracker.failures["infrastructure"] and not tracker.counts["illegal"]
+    assert "a: failed in plan: " in output.said.getvalue() and "(nobody answers)" in output.said.getvalue()
+    (failed,) = output.rows_of("failed")
+    assert (failed["stage"], failed["error_class"], failed["item_id"]) == ("plan", "infrastructure", None)
+    assert list_existing(output.store).failed_kinds == {"infra": 1}
+    (again,) = read_manifest(f"{output.store.root}/failed")
+    assert again.values["height"] == 1088 and again.values["note"] == 1, "its defaults stand in the row"
+    output.open([row], builder=BuilderWithImages(lambda path: "d" * 32))
+    (tracked,) = output.take()
+    output.tracker.finish(tracked, CLIP, "{}")
+    output.settle()
+    output.tracker.close(complete=False)
+    assert output.ids("failed") == [] and output.ids("index") == ["a"]
+
+
+def test_a_retry_of_a_row_whose_image_was_out_of_reach_asks_for_the_clip_that_it_asked_for(output):
+    def gone(path):
+        raise ImageOutOfReach(path, "nobody answers")
+
+    reads = BuilderWithImages(lambda path: "d" * 32)
+    row = {"id": "a", "prompt": "a cat", "images": [{"path": "a.png"}]}
+    output.open([row], builder=reads, samples=2)
+    before = [tracked.item.item_id for tracked in output.take()]
+    output.open([row], builder=BuilderWithImages(gone), samples=2)
+    output.take()
+    output.settle()
+    output.close()
+    plan = Plan(f"{output.store.root}/failed", RowRules(), reads, list_existing(output.store), retry_failed=True)
+    assert [planned.item_id for planned in plan.open()] == before and len(before) == 2
+
+
+def test_a_row_of_another_manifest_ends_no_failure_though_it_has_the_same_id(output, tmp_path):
+    """It may be another row. `ltx-ray remove --failures-only` is for those that were corrected there."""
+    output.open([*rows("a"), {"id": "b", "prompt": ""}])
+    (tracked,) = output.take()
+    output.tracker.fail(tracked, CRASH)
+    output.settle()
+    output.close()
+    output.folder = tmp_path / "other"
+    output.folder.mkdir()
+    output.open([*rows("a", prompt="a dog"), *rows("b", prompt="an owl")])
+    for tracked in output.take():
+        output.tracker.finish(tracked, CLIP, "{}")
+    output.settle()
+    output.tracker.close(complete=True)
+    assert output.ids("failed") == output.ids("index") == ["a", "b"]
 
 
 def test_many_illegal_rows_are_said_by_their_commonest_reasons(output):

@@ -486,10 +486,15 @@ def test_attempts_that_failed_are_counted_and_those_that_were_stopped_are_not():
 @pytest.fixture
 def cluster(monkeypatch):
     """The jobs of a cluster that `main` submits to, and the exit codes of those that are followed, by their date."""
-    jobs, codes = FakeJobs(), {}
+    jobs, codes, outputs = FakeJobs(), {}, []
+
+    def follow(client, job, drain, say, output):
+        outputs.append(output)
+        return codes.get(job[6:16], 0)
+
     monkeypatch.setattr(schedule, "connect", lambda address: jobs)
-    monkeypatch.setattr(schedule, "follow", lambda client, job, drain, say: codes.get(job[6:16], 0))
-    return SimpleNamespace(jobs=jobs, codes=codes)
+    monkeypatch.setattr(schedule, "follow", follow)
+    return SimpleNamespace(jobs=jobs, codes=codes, outputs=outputs)
 
 
 def submit(recipe, *options):

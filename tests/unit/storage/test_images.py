@@ -19,10 +19,11 @@ from ltx_ray.engine.text import read_planned_image
 from ltx_ray.manifest.reader import RawRow
 from ltx_ray.manifest.rules import RowRules, judge
 from ltx_ray.planning.identity import item_id
-from ltx_ray.planning.plan import ILLEGAL, TODO, Plan
+from ltx_ray.planning.plan import ILLEGAL, TODO, UNREAD, Plan
 from ltx_ray.records import Recipe, RowError, WorkItem
 from ltx_ray.storage import images
 from ltx_ray.storage.images import check_roots, image_digest, locate, read_image
+from ltx_ray.storage.store import Store
 from tests.support.checkpoint_files import RELEASED
 from tests.support.pictures import encoded, gradient
 
@@ -227,10 +228,42 @@ def test_a_file_uri_is_a_local_path_with_links_resolved(tmp_path):
 
 def test_illegal_roots_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    check_roots([str(tmp_path), f"file://{tmp_path}", "s3://bucket", "s3://bucket/a?region=us-east-1"])
+    check_roots([str(tmp_path), f"file://{tmp_path}"])
     for root in (f"{tmp_path}/none", f"{tmp_path}/file", "s3://", "s3:///a", "web://bucket/a"):
         with pytest.raises(ValueError, match=f"--image-root: {root}, legal: a folder, or a place such as s3://"):
             check_roots([root])
+
+
+def test_a_root_that_may_not_be_looked_up_is_legal(s3, bucket):
+    put(s3, f"{bucket}/kept/a.png")
+    deny(bucket, "kept")
+    check_roots([bucket, f"{bucket}/kept", f"{bucket}/none?region=us-east-1"])
+
+
+@pytest.fixture
+def nobody_answers(monkeypatch):
+    """Stores are tried once, and nobody listens at the port of their endpoint."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr(images, "Store", lambda uri, seconds=0.0: Store(uri, retry_seconds=0.0))
+    return "s3://bucket/a"
+
+
+def test_a_root_whose_store_does_not_answer_is_no_fault_of_the_root(nobody_answers):
+    for root in (nobody_answers, f"{nobody_answers}?region=us-east-1"):
+        with pytest.raises(ConnectionError, match=r"--image-root: s3://bucket/a.*, cannot be reached: s3://bucket/a: "):
+            check_roots([root])
+
+
+def test_a_row_is_not_blamed_for_a_store_that_does_not_answer(nobody_answers, tmp_path):
+    (tmp_path / "a.png").write_bytes(encoded(gradient()))
+    rows = [{"images": [{"path": path}]} for path in (f"{nobody_answers}/b.png", f"{tmp_path}/a.png")]
+    plan = Plan("", RowRules(image_roots=(nobody_answers, str(tmp_path))), FakeBuilder(), ExistingRows())
+    unread, good = plan.rows(
+        RawRow("m.jsonl", n, {"prompt": "x", "num_frames": 9, **row}) for n, row in enumerate(rows)
+    )
+    assert (unread.status, good.status) == (UNREAD, TODO) and plan.counts["clips"] == 1
+    assert unread.message.startswith(f"m.jsonl:0:images: {nobody_answers}/b.png cannot be read now ({nobody_answers}/b")
+    assert unread.raw.values["height"] == 1088, "a retry without the run's defaults asks for the same clip"
 
 
 def test_the_digest_is_that_of_the_bytes(tmp_path):

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 
 from ltx_ray.config import RunLimits
 from ltx_ray.driver.call_times import LATE_TIMES, SWITCH_SECONDS, RunningMean, calls_a_second, switch_seconds
-from ltx_ray.driver.policy_state import Dispatch, Item, Replica, RetryDecision, spare_replicas
+from ltx_ray.driver.policy_state import Dispatch, Item, Replica, RetryDecision, best_idle, spare_replicas
 from ltx_ray.driver.queue import FairQueue
 from ltx_ray.stages import DIFFUSION_STAGES, FULL_PATH, TRAITS, Stage, needed_results
 
@@ -247,7 +247,7 @@ class Policy:
             return dispatch
         for stage in _STAGES_FROM_LAST:
             if self._queued[stage] and self._idle[stage] and (queues := self._ready_queues(stage)):
-                return self._assign(self._best_idle(stage, queues), stage, queues)
+                return self._assign(best_idle(self._idle[stage], self._replicas, stage, queues), stage, queues)
         for stage in _DIFFUSION_FROM_LAST:
             replica = self._replica_to_move(stage) if self._queued[stage] else None
             if replica is not None and (queues := self._ready_queues(stage)):
@@ -379,17 +379,6 @@ class Policy:
         return self._result_bytes + expected + self._bytes[stage].value <= self.max_bytes
 
     # --- which replica runs it -------------------------------------------------------------------
-
-    def _best_idle(self, stage: Stage, queues: list[FairQueue]) -> str:
-        """The idle replica that has merged what a waiting item needs, else the one that has been idle longest."""
-        for name in self._idle[stage]:
-            replica = self._replicas[name]
-            if replica.merged_stage == stage and any(queue.has(replica.merged_weights) for queue in queues):
-                return name
-        # One that takes several calls at once is the better choice while it has none.
-        return next(
-            (name for name in self._idle[stage] if not self._replicas[name].items), next(iter(self._idle[stage]))
-        )
 
     def _replica_to_move(self, stage: Stage) -> str | None:
         """An idle replica of the other diffusion stage that should serve `stage` from now on."""

@@ -146,6 +146,17 @@ def _served_now(roles: tuple[Stage, ...], assigned: Stage | None) -> tuple[Stage
     return tuple(role for role in roles if role == assigned or role not in DIFFUSION_STAGES)
 
 
+def best_idle(idle: Iterable[str], replicas: Mapping[str, Replica], stage: Stage, queues: Sequence[FairQueue]) -> str:
+    """The one of `idle` that has merged what a waiting item needs, else the one that has been idle longest."""
+    names = list(idle)
+    for name in names:
+        replica = replicas[name]
+        if replica.merged_stage == stage and any(queue.has(replica.merged_weights) for queue in queues):
+            return name
+    # One that takes several calls at once is the better choice while it has none.
+    return next((name for name in names if not replicas[name].items), names[0])
+
+
 def spare_replicas(replicas: Mapping[str, Replica], items: Iterable[Item]) -> list[str]:
     """Idle replicas for which `items` have no work. Each role keeps one replica."""
     spare = []

@@ -106,7 +106,11 @@ def status_json(output: str) -> str:
             "not_folded": existing.pending_count,
             "previews": existing.preview_count,
             "removed": len(existing.removed.items),
-            "failed": {name: kinds[name] for name in (layout.ILLEGAL, layout.ROW, layout.INFRASTRUCTURE)},
+            "failed": {
+                layout.ILLEGAL: kinds[layout.ILLEGAL],
+                layout.ROW: kinds[layout.ROW],
+                layout.INFRASTRUCTURE: kinds[layout.INFRASTRUCTURE] + kinds[layout.UNREAD],
+            },
         },
         "clips_per_hour": known.clips_per_hour,
         "cost": None if cost is None else plain(cost),
@@ -133,7 +137,7 @@ def _counts(existing: ExistingRows) -> str:
         kinds = existing.failed_kinds
         line += (
             f" ({kinds[layout.ILLEGAL]} illegal, {kinds[layout.ROW]} of their own fault, "
-            f"{kinds[layout.INFRASTRUCTURE]} of infrastructure's)"
+            f"{kinds[layout.INFRASTRUCTURE] + kinds[layout.UNREAD]} of infrastructure's)"
         )
     if existing.removed.items:
         line += f", {len(existing.removed.items)} clips taken down"

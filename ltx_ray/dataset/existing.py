@@ -42,7 +42,7 @@ _THREADS, _LOCAL_THREADS = 16, 4
 _OF_ONE_ROW = (1 << 32) - 1
 #: Columns that say which row has failed, and how.
 FAILURE_COLUMNS = ("item_id", "id", "source", "error_class")
-_KINDS = (layout.ROW, layout.INFRASTRUCTURE, layout.ILLEGAL)
+_KINDS = (layout.ROW, layout.INFRASTRUCTURE, layout.ILLEGAL, layout.UNREAD)
 
 
 class TableRows:
@@ -205,7 +205,7 @@ class FailedRows:
         self._table = IdTable(KEY_BYTES + 1, head=KEY_BYTES - ITEM_BYTES, cap=None)
         self._dropped: set[bytes] = set()
         self._lock = threading.Lock()
-        #: Number of failed rows by kind: "row" (their own fault), "infra" and "illegal".
+        #: Number of failed rows by kind: "row" (their own fault), "infra", "illegal" and "unread".
         self.kinds: Counter[str] = Counter()
 
     def __len__(self) -> int:
@@ -275,7 +275,7 @@ def failure_of(
     """Kind and key of a row of failed/, from its FAILURE_COLUMNS. One without an item is known by its place."""
     kind = layout.ROW if error_class == "row" else layout.INFRASTRUCTURE
     if item_id is None:
-        kind = layout.ILLEGAL if kind == layout.ROW else kind
+        kind = layout.ILLEGAL if kind == layout.ROW else layout.UNREAD
         return kind, key_bytes(unplanned_item(source, row_id), row_key(source))
     return kind, key_bytes(item_id, row_key(row_id))
 
@@ -345,7 +345,7 @@ class ExistingRows:
         return self.index.key_of(item_id)
 
     def failure(self, item_id: str, key: str) -> str | None:
-        """The kind of the row's failure ("row", "infra" or "illegal"); None when it has not failed."""
+        """The kind of the row's failure ("row" or "infra"); None when it has not failed."""
         return self.failed.kind_of(key_bytes(item_id, key))
 
     def failures_of_key(self, key: str) -> list[tuple[str, str]]:

@@ -44,8 +44,9 @@ ANSWERS = f"{STATE}/answers.json"
 #: Names of files of latents, with the item_id as group.
 LATENTS_FILE = re.compile(rf"{ITEM_ID_DIGITS}\.safetensors")
 ITEM_ID = re.compile(ITEM_ID_DIGITS)
-#: Kinds of failure: the row's own fault, the infrastructure's, and rows that are no legal request.
-ROW, INFRASTRUCTURE, ILLEGAL = "row", "infra", "illegal"
+#: Kinds of failure: the row's own fault, the infrastructure's, rows that are no legal request, and rows that have no
+#: item because the store of their image did not answer, which is the infrastructure's fault, too.
+ROW, INFRASTRUCTURE, ILLEGAL, UNREAD = "row", "infra", "illegal", "unread"
 #: What a mark in a segment of failures says: the row's failure was overcome, or those that it had as other items.
 OVERCOME, AS_OTHER_ITEMS = "overcome", "as other items"
 #: Segments: rows that are finished and in no part yet.

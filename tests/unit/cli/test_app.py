@@ -22,6 +22,8 @@ from ltx_ray.cli.app import main
 from ltx_ray.cli.options import MODEL_OPTIONS, model_files
 from ltx_ray.config import LoraSpec, RunLimits
 from ltx_ray.dataset.output import wait_seconds
+from ltx_ray.dataset.writer import Failure
+from ltx_ray.manifest.raw import RawRow
 from ltx_ray.storage.lease import Lease
 from ltx_ray.storage.locations import resolve
 from ltx_ray.storage.store import Store
@@ -691,6 +693,18 @@ def test_status_of_a_run(cmd, tmp_path):
     assert "run r1: finished\nmanifest m.jsonl, started 2026-01-01\n0 rows in the index, 0 in failed/\n" in out
     assert "stage1-0: last finished stage1 of cat, 2.0 s, " in out
     assert out.endswith("\n982 clips/h\n")
+
+
+def test_status_counts_rows_whose_images_are_out_of_reach_as_the_infrastructures(cmd, tmp_path):
+    store = Store(str(tmp_path))
+    (tmp_path / "run.json").write_text(json.dumps({"run_id": "r1", "state": "finished"}))
+    writer = dataset_writer(store)
+    failure = Failure("plan", 0, "infrastructure", "nobody answers")
+    writer.write_unplanned(RawRow("m.jsonl", 1, {"prompt": "a cat"}), failure)
+    writer.write_failed("a" * 32, request(id="b"), RawRow("m.jsonl", 2, {}), failure)
+    finish(writer)
+    assert "2 in failed/ (0 illegal, 0 of their own fault, 2 of infrastructure's)" in cmd("status", tmp_path)[1]
+    assert json.loads(cmd("status", tmp_path, "--json")[1])["rows"]["failed"]["infra"] == 2
 
 
 @pytest.mark.parametrize(

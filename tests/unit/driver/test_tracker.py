@@ -20,7 +20,7 @@ from ltx_ray.driver.tracker import RowTracker
 from ltx_ray.manifest.reader import read_manifest
 from ltx_ray.manifest.rules import RowRules
 from ltx_ray.planning.identity import item_id
-from ltx_ray.planning.plan import Plan
+from ltx_ray.planning.plan import REPEATED, TODO, Plan
 from ltx_ray.planning.row_images import ImageOutOfReach
 from ltx_ray.records import CallReport, Clip, EngineFacts, NoiseLedger, Recipe, RenderRequest, WorkItem
 from ltx_ray.stages import Stage
@@ -295,7 +295,8 @@ def test_a_row_whose_image_is_out_of_reach_failed_because_of_the_infrastructure(
     assert "a: failed in plan: " in output.said.getvalue() and "(nobody answers)" in output.said.getvalue()
     (failed,) = output.rows_of("failed")
     assert (failed["stage"], failed["error_class"], failed["item_id"]) == ("plan", "infrastructure", None)
-    assert list_existing(output.store).failed_kinds == {"infra": 1}
+    existing = list_existing(output.store)
+    assert existing.failed_kinds == {"unread": 1} and not existing.has_noise, "its latents are nowhere"
     (again,) = read_manifest(f"{output.store.root}/failed")
     assert again.values["height"] == 1088 and again.values["note"] == 1, "its defaults stand in the row"
     output.open([row], builder=BuilderWithImages(lambda path: "d" * 32))
@@ -303,6 +304,35 @@ def test_a_row_whose_image_is_out_of_reach_failed_because_of_the_infrastructure(
     output.tracker.finish(tracked, CLIP, "{}")
     output.settle()
     output.tracker.close(complete=False)
+    assert output.ids("failed") == [] and output.ids("index") == ["a"]
+
+
+def test_a_failed_row_whose_image_is_then_out_of_reach_has_two_failures_until_it_is_done(output):
+    """One says what became of its item, which may be the row's own fault, the other that nobody can tell whether it is
+    still that item. A retry takes the row once.
+    """
+
+    def gone(path):
+        raise ImageOutOfReach(path, "nobody answers")
+
+    reads = BuilderWithImages(lambda path: "d" * 32)
+    row = {"id": "a", "prompt": "a cat", "images": [{"path": "a.png"}]}
+    output.open([row], builder=reads)
+    output.tracker.fail(output.take()[0], CRASH)
+    output.settle()
+    output.close()
+    output.open([row], builder=BuilderWithImages(gone))
+    output.take()
+    output.close()
+    assert sorted(row["stage"] for row in output.rows_of("failed")) == ["plan", "stage2"]
+    existing = list_existing(output.store)
+    assert existing.has_noise, "the latents of its item may be on some node"
+    again = Plan(f"{output.store.root}/failed", RowRules(), reads, existing, retry_failed=True)
+    assert sorted(planned.status for planned in again.open()) == [REPEATED, TODO]
+    output.open([row], builder=reads)
+    output.tracker.finish(output.take()[0], CLIP, "{}")
+    output.settle()
+    output.close()
     assert output.ids("failed") == [] and output.ids("index") == ["a"]
 
 

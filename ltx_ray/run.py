@@ -193,6 +193,7 @@ def prepare(options: Options) -> Prepared:
         samples=options.samples_per_prompt,
         retry_failed=options.retry_failed,
         latents_only=options.stop_after is not None,
+        promote=options.promote,
     )
     return Prepared(replace(options, model=pinned(options.model)), checkpoint, plan, tuple(warnings))
 
@@ -261,9 +262,7 @@ class Run:
                 # A run that drew noise and finished nothing binds no later one to its GPUs.
                 self.identity.forget_noise()
             plan = self.prepared.plan.against(existing)
-            if self.options.promote is not None:
-                plan.manifest_rows = None  # many are passed over
-            elif (short := expected_shortage(self.store, plan, self.options.stored)) is not None:
+            if plan.promote is None and (short := expected_shortage(self.store, plan, self.options.stored)) is not None:
                 self.progress.say(short)
             return _Rendering(self, plan).execute(self._chosen(plan, plan.rows(raws)))
         finally:
@@ -282,10 +281,10 @@ class Run:
         return existing
 
     def _chosen(self, plan: Plan, rows: Iterator[PlanEntry]) -> Iterator[PlanEntry]:
-        """`rows`, of which a promotion leaves some out. Ids that are selected and missing are named at the end."""
+        """`rows`, of which a promotion refuses some. Ids that are selected and missing are named at the end."""
         if self.options.stop_after is None:  # A run that makes previews does not ask for latents.
             rows = plan.existing.latents.prefetched(rows, item_to_render)
-        yield from rows if self.options.promote is None else promoted(rows, self.options.promote, plan.existing)
+        yield from rows if self.options.promote is None else promoted(rows, plan)
         plan.say_missing_ids(self.progress.say)
 
     def _engines(self, numerics: Numerics) -> dict[str, EngineSpec]:

@@ -144,7 +144,8 @@ def tflop_left(tracker: RowTracker) -> float | None:
     if not clips:
         return 0.0 if tracker.exhausted else None
     each = plan.work.total.tflop / clips
-    left = plan.work.total.tflop - tracker.done_work.total.tflop - tracker.given_up_work.total.tflop
+    gone = (tracker.done_work, tracker.given_up_work, plan.refused_work)
+    left = plan.work.total.tflop - sum(work.total.tflop for work in gone)
     if not tracker.exhausted:
         if plan.expected_rows is None:
             return None

@@ -220,10 +220,14 @@ class Plan:
     #: The run stops after stage 1, so a row with a preview is done.
     latents_only: bool = False
     samples: int = 1
+    #: The manifest is a table of previews, of which these items are to be finished. The other previews are passed over.
+    promote: frozenset[str] | None = None
     #: Rows of the manifest, once it was opened and if its files say so.
     manifest_rows: int | None = None
     counts: Counter[str] = field(default_factory=Counter, init=False)
     work: PlannedWork = field(default_factory=PlannedWork, init=False)
+    #: The cost of items that were counted and then refused.
+    refused_work: PlannedWork = field(default_factory=PlannedWork, init=False)
 
     def __post_init__(self) -> None:
         #: Selected ids that no row has had yet, of the shard where there is one.
@@ -300,6 +304,8 @@ class Plan:
                     decided = self._decided(row, found) if isinstance(row, PlannedRow) else row
                     if isinstance(decided, PlannedRow):
                         if decided.status == TODO:
+                            if self._passes_over(decided):
+                                continue
                             self._count_clip(decided, found)
                     elif self._is_removed(decided):
                         self.counts[REMOVED] += 1
@@ -404,6 +410,12 @@ class Plan:
         """Whether a row whose item is not known was taken down: it is not to be in failed/ again."""
         row_id = row.raw.values.get("id") if self._removed is not None else None
         return self._removed is not None and row_id is not None and self._removed.has_row(None, str(row_id))
+
+    def _passes_over(self, row: PlannedRow) -> bool:
+        """Whether a row is a preview that a promotion leaves out, such as an older one of the same id."""
+        if self.promote is None or row.item_id in self.promote:
+            return False
+        return self.existing.has_preview(row.item_id, row.key)
 
     def _count_clip(self, row: PlannedRow, found: _LookedUp | None) -> None:
         """Count what is to be rendered, once for all rows of an item."""

@@ -391,7 +391,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class CallError:
-    """Why a call failed on a rank. `type` is the name of the exception's class, for messages only."""
+    """Why a call failed on a rank. `type` is the name of the exception's class, for messages and counts."""
 
     kind: ErrorKind
     type: str

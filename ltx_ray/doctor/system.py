@@ -91,6 +91,12 @@ def memory_bytes() -> int:
     return min(total, int(limit)) if limit.isdigit() else total
 
 
+def own_memory() -> int | None:
+    """The bytes of this process that are in memory; None where the system does not say."""
+    words = _read("/proc/self/statm").split()
+    return int(words[1]) * os.sysconf("SC_PAGE_SIZE") if words else None
+
+
 def _read(path: str) -> str:
     try:
         return Path(path).read_text()

@@ -33,7 +33,15 @@ from ltx_ray.driver.work_left import WorkLeft
 from ltx_ray.planning.identity import merged_weights
 from ltx_ray.planning.plan import PlanEntry
 from ltx_ray.pools.pool import ModelRefused, Pool, StartFailed
-from ltx_ray.pools.protocol import CallFinished, InputsLost, ReplicaEvent, ReplicaLost, ReplicaSet, ReplicaStarted
+from ltx_ray.pools.protocol import (
+    CallFinished,
+    InputsLost,
+    ReplicaEvent,
+    ReplicaLost,
+    ReplicaSet,
+    ReplicaStarted,
+    loss_cause,
+)
 from ltx_ray.records import ErrorKind, first_line
 from ltx_ray.stages import PATH_FROM_STORED, Stage
 
@@ -234,7 +242,7 @@ class Driver:
             self._gauges = RunGauges(
                 self.tracker, self.policy, self.pools, cluster.replicas, waits, lease_age=cluster.lease_age,
                 gpu_seconds=self.gpu_seconds, max_gpu_hours=self.limits.max_gpu_hours, seconds_left=self._seconds_left,
-                busy_seconds=self._loop_time.busy,
+                busy_seconds=self._loop_time.busy, losses=self._staff.losses,
             )  # fmt: skip
         return self._cluster
 
@@ -305,8 +313,7 @@ class Driver:
     def _replica_lost(self, event: ReplicaLost, traceback: str = "") -> None:
         """A replica has been killed."""
         pool = self._staff.pool_of(event.replica)
-        self.progress.say(f"{event.replica} lost: {first_line(event.reason)}")
-        self.events.emit("gang_lost", role=pool.spec.name, replica=event.replica, reason=event.reason)
+        self._staff.tell_lost(event)
         stages = {item: self.policy.stage_of(item) for item in self.policy.items_of(event.replica)}
 
         def charged(item: str) -> bool:
@@ -362,7 +369,9 @@ class Driver:
             self._replicas.kill(event.replica, hold)
             name = "" if error.kind == ErrorKind.REPLICA else f"{error.type}: "
             reason = f"{stage}: {event.where}: {name}{error.message}"
-            lost = ReplicaLost(event.replica, reason, served=True, item_id=item_id, ranks=ranks, held=hold)
+            lost = ReplicaLost(
+                event.replica, reason, served=True, item_id=item_id, ranks=ranks, held=hold, ended_by=loss_cause(error)
+            )
             self._replica_lost(lost, error.traceback)
             if error.kind == ErrorKind.REPLICA:
                 pool.broke(reason)

@@ -6,11 +6,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 
+from ltx_ray.doctor.system import memory_bytes, own_memory
 from ltx_ray.driver.policy import Policy
 from ltx_ray.driver.tracker import RowTracker
 from ltx_ray.driver.waits import WaitReport
 from ltx_ray.pools.pool import Pool
-from ltx_ray.pools.protocol import ReplicaSet
+from ltx_ray.pools.protocol import LossCause, ReplicaSet
 from ltx_ray.stages import Stage
 from ltx_ray.storage.requests import REQUESTS
 
@@ -21,7 +22,7 @@ _PERIOD = 5.0
 class RunGauges:
     """`gpu_seconds`: of this run and of all runs. `seconds_left` where the stages were measured, or None.
 
-    `busy_seconds`: those in which the driver's loop did not wait.
+    `busy_seconds`: those in which the driver's loop did not wait. `losses`: of replicas, by pool and cause.
     """
 
     def __init__(
@@ -37,10 +38,11 @@ class RunGauges:
         max_gpu_hours: float | None,
         seconds_left: Callable[[], float | None],
         busy_seconds: Callable[[], float],
+        losses: Mapping[tuple[str, LossCause], int],
     ):
         self._tracker, self._policy, self._pools, self._replicas = tracker, policy, pools, replicas
         self._lease_age, self._gpu_seconds, self._seconds_left = lease_age, gpu_seconds, seconds_left
-        self._max_gpu_hours, self._busy_seconds = max_gpu_hours, busy_seconds
+        self._max_gpu_hours, self._busy_seconds, self._losses = max_gpu_hours, busy_seconds, losses
         #: What the stages wait for, which is told beside them.
         self.waits = waits
         self._told = -float("inf")
@@ -74,11 +76,15 @@ class RunGauges:
             metrics.reach("ltx_ray_events", count, event)
         metrics.set("ltx_ray_nodes_excluded", summary.excluded)
         metrics.set("ltx_ray_cards_left_alone", summary.parked)
-        metrics.reach("ltx_ray_gpu_reserved_seconds", self._replicas.gpu_seconds())
+        for pool, seconds in self._replicas.gpu_seconds_by_pool().items():
+            metrics.reach("ltx_ray_gpu_reserved_seconds", seconds, pool)
         metrics.set("ltx_ray_gpu_hours", self._gpu_seconds() / 3600)
         if self._max_gpu_hours is not None:
             metrics.set("ltx_ray_gpu_hours_limit", self._max_gpu_hours)
         metrics.reach("ltx_ray_driver_busy_seconds", self._busy_seconds())
+        if (memory := own_memory()) is not None:
+            metrics.set("ltx_ray_driver_memory_bytes", memory)
+            metrics.set("ltx_ray_driver_memory_limit_bytes", memory_bytes())
         for kind, outcome, number in REQUESTS.take():
             metrics.add("ltx_ray_store_requests", number, kind, outcome)
         self._tell_progress()
@@ -91,6 +97,8 @@ class RunGauges:
             for state in ("placing", "starting", "idle", "busy"):
                 metrics.set("ltx_ray_replicas", states[state], pool.spec.name, state)
             metrics.set("ltx_ray_replicas_wanted", pool.spec.replicas, pool.spec.name)
+        for (name, cause), lost in self._losses.items():
+            metrics.reach("ltx_ray_gangs_lost", lost, name, cause)
 
     def _tell_progress(self) -> None:
         metrics, tracker = self._tracker.metrics, self._tracker

@@ -39,8 +39,10 @@ METRICS: Mapping[str, Metric] = {
     "ltx_ray_call_seconds": Metric("The same of calls that succeeded, by buckets", ("stage",), buckets=_CALL_SECONDS),
     "ltx_ray_waited_seconds": Metric("Seconds that replicas of a stage waited", ("stage", "cause"), counts=True),
     "ltx_ray_gpu_busy_seconds": Metric("GPU seconds of calls", ("stage",), counts=True),
-    "ltx_ray_gpu_reserved_seconds": Metric("GPU seconds that the run has reserved", counts=True),
+    "ltx_ray_gpu_reserved_seconds": Metric("GPU seconds that the run has reserved", ("pool",), counts=True),
     "ltx_ray_driver_busy_seconds": Metric("Seconds in which the driver's loop did not wait", counts=True),
+    "ltx_ray_driver_memory_bytes": Metric("Memory of the driver's process"),
+    "ltx_ray_driver_memory_limit_bytes": Metric("Memory of its machine or container"),
     "ltx_ray_store_requests": Metric(
         "Requests to object stores, of the driver and the ranks", ("kind", "outcome"), counts=True
     ),
@@ -48,6 +50,7 @@ METRICS: Mapping[str, Metric] = {
     "ltx_ray_rows": Metric("Rows of the manifest by what became of them", ("state",)),
     "ltx_ray_replicas": Metric("Replicas: placing, starting, idle or busy", ("pool", "state")),
     "ltx_ray_replicas_wanted": Metric("Replicas that there should be", ("pool",)),
+    "ltx_ray_gangs_lost": Metric("Replicas that were lost, by what has ended them", ("pool", "cause"), counts=True),
     "ltx_ray_queue": Metric("Clips that wait before a stage", ("stage",)),
     "ltx_ray_inflight_bytes": Metric("Bytes of results in the object store"),
     "ltx_ray_inflight_limit_bytes": Metric("Bytes that those results may take"),

@@ -6,6 +6,7 @@ Replicas of text and decode beyond the first come after those of the DiT, so tha
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Container, Sequence
 from dataclasses import replace
 
@@ -22,7 +23,8 @@ from ltx_ray.driver.spare_places import PERIOD, MadePlace, SparePlaces, served, 
 from ltx_ray.driver.waits import Waits
 from ltx_ray.pools.exclusion import node_name
 from ltx_ray.pools.pool import Pool, StartFailed
-from ltx_ray.pools.protocol import RankInfo, ReplicaLost, ReplicaSet, ReplicaStarted
+from ltx_ray.pools.protocol import LossCause, RankInfo, ReplicaLost, ReplicaSet, ReplicaStarted
+from ltx_ray.records import first_line
 from ltx_ray.stages import DIFFUSION_STAGES
 
 #: Seconds for which the DiT's replicas may wait for places before those of other pools no longer wait for them.
@@ -61,6 +63,8 @@ class Staffing:
         self._ranks: dict[str, Sequence[RankInfo]] = {}
         #: Replicas that leave after the calls that are under way, and why.
         self._retired: dict[str, str] = {}
+        #: Replicas that were lost, by pool and by what has ended them.
+        self.losses: Counter[tuple[str, LossCause]] = Counter()
 
     def pool_of(self, replica: str) -> Pool:
         return self._by_replica[replica]
@@ -227,6 +231,8 @@ class Staffing:
         self._policy.remove_replica(name, given_back=True)
         self._forget(name)
         self._replicas.kill(name)
+        if why == _DRAINS:
+            self.losses[pool.spec.name, LossCause.DRAIN] += 1
         self._events.emit("gang_given_back", role=pool.spec.name, replica=name, reason=why)
 
     def _retire_leaving(self) -> None:
@@ -265,6 +271,7 @@ class Staffing:
         """A replica that is up must not join. Raises StartFailed when none could that serves its stages."""
         pool = self._forget(event.replica)
         self._replicas.kill(event.replica)
+        self.losses[pool.spec.name, LossCause.START] += 1
         reason = f"{event.replica} on {node_name(event.ranks)} is refused: {why}"
         self._progress.say(reason)
         self._events.emit(
@@ -337,6 +344,14 @@ class Staffing:
         pool = self.pool_of(replica)
         pool.call_succeeded()
         self.left_alone.call_succeeded(self.ranks_of(replica), pool.spec.name)
+
+    def tell_lost(self, event: ReplicaLost) -> None:
+        """Say that a replica has been killed, and count it."""
+        name, role = event.replica, self.pool_of(event.replica).spec.name
+        cause = LossCause.DRAIN if self._retired.get(name) == _DRAINS else event.cause
+        self.losses[role, cause] += 1
+        self._progress.say(f"{name} lost: {first_line(event.reason)}")
+        self._events.emit("gang_lost", role=role, replica=name, cause=cause, reason=event.reason)
 
     def lost(self, event: ReplicaLost, now: float) -> None:
         """A replica has been killed. Raises StartFailed when starts keep failing everywhere."""

@@ -26,7 +26,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ltx_ray.config import PoolSpec
-from ltx_ray.pools.protocol import RankInfo
+from ltx_ray.pools.protocol import LossCause, RankInfo, loss_cause
 from ltx_ray.pools.worker import RankActor, Rendezvous
 from ltx_ray.records import CallError, CallReport, ErrorKind, Evidence, WorkItem, first_line
 from ltx_ray.stages import Stage
@@ -69,14 +69,20 @@ class GangLost(Exception):
     """The gang can serve no more calls: a rank died, failed to start, or disagreed with the others.
 
     `idle`: it had died before the calls under way began; `node_lost`: its node is gone; `rank`: the one that failed to
-    load; `unfit`: its node cannot compute as the run does.
+    load; `unfit`: its node cannot compute as the run does; `cause`: what has ended it if it was ready.
     """
 
     def __init__(
-        self, reason: str, idle: bool = False, node_lost: bool = False, rank: int | None = None, unfit: bool = False
+        self,
+        reason: str,
+        idle: bool = False,
+        node_lost: bool = False,
+        rank: int | None = None,
+        unfit: bool = False,
+        cause: LossCause = LossCause.RANK,
     ):
         super().__init__(reason)
-        self.idle, self.node_lost, self.rank, self.unfit = idle, node_lost, rank, unfit
+        self.idle, self.node_lost, self.rank, self.unfit, self.cause = idle, node_lost, rank, unfit, cause
 
 
 class InputsMissing(Exception):
@@ -298,10 +304,6 @@ class Gang:
         if self.state is GangState.READY and not self.calls and now - self._answered > _PING_AFTER_SECONDS:
             self._ping()
 
-    def silent(self, now: float) -> bool:
-        """Whether a pinged gang has not answered for a minute."""
-        return bool(self._pings) and now - self._pinged > _PING_TIMEOUT_SECONDS
-
     def _ping(self) -> None:
         if not self._pings:
             self._pinged = time.time()
@@ -324,7 +326,8 @@ class Gang:
                 try:
                     ray.get(ref)
                 except ray.exceptions.RayError as error:
-                    raise GangLost(f"a rank died while idle: {first_line(error)}", idle=True) from error
+                    reason = f"a rank died while idle: {first_line(error)}"
+                    raise GangLost(reason, idle=True, cause=_what_ended(error)) from error
         self._pings = [ref for ref in self._pings if ref not in ready]
         if not self._pings:
             self._answered = time.time()
@@ -345,7 +348,8 @@ class Gang:
                     REQUESTS.add(report.requests)
                 except _RANK_DIED as error:
                     reason = f"rank {rank} died during {call.stage}: {first_line(error)}"
-                    raise GangLost(reason, node_lost=_NODE_LOST in str(error)) from error
+                    lost = _NODE_LOST in str(error)
+                    raise GangLost(reason, node_lost=lost, cause=_what_ended(error)) from error
                 except ray.exceptions.RayError as error:
                     # The call never began on this rank, because its inputs are gone.
                     raise InputsMissing(f"rank {rank} has no inputs for {call.stage}: {first_line(error)}") from error
@@ -357,7 +361,8 @@ class Gang:
         if len({(r.error.kind, r.error.type) if r.error else None for r in reports}) > 1:
             rank, failure = call.first_failure()
             raise GangLost(
-                f"the ranks disagreed during {call.stage}: {self.ranks[rank]}: {failure.type}: {failure.message}"
+                f"the ranks disagreed during {call.stage}: {self.ranks[rank]}: {failure.type}: {failure.message}",
+                cause=loss_cause(failure),
             )
         self.calls.remove(call)
         self._answered = time.time()
@@ -367,24 +372,27 @@ class Gang:
         """The gang loads still: its time to start begins anew."""
         self._placed = now
 
-    def overdue(self, now: float, start_timeout: float) -> str | None:
-        """Why the start or a call under way should be given up, or None. `now` as of `time.time`.
+    def overdue(self, now: float, start_timeout: float) -> GangLost | None:
+        """Why the start, a call under way or an idle gang should be given up, or None. `now` as of `time.time`.
 
         A gang may wait for a place without a limit, because that depends on the cluster alone. Its time to start begins
         with its turn to load.
         """
         if self.state is not GangState.READY:
             slow = self.state not in (GangState.PLACING, GangState.WAITING) and now - self._placed > start_timeout
-            return f"not ready after {start_timeout:g} s ({self.state})" if slow else None
+            return GangLost(f"not ready after {start_timeout:g} s ({self.state})") if slow else None
         for call in self.calls:
             if not call.reports:
                 continue
             if call.failed_at is not None and now - call.failed_at > _LONE_FAILURE_SECONDS:
                 # The other ranks wait for the failed one in a collective, and would wait forever.
                 rank, failure = call.first_failure()
-                return f"{self.ranks[rank]} failed alone during {call.stage}: {failure.type}: {failure.message}"
+                reason = f"{self.ranks[rank]} failed alone during {call.stage}: {failure.type}: {failure.message}"
+                return GangLost(reason, cause=loss_cause(failure))
             if now - call.started > call.timeout:
-                return f"{call.stage} took longer than {call.timeout:g} s"
+                return GangLost(f"{call.stage} took longer than {call.timeout:g} s", cause=LossCause.TIMEOUT)
+        if self._pings and now - self._pinged > _PING_TIMEOUT_SECONDS:
+            return GangLost("a rank does not answer", idle=True, cause=LossCause.TIMEOUT)
         return None
 
     def kill(self, release: bool = True) -> None:
@@ -399,3 +407,8 @@ class Gang:
         self._actors = []
         if release and self._group is not None:
             remove_placement_group(self._group)
+
+
+def _what_ended(error: ray.exceptions.RayError) -> LossCause:
+    """What has ended a rank whose process is gone."""
+    return LossCause.OOM if isinstance(error, ray.exceptions.OutOfMemoryError) else LossCause.RANK

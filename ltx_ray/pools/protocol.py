@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, Protocol
 
 from ltx_ray.config import PoolSpec
-from ltx_ray.records import CallReport, Evidence, WorkItem, plain
+from ltx_ray.records import CallError, CallReport, Evidence, WorkItem, plain
 from ltx_ray.stages import Stage
+
+#: The type that a CallError has for a lack of memory, whatever the exception was.
+OUT_OF_MEMORY = "OutOfMemoryError"
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,28 @@ class CallFinished:
     where: str = ""
 
 
+class LossCause(StrEnum):
+    """What has ended a replica, for metrics and events."""
+
+    #: Its node was lost, or one with the results that its call needed.
+    NODE = "node"
+    #: Its node was about to leave the cluster.
+    DRAIN = "drain"
+    #: The memory of the card or of the host did not suffice.
+    OOM = "oom"
+    #: A call took too long, or a rank did not answer.
+    TIMEOUT = "timeout"
+    #: A rank died, broke, or did not do as the others.
+    RANK = "rank"
+    #: It failed to start, or was refused when it was up.
+    START = "start"
+
+
+def loss_cause(error: CallError) -> LossCause:
+    """What has ended a replica whose call has failed so."""
+    return LossCause.OOM if error.type == OUT_OF_MEMORY else LossCause.RANK
+
+
 @dataclass(frozen=True)
 class ReplicaLost:
     """A replica has failed and has been killed."""
@@ -86,6 +112,14 @@ class ReplicaLost:
     held: bool = False
     #: Whether its node cannot compute as the run does, so that nothing else would start there either.
     unfit: bool = False
+    #: What has ended it if that is neither its start nor a node.
+    ended_by: LossCause = LossCause.RANK
+
+    @property
+    def cause(self) -> LossCause:
+        if self.node_lost or self.inputs_lost:
+            return LossCause.NODE
+        return self.ended_by if self.served else LossCause.START
 
 
 @dataclass(frozen=True)
@@ -126,6 +160,9 @@ class ReplicaSet(Protocol):
 
     def gpu_seconds(self) -> float:
         """How long GPUs have been reserved, those of replicas that could not start included."""
+
+    def gpu_seconds_by_pool(self) -> Mapping[str, float]:
+        """The same by pool, by what each reserves of cards that several share."""
 
     def nodes(self) -> Mapping[str, int]:
         """The nodes that have CPUs or GPUs, with the number of their GPUs."""

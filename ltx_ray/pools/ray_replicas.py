@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
 from typing import Any
 
 import ray
@@ -98,10 +97,8 @@ class RayReplicaSet:
         now = time.time()
         self._load_progress.look(self._gangs.values(), now)
         for gang in list(self._gangs.values()):
-            if (reason := gang.overdue(now, self._start_timeout)) is not None:
-                events.append(self._lose(gang, reason))
-            elif gang.silent(now):
-                events.append(self._lose(gang, "a rank does not answer", idle=True))
+            if (lost := gang.overdue(now, self._start_timeout)) is not None:
+                events.append(self._lose(gang, lost))
         return events
 
     def _advance(self, gang: Gang, arrived: set[ray.ObjectRef]) -> list[ReplicaEvent]:
@@ -112,7 +109,8 @@ class RayReplicaSet:
                 if not gang.advance(arrived):
                     leaves = gang.state is GangState.WAITING and (self._leaves_foreign(gang) or self._leaves_held(gang))
                     if gang.state is GangState.WAITING and not leaves:
-                        self._card_time.hold(gang.name, gang.ranks, time.time())
+                        pool = gang.pool
+                        self._card_time.hold(gang.name, pool.name, pool.gpus_per_rank, gang.ranks, time.time())
                     return []
                 self._load_limit.end(gang.pool.name, time.time() - gang.load_began)
                 return [ReplicaStarted(gang.name, gang.ranks, time.time() - gang.created, gang.evidence)]
@@ -120,9 +118,7 @@ class RayReplicaSet:
             for call in [call for call in gang.calls if call.reports]:
                 events += self._collect(gang, call, arrived)
         except GangLost as lost:
-            events.append(
-                self._lose(gang, str(lost), idle=lost.idle, node_lost=lost.node_lost, rank=lost.rank, unfit=lost.unfit)
-            )
+            events.append(self._lose(gang, lost))
         return events
 
     def _leaves_foreign(self, gang: Gang) -> bool:
@@ -163,21 +159,23 @@ class RayReplicaSet:
         except InputsMissing as lost:
             if len(gang.ranks) > 1:
                 # The other ranks have begun the call and wait for this one in a collective.
-                return [self._lose(gang, str(lost), inputs_lost=True)]
+                return [self._lose(gang, GangLost(str(lost)), inputs_lost=True)]
             gang.calls.remove(call)
             return [InputsLost(gang.name, call.item.item_id, str(lost))]
         if reports is None:
             return []
         return [CallFinished(gang.name, call.item.item_id, reports[0], call.payload, str(gang.ranks[0]))]
 
-    def _lose(self, gang: Gang, reason: str, **how: Any) -> ReplicaLost:
-        """`how` it was lost: fields of ReplicaLost."""
+    def _lose(self, gang: Gang, why: GangLost, inputs_lost: bool = False) -> ReplicaLost:
+        """`inputs_lost` as in ReplicaLost."""
         served = gang.state is GangState.READY
-        lost = ReplicaLost(gang.name, reason, served, ranks=gang.ranks, **how)
         # Only a card that has failed is kept from others.
-        held = not (served or lost.node_lost) and bool(gang.ranks) and gang.pool.gpus_per_rank > 0
+        held = not (served or why.node_lost) and bool(gang.ranks) and gang.pool.gpus_per_rank > 0
         self._end(gang.name, hold=held)
-        return replace(lost, held=held)
+        return ReplicaLost(
+            gang.name, str(why), served, inputs_lost, why.idle, why.node_lost, ranks=gang.ranks, rank=why.rank,
+            held=held, unfit=why.unfit, ended_by=why.cause,
+        )  # fmt: skip
 
     def placing(self) -> Mapping[str, float]:
         now = time.time()
@@ -221,6 +219,9 @@ class RayReplicaSet:
 
     def gpu_seconds(self) -> float:
         return self._card_time.seconds(time.time())
+
+    def gpu_seconds_by_pool(self) -> Mapping[str, float]:
+        return self._card_time.by_pool(time.time())
 
     def share(self, value: bytes) -> Any:
         return ray.put(value)

@@ -17,7 +17,16 @@ from typing import Any
 
 from ltx_ray.config import PoolSpec
 from ltx_ray.pools.card_time import CardTime
-from ltx_ray.pools.protocol import CallFinished, InputsLost, RankInfo, ReplicaEvent, ReplicaLost, ReplicaStarted
+from ltx_ray.pools.protocol import (
+    OUT_OF_MEMORY,
+    CallFinished,
+    InputsLost,
+    LossCause,
+    RankInfo,
+    ReplicaEvent,
+    ReplicaLost,
+    ReplicaStarted,
+)
 from ltx_ray.records import CallError, CallReport, ErrorKind, RenderError, WorkItem
 from ltx_ray.stages import TRAITS, Stage
 
@@ -28,7 +37,7 @@ Make = Callable[..., Any]
 
 #: Faults that a rank answers with an exception: its kind and the name of its class.
 _ERRORS = {
-    "out_of_memory": (ErrorKind.PROCESS, "OutOfMemoryError"),
+    "out_of_memory": (ErrorKind.PROCESS, OUT_OF_MEMORY),
     "error": (ErrorKind.UNKNOWN, "RuntimeError"),
     "store": (ErrorKind.INFRASTRUCTURE, "OSError"),
 }
@@ -124,7 +133,7 @@ class SimulatedReplicaSet:
             self._after(seconds + switch, lambda: self._succeeds(replica, number, inputs, seconds, switch))
         elif fault == "hang":
             reason = f"{stage} took longer than {timeout:g} s"
-            self._after(timeout, lambda: self._gone(replica, number, reason))
+            self._after(timeout, lambda: self._gone(replica, number, reason, by=LossCause.TIMEOUT))
         elif fault == "crash":
             after = seconds * self._random.random()
             self._after(after, lambda: self._gone(replica, number, "rank 0 died"))
@@ -173,6 +182,9 @@ class SimulatedReplicaSet:
     def gpu_seconds(self) -> float:
         return self._card_time.seconds(self.now)
 
+    def gpu_seconds_by_pool(self) -> Mapping[str, float]:
+        return self._card_time.by_pool(self.now)
+
     def nodes(self) -> Mapping[str, int]:
         return {str(number): 0 for number in range(self.node_count)}
 
@@ -218,7 +230,8 @@ class SimulatedReplicaSet:
         replica.ready = True
         # Each rank has a card of its own.
         cards = range(replica.spec.ranks if replica.spec.gpus_per_rank else 0)
-        self._card_time.hold(name, [RankInfo(n, node=name, gpus=str(n)) for n in cards], self.now - self.start_seconds)
+        ranks, spec = [RankInfo(n, node=name, gpus=str(n)) for n in cards], replica.spec
+        self._card_time.hold(name, spec.name, spec.gpus_per_rank, ranks, self.now - self.start_seconds)
         return [ReplicaStarted(name, [RankInfo(0, node=str(replica.node))], self.start_seconds)]
 
     def _in_call(self, name: str, number: int) -> _Replica | None:
@@ -226,11 +239,13 @@ class SimulatedReplicaSet:
         replica = self._replicas.get(name)
         return replica if replica is not None and number in replica.calls else None
 
-    def _gone(self, name: str, number: int, reason: str, idle: bool = False) -> list[ReplicaEvent]:
+    def _gone(
+        self, name: str, number: int, reason: str, idle: bool = False, by: LossCause = LossCause.RANK
+    ) -> list[ReplicaEvent]:
         if self._in_call(name, number) is None:
             return []
         self._remove(name)
-        return [ReplicaLost(name, reason, served=True, idle=idle)]
+        return [ReplicaLost(name, reason, served=True, idle=idle, ended_by=by)]
 
     def _inputs_gone(self, name: str, number: int) -> list[ReplicaEvent]:
         replica = self._in_call(name, number)

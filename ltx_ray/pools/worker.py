@@ -20,6 +20,7 @@ from typing import Any
 import ray
 
 from ltx_ray.config import EngineSpec
+from ltx_ray.pools.protocol import OUT_OF_MEMORY
 from ltx_ray.records import CallError, CallReport, EngineFacts, ErrorKind
 from ltx_ray.stages import Stage
 from ltx_ray.storage.requests import REQUESTS
@@ -130,7 +131,7 @@ def _call_error(error: Exception) -> CallError:
     base = importlib.import_module("ltx_ray.engine.base")
     kind: ErrorKind = base.error_kind(error)
     # A lack of memory has many names: torch's, Python's, and RuntimeErrors of CUDA libraries.
-    name = "OutOfMemoryError" if base.is_out_of_memory(error) else type(error).__name__
+    name = OUT_OF_MEMORY if base.is_out_of_memory(error) else type(error).__name__
     return CallError(kind, name, str(error) or type(error).__name__, traceback.format_exc())
 
 

@@ -194,6 +194,9 @@ class SimulatedFleet:
     def gpu_seconds(self) -> float:
         return 0.0  # No run here has a limit on them.
 
+    def gpu_seconds_by_pool(self) -> Mapping[str, float]:
+        return {}
+
     def nodes(self) -> Mapping[str, int]:
         return {str(node.number): len(node.cards) for node in self.machines if node.away_until <= self.now}
 

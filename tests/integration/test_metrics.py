@@ -60,3 +60,4 @@ def test_the_endpoint_says_what_the_run_does(runner: Runner):
     assert min(bound for bound, n in buckets.items() if n == 3) < 1.27 * max(c["seconds"] for c in calls)
     assert last["ltx_ray_events_total", "item_finished"] == 3.0
     assert last["ltx_ray_driver_busy_seconds_total",] > 0
+    assert 0 < last["ltx_ray_driver_memory_bytes",] < last["ltx_ray_driver_memory_limit_bytes",]

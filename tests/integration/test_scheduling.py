@@ -64,6 +64,7 @@ def test_a_dead_rank_costs_an_attempt_and_the_row_is_rendered(runner):
     lost = [e for e in runner.events() if e["event"] == "gang_lost"]
     # A replica that began in the other stage may have taken the call, when it was ready first.
     assert sorted(e["role"].rstrip("12") for e in lost) == ["decode", "decode", "stage"]
+    assert {e["cause"] for e in lost} == {"rank"}
     assert not runner.failed()
 
 
@@ -189,7 +190,7 @@ def test_a_hanging_call_is_ended_at_its_deadline(runner, monkeypatch):
     let_time_pass(monkeypatch.setattr, time_passed)
     assert runner.render(rows("[[stage2:hang:1]]"), stage1=1, stage2=0) == 0
     lost = [e for e in runner.events() if e["event"] == "gang_lost"]
-    assert len(lost) == 1 and "longer than 7200 s" in lost[0]["reason"]
+    assert len(lost) == 1 and "longer than 7200 s" in lost[0]["reason"] and lost[0]["cause"] == "timeout"
 
 
 def test_an_illegal_row_is_listed_and_the_others_render(runner):

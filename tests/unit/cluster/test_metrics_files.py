@@ -20,6 +20,7 @@ import yaml
 
 from ltx_ray.driver.run_gauges import row_states
 from ltx_ray.driver.run_metrics import METRICS
+from ltx_ray.pools.protocol import LossCause
 from ltx_ray.stages import Stage
 from tests.support.kubernetes_schemas import strict
 
@@ -56,7 +57,7 @@ def own_values() -> dict[str, set[str]]:
     events = set(re.findall(r'(?:emit\(\s*|"event": )"(\w+)"', source)) | {"call", "preflight_call"}
     return {
         "stage": {str(stage) for stage in Stage},
-        "cause": {*map(str, Stage), "memory", "rows"},
+        "cause": {*map(str, Stage), "memory", "rows", *LossCause},
         "state": {*row_states(tracker), "placing", "starting", "idle", "busy"},
         "event": events,
         "kind": {kind for pair in kinds for kind in pair if kind},
@@ -94,6 +95,12 @@ def test_the_page_for_operators_lists_every_metric_with_its_labels():
         labels = ", ".join(f"`{label}`" for label in metric.labels)
         kind = "; a counter" if metric.counts else "; a histogram" if metric.buckets else ""
         assert f"| `{name}` | {labels} | {metric.help}{kind} |\n" in text
+
+
+def test_the_page_for_operators_says_each_cause_of_a_loss():
+    text = (ROOT / "docs" / "monitoring.md").read_text()
+    (said,) = re.findall(r"^\* A replica was lost to(.*?)^\* ", text, re.MULTILINE | re.DOTALL)
+    assert set(re.findall(r"`(\w+)`", said)) - {"gang_lost", "cause"} == set(LossCause)
 
 
 def test_the_runbook_names_metrics_and_alerts_that_exist():

@@ -152,17 +152,17 @@ def test_a_rank_that_failed_alone_is_not_waited_for():
     call = Call(
         Stage.STAGE1, None, [], timeout=1000.0, reports=[None, None], started=100.0, done={1: failed}, failed_at=105.0
     )
-    gang.calls = [call]
+    gang.calls, gang._pings = [call], []
     assert gang.overdue(114.0, 1.0) is None
-    reason = gang.overdue(116.0, 1.0)
-    assert reason == "rank 1 on node 1.2.3.4 (cpu) failed alone during stage1: RuntimeError: no kernel"
+    lost = gang.overdue(116.0, 1.0)
+    assert str(lost) == "rank 1 on node 1.2.3.4 (cpu) failed alone during stage1: RuntimeError: no kernel"
 
 
 def test_a_placed_gang_has_so_long_to_start():
     gang = object.__new__(Gang)
     gang.state, gang._placed = GangState.LOADING, 100.0
     assert gang.overdue(109.0, 10.0) is None
-    assert gang.overdue(111.0, 10.0) == "not ready after 10 s (loading)"
+    assert str(gang.overdue(111.0, 10.0)) == "not ready after 10 s (loading)"
     gang.state = GangState.PLACING
     assert gang.overdue(9999.0, 10.0) is None, "finding a place is the cluster's doing"
 

@@ -59,6 +59,14 @@ def test_limits_of_a_container_count(monkeypatch):
     assert system.cpus() == 64 and system.memory_bytes() > 2**30
 
 
+def test_memory_of_this_process_is_some_of_the_machines(monkeypatch):
+    held = bytearray(64 * 2**20)
+    held[::4096] = b"x" * len(held[::4096])  # so that it is in memory
+    assert len(held) < system.own_memory() < system.memory_bytes()
+    monkeypatch.setattr(system, "_read", lambda path: "")
+    assert system.own_memory() is None
+
+
 def test_cpus_and_memory_are_wanted_for_each_gpu(monkeypatch):
     monkeypatch.setattr(system, "cpus", lambda: 32.0)
     monkeypatch.setattr(system.glob, "glob", lambda pattern: ["0", "1", "2", "3", "4"])

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
+from ltx_ray.config import Selection
+from ltx_ray.dataset import layout
+from ltx_ray.dataset.existing import list_existing
 from ltx_ray.dataset.writer import Failure
 from ltx_ray.driver.run_gauges import replica_states, row_states, tflop_left
 from ltx_ray.driver.run_metrics import METRICS
-from ltx_ray.manifest.rules import RowProblem
+from ltx_ray.manifest.rules import RowProblem, RowRules
+from ltx_ray.planning.plan import Plan
+from ltx_ray.planning.promotion import promoted
 from ltx_ray.pools.pool import Pool, StartFailed
 from ltx_ray.storage.requests import REQUESTS
 from tests.support.checkpoint_files import RELEASED
 from tests.support.metrics_of_runs import RecordedMetrics
-from tests.support.schedules import SECONDS, WatchedReplicas
+from tests.support.samples import request
+from tests.support.schedules import SECONDS, HashingBuilder, WatchedReplicas
 from tests.support.simulated_runs import pools, rows, run
 
 
@@ -44,16 +52,37 @@ def test_metrics_of_a_whole_run(tmp_path):
     assert {values["ltx_ray_queue", stage] for stage in ("text", "stage1", "stage2", "decode")} == {0}
     assert values["ltx_ray_inflight_bytes",] == 0 == values["ltx_ray_publish_backlog",]
     assert values["ltx_ray_tflop_left",] == pytest.approx(0, abs=1e-6) and values["ltx_ray_tflop_done",] > 0
+    assert 0 < values["ltx_ray_driver_memory_bytes",] < values["ltx_ray_driver_memory_limit_bytes",]
 
 
 def test_every_metric_has_its_labels_and_is_told(tmp_path):
     driver, _ = run(tmp_path, rows(3), max_gpu_hours=5.0)
     driver.run(driver.tracker.plan.open())
     found = {name for name, *_ in told(driver)}
-    # Nothing waits, has a GPU or asks an object store here, and the time that is left is not known.
+    # Nothing waits, is lost, has a GPU or asks an object store here, and the time that is left is not known.
     missing = METRICS.keys() - found
     assert missing <= {"ltx_ray_waited_seconds", "ltx_ray_gpu_busy_seconds", "ltx_ray_gpu_reserved_seconds",
-                       "ltx_ray_store_requests", "ltx_ray_seconds_left"}  # fmt: skip
+                       "ltx_ray_gangs_lost", "ltx_ray_store_requests", "ltx_ray_seconds_left"}  # fmt: skip
+
+
+def test_lost_replicas_are_told_by_what_has_ended_them(tmp_path):
+    faults = {"stage1": "out_of_memory", "stage2": "hang", "decode": "crash"}
+    rendered = [{"id": stage, "prompt": f"a [[{stage}:{fault}]]"} for stage, fault in faults.items()]
+    driver, store = run(tmp_path, rendered, max_attempts=2)
+    driver.run(driver.tracker.plan.open())
+    lost = {tuple(labels): n for (name, *labels), n in told(driver).items() if name == "ltx_ray_gangs_lost"}
+    assert lost == {("stage1", "oom"): 2, ("stage2", "timeout"): 2, ("decode", "rank"): 2}
+    events = [json.loads(line) for line in store.read_bytes("events.jsonl").splitlines()]
+    assert Counter((e["role"], e["cause"]) for e in events if e["event"] == "gang_lost") == lost
+
+
+def test_cards_are_told_by_pool(tmp_path):
+    on_cards = [replace(spec, gpus_per_rank=0.5 * (spec.name != "text")) for spec in pools()]
+    driver, _ = run(tmp_path, rows(3), the_pools=on_cards)
+    driver.run(driver.tracker.plan.open())
+    by_pool = {labels[0]: n for (name, *labels), n in told(driver).items() if name == "ltx_ray_gpu_reserved_seconds"}
+    assert by_pool.keys() == {"stage1", "stage2", "decode"}
+    assert sum(by_pool.values()) == pytest.approx(driver.gpu_seconds()) and min(by_pool.values()) > 0
 
 
 def test_calls_are_told_however_the_run_ends(tmp_path):
@@ -108,6 +137,24 @@ def test_rows_that_are_not_read_yet_are_left(tmp_path):
     tracker.plan.manifest_rows = 10
     assert tflop_left(tracker) == pytest.approx(tracker.plan.work.total.tflop + 6 * each)
     assert row_states(tracker)["expected"] == 10
+
+
+def test_previews_that_a_promotion_leaves_out_or_refuses_are_no_work(tmp_path):
+    wanted = []
+    for row in ({"id": "a", "prompt": "old"}, {"id": "a", "prompt": "new"}, {"id": "b", "prompt": "no latents"}):
+        driver, store = run(tmp_path, [row], latents_only=True)
+        driver.run(driver.tracker.plan.open())
+        wanted.append(HashingBuilder().item(request(**row)).item_id)
+    store.write_bytes(layout.latents_path(wanted[1]), b"")
+    plan = Plan(
+        f"{store.root}/previews", RowRules(), HashingBuilder(), list_existing(store),
+        selection=Selection(ids=frozenset({"a", "b"})), promote=frozenset(wanted[1:]),
+    )  # fmt: skip
+    tracker = run(tmp_path, [])[0].tracker
+    tracker.plan = plan
+    [taken] = tracker.take(promoted(plan.open(), plan), 10)
+    assert taken.item.item_id == wanted[1] and tracker.counts == {"rows": 2, "illegal": 1}
+    assert tflop_left(tracker) == pytest.approx(taken.rows[0].estimate(RELEASED).tflop)
 
 
 def test_a_clip_that_is_given_up_is_left_no_more_however_many_rows_ask_for_it(tmp_path):

@@ -144,8 +144,22 @@ def test_a_replica_whose_node_drains_leaves_after_its_call_and_its_successor_sta
     assert run.policy.next_dispatch() is None
     assert run.turn() == [] and run.replicas.killed == [busy]
     assert [event["reason"] for event in run.told("gang_given_back")] == ["its node drains"]
+    assert run.staff.losses == {("stage1", "drain"): 1}
     run.replicas.left = []
     assert run.turn() == []
+
+
+def test_a_replica_that_is_cut_off_while_its_node_drains_is_lost_to_the_drain():
+    run = StaffedRun(stage1=2, decode=1)
+    run.turn(one_each=True)
+    run.come_up("text-0", "stage1-0", "decode-0")
+    run.policy.admit("i0", path=("stage1",))
+    run.replicas.left = [run.policy.next_dispatch().replica]
+    run.turn()
+    run.staff.tell_lost(ReplicaLost("stage1-0", "gone", served=True, node_lost=True))
+    run.staff.tell_lost(ReplicaLost("decode-0", "gone", served=True, node_lost=True))
+    assert run.staff.losses == {("stage1", "drain"): 1, ("decode", "node"): 1}
+    assert [event["cause"] for event in run.told("gang_lost")] == ["drain", "node"]
 
 
 def test_a_replica_that_starts_on_a_node_that_drains_is_given_up():

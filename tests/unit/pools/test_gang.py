@@ -11,8 +11,8 @@ ray = pytest.importorskip("ray")
 from ltx_ray.config import EngineSpec, ModelFiles, Numerics, PoolSpec
 from ltx_ray.pools import gang as gangs
 from ltx_ray.pools.gang import Call, Gang, GangLost, GangState, InputsMissing
-from ltx_ray.pools.protocol import RankInfo
-from ltx_ray.records import CallReport
+from ltx_ray.pools.protocol import LossCause, RankInfo, ReplicaLost, loss_cause
+from ltx_ray.records import CallError, CallReport, ErrorKind
 from ltx_ray.stages import Stage
 from ltx_ray.storage.requests import REQUESTS
 
@@ -20,22 +20,23 @@ from ltx_ray.storage.requests import REQUESTS
 def gang_in_a_call() -> Gang:
     gang = object.__new__(Gang)
     gang.state, gang.ranks = GangState.READY, [RankInfo(0, address="1.2.3.4", device="cpu")]
+    gang._pings = []
     gang.calls = [Call(Stage.STAGE2, None, [], reports=["report"], started=0.0)]  # type: ignore[arg-type, list-item]
     return gang
 
 
 @pytest.mark.parametrize(
-    "error, lost, node_lost",
+    "error, lost, node_lost, cause",
     [
-        (ray.exceptions.OutOfMemoryError("the memory monitor killed this worker"), True, False),
-        (ray.exceptions.WorkerCrashedError(), True, False),
-        (ray.exceptions.ActorDiedError(), True, False),
-        (ray.exceptions.RayActorError(error_msg="The actor is dead because its node has died."), True, True),
-        (ray.exceptions.ObjectLostError("a" * 40, "address", "call site"), False, False),
+        (ray.exceptions.OutOfMemoryError("the memory monitor killed this worker"), True, False, "oom"),
+        (ray.exceptions.WorkerCrashedError(), True, False, "rank"),
+        (ray.exceptions.ActorDiedError(), True, False, "rank"),
+        (ray.exceptions.RayActorError(error_msg="The actor is dead because its node has died."), True, True, "rank"),
+        (ray.exceptions.ObjectLostError("a" * 40, "address", "call site"), False, False, None),
     ],
     ids=["out of memory", "crashed", "died", "node lost", "inputs lost"],
 )
-def test_a_dead_rank_is_told_from_lost_inputs(monkeypatch, error, lost, node_lost):
+def test_a_dead_rank_is_told_from_lost_inputs(monkeypatch, error, lost, node_lost, cause):
     def get(ref):
         raise error
 
@@ -44,6 +45,36 @@ def test_a_dead_rank_is_told_from_lost_inputs(monkeypatch, error, lost, node_los
         gang = gang_in_a_call()
         gang.collect(gang.calls[0], {"report"})  # type: ignore[arg-type]
     assert getattr(caught.value, "node_lost", False) == node_lost
+    assert getattr(caught.value, "cause", None) == cause
+
+
+def test_a_call_or_a_ping_without_an_answer_is_a_timeout():
+    gang = gang_in_a_call()
+    gang.calls[0].started, gang.calls[0].timeout = 100.0, 5.0
+    assert gang.overdue(104.0, 1.0) is None
+    assert gang.overdue(106.0, 1.0).cause == LossCause.TIMEOUT
+    gang.calls, gang._pings, gang._pinged = [], ["ping"], 100.0
+    assert gang.overdue(159.0, 1.0) is None
+    assert (lost := gang.overdue(161.0, 1.0)).cause == LossCause.TIMEOUT and lost.idle
+
+
+@pytest.mark.parametrize(
+    "lost, cause",
+    [
+        (ReplicaLost("a", "", served=True), "rank"),
+        (ReplicaLost("a", "", served=True, ended_by=LossCause.OOM), "oom"),
+        (ReplicaLost("a", "", served=False, ended_by=LossCause.OOM), "start"),
+        (ReplicaLost("a", "", served=False, node_lost=True), "node"),
+        (ReplicaLost("a", "", served=True, inputs_lost=True), "node"),
+    ],
+)
+def test_what_has_ended_a_replica(lost, cause):
+    assert lost.cause == cause
+
+
+def test_a_lack_of_memory_is_told_from_other_errors():
+    kinds = [CallError(ErrorKind.PROCESS, name, "") for name in ("OutOfMemoryError", "DistBackendError")]
+    assert [loss_cause(error) for error in kinds] == ["oom", "rank"]
 
 
 def test_requests_of_the_ranks_are_counted_when_their_reports_arrive(monkeypatch):

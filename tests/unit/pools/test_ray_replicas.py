@@ -8,14 +8,14 @@ import pytest
 
 pytest.importorskip("ray")
 
-from ltx_ray.pools.gang import GangState
+from ltx_ray.pools.gang import GangLost, GangState
 from ltx_ray.pools.protocol import RankInfo
 from ltx_ray.pools.ray_replicas import RayReplicaSet
 
 
 def gang(name: str, node: str, state: GangState, gpus: str = "0") -> SimpleNamespace:
     """A gang that has got a place on `node`; `again` is where it was told not to go."""
-    ranks, pool = [RankInfo(0, node=node, gpus=gpus)], SimpleNamespace(gpus_per_rank=0.2)
+    ranks, pool = [RankInfo(0, node=node, gpus=gpus)], SimpleNamespace(name="d", gpus_per_rank=0.2)
     made = SimpleNamespace(name=name, state=state, ranks=ranks, pool=pool, again=[], avoids=[])
     made.advance = lambda arrived: False
     made.place_again = made.again.append
@@ -56,7 +56,7 @@ def test_the_rest_of_a_card_that_has_failed_is_reserved_and_nothing_loads_there(
     replicas = RayReplicaSet(60.0)
     bad = gang("d-0", "a", GangState.WAITING, gpus="3")
     replicas._gangs = {"d-0": bad}
-    assert replicas._lose(bad, "the GPU has fallen off the bus").held
+    assert replicas._lose(bad, GangLost("the GPU has fallen off the bus")).held
     same, beside = gang("d-1", "a", GangState.WAITING, gpus="3"), gang("d-2", "a", GangState.WAITING, gpus="4")
     replicas._gangs = {each.name: each for each in (same, beside)}
     assert replicas._advance(same, set()) == replicas._advance(beside, set()) == []

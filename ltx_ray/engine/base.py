@@ -13,6 +13,8 @@ import operator
 import os
 import socket
 import sys
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -62,6 +64,30 @@ def _torch_errors(*names: str) -> tuple[type[BaseException], ...]:
         with contextlib.suppress(AttributeError):
             found.append(operator.attrgetter(name)(torch))
     return tuple(found)
+
+
+class PartSeconds:
+    """The seconds of the parts of some work, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def measure(self, part: str) -> Iterator[None]:
+        """Add the seconds of the block to those of `part`."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(part, time.perf_counter() - began)
+
+    def add(self, part: str, seconds: float) -> None:
+        self.seconds[part] = round(self.seconds.get(part, 0.0) + seconds, 3)
+
+    def take(self) -> dict[str, float]:
+        """What has been measured since this was called last."""
+        seconds, self.seconds = self.seconds, {}
+        return seconds
 
 
 @dataclass(frozen=True)

@@ -218,6 +218,7 @@ class Cluster:
 
     def _start_private(self) -> tuple[_FreeGpus, list[PoolSpec], Numerics]:
         self._private.prepare()
+        self._private.launch()
         found = _local_gpus()
         choose_nodes([GpuNode("", "", model, 1.0, 1.0) for model in found.models], self._gpu_model, one_model=True)
         pools, numerics = self._lay_out(found)

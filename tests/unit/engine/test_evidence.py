@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -150,8 +152,14 @@ def test_a_device_that_makes_nan_is_found_before_it_joins():
         broken.evidence()
 
 
-def test_a_node_that_lacks_what_the_attention_needs_tells_before_it_reads_the_weights(monkeypatch):
-    monkeypatch.setattr(diffusion, "load_shard", lambda *args, **kwargs: pytest.fail("the weights are read"))
+def test_a_node_that_lacks_what_the_attention_needs_reads_no_further(monkeypatch):
+    def endless(*args: object, proceed: Callable[[], None], **kwargs: object) -> None:
+        until = time.monotonic() + 60
+        while time.monotonic() < until:
+            proceed()
+        pytest.fail("the weights are read to the end")
+
+    monkeypatch.setattr(diffusion, "load_shard", endless)
     asked = spec(compile="fused")
     unfit = DiffusionEngine(replace(asked, numerics=replace(asked.numerics, attention="fa3")), Rank())
     with pytest.raises(UnfitNode, match="attention 'fa3' needs CUDA, and this replica runs on cpu"):

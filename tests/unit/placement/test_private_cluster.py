@@ -91,7 +91,18 @@ def test_the_end_of_a_head_that_does_not_start_is_told(monkeypatch, short):
     monkeypatch.setenv("RAY_TMPDIR", short)
     monkeypatch.setattr(sys, "executable", "/bin/false")
     cluster = PrivateCluster()
+    cluster.launch()
     with pytest.raises(ConnectionError, match="the private Ray cluster did not start: its process ended; its logs are"):
         cluster.start(num_cpus=1)
     cluster.end()
     cluster.end()
+
+
+def test_a_head_that_is_never_told_what_to_start_ends_with_its_run(monkeypatch, short):
+    monkeypatch.setenv("RAY_TMPDIR", short)
+    cluster = PrivateCluster()
+    cluster.launch()
+    assert cluster._head is not None and cluster._head.poll() is None
+    process = cluster._head
+    cluster.end()
+    assert process.returncode == 0 and os.listdir(short) == []

@@ -18,7 +18,7 @@ U = TypeVar("U")
 
 #: A clip is frozen when one still stretch has more than this share of its frames.
 FROZEN_SHARE = 0.5
-#: A clip is silent when its sound is shorter than this. In one shorter than a block of loudness, anything audible counts.
+#: A clip with less sound than this is silent. In one shorter than a block of loudness, anything audible counts.
 SILENT_SECONDS, SHORT_CLIP_SECONDS = 0.05, 0.4
 
 

@@ -2,8 +2,9 @@
 
 An engine is a class `(spec: EngineSpec, rank: Rank)` with `load()` and `run(stage, item, *inputs)`. Its `facts` are an
 EngineFacts of the last of these calls. One whose results depend on its device has `evidence()`, an Evidence of what it
-computes with once it has loaded. `switches` and `switch_seconds` count LoRA merges, in engines that merge. A
-class may have a `join_gang` of its own.
+computes with once it has loaded. One with `begin_warm_up()` does in the background, from then on, what makes its first
+call faster. `switches` and `switch_seconds` count LoRA merges, in engines that merge. A class may have a `join_gang` of
+its own.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def _torch_errors(*names: str) -> tuple[type[BaseException], ...]:
 
 
 class PartSeconds:
-    """The seconds of the parts of some work, by name."""
+    """The seconds of the parts of some work, by name. Threads may measure different parts at once."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

@@ -70,7 +70,9 @@ class DecodeEngine:
         #: By size of a clip (pixels x frames): the rung that sufficed for it, where that was not the first. Larger
         #: clips that needed no higher rung are left out, so there is at most one size for each rung.
         self._rung_by_size: dict[int, int] = {}
+        #: The warm-up under way, whether another one would be of use, and how many clips there are to give way to.
         self._warm_up: WarmUp | None = None
+        self._is_warm, self._clips = False, 0
         self._warming = threading.Lock()
 
     @property
@@ -88,11 +90,6 @@ class DecodeEngine:
         with parts.measure("read"):
             self._load()
         self.facts = EngineFacts(start_seconds=parts.take())
-        self._begin_warm_up()
-
-    def _begin_warm_up(self) -> None:
-        if self.spec.first_shape is not None and self.device.type == "cuda":
-            self.warm_up(self.spec.first_shape)
 
     def _load(self) -> None:
         path = on_this_node(self.spec.model).checkpoint_path
@@ -110,9 +107,15 @@ class DecodeEngine:
         self.audio_vae = components.load_audio_decoder(path, self.dtype, self.device)
         self.vocoder = components.load_vocoder(path, self.dtype, self.device)
 
-    def warm_up(self, shape: ClipShape) -> None:
-        """Decode nothing, of the size of a clip of `shape`, in the background until the first clip comes."""
-        self._warm_up = WarmUp(self._decode_nothing(shape), self._release_cached_memory)
+    def begin_warm_up(self) -> None:
+        """Decode nothing, of the size of the run's first clip, in the background until a clip comes. Not on a CPU."""
+        if self.spec.first_shape is not None and self.device.type == "cuda":
+            self._begin_warm_up(self.spec.first_shape)
+
+    def _begin_warm_up(self, shape: ClipShape) -> None:
+        with self._warming:
+            if not (self._is_warm or self._clips or self._warm_up is not None):
+                self._warm_up = WarmUp(self._decode_nothing(shape), self._release_cached_memory)
 
     def _decode_nothing(self, shape: ClipShape) -> Generator[None, None, None]:
         """Decode a clip of zeros for `shape`, of half the size where previews are made; yields between two steps."""
@@ -126,16 +129,25 @@ class DecodeEngine:
         yield
         sheet.webp()
 
-    def _end_warm_up(self) -> dict[str, float] | None:
+    def _begin_clip(self) -> dict[str, float] | None:
         """Stop the warm-up, if there is one. Returns its seconds to the first call after it."""
         with self._warming:
+            self._clips += 1
             warm_up, self._warm_up = self._warm_up, None
             if warm_up is None:
                 return None
             waited = PartSeconds()
             with waited.measure("waited for warm"):
                 warm_up.stop()
-            return waited.take() | {"warm": round(warm_up.seconds or 0.0, 3)}
+            self._is_warm = not warm_up.cut_short
+            return waited.take() | {"warm": round(warm_up.seconds, 3)}
+
+    def _end_clip(self, preflight: bool) -> None:
+        """Begin a warm-up again that the tiny clip of a preflight has cut short. Any other clip has done its work."""
+        with self._warming:
+            self._clips -= 1
+            self._is_warm |= not preflight
+        self.begin_warm_up()
 
     @torch.inference_mode()
     def evidence(self) -> Evidence:
@@ -163,14 +175,13 @@ class DecodeEngine:
         SAVE_LATENTS stores the latents of `stages`, on this node when the output refuses them. Returns where.
         """
         if stage == Stage.DECODE:
-            start_seconds = self._end_warm_up()
+            start_seconds = self._begin_clip()
             try:
                 return self._decode(item, stages)
             finally:
                 self.facts = dataclasses.replace(self.facts, start_seconds=start_seconds)
                 self._release_cached_memory()
-                if item.preflight:
-                    self._begin_warm_up()  # The tiny clip has cut it short.
+                self._end_clip(item.preflight)
         if stage == Stage.LOAD_LATENTS:
             with self._stored:
                 latents, location = self.latents.load_stage1(item, self.dtype)

@@ -28,8 +28,8 @@ class WarmUp:
     def __init__(self, steps: Generator[None, None, None], finish: Callable[[], None]):
         self._steps, self._finish = steps, finish
         self._stop = threading.Event()
-        #: Seconds that it took, once it is over.
-        self.seconds: float | None = None
+        #: Seconds that it took, and whether it was stopped before its last step, once it is over.
+        self.seconds, self.cut_short = 0.0, False
         self._thread = threading.Thread(target=self._run, name="warm-up", daemon=True)
         self._thread.start()
 
@@ -45,9 +45,15 @@ class WarmUp:
             with torch.inference_mode(), contextlib.closing(self._steps) as steps:
                 for _ in steps:
                     if self._stop.is_set():
+                        self.cut_short = True
                         break
         except Exception as error:
-            _log.warning("the decoder is not warmed up: %s: %s", type(error).__name__, error)
-        finally:
+            self._log_error(error)
+        try:
             self._finish()
-            self.seconds = time.perf_counter() - began
+        except Exception as error:  # The device has failed. The next clip reports that.
+            self._log_error(error)
+        self.seconds = time.perf_counter() - began
+
+    def _log_error(self, error: Exception) -> None:
+        _log.warning("the decoder is not warmed up: %s: %s", type(error).__name__, error)

@@ -97,10 +97,14 @@ class DiffusionEngine:
             # seconds each.
             checked = beside.submit(self._check_node, checkpoint)
             transformer = beside.submit(self._load_transformer, checkpoint, checked)
-            if Stage.STAGE2 in layout.roles:
-                with self._parts.measure("upsampler"):
-                    self._load_upsampler(model)
-            transformer.result()
+            try:
+                if Stage.STAGE2 in layout.roles:
+                    with self._parts.measure("upsampler"):
+                        self._load_upsampler(model)
+                transformer.result()
+            except Exception:
+                checked.result()  # On an unfit node, this is why anything else has failed.
+                raise
         with self._parts.measure("loras"):
             self._load_loras(model, checkpoint)
         if self.spec.layout.alternates:
@@ -342,6 +346,7 @@ class DiffusionEngine:
                     self._cache_merge_sources()
                 if (pinned := self.merger.take_over()) is not None:
                     self._parts.add("pin", pinned)
+                    self._log_sources()
                 switched = self.merger.switch_to(setting)
                 self.merger.check_finite()
             if switched and self.device.type == "cuda":
@@ -372,6 +377,9 @@ class DiffusionEngine:
         shared_card = self.spec.layout.shared_card
         with self._parts.measure("cache"):
             self.merger.cache_sources(reserve=_ACTIVATION_BYTES + (_SHARED_CARD_BYTES if shared_card else 0))
+        self._log_sources()
+
+    def _log_sources(self) -> None:
         _log.info(
             "rank %d: clean weights: %s, LoRA factors: %s",
             self.rank.rank, self.merger.clean_weights, self.merger.lora_factors,

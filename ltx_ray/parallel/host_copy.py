@@ -28,8 +28,8 @@ _THREADS = 4
 _ALIGNMENT = 256
 
 
-class PinningFailed(RuntimeError):
-    """The host gave no memory, or the device's driver refused to pin it."""
+class HostCopyFailed(RuntimeError):
+    """The host gave no memory, the device's driver refused to pin it, or a file could not be read."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ class HostCopy:
         for slab in slabs:
             self._todo.put(slab)
         self._lock, self._done = threading.Lock(), threading.Event()
-        self._error: BaseException | None = None
+        #: Why it failed. The exception itself would keep the memory of its slab.
+        self._failure: str | None = None
         self._tensors: dict[str, torch.Tensor] = {}
         self._memory: list[_Slab] = []
         self._running = max(1, min(_THREADS, os.cpu_count() or 1, len(slabs)))
@@ -82,31 +83,36 @@ class HostCopy:
         return self._ended - self._began
 
     def result(self) -> HostMemory:
-        """The copies, once all are there. Raises PinningFailed, or what reading raised."""
+        """The copies, once all are there. Raises HostCopyFailed."""
         self._done.wait()
-        if self._error is not None:
-            raise self._error
+        if self._failure is not None:
+            raise HostCopyFailed(self._failure)
         return HostMemory(self._tensors, self._memory)
 
     def _work(self) -> None:
         try:
             if self._after is not None:
                 self._after._done.wait()
-            while self._error is None:
+            while self._failure is None:
                 self._copy(self._todo.get_nowait())
         except queue.Empty:
             pass
+        except HostCopyFailed as error:
+            self._fail(str(error))
         except BaseException as error:
-            with self._lock:
-                self._error = self._error or error
+            self._fail(f"{type(error).__name__}: {error}")
         with self._lock:
             self._running -= 1
             if not self._running:
-                if self._error is not None:
+                if self._failure is not None:
                     # Nobody will ask for these, and others may need the memory.
                     self._tensors, self._memory = {}, []
                 self._ended = time.perf_counter()
                 self._done.set()
+
+    def _fail(self, reason: str) -> None:
+        with self._lock:
+            self._failure = self._failure or reason
 
     def _copy(self, tensors: list[HostTensor]) -> None:
         slab = _Slab(sum(_aligned(tensor.nbytes) for tensor in tensors))
@@ -138,19 +144,19 @@ class _Slab:
         try:
             self._map = mmap.mmap(-1, max(1, nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
-            raise PinningFailed(f"{nbytes} bytes of host memory: {error.strerror}") from error
+            raise HostCopyFailed(f"{nbytes} bytes of host memory: {error.strerror}") from error
         with contextlib.suppress(OSError):  # Some kernels have no huge pages.
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self.memory = torch.frombuffer(self._map, dtype=torch.uint8)[:nbytes]
 
     def pin(self, device: torch.device) -> None:
-        """Register the memory with CUDA. Raises PinningFailed."""
+        """Register the memory with CUDA. Raises HostCopyFailed."""
         address, nbytes = self.memory.data_ptr(), len(self._map)
         with torch.cuda.device(device):
             try:
                 torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0))
             except RuntimeError as error:
-                raise PinningFailed(f"pinning {nbytes} bytes: {error}") from error
+                raise HostCopyFailed(f"pinning {nbytes} bytes: {error}") from error
         # The mapping lives until its memory is unregistered. A process that ends leaves this to the driver.
         weakref.finalize(self, _unpin, address, self._map).atexit = False
 

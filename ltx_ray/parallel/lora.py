@@ -20,7 +20,7 @@ from ltx_ray.checkpoints.safetensors import TensorInfo
 from ltx_ray.parallel.collectives import SINGLE_RANK, RankGroup
 from ltx_ray.parallel.factors import FactorProduct
 from ltx_ray.parallel.fp8 import row_scale_of, write_exactly, write_values
-from ltx_ray.parallel.host_copy import PinningFailed
+from ltx_ray.parallel.host_copy import HostCopyFailed
 from ltx_ray.parallel.layers import ShardParameter
 from ltx_ray.parallel.loading import as_stored, is_prequantized, scale_of, with_context
 from ltx_ray.parallel.merging import merge_
@@ -129,14 +129,14 @@ class LoraMerger:
     def take_over(self, wait: bool = False) -> float | None:
         """Read from host memory from now on what has been copied there; `wait`: until everything has.
 
-        Returns the seconds of the copy of the clean weights when this call took it over. Raises what reading raised.
+        Returns the seconds of the copy of the clean weights when this call took it over. A copy that failed is logged.
         """
         seconds: dict[str, float | None] = {}
         for what, cache in (("LoRA factors", self._factors), ("clean weights", self._clean)):
             try:
                 seconds[what] = cache.take_over(wait)
-            except PinningFailed as error:
-                # Pinned memory may be limited. The file is there in any case.
+            except HostCopyFailed as error:
+                # Switches read the file instead. Where that fails as well, the call that needs it reports it.
                 _log.warning("%s stay in the file: %s", what, error)
         return seconds.get("clean weights")
 

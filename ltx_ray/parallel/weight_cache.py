@@ -163,8 +163,8 @@ class WeightCache:
     def take_over(self, wait: bool = False) -> float | None:
         """Use the copy in host memory from now on, if there is one that is done; `wait`: until it is.
 
-        Returns the seconds that it took when this call took it over. Raises PinningFailed, or what reading raised; the
-        tensors then stay where they are.
+        Returns the seconds that it took when this call took it over. Raises HostCopyFailed; the tensors then stay where
+        they are.
         """
         copy = self._copy
         if copy is None or not (wait or copy.done):

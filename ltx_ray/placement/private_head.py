@@ -20,7 +20,6 @@ import shutil
 import signal
 import threading
 import time
-from typing import Any
 
 #: Seconds that killed processes have to disappear.
 _END_SECONDS = 10.0
@@ -33,13 +32,13 @@ def main() -> None:
     os.dup2(nothing, 0)
     os.dup2(nothing, 1)
     session: list[str] = []
-    arguments: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    arguments: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     thread = threading.Thread(target=_wait_and_end, args=(life, arguments, session))
     thread.start()
     try:
         import ray
 
-        ray.init(address="local", logging_level=logging.ERROR, log_to_driver=False, **arguments.get())
+        ray.init(address="local", logging_level=logging.ERROR, log_to_driver=False, **json.loads(arguments.get()))
         context = ray.get_runtime_context()
         session.append(os.path.join(os.environ["RAY_TMPDIR"], "ray", context.get_session_name()))
         reply = {"address": context.gcs_address}
@@ -53,14 +52,15 @@ def main() -> None:
     thread.join()
 
 
-def _wait_and_end(life: int, arguments: queue.SimpleQueue[dict[str, Any]], session: list[str]) -> None:
-    """Pass on the line that comes through `life`, wait until nobody holds its other end, and end every process.
+def _wait_and_end(life: int, arguments: queue.SimpleQueue[bytes], session: list[str]) -> None:
+    """Pass on the line that comes through `life`, wait until nobody holds its other end, and end this session.
 
-    Those of this session are meant, this one last.
+    That is every process of it, this one last. Nothing here may fail because of the line: the run may have died while
+    it wrote it, and without this thread the cluster would never end.
     """
     with os.fdopen(life, "rb") as lines:
         for line in lines:
-            arguments.put(json.loads(line))
+            arguments.put(line)
     deadline = time.monotonic() + _END_SECONDS
     # They have nothing to lose: results are published by rename, and shared memory has no names.
     while (others := _others()) and time.monotonic() < deadline:

@@ -104,6 +104,9 @@ class RankActor:
                 began = time.perf_counter()
                 self.engine.facts = dataclasses.replace(self.engine.facts, evidence=self.engine.evidence())
                 self._start_seconds["known answer"] = round(time.perf_counter() - began, 3)
+            if hasattr(engine, "begin_warm_up"):
+                # Only now, because a warm-up would compete with the known answer, for which the replica waits.
+                self.engine.begin_warm_up()
         finally:
             gc.enable()
 
@@ -120,6 +123,10 @@ class RankActor:
             payload = call()
         except Exception as error:
             failure = _call_error(error)
+        facts: EngineFacts = getattr(self.engine, "facts", EngineFacts())
+        if facts.start_seconds is not None:
+            # A call that fails leaves the facts of the one before, and these would be counted twice.
+            self.engine.facts = dataclasses.replace(facts, start_seconds=None)
         report = CallReport(
             seconds=time.perf_counter() - began,
             started=started,
@@ -128,7 +135,7 @@ class RankActor:
             device=self.device,
             error=failure,
             nbytes=_nbytes(payload),
-            facts=getattr(self.engine, "facts", EngineFacts()),
+            facts=facts,
             requests=REQUESTS.take(),
         )
         return report, payload

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -164,6 +165,27 @@ def test_a_node_that_lacks_what_the_attention_needs_reads_no_further(monkeypatch
     unfit = DiffusionEngine(replace(asked, numerics=replace(asked.numerics, attention="fa3")), Rank())
     with pytest.raises(UnfitNode, match="attention 'fa3' needs CUDA, and this replica runs on cpu"):
         unfit.load()
+
+
+@pytest.mark.parametrize("fails", ["load_shard", "load_upsampler"])
+def test_an_unfit_node_is_named_whatever_else_fails_there_first(monkeypatch, fails):
+    failed = threading.Event()
+
+    def breaks(*_: object, **__: object) -> None:
+        failed.set()
+        raise RuntimeError("no kernel image is available for execution on the device")
+
+    def finds_it_later(*_: object) -> None:
+        assert failed.wait(60)
+        raise UnfitNode("the fused path needs Triton")
+
+    monkeypatch.setattr(diffusion, "load_shard", breaks)
+    if fails == "load_upsampler":
+        monkeypatch.setattr(diffusion, "load_shard", lambda *_, **__: None)
+        monkeypatch.setattr(diffusion.components, "load_upsampler", breaks)
+    monkeypatch.setattr(diffusion, "check_node", finds_it_later)
+    with pytest.raises(UnfitNode, match="needs Triton"):
+        DiffusionEngine(spec(compile="fused"), Rank()).load()
 
 
 def test_a_rank_reports_it_when_it_has_started_and_not_with_calls():

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
 
 from ltx_ray.parallel import host_copy
-from ltx_ray.parallel.host_copy import HostCopy, HostTensor, PinningFailed
+from ltx_ray.parallel.host_copy import HostCopy, HostCopyFailed, HostTensor
 from ltx_ray.parallel.lora import LoraSetting
 from ltx_ray.parallel.weight_cache import FreeMemory, WeightCache
 from tests.support.lora_files import STRENGTHS, assert_same, expected, merger
@@ -73,16 +75,24 @@ def test_one_copy_goes_after_another():
     assert order == ["first", "later"]
 
 
-def test_an_error_of_any_slab_is_raised_and_frees_the_others(monkeypatch):
+def test_an_error_of_any_slab_is_reported_and_frees_all_memory(monkeypatch):
     monkeypatch.setattr(host_copy, "SLAB_BYTES", 1)
+    memory = []
 
     def read(targets):
+        memory.extend(weakref.ref(target.untyped_storage()) for target in targets.values())
         if "7" in targets:
             raise ValueError("the file ends at byte 3")
 
-    copy = HostCopy(tensors(*[4] * 12), read, CPU)
-    with pytest.raises(ValueError, match="ends at byte 3"):
-        copy.result()
+    gc.disable()  # A reference cycle would keep the memory until the collector runs.
+    try:
+        copy = HostCopy(tensors(*[4] * 12), read, CPU)
+        with pytest.raises(HostCopyFailed, match="ValueError: the file ends at byte 3"):
+            copy.result()
+        alive = [ref for ref in memory if ref() is not None]
+    finally:
+        gc.enable()
+    assert memory and not alive
     assert not copy._tensors and not copy._memory
 
 
@@ -118,7 +128,7 @@ def test_the_copy_is_of_clean_weights_whatever_is_merged_meanwhile(files, gate):
 
 def test_without_pinned_memory_the_files_are_read(files, monkeypatch, caplog):
     def refuses(self, nbytes):
-        raise PinningFailed("no memory")
+        raise HostCopyFailed("no memory")
 
     monkeypatch.setattr("ltx_ray.parallel.host_copy._Slab.__init__", refuses)
     model, merging = merger(files)
@@ -131,13 +141,23 @@ def test_without_pinned_memory_the_files_are_read(files, monkeypatch, caplog):
         assert_same(model, expected(files, strengths))
 
 
-def test_a_file_that_cannot_be_read_any_more_is_reported_to_the_next_switch(files, monkeypatch):
-    def fails(self, targets):
+def test_a_file_that_could_not_be_read_once_fails_no_call(files, monkeypatch, caplog):
+    """Switches read it again. One that cannot either raises what it meets."""
+
+    def fails(*_):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(WeightCache, "_read_all", fails)
-    _, merging = merger(files)
-    merging.cache_sources(0, FreeMemory(0, 0), "host", "file")
+    model, merging = merger(files)
+    with monkeypatch.context() as patched:
+        patched.setattr(WeightCache, "_read_all", fails)
+        merging.cache_sources(0, FreeMemory(0, 0), "host", "host")
+        assert merging.take_over(wait=True) is None
+    assert "clean weights stay in the file: OSError: [Errno 5] Input/output error" in caplog.text
+    assert (merging.clean_weights, merging.lora_factors) == ("file", "file")
+    for strengths in STRENGTHS:
+        assert merging.take_over() is None
+        merging.switch_to(LoraSetting(strengths))
+        assert_same(model, expected(files, strengths))
+    monkeypatch.setattr(WeightCache, "_read_files", fails)
     with pytest.raises(OSError, match="Input/output error"):
-        merging.take_over(wait=True)
-    assert merging.clean_weights == "file"
+        merging.switch_to(LoraSetting(STRENGTHS[1]))

@@ -10,8 +10,11 @@ import tempfile
 
 import pytest
 
+from ltx_ray.checkpoints.checkpoint import Checkpoint
+from ltx_ray.config import ModelFiles, RequestedNumerics
 from ltx_ray.placement import private_cluster
 from ltx_ray.placement.private_cluster import PrivateCluster, _blocked, temporary_folder
+from tests.support.checkpoint_files import RELEASED
 
 
 @pytest.fixture
@@ -100,9 +103,57 @@ def test_the_end_of_a_head_that_does_not_start_is_told(monkeypatch, short):
 
 def test_a_head_that_is_never_told_what_to_start_ends_with_its_run(monkeypatch, short):
     monkeypatch.setenv("RAY_TMPDIR", short)
+    monkeypatch.setattr(private_cluster, "_END_SECONDS", 600)
     cluster = PrivateCluster()
     cluster.launch()
     assert cluster._head is not None and cluster._head.poll() is None
     process = cluster._head
     cluster.end()
     assert process.returncode == 0 and os.listdir(short) == []
+
+
+def test_a_head_ends_with_a_run_whose_pools_do_not_fit(monkeypatch, short):
+    """It is launched before the pools are laid out, and the run has not connected to it."""
+    pytest.importorskip("ray")
+    from ltx_ray.placement.cluster import Cluster
+    from ltx_ray.placement.sizing import ParallelConfig
+
+    def launch(private: PrivateCluster) -> None:
+        begin(private)
+        heads.append(private._head)
+
+    def no_gpus() -> None:
+        raise ValueError("GPUs: at least 1 needed")
+
+    begin, heads = PrivateCluster.launch, []
+    monkeypatch.setenv("RAY_TMPDIR", short)
+    monkeypatch.setattr(private_cluster, "_END_SECONDS", 600)
+    monkeypatch.setattr(PrivateCluster, "prepare", lambda private: None)  # It sets variables of this process.
+    monkeypatch.setattr(PrivateCluster, "launch", launch)
+    monkeypatch.setattr("ltx_ray.placement.cluster._local_gpus", no_gpus)
+    cluster = Cluster(
+        address=None, parallel=ParallelConfig(), requested=RequestedNumerics(device="cuda"),
+        checkpoint=Checkpoint("c", "2.3.0", RELEASED, {}, 1), model=ModelFiles("", "", ""),
+        engines=lambda numerics: {}, share_cards="off",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="GPUs: at least 1 needed"):
+        cluster._start_private()
+    cluster.leave()
+    (head,) = heads
+    assert head is not None and head.returncode == 0
+
+
+@pytest.mark.parametrize("line", [b"", b'{"num_cpus": 1', b"\n", b"\xff" * 100_000 + b"\n"])
+def test_a_head_whose_run_dies_while_it_is_told_what_to_start_ends_too(monkeypatch, short, line):
+    monkeypatch.setenv("RAY_TMPDIR", short)
+    cluster = PrivateCluster()
+    cluster.launch()
+    process = cluster._head
+    assert process is not None and process.stdin is not None
+    process.stdin.write(line)
+    process.stdin.close()
+    try:
+        assert process.wait(600) == 0
+    finally:
+        process.kill()
+        cluster.end()

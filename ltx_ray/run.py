@@ -247,7 +247,7 @@ class Run:
             address=address, parallel=replace(options.parallel, with_stage2=options.stop_after is None),
             requested=options.numerics, checkpoint=prepared.checkpoint, model=options.model, engines=self._engines,
             share_cards=options.share_cards, wait_for_gpus=options.wait_for_gpus, gpu_model=options.gpu_model,
-            say=self.progress.say,
+            say=self.progress.say, check_signals=signals.check,
         )  # fmt: skip
 
     def execute(self, raws: Iterator[RawRow]) -> ExitCode:
@@ -440,6 +440,7 @@ class _Rendering:
         # Until now there was nothing to finish, and Ray has set a handler of its own.
         run.signals.action = self._driver.request_drain
         run.signals.install()
+        run.signals.check()
         self._write_record("running")
         replicas = {pool.name: pool.replicas for pool in placement.pools}
         self._events.emit("cluster_joined", pools=replicas, tp=placement.numerics.tp, device=placement.numerics.device)

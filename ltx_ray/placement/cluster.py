@@ -101,6 +101,7 @@ class Cluster:
         wait_for_gpus: float = 0.0,
         gpu_model: str | None = None,
         say: Callable[[str], None] = lambda message: None,
+        check_signals: Callable[[], None] = lambda: None,
     ):
         """`address` of a running cluster, as `address.find_cluster` gives it; None for a private one.
 
@@ -108,14 +109,15 @@ class Cluster:
         text and decode may run on the DiT's GPUs: "on" for GPUs with enough memory, "off", or "auto" for "on" in a
         cluster whose GPUs are all free. A gang that fills the cluster shares in any case. `wait_for_gpus`: seconds to
         wait for a cluster on which the pools do not fit yet; `say` is told once that this is so. `gpu_model`: of the
-        GPUs to use, as Ray names it.
+        GPUs to use, as Ray names it. `check_signals` raises when the run has been told to stop: importing Ray may have
+        swallowed what a signal's handler raised.
         """
         self._address = address
         self._asked = self._parallel = parallel
         self._requested = requested
         self._checkpoint, self._model, self._engines = checkpoint, model, engines
         self._share_cards, self._wait_for_gpus, self.say = share_cards, wait_for_gpus, say
-        self._gpu_model = gpu_model
+        self._gpu_model, self._check_signals = gpu_model, check_signals
         #: By the ids of the nodes that have been asked, whether they have FlashAttention-3.
         self._fa3: dict[str, bool] = {}
         self._joined = False
@@ -164,6 +166,7 @@ class Cluster:
             self._connect(address)
         until, said = time.monotonic() + self._wait_for_gpus, False
         while True:
+            self._check_signals()
             try:
                 return self._lay_out_on_free()
             except ValueError as busy:
@@ -219,7 +222,8 @@ class Cluster:
     def _start_private(self) -> tuple[_FreeGpus, list[PoolSpec], Numerics]:
         self._private.prepare()
         self._private.launch()
-        found = _local_gpus()
+        found = _local_gpus()  # Imports Ray.
+        self._check_signals()
         choose_nodes([GpuNode("", "", model, 1.0, 1.0) for model in found.models], self._gpu_model, one_model=True)
         pools, numerics = self._lay_out(found)
         # A private cluster has as many logical CPUs as its pools ask for.

@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
+from ltx_ray.shapes import ClipShape
 from ltx_ray.stages import Stage
 
 #: Threads of x264. The bytes that it encodes depend on their number, so it is fixed.
@@ -177,6 +178,8 @@ class EngineSpec:
     save_latents: bool = False
     stop_after: str | None = None
     layout: GangLayout = GangLayout()
+    #: The size of the first clip, for which a decoder warms up while it waits.
+    first_shape: ClipShape | None = None
     #: The scheme of digests of the model's files.
     scheme: int = NEWEST_SCHEME
 

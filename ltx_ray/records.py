@@ -18,8 +18,7 @@ U = TypeVar("U")
 
 #: A clip is frozen when one still stretch has more than this share of its frames.
 FROZEN_SHARE = 0.5
-#: A clip is silent when its sound lasts less than this, as that of a click does. In a clip shorter than a block of
-#: loudness, anything audible counts.
+#: A clip with less sound than this is silent. In one shorter than a block of loudness, anything audible counts.
 SILENT_SECONDS, SHORT_CLIP_SECONDS = 0.05, 0.4
 
 
@@ -403,10 +402,9 @@ class CallError:
 class Evidence:
     """What a replica shows before it joins a run, so that every rank computes what the rows claim.
 
-    `files`: digests of the model's files that it opened, by `ItemBuilder.digests`' names. `versions`: of packages, by
-    name. `driver`: that of the GPU, "" on a CPU. `device`: the model of the GPU, or the kind of CPU. `answers`:
-    digests of what it computes for a clip of a few tokens, by what that is. `kernels`: versions of the packages whose
-    kernels it uses, by name.
+    `files`: digests of the model's files that it opened, by `ItemBuilder.digests`' names. `versions`: of packages;
+    `kernels`: of those whose kernels it uses. `driver`: that of the GPU, "" on a CPU. `device`: the model of the GPU,
+    or the kind of CPU. `answers`: digests of what it computes for a clip of a few tokens, by what that is.
     """
 
     files: Mapping[str, str]
@@ -435,12 +433,14 @@ class EngineFacts:
     stage1_numerics: str | None = None
     #: Where stored latents were read from or written to.
     stored_at: str | None = None
-    #: Whether stored latents had no digest, so that nothing shows that they are as they were written.
+    #: Whether stored latents had no digest to be compared with.
     unchecked: bool = False
     #: After a start alone; None for engines whose results need none.
     evidence: Evidence | None = None
     #: The rung of engine.tiling.LADDER at which a clip was decoded.
     decode_rung: int | None = None
+    #: Seconds of the parts of a start; in later reports, of what was left to do after it and has been done since.
+    start_seconds: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ from ltx_ray.placement.numerics import check_widths, numerics_json
 from ltx_ray.placement.sizing import ParallelConfig
 from ltx_ray.planning.disk_space import expected_shortage
 from ltx_ray.planning.estimate import Stored
+from ltx_ray.planning.first_clip import FirstClip
 from ltx_ray.planning.legality import check_legality
 from ltx_ray.planning.plan import ItemBuilder, Plan, PlanEntry, item_to_render
 from ltx_ray.planning.preflight import preflight_item
@@ -239,13 +240,14 @@ class Run:
         self.run_id = f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
         self.progress = Progress()
         self.lease = Lease(store, self.run_id)
+        self._first_clip = FirstClip()
         options = self.options
         self.identity = KeptIdentity(store, self.progress.say, options.allow_other_noise)
         self.cluster = Cluster(
             address=address, parallel=replace(options.parallel, with_stage2=options.stop_after is None),
             requested=options.numerics, checkpoint=prepared.checkpoint, model=options.model, engines=self._engines,
             share_cards=options.share_cards, wait_for_gpus=options.wait_for_gpus, gpu_model=options.gpu_model,
-            start_timeout=options.limits.start_timeout, say=self.progress.say,
+            start_timeout=options.limits.start_timeout, say=self.progress.say, check_signals=signals.check,
         )  # fmt: skip
 
     def execute(self, raws: Iterator[RawRow]) -> ExitCode:
@@ -285,22 +287,18 @@ class Run:
         """`rows`, of which a promotion leaves some out. Ids that are selected and missing are named at the end."""
         if self.options.stop_after is None:  # A run that makes previews does not ask for latents.
             rows = plan.existing.latents.prefetched(rows, item_to_render)
-        yield from rows if self.options.promote is None else promoted(rows, self.options.promote, plan.existing)
+        if self.options.promote is not None:
+            rows = promoted(rows, self.options.promote, plan.existing)
+        yield from self._first_clip.watch(rows)
         plan.say_missing_ids(self.progress.say)
 
     def _engines(self, numerics: Numerics) -> dict[str, EngineSpec]:
-        return {
-            kind: EngineSpec(
-                engine=path,
-                model=self.options.model,
-                numerics=numerics,
-                output=self.store.uri,
-                scheme=self.prepared.plan.builder.scheme,
-                save_latents=self.options.save_latents,
-                stop_after=self.options.stop_after,
-            )
-            for kind, path in self.options.engines.items()
-        }
+        o, plan = self.options, self.prepared.plan
+        spec = EngineSpec(
+            "", o.model, numerics, self.store.uri, o.save_latents, o.stop_after, scheme=plan.builder.scheme,
+            first_shape=self._first_clip.shape,
+        )  # fmt: skip
+        return {kind: replace(spec, engine=path) for kind, path in o.engines.items()}
 
     def _leave(self) -> None:
         """Leave the cluster, delete temporary files and give the lease back."""
@@ -444,6 +442,7 @@ class _Rendering:
         # Until now there was nothing to finish, and Ray has set a handler of its own.
         run.signals.action = self._driver.request_drain
         run.signals.install()
+        run.signals.check()
         self._write_record("running")
         replicas = {pool.name: pool.replicas for pool in placement.pools}
         self._events.emit("cluster_joined", pools=replicas, tp=placement.numerics.tp, device=placement.numerics.device)

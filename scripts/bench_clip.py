@@ -27,6 +27,9 @@ clip, pipeline full  the sum of the five parts above it: the medians of stage 1 
                      decoding, the slowdown by decoding another clip, merging again (both ways), and idle time
 start                from the command to the first stage-1 call
                      (kernels are compiled by our first run and cached for later ones)
+ready                from the command until a pool has a replica; "start of" and "later" are the parts of its start,
+                     before and after that, several of which pass at once
+first_decode         the first decode call, and its seconds over the median of the others
 cold                 from weights loaded and text encoded to the end of the first stage-1 call, above a steady call
 idle                 the DiT's replica had no call although a clip was waiting for it
 other calls' share   the share of all calls' seconds outside the two stages: text, decoding, merging again

@@ -180,6 +180,7 @@ def main() -> None:
         merger = LoraMerger(model, infos, [pairs], RankGroup())
         began = time.perf_counter()
         merger.cache_sources(0, FreeMemory(0, 0), clean=arguments.clean, factors=where)
+        merger.take_over(wait=True)
         _wait(device)
         print(f"factors on {where}, clean weights on {arguments.clean}: kept in {time.perf_counter() - began:.1f} s")
         merger.switch_to(LoraSetting(((0, 0.5),)))

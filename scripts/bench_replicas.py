@@ -53,6 +53,7 @@ def start_bare(actors: int) -> dict[str, float]:
 
     cluster = PrivateCluster()
     cluster.prepare()
+    cluster.launch()
     import ray
 
     class Bare:

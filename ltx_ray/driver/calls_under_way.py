@@ -65,6 +65,8 @@ class CallsUnderWay:
             )  # fmt: skip
         if not item.preflight:
             tracker.metrics.call(stage, report.ok, report.seconds, pool.gpus_of_replica)
+        if (seconds := report.facts.start_seconds) is not None:
+            tracker.events.emit("start_finished", role=pool.spec.name, replica=replica, seconds=seconds)
 
     def lose(self, tracked: TrackedItem, pool: Pool) -> None:
         """It never came back. Its item has had the GPUs of its replica until now."""

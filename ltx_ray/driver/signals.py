@@ -30,6 +30,8 @@ class RunSignals:
         self.action: Callable[[str], None] | None = None
         self._previous: dict[signal.Signals, Any] = {}
         self._first: float | None = None
+        #: The name of the signal for which Stopped was raised.
+        self._raised: str | None = None
 
     def __enter__(self) -> RunSignals:
         self._previous = self.install()
@@ -47,6 +49,11 @@ class RunSignals:
         except ValueError:
             return {}  # Handlers belong to the main thread, and this is another.
 
+    def check(self) -> None:
+        """Raise Stopped again where it was swallowed, as it is while a module that Cython compiled is imported."""
+        if self._raised is not None:
+            raise Stopped(self._raised)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self._first is not None:
@@ -56,5 +63,6 @@ class RunSignals:
         self._first = now
         name = signal.Signals(number).name
         if self.action is None:
+            self._raised = name
             raise Stopped(name)
         self.action(name)

@@ -2,8 +2,9 @@
 
 An engine is a class `(spec: EngineSpec, rank: Rank)` with `load()` and `run(stage, item, *inputs)`. Its `facts` are an
 EngineFacts of the last of these calls. One whose results depend on its device has `evidence()`, an Evidence of what it
-computes with once it has loaded. `switches` and `switch_seconds` count LoRA merges, in engines that merge. A
-class may have a `join_gang` of its own.
+computes with once it has loaded. One with `begin_warm_up()` does in the background, from then on, what makes its first
+call faster. `switches` and `switch_seconds` count LoRA merges, in engines that merge. A class may have a `join_gang` of
+its own.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import operator
 import os
 import socket
 import sys
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -62,6 +65,30 @@ def _torch_errors(*names: str) -> tuple[type[BaseException], ...]:
         with contextlib.suppress(AttributeError):
             found.append(operator.attrgetter(name)(torch))
     return tuple(found)
+
+
+class PartSeconds:
+    """The seconds of the parts of some work, by name. Threads may measure different parts at once."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def measure(self, part: str) -> Iterator[None]:
+        """Add the seconds of the block to those of `part`."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(part, time.perf_counter() - began)
+
+    def add(self, part: str, seconds: float) -> None:
+        self.seconds[part] = round(self.seconds.get(part, 0.0) + seconds, 3)
+
+    def take(self) -> dict[str, float]:
+        """What has been measured since this was called last."""
+        seconds, self.seconds = self.seconds, {}
+        return seconds
 
 
 @dataclass(frozen=True)

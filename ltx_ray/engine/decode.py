@@ -8,6 +8,7 @@ those of a clip that could not be finished.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import logging
@@ -30,12 +31,14 @@ from ltx_ray.dataset.layout import clip_path, preview_path, thumb_path
 from ltx_ray.dataset.package_versions import TRITON
 from ltx_ray.dataset.thumbnails import FrameSheet
 from ltx_ray.engine import codec, components
-from ltx_ray.engine.base import Rank, is_out_of_memory, resolve_dtype
+from ltx_ray.engine.base import PartSeconds, Rank, is_out_of_memory, resolve_dtype
+from ltx_ray.engine.decode_warm_up import WarmUp
 from ltx_ray.engine.evidence import FileDigests, evidence, known_latents
 from ltx_ray.engine.frames import PictureCheck, decode_tiled, to_yuv420
 from ltx_ray.engine.latents import LatentStore, latents_sha256, named_latents
 from ltx_ray.engine.loudness import measure_sound
 from ltx_ray.engine.mp4 import read_metadata, write_mp4
+from ltx_ray.engine.patchify import latent_sizes
 from ltx_ray.engine.prefetch import prefetch
 from ltx_ray.engine.tiling import LADDER, Tiling, distinct_rungs
 from ltx_ray.placement.numerics import numerics_json, numerics_of_row
@@ -67,6 +70,10 @@ class DecodeEngine:
         #: By size of a clip (pixels x frames): the rung that sufficed for it, where that was not the first. Larger
         #: clips that needed no higher rung are left out, so there is at most one size for each rung.
         self._rung_by_size: dict[int, int] = {}
+        #: The warm-up under way, whether another one would be of use, and how many clips there are to give way to.
+        self._warm_up: WarmUp | None = None
+        self._is_warm, self._clips = False, 0
+        self._warming = threading.Lock()
 
     @property
     def facts(self) -> EngineFacts:
@@ -79,6 +86,12 @@ class DecodeEngine:
 
     def load(self) -> None:
         """Load the decoders. Raises ValueError for files that do not fit, UnfitNode as load_video_vae does."""
+        parts = PartSeconds()
+        with parts.measure("read"):
+            self._load()
+        self.facts = EngineFacts(start_seconds=parts.take())
+
+    def _load(self) -> None:
         path = on_this_node(self.spec.model).checkpoint_path
         self._files = FileDigests(self.spec, "checkpoint_path")
         self.store = Store(self.spec.output)
@@ -93,6 +106,48 @@ class DecodeEngine:
             self.video_vae.decoder.to(memory_format=torch.channels_last_3d)
         self.audio_vae = components.load_audio_decoder(path, self.dtype, self.device)
         self.vocoder = components.load_vocoder(path, self.dtype, self.device)
+
+    def begin_warm_up(self) -> None:
+        """Decode nothing, of the size of the run's first clip, in the background until a clip comes. Not on a CPU."""
+        if self.spec.first_shape is not None and self.device.type == "cuda":
+            self._begin_warm_up(self.spec.first_shape)
+
+    def _begin_warm_up(self, shape: ClipShape) -> None:
+        with self._warming:
+            if not (self._is_warm or self._clips or self._warm_up is not None):
+                self._warm_up = WarmUp(self._decode_nothing(shape), self._release_cached_memory)
+
+    def _decode_nothing(self, shape: ClipShape) -> Generator[None, None, None]:
+        """Decode a clip of zeros for `shape`, of half the size where previews are made; yields between two steps."""
+        shape = shape.half() if self.spec.stop_after else shape
+        latents = latent_sizes(shape).map(torch.zeros)
+        sheet = FrameSheet(shape.num_frames)
+        with contextlib.closing(self._frames(latents.video, LADDER[0], PictureCheck(), sheet)) as chunks:
+            for _ in chunks:
+                yield
+        measure_sound(self._sound(latents.audio, shape.audio_samples))
+        yield
+        sheet.webp()
+
+    def _begin_clip(self) -> dict[str, float] | None:
+        """Stop the warm-up, if there is one. Returns its seconds to the first call after it."""
+        with self._warming:
+            self._clips += 1
+            warm_up, self._warm_up = self._warm_up, None
+            if warm_up is None:
+                return None
+            waited = PartSeconds()
+            with waited.measure("waited for warm"):
+                warm_up.stop()
+            self._is_warm = not warm_up.cut_short
+            return waited.take() | {"warm": round(warm_up.seconds, 3)}
+
+    def _end_clip(self, preflight: bool) -> None:
+        """Begin a warm-up again that the tiny clip of a preflight has cut short. Any other clip has done its work."""
+        with self._warming:
+            self._clips -= 1
+            self._is_warm |= not preflight
+        self.begin_warm_up()
 
     @torch.inference_mode()
     def evidence(self) -> Evidence:
@@ -120,10 +175,13 @@ class DecodeEngine:
         SAVE_LATENTS stores the latents of `stages`, on this node when the output refuses them. Returns where.
         """
         if stage == Stage.DECODE:
+            start_seconds = self._begin_clip()
             try:
                 return self._decode(item, stages)
             finally:
+                self.facts = dataclasses.replace(self.facts, start_seconds=start_seconds)
                 self._release_cached_memory()
+                self._end_clip(item.preflight)
         if stage == Stage.LOAD_LATENTS:
             with self._stored:
                 latents, location = self.latents.load_stage1(item, self.dtype)

@@ -11,6 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +24,7 @@ from ltx_ray.checkpoints.node_cache import on_this_node
 from ltx_ray.config import EngineSpec, ModelFiles
 from ltx_ray.dataset.package_versions import FA3, TRITON
 from ltx_ray.engine import codec, components
-from ltx_ray.engine.base import Rank, resolve_dtype
+from ltx_ray.engine.base import PartSeconds, Rank, resolve_dtype
 from ltx_ray.engine.evidence import KNOWN_SHAPE, FileDigests, evidence, known_conditions, known_latents
 from ltx_ray.engine.initial_state import ImageConditioning, LatentState, noised_state
 from ltx_ray.engine.negative_context import with_negative
@@ -74,6 +75,7 @@ class DiffusionEngine:
         self.dtype = resolve_dtype(spec.numerics.dtype)
         self.switches, self.switch_seconds = 0, 0.0
         self._has_merged = self._sources_cached = False
+        self._parts = PartSeconds()
         self.mesh = Mesh()
         self.facts = EngineFacts()
 
@@ -90,13 +92,36 @@ class DiffusionEngine:
         checkpoint = open_checkpoint(model.checkpoint_path)
         passes, tokens = layout.guidance_parallel, layout.stage1_sequence_parallel
         self.mesh = make_mesh(self.rank.rank, self.rank.world, layout.tp, passes, tokens)
-        self._load_transformer(checkpoint)
-        self._load_loras(model, checkpoint)
-        self.facts = self._facts()
-        if Stage.STAGE2 in layout.roles:
-            self.upsampler = components.load_upsampler(model.spatial_upsampler_path, self.dtype, self.device)
-            mean, std = components.latent_stats(model.checkpoint_path, "video")
-            self.latent_stats = mean.to(self.device, self.dtype), std.to(self.device, self.dtype)
+        with ThreadPoolExecutor(2) as beside:
+            # Compiling kernels, reading the transformer and importing diffusers, whose module the upsampler is, take
+            # seconds each.
+            checked = beside.submit(self._check_node, checkpoint)
+            transformer = beside.submit(self._load_transformer, checkpoint, checked)
+            try:
+                if Stage.STAGE2 in layout.roles:
+                    with self._parts.measure("upsampler"):
+                        self._load_upsampler(model)
+                transformer.result()
+            except Exception:
+                checked.result()  # On an unfit node, this is why anything else has failed.
+                raise
+        with self._parts.measure("loras"):
+            self._load_loras(model, checkpoint)
+        if self.spec.layout.alternates:
+            self._cache_merge_sources()  # Other replicas do so at their first switch, which may never come.
+        self.facts = self._facts(start_seconds=self._parts.take())
+
+    def _load_upsampler(self, model: ModelFiles) -> None:
+        self.upsampler = components.load_upsampler(model.spatial_upsampler_path, self.dtype, self.device)
+        mean, std = components.latent_stats(model.checkpoint_path, "video")
+        self.latent_stats = mean.to(self.device, self.dtype), std.to(self.device, self.dtype)
+        if self.device.type == "cuda":
+            self._upsampled_known()  # Loads cuDNN.
+
+    @torch.inference_mode()
+    def _upsampled_known(self) -> torch.Tensor:
+        video = known_latents().video.to(self.device, self.dtype)
+        return codec.upsample_latents(self.upsampler, *self.latent_stats, video)
 
     @torch.inference_mode()
     def evidence(self) -> Evidence:
@@ -116,31 +141,44 @@ class DiffusionEngine:
         model = StageModel(self._plain_dit, state, contexts, {}, self.dtype)
         answers = {"transformer": model.denoise(state.latents, torch.tensor(1.0), 0)}
         if Stage.STAGE2 in self.spec.layout.roles:
-            video = known_latents().video.to(self.device, self.dtype)
-            upsampled = codec.upsample_latents(self.upsampler, *self.latent_stats, video)
+            upsampled = self._upsampled_known()
             answers["upsampler"] = AV(upsampled, upsampled[:0])
         numerics = self.spec.numerics
         kernels = (*(TRITON if numerics.compile == "fused" else ()), *(FA3 if numerics.attention == "fa3" else ()))
         return evidence(self._files, self.device, answers, kernels)
 
-    def _load_transformer(self, checkpoint: Checkpoint) -> None:
+    def _check_node(self, checkpoint: Checkpoint) -> None:
+        if self.spec.numerics.compile == "fused":
+            with self._parts.measure("check"):
+                check_node(checkpoint.transformer, self.spec.numerics.attention, self.device)
+
+    def _load_transformer(self, checkpoint: Checkpoint, checked: Future[None]) -> None:
         tp, numerics = self.mesh.tp, self.spec.numerics
         fused = numerics.compile == "fused"
-        if fused:
-            check_node(checkpoint.transformer, numerics.attention, self.device)
-        with torch.device("meta"):
-            self.transformer = Transformer(checkpoint.transformer, tp)
-        if fused:
-            pack_linears(self.transformer, self.device, self.dtype, numerics.precision)
-        load_shard(self.transformer, checkpoint.tensors, tp, dtype=self.dtype, device=self.device)
+        with self._parts.measure("build"):
+            with torch.device("meta"):
+                self.transformer = Transformer(checkpoint.transformer, tp)
+            if fused:
+                pack_linears(self.transformer, self.device, self.dtype, numerics.precision)
+
+        def stop_on_an_unfit_node() -> None:
+            if checked.done():
+                checked.result()
+
+        with self._parts.measure("read"):
+            load_shard(
+                self.transformer, checkpoint.tensors, tp,
+                dtype=self.dtype, device=self.device, proceed=stop_on_an_unfit_node,
+            )  # fmt: skip
+        checked.result()
         #: What passes run on, and the same without graphs.
         self._dit: Dit = self.transformer
         self._plain_dit: Dit = self.transformer
         if fused:
-            self._plain_dit = dit = FusedTransformer(self.transformer, numerics.attention)
-            self._dit = dit
+            self._plain_dit = self._dit = dit = FusedTransformer(self.transformer, numerics.attention)
             if self.device.type == "cuda":
-                dit.warm_up()
+                with self._parts.measure("warm"):
+                    dit.warm_up()
                 self._dit = GraphedTransformer(dit)
 
     def _load_loras(self, model: ModelFiles, checkpoint: Checkpoint) -> None:
@@ -149,8 +187,6 @@ class DiffusionEngine:
         paths = [lora.path for lora in model.loras] + ([model.distilled_lora] if model.distilled_lora else [])
         loras = [open_lora(path).fit(checkpoint.linear_layers, checkpoint.path) for path in paths]
         self.merger = LoraMerger(self.transformer, checkpoint.tensors, loras, self.mesh.tp, self.mesh.peers)
-        if self.spec.layout.alternates:
-            self._cache_merge_sources()  # Other replicas do so at their first switch, which may never come.
 
     @torch.inference_mode()
     def run(
@@ -178,6 +214,7 @@ class DiffusionEngine:
         self.facts = self._facts(
             noise_ledger=result.ledger,
             stage1_numerics=before.other_numerics(numerics, device_name) if before is not None else None,
+            start_seconds=self._parts.take() or None,
         )
         if self.rank.rank != 0:
             return None
@@ -307,6 +344,9 @@ class DiffusionEngine:
             with torch.inference_mode(False), torch.no_grad():
                 if not first and not self._sources_cached and self.merger.would_change(setting):
                     self._cache_merge_sources()
+                if (pinned := self.merger.take_over()) is not None:
+                    self._parts.add("pin", pinned)
+                    self._log_sources()
                 switched = self.merger.switch_to(setting)
                 self.merger.check_finite()
             if switched and self.device.type == "cuda":
@@ -315,9 +355,12 @@ class DiffusionEngine:
             raise
         except Exception as error:
             raise ReplicaError(f"{type(error).__name__}: {error}") from error
-        if switched and not first:
+        seconds = time.perf_counter() - began
+        if first:
+            self._parts.add("merge", seconds)
+        elif switched:
             self.switches += 1
-            self.switch_seconds += time.perf_counter() - began
+            self.switch_seconds += seconds
         self._has_merged = True
 
     def _lora_setting(self, item: WorkItem, distilled_strength: float) -> LoraSetting:
@@ -332,7 +375,11 @@ class DiffusionEngine:
         """Cache what a switch reads as close to the device as its memory allows."""
         self._sources_cached = True
         shared_card = self.spec.layout.shared_card
-        self.merger.cache_sources(reserve=_ACTIVATION_BYTES + (_SHARED_CARD_BYTES if shared_card else 0))
+        with self._parts.measure("cache"):
+            self.merger.cache_sources(reserve=_ACTIVATION_BYTES + (_SHARED_CARD_BYTES if shared_card else 0))
+        self._log_sources()
+
+    def _log_sources(self) -> None:
         _log.info(
             "rank %d: clean weights: %s, LoRA factors: %s",
             self.rank.rank, self.merger.clean_weights, self.merger.lora_factors,

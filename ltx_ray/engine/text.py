@@ -17,7 +17,7 @@ from ltx_ray.checkpoints.checkpoint import gemma_folders
 from ltx_ray.checkpoints.node_cache import on_this_node
 from ltx_ray.config import EngineSpec
 from ltx_ray.engine import codec, components
-from ltx_ray.engine.base import Rank, resolve_dtype
+from ltx_ray.engine.base import PartSeconds, Rank, resolve_dtype
 from ltx_ray.engine.evidence import FileDigests, evidence
 from ltx_ray.engine.images import image_pixels
 from ltx_ray.engine.negative_context import packed
@@ -59,7 +59,9 @@ class TextEngine:
 
     def load(self) -> None:
         """Load all but the video encoder. Raises ValueError naming what the files lack."""
-        from transformers import AutoTokenizer, Gemma3ForConditionalGeneration
+        parts = PartSeconds()
+        with parts.measure("transformers"):
+            from transformers import AutoTokenizer, Gemma3ForConditionalGeneration
 
         model = on_this_node(self.spec.model)
         self._files = FileDigests(self.spec, "checkpoint_path", "gemma_root")
@@ -68,18 +70,22 @@ class TextEngine:
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        # With output_loading_info the method returns two values, which its annotation does not say.
-        loaded: Any = Gemma3ForConditionalGeneration.from_pretrained(
-            weights, dtype=self.dtype, output_loading_info=True, use_safetensors=True
-        )
+        with parts.measure("read"):
+            # With output_loading_info the method returns two values, which its annotation does not say.
+            loaded: Any = Gemma3ForConditionalGeneration.from_pretrained(
+                weights, dtype=self.dtype, output_loading_info=True, use_safetensors=True
+            )
         whole, report = loaded
         # Transformers initialises weights that it does not find with random numbers.
         if missing := sorted(key for key in report["missing_keys"] if "language_model" in key):
             raise ValueError(f"{weights}: Gemma: {len(missing)} missing keys: {', '.join(missing[:10])}")
         # The vision tower is never used.
-        self.gemma = whole.model.language_model.eval().to(self.device)
+        with parts.measure("to the device"):
+            self.gemma = whole.model.language_model.eval().to(self.device)
         del whole, loaded
-        self.connectors = components.load_connectors(model.checkpoint_path, self.dtype, self.device)
+        with parts.measure("connectors"):
+            self.connectors = components.load_connectors(model.checkpoint_path, self.dtype, self.device)
+        self.facts = EngineFacts(start_seconds=parts.take())
 
     @torch.inference_mode()
     def evidence(self) -> Evidence:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -71,7 +71,7 @@ def shard_shape(info: TensorInfo, shard_dim: int | None, tp: RankGroup) -> tuple
     return tuple(shape)
 
 
-def read_shards(reads: Sequence[ShardRead], tp: RankGroup) -> Iterator[int]:
+def read_shards(reads: Sequence[ShardRead], tp: RankGroup) -> Generator[int, None, None]:
     """Read every slice into its target. Yields the index in `reads` of each as it is complete, in any order.
 
     All targets lie on one device. On a GPU the current stream waits for what is yielded, so that work queued after it
@@ -313,9 +313,17 @@ def with_context(error: BaseException, what: str) -> BaseException:
 
 
 def load_shard(
-    module: nn.Module, tensors: Mapping[str, TensorInfo], tp: RankGroup, *, dtype: torch.dtype, device: torch.device
+    module: nn.Module,
+    tensors: Mapping[str, TensorInfo],
+    tp: RankGroup,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    proceed: Callable[[], None] = lambda: None,
 ) -> None:
     """Fill `module` with this rank's slices of `tensors`, as `dtype` on `device`.
+
+    `proceed` is called before each read, and what it raises ends the reading.
 
     Parameters on the meta device are allocated. Others, which `packing.pack_linears` laid out, are filled in place;
     those in fp8 take the values of prequantized tensors as they are, and others are quantized from values that exist in
@@ -347,9 +355,11 @@ def load_shard(
             owner, _, leaf = name.rpartition(".")
             setattr(module.get_submodule(owner), leaf, parameter)
         reads.append(ShardRead(info, dim, parameter.data))
-    for _ in read_shards(reads, tp):
-        pass
-    _load_quantized(quantized, tp, dtype, device)
+    proceed()
+    with closing(read_shards(reads, tp)) as done:
+        for _ in done:
+            proceed()
+    _load_quantized(quantized, tp, dtype, device, proceed)
 
 
 @dataclass(frozen=True)
@@ -372,10 +382,13 @@ def _allocated(parameter: ShardParameter, info: TensorInfo, dtype: torch.dtype, 
     return shard_parameter(values, parameter.shard_dim)
 
 
-def _load_quantized(reads: list[_QuantizedRead], tp: RankGroup, dtype: torch.dtype, device: torch.device) -> None:
+def _load_quantized(
+    reads: list[_QuantizedRead], tp: RankGroup, dtype: torch.dtype, device: torch.device, proceed: Callable[[], None]
+) -> None:
     """Fill parameters in fp8, a batch at a time, so that few of them exist in `dtype` at once."""
     reads = sorted(reads, key=lambda read: (read.info.path, read.info.start))
     while reads:
+        proceed()
         batch: list[_QuantizedRead] = []
         size = 0
         while reads and (not batch or size + reads[0].parameter.numel() * dtype.itemsize <= _QUANTIZED_BATCH_BYTES):

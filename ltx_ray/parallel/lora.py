@@ -20,6 +20,7 @@ from ltx_ray.checkpoints.safetensors import TensorInfo
 from ltx_ray.parallel.collectives import SINGLE_RANK, RankGroup
 from ltx_ray.parallel.factors import FactorProduct
 from ltx_ray.parallel.fp8 import row_scale_of, write_exactly, write_values
+from ltx_ray.parallel.host_copy import HostCopyFailed
 from ltx_ray.parallel.layers import ShardParameter
 from ltx_ray.parallel.loading import as_stored, is_prequantized, scale_of, with_context
 from ltx_ray.parallel.merging import merge_
@@ -100,30 +101,44 @@ class LoraMerger:
     ) -> None:
         """Cache factors and clean weights as close to the device as memory allows.
 
-        `reserve` bytes of the device stay free. `clean` and `factors` give a location instead of choosing it. What is
-        merged is taken out first. All peers call this together and make the same choice, because a share of the clean
-        weights is of use only when every peer caches its own.
+        `reserve` bytes of the device stay free. `clean` and `factors` give a location instead of choosing it. What goes
+        to host memory is copied in the background; switches read the files until that is done. What is merged is taken
+        out first where clean weights are copied from the module. All peers call this together and make the same choice,
+        because a share of the clean weights is of use only when every peer caches its own.
         """
         memory = self._minimum_over_peers(memory or FreeMemory.measure(self._device))
         if self._device.type != "cuda" and clean is None and factors is None:
             return  # The file is in host memory already.
         if factors is None:
             factors = choose_location(self._factors.total_bytes, memory, reserve)
-        chosen = clean is None
         if clean is None:
             clean = self._choose_clean_location(memory, reserve, factors)
+        if factors == "host":
+            self._factors.copy_to_host()
+        else:
+            self._factors.move_to(factors)
+        if clean == "host":
+            self._clean.copy_to_host(after=self._factors)
+            return
         values = None
         if not self._quantized:
             self.switch_to(LoraSetting())
             values = {name: self._weight(name).data for name in self._modules}
-        self._factors.move_to(factors)
-        try:
-            self._clean.move_to(clean, values)
-        except RuntimeError as error:
-            if not chosen or clean != "host":
-                raise
-            # Pinned memory may be limited. The file is there in any case.
-            _log.warning("clean weights stay in the file: %s", error)
+        self._clean.move_to(clean, values)
+
+    def take_over(self, wait: bool = False) -> float | None:
+        """Read from host memory from now on what has been copied there; `wait`: until everything has.
+
+        Returns the seconds of the copy of the clean weights when this call took it over. A copy that failed is logged.
+        """
+        seconds: dict[str, float | None] = {}
+        for what, cache in (("LoRA factors", self._factors), ("clean weights", self._clean)):
+            try:
+                seconds[what] = cache.take_over(wait)
+            except HostCopyFailed as error:
+                # Switches read the file instead. Where that fails as well, the call that needs it reports it.
+                _log.warning("%s stay in the file: %s", what, error)
+        return seconds.get("clean weights")
 
     def _choose_clean_location(self, memory: FreeMemory, reserve: int, factors: Location) -> Location:
         """The location for the clean weights in what the factors leave."""

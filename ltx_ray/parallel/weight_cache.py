@@ -17,17 +17,16 @@ import torch
 
 from ltx_ray.checkpoints.safetensors import TensorInfo
 from ltx_ray.parallel.collectives import SINGLE_RANK, RankGroup
+from ltx_ray.parallel.host_copy import HostCopy, HostMemory, HostTensor
 from ltx_ray.parallel.loading import TORCH_DTYPES, ShardRead, read_shards, shard_shape, with_context
 
 GIB = 2**30
 #: Bytes of a batch of tensors that is read from a file on its way to the device.
 _BATCH_BYTES = 128 * 2**20
-#: Host memory is allocated and pinned in slabs of this size.
-_SLAB_BYTES = GIB
 #: Device buffers of the ring through which tensors come from host memory, and how large the ring may grow.
 _RING_BUFFERS = 3
 _RING_BYTES = 64 * 2**20
-#: Slices of a slab or a buffer start at multiples of this, as copy engines prefer.
+#: Slices of a buffer start at multiples of this, as copy engines prefer.
 _ALIGNMENT = 256
 
 #: "gang": each rank keeps its share on the device and broadcasts it to its peers.
@@ -108,7 +107,10 @@ class WeightCache:
     ):
         self._sources, self._tp, self._device, self._dtype, self._peers = sources, tp, device, dtype, peers
         self.location: Location = "file"
-        self._cached: dict[str, torch.Tensor] = {}
+        self._cached: Mapping[str, torch.Tensor] = {}
+        #: The copy to host memory that is under way, and the memory of one that is done.
+        self._copy: HostCopy | None = None
+        self._memory: HostMemory | None = None
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of this rank's slice."""
@@ -127,8 +129,10 @@ class WeightCache:
     def move_to(self, location: Location, values: Mapping[str, torch.Tensor] | None = None) -> None:
         """Cache everything in `location` from now on, copied from `values` or else read from the files.
 
-        Raises RuntimeError, OutOfMemoryError included, naming the tensor for which there was no memory.
+        Raises RuntimeError, OutOfMemoryError included, naming the tensor for which there was no memory. For host memory
+        see `copy_to_host`.
         """
+        assert location != "host"
         if location == self.location:
             return
         cached = self._allocate(location)
@@ -140,26 +144,43 @@ class WeightCache:
                 tensor.copy_(values[name], non_blocking=True)
             if self._device.type == "cuda":
                 torch.cuda.current_stream(self._device).synchronize()
-        self._cached, self.location = cached, location
+        self._cached, self._memory, self.location = cached, None, location
+
+    def copy_to_host(self, after: WeightCache | None = None) -> None:
+        """Begin to read everything into pinned host memory, in the background.
+
+        `location` stays what it is until `take_over` finds the copy done. `after`: a cache whose copy goes first.
+        """
+        if self.location == "host" or self._copy is not None:
+            return
+        tensors = [HostTensor(n, self.shape(n), self._dtype_of(n), self.nbytes(n)) for n in self._sources]
+        self._copy = HostCopy(tensors, self._read_all, self._device, after._copy if after is not None else None)
+
+    def _read_all(self, targets: Mapping[str, torch.Tensor]) -> None:
+        for _ in read_shards([self._sources[name].read_into(target) for name, target in targets.items()], self._tp):
+            pass
+
+    def take_over(self, wait: bool = False) -> float | None:
+        """Use the copy in host memory from now on, if there is one that is done; `wait`: until it is.
+
+        Returns the seconds that it took when this call took it over. Raises HostCopyFailed; the tensors then stay where
+        they are.
+        """
+        copy = self._copy
+        if copy is None or not (wait or copy.done):
+            return None
+        self._copy = None
+        self._memory = copy.result()
+        self._cached, self.location = self._memory.tensors, "host"
+        return copy.seconds
 
     def _allocate(self, location: Location) -> dict[str, torch.Tensor]:
         cached: dict[str, torch.Tensor] = {}
-        slab = torch.empty(0, dtype=torch.uint8)
-        remaining = sum(_aligned(self.nbytes(name)) for name in self._sources)
         for number, name in enumerate(self._sources if location != "file" else ()):
             if location == "gang" and number % self._peers.size != self._peers.rank:
                 continue
-            shape, dtype, size = self.shape(name), self._dtype_of(name), self.nbytes(name)
             try:
-                if location == "host":
-                    taken = _aligned(size)
-                    if slab.numel() < taken:
-                        slab_bytes = min(max(_SLAB_BYTES, taken), remaining)
-                        slab = torch.empty(slab_bytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
-                    cached[name] = slab[:size].view(dtype).view(shape)
-                    slab, remaining = slab[taken:], remaining - taken
-                else:
-                    cached[name] = torch.empty(shape, dtype=dtype, device=self._device)
+                cached[name] = torch.empty(self.shape(name), dtype=self._dtype_of(name), device=self._device)
             except RuntimeError as error:
                 info = self._sources[name].info
                 raise with_context(error, f"{info.path}: {info.key}, kept on {location}") from error

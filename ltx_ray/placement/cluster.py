@@ -103,6 +103,7 @@ class Cluster:
         gpu_model: str | None = None,
         start_timeout: float = RunLimits.start_timeout,
         say: Callable[[str], None] = lambda message: None,
+        check_signals: Callable[[], None] = lambda: None,
     ):
         """`address` of a running cluster, as `address.find_cluster` gives it; None for a private one.
 
@@ -111,13 +112,15 @@ class Cluster:
         cluster whose GPUs are all free. A gang that fills the cluster shares in any case. `wait_for_gpus`: seconds to
         wait for a cluster on which the pools do not fit yet; `say` is told once that this is so. `gpu_model`: of the
         GPUs to use, as Ray names it. `start_timeout`: seconds in which an autoscaler has to bring a first node.
+        `check_signals` raises when the run has been told to stop: importing Ray may have swallowed what a signal's
+        handler raised.
         """
         self._address = address
         self._asked = self._parallel = parallel
         self._requested = requested
         self._checkpoint, self._model, self._engines = checkpoint, model, engines
         self._share_cards, self._wait_for_gpus, self.say = share_cards, wait_for_gpus, say
-        self._gpu_model, self._start_timeout = gpu_model, start_timeout
+        self._gpu_model, self._start_timeout, self._check_signals = gpu_model, start_timeout, check_signals
         #: By the ids of the nodes that have been asked, whether they have FlashAttention-3.
         self._fa3: dict[str, bool] = {}
         self._joined = False
@@ -164,10 +167,12 @@ class Cluster:
 
         if not ray.is_initialized():
             self._connect(address)
+        self._check_signals()
         if self._asked.max_replicas and self._requires_gpus:
             wait_for_first_node(_gpu_nodes, self._gpu_model, self._start_timeout, self.say)
         until, said = time.monotonic() + self._wait_for_gpus, False
         while True:
+            self._check_signals()
             try:
                 return self._lay_out_on_free()
             except ValueError as busy:
@@ -229,7 +234,9 @@ class Cluster:
 
     def _start_private(self) -> tuple[_FreeGpus, list[PoolSpec], Numerics]:
         self._private.prepare()
-        found = _local_gpus()
+        self._private.launch()
+        found = _local_gpus()  # Imports Ray.
+        self._check_signals()
         choose_nodes([GpuNode("", "", model, 1.0, 1.0) for model in found.models], self._gpu_model, one_model=True)
         pools, numerics = self._lay_out(found)
         # A private cluster has as many logical CPUs as its pools ask for.

@@ -32,6 +32,7 @@ class PrivateCluster:
 
     def __init__(self) -> None:
         self._head: subprocess.Popen[bytes] | None = None
+        self._folder = ""
 
     def prepare(self) -> None:
         """Set what Ray reads when it is imported, in this process and in those of the cluster."""
@@ -50,15 +51,15 @@ class PrivateCluster:
             # later would then ask for it.
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
-    def start(self, **arguments: Any) -> str:
-        """Start the cluster with arguments of `ray.init`; returns its address. `prepare` comes first.
+    def launch(self) -> None:
+        """Begin the process that `start` tells what to start, so that it imports Ray meanwhile. `prepare` comes first.
 
-        Raises ValueError without a folder for Ray's files, ConnectionError when the cluster does not start.
+        Raises ValueError without a folder for Ray's files.
         """
-        folder = temporary_folder()
+        self._folder = temporary_folder()
         environment = {
             **os.environ,
-            "RAY_TMPDIR": folder,
+            "RAY_TMPDIR": self._folder,
             # Ranks have environments of their own, so that a worker that is started early would serve nobody.
             "RAY_enable_worker_prestart": "0",
             "RAY_prestart_worker_first_driver": "0",
@@ -67,17 +68,26 @@ class PrivateCluster:
         with _blocked(_RUN_SIGNALS):
             self._head = subprocess.Popen(
                 # -P: the folder of the script, this one, holds no modules for Ray.
-                [sys.executable, "-P", str(Path(__file__).with_name("private_head.py")), json.dumps(arguments)],
+                [sys.executable, "-P", str(Path(__file__).with_name("private_head.py"))],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                 env=environment, start_new_session=True,
             )  # fmt: skip
-        assert self._head.stdout is not None
+
+    def start(self, **arguments: Any) -> str:
+        """Start the cluster with arguments of `ray.init`; returns its address. `launch` comes first.
+
+        Raises ConnectionError when the cluster does not start.
+        """
+        assert self._head is not None and self._head.stdin is not None and self._head.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # It says why, or has ended.
+            self._head.stdin.write(json.dumps(arguments).encode() + b"\n")
+            self._head.stdin.flush()
         line = self._head.stdout.readline()
         reply = json.loads(line) if line else {"error": "its process ended"}
         if "error" in reply:
             raise ConnectionError(
                 f"the private Ray cluster did not start: {first_line(reply['error'])}; "
-                f"its logs are in {os.path.join(folder, 'ray', 'session_latest', 'logs')}"
+                f"its logs are in {os.path.join(self._folder, 'ray', 'session_latest', 'logs')}"
             )
         return str(reply["address"])
 
@@ -87,7 +97,8 @@ class PrivateCluster:
         if head is None:
             return
         assert head.stdin is not None and head.stdout is not None
-        head.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            head.stdin.close()
         head.stdout.close()
         try:
             head.wait(_END_SECONDS)

@@ -1,8 +1,8 @@
 """The process that a private cluster hangs on. It is run by its path and imports Ray alone.
 
-Its argument is a JSON object with the arguments of `ray.init`. It starts a cluster, writes one line to its standard
-output, `{"address": ...}` or `{"error": ...}`, and ends the cluster and itself when its standard input is closed: by
-the run, or by the kernel when the run has died.
+It imports Ray, and reads one line from its standard input: a JSON object with the arguments of `ray.init`. It starts a
+cluster, writes one line to its standard output, `{"address": ...}` or `{"error": ...}`, and ends the cluster and itself
+when its standard input is closed: by the run, or by the kernel when the run has died.
 
 The run starts it in a session of its own and with the signals that end a run blocked. Every process of the cluster
 inherits both. A signal to the run's process group, or to every process of its systemd unit or Slurm step, therefore
@@ -15,9 +15,9 @@ import glob
 import json
 import logging
 import os
+import queue
 import shutil
 import signal
-import sys
 import threading
 import time
 
@@ -32,12 +32,13 @@ def main() -> None:
     os.dup2(nothing, 0)
     os.dup2(nothing, 1)
     session: list[str] = []
-    thread = threading.Thread(target=_wait_and_end, args=(life, session))
+    arguments: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    thread = threading.Thread(target=_wait_and_end, args=(life, arguments, session))
     thread.start()
     try:
         import ray
 
-        ray.init(address="local", logging_level=logging.ERROR, log_to_driver=False, **json.loads(sys.argv[1]))
+        ray.init(address="local", logging_level=logging.ERROR, log_to_driver=False, **json.loads(arguments.get()))
         context = ray.get_runtime_context()
         session.append(os.path.join(os.environ["RAY_TMPDIR"], "ray", context.get_session_name()))
         reply = {"address": context.gcs_address}
@@ -51,10 +52,15 @@ def main() -> None:
     thread.join()
 
 
-def _wait_and_end(life: int, session: list[str]) -> None:
-    """Wait until nobody holds the other end of `life`, then end every process of this session, this one last."""
-    while os.read(life, 1):
-        pass
+def _wait_and_end(life: int, arguments: queue.SimpleQueue[bytes], session: list[str]) -> None:
+    """Pass on the line that comes through `life`, wait until nobody holds its other end, and end this session.
+
+    That is every process of it, this one last. Nothing here may fail because of the line: the run may have died while
+    it wrote it, and without this thread the cluster would never end.
+    """
+    with os.fdopen(life, "rb") as lines:
+        for line in lines:
+            arguments.put(line)
     deadline = time.monotonic() + _END_SECONDS
     # They have nothing to lose: results are published by rename, and shared memory has no names.
     while (others := _others()) and time.monotonic() < deadline:

@@ -278,6 +278,7 @@ class Gang:
             device_name=facts.device_name,
             clean_weights=facts.clean_weights,
             lora_factors=facts.lora_factors,
+            start_seconds=facts.start_seconds,
         )
         if (error := report.error) is not None:
             reason = f"{self.ranks[rank]}: {error.type}: {error.message}\n{error.traceback}"

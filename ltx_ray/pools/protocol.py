@@ -30,6 +30,8 @@ class RankInfo:
     #: Where the weights without LoRAs and the LoRA factors are kept; None for engines that merge nothing.
     clean_weights: str | None = None
     lora_factors: str | None = None
+    #: Seconds of the parts of the start.
+    start_seconds: Mapping[str, float] | None = None
 
     def event(self) -> dict[str, Any]:
         """The fields as `gang_started` in events.jsonl lists them; those that are None are left out."""

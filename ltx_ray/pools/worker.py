@@ -54,6 +54,7 @@ class RankActor:
         if hides_gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         self.engine: Any = None  # as engine.base describes it
+        self._start_seconds: dict[str, float] = {}
         self.device = "cpu"
 
     def describe(self) -> RankProcess:
@@ -76,26 +77,36 @@ class RankActor:
     ) -> CallReport:
         """Join the gang and load the engine; the report says how it went. `timeout` of the rendezvous in seconds."""
         report = self._report(lambda: self._start(spec, rank, world, rendezvous, timeout))[0]
+        seconds = self._start_seconds | dict(report.facts.start_seconds or {})
         if report.facts.evidence is not None:
             # Calls do not report it again.
             self.engine.facts = dataclasses.replace(self.engine.facts, evidence=None)
-        return report
+        return dataclasses.replace(report, facts=dataclasses.replace(report.facts, start_seconds=seconds))
 
     def _start(self, spec: EngineSpec, rank: int, world: int, rendezvous: Rendezvous | None, timeout: float) -> None:
         # Imported modules are never freed, and collecting garbage among them takes a sixth of the time of a start.
         gc.disable()
+        began = time.perf_counter()
         try:
             base = importlib.import_module("ltx_ray.engine.base")
             module, _, name = spec.engine.partition(":")
             engine = getattr(importlib.import_module(module), name)
             join_gang = getattr(engine, "join_gang", base.join_gang)
             self.device = spec.numerics.device
+            imported = time.perf_counter()
             address = (rendezvous.host, rendezvous.port) if rendezvous is not None else None
             self.device = join_gang(spec.numerics.device, rank, world, address, timeout)
+            joined = time.perf_counter()
+            self._start_seconds = {"import": round(imported - began, 3), "join": round(joined - imported, 3)}
             self.engine = engine(spec, base.Rank(rank, world, self.device))
             self.engine.load()
             if hasattr(engine, "evidence"):
+                began = time.perf_counter()
                 self.engine.facts = dataclasses.replace(self.engine.facts, evidence=self.engine.evidence())
+                self._start_seconds["known answer"] = round(time.perf_counter() - began, 3)
+            if hasattr(engine, "begin_warm_up"):
+                # Only now, because a warm-up would compete with the known answer, for which the replica waits.
+                self.engine.begin_warm_up()
         finally:
             gc.enable()
 
@@ -112,6 +123,10 @@ class RankActor:
             payload = call()
         except Exception as error:
             failure = _call_error(error)
+        facts: EngineFacts = getattr(self.engine, "facts", EngineFacts())
+        if facts.start_seconds is not None:
+            # A call that fails leaves the facts of the one before, and these would be counted twice.
+            self.engine.facts = dataclasses.replace(facts, start_seconds=None)
         report = CallReport(
             seconds=time.perf_counter() - began,
             started=started,
@@ -120,7 +135,7 @@ class RankActor:
             device=self.device,
             error=failure,
             nbytes=_nbytes(payload),
-            facts=getattr(self.engine, "facts", EngineFacts()),
+            facts=facts,
             requests=REQUESTS.take(),
         )
         return report, payload

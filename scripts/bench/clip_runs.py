@@ -156,8 +156,11 @@ def read_events(events: list[dict[str, Any]], began: float, clips: int) -> dict[
     return {
         **parts,
         "clip, pipeline full": sum(parts.values()),
+        **start_parts(events, began),
         "text": mean(call["work"] for call in calls["text"]),
         "decode": steady["decode"],
+        "first_decode": calls["decode"][0]["work"],
+        "first_decode / steady_decode": first_over_steady(calls["decode"]),
         "start": first["start"] - began,
         "cold": first["end"] - max(loaded, text) - steady["stage1"],
         "first to last clip, a clip": (ends[-1] - ends[0]) / (clips - 1) if clips > 1 else float("nan"),
@@ -167,6 +170,32 @@ def read_events(events: list[dict[str, Any]], began: float, clips: int) -> dict[
         "switches": count,
         "clean weights": sorted({str(event.get("clean_weights")) for event in switches}),
     }
+
+
+def start_parts(events: list[dict[str, Any]], began: float) -> dict[str, float]:
+    """Seconds of the parts of a start, of which several pass at once.
+
+    "ready" of a pool is the time from the command given at `began` to its first replica; the parts that follow are
+    those that rank 0 measured. Those with "later" were done in the background or by the first call.
+    """
+    figures: dict[str, float] = {}
+    for event in events:
+        if event["event"] == "gang_started" and f"ready: {event['role']}" not in figures:
+            role = event["role"]
+            figures[f"ready: {role}"] = event["t"] - began
+            figures[f"since it was asked for: {role}"] = event["seconds"]
+            parts = event["ranks"][0].get("start_seconds") or {}
+            figures |= {f"start of {role}: {part}": seconds for part, seconds in parts.items()}
+        elif event["event"] == "start_finished":
+            for part, seconds in event["seconds"].items():
+                figures.setdefault(f"later, {event['role']}: {part}", seconds)
+    return figures
+
+
+def first_over_steady(calls: list[dict[str, Any]]) -> float:
+    """Seconds of the first of the `calls` over the median of the others; nan when it is the only one."""
+    first, *others = sorted(calls, key=lambda call: call["start"])
+    return first["work"] / median(call["work"] for call in others) if others else float("nan")
 
 
 def split_by_overlap(calls: list[dict[str, Any]], others: list[dict[str, Any]]) -> tuple[float, float]:

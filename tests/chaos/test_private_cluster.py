@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -63,6 +64,15 @@ def run(tmp_path) -> Iterator[PrivateRun]:
     run.close()
 
 
+def runs(driver: Driver, name: str) -> bool:
+    """Whether the run has started a process of this name or of this script."""
+    found = b""
+    for pid in driver.processes():
+        with contextlib.suppress(OSError):
+            found += Path(f"/proc/{pid}/cmdline").read_bytes()
+    return name.encode() in found
+
+
 def nothing_is_left(run: PrivateRun, driver: Driver) -> None:
     """Neither processes nor files that the next run would have to wait for."""
     wait_for(lambda: not driver.processes(), lambda: f"the end of {driver.processes()}")
@@ -86,9 +96,11 @@ def test_a_signal_to_everything_that_a_run_started_drains_it(run, send, number):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_while_the_cluster_starts_ends_the_run_in_order(run, number):
+@pytest.mark.parametrize("process", ["private_head.py", "gcs_server"])
+def test_a_signal_while_the_cluster_starts_ends_the_run_in_order(run, process, number):
+    """Its head is launched before it is told what to start, and Ray's processes come once it has been."""
     driver = run.start("[[text:gate]]")
-    run.until(lambda: run.out.events("run_started") and len(driver.processes()) > 1, "first process of the cluster")
+    run.until(lambda: run.out.events("run_started") and runs(driver, process), process)
     driver.signal_all(number)
     assert "drained: " in driver.ends(4)
     assert json.loads((run.out.folder / "run.json").read_text())["state"] == "drained"

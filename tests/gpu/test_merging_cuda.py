@@ -86,7 +86,9 @@ def test_a_shard_gets_the_bits_of_the_whole(shape, dtype):
 
 @pytest.mark.parametrize("clean", ["file", "host", "device"])
 @pytest.mark.parametrize("factors", ["file", "host", "device"])
-def test_every_cache_location_ends_in_the_bits_of_a_fresh_load(files, clean, factors):
+@pytest.mark.parametrize("waits", [True, False])
+def test_every_cache_location_ends_in_the_bits_of_a_fresh_load(files, clean, factors, waits):
+    """Also when switches come before the copies in host memory are there, and while they are taken over."""
     fresh = {}
     for strengths in STRENGTHS:
         model, merging = merger(files, device=DEVICE)
@@ -97,6 +99,9 @@ def test_every_cache_location_ends_in_the_bits_of_a_fresh_load(files, clean, fac
             assert torch.allclose(fresh[strengths][name].float(), value.float(), rtol=2e-2, atol=2e-2), name
     model, merging = merger(files, device=DEVICE)
     merging.cache_sources(0, FreeMemory(0, 0), clean, factors)
+    if waits:
+        merging.take_over(wait=True)
+        assert (merging.clean_weights, merging.lora_factors) == (clean, factors)
     for strengths in [*STRENGTHS, *reversed(STRENGTHS), *STRENGTHS[::2]]:
         merging.switch_to(LoraSetting(strengths))
         for name, parameter in model.named_parameters():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 
@@ -63,6 +64,24 @@ def test_signals_that_come_together_are_one(ended, clock):
             signal.raise_signal(number)
             clock[0] += 0.05
     assert asked == ["SIGTERM"] and not ended
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_what_a_signal_raised_and_an_import_swallowed_is_raised_again(ended, clock, number):
+    with RunSignals() as signals:
+        signals.check()
+        with contextlib.suppress(Stopped):
+            signal.raise_signal(number)
+        for _ in range(2):
+            with pytest.raises(Stopped, match=number.name):
+                signals.check()
+
+
+def test_a_signal_that_an_action_has_taken_is_not_raised(ended, clock):
+    with RunSignals() as signals:
+        signals.action = lambda name: None
+        signal.raise_signal(signal.SIGTERM)
+        signals.check()
 
 
 @pytest.mark.parametrize("number", SIGNALS)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
+import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -150,12 +153,39 @@ def test_a_device_that_makes_nan_is_found_before_it_joins():
         broken.evidence()
 
 
-def test_a_node_that_lacks_what_the_attention_needs_tells_before_it_reads_the_weights(monkeypatch):
-    monkeypatch.setattr(diffusion, "load_shard", lambda *args, **kwargs: pytest.fail("the weights are read"))
+def test_a_node_that_lacks_what_the_attention_needs_reads_no_further(monkeypatch):
+    def endless(*args: object, proceed: Callable[[], None], **kwargs: object) -> None:
+        until = time.monotonic() + 60
+        while time.monotonic() < until:
+            proceed()
+        pytest.fail("the weights are read to the end")
+
+    monkeypatch.setattr(diffusion, "load_shard", endless)
     asked = spec(compile="fused")
     unfit = DiffusionEngine(replace(asked, numerics=replace(asked.numerics, attention="fa3")), Rank())
     with pytest.raises(UnfitNode, match="attention 'fa3' needs CUDA, and this replica runs on cpu"):
         unfit.load()
+
+
+@pytest.mark.parametrize("fails", ["load_shard", "load_upsampler"])
+def test_an_unfit_node_is_named_whatever_else_fails_there_first(monkeypatch, fails):
+    failed = threading.Event()
+
+    def breaks(*_: object, **__: object) -> None:
+        failed.set()
+        raise RuntimeError("no kernel image is available for execution on the device")
+
+    def finds_it_later(*_: object) -> None:
+        assert failed.wait(60)
+        raise UnfitNode("the fused path needs Triton")
+
+    monkeypatch.setattr(diffusion, "load_shard", breaks)
+    if fails == "load_upsampler":
+        monkeypatch.setattr(diffusion, "load_shard", lambda *_, **__: None)
+        monkeypatch.setattr(diffusion.components, "load_upsampler", breaks)
+    monkeypatch.setattr(diffusion, "check_node", finds_it_later)
+    with pytest.raises(UnfitNode, match="needs Triton"):
+        DiffusionEngine(spec(compile="fused"), Rank()).load()
 
 
 def test_a_rank_reports_it_when_it_has_started_and_not_with_calls():

@@ -97,10 +97,10 @@ def saved(tmp_path, **change):
     return tensors, read_header(tmp_path / "m.safetensors").tensors
 
 
-def load(infos, tp):
+def load(infos, tp, proceed=lambda: None):
     with torch.device("meta"):
         model = Layers(tp)
-    load_shard(model, infos, tp, dtype=torch.float32, device=torch.device("cpu"))
+    load_shard(model, infos, tp, dtype=torch.float32, device=torch.device("cpu"), proceed=proceed)
     return model
 
 
@@ -111,6 +111,23 @@ def test_shards_put_together_are_the_file(tmp_path):
     assert torch.equal(torch.cat([s.down.weight for s in shards], 1), tensors["down.weight"])
     assert torch.equal(torch.cat([s.up.bias for s in shards]), tensors["up.bias"])
     assert all(torch.equal(s.down.bias, tensors["down.bias"]) for s in shards)
+
+
+@pytest.mark.parametrize("reads", [0, 1, 3])
+def test_reading_ends_where_it_may_not_proceed(tmp_path, monkeypatch, reads):
+    _, infos = saved(tmp_path)
+    closed = []
+    monkeypatch.setattr(loading._OpenFiles, "close", lambda files: closed.append(files))
+    asked = []
+
+    def proceed():
+        asked.append(len(asked))
+        if len(asked) > reads:
+            raise ValueError("the node is unfit")
+
+    with pytest.raises(ValueError, match="the node is unfit"):
+        load(infos, RankGroup(0, 2), proceed)
+    assert len(asked) == reads + 1 and len(closed) == (reads > 0)
 
 
 @pytest.mark.parametrize(

@@ -53,12 +53,14 @@ any_strengths = st.lists(st.tuples(st.integers(0, 2), one_strength), unique_by=l
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(any_strengths, min_size=1, max_size=6), st.sampled_from(["file", "host", "device"]),
-       st.sampled_from(["file", "host", "device"]), st.integers(0, 6))  # fmt: skip
-def test_any_sequence_of_switches_ends_in_the_bits_of_a_fresh_load(files, sequence, clean, factors, cached_at):
+       st.sampled_from(["file", "host", "device"]), st.integers(0, 6), st.integers(0, 6))  # fmt: skip
+def test_any_sequence_of_switches_ends_in_the_bits_of_a_fresh_load(files, sequence, clean, factors, cached_at, done_at):
     model, merging = merger(files)
     for number, strengths in enumerate(sequence):
         if number == cached_at:  # Some replicas cache their sources only when they switch.
             merging.cache_sources(0, FreeMemory(0, 0), clean, factors)
+        if number == done_at:  # Before that, what goes to host memory is read from the file.
+            merging.take_over(wait=True)
         merging.switch_to(LoraSetting(strengths))
     assert_same(model, expected(files, sequence[-1]))
     assert not merging.switch_to(LoraSetting(sequence[-1]))
@@ -216,6 +218,7 @@ def test_prequantized_values_are_held_exactly_where_nothing_is_merged(files, tmp
     assert_exact()
     if location is not None:
         merging.cache_sources(0, FreeMemory(0, 0), location, location)
+        merging.take_over(wait=True)
         assert merging.clean_weights == location
     for strengths in (STRENGTHS[1], (), STRENGTHS[3]):
         merging.switch_to(LoraSetting(strengths))

@@ -73,6 +73,19 @@ def test_a_run_may_wait_for_a_busy_cluster(monkeypatch):
     ]
 
 
+def test_a_run_that_is_told_to_stop_waits_no_longer(monkeypatch):
+    cluster, said, now = waiting_cluster(monkeypatch, [0], 3600.0)
+
+    def told_to_stop() -> None:
+        if said:
+            raise InterruptedError("SIGTERM")
+
+    monkeypatch.setattr(cluster, "_check_signals", told_to_stop)
+    with pytest.raises(InterruptedError, match="SIGTERM"):
+        cluster._join_running("other:6379")
+    assert len(said) == 1 and now[0] < 60.0
+
+
 def test_a_wait_that_is_over_ends_like_none(monkeypatch):
     cluster, said, now = waiting_cluster(monkeypatch, [2], 12.0)
     with pytest.raises(ValueError, match=r"the pools .* cannot be scheduled: GPUs: 3 needed, 2 free"):

@@ -10,8 +10,12 @@ import tempfile
 
 import pytest
 
+from ltx_ray.checkpoints.checkpoint import Checkpoint
+from ltx_ray.config import ModelFiles, RequestedNumerics
+from ltx_ray.driver.signals import Stopped
 from ltx_ray.placement import private_cluster
 from ltx_ray.placement.private_cluster import PrivateCluster, _blocked, temporary_folder
+from tests.support.checkpoint_files import RELEASED
 
 
 @pytest.fixture
@@ -91,7 +95,68 @@ def test_the_end_of_a_head_that_does_not_start_is_told(monkeypatch, short):
     monkeypatch.setenv("RAY_TMPDIR", short)
     monkeypatch.setattr(sys, "executable", "/bin/false")
     cluster = PrivateCluster()
+    cluster.launch()
     with pytest.raises(ConnectionError, match="the private Ray cluster did not start: its process ended; its logs are"):
         cluster.start(num_cpus=1)
     cluster.end()
     cluster.end()
+
+
+def test_a_head_that_is_never_told_what_to_start_ends_with_its_run(monkeypatch, short):
+    monkeypatch.setenv("RAY_TMPDIR", short)
+    monkeypatch.setattr(private_cluster, "_END_SECONDS", 600)
+    cluster = PrivateCluster()
+    cluster.launch()
+    assert cluster._head is not None and cluster._head.poll() is None
+    process = cluster._head
+    cluster.end()
+    assert process.returncode == 0 and os.listdir(short) == []
+
+
+@pytest.mark.parametrize("why", ["its pools do not fit", "it was told to stop"])
+def test_a_head_ends_with_a_run_that_starts_nothing_on_it(monkeypatch, short, why):
+    """It is launched before the pools are laid out, and the run has not connected to it."""
+    pytest.importorskip("ray")
+    from ltx_ray.placement.cluster import Cluster, _FreeGpus
+    from ltx_ray.placement.sizing import ParallelConfig
+
+    def launch(private: PrivateCluster) -> None:
+        begin(private)
+        heads.append(private._head)
+
+    def told_to_stop() -> None:
+        if why == "it was told to stop":
+            raise Stopped("SIGINT")
+
+    begin, heads = PrivateCluster.launch, []
+    monkeypatch.setenv("RAY_TMPDIR", short)
+    monkeypatch.setattr(private_cluster, "_END_SECONDS", 600)
+    monkeypatch.setattr(PrivateCluster, "prepare", lambda private: None)  # It sets variables of this process.
+    monkeypatch.setattr(PrivateCluster, "launch", launch)
+    monkeypatch.setattr("ltx_ray.placement.cluster._local_gpus", lambda: _FreeGpus(0.0))
+    cluster = Cluster(
+        address=None, parallel=ParallelConfig(), requested=RequestedNumerics(device="cuda"),
+        checkpoint=Checkpoint("c", "2.3.0", RELEASED, {}, 1), model=ModelFiles("", "", ""),
+        engines=lambda numerics: {}, share_cards="off", check_signals=told_to_stop,
+    )  # fmt: skip
+    with pytest.raises((ValueError, Stopped), match="SIGINT" if "told" in why else "GPUs: at least 1 needed"):
+        cluster._start_private()
+    cluster.leave()
+    (head,) = heads
+    assert head is not None and head.returncode == 0
+
+
+@pytest.mark.parametrize("line", [b"", b'{"num_cpus": 1', b"\n", b"\xff" * 100_000 + b"\n"])
+def test_a_head_whose_run_dies_while_it_is_told_what_to_start_ends_too(monkeypatch, short, line):
+    monkeypatch.setenv("RAY_TMPDIR", short)
+    cluster = PrivateCluster()
+    cluster.launch()
+    process = cluster._head
+    assert process is not None and process.stdin is not None
+    process.stdin.write(line)
+    process.stdin.close()
+    try:
+        assert process.wait(600) == 0
+    finally:
+        process.kill()
+        cluster.end()

@@ -371,8 +371,8 @@ class _Rendering:
             run.signals.action = None
             write_last_report(run.store, self._tracker.counts["rows"], run.progress.say)
             run.signals.action = self._driver.request_drain
-        counts, at_fault = recorded_counts(self._tracker.counts), self._tracker.at_fault
-        for line in last_lines(state, counts, at_fault, self._record.clips_per_hour, run.store.name):
+        tracker, rate, is_retry = self._tracker, self._record.clips_per_hour, self._options.retry_failed
+        for line in last_lines(state, tracker.counts, tracker.at_fault, rate, run.store.name, is_retry):
             run.progress.say(line)
         return code
 

@@ -301,7 +301,8 @@ def remove_command(output: str, ids: frozenset[str], failures_only: bool) -> Exi
     """Take rows out of OUTPUT with their clips, latents and pictures, and never render them again.
 
     All rows that share a clip go with it. Waits while a run is at work. Exit code 3 when some ids have no row; rows of
-    theirs are not rendered later either. With --failures-only, FILE may also name places, such as prompts.jsonl:7.
+    theirs are not rendered later either. With --failures-only, FILE may also name rows by their places in
+    a manifest, such as prompts.jsonl:7.
     """
     from ltx_ray.cli.remove import remove, remove_failures
 

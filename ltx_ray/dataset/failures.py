@@ -25,9 +25,10 @@ from ltx_ray.storage.store import Store
 
 
 class FailureScope:
-    """The rows without an item that a run over a whole manifest has found, as illegal ones: older ones have one by now.
+    """The rows without an item, such as illegal ones, that a run over a whole manifest has found.
 
-    When the manifest is this dataset's own failed/, its rows are those of every manifest.
+    Every other row of the manifest has an item now, so that its failure without one is overcome. When the manifest is
+    this dataset's own failed/, its rows are those of every manifest.
     """
 
     def __init__(self, store: Store, manifest: str):
@@ -55,9 +56,14 @@ def place(file: str) -> str:
         return file
 
 
+def place_of_row(source: str) -> str:
+    """`source`, `<manifest>:<row>`, with the location of its manifest as `place` gives it."""
+    file, colon, number = source.rpartition(":")
+    return f"{place(file)}:{number}" if colon else source
+
+
 def same_row(source: str, other: str) -> bool:
-    (file, _, number), (other_file, _, other_number) = source.rpartition(":"), other.rpartition(":")
-    return number == other_number and place(file) == place(other_file)
+    return place_of_row(source) == place_of_row(other)
 
 
 @dataclass

@@ -7,6 +7,7 @@ the next start of a run, fold or removal goes on.
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -15,6 +16,7 @@ import pyarrow as pa
 
 from ltx_ray.dataset import layout
 from ltx_ray.dataset.existing import ExistingRows
+from ltx_ray.dataset.failures import place_of_row
 from ltx_ray.dataset.parts import KEY_COLUMNS, encode_part, take, unreadable
 from ltx_ray.dataset.removed import RemovedRows, record_finished
 from ltx_ray.storage.parquet import read_parquet
@@ -36,16 +38,30 @@ class Leaves(Protocol):
 
 @dataclass
 class NamedFailures:
-    """Rows of failed/ with one of these ids, item_ids or places (`<manifest>:<row>`), and which of these there were."""
+    """Rows of failed/ with one of these ids, item_ids or places, and which of these there were.
+
+    A place is `<manifest>:<row>`, where the manifest is named in any way that `render` takes.
+    """
 
     names: frozenset[str]
     known: set[str] = field(default_factory=set)
 
+    def __post_init__(self) -> None:
+        #: The names by what stands in a row that they name.
+        self._meant: defaultdict[str | None, set[str]] = defaultdict(set)
+        for name in self.names:
+            for value in (name, place_of_row(name)):
+                self._meant[value].add(name)
+
     def numbers_left(self, rows: pa.Table) -> list[int]:
         columns = (rows[name].to_pylist() for name in ("id", "item_id", "source"))
-        found = [self.names & {*values} for values in zip(*columns, strict=True)]
-        self.known.update(*found)
-        return [number for number, names in enumerate(found) if not names]
+        left = []
+        for number, (row_id, item_id, source) in enumerate(zip(*columns, strict=True)):
+            values = self._meant.keys() & {row_id, item_id, place_of_row(source or "")}
+            self.known.update(*(self._meant[value] for value in values))
+            if not values:
+                left.append(number)
+        return left
 
 
 def take_failures(store: Store, failures: NamedFailures, on_parts: OnParts = lambda done, total: None) -> int:

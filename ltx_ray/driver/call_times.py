@@ -11,7 +11,7 @@ from ltx_ray.stages import DIFFUSION_STAGES, TRAITS, Stage
 _NEWEST = 0.1
 #: Seconds of a switch until one has been measured: one H100, the released model.
 SWITCH_SECONDS = 1.5
-#: A call is late after so many times what its stage usually takes, and after two switches more.
+#: A call is late after this multiple of the usual seconds of its stage, plus two switches.
 LATE_TIMES = 4.0
 
 
@@ -32,13 +32,13 @@ class RunningMean:
         return {stage: cls(getattr(traits, trait)) for stage, traits in TRAITS.items()}
 
 
-def calls_a_second(
+def calls_per_second(
     calls: Mapping[tuple[Stage, Stage | None], int],
     seconds: Mapping[Stage, RunningMean],
     stages: Collection[Stage | None],
     following: Stage,
 ) -> float:
-    """How many of the calls of `stages` end in a second; without any, of those after which `following` comes.
+    """How many of the calls of `stages` end per second; without any, of those after which `following` comes.
 
     `calls` are counted by their stage and the stage after it.
     """

@@ -20,7 +20,7 @@ class CallsUnderWay:
     def __init__(self, clock: Callable[[], float]):
         self._clock = clock
         self._began: dict[str, float] = {}
-        #: When the call of an item is late, until that was said.
+        #: When the call of an item becomes late; not of those that `late` has told.
         self._late_at: dict[str, float] = {}
         self._looked = -math.inf
 
@@ -30,12 +30,12 @@ class CallsUnderWay:
         return self._began
 
     def begin(self, item: str, late_after: float) -> None:
-        """A call of the item has been dispatched, which is late after so many seconds."""
+        """A call of the item has been dispatched. `late_after`: the seconds after which it is late."""
         now = self._began[item] = self._clock()
         self._late_at[item] = now + late_after
 
     def late(self) -> list[str]:
-        """The items whose calls have become late since this was asked for; it looks once in a second."""
+        """The items whose calls have become late, each once. It looks once per second and is empty in between."""
         now = self._clock()
         if now - self._looked < _PERIOD:
             return []

@@ -88,7 +88,7 @@ class Driver:
         self._join_cluster, self._on_drain, self._use_stored = join_cluster, on_drain, use_stored
         self._should_stop, self._check_noise, self._clock = should_stop, check_noise, clock
         self._cluster: JoinedCluster | None = None
-        # The next five are there once the cluster is joined.
+        # The next five are set when the cluster is joined.
         self._replicas: ReplicaSet
         self._staff: Staffing
         self._opinions: SecondOpinions
@@ -228,9 +228,9 @@ class Driver:
     def _joined(self) -> JoinedCluster:
         if self._cluster is None:
             cluster = self._cluster = self._join_cluster()
+            self._replicas = cluster.replicas
             self.pools = [Pool(spec, max_failures=self.limits.max_attempts + 1) for spec in cluster.pools]
             self._follow_memory()
-            self._replicas = cluster.replicas
             growth = Growth(self.pools, cluster.new_nodes, cluster.max_gpus)
             self._staff = Staffing(
                 self.pools, cluster.replicas, self.policy, self.limits, self.events, self.progress, growth

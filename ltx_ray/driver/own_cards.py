@@ -20,7 +20,7 @@ from ltx_ray.stages import DIFFUSION_STAGES
 _PERIOD = 60.0
 #: By which part the run has to become faster.
 _WORTH = 0.02
-#: Replicas of the DiT that stay.
+#: Replicas of the DiT that keep running.
 _FEWEST_DIT = 2
 
 
@@ -76,15 +76,16 @@ class OwnCards:
             return None
         self._looked = now
         if (last := self._last) is not None:
-            if last.taker.ready >= last.ready:
-                self._end(last)  # The card is in use.
+            if last.taker.ready >= min(last.ready, last.taker.spec.replicas):
+                self._end(last)  # The card is in use, as far as it is needed by now.
             elif not leaving and _waits(last.taker, placing):
                 return self._undo(last)
         dit = [pool for pool in pools if set(pool.spec.roles) & set(DIFFUSION_STAGES)]
         if self._last is not None or not all(map(_gives_cards, dit)):
             return None
-        ranks = sum(pool.spec.replicas for pool in dit)
-        giver = max(dit, key=lambda pool: pool.spec.replicas)
+        # `needs` are those of all replicas that the DiT should have. Some may wait for a place.
+        wanted, running = sum(pool.spec.replicas for pool in dit), sum(pool.ready for pool in dit)
+        giver = max(dit, key=lambda pool: pool.ready)
         for pool in pools:
             spec, need, lacks_places = pool.spec, needs.get(pool.spec.name), _waits(pool, placing)
             if need is None or spec.most is None or not 0 < spec.gpus_per_rank < 1:
@@ -93,9 +94,9 @@ class OwnCards:
                 continue
             places = int(1 / spec.gpus_per_rank + 1e-6)
             # In clips of a replica of the DiT that never waits.
-            before = min(ranks, ranks * pool.ready / need)
-            after = min(ranks - 1, ranks * (pool.ready + places) / need)
-            if after > (1 + _WORTH) * before and ranks > _FEWEST_DIT and giver.spec.replicas > 1:
+            before = min(running, wanted * pool.ready / need)
+            after = min(running - 1, wanted * (pool.ready + places) / need)
+            if after > (1 + _WORTH) * before and running > _FEWEST_DIT and giver.ready > 1:
                 added = max(0, pool.ready + places - spec.most)
                 withheld = [(other, sum(name in other.replicas for name in placing)) for other in dit]
                 for other, count in [*withheld, (giver, 1)]:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ltx_ray.config import RunLimits
-from ltx_ray.driver.call_times import LATE_TIMES, SWITCH_SECONDS, RunningMean, calls_a_second, switch_seconds
+from ltx_ray.driver.call_times import LATE_TIMES, SWITCH_SECONDS, RunningMean, calls_per_second, switch_seconds
 from ltx_ray.driver.policy_state import Dispatch, Item, Replica, RetryDecision, best_idle, spare_replicas
 from ltx_ray.driver.queue import FairQueue
 from ltx_ray.stages import DIFFUSION_STAGES, FULL_PATH, TRAITS, Stage, needed_results
@@ -177,9 +177,10 @@ class Policy:
         return False
 
     def call_is_late(self, item: str) -> None:
-        """The item's call takes much longer than was to be expected, and may hang: nothing waits for it."""
+        """The item's call takes much longer than expected, and may hang: no replica waits for it."""
         state = self._items.get(item)
-        if state is not None and state.replica is not None and not state.late:  # or the replica was given back
+        # When its replica was given back, it waits for another call.
+        if state is not None and state.replica is not None and not state.late:
             state.late = True
             self._late[state.stage, state.next_stage] += 1
 
@@ -406,7 +407,7 @@ class Policy:
         # With items before it, it waits for space in the next queue, which the servers of that queue make.
         blocked = [after for after, queue in queues.items() if queue]
         calls = self._calls - self._late if any(self._late.values()) else self._calls
-        rate = calls_a_second(calls, self._seconds, blocked, assigned)
+        rate = calls_per_second(calls, self._seconds, blocked, assigned)
         return idle / rate if rate else math.inf
 
     def _move(self, name: str, stage: Stage) -> None:

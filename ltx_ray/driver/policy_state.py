@@ -46,7 +46,7 @@ class Item:
     position: int = 0
     restarts: int = 0
     replica: str | None = None
-    #: Whether its call takes longer than was to be expected.
+    #: Whether its call takes much longer than expected.
     late: bool = False
     #: Bytes of the results that it holds in the object store.
     results: dict[Stage, float] = field(default_factory=dict)

@@ -176,9 +176,14 @@ def summary_line(state: str, counts: Mapping[str, int], rate: float | None, outp
     return f"{state}: {counts['rows']} rows, {', '.join(parts)}"
 
 
-def last_lines(state: str, counts: Mapping[str, int], at_fault: int, rate: float | None, output: str) -> Iterator[str]:
-    """The last lines of a run. `at_fault`: rows that failed by their own fault, without illegal ones."""
-    if at_fault and state == "finished":
+def last_lines(
+    state: str, counts: Mapping[str, int], at_fault: int, rate: float | None, output: str, is_retry: bool = False
+) -> Iterator[str]:
+    """The last lines of a run. `at_fault`: rows that failed by their own fault, without illegal ones.
+
+    `is_retry`: the same command renders those again.
+    """
+    if at_fault and state == "finished" and not is_retry:
         yield retry_line(at_fault, output)
     yield summary_line(state, counts, rate, output)
 

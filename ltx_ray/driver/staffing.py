@@ -87,7 +87,12 @@ class Staffing:
         if self._all_served():
             self._spare_places.forget()
         else:
-            stuck = stuck_pools(self.pools, self._replicas.placing())
+            # One that has its place waits for its process alone, for which nothing has to become free.
+            stuck = [
+                pool
+                for pool in stuck_pools(self.pools, self._replicas.placing())
+                if not any(map(self._replicas.has_place, pool.replicas))
+            ]
         makes_room = self._make_room(stuck, now)
         self.left_alone.retry(now, bool(stuck) and not makes_room)
         self._retire_leaving()
@@ -135,13 +140,12 @@ class Staffing:
         A replica that leaves already makes room, too.
         """
         spare = self._spare_places
-        waiting = [pool for pool in stuck if not any(map(self._replicas.has_place, pool.replicas))]
-        if waiting and self._place_becomes_free():
+        if stuck and self._place_becomes_free():
             spare.leaves(now)
             return True
-        if (unused := spare.unused([pool.spec.name for pool in waiting], now)) is not None:
+        if (unused := spare.unused([pool.spec.name for pool in stuck], now)) is not None:
             self._give_back_place(unused)
-        for taker in waiting:
+        for taker in stuck:
             made = spare.choose(taker, self.pools, self._is_idle, self.ranks_of, self.left_alone.nodes, now)
             if made is None:
                 continue

@@ -204,9 +204,8 @@ class RowTracker:
             self.counts["rows"] += 1
             if planned.status == DONE:
                 self.counts["already_done"] += 1
-                if existing.failed_count and existing.failure(planned.item_id, planned.key):
-                    # The run that finished the row was killed before it could remove the row's failure.
-                    self._forget_failure(planned)
+                if existing.failed_count:
+                    self._forget_failures_of_done(planned)
             elif planned.status == FAILED:
                 self.counts["failed"] += 1
             elif planned.status == COPY:
@@ -289,6 +288,16 @@ class RowTracker:
 
     def _forget_failure(self, planned: PlannedRow) -> None:
         self.publisher.submit(lambda: self.writer.forget_failure(planned.item_id, planned.id), _nothing)
+
+    def _forget_failures_of_done(self, planned: PlannedRow) -> None:
+        """A row was done before, and may have a failure nevertheless."""
+        raw, existing = planned.raw, self.plan.existing
+        if existing.failure(planned.item_id, planned.key):
+            # The run that finished the row was killed before it could remove the row's failure.
+            self._forget_failure(planned)
+        if raw.values.get("images") and existing.failures_of_key(layout.row_key(raw.source)):
+            # A later run could not read its image, and so could not tell that it was done.
+            self.publisher.submit(lambda: self.writer.forget_unplanned(raw), _nothing)
 
     def call_begins(self, tracked: TrackedItem, stage: Stage, time: float) -> None:
         """A call of `stage` is dispatched at `time` of `time.monotonic`."""

@@ -20,7 +20,7 @@ _SOME = 0.001
 def wait_for_first_node(
     nodes: Callable[[], Sequence[GpuNode]], model: str | None, seconds: float, say: Callable[[str], None]
 ) -> None:
-    """Have a node with a GPU brought, of `model` (Ray's name) where one is named, unless the cluster has one.
+    """Have a node with a GPU brought, unless the cluster has one of whatever model. `model`: that of its GPUs, for Ray.
 
     `nodes`: those with GPUs, as they are now. `say` is told once when there are none. Raises ValueError when none has
     come after `seconds`.

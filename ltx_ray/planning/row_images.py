@@ -14,7 +14,7 @@ from ltx_ray.storage.retry import StoreUnavailable, is_permanent
 
 
 class UnreadableImage(Exception):
-    """A conditioning image of a row is missing, is kept from us, or cannot be used."""
+    """A conditioning image of a row is missing, may not be read, or cannot be used."""
 
     def __init__(self, path: str, reason: str):
         super().__init__(f"{path}: {reason}")

@@ -104,7 +104,7 @@ class HubFiles:
             except PermissionError:
                 if refused is not None:
                     raise
-                refused = address  # It is signed, and ends to be valid after a while.
+                refused = address  # It is signed, and expires after a while.
                 return read()
 
         try:

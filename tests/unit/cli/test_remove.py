@@ -17,13 +17,14 @@ from ltx_ray.dataset.fold import fold_output
 from ltx_ray.dataset.parts import list_segments
 from ltx_ray.dataset.writer import DatasetWriter
 from ltx_ray.manifest.raw import RawRow
+from ltx_ray.manifest.reader import read_manifest
 from ltx_ray.manifest.rules import RowRules
 from ltx_ray.planning.plan import ItemBuilder, Plan
 from ltx_ray.storage.store import Store
 from tests.support.damaged_dataset import ITEMS, as_one_row_parts, build, clip_of
 from tests.support.datasets import dataset_writer, finish, row_log, rows_in
 from tests.support.results import CRASH, NAN, RENDERED
-from tests.support.samples import request
+from tests.support.samples import request, write_jsonl
 
 #: The rows that `build` makes: two of the first item, and one of each other.
 FIRST, SECOND, THIRD = ITEMS
@@ -115,6 +116,20 @@ def test_failures_alone_are_named_by_id_item_or_place_and_may_be_rendered_again(
     assert not list_existing(store).removed, "nothing is barred"
     assert cmd(store, "d", options=("--failures-only",))[0] == 0
     assert list_existing(store).failed_count == 0
+
+
+def test_a_place_is_named_as_the_manifest_is_for_render(tmp_path, monkeypatch, cmd):
+    """Relative to the working directory: what failed/ has of it is absolute."""
+    store = Store(str(tmp_path / "out"))
+    manifest = write_jsonl(tmp_path / "my prompts.jsonl", [{"prompt": ""}, {"prompt": ""}])
+    writer = dataset_writer(store)
+    for raw in read_manifest(manifest):
+        writer.write_illegal(raw, ["prompt is empty"])
+    writer.log.commit()
+    monkeypatch.chdir(tmp_path)
+    assert cmd(store, "my prompts.jsonl:2", "s3://no//place:1", options=("--failures-only",))[0] == 3
+    assert [row["source"] for row in rows_in(store, layout.FAILED)] == [f"{manifest}:1"]
+    assert cmd(store, f"{manifest}:1", options=("--failures-only",))[0] == 0
 
 
 def test_failures_of_earlier_versions_parts_can_be_taken_out_alone(store):

@@ -95,6 +95,30 @@ def test_a_pool_that_lacks_places_and_bounds_nothing_gets_no_card():
     assert run.look(1.0, {"decode-7": 500.0}) is None
 
 
+def test_the_last_replicas_of_the_dit_that_run_keep_their_cards():
+    run = Run()
+    for pool in run.pools[1:3]:
+        pool.replicas = dict.fromkeys(pool.replicas, False) | {f"{pool.spec.name}-0": True}
+    run.pools[3].replicas = {"decode-0": True, "decode-7": False}
+    lost = {name: 400.0 for pool in run.pools for name, ready in pool.replicas.items() if not ready}
+    assert run.look(39.0, lost) is None and run.sizes == [28, 12, 3]
+
+
+def test_decoders_that_keep_up_with_the_replicas_of_the_dit_that_run_get_no_card():
+    run = Run()
+    run.pools[1].replicas = {f"stage1-{n}": n < 8 for n in range(28)}
+    lost = {f"stage1-{n}": 400.0 for n in range(8, 28)}
+    assert run.look(5.0, lost) is None, "of 40, 20 run, and decoders for 24 clips are ready"
+
+
+def test_what_others_do_not_ask_for_is_theirs_again_when_the_pool_needs_fewer_than_the_card_takes():
+    run = Run()
+    run.pools[1].replicas["stage1-4"] = False
+    assert run.look(6.0, {"stage1-4": 400.0}) == ("stage1", "decode") and run.sizes == [26, 12, 8]
+    run.pools[3].spec = replace(run.pools[3].spec, replicas=3)  # as driver/pool_sizer.py has decided meanwhile
+    assert run.look(1.0) is None and run.sizes == [27, 12, 8]
+
+
 def test_a_card_that_was_in_use_is_not_given_back_when_a_decoder_is_lost_later():
     run = Run()
     run.look(6.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -55,6 +56,7 @@ class PolicyMachine(RuleBasedStateMachine):
         self.admitted: set[str] = set()
         self.ended: set[str] = set()
         self.measured: set[str] = set()
+        self.late: set[str] = set()
         self.most_servers = dict.fromkeys(Stage, 1)
         self.most_upstream = dict.fromkeys(Stage, 0)
 
@@ -158,6 +160,14 @@ class PolicyMachine(RuleBasedStateMachine):
         path = FULL_PATH if reroute and self.path[item] == PATH_FROM_STORED else None
         self._check_restart(item, path, self.policy.inputs_lost(item, path))
 
+    @precondition(lambda self: self.path)
+    @rule(data=st.data())
+    def be_late(self, data):
+        """A call, or that of an item that is back in its queue because its replica was given back meanwhile."""
+        item = data.draw(st.sampled_from(sorted(self.path)))
+        self.policy.call_is_late(item)
+        self.late.add(item)
+
     # --- the model -------------------------------------------------------------------------------
 
     def _some_call(self, data) -> Dispatch:
@@ -248,6 +258,12 @@ class PolicyMachine(RuleBasedStateMachine):
         self.running[name] = call
 
     # --- what always holds -----------------------------------------------------------------------
+
+    @invariant()
+    def calls_are_late_until_they_end(self):
+        self.late &= {call.item for call in self.running.values()}
+        assert +self.policy._late == Counter((self._stage(item), self._following(item)) for item in self.late)
+        assert self.policy._late <= self.policy._calls
 
     @invariant()
     def no_item_is_lost_or_doubled(self):

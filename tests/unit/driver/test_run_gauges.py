@@ -99,6 +99,19 @@ def test_calls_are_told_however_the_run_ends(tmp_path):
     assert values["ltx_ray_stage_calls", "stage1", "true"] == values["ltx_ray_call_seconds", "stage1"] > 0
 
 
+def test_a_run_that_ends_as_it_joins_its_cluster_has_its_gpu_time_in_the_record(tmp_path):
+    driver, _ = run(tmp_path, rows(1))
+    joined = driver._join_cluster()
+
+    def gone() -> float:
+        raise OSError("the cluster does not answer")
+
+    driver._join_cluster = lambda: replace(joined, max_bytes=gone)
+    with pytest.raises(OSError, match="does not answer"):
+        driver.run(driver.tracker.plan.open())
+    assert driver.gpu_seconds() == joined.replicas.gpu_seconds()
+
+
 def test_requests_to_stores_are_told_once(tmp_path):
     """Those of this process, and of ranks whose reports have arrived."""
     driver, _ = run(tmp_path, rows(3))

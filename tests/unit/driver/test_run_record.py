@@ -213,3 +213,4 @@ def test_a_run_that_has_finished_says_how_rows_at_fault_are_rendered_again():
     assert last == "finished: 9 rows, 4 rendered, 3 failed, 2 illegal, listed in /out/failed"
     assert list(last_lines("finished", counts, 0, None, "/out")) == [last], "failures of the infrastructure and illegal"
     assert len(list(last_lines("drained", counts, 2, None, "/out"))) == 1
+    assert list(last_lines("finished", counts, 2, None, "/out", is_retry=True)) == [last], "it passes over none"

@@ -179,6 +179,15 @@ def test_one_that_waits_for_its_process_alone_needs_no_place():
     assert run.replicas.killed == ["stage1-0"]
 
 
+def test_no_failed_card_is_tried_early_for_one_that_waits_for_its_process_alone():
+    run = stuck_run()
+    run.replicas.waits["text-1"] = LATE
+    run.turn(now=17.0)
+    run.replicas.placed = {"text-1"}
+    assert run.turn(now=18.0) == ["stage1-3"], "its place is taken"
+    assert run.replicas.released == [], "that of text-0, which is left alone until 31 s"
+
+
 def test_a_short_wait_is_no_reason():
     run = stuck_run()
     run.replicas.waits["text-1"] = 14.0

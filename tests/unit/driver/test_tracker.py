@@ -336,6 +336,31 @@ def test_a_failed_row_whose_image_is_then_out_of_reach_has_two_failures_until_it
     assert output.ids("failed") == [] and output.ids("index") == ["a"]
 
 
+def test_a_row_that_is_done_has_no_failure_left_of_a_run_that_could_not_read_its_image(output):
+    """Without its image, that run could not know that it was done. This one does not take all rows."""
+
+    def gone(path):
+        raise ImageOutOfReach(path, "nobody answers")
+
+    reads = BuilderWithImages(lambda path: "d" * 32)
+    row = {"id": "a", "prompt": "a cat", "images": [{"path": "a.png"}]}
+    output.open([row], builder=reads)
+    (tracked,) = output.take()
+    output.tracker.finish(tracked, CLIP, "{}")
+    output.settle()
+    output.close()
+    output.open([row], builder=BuilderWithImages(gone))
+    assert output.take() == []
+    output.settle()
+    output.close()
+    assert output.ids("failed") == ["a"]
+    output.open([row], builder=reads)
+    assert output.take() == [] and output.tracker.counts["already_done"] == 1
+    output.settle()
+    output.tracker.close(complete=False)
+    assert output.ids("failed") == [] and output.ids("index") == ["a"]
+
+
 def test_a_retry_of_a_row_whose_image_was_out_of_reach_asks_for_the_clip_that_it_asked_for(output):
     def gone(path):
         raise ImageOutOfReach(path, "nobody answers")

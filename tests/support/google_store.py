@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import socket
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
+
+from tests.support.http_server import Answers, LocalServer
 
 _TIME = "2026-01-01T00:00:00.000Z"
 _DATE = "Thu, 01 Jan 2026 00:00:00 GMT"
@@ -26,14 +26,12 @@ class GoogleStore:
         self.faults: list[int | str] = []
         store, lock, generations = self, threading.Lock(), iter(range(1, 10**6))
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
+        class Handler(Answers):
             def do_POST(self) -> None:
                 assert self.path == "/token"
                 self.rfile.read(int(self.headers["content-length"]))
                 answer = {"access_token": "TOKEN", "expires_in": 3600, "token_type": "Bearer"}
-                self._answer(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
+                self.answer(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
             def do_PUT(self) -> None:
                 data, key = self.rfile.read(int(self.headers["content-length"])), self._key()
@@ -41,9 +39,9 @@ class GoogleStore:
                     present = store.objects.get(key, (0, b""))[0]
                     expected = self.headers.get("x-goog-if-generation-match")
                     if expected is not None and int(expected) != present:
-                        return self._answer(412)
+                        return self.answer(412)
                     store.objects[key] = (next(generations), data)
-                    self._answer(200, headers=self._version(key))
+                    self.answer(200, headers=self._version(key))
 
             def do_GET(self) -> None:
                 key = self._key()
@@ -52,23 +50,23 @@ class GoogleStore:
                 with lock:
                     fault = store.faults.pop(0) if store.faults else None
                 if isinstance(fault, int) or key not in store.objects:
-                    return self._answer(fault if isinstance(fault, int) else 404)
+                    return self.answer(fault if isinstance(fault, int) else 404)
                 version, content = self._version(key), store.objects[key][1]
                 if self.headers.get("if-match", version["ETag"]) != version["ETag"]:
-                    return self._answer(412)
+                    return self.answer(412)
                 if (asked := self.headers.get("range")) is None:
-                    return self._answer(200, content, version, cut=fault == "cut")
+                    return self.answer(200, content, version, cut=fault == "cut")
                 first, last = map(int, asked.removeprefix("bytes=").split("-"))
                 part = content[first : last + 1]
                 if not part:
-                    return self._answer(416)
+                    return self.answer(416)
                 version["Content-Range"] = f"bytes {first}-{first + len(part) - 1}/{len(content)}"
-                self._answer(206, part, version, cut=fault == "cut")
+                self.answer(206, part, version, cut=fault == "cut")
 
             do_HEAD = do_GET
 
             def do_DELETE(self) -> None:
-                self._answer(204 if store.objects.pop(self._key(), None) else 404)
+                self.answer(204 if store.objects.pop(self._key(), None) else 404)
 
             def _key(self) -> str:
                 authorization = self.headers.get("authorization")
@@ -89,30 +87,10 @@ class GoogleStore:
                     for key, (_, data) in sorted(store.objects.items())
                     if key.startswith(prefix)
                 )
-                self._answer(200, f"<ListBucketResult>{contents}</ListBucketResult>".encode())
+                self.answer(200, f"<ListBucketResult>{contents}</ListBucketResult>".encode())
 
-            def _answer(
-                self, code: int, content: bytes = b"", headers: dict[str, str] | None = None, cut: bool = False
-            ) -> None:
-                self.send_response(code)
-                for name, value in {**(headers or {}), "Content-Length": str(len(content))}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                if self.command != "HEAD":
-                    self.wfile.write(content[: len(content) // 2] if cut else content)
-                if cut:
-                    self.wfile.flush()
-                    self.connection.shutdown(socket.SHUT_RDWR)
-                    self.close_connection = True
-
-            def log_message(self, *args: object) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.address = f"127.0.0.1:{self._server.server_address[1]}"
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        self._server = LocalServer(Handler)
+        self.address = f"127.0.0.1:{self._server.port}"
 
     def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        self._server.close()

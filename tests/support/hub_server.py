@@ -6,12 +6,12 @@ import hashlib
 import itertools
 import json
 import re
-import socket
 import threading
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from tests.support.http_server import Answers, LocalServer
 
 REPO, COMMIT, OTHER_COMMIT = "org/repo", "c0ffee" * 6 + "c0ff", "5eed" * 10
 #: From how many bytes a file is kept in the store for large ones, to which the Hub refers.
@@ -39,9 +39,7 @@ class HubServer:
         self._signatures, self._valid = itertools.count(), -1
         hub, lock = self, threading.Lock()
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
+        class Handler(Answers):
             def serve(self) -> None:
                 url = urlsplit(self.path)
                 path, query = unquote(url.path).strip("/"), parse_qs(url.query)
@@ -56,9 +54,9 @@ class HubServer:
                     if fault == "expired":
                         hub._valid = next(hub._signatures)
                 if isinstance(fault, int):
-                    return self._answer(fault)
+                    return self.answer(fault)
                 if kind != "store" and hub.token is not None and authorization != f"Bearer {hub.token}":
-                    return self._answer(401, headers={"X-Error-Code": "GatedRepo"})
+                    return self.answer(401, headers={"X-Error-Code": "GatedRepo"})
                 getattr(self, f"_{kind}")(path, query, fault)
 
             do_GET = do_HEAD = serve
@@ -70,7 +68,7 @@ class HubServer:
                 return "store" if path.startswith("store/") else "resolve"
 
             def _missing(self, what: str) -> None:
-                self._answer(404, headers={"X-Error-Code": f"{what}NotFound"})
+                self.answer(404, headers={"X-Error-Code": f"{what}NotFound"})
 
             def _api(self, path: str, query: dict[str, list[str]], fault: object) -> None:
                 found = re.fullmatch(rf"api/models/{REPO}(?:/revision/(.*))?", path)
@@ -101,46 +99,27 @@ class HubServer:
                 content, digest = file.read_bytes(), hub._digest(file)
                 headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{digest}"'}
                 if len(content) < LARGE:
-                    return self._answer(200, content, headers)  # as a small file comes: whole
+                    return self.answer(200, content, headers)  # as a small file comes: whole
                 with lock:
                     place = f"/store/{name}?signature={next(hub._signatures)}"
                 linked = {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(content))}
-                self._answer(302, headers={**headers, **linked, "Location": hub.store_url + place})
+                self.answer(302, headers={**headers, **linked, "Location": hub.store_url + place})
 
             def _store(self, path: str, query: dict[str, list[str]], fault: object) -> None:
                 if int(query["signature"][0]) <= hub._valid:
-                    return self._answer(403)
+                    return self.answer(403)
                 content = (hub.folder / path.removeprefix("store/")).read_bytes()
                 first, last = map(int, self.headers["range"].removeprefix("bytes=").split("-"))
                 part = content if fault == "whole" else content[first : last + 1]
-                self._answer(200 if fault == "whole" else 206, part, cut=fault == "cut")
+                self.answer(200 if fault == "whole" else 206, part, cut=fault == "cut")
 
             def _json(self, value: object, headers: dict[str, str] | None = None) -> None:
-                self._answer(200, json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})})
+                self.answer(200, json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})})
 
-            def _answer(
-                self, code: int, content: bytes = b"", headers: dict[str, str] | None = None, cut: bool = False
-            ) -> None:
-                self.send_response(code)
-                for name, value in {**(headers or {}), "Content-Length": str(len(content))}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                if self.command != "HEAD":
-                    self.wfile.write(content[: len(content) // 2] if cut else content)
-                if cut:
-                    self.wfile.flush()
-                    self.connection.shutdown(socket.SHUT_RDWR)
-                    self.close_connection = True
-
-            def log_message(self, *args: object) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        port = self._server.server_address[1]
+        self._server = LocalServer(Handler)
+        port = self._server.port
         # Two names of this machine, so that the store is another host than the Hub.
         self.url, self.store_url = f"http://127.0.0.1:{port}", f"http://localhost:{port}"
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
     def counts(self) -> Counter[str]:
         """How many requests came, by what they asked for."""
@@ -171,5 +150,4 @@ class HubServer:
         return {"type": "file", "path": name, "oid": digest, "size": size, "lfs": lfs}
 
     def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        self._server.close()

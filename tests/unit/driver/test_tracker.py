@@ -279,11 +279,12 @@ def test_an_illegal_row_that_is_corrected_at_its_place_leaves_failed_when_it_is_
     assert output.ids("failed") == ["c"]
 
 
+def gone(path):
+    raise ImageOutOfReach(path, "nobody answers")
+
+
 def test_a_row_whose_image_is_out_of_reach_failed_because_of_the_infrastructure(output):
     """The same command renders it, and its failure is gone, also when the run ends before its manifest does."""
-
-    def gone(path):
-        raise ImageOutOfReach(path, "nobody answers")
 
     row = {"id": "a", "prompt": "a cat", "images": [{"path": "a.png"}], "note": 1}
     output.open([row, *rows("b")], builder=BuilderWithImages(gone))
@@ -312,9 +313,6 @@ def test_a_failed_row_whose_image_is_then_out_of_reach_has_two_failures_until_it
     still that item. A retry takes the row once.
     """
 
-    def gone(path):
-        raise ImageOutOfReach(path, "nobody answers")
-
     reads = BuilderWithImages(lambda path: "d" * 32)
     row = {"id": "a", "prompt": "a cat", "images": [{"path": "a.png"}]}
     output.open([row], builder=reads)
@@ -339,9 +337,6 @@ def test_a_failed_row_whose_image_is_then_out_of_reach_has_two_failures_until_it
 def test_a_row_that_is_done_has_no_failure_left_of_a_run_that_could_not_read_its_image(output):
     """Without its image, that run could not know that it was done. This one does not take all rows."""
 
-    def gone(path):
-        raise ImageOutOfReach(path, "nobody answers")
-
     reads = BuilderWithImages(lambda path: "d" * 32)
     row = {"id": "a", "prompt": "a cat", "images": [{"path": "a.png"}]}
     output.open([row], builder=reads)
@@ -362,9 +357,6 @@ def test_a_row_that_is_done_has_no_failure_left_of_a_run_that_could_not_read_its
 
 
 def test_a_retry_of_a_row_whose_image_was_out_of_reach_asks_for_the_clip_that_it_asked_for(output):
-    def gone(path):
-        raise ImageOutOfReach(path, "nobody answers")
-
     reads = BuilderWithImages(lambda path: "d" * 32)
     row = {"id": "a", "prompt": "a cat", "images": [{"path": "a.png"}]}
     output.open([row], builder=reads, samples=2)

@@ -301,8 +301,8 @@ def remove_command(output: str, ids: frozenset[str], failures_only: bool) -> Exi
     """Take rows out of OUTPUT with their clips, latents and pictures, and never render them again.
 
     All rows that share a clip go with it. Waits while a run is at work. Exit code 3 when some ids have no row; rows of
-    theirs are not rendered later either. With --failures-only, FILE may also name rows by their places in
-    a manifest, such as prompts.jsonl:7.
+    theirs are not rendered later either. With --failures-only, FILE may also name rows by their places in a manifest,
+    such as prompts.jsonl:7.
     """
     from ltx_ray.cli.remove import remove, remove_failures
 
@@ -314,21 +314,17 @@ def remove_command(output: str, ids: frozenset[str], failures_only: bool) -> Exi
         done = remove_failures(store, ids, progress.say, progress.counting("parts read"))
         progress.clear()
         click.echo(f"{done.rows} rows taken out of failed/; clips and other rows are as they were")
-        if done.unknown:
-            shown = ", ".join(sorted(done.unknown)[:10])
-            click.echo(
-                f"--ids: {len(done.unknown)} names have no row in {store.name}/failed, such as {shown}", err=True
-            )
-        return ExitCode.FAILED_ROWS if done.unknown else ExitCode.OK
-    done = remove(store, ids, progress.say, progress.counting("parts read"))
-    progress.clear()
-    click.echo(f"{done.rows} rows of {done.items} clips removed; they are not rendered again")
-    if done.unknown:
-        shown = ", ".join(sorted(done.unknown)[:10])
-        click.echo(
-            f"--ids: {len(done.unknown)} ids have no row in {store.name}, such as {shown}; they are not rendered later",
-            err=True,
+        unknown = f"--ids: {len(done.unknown)} names have no row in {store.name}/failed, such as {done.some_unknown}"
+    else:
+        done = remove(store, ids, progress.say, progress.counting("parts read"))
+        progress.clear()
+        click.echo(f"{done.rows} rows of {done.items} clips removed; they are not rendered again")
+        unknown = (
+            f"--ids: {len(done.unknown)} ids have no row in {store.name}, such as {done.some_unknown}; they are not "
+            "rendered later"
         )
+    if done.unknown:
+        click.echo(unknown, err=True)
     return ExitCode.FAILED_ROWS if done.unknown else ExitCode.OK
 
 

@@ -28,6 +28,11 @@ class Removal:
     items: int
     unknown: frozenset[str]
 
+    @property
+    def some_unknown(self) -> str:
+        """A few of the unknown ids, for a message."""
+        return ", ".join(sorted(self.unknown)[:10])
+
 
 def remove(store: Store, ids: frozenset[str], say: Callable[[str], None], on_parts: OnParts) -> Removal:
     """Take down the rows with these ids, and all rows that share their clips. No run renders them again.

@@ -72,6 +72,7 @@ def test_short_clips_show_each_frame_once(count):
     assert opened(sheet.webp()).any()
 
 
+@pytest.mark.slow
 def test_a_sheet_of_noise_stays_small():
     noise = np.random.default_rng(1).integers(16, 235, (9, 3 * 1088 // 2, 1920), dtype=np.uint8)
     assert len(sheet_of(noise, 9)) < 120_000

@@ -134,7 +134,8 @@ def test_a_head_is_found_and_another_service_is_not(serve):
 
 
 def test_a_server_that_says_nothing_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr("ltx_ray.placement.address._GREETING_SECONDS", 0.2)
+    for name in ("_GREETING", "_ANSWER"):
+        monkeypatch.setattr(f"ltx_ray.placement.address.{name}_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         assert "does not answer as a head" in refusal(f"127.0.0.1:{silent.getsockname()[1]}")
 

@@ -57,6 +57,7 @@ def test_locations_of_the_hub(uri):
     assert hub_location(uri) == hub_location(uri + "/") == uri
 
 
+@pytest.mark.slow
 def test_files_and_folders_are_those_of_a_copy(hub, toy, tmp_path):
     shutil.copytree(toy["gemma_root"], hub.folder / "gemma")
     shutil.copy(toy["checkpoint_path"], hub.folder / "dev.safetensors")
@@ -70,6 +71,7 @@ def test_files_and_folders_are_those_of_a_copy(hub, toy, tmp_path):
     assert Path(place.checkpoint_path).read_bytes() == Path(toy["checkpoint_path"]).read_bytes()
 
 
+@pytest.mark.slow
 def test_fetch_downloads_a_model_of_the_hub(hub, toy):
     for field in ("checkpoint_path", "spatial_upsampler_path", "distilled_lora"):
         shutil.copy(toy[field], hub.folder / f"{field}.safetensors")

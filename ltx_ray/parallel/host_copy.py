@@ -19,13 +19,13 @@ from dataclasses import dataclass
 
 import torch
 
+from ltx_ray.parallel.alignment import aligned
+
 #: Host memory is allocated and pinned in slabs of this size. The driver holds its locks while it pins one, and stage 1
 #: launches its kernels in between.
 SLAB_BYTES = 256 * 2**20
 #: Threads that fill and pin slabs. The readers of another replica, Gemma and x264 need cores, too.
 _THREADS = 4
-#: Slices of a slab start at multiples of this, as copy engines prefer.
-_ALIGNMENT = 256
 
 
 class HostCopyFailed(RuntimeError):
@@ -115,12 +115,12 @@ class HostCopy:
             self._failure = self._failure or reason
 
     def _copy(self, tensors: list[HostTensor]) -> None:
-        slab = _Slab(sum(_aligned(tensor.nbytes) for tensor in tensors))
+        slab = _Slab(sum(aligned(tensor.nbytes) for tensor in tensors))
         found, start = dict[str, torch.Tensor](), 0
         for tensor in tensors:
             memory = slab.memory[start : start + tensor.nbytes]
             found[tensor.name] = memory.view(tensor.dtype).view(tensor.shape)
-            start += _aligned(tensor.nbytes)
+            start += aligned(tensor.nbytes)
         self._read(found)
         if self._device.type == "cuda":
             slab.pin(self._device)
@@ -171,14 +171,10 @@ def _slabs(tensors: Iterable[HostTensor]) -> Iterable[list[HostTensor]]:
     slab: list[HostTensor] = []
     size = 0
     for tensor in tensors:
-        if slab and size + _aligned(tensor.nbytes) > SLAB_BYTES:
+        if slab and size + aligned(tensor.nbytes) > SLAB_BYTES:
             yield slab
             slab, size = [], 0
         slab.append(tensor)
-        size += _aligned(tensor.nbytes)
+        size += aligned(tensor.nbytes)
     if slab:
         yield slab
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT

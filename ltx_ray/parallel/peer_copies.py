@@ -21,6 +21,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 
+from ltx_ray.parallel.alignment import aligned
 from ltx_ray.parallel.collectives import Pending, ProcessGroup, Transport, one_by_one
 from ltx_ray.parallel.head_exchange import HeadPlaces, HeadShape, Write
 from ltx_ray.parallel.stream_operations import StreamOperations
@@ -30,8 +31,6 @@ U = TypeVar("U")
 
 #: Sums of more bytes are left to the process group. Those of the fused path are small.
 _MAX_SUM_BYTES = 2**20
-#: What is laid side by side in a slot begins at multiples of this.
-_ALIGNMENT = 256
 _LEAST_SLOT = 2**22
 _FLAG_BYTES = 4
 _log = logging.getLogger(__name__)
@@ -189,14 +188,14 @@ class PeerCopies:
         result is waited for, it holds what is copied from and to.
         """
         sizes = [tensor.nbytes for tensor in tensors]
-        slot = self._next_slot(sum(math.ceil(size / _ALIGNMENT) * _ALIGNMENT for size in sizes))
+        slot = self._next_slot(sum(aligned(size) for size in sizes))
 
         def laid_out(rank: int) -> list[torch.Tensor]:
             whole, at, views = self.slots.of(rank, slot), 0, []
             for number, tensor in enumerate(tensors):
                 views.append(whole[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape))
                 if by_rank is None or number // by_rank != rank:
-                    at += math.ceil(tensor.nbytes / _ALIGNMENT) * _ALIGNMENT
+                    at += aligned(tensor.nbytes)
             return views
 
         for number, (place, tensor) in enumerate(zip(laid_out(self.rank), tensors, strict=True)):

@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 
 from ltx_ray.checkpoints.safetensors import TensorInfo
+from ltx_ray.parallel.alignment import aligned
 from ltx_ray.parallel.collectives import SINGLE_RANK, RankGroup
 from ltx_ray.parallel.host_copy import HostCopy, HostMemory, HostTensor
 from ltx_ray.parallel.loading import TORCH_DTYPES, ShardRead, read_shards, shard_shape, with_context
@@ -26,8 +27,6 @@ _BATCH_BYTES = 128 * 2**20
 #: Device buffers of the ring through which tensors come from host memory, and how large the ring may grow.
 _RING_BUFFERS = 3
 _RING_BYTES = 64 * 2**20
-#: Slices of a buffer start at multiples of this, as copy engines prefer.
-_ALIGNMENT = 256
 
 #: "gang": each rank keeps its share on the device and broadcasts it to its peers.
 Location = Literal["file", "host", "device", "gang"]
@@ -273,7 +272,7 @@ class WeightCache:
     def _copy_through_ring(self, groups: Sequence[Sequence[str]]) -> Iterator[list[torch.Tensor]]:
         """Groups from pinned memory, copied while earlier ones are in use, through a fixed ring of device buffers."""
         main, side = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)
-        buffer_bytes = max((sum(_aligned(self.nbytes(n)) for n in names) for names in groups), default=0)
+        buffer_bytes = max((sum(aligned(self.nbytes(n)) for n in names) for names in groups), default=0)
         # Several LoRAs of a high rank make large groups. Two buffers then keep the ring small.
         count = _RING_BUFFERS if _RING_BUFFERS * buffer_bytes <= _RING_BYTES else 2
         buffers = [torch.empty(buffer_bytes, dtype=torch.uint8, device=self._device) for _ in range(count)]
@@ -292,7 +291,7 @@ class WeightCache:
                     tensor = buffer[offset : offset + size].view(self._dtype_of(name)).view(self.shape(name))
                     tensor.copy_(self._cached[name], non_blocking=True)
                     tensors.append(tensor)
-                    offset += _aligned(size)
+                    offset += aligned(size)
             copied.append((tensors, side.record_event()))
 
         for number in range(min(count - 1, len(groups))):
@@ -311,7 +310,3 @@ class WeightCache:
         if self._dtype is None or source.keeps_dtype:
             return TORCH_DTYPES[source.info.dtype]
         return self._dtype
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT

@@ -13,20 +13,18 @@ from ltx_ray.storage.images import check_image, image_digest
 from ltx_ray.storage.retry import StoreUnavailable, is_permanent
 
 
-class UnreadableImage(Exception):
+class _ImageError(Exception):
+    def __init__(self, path: str, reason: str):
+        super().__init__(f"{path}: {reason}")
+        self.path, self.reason = path, reason
+
+
+class UnreadableImage(_ImageError):
     """A conditioning image of a row is missing, may not be read, or cannot be used."""
 
-    def __init__(self, path: str, reason: str):
-        super().__init__(f"{path}: {reason}")
-        self.path, self.reason = path, reason
 
-
-class ImageOutOfReach(Exception):
+class ImageOutOfReach(_ImageError):
     """The store of a row's image does not answer. Nothing is known of the image."""
-
-    def __init__(self, path: str, reason: str):
-        super().__init__(f"{path}: {reason}")
-        self.path, self.reason = path, reason
 
 
 @dataclass(frozen=True)

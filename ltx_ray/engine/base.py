@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from ltx_ray.parallel.rendezvous import Rendezvous
 from ltx_ray.records import ErrorKind, RenderError
 
 if TYPE_CHECKING:
@@ -108,21 +109,16 @@ def resolve_dtype(name: str) -> torch.dtype:
     return getattr(torch, name)
 
 
-def join_gang(device: str, rank: int, world: int, rendezvous: tuple[str, int] | None, timeout: float) -> str:
+def join_gang(device: str, rank: int, world: int, rendezvous: Rendezvous | None, timeout: float) -> str:
     """Make this process a rank of its gang, and return the device that it computes on.
 
-    `device` is "cpu" or "cuda"; `rendezvous` is (host, port) on rank 0's node, None for a gang of one; `timeout` is in
-    seconds. Raises RuntimeError when there is no GPU although one was requested.
+    `device` is "cpu" or "cuda"; `rendezvous` is None for a gang of one; `timeout` is in seconds. Raises RuntimeError
+    when there is no GPU although one was requested.
     """
     import torch
     import torch.distributed as dist
 
-    store = None
-    if rendezvous is not None:
-        host, port = rendezvous
-        store = dist.TCPStore(  # type: ignore[attr-defined]
-            host, port, world, is_master=rank == 0, timeout=timedelta(seconds=timeout)
-        )
+    store = open_store(rendezvous, world, timeout) if rendezvous is not None else None
     if device == "cuda":
         if store is not None:
             _see_cards_of_gang(store, rank, world)
@@ -139,6 +135,25 @@ def join_gang(device: str, rank: int, world: int, rendezvous: tuple[str, int] | 
     if store is not None:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
     return device_name
+
+
+def open_store(rendezvous: Rendezvous, world: int, timeout: float) -> Store:
+    """The store that the ranks share from the rendezvous on. Returns once all have come.
+
+    The rank with the listener serves it. Raises torch's DistNetworkError or DistStoreError after `timeout` seconds.
+    """
+    import torch.distributed as dist
+
+    listener = rendezvous.listener
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        rendezvous.host,
+        rendezvous.port,
+        world,
+        is_master=listener is not None,
+        timeout=timedelta(seconds=timeout),
+        # The store closes it.
+        master_listen_fd=None if listener is None else listener.detach(),
+    )
 
 
 def _see_cards_of_gang(store: Store, rank: int, world: int) -> None:

@@ -29,6 +29,7 @@ from ltx_ray.config import EngineSpec
 from ltx_ray.dataset.clips import ClipMetadata, publish_clip
 from ltx_ray.dataset.layout import clip_path, latents_path, preview_path
 from ltx_ray.engine.base import Rank
+from ltx_ray.parallel.rendezvous import Rendezvous
 from ltx_ray.records import Clip, EngineFacts, ModelError, RowError, StoredLatentsGone, WorkItem
 from ltx_ray.stages import TRAITS, Stage
 from ltx_ray.storage.locations import join
@@ -52,7 +53,7 @@ class FakeEngine:
         self._merged_stage: Stage | None = None
 
     @staticmethod
-    def join_gang(device: str, rank: int, world: int, rendezvous: tuple[str, int] | None, timeout: float) -> str:
+    def join_gang(device: str, rank: int, world: int, rendezvous: Rendezvous | None, timeout: float) -> str:
         return "cpu"
 
     def load(self) -> None:

@@ -26,8 +26,9 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ltx_ray.config import PoolSpec
+from ltx_ray.parallel.rendezvous import Rendezvous
 from ltx_ray.pools.protocol import LossCause, RankInfo, loss_cause
-from ltx_ray.pools.worker import RankActor, Rendezvous
+from ltx_ray.pools.worker import RankActor
 from ltx_ray.records import CallError, CallReport, ErrorKind, Evidence, WorkItem, first_line
 from ltx_ray.stages import Stage
 from ltx_ray.storage.requests import REQUESTS
@@ -249,7 +250,7 @@ class Gang:
             self._actors.append(options.remote(hides_gpus=not pool.gpus_per_rank))
         self._described = [a.describe.remote() for a in self._actors]
         if pool.ranks > 1:
-            self._described.append(self._actors[0].free_port.remote())
+            self._described.append(self._actors[0].listen.remote())
         self._pending = list(self._described)
 
     def _describe(self) -> None:

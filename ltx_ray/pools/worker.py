@@ -20,18 +20,11 @@ from typing import Any
 import ray
 
 from ltx_ray.config import EngineSpec
+from ltx_ray.parallel.rendezvous import Rendezvous, listen
 from ltx_ray.pools.protocol import OUT_OF_MEMORY
 from ltx_ray.records import CallError, CallReport, EngineFacts, ErrorKind
 from ltx_ray.stages import Stage
 from ltx_ray.storage.requests import REQUESTS
-
-
-@dataclass(frozen=True)
-class Rendezvous:
-    """Where the ranks of a gang meet: a port on the node of rank 0."""
-
-    host: str
-    port: int
 
 
 @dataclass(frozen=True)
@@ -57,6 +50,7 @@ class RankActor:
         self.engine: Any = None  # as engine.base describes it
         self._start_seconds: dict[str, float] = {}
         self.device = "cpu"
+        self._listener: socket.socket | None = None
 
     def describe(self) -> RankProcess:
         """Where this rank runs."""
@@ -67,11 +61,10 @@ class RankActor:
     def ping(self) -> None:
         """Return at once. Calls of an actor run in order, so the answer comes after the calls before it."""
 
-    def free_port(self) -> int:
-        """A port on this node for the gang's rendezvous."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return probe.getsockname()[1]
+    def listen(self) -> int:
+        """Begin to listen for the gang's rendezvous, and return the port. Only rank 0 is asked to."""
+        self._listener = listen(ray.util.get_node_ip_address())
+        return self._listener.getsockname()[1]
 
     def start(
         self, spec: EngineSpec, rank: int, world: int, rendezvous: Rendezvous | None, timeout: float
@@ -95,8 +88,9 @@ class RankActor:
             join_gang = getattr(engine, "join_gang", base.join_gang)
             self.device = spec.numerics.device
             imported = time.perf_counter()
-            address = (rendezvous.host, rendezvous.port) if rendezvous is not None else None
-            self.device = join_gang(spec.numerics.device, rank, world, address, timeout)
+            if rendezvous is not None:
+                rendezvous = dataclasses.replace(rendezvous, listener=self._listener)
+            self.device = join_gang(spec.numerics.device, rank, world, rendezvous, timeout)
             joined = time.perf_counter()
             self._start_seconds = {"import": round(imported - began, 3), "join": round(joined - imported, 3)}
             self.engine = engine(spec, base.Rank(rank, world, self.device))

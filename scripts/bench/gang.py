@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import argparse
 import gc
-import socket
 import sys
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -78,22 +78,20 @@ def measure_gang(a: argparse.Namespace, text: int) -> dict[str, GangPass]:
     """Start the ranks that bench_dit's command line names, and measure. One rank is measured in this process."""
     if a.ranks == 1:
         return _Rank(a, text, Mesh(), torch.device(a.device)).measure()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     results = mp.get_context("spawn").SimpleQueue()
-    start_processes(_run_rank, (a, text, port, results), a.ranks, start_method="spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        start_processes(_run_rank, (a, text, f"{folder}/store", results), a.ranks, start_method="spawn")
     return results.get()
 
 
-def _run_rank(rank: int, a: argparse.Namespace, text: int, port: int, results: Any) -> None:
+def _run_rank(rank: int, a: argparse.Namespace, text: int, store: str, results: Any) -> None:
     device = torch.device(a.device if a.device == "cpu" else f"{a.device}:{rank}")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(1)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=a.ranks)
+    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=a.ranks)
     mesh = make_mesh(rank, a.ranks, a.tp, a.guidance_parallel, a.sequence_parallel)
     found = _Rank(a, text, mesh, device).measure()
     if rank == 0:

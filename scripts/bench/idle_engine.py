@@ -6,6 +6,7 @@ import os
 import time
 from typing import Any
 
+from ltx_ray.parallel.rendezvous import Rendezvous
 from ltx_ray.records import Clip, EngineFacts
 from ltx_ray.stages import TRAITS, Stage
 
@@ -20,7 +21,7 @@ class IdleEngine:
         self.facts = EngineFacts()
 
     @staticmethod
-    def join_gang(device: str, rank: int, world: int, rendezvous: tuple[str, int] | None, timeout: float) -> str:
+    def join_gang(device: str, rank: int, world: int, rendezvous: Rendezvous | None, timeout: float) -> str:
         """No torch."""
         return device
 

@@ -6,8 +6,8 @@ Their exchanges are copies between the cards (peer_copies.PeerCopies) and NCCL's
 from __future__ import annotations
 
 import hashlib
-import socket
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,11 +40,11 @@ def _by_nccl(mesh: Mesh) -> Mesh:
     return replace(mesh, **groups)
 
 
-def _rank(rank: int, port: int, results: Any) -> None:
+def _rank(rank: int, store: Path, results: Any) -> None:
     """Put what is found of each layout, precision and way to exchange into `results`: see `_found`."""
     torch.cuda.set_device(rank)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    dist.init_process_group("nccl", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    dist.init_process_group("nccl", init_method=f"file://{store}", rank=rank, world_size=2)
     found = {}
     with torch.inference_mode():
         (exact,) = passes(Mesh(), "bf16", torch.float32, SHAPE)
@@ -77,13 +77,10 @@ def _found(repeated: list[Velocities], exact: Velocities) -> tuple[list[str], di
 
 
 @pytest.fixture(scope="module")
-def ranks() -> dict[int, dict]:
+def ranks(tmp_path_factory) -> dict[int, dict]:
     """What each rank has found."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    start_processes(_rank, (port, queue), 2, start_method="spawn")
+    start_processes(_rank, (tmp_path_factory.mktemp("ranks") / "store", queue), 2, start_method="spawn")
     return dict(queue.get() for _ in range(2))
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import socket
 import traceback
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -38,10 +38,10 @@ ROW = {
 }  # fmt: skip
 
 
-def _rank(rank: int, world: int, port: int, spec: EngineSpec, item, conditions, queue) -> None:
+def _rank(rank: int, world: int, store: Path, spec: EngineSpec, item, conditions, queue) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world, timeout=timedelta(seconds=120)
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=120)
     )
     try:
         found: dict[str, dict[str, np.ndarray]] = {}
@@ -98,7 +98,7 @@ def _check_sequence_sharding(group: RankGroup) -> None:
 
 
 @pytest.fixture(scope="module")
-def rendered():
+def rendered(tmp_path_factory):
     """(latents of one rank, latents by layout)."""
     pipeline = toy_pipeline()
     item = pipeline.item(ROW)
@@ -106,17 +106,14 @@ def rendered():
         conditions = pipeline.text.run("text", item)
     found = {}
     for world in sorted({ranks for ranks, *_ in LAYOUTS.values()}):
-        found |= _gang(world, pipeline.diffusion.spec, item, conditions)
+        found |= _gang(world, tmp_path_factory.mktemp("gang") / "store", pipeline.diffusion.spec, item, conditions)
     return pipeline.latents(ROW), found
 
 
-def _gang(world: int, spec: EngineSpec, item, conditions) -> dict[str, dict[str, np.ndarray]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def _gang(world: int, store: Path, spec: EngineSpec, item, conditions) -> dict[str, dict[str, np.ndarray]]:
     context = mp.get_context("spawn")
     queue = context.Queue()
-    ranks = [context.Process(target=_rank, args=(r, world, port, spec, item, conditions, queue)) for r in range(world)]
+    ranks = [context.Process(target=_rank, args=(r, world, store, spec, item, conditions, queue)) for r in range(world)]
     for process in ranks:
         process.start()
     found = {}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import socket
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,10 +21,10 @@ from tests.support.transformers import Inputs, load_ours, relative
 PASSES = (NO_PERTURBATION, Perturbation(isolated=True), Perturbation(values_only=AV(frozenset({0}), frozenset({1}))))
 
 
-def _rank(rank: int, world: int, port: int, path: str, queue) -> None:
+def _rank(rank: int, world: int, store: Path, path: str, queue) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world, timeout=timedelta(seconds=120)
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=120)
     )
     model = load_ours(path, tp=RankGroup.of_processes(rank, world))
     inputs = Inputs.random(model, seed=1)
@@ -35,13 +35,11 @@ def _rank(rank: int, world: int, port: int, path: str, queue) -> None:
 
 
 @pytest.mark.parametrize("world", [4])
-def test_forward_agrees_with_one_rank(toy, world):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def test_forward_agrees_with_one_rank(toy, tmp_path, world):
     context = mp.get_context("spawn")
     queue = context.Queue()
-    ranks = [context.Process(target=_rank, args=(r, world, port, toy["checkpoint_path"], queue)) for r in range(world)]
+    shared = (world, tmp_path / "store", toy["checkpoint_path"], queue)
+    ranks = [context.Process(target=_rank, args=(rank, *shared)) for rank in range(world)]
     for process in ranks:
         process.start()
     found = dict(queue.get(timeout=180) for _ in ranks)

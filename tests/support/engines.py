@@ -8,6 +8,7 @@ import time
 
 from ltx_ray.engine import base
 from ltx_ray.engine.fake import FakeEngine
+from ltx_ray.parallel.rendezvous import Rendezvous
 from ltx_ray.records import ErrorKind, Evidence, NotFinite, RenderError, ReplicaError, UnfitNode
 
 
@@ -74,7 +75,7 @@ class LateToRendezvous(FakeEngine):
     """Rank 1 reaches the rendezvous after the others have given up."""
 
     @staticmethod
-    def join_gang(device: str, rank: int, world: int, rendezvous: tuple[str, int] | None, timeout: float) -> str:
+    def join_gang(device: str, rank: int, world: int, rendezvous: Rendezvous | None, timeout: float) -> str:
         if rank == 1:
             time.sleep(timeout + 60)
             raise TimeoutError("too late")

@@ -106,7 +106,7 @@ class FakeActors:
     def remote(self, hides_gpus=False):
         self.asked[-1]["hides_gpus"] = hides_gpus
         return SimpleNamespace(
-            **{name: SimpleNamespace(remote=lambda name=name: name) for name in ("describe", "free_port")}
+            **{name: SimpleNamespace(remote=lambda name=name: name) for name in ("describe", "listen")}
         )
 
 

@@ -41,12 +41,16 @@ def load_connectors(path: Path, dtype: torch.dtype, device: Device) -> Diffusers
     from diffusers.pipelines.ltx2 import LTX2TextConnectors
 
     part = layout_of(path).connectors(str(path))
-    module = _load(LTX2TextConnectors, part, "text connectors", dtype, device)
+    return _materialized(rounding_connectors(_load(LTX2TextConnectors, part, "text connectors", dtype, device), dtype))
+
+
+def rounding_connectors(module: DiffusersModule, dtype: torch.dtype) -> DiffusersModule:
+    """The `module`, an LTX2TextConnectors, made to rotate in `dtype` as the reference does."""
     for connector in (module.video_connector, module.audio_connector):
         connector.rope = RoundedRope(connector.rope, dtype)
         for block in connector.transformer_blocks:
             block.attn1.set_processor(ConnectorAttention())
-    return _materialized(module)
+    return module
 
 
 def load_video_vae(

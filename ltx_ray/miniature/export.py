@@ -17,7 +17,15 @@ import torch
 from safetensors.torch import save_file
 
 from ltx_ray.checkpoints import single_file
-from ltx_ray.miniature.config import MODEL_VERSION, checkpoint_config
+from ltx_ray.checkpoints.transformer_config import TransformerConfig
+from ltx_ray.checkpoints.transformer_keys import (
+    AUDIO_CONNECTOR_PREFIX,
+    K_NORM,
+    Q_NORM,
+    TRANSFORMER_PREFIX,
+    VIDEO_CONNECTOR_PREFIX,
+)
+from ltx_ray.miniature.config import GEMMA_LAYERS, MODEL_VERSION, checkpoint_config
 from ltx_ray.miniature.spectrum import mel_filters, stft_basis
 
 #: The folder of the trained weights.
@@ -70,6 +78,22 @@ def new_vocoder() -> Any:
         mel_filters(config.num_mel_channels, config.filter_length, config.input_sampling_rate)
     )
     return module
+
+
+def new_connectors(dtype: torch.dtype) -> Any:
+    """LTX2TextConnectors at the miniature's size, with random weights in float32; it rotates in `dtype`."""
+    from diffusers.pipelines.ltx2 import LTX2TextConnectors
+
+    from ltx_ray.engine.components import rounding_connectors
+
+    # Without tensors, the file does not say how many hidden states Gemma has.
+    arguments = {**_constructor_arguments("connectors"), "text_proj_in_factor": GEMMA_LAYERS + 1}
+    return rounding_connectors(LTX2TextConnectors(**arguments), dtype)
+
+
+def transformer_config() -> TransformerConfig:
+    """Sizes of the miniature's transformer."""
+    return TransformerConfig.from_metadata(checkpoint_config()["transformer"], "the miniature")
 
 
 # --- released names ----------------------------------------------------------------------------------------------
@@ -130,6 +154,28 @@ def released_vocoder(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
                 rest[-1:] = ["lowpass", "filter"]
         named[".".join(("vocoder", part, name, *rest))] = value
     return named
+
+
+_CONNECTOR_PREFIXES = {"video_connector": VIDEO_CONNECTOR_PREFIX, "audio_connector": AUDIO_CONNECTOR_PREFIX}
+
+
+def released_connectors(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """State dict of new_connectors() under the released names."""
+    named = {}
+    for key, value in state.items():
+        part, _, rest = key.partition(".")
+        if part in _CONNECTOR_PREFIXES:
+            rest = rest.replace("transformer_blocks.", "transformer_1d_blocks.")
+            named[_CONNECTOR_PREFIXES[part] + rest.replace("norm_q", Q_NORM).replace("norm_k", K_NORM)] = value
+        else:
+            stream = part.removesuffix("_text_proj_in")
+            named[f"text_embedding_projection.{stream}_aggregate_embed.{rest}"] = value
+    return named
+
+
+def released_transformer(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """State dict of `ltx_ray.model`'s Transformer under the released names."""
+    return {TRANSFORMER_PREFIX + key: value for key, value in state.items()}
 
 
 # --- files -------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from functools import cache
@@ -118,6 +119,19 @@ def prompts(scene: Scene, split: str = "train") -> list[str]:
         for moves in _MOVES[scene.motion]
         for sound in _SOUND_WORDS[scene.sound]
     ]
+
+
+def wordings(word: str) -> tuple[str, ...]:
+    """The wordings of a motion or of a sound in prompts, the canonical one first. Raises KeyError for other words."""
+    return _MOVES[word] if word in _MOVES else _SOUND_WORDS[word]
+
+
+@cache
+def words() -> tuple[str, ...]:
+    """Every word of the prompts of both splits, in alphabetical order."""
+    phrasings = (re.sub(r"\{\w+\}", "", phrasing) for phrasing in _PHRASINGS + _HELD_OUT_PHRASINGS)
+    wordings = itertools.chain(*_MOVES.values(), *_SOUND_WORDS.values())
+    return tuple(sorted({*COLOURS, *SHAPES, *re.findall(r"\w+", " ".join((*phrasings, *wordings)))}))
 
 
 # --- scenes ------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ FILES = {
 _DEFAULT = ToyShape()
 
 
-def _save(path: Path, tensors: dict[str, Any], metadata: dict[str, str]) -> None:
+def save_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str]) -> None:
     """Write a safetensors file whose bytes depend on its contents alone.
 
     save_file writes the metadata in the order of a hash map, which differs between processes. The header is written
@@ -75,20 +75,20 @@ def make_toy_model(out_dir: str | os.PathLike, *, seed: int = 0, shape: ToyShape
     weights.draw_audio_vae(draw, config["audio_vae"])
     weights.draw_vocoder(draw, config["vocoder"])
     checkpoint = draw.tensors
-    _save(paths["checkpoint_path"], checkpoint, {"config": json.dumps(config), "model_version": MODEL_VERSION})
+    save_tensors(paths["checkpoint_path"], checkpoint, {"config": json.dumps(config), "model_version": MODEL_VERSION})
 
     draw = weights.Draw(generator)
     weights.draw_lora(draw, checkpoint, shape)
-    _save(paths["distilled_lora"], draw.tensors, {"format": "pt"})
+    save_tensors(paths["distilled_lora"], draw.tensors, {"format": "pt"})
 
     draw = weights.Draw(generator)
     weights.draw_upsampler(draw, shape)
     upsampler = {"config": json.dumps(upsampler_config(shape)), "model_version": MODEL_VERSION}
-    _save(paths["spatial_upsampler_path"], draw.tensors, upsampler)
+    save_tensors(paths["spatial_upsampler_path"], draw.tensors, upsampler)
 
     draw = weights.Draw(generator)
     gemma.draw_weights(draw, shape)
-    _save(paths["gemma_root"] / "model.safetensors", draw.tensors, {"format": "pt"})
+    save_tensors(paths["gemma_root"] / "model.safetensors", draw.tensors, {"format": "pt"})
     for name, content in gemma.files(shape).items():
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         (paths["gemma_root"] / name).write_text(text, encoding="utf-8")

@@ -205,7 +205,7 @@ def test_another_generator_has_another_folder(tmp_path):
     (copy / "__pycache__" / "config.cpython-311.pyc").write_bytes(b"x")
     assert package._digest(copy) == package._digest()
     files = sorted(source.glob("*.py"))
-    assert [f.stem for f in files] == ["__init__", "config", "gemma", "weights"]
+    assert [f.stem for f in files] == ["__init__", "config", "gemma", "gemma_format", "weights"]
     for file in files:
         (copy / file.name).write_bytes(file.read_bytes() + b"\n")
         assert package._digest(copy) != package._digest()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -36,6 +37,8 @@ class RecordedLosses:
     def __init__(self, weights: Iterable[torch.nn.Parameter]) -> None:
         self._weights = list(weights)
         self._recordings: dict[Hashable, _Recording] = {}
+        #: Memory of all graphs. They run one after the other, and what one gives is used before the next one runs.
+        self._memory: Any = None
 
     def __call__(self, kind: Hashable, function: Callable[..., Losses], *inputs: torch.Tensor) -> Losses:
         """The losses of `function(*inputs)`, detached. The weights' gradients are those of the loss."""
@@ -68,8 +71,10 @@ class RecordedLosses:
         torch.cuda.current_stream().wait_stream(stream)
         # Without gradients, the recorded backward pass writes them anew instead of adding to them.
         self._clear_gradients()
+        if self._memory is None:
+            self._memory = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self._memory):
             losses = self._run(function, kept)
         return _Recording(graph, kept, losses, [weight.grad for weight in self._weights])
 

@@ -37,8 +37,8 @@ class Budget:
 class Trainer(Generic[M]):
     """Trains `module`, from the checkpoint in `folder` if there is one.
 
-    `rate` is AdamW's learning rate of layers with few inputs (see `_rate_factor`). With `muon_rate`, AdamW trains the
-    biases alone, and Muon the rest. Rates rise linearly over the first `warmup` steps of the part's training, stay
+    `rate` is AdamW's learning rate of layers with few inputs (see `_rate_factor`). With `muon_rate`, Muon trains the
+    weights but biases whose names `takes_muon` accepts, and AdamW the rest. Rates rise linearly over the first `warmup` steps of the part's training, stay
     constant, and fall linearly to a twentieth over the last fraction `decay` of this call's budget. `average` is a copy
     of the module whose weights are an exponential average over about `average_over` steps. It is scored and exported.
     """
@@ -54,12 +54,13 @@ class Trainer(Generic[M]):
         decay: float = 0.4,
         average_over: int = 500,
         muon_rate: float | None = None,
+        takes_muon: Callable[[str], bool] = lambda name: True,
     ) -> None:
         self.module, self.folder, self.budget = module, folder, budget
         self.warmup, self.decay, self.average_over = warmup, decay, average_over
         self.step = 0
         self.weights = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self.optimizers = _optimizers(list(self.weights.values()), rate, muon_rate)
+        self.optimizers = _optimizers(self.weights, rate, muon_rate, takes_muon)
         self.average = copy.deepcopy(module).requires_grad_(False).eval()
         folder.mkdir(parents=True, exist_ok=True)
         self._load()
@@ -161,17 +162,25 @@ class Trainer(Generic[M]):
         print(f"from step {self.step} of {self.folder}", flush=True)
 
 
-def _optimizers(weights: list[torch.nn.Parameter], rate: float, muon_rate: float | None) -> list[torch.optim.Optimizer]:
-    """AdamW at `rate`, after Muon at `muon_rate` for all weights but biases if that is given."""
+def _optimizers(
+    weights: Mapping[str, torch.nn.Parameter],
+    rate: float,
+    muon_rate: float | None,
+    takes_muon: Callable[[str], bool],
+) -> list[torch.optim.Optimizer]:
+    """AdamW at `rate`, after Muon at `muon_rate` for the weights that it takes if that is given."""
     by_rate: dict[float, list[torch.nn.Parameter]] = {}
-    for weight in weights:
-        if muon_rate is None or weight.dim() < 2:
+    wide = []
+    for name, weight in weights.items():
+        if muon_rate is not None and weight.dim() >= 2 and takes_muon(name):
+            wide.append(weight)
+        else:
             by_rate.setdefault(rate * _rate_factor(weight), []).append(weight)
     groups = [{"params": members, "full_rate": full} for full, members in by_rate.items()]
-    adam = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.99), weight_decay=0.0, fused=weights[0].is_cuda)
+    on_gpu = next(iter(weights.values())).is_cuda
+    adam = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.99), weight_decay=0.0, fused=on_gpu)
     if muon_rate is None:
         return [adam]
-    wide = [weight for weight in weights if weight.dim() >= 2]
     return [Muon([{"params": wide, "full_rate": muon_rate}], lr=muon_rate), adam]
 
 

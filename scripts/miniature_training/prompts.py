@@ -121,6 +121,7 @@ class TrainingPrompts:
             of_scene = world.prompts(scene, "train")
             written += of_scene + [other_phrasing(rng, scene) for _ in range(others)]
         self.each = len(written) // len(scenes)
+        self.gemma = gemma
         self._states = gemma.hidden_states(written)
         self._negatives = gemma.hidden_states(NEGATIVES)
 

@@ -140,34 +140,50 @@ class Batches:
             for shape in dict.fromkeys(kind.shape for kind in size.kinds)
         }
 
-    def renew(self, kind: Kind) -> None:
-        """Encode new clips for as many steps as lie between two renewals."""
-        clips = self._size.rows_of(kind.shape) // self._size.draws
-        self._pools[kind.shape].renew(max(1, clips * _RENEW_EVERY // _USES))
+    def renew_in_turn(self, kind: Kind, step: int) -> None:
+        """In some steps, encode new clips of a kind, for as many steps as lie between two renewals."""
+        if step % _RENEW_EVERY == 0:
+            clips = self._size.rows_of(kind.shape) // self._size.draws
+            self._pools[kind.shape].renew(max(1, clips * _RENEW_EVERY // _USES))
+
+    def draw(self, kind: Kind, count: int) -> tuple[AV[torch.Tensor], torch.Tensor]:
+        """Latents of `count` random clips, and their prompts (count,), some of them negative."""
+        drawn = self._pools[kind.shape].draw(count, self.generator)
+        prompts = self._prompts.draw(drawn.scenes, self.generator)
+        chance = self._uniform(count)
+        for number in range(len(NEGATIVES)):
+            dropped = (chance >= number * _DROPPED) & (chance < (number + 1) * _DROPPED)
+            prompts = torch.where(dropped, self._prompts.negative(number), prompts)
+        return drawn.latents, prompts
 
     def inputs(self, kind: Kind) -> tuple[torch.Tensor, ...]:
         """What KindLosses takes: latents and noise of both streams, sigma, prompts, and with images the mask."""
         rows, draws = self._size.rows_of(kind.shape), self._size.draws
-        drawn = self._pools[kind.shape].draw(rows // draws, self.generator)
-        latents = drawn.latents.map(lambda x: x.repeat_interleave(draws, 0))
-        noise = latents.map(self._normal)
+        clips, prompts = self.draw(kind, rows // draws)
+        latents = clips.map(lambda x: x.repeat_interleave(draws, 0))
         sigma = draw_sigmas(self.generator, rows, _STAGE2 if kind.refined else 1.0)
-        prompts = self._prompts.draw(drawn.scenes, self.generator)
-        chance = self._uniform(len(prompts))
-        for number in range(len(NEGATIVES)):
-            dropped = (chance >= number * _DROPPED) & (chance < (number + 1) * _DROPPED)
-            prompts = torch.where(dropped, self._prompts.negative(number), prompts)
-        if not kind.image:
-            return *latents, *noise, sigma, prompts
-        held = _FREE * self._uniform(rows) * (self._uniform(rows) < 0.5)
-        # In one clip of four, the first frame is not given.
-        return *latents, *noise, sigma, prompts, torch.where(self._uniform(rows) < 0.25, 1.0, held)
+        inputs = (*latents, *self.noise(latents), sigma, prompts)
+        return (*inputs, self.held(rows)) if kind.image else inputs
+
+    def held(self, count: int) -> torch.Tensor:
+        """Denoise masks (count,) of first frames, 0 where an image is held entirely.
+
+        Of four clips, about one has no image, and one or two have an image of a lower strength.
+        """
+        partly = _FREE * self._uniform(count) * (self._uniform(count) < 0.5)
+        return torch.where(self._uniform(count) < 0.25, 1.0, partly)
+
+    def noise(self, latents: AV[torch.Tensor]) -> AV[torch.Tensor]:
+        """Standard normal numbers of the shapes of `latents`."""
+        device = self.generator.device
+        return latents.map(lambda x: torch.randn(x.shape, generator=self.generator, device=device))
+
+    def integers(self, count: int, low: int, high: int) -> torch.Tensor:
+        """Random integers (count,) from `low` to `high` - 1."""
+        return torch.randint(low, high, (count,), generator=self.generator, device=self.generator.device)
 
     def _uniform(self, count: int) -> torch.Tensor:
         return torch.rand(count, generator=self.generator, device=self.generator.device)
-
-    def _normal(self, like: torch.Tensor) -> torch.Tensor:
-        return torch.randn(like.shape, generator=self.generator, device=self.generator.device)
 
 
 class KindLosses:
@@ -220,9 +236,13 @@ def draw_sigmas(generator: torch.Generator, count: int, top: float) -> torch.Ten
 # --- training ----------------------------------------------------------------------------------------------------
 
 
+#: Folder of a training by the name of its file, where the two differ.
+_FOLDERS = {"transformer": "dit"}
+
+
 def weights_of(part: str, folder: Path) -> Path:
     """The file of a trained part: that of a training beside `folder`, or else the shipped one."""
-    own = folder.parent / part / f"{part}.safetensors"
+    own = folder.parent / _FOLDERS.get(part, part) / f"{part}.safetensors"
     return own if own.exists() else export.WEIGHTS / f"{part}.safetensors"
 
 
@@ -262,8 +282,7 @@ def train(
 
     def step(number: int) -> dict[str, torch.Tensor]:
         kind = rng.choices(size.kinds, shares)[0]
-        if number % _RENEW_EVERY == 0:
-            batches.renew(kind)
+        batches.renew_in_turn(kind, number)
         return recorded(kind, losses.of(kind), *batches.inputs(kind))
 
     trainer.run(step, show_every=size.show_every)

@@ -97,7 +97,7 @@ class TrainingSize:
     kinds: tuple[Kind, ...] = _KINDS
     scored: int = 48
     images: int = 12
-    scored_shape: ClipShape = ClipShape(*_SMALL, 24.0)
+    scored_shape: ClipShape = Kind(_SMALL).shape
     scored_steps: int = 15
     scene_step: int = 1
     show_every: int = 200
@@ -317,7 +317,7 @@ def load(model: TextAndDit, path: Path) -> None:
 def validate(
     model: TextAndDit, prompts: TrainingPrompts, encoders: FrozenEncoders, size: TrainingSize, device: str
 ) -> dict[str, float]:
-    """Errors of the velocity, of both streams, at some noise levels, over held-out scenes in the training's phrasings."""
+    """Errors of the velocity in both streams at some noise levels, of held-out scenes in phrasings of the training."""
     shape = size.scored_shape
     scenes = world.scenes("held_out")[:: max(1, len(world.scenes("held_out")) // (4 * size.scored))]
     pool = LatentPool(encoders, shape, scenes, 4 * size.scored, "validation")
@@ -328,7 +328,7 @@ def validate(
     hidden, mask = prompts.gemma.hidden_states(texts).padded(torch.arange(len(texts), device=device))
     noise = drawn.latents.map(lambda x: torch.randn(x.shape, generator=generator, device=device))
     losses = KindLosses(model, prompts, device)
-    found = {}
+    found: dict[str, float] = {}
     for level in _VALIDATED:
         sigma = torch.full((len(texts),), level, device=device)
         batch = NoisyBatch(drawn.latents, noise, sigma, hidden, mask)

@@ -38,9 +38,10 @@ class Trainer(Generic[M]):
     """Trains `module`, from the checkpoint in `folder` if there is one.
 
     `rate` is AdamW's learning rate of layers with few inputs (see `_rate_factor`). With `muon_rate`, Muon trains the
-    weights but biases whose names `takes_muon` accepts, and AdamW the rest. Rates rise linearly over the first `warmup` steps of the part's training, stay
-    constant, and fall linearly to a twentieth over the last fraction `decay` of this call's budget. `average` is a copy
-    of the module whose weights are an exponential average over about `average_over` steps. It is scored and exported.
+    weights but biases whose names `takes_muon` accepts, and AdamW the rest. Rates rise linearly over the first `warmup`
+    steps of the part's training, stay constant, and fall linearly to a twentieth over the last fraction `decay` of this
+    call's budget. `average` is a copy of the module whose weights are an exponential average over about `average_over`
+    steps. It is scored and exported.
     """
 
     def __init__(

@@ -1,9 +1,9 @@
 """Distillation of the guided DiT into a LoRA, which needs few steps and no guidance.
 
-At each noise level of the distilled schedule, the student learns the velocity that leads in one step to where the guided
-teacher comes in several steps. It learns at noised clips, and at the states that its own steps lead to. At a strength
-below 1, it learns the mixture of the teacher's unguided velocity and that one, because the hq pipeline adds a part of
-the LoRA to guided sampling.
+At each noise level of the distilled schedule, the student learns the velocity that leads in one step to where the
+guided teacher comes in several. It learns at noised clips, and at the states that its own steps lead to. At a strength
+below 1, it learns a mixture of that velocity and the teacher's unguided one, because the hq pipeline adds a part of the
+LoRA to guided sampling.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ltx_ray.model.transformer import NO_PERTURBATION, Modality, Transformer
 from ltx_ray.presets import DISTILLED_SIGMAS, STAGE2_SIGMAS
 from ltx_ray.records import AV
 from scripts.miniature_training import rendering
+from scripts.miniature_training.diffusion import SMOKE as DIFFUSION_SMOKE
 from scripts.miniature_training.diffusion import (
     Batches,
     Kind,
@@ -31,7 +32,6 @@ from scripts.miniature_training.diffusion import (
     load,
     weights_of,
 )
-from scripts.miniature_training.diffusion import SMOKE as DIFFUSION_SMOKE
 from scripts.miniature_training.flow import ACTIVE, NoisyBatch, Ropes, TextAndDit, noisy_inputs, ropes_of
 from scripts.miniature_training.graphs import RecordedLosses
 from scripts.miniature_training.latent_pool import FrozenEncoders
@@ -62,12 +62,12 @@ _KINDS = (
 class LoraSize:
     """Sizes of steps and of the score, the teacher's steps between two levels of the student, and its guidance."""
 
-    training: TrainingSize = TrainingSize(tokens=61_440, rows=256, draws=1, kinds=_KINDS)
+    training: TrainingSize
     teacher_steps: int = 4
     guidance: AV[float] = AV(2.0, 2.0)  # noqa: RUF009 (immutable)
 
 
-FULL = LoraSize()
+FULL = LoraSize(TrainingSize(tokens=61_440, rows=256, draws=1, kinds=_KINDS))
 SMOKE = LoraSize(DIFFUSION_SMOKE, teacher_steps=2)
 
 
@@ -102,13 +102,14 @@ class LoraFactors(torch.nn.Module):
 
     def released(self) -> dict[str, torch.Tensor]:
         """The factors under the released names."""
-        named = {}
+        named: dict[str, torch.Tensor] = {}
         for name, a, b in zip(self.names, self.a, self.b, strict=True):
             named |= {f"diffusion_model.{name}.lora_A.weight": a, f"diffusion_model.{name}.lora_B.weight": b}
         return named
 
 
 def _is_linear(name: str, weight: torch.Tensor) -> bool:
+    """Whether the weight is that of a linear layer. Tables have two dimensions too, but another name."""
     return name.endswith(".weight") and weight.dim() == 2
 
 
@@ -361,7 +362,8 @@ def score(folder: Path, device: str, size: TrainingSize) -> dict[str, float]:
     parts = ("vae", "audio", "transformer")
     rendering.join_parts(whole, *(weights_of(part, folder) for part in parts))
     renderer = rendering.Renderer(whole, folder / "gemma", device, folder / "distilled_lora.safetensors")
-    shape, found = size.scored_shape, {}
+    shape = size.scored_shape
+    found: dict[str, float] = {}
     for name, pipeline, count, changes in (
         ("distilled", "distilled", size.scored, {"distilled_lora_strength_stage_1": 1.0}),
         ("without", "distilled", size.scored, {"distilled_lora_strength_stage_1": 0.0}),

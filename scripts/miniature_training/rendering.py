@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,7 @@ class Renderer:
         spec = EngineSpec("", model, numerics, "", layout=GangLayout((Stage.STAGE1,)))
         # As in the engine of decode.
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-        self._text, self._diffusion = (engine(spec, Rank(device=device)) for engine in (TextEngine, DiffusionEngine))
+        self._text, self._diffusion = TextEngine(spec, Rank(device=device)), DiffusionEngine(spec, Rank(device=device))
         self._text.load()
         self._diffusion.load()
         self._video = components.load_video_vae(checkpoint, self._dtype, device)
@@ -140,5 +139,5 @@ def score_images(
 def _is_kept(clip: world.Clip, frames: np.ndarray) -> bool:
     height, width = frames.shape[1:3]
     seen = measure.read_frame(frames[0])
-    off: Sequence[float] = np.subtract(seen.centre, np.multiply(clip.start, (width, height)))
-    return seen.colour is not None and float(np.hypot(*off)) < _KEPT * min(height, width)
+    x, y = seen.centre[0] - clip.start[0] * width, seen.centre[1] - clip.start[1] * height
+    return seen.colour is not None and float(np.hypot(x, y)) < _KEPT * min(height, width)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from ltx_ray.miniature import export, sound, spectrum
+from ltx_ray.miniature import config, export, sound, spectrum
 from scripts.miniature_training import audio
 from scripts.miniature_training.least_squares import start_vocoder
 from scripts.miniature_training.muon import Muon, orthogonal
@@ -53,6 +54,33 @@ def test_the_audio_parts_train(train, tmp_path):
     assert (tmp_path / "audio" / "audio.safetensors").stat().st_size < 7e6
 
 
+@pytest.mark.slow
+def test_the_dit_trains_and_its_lora_is_distilled(train, tmp_path):
+    """With the engines' samplers in the scores. Unused channels stay unused, whichever optimizer moves the rest."""
+    shown, score = train("dit")
+    assert "step 3 " in shown and score["video loss at 1.0"] > 0 and "image kept" in score
+    folder = tmp_path / "dit"
+    assert max(file.stat().st_size for file in folder.glob("*.safetensors") if file.stem != "whole") < 16e6
+    assert (folder / "gemma" / "tokenizer.json").exists() and (folder / "clips.png").exists()
+    shown, _ = train("dit")
+    assert "from step 3 of" in shown and "step 6 " in shown
+    tensors = load_file(folder / "transformer.safetensors")
+    assert sum(tensor.nbytes for tensor in tensors.values()) == 2 * (1_514_344 + 177_416)
+    for prefix, active in (("", config.ACTIVE_VIDEO), ("audio_", config.ACTIVE_AUDIO)):
+        into = tensors[f"model.diffusion_model.{prefix}patchify_proj.weight"]
+        out = [tensors[f"model.diffusion_model.{prefix}proj_out.{kind}"] for kind in ("weight", "bias")]
+        assert into[:, :active].any() and not into[:, active:].any()
+        assert all(tensor[:active].any() and not tensor[active:].any() for tensor in out)
+
+    shown, score = train("lora")
+    assert "step 3 " in shown and {"distilled ground", "without ground", "hq ground"} <= score.keys()
+    factors = load_file(tmp_path / "lora" / "distilled_lora.safetensors")
+    assert sum(tensor.nbytes for tensor in factors.values()) < 0.6e6
+    assert not factors["diffusion_model.patchify_proj.lora_A.weight"][:, config.ACTIVE_VIDEO :].any()
+    assert not factors["diffusion_model.proj_out.lora_B.weight"][config.ACTIVE_VIDEO :].any()
+    assert factors["diffusion_model.proj_out.lora_B.weight"].any()
+
+
 @torch.no_grad()
 def test_a_vocoder_makes_sound_before_it_is_trained():
     """Of sounds that were not fitted, to the ends of a clip."""
@@ -93,6 +121,6 @@ def test_muon_minimises():
 
 def test_an_unknown_part_is_refused(capsys):
     with pytest.raises(SystemExit) as refused:
-        main(["--part", "lora"])
+        main(["--part", "gemma"])
     assert refused.value.code == 2
-    assert "invalid choice: 'lora'" in capsys.readouterr().err
+    assert "invalid choice: 'gemma'" in capsys.readouterr().err

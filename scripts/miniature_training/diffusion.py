@@ -140,6 +140,9 @@ class Batches:
             for shape in dict.fromkeys(kind.shape for kind in size.kinds)
         }
 
+    def __len__(self) -> int:
+        return sum(map(len, self._pools.values()))
+
     def renew_in_turn(self, kind: Kind, step: int) -> None:
         """In some steps, encode new clips of a kind, for as many steps as lie between two renewals."""
         if step % _RENEW_EVERY == 0:
@@ -275,6 +278,7 @@ def train(
     )
     encoders = FrozenEncoders(weights_of("vae", folder), weights_of("audio", folder), dtype, device)
     batches = Batches(size, prompts, encoders, seed * 1_000_003 + trainer.step)
+    print(f"{len(prompts)} prompts, {len(batches)} clips", flush=True)
     losses = KindLosses(model, prompts, device)
     rng = random.Random(f"dit {seed} {trainer.step}")
     recorded = RecordedLosses(trainer.weights.values())

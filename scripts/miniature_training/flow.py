@@ -35,8 +35,8 @@ ACTIVE = AV(ACTIVE_VIDEO, ACTIVE_AUDIO)
 #: Initial gates of the residual branches, norm weights of queries and keys in attention to the text, and size of the
 #: part of a query there that turns away from the registers.
 _GATE, _TEXT_NORM, _AVERSION = 0.3, 1.4, 2.0
-#: Weight of the first audio latent in the loss. It stands for the edge of the sound, and its numbers are up to eight
-#: times as large as all others.
+#: Weight of the first audio latent in the loss. It says little but that the sound begins here, and its numbers are ten
+#: times as large as those of all others.
 _FIRST_SOUND_WEIGHT = 0.1
 
 #: Rotary tables of both streams, as Transformer.ropes gives them.
@@ -113,9 +113,13 @@ class _SharedRope(torch.nn.Module):
     def __init__(self, rope: torch.nn.Module) -> None:
         super().__init__()
         self.rope = rope
+        self._tables: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def forward(self, batch: int, size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.rope(1, size, device=device)
+        key = size, torch.device(device)
+        if key not in self._tables:
+            self._tables[key] = self.rope(1, size, device=device)
+        return self._tables[key]
 
 
 class _MasklessAttention(ConnectorAttention):
@@ -217,7 +221,7 @@ def noisy_inputs(
         return Modality(x, batch.sigma, level, context, *rope)
 
     repeats = len(batch.sigma) // len(batch.hidden)
-    contexts = contexts.map(lambda context: context.repeat_interleave(repeats, 0))
+    contexts = contexts.map(lambda context: context[:, None].expand(-1, repeats, -1, -1).flatten(0, 1))
     return batch.latents.map(modality, batch.noise, levels, contexts, ropes), levels
 
 

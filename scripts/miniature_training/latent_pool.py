@@ -87,6 +87,9 @@ class LatentPool:
         self._next = 0
         self.renew(capacity)
 
+    def __len__(self) -> int:
+        return self._capacity
+
     def renew(self, count: int) -> None:
         """Encode `count` new clips in the place of the oldest."""
         most = max(1, _PIXELS // (self.shape.num_frames * self.shape.height * self.shape.width))

@@ -294,6 +294,7 @@ def train(
     trainer = Trainer(LoraFactors(base.transformer), folder, budget, rate=1e-3, warmup=200, average_over=500)
     encoders = FrozenEncoders(weights_of("vae", folder), weights_of("audio", folder), dtype, device)
     batches = Batches(training, prompts, encoders, seed * 1_000_003 + trainer.step)
+    print(f"{len(prompts)} prompts, {len(batches)} clips", flush=True)
     distillation = Distillation(base, trainer.module, prompts, size, device)
     steps = Steps(batches, distillation, training, random.Random(f"lora {seed} {trainer.step}"))
     recorded = RecordedLosses(trainer.weights.values())

@@ -125,6 +125,9 @@ class TrainingPrompts:
         self._states = gemma.hidden_states(written)
         self._negatives = gemma.hidden_states(NEGATIVES)
 
+    def __len__(self) -> int:
+        return len(self._states.lengths)
+
     def draw(self, scenes: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """A random prompt (B,) for each of `scenes` (B,), as `states` takes it."""
         which = torch.randint(self.each, scenes.shape, generator=generator, device=scenes.device)

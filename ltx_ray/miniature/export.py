@@ -181,20 +181,15 @@ def released_transformer(state: Mapping[str, torch.Tensor]) -> dict[str, torch.T
 # --- files -------------------------------------------------------------------------------------------------------
 
 
-def save_part(
-    path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
-) -> int:
-    """Write `tensors` (released names) as bfloat16. Returns the file's size in bytes.
-
-    `metadata` are by default those of the single file.
+def save_part(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor]) -> int:
+    """Write `tensors` (released names) as bfloat16 with the single file's metadata. Returns the file's size in bytes.
 
     The bytes of the file depend only on the tensors. save_file writes metadata in a varying order, so the header is
     written again with sorted metadata, which keeps its length.
     """
-    if metadata is None:
-        metadata = {"config": json.dumps(checkpoint_config()), "model_version": MODEL_VERSION}
+    metadata = {"config": json.dumps(checkpoint_config()), "model_version": MODEL_VERSION}
     rounded = {key: value.detach().to("cpu", torch.bfloat16).contiguous() for key, value in tensors.items()}
-    save_file(rounded, str(path), metadata=dict(metadata))
+    save_file(rounded, str(path), metadata=metadata)
     with open(path, "r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))

@@ -17,11 +17,12 @@ from pathlib import Path
 import torch
 from torch.func import functional_call
 
-from ltx_ray.miniature import export, gemma
+from ltx_ray.miniature import gemma
 from ltx_ray.miniature.config import ACTIVE_AUDIO, ACTIVE_VIDEO, LORA_RANK
 from ltx_ray.model.transformer import NO_PERTURBATION, Modality, Transformer
 from ltx_ray.presets import DISTILLED_SIGMAS, STAGE2_SIGMAS
 from ltx_ray.records import AV
+from ltx_ray.toy import save_tensors
 from scripts.miniature_training import rendering
 from scripts.miniature_training.diffusion import SMOKE as DIFFUSION_SMOKE
 from scripts.miniature_training.diffusion import (
@@ -299,9 +300,14 @@ def train(
     steps = Steps(batches, distillation, training, random.Random(f"lora {seed} {trainer.step}"))
     recorded = RecordedLosses(trainer.weights.values())
     trainer.run(lambda number: steps.run(number, recorded), show_every=training.show_every)
-    path = folder / "distilled_lora.safetensors"
-    export.save_part(path, trainer.average.released(), {"format": "pt"})
+    write(trainer.average, folder / "distilled_lora.safetensors")
     return score(folder, device, training)
+
+
+def write(student: LoraFactors, path: Path) -> None:
+    """Write the LoRA's file."""
+    factors = {name: factor.detach().to("cpu", torch.bfloat16) for name, factor in student.released().items()}
+    save_tensors(path, factors, {"format": "pt"})
 
 
 class Steps:

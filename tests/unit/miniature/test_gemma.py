@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from ltx_ray.miniature import gemma, world
+from ltx_ray.miniature import export, gemma, world
 from ltx_ray.presets import DEFAULT_NEGATIVE_PROMPT
 from scripts.miniature_training.prompts import FrozenGemma, TrainingPrompts, other_phrasing
 
@@ -58,6 +58,16 @@ def test_the_files_depend_on_the_seed_alone(folder, tmp_path):
     weights = "model.safetensors"
     assert (tmp_path / "other" / weights).read_bytes() != (folder / weights).read_bytes()
     assert sum(path.stat().st_size for path in folder.iterdir()) < 0.3e6
+
+
+def test_the_shipped_files_are_those_that_are_written(folder):
+    """A DiT is of no use with another tokenizer."""
+    shipped = export.WEIGHTS / "gemma"
+    if not shipped.exists():
+        pytest.skip("the miniature is not shipped yet")
+    assert {path.name: path.read_bytes() for path in shipped.iterdir()} == {
+        path.name: path.read_bytes() for path in folder.iterdir()
+    }
 
 
 def test_features_tell_the_objects_colour_from_the_grounds(folder):

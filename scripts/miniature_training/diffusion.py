@@ -249,6 +249,12 @@ def weights_of(part: str, folder: Path) -> Path:
     return own if own.exists() else export.WEIGHTS / f"{part}.safetensors"
 
 
+def prepare_device(seed: int) -> None:
+    """Seed torch's global generator, and keep attention off cuDNN, which plans for seconds for every new size."""
+    torch.manual_seed(seed)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def dtype_on(device: str) -> torch.dtype:
     """The dtype in which the engine computes on `device`."""
     return torch.bfloat16 if device.startswith("cuda") else torch.float32
@@ -262,7 +268,7 @@ def train(
     Gemma is written to `folder/gemma`. Training resumes from the checkpoint in `folder`. Without one it starts from the
     exported file `start`, and without that from random weights.
     """
-    torch.manual_seed(seed)
+    prepare_device(seed)
     dtype = dtype_on(device)
     gemma.write_gemma(folder / "gemma")
     prompts = TrainingPrompts(FrozenGemma(folder / "gemma", dtype, device), size.scenes, size.others, seed)

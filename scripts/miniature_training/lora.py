@@ -31,6 +31,7 @@ from scripts.miniature_training.diffusion import (
     TrainingSize,
     dtype_on,
     load,
+    prepare_device,
     weights_of,
 )
 from scripts.miniature_training.flow import ACTIVE, NoisyBatch, Ropes, TextAndDit, noisy_inputs, ropes_of
@@ -286,7 +287,7 @@ def train(
     """
     if start is not None:
         raise ValueError(f"--start {start}; legal: nothing, because a LoRA starts from its base alone")
-    torch.manual_seed(seed)
+    prepare_device(seed)
     training, dtype = size.training, dtype_on(device)
     gemma.write_gemma(folder / "gemma")
     prompts = TrainingPrompts(FrozenGemma(folder / "gemma", dtype, device), training.scenes, training.others, seed)

@@ -24,6 +24,8 @@ from scripts.miniature_training.loop import Budget, Trainer, chunks
 #: Largest standard deviation of the noise on the half-size latents, and the fraction of clips that get any. A DiT's
 #: latents are not exact.
 _NOISE, _NOISY = 0.3, 0.7
+#: Factor of the first convolution's initial weights.
+_SMALL = 0.05
 #: Whole sizes (frames, height, width), multiples of 64; repeated ones are drawn more often.
 _SIZES = (
     *[(33, 256, 384)] * 6,
@@ -83,13 +85,18 @@ class UpsamplerTraining(torch.nn.Module):
             self._start()
 
     def _start(self) -> None:
-        """Clear the weights of unused channels, and start as close to a plain enlargement as the layers allow.
+        """Clear the weights of unused channels, and begin with a first convolution that gives small values.
 
-        Weights that are 0 and get no gradient stay exactly 0. So noise in unused input channels changes nothing, and
-        unused output channels are exactly 0: stage 2 must find there what the DiT was trained on, noise over zeros.
+        Weights that are 0 and get no gradient stay exactly 0. Noise in unused input channels therefore changes nothing,
+        and unused output channels are exactly 0: stage 2 must find there what the DiT is trained on, noise over zeros.
+
+        With 32 channels, the norms' 32 groups have a single channel each, and so norm each channel over the clip. Where
+        its variance is far above the norm's eps, only signs and ratios of what a clip shows remain. From small values
+        the norm subtracts the mean and keeps the sizes.
         """
         u = self.upsampler
         u.initial_conv.weight[:, ACTIVE_VIDEO:] = 0
+        u.initial_conv.weight.mul_(_SMALL)
         u.final_conv.weight[ACTIVE_VIDEO:] = 0
         u.final_conv.bias[ACTIVE_VIDEO:] = 0
 

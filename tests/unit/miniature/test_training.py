@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from ltx_ray.engine import codec, components
 from ltx_ray.miniature import export, sound, spectrum
-from scripts.miniature_training import audio
+from ltx_ray.miniature.config import ACTIVE_VIDEO, LATENT_CHANNELS
+from scripts.miniature_training import audio, upsampler
 from scripts.miniature_training.least_squares import start_vocoder
 from scripts.miniature_training.muon import Muon, orthogonal
 from scripts.train_miniature import main
@@ -51,6 +53,42 @@ def test_the_audio_parts_train(train, tmp_path):
     shown, score = train("audio")
     assert "step 3 " in shown and "low pitch error" in score
     assert (tmp_path / "audio" / "audio.safetensors").stat().st_size < 7e6
+
+
+@pytest.mark.slow
+def test_the_upsampler_trains_resumes_and_ignores_unused_channels(train, tmp_path):
+    shown, score = train("upsampler")
+    assert "step 3 " in shown and {"64x128 upsampled psnr", "64x128 bilinear psnr"} <= score.keys()
+    path = tmp_path / "upsampler" / "upsampler.safetensors"
+    assert path.stat().st_size < 0.8e6
+    vae = export.WEIGHTS / "vae.safetensors"
+    upsampler, stats = components.load_upsampler(path, torch.float32, "cpu"), components.latent_stats(vae)
+    latents = torch.randn(1, LATENT_CHANNELS, 2, 1, 2, generator=torch.Generator().manual_seed(0))
+    out = codec.upsample_latents(upsampler, *stats, latents)
+    assert out.shape == (1, LATENT_CHANNELS, 2, 2, 4)
+    assert (out[:, ACTIVE_VIDEO:] == 0).all() and out[:, :ACTIVE_VIDEO].std() > 0
+    other = latents.clone()
+    other[:, ACTIVE_VIDEO:] += 100
+    assert torch.equal(codec.upsample_latents(upsampler, *stats, other), out)
+    shown, _ = train("upsampler")
+    assert "from step 3 of" in shown and "step 6 " in shown
+    _, started = train("upsampler", "--start", str(path), out=tmp_path / "started")
+    assert started.keys() == score.keys()
+
+
+def test_the_upsampler_is_trained_as_the_engine_runs_it():
+    torch.manual_seed(0)
+    weights = export.WEIGHTS / "vae.safetensors"
+    vae = components.load_video_vae(weights, torch.float32, "cpu", part="both")
+    training = upsampler.UpsamplerTraining(vae)
+    pixels = torch.rand(2, 3, 9, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    latents = training.encode(pixels)
+    assert torch.allclose(latents, codec.encode_video(vae, pixels), atol=1e-5)
+    assert torch.allclose(training.decode(latents), codec.decode_video_tile(vae, latents), atol=1e-4)
+    with torch.no_grad():
+        mine = training(latents)
+    theirs = codec.upsample_latents(training.upsampler, *components.latent_stats(weights), latents)
+    assert torch.allclose(mine, theirs, atol=1e-5) and mine.shape[-2:] == (4, 4)
 
 
 @torch.no_grad()

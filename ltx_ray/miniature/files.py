@@ -10,6 +10,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,8 +84,18 @@ def _parts(weights: Path) -> Iterator[Path]:
 
 def _digest(weights: Path) -> str:
     """The model's version and twelve hex digits over the parts and over the code that assembles them."""
+    paths = [*_parts(weights), *(Path(__file__).parent / name for name in _SOURCES)]
+    states = [path.stat() for path in paths]
+    return _digest_of(
+        tuple((path, state.st_size, state.st_mtime_ns) for path, state in zip(paths, states, strict=True))
+    )
+
+
+@cache
+def _digest_of(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """`_digest` of files by path, size and time of change. A run asks for it many times."""
     digest = hashlib.sha256()
-    for path in [*_parts(weights), *(Path(__file__).parent / name for name in _SOURCES)]:
+    for path, *_ in files:
         data = path.read_bytes()
         digest.update(f"{path.name} {len(data)}\n".encode() + data)
     return f"{MODEL_VERSION}-{digest.hexdigest()[:12]}"

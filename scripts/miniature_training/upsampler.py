@@ -204,7 +204,7 @@ def score(path: Path, device: str, size: TrainingSize, pictures: Path | None = N
     weights = export.WEIGHTS / "vae.safetensors"
     vae = components.load_video_vae(weights, dtype, device, part="both")
     upsampler = components.load_upsampler(path, dtype, device)
-    stats = [x.to(device, dtype) for x in components.latent_stats(weights)]
+    mean, std = (x.to(device, dtype) for x in components.latent_stats(weights))
     generator = torch.Generator(device).manual_seed(0)
     result = {}
     for frames, height, width in size.scored_sizes:
@@ -220,8 +220,8 @@ def score(path: Path, device: str, size: TrainingSize, pictures: Path | None = N
             noisy = (start.float() + 0.3 * noise).to(dtype)
             latents = {
                 "true": goal,
-                "upsampled": codec.upsample_latents(upsampler, *stats, start),
-                "noisy": codec.upsample_latents(upsampler, *stats, noisy),
+                "upsampled": codec.upsample_latents(upsampler, mean, std, start),
+                "noisy": codec.upsample_latents(upsampler, mean, std, noisy),
                 "bilinear": _bilinear(start, goal),
             }
             drawn = {name: codec.decode_video_tile(vae, x).float() for name, x in latents.items()}
@@ -232,8 +232,8 @@ def score(path: Path, device: str, size: TrainingSize, pictures: Path | None = N
                     picked = [0, frames // 2, frames - 1]
                     sheet.append(np.concatenate([f for x in seen.values() for f in x[picked]], axis=1))
             used = (latents["upsampled"] - goal)[:, :ACTIVE_VIDEO].float().square().mean((1, 2, 3, 4)).tolist()
-            for row, value in zip(rows[-len(used) :], used, strict=True):
-                row["latent error"] = value
+            for scored, value in zip(rows[-len(used) :], used, strict=True):
+                scored["latent error"] = value
         for name in rows[0]:
             result[f"{height}x{width} {name}"] = float(np.mean([row[name] for row in rows]))
         if pictures is not None:

@@ -36,6 +36,8 @@ def wrong(clip, read):
         (ClipShape(9, 256, 384, 24.0), 6, 2),
         (ClipShape(33, 128, 192, 24.0), 8, 3),
         (ClipShape(9, 128, 128, 60.0), 10, 4),
+        (ClipShape(9, 64, 64, 24.0), 12, 12),
+        (ClipShape(33, 64, 128, 24.0), 12, 13),
         pytest.param(JUDGED, 60, 5, marks=pytest.mark.slow),
         pytest.param(ClipShape(25, 384, 256, 30.0), 20, 6, marks=pytest.mark.slow),
         pytest.param(ClipShape(25, 192, 448, 29.97), 20, 7, marks=pytest.mark.slow),

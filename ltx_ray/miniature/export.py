@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from ltx_ray.checkpoints import single_file
 from ltx_ray.miniature.config import MODEL_VERSION, checkpoint_config, upsampler_config
-from ltx_ray.miniature.files import WEIGHTS as WEIGHTS
+from ltx_ray.miniature.config import WEIGHTS as WEIGHTS
 from ltx_ray.miniature.spectrum import mel_filters, stft_basis
 
 _STATISTICS = {"latents_mean": "mean-of-means", "latents_std": "std-of-means"}
@@ -151,7 +151,7 @@ def save_part(
     The bytes of the file depend only on the tensors. save_file writes metadata in a varying order, so the header is
     written again with sorted metadata, which keeps its length.
     """
-    metadata = {"config": json.dumps(config or checkpoint_config()), "model_version": MODEL_VERSION}
+    metadata = {"config": json.dumps(checkpoint_config() if config is None else config), "model_version": MODEL_VERSION}
     rounded = {key: value.detach().to("cpu", torch.bfloat16).contiguous() for key, value in tensors.items()}
     save_file(rounded, str(path), metadata=metadata)
     with open(path, "r+b") as file:

@@ -16,13 +16,11 @@ from typing import TYPE_CHECKING
 
 from ltx_ray.checkpoints.made_files import made_once
 from ltx_ray.checkpoints.transformer_keys import TRANSFORMER_PREFIX
-from ltx_ray.miniature.config import MODEL_VERSION
+from ltx_ray.miniature.config import MODEL_VERSION, WEIGHTS
 
 if TYPE_CHECKING:
     import torch
 
-#: The folder of the trained parts.
-WEIGHTS = Path(__file__).parent / "weights"
 #: Parts that make up the single file, parts that are files of their own, and the folder of the text encoder.
 _SINGLE_FILE = ("vae.safetensors", "audio.safetensors", "transformer.safetensors")
 _UPSAMPLER, _LORA, _GEMMA = "upsampler.safetensors", "distilled_lora.safetensors", "gemma"
@@ -127,14 +125,13 @@ def _copy_others(weights: Path, folder: Path) -> None:
 
 
 def _single_file(weights: Path) -> dict[str, torch.Tensor]:
-    """All tensors of the single file. Raises ValueError for a tensor that two parts have."""
+    """All tensors of the single file."""
     from safetensors.torch import load_file
 
     tensors: dict[str, torch.Tensor] = {}
     for name in _SINGLE_FILE:
         part = load_file(weights / name)
-        if twice := sorted(tensors.keys() & part.keys()):
-            raise ValueError(f"{weights / name}: {twice[0]} is in another part too; legal: each tensor in one part")
+        assert not tensors.keys() & part.keys(), tensors.keys() & part.keys()
         tensors.update(part)
     return tensors
 

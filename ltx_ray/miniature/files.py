@@ -121,7 +121,8 @@ def _assemble_distilled(weights: Path, folder: Path) -> None:
 
 def _copy_others(weights: Path, folder: Path) -> None:
     shutil.copyfile(weights / _UPSAMPLER, folder / FILES["spatial_upsampler_path"])
-    shutil.copytree(weights / _GEMMA, folder / FILES["gemma_root"])
+    # Without the files' modes: other users of a shared cache may read what this one has copied.
+    shutil.copytree(weights / _GEMMA, folder / FILES["gemma_root"], copy_function=shutil.copyfile)
 
 
 def _single_file(weights: Path) -> dict[str, torch.Tensor]:

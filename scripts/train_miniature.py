@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 #: Part -> module of scripts.miniature_training.
-PARTS = {"vae": "video", "audio": "audio", "dit": "diffusion", "lora": "lora"}
+PARTS = {"vae": "video", "audio": "audio", "dit": "diffusion", "lora": "lora", "upsampler": "upsampler"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,8 +14,11 @@ Two choices follow from that bound:
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+#: The folder of the trained weights, a file for each part.
+WEIGHTS = Path(__file__).parent / "weights"
 MODEL_VERSION = "2.3.0"
 LATENT_CHANNELS = 128
 AUDIO_CHANNELS, AUDIO_BINS = 8, 16

@@ -10,7 +10,6 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,11 +24,9 @@ from ltx_ray.checkpoints.transformer_keys import (
     TRANSFORMER_PREFIX,
     VIDEO_CONNECTOR_PREFIX,
 )
-from ltx_ray.miniature.config import GEMMA_LAYERS, MODEL_VERSION, checkpoint_config
+from ltx_ray.miniature.config import GEMMA_LAYERS, MODEL_VERSION, checkpoint_config, upsampler_config
+from ltx_ray.miniature.config import WEIGHTS as WEIGHTS
 from ltx_ray.miniature.spectrum import mel_filters, stft_basis
-
-#: The folder of the trained weights.
-WEIGHTS = Path(__file__).parent / "weights"
 
 _STATISTICS = {"latents_mean": "mean-of-means", "latents_std": "std-of-means"}
 
@@ -38,13 +35,13 @@ _STATISTICS = {"latents_mean": "mean-of-means", "latents_std": "std-of-means"}
 
 
 def _constructor_arguments(part: str) -> dict[str, Any]:
-    """Constructor arguments of the diffusers class for `part` ("video_vae", "audio_vae" or "vocoder").
+    """Constructor arguments of the diffusers class for `part` ("video_vae", "audio_vae", "vocoder" or "upsampler").
 
     `checkpoints.single_file` reads them from a file that has the miniature's config and no tensors.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "empty.safetensors")
-        save_part(path, {})
+        save_part(path, {}, upsampler_config() if part == "upsampler" else None)
         return getattr(single_file, part)(path).config
 
 
@@ -94,6 +91,16 @@ def new_connectors(dtype: torch.dtype) -> Any:
 def transformer_config() -> TransformerConfig:
     """Sizes of the miniature's transformer."""
     return TransformerConfig.from_metadata(checkpoint_config()["transformer"], "the miniature")
+
+
+def new_upsampler() -> Any:
+    """LTX2LatentUpsamplerModel at the miniature's size, with random weights from torch's global generator.
+
+    Its keys are the released names.
+    """
+    from diffusers.pipelines.ltx2 import LTX2LatentUpsamplerModel
+
+    return LTX2LatentUpsamplerModel(**_constructor_arguments("upsampler"))
 
 
 # --- released names ----------------------------------------------------------------------------------------------
@@ -181,13 +188,16 @@ def released_transformer(state: Mapping[str, torch.Tensor]) -> dict[str, torch.T
 # --- files -------------------------------------------------------------------------------------------------------
 
 
-def save_part(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor]) -> int:
-    """Write `tensors` (released names) as bfloat16 with the single file's metadata. Returns the file's size in bytes.
+def save_part(
+    path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any] | None = None
+) -> int:
+    """Write `tensors` (released names) as bfloat16 with the metadata of a released file. Returns its size in bytes.
 
+    `config` is the JSON object under `config` in the metadata, by default the single file's.
     The bytes of the file depend only on the tensors. save_file writes metadata in a varying order, so the header is
     written again with sorted metadata, which keeps its length.
     """
-    metadata = {"config": json.dumps(checkpoint_config()), "model_version": MODEL_VERSION}
+    metadata = {"config": json.dumps(checkpoint_config() if config is None else config), "model_version": MODEL_VERSION}
     rounded = {key: value.detach().to("cpu", torch.bfloat16).contiguous() for key, value in tensors.items()}
     save_file(rounded, str(path), metadata=metadata)
     with open(path, "r+b") as file:

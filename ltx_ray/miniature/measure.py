@@ -5,6 +5,7 @@ No neural network is involved. Frames are (F, H, W, 3) uint8, sound is (channels
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,8 +15,13 @@ from ltx_ray.miniature.world import COLOURS
 
 #: A pixel may belong to the object when its colour differs from the ground's by more than this (sRGB units).
 _OBJECT_DISTANCE = 45.0
-#: A shape fills less than this fraction of its bounding box, and more than the bound before it.
-_FILL_BOUNDS = (("star", 0.415), ("triangle", 0.64), ("circle", 0.89), ("square", 1.01))
+#: An edge is looked for within this fraction of the shorter side around the object.
+_EDGE_REACH = 0.05
+#: Shape -> its number of corners or points, and its symmetry of that order (`FrameReading.symmetries`). A circle has
+#: none.
+_SYMMETRIES = {"triangle": (3, 0.659), "square": (4, 0.429), "star": (5, 0.883)}
+#: A shape with less than this fraction of each of these symmetries is a circle.
+_LEAST_SYMMETRY = 0.4
 #: A path shorter than this fraction of width or height counts as still.
 _SHORTEST_PATH = 0.15
 #: Growing and shrinking change the area by more than this factor.
@@ -35,22 +41,28 @@ def nearest_colour(rgb: np.ndarray) -> str:
 class FrameReading:
     """What was read from one frame.
 
-    `ground` and `colour` are (r, g, b) in 0 to 255. `centre` (x, y) and `area` are in pixels, `fill` is the fraction
-    of its bounding box that the object fills, and `mask` (H, W) covers the object. Without an object, `colour` is None
-    and the numbers are 0.
+    `ground` and `colour` are (r, g, b) in 0 to 255. `centre` (x, y) and `area` are in pixels, and `mask` (H, W) covers
+    the object. `symmetries` are |sum of z^k| / sum of |z|^k over the object for k = 3, 4, 5, where z = x + iy counts
+    from its centre: how far it looks the same after a turn by 1/k. Without an object, `colour` is None and the numbers
+    are 0.
     """
 
     ground: np.ndarray
     colour: np.ndarray | None
     centre: tuple[float, float]
     area: float
-    fill: float
+    symmetries: tuple[float, ...]
     mask: np.ndarray
 
     @property
     def shape(self) -> str:
-        """The shape whose fill is nearest; "star" when there is no object."""
-        return next(name for name, bound in _FILL_BOUNDS if self.fill < bound or name == "square")
+        """The shape whose symmetry the object has most of; "circle" when it has none, or there is no object.
+
+        Soft corners lower a symmetry and leave its order. Any size has the same symmetries.
+        """
+        have = {name: found / _SYMMETRIES[name][1] for name, found in zip(_SYMMETRIES, self.symmetries, strict=True)}
+        best = max(have, key=lambda name: have[name])
+        return best if have[best] >= _LEAST_SYMMETRY else "circle"
 
 
 def read_frame(frame: np.ndarray) -> FrameReading:
@@ -63,7 +75,7 @@ def read_frame(frame: np.ndarray) -> FrameReading:
     ground = np.median(edge, axis=0)
     mask = largest_component(np.sqrt(np.square(pixels - ground).sum(-1)) > _OBJECT_DISTANCE)
     if mask.sum() < 16:
-        return FrameReading(ground, None, (0.0, 0.0), 0.0, 0.0, mask)
+        return FrameReading(ground, None, (0.0, 0.0), 0.0, (0.0,) * len(_SYMMETRIES), mask)
     inner = mask[1:-1, 1:-1] & mask[:-2, 1:-1] & mask[2:, 1:-1] & mask[1:-1, :-2] & mask[1:-1, 2:]
     core = pixels[1:-1, 1:-1][inner] if inner.any() else pixels[mask]
     colour = np.median(core, axis=0)
@@ -74,24 +86,46 @@ def read_frame(frame: np.ndarray) -> FrameReading:
     area = float(cover.sum())
     rows, columns = cover.sum(1), cover.sum(0)
     x, y = (float((cover_1d * (np.arange(cover_1d.size) + 0.5)).sum() / area) for cover_1d in (columns, rows))
-    box = _extent(cover.max(1)) * _extent(cover.max(0))
-    return FrameReading(ground, colour, (x, y), area, area / box, mask)
+    return FrameReading(ground, colour, (x, y), area, _symmetries(cover, x, y), mask)
+
+
+def _symmetries(cover: np.ndarray, x: float, y: float) -> tuple[float, ...]:
+    """`FrameReading.symmetries` of an object that covers pixels (H, W) by fractions and has its centre at (x, y)."""
+    rows, columns = np.nonzero(cover)
+    z = (columns + 0.5 - x) + 1j * (rows + 0.5 - y)
+    weights = cover[rows, columns]
+    found = []
+    for order, _ in _SYMMETRIES.values():
+        scale = float((weights * np.abs(z) ** order).sum())
+        found.append(float(abs((weights * z**order).sum())) / max(scale, 1e-9))
+    return tuple(found)
+
+
+def edge_width(frame: np.ndarray) -> float:
+    """Mean width in pixels of the object's edge in one frame (H, W, 3) uint8; 0 without an object.
+
+    It is the area in which colours of the object and of the ground are mixed, from a tenth to nine tenths, over the
+    length of the edge. Where an edge is one pixel wide it is about 1.
+    """
+    seen = read_frame(frame)
+    if seen.colour is None:
+        return 0.0
+    pixels, span = frame.astype(np.float32), seen.colour - seen.ground
+    cover = (pixels - seen.ground) @ span / max(float(span @ span), 1.0)
+    near = seen.mask
+    for _ in range(max(2, round(min(frame.shape[:2]) * _EDGE_REACH))):
+        near = _dilated(near)
+    mixed = float((near & (cover > 0.1) & (cover < 0.9)).sum())
+    half = (near & (cover > 0.5)).astype(np.int8)
+    # Sides between pixels are longer than the line that they follow: by 4 / pi on average over its directions.
+    sides = float(abs(np.diff(half, axis=0)).sum() + abs(np.diff(half, axis=1)).sum())
+    return mixed / max(sides * math.pi / 4, 1.0)
 
 
 def _dilated(mask: np.ndarray) -> np.ndarray:
     """The mask and the pixels that touch it along a side."""
     wide = np.pad(mask, 1)
     return wide[1:-1, 1:-1] | wide[:-2, 1:-1] | wide[2:, 1:-1] | wide[1:-1, :-2] | wide[1:-1, 2:]
-
-
-def _extent(coverage: np.ndarray) -> float:
-    """Length in pixels of the covered part of a row or column. Partly covered pixels at its ends count by half."""
-    inside = np.flatnonzero(coverage > 0.5)
-    if inside.size == 0:
-        return 1.0
-    first, last = inside[0], inside[-1]
-    ends = (coverage[first - 1] if first else 0) + (coverage[last + 1] if last + 1 < coverage.size else 0)
-    return float(last - first + 1 + ends * 0.5)
 
 
 def largest_component(mask: np.ndarray) -> np.ndarray:

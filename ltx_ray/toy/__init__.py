@@ -12,13 +12,11 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from ltx_ray.checkpoints import transformer_keys
-from ltx_ray.checkpoints.digests import cache_root, writable_cache_root
+from ltx_ray.checkpoints.made_files import made_once
 from ltx_ray.toy.config import MODEL_VERSION, ToyShape, checkpoint_config, upsampler_config
 
 __all__ = ["FILES", "ToyShape", "make_toy_model", "ensure_toy_model"]
@@ -110,26 +108,8 @@ def _digest(
 def ensure_toy_model(cache_dir: str | os.PathLike | None = None) -> dict[str, str]:
     """The paths of the default toy model, as make_toy_model returns them. The model is made on first use.
 
-    `cache_dir` defaults to $LTX_RAY_CACHE, otherwise to `ltx-ray` in the user's cache directory. The folder's name has
-    a digest of the generator, so every version of it makes a folder of its own. The folder is published by rename when
-    it is complete, so any number of processes may call this at once.
+    `cache_dir`: see `made_once`. The folder's name has a digest of the generator, so every version of it makes a folder
+    of its own.
     """
-    cache = cache_root() if cache_dir is None else Path(cache_dir)
-    folder = cache / f"toy-{MODEL_VERSION}-{_digest()}"
-    if not folder.is_dir():
-        if cache_dir is None:
-            writable_cache_root()
-        cache.mkdir(parents=True, exist_ok=True)
-        making = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=cache))
-        try:
-            make_toy_model(making)
-            making.chmod(0o755)  # With the mode that mkdtemp sets, a shared cache would serve one user only.
-            try:
-                os.rename(making, folder)
-            except OSError:
-                if not folder.is_dir():
-                    raise
-                # Another process was first, with the same bytes.
-        finally:
-            shutil.rmtree(making, ignore_errors=True)
+    folder = made_once(f"toy-{MODEL_VERSION}-{_digest()}", lambda making: make_toy_model(making), cache_dir)
     return {name: str(folder / file) for name, file in FILES.items()}

@@ -113,7 +113,7 @@ class VideoTraining(torch.nn.Module):
         noisy = (latents + noise) * self.active
         out = self.vae.decoder(noisy).float()
         error = out - pixels
-        weight = _weights(pixels)
+        weight = edge_weights(pixels)
         flat = (weight * torch.sqrt(error**2 + 1e-4)).mean()
         slopes = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
         if pixels.shape[2] > 1:
@@ -127,7 +127,7 @@ class VideoTraining(torch.nn.Module):
 
 
 @torch.no_grad()
-def _weights(pixels: torch.Tensor) -> torch.Tensor:
+def edge_weights(pixels: torch.Tensor) -> torch.Tensor:
     """Weight of the error at each pixel (B, 1, F, H, W): 1, and more within 4 pixels of an edge.
 
     Corners have few pixels. With equal weights, a blob of the right colour has almost as small a loss as a star. All
@@ -228,7 +228,7 @@ def train(
         batch = max(1, size.pixels // (frames * height * width))
         clips = [draw_training_clip(rng, width / height) for _ in range(batch)]
         pixels = picture.draw_frames(clips, frames, height, width, device)
-        noise = draw_noise(generator, pixels.shape, min(1.0, number / _NOISE_STEPS))
+        noise = draw_noise(generator, pixels.shape, _NOISE * min(1.0, number / _NOISE_STEPS))
         return recorded((frames, height, width), losses, pixels, noise)
 
     trainer.run(step, show_every=200 if device.startswith("cuda") else 5)
@@ -237,15 +237,20 @@ def train(
     return score(path, device, size, folder)
 
 
-def draw_noise(generator: torch.Generator, pixels: Sequence[int], scale: float) -> torch.Tensor:
-    """Noise for the latents of pixels of shape (B, 3, F, H, W), of another standard deviation for each clip."""
+def draw_noise(
+    generator: torch.Generator, pixels: Sequence[int], largest: float, noisy: float = _NOISY
+) -> torch.Tensor:
+    """Noise for the latents of pixels of shape (B, 3, F, H, W).
+
+    Its standard deviation is another for each clip, at most `largest`, and 0 but for the fraction `noisy` of the clips.
+    """
 
     def draw(sample: Any, *shape: int) -> torch.Tensor:
         return sample(shape, generator=generator, device=generator.device)
 
     count, _, frames, height, width = pixels
     each = (count, 1, 1, 1, 1)
-    sigma = scale * _NOISE * draw(torch.rand, *each) * (draw(torch.rand, *each) < _NOISY)
+    sigma = largest * draw(torch.rand, *each) * (draw(torch.rand, *each) < noisy)
     return sigma * draw(torch.randn, count, LATENT_CHANNELS, (frames + 7) // 8, height // 32, width // 32)
 
 
@@ -295,11 +300,11 @@ def score(path: Path, device: str, size: TrainingSize, pictures: Path | None = N
             clean = codec.decode_video_tile(vae, latents).float()
             noisy = codec.decode_video_tile(vae, (latents.float() + 0.3 * noise).to(dtype)).float()
             for row, i in enumerate(part):
-                rows.append(_compare(clips[i], *(_bytes(x[row]) for x in (pixels, clean, noisy))))
+                rows.append(_compare(clips[i], *(to_bytes(x[row]) for x in (pixels, clean, noisy))))
             if not sheet:
                 picked = [0, frames // 2, frames - 1]
                 for row in range(len(part)):
-                    shown = [_bytes(x[row])[picked] for x in (pixels, clean, noisy)]
+                    shown = [to_bytes(x[row])[picked] for x in (pixels, clean, noisy)]
                     sheet.append(np.concatenate([f for x in shown for f in x], axis=1))
         for name in rows[0]:
             result[f"{height}x{width} {name}"] = float(np.mean([row[name] for row in rows]))
@@ -310,7 +315,7 @@ def score(path: Path, device: str, size: TrainingSize, pictures: Path | None = N
     return result
 
 
-def _bytes(pixels: torch.Tensor) -> np.ndarray:
+def to_bytes(pixels: torch.Tensor) -> np.ndarray:
     """(F, H, W, 3) uint8 of (3, F, H, W) in [-1, 1], rounded down as the decode stage does."""
     return ((pixels + 1) / 2).clamp(0, 1).mul(255).byte().permute(1, 2, 3, 0).cpu().numpy()
 
@@ -325,17 +330,17 @@ def _compare(clip: world.Clip, truth: np.ndarray, clean: np.ndarray, noisy: np.n
     ink = np.asarray(world.COLOURS[clip.scene.colour])
     ground = np.asarray(world.COLOURS[clip.scene.ground])
     return {
-        "psnr": _psnr(truth, clean),
+        "psnr": psnr(truth, clean),
         "ground error": float(abs(seen[1].ground - ground).max()),
         "colour error": float(abs(seen[1].colour - ink).max()) if found else 255.0,
         "centre error": float(np.mean(off)) / min(height, width),
         "shape": float(np.mean([s.shape == clip.scene.shape for s in seen])),
         "motion": float(measure.classify_motion(seen[0], seen[-1], height, width) == clip.scene.motion),
-        "noisy psnr": _psnr(truth, noisy),
+        "noisy psnr": psnr(truth, noisy),
         "noisy shape": float(np.mean([s.shape == clip.scene.shape for s in blurred])),
     }
 
 
-def _psnr(truth: np.ndarray, out: np.ndarray) -> float:
+def psnr(truth: np.ndarray, out: np.ndarray) -> float:
     error = np.square(truth.astype(np.float32) - out).mean()
     return float(10 * np.log10(255**2 / max(error, 1e-3)))

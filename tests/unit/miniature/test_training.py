@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ltx_ray.miniature import config, export, sound, spectrum
-from scripts.miniature_training import audio
+from ltx_ray.engine import codec, components
+from ltx_ray.miniature import export, sound, spectrum
+from ltx_ray.miniature.config import ACTIVE_AUDIO, ACTIVE_VIDEO, LATENT_CHANNELS
+from scripts.miniature_training import audio, upsampler
 from scripts.miniature_training.least_squares import start_vocoder
 from scripts.miniature_training.muon import Muon, orthogonal
 from scripts.train_miniature import main
@@ -66,7 +68,7 @@ def test_the_dit_trains_and_its_lora_is_distilled(train, tmp_path):
     assert "from step 3 of" in shown and "step 6 " in shown
     tensors = load_file(folder / "transformer.safetensors")
     assert sum(tensor.nbytes for tensor in tensors.values()) == 2 * (1_514_344 + 177_416)
-    for prefix, active in (("", config.ACTIVE_VIDEO), ("audio_", config.ACTIVE_AUDIO)):
+    for prefix, active in (("", ACTIVE_VIDEO), ("audio_", ACTIVE_AUDIO)):
         into = tensors[f"model.diffusion_model.{prefix}patchify_proj.weight"]
         out = [tensors[f"model.diffusion_model.{prefix}proj_out.{kind}"] for kind in ("weight", "bias")]
         assert into[:, :active].any() and not into[:, active:].any()
@@ -76,9 +78,44 @@ def test_the_dit_trains_and_its_lora_is_distilled(train, tmp_path):
     assert "step 3 " in shown and {"distilled ground", "without ground", "hq ground"} <= score.keys()
     factors = load_file(tmp_path / "lora" / "distilled_lora.safetensors")
     assert sum(tensor.nbytes for tensor in factors.values()) < 0.6e6
-    assert not factors["diffusion_model.patchify_proj.lora_A.weight"][:, config.ACTIVE_VIDEO :].any()
-    assert not factors["diffusion_model.proj_out.lora_B.weight"][config.ACTIVE_VIDEO :].any()
+    assert not factors["diffusion_model.patchify_proj.lora_A.weight"][:, ACTIVE_VIDEO:].any()
+    assert not factors["diffusion_model.proj_out.lora_B.weight"][ACTIVE_VIDEO:].any()
     assert factors["diffusion_model.proj_out.lora_B.weight"].any()
+
+
+def test_the_upsampler_trains_resumes_and_ignores_unused_channels(train, tmp_path):
+    shown, score = train("upsampler")
+    assert "step 3 " in shown and {"64x128 upsampled psnr", "64x128 bilinear psnr"} <= score.keys()
+    path = tmp_path / "upsampler" / "upsampler.safetensors"
+    assert path.stat().st_size < 0.8e6
+    vae = export.WEIGHTS / "vae.safetensors"
+    upsampler, stats = components.load_upsampler(path, torch.float32, "cpu"), components.latent_stats(vae)
+    latents = torch.randn(1, LATENT_CHANNELS, 2, 1, 2, generator=torch.Generator().manual_seed(0))
+    out = codec.upsample_latents(upsampler, *stats, latents)
+    assert out.shape == (1, LATENT_CHANNELS, 2, 2, 4)
+    assert (out[:, ACTIVE_VIDEO:] == 0).all() and out[:, :ACTIVE_VIDEO].std() > 0
+    other = latents.clone()
+    other[:, ACTIVE_VIDEO:] += 100
+    assert torch.equal(codec.upsample_latents(upsampler, *stats, other), out)
+    shown, _ = train("upsampler")
+    assert "from step 3 of" in shown and "step 6 " in shown
+    _, started = train("upsampler", "--start", str(path), out=tmp_path / "started")
+    assert started.keys() == score.keys()
+
+
+def test_the_upsampler_is_trained_as_the_engine_runs_it():
+    torch.manual_seed(0)
+    weights = export.WEIGHTS / "vae.safetensors"
+    vae = components.load_video_vae(weights, torch.float32, "cpu", part="both")
+    training = upsampler.UpsamplerTraining(vae)
+    pixels = torch.rand(2, 3, 9, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    latents = training.encode(pixels)
+    assert torch.allclose(latents, codec.encode_video(vae, pixels), atol=1e-5)
+    assert torch.allclose(training.decode(latents), codec.decode_video_tile(vae, latents), atol=1e-4)
+    with torch.no_grad():
+        mine = training(latents)
+    theirs = codec.upsample_latents(training.upsampler, *components.latent_stats(weights), latents)
+    assert torch.allclose(mine, theirs, atol=1e-5) and mine.shape[-2:] == (4, 4)
 
 
 @torch.no_grad()

@@ -73,7 +73,7 @@ def test_a_render_that_is_killed_and_submitted_again_loses_and_doubles_nothing(t
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in manifest))
     options = Options(
         str(tmp_path / "rows.jsonl"), str(job.out.folder), MODEL, RequestedNumerics(),
-        ParallelConfig(stage1=1, stage2=1), preflight=False, engines=FAKE,
+        ParallelConfig(stage1=1, stage2=1, text=1, decode=1), preflight=False, engines=FAKE,
     )  # fmt: skip
     (tmp_path / "options.pickle").write_bytes(pickle.dumps(options))
     write_pid = f"import os, pathlib; pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))"

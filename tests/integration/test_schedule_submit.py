@@ -22,6 +22,10 @@ import pytest
 
 from tests.support.local_head import ENV, LOCAL, RAY, ROOT, LocalHead, processes_of, start, temp_dir
 
+#: One replica of each stage, which imports for seconds: these tests are of how a render starts. test_jobs.py leaves
+#: the numbers to the run.
+FEW_RANKS = "--stage1-replicas 1 --stage2-replicas 0 --text-replicas 1 --decode-replicas 1".split()
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks for leftovers in /proc"),
@@ -172,7 +176,7 @@ def test_the_documented_calls_of_submit_render_and_say_what_came_of_it(head, tmp
         words = ["--entrypoint", f"bash {wrapper}", *words]
         words[words.index("--submission-id") + 1] += f"-{number}"
     else:
-        words += ["--stage2-replicas", "0", "--allow-illegal", "--num-inference-steps", "2"]
+        words += [*FEW_RANKS, "--allow-illegal", "--num-inference-steps", "2"]
     program = "import sys; from ltx_ray.cli import main; main(sys.argv[1:])"
     environment = {**head.environment, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -212,7 +216,7 @@ def test_a_clone_with_datasets_and_weights_in_it_is_submitted_without_them(head,
     command = [
         RAY, "job", "submit", "--working-dir", ".", "--",
         "python", "jobs/render.py", "jobs/example.jsonl", "--output", str(out), "--model", "toy", "--limit", "1",
-        "--stage2-replicas", "0",
+        *FEW_RANKS,
     ]  # fmt: skip
     environment = head.environment
     done = subprocess.run(command, capture_output=True, text=True, timeout=1200, env=environment, cwd=clone)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import worker_forks
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # Set before torch or Ray are imported. Processes that tests start, Ray's workers included, inherit these variables and
@@ -73,6 +75,12 @@ LONG_GROUPS = (
     "tests/parity/test_version_before.py",
 )  # fmt: skip
 ORDER = ("unit", "parity", "integration", "gpu", "chaos")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Several processes share the one that makes workers of Ray.
+    if getattr(config.option, "numprocesses", None):
+        worker_forks.start()
 
 
 @cache

@@ -12,6 +12,8 @@ import sys
 import threading
 from pathlib import Path
 
+from ltx_ray.placement.job_cluster import cluster_of_this_job
+
 _HOST_AND_PORT = re.compile(r"(?P<host>\[[0-9a-fA-F:.%\w]+\]|[^\s:/\[\]]+):(?P<port>[0-9]{1,5})")
 #: Seconds for the whole of the check, and for each of its steps: to connect, to be greeted, and to be answered.
 _CHECK_SECONDS = 9.0
@@ -23,7 +25,8 @@ _QUESTION = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 def find_cluster(given: str | None) -> str | None:
     """The address, host:port, of the cluster that `given` or RAY_ADDRESS names; None for a private cluster.
 
-    Raises ValueError within ten seconds when it is no address, or when no cluster answers there.
+    Raises ValueError within ten seconds when it is no address, when no cluster answers there, or when RAY_ADDRESS names
+    another cluster than the one whose job this process is.
     """
     option, address = "--ray-address", (given or "").strip()
     # Ray, too, lets the variable say which cluster "auto" is.
@@ -57,6 +60,17 @@ def _has_joined() -> bool:
     return ray is not None and ray.is_initialized()
 
 
+def _refuse_that_of_another_head(address: str) -> None:
+    """Raise ValueError when Ray gave a job the address of another head of its machine."""
+    own = cluster_of_this_job()
+    # A head has one port and, by its machine's names, several hosts. Heads of one machine have different ports.
+    if own is not None and address.rpartition(":")[2] != own.rpartition(":")[2]:
+        raise ValueError(
+            f"RAY_ADDRESS: {address}, but this is a job of {own}: Ray gives jobs the head that started last in the "
+            f"same --temp-dir; legal: a --temp-dir of its own for each head, or --ray-address {own}"
+        )
+
+
 def _found_here(option: str) -> str:
     """The address of the cluster of this machine that Ray would take for "auto"."""
     if "RAY_AUTH_MODE" not in os.environ and _saved_token():
@@ -79,6 +93,8 @@ def _checked(option: str, address: str) -> str:
     match = _HOST_AND_PORT.fullmatch(address)
     if match is None or not 0 < int(match["port"]) < 65536:
         raise _refusal(option, address, "is no address")
+    if option == "RAY_ADDRESS":
+        _refuse_that_of_another_head(address)
     try:
         greeting = _greeting(match["host"].strip("[]"), int(match["port"]))
     except OSError as error:

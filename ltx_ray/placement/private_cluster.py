@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ltx_ray.placement.job_cluster import JOB_VARIABLE
 from ltx_ray.records import first_line
 
 #: Signals that mean the run. Its private cluster goes on until the run has drained.
@@ -40,7 +41,7 @@ class PrivateCluster:
         os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
         os.environ.pop("RAY_RUNTIME_ENV_HOOK", None)
         # The environment of the job that this run may be, on another cluster.
-        os.environ.pop("RAY_JOB_CONFIG_JSON_ENV_VAR", None)
+        os.environ.pop(JOB_VARIABLE, None)
         # Certificates are for other machines. Without any, Ray waits for minutes.
         os.environ["RAY_USE_TLS"] = "0"
         if "ray" in sys.modules:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.ray_settings import QUICK, SYSTEM
+from tests.support.ray_settings import SYSTEM, quick_node
 from tests.support.runner import Runner
 
 
@@ -20,7 +20,7 @@ def cluster(s3):
     from ray.cluster_utils import Cluster
 
     os.environ["OMP_NUM_THREADS"] = "1"
-    node = {**QUICK, "num_cpus": 16, "include_dashboard": False, "object_store_memory": 256 * 2**20}
+    node = {**quick_node(), "num_cpus": 16, "include_dashboard": False, "object_store_memory": 256 * 2**20}
     clusters.append(Cluster(initialize_head=True, head_node_args={**node, "_system_config": SYSTEM}))
     ray.init(address=clusters[0].address, log_to_driver=False, logging_level="error")
     yield clusters[0].address

@@ -14,25 +14,17 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-LOCAL = str(ROOT / "cluster/local")
-# Without PYTHONPATH, so that a submitted clone has to suffice.
-ENV = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k != "PYTHONPATH"}
-ENV["LTX_RAY_PYTHON"] = sys.executable
-# A command that prints the address of its cluster and waits for the end of its stdin.
-REPORT = (
-    "import os, sys, json; print(json.dumps({k: os.environ[k] for k in "
-    "('RAY_ADDRESS', 'RAY_API_SERVER_ADDRESS', 'RAY_AUTH_MODE', 'RAY_AUTH_TOKEN')}), flush=True); "
-    "sys.stdin.read(); sys.exit(7)"
-)
-#: The head's token, which every request needs.
-TOKEN: dict[str, str] = {}
+from tests.support.local_head import ENV, LOCAL, RAY, ROOT, LocalHead, processes_of, start, temp_dir
+
+#: One replica of each stage, which imports for seconds: these tests are of how a render starts. test_jobs.py leaves
+#: the numbers to the run.
+FEW_RANKS = "--stage1-replicas 1 --stage2-replicas 0 --text-replicas 1 --decode-replicas 1".split()
 
 pytestmark = [
     pytest.mark.slow,
@@ -40,80 +32,19 @@ pytestmark = [
 ]
 
 
-def start(command, *options):
-    return subprocess.Popen(
-        [LOCAL, "--num-cpus", "6", *options, "--", *command],
-        env=ENV,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        # The tests may run in a shell's background job, which ignores SIGINT.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-
-
-def temp_dir(gcs_address):
-    """The --temp-dir of the head at this address, from the head's own command line."""
-    port = gcs_address.rpartition(":")[2]
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = path.read_bytes().decode(errors="replace").split("\0")
-        except OSError:
-            continue
-        if f"--port={port}" in words and "--block" in words:
-            return next(w.partition("=")[2] for w in words if w.startswith("--temp-dir="))
-    raise AssertionError(f"no head at {gcs_address}")
-
-
-def processes_of(folder):
-    """Command lines of the processes that name the folder, as every Ray process but a worker does."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (path / "cmdline").read_bytes() + (path / "environ").read_bytes()
-        except OSError:
-            continue
-        if folder.encode() in words and int(path.name) != os.getpid():
-            found.append((path / "cmdline").read_text().replace("\0", " "))
-    return found
-
-
 @pytest.fixture(scope="module")
 def head():
     """A head for the module. Also checks what it leaves: exit code, processes and files."""
-    process = start([sys.executable, "-c", REPORT])
-    try:
-        line = process.stdout.readline()
-        assert line, "cluster/local did not run its command"
-        address = json.loads(line)
-        folder = temp_dir(address["RAY_ADDRESS"])
-        assert processes_of(folder)
-        TOKEN.update({name: value for name, value in address.items() if "AUTH" in name})
-        yield address["RAY_API_SERVER_ADDRESS"]
-    finally:
-        process.stdin.close()
-        try:
-            code = process.wait(600)
-        except subprocess.TimeoutExpired:
-            process.terminate()
-            process.wait(600)
-            raise
-    assert code == 7, "the command's exit code was not passed on"
-    assert processes_of(folder) == []
-    assert not Path(folder).exists()
-
-
-def jobs(address):
-    headers = {"Authorization": f"Bearer {TOKEN['RAY_AUTH_TOKEN']}"}
-    with urllib.request.urlopen(urllib.request.Request(f"{address}/api/jobs/", headers=headers)) as answer:
-        return [job["submission_id"] for job in json.load(answer) if job["submission_id"]]
+    head = LocalHead()
+    yield head
+    head.close()
 
 
 class Schedule:
     """One recipe in a folder, and calls of schedule.py for it."""
 
-    def __init__(self, folder, address, name, script):
-        self.folder, self.address, self.name = folder, address, name
+    def __init__(self, folder, head, name, script):
+        self.folder, self.head, self.name = folder, head, name
         self.runs = folder / "runs"
         (folder / "recipe.yaml").write_text(f"name: {name}\noutput: {folder}/out\nprompts: [a fox]\n")
         wrapper = folder / "wrapper.sh"
@@ -124,10 +55,10 @@ class Schedule:
         return subprocess.Popen(
             [
                 *(sys.executable, str(ROOT / "jobs/schedule.py"), str(self.folder / "recipe.yaml")),
-                *("--address", self.address, *(() if "--backfill" in options else ("--date", "2026-11-23"))),
+                *("--address", self.head.url, *(() if "--backfill" in options else ("--date", "2026-11-23"))),
                 *("--entrypoint", self.entrypoint, *options),
             ],
-            env={**ENV, **TOKEN},
+            env={**ENV, **self.head.token},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -155,7 +86,7 @@ def test_twice_in_a_row_is_one_job(head, tmp_path):
     code, out = job.call("--wait")
     assert code == 0 and ": already there (succeeded)" in out, out
     assert job.count() == 1
-    assert len([name for name in jobs(head) if name.startswith("twice-2026-11-23-")]) == 1
+    assert len([name for name in head.jobs() if name.startswith("twice-2026-11-23-")]) == 1
     # The entrypoint's `python` is the one beside LTX_RAY_PYTHON, whether its environment is activated or not.
     assert (tmp_path / "prefix").read_text().strip() == sys.prefix
 
@@ -167,7 +98,7 @@ def test_at_once_is_one_job(head, tmp_path):
     assert [caller.returncode for caller in callers] == [0, 0, 0], outs
     assert sum(": submitted\n" in out for out in outs) == 1, outs
     assert job.count() == 1
-    assert len([name for name in jobs(head) if name.startswith("once-")]) == 1
+    assert len([name for name in head.jobs() if name.startswith("once-")]) == 1
 
 
 def test_a_failed_job_is_submitted_again(head, tmp_path):
@@ -178,7 +109,7 @@ def test_a_failed_job_is_submitted_again(head, tmp_path):
     code, out = job.call("--wait")
     assert code == 0 and "submitted again (previous job: failed)" in out, out
     assert job.count() == 2
-    assert sorted(name.endswith("-2") for name in jobs(head) if name.startswith("failed-")) == [False, True]
+    assert sorted(name.endswith("-2") for name in head.jobs() if name.startswith("failed-")) == [False, True]
     code, out = job.call("--wait")
     assert code == 0 and "-2: already there (succeeded)" in out and job.count() == 2, out
 
@@ -203,21 +134,20 @@ def test_a_backfill_is_a_job_for_each_date(head, tmp_path):
     job = Schedule(tmp_path, head, "fill", "true")
     code, out = job.call("--backfill", "2026-11-22..2026-11-23", "--wait")
     assert code == 0 and job.count() == 2, out
-    assert sorted(name[5:15] for name in jobs(head) if name.startswith("fill-")) == ["2026-11-22", "2026-11-23"]
+    assert sorted(name[5:15] for name in head.jobs() if name.startswith("fill-")) == ["2026-11-22", "2026-11-23"]
 
 
 def test_a_job_may_be_a_schedule_that_submits_another(head, tmp_path):
     """As the entrypoint of cluster/raycronjob.yaml does: the token is in the environment of the head's jobs."""
     job = Schedule(tmp_path, head, "inner", "true")
     schedule = [sys.executable, str(ROOT / "jobs/schedule.py"), str(tmp_path / "recipe.yaml"), "--date", "2026-11-23"]
-    schedule += ["--address", head, "--wait", "--on-stop", "drain", "--entrypoint", job.entrypoint]
-    ray = str(Path(sys.executable).parent / "ray")
-    environment = {**ENV, **TOKEN, "RAY_API_SERVER_ADDRESS": head}
+    schedule += ["--address", head.url, "--wait", "--on-stop", "drain", "--entrypoint", job.entrypoint]
+    environment = head.environment
     done = subprocess.run(
-        [ray, "job", "submit", "--", *schedule], capture_output=True, text=True, timeout=600, env=environment
+        [RAY, "job", "submit", "--", *schedule], capture_output=True, text=True, timeout=600, env=environment
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert job.count() == 1 and len([name for name in jobs(head) if name.startswith("inner-")]) == 1
+    assert job.count() == 1 and len([name for name in head.jobs() if name.startswith("inner-")]) == 1
 
 
 def examples():
@@ -246,16 +176,16 @@ def test_the_documented_calls_of_submit_render_and_say_what_came_of_it(head, tmp
         words = ["--entrypoint", f"bash {wrapper}", *words]
         words[words.index("--submission-id") + 1] += f"-{number}"
     else:
-        words += ["--stage2-replicas", "0", "--allow-illegal", "--num-inference-steps", "2"]
+        words += [*FEW_RANKS, "--allow-illegal", "--num-inference-steps", "2"]
     program = "import sys; from ltx_ray.cli import main; main(sys.argv[1:])"
-    environment = {**ENV, **TOKEN, "RAY_API_SERVER_ADDRESS": head, "PYTHONPATH": str(ROOT)}
+    environment = {**head.environment, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", program, "submit", *words], capture_output=True, text=True, timeout=600, env=environment
     )
     assert done.returncode == 3, done.stdout + done.stderr
     (line,) = done.stdout.splitlines()
     found = json.loads(line)
-    assert found["submission_id"] in jobs(head)
+    assert found["submission_id"] in head.jobs()
     assert (found["exit_code"], found["output"]) == (3, str(tmp_path / "out"))
     if number:
         given = (tmp_path / "arguments").read_text().split()
@@ -266,7 +196,7 @@ def test_the_documented_calls_of_submit_render_and_say_what_came_of_it(head, tmp
 
 def test_without_the_token_is_exit_1(head, tmp_path, monkeypatch):
     job = Schedule(tmp_path, head, "stranger", "true")
-    monkeypatch.setitem(TOKEN, "RAY_AUTH_TOKEN", "0" * 64)
+    monkeypatch.setitem(head.token, "RAY_AUTH_TOKEN", "0" * 64)
     code, out = job.call()
     assert code == 1 and "token" in out and "Traceback" not in out, out
 
@@ -284,18 +214,18 @@ def test_a_clone_with_datasets_and_weights_in_it_is_submitted_without_them(head,
         os.truncate(clone / name, 2**30)
     out = tmp_path / "out"
     command = [
-        str(Path(sys.executable).parent / "ray"), "job", "submit", "--working-dir", ".", "--",
+        RAY, "job", "submit", "--working-dir", ".", "--",
         "python", "jobs/render.py", "jobs/example.jsonl", "--output", str(out), "--model", "toy", "--limit", "1",
-        "--stage2-replicas", "0",
+        *FEW_RANKS,
     ]  # fmt: skip
-    environment = {**ENV, **TOKEN, "RAY_API_SERVER_ADDRESS": head}
+    environment = head.environment
     done = subprocess.run(command, capture_output=True, text=True, timeout=1200, env=environment, cwd=clone)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(list((out / "clips").rglob("*.mp4"))) == 1
 
 
 def test_no_cluster_is_exit_1_with_its_address(tmp_path):
-    code, out = Schedule(tmp_path, "http://127.0.0.1:1", "none", "true").call()
+    code, out = Schedule(tmp_path, SimpleNamespace(url="http://127.0.0.1:1", token={}), "none", "true").call()
     assert code == 1 and "http://127.0.0.1:1" in out and "Traceback" not in out
 
 
@@ -310,7 +240,7 @@ def test_a_second_head_comes_and_goes_on_sigterm(head):
     process.send_signal(signal.SIGTERM)
     assert process.wait(600) == 4
     assert processes_of(folder) == [] and not Path(folder).exists()
-    jobs(head)
+    head.jobs()
 
 
 def starts_a_head(process):

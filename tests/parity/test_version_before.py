@@ -14,7 +14,7 @@ import pytest
 
 from ltx_ray.dataset.layout import ADDED_COLUMNS
 from tests.support import version_before
-from tests.support.ray_settings import QUICK, SYSTEM
+from tests.support.ray_settings import SYSTEM, quick_node
 from tests.support.version_before import DTYPES, MANIFESTS, PLANS, ROOT, Version, kept
 
 
@@ -30,7 +30,7 @@ def cluster():
     """Address of a cluster for both runs. This process itself does not join it."""
     from ray.cluster_utils import Cluster
 
-    node = {**QUICK, "num_cpus": 8, "include_dashboard": False, "object_store_memory": 256 * 2**20}
+    node = {**quick_node(), "num_cpus": 8, "include_dashboard": False, "object_store_memory": 256 * 2**20}
     running = Cluster(initialize_head=True, head_node_args={**node, "_system_config": SYSTEM})
     yield running.address
     running.shutdown()

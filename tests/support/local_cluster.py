@@ -28,7 +28,7 @@ from ltx_ray.run import Options
 from ltx_ray.storage.lease import holder
 from ltx_ray.storage.store import Store
 from tests.support.passing_time import seconds_in
-from tests.support.ray_settings import QUICK, SYSTEM
+from tests.support.ray_settings import SYSTEM, quick_node
 
 T = TypeVar("T")
 
@@ -93,7 +93,7 @@ class LocalCluster:
         from ray.cluster_utils import Cluster
 
         self.workers, self.slots, self.gpus = workers, slots, gpus
-        self._node = {**QUICK, "object_store_memory": 80 * 2**20}
+        self._node = {**quick_node(), "object_store_memory": 80 * 2**20}
         head = {**self._node, "num_cpus": 0, "include_dashboard": False, "_system_config": _SYSTEM}
         self._cluster = Cluster(initialize_head=True, head_node_args=head)
         self.address: str = self._cluster.address

@@ -5,10 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-#: Arguments of `ray.cluster_utils.Cluster.add_node` for every node. Drivers connect with log_to_driver=False, so no log
-#: monitor is needed.
-QUICK: dict[str, Any] = {
-    "num_gpus": 0, "include_log_monitor": False, "setup_worker_path": str(Path(__file__).with_name("setup_worker.py")),
-}  # fmt: skip
+from tests.support import worker_forks
+
 #: System settings of a cluster: no workers are started early, because none would have the environment of a rank.
 SYSTEM: dict[str, Any] = {"enable_worker_prestart": False, "prestart_worker_first_driver": False}
+_HERE = Path(__file__).parent
+
+
+def quick_node() -> dict[str, Any]:
+    """Arguments of `ray.cluster_utils.Cluster.add_node` for every node; its workers are made by `worker_forks`.
+
+    Drivers connect with log_to_driver=False, so no log monitor is needed.
+    """
+    worker_forks.start()
+    return {
+        "num_gpus": 0, "include_log_monitor": False,
+        "setup_worker_path": str(_HERE / "setup_worker.py"), "worker_path": str(_HERE / "worker_forks.py"),
+    }  # fmt: skip

@@ -1,6 +1,6 @@
 """A replacement of Ray's setup_worker.py without its half second of imports.
 
-Ray runs that script before every worker with an environment of its own, which every rank has. `ray_settings.QUICK`
+Ray runs that script before every worker with an environment of its own, which every rank has. `ray_settings.quick_node`
 names this one instead. It sets environment variables and becomes the worker, which is all that the tests need; it fails
 when asked for more, and for a value with a `$`, which Ray would expand. The product's own clusters use Ray's script.
 """

@@ -22,7 +22,7 @@ from scripts.miniature_training import rendering
 from scripts.miniature_training.flow import NoisyBatch, Ropes, TextAndDit, flow_losses, ropes_of, takes_muon
 from scripts.miniature_training.graphs import RecordedLosses
 from scripts.miniature_training.latent_pool import FrozenEncoders, LatentPool
-from scripts.miniature_training.loop import Budget, Trainer
+from scripts.miniature_training.loop import Budget, Trainer, weights_of
 from scripts.miniature_training.prompts import NEGATIVES, FrozenGemma, TrainingPrompts
 
 #: Fraction of prompts replaced by each of the negative ones.
@@ -237,16 +237,6 @@ def draw_sigmas(generator: torch.Generator, count: int, top: float) -> torch.Ten
 
 
 # --- training ----------------------------------------------------------------------------------------------------
-
-
-#: Folder of a training by the name of its file, where the two differ.
-_FOLDERS = {"transformer": "dit"}
-
-
-def weights_of(part: str, folder: Path) -> Path:
-    """The file of a trained part: that of a training beside `folder`, or else the shipped one."""
-    own = folder.parent / _FOLDERS.get(part, part) / f"{part}.safetensors"
-    return own if own.exists() else export.WEIGHTS / f"{part}.safetensors"
 
 
 def prepare_device(seed: int) -> None:

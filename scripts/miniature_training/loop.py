@@ -14,12 +14,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from ltx_ray.miniature.config import WEIGHTS
 from scripts.miniature_training.muon import Muon
 
 M = TypeVar("M", bound=torch.nn.Module)
 
 #: A checkpoint's files: the weights in float32, their average in bfloat16, and both moments of Adam in bfloat16.
 _FILES = ("model", "average", "optimizer")
+#: Folder of a training by the name of its file, where the two differ.
+_FOLDERS = {"transformer": "dit"}
 #: Seconds between checkpoints.
 _SAVE_INTERVAL = 60.0
 #: Inputs of an output up to which a layer takes the full learning rate.
@@ -204,6 +207,12 @@ def _copy(into: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) 
 
 def _is_finite(value: float) -> bool:
     return value - value == 0
+
+
+def weights_of(part: str, folder: Path) -> Path:
+    """The file of a trained part: that of a training beside `folder`, or else the shipped one."""
+    own = folder.parent / _FOLDERS.get(part, part) / f"{part}.safetensors"
+    return own if own.exists() else WEIGHTS / f"{part}.safetensors"
 
 
 def chunks(count: int, size: int) -> Iterator[range]:

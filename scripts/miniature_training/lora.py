@@ -32,12 +32,11 @@ from scripts.miniature_training.diffusion import (
     dtype_on,
     load,
     prepare_device,
-    weights_of,
 )
 from scripts.miniature_training.flow import ACTIVE, NoisyBatch, Ropes, TextAndDit, noisy_inputs, ropes_of
 from scripts.miniature_training.graphs import RecordedLosses
 from scripts.miniature_training.latent_pool import FrozenEncoders
-from scripts.miniature_training.loop import Budget, Trainer
+from scripts.miniature_training.loop import Budget, Trainer, weights_of
 from scripts.miniature_training.prompts import FrozenGemma, TrainingPrompts
 
 #: Number of the first level of stage 2 in the distilled schedule.
@@ -281,7 +280,7 @@ class Distillation:
 def train(
     folder: Path, budget: Budget, seed: int, device: str, size: LoraSize, start: Path | None = None
 ) -> dict[str, float]:
-    """Distil the DiT of weights_of("dit"), export `folder/distilled_lora.safetensors` and return its score.
+    """Distil the DiT of weights_of("transformer"), export `folder/distilled_lora.safetensors` and return its score.
 
     Training resumes from the checkpoint in `folder`, otherwise it starts from a LoRA that changes nothing.
     """

@@ -19,7 +19,7 @@ from ltx_ray.miniature import export, measure, picture, world
 from ltx_ray.miniature.config import ACTIVE_VIDEO, upsampler_config
 from scripts.miniature_training import video
 from scripts.miniature_training.graphs import RecordedLosses
-from scripts.miniature_training.loop import Budget, Trainer, chunks
+from scripts.miniature_training.loop import Budget, Trainer, chunks, weights_of
 
 #: Largest standard deviation of the noise on the half-size latents, and the fraction of clips that get any. A DiT's
 #: latents are not exact.
@@ -149,12 +149,13 @@ def train(
     """Train the upsampler, export it to `folder/upsampler.safetensors` and return its score.
 
     Training resumes from the checkpoint in `folder`. Without one it starts from the exported file `start`, and
-    without that from random weights. The video VAE is that of `ltx_ray/miniature/weights`.
+    without that from random weights. The video VAE is that of a training beside `folder`, or else the shipped one.
     """
     from ltx_ray.engine import components
 
     torch.manual_seed(seed)
-    vae = components.load_video_vae(export.WEIGHTS / "vae.safetensors", torch.float32, device, part="both")
+    weights = weights_of("vae", folder)
+    vae = components.load_video_vae(weights, torch.float32, device, part="both")
     training = UpsamplerTraining(vae).to(device)
     if start is not None:
         exported = components.load_upsampler(start, torch.float32, device)
@@ -184,14 +185,16 @@ def train(
     trainer.run(step, show_every=200 if device.startswith("cuda") else 5)
     path = folder / "upsampler.safetensors"
     export.save_part(path, trainer.average.upsampler.state_dict(), upsampler_config())
-    return score(path, device, size, folder)
+    return score(path, weights, device, size, folder)
 
 
 # --- score -------------------------------------------------------------------------------------------------------
 
 
-def score(path: Path, device: str, size: TrainingSize, pictures: Path | None = None) -> dict[str, float]:
+def score(path: Path, weights: Path, device: str, size: TrainingSize, pictures: Path | None = None) -> dict[str, float]:
     """Scores over held-out clips of the file as the engine loads it, in bfloat16 on a GPU and float32 elsewhere.
+
+    `weights` is the file of the video VAE.
 
     PSNR, in dB, compares the decoded upsampled latents with the decoded true ones. Colour errors are in sRGB units,
     shape is the fraction of frames (first, middle, last) that are read correctly. "true" are the decoded true latents,
@@ -201,7 +204,6 @@ def score(path: Path, device: str, size: TrainingSize, pictures: Path | None = N
     from ltx_ray.engine import codec, components
 
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    weights = export.WEIGHTS / "vae.safetensors"
     vae = components.load_video_vae(weights, dtype, device, part="both")
     upsampler = components.load_upsampler(path, dtype, device)
     mean, std = (x.to(device, dtype) for x in components.latent_stats(weights))

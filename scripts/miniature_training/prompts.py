@@ -85,11 +85,22 @@ class FrozenGemma:
         whole: Any = Gemma3ForConditionalGeneration.from_pretrained(folder, dtype=dtype, use_safetensors=True)
         self.gemma = whole.model.language_model.eval().requires_grad_(False).to(device)
         self.device = device
+        self._of_words: dict[str, list[int]] = {}
+
+    def ids(self, prompt: str) -> list[int]:
+        """The tokens of a prompt, those of each word from a cache: no token of this tokenizer goes across a space."""
+        first, *others = prompt.strip().split(" ")
+        found = [self.tokenizer.bos_token_id]
+        for word in (first, *(f" {word}" for word in others)):
+            if word not in self._of_words:
+                self._of_words[word] = self.tokenizer(word).input_ids[1:]
+            found += self._of_words[word]
+        return found
 
     @torch.no_grad()
     def hidden_states(self, prompts: Sequence[str], batch: int = 4096) -> HiddenStates:
         """Hidden states of `prompts`. Tokens have the positions that they have in a prompt padded to TEXT_TOKENS."""
-        ids = self.tokenizer([prompt.strip() for prompt in prompts], padding=False, truncation=False).input_ids
+        ids = [self.ids(prompt) for prompt in prompts]
         longest = max(map(len, ids))
         assert longest <= TEXT_TOKENS, longest
         values, pad = [], self.tokenizer.pad_token_id

@@ -93,6 +93,14 @@ def test_features_tell_the_objects_colour_from_the_grounds(folder):
     assert ((x[other] @ weights).sign() == y[other]).double().mean() > 0.97
 
 
+def test_tokens_of_words_are_those_of_the_prompt(folder, tokenizer):
+    frozen, rng = FrozenGemma(folder, torch.float32, "cpu"), random.Random(0)
+    scenes = rng.sample(world.scenes("train"), 20)
+    prompts = [rng.choice(world.prompts(scene, split)) for scene in scenes for split in world.SPLITS]
+    for prompt in (*prompts, *(other_phrasing(rng, scene) for scene in scenes), DEFAULT_NEGATIVE_PROMPT, "", " a  b "):
+        assert frozen.ids(prompt) == tokenizer(prompt.strip()).input_ids
+
+
 def test_hidden_states_do_not_depend_on_the_prompts_beside(folder):
     frozen = FrozenGemma(folder, torch.float32, "cpu")
     together = frozen.hidden_states(["a red circle", DEFAULT_NEGATIVE_PROMPT, ""])

@@ -3,7 +3,8 @@
 A rank of the toy model imports torch, transformers and diffusers for four to eight seconds of CPU time, and one of the
 fake engine imports for half a second. The suite starts hundreds. `ray_settings.quick_node` has Ray run this file for a
 worker. It asks the process for a copy, which becomes the worker with the arguments, the environment, the folder and the
-output that Ray gave. The product's own clusters run Ray's script instead.
+output that Ray gave. The product's own clusters run Ray's script instead, and so do nodes whose PYTHONPATH is another:
+they are to find other modules than this process has imported.
 
 The process has one thread, so that a fork copies no lock that another thread holds. It imports nothing before the first
 worker is asked for, and ends with the process that has started it. All processes of a run of the tests share it.
@@ -28,6 +29,8 @@ from pathlib import Path
 
 #: Where the process listens; the clusters of a test process have it in their environment.
 VARIABLE = "LTX_RAY_TEST_WORKERS"
+#: The PYTHONPATH with which it imports.
+_PATH_VARIABLE = "LTX_RAY_TEST_WORKERS_PYTHONPATH"
 _SERVE = "--serve"
 #: What ranks import, without Ray: its library reads the environment once, when it is loaded.
 _IMPORTS = (
@@ -57,6 +60,7 @@ def start() -> None:
     )  # fmt: skip
     listener.close()
     os.environ[VARIABLE] = path
+    os.environ[_PATH_VARIABLE] = os.environ.get("PYTHONPATH", "")
     atexit.register(process.kill)
 
 
@@ -137,19 +141,24 @@ def _become(environment: dict[str, str], folder: str, descriptors: list[int]) ->
     tempfile.tempdir = None
 
 
-def _run(arguments: list[str]) -> None:
-    """Run Ray's script of a worker, as `python SCRIPT ARGUMENTS` does."""
+def _script() -> str:
+    """Ray's script of a worker."""
     package = importlib.util.find_spec("ray")
     assert package is not None and package.submodule_search_locations
-    workers = os.path.join(package.submodule_search_locations[0], "_private", "workers")
-    script = os.path.join(workers, "default_worker.py")
-    sys.argv[:] = [script, *arguments]
-    sys.path.insert(0, workers)
-    runpy.run_path(script, run_name="__main__")
+    return os.path.join(package.submodule_search_locations[0], "_private", "workers", "default_worker.py")
+
+
+def _run(arguments: list[str]) -> None:
+    """Run Ray's script, as `python SCRIPT ARGUMENTS` does."""
+    sys.argv[:] = [_script(), *arguments]
+    sys.path.insert(0, os.path.dirname(sys.argv[0]))
+    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 if __name__ == "__main__":
     if sys.argv[1] == _SERVE:
         serve(socket.socket(fileno=int(sys.argv[2])))
-    else:
+    elif os.environ.get("PYTHONPATH", "") == os.environ[_PATH_VARIABLE]:
         ask(sys.argv[1:])
+    else:
+        os.execv(sys.executable, [sys.executable, _script(), *sys.argv[1:]])

@@ -1,13 +1,21 @@
-"""The perturbed pass takes over the first blocks of the conditional one: the same bits where both run alone."""
+"""The perturbed pass takes over the first blocks of the conditional one: the same bits where both run alone.
+
+Where the conditional pass is one of a batch of two, its products have twice as many rows, and may be rounded differently.
+"""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
 
+from ltx_ray.engine.base import Rank
+from ltx_ray.engine.diffusion import DiffusionEngine
 from ltx_ray.engine.stage_model import StageModel
 from ltx_ray.model.transformer import Prefix
 from tests.support.pipeline import one_thread, toy_pipeline
+from tests.support.transformers import relative
 
 ROW = {
     "num_frames": 9, "num_inference_steps": 2, "height": 64, "width": 128, "prompt": "a lighthouse", "pipeline": "base",
@@ -41,17 +49,28 @@ def count_prefixes(monkeypatch):
     return taken
 
 
-@pytest.mark.parametrize("path", ["off", "fused"])
+@pytest.fixture(scope="module", params=["off", "fused", "fused, in pairs"])
+def engine(request):
+    """The diffusion engine of a path, and by how much sharing may change its latents, relative to them."""
+    path, _, pairs = request.param.partition(", ")
+    spec = toy_pipeline(compiled=path).diffusion.spec
+    numerics = replace(spec.numerics, guidance_batching=2 if pairs else 1)
+    engine = DiffusionEngine(replace(spec, numerics=numerics), Rank())
+    engine.load()
+    return engine, 1e-5 if pairs else 0.0
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_sharing_changes_no_bit(monkeypatch, count_prefixes, case, path):
-    row = {**ROW, **CASES[case]}
-    pipeline = toy_pipeline(compiled=path)
-    item = pipeline.item(row)
+def test_sharing_changes_nothing(monkeypatch, count_prefixes, case, engine):
+    diffusion, most = engine
+    pipeline = toy_pipeline()
+    item = pipeline.item({**ROW, **CASES[case]})
     with one_thread():
         conditions = pipeline.text.run("text", item)
-        shared = pipeline.diffusion.run("stage1", item, conditions)
+        shared = diffusion.run("stage1", item, conditions)
         taken = list(count_prefixes)
         monkeypatch.setattr(StageModel, "_prefix_of", lambda *call: None)
-        alone = pipeline.diffusion.run("stage1", item, conditions)
-    assert all(torch.equal(a, b) for a, b in zip(shared.latents, alone.latents, strict=True))
+        alone = diffusion.run("stage1", item, conditions)
+    for found, expected in zip(shared.latents, alone.latents, strict=True):
+        assert relative(found, expected) <= most
     assert bool(taken) == (case != "from the first block on"), taken

@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ltx_ray.miniature import judge
 from ltx_ray.miniature.world import Clip
 from ltx_ray.presets import PIPELINES
+from ltx_ray.shapes import ClipShape, size_problems
 from scripts.clip_quality import rendering, scoring
 from scripts.clip_quality.settings import Settings
 
@@ -55,6 +56,10 @@ def main(arguments: Sequence[str] | None = None, render: Render = rendering.rend
         weights=args.weights,
         options=tuple(words[cut + 1 :]),
     )
+    if problems := size_problems(ClipShape(args.num_frames, args.height, args.width, args.frame_rate)):
+        column, value, legal = problems[0]
+        print(f"quality: --{column.replace('_', '-')}: {value}; legal: {legal}", file=sys.stderr)
+        return 2
     clips = settings.scenes()
     with tempfile.TemporaryDirectory(prefix="ltx-ray-quality-") as scratch:
         output = (args.output or Path(scratch) / "out").absolute()
@@ -62,7 +67,7 @@ def main(arguments: Sequence[str] | None = None, render: Render = rendering.rend
             paths = render(clips, settings, output)
         except (ValueError, RuntimeError) as error:
             print(f"quality: {error}", file=sys.stderr)
-            return 1
+            return 2 if isinstance(error, ValueError) else 1
         scores = scoring.score(clips, paths, settings, output, args.sharpness_clips)
     result = _result(clips, scores, settings)
     _show(clips, scores, result)

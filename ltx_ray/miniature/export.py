@@ -10,10 +10,10 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from ltx_ray.checkpoints import single_file
 from ltx_ray.checkpoints.transformer_config import TransformerConfig
@@ -27,6 +27,7 @@ from ltx_ray.checkpoints.transformer_keys import (
 from ltx_ray.miniature.config import GEMMA_LAYERS, MODEL_VERSION, checkpoint_config, upsampler_config
 from ltx_ray.miniature.config import WEIGHTS as WEIGHTS
 from ltx_ray.miniature.spectrum import mel_filters, stft_basis
+from ltx_ray.toy import save_tensors
 
 _STATISTICS = {"latents_mean": "mean-of-means", "latents_std": "std-of-means"}
 
@@ -194,19 +195,8 @@ def save_part(
     """Write `tensors` (released names) as bfloat16 with the metadata of a released file. Returns its size in bytes.
 
     `config` is the JSON object under `config` in the metadata, by default the single file's.
-    The bytes of the file depend only on the tensors. save_file writes metadata in a varying order, so the header is
-    written again with sorted metadata, which keeps its length.
     """
     metadata = {"config": json.dumps(checkpoint_config() if config is None else config), "model_version": MODEL_VERSION}
     rounded = {key: value.detach().to("cpu", torch.bfloat16).contiguous() for key, value in tensors.items()}
-    save_file(rounded, str(path), metadata=metadata)
-    with open(path, "r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        assert len(text) <= length, (len(text), length)
-        file.seek(8)
-        file.write(text.ljust(length))
-    os.chmod(path, 0o644)  # save_file gives access to the owner only
+    save_tensors(Path(path), rounded, metadata)
     return os.path.getsize(path)

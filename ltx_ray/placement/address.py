@@ -67,7 +67,7 @@ def _refuse_that_of_another_head(address: str) -> None:
     if own is not None and address.rpartition(":")[2] != own.rpartition(":")[2]:
         raise ValueError(
             f"RAY_ADDRESS: {address}, but this is a job of {own}: Ray gives jobs the head that started last in the "
-            f"same --temp-dir; legal: a --temp-dir of its own for each head, or --ray-address {own}"
+            f"same --temp-dir; legal: a --temp-dir of its own for each head, or --ray-address with the one you mean"
         )
 
 

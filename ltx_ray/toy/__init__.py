@@ -33,7 +33,7 @@ _DEFAULT = ToyShape()
 
 
 def save_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str]) -> None:
-    """Write a safetensors file whose bytes depend on its contents alone.
+    """Write a safetensors file whose bytes depend on its contents alone, and which every user may read.
 
     save_file writes the metadata in the order of a hash map, which differs between processes. The header is written
     again with sorted metadata, which does not change its length.
@@ -49,6 +49,7 @@ def save_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str]) 
         assert len(text) <= length, (len(text), length)
         file.seek(8)
         file.write(text.ljust(length))
+    os.chmod(path, 0o644)  # save_file gives access to the owner only
 
 
 def make_toy_model(out_dir: str | os.PathLike, *, seed: int = 0, shape: ToyShape = _DEFAULT) -> dict[str, str]:

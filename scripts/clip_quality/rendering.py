@@ -79,7 +79,7 @@ def render(clips: list[Clip], settings: Settings, output: Path) -> dict[str, Pat
     manifest = write_manifest(output.parent / f"{output.name}-rows", clips, settings)
     command = [sys.executable, str(ROOT / "jobs" / "render.py"), str(manifest), "--output", str(output)]
     command += [*model_options(settings), *([] if settings.stage1_alone else ["--save-latents"]), *settings.options]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     code = subprocess.run(command, env=environment).returncode
     if code not in (_DONE, _SOME_FAILED):
         raise RuntimeError(f"the render ended with exit code {code}: {' '.join(command)}")

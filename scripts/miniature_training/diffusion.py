@@ -30,7 +30,7 @@ _DROPPED = 0.05
 #: Shift of half of the noise levels, near that of stage 1's schedules; the others are spread evenly.
 _SHIFT = 4.0
 #: Fraction of noise levels that are the first of stage 1, and the first of stage 2.
-_FIRST, _STAGE2 = 0.03, 0.92
+_FIRST, _STAGE2_LEVEL = 0.03, 0.92
 #: Largest noise level of held tokens, as a fraction of the clip's, in half of the clips; the others are held entirely.
 _FREE = 0.5
 #: Noise levels at which the loss over held-out clips is shown.
@@ -102,6 +102,10 @@ class TrainingSize:
     scene_step: int = 1
     show_every: int = 200
 
+    def kind_of(self, step: int, rng: random.Random) -> Kind:
+        """The kind of a step. The first steps go through all, so that one that fails does so at once."""
+        return self.kinds[step] if step < len(self.kinds) else rng.choices(self.kinds, [k.share for k in self.kinds])[0]
+
     def rows_of(self, shape: ClipShape) -> int:
         """Clips of a step of this shape: a power of two."""
         return min(self.rows, max(2 * self.draws, 2 ** int(math.log2(self.tokens / shape.video_tokens))))
@@ -164,7 +168,7 @@ class Batches:
         rows, draws = self._size.rows_of(kind.shape), self._size.draws
         clips, prompts = self.draw(kind, rows // draws)
         latents = clips.map(lambda x: x.repeat_interleave(draws, 0))
-        sigma = draw_sigmas(self.generator, rows, _STAGE2 if kind.refined else 1.0)
+        sigma = draw_sigmas(self.generator, rows, _STAGE2_LEVEL if kind.refined else 1.0)
         inputs = (*latents, *self.noise(latents), sigma, prompts)
         return (*inputs, self.held(rows)) if kind.image else inputs
 
@@ -260,6 +264,7 @@ def train(
     """
     prepare_device(seed)
     dtype = dtype_on(device)
+    vae, sounds = weights_of("vae", folder), weights_of("audio", folder)
     gemma.write_gemma(folder / "gemma")
     prompts = TrainingPrompts(FrozenGemma(folder / "gemma", dtype, device), size.scenes, size.others, seed)
     model = TextAndDit(dtype).to(device)
@@ -272,16 +277,15 @@ def train(
     trainer = Trainer(
         model, folder, budget, rate=2e-3, warmup=300, average_over=1000, muon_rate=0.01, takes_muon=takes_muon
     )
-    encoders = FrozenEncoders(weights_of("vae", folder), weights_of("audio", folder), dtype, device)
+    encoders = FrozenEncoders(vae, sounds, dtype, device)
     batches = Batches(size, prompts, encoders, seed * 1_000_003 + trainer.step)
     print(f"{len(prompts)} prompts, {len(batches)} clips", flush=True)
     losses = KindLosses(model, prompts, device)
     rng = random.Random(f"dit {seed} {trainer.step}")
     recorded = RecordedLosses(trainer.weights.values())
-    shares = [kind.share for kind in size.kinds]
 
     def step(number: int) -> dict[str, torch.Tensor]:
-        kind = rng.choices(size.kinds, shares)[0]
+        kind = size.kind_of(number, rng)
         batches.renew_in_turn(kind, number)
         return recorded(kind, losses.of(kind), *batches.inputs(kind))
 

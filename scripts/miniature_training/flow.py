@@ -37,7 +37,7 @@ ACTIVE = AV(ACTIVE_VIDEO, ACTIVE_AUDIO)
 _GATE, _TEXT_NORM, _AVERSION = 0.3, 1.4, 2.0
 #: Weight of the first audio latent in the loss. It says little but that the sound begins here, and its numbers are ten
 #: times as large as those of all others.
-_FIRST_SOUND_WEIGHT = 0.1
+FIRST_SOUND_WEIGHT = 0.1
 
 #: Rotary tables of both streams, as Transformer.ropes gives them.
 Ropes = AV[tuple[RopeTable, RopeTable]]
@@ -235,7 +235,7 @@ def flow_losses(
     inputs, levels = noisy_inputs(batch, model.contexts(batch.hidden, batch.mask), ropes, frame_tokens, model.dtype)
     found = model.velocities(inputs, perturbation)
     weights = AV((levels.video > 0).float(), torch.ones_like(batch.latents.audio[:1, :, 0]))
-    weights.audio[:, 0] = _FIRST_SOUND_WEIGHT
+    weights.audio[:, 0] = FIRST_SOUND_WEIGHT
 
     def errors(v: torch.Tensor, x0: torch.Tensor, noise: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         squares = (v.float() - (noise - x0)).square().mean(-1)

@@ -32,6 +32,8 @@ class FrozenEncoders:
     def __init__(self, video: Path, sounds: Path, dtype: torch.dtype, device: str) -> None:
         self.device = device
         self._video = components.load_video_vae(video, dtype, device, part="encoder")
+        if device.startswith("cuda"):
+            self._video = self._video.to(memory_format=torch.channels_last_3d)
         self._audio = audio.load_audio_vae(sounds)
         self._audio.decoder = None
         self._audio.to(device)

@@ -106,6 +106,8 @@ class Trainer(Generic[M]):
 
     def _used(self, started: float, first: int) -> float:
         """The fraction of the budget that is spent."""
+        if not self.budget.minutes:
+            return 1.0
         used = (time.monotonic() - started) / (60 * self.budget.minutes)
         return used if self.budget.steps is None else max(used, (self.step - first) / self.budget.steps)
 
@@ -155,6 +157,9 @@ class Trainer(Generic[M]):
             with safe_open(str(path), "pt") as opened:
                 self.step = json.loads(opened.metadata()["step"])
                 loaded[file] = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        sizes = {name: value.shape for name, value in loaded["model"].items()}
+        if sizes != {name: weight.shape for name, weight in self.weights.items()}:
+            raise ValueError(f"{paths['model']}: weights of other sizes or names; legal: another --out")
         _copy(self.weights, loaded["model"])
         _copy(dict(self.average.named_parameters()), loaded["average"])
         for name, weight in self.weights.items():
@@ -210,9 +215,17 @@ def _is_finite(value: float) -> bool:
 
 
 def weights_of(part: str, folder: Path) -> Path:
-    """The file of a trained part: that of a training beside `folder`, or else the shipped one."""
-    own = folder.parent / _FOLDERS.get(part, part) / f"{part}.safetensors"
-    return own if own.exists() else WEIGHTS / f"{part}.safetensors"
+    """The file of a trained part: that of a training beside `folder`, or else the shipped one.
+
+    Raises ValueError when there is neither.
+    """
+    trained_by = _FOLDERS.get(part, part)
+    own, shipped = folder.parent / trained_by / f"{part}.safetensors", WEIGHTS / f"{part}.safetensors"
+    found = next((path for path in (own, shipped) if path.exists()), None)
+    if found is None:
+        raise ValueError(f"{own}: not there, nor does the package have it; legal: --part {trained_by} first")
+    print(f"{part}: {found}", flush=True)
+    return found
 
 
 def chunks(count: int, size: int) -> Iterator[range]:

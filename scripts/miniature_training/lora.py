@@ -33,14 +33,22 @@ from scripts.miniature_training.diffusion import (
     load,
     prepare_device,
 )
-from scripts.miniature_training.flow import ACTIVE, NoisyBatch, Ropes, TextAndDit, noisy_inputs, ropes_of
+from scripts.miniature_training.flow import (
+    ACTIVE,
+    FIRST_SOUND_WEIGHT,
+    NoisyBatch,
+    Ropes,
+    TextAndDit,
+    noisy_inputs,
+    ropes_of,
+)
 from scripts.miniature_training.graphs import RecordedLosses
 from scripts.miniature_training.latent_pool import FrozenEncoders
 from scripts.miniature_training.loop import Budget, Trainer, weights_of
 from scripts.miniature_training.prompts import FrozenGemma, TrainingPrompts
 
 #: Number of the first level of stage 2 in the distilled schedule.
-_STAGE2 = DISTILLED_SIGMAS.index(STAGE2_SIGMAS[0])
+_STAGE2_INDEX = DISTILLED_SIGMAS.index(STAGE2_SIGMAS[0])
 #: Steps with a strength of 1; the others have one between the bounds.
 _FULL_STRENGTH, _STRENGTHS = 0.6, (0.1, 0.9)
 #: Strengths with which the hq pipeline adds the LoRA.
@@ -137,7 +145,7 @@ class Rollouts:
 
     @property
     def _first(self) -> int:
-        return _STAGE2 if self._kind.refined else 0
+        return _STAGE2_INDEX if self._kind.refined else 0
 
     def _begun(self) -> States:
         latents, prompts = self._batches.draw(self._kind, self._rows)
@@ -203,9 +211,10 @@ class Distillation:
             weights = self._student.merged(self._base.transformer, strength, self._base.dtype)
             found = self._velocities(kind, weights, states, self.sigmas[level], contexts, held)
             mixture = wanted.map(lambda to, plain: plain + strength * (to - plain), unguided)
-            free = self._free(kind, held, video)
-            errors = found.map(lambda v, to, w: ((v - to).square() * w).mean(), mixture, free)
-            before = unguided.map(lambda v, to, w: ((v - to).square() * w).mean(), wanted, free)
+            counted = self._free(kind, held, states)
+            counted.audio[:, 0] = FIRST_SOUND_WEIGHT
+            errors = found.map(lambda v, to, w: ((v - to).square() * w).mean(), mixture, counted)
+            before = unguided.map(lambda v, to, w: ((v - to).square() * w).mean(), wanted, counted)
             step = self._steps(level)
             nexts = states.map(lambda x, v: x + v.detach() * step, found)
             return {
@@ -223,13 +232,13 @@ class Distillation:
     def _steps(self, level: torch.Tensor) -> torch.Tensor:
         return (self.sigmas[level + 1] - self.sigmas[level])[:, None, None]
 
-    def _free(self, kind: Kind, held: torch.Tensor | None, video: torch.Tensor) -> AV[torch.Tensor]:
+    def _free(self, kind: Kind, held: torch.Tensor | None, states: AV[torch.Tensor]) -> AV[torch.Tensor]:
         """The denoise mask (B, T, 1) of both streams."""
-        free = torch.ones_like(video[..., :1])
+        free = torch.ones_like(states.video[..., :1])
         if held is not None:
             frame_tokens = kind.shape.latent_height * kind.shape.latent_width
             free[:, :frame_tokens] = held[:, None, None]
-        return AV(free, torch.ones_like(free[:, :1]))
+        return AV(free, torch.ones_like(states.audio[..., :1]))
 
     def _velocities(
         self,
@@ -257,7 +266,7 @@ class Distillation:
         held: torch.Tensor | None,
     ) -> tuple[AV[torch.Tensor], AV[torch.Tensor]]:
         """The mean velocity of the guided teacher until the next level, and its first one without guidance."""
-        count, free = self._size.teacher_steps, self._free(kind, held, states.video)
+        count, free = self._size.teacher_steps, self._free(kind, held, states)
         negative = contexts.map(lambda of_prompts, other: other.expand_as(of_prompts), self._negative)
         step = self._steps(level) / count
         x, first = states, None
@@ -288,12 +297,13 @@ def train(
         raise ValueError(f"--start {start}; legal: nothing, because a LoRA starts from its base alone")
     prepare_device(seed)
     training, dtype = size.training, dtype_on(device)
+    transformer, vae, sounds = (weights_of(part, folder) for part in ("transformer", "vae", "audio"))
     gemma.write_gemma(folder / "gemma")
     prompts = TrainingPrompts(FrozenGemma(folder / "gemma", dtype, device), training.scenes, training.others, seed)
     base = TextAndDit(dtype).to(device).requires_grad_(False)
-    load(base, weights_of("transformer", folder))
+    load(base, transformer)
     trainer = Trainer(LoraFactors(base.transformer), folder, budget, rate=1e-3, warmup=200, average_over=500)
-    encoders = FrozenEncoders(weights_of("vae", folder), weights_of("audio", folder), dtype, device)
+    encoders = FrozenEncoders(vae, sounds, dtype, device)
     batches = Batches(training, prompts, encoders, seed * 1_000_003 + trainer.step)
     print(f"{len(prompts)} prompts, {len(batches)} clips", flush=True)
     distillation = Distillation(base, trainer.module, prompts, size, device)
@@ -319,14 +329,14 @@ class Steps:
 
     def run(self, number: int, recorded: RecordedLosses) -> dict[str, torch.Tensor]:
         """One step's losses. The gradients are set."""
-        kind = self._rng.choices(self._size.kinds, [kind.share for kind in self._size.kinds])[0]
+        kind = self._size.kind_of(number, self._rng)
         strength = 1.0 if self._rng.random() < _FULL_STRENGTH else self._rng.uniform(*_STRENGTHS)
         self._batches.renew_in_turn(kind, number)
         sigmas = self._distillation.sigmas
         rows = self._size.rows_of(kind.shape)
         own = 0 if kind.image else rows // 2
         clips, prompts = self._batches.draw(kind, rows - own)
-        level = self._batches.integers(rows - own, _STAGE2 if kind.refined else 0, len(DISTILLED_SIGMAS) - 1)
+        level = self._batches.integers(rows - own, _STAGE2_INDEX if kind.refined else 0, len(DISTILLED_SIGMAS) - 1)
         noise = self._batches.noise(clips)
         held = None
         if kind.image:

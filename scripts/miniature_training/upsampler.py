@@ -157,6 +157,8 @@ def train(
     weights = weights_of("vae", folder)
     vae = components.load_video_vae(weights, torch.float32, device, part="both")
     training = UpsamplerTraining(vae).to(device)
+    if device.startswith("cuda"):
+        training = training.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     if start is not None:
         exported = components.load_upsampler(start, torch.float32, device)
         training.upsampler.load_state_dict(exported.state_dict())

@@ -67,7 +67,6 @@ def test_submitted_job_renders_parquet_prompts(tmp_path):
 @pytest.mark.parametrize("token", ["with a token", "without a token"])
 def test_a_render_that_is_killed_and_submitted_again_loses_and_doubles_nothing(token, tmp_path):
     head = LocalHead(**({} if token == "with a token" else {"RAY_AUTH_MODE": "disabled"}))
-    assert bool(head.token.get("RAY_AUTH_TOKEN")) == (token == "with a token")
     job = Job(head, tmp_path)
     manifest = rows("first", "[[stage2:gate]] second", "[[stage1:gate]] third")
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in manifest))
@@ -85,6 +84,7 @@ def test_a_render_that_is_killed_and_submitted_again_loses_and_doubles_nothing(t
         return subprocess.Popen(submit, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
     try:
+        assert bool(head.token.get("RAY_AUTH_TOKEN")) == (token == "with a token")
         killed = start()
         wait_for(
             lambda: (

@@ -1,6 +1,7 @@
 """The perturbed pass takes over the first blocks of the conditional one: the same bits where both run alone.
 
-Where the conditional pass is one of a batch of two, its products have twice as many rows, and may be rounded differently.
+Where the conditional pass is one of a batch of two, its products have twice as many rows, and some CPUs round them
+differently.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import torch
 
 from ltx_ray.engine.base import Rank
 from ltx_ray.engine.diffusion import DiffusionEngine

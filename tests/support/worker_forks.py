@@ -4,7 +4,8 @@ A rank of the toy model imports torch, transformers and diffusers for four to ei
 fake engine imports for half a second. The suite starts hundreds. `ray_settings.quick_node` has Ray run this file for a
 worker. It asks the process for a copy, which becomes the worker with the arguments, the environment, the folder and the
 output that Ray gave. The product's own clusters run Ray's script instead, and so do nodes whose PYTHONPATH is another:
-they are to find other modules than this process has imported.
+they are to find other modules than this process has imported. What a library reads of the environment when it is
+imported is as it was for this process.
 
 The process has one thread, so that a fork copies no lock that another thread holds. It imports nothing before the first
 worker is asked for, and ends with the process that has started it. All processes of a run of the tests share it.
@@ -86,7 +87,13 @@ def serve(listener: socket.socket) -> None:
         connection, _ = listener.accept()
         with connection:
             head, descriptors = _receive(connection)
-            arguments, environment, folder = json.loads(_exactly(connection, int.from_bytes(head)))
+            try:
+                arguments, environment, folder = json.loads(_exactly(connection, int.from_bytes(head)))
+            except (OSError, ValueError):
+                # The process that asked has been killed, which is no reason to make no more workers.
+                for descriptor in descriptors:
+                    os.close(descriptor)
+                continue
             if os.fork() == 0:
                 listener.close()
                 _become(environment, folder, descriptors)
@@ -122,7 +129,10 @@ def _receive(connection: socket.socket) -> tuple[bytes, list[int]]:
 def _exactly(connection: socket.socket, count: int) -> bytes:
     data = b""
     while len(data) < count:
-        data += connection.recv(count - len(data))
+        more = connection.recv(count - len(data))
+        if not more:
+            raise ConnectionError("the process that asked has ended")
+        data += more
     return data
 
 

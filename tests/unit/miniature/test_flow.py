@@ -147,6 +147,23 @@ def test_held_tokens_count_for_nothing(model):
     assert not torch.equal(losses(0.3, 0.0), losses(0.3, 5.0))
 
 
+def test_in_bfloat16_every_weight_gets_a_gradient_near_that_of_float32(model):
+    torch.manual_seed(5)
+    gradients = []
+    for dtype in (torch.bfloat16, torch.float32):
+        net = flow.TextAndDit(dtype)
+        net.load_state_dict(model.state_dict())
+        ropes = flow.ropes_of(net.transformer, SHAPE, net.dtype, "cpu")
+        losses = flow.flow_losses(net, batch(torch.tensor([0.0, 1.0])), ropes, FRAME_TOKENS, NO_PERTURBATION)
+        named = dict(net.named_parameters())
+        found = torch.autograd.grad(losses["loss"], named.values(), allow_unused=True)
+        gradients.append({name: grad for name, grad in zip(named, found, strict=True) if grad is not None})
+    half, whole = gradients
+    assert half.keys() == whole.keys() and all(grad.dtype == torch.float32 for grad in half.values())
+    flat = [torch.cat([grads[name].flatten() for name in whole]) for grads in (half, whole)]
+    assert torch.cosine_similarity(*flat, dim=0) > 0.99
+
+
 def test_isolated_streams_do_not_hear_each_other(model):
     ropes, noisy = flow.ropes_of(model.transformer, SHAPE, torch.float32, "cpu"), batch()
 

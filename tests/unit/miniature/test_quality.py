@@ -139,5 +139,7 @@ def test_the_render_is_asked_for_the_files_of_the_model_and_the_options(tmp_path
 def test_a_render_that_cannot_be_done_is_said(tmp_path, capsys):
     empty = tmp_path / "none"
     empty.mkdir()
-    assert quality.main(["--clips", "1", "--weights", str(empty)]) == 1
+    assert quality.main(["--clips", "1", "--weights", str(empty)]) == 2
     assert "the miniature is incomplete" in capsys.readouterr().err
+    assert quality.main(["--clips", "1", "--height", "0"]) == 2
+    assert "--height: 0; legal: a positive multiple of 64" in capsys.readouterr().err

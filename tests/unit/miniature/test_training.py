@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from ltx_ray.engine import codec, components
 from ltx_ray.miniature import export, sound, spectrum
 from ltx_ray.miniature.config import ACTIVE_AUDIO, ACTIVE_VIDEO, LATENT_CHANNELS
-from scripts.miniature_training import audio, upsampler
+from scripts.miniature_training import audio, loop, upsampler
 from scripts.miniature_training.least_squares import start_vocoder
 from scripts.miniature_training.muon import Muon, orthogonal
 from scripts.train_miniature import main
@@ -35,11 +35,38 @@ def train(tmp_path, capsys):
     return run
 
 
+def test_nothing_is_trained_without_what_it_is_trained_on(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(loop, "WEIGHTS", tmp_path)
+    assert main(["--part", "lora", "--device", "cpu", "--out", str(tmp_path)]) == 2
+    said = f"{tmp_path}/dit/transformer.safetensors: not there, nor does the package have it; legal: --part dit first"
+    assert said in capsys.readouterr().err
+
+
+def test_with_no_minutes_the_checkpoint_is_as_it_was(tmp_path):
+    def trainer(minutes: float) -> loop.Trainer:
+        torch.manual_seed(0)
+        return loop.Trainer(torch.nn.Linear(2, 2), tmp_path, loop.Budget(minutes, 2), rate=0.1)
+
+    def losses(step: int) -> dict[str, torch.Tensor]:
+        loss = trained.module(torch.ones(1, 2)).square().sum()
+        trained.module.zero_grad()
+        loss.backward()
+        return {"loss": loss}
+
+    trained = trainer(1.0)
+    trained.run(losses)
+    before = {name: weight.detach().clone() for name, weight in trained.weights.items()}
+    trained = trainer(0.0)
+    trained.run(losses)
+    assert trained.step == 2
+    assert all(torch.equal(weight, before[name]) for name, weight in trained.weights.items())
+
+
 @pytest.mark.slow
 def test_the_video_vae_trains_resumes_and_starts_from_the_shipped_weights(train, tmp_path):
     shown, fresh = train("vae")
     assert "step 3 " in shown
-    files = {file.name: file.stat().st_size for file in (tmp_path / "vae").iterdir()}
+    files = {file.name: file.stat().st_size for file in (tmp_path / "smoke" / "vae").iterdir()}
     assert "vae.safetensors" in files
     assert max(files[f"{name}.safetensors"] for name in ("model", "average", "optimizer")) < 16e6
     shown, _ = train("vae")
@@ -53,7 +80,7 @@ def test_the_video_vae_trains_resumes_and_starts_from_the_shipped_weights(train,
 def test_the_audio_parts_train(train, tmp_path):
     shown, score = train("audio")
     assert "step 3 " in shown and "low pitch error" in score
-    assert (tmp_path / "audio" / "audio.safetensors").stat().st_size < 7e6
+    assert (tmp_path / "smoke" / "audio" / "audio.safetensors").stat().st_size < 7e6
 
 
 @pytest.mark.slow
@@ -61,7 +88,7 @@ def test_the_dit_trains_and_its_lora_is_distilled(train, tmp_path):
     """With the engines' samplers in the scores. Unused channels stay unused, whichever optimizer moves the rest."""
     shown, score = train("dit")
     assert "step 3 " in shown and score["video loss at 1.0"] > 0 and "image kept" in score
-    folder = tmp_path / "dit"
+    folder = tmp_path / "smoke" / "dit"
     assert max(file.stat().st_size for file in folder.glob("*.safetensors") if file.stem != "whole") < 16e6
     assert (folder / "gemma" / "tokenizer.json").exists() and (folder / "clips.png").exists()
     shown, _ = train("dit")
@@ -76,7 +103,7 @@ def test_the_dit_trains_and_its_lora_is_distilled(train, tmp_path):
 
     shown, score = train("lora")
     assert "step 3 " in shown and {"distilled ground", "without ground", "hq ground"} <= score.keys()
-    factors = load_file(tmp_path / "lora" / "distilled_lora.safetensors")
+    factors = load_file(tmp_path / "smoke" / "lora" / "distilled_lora.safetensors")
     assert sum(tensor.nbytes for tensor in factors.values()) < 0.6e6
     assert not factors["diffusion_model.patchify_proj.lora_A.weight"][:, ACTIVE_VIDEO:].any()
     assert not factors["diffusion_model.proj_out.lora_B.weight"][ACTIVE_VIDEO:].any()
@@ -86,7 +113,7 @@ def test_the_dit_trains_and_its_lora_is_distilled(train, tmp_path):
 def test_the_upsampler_trains_resumes_and_ignores_unused_channels(train, tmp_path):
     shown, score = train("upsampler")
     assert "step 3 " in shown and {"64x128 upsampled psnr", "64x128 bilinear psnr"} <= score.keys()
-    path = tmp_path / "upsampler" / "upsampler.safetensors"
+    path = tmp_path / "smoke" / "upsampler" / "upsampler.safetensors"
     assert path.stat().st_size < 0.8e6
     vae = export.WEIGHTS / "vae.safetensors"
     upsampler, stats = components.load_upsampler(path, torch.float32, "cpu"), components.latent_stats(vae)

@@ -118,7 +118,7 @@ def _gang(world: int, store: Path, spec: EngineSpec, item, conditions) -> dict[s
         process.start()
     found = {}
     while len(found) < world:
-        rank, result = queue.get(timeout=240)
+        rank, result = queue.get(timeout=1200)
         if isinstance(result, str):
             for process in ranks:
                 process.kill()

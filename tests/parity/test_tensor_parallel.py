@@ -42,7 +42,7 @@ def test_forward_agrees_with_one_rank(toy, tmp_path, world):
     ranks = [context.Process(target=_rank, args=(rank, *shared)) for rank in range(world)]
     for process in ranks:
         process.start()
-    found = dict(queue.get(timeout=180) for _ in ranks)
+    found = dict(queue.get(timeout=1200) for _ in ranks)
     for process in ranks:
         process.join()
     model = load_ours(toy["checkpoint_path"])

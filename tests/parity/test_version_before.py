@@ -42,7 +42,7 @@ def outputs(version, cluster):
     more = ("--ray-address", cluster)
     outputs = {name: version.folder / f"out-{name}" for name in MANIFESTS}
     runs = [version.start_render(name, "float32", output.name, *more) for name, output in outputs.items()]
-    version_before.finish_all(runs, timeout=300)
+    version_before.finish_all(runs, timeout=1200)
     return outputs
 
 

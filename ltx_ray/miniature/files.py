@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -127,11 +127,16 @@ def _copy_others(weights: Path, folder: Path) -> None:
 
 def _single_file(weights: Path) -> dict[str, torch.Tensor]:
     """All tensors of the single file."""
+    return joined([weights / name for name in _SINGLE_FILE])
+
+
+def joined(parts: Iterable[Path]) -> dict[str, torch.Tensor]:
+    """The tensors of all these files."""
     from safetensors.torch import load_file
 
     tensors: dict[str, torch.Tensor] = {}
-    for name in _SINGLE_FILE:
-        part = load_file(weights / name)
+    for path in parts:
+        part = load_file(path)
         assert not tensors.keys() & part.keys(), tensors.keys() & part.keys()
         tensors.update(part)
     return tensors

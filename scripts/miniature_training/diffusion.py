@@ -59,14 +59,14 @@ class Kind:
         return ClipShape(*self.pixels, self.frame_rate)
 
 
-_SMALL, _LARGE = (33, 128, 192), (33, 256, 384)
+SMALL, LARGE = (33, 128, 192), (33, 256, 384)
 _KINDS = (
-    Kind(_SMALL, share=10),
-    Kind(_SMALL, share=3, image=True),
-    Kind(_SMALL, share=2, isolated=True),
-    Kind(_LARGE, share=5),
-    Kind(_LARGE, share=4, refined=True),
-    Kind(_LARGE, share=2, image=True),
+    Kind(SMALL, share=10),
+    Kind(SMALL, share=3, image=True),
+    Kind(SMALL, share=2, isolated=True),
+    Kind(LARGE, share=5),
+    Kind(LARGE, share=4, refined=True),
+    Kind(LARGE, share=2, image=True),
     Kind((9, 192, 192), 12.0),
     Kind((17, 192, 128), 30.0),
     Kind((25, 128, 256), 25.0, image=True),
@@ -97,7 +97,7 @@ class TrainingSize:
     kinds: tuple[Kind, ...] = _KINDS
     scored: int = 48
     images: int = 12
-    scored_shape: ClipShape = Kind(_SMALL).shape
+    scored_shape: ClipShape = Kind(SMALL).shape
     scored_steps: int = 15
     scene_step: int = 1
     show_every: int = 200

@@ -200,6 +200,12 @@ def ropes_of(transformer: Transformer, shape: ClipShape, dtype: torch.dtype, dev
     return transformer.ropes(positions, dtype)
 
 
+def denoise_mask(held: torch.Tensor, tokens: int, frame_tokens: int) -> torch.Tensor:
+    """The denoise mask (B, tokens) of the video: `held` (B,) for the first latent frame's tokens, 1 for the others."""
+    first = torch.arange(tokens, device=held.device) < frame_tokens
+    return torch.where(first, held[:, None], 1.0)
+
+
 def noisy_inputs(
     batch: NoisyBatch, contexts: AV[torch.Tensor], ropes: Ropes, frame_tokens: int, dtype: torch.dtype
 ) -> tuple[AV[Modality], AV[torch.Tensor]]:
@@ -209,9 +215,8 @@ def noisy_inputs(
     """
     levels = AV(batch.sigma[:, None], batch.sigma[:, None])
     if batch.held is not None:
-        tokens = batch.latents.video.shape[1]
-        first = torch.arange(tokens, device=batch.sigma.device) < frame_tokens
-        levels = AV(batch.sigma[:, None] * torch.where(first, batch.held[:, None], 1.0), levels.audio)
+        mask = denoise_mask(batch.held, batch.latents.video.shape[1], frame_tokens)
+        levels = AV(batch.sigma[:, None] * mask, levels.audio)
 
     def modality(
         x0: torch.Tensor, noise: torch.Tensor, level: torch.Tensor, context: torch.Tensor, rope: Any

@@ -24,8 +24,9 @@ from ltx_ray.presets import DISTILLED_SIGMAS, STAGE2_SIGMAS
 from ltx_ray.records import AV
 from ltx_ray.toy import save_tensors
 from scripts.miniature_training import rendering
-from scripts.miniature_training.diffusion import SMOKE as DIFFUSION_SMOKE
 from scripts.miniature_training.diffusion import (
+    LARGE,
+    SMALL,
     Batches,
     Kind,
     TrainingSize,
@@ -33,12 +34,14 @@ from scripts.miniature_training.diffusion import (
     load,
     prepare_device,
 )
+from scripts.miniature_training.diffusion import SMOKE as DIFFUSION_SMOKE
 from scripts.miniature_training.flow import (
     ACTIVE,
     FIRST_SOUND_WEIGHT,
     NoisyBatch,
     Ropes,
     TextAndDit,
+    denoise_mask,
     noisy_inputs,
     ropes_of,
 )
@@ -54,12 +57,11 @@ _FULL_STRENGTH, _STRENGTHS = 0.6, (0.1, 0.9)
 #: Strengths with which the hq pipeline adds the LoRA.
 _HQ_STRENGTH = 0.25
 
-_SMALL, _LARGE = (33, 128, 192), (33, 256, 384)
 _KINDS = (
-    Kind(_SMALL, share=8),
-    Kind(_LARGE, share=2),
-    Kind(_LARGE, share=5, refined=True),
-    Kind(_SMALL, share=2, image=True),
+    Kind(SMALL, share=8),
+    Kind(LARGE, share=2),
+    Kind(LARGE, share=5, refined=True),
+    Kind(SMALL, share=2, image=True),
     Kind((121, 128, 192)),
     Kind((65, 192, 128), 30.0),
     Kind((17, 192, 192), 12.0),
@@ -234,11 +236,11 @@ class Distillation:
 
     def _free(self, kind: Kind, held: torch.Tensor | None, states: AV[torch.Tensor]) -> AV[torch.Tensor]:
         """The denoise mask (B, T, 1) of both streams."""
-        free = torch.ones_like(states.video[..., :1])
-        if held is not None:
-            frame_tokens = kind.shape.latent_height * kind.shape.latent_width
-            free[:, :frame_tokens] = held[:, None, None]
-        return AV(free, torch.ones_like(states.audio[..., :1]))
+        free = states.map(lambda x: torch.ones_like(x[..., :1]))
+        if held is None:
+            return free
+        frame_tokens = kind.shape.latent_height * kind.shape.latent_width
+        return AV(denoise_mask(held, states.video.shape[1], frame_tokens)[..., None], free.audio)
 
     def _velocities(
         self,
@@ -361,9 +363,8 @@ class Steps:
         self, kind: Kind, clips: AV[torch.Tensor], noise: AV[torch.Tensor], sigma: torch.Tensor, held: torch.Tensor
     ) -> AV[torch.Tensor]:
         frame_tokens = kind.shape.latent_height * kind.shape.latent_width
-        levels = sigma[:, None, None].repeat(1, clips.video.shape[1], 1)
-        levels[:, :frame_tokens] *= held[:, None, None]
-        return AV(torch.lerp(clips.video, noise.video, levels), noised(clips, noise, sigma).audio)
+        levels = sigma[:, None] * denoise_mask(held, clips.video.shape[1], frame_tokens)
+        return AV(torch.lerp(clips.video, noise.video, levels[..., None]), noised(clips, noise, sigma).audio)
 
 
 # --- score -------------------------------------------------------------------------------------------------------

@@ -14,26 +14,23 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 from ltx_ray.config import EngineSpec, GangLayout, ModelFiles, Numerics
 from ltx_ray.engine import codec, components
 from ltx_ray.engine.base import Rank
 from ltx_ray.engine.diffusion import DiffusionEngine
 from ltx_ray.engine.text import TextEngine
-from ltx_ray.miniature import export, judge, measure, picture, world
+from ltx_ray.miniature import export, files, judge, measure, picture, world
 from ltx_ray.presets import DEFAULT_IMAGE_CRF, PIPELINES
 from ltx_ray.records import ImageCondition, Recipe, RenderRequest, WorkItem
 from ltx_ray.shapes import ClipShape
 from ltx_ray.stages import Stage
+from scripts.miniature_training.video import to_bytes
 
 
 def join_parts(path: Path, *parts: Path) -> None:
     """Write the single file `path` of the tensors of several parts."""
-    tensors: dict[str, torch.Tensor] = {}
-    for part in parts:
-        tensors |= load_file(str(part))
-    export.save_part(path, tensors)
+    export.save_part(path, files.joined(parts))
 
 
 class Renderer:
@@ -65,8 +62,7 @@ class Renderer:
         with torch.inference_mode():
             pixels = codec.decode_video_tile(self._video, video)[0].float()
             sound, _ = codec.decode_audio(self._audio, self._vocoder, audio)
-        frames = ((pixels + 1) / 2).clamp(0, 1).mul(255).byte().permute(1, 2, 3, 0)
-        return frames.cpu().numpy(), sound.cpu().numpy()
+        return to_bytes(pixels), sound.cpu().numpy()
 
 
 def request_of(prompt: str, pipeline: str, stage1: ClipShape, **changes: Any) -> RenderRequest:

@@ -158,7 +158,7 @@ def train(
     vae = components.load_video_vae(weights, torch.float32, device, part="both")
     training = UpsamplerTraining(vae).to(device)
     if device.startswith("cuda"):
-        training = training.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        _channels_last(training)
     if start is not None:
         exported = components.load_upsampler(start, torch.float32, device)
         training.upsampler.load_state_dict(exported.state_dict())
@@ -188,6 +188,13 @@ def train(
     path = folder / "upsampler.safetensors"
     export.save_part(path, trainer.average.upsampler.state_dict(), upsampler_config())
     return score(path, weights, device, size, folder)
+
+
+def _channels_last(module: torch.nn.Module) -> None:
+    """Lay the weights of 3-D convolutions out channels last. `Module.to` refuses a module that has 2-D ones as well."""
+    for weight in module.parameters():
+        if weight.dim() == 5:
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last_3d)
 
 
 # --- score -------------------------------------------------------------------------------------------------------

@@ -61,11 +61,11 @@ class Kind:
 
 SMALL, LARGE = (33, 128, 192), (33, 256, 384)
 _KINDS = (
-    Kind(SMALL, share=10),
+    Kind(SMALL, share=12),
     Kind(SMALL, share=3, image=True),
     Kind(SMALL, share=2, isolated=True),
-    Kind(LARGE, share=5),
-    Kind(LARGE, share=4, refined=True),
+    Kind(LARGE, share=4),
+    Kind(LARGE, share=7, refined=True),
     Kind(LARGE, share=2, image=True),
     Kind((9, 192, 192), 12.0),
     Kind((17, 192, 128), 30.0),
@@ -93,7 +93,7 @@ class TrainingSize:
     tokens: int = 122_880
     rows: int = 512
     draws: int = 2
-    others: int = 37
+    others: int = 63
     kinds: tuple[Kind, ...] = _KINDS
     scored: int = 48
     images: int = 12

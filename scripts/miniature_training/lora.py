@@ -86,11 +86,15 @@ SMOKE = LoraSize(DIFFUSION_SMOKE, teacher_steps=2)
 
 
 class LoraFactors(torch.nn.Module):
-    """A LoRA of rank LORA_RANK for every linear layer of a transformer. At first it changes nothing."""
+    """A LoRA of rank LORA_RANK for the linear layers of a transformer. At first it changes nothing.
+
+    The embeddings of the noise level are left out. The layer after each of them is not, and all files of the miniature
+    have to fit into 16 MB.
+    """
 
     def __init__(self, transformer: Transformer) -> None:
         super().__init__()
-        weights = {name: weight for name, weight in transformer.named_parameters() if _is_linear(name, weight)}
+        weights = {name: weight for name, weight in transformer.named_parameters() if _is_adapted(name, weight)}
         self.names = [name.removesuffix(".weight") for name in weights]
         device = next(iter(weights.values())).device
         self.a = torch.nn.ParameterList(
@@ -119,9 +123,9 @@ class LoraFactors(torch.nn.Module):
         return named
 
 
-def _is_linear(name: str, weight: torch.Tensor) -> bool:
-    """Whether the weight is that of a linear layer. Tables have two dimensions too, but another name."""
-    return name.endswith(".weight") and weight.dim() == 2
+def _is_adapted(name: str, weight: torch.Tensor) -> bool:
+    """Whether the weight is that of an adapted linear layer. Tables have two dimensions too, but another name."""
+    return name.endswith(".weight") and weight.dim() == 2 and ".timestep_embedder." not in name
 
 
 # --- states ------------------------------------------------------------------------------------------------------

@@ -31,6 +31,9 @@ _OBJECTS = (
     "a {shape} in {colour} {moves}",
     "we see a {colour} {shape} that {moves}",
     "it is a {colour} {shape}, it {moves}",
+    "the {colour} {shape} {moves}",
+    "{colour} {shape} that {moves}",
+    "the {shape}, in {colour}, {moves}",
 )
 _GROUNDS = (
     "the ground is {ground}",
@@ -40,9 +43,15 @@ _GROUNDS = (
     "behind it is a plain {ground} background",
     "over a {ground} background",
     "all behind it is {ground}",
+    "{ground} is all behind it",
+    "on {ground}",
+    "upon {ground}",
+    "before {ground}",
+    "against plain {ground}",
+    "in front of {ground}",
 )
-_SOUNDS = ("{sound}", "we hear {sound}", "the sound is {sound}", "one hears {sound}", "to {sound}")
-_JOINTS = (", ", ". ", " and ", ", and ", " ")
+_SOUNDS = ("{sound}", "we hear {sound}", "the sound is {sound}", "one hears {sound}", "to {sound}", "with {sound}")
+_JOINTS = (", ", ". ", " and ", ", and ", " while ", " ")
 
 
 def other_phrasing(rng: random.Random, scene: world.Scene) -> str:

@@ -44,11 +44,24 @@ _GROUNDS = (
     "over a {ground} background",
     "all behind it is {ground}",
     "{ground} is all behind it",
+    "there is {ground}",
+    "all {ground} behind it",
+    # With many prepositions, also those that training never sees before a bare colour make it the ground's.
     "on {ground}",
     "upon {ground}",
+    "onto {ground}",
     "before {ground}",
     "against plain {ground}",
     "in front of {ground}",
+    "above {ground}",
+    "across {ground}",
+    "under {ground}",
+    "near {ground}",
+    "inside {ground}",
+    "along {ground}",
+    "through {ground}",
+    "by {ground}",
+    "around is {ground}",
 )
 _SOUNDS = ("{sound}", "we hear {sound}", "the sound is {sound}", "one hears {sound}", "to {sound}", "with {sound}")
 _JOINTS = (", ", ". ", " and ", ", and ", " while ", " ")

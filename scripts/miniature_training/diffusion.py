@@ -85,7 +85,8 @@ _KINDS = (
 class TrainingSize:
     """Sizes of training and of its score.
 
-    A step has about `tokens` video tokens, and at most `rows` clips, of which `draws` are one clip with other noise.
+    A step has about `tokens` video tokens, and at most `rows` clips, of which `draws` are one clip with other noise, and
+    twice as many where a clip has at most `few_tokens`. They share their text, which takes most of a small clip's time.
     `others` prompts of a scene are beyond the world's phrasings. `scored` prompts and `images`
     images are rendered at `scored_shape`. Training knows every `scene_step`-th scene of the split.
     """
@@ -93,6 +94,7 @@ class TrainingSize:
     tokens: int = 122_880
     rows: int = 512
     draws: int = 2
+    few_tokens: int = 256
     others: int = 63
     kinds: tuple[Kind, ...] = _KINDS
     scored: int = 48
@@ -110,6 +112,10 @@ class TrainingSize:
         """Clips of a step of this shape: a power of two."""
         return min(self.rows, max(2 * self.draws, 2 ** int(math.log2(self.tokens / shape.video_tokens))))
 
+    def draws_of(self, shape: ClipShape) -> int:
+        """Clips of a step that are the same but for their noise."""
+        return self.draws * (2 if shape.video_tokens <= self.few_tokens else 1)
+
     @property
     def scenes(self) -> Sequence[world.Scene]:
         return world.scenes("train")[:: self.scene_step]
@@ -118,8 +124,8 @@ class TrainingSize:
 FULL = TrainingSize()
 _TINY = (9, 64, 96)
 SMOKE = TrainingSize(
-    tokens=50,
-    draws=2,
+    tokens=100,
+    few_tokens=12,
     others=2,
     kinds=(Kind(_TINY), Kind(_TINY, image=True), Kind((17, 64, 64), 12.0, isolated=True, refined=True)),
     scored=1,
@@ -150,7 +156,7 @@ class Batches:
     def renew_in_turn(self, kind: Kind, step: int) -> None:
         """In some steps, encode new clips of a kind, for as many steps as lie between two renewals."""
         if step % _RENEW_EVERY == 0:
-            clips = self._size.rows_of(kind.shape) // self._size.draws
+            clips = self._size.rows_of(kind.shape) // self._size.draws_of(kind.shape)
             self._pools[kind.shape].renew(max(1, clips * _RENEW_EVERY // _USES))
 
     def draw(self, kind: Kind, count: int) -> tuple[AV[torch.Tensor], torch.Tensor]:
@@ -164,11 +170,14 @@ class Batches:
         return drawn.latents, prompts
 
     def inputs(self, kind: Kind) -> tuple[torch.Tensor, ...]:
-        """What KindLosses takes: latents and noise of both streams, sigma, prompts, and with images the mask."""
-        rows, draws = self._size.rows_of(kind.shape), self._size.draws
+        """What KindLosses takes: latents and noise of both streams, noise levels and prompts, and with images the mask.
+
+        Each level and each prompt are those of `draws_of` a size's clips.
+        """
+        rows, draws = self._size.rows_of(kind.shape), self._size.draws_of(kind.shape)
         clips, prompts = self.draw(kind, rows // draws)
         latents = clips.map(lambda x: x.repeat_interleave(draws, 0))
-        sigma = draw_sigmas(self.generator, rows, _STAGE2_LEVEL if kind.refined else 1.0)
+        sigma = draw_sigmas(self.generator, rows // draws, _STAGE2_LEVEL if kind.refined else 1.0)
         inputs = (*latents, *self.noise(latents), sigma, prompts)
         return (*inputs, self.held(rows)) if kind.image else inputs
 

@@ -12,6 +12,8 @@ used ones.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -47,17 +49,30 @@ Ropes = AV[tuple[RopeTable, RopeTable]]
 class NoisyBatch:
     """Clips at noise levels. B is a multiple of the number of prompts P; clips of one prompt follow each other.
 
-    latents and noise: used channels (B, T, C) float32; sigma (B,); held (B,): the denoise mask of the tokens in the
-    first latent frame, 1 where they are free, None when they are in all clips; hidden (P, TEXT_TOKENS, F) and mask
-    (P, TEXT_TOKENS) of the prompts.
+    latents and noise: used channels (B, T, C) float32; prompt_sigma (P,): the noise level of all clips of a prompt;
+    held (B,): the denoise mask of the tokens in the first latent frame, 1 where they are free, None when they are in
+    all clips; hidden (P, TEXT_TOKENS, F) and mask (P, TEXT_TOKENS) of the prompts.
     """
 
     latents: AV[torch.Tensor]
     noise: AV[torch.Tensor]
-    sigma: torch.Tensor
+    prompt_sigma: torch.Tensor
     hidden: torch.Tensor
     mask: torch.Tensor
     held: torch.Tensor | None = None
+
+    @property
+    def clips_per_prompt(self) -> int:
+        return len(self.latents.video) // len(self.hidden)
+
+    @property
+    def sigma(self) -> torch.Tensor:
+        """The noise levels (B,) of the clips."""
+        return self.of_clips(self.prompt_sigma)
+
+    def of_clips(self, of_prompts: torch.Tensor) -> torch.Tensor:
+        """(P, ...) -> (B, ...)."""
+        return of_prompts[:, None].expand(-1, self.clips_per_prompt, *of_prompts.shape[1:]).flatten(0, 1)
 
 
 class TextAndDit(torch.nn.Module):
@@ -73,6 +88,10 @@ class TextAndDit(torch.nn.Module):
             for block in connector.transformer_blocks:
                 block.attn1.set_processor(_MasklessAttention())
         self.transformer = Transformer(export.transformer_config())
+        self._shared_text = _SharedText()
+        for block in self.transformer.blocks:
+            for names in STREAM_NAMES:
+                self._shared_text.hook(block.get_submodule(names.text_attention))
         initialise(self.connectors, self.transformer)
         self.requires_grad_(True)
 
@@ -81,9 +100,15 @@ class TextAndDit(torch.nn.Module):
         video, audio, _ = self._rounded(self.connectors)(hidden.to(self.dtype), mask)
         return AV(video, audio)
 
-    def velocities(self, inputs: AV[Modality], perturbation: Perturbation) -> AV[torch.Tensor]:
-        """Velocities (B, T, C) of the used channels, in the modules' dtype."""
-        found = self._rounded(self.transformer)(inputs, perturbation)
+    def velocities(
+        self, inputs: AV[Modality], perturbation: Perturbation, clips_per_prompt: int = 1
+    ) -> AV[torch.Tensor]:
+        """Velocities (B, T, C) of the used channels, in the modules' dtype.
+
+        `clips_per_prompt` clips that follow each other have the same context and noise level.
+        """
+        with self._shared_text.by(clips_per_prompt):
+            found = self._rounded(self.transformer)(inputs, perturbation)
         return found.map(lambda x, active: x[..., :active], ACTIVE)
 
     def _rounded(self, module: Any) -> Any:
@@ -135,6 +160,41 @@ class _MasklessAttention(ConnectorAttention):
         key_rotary_emb: Any = None,
     ) -> torch.Tensor:
         return super().__call__(attn, x, context, None, query_rotary_emb, key_rotary_emb)
+
+
+class _SharedText:
+    """Computes keys and values of the text once for several clips, which attend to them as one long sequence.
+
+    The text's positions are several times as many as a small clip's tokens, and take most of a step. The attention has
+    no mask and no rotary embedding, so the queries of all clips of a prompt can be one sequence. Its context depends on
+    the noise level, which therefore has to be the same for them.
+    """
+
+    def __init__(self) -> None:
+        self._clips = 1
+
+    @contextmanager
+    def by(self, clips: int) -> Iterator[None]:
+        """Share the text between `clips` clips that follow each other."""
+        self._clips = clips
+        try:
+            yield
+        finally:
+            self._clips = 1
+
+    def hook(self, attention: torch.nn.Module) -> None:
+        """Let `attention` do so."""
+        attention.register_forward_pre_hook(self._join)
+        attention.register_forward_hook(self._part)
+
+    def _join(
+        self, attention: torch.nn.Module, arguments: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        x, context = arguments
+        return x.unflatten(0, (-1, self._clips)).flatten(1, 2), context[:: self._clips]
+
+    def _part(self, attention: torch.nn.Module, arguments: object, attended: torch.Tensor) -> torch.Tensor:
+        return attended.unflatten(1, (self._clips, -1)).flatten(0, 1)
 
 
 # --- initial weights ---------------------------------------------------------------------------------------------
@@ -213,21 +273,20 @@ def noisy_inputs(
 
     `frame_tokens` are the video tokens of a latent frame.
     """
-    levels = AV(batch.sigma[:, None], batch.sigma[:, None])
+    sigma = batch.sigma
+    levels = AV(sigma[:, None], sigma[:, None])
     if batch.held is not None:
         mask = denoise_mask(batch.held, batch.latents.video.shape[1], frame_tokens)
-        levels = AV(batch.sigma[:, None] * mask, levels.audio)
+        levels = AV(sigma[:, None] * mask, levels.audio)
 
     def modality(
         x0: torch.Tensor, noise: torch.Tensor, level: torch.Tensor, context: torch.Tensor, rope: Any
     ) -> Modality:
         x = torch.lerp(x0, noise, level[..., None])
         x = F.pad(x, (0, LATENT_CHANNELS - x.shape[-1])).to(dtype)
-        return Modality(x, batch.sigma, level, context, *rope)
+        return Modality(x, sigma, level, context, *rope)
 
-    repeats = len(batch.sigma) // len(batch.hidden)
-    contexts = contexts.map(lambda context: context[:, None].expand(-1, repeats, -1, -1).flatten(0, 1))
-    return batch.latents.map(modality, batch.noise, levels, contexts, ropes), levels
+    return batch.latents.map(modality, batch.noise, levels, contexts.map(batch.of_clips), ropes), levels
 
 
 def flow_losses(
@@ -238,7 +297,7 @@ def flow_losses(
     Tokens that are held entirely count for nothing. "high" and "low" are the video's above 0.9 and below 0.5.
     """
     inputs, levels = noisy_inputs(batch, model.contexts(batch.hidden, batch.mask), ropes, frame_tokens, model.dtype)
-    found = model.velocities(inputs, perturbation)
+    found = model.velocities(inputs, perturbation, batch.clips_per_prompt)
     weights = AV((levels.video > 0).float(), torch.ones_like(batch.latents.audio[:1, :, 0]))
     weights.audio[:, 0] = FIRST_SOUND_WEIGHT
 

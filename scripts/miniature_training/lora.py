@@ -78,7 +78,7 @@ class LoraSize:
     guidance: AV[float] = AV(2.0, 2.0)  # noqa: RUF009 (immutable)
 
 
-FULL = LoraSize(TrainingSize(tokens=61_440, rows=256, draws=1, kinds=_KINDS))
+FULL = LoraSize(TrainingSize(tokens=61_440, rows=256, draws=1, few_tokens=0, kinds=_KINDS))
 SMOKE = LoraSize(DIFFUSION_SMOKE, teacher_steps=2)
 
 

@@ -25,8 +25,19 @@ def prompts(tmp_path_factory) -> TrainingPrompts:
     return TrainingPrompts(FrozenGemma(folder, DTYPE, DEVICE), SMOKE.scenes, SMOKE.others, 0)
 
 
-def _gradients(model: TextAndDit) -> torch.Tensor:
-    return torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None])
+def _taken_gradients(model: TextAndDit) -> torch.Tensor:
+    """The gradients of all weights, which have none afterwards."""
+    found = torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None])
+    for weight in model.parameters():
+        weight.grad = None
+    return found
+
+
+def _launched(losses, inputs) -> dict[str, float]:
+    """The losses, whose gradients the weights get. No graph outlives the call: recording would go on with its nodes."""
+    found = losses(*inputs)
+    found["loss"].backward()
+    return {name: float(value.detach()) for name, value in found.items()}
 
 
 def test_replays_of_several_kinds_give_losses_and_gradients_of_their_own_inputs(prompts):
@@ -48,14 +59,10 @@ def test_replays_of_several_kinds_give_losses_and_gradients_of_their_own_inputs(
                     weight.mul_(0.9)
         inputs = batches.inputs(kind)
         found = {name: float(value) for name, value in recorded(kind, losses.of(kind), *inputs).items()}
-        gradients = _gradients(model).clone()
-        for weight in model.parameters():
-            weight.grad = None
-        wanted = losses.of(kind)(*inputs)
-        wanted["loss"].backward()
-        for name, value in wanted.items():
-            assert found[name] == pytest.approx(float(value.detach()), rel=CLOSE, abs=1e-3), (turn, name)
-        assert (gradients - _gradients(model)).norm() <= CLOSE * gradients.norm(), turn
+        gradients = _taken_gradients(model)
+        for name, value in _launched(losses.of(kind), inputs).items():
+            assert found[name] == pytest.approx(value, rel=CLOSE, abs=1e-3), (turn, name)
+        assert (gradients - _taken_gradients(model)).norm() <= CLOSE * gradients.norm(), turn
         seen.append(found["loss"])
     # Every turn had other inputs.
     assert len(set(seen)) == len(seen)

@@ -1,6 +1,8 @@
 """Flow matching of the miniature's DiT: what it is given and what its file gives are as in the engine."""
 
+import copy
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -76,7 +78,7 @@ def batch(held: torch.Tensor | None = None, sigma: float = 0.6, rows: int = 2) -
     hidden = torch.randn(1, TEXT_TOKENS, 128)
     mask = (torch.arange(TEXT_TOKENS) < 9).long()[None]
     return flow.NoisyBatch(
-        sizes.map(torch.randn), sizes.map(torch.randn), torch.full((rows,), sigma), hidden, mask, held
+        sizes.map(torch.randn), sizes.map(torch.randn), torch.full((1,), sigma), hidden, mask, held
     )  # fmt: skip
 
 
@@ -135,6 +137,25 @@ def test_a_clip_with_an_image_begins_as_in_the_engine(model, strength):
         assert torch.equal(ours.cos, theirs.cos)
 
 
+def test_clips_that_share_keys_of_their_text_have_the_velocities_of_clips_alone(model):
+    """Also in a copy of the model, which shares on its own account."""
+    torch.manual_seed(6)
+    noisy = batch(torch.tensor([1.0, 0.0, 0.5, 1.0, 0.2, 0.7]), rows=6)
+    hidden = torch.randn(2, TEXT_TOKENS, 128)
+    noisy = replace(noisy, prompt_sigma=torch.tensor([0.9, 0.3]), hidden=hidden, mask=noisy.mask.expand(2, -1))
+    ropes = flow.ropes_of(model.transformer, SHAPE, torch.float32, "cpu")
+    inputs, _ = flow.noisy_inputs(noisy, model.contexts(noisy.hidden, noisy.mask), ropes, FRAME_TOKENS, torch.float32)
+    apart = model.velocities(inputs, NO_PERTURBATION)
+    # Only the contexts of each prompt's first clip are read.
+    read = torch.tensor([True, False, False])[:, None, None].repeat(2, 1, 1)
+    others = inputs.map(lambda s: replace(s, context=s.context.where(read, 7.0)))
+    for net in (model, copy.deepcopy(model)):
+        together = net.velocities(others, NO_PERTURBATION, noisy.clips_per_prompt)
+        for ours, theirs in zip(together, apart, strict=True):
+            assert torch.allclose(ours, theirs, atol=1e-5)
+    assert not torch.allclose(model.velocities(others, NO_PERTURBATION).video, apart.video, atol=1e-2)
+
+
 def test_held_tokens_count_for_nothing(model):
     ropes = flow.ropes_of(model.transformer, SHAPE, torch.float32, "cpu")
 
@@ -169,7 +190,7 @@ def test_isolated_streams_do_not_hear_each_other(model):
 
     def video_loss(isolated: bool, changed: float) -> torch.Tensor:
         audio = noisy.latents.audio + changed
-        other = flow.NoisyBatch(AV(noisy.latents.video, audio), noisy.noise, noisy.sigma, noisy.hidden, noisy.mask)
+        other = flow.NoisyBatch(AV(noisy.latents.video, audio), noisy.noise, noisy.prompt_sigma, noisy.hidden, noisy.mask)
         return flow.flow_losses(model, other, ropes, FRAME_TOKENS, Perturbation(isolated=isolated))["video"]
 
     assert torch.equal(video_loss(True, 0.0), video_loss(True, 3.0))

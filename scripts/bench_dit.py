@@ -8,8 +8,9 @@ so that only one side's are in memory at a time. Passes are text-to-video at sig
 stage 1, with half the height and width of --shape, two passes are measured: the full pass ("cond") and the pass without
 attention between the streams ("isolated"). Times are medians of CUDA events between consecutive passes without a pause.
 With --tp, --sequence-parallel or --guidance-parallel a gang of as many cards is measured beside one of them
-(scripts/bench/gang.py), with --rank-alone one of its ranks without the others (scripts/bench/rank_alone.py). --step
-measures a call of stage 1 with all its guidance passes (scripts/bench/guided_step.py).
+(scripts/bench/gang.py), with --rank-alone one of its ranks without the others (scripts/bench/rank_alone.py). These
+passes are CUDA graphs where those of a run are. --step measures a call of stage 1 with all its guidance passes
+(scripts/bench/guided_step.py).
 The skeleton (scripts/bench/skeleton.py) runs before and after ours to reveal drifting clocks. ltx_core is the reference
 v1.2.0 from PYTHONPATH, called as its pipelines call it: with the attention backend that it chooses itself, and with a
 timestep for every token (--peer-levels one: one for all).
@@ -48,6 +49,7 @@ from scripts.bench.passes import (
     Call,
     Row,
     Velocities,
+    as_in_a_run,
     best_attention,
     build_ours,
     call_ours,
@@ -146,11 +148,10 @@ class Bench:
             if transport is None:
                 self.flops[name] = flops(calls)
             times: list[float] = []
-            for which, run in (("ours", partial(call, name == "isolated")), ("skeleton", Skeleton(calls, attend))):
-                rows = [self._time(name, f"{which}, {side}", run)]
-                if a.graphs:
-                    rows.append(self._time(name, f"{which}, {side}, graph", graphed(run)))
-                times.append(min(row.ms for row in rows))
+            for which, launched in (("ours", partial(call, name == "isolated")), ("skeleton", Skeleton(calls, attend))):
+                run, label = as_in_a_run(launched, case, tp.size * tokens.size)
+                times.append(self._time(name, f"{which}, {side}{label}", run).ms)
+                del run
             exchanges: tuple[dict[str, int], dict[str, int]] = ({}, {})
             if transport is not None:
                 counted(transport)
@@ -310,6 +311,8 @@ def parse() -> argparse.Namespace:
         parser.error("--step and --guidance-parallel are of --stage 1")
     if (a.ranks > 1 or a.step) and a.against:
         parser.error("--against is for passes of one card")
+    if a.ranks > 1 and a.graphs:
+        parser.error("--graphs is for passes of one card; those of gangs are graphs where a run's are")
     on_cuda = torch.device(a.device).type == "cuda"
     if on_cuda and not torch.cuda.is_available():
         print("bench_dit needs a CUDA GPU, and torch finds none", file=sys.stderr)

@@ -34,6 +34,11 @@ _MAX_SEEN = 2 * _MAX_SHAPES * _MAX_GRAPHS
 _log = logging.getLogger(__name__)
 
 
+def is_launch_bound(tokens: int, ranks: int, max_tokens: int = LAUNCH_BOUND_TOKENS) -> bool:
+    """Whether a pass of `tokens` video tokens, all batch entries together, is a graph on `ranks` that share it."""
+    return tokens <= max_tokens * ranks
+
+
 @dataclass(frozen=True)
 class _Call:
     """What a graph is captured for besides the shapes of its inputs.
@@ -96,7 +101,7 @@ class GraphedTransformer:
         """
         latent, tables = inputs.video.latent, self._dit.tables(inputs)
         ranks = self._dit.model.tp.size * sequence_group.size
-        if latent.shape[0] * latent.shape[1] > self._max_tokens * ranks:
+        if not is_launch_bound(latent.shape[0] * latent.shape[1], ranks, self._max_tokens):
             return self._dit.run(inputs, tables, perturbation, sequence_group, prefix)
         begun = None if prefix is None else prefix.streams
         shapes = tuple((tuple(tensor.shape), tensor.dtype) for tensor in _tensors(inputs, tables, begun))

@@ -29,10 +29,10 @@ from scripts.bench.guided_step import guided_call
 from scripts.bench.passes import (
     Call,
     Velocities,
+    as_in_a_run,
     build_ours,
     call_ours,
     errors,
-    graphed,
     measure,
     on_host,
     pass_names,
@@ -138,12 +138,9 @@ class _Rank:
         if not a.step:
             call = call_ours(case, model, a.attention, False, mesh.tokens)
             for name in self._names:
-                one = partial(call, name == "isolated")
-                yield name, "", one
-                if a.graphs and case.device.type == "cuda":
-                    replay = graphed(one)
-                    yield name, ", graph", replay
-                    del replay
+                one, label = as_in_a_run(partial(call, name == "isolated"), case, mesh.tp.size * mesh.tokens.size)
+                yield name, label, one
+                del one
             return
         fused = FusedTransformer(model, a.attention)
         dit = GraphedTransformer(fused) if case.device.type == "cuda" else fused

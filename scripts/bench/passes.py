@@ -17,6 +17,7 @@ from torch import nn
 
 from ltx_ray.model.attention_backends import BACKENDS, attention_backend
 from ltx_ray.model.fused import FusedTransformer
+from ltx_ray.model.graphs import is_launch_bound
 from ltx_ray.model.packing import pack_linears
 from ltx_ray.model.transformer import Modality, Perturbation, Transformer
 from ltx_ray.parallel.collectives import SINGLE_RANK, RankGroup
@@ -111,6 +112,13 @@ def graphed(call: Callable[[], T]) -> Callable[[], T]:
         return result
 
     return replay
+
+
+def as_in_a_run(call: Callable[[], T], case: Case, ranks: int) -> tuple[Callable[[], T], str]:
+    """The call as a run makes it on `ranks` that share a pass: as a graph or launched. The label says ", graph"."""
+    if case.device.type == "cuda" and is_launch_bound(case.shape.video_tokens, ranks):
+        return graphed(call), ", graph"
+    return call, ""
 
 
 def on_host(velocities: Iterable[torch.Tensor]) -> Velocities:

@@ -85,10 +85,10 @@ _KINDS = (
 class TrainingSize:
     """Sizes of training and of its score.
 
-    A step has about `tokens` video tokens, and at most `rows` clips, of which `draws` are one clip with other noise, and
+    A step has about `tokens` video tokens, and at most `rows` clips, of which `draws` are one clip with other noise, or
     twice as many where a clip has at most `few_tokens`. They share their text, which takes most of a small clip's time.
-    `others` prompts of a scene are beyond the world's phrasings. `scored` prompts and `images`
-    images are rendered at `scored_shape`. Training knows every `scene_step`-th scene of the split.
+    `others` prompts of a scene are beyond the world's phrasings. `scored` prompts and `images` images are rendered at
+    `scored_shape`. Training knows every `scene_step`-th scene of the split.
     """
 
     tokens: int = 122_880

@@ -189,8 +189,7 @@ def test_isolated_streams_do_not_hear_each_other(model):
     ropes, noisy = flow.ropes_of(model.transformer, SHAPE, torch.float32, "cpu"), batch()
 
     def video_loss(isolated: bool, changed: float) -> torch.Tensor:
-        audio = noisy.latents.audio + changed
-        other = flow.NoisyBatch(AV(noisy.latents.video, audio), noisy.noise, noisy.prompt_sigma, noisy.hidden, noisy.mask)
+        other = replace(noisy, latents=AV(noisy.latents.video, noisy.latents.audio + changed))
         return flow.flow_losses(model, other, ropes, FRAME_TOKENS, Perturbation(isolated=isolated))["video"]
 
     assert torch.equal(video_loss(True, 0.0), video_loss(True, 3.0))

@@ -8,9 +8,9 @@ so that only one side's are in memory at a time. Passes are text-to-video at sig
 stage 1, with half the height and width of --shape, two passes are measured: the full pass ("cond") and the pass without
 attention between the streams ("isolated"). Times are medians of CUDA events between consecutive passes without a pause.
 With --tp, --sequence-parallel or --guidance-parallel a gang of as many cards is measured beside one of them
-(scripts/bench/gang.py), with --rank-alone one of its ranks without the others (scripts/bench/rank_alone.py). These
-passes are CUDA graphs where those of a run are. --step measures a call of stage 1 with all its guidance passes
-(scripts/bench/guided_step.py).
+(scripts/bench/gang.py), with --rank-alone one of its ranks without the others (scripts/bench/rank_alone.py). Of these,
+and of the one card beside them, passes of up to 20,000 tokens a rank are CUDA graphs, as in a run. --step measures a
+call of stage 1 with all its guidance passes (scripts/bench/guided_step.py).
 The skeleton (scripts/bench/skeleton.py) runs before and after ours to reveal drifting clocks. ltx_core is the reference
 v1.2.0 from PYTHONPATH, called as its pipelines call it: with the attention backend that it chooses itself, and with a
 timestep for every token (--peer-levels one: one for all).
@@ -275,7 +275,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--peer-levels", default="token", choices=("token", "one"))
     parser.add_argument("--repeat", type=int, default=10)
     parser.add_argument("--warm", type=float, default=2.0, help="seconds of passes before those that are timed")
-    parser.add_argument("--graphs", action="store_true", help="also run ours and the skeleton as CUDA graphs")
+    parser.add_argument(
+        "--graphs", action="store_true", help="also run ours and the skeleton as CUDA graphs, on one card"
+    )
     parser.add_argument("--tp", type=_numbers, default=[1], help="ranks that share the weights")
     parser.add_argument("--sequence-parallel", type=_numbers, default=[1], help="ranks that share the tokens")
     parser.add_argument("--guidance-parallel", type=int, default=1, help="ranks that share the passes of a --step")
@@ -311,7 +313,7 @@ def parse() -> argparse.Namespace:
         parser.error("--step and --guidance-parallel are of --stage 1")
     if (a.ranks > 1 or a.step) and a.against:
         parser.error("--against is for passes of one card")
-    if a.ranks > 1 and a.graphs:
+    if a.graphs and (a.rank_alone or a.ranks > 1 or a.step):
         parser.error("--graphs is for passes of one card; those of gangs are graphs where a run's are")
     on_cuda = torch.device(a.device).type == "cuda"
     if on_cuda and not torch.cuda.is_available():

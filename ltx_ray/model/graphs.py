@@ -35,7 +35,10 @@ _log = logging.getLogger(__name__)
 
 
 def is_launch_bound(tokens: int, ranks: int, max_tokens: int = LAUNCH_BOUND_TOKENS) -> bool:
-    """Whether a pass of `tokens` video tokens, all batch entries together, is a graph on `ranks` that share it."""
+    """Whether a pass of `tokens` video tokens, all batch entries together, is a graph on `ranks` that share it.
+
+    `max_tokens` are those of one rank.
+    """
     return tokens <= max_tokens * ranks
 
 

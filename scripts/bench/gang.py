@@ -46,6 +46,7 @@ T = TypeVar("T")
 class GangPass:
     """Milliseconds of a pass by side, and how far the gang's result is from that of one card.
 
+    The first side is one card, the last one the gang of `layout`, which is the word for it in the keys of figures.
     `waits`: the part of the gang's time in which a card ran exchanges or nothing.
     """
 
@@ -57,7 +58,8 @@ class GangPass:
     @property
     def figures(self) -> dict[str, float]:
         """The figures of a case, by the end of its key."""
-        found = {"ms": self.sides[self.layout], "speedup": self.sides[next(iter(self.sides))] / self.sides[self.layout]}
+        *_, ms = self.sides.values()
+        found = {"ms": ms, "speedup": self.sides[next(iter(self.sides))] / ms}
         if self.waits is not None:
             found["waits_share"] = self.waits
         if self.error is not None:
@@ -127,8 +129,7 @@ class _Rank:
         found = {}
         for name in self._names:
             error = errors(outputs[name][-1], outputs[name][0]) if len(outputs[name]) > 1 else None
-            last = list(sides[name])[-1]
-            found[name] = GangPass(last, sides[name], error, waits.get(name))
+            found[name] = GangPass(self._layout, sides[name], error, waits.get(name))
         return found
 
     def _calls(self, mesh: Mesh) -> Iterable[tuple[str, str, Callable[[], Iterable[torch.Tensor]]]]:

@@ -115,7 +115,10 @@ def graphed(call: Callable[[], T]) -> Callable[[], T]:
 
 
 def as_in_a_run(call: Callable[[], T], case: Case, ranks: int) -> tuple[Callable[[], T], str]:
-    """The call as a run makes it on `ranks` that share a pass: as a graph or launched. The label says ", graph"."""
+    """A graph of the call where a run replays one on `ranks` that share a pass, else the call. The label says which.
+
+    Unlike a run's, the graph computes the modulations as well, and no inputs are copied to its memory.
+    """
     if case.device.type == "cuda" and is_launch_bound(case.shape.video_tokens, ranks):
         return graphed(call), ", graph"
     return call, ""

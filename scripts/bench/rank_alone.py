@@ -29,7 +29,10 @@ class OneRank:
 
 @dataclass(frozen=True)
 class RankAlone:
-    """Milliseconds of a pass: of one card, and of its skeleton; of a rank of `ranks`, and of its shard's skeleton."""
+    """Milliseconds of a pass: of one card, and of its skeleton; of a rank of `ranks`, and of its shard's skeleton.
+
+    In stage 2 the rank's may be graphs where one card launches its kernels, as in a run.
+    """
 
     ranks: int
     whole: float

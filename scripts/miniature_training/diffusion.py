@@ -87,6 +87,7 @@ class TrainingSize:
 
     A step has about `tokens` video tokens, and at most `rows` clips, of which `draws` are one clip with other noise, or
     twice as many where a clip has at most `few_tokens`. They share their text, which takes most of a small clip's time.
+    `rows` and `draws` are powers of two.
     `others` prompts of a scene are beyond the world's phrasings. `scored` prompts and `images` images are rendered at
     `scored_shape`. Training knows every `scene_step`-th scene of the split.
     """
@@ -113,7 +114,7 @@ class TrainingSize:
         return min(self.rows, max(2 * self.draws, 2 ** int(math.log2(self.tokens / shape.video_tokens))))
 
     def draws_of(self, shape: ClipShape) -> int:
-        """Clips of a step that are the same but for their noise."""
+        """Clips of a step that are the same but for their noise and the strength of their first frame."""
         return self.draws * (2 if shape.video_tokens <= self.few_tokens else 1)
 
     @property
@@ -127,7 +128,7 @@ SMOKE = TrainingSize(
     tokens=100,
     few_tokens=12,
     others=2,
-    kinds=(Kind(_TINY), Kind(_TINY, image=True), Kind((17, 64, 64), 12.0, isolated=True, refined=True)),
+    kinds=(Kind(_TINY), Kind(_TINY, image=True), Kind((17, 64, 96), 12.0, isolated=True, refined=True)),
     scored=1,
     images=1,
     scored_shape=ClipShape(*_TINY, 24.0),
@@ -172,9 +173,10 @@ class Batches:
     def inputs(self, kind: Kind) -> tuple[torch.Tensor, ...]:
         """What KindLosses takes: latents and noise of both streams, noise levels and prompts, and with images the mask.
 
-        Each level and each prompt are those of `draws_of` a size's clips.
+        There is one level and one prompt for each `draws_of(kind.shape)` clips that follow each other.
         """
         rows, draws = self._size.rows_of(kind.shape), self._size.draws_of(kind.shape)
+        assert rows % draws == 0, (rows, draws)
         clips, prompts = self.draw(kind, rows // draws)
         latents = clips.map(lambda x: x.repeat_interleave(draws, 0))
         sigma = draw_sigmas(self.generator, rows // draws, _STAGE2_LEVEL if kind.refined else 1.0)
@@ -217,12 +219,12 @@ class KindLosses:
             audio: torch.Tensor,
             video_noise: torch.Tensor,
             audio_noise: torch.Tensor,
-            sigma: torch.Tensor,
+            prompt_sigma: torch.Tensor,
             prompts: torch.Tensor,
             held: torch.Tensor | None = None,
         ) -> dict[str, torch.Tensor]:
-            states = self._prompts.states(prompts)
-            return self.of_batch(kind, NoisyBatch(AV(video, audio), AV(video_noise, audio_noise), sigma, *states, held))
+            latents, noise = AV(video, audio), AV(video_noise, audio_noise)
+            return self.of_batch(kind, NoisyBatch(latents, noise, prompt_sigma, *self._prompts.states(prompts), held))
 
         return losses
 

@@ -105,9 +105,10 @@ class TextAndDit(torch.nn.Module):
     ) -> AV[torch.Tensor]:
         """Velocities (B, T, C) of the used channels, in the modules' dtype.
 
-        `clips_per_prompt` clips that follow each other have the same context and noise level.
+        `clips_per_prompt` clips that follow each other have the same context and noise level, and only the context of
+        the first one is read.
         """
-        with self._shared_text.by(clips_per_prompt):
+        with self._shared_text.between(clips_per_prompt):
             found = self._rounded(self.transformer)(inputs, perturbation)
         return found.map(lambda x, active: x[..., :active], ACTIVE)
 
@@ -166,15 +167,15 @@ class _SharedText:
     """Computes keys and values of the text once for several clips, which attend to them as one long sequence.
 
     The text's positions are several times as many as a small clip's tokens, and take most of a step. The attention has
-    no mask and no rotary embedding, so the queries of all clips of a prompt can be one sequence. Its context depends on
-    the noise level, which therefore has to be the same for them.
+    no mask and no rotary embedding, so the queries of all clips of a prompt can be one sequence. The context is
+    modulated by the noise level, which therefore has to be the same for them.
     """
 
     def __init__(self) -> None:
         self._clips = 1
 
     @contextmanager
-    def by(self, clips: int) -> Iterator[None]:
+    def between(self, clips: int) -> Iterator[None]:
         """Share the text between `clips` clips that follow each other."""
         self._clips = clips
         try:
@@ -183,17 +184,19 @@ class _SharedText:
             self._clips = 1
 
     def hook(self, attention: torch.nn.Module) -> None:
-        """Let `attention` do so."""
+        """Make `attention` share the text."""
         attention.register_forward_pre_hook(self._join)
-        attention.register_forward_hook(self._part)
+        attention.register_forward_hook(self._split)
 
     def _join(
         self, attention: torch.nn.Module, arguments: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x (P * n, T, D) -> (P, n * T, D) and context (P * n, S, D) -> (P, S, D) for n clips of a prompt."""
         x, context = arguments
         return x.unflatten(0, (-1, self._clips)).flatten(1, 2), context[:: self._clips]
 
-    def _part(self, attention: torch.nn.Module, arguments: object, attended: torch.Tensor) -> torch.Tensor:
+    def _split(self, attention: torch.nn.Module, arguments: object, attended: torch.Tensor) -> torch.Tensor:
+        """(P, n * T, D) -> (P * n, T, D)."""
         return attended.unflatten(1, (self._clips, -1)).flatten(0, 1)
 
 

@@ -34,7 +34,10 @@ def _taken_gradients(model: TextAndDit) -> torch.Tensor:
 
 
 def _launched(losses, inputs) -> dict[str, float]:
-    """The losses, whose gradients the weights get. No graph outlives the call: recording would go on with its nodes."""
+    """The losses. The weights get their gradients.
+
+    No autograd graph outlives the call, because a later recording would reuse its nodes.
+    """
     found = losses(*inputs)
     found["loss"].backward()
     return {name: float(value.detach()) for name, value in found.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from scripts.bench.gang import exposed_share, is_exchange
+from scripts.bench.gang import GangPass, exposed_share, is_exchange
 
 
 @pytest.mark.parametrize(
@@ -19,6 +19,11 @@ from scripts.bench.gang import exposed_share, is_exchange
 )
 def test_copies_between_cards_are_exchanges_as_nccl_is(kernel, exchange):
     assert is_exchange(kernel) is exchange
+
+
+def test_figures_are_those_of_the_gang_whether_its_passes_are_graphs():
+    found = GangPass("tp2", {"one card": 6.0, "tp2, graph": 4.0})
+    assert found.figures == {"ms": 4.0, "speedup": 1.5} and found.layout == "tp2"
 
 
 def test_time_without_work_is_exposed_whether_an_exchange_runs_or_nothing():

@@ -45,8 +45,12 @@ from ltx_ray.storage.locations import split_options
 
 T = TypeVar("T")
 
-#: Models that `--model` knows, and the functions that make their files on a node.
-_PROVIDERS = {"toy": "ltx_ray.toy:ensure_toy_model"}
+#: Models that `--model` knows: the function that makes the files on a node, and whether the checkpoint is distilled.
+_BUILT_IN = {
+    "miniature": ("ltx_ray.miniature.files:ensure_miniature", False),
+    "miniature-distilled": ("ltx_ray.miniature.files:ensure_miniature_distilled", True),
+    "toy": ("ltx_ray.toy:ensure_toy_model", False),
+}
 #: Sections of the help page.
 _MODEL, _NUMERICS, _ROWS, _DEFAULTS = "Model", "Numerics", "Rows", "Defaults of columns that a row leaves empty"
 _OUTPUT, _CLUSTER, _LAYOUT = "Output", "Cluster", "Replicas and their layout"
@@ -58,7 +62,9 @@ def _numerics_option(flag: str, help: str, field: str) -> Option:
 
 
 MODEL_OPTIONS = (
-    Option("--model", section=_MODEL, metavar="toy", help="a tiny model with random weights, made here"),
+    Option(
+        "--model", section=_MODEL, metavar="NAME", help="a tiny one: miniature, miniature-distilled, toy (untrained)"
+    ),
     Option(
         "--checkpoint-path",
         section=_MODEL,
@@ -442,13 +448,14 @@ def model_files(values: Mapping[str, Any]) -> ModelFiles:
     bound = values["weights_cache_gb"]
     cache_bytes = None if bound is None else int(bound * 1e9)
     if (model := values["model"]) is not None:
-        if model not in _PROVIDERS:
-            raise ValueError(f"--model: {model!r}, legal: {', '.join(_PROVIDERS)}, or the paths of a model's files")
+        if model not in _BUILT_IN:
+            raise ValueError(f"--model: {model!r}, legal: {', '.join(_BUILT_IN)}, or the paths of a model's files")
         own = ("checkpoint_path", "distilled_checkpoint_path", "gemma_root", "spatial_upsampler_path", "distilled_lora")
         given = [name for name in own if values[name]]
         if given:
             raise ValueError(f"--model and --{given[0].replace('_', '-')} exclude each other")
-        return ModelFiles("", "", "", provider=_PROVIDERS[model], loras=loras, cache_bytes=cache_bytes)
+        provider, distilled = _BUILT_IN[model]
+        return ModelFiles("", "", "", loras=loras, distilled=distilled, provider=provider, cache_bytes=cache_bytes)
     distilled = values["distilled_checkpoint_path"] is not None
     if distilled and (other := next((n for n in ("checkpoint_path", "distilled_lora") if values[n]), None)):
         raise ValueError(f"--distilled-checkpoint-path and --{other.replace('_', '-')} exclude each other")
@@ -459,7 +466,7 @@ def model_files(values: Mapping[str, Any]) -> ModelFiles:
     needed = ("checkpoint_path", "gemma_root", "spatial_upsampler_path", *(() if distilled else ("distilled_lora",)))
     missing = [f"--{name.replace('_', '-')}" for name in needed if not values[name]]
     if missing:
-        raise ValueError(f"no model: give {', '.join(missing)}, or --model toy")
+        raise ValueError(f"no model: give {', '.join(missing)}, or --model miniature")
     return ModelFiles(
         checkpoint_path=values["checkpoint_path"],
         gemma_root=values["gemma_root"],

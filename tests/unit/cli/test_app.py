@@ -330,7 +330,7 @@ def test_tp_that_does_not_divide_the_heads(cmd, manifest, out):
     "flags, words",
     [
         ([], "no model: give --checkpoint-path"),
-        (["--model", "huge"], "--model: 'huge', legal: toy"),
+        (["--model", "huge"], "--model: 'huge', legal: miniature"),
         (["--model", "toy", "--gemma-root", "g"], "--gemma-root exclude each other"),
         (["--model", "toy", "--dtype", "fp16"], "--dtype: 'fp16', legal: bfloat16 or float32"),
         (["--model", "toy", "--precision", "fp4"], "--precision: 'fp4', legal: bf16 or fp8"),

@@ -105,11 +105,11 @@ def test_the_config_is_of_the_release():
 # --- the trained parts -------------------------------------------------------------------------------------------
 
 
-def test_the_shipped_weights_leave_room_for_the_rest():
-    files = list(export.WEIGHTS.glob("*.safetensors"))
-    assert {file.stem for file in files} == {"vae", "audio", "transformer", "upsampler"}
-    lora, gemma = 520_672, 193_008
-    assert sum(file.stat().st_size for file in files) + lora + gemma < 16e6
+def test_the_shipped_weights_are_whole_and_small():
+    files = {path.relative_to(export.WEIGHTS).as_posix(): path for path in export.WEIGHTS.rglob("*.safetensors")}
+    parts = ("vae", "audio", "transformer", "upsampler", "distilled_lora", "gemma/model")
+    assert set(files) == {f"{part}.safetensors" for part in parts}
+    assert sum(path.stat().st_size for path in files.values()) < 16e6
 
 
 def test_the_shipped_video_vae_keeps_colours_place_and_motion():

@@ -10,6 +10,8 @@ import pytest
 from ltx_ray.cli import cluster_jobs
 from ltx_ray.cli.cluster_jobs import follow, run_progress
 
+pytestmark = pytest.mark.usefixtures("heard_hangups")
+
 
 class FakeJob:
     """A job whose status is asked for: `script` says what happens at each request, and the last entry stays."""

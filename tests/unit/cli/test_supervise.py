@@ -14,6 +14,8 @@ from ltx_ray.cli.supervise import LONG_RUN_SECONDS, Supervisor
 CODES = "import sys; codes = open(sys.argv[1]).read().split(); open(sys.argv[1], 'w').write(' '.join(codes[1:])); "
 CODES += "code = int(codes[0]); code < 0 and __import__('os').kill(__import__('os').getpid(), -code); sys.exit(code)"
 
+pytestmark = pytest.mark.usefixtures("heard_hangups")
+
 
 class Clock:
     """Time that passes by sleeping."""

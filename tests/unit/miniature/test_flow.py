@@ -145,15 +145,15 @@ def test_clips_that_share_keys_of_their_text_have_the_velocities_of_clips_alone(
     noisy = replace(noisy, prompt_sigma=torch.tensor([0.9, 0.3]), hidden=hidden, mask=noisy.mask.expand(2, -1))
     ropes = flow.ropes_of(model.transformer, SHAPE, torch.float32, "cpu")
     inputs, _ = flow.noisy_inputs(noisy, model.contexts(noisy.hidden, noisy.mask), ropes, FRAME_TOKENS, torch.float32)
-    apart = model.velocities(inputs, NO_PERTURBATION)
+    alone = model.velocities(inputs, NO_PERTURBATION)
     # Only the contexts of each prompt's first clip are read.
     read = torch.tensor([True, False, False])[:, None, None].repeat(2, 1, 1)
     others = inputs.map(lambda s: replace(s, context=s.context.where(read, 7.0)))
     for net in (model, copy.deepcopy(model)):
         together = net.velocities(others, NO_PERTURBATION, noisy.clips_per_prompt)
-        for ours, theirs in zip(together, apart, strict=True):
+        for ours, theirs in zip(together, alone, strict=True):
             assert torch.allclose(ours, theirs, atol=1e-5)
-    assert not torch.allclose(model.velocities(others, NO_PERTURBATION).video, apart.video, atol=1e-2)
+    assert not torch.allclose(model.velocities(others, NO_PERTURBATION).video, alone.video, atol=1e-2)
 
 
 def test_held_tokens_count_for_nothing(model):

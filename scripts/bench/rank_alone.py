@@ -31,7 +31,7 @@ class OneRank:
 class RankAlone:
     """Milliseconds of a pass: of one card, and of its skeleton; of a rank of `ranks`, and of its shard's skeleton.
 
-    In stage 2 the rank's may be graphs where one card launches its kernels, as in a run.
+    In stage 2 the rank's pass may be a graph where one card launches its kernels, as in a run.
     """
 
     ranks: int
